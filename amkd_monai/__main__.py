@@ -1,0 +1,59 @@
+"""Command line: ``python -m amkd_monai <command>``. Heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def _teachers(arguments: argparse.Namespace) -> int:
+    from amkd_monai.teachers.catalogue import format_catalogue
+
+    print(format_catalogue(arguments.weights_dir))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from amkd_monai.metrics.compare import compare_runs, format_comparison
+
+    others = {Path(run).name: Path(run) / "per_case.csv" for run in arguments.runs}
+    rows = compare_runs(Path(arguments.reference) / "per_case.csv", others, metric=arguments.metric)
+    print(format_comparison(rows))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    import amkd_monai
+
+    top = argparse.ArgumentParser(prog="python -m amkd_monai", description=amkd_monai.__doc__)
+    top.add_argument("--version", action="version", version=amkd_monai.__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    teachers = commands.add_parser("teachers", help="which teachers are usable here, and how to get the others")
+    teachers.add_argument("--weights_dir", help="folder of weight files (default: $AMKD_WEIGHTS, then weights/)")
+    teachers.set_defaults(run=_teachers)
+
+    compare = commands.add_parser("compare", help="compare evaluated runs, paired by case")
+    compare.add_argument("reference", help="output folder of the reference run (with per_case.csv)")
+    compare.add_argument("runs", nargs="+", help="output folders of the runs to compare with it")
+    compare.add_argument("--metric", default="dice", choices=("dice", "iou", "nsd", "hd95"))
+    compare.set_defaults(run=_compare)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; an expected error is printed as one sentence and gives exit code 1."""
+    arguments = parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Teacher outputs, computed once and read many times."""

@@ -1,0 +1,158 @@
+"""Probe heads: what a frozen teacher's features say about the labels, asked without cheating.
+
+A probe is a linear classifier of grid cells (a 1x1 convolution). It is cross-fitted: each image is answered by a
+probe that has seen no image of its group, so that its answers are as good as they would be on new images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amkd_monai.cache.store import FeatureStore
+from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.data.splits import fold_of_groups
+
+WEIGHT_DECAY = 1e-3
+"""L2 penalty of the probe on standardised features."""
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A linear map from standardised features (C,) to class logits."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return logits (B, classes, h, w) of standardised features (B, C, h, w)."""
+        return torch.einsum("kc,bchw->bkhw", self.weight, features) + self.bias[:, None, None]
+
+
+def cell_targets(dataset: DecodedDataset, indices: np.ndarray, classes: int, size: tuple[int, int]) -> Tensor:
+    """Area fractions of the classes in grid cells (N, classes, h, w) for labelled samples."""
+    parts = []
+    for start in range(0, len(indices), 64):
+        label = torch.from_numpy(np.stack([dataset.labels[i, 0] for i in indices[start : start + 64]])).long()
+        one_hot = F.one_hot(label, classes).permute(0, 3, 1, 2).float()  # (B, H, W, K) -> (B, K, H, W)
+        parts.append(F.adaptive_avg_pool2d(one_hot, size))
+    return torch.cat(parts)
+
+
+def fit_probe(features: Tensor, targets: Tensor, steps: int = 40) -> LinearProbe:
+    """Fit multinomial logistic regression on cells by L-BFGS.
+
+    Args:
+        features: standardised (N, C, h, w).
+        targets: class fractions (N, classes, h, w).
+        steps: iterations at most.
+    """
+    x = features.permute(0, 2, 3, 1).flatten(0, 2)  # (N, C, h, w) -> (cells, C)
+    y = targets.permute(0, 2, 3, 1).flatten(0, 2)
+    classes = y.shape[1]
+    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
+    bias = y.mean(0).clamp_min(1e-4).log().requires_grad_(True)
+    optimiser = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = -(y * F.log_softmax(F.linear(x, weight, bias), dim=1)).sum(1).mean()
+        loss = loss + WEIGHT_DECAY * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return LinearProbe(weight.detach(), bias.detach())
+
+
+def cross_fit_probes(
+    store: FeatureStore,
+    dataset: DecodedDataset,
+    mean: Tensor,
+    std: Tensor,
+    folds: int = 5,
+    seed: int = 0,
+) -> tuple[np.ndarray, list[LinearProbe]]:
+    """Answer every training sample by a probe that has not seen its group.
+
+    Args:
+        store: features ``grid`` of the training dataset.
+        dataset: the training dataset; unlabelled samples are answered by the mean of all probes.
+        mean, std: (C,) of the features over the training split.
+        folds: number of folds by group.
+        seed: of the folds.
+
+    Returns:
+        Logits (N, classes, h, w) float32, out of fold for labelled samples, and the probes of all folds.
+
+    Raises:
+        ValueError: fewer than two labelled groups.
+    """
+    labelled = np.flatnonzero(dataset.has_label)
+    fold = fold_of_groups([dataset.groups[i] for i in labelled], folds, seed)
+    size = store.arrays["grid"].shape[1:]
+    targets = cell_targets(dataset, labelled, dataset.num_classes, (size[0], size[1]))
+    features = standardised(store, labelled, mean, std)
+    answers = np.zeros((len(dataset), dataset.num_classes, *size), dtype=np.float32)
+    probes = []
+    for k in range(int(fold.max()) + 1):
+        inside = torch.from_numpy(np.flatnonzero(fold != k))
+        outside = np.flatnonzero(fold == k)
+        probe = fit_probe(features[inside], targets[inside])
+        answers[labelled[outside]] = probe(features[torch.from_numpy(outside)]).numpy()
+        probes.append(probe)
+    unlabelled = np.flatnonzero(~dataset.has_label)
+    if len(unlabelled):
+        answers[unlabelled] = answer(store, unlabelled, mean, std, probes)
+    return answers, probes
+
+
+def answer(
+    store: FeatureStore, indices: np.ndarray, mean: Tensor, std: Tensor, probes: list[LinearProbe]
+) -> np.ndarray:
+    """Mean answer of several probes as log-probabilities (N, classes, h, w), for samples that none of them has seen."""
+    features = standardised(store, indices, mean, std)
+    return torch.stack([p(features).softmax(1) for p in probes]).mean(0).clamp_min(1e-7).log().numpy()
+
+
+def standardised(store: FeatureStore, indices: np.ndarray, mean: Tensor, std: Tensor) -> Tensor:
+    """Read features (N, C, h, w) as float32 with mean 0 and standard deviation 1 per channel."""
+    features = torch.from_numpy(store.read("grid", indices)).float()
+    return (features - mean[:, None, None]) / std[:, None, None]
+
+
+def channel_statistics(store: FeatureStore) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of the cached features over all samples and cells."""
+    count, total, squares = 0, 0.0, 0.0
+    for start in range(0, len(store), 64):
+        batch = store.read("grid", range(start, min(start + 64, len(store)))).astype(np.float64)
+        count += batch.shape[0] * batch.shape[2] * batch.shape[3]
+        total = total + batch.sum((0, 2, 3))
+        squares = squares + np.square(batch).sum((0, 2, 3))
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - np.square(mean), 0))
+    return torch.from_numpy(mean).float(), torch.from_numpy(np.where(std > 1e-6, std, 1.0)).float()
+
+
+def calibration_temperature(logits: Tensor, targets: Tensor) -> float:
+    """Temperature in [0.25, 8] that minimises the cross entropy of softmax(logits / T) (Guo et al., 2017).
+
+    Args:
+        logits: (N, classes, h, w).
+        targets: class fractions (N, classes, h, w).
+    """
+    log_temperature = torch.zeros((), requires_grad=True)
+    optimiser = torch.optim.LBFGS([log_temperature], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = -(targets * F.log_softmax(logits / log_temperature.exp(), dim=1)).sum(1).mean()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return float(log_temperature.detach().exp().clamp(0.25, 8.0))

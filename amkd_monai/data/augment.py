@@ -1,0 +1,75 @@
+"""Augmentation per batch, on tensors: parameters are sampled apart from applying them, so that they can be replayed.
+
+One affine matrix per sample warps image, label and cached teacher maps alike. Warping is exact for labels and logits
+and approximate for feature maps; an un-warped map would be wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Ranges of the random changes.
+
+    Attributes:
+        rotation: largest angle, radians.
+        scale: largest relative zoom, e.g. 0.15 for 1/1.15 to 1.15.
+        shift: largest shift as a part of the side.
+        flip_height, flip_width: whether to mirror that axis with probability 1/2.
+        gain: largest relative change of intensity per image.
+        offset: largest added intensity, in [0, 1] units.
+        colour: largest relative gain change per channel.
+    """
+
+    rotation: float = 0.0
+    scale: float = 0.0
+    shift: float = 0.0
+    flip_height: bool = False
+    flip_width: bool = False
+    gain: float = 0.0
+    offset: float = 0.0
+    colour: float = 0.0
+
+    def sample(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Draw affine matrices (B, 2, 3) in the normalised coordinates of ``affine_grid`` for maps of (H, W)."""
+
+        def uniform(limit: float) -> Tensor:
+            return (torch.rand(batch, generator=generator) * 2 - 1) * limit
+
+        def sign(wanted: bool) -> Tensor:
+            flips = (torch.rand(batch, generator=generator) < 0.5).float() * (1.0 if wanted else 0.0)
+            return 1 - 2 * flips
+
+        angle, zoom = uniform(self.rotation), torch.exp(uniform(math.log1p(self.scale)))
+        shift_x, shift_y = uniform(2 * self.shift), uniform(2 * self.shift)
+        flip_x, flip_y = sign(self.flip_width), sign(self.flip_height)
+        height, width = size
+        cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
+        rows = [
+            torch.stack([cos * flip_x, -sin * flip_y * height / width, shift_x], dim=1),
+            torch.stack([sin * flip_x * width / height, cos * flip_y, shift_y], dim=1),
+        ]
+        return torch.stack(rows, dim=1)
+
+    def photometric(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        """Change gain, offset and colour of an image (B, 3, H, W) in [0, 1]; never applied to what a teacher saw."""
+        batch = image.shape[0]
+        draw = torch.rand((batch, 5), generator=generator).to(image.device) * 2 - 1
+        gain = 1 + self.gain * draw[:, 0, None] + self.colour * draw[:, 1:4]  # (B, 3)
+        return (image * gain[:, :, None, None] + self.offset * draw[:, 4, None, None, None]).clamp(0, 1)
+
+
+def warp(maps: Tensor, theta: Tensor, mode: str = "bilinear") -> Tensor:
+    """Warp maps (B, C, h, w) of any size by the affine matrices (B, 2, 3) of :meth:`Augmentation.sample`.
+
+    Beyond the border the image is mirrored, alike at every resolution.
+    """
+    grid = F.affine_grid(theta.to(maps), list(maps.shape), align_corners=False)
+    return F.grid_sample(maps, grid, mode=mode, padding_mode="reflection", align_corners=False)

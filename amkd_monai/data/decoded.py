@@ -1,0 +1,192 @@
+"""Images and volumes decoded once to uint8 memory maps, read as 2D or 2.5D samples."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from amkd_monai.atomic import atomic_write_json, exclusive_lock
+from amkd_monai.data.content import content_hashes, fingerprint
+from amkd_monai.data.describe import describe
+
+logger = logging.getLogger("amkd_monai")
+
+UNLABELLED = 255
+"""Value of every label pixel of an image without a label; no class uses it."""
+
+_READ_ERRORS = (OSError, RuntimeError, ValueError, EOFError, zlib.error)
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be used, named with the remedy."""
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+class DecodedDataset(Dataset):
+    """A dataset whose files are decoded once by a MONAI transform chain and then read from memory maps.
+
+    Photographs (3, H, W) are one sample each; volumes (1, D, H, W) give D samples, each slice with its two neighbours
+    as channels. Images leave the chain in [0, 1] and are stored in 256 steps.
+
+    Args:
+        data: datalist items with ``image``, ``id``, ``group`` and, where labelled, ``label`` (paths).
+        transform: deterministic chain that yields ``image`` in [0, 1] and ``label`` with class indices, all samples of
+            one size (H, W).
+        cache_dir: folder for the memory maps; they are found again by content hashes and the chain's description.
+        num_classes: labels must be below it.
+        on_bad_sample: ``stop`` raises on the first unusable file, ``skip`` leaves it out and lists it in ``skipped``.
+
+    Attributes:
+        ids: sample ids; for slices ``<case>#<slice>``.
+        cases: case id per sample (image or volume), ``groups``: group per sample.
+        has_label, has_foreground: boolean arrays over samples.
+        hashes: content hash per sample.
+
+    Raises:
+        BadSampleError: a file cannot be read, or image and label disagree in size, or a label is out of range.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[dict[str, Any]],
+        transform: Callable,
+        cache_dir: str | Path,
+        num_classes: int = 2,
+        on_bad_sample: str = "stop",
+    ) -> None:
+        if on_bad_sample not in ("stop", "skip"):
+            raise ValueError(f"on_bad_sample must be 'stop' or 'skip', not '{on_bad_sample}'.")
+        if not data:
+            raise ValueError("The list of images to decode is empty: check dataset_dir and the split.")
+        self.data, self.num_classes = list(data), num_classes
+        cache_dir = Path(cache_dir)
+        paths = [item[key] for item in self.data for key in ("image", "label") if key in item]
+        by_path = dict(zip(paths, content_hashes(paths, cache_dir / "content_hashes.json"), strict=True))
+        hashes = [[by_path[item["image"]], by_path.get(item.get("label", ""), "")] for item in self.data]
+        ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
+        key = fingerprint("decoded-2", hashes, ids, describe(transform), num_classes, on_bad_sample)
+        self.directory = cache_dir / f"decoded-{key[:16]}"
+        with exclusive_lock(self.directory.with_suffix(".lock"), wait_s=3600):
+            if not (self.directory / "index.json").is_file():
+                self._decode(transform, on_bad_sample, hashes)
+        index = json.loads((self.directory / "index.json").read_text())
+        self.ids: list[str] = index["ids"]
+        self.cases: list[str] = index["cases"]
+        self.groups: list[str] = index["groups"]
+        self.hashes: list[str] = index["hashes"]
+        self.skipped: list[str] = index["skipped"]
+        self.has_label = np.array(index["has_label"], dtype=bool)
+        self.has_foreground = np.array(index["has_foreground"], dtype=bool)
+        self._first, self._last = np.array(index["first"]), np.array(index["last"])
+        self.images = np.load(self.directory / "images.npy", mmap_mode="r")
+        self.labels = np.load(self.directory / "labels.npy", mmap_mode="r")
+
+    def _decode(self, transform: Callable, on_bad_sample: str, hashes: list[list[str]]) -> None:
+        from tqdm import tqdm
+
+        temporary = self.directory.with_name(self.directory.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        names = ("ids", "cases", "groups", "hashes", "has_label", "has_foreground", "first", "last", "skipped")
+        index: dict[str, list] = {name: [] for name in names}
+        images, labels = [], []
+        for item, item_hashes in tqdm(list(zip(self.data, hashes, strict=True)), desc="decode", disable=None):
+            try:
+                image, label = self._decode_item(item, transform, images[0].shape[-2:] if images else None)
+            except BadSampleError as error:
+                if on_bad_sample == "stop":
+                    raise
+                logger.warning("skipped: %s", error)
+                index["skipped"].append(item["id"])
+                continue
+            first, count = len(index["ids"]), len(image)
+            single = image.shape[1] == 3
+            index["ids"] += [item["id"]] if single else [f"{item['id']}#{i:03d}" for i in range(count)]
+            index["cases"] += [item["id"]] * count
+            index["groups"] += [item.get("group", item["id"])] * count
+            index["hashes"] += ["-".join(h[:16] for h in item_hashes)] * count
+            index["has_label"] += ["label" in item] * count
+            foreground = (label > 0) & (label != UNLABELLED)
+            index["has_foreground"] += [bool(f) for f in foreground.reshape(count, -1).any(1)]
+            index["first"] += [first] * count
+            index["last"] += [first + count - 1] * count
+            images.append(image)
+            labels.append(label)
+        if not images:
+            raise BadSampleError("No usable image is left: check dataset_dir.")
+        np.save(temporary / "images.npy", np.concatenate(images))
+        np.save(temporary / "labels.npy", np.concatenate(labels))
+        atomic_write_json(temporary / "index.json", index)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        temporary.replace(self.directory)
+
+    def _decode_item(
+        self, item: dict[str, Any], transform: Callable, size: tuple[int, int] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Decode one item to images (N, 3 or 1, H, W) and labels (N, 1, H, W), both uint8."""
+        try:
+            decoded = transform(dict(item))
+        except _READ_ERRORS as error:
+            files = " or ".join(str(item[k]) for k in ("image", "label") if k in item)
+            cause = " ".join(str(_root_cause(error)).split())[:160]
+            raise BadSampleError(f"{files} cannot be read ({cause}): replace or remove the file.") from error
+        image = np.asarray(decoded["image"], dtype=np.float32)
+        if not np.isfinite(image).all():
+            raise BadSampleError(f"{item['image']} holds values that are not finite: replace or remove the file.")
+        image = np.round(image.clip(0, 1) * 255).astype(np.uint8)
+        image = image[None] if image.ndim == 3 else image.swapaxes(0, 1)  # (1, D, H, W) -> (D, 1, H, W)
+        if size is not None and image.shape[-2:] != tuple(size):
+            raise BadSampleError(
+                f"{item['image']} has the size {image.shape[-2:]} after preprocessing, others {tuple(size)}: make the "
+                "preprocessing end in one fixed size."
+            )
+        label = np.full((len(image), 1, *image.shape[-2:]), UNLABELLED, dtype=np.uint8)
+        if "label" in item:
+            classes = np.asarray(decoded["label"])
+            classes = classes[None] if classes.ndim == 3 else classes.swapaxes(0, 1)
+            if classes.shape != label.shape:
+                raise BadSampleError(
+                    f"{item['label']} has the size {classes.shape[-2:]}, its image {image.shape[-2:]} after "
+                    "preprocessing: the mask of another image?"
+                )
+            if classes.min() < 0 or classes.max() >= self.num_classes:
+                raise BadSampleError(
+                    f"{item['label']} holds the value {classes.max():g}; the task has classes 0 to "
+                    f"{self.num_classes - 1}: correct the mask."
+                )
+            label[:] = classes
+        return image, label
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def image(self, index: int) -> np.ndarray:
+        """Return the image (3, H, W) uint8 of a sample; slices come with their neighbours as channels."""
+        if self.images.shape[1] == 3:
+            return self.images[index]
+        neighbours = np.clip([index - 1, index, index + 1], self._first[index], self._last[index])
+        return self.images[neighbours, 0]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return image (3, H, W) uint8, label (1, H, W) uint8 (255 where unlabelled), id, index and has_label."""
+        return {
+            "image": torch.from_numpy(np.array(self.image(index))),
+            "label": torch.from_numpy(np.array(self.labels[index])),
+            "id": self.ids[index],
+            "index": index,
+            "has_label": bool(self.has_label[index]),
+        }

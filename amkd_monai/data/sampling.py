@@ -1,0 +1,91 @@
+"""Which samples make up a batch: a pure function of seed and epoch, so that a resumed run draws the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class BatchSampler(Sampler[list[int]]):
+    """Batches that mix labelled with unlabelled samples and can prefer those with foreground.
+
+    Every labelled sample is drawn about equally often (permutations, one after another). An epoch has as many steps
+    as all samples fill, whether unlabelled ones are used or not, so that runs with and without them have equal length.
+
+    Args:
+        has_label: boolean per sample.
+        has_foreground: boolean per sample.
+        batch_size: samples per batch and process.
+        seed: seed of the run.
+        use_unlabelled: draw unlabelled samples too (of no use without a teacher).
+        labelled_fraction: part of a batch that is labelled where there are unlabelled samples.
+        foreground_fraction: part of the labelled picks drawn from samples with foreground; None takes them as they come.
+        indices: restrict to these samples.
+        rank: this process.
+        world_size: number of processes; each takes its own part of the epoch.
+
+    Raises:
+        ValueError: no labelled sample.
+    """
+
+    def __init__(
+        self,
+        has_label: Sequence[bool] | np.ndarray,
+        has_foreground: Sequence[bool] | np.ndarray,
+        batch_size: int,
+        seed: int = 0,
+        use_unlabelled: bool = False,
+        labelled_fraction: float = 0.5,
+        foreground_fraction: float | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        labelled_mask, foreground_mask = np.asarray(has_label, bool), np.asarray(has_foreground, bool)
+        pool = np.arange(len(labelled_mask)) if indices is None else np.asarray(indices, dtype=int)
+        self.labelled = pool[labelled_mask[pool]]
+        self.unlabelled = pool[~labelled_mask[pool]] if use_unlabelled else pool[:0]
+        if len(self.labelled) == 0:
+            raise ValueError("There is no labelled sample to train on: check the labels and the split.")
+        self.foreground = self.labelled[foreground_mask[self.labelled]]
+        self.background = self.labelled[~foreground_mask[self.labelled]]
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.labelled_fraction, self.foreground_fraction = labelled_fraction, foreground_fraction
+        self.steps = max(1, math.ceil(len(pool) / (batch_size * world_size)))
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        total = self.steps * self.batch_size * self.world_size
+        unlabelled = round(self.batch_size * (1 - self.labelled_fraction)) if len(self.unlabelled) else 0
+        unlabelled = min(unlabelled, self.batch_size - 1)
+        count = (self.batch_size - unlabelled) * self.steps * self.world_size
+        if self.foreground_fraction is None or len(self.foreground) == 0 or len(self.background) == 0:
+            labelled = _cycle(self.labelled, count, rng)
+        else:
+            front = round(count * self.foreground_fraction)
+            labelled = np.concatenate(
+                [_cycle(self.foreground, front, rng), _cycle(self.background, count - front, rng)]
+            )
+            rng.shuffle(labelled)
+        others = _cycle(self.unlabelled, total - count, rng) if unlabelled else np.empty(0, dtype=int)
+        labelled = labelled.reshape(self.steps, self.world_size, -1)[:, self.rank]
+        others = others.reshape(self.steps, self.world_size, -1)[:, self.rank]
+        for step in range(self.steps):
+            yield [int(i) for i in (*labelled[step], *others[step])]
+
+
+def _cycle(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw ``count`` samples as permutations of the pool, one after another."""
+    rounds = math.ceil(count / max(1, len(pool)))
+    return np.concatenate([rng.permutation(pool) for _ in range(rounds)] or [pool[:0]])[:count]

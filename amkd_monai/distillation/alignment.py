@@ -1,0 +1,59 @@
+"""Projects student features into a teacher's space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ChannelNorm(nn.Module):
+    """Layer normalisation over the channels of a map (B, C, h, w)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each location over its channels."""
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, h, w) -> (B, h, w, C) and back
+
+
+class Alignment(nn.Module):
+    """Sum over student levels of LayerNorm, 1x1, GELU, 1x1, at the teacher's grid.
+
+    The student is resized to the teacher's grid (area-pooled where finer, bilinear where coarser) before the
+    projection; the teacher's map is never resized.
+
+    Args:
+        channels: {stride: channels} of the student levels used.
+        out_channels: channels of the teacher.
+        hidden: width between the two convolutions.
+    """
+
+    def __init__(self, channels: Mapping[int, int], out_channels: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.levels = nn.ModuleDict(
+            {
+                str(stride): nn.Sequential(
+                    ChannelNorm(count), nn.Conv2d(count, hidden, 1), nn.GELU(), nn.Conv2d(hidden, out_channels, 1)
+                )
+                for stride, count in channels.items()
+            }
+        )
+
+    def forward(self, features: Mapping[int, Tensor], size: tuple[int, int]) -> Tensor:
+        """Return (B, out_channels, h, w) for ``size`` = (h, w) from {stride: (B, C, H / stride, W / stride)}."""
+        return torch.stack([p(to_grid(features[int(s)], size)) for s, p in self.levels.items()]).sum(0)
+
+
+def to_grid(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring student features (B, C, H, W) to a grid (h, w): area-pooled down, bilinear up."""
+    height, width = features.shape[-2:]
+    if (height, width) == tuple(size):
+        return features
+    if height >= size[0] and width >= size[1]:
+        return F.adaptive_avg_pool2d(features, size)
+    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)

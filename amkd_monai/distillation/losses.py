@@ -1,0 +1,84 @@
+"""The losses: pure functions from tensors to one value per location or per sample, in float32."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from monai.losses import DiceLoss
+from torch import Tensor
+
+_dice = DiceLoss(
+    include_background=False, softmax=True, to_onehot_y=True, reduction="none", smooth_nr=1.0, smooth_dr=1.0
+)
+
+
+def segmentation_task_loss(logits: Tensor, label: Tensor) -> Tensor:
+    """Soft Dice plus cross entropy per sample.
+
+    Args:
+        logits: (B, C, H, W).
+        label: class indices (B, 1, H, W), integer.
+
+    Returns:
+        (B,): mean soft Dice loss of the foreground classes plus mean cross entropy (nats).
+
+    Raises:
+        ValueError: a label is not below C.
+    """
+    classes = logits.shape[1]
+    if int(label.max()) >= classes or int(label.min()) < 0:
+        raise ValueError(
+            f"A label holds the class {int(label.max())}, the student has classes 0 to {classes - 1}: correct the "
+            "label or num_classes."
+        )
+    logits = logits.float()
+    dice = _dice(logits, label).flatten(1).mean(1)
+    cross_entropy = F.cross_entropy(logits, label[:, 0].long(), reduction="none").flatten(1).mean(1)
+    return dice + cross_entropy
+
+
+def feature_loss(aligned: Tensor, target: Tensor) -> Tensor:
+    """Half cosine distance, half smooth L1, per location (UNIC and DUNE use this pair).
+
+    Args:
+        aligned: student features projected to the teacher's space (B, C, h, w).
+        target: standardised teacher features (B, C, h, w); no gradient flows into them.
+
+    Returns:
+        (B, h, w), zero for equal inputs.
+    """
+    aligned, target = aligned.float(), target.detach().float()
+    cosine = 1 - F.cosine_similarity(aligned, target, dim=1)
+    return 0.5 * cosine + 0.5 * F.smooth_l1_loss(aligned, target, reduction="none").mean(1)
+
+
+def output_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Distillation of class probabilities per location: T^2 KL(teacher || student) (Hinton et al., 2015).
+
+    Args:
+        student_logits: (B, C, h, w).
+        teacher_logits: (B, C, h, w), calibrated; no gradient flows into them.
+        temperature: KD temperature T >= 1.
+
+    Returns:
+        (B, h, w) in nats, zero for equal logits.
+    """
+    log_student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
+    divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(1)
+    return temperature**2 * divergence.clamp_min(0)
+
+
+def soft_cross_entropy(target: Tensor, log_probabilities: Tensor) -> Tensor:
+    """Cross entropy (B, h, w) of soft targets (B, C, h, w) against log-probabilities (B, C, h, w), in nats."""
+    return -(target * log_probabilities).sum(1)
+
+
+def one_hot_area(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
+    """Area fractions of each class (B, classes, h, w) in the cells of a coarser grid, from (B, 1, H, W) indices."""
+    one_hot = F.one_hot(label[:, 0].long(), classes).permute(0, 3, 1, 2).float()  # (B, H, W, C) -> (B, C, H, W)
+    return F.adaptive_avg_pool2d(one_hot, size)
+
+
+def area_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Area-pool logits (B, C, H, W) to a coarser grid (h, w); the same size passes through."""
+    return logits if tuple(logits.shape[-2:]) == tuple(size) else F.adaptive_avg_pool2d(logits, size)

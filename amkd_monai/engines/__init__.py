@@ -1,0 +1,1 @@
+"""Trainers, evaluators and their handlers."""

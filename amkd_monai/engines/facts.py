@@ -1,0 +1,38 @@
+"""What a run record says about a training, gathered in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from amkd_monai.data.datalist import Datalist
+from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.engines.recipe import Recipe
+from amkd_monai.engines.targets import TeacherTargets
+
+
+def run_facts(
+    datalist: Datalist,
+    targets: TeacherTargets,
+    recipe: Recipe,
+    train: DecodedDataset,
+    student: nn.Module,
+    seed: int,
+    gate: str,
+    losses: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return the JSON-able facts of a run: data and split, teachers, recipe, student, seed and settings."""
+    return {
+        "data": datalist.describe(),
+        "skipped_samples": train.skipped,
+        "training_samples": len(train),
+        "labelled_samples": int(train.has_label.sum()),
+        "distillation": targets.record if len(targets) else "none: the undistilled student",
+        "gate": gate,
+        "losses": dict(losses),
+        "recipe": recipe.describe(),
+        "student_parameters": sum(p.numel() for p in student.parameters()),
+        "seed": seed,
+    }

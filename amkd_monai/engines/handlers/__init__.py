@@ -1,0 +1,8 @@
+"""Ignite handlers: what happens beside the training and evaluation loops."""
+
+from amkd_monai.engines.handlers.case_report import CaseReport
+from amkd_monai.engines.handlers.checkpoints import BestStudent, LoadStudent, ResumeCheckpoint
+from amkd_monai.engines.handlers.early_stopping import Attach, EarlyStopping
+from amkd_monai.engines.handlers.run_record import RunRecord
+
+__all__ = ["Attach", "BestStudent", "CaseReport", "EarlyStopping", "LoadStudent", "ResumeCheckpoint", "RunRecord"]

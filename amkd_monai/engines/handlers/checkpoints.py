@@ -1,0 +1,163 @@
+"""Checkpoints: the best student alone, and everything that a killed run needs to go on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from torch import nn
+
+from amkd_monai.atomic import atomic_path
+from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
+
+logger = logging.getLogger("amkd_monai")
+
+
+def _is_main_process() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def save_atomically(content: Any, path: str | Path) -> None:
+    """``torch.save`` that leaves the old file or the new one, never half of one."""
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+class BestStudent:
+    """Save the student's flat state dict whenever the key metric of validation is the best so far.
+
+    Attach to the evaluator. The file loads with ``weights_only=True``.
+
+    Args:
+        student: the student (not its distiller).
+        path: file to write, e.g. ``models/model.pt``.
+    """
+
+    def __init__(self, student: nn.Module, path: str | Path) -> None:
+        self.student, self.path = student, Path(path)
+        self.best = -float("inf")
+
+    def attach(self, engine: Engine) -> None:
+        """Run at the end of every validation."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Compare and save."""
+        value = float(engine.state.metrics[engine.state.key_metric_name])
+        if value > self.best:
+            self.best = value
+            if _is_main_process():
+                save_atomically({k: v.detach().cpu() for k, v in self.student.state_dict().items()}, self.path)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the best value, for resuming."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore the best value."""
+        self.best = float(state["best"])
+
+
+class ResumeCheckpoint:
+    """Save all state at the end of every epoch; with ``resume`` continue from there.
+
+    Attach last to the trainer, so that an epoch counts as done only with its validation. A run that is killed within
+    an epoch repeats that epoch.
+
+    Args:
+        path: file to write, e.g. ``models/distillation.pt``.
+        distiller: student and distillation state (a DistributedDataParallel wrapper is looked through).
+        objects: further objects with ``state_dict`` and ``load_state_dict``: optimizer, scheduler, handlers.
+        evaluator: its best metric and epoch are kept too.
+        resume: continue from ``path``; False starts afresh.
+        identity: what must be the same for the states to fit (split, seed, teachers); compared on resuming.
+
+    Raises:
+        CheckpointError: asked to resume where there is no checkpoint, or one of another run.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        distiller: nn.Module,
+        objects: Mapping[str, Any],
+        evaluator: Engine | None = None,
+        resume: bool = False,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path, self.objects, self.evaluator, self.resume = Path(path), dict(objects), evaluator, resume
+        self.distiller = distiller.module if hasattr(distiller, "module") else distiller
+        self.identity = {k: str(v) for k, v in (identity or {}).items()}
+
+    def attach(self, engine: Engine) -> None:
+        """Restore when the run starts, save at the end of every epoch."""
+        engine.add_event_handler(Events.STARTED, self._restore)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _save(self, engine: Engine) -> None:
+        if not _is_main_process():
+            return
+        state: dict[str, Any] = {
+            "epoch": engine.state.epoch,
+            "iteration": engine.state.iteration,
+            "identity": self.identity,
+            "distiller": self.distiller.state_dict(),
+            "objects": {name: value.state_dict() for name, value in self.objects.items()},
+        }
+        if self.evaluator is not None:
+            best, epoch = self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch
+            state["best"] = [float(best), int(epoch)]
+        save_atomically(state, self.path)
+
+    def _restore(self, engine: Engine) -> None:
+        if not self.resume:
+            return
+        if not self.path.is_file():
+            raise CheckpointError(f"There is nothing to resume at {self.path}: start without --resume.")
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError) as error:
+            raise CheckpointError(f"{self.path} is damaged: start without --resume.") from error
+        differing = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
+        if differing:
+            raise CheckpointError(
+                f"{self.path} belongs to a run with another {', '.join(differing)}: repeat the settings of that run, or "
+                "start without --resume."
+            )
+        load_strict(self.distiller, state["distiller"], self.path)
+        for name, value in self.objects.items():
+            value.load_state_dict(state["objects"][name])
+        engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
+        if self.evaluator is not None:
+            self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = state["best"]
+        logger.info("resumed after epoch %d from %s", state["epoch"], self.path)
+
+
+class LoadStudent:
+    """Load a trained student before an evaluation or inference.
+
+    Args:
+        student: network to fill.
+        path: flat state dict, e.g. ``models/model.pt``.
+
+    Raises:
+        CheckpointError: there is no such file, or it is another network's.
+    """
+
+    def __init__(self, student: nn.Module, path: str | Path) -> None:
+        self.student, self.path = student, Path(path)
+
+    def attach(self, engine: Engine) -> None:
+        """Load when the engine starts."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Load strictly, without unpickling code."""
+        if not self.path.is_file():
+            raise CheckpointError(f"There is no trained student at {self.path}: run `training` first.")
+        load_strict(self.student, load_state_dict(self.path), self.path)

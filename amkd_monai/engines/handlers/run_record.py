@@ -1,0 +1,129 @@
+"""The run record: what was trained on what, so that a figure can be traced and repeated."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+
+import amkd_monai
+from amkd_monai.atomic import atomic_write_bytes, atomic_write_json
+
+VERSIONED = ("torch", "monai", "pytorch-ignite", "timm", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    found = {name: importlib.metadata.version(name) for name in VERSIONED}
+    return {"python": platform.python_version(), "amkd_monai": amkd_monai.__version__, **found}
+
+
+class RunRecord:
+    """Write ``run.json`` when a training starts and ends, and ``history.csv`` after every epoch.
+
+    Attach to the trainer, after the validation handler.
+
+    Args:
+        output_dir: folder of the two files.
+        facts: what to record: data, split, teachers, seed, settings.
+        evaluator: whose metrics enter the history.
+    """
+
+    def __init__(self, output_dir: str | Path, facts: Mapping[str, Any], evaluator: Engine | None = None) -> None:
+        self.output_dir, self.facts, self.evaluator = Path(output_dir), dict(facts), evaluator
+        self.rows: list[dict[str, float]] = []
+        self.sums: dict[str, float] = {}
+        self.steps = 0
+        self.started = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        """Follow the trainer."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
+        engine.add_event_handler(Events.COMPLETED, self._complete)
+
+    def _start(self, engine: Engine) -> None:
+        self.started = time.time()
+        self._write(engine, "running")
+
+    def _collect(self, engine: Engine) -> None:
+        result = engine.state.distillation
+        values = {"loss_total": float(result.total.detach())}
+        for name, loss in result.losses.items():
+            values[f"loss_{name}"] = float(loss.detach().mean())
+            values[f"weight_{name}"] = float(result.loss_weights[name])
+        for name, weights in result.teacher_weights.items():
+            for k, value in enumerate(weights.mean(0).tolist()):
+                values[f"teacher_{name}_{engine.targets.specs[k].name}"] = value
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps += 1
+
+    def _epoch(self, engine: Engine) -> None:
+        row: dict[str, float] = {"epoch": engine.state.epoch}
+        row.update({name: total / self.steps for name, total in self.sums.items()})
+        if self.evaluator is not None and self.evaluator.state.epoch == engine.state.epoch:
+            row.update({k: float(v) for k, v in self.evaluator.state.metrics.items()})
+        self.rows.append(row)
+        self.sums, self.steps = {}, 0
+        if self._main():
+            columns = list(dict.fromkeys(k for r in self.rows for k in r))
+            text = io.StringIO()
+            writer = csv.DictWriter(text, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+            atomic_write_bytes(self.output_dir / "history.csv", text.getvalue().encode())
+            self._write(engine, "running")
+
+    def _complete(self, engine: Engine) -> None:
+        self._write(engine, "completed")
+
+    def _main(self) -> bool:
+        return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+    def _write(self, engine: Engine, status: str) -> None:
+        if not self._main():
+            return
+        record = {
+            "status": status,
+            **self.facts,
+            "epochs_done": engine.state.epoch,
+            "max_epochs": engine.state.max_epochs,
+            "steps_per_epoch": engine.state.epoch_length,
+            "versions": versions(),
+            "machine": {"cpus": psutil.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)},
+            "seconds": round(time.time() - self.started, 1),
+            "peak_rss_mb": _peak_rss_mb(),
+        }
+        if self.evaluator is not None:
+            best, epoch = self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch
+            record["best_validation"] = {
+                "metric": self.evaluator.state.key_metric_name,
+                "value": float(best) if epoch > 0 else None,
+                "epoch": int(epoch),
+            }
+        atomic_write_json(self.output_dir / "run.json", record)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history, for resuming."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the history."""
+        self.rows = [dict(row) for row in state["rows"]]
+
+
+def _peak_rss_mb() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

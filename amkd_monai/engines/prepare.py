@@ -1,0 +1,276 @@
+"""Prepare a run: do what is still missing, in order: teacher cache, probes, cross-fitting, admission.
+
+Every step keeps its result under a name derived from what it depends on; a second call finds it there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from amkd_monai.cache import probes
+from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers
+from amkd_monai.cache.store import FeatureStore
+from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.distillation import TeacherSpec
+from amkd_monai.engines import admission, crossfit
+from amkd_monai.engines.recipe import Recipe
+from amkd_monai.engines.targets import TeacherSource, TeacherTargets
+from amkd_monai.engines.volume_specialist import fit_volumes, predict_volumes
+from amkd_monai.teachers.registry import KINDS, build_teacher, validate_descriptions
+
+logger = logging.getLogger("amkd_monai")
+
+ADMISSION_MODES = ("cross_fit", "all", "none")
+
+
+@dataclass
+class _Candidate:
+    """A teacher with all that was computed about it, before admission."""
+
+    description: Mapping[str, Any]
+    record: dict[str, Any]
+    features: FeatureStore | None = None
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    answers: FeatureStore | None = None
+    validation_answers: FeatureStore | None = None
+    temperature: float = 1.0
+    score: admission.AnswerScore | None = None
+
+
+class Preparation:
+    """What the steps of the preparation share.
+
+    Args:
+        train: decoded training split, unlabelled samples included.
+        validation: decoded validation split: fits the calibration temperatures.
+        student: the undistilled student as it starts; copied, never changed.
+        recipe: the run's training recipe.
+        epochs: the run's length.
+        cache_dir: folder of all stores.
+        device: where teachers and students run.
+        seed: of folds and trainings.
+        folds: of probes and cross-fitted specialists.
+    """
+
+    def __init__(
+        self,
+        train: DecodedDataset,
+        validation: DecodedDataset,
+        student: nn.Module,
+        recipe: Recipe,
+        epochs: int,
+        cache_dir: str,
+        device: torch.device | str,
+        seed: int,
+        folds: int,
+    ) -> None:
+        self.train, self.validation, self.student, self.recipe = train, validation, student, recipe
+        self.epochs, self.cache_dir, self.device = epochs, str(Path(cache_dir)), device
+        self.seed, self.folds = seed, folds
+
+    def candidate(self, description: Mapping[str, Any]) -> _Candidate:
+        """Compute a teacher's features and answers; one teacher is in memory at a time."""
+        if description["kind"] in KINDS:
+            candidate = self._image_teacher(description)
+        else:
+            candidate = self._cross_fitted(description)
+        if candidate.answers is not None and candidate.validation_answers is not None:
+            candidate.temperature = self._calibrate(candidate.validation_answers)
+            candidate.score = admission.score_answers(candidate.answers, self.train, candidate.temperature)
+            candidate.record["dice"] = round(candidate.score.dice, 4)
+            candidate.record["cross_entropy"] = round(candidate.score.cross_entropy, 4)
+            candidate.record["volume_ratio"] = round(candidate.score.volume_ratio, 3)
+            candidate.record["calibration_temperature"] = round(candidate.temperature, 3)
+        return candidate
+
+    def _image_teacher(self, description: Mapping[str, Any]) -> _Candidate:
+        teacher = build_teacher(description)
+        record = {
+            "name": teacher.name,
+            "kind": description["kind"],
+            "fingerprint": teacher.fingerprint,
+            "licence": teacher.licence,
+            "random_weights": teacher.is_random,
+        }
+        if teacher.is_random:
+            logger.warning("The teacher '%s' has RANDOM weights: this run is a test, not a result.", teacher.name)
+        features = cache_teacher(teacher, self.train, self.cache_dir, self.device)
+        validation = cache_teacher(teacher, self.validation, self.cache_dir, self.device)
+        candidate = _Candidate(description, record)
+        if "grid" in features.arrays:
+            candidate.features = features
+            candidate.mean, candidate.std = probes.channel_statistics(features)
+        if "logits" in features.arrays:
+            record["answers"] = "its own"
+            candidate.answers, candidate.validation_answers = features, validation
+        elif candidate.features is not None:
+            record["answers"] = f"linear probe, cross-fitted in {self.folds} folds"
+            candidate.answers, candidate.validation_answers = self._probe(teacher.fingerprint, candidate, validation)
+        return candidate
+
+    def _probe(
+        self, fingerprint: str, candidate: _Candidate, validation_features: FeatureStore
+    ) -> tuple[FeatureStore, FeatureStore]:
+        features, mean, std = candidate.features, candidate.mean, candidate.std
+        assert features is not None and mean is not None and std is not None
+        size = (int(features.arrays["grid"].shape[1]), int(features.arrays["grid"].shape[2]))
+        key = {
+            "probe": "linear-1",
+            "teacher": fingerprint,
+            "folds": self.folds,
+            "seed": self.seed,
+            "labels": self.train.hashes,
+            "labelled": np.flatnonzero(self.train.has_label).tolist(),
+        }
+        name = str(candidate.record["name"])
+        train = answers_store(name, {**key, "of": "train"}, self.train, size, self.cache_dir)
+        validation = answers_store(name, {**key, "of": "validation"}, self.validation, size, self.cache_dir)
+        if not (train.is_complete and validation.is_complete):
+            logits, fitted = probes.cross_fit_probes(features, self.train, mean, std, self.folds, self.seed)
+            keep_answers(train, logits)
+            everything = np.arange(len(self.validation))
+            keep_answers(validation, probes.answer(validation_features, everything, mean, std, fitted))
+        return train, validation
+
+    def _cross_fitted(self, description: Mapping[str, Any]) -> _Candidate:
+        name = str(description["name"])
+        network = description.get("network")
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
+        folds = int(description.get("folds", self.folds))
+        if description["kind"] == "crossfit_volume_specialist":
+            patch = tuple(int(n) for n in description.get("patch_size", (64, 64, 64)))
+            steps, rate = int(description.get("steps", 300)), float(description.get("learning_rate", 2e-3))
+            fit = fit_volumes(patch, steps, rate, self.seed, self.device)  # type: ignore[arg-type]
+            predict = predict_volumes(patch, self.device)  # type: ignore[arg-type]
+            key: dict[str, Any] = {"volume": [patch, steps, rate]}
+        else:
+            epochs = int(description.get("epochs", self.epochs))
+            fit = crossfit.fit_student(self.recipe, epochs, self.seed, self.device, name)
+            predict, key = crossfit.predict_student, {"recipe": self.recipe.describe(), "epochs": epochs}
+        answers, validation = crossfit.cross_fit(
+            name, network, self.train, self.validation, fit, predict, key, folds, self.seed, self.cache_dir
+        )
+        record = {"name": name, "kind": description["kind"], "answers": f"cross-fitted in {folds} folds"}
+        record["fingerprint"] = answers.directory.name
+        return _Candidate(description, record, answers=answers, validation_answers=validation)
+
+    def _calibrate(self, store: FeatureStore) -> float:
+        rows = np.flatnonzero(self.validation.has_label)
+        size = store.arrays["logits"].shape[1:]
+        targets = probes.cell_targets(self.validation, rows, self.validation.num_classes, (size[0], size[1]))
+        return probes.calibration_temperature(torch.from_numpy(store.read("logits", rows)).float(), targets)
+
+    def student_score(self, folds: int, epochs: int) -> admission.AnswerScore:
+        """Cross-fit the undistilled student with the run's own recipe and score it."""
+        fit = crossfit.fit_student(self.recipe, epochs, self.seed, self.device, "undistilled student")
+        key = {"recipe": self.recipe.describe(), "epochs": epochs}
+        answers, _ = crossfit.cross_fit(
+            "student", self.student, self.train, None, fit, crossfit.predict_student, key, folds, self.seed, self.cache_dir
+        )
+        return admission.score_answers(answers, self.train)
+
+
+def prepare_teachers(
+    teachers: Sequence[Mapping[str, Any]],
+    train: DecodedDataset,
+    validation: DecodedDataset,
+    student: nn.Module,
+    recipe: Recipe,
+    epochs: int,
+    cache_dir: str,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    folds: int = 5,
+    admission_options: Mapping[str, Any] | None = None,
+) -> TeacherTargets:
+    """Return the targets of all teachers, computing what is still missing.
+
+    Under torch.distributed the first process computes and the others wait, then read.
+
+    Args:
+        teachers: descriptions (``amkd_monai.teachers.registry``); an empty list means no distillation.
+        train, validation, student, recipe, epochs, cache_dir, device, seed, folds: see :class:`Preparation`.
+        admission_options: ``mode`` (``cross_fit``: a teacher's answers are distilled only if their cross-fitted Dice
+            beats the undistilled student's; ``all``; ``none``), ``margin`` (Dice), ``folds`` and ``epochs`` of the
+            student's cross-fitting.
+
+    Raises:
+        ValueError: unknown kinds or options.
+        CheckpointError: a teacher's weights are missing or wrong.
+    """
+    options = {"mode": "cross_fit", "margin": 0.0, "folds": 3, "epochs": epochs, **(admission_options or {})}
+    if options["mode"] not in ADMISSION_MODES or set(options) != {"mode", "margin", "folds", "epochs"}:
+        raise ValueError(
+            f"The admission options {dict(admission_options or {})} are not understood: use mode (one of "
+            f"{', '.join(ADMISSION_MODES)}), margin, folds, epochs."
+        )
+    validate_descriptions(teachers)
+    preparation = Preparation(train, validation, student, recipe, epochs, cache_dir, device, seed, folds)
+    parallel = dist.is_available() and dist.is_initialized()
+    if parallel and dist.get_rank() != 0:
+        dist.barrier()
+    candidates = [preparation.candidate(description) for description in teachers]
+    record: dict[str, Any] = {"admission": dict(options)}
+    student_score: admission.AnswerScore | None = None
+    if options["mode"] == "cross_fit" and any(c.score is not None for c in candidates):
+        student_score = preparation.student_score(int(options["folds"]), int(options["epochs"] or epochs))
+        record["undistilled_student_dice"] = round(student_score.dice, 4)
+    sources = [_source(c, _admit(c, student_score, options)) for c in candidates]
+    if parallel and dist.get_rank() == 0:
+        dist.barrier()
+    return TeacherTargets(sources, admission.prior_entropy(train), record)
+
+
+def _admit(
+    candidate: _Candidate, student: admission.AnswerScore | None, options: Mapping[str, Any]
+) -> bool:
+    """Decide whether a teacher's answers are distilled; log and record the decision with both scores."""
+    score, record = candidate.score, candidate.record
+    if score is None:
+        admitted, why = False, "it gives no answers"
+    elif options["mode"] != "cross_fit" or student is None:
+        admitted, why = options["mode"] == "all", f"admission is set to '{options['mode']}'"
+    elif score.dice < student.dice + float(options["margin"]):
+        admitted, why = False, f"its Dice {score.dice:.3f} does not beat the undistilled student's {student.dice:.3f}"
+    elif (
+        record["kind"] == "crossfit_volume_specialist"
+        and abs(score.volume_ratio - 1) > admission.VOLUME_RATIO_TOLERANCE
+    ):
+        admitted, why = False, f"its volumes are {score.volume_ratio:.2f} times the true ones"
+    else:
+        admitted, why = True, f"its Dice {score.dice:.3f} beats the undistilled student's {student.dice:.3f}"
+    record["outputs_admitted"], record["admission_reason"] = admitted, why
+    logger.info("teacher %s: outputs %s (%s)", record["name"], "distilled" if admitted else "not distilled", why)
+    return admitted
+
+
+def _source(candidate: _Candidate, admitted: bool) -> TeacherSource:
+    features, answers = candidate.features, candidate.answers
+    spec = TeacherSpec(
+        name=str(candidate.record["name"]),
+        grid=_shape(features, "grid"),
+        mean=candidate.mean,
+        std=candidate.std,
+        logits=_shape(answers, "logits"),
+        admitted=admitted,
+        mean_error=None if candidate.score is None else candidate.score.cross_entropy,
+    )
+    return TeacherSource(spec, features, answers, candidate.temperature, candidate.record)
+
+
+def _shape(store: FeatureStore | None, array: str) -> tuple[int, int, int] | None:
+    if store is None:
+        return None
+    channels, height, width = store.arrays[array].shape
+    return int(channels), int(height), int(width)

@@ -1,0 +1,108 @@
+"""The training recipe: everything a student's training needs besides the distillation itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from monai.optimizers import WarmupCosineSchedule
+from torch import nn
+from torch.utils.data import DataLoader
+
+from amkd_monai.data.augment import Augmentation
+from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.data.sampling import BatchSampler
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Batches, augmentation and optimiser of a training; shared by the main run and by cross-fitting.
+
+    Attributes:
+        batch_size: samples per process and step.
+        learning_rate: of everything but the encoder.
+        encoder_learning_rate: of the pretrained encoder.
+        weight_decay: of AdamW, not on biases and norms.
+        warmup_steps: linear warm-up of the learning rate.
+        labelled_fraction: part of a batch that is labelled, where unlabelled samples take part.
+        foreground_fraction: part of the labelled picks that show foreground; None takes them as they come.
+        augmentation: options of :class:`amkd_monai.data.augment.Augmentation`.
+    """
+
+    batch_size: int = 8
+    learning_rate: float = 2e-3
+    encoder_learning_rate: float = 8e-4
+    weight_decay: float = 1e-3
+    warmup_steps: int = 20
+    labelled_fraction: float = 0.5
+    foreground_fraction: float | None = None
+    augmentation: dict[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the recipe as plain data."""
+        return asdict(self)
+
+    def augment(self) -> Augmentation:
+        """Return the augmentation's ranges."""
+        return Augmentation(**self.augmentation)
+
+    def loader(
+        self,
+        dataset: DecodedDataset,
+        seed: int,
+        use_unlabelled: bool = False,
+        indices: Sequence[int] | np.ndarray | None = None,
+        distributed: bool = True,
+        num_workers: int = 0,
+    ) -> DataLoader:
+        """Return the loader of training batches; under torch.distributed each process gets its own part.
+
+        Args:
+            dataset: decoded training data.
+            seed: seed of the run.
+            use_unlabelled: draw unlabelled samples too.
+            indices: restrict to these samples.
+            distributed: False draws everything in this process even under torch.distributed.
+            num_workers: loader processes; 0 is fastest for memory-mapped data.
+        """
+        parallel = distributed and dist.is_available() and dist.is_initialized()
+        sampler = BatchSampler(
+            dataset.has_label,
+            dataset.has_foreground,
+            self.batch_size,
+            seed=seed,
+            use_unlabelled=use_unlabelled,
+            labelled_fraction=self.labelled_fraction,
+            foreground_fraction=self.foreground_fraction,
+            indices=indices,
+            rank=dist.get_rank() if parallel else 0,
+            world_size=dist.get_world_size() if parallel else 1,
+        )
+        return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers)
+
+    def optimizer(self, distiller: nn.Module) -> torch.optim.Optimizer:
+        """Return AdamW with the encoder's own learning rate and no decay on biases and norms."""
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in distiller.named_parameters():
+            if parameter.requires_grad:
+                key = ("student.encoder." in name, parameter.ndim > 1)
+                groups.setdefault(key, []).append(parameter)
+        return torch.optim.AdamW(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.encoder_learning_rate if encoder else self.learning_rate,
+                    "weight_decay": self.weight_decay if decays else 0.0,
+                }
+                for (encoder, decays), parameters in groups.items()
+            ]
+        )
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> WarmupCosineSchedule:
+        """Return linear warm-up and cosine decay to 0 over ``steps`` optimiser steps."""
+        warmup = min(self.warmup_steps, max(1, steps // 5))
+        return WarmupCosineSchedule(optimizer, warmup_steps=warmup, t_total=max(steps, 1), warmup_multiplier=0.02)

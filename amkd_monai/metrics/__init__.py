@@ -1,0 +1,1 @@
+"""Metrics per case, their aggregation with confidence intervals, and paired comparisons."""

@@ -1,0 +1,185 @@
+"""From the rows of all cases to the numbers and the table that are reported."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from amkd_monai.atomic import atomic_write_bytes
+from amkd_monai.metrics.statistics import bootstrap_ci
+
+TEXT_COLUMNS = ("id", "group", "class", "status")
+"""Columns of a case file that hold text; every other column holds numbers."""
+
+Row = dict[str, Any]
+
+
+def summarise(rows: Sequence[Row], metrics: Sequence[str] = ("dice", "iou", "nsd", "hd95")) -> dict[str, Any]:
+    """Aggregate case rows: a mean over cases with its 95 % bootstrap interval, never pooled over pixels.
+
+    The case is the unit: with several foreground classes a case first gets the mean of its classes (NaN left
+    out). Cases that have no value are left out of a metric and counted under ``status``.
+
+    Args:
+        rows: rows as from :py:func:`~amkd_monai.metrics.segmentation.case_metrics`, each with the ``id`` of
+            its case.
+        metrics: columns to aggregate.
+
+    Returns:
+        ``cases`` (number of ids), ``status`` (rows per status), ``false_positive_rate`` (share of the rows
+        with an empty reference where something was predicted, NaN if there are none), ``metrics`` (for each
+        metric ``mean``, ``ci_low``, ``ci_high``, ``median``, ``n``), and with several classes ``classes``:
+        the same for each of them.
+
+    Raises:
+        ValueError: if a row has no id or lacks a metric, or if a class of a case comes twice.
+    """
+    seen: set[tuple[Any, Any]] = set()
+    for number, row in enumerate(rows):
+        missing = [key for key in ("id", "status", *metrics) if key not in row]
+        if missing:
+            raise ValueError(f"Row {number} lacks {', '.join(missing)}.")
+        key = (row["id"], row.get("class"))
+        if key in seen:
+            raise ValueError(f"Case {key[0]!r} has two rows for the class {key[1]!r}.")
+        seen.add(key)
+    summary = _summarise_rows(rows, metrics)
+    classes = list(dict.fromkeys(row.get("class") for row in rows))
+    if len(classes) > 1:
+        summary["classes"] = {
+            name: _summarise_rows([row for row in rows if row.get("class") == name], metrics)
+            for name in classes
+        }
+    return summary
+
+
+def _summarise_rows(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
+    status = Counter(row["status"] for row in rows)
+    empty = status["false_positive"] + status["empty_both"]
+    return {
+        "cases": len({row["id"] for row in rows}),
+        "status": dict(sorted(status.items())),
+        "false_positive_rate": status["false_positive"] / empty if empty else math.nan,
+        "metrics": {metric: _summarise_metric(rows, metric) for metric in metrics},
+    }
+
+
+def _summarise_metric(rows: Sequence[Row], metric: str) -> dict[str, float]:
+    by_case: dict[Any, list[float]] = {}
+    for row in rows:
+        if not math.isnan(row[metric]):
+            by_case.setdefault(row["id"], []).append(row[metric])
+    values = [math.fsum(of_case) / len(of_case) for of_case in by_case.values()]
+    mean, low, high = bootstrap_ci(values)
+    median = float(np.median(values)) if values else math.nan
+    return {"mean": mean, "ci_low": low, "ci_high": high, "median": median, "n": len(values)}
+
+
+def format_table(summary: Mapping[str, Any], title: str) -> str:
+    """The summary as a plain-text table, a line per metric (and class, if there are several)."""
+    header = ("", "mean", "95 % CI", "median", "n")
+    blocks = {"": summary, **summary.get("classes", {})}
+    lines: list[Sequence[str]] = [header]
+    for name, block in blocks.items():
+        for metric, value in block["metrics"].items():
+            interval = f"[{_number(value['ci_low'])}, {_number(value['ci_high'])}]"
+            label = f"{name} {metric}" if name else metric
+            lines.append((label, _number(value["mean"]), interval, _number(value["median"]), str(value["n"])))
+    counts = ", ".join(f"{status} {count}" for status, count in summary["status"].items())
+    return "\n".join([f"{title} ({summary['cases']} cases; {counts})", align(lines)])
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as text columns: the first flush left, the others flush right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}"
+
+
+def write_case_csv(path: str | Path, rows: Sequence[Row]) -> None:
+    """Write case rows as CSV (UTF-8, atomic); floats keep every digit and NaN is an empty cell.
+
+    Args:
+        path: file to write.
+        rows: rows that all have the same keys, which become the header.
+
+    Raises:
+        ValueError: if there are no rows or their keys differ.
+    """
+    if not rows:
+        raise ValueError(f"There are no cases to write to {path}.")
+    header = list(rows[0])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, lineterminator="\n")
+    writer.writeheader()
+    for number, row in enumerate(rows):
+        if set(row) != set(header):
+            raise ValueError(f"Row {number} has the columns {sorted(row)}, but row 0 has {sorted(header)}.")
+        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
+    atomic_write_bytes(Path(path), text.getvalue().encode())
+
+
+def read_case_csv(path: str | Path) -> list[Row]:
+    """Read what :py:func:`write_case_csv` wrote: text in ``TEXT_COLUMNS``, else numbers, NaN if empty.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a row is cut short or a number cannot be read.
+    """
+    rows = []
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        for number, raw in enumerate(csv.DictReader(file), start=2):
+            if None in raw or None in raw.values():
+                raise ValueError(f"{path}, line {number} does not have as many cells as the header.")
+            rows.append(
+                {
+                    key: value if key in TEXT_COLUMNS else _parse(value, path, number, key)
+                    for key, value in raw.items()
+                }
+            )
+    return rows
+
+
+def _parse(text: str, path: str | Path, line: int, column: str) -> int | float:
+    if not text:
+        return math.nan
+    try:
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {line}, column {column}: {text!r} is not a number.") from error
+
+
+def jsonable(obj: Any) -> Any:
+    """A copy that strict JSON can hold: NaN and infinities become null, numpy values and paths plain ones.
+
+    Raises:
+        TypeError: if a value is of a type that JSON has no form for.
+    """
+    if isinstance(obj, np.ndarray | np.generic):
+        obj = obj.tolist()
+    if obj is None or isinstance(obj, str | bool | int):
+        return obj
+    if isinstance(obj, float):
+        return obj if math.isfinite(obj) else None
+    if isinstance(obj, Path):
+        return str(obj)
+    if isinstance(obj, Mapping):
+        return {str(key): jsonable(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [jsonable(value) for value in obj]
+    raise TypeError(f"Cannot write a {type(obj).__name__} as JSON: {obj!r}.")

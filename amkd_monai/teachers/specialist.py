@@ -1,0 +1,107 @@
+"""A specialist teacher: any trained network that is given as a TorchScript or torch.export file."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amkd_monai.teachers.base import Teacher, TeacherFeatures, binary_to_two_class, pool_to_grid, resize
+from amkd_monai.weights import CheckpointError, file_sha256
+
+
+def load_network_file(path: str | Path) -> nn.Module:
+    """Load a network from a ``.ts`` (TorchScript) or ``.pt2`` (torch.export) file; neither holds Python code.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or of another format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"There is no network file at {path}: give the path of a .ts or .pt2 file.")
+    try:
+        if path.suffix == ".pt2":
+            return torch.export.load(path).module()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # TorchScript's end: .pt2 is accepted beside it
+            return torch.jit.load(path, map_location="cpu")
+    except (RuntimeError, ValueError, OSError, EOFError) as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is not a whole TorchScript (.ts) or torch.export (.pt2) file: "
+            "obtain or export it again."
+        ) from error
+
+
+class SpecialistTeacher(Teacher):
+    """A network file whose forward gives logits, or (logits, feature map).
+
+    Its logits count as an outside answer: use it only where its training images are not those of the run (a network
+    trained on the run's own images must be cross-fitted, see ``amkd_monai.engines.crossfit``).
+
+    Args:
+        name: name of the teacher in a run.
+        path: ``.ts`` or ``.pt2`` file taking (B, 3, S, S), RGB in [0, 1].
+        image_size: side in pixels to which images are squashed; None takes them as they come.
+        grid_limit: feature maps are area-pooled down to at most this many cells a side.
+        licence: licence of the weights.
+        mean: subtracted per channel before the network, in [0, 1] units.
+        std: divides per channel.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another format.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str | Path,
+        image_size: int | None = None,
+        grid_limit: int = 16,
+        licence: str = "unknown",
+        mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        std: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    ) -> None:
+        super().__init__(name, licence)
+        self.network = load_network_file(path)
+        self.file_hash = file_sha256(path)
+        self.image_size, self.grid_limit = image_size, grid_limit
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        if not str(path).endswith(".pt2"):  # an exported program has its mode fixed
+            self.train(False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Keep evaluation mode; an exported program has no mode to change."""
+        self.training = False
+        if isinstance(self.network, torch.jit.ScriptModule):
+            self.network.eval()
+        return self
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Return the file's digest, size and statistics."""
+        return {
+            "file": self.file_hash,
+            "image_size": self.image_size,
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+            "grid_limit": self.grid_limit,
+        }
+
+    def forward(self, image: Tensor) -> TeacherFeatures:
+        """Return logits (B, num_classes, h, w) and, where the file gives one, the feature map of (B, 3, H, W)."""
+        size = (self.image_size, self.image_size) if self.image_size else None
+        output = self.network((resize(image, size) - self.mean) / self.std)
+        logits, grid = output if isinstance(output, (tuple, list)) else (output, None)
+        if logits.ndim != 4:
+            raise ValueError(
+                f"The specialist '{self.name}' gave logits of shape {tuple(logits.shape)}; a mask teacher must give "
+                "(B, classes, h, w)."
+            )
+        logits = binary_to_two_class(logits) if logits.shape[1] == 1 else logits
+        if grid is None:
+            return TeacherFeatures(logits=logits)
+        return TeacherFeatures(grid=pool_to_grid(grid, self.grid_limit), pooled=grid.mean((2, 3)), logits=logits)

@@ -1,0 +1,78 @@
+"""Any timm network as a teacher of features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amkd_monai.networks.encoder import create_encoder, load_encoder_weights
+from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid, resize
+from amkd_monai.weights import PACKAGED
+
+
+class TimmTeacher(Teacher):
+    """A frozen timm encoder: the feature map of one stage and the pooled vector before the classifier.
+
+    Args:
+        name: name of the teacher in a run.
+        model: timm name, for example ``tf_efficientnet_lite2`` or ``vit_base_patch16_224``.
+        weights: ``packaged``, a checkpoint file with timm's keys, or ``random`` (marks the run as a test).
+        image_size: side in pixels to which images are squashed; None takes the network's fixed size if it has one,
+            else the images as they come.
+        stride: stride of the feature map wanted (the nearest stage at or below it is taken).
+        grid_limit: feature maps are area-pooled down to at most this many cells a side.
+        licence: licence of the weights.
+
+    Raises:
+        ValueError: unknown timm name.
+        CheckpointError: weights that are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        weights: str | Path = "packaged",
+        image_size: int | None = None,
+        stride: int = 16,
+        grid_limit: int = 16,
+        licence: str | None = None,
+    ) -> None:
+        packaged = PACKAGED.get(model)
+        super().__init__(name, licence or (packaged.licence if packaged else "unknown"))
+        self.network = create_encoder(model, num_classes=0)
+        load_encoder_weights(self.network, model, weights)
+        config = self.network.pretrained_cfg
+        if image_size is None and config.get("fixed_input_size"):
+            image_size = int(config["input_size"][-1])
+        self.model, self.image_size, self.grid_limit = model, image_size, grid_limit
+        reductions = [stage["reduction"] for stage in self.network.feature_info]
+        self.stage = max((i for i, r in enumerate(reductions) if r <= stride), default=0)
+        self.is_random = str(weights) == "random"
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        self.freeze()
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Return size, statistics, stage and grid."""
+        return {
+            "model": self.model,
+            "image_size": self.image_size,
+            "resize": "bilinear, anti-aliased, squashed",
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+            "stage": self.stage,
+            "grid_limit": self.grid_limit,
+        }
+
+    def forward(self, image: Tensor) -> TeacherFeatures:
+        """Return the grid (B, C, h, w) and the pooled vector (B, C') of an image (B, 3, H, W), RGB in [0, 1]."""
+        size = (self.image_size, self.image_size) if self.image_size else None
+        normalised = (resize(image, size) - self.mean) / self.std
+        final, maps = self.network.forward_intermediates(normalised, indices=[self.stage], output_fmt="NCHW")
+        pooled = self.network.forward_head(final, pre_logits=True)
+        return TeacherFeatures(grid=pool_to_grid(maps[0], self.grid_limit), pooled=pooled)
+
