@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ def describe(value: Any, depth: int = 0) -> Any:
     """
     if depth > 12:
         return "..."
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, (np.ndarray, torch.Tensor, np.generic)):
-        return np.asarray(value).tolist()
+        return describe(np.asarray(value).tolist(), depth + 1)
     if isinstance(value, (torch.dtype, torch.device, np.dtype, Path)):
         return str(value)
     if isinstance(value, Mapping):
@@ -37,6 +40,7 @@ def describe(value: Any, depth: int = 0) -> Any:
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
     if hasattr(value, "__code__"):
-        return f"{value.__module__}.{value.__qualname__}:{value.__code__.co_code.hex()}:{value.__code__.co_consts!r}"
+        plain = [c for c in value.__code__.co_consts if c is None or isinstance(c, (bool, int, float, str))]
+        return [f"{value.__module__}.{value.__qualname__}", value.__code__.co_code.hex(), plain]
     state = {k: v for k, v in getattr(value, "__dict__", {}).items() if k not in _VOLATILE}
     return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **describe(state, depth + 1)}

@@ -1,0 +1,46 @@
+"""How errors reach the person at the terminal."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+EXPECTED = (ValueError, OSError, FloatingPointError, TimeoutError)
+"""What bad input raises; CheckpointError is a RuntimeError and is recognised by its module."""
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Follow the chain of ``raise ... from`` to what went wrong within this package, or to its end."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    own = [e for e in chain if _is_own(e)]
+    return own[0] if own else chain[-1]
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether the error was raised by this package's code, as a sentence for the user."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    raised_in = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    expected = isinstance(error, EXPECTED) or type(error).__module__.startswith("amkd_monai")
+    return expected and raised_in.startswith("amkd_monai")
+
+
+def report_plainly() -> None:
+    """End an interrupted run with one sentence instead of the frames of a config's resolution.
+
+    Configs wrap every error in their own; this installs a ``sys.excepthook`` that prints this package's sentence alone
+    where there is one, and any other error in full. The exit code stays 1.
+    """
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        cause = root_cause(error)
+        if _is_own(cause):
+            print(f"error: {cause}", file=sys.stderr)
+        else:
+            previous(kind, error, trace)
+
+    sys.excepthook = hook
