@@ -53,4 +53,4 @@ bench: $(INSTALLED) ## run the benchmarks
 
 clean: ## remove build products and tool caches; .venv, trained students and teacher caches stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find amkd_monai tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

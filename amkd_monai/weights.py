@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import pickle
+import struct
 import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,21 @@ from torch import Tensor, nn
 
 CONTAINERS = ("model", "state_dict", "teacher")
 """Keys under which training scripts wrap a state dict."""
+
+
+DAMAGE_ERRORS = (
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+"""What torch's readers raise on a cut or altered file: it depends on where the damage is."""
 
 
 class CheckpointError(RuntimeError):
@@ -137,7 +153,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
                 "state dict alone (torch.save(model.state_dict(), ...)) or as safetensors."
             ) from error
         raise CheckpointError(f"{path} is not a readable checkpoint: obtain the file again.") from error
-    except (EOFError, RuntimeError, OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
+    except DAMAGE_ERRORS as error:
         raise CheckpointError(
             f"{path} is truncated or not a checkpoint ({path.stat().st_size} bytes): obtain the file again."
         ) from error

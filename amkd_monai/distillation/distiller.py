@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from amkd_monai.distillation.alignment import Alignment
 from amkd_monai.distillation.loss_gate import ScaledLossGate
 from amkd_monai.distillation.schedules import distillation_strength, kd_temperature
 from amkd_monai.distillation.standardise import MeanStdStandardiser
+
+logger = logging.getLogger("amkd_monai")
 
 DEFAULT_LOSSES = {"output": 1.0, "feature": 0.2}
 STUDENT_STRIDES = (8, 16)
@@ -95,7 +98,7 @@ class Distiller(nn.Module):
         strength: ``warmup``, ``decay`` and ``end`` of beta(t).
 
     Raises:
-        ValueError: unknown gate or loss, or a loss is asked for that no teacher can give.
+        ValueError: unknown gate or loss, or no teacher can give any of the losses asked for.
     """
 
     def __init__(
@@ -132,6 +135,9 @@ class Distiller(nn.Module):
                 "No teacher offers what the losses ask for (features or admitted answers): change `losses`, the "
                 "teachers, or use none."
             )
+        for name in self.loss_priors:
+            if priors[name] and not offered[name]:
+                logger.warning("No teacher offers what the loss '%s' asks for: it takes no part in this run.", name)
         self.align, self.standardise = nn.ModuleDict(), nn.ModuleDict()
         if self.loss_priors.get("feature"):
             channels = {stride: student.channels_at(stride) for stride in STUDENT_STRIDES}  # type: ignore[operator]
@@ -162,7 +168,8 @@ class Distiller(nn.Module):
             named = {"task": losses.segmentation_task_loss(logits[rows], batch.label[rows])}
             weights: dict[str, Tensor] = {}
             if self.teachers:
-                features = dict(zip(self.student.strides, levels, strict=True))  # type: ignore[arg-type]
+                maps = [level.float() for level in levels]  # autocast gave them half precision
+                features = dict(zip(self.student.strides, maps, strict=True))  # type: ignore[arg-type]
                 errors = self._errors(batch, logits.shape[1])
                 if self.loss_priors.get("output"):
                     named["output"], weights["output"] = self._output(batch, logits, errors, progress)

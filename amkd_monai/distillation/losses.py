@@ -22,12 +22,13 @@ def segmentation_task_loss(logits: Tensor, label: Tensor) -> Tensor:
         (B,): mean soft Dice loss of the foreground classes plus mean cross entropy (nats).
 
     Raises:
-        ValueError: a label is not below C.
+        ValueError: a label is not in 0 to C - 1.
     """
     classes = logits.shape[1]
-    if int(label.max()) >= classes or int(label.min()) < 0:
+    lowest, highest = int(label.min()), int(label.max())
+    if highest >= classes or lowest < 0:
         raise ValueError(
-            f"A label holds the class {int(label.max())}, the student has classes 0 to {classes - 1}: correct the "
+            f"A label holds the class {lowest if lowest < 0 else highest}, the student has classes 0 to {classes - 1}: correct the "
             "label or num_classes."
         )
     logits = logits.float()

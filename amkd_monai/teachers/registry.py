@@ -51,6 +51,11 @@ def build_teacher(description: Mapping[str, Any]) -> Teacher:
         CheckpointError: weights that are missing or do not fit.
     """
     validate_descriptions([description])
+    if description["kind"] in CROSS_FITTED_KINDS:
+        raise ValueError(
+            f"The teacher '{description['name']}' of the kind '{description['kind']}' is trained on a run's own images, "
+            "in folds: list it in `teachers` of a run (amkd_monai.engines.prepare)."
+        )
     options = {k: v for k, v in description.items() if k != "kind"}
     module, _, name = KINDS[description["kind"]].rpartition(".")
     teacher_class = getattr(importlib.import_module(module), name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, binary_to_two_class, pool_to_grid, resize
-from amkd_monai.weights import CheckpointError, file_sha256
+from amkd_monai.weights import DAMAGE_ERRORS, CheckpointError, file_sha256
 
 
 def load_network_file(path: str | Path) -> nn.Module:
@@ -28,7 +28,7 @@ def load_network_file(path: str | Path) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript's end: .pt2 is accepted beside it
             return torch.jit.load(path, map_location="cpu")
-    except (RuntimeError, ValueError, OSError, EOFError) as error:
+    except DAMAGE_ERRORS as error:
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is not a whole TorchScript (.ts) or torch.export (.pt2) file: "
             "obtain or export it again."

@@ -103,6 +103,7 @@ class RunRecord:
             "versions": versions(),
             "machine": {"cpus": psutil.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)},
             "seconds": round(time.time() - self.started, 1),
+            "cpu_seconds": round(time.process_time(), 1),
             "peak_rss_mb": _peak_rss_mb(),
         }
         if self.evaluator is not None:

@@ -1,0 +1,183 @@
+"""The datalist of a run: which data, where from, and which sample is in which section."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from amkd_monai.atomic import atomic_write_json, exclusive_lock
+from amkd_monai.data import kvasir_seg, msd_heart
+from amkd_monai.data.phantoms import is_phantom, write_phantom
+from amkd_monai.data.splits import Item, few_labels, split_hash
+from amkd_monai.tasks import Task, get_task
+
+logger = logging.getLogger("amkd_monai")
+
+MODULES: dict[str, ModuleType] = {"kvasir_seg": kvasir_seg, "msd_heart": msd_heart}
+"""Each data set's module has ``find_items``, ``split`` and ``inference_items``."""
+
+PHANTOM_NOTICE = """
+==================================================================================================
+ NO DATA FOUND for '{task}': this run uses generated PHANTOMS in {root}.
+ It is a demonstration, not a result. To use real data, unpack {folder} and give
+ --dataset_dir PATH/{folder}, or set AMKD_DATA_ROOT to its parent, or put it into data/.
+=================================================================================================="""
+
+
+@dataclass(frozen=True)
+class Datalist:
+    """The sections of a run; no group is in two of them.
+
+    Attributes:
+        task: what is asked.
+        root: the data set's folder.
+        source: how it was found: "argument", "environment", "data folder" or "phantoms".
+        train, validation, test: items with "image", "label", "id", "group".
+        unlabelled: items without "label"; they take part in distillation only.
+    """
+
+    task: Task
+    root: Path
+    source: str
+    train: list[Item]
+    validation: list[Item]
+    test: list[Item]
+    unlabelled: list[Item] = field(default_factory=list)
+
+    @property
+    def sections(self) -> dict[str, list[Item]]:
+        """The sections by name."""
+        return {
+            "train": self.train,
+            "validation": self.validation,
+            "test": self.test,
+            "unlabelled": self.unlabelled,
+        }
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over who is where, whatever the paths."""
+        return split_hash(self.train, self.validation, self.test, self.unlabelled)
+
+    @property
+    def is_phantom(self) -> bool:
+        """Whether the data are generated."""
+        return is_phantom(self.root)
+
+    def describe(self) -> dict[str, Any]:
+        """Return facts for a run record."""
+        return {
+            "task": self.task.name,
+            "source": self.source,
+            "root": str(self.root),
+            "phantom": self.is_phantom,
+            "counts": {name: len(items) for name, items in self.sections.items()},
+            "groups": {name: len({item["group"] for item in items}) for name, items in self.sections.items()},
+            "split_hash": self.hash,
+        }
+
+
+def resolve_dataset_dir(
+    task: str, dataset_dir: str | Path | None = None, cache_dir: str | Path = "data"
+) -> tuple[Path, str]:
+    """Find a data set: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``, else phantoms, loudly.
+
+    Returns:
+        The folder and how it was found.
+
+    Raises:
+        FileNotFoundError: the argument names a folder that is not there; it is never replaced by phantoms.
+        ValueError: unknown task.
+    """
+    folder = get_task(task).folder
+    if dataset_dir:
+        if not Path(dataset_dir).is_dir():
+            raise FileNotFoundError(f"There is no folder {dataset_dir}: correct dataset_dir, or leave it out for phantoms.")
+        return Path(dataset_dir), "argument"
+    if root := os.environ.get("AMKD_DATA_ROOT"):
+        if (Path(root) / folder).is_dir():
+            return Path(root) / folder, "environment"
+        logger.warning("There is no folder %s in AMKD_DATA_ROOT=%s.", folder, root)
+    if (Path("data") / folder).is_dir():
+        return Path("data") / folder, "data folder"
+    phantoms = Path(cache_dir) / "phantoms"
+    with exclusive_lock(phantoms / f"{folder}.lock", wait_s=600):
+        written = write_phantom(task, phantoms)
+    logger.warning(PHANTOM_NOTICE.format(task=task, root=written, folder=folder))
+    return written, "phantoms"
+
+
+def datalist(
+    task: str,
+    dataset_dir: str | Path | None = None,
+    cache_dir: str | Path = "data",
+    seed: int = 0,
+    fractions: Sequence[float] = (0.7, 0.15, 0.15),
+    folds: int = 5,
+    fold: int = 0,
+    labelled: int | None = None,
+    split_dir: str | Path | None = None,
+) -> Datalist:
+    """Find, check and split a data set.
+
+    Args:
+        task: a key of ``amkd_monai.tasks.TASKS``.
+        dataset_dir: the data set's folder; None searches for it.
+        cache_dir: where phantoms are made if there are no data.
+        seed: seed of the split.
+        fractions: shares of train, validation and test, where the data set is split at random.
+        folds: number of folds, where it is cross-validated.
+        fold: the fold that is the test section.
+        labelled: keep only so many training items labelled; the others become unlabelled.
+        split_dir: write the split list there.
+
+    Raises:
+        FileNotFoundError: no such folder or layout.
+        ValueError: a data set that contradicts itself, or a section that is empty.
+    """
+    root, source = resolve_dataset_dir(task, dataset_dir, cache_dir)
+    module = MODULES[task]
+    items = module.find_items(root)
+    train, validation, test = module.split(
+        root, items, fractions=tuple(fractions), folds=folds, fold=fold, seed=seed
+    )
+    for name, section in (("train", train), ("validation", validation)):
+        if not section:
+            raise ValueError(f"The {name} section of {root} is empty ({len(items)} items in all): change the split.")
+    unlabelled: list[Item] = []
+    if labelled is not None:
+        train, unlabelled = few_labels(train, labelled, seed)
+    result = Datalist(get_task(task), root, source, train, validation, test, unlabelled)
+    _check_groups(result)
+    if split_dir is not None:
+        members = {n: [[i["id"], i["group"]] for i in items] for n, items in result.sections.items()}
+        path = Path(split_dir) / f"split_{task}_{result.hash[:12]}.json"
+        atomic_write_json(path, {"task": task, "hash": result.hash, **members})
+    return result
+
+
+def _check_groups(result: Datalist) -> None:
+    seen: dict[str, str] = {}
+    for name, items in result.sections.items():
+        for group in {item["group"] for item in items}:
+            other = seen.setdefault(group, name)
+            if {name, other} not in ({name}, {"train", "unlabelled"}):
+                raise ValueError(f"The group '{group}' is in the sections {other} and {name}: change the split.")
+
+
+def inference_datalist(
+    task: str, dataset_dir: str | Path | None = None, cache_dir: str | Path = "data"
+) -> list[Item]:
+    """List the images to predict, {"image", "id"}: an official layout's, or those of a plain folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder or no image in it.
+    """
+    root, _ = resolve_dataset_dir(task, dataset_dir, cache_dir)
+    items: list[Item] = MODULES[task].inference_items(root)
+    return items

@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import SaveImage
+from PIL import Image
+
+from amkd_monai.data.transforms import NeighbourSlicesd, TransposeHWd, load_mask, load_rgb
+
+SIZE = (5, 9)  # height, width
+
+
+def load(loader, path, key):
+    return np.asarray(loader({key: str(path)})[key])
+
+
+def ramp():
+    return np.arange(45, dtype=np.uint8).reshape(SIZE) * 5
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA"])
+def test_photos_of_any_mode_become_rgb(tmp_path, mode):
+    grey = ramp()
+    Image.fromarray(grey).convert(mode).save(tmp_path / "photo.png")
+    image = load(load_rgb(), tmp_path / "photo.png", "image")
+    assert image.shape == (3, *SIZE)
+    np.testing.assert_array_equal(image, np.broadcast_to(grey, (3, *SIZE)))
+
+
+def test_palettes_and_bilevel_photos_become_rgb(tmp_path):
+    indices = Image.fromarray((ramp() > 100).astype(np.uint8), mode="P")
+    indices.putpalette([10, 20, 30, 200, 150, 100])
+    indices.save(tmp_path / "p.png")
+    image = load(load_rgb(), tmp_path / "p.png", "image")
+    assert image[:, 0, 0].tolist() == [10, 20, 30] and image[:, -1, -1].tolist() == [200, 150, 100]
+    Image.fromarray(ramp() > 100).save(tmp_path / "1.png")
+    assert set(np.unique(load(load_rgb(), tmp_path / "1.png", "image"))) == {0, 255}
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_photos_of_sixteen_bits_keep_their_range(tmp_path, suffix):
+    deep = ramp().astype(np.uint16) * 257
+    Image.fromarray(deep).save(tmp_path / f"deep.{suffix}")
+    image = load(load_rgb(), tmp_path / f"deep.{suffix}", "image")
+    np.testing.assert_allclose(image, np.broadcast_to(ramp(), (3, *SIZE)), atol=1)
+
+
+def test_colours_keep_their_order(tmp_path):
+    pixels = np.zeros((*SIZE, 3), np.uint8)
+    pixels[0, 8] = 255, 100, 0
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    assert load(load_rgb(), tmp_path / "photo.png", "image")[:, 0, 8].tolist() == [255, 100, 0]
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGB", "RGBA", "16-bit", "16-bit tif"])
+def test_masks_of_any_mode_are_0_and_255(tmp_path, mode):
+    inside = np.zeros(SIZE, bool)
+    inside[1:3, 4:9] = True
+    path = tmp_path / ("mask.tif" if mode.endswith("tif") else "mask.png")
+    if mode.startswith("16-bit"):
+        Image.fromarray(inside.astype(np.uint16) * 65535).save(path)
+    elif mode == "P":
+        picture = Image.fromarray(inside.astype(np.uint8), mode="P")
+        picture.putpalette([0, 0, 0, 255, 255, 255])
+        picture.save(path)
+    else:
+        Image.fromarray(inside.astype(np.uint8) * 255).convert(mode).save(path)
+    mask = load(load_mask(), path, "label")
+    np.testing.assert_array_equal(mask, inside[None] * 255)
+
+
+def test_grey_levels_are_cut_at_127(tmp_path):
+    levels = np.array([[0, 1, 126, 127], [128, 129, 254, 255]], np.uint8)
+    Image.fromarray(levels).save(tmp_path / "mask.png")
+    assert load(load_mask(), tmp_path / "mask.png", "label")[0].tolist() == [[0] * 4, [255] * 4]
+
+
+def test_the_ringing_of_a_jpeg_mask_is_no_foreground(tmp_path):
+    y, x = np.mgrid[:64, :96]
+    inside = (y - 30) ** 2 + (x - 50) ** 2 < 15**2
+    Image.fromarray(inside.astype(np.uint8) * 255).save(tmp_path / "mask.jpg", quality=75)
+    stored = np.asarray(Image.open(tmp_path / "mask.jpg"))
+    assert (stored > 0).sum() > 1.1 * inside.sum()  # what a cut at > 0 would give
+    mask = load(load_mask(), tmp_path / "mask.jpg", "label")[0] > 0
+    assert abs(int(mask.sum()) - int(inside.sum())) <= 0.01 * inside.sum()
+
+
+def test_a_missing_label_is_left_out(tmp_path):
+    Image.fromarray(ramp()).save(tmp_path / "photo.png")
+    assert set(load_mask()({"image": str(tmp_path / "photo.png")})) == {"image"}
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_each_slice_gets_its_neighbours(depth):
+    volume = torch.arange(depth).view(1, depth, 1, 1).expand(1, depth, 3, 4).float()
+    stacked = NeighbourSlicesd("image")({"image": volume})["image"]
+    assert stacked.shape == (3, depth, 3, 4)
+    at = np.arange(depth)
+    expected = [np.maximum(at - 1, 0), at, np.minimum(at + 1, depth - 1)]
+    np.testing.assert_array_equal(np.asarray(stacked)[:, :, 0, 0], expected)
+
+
+def test_neighbours_keep_the_meta_data_and_agree_with_the_decoded_dataset(tmp_path):
+    from toy_images import volume_chain, write_volume
+
+    from amkd_monai.data.decoded import DecodedDataset
+
+    affine = torch.diag(torch.tensor([2.0, 1.5, 1.0, 1.0]))
+    volume = MetaTensor(torch.rand(1, 4, 3, 5), affine=affine, meta={"filename_or_obj": "a.nii.gz"})
+    stacked = NeighbourSlicesd("image")({"image": volume, "other": 1})
+    assert torch.equal(stacked["image"].affine, volume.affine) and stacked["other"] == 1
+    assert stacked["image"].meta["filename_or_obj"] == "a.nii.gz"
+
+    item = write_volume(tmp_path, "v")
+    chain = volume_chain()
+    decoded = DecodedDataset([item], chain, tmp_path / "cache")
+    stacked = NeighbourSlicesd("image")(chain(item))["image"]
+    for d in range(4):
+        np.testing.assert_allclose(decoded.image(d) / 255, np.asarray(stacked)[:, d], atol=1 / 255)
+
+
+def test_a_written_png_has_the_size_and_content_of_the_input(tmp_path):
+    Image.fromarray(np.stack([ramp()] * 3, -1)).save(tmp_path / "in.png")
+    inside = np.zeros(SIZE, np.uint8)
+    inside[0, 6:] = 1
+    image = load_rgb()({"image": str(tmp_path / "in.png")})["image"]
+    prediction = MetaTensor(torch.from_numpy(inside)[None], meta=image.meta)
+    turned = TransposeHWd("pred")({"pred": prediction})["pred"]
+    save = SaveImage(tmp_path, output_postfix="seg", output_ext=".png", scale=255, resample=False, separate_folder=False)
+    save(turned)
+    written = Image.open(next(tmp_path.glob("*seg.png")))
+    assert written.size == (9, 5)
+    np.testing.assert_array_equal(np.asarray(written.convert("L")), inside * 255)

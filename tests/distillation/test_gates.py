@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from amkd_monai.distillation import gates
+from amkd_monai.distillation.losses import one_hot_area, soft_cross_entropy
+
+PRIOR = 0.65
+FLOOR = 0.1
+
+
+def errors_of(answers, label):
+    """Cross entropy (B, K, h, w) of several answers (B, 2, h, w)."""
+    target = one_hot_area(label, 2, answers[0].shape[-2:])
+    return torch.stack([soft_cross_entropy(target, a.log_softmax(1)) for a in answers], dim=1)
+
+
+def sure(label, size=(16, 16), strength=3.0):
+    """Answers that are mostly right: logits (B, 2, h, w)."""
+    foreground = one_hot_area(label, 2, size)[:, 1:]
+    return torch.cat([torch.zeros_like(foreground), strength * (2 * foreground - 1)], dim=1)
+
+
+def planted(seed=0, batch=6):
+    """Labels, and the answers of an expert, of one that always says the prior, and of one that shouts at random."""
+    rng = torch.Generator().manual_seed(seed)
+    label = (torch.rand((batch, 1, 4, 4), generator=rng) < 0.35).long().repeat_interleave(16, 2).repeat_interleave(16, 3)
+    constant = torch.tensor([0.65, 0.35]).log().view(1, 2, 1, 1).expand(batch, 2, 16, 16)
+    noise = 4 * torch.randn((batch, 2, 16, 16), generator=rng)
+    return label, [sure(label), constant, noise]
+
+
+def test_reliability_is_a_softmax_with_an_abstain_slot():
+    rng = np.random.default_rng(0)
+    errors = rng.uniform(0, 2, (2, 3, 4, 5)).astype(np.float32)
+    available = np.array([[1, 1, 1], [1, 0, 1]], dtype=np.float32)
+    votes = available[:, :, None, None] * np.exp(-errors / 0.25)
+    expected = votes / (np.exp(-PRIOR / 0.25) + votes.sum(1, keepdims=True))
+    got = gates.reliability(torch.from_numpy(errors), PRIOR, torch.from_numpy(available), temperature=0.25)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_errors_are_smoothed_over_three_by_three_cells():
+    errors = torch.zeros(1, 1, 5, 5)
+    errors[0, 0, 2, 2], errors[0, 0, 0, 0] = 9.0, 4.0
+    smooth = gates.box_smooth(errors)[0, 0]
+    assert smooth[2, 2] == 1 and smooth[2, 3] == 1 and smooth[2, 4] == 0
+    assert smooth[0, 0] == 1  # the mean of the 4 cells that exist
+    torch.testing.assert_close(gates.box_smooth(torch.full((1, 2, 3, 7), 0.5)), torch.full((1, 2, 3, 7), 0.5))
+
+
+def test_weights_mix_smoothed_reliability_with_the_floor():
+    errors = torch.rand((2, 3, 6, 6), generator=torch.Generator().manual_seed(0))
+    available = torch.tensor([[True, True, True], [False, True, True]])
+    got = gates.teacher_weights("reliability", errors, available, PRIOR, floor=0.2, temperature=0.5)
+    even = torch.tensor([[1 / 3] * 3, [0, 0.5, 0.5]])[:, :, None, None]
+    expected = 0.8 * gates.reliability(gates.box_smooth(errors), PRIOR, available, 0.5) + 0.2 * even
+    torch.testing.assert_close(got, expected)
+
+
+def test_uniform_gives_each_available_teacher_the_same():
+    available = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0]])
+    got = gates.teacher_weights("uniform", torch.rand(3, 3, 2, 2), available, PRIOR)[:, :, 0, 0]
+    torch.testing.assert_close(got, torch.tensor([[1 / 3] * 3, [0.5, 0, 0.5], [0, 0, 0]]))
+
+
+def test_the_weights_fade_where_every_teacher_is_worse_than_the_prior():
+    available = torch.ones(1, 2, dtype=torch.bool)
+    for error, low, high in ((0.05, 0.9, 1.0), (PRIOR, 0.5, 0.8), (2.0, FLOOR, FLOOR + 0.03)):
+        total = gates.teacher_weights("reliability", torch.full((1, 2, 4, 4), error), available, PRIOR).sum(1)
+        assert (total >= low).all() and (total <= high).all(), (error, total.max())
+
+
+def test_planted_constant_and_noise_teachers_are_not_trusted():
+    label, answers = planted()
+    errors, available = errors_of(answers, label), torch.ones(len(label), 3, dtype=torch.bool)
+    expert, constant, noise = gates.teacher_weights("reliability", errors, available, PRIOR).mean((0, 2, 3)).tolist()
+    assert constant < 0.35 and noise < 0.25 and expert > 0.5
+    even = gates.teacher_weights("uniform", errors, available, PRIOR).mean((0, 2, 3))
+    torch.testing.assert_close(even, torch.full((3,), 1 / 3))
+
+
+def test_the_easiest_teacher_does_not_win_alone():
+    label, (_, constant, noise) = planted()
+    available = torch.ones(len(label), 2, dtype=torch.bool)
+    weights = gates.teacher_weights("reliability", errors_of([constant, noise], label), available, PRIOR)
+    assert weights.sum(1).mean() < 0.75  # no expert: much of the weight is withheld
+
+
+def test_an_expert_of_a_domain_leads_in_its_domain():
+    label, (right, _, noise) = planted(batch=8)
+    domain = torch.arange(8) % 2 == 0
+    first = torch.where(domain[:, None, None, None], right, noise)
+    second = torch.where(domain[:, None, None, None], noise, right)
+    available = torch.ones(8, 2, dtype=torch.bool)
+    weights = gates.teacher_weights("reliability", errors_of([first, second], label), available, PRIOR).mean((2, 3))
+    assert (weights[domain, 0] > 2 * weights[domain, 1]).all()
+    assert (weights[~domain, 1] > 2 * weights[~domain, 0]).all()
+
+
+def test_trust_is_local():
+    errors = torch.full((1, 2, 8, 8), 1.5)
+    errors[:, 0, :, :4] = errors[:, 1, :, 4:] = 0.05
+    weights = gates.teacher_weights("reliability", errors, torch.ones(1, 2), PRIOR)[0]
+    assert (weights[0, :, :3] > 0.8).all() and (weights[1, :, 5:] > 0.8).all()
+    assert (weights[0, :, 5:] < 0.1).all() and (weights[1, :, :3] < 0.1).all()
+
+
+@settings(max_examples=40, deadline=None, database=None)
+@given(
+    batch=st.integers(1, 5),
+    teachers=st.integers(1, 5),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    mode=st.sampled_from(gates.MODES),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    scale=st.sampled_from([0.0, 1.0, 50.0]),
+    floor=st.sampled_from([0.05, 0.1, 0.5]),
+    seed=st.integers(0, 1000),
+)
+def test_weights_are_bounded_finite_and_without_gradient(batch, teachers, height, width, mode, dtype, scale, floor, seed):
+    rng = torch.Generator().manual_seed(seed)
+    errors = (scale * torch.rand((batch, teachers, height, width), generator=rng)).to(dtype).requires_grad_()
+    available = torch.rand((batch, teachers), generator=rng) < 0.6
+    weights = gates.teacher_weights(mode, errors, available, PRIOR, floor=floor)
+    assert weights.shape == errors.shape and not weights.requires_grad and torch.isfinite(weights).all()
+    assert (weights.sum(1) <= 1 + 0.02).all() and (weights >= 0).all()
+    assert (weights[~available] == 0).all()
+    count = available.sum(1).clamp_min(1)[:, None, None, None]
+    least = (floor / count).expand_as(weights)[available]
+    assert (weights[available] >= least * 0.99).all()
+
+
+def test_an_unknown_mode_is_named_with_the_known_ones():
+    with pytest.raises(ValueError) as error:
+        gates.teacher_weights("oracle", torch.zeros(1, 1, 2, 2), torch.ones(1, 1), PRIOR)
+    assert "oracle" in str(error.value) and all(mode in str(error.value) for mode in gates.MODES)
