@@ -19,9 +19,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     from amkd_monai.metrics.compare import compare_runs, format_comparison
 
-    others = {Path(run).name: Path(run) / "per_case.csv" for run in arguments.runs}
+    others = {run: Path(run) / "per_case.csv" for run in arguments.runs}
     rows = compare_runs(Path(arguments.reference) / "per_case.csv", others, metric=arguments.metric)
-    print(format_comparison(rows))
+    print(format_comparison(rows, f"{arguments.metric}, compared with {arguments.reference}"))
     return 0
 
 

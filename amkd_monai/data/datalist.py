@@ -96,10 +96,13 @@ def resolve_dataset_dir(
     """
     folder = get_task(task).folder
     if dataset_dir:
-        if not Path(dataset_dir).is_dir():
-            raise FileNotFoundError(f"There is no folder {dataset_dir}: correct dataset_dir, or leave it out for phantoms.")
-        return Path(dataset_dir), "argument"
+        given = Path(dataset_dir).expanduser()
+        if not given.is_dir():
+            raise FileNotFoundError(f"There is no folder {given}: correct dataset_dir, or leave it out for phantoms.")
+        return given, "argument"
     if root := os.environ.get("AMKD_DATA_ROOT"):
+        if not Path(root).is_dir():
+            raise FileNotFoundError(f"AMKD_DATA_ROOT names {root}, which is not there: correct or unset it.")
         if (Path(root) / folder).is_dir():
             return Path(root) / folder, "environment"
         logger.warning("There is no folder %s in AMKD_DATA_ROOT=%s.", folder, root)
@@ -143,9 +146,7 @@ def datalist(
     root, source = resolve_dataset_dir(task, dataset_dir, cache_dir)
     module = MODULES[task]
     items = module.find_items(root)
-    train, validation, test = module.split(
-        root, items, fractions=tuple(fractions), folds=folds, fold=fold, seed=seed
-    )
+    train, validation, test = module.split(root, items, fractions=tuple(fractions), folds=folds, fold=fold, seed=seed)
     for name, section in (("train", train), ("validation", validation)):
         if not section:
             raise ValueError(f"The {name} section of {root} is empty ({len(items)} items in all): change the split.")
@@ -166,13 +167,11 @@ def _check_groups(result: Datalist) -> None:
     for name, items in result.sections.items():
         for group in {item["group"] for item in items}:
             other = seen.setdefault(group, name)
-            if {name, other} not in ({name}, {"train", "unlabelled"}):
+            if name != other:
                 raise ValueError(f"The group '{group}' is in the sections {other} and {name}: change the split.")
 
 
-def inference_datalist(
-    task: str, dataset_dir: str | Path | None = None, cache_dir: str | Path = "data"
-) -> list[Item]:
+def inference_datalist(task: str, dataset_dir: str | Path | None = None, cache_dir: str | Path = "data") -> list[Item]:
     """List the images to predict, {"image", "id"}: an official layout's, or those of a plain folder.
 
     Raises:

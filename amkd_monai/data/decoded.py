@@ -161,11 +161,12 @@ class DecodedDataset(Dataset):
             if classes.shape != label.shape:
                 raise BadSampleError(
                     f"{item['label']} has the size {classes.shape[-2:]}, its image {image.shape[-2:]} after "
-                    "preprocessing: the mask of another image?"
+                    "preprocessing: give the mask of this image."
                 )
-            if classes.min() < 0 or classes.max() >= self.num_classes:
+            wrong = classes[~np.isin(classes, np.arange(self.num_classes))]
+            if wrong.size:
                 raise BadSampleError(
-                    f"{item['label']} holds the value {classes.max():g}; the task has classes 0 to "
+                    f"{item['label']} holds the value {wrong[0]:g}; the task has classes 0 to "
                     f"{self.num_classes - 1}: correct the mask."
                 )
             label[:] = classes

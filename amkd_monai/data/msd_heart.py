@@ -26,6 +26,10 @@ VOLUME_SUFFIXES = (".nii.gz", ".nii")
 LAYOUT = "dataset.json with the folders imagesTr/ and labelsTr/ beside it"
 
 
+VALIDATION_FRACTION = 0.1
+"""Share of the cases outside the test fold that choose the checkpoint; labelled volumes are few."""
+
+
 def find_items(root: Path) -> list[Item]:
     """List the training volumes and labels that `dataset.json` names; headers and file lengths are checked.
 
@@ -109,7 +113,7 @@ def split(
     Returns:
         Train, validation and test items.
     """
-    return k_fold(items, folds, fold, seed=seed)
+    return k_fold(items, folds, fold, VALIDATION_FRACTION, seed)
 
 
 def _check_layout(root: Path) -> None:

@@ -222,10 +222,9 @@ def _endoscopy_frame(rng: np.random.Generator, size: tuple[int, int]) -> tuple[n
         glare[row : row + rng.integers(1, 4), column : column + rng.integers(1, 6)] = 1
     frame = np.maximum(frame, 1.6 * _blur(glare, 1.0)[..., None])
     frame *= 1 - 0.35 * np.clip(x**2 + y**2, 0, 1)[..., None]
-    half_height = height / width
-    frame[np.abs(x) + np.abs(y) > 0.62 + half_height] = 0.02  # the octagon of the video processor
+    frame[np.abs(x) + np.abs(y) > 0.62 + height / width] = 0.02  # the octagon of the video processor
     frame += 0.015 * rng.standard_normal(frame.shape)
-    return np.uint8(np.clip(frame, 0, 1) * 255), np.uint8(inside * 255)
+    return (np.clip(frame, 0, 1) * 255).astype(np.uint8), (inside * 255).astype(np.uint8)
 
 
 def _heart_volume(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -239,8 +238,8 @@ def _heart_volume(rng: np.random.Generator, shape: tuple[int, int, int]) -> tupl
     axes = [np.linspace(-half, half, n) for half, n in zip(HEART_HALF_EXTENT_MM, shape, strict=True)]
     points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)  # (X, Y, Z, 3) in mm from the centre
 
-    def ellipsoid(center: np.ndarray, radii: Sequence[float], roughness: float = 0.0) -> np.ndarray:
-        distance = np.linalg.norm((points - center) / np.array(radii), axis=-1)
+    def ellipsoid(center: np.ndarray, radii: np.ndarray, roughness: float = 0.0) -> np.ndarray:
+        distance = np.linalg.norm((points - center) / radii, axis=-1)
         return distance + roughness * _smooth_noise(rng, shape, (4, 12, 12)) < 1
 
     def tube(start: np.ndarray, end: np.ndarray, radius: float) -> np.ndarray:
@@ -261,11 +260,11 @@ def _heart_volume(rng: np.random.Generator, shape: tuple[int, int, int]) -> tupl
         ellipsoid(center + rng.normal((0, 4, 45), 2), rng.uniform((14, 18, 15), (19, 24, 18)), 0.06),  # right atrium
         tube(center + np.array([4, -110, -38]), center + np.array([2, 12, -36]), rng.uniform(9, 11)),  # aorta
     )
-    body = ellipsoid(np.zeros(3), (95, 108, 64))
+    body = ellipsoid(np.zeros(3), np.array([95, 108, 64]))
     signal = body * (330 + 50 * _smooth_noise(rng, shape, (5, 20, 20)))
     for organ in neighbours:
         signal[organ & body] = rng.uniform(820, 1020)
     signal[atrium] = rng.uniform(850, 1000)
     signal = _blur(signal, 0.8) * np.exp(0.18 * _smooth_noise(rng, shape, (2, 3, 3)))  # bias field
     real, imaginary = rng.normal(0, 45, (2, *shape))  # Rician noise, as in magnitude images
-    return np.int16(np.hypot(signal + real, imaginary)), np.uint8(atrium)
+    return np.hypot(signal + real, imaginary).astype(np.int16), atrium.astype(np.uint8)

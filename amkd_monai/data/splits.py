@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,7 @@ def split_hash(
 def _sorted_by_id(items: Iterable[Item]) -> list[Item]:
     """Sort items by id and refuse an id that comes twice."""
     ordered = sorted(items, key=lambda item: item["id"])
-    for first, second in zip(ordered, ordered[1:], strict=False):
+    for first, second in pairwise(ordered):
         if first["id"] == second["id"]:
             raise ValueError(f"The id '{first['id']}' comes twice in the datalist: ids must be unique.")
     return ordered

@@ -10,12 +10,16 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor, PILReader
 from monai.transforms import LoadImaged, MapTransform
+from PIL import Image
 
 MASK_THRESHOLD = 127
 """Masks stored as JPEG hold every grey level; at > 0 the compression's ringing would count as foreground."""
 
 
 def _to_rgb(image: Any) -> Any:
+    if image.mode.startswith("I"):  # PIL's own conversion of 16-bit grey cuts every level above 255 to white
+        levels = np.asarray(image).clip(0, 65535)
+        image = Image.fromarray((levels // 257 if levels.max() > 255 else levels).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -24,7 +28,7 @@ def _to_mask(image: Any) -> Any:
 
 
 def load_rgb(keys: KeysCollection = "image", allow_missing_keys: bool = False) -> LoadImaged:
-    """Load photographs of any mode (grey, palette, RGBA) as RGB, (3, H, W), values 0 to 255."""
+    """Load photographs of any mode (grey of 8 or 16 bits, palette, RGBA) as RGB, (3, H, W), values 0 to 255."""
     reader = PILReader(converter=_to_rgb, reverse_indexing=False)
     return LoadImaged(keys, reader=reader, ensure_channel_first=True, allow_missing_keys=allow_missing_keys)
 

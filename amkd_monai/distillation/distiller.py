@@ -96,6 +96,7 @@ class Distiller(nn.Module):
         scale_steps: steps over which loss scales are measured before they freeze.
         temperature: ``start``, ``end`` and ``shape`` of the KD temperature.
         strength: ``warmup``, ``decay`` and ``end`` of beta(t).
+        batch_dice: pool the task's soft Dice over the batch (slices of volumes).
 
     Raises:
         ValueError: unknown gate or loss, or no teacher can give any of the losses asked for.
@@ -112,6 +113,7 @@ class Distiller(nn.Module):
         scale_steps: int = 100,
         temperature: Mapping[str, Any] | None = None,
         strength: Mapping[str, float] | None = None,
+        batch_dice: bool = False,
     ) -> None:
         super().__init__()
         if gate not in gates.MODES:
@@ -121,7 +123,7 @@ class Distiller(nn.Module):
             raise ValueError(f"Unknown losses {sorted(unknown)}: use some of {', '.join(DEFAULT_LOSSES)}.")
         self.student = student
         self.teachers = list(teachers)
-        self.prior_entropy, self.gate = prior_entropy, gate
+        self.prior_entropy, self.gate, self.batch_dice = prior_entropy, gate, batch_dice
         self.gate_options = dict(gate_options or {})
         self.temperature, self.strength = dict(temperature or {}), dict(strength or {})
         kd_temperature(0.0, **self.temperature)  # a wrong schedule fails here, not in the first step
@@ -165,7 +167,7 @@ class Distiller(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
             rows = batch.has_label
-            named = {"task": losses.segmentation_task_loss(logits[rows], batch.label[rows])}
+            named = {"task": losses.segmentation_task_loss(logits[rows], batch.label[rows], self.batch_dice)}
             weights: dict[str, Tensor] = {}
             if self.teachers:
                 maps = [level.float() for level in levels]  # autocast gave them half precision
@@ -219,9 +221,7 @@ class Distiller(nn.Module):
         available = torch.tensor(use, device=errors.device).expand(len(errors), -1)
         return gates.teacher_weights(self.gate, errors, available, self.prior_entropy, **self.gate_options)
 
-    def _output(
-        self, batch: Batch, logits: Tensor, errors: Tensor, progress: float
-    ) -> tuple[Tensor, Tensor]:
+    def _output(self, batch: Batch, logits: Tensor, errors: Tensor, progress: float) -> tuple[Tensor, Tensor]:
         weights = self._weights(errors, [t.admitted for t in self.teachers])
         temperature = kd_temperature(progress, **self.temperature)
         total = logits.new_zeros(len(logits))

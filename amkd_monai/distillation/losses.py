@@ -6,17 +6,25 @@ import torch.nn.functional as F
 from monai.losses import DiceLoss
 from torch import Tensor
 
-_dice = DiceLoss(
-    include_background=False, softmax=True, to_onehot_y=True, reduction="none", smooth_nr=1.0, smooth_dr=1.0
-)
+_DICE_OPTIONS = {
+    "include_background": False,
+    "softmax": True,
+    "to_onehot_y": True,
+    "reduction": "none",
+    "smooth_nr": 1.0,
+    "smooth_dr": 1.0,
+}
+_dice, _batch_dice = DiceLoss(**_DICE_OPTIONS), DiceLoss(**_DICE_OPTIONS, batch=True)
 
 
-def segmentation_task_loss(logits: Tensor, label: Tensor) -> Tensor:
+def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False) -> Tensor:
     """Soft Dice plus cross entropy per sample.
 
     Args:
         logits: (B, C, H, W).
         label: class indices (B, 1, H, W), integer.
+        batch_dice: pool overlaps over the batch, as for slices of volumes, many of which show no foreground; else
+            every image counts alike, as in the per-image metric.
 
     Returns:
         (B,): mean soft Dice loss of the foreground classes plus mean cross entropy (nats).
@@ -28,11 +36,11 @@ def segmentation_task_loss(logits: Tensor, label: Tensor) -> Tensor:
     lowest, highest = int(label.min()), int(label.max())
     if highest >= classes or lowest < 0:
         raise ValueError(
-            f"A label holds the class {lowest if lowest < 0 else highest}, the student has classes 0 to {classes - 1}: correct the "
-            "label or num_classes."
+            f"A label holds the class {lowest if lowest < 0 else highest}, the student has classes 0 to {classes - 1}: "
+            "correct the label or num_classes."
         )
     logits = logits.float()
-    dice = _dice(logits, label).flatten(1).mean(1)
+    dice = _batch_dice(logits, label).mean() if batch_dice else _dice(logits, label).flatten(1).mean(1)
     cross_entropy = F.cross_entropy(logits, label[:, 0].long(), reduction="none").flatten(1).mean(1)
     return dice + cross_entropy
 

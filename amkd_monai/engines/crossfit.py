@@ -14,6 +14,7 @@ from monai.handlers import LrScheduleHandler
 from torch import nn
 from tqdm import tqdm
 
+from amkd_monai.atomic import atomic_path
 from amkd_monai.cache.build import answers_store, images_of, keep_answers
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset
@@ -21,7 +22,7 @@ from amkd_monai.data.splits import fold_of_groups
 from amkd_monai.distillation import Distiller
 from amkd_monai.engines.recipe import Recipe
 from amkd_monai.engines.trainer import DistillationTrainer
-from amkd_monai.weights import state_hash
+from amkd_monai.weights import load_state_dict, load_strict, state_hash
 
 logger = logging.getLogger("amkd_monai")
 
@@ -36,7 +37,7 @@ def fit_student(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
     """Return a function that trains a student on some samples, supervised, with the run's own recipe."""
 
     def fit(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray, fold: int) -> None:
-        distiller = Distiller(network).to(device, memory_format=torch.channels_last)
+        distiller = Distiller(network, batch_dice=recipe.batch_dice).to(device, memory_format=torch.channels_last)
         loader = recipe.loader(dataset, seed + fold, indices=indices, distributed=False)
         optimizer = recipe.optimizer(distiller)
         scheduler = recipe.scheduler(optimizer, epochs * len(loader))
@@ -105,7 +106,7 @@ def cross_fit(
         key: what the result depends on besides network, folds and seed.
         folds: number of folds by group.
         seed: of the folds.
-        cache_dir: folder of the stores; a finished result is read from there.
+        cache_dir: folder of the stores; a finished result is read from there, and so is each finished fold.
 
     Returns:
         The stores of answers to the training and the validation split.
@@ -123,9 +124,15 @@ def cross_fit(
         others = np.zeros((len(unlabelled), *answers.shape[1:]), dtype=np.float32)
         outside = None if validation is None else np.zeros((len(validation), *answers.shape[1:]), dtype=np.float32)
         count = int(fold.max()) + 1
+        trained = [stores[0].directory.with_name(f"{stores[0].directory.name}-fold{k}.pt") for k in range(count)]
         for k in range(count):
             copied = copy.deepcopy(network)
-            fit(copied, train, np.concatenate([labelled[fold != k], unlabelled]), k)
+            if trained[k].is_file():  # left by a run that was interrupted in a later fold
+                load_strict(copied, load_state_dict(trained[k]), trained[k])
+            else:
+                fit(copied, train, np.concatenate([labelled[fold != k], unlabelled]), k)
+                with atomic_path(trained[k]) as temporary:
+                    torch.save(copied.state_dict(), temporary)
             held_out = labelled[fold == k]
             answers[held_out] = predict(copied, train, held_out)
             if len(unlabelled):
@@ -137,6 +144,8 @@ def cross_fit(
         keep_answers(stores[0], answers)
         if outside is not None:
             keep_answers(stores[1], np.log(outside.clip(1e-7)))
+        for path in trained:
+            path.unlink(missing_ok=True)
     return stores[0], stores[1] if validation is not None else None
 
 

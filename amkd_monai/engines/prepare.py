@@ -176,7 +176,16 @@ class Preparation:
         fit = crossfit.fit_student(self.recipe, epochs, self.seed, self.device, "undistilled student")
         key = {"recipe": self.recipe.describe(), "epochs": epochs}
         answers, _ = crossfit.cross_fit(
-            "student", self.student, self.train, None, fit, crossfit.predict_student, key, folds, self.seed, self.cache_dir
+            "student",
+            self.student,
+            self.train,
+            None,
+            fit,
+            crossfit.predict_student,
+            key,
+            folds,
+            self.seed,
+            self.cache_dir,
         )
         return admission.score_answers(answers, self.train)
 
@@ -209,7 +218,7 @@ def prepare_teachers(
         ValueError: unknown kinds or options.
         CheckpointError: a teacher's weights are missing or wrong.
     """
-    options = {"mode": "cross_fit", "margin": 0.0, "folds": 3, "epochs": epochs, **(admission_options or {})}
+    options = {"mode": "cross_fit", "margin": 0.01, "folds": 3, "epochs": epochs, **(admission_options or {})}
     if options["mode"] not in ADMISSION_MODES or set(options) != {"mode", "margin", "folds", "epochs"}:
         raise ValueError(
             f"The admission options {dict(admission_options or {})} are not understood: use mode (one of "
@@ -232,9 +241,7 @@ def prepare_teachers(
     return TeacherTargets(sources, admission.prior_entropy(train), record)
 
 
-def _admit(
-    candidate: _Candidate, student: admission.AnswerScore | None, options: Mapping[str, Any]
-) -> bool:
+def _admit(candidate: _Candidate, student: admission.AnswerScore | None, options: Mapping[str, Any]) -> bool:
     """Decide whether a teacher's answers are distilled; log and record the decision with both scores."""
     score, record = candidate.score, candidate.record
     if score is None:

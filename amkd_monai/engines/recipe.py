@@ -30,6 +30,7 @@ class Recipe:
         warmup_steps: linear warm-up of the learning rate.
         labelled_fraction: part of a batch that is labelled, where unlabelled samples take part.
         foreground_fraction: part of the labelled picks that show foreground; None takes them as they come.
+        batch_dice: pool the task's soft Dice over the batch (slices of volumes).
         augmentation: options of :class:`amkd_monai.data.augment.Augmentation`.
     """
 
@@ -40,6 +41,7 @@ class Recipe:
     warmup_steps: int = 20
     labelled_fraction: float = 0.5
     foreground_fraction: float | None = None
+    batch_dice: bool = False
     augmentation: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:

@@ -54,6 +54,11 @@ class TeacherTargets:
         """What the distiller must know of each teacher."""
         return [source.spec for source in self.sources]
 
+    @property
+    def identity(self) -> list[tuple[str, str, bool]]:
+        """Name, fingerprint and admission of each teacher: what must be equal for a run to be resumed."""
+        return [(r["name"], r["fingerprint"], r["outputs_admitted"]) for r in (s.record for s in self.sources)]
+
     def read(self, indices: Sequence[int] | np.ndarray, device: torch.device | str) -> dict[str, dict[str, Tensor]]:
         """Return {teacher: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}} as float32, logits calibrated."""
         targets: dict[str, dict[str, Tensor]] = {}

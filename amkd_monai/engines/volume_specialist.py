@@ -84,5 +84,3 @@ def predict_volumes(patch_size: tuple[int, int, int], device: torch.device | str
         return np.stack([answers[int(i)] for i in indices])
 
     return predict
-
-

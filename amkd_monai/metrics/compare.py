@@ -125,6 +125,4 @@ def _listed(keys: Sequence[tuple[str, str]]) -> str:
     if not keys:
         return "0 cases"
     shown = ", ".join(f"{case} ({class_name})" for case, class_name in keys[:IDS_SHOWN])
-    return (
-        f"{len(keys)} case{'s' if len(keys) > 1 else ''} ({shown}{', ...' if len(keys) > IDS_SHOWN else ''})"
-    )
+    return f"{len(keys)} case{'s' if len(keys) > 1 else ''} ({shown}{', ...' if len(keys) > IDS_SHOWN else ''})"

@@ -127,8 +127,7 @@ def _label_map(array: Tensor, name: str, num_classes: int) -> Tensor:
     low, high = (bound.item() for bound in torch.aminmax(array))
     if low < 0 or high >= num_classes:
         raise ValueError(
-            f"{name} holds labels from {low:g} to {high:g}, "
-            f"but {num_classes} classes allow 0 to {num_classes - 1}."
+            f"{name} holds labels from {low:g} to {high:g}, but {num_classes} classes allow 0 to {num_classes - 1}."
         )
     return array.to(torch.int16)
 
@@ -143,13 +142,9 @@ def _check_arguments(
 ) -> list[str]:
     """Check everything but the label values and return the names of the foreground classes."""
     if tuple(pred.shape) != tuple(reference.shape):
-        raise ValueError(
-            f"pred has shape {tuple(pred.shape)} but reference has shape {tuple(reference.shape)}."
-        )
+        raise ValueError(f"pred has shape {tuple(pred.shape)} but reference has shape {tuple(reference.shape)}.")
     if pred.ndim not in (2, 3) or pred.numel() == 0:
-        raise ValueError(
-            f"A label map must be a non-empty (H, W) or (D, H, W), got shape {tuple(pred.shape)}."
-        )
+        raise ValueError(f"A label map must be a non-empty (H, W) or (D, H, W), got shape {tuple(pred.shape)}.")
     if num_classes < 2:
         raise ValueError(f"num_classes counts the background and must be 2 or more, got {num_classes}.")
     if len(spacing) != pred.ndim or not all(math.isfinite(s) and s > 0 for s in spacing):

@@ -54,8 +54,7 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str] = ("dice", "iou", "nsd
     classes = list(dict.fromkeys(row.get("class") for row in rows))
     if len(classes) > 1:
         summary["classes"] = {
-            name: _summarise_rows([row for row in rows if row.get("class") == name], metrics)
-            for name in classes
+            name: _summarise_rows([row for row in rows if row.get("class") == name], metrics) for name in classes
         }
     return summary
 
@@ -100,9 +99,7 @@ def align(lines: Sequence[Sequence[str]]) -> str:
     """Cells as text columns: the first flush left, the others flush right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in lines
     )
 
@@ -147,10 +144,7 @@ def read_case_csv(path: str | Path) -> list[Row]:
             if None in raw or None in raw.values():
                 raise ValueError(f"{path}, line {number} does not have as many cells as the header.")
             rows.append(
-                {
-                    key: value if key in TEXT_COLUMNS else _parse(value, path, number, key)
-                    for key, value in raw.items()
-                }
+                {key: value if key in TEXT_COLUMNS else _parse(value, path, number, key) for key, value in raw.items()}
             )
     return rows
 

@@ -34,7 +34,7 @@ def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
     for description in descriptions:
         name, kind = description.get("name"), description.get("kind")
         if not name:
-            raise ValueError(f"The teacher {dict(description)} has no name: add \"name\" to its entry in `teachers`.")
+            raise ValueError(f'The teacher {dict(description)} has no name: add "name" to its entry in `teachers`.')
         if kind not in KINDS and kind not in CROSS_FITTED_KINDS:
             known = ", ".join((*KINDS, *CROSS_FITTED_KINDS))
             raise ValueError(f"The teacher '{name}' is of the unknown kind '{kind}': use one of {known}.")
@@ -53,8 +53,8 @@ def build_teacher(description: Mapping[str, Any]) -> Teacher:
     validate_descriptions([description])
     if description["kind"] in CROSS_FITTED_KINDS:
         raise ValueError(
-            f"The teacher '{description['name']}' of the kind '{description['kind']}' is trained on a run's own images, "
-            "in folds: list it in `teachers` of a run (amkd_monai.engines.prepare)."
+            f"The teacher '{description['name']}' of the kind '{description['kind']}' is trained on a run's own "
+            "images, in folds: list it in `teachers` of a run (amkd_monai.engines.prepare)."
         )
     options = {k: v for k, v in description.items() if k != "kind"}
     module, _, name = KINDS[description["kind"]].rpartition(".")
@@ -62,5 +62,7 @@ def build_teacher(description: Mapping[str, Any]) -> Teacher:
     try:
         inspect.signature(teacher_class).bind(**options)
     except TypeError as error:
-        raise ValueError(f"The teacher '{description['name']}' has options that do not fit its kind: {error}.") from error
+        raise ValueError(
+            f"The teacher '{description['name']}' has options that do not fit its kind: {error}."
+        ) from error
     return teacher_class(**options)

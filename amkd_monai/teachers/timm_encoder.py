@@ -75,4 +75,3 @@ class TimmTeacher(Teacher):
         final, maps = self.network.forward_intermediates(normalised, indices=[self.stage], output_fmt="NCHW")
         pooled = self.network.forward_head(final, pre_logits=True)
         return TeacherFeatures(grid=pool_to_grid(maps[0], self.grid_limit), pooled=pooled)
-

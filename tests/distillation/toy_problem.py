@@ -89,4 +89,6 @@ def make_distiller(specs, seed=0, **options):
 
 
 def student_gradient(distiller):
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in distiller.student.parameters()])
+    return torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in distiller.student.parameters()]
+    )

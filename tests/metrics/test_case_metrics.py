@@ -76,9 +76,7 @@ def test_equals_independent_implementations(shape, spacing, seed, distances):
     forward, backward = distances(pred, reference, spacing)
     within = (forward <= tolerance).sum() + (backward <= tolerance).sum()
     assert row["nsd"] == pytest.approx(within / (len(forward) + len(backward)), abs=1e-6)
-    assert row["hd95"] == pytest.approx(
-        max(np.percentile(forward, 95), np.percentile(backward, 95)), abs=1e-4
-    )
+    assert row["hd95"] == pytest.approx(max(np.percentile(forward, 95), np.percentile(backward, 95)), abs=1e-4)
     assert row["pred_volume"] == pytest.approx(pred.sum() * np.prod(spacing))
     assert row["reference_volume"] == pytest.approx(reference.sum() * np.prod(spacing))
 
@@ -90,9 +88,7 @@ def test_equals_monai_on_the_uncropped_image():
     y_pred, y = torch.from_numpy(pred)[None, None], torch.from_numpy(reference)[None, None]
     assert row["dice"] == pytest.approx(compute_dice(y_pred, y).item(), abs=1e-6)
     assert row["iou"] == pytest.approx(compute_iou(y_pred, y).item(), abs=1e-6)
-    assert (
-        row["nsd"] == compute_surface_dice(y_pred, y, [1.5], include_background=True, spacing=spacing).item()
-    )
+    assert row["nsd"] == compute_surface_dice(y_pred, y, [1.5], include_background=True, spacing=spacing).item()
     expected = compute_hausdorff_distance(y_pred, y, include_background=True, percentile=95, spacing=spacing)
     assert row["hd95"] == expected.item()
 
@@ -153,9 +149,7 @@ def test_empty_cases(in_pred, in_reference, status, overlap, shape):
     assert row["pred_volume"] == in_pred * np.prod(shape)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.uint8, torch.uint16, torch.int32, torch.float16, torch.float32]
-)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16, torch.int32, torch.float16, torch.float32])
 def test_any_dtype_and_meta_tensors(dtype):
     pred, reference = (torch.from_numpy(m) for m in blobs((20, 17), 1))
     expected = case_metrics(pred, reference, 2, (1, 1), 1.0)

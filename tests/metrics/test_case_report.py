@@ -105,9 +105,7 @@ def test_the_id_of_the_datalist_comes_first(tmp_path):
 
 def test_slices_of_one_file_are_cases_of_their_own(tmp_path):
     items = images(id="slice_")
-    items[1]["image"].meta[ImageMetaKey.FILENAME_OR_OBJ] = items[0]["image"].meta[
-        ImageMetaKey.FILENAME_OR_OBJ
-    ]
+    items[1]["image"].meta[ImageMetaKey.FILENAME_OR_OBJ] = items[0]["image"].meta[ImageMetaKey.FILENAME_OR_OBJ]
     evaluate(items, CaseReport("kvasir_seg", tmp_path))
     assert [row["id"] for row in read_case_csv(tmp_path / "per_case.csv")] == ["slice_0", "slice_1"]
 
@@ -205,16 +203,12 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match=r"Case polyp.0: 'pred' must be one label map"):
         evaluate(images(), CaseReport("kvasir_seg", tmp_path), post=[AsDiscreted("pred", to_onehot=2)])
     with pytest.raises(ValueError, match=r"Case polyp.0: reference holds labels from 0 to 3"):
-        evaluate(
-            [{**item, "label": item["label"] * 3} for item in images()], CaseReport("kvasir_seg", tmp_path)
-        )
+        evaluate([{**item, "label": item["label"] * 3} for item in images()], CaseReport("kvasir_seg", tmp_path))
     assert not (tmp_path / "metrics.json").exists()
 
 
 def run_rank(rank, folder):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     items = images(3)
     sampler = DistributedSampler(Dataset(items), shuffle=False)  # 3 cases on 2 ranks: one of them twice
     evaluator = evaluate(items, CaseReport("kvasir_seg", folder / f"rank_{rank}"), sampler=sampler)

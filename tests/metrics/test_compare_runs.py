@@ -33,9 +33,7 @@ def test_pairs_by_case_whatever_the_order(tmp_path):
     (row,) = compare_runs(reference, {"gated": shuffled})
     assert (row["name"], row["class"], row["n"], row["left_out"]) == ("gated", "polyp", 40, 0)
     assert (row["reference_mean"], row["mean"]) == pytest.approx((BASE.mean(), better.mean()))
-    assert (row["difference"], row["ci_low"], row["ci_high"]) == pytest.approx(
-        paired_bootstrap_ci(better, BASE)
-    )
+    assert (row["difference"], row["ci_low"], row["ci_high"]) == pytest.approx(paired_bootstrap_ci(better, BASE))
     assert row["p"] == row["p_holm"] == pytest.approx(stats.wilcoxon(better, BASE).pvalue)
     assert row["ci_low"] > 0 > row["p"] - 0.05
 
@@ -76,9 +74,7 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError) as error:
         compare_runs(reference, {"few": fewer})
     shown = ", ".join(f"case_{n} (polyp)" for n in range(2, 7))
-    assert f"7 cases ({shown}, ...) only in the reference, 1 case (other (polyp)) only in 'few'" in str(
-        error.value
-    )
+    assert f"7 cases ({shown}, ...) only in the reference, 1 case (other (polyp)) only in 'few'" in str(error.value)
     with pytest.raises(ValueError, match=r"a.csv has no column auc; it has id, class, status, dice"):
         compare_runs(reference, {}, metric="auc")
     twice = case_file(tmp_path / "c.csv", BASE[:2], names=["x", "x"])

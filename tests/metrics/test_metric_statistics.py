@@ -112,9 +112,7 @@ def test_seed_and_case_equals_a_plain_crossed_bootstrap():
     rng = np.random.default_rng(1)
     matrix = rng.random((4, 12)) + rng.normal(size=(4, 1))
     matrix[rng.random((4, 12)) < 0.2] = np.nan
-    means = [
-        np.nanmean(matrix[np.ix_(rng.integers(4, size=4), rng.integers(12, size=12))]) for _ in range(10000)
-    ]
+    means = [np.nanmean(matrix[np.ix_(rng.integers(4, size=4), rng.integers(12, size=12))]) for _ in range(10000)]
     expected = (np.nanmean(matrix), *np.percentile(means, [2.5, 97.5]))
     assert seed_and_case_ci(matrix) == pytest.approx(expected, abs=0.05)
 

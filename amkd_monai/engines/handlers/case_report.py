@@ -178,14 +178,10 @@ def _voxel_size(pred: Tensor, label: Tensor) -> list[float]:
     """Voxel size (mm) along the axes of a label (1, H, W, D), whose grid the prediction must share."""
     affine = getattr(label, "affine", None)
     if affine is None:
-        raise ValueError(
-            "the label has no affine: load it with LoadImaged or set spacing_from_meta to False."
-        )
+        raise ValueError("the label has no affine: load it with LoadImaged or set spacing_from_meta to False.")
     other = getattr(pred, "affine", affine)
     if not torch.allclose(other.to(affine), affine, rtol=0, atol=AFFINE_TOLERANCE):
-        raise ValueError(
-            "prediction and label lie on different grids: invert the transforms of the prediction."
-        )
+        raise ValueError("prediction and label lie on different grids: invert the transforms of the prediction.")
     return [float(size) for size in affine_to_spacing(affine, r=3)]
 
 

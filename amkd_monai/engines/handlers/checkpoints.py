@@ -74,7 +74,7 @@ class ResumeCheckpoint:
         distiller: student and distillation state (a DistributedDataParallel wrapper is looked through).
         objects: further objects with ``state_dict`` and ``load_state_dict``: optimizer, scheduler, handlers.
         evaluator: its best metric and epoch are kept too.
-        resume: continue from ``path``; False starts afresh.
+        resume: continue from ``path``; False starts afresh (the words ``true`` and ``false`` are understood).
         identity: what must be the same for the states to fit (split, seed, teachers); compared on resuming.
 
     Raises:
@@ -87,10 +87,11 @@ class ResumeCheckpoint:
         distiller: nn.Module,
         objects: Mapping[str, Any],
         evaluator: Engine | None = None,
-        resume: bool = False,
+        resume: bool | str = False,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path, self.objects, self.evaluator, self.resume = Path(path), dict(objects), evaluator, resume
+        self.path, self.objects, self.evaluator = Path(path), dict(objects), evaluator
+        self.resume = _is_true(resume)
         self.distiller = distiller.module if hasattr(distiller, "module") else distiller
         self.identity = {k: str(v) for k, v in (identity or {}).items()}
 
@@ -136,6 +137,14 @@ class ResumeCheckpoint:
         if self.evaluator is not None:
             self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = state["best"]
         logger.info("resumed after epoch %d from %s", state["epoch"], self.path)
+
+
+def _is_true(flag: bool | str) -> bool:
+    """Understand what a command line gives for a switch."""
+    words = {"true": True, "1": True, "false": False, "0": False, "none": False}
+    if str(flag).lower() not in words:
+        raise ValueError(f"resume must be true or false, not '{flag}'.")
+    return words[str(flag).lower()]
 
 
 class LoadStudent:

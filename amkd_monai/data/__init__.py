@@ -1,0 +1,1 @@
+"""Data sets: official layouts, splits, phantoms, decoding, sampling and augmentation."""

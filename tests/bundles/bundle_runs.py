@@ -1,0 +1,55 @@
+"""Runs bundles in the test process: one import of MONAI, many runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from helpers import ROOT
+from monai.bundle import ConfigWorkflow
+
+SMALL: dict[str, dict[str, Any]] = {
+    "kvasir_seg": {"image_size": 64, "max_epochs": 2},
+    "msd_heart": {"spacing": [2.5, 5.0, 5.0], "volume_size": [16, 48, 32], "max_epochs": 2, "val_interval": 1},
+}
+"""Overrides that make a run on phantoms take seconds."""
+
+
+def settings(bundle: str, folder: Path, cache: Path, **overrides: Any) -> dict[str, Any]:
+    """Return small settings with all output under a folder."""
+    places = {"output_dir": str(folder / "eval"), "ckpt_dir": str(folder / "models"), "cache_dir": str(cache)}
+    return {"bundle_root": str(ROOT / "bundles" / bundle), **SMALL[bundle], **places, **overrides}
+
+
+def workflow(bundle: str, configs: tuple[str, ...], values: dict[str, Any]) -> ConfigWorkflow:
+    """Build and initialise a workflow from a bundle's configs."""
+    folder = ROOT / "bundles" / bundle / "configs"
+    if configs == ("inference",):
+        values = {k: v for k, v in values.items() if k not in TRAINING_ONLY}
+    built = ConfigWorkflow(
+        workflow_type="infer" if configs == ("inference",) else "train",
+        config_file=[str(folder / f"{name}.json") for name in configs],
+        meta_file=str(folder / "metadata.json"),
+        logging_file=False,
+        **values,
+    )
+    built.initialize()
+    return built
+
+
+TRAINING_ONLY = ("max_epochs", "val_interval", "teachers", "admission", "seed", "resume", "labelled", "gate", "losses")
+
+
+def run(bundle: str, configs: tuple[str, ...], values: dict[str, Any]) -> ConfigWorkflow:
+    """Run a workflow to its end."""
+    built = workflow(bundle, configs, values)
+    built.run()
+    built.finalize()
+    return built
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file."""
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content

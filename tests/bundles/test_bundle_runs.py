@@ -1,0 +1,144 @@
+"""Each bundle trains, evaluates and predicts, on phantoms and on real data."""
+
+from __future__ import annotations
+
+import csv
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from bundle_runs import read_json, run, settings, workflow
+from helpers import shared_data
+from PIL import Image
+
+BUNDLES = ("kvasir_seg", "msd_heart")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_a_run_on_phantoms_trains_evaluates_and_predicts(bundle, tmp_path, cache):
+    values = settings(bundle, tmp_path, cache, max_epochs=3)
+    training = workflow(bundle, ("train",), values)
+    assert training.check_properties() == []
+    training.run()
+    record = read_json(tmp_path / "eval" / "run.json")
+    assert record["status"] == "completed"
+    assert record["data"]["phantom"] and record["data"]["source"] == "phantoms"
+    teachers = record["distillation"]["teachers"]
+    assert [t["name"] for t in teachers] == ["imagenet_lite1", "imagenet_lite2"]
+    assert all(len(t["fingerprint"]) == 64 and t["licence"] == "Apache-2.0" for t in teachers)
+    assert record["distillation"]["undistilled_student_dice"] > 0
+    history = list(csv.DictReader((tmp_path / "eval" / "history.csv").open()))
+    assert [row["epoch"] for row in history] == ["1", "2", "3"]
+    assert float(history[-1]["loss_task"]) < float(history[0]["loss_task"])
+    assert float(history[-1]["loss_feature"]) < float(history[0]["loss_feature"])
+    assert all(float(row["weight_task"]) == 1 for row in history)
+    state = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
+    assert all(isinstance(v, torch.Tensor) for v in state.values())
+    assert not any("align" in key or "teacher" in key for key in state)
+
+    run(bundle, ("train", "evaluate"), values)
+    metrics = read_json(tmp_path / "eval" / "metrics.json")
+    assert 0 < metrics["summary"]["metrics"]["dice"]["mean"] <= 1
+    assert (tmp_path / "eval" / "per_case.csv").is_file()
+
+    inference = {**values, "output_dir": str(tmp_path / "masks")}
+    run(bundle, ("inference",), inference)
+    written = sorted(p for p in (tmp_path / "masks").iterdir() if "mask" in p.name)
+    assert written
+    for path in written:
+        name = path.name.split("_mask")[0]
+        if bundle == "kvasir_seg":
+            source = Image.open(cache / "phantoms" / "Kvasir-SEG" / "images" / f"{name}.jpg")
+            mask = Image.open(path)
+            assert mask.size == source.size and mask.size[0] != mask.size[1]
+            assert set(np.unique(np.asarray(mask))) <= {0, 255}
+        else:
+            source = nib.load(cache / "phantoms" / "Task02_Heart" / "imagesTs" / f"{name}.nii.gz")
+            mask = nib.load(path)
+            assert mask.shape == source.shape
+            np.testing.assert_allclose(mask.affine, source.affine, atol=1e-5)
+            assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 1}
+
+
+def test_real_polyps_with_few_labels_learn_from_the_specialist(tmp_path, cache):
+    data = shared_data("Kvasir-SEG")
+    specialist = {
+        "name": "specialist",
+        "kind": "specialist",
+        "path": str(shared_data("..", "weights", "kvasir_specialist.ts")),
+        "image_size": 224,
+    }
+    values = settings("kvasir_seg", tmp_path, cache, dataset_dir=str(data), labelled=12, teachers=[specialist])
+    values |= {"image_size": 128, "max_epochs": 3, "admission": {"mode": "cross_fit", "folds": 2, "epochs": 2}}
+    run("kvasir_seg", ("train",), values)
+    record = read_json(tmp_path / "eval" / "run.json")
+    assert record["labelled_samples"] == 12 and record["training_samples"] == 108
+    (teacher,) = record["distillation"]["teachers"]
+    assert teacher["outputs_admitted"] and teacher["dice"] > 0.8, "the specialist knows these polyps"
+    assert record["best_validation"]["value"] > 0.4
+    history = list(csv.DictReader((tmp_path / "eval" / "history.csv").open()))
+    assert float(history[-1]["loss_output"]) < float(history[0]["loss_output"])
+
+
+def test_real_heart_volumes_train_and_evaluate_in_millimetres(tmp_path, cache):
+    data = shared_data("MSD-Heart", "Task02_Heart_half")
+    values = settings("msd_heart", tmp_path, cache, dataset_dir=str(data), teachers=[], max_epochs=2)
+    values |= {"spacing": [2.5, 5.0, 2.74], "volume_size": [96, 48, 64]}
+    run("msd_heart", ("train",), values)
+    run("msd_heart", ("train", "evaluate"), values)
+    metrics = read_json(tmp_path / "eval" / "metrics.json")
+    assert metrics["unit"] == "mm"
+    assert metrics["summary"]["metrics"]["dice"]["mean"] > 0.5
+    rows = list(csv.DictReader((tmp_path / "eval" / "per_case.csv").open()))
+    ids = {row["id"] for row in rows}
+    assert len(ids) >= 2 and all(30_000 < float(row["reference_volume"]) < 300_000 for row in rows), "cubic millimetres"
+    assert not (len(ids & {"la_005", "la_026"}) == 1), "one image with two labels never lies on both sides of a split"
+
+
+def test_sections_that_all_bundles_share_are_equal():
+    import json
+
+    from helpers import ROOT
+
+    first, *others = (
+        {
+            c: json.loads((ROOT / "bundles" / b / "configs" / f"{c}.json").read_text())
+            for c in ("train", "multi_gpu_train")
+        }
+        for b in BUNDLES
+    )
+    for other in others:
+        assert other["multi_gpu_train"] == first["multi_gpu_train"]
+        for key in (
+            "imports",
+            "output_dir",
+            "ckpt_dir",
+            "cache_dir",
+            "device",
+            "teachers",
+            "gate",
+            "losses",
+            "targets",
+            "admission",
+            "distiller_def",
+            "distiller",
+            "optimizer",
+            "lr_scheduler",
+            "facts",
+            "best_student",
+            "run_record",
+            "initialize",
+            "training",
+            "run",
+        ):
+            assert other["train"][key] == first["train"][key], key
+        for section in ("dataset", "dataloader", "postprocessing", "key_metric", "handlers", "trainer"):
+            assert other["train"]["train"][section] == first["train"]["train"][section], section
+        for section in ("dataset", "dataloader", "postprocessing", "key_metric", "handlers", "evaluator"):
+            assert other["train"]["validate"][section] == first["train"]["validate"][section], section

@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy_dataset import CountingTeacher, decoded, write_items
+
+from amkd_monai.cache.build import answers_store, cache_teacher, images_of, keep_answers
+
+EXAMPLE = 1
+"""Images a teacher sees on every call, so that the shapes of what it gives are known."""
+
+
+@pytest.fixture
+def items(tmp_path):
+    return write_items(tmp_path / "in", 12)
+
+
+@pytest.fixture
+def many(tmp_path):
+    """More samples than two shards of 128 hold: slices of one picture under many names."""
+    items = write_items(tmp_path / "in", 10)
+    return [{**items[i % 10], "id": f"s{i}", "group": f"s{i}"} for i in range(300)]
+
+
+def test_the_store_holds_what_the_teacher_says(items, tmp_path):
+    dataset, teacher = decoded(items, tmp_path / "cache"), CountingTeacher(gives_logits=True)
+    store = cache_teacher(teacher, dataset, tmp_path / "cache", batch_size=5)
+    assert store.is_complete and len(store) == 12 and store.sample_ids == dataset.ids
+    assert teacher.seen == 12 + EXAMPLE
+    with torch.inference_mode():
+        said = teacher(images_of(dataset, range(12), "cpu"))
+    order = [7, 0, 11, 7]
+    for name in ("grid", "pooled", "logits"):
+        expected = getattr(said, name)[order].numpy()
+        np.testing.assert_allclose(store.read(name, order), expected, atol=2e-3)
+
+
+def test_images_are_those_of_the_dataset(items, tmp_path):
+    dataset = decoded(items, tmp_path / "cache")
+    images = images_of(dataset, range(2, 4), "cpu")
+    assert images.dtype == torch.float32 and images.shape == (2, 3, 16, 16)
+    expected = np.asarray(Image.open(items[2]["image"])).transpose(2, 0, 1) / 255
+    np.testing.assert_allclose(images[0], expected, atol=1e-6)
+
+
+def test_a_second_call_computes_nothing(items, tmp_path):
+    dataset = decoded(items, tmp_path / "cache")
+    first = cache_teacher(CountingTeacher(), dataset, tmp_path / "cache")
+    again = CountingTeacher()
+    second = cache_teacher(again, decoded(items, tmp_path / "cache"), tmp_path / "cache")
+    assert again.seen <= EXAMPLE
+    assert second.directory == first.directory and second.is_complete
+    np.testing.assert_array_equal(first.read("grid", range(12)), second.read("grid", range(12)))
+
+
+def test_an_interrupted_run_goes_on_at_the_shard_it_had_reached(many, tmp_path):
+    dataset = decoded(many, tmp_path / "cache")
+    stopped = CountingTeacher(fails_after=EXAMPLE + 200)
+    with pytest.raises(KeyboardInterrupt):
+        cache_teacher(stopped, dataset, tmp_path / "cache")
+    resumed = CountingTeacher()
+    store = cache_teacher(resumed, dataset, tmp_path / "cache")
+    assert store.is_complete
+    assert resumed.seen == 300 - 128 + EXAMPLE  # one of three shards was done
+    whole = cache_teacher(CountingTeacher(), dataset, tmp_path / "another")
+    np.testing.assert_array_equal(store.read("grid", range(300)), whole.read("grid", range(300)))
+
+
+def test_a_damaged_shard_alone_is_computed_again(many, tmp_path):
+    dataset = decoded(many, tmp_path / "cache")
+    store = cache_teacher(CountingTeacher(), dataset, tmp_path / "cache")
+    expected = store.read("grid", range(300))
+    file = store.directory / "grid.v0.s00001.npy"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 255
+    file.write_bytes(content)
+    again = CountingTeacher()
+    repaired = cache_teacher(again, dataset, tmp_path / "cache")
+    assert again.seen == 128 + EXAMPLE
+    np.testing.assert_array_equal(repaired.read("grid", range(300)), expected)
+
+
+def test_whatever_changes_the_features_has_a_store_of_its_own(items, tmp_path):
+    cache = tmp_path / "cache"
+    teachers = [CountingTeacher(), CountingTeacher(seed=1), CountingTeacher(name="other")]
+    stores = [cache_teacher(t, decoded(items, cache), cache) for t in teachers]
+    resized = CountingTeacher()
+    resized.preprocessing = lambda: {"size": 8}
+    stores.append(cache_teacher(resized, decoded(items, cache), cache))
+    stores.append(cache_teacher(CountingTeacher(), decoded(items[:5], cache), cache))
+    stores.append(cache_teacher(CountingTeacher(), decoded(items[::-1], cache), cache))
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(items[0]["image"])
+    changed = CountingTeacher()
+    stores.append(cache_teacher(changed, decoded(items, cache), cache))
+    assert changed.seen == 12 + EXAMPLE
+    assert len({s.directory for s in stores}) == len(stores)
+
+
+def test_images_decoded_by_another_chain_are_other_images(items, tmp_path):
+    """The files are the same and so is the size: only their intensities differ."""
+    one = cache_teacher(CountingTeacher(), decoded(items, tmp_path), tmp_path)
+    other = cache_teacher(CountingTeacher(), decoded(items, tmp_path, top=128.0), tmp_path)
+    assert one.directory != other.directory
+    assert np.abs(one.read("grid", range(12)) - other.read("grid", range(12))).max() > 0.01
+
+
+def test_answers_that_are_not_finite_are_refused(items, tmp_path):
+    teacher = CountingTeacher()
+    teacher.network.bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError) as error:
+        cache_teacher(teacher, decoded(items, tmp_path), tmp_path)
+    assert "00" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_teacher_is_run_without_gradient(items, tmp_path):
+    teacher = CountingTeacher()
+    teacher.network.requires_grad_(True)
+    store = cache_teacher(teacher, decoded(items, tmp_path), tmp_path)
+    assert store.is_complete and teacher.network.weight.grad is None
+
+
+def test_answers_are_kept_once(items, tmp_path):
+    dataset = decoded(items, tmp_path)
+    logits = np.random.default_rng(0).normal(size=(12, 2, 4, 4)).astype(np.float32)
+    store = answers_store("probe", {"folds": 5}, dataset, (4, 4), tmp_path)
+    assert not store.is_complete
+    keep_answers(store, logits)
+    keep_answers(store, logits + 1)
+    again = answers_store("probe", {"folds": 5}, dataset, (4, 4), tmp_path)
+    assert again.is_complete
+    np.testing.assert_allclose(again.read("logits", range(12)), logits, atol=2e-3)
+    assert answers_store("probe", {"folds": 4}, dataset, (4, 4), tmp_path).directory != store.directory
+    other = decoded(items, tmp_path, top=128.0)
+    assert not answers_store("probe", {"folds": 5}, other, (4, 4), tmp_path).is_complete

@@ -1,0 +1,183 @@
+import json
+import signal
+import subprocess
+import sys
+
+import nibabel
+import numpy as np
+import pytest
+from helpers import ROOT
+from PIL import Image
+
+from amkd_monai.data import kvasir_seg, msd_heart, phantoms
+
+
+@pytest.fixture(scope="module")
+def kvasir(tmp_path_factory):
+    return phantoms.write_kvasir_seg(tmp_path_factory.mktemp("kvasir"), count=12)
+
+
+@pytest.fixture(scope="module")
+def heart(tmp_path_factory):
+    return phantoms.write_msd_heart(tmp_path_factory.mktemp("heart"), cases=3)
+
+
+def load_frame(item):
+    """Frame (H, W, 3) in [0, 255] and mask (H, W) of 0 and 1."""
+    image, mask = (np.asarray(Image.open(item[key]), dtype=float) for key in ("image", "label"))
+    return image, mask[..., 0] > 127
+
+
+def load_volume(file):
+    return np.asarray(nibabel.load(file).dataobj)
+
+
+def dice(a, b):
+    return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+def files_of(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_frames_have_the_official_layout(kvasir):
+    items = kvasir_seg.find_items(kvasir)
+    assert len(items) == 12
+    sizes = set()
+    for item in items:
+        image, mask = load_frame(item)
+        height, width = mask.shape
+        sizes.add((height, width))
+        assert 150 <= height < width <= 230
+        assert image.shape == (height, width, 3)
+        assert 0.005 < mask.mean() < 0.35
+        assert image[..., 0].mean() > 1.2 * image[..., 2].mean()  # reddish
+        assert max(image[0, 0].max(), image[-1, -1].max()) < 40  # black corners
+    assert len(sizes) > 3
+
+
+def test_masks_ring_like_the_real_ones(kvasir):
+    for item in kvasir_seg.find_items(kvasir):
+        mask = Image.open(item["label"])
+        assert (mask.format, mask.mode) == ("JPEG", "RGB")
+        values = np.unique(np.asarray(mask))
+        assert len(values) > 4 and values.min() == 0 and values.max() == 255
+
+
+def test_no_threshold_finds_the_polyp(kvasir):
+    """The best threshold of a colour channel or a colour ratio, found with the answer at hand, stays poor."""
+    frames = [load_frame(item) for item in kvasir_seg.find_items(kvasir)]
+    for channel in (
+        lambda image: image[..., 0],
+        lambda image: image[..., 1],
+        lambda image: image[..., 2],
+        lambda image: 100 * image[..., 0] / (1 + image[..., 1]),
+    ):
+        values = [(channel(image), mask) for image, mask in frames]
+        levels = np.percentile(np.concatenate([value.ravel() for value, _ in values]), range(5, 100, 5))
+        scores = [
+            np.mean([dice(sign * value > sign * level, mask) for value, mask in values])
+            for level in levels
+            for sign in (-1, 1)
+        ]
+        assert max(scores) < 0.5
+
+
+def test_volumes_have_the_official_layout(heart):
+    items = msd_heart.find_items(heart)
+    assert [item["id"] for item in items] == ["la_001", "la_002", "la_003"]
+    assert [item["id"] for item in msd_heart.inference_items(heart)] == ["la_004", "la_005"]
+    for item in items:
+        volume = nibabel.load(item["image"])
+        assert volume.get_data_dtype() == np.int16
+        assert volume.shape[:2] == (20, 96) and abs(volume.shape[2] - 100) <= 8
+        assert np.allclose(volume.affine, np.diag([2.5, 2.5, 1.37, 1]))
+        assert nibabel.aff2axcodes(volume.affine) == ("R", "A", "S")
+    content = json.loads((heart / "dataset.json").read_text())
+    assert (content["numTraining"], content["numTest"]) == (3, 2)
+    assert all(entry["image"].startswith("./imagesTr/") for entry in content["training"])
+    assert content["test"] == ["./imagesTs/la_004.nii.gz", "./imagesTs/la_005.nii.gz"]
+
+
+def test_left_atrium_is_central_bright_and_not_alone(heart):
+    for item in msd_heart.find_items(heart):
+        volume, label = load_volume(item["image"]), load_volume(item["label"]) > 0
+        assert 0.005 < label.mean() < 0.04
+        center = [place.mean() / length for place, length in zip(label.nonzero(), label.shape, strict=True)]
+        assert all(0.3 < place < 0.7 for place in center)
+        assert volume[label].mean() > 2 * volume[~label].mean()
+        assert max(dice(volume > level, label) for level in range(300, 1300, 50)) < 0.6
+
+
+def test_phantoms_are_deterministic(tmp_path):
+    for write, options in (
+        (phantoms.write_kvasir_seg, {"count": 2, "size": (40, 60)}),
+        (phantoms.write_msd_heart, {"cases": 1, "shape": (6, 20, 24)}),
+    ):
+        first, again, other = (
+            files_of(write(tmp_path / name, seed=seed, **options)) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+        )
+        assert first == again
+        assert first.keys() == other.keys() and first != other
+
+
+def test_write_phantom_writes_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        phantoms._WRITERS, "kvasir_seg", lambda root: phantoms.write_kvasir_seg(root, count=1, size=(40, 60))
+    )
+    folder = phantoms.write_phantom("kvasir_seg", tmp_path)
+    assert folder == tmp_path / "Kvasir-SEG"
+    assert phantoms.is_phantom(folder)
+    before = (folder / "images").stat().st_mtime_ns
+    assert phantoms.write_phantom("kvasir_seg", tmp_path) == folder
+    assert (folder / "images").stat().st_mtime_ns == before
+
+
+def test_phantoms_never_replace_other_data(tmp_path):
+    (tmp_path / "Kvasir-SEG" / "images").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="phantoms are not written over it"):
+        phantoms.write_phantom("kvasir_seg", tmp_path)
+    assert not phantoms.is_phantom(tmp_path / "Kvasir-SEG")
+
+
+def test_an_unknown_task_lists_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"Unknown task 'liver': use one of kvasir_seg, msd_heart\."):
+        phantoms.write_phantom("liver", tmp_path)
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(phantoms, "_heart_volume", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        phantoms.write_msd_heart(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_run_leaves_no_data_set_and_can_be_repeated(tmp_path):
+    """The process dies when everything is written but the last rename."""
+    script = (
+        "import os, pathlib, sys; from amkd_monai.data import phantoms;"
+        "pathlib.Path.replace = lambda *_: os.kill(os.getpid(), 9);"
+        "phantoms.write_kvasir_seg(sys.argv[1], count=2, size=(40, 60))"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "Kvasir-SEG").exists()
+    assert all(entry.name.startswith(".") for entry in tmp_path.iterdir())
+    assert len(kvasir_seg.find_items(phantoms.write_kvasir_seg(tmp_path, count=3, size=(40, 60)))) == 3
+
+
+def test_a_second_process_that_was_faster_wins(tmp_path, monkeypatch):
+    paint = phantoms._endoscopy_frame
+
+    def race(*arguments):
+        monkeypatch.setattr(phantoms, "_endoscopy_frame", paint)
+        phantoms.write_kvasir_seg(tmp_path, count=2, size=(40, 60))
+        return paint(*arguments)
+
+    monkeypatch.setattr(phantoms, "_endoscopy_frame", race)
+    folder = phantoms.write_kvasir_seg(tmp_path, count=2, size=(40, 60))
+    assert list(tmp_path.iterdir()) == [folder]
+    assert len(kvasir_seg.find_items(folder)) == 2

@@ -1,0 +1,41 @@
+"""Two processes on CPU (gloo) train one student."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from bundle_runs import read_json, settings
+from helpers import ROOT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bundle", ["kvasir_seg"])
+def test_torchrun_with_two_ranks(bundle, tmp_path):
+    values = settings(bundle, tmp_path, tmp_path / "cache", max_epochs=1, admission={"mode": "all"})
+    values.pop("bundle_root")
+    arguments = [part for k, v in values.items() for part in (f"--{k}", v if isinstance(v, str) else repr(v))]
+    configs = ",".join(f"'bundles/{bundle}/configs/{c}.json'" for c in ("train", "multi_gpu_train"))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "monai.bundle",
+    ]
+    command += ["run", "training", "--config_file", f"[{configs}]", *arguments]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=400
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    record = read_json(tmp_path / "eval" / "run.json")
+    assert record["status"] == "completed" and record["epochs_done"] == 1
+    assert record["steps_per_epoch"] == 2, "28 images, 2 ranks of batch 8: each rank takes its own part"
+    state = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
+    assert not any(k.startswith("module.") for k in state)
+    assert all(bool(torch.isfinite(v.float()).all()) for v in state.values())

@@ -1,0 +1,21 @@
+"""What several test modules share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shared_data(*parts: str) -> Path:
+    """Return a path in the folder of real data; without it the test fails in CI and is skipped elsewhere."""
+    folder = Path(os.environ.get("AMKD_SHARED_DATA", "../shared/data"))
+    path = (ROOT / folder if not folder.is_absolute() else folder).joinpath(*parts)
+    if not path.exists():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{path} is missing: real data are required in CI")
+        pytest.skip(f"{path} is missing: set AMKD_SHARED_DATA")
+    return path
