@@ -82,7 +82,8 @@ def cross_fit_probes(
     Args:
         store: features ``grid`` of the training dataset.
         dataset: the training dataset; unlabelled samples are answered by the mean of all probes.
-        mean, std: (C,) of the features over the training split.
+        mean: (C,) of the features over the training split.
+        std: (C,), likewise.
         folds: number of folds by group.
         seed: of the folds.
 

@@ -103,7 +103,8 @@ class DecodedDataset(Dataset):
         temporary.mkdir(parents=True)
         names = ("ids", "cases", "groups", "hashes", "has_label", "has_foreground", "first", "last", "skipped")
         index: dict[str, list] = {name: [] for name in names}
-        images, labels = [], []
+        images: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
         for item, item_hashes in tqdm(list(zip(self.data, hashes, strict=True)), desc="decode", disable=None):
             try:
                 image, label = self._decode_item(item, transform, images[0].shape[-2:] if images else None)

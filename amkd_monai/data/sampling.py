@@ -22,7 +22,7 @@ class BatchSampler(Sampler[list[int]]):
         seed: seed of the run.
         use_unlabelled: draw unlabelled samples too (of no use without a teacher).
         labelled_fraction: part of a batch that is labelled where there are unlabelled samples.
-        foreground_fraction: part of the labelled picks drawn from samples with foreground; None takes them as they come.
+        foreground_fraction: part of the labelled picks with foreground; None takes them as they come.
         indices: restrict to these samples.
         rank: this process.
         world_size: number of processes; each takes its own part of the epoch.

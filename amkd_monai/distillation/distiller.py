@@ -142,7 +142,7 @@ class Distiller(nn.Module):
                 logger.warning("No teacher offers what the loss '%s' asks for: it takes no part in this run.", name)
         self.align, self.standardise = nn.ModuleDict(), nn.ModuleDict()
         if self.loss_priors.get("feature"):
-            channels = {stride: student.channels_at(stride) for stride in STUDENT_STRIDES}  # type: ignore[operator]
+            channels = {stride: student.channels_at(stride) for stride in STUDENT_STRIDES}
             for spec in feature_teachers:
                 assert spec.grid is not None and spec.mean is not None and spec.std is not None
                 self.align[spec.name] = Alignment(channels, spec.grid[0])
@@ -162,8 +162,8 @@ class Distiller(nn.Module):
         if not bool(batch.has_label.any()):
             raise ValueError("The batch holds no labelled sample: the task loss needs at least one.")
         size = [int(batch.image.shape[-2]), int(batch.image.shape[-1])]
-        levels = self.student.encode(batch.image)  # type: ignore[operator]
-        logits = self.student.decode(levels, size)  # type: ignore[operator]
+        levels = self.student.encode(batch.image)
+        logits = self.student.decode(levels, size)
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
             rows = batch.has_label
@@ -171,7 +171,7 @@ class Distiller(nn.Module):
             weights: dict[str, Tensor] = {}
             if self.teachers:
                 maps = [level.float() for level in levels]  # autocast gave them half precision
-                features = dict(zip(self.student.strides, maps, strict=True))  # type: ignore[arg-type]
+                features = dict(zip(self.student.strides, maps, strict=True))
                 errors = self._errors(batch, logits.shape[1])
                 if self.loss_priors.get("output"):
                     named["output"], weights["output"] = self._output(batch, logits, errors, progress)

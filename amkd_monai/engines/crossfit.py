@@ -1,5 +1,4 @@
-"""Cross-fitting: train a network on the run's own training split, in folds, so that no image is answered by a
-network that has seen it."""
+"""Cross-fitting: train on the run's own training split in folds, so that no image is answered by a net that saw it."""
 
 from __future__ import annotations
 
@@ -137,7 +136,7 @@ def cross_fit(
             answers[held_out] = predict(copied, train, held_out)
             if len(unlabelled):
                 others += _softmax(predict(copied, train, unlabelled)) / count
-            if validation is not None:
+            if validation is not None and outside is not None:
                 outside += _softmax(predict(copied, validation, np.arange(len(validation)))) / count
         if len(unlabelled):
             answers[unlabelled] = np.log(others.clip(1e-7))

@@ -50,16 +50,7 @@ class _Candidate:
 class Preparation:
     """What the steps of the preparation share.
 
-    Args:
-        train: decoded training split, unlabelled samples included.
-        validation: decoded validation split: fits the calibration temperatures.
-        student: the undistilled student as it starts; copied, never changed.
-        recipe: the run's training recipe.
-        epochs: the run's length.
-        cache_dir: folder of all stores.
-        device: where teachers and students run.
-        seed: of folds and trainings.
-        folds: of probes and cross-fitted specialists.
+    The arguments are those of :func:`prepare_teachers`.
     """
 
     def __init__(
@@ -209,7 +200,15 @@ def prepare_teachers(
 
     Args:
         teachers: descriptions (``amkd_monai.teachers.registry``); an empty list means no distillation.
-        train, validation, student, recipe, epochs, cache_dir, device, seed, folds: see :class:`Preparation`.
+        train: decoded training split, unlabelled samples included.
+        validation: decoded validation split: fits the calibration temperatures.
+        student: the undistilled student as it starts; copied, never changed.
+        recipe: the run's training recipe.
+        epochs: the run's length.
+        cache_dir: folder of all stores.
+        device: where teachers and students run.
+        seed: of folds and trainings.
+        folds: of probes and cross-fitted specialists.
         admission_options: ``mode`` (``cross_fit``: a teacher's answers are distilled only if their cross-fitted Dice
             beats the undistilled student's; ``all``; ``none``), ``margin`` (Dice), ``folds`` and ``epochs`` of the
             student's cross-fitting.

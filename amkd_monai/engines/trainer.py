@@ -82,7 +82,7 @@ class DistillationTrainer(SupervisedTrainer):
         self.add_event_handler(Events.EPOCH_STARTED, DistillationTrainer._start_epoch)
 
     def _start_epoch(self) -> None:
-        sampler = self.data_loader.batch_sampler  # type: ignore[union-attr]
+        sampler = self.data_loader.batch_sampler
         rank = sampler.rank if isinstance(sampler, BatchSampler) else 0
         if isinstance(sampler, BatchSampler):
             sampler.set_epoch(self.state.epoch)

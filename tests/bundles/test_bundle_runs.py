@@ -98,7 +98,7 @@ def test_real_heart_volumes_train_and_evaluate_in_millimetres(tmp_path, cache):
     rows = list(csv.DictReader((tmp_path / "eval" / "per_case.csv").open()))
     ids = {row["id"] for row in rows}
     assert len(ids) >= 2 and all(30_000 < float(row["reference_volume"]) < 300_000 for row in rows), "cubic millimetres"
-    assert not (len(ids & {"la_005", "la_026"}) == 1), "one image with two labels never lies on both sides of a split"
+    assert len(ids & {"la_005", "la_026"}) != 1, "one image with two labels never lies on both sides of a split"
 
 
 def test_sections_that_all_bundles_share_are_equal():

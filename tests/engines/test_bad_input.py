@@ -27,7 +27,7 @@ def hearts(tmp_path_factory):
 
 def sentence(bundle, folder, data, configs=("train",), **overrides):
     values = settings(bundle, folder, folder / "cache", dataset_dir=str(data), **overrides)
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - the cause is looked at
+    with pytest.raises(Exception) as caught:
         run(bundle, configs, values)
     text = str(root_cause(caught.value))
     assert "\n" not in text.strip(), text

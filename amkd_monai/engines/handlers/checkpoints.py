@@ -127,7 +127,7 @@ class ResumeCheckpoint:
         differing = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
         if differing:
             raise CheckpointError(
-                f"{self.path} belongs to a run with another {', '.join(differing)}: repeat the settings of that run, or "
+                f"{self.path} belongs to a run with another {', '.join(differing)}: repeat its settings, or "
                 "start without --resume."
             )
         load_strict(self.distiller, state["distiller"], self.path)
