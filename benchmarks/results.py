@@ -5,6 +5,7 @@
 
 Each run is a plain bundle run with overrides (printed); a run that has its metrics.json is not repeated. Cases are the
 unit of the statistics: seeds are averaged per case for the paired tests, and the intervals resample cases and seeds.
+Teachers are admitted by the cross-fitting of the first seed; later seeds repeat its decision.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ def commands(name: str, setting: Setting, seed: int, fold: int, shared: Path, ou
     }
     if len(setting.folds) > 1:
         overrides["fold"] = fold
+    if seed > 0 and setting.teachers != []:
+        overrides["admission"] = {"mode": decision(output / name / "fold0_seed0" / "run.json")}
     if setting.teachers is not None:
         weights = str(shared / "weights" / "kvasir_specialist.ts")
         overrides["teachers"] = [{**t, "path": weights} for t in setting.teachers]
@@ -83,6 +86,14 @@ def commands(name: str, setting: Setting, seed: int, fold: int, shared: Path, ou
         [*run, "training", "--config_file", train, *arguments],
         [*run, "--config_file", f"['{train}','{evaluate}']", *arguments],
     ]
+
+
+def decision(record: Path) -> str:
+    """Return the admission mode that repeats the decision of the first seed, whose cross-fitting is not repeated."""
+    if not record.is_file():
+        return "cross_fit"
+    admitted = {t["outputs_admitted"] for t in json.loads(record.read_text())["distillation"]["teachers"]}
+    return {(True,): "all", (False,): "none"}.get(tuple(admitted), "cross_fit")
 
 
 def _argument(value: Any) -> str:

@@ -14,7 +14,8 @@ class ScaledLossGate(nn.Module):
     """L = L_task + beta(t) sum_k v_k L_k / S_k, with scales S_k measured once and then frozen.
 
     S_k is the median of L_k over the first ``warmup_steps`` steps, floored at 1e-3. Because it is frozen, a loss that
-    has been driven to 0 can't raise its own weight. v is a softmax of the given priors, with a floor.
+    has been driven to 0 can't raise its own weight. v is the given priors' share,
+    with a floor.
 
     Args:
         priors: {loss: relative importance}, e.g. {"output": 1.0, "feature": 0.2}; 0 switches a loss off.

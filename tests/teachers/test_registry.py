@@ -6,6 +6,7 @@ from amkd_monai.teachers.registry import CROSS_FITTED_KINDS, KINDS, build_teache
 from amkd_monai.teachers.timm_encoder import TimmTeacher
 from amkd_monai.weights import CheckpointError
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 LITE1 = {"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1", "weights": "random"}
 
 

@@ -1,0 +1,201 @@
+"""Preparation: cross-fitting is honest, admission decides by scores, nothing is computed twice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.networks.nets import SegResNet
+from torch import nn
+
+from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.engines import crossfit
+from amkd_monai.engines.admission import prior_entropy, score_answers
+from amkd_monai.engines.prepare import prepare_teachers
+from amkd_monai.engines.recipe import Recipe
+from amkd_monai.networks import Student
+
+LITE1 = {"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}
+
+
+def discs(folder, count, size=64, depth=0, seed=0):
+    """Datalist items with a bright disc (or ball) on noise, stored as .npy pairs."""
+    rng = np.random.default_rng(seed)
+    items = []
+    shape = (depth, size, size) if depth else (size, size)
+    axes = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    for i in range(count):
+        centre = [rng.uniform(0.35, 0.65) * n for n in shape]
+        radius = rng.uniform(0.2, 0.3) * size
+        label = (sum((a - c) ** 2 for a, c in zip(axes, centre, strict=True)) < radius**2).astype(np.uint8)
+        image = (0.3 + 0.4 * label + 0.08 * rng.standard_normal(shape)).clip(0, 1).astype(np.float32)
+        image = image[None] if depth else np.stack([image] * 3)
+        name = f"{'v' if depth else 'i'}{seed}_{i:02d}"
+        np.save(folder / f"{name}_image.npy", image)
+        np.save(folder / f"{name}_label.npy", label[None])
+        paths = {"image": str(folder / f"{name}_image.npy"), "label": str(folder / f"{name}_label.npy")}
+        items.append({**paths, "id": name, "group": name})
+    return items
+
+
+def load(item):
+    return {key: np.load(value) if key in ("image", "label") else value for key, value in item.items()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("discs")
+    train = DecodedDataset(discs(folder, 12), load, folder / "cache")
+    validation = DecodedDataset(discs(folder, 4, seed=1), load, folder / "cache")
+    return train, validation, folder
+
+
+def prepare(data, teachers, student=None, **options):
+    train, validation, folder = data
+    student = student or Student(seed=0)
+    recipe = Recipe(batch_size=4, warmup_steps=2)
+    arguments = {"epochs": 2, "cache_dir": str(folder / "stores"), "folds": 3, **options}
+    return prepare_teachers(teachers, train, validation, student, recipe, **arguments)
+
+
+def test_targets_match_the_samples(data):
+    targets = prepare(data, [LITE1], admission_options={"mode": "all"})
+    (spec,) = targets.specs
+    assert spec.admitted and spec.grid == (112, 4, 4) and spec.logits == (2, 4, 4)
+    read = targets.read([5, 0, 5], "cpu")["lite1"]
+    assert torch.equal(read["grid"][0], read["grid"][2]) and not torch.equal(read["grid"][0], read["grid"][1])
+    stacked = targets.read(range(12), "cpu")["lite1"]["grid"]
+    torch.testing.assert_close(stacked.mean((0, 2, 3)), spec.mean, atol=1e-3, rtol=1e-3)
+    assert 0 < targets.prior_entropy < np.log(2) + 1e-6
+    assert targets.prior_entropy == prior_entropy(data[0])
+
+
+@pytest.mark.parametrize(("mode", "admitted"), [("all", True), ("none", False)])
+def test_admission_can_be_set(data, mode, admitted):
+    targets = prepare(data, [LITE1], admission_options={"mode": mode})
+    assert targets.specs[0].admitted is admitted
+    assert targets.record["teachers"][0]["outputs_admitted"] is admitted
+
+
+def test_a_teacher_worse_than_the_student_gives_features_only(data):
+    good = prepare(data, [LITE1], epochs=25, admission_options={"folds": 2})
+    record = good.record
+    teacher = record["teachers"][0]
+    assert record["undistilled_student_dice"] > teacher["dice"], "25 epochs beat a 4x4 probe"
+    assert not teacher["outputs_admitted"] and good.specs[0].grid is not None
+    assert "does not beat" in teacher["admission_reason"]
+
+
+def test_a_teacher_better_than_the_student_is_admitted(data):
+    record = prepare(data, [LITE1], epochs=1, admission_options={"folds": 2}).record
+    teacher = record["teachers"][0]
+    assert teacher["dice"] > record["undistilled_student_dice"]
+    assert teacher["outputs_admitted"]
+
+
+def test_the_second_call_computes_nothing(data, monkeypatch):
+    first = prepare(data, [LITE1], epochs=1, admission_options={"folds": 2})
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(crossfit, "fit_student", lambda *_a, **_k: refuse)
+    monkeypatch.setattr("amkd_monai.cache.probes.fit_probe", refuse)
+    monkeypatch.setattr("amkd_monai.cache.store.FeatureStore.write_shard", refuse)
+    second = prepare(data, [LITE1], epochs=1, admission_options={"folds": 2})
+    assert second.record == first.record
+
+
+def test_the_student_given_is_not_trained(data):
+    student = Student(seed=3)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    prepare(data, [LITE1], student=student, epochs=1, admission_options={"folds": 2})
+    assert all(torch.equal(before[k], v) for k, v in student.state_dict().items())
+
+
+class Memoriser(nn.Module):
+    """A network that answers what it was fitted on and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = nn.Parameter(torch.zeros(64))
+
+
+def test_cross_fitting_never_asks_a_network_about_what_it_has_seen(data):
+    train, validation, folder = data
+    folds = []
+
+    def fit(network, dataset, indices, fold):
+        network.groups = {dataset.groups[i] for i in indices}
+        folds.append(fold)
+
+    def predict(network, dataset, indices):
+        if dataset is train:
+            assert not network.groups & {dataset.groups[i] for i in indices if dataset.has_label[i]}
+        return np.zeros((len(indices), 2, 16, 16), dtype=np.float32)
+
+    stores = crossfit.cross_fit(
+        "memoriser", Memoriser(), train, validation, fit, predict, {"k": 1}, 3, 0, str(folder / "memoriser")
+    )
+    assert folds == [0, 1, 2] and all(store.is_complete for store in stores)
+
+
+def test_an_interrupted_cross_fit_keeps_its_finished_folds(data):
+    train, _, folder = data
+    fitted = []
+
+    def fit(network, dataset, indices, fold):
+        if fold == 2 and len(fitted) < 3:
+            fitted.append("killed")
+            raise KeyboardInterrupt
+        fitted.append(fold)
+
+    def predict(network, dataset, indices):
+        return np.zeros((len(indices), 2, 16, 16), dtype=np.float32)
+
+    arguments = (train, None, fit, predict, {"k": 2}, 3, 0, str(folder / "interrupted"))
+    with pytest.raises(KeyboardInterrupt):
+        crossfit.cross_fit("killed", Memoriser(), *arguments)
+    crossfit.cross_fit("killed", Memoriser(), *arguments)
+    assert fitted == [0, 1, "killed", 2]
+
+
+def test_a_2d_specialist_is_trained_in_folds(data):
+    specialist = {"name": "own", "kind": "crossfit_specialist", "network": Student(seed=5), "epochs": 12, "folds": 2}
+    targets = prepare(data, [specialist], admission_options={"mode": "all"})
+    (spec,) = targets.specs
+    assert spec.grid is None and spec.logits == (2, 16, 16)
+    assert targets.record["teachers"][0]["dice"] > 0.5
+
+
+def test_a_3d_specialist_answers_slices(tmp_path):
+    train = DecodedDataset(discs(tmp_path, 4, size=32, depth=16), load, tmp_path)
+    validation = DecodedDataset(discs(tmp_path, 2, size=32, depth=16, seed=1), load, tmp_path)
+    network = SegResNet(spatial_dims=3, init_filters=8, in_channels=1, out_channels=2, blocks_down=(1, 1), blocks_up=(1,))
+    description = {"name": "segresnet", "kind": "crossfit_volume_specialist", "network": network, "folds": 2}
+    description |= {"patch_size": [16, 32, 32], "steps": 30, "learning_rate": 5e-3}
+    targets = prepare((train, validation, tmp_path), [description], admission_options={"mode": "all"})
+    assert targets.specs[0].logits == (2, 8, 8)
+    record = targets.record["teachers"][0]
+    assert record["dice"] > 0.5 and 0.3 < record["volume_ratio"] < 3
+
+
+def test_scores_count_cases_not_pixels(tmp_path):
+    """One large object right, one small missed: the mean over cases is 0.5, pooled pixels would say 0.98."""
+    from amkd_monai.cache.build import answers_store, keep_answers
+
+    items = []
+    for name, side in (("large", 48), ("small", 8)):
+        label = np.zeros((1, 64, 64), np.uint8)
+        label[0, :side, :side] = 1
+        np.save(tmp_path / f"{name}_image.npy", np.full((3, 64, 64), 0.5, np.float32))
+        np.save(tmp_path / f"{name}_label.npy", label)
+        paths = {k: str(tmp_path / f"{name}_{k}.npy") for k in ("image", "label")}
+        items.append({**paths, "id": name, "group": name})
+    dataset = DecodedDataset(items, load, tmp_path)
+    answers = np.zeros((2, 2, 64, 64), np.float32)
+    answers[:, 0] = 5
+    answers[0, :, :48, :48] = np.array([-5, 5])[:, None, None]
+    store = answers_store("a", {}, dataset, (64, 64), tmp_path)
+    keep_answers(store, answers)
+    assert score_answers(store, dataset).dice == pytest.approx(0.5)
