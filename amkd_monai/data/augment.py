@@ -26,6 +26,7 @@ class Augmentation:
         gain: largest relative change of intensity per image.
         offset: largest added intensity, in [0, 1] units.
         colour: largest relative gain change per channel.
+        gamma: largest relative change of the exponent, e.g. 0.4 for x^(1/1.4) to x^1.4.
     """
 
     rotation: float = 0.0
@@ -36,6 +37,7 @@ class Augmentation:
     gain: float = 0.0
     offset: float = 0.0
     colour: float = 0.0
+    gamma: float = 0.0
 
     def sample(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Draw affine matrices (B, 2, 3) in the normalised coordinates of ``affine_grid`` for maps of (H, W)."""
@@ -59,10 +61,12 @@ class Augmentation:
         return torch.stack(rows, dim=1)
 
     def photometric(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """Change gain, offset and colour of an image (B, 3, H, W) in [0, 1]; never applied to what a teacher saw."""
+        """Change gamma, gain, offset and colour of an image (B, 3, H, W) in [0, 1]; never applied to what a teacher saw."""
         batch = image.shape[0]
-        draw = torch.rand((batch, 5), generator=generator).to(image.device) * 2 - 1
+        draw = torch.rand((batch, 6), generator=generator).to(image.device) * 2 - 1
         gain = 1 + self.gain * draw[:, 0, None] + self.colour * draw[:, 1:4]  # (B, 3)
+        gamma = torch.exp(draw[:, 5] * math.log1p(self.gamma))
+        image = image.clamp_min(0) ** gamma[:, None, None, None]
         return (image * gain[:, :, None, None] + self.offset * draw[:, 4, None, None, None]).clamp(0, 1)
 
 

