@@ -139,6 +139,30 @@ def channel_statistics(store: FeatureStore) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(mean).float(), torch.from_numpy(np.where(std > 1e-6, std, 1.0)).float()
 
 
+def channel_covariance(store: FeatureStore) -> Tensor:
+    """Covariance (C, C) of the cached features over all samples and cells."""
+    count = 0
+    channels = store.arrays["grid"].shape[0]
+    total, products = np.zeros(channels), np.zeros((channels, channels))
+    for start in range(0, len(store), 64):
+        batch = store.read("grid", range(start, min(start + 64, len(store)))).astype(np.float64)
+        cells = batch.transpose(0, 2, 3, 1).reshape(-1, batch.shape[1])  # (B, C, h, w) -> (cells, C)
+        count += len(cells)
+        total += cells.sum(0)
+        products += cells.T @ cells
+    mean = total / count
+    return torch.from_numpy(products / count - np.outer(mean, mean)).float()
+
+
+def pooled_features(store: FeatureStore) -> Tensor:
+    """Mean over the cells of each sample's cached features, (N, C) float32."""
+    parts = []
+    for start in range(0, len(store), 64):
+        batch = store.read("grid", range(start, min(start + 64, len(store))))
+        parts.append(torch.from_numpy(batch.astype(np.float32).mean((2, 3))))
+    return torch.cat(parts)
+
+
 def calibration_temperature(logits: Tensor, targets: Tensor) -> float:
     """Temperature in [0.25, 8] that minimises the cross entropy of softmax(logits / T) (Guo et al., 2017).
 

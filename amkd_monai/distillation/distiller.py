@@ -4,81 +4,41 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amkd_monai.distillation import gates, losses
+from amkd_monai.distillation import losses, return_decoder
 from amkd_monai.distillation.alignment import Alignment
-from amkd_monai.distillation.loss_gate import ScaledLossGate
+from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
+from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherSpec
+from amkd_monai.distillation.loss_gate import make_loss_gate
 from amkd_monai.distillation.schedules import distillation_strength, kd_temperature
-from amkd_monai.distillation.standardise import MeanStdStandardiser
+from amkd_monai.distillation.standardise import make_standardiser
+from amkd_monai.distillation.teacher_gate import GateReading, TeacherGate
+
+__all__ = ["LOSSES", "Batch", "DistillationOutput", "Distiller", "SampleTable", "TeacherSpec"]
 
 logger = logging.getLogger("amkd_monai")
 
+LOSSES = ("output", "feature", "reconstruction", "contrastive")
 DEFAULT_LOSSES = {"output": 1.0, "feature": 0.2}
 STUDENT_STRIDES = (8, 16)
 """Student levels that are aligned with a teacher (two, summed)."""
+SHARED_STRIDE = 16
+"""Student level that gates and contrastive heads see, and where gradients are compared."""
 
 
 @dataclass(frozen=True)
-class TeacherSpec:
-    """What the distiller must know of a teacher before it sees its targets.
+class _Pair:
+    """A student map and what it is compared with: ``aligned`` and ``goal`` (B, m, h, w), ``target`` (B, C, h, w)."""
 
-    Attributes:
-        name: key of its targets in a batch.
-        grid: (C, h, w) of its feature map, None if it gives none.
-        mean, std: (C,) of its features over the training split.
-        logits: (classes, h, w) of its own answer or its probe's, None if it has neither.
-        admitted: whether its answers are distilled (they beat the undistilled student); features always are.
-        mean_error: mean cross entropy of its answers over the labelled training samples, nats; used without a label.
-    """
-
-    name: str
-    grid: tuple[int, int, int] | None
-    mean: Tensor | None
-    std: Tensor | None
-    logits: tuple[int, int, int] | None
-    admitted: bool
-    mean_error: float | None
-
-
-@dataclass
-class DistillationOutput:
-    """What a forward of the distiller gives.
-
-    Attributes:
-        total: the loss to minimise, a scalar.
-        losses: {name: (B,)}; ``task`` is (number of labelled samples,).
-        loss_weights: {name: factor} by which each loss entered the total.
-        teacher_weights: {loss: (B, K)} mean weight of each teacher per sample.
-        logits: student logits (B, C, H, W).
-    """
-
-    total: Tensor
-    losses: dict[str, Tensor]
-    loss_weights: dict[str, float]
-    teacher_weights: dict[str, Tensor]
-    logits: Tensor
-
-
-@dataclass
-class Batch:
-    """Input of the distiller.
-
-    Attributes:
-        image: (B, 3, H, W) in [0, 1].
-        label: class indices (B, 1, H, W); rows without a label may hold anything.
-        has_label: boolean (B,).
-        teachers: {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}.
-    """
-
-    image: Tensor
-    label: Tensor
-    has_label: Tensor
-    teachers: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    aligned: Tensor
+    goal: Tensor
+    target: Tensor
 
 
 class Distiller(nn.Module):
@@ -90,16 +50,24 @@ class Distiller(nn.Module):
         student: network with ``encode``, ``decode``, ``channels_at`` and ``strides``.
         teachers: what each teacher offers.
         prior_entropy: entropy of the label prior of the training split, nats.
-        gate: ``reliability`` or ``uniform``.
-        gate_options: ``floor`` and ``temperature`` of the gate.
-        loss_priors: relative importance of ``output`` and ``feature``; 0 switches one off.
+        gate: one of :data:`amkd_monai.distillation.gates.MODES`.
+        gate_options: of :class:`~amkd_monai.distillation.teacher_gate.TeacherGate`, e.g. ``floor``, ``temperature``.
+        loss_priors: relative importance of the ``LOSSES``; 0 or absence switches one off.
         scale_steps: steps over which loss scales are measured before they freeze.
         temperature: ``start``, ``end`` and ``shape`` of the KD temperature.
         strength: ``warmup``, ``decay`` and ``end`` of beta(t).
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
+        loss_gate: one of :data:`amkd_monai.distillation.loss_gate.MODES`.
+        loss_gate_options: of that mode.
+        return_code: ``none`` compares features directly; ``learned`` and ``pca`` compare them in a code, from which
+            they can be reconstructed (:mod:`amkd_monai.distillation.return_decoder`).
+        code_channels: size of the code.
+        standardisation: ``mean_std`` or ``phi_s``.
+        samples: table of the training dataset, for the contrastive loss.
+        contrastive: options of :class:`~amkd_monai.distillation.contrastive.ContrastiveDistillation`.
 
     Raises:
-        ValueError: unknown gate or loss, or no teacher can give any of the losses asked for.
+        ValueError: an unknown mode, loss or option, or no teacher can give any of the losses asked for.
     """
 
     def __init__(
@@ -108,56 +76,94 @@ class Distiller(nn.Module):
         teachers: Sequence[TeacherSpec] = (),
         prior_entropy: float = 0.69,
         gate: str = "reliability",
-        gate_options: Mapping[str, float] | None = None,
+        gate_options: Mapping[str, Any] | None = None,
         loss_priors: Mapping[str, float] | None = None,
         scale_steps: int = 100,
         temperature: Mapping[str, Any] | None = None,
         strength: Mapping[str, float] | None = None,
         batch_dice: bool = False,
+        loss_gate: str = "scaled",
+        loss_gate_options: Mapping[str, Any] | None = None,
+        return_code: str = "none",
+        code_channels: int = 64,
+        standardisation: str = "mean_std",
+        samples: SampleTable | None = None,
+        contrastive: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if gate not in gates.MODES:
-            raise ValueError(f"There is no teacher gate '{gate}': use one of {', '.join(gates.MODES)}.")
-        priors = dict(DEFAULT_LOSSES if loss_priors is None else loss_priors)
-        if unknown := set(priors) - set(DEFAULT_LOSSES):
-            raise ValueError(f"Unknown losses {sorted(unknown)}: use some of {', '.join(DEFAULT_LOSSES)}.")
-        self.student = student
-        self.teachers = list(teachers)
-        self.prior_entropy, self.gate, self.batch_dice = prior_entropy, gate, batch_dice
-        self.gate_options = dict(gate_options or {})
+        self.student, self.teachers, self.batch_dice = student, list(teachers), batch_dice
         self.temperature, self.strength = dict(temperature or {}), dict(strength or {})
         kd_temperature(0.0, **self.temperature)  # a wrong schedule fails here, not in the first step
         distillation_strength(0.0, **self.strength)
-        feature_teachers = [t for t in self.teachers if t.grid is not None]
-        output_teachers = [t for t in self.teachers if t.admitted]
-        offered = {"feature": bool(feature_teachers), "output": bool(output_teachers)}
-        self.loss_priors = {name: p if offered[name] else 0.0 for name, p in priors.items()} if self.teachers else {}
-        if self.teachers and not any(self.loss_priors.values()):
+        if return_code not in return_decoder.MODES:
+            raise ValueError(f"There is no return code '{return_code}': use one of {', '.join(return_decoder.MODES)}.")
+        self.loss_priors = self._choose_losses(loss_priors, samples, return_code)
+        channels = {stride: student.channels_at(stride) for stride in STUDENT_STRIDES} if self.teachers else {}
+        self.align, self.standardise, self.codes = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        if self.loss_priors.get("feature") or self.loss_priors.get("reconstruction"):
+            for spec in self.teachers:
+                if spec.grid is not None:
+                    self._compare_features_of(spec, channels, return_code, code_channels, standardisation)
+        width = channels.get(SHARED_STRIDE, 0)
+        self.loss_gate = make_loss_gate(loss_gate, self.loss_priors, width, scale_steps, loss_gate_options)
+        self.teacher_gate = TeacherGate(gate, self.teachers, prior_entropy, width, gate_options)
+        self.contrast: ContrastiveDistillation | None = None
+        if self.loss_priors.get("contrastive") and samples is not None:
+            self.contrast = ContrastiveDistillation(width, samples, contrastive)
+
+    def _choose_losses(
+        self, asked: Mapping[str, float] | None, samples: SampleTable | None, return_code: str
+    ) -> dict[str, float]:
+        """Return the priors of the losses that the teachers can serve; 0 for the others."""
+        priors = dict(DEFAULT_LOSSES if asked is None else asked)
+        if unknown := set(priors) - set(LOSSES):
+            raise ValueError(f"Unknown losses {sorted(unknown)}: use some of {', '.join(LOSSES)}.")
+        if not self.teachers:
+            return {}
+        if priors.get("reconstruction") and return_code == "none":
+            raise ValueError("The loss 'reconstruction' needs a code: set return_code to 'learned' or 'pca'.")
+        if priors.get("contrastive") and samples is None:
+            raise ValueError("The loss 'contrastive' needs a table of the training samples: give `samples`.")
+        features = any(t.grid is not None for t in self.teachers)
+        offered = {
+            "output": any(t.admitted and t.logits is not None for t in self.teachers),
+            "feature": features,
+            "reconstruction": features,
+            "contrastive": samples is not None and bool(samples.vectors),
+        }
+        chosen = {name: prior if offered[name] else 0.0 for name, prior in priors.items()}
+        if not any(chosen.values()):
             raise ValueError(
                 "No teacher offers what the losses ask for (features or admitted answers): change `losses`, the "
                 "teachers, or use none."
             )
-        for name in self.loss_priors:
+        for name in chosen:
             if priors[name] and not offered[name]:
                 logger.warning("No teacher offers what the loss '%s' asks for: it takes no part in this run.", name)
-        self.align, self.standardise = nn.ModuleDict(), nn.ModuleDict()
-        if self.loss_priors.get("feature"):
-            channels = {stride: student.channels_at(stride) for stride in STUDENT_STRIDES}
-            for spec in feature_teachers:
-                assert spec.grid is not None and spec.mean is not None and spec.std is not None
-                self.align[spec.name] = Alignment(channels, spec.grid[0])
-                self.standardise[spec.name] = MeanStdStandardiser(spec.mean, spec.std)
-        self.loss_gate = ScaledLossGate(self.loss_priors, scale_steps)
+        return chosen
+
+    def _compare_features_of(
+        self, spec: TeacherSpec, channels: Mapping[int, int], code: str, code_channels: int, standardisation: str
+    ) -> None:
+        assert spec.grid is not None and spec.mean is not None and spec.std is not None
+        width = spec.grid[0]
+        standardise = make_standardiser(standardisation, spec.mean, spec.std, spec.covariance)
+        if code != "none":
+            covariance = None if spec.covariance is None else standardise.covariance_after(spec.covariance)
+            self.codes[spec.name] = return_decoder.make_code(code, width, code_channels, covariance)
+            width = self.codes[spec.name].code_channels
+        self.align[spec.name] = Alignment(channels, width)
+        self.standardise[spec.name] = standardise
 
     def distillation_state(self) -> dict[str, Tensor]:
-        """Return all state but the student's: projections, standardisers, loss scales."""
+        """Return all state but the student's: projections, standardisers, codes, gates, loss scales."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("student.")}
 
     def forward(self, batch: Batch, progress: float = 0.0) -> DistillationOutput:
         """Compute all losses of a batch at ``progress`` in [0, 1] of the run.
 
         Raises:
-            ValueError: the batch holds no labelled sample, or the targets of a teacher are missing.
+            ValueError: the batch holds no labelled sample, or the targets of a teacher are missing or not finite.
         """
         if not bool(batch.has_label.any()):
             raise ValueError("The batch holds no labelled sample: the task loss needs at least one.")
@@ -169,84 +175,121 @@ class Distiller(nn.Module):
             rows = batch.has_label
             named = {"task": losses.segmentation_task_loss(logits[rows], batch.label[rows], self.batch_dice)}
             weights: dict[str, Tensor] = {}
+            figures: dict[str, float] = {}
+            view: Tensor | None = None
+            strength = distillation_strength(progress, **self.strength)
             if self.teachers:
                 maps = [level.float() for level in levels]  # autocast gave them half precision
                 features = dict(zip(self.student.strides, maps, strict=True))
-                errors = self._errors(batch, logits.shape[1])
-                if self.loss_priors.get("output"):
-                    named["output"], weights["output"] = self._output(batch, logits, errors, progress)
-                if self.loss_priors.get("feature"):
-                    named["feature"], weights["feature"] = self._feature(batch, features, errors)
+                view = features[SHARED_STRIDE]
+                pairs = self._pairs(batch, features)
+                answers = {
+                    t.name: self._targets(batch, t.name, "logits") for t in self.teachers if t.logits is not None
+                }
+                similar: dict[str, Tensor] = {}
+                if self.teacher_gate.network is not None:
+                    similar = {n: F.cosine_similarity(p.aligned, p.goal.detach(), dim=1) for n, p in pairs.items()}
+                reading = self.teacher_gate.measure(batch, answers, logits.shape[1], view, similar)
+                self._distil(batch, logits, view, pairs, answers, reading, progress, named, weights)
+                named |= self.teacher_gate.loss(batch, reading) | self._autoencoder(batch, pairs)
+                figures = self.teacher_gate.figures(batch, reading)
                 if self.training:
-                    self.loss_gate.observe(named)
-            factors = self.loss_gate.weights(distillation_strength(progress, **self.strength))
+                    self.loss_gate.observe(named, levels[self.student.strides.index(SHARED_STRIDE)])
+            factors = dict(self.loss_gate.weights(strength, view))
+            if (penalty := self.loss_gate.penalty(strength)) is not None:
+                named["uncertainty"] = penalty
+            factors |= {name: 1.0 for name in named if name not in factors}  # losses that train parts of the distiller
             total = torch.stack([factors[name] * loss.mean() for name, loss in named.items()]).sum()
-        return DistillationOutput(total, named, factors, weights, logits)
+        plain = {name: float(f.detach()) if isinstance(f, Tensor) else f for name, f in factors.items()}
+        return DistillationOutput(total, named, plain, weights, logits, figures)
 
     def _targets(self, batch: Batch, name: str, kind: str) -> Tensor:
+        """Read a teacher's targets; rows for which it is not available become 0."""
         try:
-            return batch.teachers[name][kind]
+            target = batch.teachers[name][kind]
         except KeyError:
             raise ValueError(
                 f"The batch holds no {kind} targets of the teacher '{name}': rebuild the teacher cache."
             ) from None
+        if batch.available is not None:
+            k = [t.name for t in self.teachers].index(name)
+            target = torch.where(batch.available[:, k, None, None, None].bool(), target, torch.zeros_like(target))
+        if not bool(torch.isfinite(target).all()):
+            raise ValueError(
+                f"The {kind} targets of the teacher '{name}' are not finite: delete its teacher cache and run again."
+            )
+        return target
 
-    def _gate_grid(self) -> tuple[int, int]:
-        shapes = [s[1:] for t in self.teachers for s in (t.grid, t.logits) if s is not None]
-        return min(s[0] for s in shapes), min(s[1] for s in shapes)
+    def _pairs(self, batch: Batch, features: Mapping[int, Tensor]) -> dict[str, _Pair]:
+        """Bring student and teachers to common grids and codes, {teacher: pair}; none if no loss compares features."""
+        pairs = {}
+        for name, align in self.align.items():
+            target = self.standardise[name](self._targets(batch, name, "grid"))
+            aligned = align(features, (target.shape[-2], target.shape[-1]))
+            goal = self.codes[name].encode(target) if name in self.codes else target
+            pairs[name] = _Pair(aligned, goal, target)
+        return pairs
 
-    @torch.no_grad()
-    def _errors(self, batch: Batch, classes: int) -> Tensor:
-        """Cross entropy of each teacher against the label at the gate's grid (B, K, h, w), nats.
-
-        Without a label a teacher's mean error over the labelled training samples stands in; a teacher that gives no
-        answers counts as one that knows nothing.
-        """
-        grid = self._gate_grid()
-        known = torch.where(batch.has_label[:, None, None, None], batch.label, torch.zeros_like(batch.label))
-        columns = []
-        for spec in self.teachers:
-            fallback = self.prior_entropy if spec.mean_error is None else spec.mean_error
-            error = torch.full((len(batch.image), *grid), fallback, device=batch.image.device)
-            if spec.logits is not None:
-                answers = self._targets(batch, spec.name, "logits").float()
-                target = losses.one_hot_area(known, classes, (answers.shape[-2], answers.shape[-1]))
-                measured = losses.soft_cross_entropy(target, answers.log_softmax(1))
-                measured = losses.area_logits(measured[:, None], grid)[:, 0]
-                error = torch.where(batch.has_label[:, None, None], measured, error)
-            columns.append(error)
-        return torch.stack(columns, dim=1)
-
-    def _weights(self, errors: Tensor, use: list[bool]) -> Tensor:
-        available = torch.tensor(use, device=errors.device).expand(len(errors), -1)
-        return gates.teacher_weights(self.gate, errors, available, self.prior_entropy, **self.gate_options)
-
-    def _output(self, batch: Batch, logits: Tensor, errors: Tensor, progress: float) -> tuple[Tensor, Tensor]:
-        weights = self._weights(errors, [t.admitted for t in self.teachers])
+    def _distil(
+        self,
+        batch: Batch,
+        logits: Tensor,
+        view: Tensor,
+        pairs: Mapping[str, _Pair],
+        answers: Mapping[str, Tensor],
+        reading: GateReading,
+        progress: float,
+        named: dict[str, Tensor],
+        weights: dict[str, Tensor],
+    ) -> None:
+        """Add every distillation loss (B,) to ``named`` and its mean teacher weights (B, K) to ``weights``."""
         temperature = kd_temperature(progress, **self.temperature)
-        total = logits.new_zeros(len(logits))
-        for k, spec in enumerate(self.teachers):
-            if spec.admitted:
-                answers = self._targets(batch, spec.name, "logits")
-                size = (answers.shape[-2], answers.shape[-1])
-                loss = losses.output_loss(losses.area_logits(logits, size), answers, temperature)
-                total = total + (_to_size(weights[:, k], size) * loss).flatten(1).mean(1)
-        return total, weights.flatten(2).mean(2)
+        for name in LOSSES:
+            if not self.loss_priors.get(name):
+                continue
+            maps: dict[str, Tensor] = {}
+            if name == "output":
+                for spec in self.teachers:
+                    if spec.admitted and spec.logits is not None:
+                        z = answers[spec.name]
+                        small = losses.area_logits(logits, (z.shape[-2], z.shape[-1]))
+                        maps[spec.name] = losses.output_loss(small, z, temperature)
+            elif name == "feature":
+                maps = {n: losses.feature_loss(p.aligned, p.goal) for n, p in pairs.items()}
+            elif name == "reconstruction":
+                for n, p in pairs.items():
+                    restored = self.codes[n].decode_frozen(p.aligned)
+                    maps[n] = return_decoder.reconstruction_loss(restored, p.target)
+            elif self.contrast is not None:
+                vectors = self.contrast(view, batch.index)
+                maps = {n: loss[:, None, None] for n, loss in vectors.items()}
+                if self.training and batch.index is not None:
+                    self.contrast.remember(batch.index)
+            available = self.teacher_gate.available(batch, [t.name in maps for t in self.teachers])
+            w = self.teacher_gate.weights(reading, available)
+            total = logits.new_zeros(len(logits))
+            for k, spec in enumerate(self.teachers):
+                if spec.name in maps:
+                    loss = maps[spec.name]
+                    total = total + (_to_size(w[:, k], (loss.shape[-2], loss.shape[-1])) * loss).flatten(1).mean(1)
+            named[name], weights[name] = total, w.detach().flatten(2).mean(2)
 
-    def _feature(self, batch: Batch, features: Mapping[int, Tensor], errors: Tensor) -> tuple[Tensor, Tensor]:
-        weights = self._weights(errors, [t.grid is not None for t in self.teachers])
-        total = batch.image.new_zeros(len(batch.image))
+    def _autoencoder(self, batch: Batch, pairs: Mapping[str, _Pair]) -> dict[str, Tensor]:
+        """The loss (B,) that trains encoders and decoders of learned codes, the mean over the teachers."""
+        available = self.teacher_gate.available(batch, [True] * len(self.teachers))
+        parts = []
         for k, spec in enumerate(self.teachers):
-            if spec.grid is not None:
-                target = self.standardise[spec.name](self._targets(batch, spec.name, "grid"))
-                size = (target.shape[-2], target.shape[-1])
-                loss = losses.feature_loss(self.align[spec.name](features, size), target)
-                total = total + (_to_size(weights[:, k], size) * loss).flatten(1).mean(1)
-        return total, weights.flatten(2).mean(2)
+            if spec.name in self.codes and spec.name in pairs:
+                loss = self.codes[spec.name].autoencoder_loss(pairs[spec.name].target)
+                if loss is not None:
+                    parts.append(loss.flatten(1).mean(1) * available[:, k])
+        return {"autoencoder": torch.stack(parts).mean(0)} if parts else {}
 
 
 def _to_size(weights: Tensor, size: tuple[int, int]) -> Tensor:
-    """Spread gate weights (B, h, w) over a finer grid (B, H, W), nearest cell."""
+    """Bring gate weights (B, h, w) to another grid (B, H, W): nearest cell where finer, the mean for a single cell."""
     if tuple(weights.shape[-2:]) == size:
         return weights
-    return nn.functional.interpolate(weights[:, None], size=size, mode="nearest")[:, 0]
+    if size == (1, 1):
+        return weights.mean((1, 2), keepdim=True)
+    return F.interpolate(weights[:, None], size=size, mode="nearest")[:, 0]

@@ -6,11 +6,17 @@ where every teacher is worse than the label prior; a floor keeps every available
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MODES = ("reliability", "uniform")
+CLOSED_FORM_MODES = ("reliability", "uniform", "fixed", "best_single", "camkd", "entropy")
+"""Gates without a network: functions of errors, answers or given numbers."""
+NETWORK_MODES = ("learned", "paper")
+"""Gates with a network on student features (:mod:`amkd_monai.distillation.gate_network`)."""
+MODES = CLOSED_FORM_MODES + NETWORK_MODES
 
 
 def box_smooth(errors: Tensor) -> Tensor:
@@ -42,6 +48,60 @@ def uniform(errors: Tensor, available: Tensor) -> Tensor:
     return mask / mask.sum(1, keepdim=True).clamp_min(1)
 
 
+def camkd(errors: Tensor, available: Tensor) -> Tensor:
+    """CA-MKD (Zhang et al., ICASSP 2022): (1 - softmax of the errors) / (n - 1) over the n available teachers.
+
+    A teacher's weight never exceeds 1 / (n - 1), so bad teachers keep weight. A single teacher gets 1.
+
+    Args:
+        errors: (B, K, h, w), nats.
+        available: (B, K).
+    """
+    mask = available[:, :, None, None].to(errors.dtype).expand_as(errors)
+    shifted = torch.where(mask > 0, errors, torch.full_like(errors, -torch.inf))
+    share = torch.where(mask > 0, torch.softmax(shifted, dim=1), torch.zeros_like(errors))  # NaN where none is
+    return _complement(share, mask)
+
+
+def entropy_weights(entropies: Tensor, available: Tensor) -> Tensor:
+    """EBKD (Kwon et al., ICASSP 2020): (1 - H_k / sum H) / (n - 1) over the n available teachers; needs no label.
+
+    Args:
+        entropies: of each teacher's answer (B, K, h, w), nats.
+        available: (B, K).
+    """
+    mask = available[:, :, None, None].to(entropies.dtype).expand_as(entropies)
+    entropies = (entropies.clamp_min(0) + 1e-6) * mask
+    return _complement(entropies / entropies.sum(1, keepdim=True).clamp_min(1e-12), mask)
+
+
+def _complement(share: Tensor, mask: Tensor) -> Tensor:
+    count = mask.sum(1, keepdim=True)
+    return torch.where(count > 1, mask * (1 - share) / (count - 1).clamp_min(1), mask)
+
+
+def fixed(errors: Tensor, available: Tensor, weights: Sequence[float]) -> Tensor:
+    """Given weights (K values >= 0), shared among the available teachers in proportion: (B, K, h, w)."""
+    given = torch.tensor(list(weights), dtype=errors.dtype, device=errors.device)[None, :, None, None]
+    masked = given * available[:, :, None, None].to(errors.dtype).expand_as(errors)
+    return masked / masked.sum(1, keepdim=True).clamp_min(1e-12)
+
+
+def best_single(errors: Tensor, available: Tensor, scores: Sequence[float | None]) -> Tensor:
+    """All weight on the available teacher of the highest cross-fitted score: (B, K, h, w)."""
+    known = [-torch.inf if s is None else float(s) for s in scores]
+    ranked = torch.tensor(known, device=errors.device).expand(len(errors), -1)
+    ranked = torch.where(available.bool(), ranked, torch.full_like(ranked, -torch.inf))
+    chosen = F.one_hot(ranked.argmax(1), errors.shape[1]).to(errors.dtype)  # (B, K)
+    chosen = chosen * torch.isfinite(ranked.max(1, keepdim=True).values)
+    return chosen[:, :, None, None].expand_as(errors)
+
+
+def with_floor(weights: Tensor, available: Tensor, floor: float) -> Tensor:
+    """(1 - floor) w + floor / n for the n available teachers; weights (B, K, h, w), available (B, K)."""
+    return (1 - floor) * weights + floor * uniform(weights, available)
+
+
 def teacher_weights(
     mode: str,
     errors: Tensor,
@@ -49,27 +109,43 @@ def teacher_weights(
     prior_entropy: float,
     floor: float = 0.1,
     temperature: float = 0.25,
+    entropies: Tensor | None = None,
+    weights: Sequence[float] | None = None,
+    scores: Sequence[float | None] | None = None,
 ) -> Tensor:
     """Weights of the teachers, without gradient.
 
     Args:
-        mode: ``reliability`` or ``uniform``.
+        mode: one of ``CLOSED_FORM_MODES``.
         errors: (B, K, h, w), nats.
         available: (B, K).
         prior_entropy: nats.
-        floor: part spread evenly over the available teachers, so that none is ever switched off.
+        floor: part spread evenly over the available teachers, so that none is ever switched off (``reliability``).
         temperature: of the reliability softmax.
+        entropies: of the answers (B, K, h, w), nats (``entropy``).
+        weights: K given weights (``fixed``).
+        scores: K cross-fitted scores (``best_single``).
 
     Returns:
         (B, K, h, w).
 
     Raises:
-        ValueError: unknown mode.
+        ValueError: unknown mode, or one whose input is missing.
     """
-    even = uniform(errors, available)
     if mode == "uniform":
-        return even.detach()
+        return uniform(errors, available).detach()
     if mode == "reliability":
         trusted = reliability(box_smooth(errors), prior_entropy, available, temperature)
-        return ((1 - floor) * trusted + floor * even).detach()
-    raise ValueError(f"There is no teacher gate '{mode}': use one of {', '.join(MODES)}.")
+        return with_floor(trusted, available, floor).detach()
+    if mode == "camkd":
+        return camkd(box_smooth(errors.float()), available).detach()
+    if mode == "entropy" and entropies is not None:
+        return entropy_weights(box_smooth(entropies.float()), available).detach()
+    if mode == "fixed" and weights is not None:
+        return fixed(errors.float(), available, weights).detach()
+    if mode == "best_single" and scores is not None:
+        return best_single(errors.float(), available, scores).detach()
+    if mode in ("entropy", "fixed", "best_single"):
+        needed = {"entropy": "entropies", "fixed": "weights", "best_single": "scores"}[mode]
+        raise ValueError(f"The teacher gate '{mode}' needs {needed}: give them in `gate_options`.")
+    raise ValueError(f"There is no teacher gate '{mode}': use one of {', '.join(CLOSED_FORM_MODES)}.")

@@ -1,16 +1,60 @@
-"""Weights of the distillation losses relative to the task, whose own weight is always exactly 1."""
+"""Weights of the distillation losses relative to the task, whose own weight is always exactly 1 (but for ``paper``)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-MODES = ("scaled",)
+MODES = ("scaled", "agreement", "fixed", "uncertainty", "paper")
+OPTIONS = {
+    "scaled": ("floor",),
+    "agreement": ("floor", "temperature", "every", "memory"),
+    "fixed": (),
+    "uncertainty": (),
+    "paper": ("task",),
+}
+"""Options of each mode beside the priors."""
 
 
-class ScaledLossGate(nn.Module):
+class LossGate(nn.Module):
+    """What every loss gate offers; by itself the mode ``fixed``: the priors are the weights.
+
+    Args:
+        priors: {loss: relative importance}, e.g. {"output": 1.0, "feature": 0.2}; 0 switches a loss off.
+
+    Raises:
+        ValueError: a negative prior.
+    """
+
+    def __init__(self, priors: Mapping[str, float]) -> None:
+        super().__init__()
+        if any(p < 0 for p in priors.values()):
+            raise ValueError(f"The importance of a loss must not be negative: {dict(priors)}.")
+        self.names = [name for name, prior in priors.items() if prior > 0]
+        self.priors = {name: float(priors[name]) for name in self.names}
+
+    def observe(self, losses: Mapping[str, Tensor], shared: Tensor | None = None) -> None:
+        """Learn from a training step. ``losses``: {name: (B,)}; ``shared``: a student map under all."""
+
+    def weights(self, strength: float, features: Tensor | None = None) -> Mapping[str, float | Tensor]:
+        """Return the factor of each loss and of ``task``.
+
+        Args:
+            strength: beta(t), the factor of all distillation losses.
+            features: student map (B, C, h, w), for a gate with a network.
+        """
+        return {"task": 1.0, **{name: strength * prior for name, prior in self.priors.items()}}
+
+    def penalty(self, strength: float) -> Tensor | None:
+        """A term (1,) that belongs to learned weights and enters the total with factor 1."""
+        return None
+
+
+class ScaledLossGate(LossGate):
     """L = L_task + beta(t) sum_k v_k L_k / S_k, with scales S_k measured once and then frozen.
 
     S_k is the median of L_k over the first ``warmup_steps`` steps, floored at 1e-3. Because it is frozen, a loss that
@@ -31,10 +75,7 @@ class ScaledLossGate(nn.Module):
     scale: Tensor
 
     def __init__(self, priors: Mapping[str, float], warmup_steps: int = 100, floor: float = 0.0) -> None:
-        super().__init__()
-        if any(p < 0 for p in priors.values()):
-            raise ValueError(f"The importance of a loss must not be negative: {dict(priors)}.")
-        self.names = [name for name, prior in priors.items() if prior > 0]
+        super().__init__(priors)
         total = sum(priors[name] for name in self.names)
         n = len(self.names)
         self.relative = {name: (1 - floor) * priors[name] / total + floor / n for name in self.names}
@@ -43,7 +84,7 @@ class ScaledLossGate(nn.Module):
         self.register_buffer("scale", torch.ones(n))
 
     @torch.no_grad()
-    def observe(self, losses: Mapping[str, Tensor]) -> None:
+    def observe(self, losses: Mapping[str, Tensor], shared: Tensor | None = None) -> None:
         """Take part in measuring the scales; without effect once they are frozen. ``losses``: {name: (B,)}."""
         step, limit = int(self.count), self.history.shape[1]
         if step >= limit:
@@ -54,8 +95,162 @@ class ScaledLossGate(nn.Module):
         if step < limit:
             self.scale.copy_(self.history[:, : step + 1].median(dim=1).values.clamp_min(1e-3))
 
-    def weights(self, strength: float) -> dict[str, float]:
+    def importance(self) -> dict[str, float]:
+        """The share v_k of each loss."""
+        return self.relative
+
+    def weights(self, strength: float, features: Tensor | None = None) -> Mapping[str, float | Tensor]:
         """Return the factor of each loss, {name: beta v_k / S_k}, and exactly 1 for ``task``."""
-        scales = self.scale.tolist()
-        factors = {n: strength * self.relative[n] / s for n, s in zip(self.names, scales, strict=True)}
+        scales, shares = self.scale.tolist(), self.importance()
+        factors = {n: strength * shares[n] / s for n, s in zip(self.names, scales, strict=True)}
         return {"task": 1.0, **factors}
+
+
+class AgreementLossGate(ScaledLossGate):
+    """Scales as above; v_k follows how well the gradient of each loss agrees with that of the task.
+
+    Every ``every`` steps c_k <- memory c_k + (1 - memory) cos(grad L_k, grad L_task), gradients with respect to one
+    shared student map (after Du et al., Adapting Auxiliary Losses Using Gradient Similarity, 2018), and
+    v = (1 - floor) softmax(log prior + c / temperature) + floor / K.
+
+    Args:
+        priors: {loss: relative importance}.
+        warmup_steps: steps over which the scales are measured.
+        floor: part of the weight spread evenly over the losses.
+        temperature: of the softmax.
+        every: steps between two measurements.
+        memory: how much of c stays at a measurement.
+    """
+
+    agreement: Tensor
+    seen: Tensor
+
+    def __init__(
+        self,
+        priors: Mapping[str, float],
+        warmup_steps: int = 100,
+        floor: float = 0.2,
+        temperature: float = 0.25,
+        every: int = 50,
+        memory: float = 0.9,
+    ) -> None:
+        super().__init__(priors, warmup_steps)
+        self.floor, self.temperature, self.every, self.memory = floor, temperature, every, memory
+        self.register_buffer("agreement", torch.zeros(len(self.names)))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def observe(self, losses: Mapping[str, Tensor], shared: Tensor | None = None) -> None:
+        """Measure the scales, and in every n-th step the agreement of gradients at ``shared``."""
+        super().observe(losses)
+        due = int(self.seen) % self.every == 0
+        self.seen += 1
+        if due and self.names and shared is not None and torch.is_grad_enabled() and shared.requires_grad:
+            self._measure(losses, shared)
+
+    def _measure(self, losses: Mapping[str, Tensor], shared: Tensor) -> None:
+        gradients = {}
+        for name in ("task", *self.names):
+            (gradient,) = torch.autograd.grad(losses[name].mean(), shared, retain_graph=True, allow_unused=True)
+            gradients[name] = torch.zeros_like(shared) if gradient is None else gradient
+        task = gradients["task"].float().flatten()
+        with torch.no_grad():
+            for k, name in enumerate(self.names):
+                gradient = gradients[name].float().flatten()
+                if not bool(gradient.any()):  # a loss that is 0 says nothing, and must not gain by it
+                    continue
+                cosine = F.cosine_similarity(gradient, task, dim=0)
+                self.agreement[k] = self.memory * self.agreement[k] + (1 - self.memory) * cosine
+
+    def importance(self) -> dict[str, float]:
+        """The share v_k of each loss, at least floor / K."""
+        if not self.names:
+            return {}
+        prior = torch.tensor([self.priors[name] for name in self.names]).log()
+        shares = torch.softmax(prior + self.agreement.detach().cpu() / self.temperature, dim=0)
+        shares = (1 - self.floor) * shares + self.floor / len(self.names)
+        return dict(zip(self.names, shares.tolist(), strict=True))
+
+
+class UncertaintyLossGate(LossGate):
+    """Learned weights prior_k exp(-s_k), with the penalty sum_k s_k (Kendall et al., CVPR 2018); the task keeps 1.
+
+    It assumes that no loss can reach 0: s is kept within +-4.
+
+    Args:
+        priors: {loss: relative importance}.
+    """
+
+    def __init__(self, priors: Mapping[str, float]) -> None:
+        super().__init__(priors)
+        self.log_variance = nn.Parameter(torch.zeros(len(self.names)))
+
+    def weights(self, strength: float, features: Tensor | None = None) -> Mapping[str, float | Tensor]:
+        """Return the factors; those of distillation losses carry gradient to s."""
+        s = self.log_variance.clamp(-4, 4)
+        factors = {n: strength * self.priors[n] * (-s[k]).exp() for k, n in enumerate(self.names)}
+        return {"task": 1.0, **factors}
+
+    def penalty(self, strength: float) -> Tensor | None:
+        """The sum of s_k times beta, (1,)."""
+        return strength * self.log_variance.clamp(-4, 4).sum()[None] if self.names else None
+
+
+class PaperLossGate(LossGate):
+    """As published: initial weights times softmax(gate(f) / 2) over all losses and the task, trained end to end.
+
+    Kept for comparison only: it minimises what it weighs, so the weight flows to the smallest loss.
+
+    Args:
+        priors: {loss: initial weight}.
+        channels: of the student map.
+        task: initial weight of the task.
+    """
+
+    def __init__(self, priors: Mapping[str, float], channels: int, task: float = 1.0) -> None:
+        super().__init__(priors)
+        self.initial = {"task": task, **self.priors}
+        self.gate = nn.Sequential(nn.Linear(channels, 32), nn.ReLU(), nn.Linear(32, len(self.initial)))
+
+    def weights(self, strength: float, features: Tensor | None = None) -> Mapping[str, float | Tensor]:
+        """Return the factors, means over the batch, with gradient to the gate."""
+        if features is None:
+            raise ValueError("The loss gate 'paper' needs the student's features: give them to weights().")
+        shares = torch.softmax(self.gate(features.float().mean((2, 3))) / 2, dim=1).mean(0)
+        factors = {n: share * self.initial[n] for n, share in zip(self.initial, shares, strict=True)}
+        return {n: f if n == "task" else strength * f for n, f in factors.items()}
+
+
+def make_loss_gate(
+    mode: str,
+    priors: Mapping[str, float],
+    channels: int,
+    warmup_steps: int = 100,
+    options: Mapping[str, Any] | None = None,
+) -> LossGate:
+    """Return a loss gate by its mode.
+
+    Args:
+        mode: one of ``MODES``.
+        priors: {loss: relative importance}; empty without teachers.
+        channels: of the student map that a gate network sees.
+        warmup_steps: steps over which scales are measured.
+        options: ``OPTIONS`` of the mode.
+
+    Raises:
+        ValueError: unknown mode or option.
+    """
+    options = dict(options or {})
+    if mode not in MODES:
+        raise ValueError(f"There is no loss gate '{mode}': use one of {', '.join(MODES)}.")
+    if unknown := set(options) - set(OPTIONS[mode]):
+        known = ", ".join(OPTIONS[mode]) or "none"
+        raise ValueError(f"Unknown loss_gate_options {sorted(unknown)}: the loss gate '{mode}' knows {known}.")
+    if mode == "scaled" or not any(priors.values()):  # plain supervised training needs no gate
+        return ScaledLossGate(priors, warmup_steps, **(options if mode == "scaled" else {}))
+    if mode == "agreement":
+        return AgreementLossGate(priors, warmup_steps, **options)
+    if mode == "uncertainty":
+        return UncertaintyLossGate(priors)
+    if mode == "paper":
+        return PaperLossGate(priors, channels, **options)
+    return LossGate(priors)

@@ -22,6 +22,7 @@ def run_facts(
     seed: int,
     gate: str,
     losses: Mapping[str, float],
+    method: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the JSON-able facts of a run: data and split, teachers, recipe, student, seed and settings."""
     return {
@@ -32,6 +33,7 @@ def run_facts(
         "distillation": targets.record if len(targets) else "none: the undistilled student",
         "gate": gate,
         "losses": dict(losses),
+        "method": dict(method or {}),
         "recipe": recipe.describe(),
         "student_parameters": sum(p.numel() for p in student.parameters()),
         "seed": seed,

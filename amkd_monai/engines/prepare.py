@@ -237,7 +237,7 @@ def prepare_teachers(
     sources = [_source(c, _admit(c, student_score, options)) for c in candidates]
     if parallel and dist.get_rank() == 0:
         dist.barrier()
-    return TeacherTargets(sources, admission.prior_entropy(train), record)
+    return TeacherTargets(sources, admission.prior_entropy(train), record, train.groups)
 
 
 def _admit(candidate: _Candidate, student: admission.AnswerScore | None, options: Mapping[str, Any]) -> bool:
@@ -271,6 +271,7 @@ def _source(candidate: _Candidate, admitted: bool) -> TeacherSource:
         logits=_shape(answers, "logits"),
         admitted=admitted,
         mean_error=None if candidate.score is None else candidate.score.cross_entropy,
+        score=None if candidate.score is None else candidate.score.dice,
     )
     return TeacherSource(spec, features, answers, candidate.temperature, candidate.record)
 

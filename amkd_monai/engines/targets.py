@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from amkd_monai.cache.probes import channel_covariance, pooled_features
 from amkd_monai.cache.store import FeatureStore
-from amkd_monai.distillation.distiller import TeacherSpec
+from amkd_monai.distillation import SampleTable, TeacherSpec
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,17 @@ class TeacherTargets:
         sources: one per teacher.
         prior_entropy: entropy of the label prior of the training split, nats.
         record: facts for the run record beside the teachers' own.
+        groups: group of each training sample; samples of one group never serve as contrasts of each other.
     """
 
-    def __init__(self, sources: Sequence[TeacherSource], prior_entropy: float, record: dict[str, Any]) -> None:
-        self.sources, self.prior_entropy = list(sources), prior_entropy
+    def __init__(
+        self,
+        sources: Sequence[TeacherSource],
+        prior_entropy: float,
+        record: dict[str, Any],
+        groups: Sequence[str] = (),
+    ) -> None:
+        self.sources, self.prior_entropy, self.groups = list(sources), prior_entropy, list(groups)
         self.record = {**record, "teachers": [s.record for s in sources]}
 
     def __len__(self) -> int:
@@ -53,6 +61,23 @@ class TeacherTargets:
     def specs(self) -> list[TeacherSpec]:
         """What the distiller must know of each teacher."""
         return [source.spec for source in self.sources]
+
+    def specs_for(self, return_code: str = "none", standardisation: str = "mean_std") -> list[TeacherSpec]:
+        """Like ``specs``, with the covariance of the features where the return code or the standardisation needs it."""
+        if return_code != "pca" and standardisation != "phi_s":
+            return self.specs
+        return [
+            replace(s.spec, covariance=channel_covariance(s.features)) if s.features is not None else s.spec
+            for s in self.sources
+        ]
+
+    def samples_for(self, losses: Mapping[str, float]) -> SampleTable | None:
+        """Return the pooled features of all training samples if the contrastive loss is asked for, else None."""
+        if not losses.get("contrastive") or not self.sources:
+            return None
+        numbers = {group: i for i, group in enumerate(dict.fromkeys(self.groups))}
+        vectors = {s.spec.name: pooled_features(s.features) for s in self.sources if s.features is not None}
+        return SampleTable(vectors, torch.tensor([numbers[group] for group in self.groups], dtype=torch.long))
 
     @property
     def identity(self) -> list[tuple[str, str, bool]]:

@@ -108,7 +108,7 @@ class DistillationTrainer(SupervisedTrainer):
         label = warp(label.float(), theta, mode="nearest").round().long()
         warped = {name: {kind: warp(m, theta) for kind, m in maps.items()} for name, maps in teachers.items()}
         image = image.contiguous(memory_format=torch.channels_last)
-        return Batch(image, label, data["has_label"].to(device), warped)
+        return Batch(image, label, data["has_label"].to(device), warped, data["index"].to(device))
 
     def _iteration(self, engine: Engine, batchdata: dict[str, Any]) -> dict[str, Tensor]:
         batch = self.prepare_distillation_batch(batchdata)

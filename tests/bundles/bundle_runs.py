@@ -38,7 +38,7 @@ def workflow(bundle: str, configs: tuple[str, ...], values: dict[str, Any]) -> C
     return built
 
 
-TRAINING_ONLY = ("max_epochs", "val_interval", "teachers", "admission", "seed", "resume", "labelled", "gate", "losses")
+TRAINING_ONLY = ("max_epochs", "val_interval", "teachers", "admission", "seed", "resume", "labelled", "gate", "losses", "loss_gate", "return_code")
 
 
 def run(bundle: str, configs: tuple[str, ...], values: dict[str, Any]) -> ConfigWorkflow:

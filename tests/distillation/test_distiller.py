@@ -39,9 +39,14 @@ def assert_one_sentence(error, *words):
 def test_the_output_is_shaped_as_documented(gate):
     out = distiller_of(gate=gate)(make_batch(TWO, 3, has_label=[True, False, True]))
     assert out.total.shape == () and out.logits.shape == (3, 2, 64, 64)
-    assert {n: tuple(v.shape) for n, v in out.losses.items()} == {"task": (2,), "output": (3,), "feature": (3,)}
+    assert {n: tuple(v.shape) for n, v in out.losses.items()} == {
+        "task": (2,),
+        "output": (3,),
+        "feature": (3,),
+        **({"gate": (2,)} if gate == "learned" else {}),
+    }
     assert {n: tuple(v.shape) for n, v in out.teacher_weights.items()} == {"output": (3, 2), "feature": (3, 2)}
-    assert set(out.loss_weights) == {"task", "output", "feature"} and out.loss_weights["task"] == 1.0
+    assert set(out.loss_weights) == set(out.losses) and out.loss_weights["task"] == 1.0
     expected = sum(out.loss_weights[n] * v.mean() for n, v in out.losses.items())
     torch.testing.assert_close(out.total, expected)
 
@@ -82,7 +87,8 @@ def test_targets_change_the_step_and_get_no_gradient(gate, kind):
         other = make_batch(TWO, 3)
         other.teachers[name][kind] = other.teachers[name][kind] + torch.randn(other.teachers[name][kind].shape)
         distiller.zero_grad()
-        assert (after_one_step(distiller, batch) - after_one_step(distiller, other)).abs().max() > 1e-6
+        change = (after_one_step(distiller, batch) - after_one_step(distiller, other)).abs().max()
+        assert change > 1e-6 or (gate == "best_single" and name == "b" and change == 0)
 
 
 def test_projections_learn_and_statistics_stay():
@@ -259,7 +265,8 @@ def test_any_batch_gives_finite_losses_and_gradients(batch, size, gate, fill, dt
     for weights in out.teacher_weights.values():
         assert weights.shape == (batch, 4) and (weights.sum(1) <= 1 + 1e-5).all()
     assert (out.teacher_weights["output"][:, 2:] == 0).all()
-    assert (out.teacher_weights["output"][:, :2] >= 0.1 / 2 * 0.999).all()
+    if gate in ("reliability", "uniform", "learned"):
+        assert (out.teacher_weights["output"][:, :2] >= 0.1 / 2 * 0.999).all()
     out.total.backward()
     assert torch.isfinite(student_gradient(distiller)).all()
 

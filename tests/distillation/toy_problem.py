@@ -41,7 +41,7 @@ class ToyStudent(nn.Module):
         return self.decode(self.encode(image), list(image.shape[-2:]))
 
 
-def spec(name="t", grid=(12, 4, 4), logits=(CLASSES, 8, 8), admitted=True, mean_error=0.3):
+def spec(name="t", grid=(12, 4, 4), logits=(CLASSES, 8, 8), admitted=True, mean_error=0.3, score=0.7):
     channels = grid[0] if grid else 0
     return TeacherSpec(
         name,
@@ -51,6 +51,7 @@ def spec(name="t", grid=(12, 4, 4), logits=(CLASSES, 8, 8), admitted=True, mean_
         logits,
         admitted and logits is not None,
         mean_error if logits else None,
+        score if logits else None,
     )
 
 
@@ -84,6 +85,8 @@ def make_batch(specs, batch=2, size=(64, 64), seed=0, label=None, has_label=None
 
 
 def make_distiller(specs, seed=0, **options):
+    if options.get("gate") == "fixed":
+        options.setdefault("gate_options", {"weights": {s.name: 1.0 for s in specs}})
     torch.manual_seed(seed)
     return Distiller(ToyStudent(seed), specs, **options)
 

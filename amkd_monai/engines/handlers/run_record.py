@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import io
+import math
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,13 @@ class RunRecord:
         for name, loss in result.losses.items():
             values[f"loss_{name}"] = float(loss.detach().mean())
             values[f"weight_{name}"] = float(result.loss_weights[name])
+            values[f"weighted_{name}"] = values[f"loss_{name}"] * values[f"weight_{name}"]
         for name, weights in result.teacher_weights.items():
-            for k, value in enumerate(weights.mean(0).tolist()):
+            mean = weights.mean(0).tolist()
+            for k, value in enumerate(mean):
                 values[f"teacher_{name}_{engine.targets.specs[k].name}"] = value
+            values[f"effective_teachers_{name}"] = effective_number(mean)
+        values.update(result.figures)
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps += 1
@@ -122,6 +127,17 @@ class RunRecord:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the history."""
         self.rows = [dict(row) for row in state["rows"]]
+
+
+def effective_number(weights: Sequence[float]) -> float:
+    """Effective number of teachers, exp of the entropy of their shares: 1 if one has all weight, K if all have equal.
+
+    Args:
+        weights: K weights >= 0, not necessarily with sum 1; all 0 gives 0.
+    """
+    total = sum(weights)
+    shares = [w / total for w in weights if w > 0]
+    return math.exp(-sum(p * math.log(p) for p in shares)) if shares else 0.0
 
 
 def _peak_rss_mb() -> int:

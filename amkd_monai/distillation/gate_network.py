@@ -1,0 +1,116 @@
+"""The gate network: predicts from the student's features how much each teacher may be trusted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from amkd_monai.distillation.alignment import ChannelNorm
+
+TASK_EMBEDDING = 8
+
+
+class GateNetwork(nn.Module):
+    """A multi-layer perceptron, as 1x1 convolutions, over features, student-teacher similarity and the task.
+
+    Input per location: normalised student features, their mean over the image, the cosine between the aligned student
+    feature and each teacher's target, and an embedding of the data set. Output: one score per slot, plus a bias per
+    data set and slot.
+
+    Args:
+        channels: of the student map.
+        teachers: number K of teachers.
+        slots: K, or K + 1 with a slot for abstention (the last one).
+        tasks: number of data sets.
+        hidden: width of the hidden layer.
+    """
+
+    def __init__(self, channels: int, teachers: int, slots: int, tasks: int = 1, hidden: int = 32) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels)
+        self.task = nn.Embedding(tasks, TASK_EMBEDDING)
+        self.bias = nn.Parameter(torch.zeros(tasks, slots))
+        last = nn.Conv2d(hidden, slots, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)  # every slot starts alike
+        self.layers = nn.Sequential(nn.Conv2d(2 * channels + teachers + TASK_EMBEDDING, hidden, 1), nn.GELU(), last)
+
+    def forward(self, features: Tensor, cosines: Tensor, task: int = 0) -> Tensor:
+        """Return scores (B, slots, h, w).
+
+        Args:
+            features: student map (B, C, h, w).
+            cosines: similarity of student and teachers (B, K, h, w), 0 where there is none.
+            task: number of the data set.
+
+        Raises:
+            ValueError: there is no such data set.
+        """
+        if not 0 <= task < len(self.bias):
+            raise ValueError(
+                f"The gate knows {len(self.bias)} tasks, not task {task}: raise `tasks` in `gate_options`."
+            )
+        local = self.norm(features)
+        whole = local.mean((2, 3), keepdim=True).expand_as(local)
+        number = torch.tensor([task], device=features.device)
+        embedding = self.task(number)[:, :, None, None].expand(len(local), -1, *local.shape[-2:])
+        return self.layers(torch.cat([local, whole, cosines, embedding], dim=1)) + self.bias[task][None, :, None, None]
+
+
+def gate_probabilities(scores: Tensor, available: Tensor) -> Tensor:
+    """Softmax over the slots that may be used.
+
+    Args:
+        scores: (B, K or K + 1, h, w); a slot beyond the K teachers is the abstention and always there.
+        available: boolean (B, K).
+
+    Returns:
+        Like ``scores``; 0 where not available, all 0 where nothing is.
+    """
+    slots = available.bool()
+    if scores.shape[1] > slots.shape[1]:
+        slots = torch.cat([slots, torch.ones_like(slots[:, :1])], dim=1)
+    mask = slots[:, :, None, None].expand_as(scores)
+    # a large negative number in place of infinity: a row without any teacher gives no NaN, nor does its gradient
+    return torch.softmax(torch.where(mask, scores, torch.full_like(scores, -1e9)), dim=1) * mask
+
+
+def gate_loss(trusted: Tensor, predicted: Tensor) -> Tensor:
+    """KL(sg(r) || g) over the teachers and the abstention, per sample.
+
+    Args:
+        trusted: reliabilities r (B, K, h, w) whose sum is at most 1; no gradient flows into them.
+        predicted: g (B, K + 1, h, w).
+
+    Returns:
+        (B,) in nats, zero where both agree.
+    """
+    target = with_abstention(trusted.detach())
+    divergence = torch.xlogy(target, target) - target * predicted.clamp_min(1e-8).log()
+    return divergence.sum(1).flatten(1).mean(1)
+
+
+def with_abstention(trusted: Tensor) -> Tensor:
+    """Append what reliabilities (B, K, h, w) leave to 1: (B, K + 1, h, w)."""
+    return torch.cat([trusted, (1 - trusted.sum(1, keepdim=True)).clamp_min(0)], dim=1)
+
+
+def agreement_auc(trusted: Tensor, predicted: Tensor) -> float:
+    """How well g finds the slot that the labels trust most: area under the ROC curve over cells and slots.
+
+    Args:
+        trusted: r (B, K, h, w).
+        predicted: g (B, K + 1, h, w).
+
+    Returns:
+        In [0, 1], 0.5 for a gate that knows nothing; equal values of g count half.
+    """
+    target = with_abstention(trusted)
+    best = torch.zeros_like(target).scatter_(1, target.argmax(1, keepdim=True), 1.0).flatten()
+    score = predicted.detach().flatten()
+    _, position, counts = score.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    rank = (last - (counts - 1) / 2)[position]  # the mean rank of equal values
+    positives = best.sum().double()
+    negatives = len(best) - positives
+    return float((rank[best > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives).clamp_min(1))

@@ -1,0 +1,80 @@
+"""What goes into a distiller and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """What the distiller must know of a teacher before it sees its targets.
+
+    Attributes:
+        name: key of its targets in a batch.
+        grid: (C, h, w) of its feature map, None if it gives none.
+        mean, std: (C,) of its features over the training split.
+        logits: (classes, h, w) of its own answer or its probe's, None if it has neither.
+        admitted: whether its answers are distilled (they beat the undistilled student); features always are.
+        mean_error: mean cross entropy of its answers over the labelled training samples, nats; used without a label.
+        score: cross-fitted score of its answers, higher is better; None if it gives none. Used by ``best_single``.
+        covariance: (C, C) of its features over the training split; needed for PHI-S and for the PCA code.
+    """
+
+    name: str
+    grid: tuple[int, int, int] | None
+    mean: Tensor | None
+    std: Tensor | None
+    logits: tuple[int, int, int] | None
+    admitted: bool
+    mean_error: float | None
+    score: float | None = None
+    covariance: Tensor | None = None
+
+
+@dataclass
+class DistillationOutput:
+    """What a forward of the distiller gives.
+
+    Attributes:
+        total: the loss to minimise, a scalar.
+        losses: {name: (B,)}; ``task`` and ``gate`` are (number of labelled samples,). ``gate``, ``autoencoder`` and
+            ``uncertainty`` train parts of the distiller alone and never reach the student.
+        loss_weights: {name: factor} by which each loss entered the total.
+        teacher_weights: {loss: (B, K)} mean weight of each teacher per sample, without gradient.
+        logits: student logits (B, C, H, W).
+        figures: further figures worth recording, by name.
+    """
+
+    total: Tensor
+    losses: dict[str, Tensor]
+    loss_weights: dict[str, float]
+    teacher_weights: dict[str, Tensor]
+    logits: Tensor
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Batch:
+    """Input of the distiller.
+
+    Attributes:
+        image: (B, 3, H, W) in [0, 1].
+        label: class indices (B, 1, H, W); rows without a label may hold anything.
+        has_label: boolean (B,).
+        teachers: {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}.
+        index: position of each sample in the training dataset (B,); contrastive distillation needs it.
+        available: boolean (B, K), False where a teacher says nothing about a sample (its rows may hold anything);
+            None where every teacher speaks about every sample.
+        task: number of the data set that the whole batch comes from, for the gate network's task embedding.
+    """
+
+    image: Tensor
+    label: Tensor
+    has_label: Tensor
+    teachers: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    index: Tensor | None = None
+    available: Tensor | None = None
+    task: int = 0

@@ -1,0 +1,109 @@
+"""The return path: a teacher's features in a code, the student aligned with the code, and back to the features."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+MODES = ("none", "learned", "pca")
+
+
+def reconstruction_loss(restored: Tensor, target: Tensor) -> Tensor:
+    """0.5 MSE + 0.3 L1 + 0.2 (1 - cos) per location (Liu et al., MultiMedDistill, 2026).
+
+    Args:
+        restored: (B, C, h, w).
+        target: standardised teacher features (B, C, h, w); no gradient flows into them.
+
+    Returns:
+        (B, h, w), zero for equal inputs.
+    """
+    restored, target = restored.float(), target.detach().float()
+    difference = restored - target
+    cosine = 1 - F.cosine_similarity(restored, target, dim=1)
+    return 0.5 * difference.square().mean(1) + 0.3 * difference.abs().mean(1) + 0.2 * cosine
+
+
+class LearnedCode(nn.Module):
+    """An encoder C -> m and its mirror m -> C, each two 1x1 convolutions with GELU between.
+
+    Args:
+        channels: C of the teacher.
+        code_channels: m.
+        hidden: width between the convolutions.
+    """
+
+    def __init__(self, channels: int, code_channels: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.code_channels = code_channels
+        self.encoder = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.GELU(), nn.Conv2d(hidden, code_channels, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(code_channels, hidden, 1), nn.GELU(), nn.Conv2d(hidden, channels, 1))
+
+    def encode(self, target: Tensor) -> Tensor:
+        """Code (B, m, h, w) of standardised features (B, C, h, w)."""
+        return self.encoder(target.detach())
+
+    def autoencoder_loss(self, target: Tensor) -> Tensor:
+        """Reconstruction of the features from their own code (B, h, w); trains encoder and decoder alone."""
+        return reconstruction_loss(self.decoder(self.encode(target)), target)
+
+    def decode_frozen(self, code: Tensor) -> Tensor:
+        """Features (B, C, h, w) from a code; gradient flows to the code, none to the decoder."""
+        frozen = {name: value.detach() for name, value in self.decoder.named_parameters()}
+        return functional_call(self.decoder, frozen, (code,))
+
+
+class PcaCode(nn.Module):
+    """The m leading principal components of a teacher's standardised features, and back; nothing to train.
+
+    One scalar brings the code to a mean variance of 1. With m = C the way back is exact.
+
+    Args:
+        covariance: (C, C) of the standardised features.
+        code_channels: m.
+    """
+
+    basis: Tensor
+    scale: Tensor
+
+    def __init__(self, covariance: Tensor, code_channels: int) -> None:
+        super().__init__()
+        self.code_channels = code_channels
+        values, vectors = torch.linalg.eigh(covariance.double())  # ascending
+        leading = values.flip(0)[:code_channels].clamp_min(0)
+        self.register_buffer("basis", vectors.flip(1)[:, :code_channels].T.float().contiguous())  # (m, C)
+        self.register_buffer("scale", leading.mean().clamp_min(1e-12).sqrt().float())
+
+    def encode(self, target: Tensor) -> Tensor:
+        """Code (B, m, h, w) of standardised features (B, C, h, w)."""
+        return torch.einsum("mc,bchw->bmhw", self.basis, target.detach().float()) / self.scale
+
+    def autoencoder_loss(self, target: Tensor) -> None:
+        """There is nothing to train."""
+        return None
+
+    def decode_frozen(self, code: Tensor) -> Tensor:
+        """Features (B, C, h, w) from a code (B, m, h, w)."""
+        return torch.einsum("mc,bmhw->bchw", self.basis, code.float()) * self.scale
+
+
+def make_code(mode: str, channels: int, code_channels: int, covariance: Tensor | None) -> LearnedCode | PcaCode:
+    """Return the code of a teacher.
+
+    Args:
+        mode: ``learned`` or ``pca``.
+        channels: C of the teacher.
+        code_channels: m at most.
+        covariance: (C, C) of its standardised features (``pca``).
+
+    Raises:
+        ValueError: the covariance is missing.
+    """
+    size = min(code_channels, channels)
+    if mode == "learned":
+        return LearnedCode(channels, size)
+    if covariance is None:
+        raise ValueError("The return code 'pca' needs the covariance of the teachers' features: prepare them with it.")
+    return PcaCode(covariance, size)

@@ -1,0 +1,84 @@
+"""Every part of the method can be switched on by the bundle's config, and the published system runs as a preset."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from bundle_runs import read_json, run, settings
+from helpers import ROOT
+
+TEACHER = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
+ALL_LOSSES = {"output": 1.0, "feature": 0.2, "reconstruction": 0.2, "contrastive": 0.1}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def history_of(folder):
+    return list(csv.DictReader((folder / "eval" / "history.csv").open()))
+
+
+def small(folder, cache, **overrides):
+    values = {"teachers": TEACHER, "admission": {"mode": "all"}, "max_epochs": 2, **overrides}
+    return settings("kvasir_seg", folder, cache, **values)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gate": "learned", "return_code": "learned", "losses": ALL_LOSSES, "loss_gate": "agreement"},
+        {"gate": "camkd", "return_code": "pca", "losses": ALL_LOSSES, "standardisation": "phi_s"},
+    ],
+    ids=["learned", "training-free"],
+)
+def test_a_run_with_every_loss_trains_and_records(options, tmp_path, cache):
+    run("kvasir_seg", ("train",), small(tmp_path, cache, **options))
+    rows = history_of(tmp_path)
+    for row in rows:
+        assert float(row["weight_task"]) == 1
+        for name in ALL_LOSSES:
+            assert 0 < float(row[f"loss_{name}"]) < 100 and float(row[f"weight_{name}"]) > 0
+            assert float(row[f"effective_teachers_{name}"]) == pytest.approx(1)
+            assert float(row[f"weighted_{name}"]) > 0
+        if options["gate"] == "learned":
+            assert 0 <= float(row["gate_auc"]) <= 1 and float(row["loss_gate"]) >= 0
+    assert float(rows[-1]["loss_feature"]) < float(rows[0]["loss_feature"])
+    method = read_json(tmp_path / "eval" / "run.json")["method"]
+    assert method["return_code"] == options["return_code"]
+    keys = torch.load(tmp_path / "models" / "distillation.pt", weights_only=True)["distiller"]
+    for part in {"learned": ("teacher_gate", "codes", "contrast", "loss_gate.agreement")}.get(
+        options["gate"], ("codes",)
+    ):
+        assert any(key.startswith(part) for key in keys), part
+
+
+def test_the_published_system_runs_as_a_preset(tmp_path, cache):
+    values = small(tmp_path, cache)
+    del values["admission"]
+    run("kvasir_seg", ("train", "paper"), values)
+    rows = history_of(tmp_path)
+    assert all(0 < float(row["weight_task"]) < 1 for row in rows)
+    assert {f"loss_{n}" for n in ("task", "output", "feature", "reconstruction", "contrastive")} <= set(rows[0])
+    record = read_json(tmp_path / "eval" / "run.json")
+    assert record["gate"] == "paper" and record["method"]["loss_gate"] == "paper"
+    assert record["recipe"]["learning_rate"] == record["recipe"]["encoder_learning_rate"] == 1e-3
+    assert record["recipe"]["weight_decay"] == 1e-4
+
+
+def test_the_preset_is_the_same_in_both_bundles():
+    first, second = ((ROOT / "bundles" / b / "configs" / "paper.json").read_text() for b in ("kvasir_seg", "msd_heart"))
+    assert first == second
+
+
+def test_an_unknown_mode_is_refused_in_one_sentence(tmp_path, cache):
+    from amkd_monai.errors import root_cause
+
+    for options in ({"loss_gate": "oracle"}, {"return_code": "oracle"}, {"standardisation": "oracle"}):
+        with pytest.raises(RuntimeError) as caught:
+            run("kvasir_seg", ("train",), small(tmp_path, cache, **options))
+        text = str(root_cause(caught.value))
+        assert "oracle" in text and text.endswith(".") and "\n" not in text
