@@ -186,7 +186,7 @@ def test_missing_indices_and_vectors_that_are_not_finite_are_named():
         build(table())(student_maps(), torch.tensor([0, 1, 20]))
     broken = table()
     broken.vectors["a"][3, 2] = torch.nan
-    with pytest.raises(ValueError, match="'a'.*not finite"):
+    with pytest.raises(ValueError, match=r"'a'.*not finite"):
         build(broken)
 
 

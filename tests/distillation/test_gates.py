@@ -144,3 +144,41 @@ def test_an_unknown_mode_is_named_with_the_known_ones():
     with pytest.raises(ValueError) as error:
         gates.teacher_weights("oracle", torch.zeros(1, 1, 2, 2), torch.ones(1, 1), PRIOR)
     assert "oracle" in str(error.value) and all(mode in str(error.value) for mode in gates.CLOSED_FORM_MODES)
+
+
+def test_camkd_equals_a_numpy_reference():
+    errors = torch.rand((2, 3, 4, 5), generator=torch.Generator().manual_seed(0)) * 3
+    e = np.exp(errors.double().numpy())
+    expected = (1 - e / e.sum(1, keepdims=True)) / 2
+    np.testing.assert_allclose(gates.camkd(errors, torch.ones(2, 3)).numpy(), expected, rtol=1e-5)
+    alone = gates.camkd(errors, torch.tensor([[0, 1, 0], [0, 0, 0]]))[:, :, 0, 0]
+    assert torch.equal(alone, torch.tensor([[0, 1.0, 0], [0, 0, 0]]))
+
+
+def test_entropy_weights_equal_a_numpy_reference():
+    entropies = torch.rand((2, 3, 4, 5), generator=torch.Generator().manual_seed(0)) + 0.1
+    h = entropies.double().numpy()
+    expected = (1 - h / h.sum(1, keepdims=True)) / 2
+    np.testing.assert_allclose(gates.entropy_weights(entropies, torch.ones(2, 3)).numpy(), expected, rtol=1e-4)
+    one_out = gates.entropy_weights(entropies, torch.tensor([[1, 1, 0]] * 2))
+    torch.testing.assert_close(one_out.sum(1), torch.ones(2, 4, 5))
+    assert (one_out[:, 2] == 0).all()
+
+
+def test_given_weights_are_shared_among_those_available():
+    available = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 0]])
+    got = gates.fixed(torch.zeros(3, 3, 2, 2), available, [2.0, 1.0, 1.0])[:, :, 1, 1]
+    torch.testing.assert_close(got, torch.tensor([[0.5, 0.25, 0.25], [0, 0.5, 0.5], [1, 0, 0]]))
+
+
+def test_the_best_available_teacher_gets_all():
+    available = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    got = gates.best_single(torch.zeros(4, 3, 2, 2), available, [None, 0.7, 0.9])[:, :, 0, 0]
+    torch.testing.assert_close(got, torch.tensor([[0, 0, 1.0], [0, 1, 0], [0, 0, 0], [0, 0, 0]]))
+
+
+@pytest.mark.parametrize("mode", ["entropy", "fixed", "best_single"])
+def test_what_a_mode_needs_is_named(mode):
+    with pytest.raises(ValueError, match=f"'{mode}' needs") as error:
+        gates.teacher_weights(mode, torch.zeros(1, 1, 2, 2), torch.ones(1, 1), PRIOR)
+    assert str(error.value).endswith(".")
