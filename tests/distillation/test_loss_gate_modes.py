@@ -1,0 +1,151 @@
+import numpy as np
+import pytest
+import torch
+
+from amkd_monai.distillation.loss_gate import (
+    MODES,
+    AgreementLossGate,
+    LossGate,
+    PaperLossGate,
+    UncertaintyLossGate,
+    make_loss_gate,
+)
+
+PRIORS = {"output": 1.0, "feature": 0.25}
+
+
+def losses_of(x, output=1.0, feature=1.0):
+    """Losses of a shared map x (n,) whose gradients are multiples of that of the task."""
+    return {"task": (2 * x).sum()[None], "output": (output * x).sum()[None], "feature": (feature * x).sum()[None]}
+
+
+def follow(gate, steps, **factors):
+    for _ in range(steps):
+        x = torch.ones(5, requires_grad=True)
+        gate.observe(losses_of(x, **factors), x)
+    return gate
+
+
+def test_an_anti_aligned_loss_decays_to_the_floor_and_the_task_keeps_one():
+    gate = follow(AgreementLossGate(PRIORS, warmup_steps=2, every=1), 200, output=-1.0)
+    assert gate.agreement.tolist() == pytest.approx([-1, 1], abs=1e-3)
+    v = gate.importance()
+    assert v["output"] == pytest.approx(0.1, abs=2e-3) and sum(v.values()) == pytest.approx(1)
+    assert gate.weights(1.0)["task"] == 1.0
+
+
+def test_agreement_equals_a_numpy_reference():
+    rng = np.random.default_rng(0)
+    gate, c = AgreementLossGate(PRIORS, every=1, memory=0.9, temperature=0.5, floor=0.1), np.zeros(2)
+    for _ in range(4):
+        g = {n: rng.normal(size=6) for n in ("task", "output", "feature")}
+        x = torch.zeros(6, requires_grad=True)
+        gate.observe({n: (torch.tensor(v, dtype=torch.float32) * x).sum()[None] for n, v in g.items()}, x)
+        for k, n in enumerate(PRIORS):
+            c[k] = 0.9 * c[k] + 0.1 * g[n] @ g["task"] / np.linalg.norm(g[n]) / np.linalg.norm(g["task"])
+    np.testing.assert_allclose(gate.agreement.numpy(), c, rtol=1e-4, atol=1e-6)
+    e = np.exp(np.log([1.0, 0.25]) + c / 0.5)
+    np.testing.assert_allclose(list(gate.importance().values()), 0.9 * e / e.sum() + 0.1 / 2, rtol=1e-4)
+
+
+def test_it_measures_every_nth_step_only_and_not_without_gradients():
+    gate = AgreementLossGate(PRIORS, every=3)
+    values = []
+    for _ in range(7):
+        follow(gate, 1)
+        values.append(float(gate.agreement[0]))
+    assert values == pytest.approx([0.1, 0.1, 0.1, 0.19, 0.19, 0.19, 0.271])
+    with torch.no_grad():
+        for _ in range(3):
+            gate.observe(losses_of(torch.ones(5)), torch.ones(5))
+    assert float(gate.agreement[0]) == pytest.approx(0.271)
+
+
+def test_a_loss_driven_to_zero_never_raises_its_own_weight():
+    gate = follow(AgreementLossGate(PRIORS, warmup_steps=5, every=1), 20, output=-1.0)
+    before = gate.weights(1.0)["output"]
+    for step in range(50):
+        x = torch.ones(5, requires_grad=True)
+        gate.observe(losses_of(x, output=0.0 if step > 10 else -(0.5**step), feature=0.5), x)
+        assert gate.weights(1.0)["output"] <= before + 1e-9
+        before = gate.weights(1.0)["output"]
+
+
+def test_measuring_leaves_the_graph_and_the_gradients_alone():
+    gate, x = AgreementLossGate(PRIORS, every=1), torch.ones(5, requires_grad=True)
+    named = losses_of(x)
+    gate.observe(named, x)
+    assert x.grad is None
+    sum(v.sum() for v in named.values()).backward()
+    torch.testing.assert_close(x.grad, torch.full((5,), 4.0))
+
+
+def test_the_state_comes_back_bit_for_bit():
+    whole, first = (AgreementLossGate(PRIORS, 8, every=2) for _ in range(2))
+    follow(whole, 9, output=-0.5)
+    follow(first, 4, output=-0.5)
+    second = AgreementLossGate(PRIORS, 8, every=2)
+    second.load_state_dict(first.state_dict())
+    assert second.weights(1.0) == first.weights(1.0)
+    follow(second, 5, output=-0.5)
+    assert second.weights(1.0) == whole.weights(1.0)
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in second.state_dict().items())
+
+
+def test_fixed_weights_are_the_priors_times_strength():
+    gate = make_loss_gate("fixed", PRIORS, 4)
+    assert type(gate) is LossGate
+    assert gate.weights(0.5) == {"task": 1.0, "output": 0.5, "feature": 0.125}
+
+
+def test_uncertainty_weights_are_learned_and_bounded():
+    gate = UncertaintyLossGate(PRIORS)
+    optimiser = torch.optim.SGD(gate.parameters(), 0.2)
+    large = {"output": 5.0, "feature": 0.0}
+    for _ in range(300):
+        w = gate.weights(1.0)
+        loss = sum(w[n] * v for n, v in large.items()) + gate.penalty(1.0).sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    w = gate.weights(1.0)
+    assert w["task"] == 1.0
+    assert float(w["output"].detach()) == pytest.approx(1 / 5, rel=1e-2)  # the optimum of w L - log w
+    assert float(w["feature"].detach()) <= 0.25 * np.exp(4) * 1.001  # a loss of 0 can't run away
+
+
+def test_the_published_gate_equals_its_formula_and_gives_way_to_the_smallest_loss():
+    torch.manual_seed(0)
+    gate, features = PaperLossGate({"output": 0.6, "feature": 0.8}, channels=4), torch.randn(3, 4, 2, 2)
+    shares = torch.softmax(gate.gate(features.mean((2, 3))) / 2, 1).mean(0)
+    w = gate.weights(1.0, features)
+    torch.testing.assert_close(torch.stack(list(w.values())), shares * torch.tensor([1.0, 0.6, 0.8]))
+    optimiser = torch.optim.Adam(gate.parameters(), 1e-2)
+    for _ in range(300):
+        w = gate.weights(1.0, features)
+        loss = w["task"] * 1.0 + w["output"] * 0.7 + w["feature"] * 0.01
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert float(w["task"].detach()) < 0.05  # why it is not the default
+    with pytest.raises(ValueError, match="features"):
+        gate.weights(1.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_made_by_name_and_without_losses_the_task_stands_alone(mode):
+    gate = make_loss_gate(mode, PRIORS, 4)
+    w = gate.weights(0.5, torch.randn(2, 4, 1, 1))
+    assert set(w) == {"task", "output", "feature"}
+    assert mode == "paper" or w["task"] == 1.0
+    empty = make_loss_gate(mode, {}, 0)
+    empty.observe({"task": torch.ones(1)})
+    assert empty.weights(0.5) == {"task": 1.0} and empty.penalty(1.0) is None
+
+
+def test_unknown_modes_and_options_are_named():
+    for mode, options, words in (("oracle", {}, MODES), ("agreement", {"tau": 1}, ("tau", "temperature"))):
+        with pytest.raises(ValueError) as error:
+            make_loss_gate(mode, PRIORS, 4, options=options)
+        text = str(error.value)
+        assert text.endswith(".") and "\n" not in text and all(word in text for word in words)
