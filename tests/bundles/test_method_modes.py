@@ -6,8 +6,9 @@ import csv
 
 import pytest
 import torch
-from bundle_runs import read_json, run, settings
+from bundle_runs import read_json, run, settings, workflow
 from helpers import ROOT
+from ignite.engine import Events
 
 TEACHER = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
 ALL_LOSSES = {"output": 1.0, "feature": 0.2, "reconstruction": 0.2, "contrastive": 0.1}
@@ -72,6 +73,29 @@ def test_the_published_system_runs_as_a_preset(tmp_path, cache):
 def test_the_preset_is_the_same_in_both_bundles():
     first, second = ((ROOT / "bundles" / b / "configs" / "paper.json").read_text() for b in ("kvasir_seg", "msd_heart"))
     assert first == second
+
+
+def test_a_broken_off_run_resumes_to_the_same_student(tmp_path, cache):
+    options = {"gate": "learned", "return_code": "learned", "losses": ALL_LOSSES, "loss_gate": "agreement"}
+    options |= {"loss_gate_options": {"every": 2}, "contrastive": {"mode": "queue", "length": 6}, "max_epochs": 3}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run("kvasir_seg", ("train",), small(whole, cache, **options))
+    started = workflow("kvasir_seg", ("train",), small(broken, cache, **options))
+
+    def stop(engine):
+        raise KeyboardInterrupt
+
+    trainer = started.parser.get_parsed_content("train#trainer")
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=trainer.state.epoch_length * 2 + 2), stop)
+    with pytest.raises(KeyboardInterrupt):
+        started.run()
+    run("kvasir_seg", ("train",), small(broken, cache, resume=True, **options))
+    first, second = (
+        torch.load(f / "models" / "distillation.pt", weights_only=True)["distiller"] for f in (whole, broken)
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert history_of(whole) == history_of(broken)
 
 
 def test_an_unknown_mode_is_refused_in_one_sentence(tmp_path, cache):

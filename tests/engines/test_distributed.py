@@ -11,11 +11,20 @@ import torch
 from bundle_runs import read_json, settings
 from helpers import ROOT
 
+EVERYTHING = {
+    "gate": "learned",
+    "return_code": "learned",
+    "loss_gate": "agreement",
+    "losses": {"output": 1.0, "feature": 0.2, "reconstruction": 0.2, "contrastive": 0.1},
+    "contrastive": {"mode": "queue", "length": 8},
+}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bundle", ["kvasir_seg"])
-def test_torchrun_with_two_ranks(bundle, tmp_path):
-    values = settings(bundle, tmp_path, tmp_path / "cache", max_epochs=1, admission={"mode": "all"})
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["default", "everything"])
+def test_torchrun_with_two_ranks(bundle, options, tmp_path):
+    values = settings(bundle, tmp_path, tmp_path / "cache", max_epochs=1, admission={"mode": "all"}, **options)
     values.pop("bundle_root")
     arguments = [part for k, v in values.items() for part in (f"--{k}", v if isinstance(v, str) else repr(v))]
     configs = ",".join(f"'bundles/{bundle}/configs/{c}.json'" for c in ("train", "multi_gpu_train"))
