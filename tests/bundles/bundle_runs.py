@@ -38,7 +38,19 @@ def workflow(bundle: str, configs: tuple[str, ...], values: dict[str, Any]) -> C
     return built
 
 
-TRAINING_ONLY = ("max_epochs", "val_interval", "teachers", "admission", "seed", "resume", "labelled", "gate", "losses", "loss_gate", "return_code")
+TRAINING_ONLY = (
+    "max_epochs",
+    "val_interval",
+    "teachers",
+    "admission",
+    "seed",
+    "resume",
+    "labelled",
+    "gate",
+    "losses",
+    "loss_gate",
+    "return_code",
+)
 
 
 def run(bundle: str, configs: tuple[str, ...], values: dict[str, Any]) -> ConfigWorkflow:
