@@ -67,7 +67,7 @@ def test_a_data_root_without_the_data_set_is_announced(workplace, monkeypatch, c
 
 def test_a_data_root_that_is_not_there_is_an_error(workplace, monkeypatch):
     monkeypatch.setenv("AMKD_DATA_ROOT", str(workplace / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="AMKD_DATA_ROOT names .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"AMKD_DATA_ROOT names .*nowhere"):
         resolve_dataset_dir("kvasir_seg")
 
 
