@@ -48,7 +48,7 @@ def commands(name: str, setting: Setting, seed: int, fold: int, shared: Path, ou
         "seed": seed,
         **setting.overrides,
     }
-    if len(setting.folds) > 1:
+    if setting.folds != (0,):
         overrides["fold"] = fold
     if seed > 0 and setting.teachers != [] and "admission" not in setting.overrides:
         overrides["admission"] = {"mode": decision(output / name / "fold0_seed0" / "run.json")}
