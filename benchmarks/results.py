@@ -1,51 +1,19 @@
 """Undistilled against distilled students at equal budget, on real data: the figures of docs/results.md.
 
-    python benchmarks/results.py --shared ../shared                      # all settings, 3 seeds, resumable
-    python benchmarks/results.py --shared ../shared --only heart --jobs 2
-
-Each run is a plain bundle run with overrides (printed); a run that has its metrics.json is not repeated. Cases are the
-unit of the statistics: seeds are averaged per case for the paired tests, and the intervals resample cases and seeds.
-Teachers are admitted by the cross-fitting of the first seed; later seeds repeat its decision.
+python benchmarks/results.py --shared ../shared --jobs 2             # all settings, 3 seeds, resumable
+python benchmarks/results.py --shared ../shared --only heart
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-
-from amkd_monai.metrics.statistics import paired_bootstrap_ci, paired_wilcoxon, seed_and_case_ci
-from amkd_monai.metrics.summary import read_case_csv
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of the results: a bundle with overrides, over folds where it is cross-validated."""
-
-    bundle: str
-    data: str
-    overrides: dict[str, Any]
-    reference: str | None = None
-    folds: tuple[int, ...] = (0,)
-    teachers: list[dict[str, Any]] | None = field(default=None)
-
+from runs import Setting, main
 
 SPECIALIST = {"name": "kvasir_specialist", "kind": "specialist", "image_size": 256, "licence": "research only"}
 KVASIR = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, "patience": 1000}
 LONG = {**KVASIR, "max_epochs": 60}
 HEART = {"patience": 1000}
 HEART_DATA = "MSD-Heart/Task02_Heart_half"
-HEART_FOLDS = (2, 3, 4)  # of five; folds 0 and 1 served to choose the recipe and are not reported
+HEART_FOLDS = (2,)  # of five; folds 0 and 1 served to choose the recipe and are not reported
 SETTINGS = {
     "kvasir_12_undistilled": Setting("kvasir_seg", "Kvasir-SEG", {**LONG, "labelled": 12}, teachers=[]),
     "kvasir_12_specialist": Setting(
@@ -59,127 +27,5 @@ SETTINGS = {
     ),
 }
 
-
-def commands(name: str, setting: Setting, seed: int, fold: int, shared: Path, output: Path) -> list[list[str]]:
-    """Return the train and evaluate commands of one run."""
-    folder = output / name / f"fold{fold}_seed{seed}"
-    overrides: dict[str, Any] = {
-        "dataset_dir": str(shared / "data" / setting.data),
-        "output_dir": str(folder),
-        "ckpt_dir": str(folder),
-        "cache_dir": str(output / "cache" / setting.bundle),
-        "seed": seed,
-        **setting.overrides,
-    }
-    if len(setting.folds) > 1:
-        overrides["fold"] = fold
-    if seed > 0 and setting.teachers != [] and "admission" not in setting.overrides:
-        overrides["admission"] = {"mode": decision(output / name / "fold0_seed0" / "run.json")}
-    if setting.teachers is not None:
-        weights = str(shared / "weights" / "kvasir_specialist.ts")
-        overrides["teachers"] = [{**t, "path": weights} for t in setting.teachers]
-    arguments = [part for key, value in overrides.items() for part in (f"--{key}", _argument(value))]
-    train, evaluate = (f"bundles/{setting.bundle}/configs/{config}.json" for config in ("train", "evaluate"))
-    run = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run"]
-    return [
-        [*run, "training", "--config_file", train, *arguments],
-        [*run, "--config_file", f"['{train}','{evaluate}']", *arguments],
-    ]
-
-
-def decision(record: Path) -> str:
-    """Return the admission mode that repeats the decision of the first seed, whose cross-fitting is not repeated."""
-    if not record.is_file():
-        return "cross_fit"
-    admitted = {t["outputs_admitted"] for t in json.loads(record.read_text())["distillation"]["teachers"]}
-    return {(True,): "all", (False,): "none"}.get(tuple(admitted), "cross_fit")
-
-
-def _argument(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value)
-
-
-def execute(job: tuple[str, Setting, int, int], shared: Path, output: Path) -> None:
-    """Train and evaluate one run unless it is done."""
-    name, setting, seed, fold = job
-    folder = output / name / f"fold{fold}_seed{seed}"
-    if (folder / "metrics.json").is_file():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with (folder / "log.txt").open("w") as log:
-        for command in commands(name, setting, seed, fold, shared, output):
-            print(" ".join(command), file=log, flush=True)
-            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
-    print(f"done: {folder}", flush=True)
-
-
-def per_case(name: str, seeds: list[int], output: Path, metric: str) -> dict[str, list[float]]:
-    """Return {case: [value per seed]}; folds hold different cases."""
-    table: dict[str, list[float]] = {}
-    for seed in seeds:
-        for folder in sorted((output / name).glob(f"fold*_seed{seed}")):
-            for row in read_case_csv(folder / "per_case.csv"):
-                table.setdefault(str(row["id"]), []).append(float(row[metric]))
-    incomplete = [case for case, values in table.items() if len(values) != len(seeds)]
-    if not table or incomplete:
-        raise ValueError(f"The runs of {name} are not complete in {output}: run the benchmark again.")
-    return table
-
-
-def table(names: list[str], seeds: list[int], output: Path) -> str:
-    """Return the results as a Markdown table."""
-    columns = ("setting", "seeds x cases", "Dice [95 % CI]", "IoU", "NSD", "HD95", "gain [95 % CI]", "p", "CPU min")
-    head = "| " + " | ".join(columns) + " |"
-    lines = [head, "|" + " --- |" * 9]
-    for name in names:
-        setting = SETTINGS[name]
-        values = {m: per_case(name, seeds, output, m) for m in ("dice", "iou", "nsd", "hd95")}
-        dice = np.array(list(values["dice"].values())).T  # (seeds, cases)
-        mean, low, high = seed_and_case_ci(dice)
-        others = [f"{np.nanmean(np.array(list(values[m].values()))):.3f}" for m in ("iou", "nsd")]
-        others.append(f"{np.nanmean(np.array(list(values['hd95'].values()))):.1f}")
-        difference, p = "", ""
-        if setting.reference in names:
-            reference = per_case(setting.reference, seeds, output, "dice")
-            cases = list(reference)
-            a = np.array([np.nanmean(values["dice"][c]) for c in cases])
-            b = np.array([np.nanmean(reference[c]) for c in cases])
-            d, d_low, d_high = paired_bootstrap_ci(a, b)
-            difference, p = f"{d:+.3f} [{d_low:+.3f}, {d_high:+.3f}]", f"{paired_wilcoxon(a, b):.2g}"
-        records = [json.loads(f.read_text()) for f in (output / name).glob("*/run.json")]
-        minutes = np.median([r["cpu_seconds"] for r in records]) / 60
-        lines.append(
-            f"| {name} | {dice.shape[0]} x {dice.shape[1]} | {mean:.3f} [{low:.3f}, {high:.3f}] | "
-            + " | ".join(others)
-            + f" | {difference} | {p} | {minutes:.1f} |"
-        )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shared", type=Path, default=Path(os.environ.get("AMKD_SHARED_DATA", "../shared/data")).parent
-    )
-    parser.add_argument("--output", type=Path, default=Path("runs/results"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", help="settings whose name contains this")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
-    parser.add_argument("--table", action="store_true", help="only print the table of finished runs")
-    arguments = parser.parse_args()
-    shared, output = arguments.shared.resolve(), arguments.output.resolve()
-    names = [name for name in SETTINGS if arguments.only in name]
-    seeds = list(range(arguments.seeds))
-    if not arguments.table:
-        jobs = [(n, SETTINGS[n], s, f) for s in seeds for n in names for f in SETTINGS[n].folds]
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(lambda job: execute(job, shared, output), jobs))
-    text = table(names, seeds, output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "table.md").write_text(text + "\n")
-    print(text)
-
-
 if __name__ == "__main__":
-    main()
+    main(SETTINGS, str(__doc__), "runs/results")

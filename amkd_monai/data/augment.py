@@ -61,7 +61,7 @@ class Augmentation:
         return torch.stack(rows, dim=1)
 
     def photometric(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """Change gamma, gain, offset and colour of an image (B, 3, H, W) in [0, 1]; never applied to what a teacher saw."""
+        """Change gamma, gain, offset and colour of an image (B, 3, H, W) in [0, 1]; a teacher never sees this."""
         batch = image.shape[0]
         draw = torch.rand((batch, 6), generator=generator).to(image.device) * 2 - 1
         gain = 1 + self.gain * draw[:, 0, None] + self.colour * draw[:, 1:4]  # (B, 3)

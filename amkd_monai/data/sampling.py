@@ -24,6 +24,7 @@ class BatchSampler(Sampler[list[int]]):
         labelled_fraction: part of a batch that is labelled where there are unlabelled samples.
         foreground_fraction: part of the labelled picks with foreground; None takes them as they come.
         indices: restrict to these samples.
+        min_steps: an epoch has at least so many steps.
         rank: this process.
         world_size: number of processes; each takes its own part of the epoch.
 
@@ -41,6 +42,7 @@ class BatchSampler(Sampler[list[int]]):
         labelled_fraction: float = 0.5,
         foreground_fraction: float | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
+        min_steps: int = 1,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -54,7 +56,7 @@ class BatchSampler(Sampler[list[int]]):
         self.background = self.labelled[~foreground_mask[self.labelled]]
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.labelled_fraction, self.foreground_fraction = labelled_fraction, foreground_fraction
-        self.steps = max(1, math.ceil(len(pool) / (batch_size * world_size)))
+        self.steps = max(min_steps, math.ceil(len(pool) / (batch_size * world_size)))
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

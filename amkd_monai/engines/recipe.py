@@ -30,6 +30,7 @@ class Recipe:
         warmup_steps: linear warm-up of the learning rate.
         labelled_fraction: part of a batch that is labelled, where unlabelled samples take part.
         foreground_fraction: part of the labelled picks that show foreground; None takes them as they come.
+        min_steps: steps that an epoch has at least, for few samples.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
         augmentation: options of :class:`amkd_monai.data.augment.Augmentation`.
     """
@@ -41,6 +42,7 @@ class Recipe:
     warmup_steps: int = 20
     labelled_fraction: float = 0.5
     foreground_fraction: float | None = None
+    min_steps: int = 1
     batch_dice: bool = False
     augmentation: dict[str, Any] = field(default_factory=dict)
 
@@ -81,6 +83,7 @@ class Recipe:
             labelled_fraction=self.labelled_fraction,
             foreground_fraction=self.foreground_fraction,
             indices=indices,
+            min_steps=self.min_steps,
             rank=dist.get_rank() if parallel else 0,
             world_size=dist.get_world_size() if parallel else 1,
         )

@@ -59,10 +59,16 @@ def test_order_of_the_places_that_are_searched(workplace, pristine, monkeypatch,
 
 
 def test_a_data_root_without_the_data_set_is_announced(workplace, monkeypatch, caplog):
-    monkeypatch.setenv("AMKD_DATA_ROOT", str(workplace / "nowhere"))
+    monkeypatch.setenv("AMKD_DATA_ROOT", str(workplace))
     with caplog.at_level(logging.WARNING, "amkd_monai"):
         assert resolve_dataset_dir("kvasir_seg")[1] == "phantoms"
     assert "no folder Kvasir-SEG in AMKD_DATA_ROOT" in caplog.text
+
+
+def test_a_data_root_that_is_not_there_is_an_error(workplace, monkeypatch):
+    monkeypatch.setenv("AMKD_DATA_ROOT", str(workplace / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"AMKD_DATA_ROOT names .*nowhere"):
+        resolve_dataset_dir("kvasir_seg")
 
 
 @pytest.mark.parametrize("function", [datalist, inference_datalist, resolve_dataset_dir])

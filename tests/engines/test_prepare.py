@@ -171,7 +171,9 @@ def test_a_2d_specialist_is_trained_in_folds(data):
 def test_a_3d_specialist_answers_slices(tmp_path):
     train = DecodedDataset(discs(tmp_path, 4, size=32, depth=16), load, tmp_path)
     validation = DecodedDataset(discs(tmp_path, 2, size=32, depth=16, seed=1), load, tmp_path)
-    network = SegResNet(spatial_dims=3, init_filters=8, in_channels=1, out_channels=2, blocks_down=(1, 1), blocks_up=(1,))
+    network = SegResNet(
+        spatial_dims=3, init_filters=8, in_channels=1, out_channels=2, blocks_down=(1, 1), blocks_up=(1,)
+    )
     description = {"name": "segresnet", "kind": "crossfit_volume_specialist", "network": network, "folds": 2}
     description |= {"patch_size": [16, 32, 32], "steps": 30, "learning_rate": 5e-3}
     targets = prepare((train, validation, tmp_path), [description], admission_options={"mode": "all"})

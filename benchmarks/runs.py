@@ -1,0 +1,156 @@
+"""Runs of bundles with overrides, side by side and resumable, and the table that compares them.
+
+A run that has its metrics.json is not repeated. Cases are the unit of the statistics: seeds are averaged per case for
+the paired tests, and the intervals resample cases and seeds. Teachers are admitted by the cross-fitting of the first
+seed; later seeds repeat its decision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from amkd_monai.metrics.statistics import holm, paired_bootstrap_ci, paired_wilcoxon, seed_and_case_ci
+from amkd_monai.metrics.summary import read_case_csv
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the results: a bundle with overrides, over folds where it is cross-validated."""
+
+    bundle: str
+    data: str
+    overrides: dict[str, Any]
+    reference: str | None = None
+    folds: tuple[int, ...] = (0,)
+    teachers: list[dict[str, Any]] | None = field(default=None)
+
+
+def commands(name: str, setting: Setting, seed: int, fold: int, shared: Path, output: Path) -> list[list[str]]:
+    """Return the train and evaluate commands of one run."""
+    folder = output / name / f"fold{fold}_seed{seed}"
+    overrides: dict[str, Any] = {
+        "dataset_dir": str(shared / "data" / setting.data),
+        "output_dir": str(folder),
+        "ckpt_dir": str(folder),
+        "cache_dir": str(output / "cache" / setting.bundle),
+        "seed": seed,
+        **setting.overrides,
+    }
+    if setting.folds != (0,):
+        overrides["fold"] = fold
+    if seed > 0 and setting.teachers != [] and "admission" not in setting.overrides:
+        overrides["admission"] = {"mode": decision(output / name / "fold0_seed0" / "run.json")}
+    if setting.teachers is not None:
+        weights = str(shared / "weights" / "kvasir_specialist.ts")
+        overrides["teachers"] = [{"path": weights, **t} if t["kind"] == "specialist" else t for t in setting.teachers]
+    arguments = [part for key, value in overrides.items() for part in (f"--{key}", _argument(value))]
+    train, evaluate = (f"bundles/{setting.bundle}/configs/{config}.json" for config in ("train", "evaluate"))
+    run = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run"]
+    return [
+        [*run, "training", "--config_file", train, *arguments],
+        [*run, "--config_file", f"['{train}','{evaluate}']", *arguments],
+    ]
+
+
+def decision(record: Path) -> str:
+    """Return the admission mode that repeats the decision of the first seed, whose cross-fitting is not repeated."""
+    if not record.is_file():
+        return "cross_fit"
+    admitted = {t["outputs_admitted"] for t in json.loads(record.read_text())["distillation"]["teachers"]}
+    return {(True,): "all", (False,): "none"}.get(tuple(admitted), "cross_fit")
+
+
+def _argument(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+def execute(job: tuple[str, Setting, int, int], shared: Path, output: Path) -> None:
+    """Train and evaluate one run unless it is done."""
+    name, setting, seed, fold = job
+    folder = output / name / f"fold{fold}_seed{seed}"
+    if (folder / "metrics.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with (folder / "log.txt").open("w") as log:
+        for command in commands(name, setting, seed, fold, shared, output):
+            print(" ".join(command), file=log, flush=True)
+            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
+    print(f"done: {folder}", flush=True)
+
+
+def per_case(name: str, seeds: list[int], output: Path, metric: str) -> dict[str, list[float]]:
+    """Return {case: [value per seed]}; folds hold different cases."""
+    table: dict[str, list[float]] = {}
+    for seed in seeds:
+        for folder in sorted((output / name).glob(f"fold*_seed{seed}")):
+            for row in read_case_csv(folder / "per_case.csv"):
+                table.setdefault(str(row["id"]), []).append(float(row[metric]))
+    incomplete = [case for case, values in table.items() if len(values) != len(seeds)]
+    if not table or incomplete:
+        raise ValueError(f"The runs of {name} are not complete in {output}: run the benchmark again.")
+    return table
+
+
+def table(settings: dict[str, Setting], seeds: list[int], output: Path) -> str:
+    """Return the results as a Markdown table; p is corrected over its rows (Holm)."""
+    columns = ("setting", "seeds x cases", "Dice [95 % CI]", "IoU", "NSD", "HD95", "gain [95 % CI]", "p", "CPU min")
+    rows, p_values = [], []
+    for name, setting in settings.items():
+        values = {m: per_case(name, seeds, output, m) for m in ("dice", "iou", "nsd", "hd95")}
+        dice = np.array(list(values["dice"].values())).T  # (seeds, cases)
+        mean, low, high = seed_and_case_ci(dice)
+        means = {m: float(np.nanmean(np.array(list(v.values())))) for m, v in values.items()}
+        gain, p = "", float("nan")
+        if setting.reference in settings:
+            reference = per_case(setting.reference, seeds, output, "dice")
+            a, b = (np.array([np.nanmean(t[case]) for case in reference]) for t in (values["dice"], reference))
+            gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*paired_bootstrap_ci(a, b))
+            p = paired_wilcoxon(a, b)
+        p_values.append(p)
+        records = [json.loads(file.read_text()) for file in (output / name).glob("*/run.json")]
+        minutes = np.median([record["cpu_seconds"] for record in records]) / 60
+        scores = [f"{mean:.3f} [{low:.3f}, {high:.3f}]", f"{means['iou']:.3f}", f"{means['nsd']:.3f}"]
+        rows.append(
+            [name, f"{dice.shape[0]} x {dice.shape[1]}", *scores, f"{means['hd95']:.1f}", gain, f"{minutes:.1f}"]
+        )
+    for row, p in zip(rows, holm(p_values), strict=True):
+        row.insert(-1, "" if np.isnan(p) else f"{p:.2g}")
+    lines = [list(columns), ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(settings: dict[str, Setting], description: str, default_output: str) -> None:
+    """Parse the command line, run what is missing, print and keep the table."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared_default = Path(os.environ.get("AMKD_SHARED_DATA", "../shared/data")).parent
+    parser.add_argument("--shared", type=Path, default=shared_default, help="folder with data/ and weights/")
+    parser.add_argument("--output", type=Path, default=Path(default_output))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="settings whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
+    parser.add_argument("--table", action="store_true", help="only print the table of finished runs")
+    arguments = parser.parse_args()
+    shared, output = arguments.shared.resolve(), arguments.output.resolve()
+    chosen = {name: setting for name, setting in settings.items() if arguments.only in name}
+    seeds = list(range(arguments.seeds))
+    if not arguments.table:
+        jobs = [(n, setting, s, f) for s in seeds for n, setting in chosen.items() for f in setting.folds]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(lambda job: execute(job, shared, output), jobs))
+    text = table(chosen, seeds, output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "table.md").write_text(text + "\n")
+    print(text)

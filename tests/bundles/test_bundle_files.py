@@ -1,0 +1,55 @@
+"""What the model zoo asks of a bundle's files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+import torch
+from bundle_runs import settings, workflow
+from helpers import ROOT, shared_data
+
+BUNDLES = sorted(p.parent.parent.name for p in ROOT.glob("bundles/*/configs/metadata.json"))
+
+
+def test_both_bundles_are_there():
+    assert BUNDLES == ["kvasir_seg", "msd_heart"]
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_static_peer_check(bundle):
+    tool = shared_data("..", "tools", "bundle_peer_check.py")
+    ended = subprocess.run(
+        [sys.executable, str(tool), str(ROOT / "bundles" / bundle), "--level", "1"], capture_output=True, text=True
+    )
+    failed = [line for line in ended.stdout.splitlines() if line.startswith("[FAIL]")]
+    allowed = [] if (ROOT / "bundles" / bundle / "models" / "model.pt").is_file() else ["models/model.pt"]
+    assert [line for line in failed if not any(a in line for a in allowed)] == []
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_metadata_fits_the_schema_and_the_network(bundle, tmp_path):
+    metadata = json.loads((ROOT / "bundles" / bundle / "configs" / "metadata.json").read_text())
+    schema = json.loads(shared_data("..", "reference", "meta_schema_20240725.json").read_text())
+    jsonschema.validate(metadata, schema)
+    network = workflow(bundle, ("inference",), settings(bundle, tmp_path, tmp_path)).parser.get_parsed_content(
+        "network"
+    )
+    image = metadata["network_data_format"]["inputs"]["image"]
+    pred = metadata["network_data_format"]["outputs"]["pred"]
+    logits = network.eval()(torch.rand(1, image["num_channels"], *image["spatial_shape"]))
+    assert logits.shape == (1, pred["num_channels"], *pred["spatial_shape"])
+    assert list(pred["channel_def"]) == [str(i) for i in range(pred["num_channels"])]
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_the_exported_network_scripts_and_agrees(bundle, tmp_path):
+    network = workflow(bundle, ("inference",), settings(bundle, tmp_path, tmp_path)).parser.get_parsed_content(
+        "network"
+    )
+    network.eval()
+    image = torch.rand(2, 3, 64, 96)
+    assert torch.equal(torch.jit.script(network)(image), network(image))
