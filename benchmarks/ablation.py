@@ -1,0 +1,115 @@
+"""What each part of the method is worth on Kvasir-SEG, with a teacher that knows more and two planted bad ones.
+
+    python benchmarks/ablation.py --shared ../shared --jobs 2                # all arms, 3 seeds, resumable
+    python benchmarks/ablation.py --shared ../shared --only 12_learned       # a subset
+
+The teachers are the outside specialist, a frozen ImageNet encoder, one that always says the same, and one that is
+confidently wrong. ``12``: 12 labelled images, the rest of the training split unlabelled; ``all``: all labelled.
+Every arm has the same student, recipe, steps, split and seeds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import ROOT, Setting, main
+from torch import Tensor, nn
+
+FOLDER = "runs/ablation"
+
+
+class ConstantTeacher(nn.Module):
+    """The easiest teacher: the same answer and the same features for every image."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits (B, 1, H / 4, W / 4) and features (B, 16, H / 16, W / 16)."""
+        b, h, w = image.shape[0], image.shape[2], image.shape[3]
+        return torch.full((b, 1, h // 4, w // 4), -1.5), torch.ones((b, 16, h // 16, w // 16))
+
+
+class NoiseTeacher(nn.Module):
+    """A confident teacher whose answers have nothing to do with the labels: fixed random filters of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.answer = nn.Conv2d(3, 1, 8, stride=4, padding=2)
+            self.features = nn.Conv2d(3, 64, 16, stride=16)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits (B, 1, H / 4, W / 4) and features (B, 64, H / 16, W / 16)."""
+        answer = self.answer(image)
+        answer = 8 * (answer - answer.mean()) / answer.std()
+        return answer, self.features(image)
+
+
+def write_planted(folder: Path) -> dict[str, str]:
+    """Write the planted teachers as TorchScript files; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name, network in (("constant", ConstantTeacher()), ("noise", NoiseTeacher())):
+        paths[name] = str(folder / f"{name}.ts")
+        torch.jit.script(network.eval()).save(paths[name])
+    return paths
+
+
+def settings(planted: dict[str, str]) -> dict[str, Setting]:
+    """Return all arms."""
+    specialist = {"name": "specialist", "kind": "specialist", "image_size": 256}
+    good = [specialist, {"name": "lite2", "kind": "timm", "model": "tf_efficientnet_lite2"}]
+    bad = [{"name": n, "kind": "specialist", "path": p, "image_size": 128} for n, p in planted.items()]
+    every = {"mode": "all"}
+    full: dict[str, Any] = {
+        "gate": "learned",
+        "losses": {"output": 1.0, "feature": 0.2, "reconstruction": 0.1, "contrastive": 0.1},
+        "return_code": "learned",
+        "loss_gate": "agreement",
+    }
+    without_decoder = {**full, "return_code": "none", "losses": {"output": 1.0, "feature": 0.2, "contrastive": 0.1}}
+    without_crd = {**full, "losses": {"output": 1.0, "feature": 0.2, "reconstruction": 0.1}}
+    arms: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+        "best_single": (good + bad, {"gate": "best_single"}),
+        "uniform": (good + bad, {"gate": "uniform", "admission": every}),
+        "fixed": (good + bad, {"gate": "fixed", "gate_options": {"weights": [0.25] * 4}, "admission": every}),
+        "reliability_good_teachers": (good, {"gate": "reliability"}),
+        "reliability": (good + bad, {"gate": "reliability"}),
+        "reliability_all_admitted": (good + bad, {"gate": "reliability", "admission": every}),
+        "learned": (good + bad, full),
+        "learned_all_admitted": (good + bad, {**full, "admission": every}),
+        "learned_without_decoder": (good + bad, without_decoder),
+        "learned_without_crd": (good + bad, without_crd),
+        "learned_without_loss_gate": (good + bad, {**full, "loss_gate": "scaled"}),
+        "paper": (good + bad, PAPER),
+    }
+    common = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, "patience": 1000}
+    result: dict[str, Setting] = {}
+    for label, extra in (("12", {"labelled": 12}), ("all", {})):
+        base = {**common, "max_epochs": 60, **extra}
+        result[f"{label}_undistilled"] = Setting("kvasir_seg", "Kvasir-SEG", base, teachers=[])
+        for name, (teachers, overrides) in arms.items():
+            reference = f"{label}_undistilled"
+            result[f"{label}_{name}"] = Setting(
+                "kvasir_seg", "Kvasir-SEG", {**base, **overrides}, reference, teachers=teachers
+            )
+    return result
+
+
+PAPER: dict[str, Any] = {
+    "gate": "paper",
+    "losses": {"output": 0.6, "feature": 0.8, "reconstruction": 0.4, "contrastive": 0.3},
+    "loss_gate": "paper",
+    "loss_gate_options": {"task": 1.0},
+    "return_code": "learned",
+    "contrastive": {"temperature": 0.07, "learnable": False, "negatives": 16384},
+    "kd_temperature": {"start": 4.0, "end": 1.0, "shape": "linear"},
+    "loss_strength": {"warmup": 0.0, "decay": 0.0, "end": 1.0},
+    "admission": {"mode": "all"},
+}
+"""The gates and losses of the published scheme (``configs/paper.json``) at the recipe and budget of the other arms."""
+
+
+if __name__ == "__main__":
+    main(settings(write_planted(ROOT / FOLDER)), str(__doc__), FOLDER)
