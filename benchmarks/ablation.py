@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import ROOT, Setting, main
+from bundle_runner import ROOT, Setting, main
 from torch import Tensor, nn
 
 FOLDER = "runs/ablation"

@@ -6,7 +6,7 @@ python benchmarks/results.py --shared ../shared --only heart
 
 from __future__ import annotations
 
-from runs import Setting, main
+from bundle_runner import Setting, main
 
 SPECIALIST = {"name": "kvasir_specialist", "kind": "specialist", "image_size": 256, "licence": "research only"}
 KVASIR = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, "patience": 1000}

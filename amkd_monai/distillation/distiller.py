@@ -15,7 +15,7 @@ from amkd_monai.distillation import losses, return_decoder
 from amkd_monai.distillation.alignment import Alignment
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
 from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherSpec
-from amkd_monai.distillation.loss_gate import make_loss_gate
+from amkd_monai.distillation.loss_gate import ScaledLossGate, make_loss_gate
 from amkd_monai.distillation.schedules import distillation_strength, kd_temperature
 from amkd_monai.distillation.standardise import make_standardiser
 from amkd_monai.distillation.teacher_gate import GateReading, TeacherGate
@@ -106,6 +106,9 @@ class Distiller(nn.Module):
                     self._compare_features_of(spec, channels, return_code, code_channels, standardisation)
         width = channels.get(SHARED_STRIDE, 0)
         self.loss_gate = make_loss_gate(loss_gate, self.loss_priors, width, scale_steps, loss_gate_options)
+        if isinstance(self.loss_gate, ScaledLossGate) and self.teachers:
+            asked = DEFAULT_LOSSES if loss_priors is None else loss_priors
+            self.loss_gate.served = sum(self.loss_priors.values()) / sum(asked.values())
         self.teacher_gate = TeacherGate(gate, self.teachers, prior_entropy, width, gate_options)
         self.contrast: ContrastiveDistillation | None = None
         if self.loss_priors.get("contrastive") and samples is not None:

@@ -61,6 +61,9 @@ class ScaledLossGate(LossGate):
     has been driven to 0 can't raise its own weight. v is the given priors' share,
     with a floor.
 
+    ``served`` is the part of the importance asked for that some teacher can serve: where answers are not distilled,
+    features keep their small share of the weight instead of inheriting all of it.
+
     Args:
         priors: {loss: relative importance}, e.g. {"output": 1.0, "feature": 0.2}; 0 switches a loss off.
         warmup_steps: steps over which the scales are measured.
@@ -78,6 +81,7 @@ class ScaledLossGate(LossGate):
         super().__init__(priors)
         total = sum(priors[name] for name in self.names)
         n = len(self.names)
+        self.served = 1.0
         self.relative = {name: (1 - floor) * priors[name] / total + floor / n for name in self.names}
         self.register_buffer("history", torch.zeros(n, warmup_steps))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
@@ -102,7 +106,7 @@ class ScaledLossGate(LossGate):
     def weights(self, strength: float, features: Tensor | None = None) -> Mapping[str, float | Tensor]:
         """Return the factor of each loss, {name: beta v_k / S_k}, and exactly 1 for ``task``."""
         scales, shares = self.scale.tolist(), self.importance()
-        factors = {n: strength * shares[n] / s for n, s in zip(self.names, scales, strict=True)}
+        factors = {n: strength * self.served * shares[n] / s for n, s in zip(self.names, scales, strict=True)}
         return {"task": 1.0, **factors}
 
 

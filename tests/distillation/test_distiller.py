@@ -373,3 +373,13 @@ def test_features_of_a_flipped_photo_are_near_the_warped_map_and_far_from_the_un
 
     warped, unwarped = likeness(warp(cached, theta)), likeness(cached)
     assert warped > 0.7 and unwarped < 0.45, (warped, unwarped)
+
+
+def test_a_loss_that_is_not_served_leaves_its_share_to_nobody():
+    """Features alone must not inherit the weight of answers that were not admitted: at full weight they do harm."""
+    with_answers = make_distiller([spec("a", admitted=True)], loss_priors={"output": 1.0, "feature": 0.2})
+    features_only = make_distiller([spec("a", admitted=False)], loss_priors={"output": 1.0, "feature": 0.2})
+    expected = 0.2 / 1.2
+    assert with_answers.loss_gate.weights(1.0)["feature"] == pytest.approx(expected)
+    assert features_only.loss_gate.weights(1.0)["feature"] == pytest.approx(expected)
+    assert features_only.loss_gate.weights(1.0)["task"] == 1.0
