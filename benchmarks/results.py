@@ -10,6 +10,7 @@ from bundle_runner import Setting, main
 
 SPECIALIST = {"name": "kvasir_specialist", "kind": "specialist", "image_size": 256, "licence": "research only"}
 KVASIR = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, "patience": 1000}
+FEATURES_ONLY = {"admission": {"mode": "none"}}  # what cross-fitted admission decides for the ImageNet teachers
 LONG = {**KVASIR, "max_epochs": 60}
 HEART = {"patience": 1000}
 HEART_DATA = "MSD-Heart/Task02_Heart_half"
@@ -20,10 +21,10 @@ SETTINGS = {
         "kvasir_seg", "Kvasir-SEG", {**LONG, "labelled": 12}, "kvasir_12_undistilled", teachers=[SPECIALIST]
     ),
     "kvasir_all_undistilled": Setting("kvasir_seg", "Kvasir-SEG", LONG, teachers=[]),
-    "kvasir_all_default": Setting("kvasir_seg", "Kvasir-SEG", LONG, "kvasir_all_undistilled"),
+    "kvasir_all_default": Setting("kvasir_seg", "Kvasir-SEG", {**LONG, **FEATURES_ONLY}, "kvasir_all_undistilled"),
     "heart_undistilled": Setting("msd_heart", HEART_DATA, HEART, teachers=[], folds=HEART_FOLDS),
     "heart_default": Setting(
-        "msd_heart", HEART_DATA, {**HEART, "admission": {"mode": "none"}}, "heart_undistilled", folds=HEART_FOLDS
+        "msd_heart", HEART_DATA, {**HEART, **FEATURES_ONLY}, "heart_undistilled", folds=HEART_FOLDS
     ),
 }
 
