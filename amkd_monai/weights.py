@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 CONTAINERS = ("model", "state_dict", "teacher")
@@ -155,9 +156,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is truncated or not a checkpoint ({path.stat().st_size} bytes): obtain the file again."
         ) from error
-    except Exception as error:  # safetensors raises its own type, which derives from Exception only
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: obtain the file again.") from error
     while isinstance(state, Mapping) and not any(isinstance(v, Tensor) for v in state.values()):
         inner = next((state[k] for k in CONTAINERS if isinstance(state.get(k), Mapping)), None)
