@@ -162,21 +162,32 @@ class Preparation:
         targets = probes.cell_targets(self.validation, rows, self.validation.num_classes, (size[0], size[1]))
         return probes.calibration_temperature(torch.from_numpy(store.read("logits", rows)).float(), targets)
 
-    def student_score(self, folds: int, epochs: int) -> admission.AnswerScore:
-        """Cross-fit the undistilled student with the run's own recipe and score it."""
+    def student_score(self, folds: int, epochs: int, best_teacher: float) -> tuple[admission.AnswerScore, int]:
+        """Cross-fit the undistilled student with the run's own recipe and score it.
+
+        A quarter of the length comes first: where the student is ahead of every teacher by then, the whole length
+        would decide alike.
+
+        Args:
+            folds: number of folds.
+            epochs: whole length.
+            best_teacher: Dice to reach, the margin taken off.
+
+        Returns:
+            The score and the length it took, in epochs.
+        """
+        length = max(1, epochs // 4)
+        score = self._student_score(folds, length)
+        if score.dice <= best_teacher and length < epochs:
+            score, length = self._student_score(folds, epochs), epochs
+        return score, length
+
+    def _student_score(self, folds: int, epochs: int) -> admission.AnswerScore:
         fit = crossfit.fit_student(self.recipe, epochs, self.seed, self.device, "undistilled student")
         key = {"recipe": self.recipe.describe(), "epochs": epochs}
+        predict = crossfit.predict_student
         answers, _ = crossfit.cross_fit(
-            "student",
-            self.student,
-            self.train,
-            None,
-            fit,
-            crossfit.predict_student,
-            key,
-            folds,
-            self.seed,
-            self.cache_dir,
+            "student", self.student, self.train, None, fit, predict, key, folds, self.seed, self.cache_dir
         )
         return admission.score_answers(answers, self.train)
 
@@ -232,8 +243,10 @@ def prepare_teachers(
     record: dict[str, Any] = {"admission": dict(options)}
     student_score: admission.AnswerScore | None = None
     if options["mode"] == "cross_fit" and any(c.score is not None for c in candidates):
-        student_score = preparation.student_score(int(options["folds"]), int(options["epochs"] or epochs))
+        best = max(c.score.dice for c in candidates if c.score is not None) - float(options["margin"])
+        student_score, length = preparation.student_score(int(options["folds"]), int(options["epochs"] or epochs), best)
         record["undistilled_student_dice"] = round(student_score.dice, 4)
+        record["undistilled_student_epochs"] = length
     sources = [_source(c, _admit(c, student_score, options)) for c in candidates]
     if parallel and dist.get_rank() == 0:
         dist.barrier()

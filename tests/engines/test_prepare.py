@@ -78,17 +78,19 @@ def test_admission_can_be_set(data, mode, admitted):
 
 
 def test_a_teacher_worse_than_the_student_gives_features_only(data):
-    good = prepare(data, [LITE1], epochs=25, admission_options={"folds": 2})
+    good = prepare(data, [LITE1], epochs=100, admission_options={"folds": 2})
     record = good.record
     teacher = record["teachers"][0]
     assert record["undistilled_student_dice"] > teacher["dice"], "25 epochs beat a 4x4 probe"
+    assert record["undistilled_student_epochs"] == 25, "a quarter of the length decides"
     assert not teacher["outputs_admitted"] and good.specs[0].grid is not None
     assert "does not beat" in teacher["admission_reason"]
 
 
 def test_a_teacher_better_than_the_student_is_admitted(data):
-    record = prepare(data, [LITE1], epochs=1, admission_options={"folds": 2}).record
+    record = prepare(data, [LITE1], epochs=2, admission_options={"folds": 2}).record
     teacher = record["teachers"][0]
+    assert record["undistilled_student_epochs"] == 2, "not decided by a quarter of the length"
     assert teacher["dice"] > record["undistilled_student_dice"]
     assert teacher["outputs_admitted"]
 
