@@ -1,0 +1,127 @@
+"""What a distillation step with cached teachers costs, in plain supervised steps of the same student.
+
+    python benchmarks/step_cost.py                          # kvasir_seg on phantoms, 128 px, batch 8, two teachers
+    python benchmarks/step_cost.py --image_size 256 --batch_size 4
+
+CPU time of one thread: read the sample and its targets, augment, forward, losses, backward, optimiser. Blocks of the
+two alternate and each pair gives a ratio; a block is as long as the loss gate's interval, so that the steps in which it
+measures are counted."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigWorkflow
+
+from amkd_monai.engines.trainer import DistillationTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+TEACHERS = [
+    {"name": f"imagenet_lite{n}", "kind": "timm", "model": f"tf_efficientnet_lite{n}", "image_size": 224}
+    for n in (1, 2)
+]
+FULL = {"output": 1.0, "feature": 0.2, "reconstruction": 0.1, "contrastive": 0.1}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "output + feature, reliability, scaled": {},
+    "the same, learned gate": {"gate": "learned"},
+    "the same, agreement": {"loss_gate": "agreement"},
+    "all losses, PCA code, learned, agreement": {
+        "gate": "learned",
+        "losses": FULL,
+        "return_code": "pca",
+        "loss_gate": "agreement",
+    },
+    "all losses, learned code, learned, agreement": {
+        "gate": "learned",
+        "losses": FULL,
+        "return_code": "learned",
+        "loss_gate": "agreement",
+    },
+}
+
+
+def build(values: dict[str, Any]) -> DistillationTrainer:
+    """Return the trainer of the polyp bundle with overrides."""
+    folder = ROOT / "bundles" / "kvasir_seg" / "configs"
+    workflow = ConfigWorkflow(
+        workflow_type="train",
+        config_file=str(folder / "train.json"),
+        meta_file=str(folder / "metadata.json"),
+        logging_file=False,
+        bundle_root=str(folder.parent),
+        **values,
+    )
+    workflow.initialize()
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    trainer.network.train()
+    return trainer
+
+
+def batches(trainer: DistillationTrainer) -> Iterator[dict[str, Any]]:
+    """Repeat the trainer's loader for ever."""
+    return itertools.chain.from_iterable(trainer.data_loader for _ in itertools.count())
+
+
+def block(trainer: DistillationTrainer, source: Iterator[dict[str, Any]], steps: int) -> float:
+    """Return CPU milliseconds per step over a block of steps."""
+    start = time.process_time()
+    for _ in range(steps):
+        batch = trainer.prepare_distillation_batch(next(source))
+        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.network(batch, progress=0.5).total.backward()
+        trainer.optimizer.step()
+    return (time.process_time() - start) / steps * 1e3
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_size", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=50, help="steps of a block; a multiple of the gate's interval")
+    parser.add_argument("--only", default="", help="settings whose name contains this")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        common = {
+            "image_size": arguments.image_size,
+            "recipe#batch_size": arguments.batch_size,
+            "output_dir": folder,
+            "ckpt_dir": folder,
+            "cache_dir": f"{folder}/cache",
+            "admission": {"mode": "all"},
+        }
+        plain = build({**common, "teachers": []})
+        plain_source = batches(plain)
+        lines = [("setting", "plain ms", "distilled ms", "ratio", "lowest", "highest")]
+        for name, values in SETTINGS.items():
+            if arguments.only not in name:
+                continue
+            trainer = build({**common, "teachers": TEACHERS, **values})
+            source = batches(trainer)
+            for one in (plain, trainer):  # warm-up
+                block(one, plain_source if one is plain else source, arguments.steps)
+            pairs = [
+                (block(plain, plain_source, arguments.steps), block(trainer, source, arguments.steps))
+                for _ in range(arguments.pairs)
+            ]
+            ratios = [b / a for a, b in pairs]
+            numbers = [statistics.median(column) for column in zip(*pairs, strict=True)]
+            row = [f"{v:.0f}" for v in numbers] + [f"{f(ratios):.3f}" for f in (statistics.median, min, max)]
+            lines.append((name, *row))
+            print(" | ".join(lines[-1]), flush=True)
+    print()
+    print("\n".join("| " + " | ".join(line) + " |" for line in (lines[0], ("---",) * len(lines[0]), *lines[1:])))
+
+
+if __name__ == "__main__":
+    main()
