@@ -38,6 +38,30 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task(
+            name="busi",
+            kind="segmentation",
+            dimensions=2,
+            classes=("background", "lesion"),
+            modality="ultrasound",
+            folder="Dataset_BUSI_with_GT",
+            prompts=("breast lesion in ultrasound",),
+            primary_metric="dice",
+            nsd_tolerance=2.0,
+            unit="px",
+        ),
+        Task(
+            name="covid",
+            kind="segmentation",
+            dimensions=2,
+            classes=("background", "infection"),
+            modality="CT",
+            folder="COVID",
+            prompts=("COVID-19 infection in chest CT",),
+            primary_metric="dice",
+            nsd_tolerance=2.0,
+            unit="px",
+        ),
+        Task(
             name="kvasir_seg",
             kind="segmentation",
             dimensions=2,
