@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amkd_monai.data.duplicates import NEAR, group_near_duplicates
-from amkd_monai.data.layout import check_layout, files_by_id, natural, pair, plain_items
+from amkd_monai.data.layout import check_layout, files_by_id, named_folders, natural, pair, plain_items
 from amkd_monai.data.splits import Item, Sections, fixed_split, random_split
 
 logger = logging.getLogger("amkd_monai")
@@ -119,12 +119,7 @@ def _is_semiseg(folder: Path) -> bool:
 def _folders(root: Path, folders: Sequence[str] | None) -> tuple[Path, Path]:
     """The folder of images and that of masks."""
     if folders is not None:
-        if len(folders) != 2:
-            raise ValueError(f"folders must name two folders, images and masks, not {list(folders)}.")
-        for name in folders:
-            if not (root / name).is_dir():
-                raise FileNotFoundError(f"There is no folder {root / name}: correct `folders` or dataset_dir.")
-        return root / folders[0], root / folders[1]
+        return named_folders(root, folders)
     parts = ("images", "masks", "frames", "TrainingSet", "TestingSet")
     check_layout(root, "COVID", LAYOUT, _has_layout, parts, _volumes_hint)
     images, masks = next(names for names in FOLDERS if all((root / name).is_dir() for name in names))

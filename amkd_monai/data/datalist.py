@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from amkd_monai.atomic import atomic_write_json, exclusive_lock
-from amkd_monai.data import busi, covid, kvasir_seg, msd_heart
-from amkd_monai.data.phantoms import is_phantom, write_phantom
+from amkd_monai.data import busi, covid, covid_volumes, kvasir_seg, msd_heart
+from amkd_monai.data.phantom_tools import is_phantom
+from amkd_monai.data.phantoms import write_phantom
 from amkd_monai.data.splits import Item, few_labels, split_hash
 from amkd_monai.tasks import Task, get_task
 
@@ -22,6 +23,7 @@ logger = logging.getLogger("amkd_monai")
 MODULES: dict[str, ModuleType] = {
     "busi": busi,
     "covid": covid,
+    "covid_volumes": covid_volumes,
     "kvasir_seg": kvasir_seg,
     "msd_heart": msd_heart,
 }

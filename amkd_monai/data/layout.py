@@ -65,6 +65,21 @@ def check_layout(
     raise FileNotFoundError(f"No {name} data in {root}: {fix}.")
 
 
+def named_folders(root: Path, folders: Sequence[str]) -> tuple[Path, Path]:
+    """Return the folder of images and that of masks under the names a config gives.
+
+    Raises:
+        ValueError: not two names.
+        FileNotFoundError: no such folder.
+    """
+    if isinstance(folders, str) or len(folders) != 2:
+        raise ValueError(f"folders must name two folders, images and masks, not {folders}.")
+    for name in folders:
+        if not (root / name).is_dir():
+            raise FileNotFoundError(f"There is no folder {root / name}: correct `folders` or dataset_dir.")
+    return root / folders[0], root / folders[1]
+
+
 def file_id(file: Path) -> str:
     """Return the name without its suffix, ``.nii.gz`` counting as one: `imagesTr/la_003.nii.gz` -> `la_003`."""
     return file.name.removesuffix(".gz").removesuffix(".nii") if file.name.endswith((".nii.gz", ".nii")) else file.stem

@@ -29,7 +29,7 @@ def foreground(image: Image.Image) -> np.ndarray:
     """Tell foreground from background in a mask of any mode; all classes are merged.
 
     Coloured masks: every colour but black is foreground. Otherwise the levels decide: class indices and grey codes are
-    foreground wherever they are not 0; grey scales (JPEG, anti-aliased edges) are cut at 127; transparent is background.
+    foreground where they are not 0, grey scales (JPEG, smooth edges) are cut at 127. Transparent is background.
 
     Args:
         image: the opened mask.

@@ -106,6 +106,29 @@ def load_volume(keys: KeysCollection, allow_missing_keys: bool = True) -> LoadIm
     return LoadImaged(keys, reader=VolumeReader(), ensure_channel_first=True, allow_missing_keys=allow_missing_keys)
 
 
+class CtWindowd(MapTransform):
+    """Scale a CT in Hounsfield units to [0, 1] by a window; a CT that was windowed to 0..255 before is divided by 255.
+
+    Args:
+        keys: of the volumes.
+        low, high: window in HU, -1250 to 250 for lungs.
+    """
+
+    def __init__(self, keys: KeysCollection, low: float = -1250.0, high: float = 250.0) -> None:
+        super().__init__(keys)
+        self.low, self.high = low, high
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Scale each key's volume."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            volume = result[key]
+            windowed = bool(volume.min() >= 0) and bool(volume.max() <= 255)
+            low, high = (0.0, 255.0) if windowed else (self.low, self.high)
+            result[key] = ((volume - low) / (high - low)).clip(0, 1)
+        return result
+
+
 class NeighbourSlicesd(MapTransform):
     """Turn a volume (1, D, H, W) into (3, D, H, W): each slice with its two neighbours as channels (2.5D).
 
