@@ -14,15 +14,8 @@ from monai.utils import ensure_tuple
 from PIL import Image
 
 from amkd_monai.data.masks import read_mask
+from amkd_monai.data.pictures import to_rgb
 from amkd_monai.data.volumes import affine_problem
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture of any mode (grey of 8 or 16 bits, palette, RGBA) to RGB of 8 bits."""
-    if image.mode.startswith("I"):  # PIL's own conversion of 16-bit grey cuts every level above 255 to white
-        levels = np.asarray(image).clip(0, 65535)
-        image = Image.fromarray((levels // 257 if levels.max() > 255 else levels).astype(np.uint8))
-    return image.convert("RGB")
 
 
 class _Reader(PILReader):
