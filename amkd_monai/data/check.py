@@ -12,7 +12,7 @@ import numpy as np
 
 from amkd_monai.data.content import content_hashes
 from amkd_monai.data.datalist import MODULES, find_items
-from amkd_monai.data.duplicates import NEAR, clusters, near_pairs, perceptual_hashes
+from amkd_monai.data.duplicates import NEAR, clusters, near_duplicates
 from amkd_monai.data.file_check import Finding, image_files, inspect_file
 from amkd_monai.data.layout import DataProblems, label_files, natural, some
 from amkd_monai.data.masks import read_mask
@@ -30,6 +30,7 @@ class DataReport:
         items: the samples; empty if the layout is wrong.
         facts: lines to read.
         problems: one sentence each; what must be put right, or known, before a training.
+        damaged: files that cannot be read or used.
     """
 
     task: Task
@@ -37,6 +38,11 @@ class DataReport:
     items: list[Item] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    damaged: set[str] = field(default_factory=set)
+
+    def is_damaged(self, item: Item) -> bool:
+        """Whether a file of the item cannot be used."""
+        return not self.damaged.isdisjoint((item["image"], *label_files(item)))
 
     def __str__(self) -> str:
         """Return everything as text."""
@@ -70,32 +76,32 @@ def check_data(
         Facts and problems; what is wrong with the data raises nothing.
 
     Raises:
-        ValueError: unknown task or option.
+        ValueError: unknown task.
     """
     report = DataReport(get_task(task), Path(root))
     findings = {str(file): inspect_file(file) for file in image_files(report.root)}
+    report.damaged = {file for file, finding in findings.items() if finding.problem}
     report.problems += [finding.problem for finding in findings.values() if finding.problem]
-    report.facts.append(
-        f"{len(findings)} image files, {sum(1 for f in findings.values() if f.problem)} of them damaged"
-    )
+    report.facts.append(f"{len(findings)} image files, {len(report.damaged)} of them damaged")
     try:
         items = find_items(task, report.root, cache_dir, options)
     except DataProblems as error:
-        report.problems += [problem for problem in error.problems if problem not in report.problems]
+        known = tuple(f"{file} " for file in report.damaged)
+        report.problems += [problem for problem in error.problems if not problem.startswith(known)]
         return report
     except (OSError, ValueError) as error:
         report.problems.append(str(error))
         return report
     report.items = sorted(items, key=lambda item: natural(item["id"]))
     _describe_files(report, findings)
-    _describe_labels(report, findings)
-    found = _duplicates(report, cache_dir, findings)
+    _describe_labels(report)
+    found = _duplicates(report, cache_dir)
     _describe_split(report, found, fold, seed)
     return report
 
 
 def _describe_files(report: DataReport, findings: Mapping[str, Finding]) -> None:
-    known = [findings[i["image"]] for i in report.items if i["image"] in findings and not findings[i["image"]].problem]
+    known = [findings[i["image"]] for i in report.items if i["image"] in findings.keys() - report.damaged]
     report.facts.append(f"{len(report.items)} items in {len({item['group'] for item in report.items})} groups")
     if known:
         sizes = sorted((finding.size for finding in known), key=lambda size: (np.prod(size), size))
@@ -106,7 +112,7 @@ def _describe_files(report: DataReport, findings: Mapping[str, Finding]) -> None
         report.facts.append(f"modes: {_counts(finding.mode for finding in known)}")
 
 
-def _describe_labels(report: DataReport, findings: Mapping[str, Finding]) -> None:
+def _describe_labels(report: DataReport) -> None:
     items, classes = report.items, report.task.classes
     numbers = [item["label"] for item in items if isinstance(item.get("label"), int)]
     if numbers:
@@ -120,10 +126,11 @@ def _describe_labels(report: DataReport, findings: Mapping[str, Finding]) -> Non
     shares: list[float] = []
     for item in items:
         files = label_files(item)
-        if files and not any(findings[file].problem for file in files if file in findings):
+        if files and report.damaged.isdisjoint(files):
             share, problem = foreground_share(files, report.task.dimensions)
             if problem:
                 report.problems.append(problem)
+                report.damaged.update(files)
             else:
                 shares.append(share)
     if shares:
@@ -156,7 +163,7 @@ def foreground_share(files: Sequence[str], dimensions: int) -> tuple[float, str]
     return float((label > 0).mean()), ""
 
 
-def _duplicates(report: DataReport, cache_dir: str | Path | None, findings: Mapping[str, Finding]) -> list[list[int]]:
+def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[int]]:
     """Report copies and near-copies; return the clusters as indices of items."""
     items = report.items
     memo = None if cache_dir is None else Path(cache_dir) / "content_hashes.json"
@@ -166,9 +173,7 @@ def _duplicates(report: DataReport, cache_dir: str | Path | None, findings: Mapp
     pairs = [pair for pair in identical if pair[0] != pair[1]]
     near: list[tuple[int, int]] = []
     if report.task.dimensions == 2:
-        usable = [i for i, item in enumerate(items) if not (f := findings.get(item["image"])) or not f.problem]
-        hashes = perceptual_hashes([items[i]["image"] for i in usable], cache_dir)
-        near = [(usable[i], usable[j]) for i, j in near_pairs(hashes, NEAR)]
+        near = near_duplicates([item["image"] for item in items], NEAR, cache_dir)
     found = [members for members in clusters(len(items), pairs + near) if len(members) > 1]
     kind = "byte-identical or nearly so" if report.task.dimensions == 2 else "byte-identical"
     names = [" = ".join(items[i]["id"] for i in members) for members in found]
@@ -208,7 +213,7 @@ def _describe_split(report: DataReport, found: list[list[int]], fold: int, seed:
         if len(where) > 1:
             report.problems.append(
                 f"{', '.join(ids)} look alike and lie in several sections ({', '.join(sorted(where))}): scores would "
-                "be flattered; put them into one group, or leave copies out."
+                "be flattered; leave copies out, or use the data option duplicate_distance."
             )
 
 

@@ -24,7 +24,10 @@ NEAR = 32
 text, other brightness or JPEG quality differ by up to 28 bits, different pictures of one kind by 36 or more."""
 
 
-def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None) -> np.ndarray:
+_UNREADABLE = (OSError, SyntaxError, ValueError)
+
+
+def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None) -> tuple[np.ndarray, list[int]]:
     """Hash pictures by their coarse look (`imagehash.phash`).
 
     Args:
@@ -32,34 +35,40 @@ def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None)
         cache_dir: folder that keeps the hashes by content, so that a picture is decoded once; None keeps nothing.
 
     Returns:
-        Boolean array (N, 256).
-
-    Raises:
-        ValueError: a file is no picture.
+        Boolean array (M, 256) and the indices of the M paths; files that cannot be read are announced and left out.
     """
     memo = None if cache_dir is None else Path(cache_dir) / f"perceptual_hashes_{HASH_SIZE}.json"
     contents = content_hashes(paths, None if cache_dir is None else Path(cache_dir) / "content_hashes.json")
     known = _read_memo(memo)
     missing = {content: path for content, path in zip(contents, paths, strict=True) if content not in known}
     for content, path in missing.items():
-        known[content] = _hash(path)
-    if memo is not None and missing:
+        try:
+            known[content] = _hash(path)
+        except _UNREADABLE as error:
+            logger.warning("%s cannot be read (%s) and is compared with no other image", path, error)
+    if memo is not None and missing.keys() & known.keys():
         atomic_write_json(memo, known, indent=None)
-    packed = np.array([list(bytes.fromhex(known[content])) for content in contents], dtype=np.uint8)
-    return np.unpackbits(packed.reshape(len(paths), HASH_SIZE**2 // 8), axis=1).astype(bool)
+    readable = [index for index, content in enumerate(contents) if content in known]
+    packed = np.array([list(bytes.fromhex(known[contents[index]])) for index in readable], dtype=np.uint8)
+    return np.unpackbits(packed.reshape(len(readable), HASH_SIZE**2 // 8), axis=1).astype(bool), readable
 
 
 def _hash(path: str) -> str:
     import imagehash
     from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            image.draft("L", (8 * HASH_SIZE, 8 * HASH_SIZE))
-            bits = imagehash.phash(image.convert("L"), hash_size=HASH_SIZE).hash
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: replace it by an intact copy.") from error
+    with Image.open(path) as image:
+        image.draft("L", (8 * HASH_SIZE, 8 * HASH_SIZE))
+        bits = imagehash.phash(image.convert("L"), hash_size=HASH_SIZE).hash
     return np.packbits(bits.ravel()).tobytes().hex()
+
+
+def near_duplicates(
+    paths: Sequence[str], distance: int = NEAR, cache_dir: str | Path | None = None
+) -> list[tuple[int, int]]:
+    """Return the pairs (i < j) of pictures whose hashes differ in at most ``distance`` bits."""
+    hashes, indices = perceptual_hashes(paths, cache_dir)
+    return [(indices[i], indices[j]) for i, j in near_pairs(hashes, distance)]
 
 
 def _read_memo(memo: Path | None) -> dict[str, str]:
@@ -120,7 +129,7 @@ def group_near_duplicates(
     Returns:
         Copies of the items in their order.
     """
-    pairs = near_pairs(perceptual_hashes([item["image"] for item in items], cache_dir), distance)
+    pairs = near_duplicates([item["image"] for item in items], distance, cache_dir)
     grouped = list(items)
     for members in clusters(len(items), pairs):
         name = "+".join(sorted(items[index]["id"] for index in members))

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from amkd_monai.data.duplicates import group_near_duplicates
 from amkd_monai.data.layout import IMAGE_SUFFIXES, check_layout, files_by_id, pair, plain_items, some
 from amkd_monai.data.splits import Item, Sections, fixed_split, group_identical_images, random_split
 
@@ -18,11 +19,13 @@ logger = logging.getLogger("amkd_monai")
 LAYOUT = "the folders images/ and masks/ with one <id>.jpg each per frame"
 
 
-def find_items(root: Path) -> list[Item]:
+def find_items(root: Path, cache_dir: str | Path | None = None, duplicate_distance: int | None = None) -> list[Item]:
     """List all image and mask pairs; masks are checked by their headers only.
 
     Args:
         root: the folder that holds `images/` and `masks/`.
+        cache_dir: keeps perceptual hashes.
+        duplicate_distance: group near-duplicates too, see `amkd_monai.data.duplicates.group_near_duplicates`.
 
     Returns:
         Items sorted by id; byte-identical images share a group, any other image is its own group.
@@ -36,7 +39,10 @@ def find_items(root: Path) -> list[Item]:
     images, masks = files_by_id(root / "images"), files_by_id(root / "masks")
     if not images:
         raise FileNotFoundError(f"No images in {root / 'images'}: expected {LAYOUT}.")
-    return group_identical_images(pair(images, masks))
+    items = pair(images, masks)
+    if duplicate_distance is None:
+        return group_identical_images(items)
+    return group_near_duplicates(items, duplicate_distance, cache_dir)
 
 
 def inference_items(root: Path) -> list[Item]:

@@ -9,7 +9,14 @@ from helpers import shared_data
 from PIL import Image, ImageDraw, ImageEnhance
 
 from amkd_monai.data import duplicates
-from amkd_monai.data.duplicates import NEAR, clusters, group_near_duplicates, near_pairs, perceptual_hashes
+from amkd_monai.data.duplicates import (
+    NEAR,
+    clusters,
+    group_near_duplicates,
+    near_duplicates,
+    near_pairs,
+    perceptual_hashes,
+)
 from amkd_monai.data.phantoms_busi import ultrasound_image
 
 
@@ -49,7 +56,7 @@ def test_copies_are_found_and_others_are_not(pictures, tmp_path, kind):
     for index, picture in enumerate([*pictures, COPIES[kind](pictures[2])]):
         paths.append(str(tmp_path / f"{index}.png"))
         picture.save(paths[-1])
-    assert near_pairs(perceptual_hashes(paths)) == [(2, 6)]
+    assert near_duplicates(paths) == [(2, 6)]
 
 
 def test_groups_are_named_after_their_members_and_keep_the_order(pictures, tmp_path):
@@ -76,35 +83,40 @@ def test_clusters_join_chains():
 def test_hashes_are_kept_by_content(pictures, tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     pictures[0].save(path)
-    first = perceptual_hashes([str(path)], tmp_path / "cache")
+    first, _ = perceptual_hashes([str(path)], tmp_path / "cache")
     path.rename(tmp_path / "moved.png")
     monkeypatch.setattr(duplicates, "_hash", lambda path: pytest.fail("decoded again"))
-    np.testing.assert_array_equal(perceptual_hashes([str(tmp_path / "moved.png")], tmp_path / "cache"), first)
+    np.testing.assert_array_equal(perceptual_hashes([str(tmp_path / "moved.png")], tmp_path / "cache")[0], first)
     monkeypatch.undo()
     pictures[1].save(tmp_path / "moved.png")
-    assert (perceptual_hashes([str(tmp_path / "moved.png")], tmp_path / "cache") != first).sum() > NEAR
+    assert (perceptual_hashes([str(tmp_path / "moved.png")], tmp_path / "cache")[0] != first).sum() > NEAR
 
 
 @pytest.mark.parametrize("content", ["no json", '{"a": "b"}', "[]"])
 def test_a_damaged_memo_is_built_again(pictures, tmp_path, content):
     pictures[0].save(tmp_path / "a.png")
     (tmp_path / "perceptual_hashes_16.json").write_text(content)
-    kept = perceptual_hashes([str(tmp_path / "a.png")], tmp_path)
-    np.testing.assert_array_equal(kept, perceptual_hashes([str(tmp_path / "a.png")]))
-    np.testing.assert_array_equal(kept, perceptual_hashes([str(tmp_path / "a.png")], tmp_path))
+    kept, _ = perceptual_hashes([str(tmp_path / "a.png")], tmp_path)
+    np.testing.assert_array_equal(kept, perceptual_hashes([str(tmp_path / "a.png")])[0])
+    np.testing.assert_array_equal(kept, perceptual_hashes([str(tmp_path / "a.png")], tmp_path)[0])
 
 
-def test_a_file_that_is_no_picture_is_named(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"a\.png cannot be read as an image"):
-        perceptual_hashes([str(tmp_path / "a.png")])
+def test_a_file_that_cannot_be_read_is_announced_and_alone(pictures, tmp_path, caplog):
+    items = []
+    for index in range(3):
+        pictures[0].save(tmp_path / f"{index}.png")
+        items.append({"image": str(tmp_path / f"{index}.png"), "id": f"p{index}", "group": f"p{index}"})
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:-2000])
+    grouped = group_near_duplicates(items, cache_dir=tmp_path)
+    assert [item["group"] for item in grouped] == ["p0+p2", "p1", "p0+p2"]
+    assert "1.png cannot be read" in caplog.text
 
 
 def test_real_copies_are_found():
     folder = shared_data("BUSI", "Dataset_BUSI_with_GT")
     names = [f"malignant ({n})" for n in (3, 4, 5, 7, 8, 9, 10)] + ["normal (41)", "normal (47)", "normal (36)"]
     paths = [str(folder / name.split()[0] / f"{name}.png") for name in names]
-    found = {frozenset((names[i], names[j])) for i, j in near_pairs(perceptual_hashes(paths))}
+    found = {frozenset((names[i], names[j])) for i, j in near_duplicates(paths)}
     assert found == {frozenset(f"malignant ({n})" for n in pair) for pair in ((4, 5), (7, 8), (7, 9), (8, 9))} | {
         frozenset(("normal (41)", "normal (47)"))
     }
