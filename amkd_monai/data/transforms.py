@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import nibabel
 import numpy as np
 import torch
 from monai.config import KeysCollection
@@ -67,7 +68,7 @@ class VolumeReader(NibabelReader):
         """Return the voxels and the meta data."""
         (volume,) = ensure_tuple(img)
         name = volume.get_filename()
-        if problem := affine_problem(volume.affine):
+        if problem := affine_problem(nibabel.load(name).affine):  # MONAI has replaced a singular one while reading
             raise ValueError(f"{name} {problem}: replace the file.")
         array, meta = super().get_data(img)
         if not np.isfinite(array).all():

@@ -98,9 +98,7 @@ def test_a_missing_label_is_left_out(tmp_path):
 def test_photos_are_resized_while_they_are_decoded(tmp_path, suffix, size):
     rows, columns = np.mgrid[:400, :600]
     pixels = np.stack([rows * 255 / 400, columns * 255 / 600, 127 + 100 * np.sin(columns / 30)], axis=-1)
-    Image.fromarray(pixels.astype(np.uint8)).save(
-        tmp_path / f"photo.{suffix}", **({"quality": 95} if suffix == "jpg" else {})
-    )
+    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"photo.{suffix}")
     image = load(load_rgb(size=size), tmp_path / f"photo.{suffix}", "image")
     assert image.shape == (3, *size)
     whole = Image.open(tmp_path / f"photo.{suffix}").resize((size[1], size[0]), Image.Resampling.BILINEAR)
