@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from helpers import shared_data
 from PIL import Image
+from toy_images import photo_chain
 
 from amkd_monai.data.busi import find_items, inference_items, split
+from amkd_monai.data.decoded import BadSampleError, DecodedDataset
 from amkd_monai.data.layout import DataProblems
 from amkd_monai.data.masks import read_mask
 from amkd_monai.data.phantoms import write_busi
@@ -120,3 +122,26 @@ def test_a_mask_with_other_levels_is_read_by_the_bundles_transform(root):
     inside = np.asarray(Image.open(mask))
     Image.fromarray(inside.astype(np.uint8)).save(mask)  # 0 and 1 instead of 0 and 255
     assert (read_mask([mask]) == inside).all() and inside.any()
+
+
+def test_a_truncated_image_is_left_to_the_decoder(root, tmp_path):
+    image = root / "benign" / "benign (2).png"
+    image.write_bytes(image.read_bytes()[:-2000])
+    items = find_items(root)
+    assert len(items) == 8 and next(i for i in items if i["id"] == "benign (2)")["group"] == "benign (2)"
+    with pytest.raises(BadSampleError, match=r"benign \(2\)\.png.* cannot be read"):
+        DecodedDataset(items, photo_chain(), tmp_path / "cache")
+    decoded = DecodedDataset(items, photo_chain(), tmp_path / "cache", on_bad_sample="skip")
+    assert decoded.skipped == ["benign (2)"] and len(decoded) == 7
+    assert dict(zip(decoded.ids, decoded.has_foreground, strict=True))["normal (1)"] == np.False_
+
+
+def test_all_masks_of_an_image_are_decoded_and_part_of_the_cache(root, tmp_path):
+    item = find_items(root)[0]
+    alone = {**item, "label": item["label"][0]}
+    both, first = (DecodedDataset([i], photo_chain(), tmp_path / "cache") for i in (item, alone))
+    assert both.labels[0].sum() > 1.2 * first.labels[0].sum() > 0
+    inside = np.asarray(Image.open(item["label"][1]))
+    Image.fromarray(np.zeros_like(inside)).save(item["label"][1])
+    changed = DecodedDataset([item], photo_chain(), tmp_path / "cache")
+    np.testing.assert_array_equal(changed.labels[0], first.labels[0])
