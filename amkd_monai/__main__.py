@@ -28,6 +28,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     import amkd_monai
+    from amkd_monai.data.command_line import add_commands
 
     top = argparse.ArgumentParser(prog="python -m amkd_monai", description=amkd_monai.__doc__)
     top.add_argument("--version", action="version", version=amkd_monai.__version__)
@@ -42,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs="+", help="output folders of the runs to compare with it")
     compare.add_argument("--metric", default="dice", choices=("dice", "iou", "nsd", "hd95"))
     compare.set_defaults(run=_compare)
+
+    add_commands(commands)
     return top
 
 

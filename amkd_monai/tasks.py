@@ -10,7 +10,7 @@ class Task:
     """One prediction task on one data set.
 
     Attributes:
-        name: key in `TASKS`, also the name of the bundle.
+        name: key in `TASKS`, also the name of the bundle unless a bundle serves several tasks.
         kind: what is predicted; "segmentation" is one class index per pixel or voxel.
         dimensions: spatial dimensions of an image, 2 or 3.
         classes: class names by label value; index 0 is "background".
@@ -37,6 +37,42 @@ class Task:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
+        Task(
+            name="busi",
+            kind="segmentation",
+            dimensions=2,
+            classes=("background", "lesion"),
+            modality="ultrasound",
+            folder="Dataset_BUSI_with_GT",
+            prompts=("breast lesion in ultrasound",),
+            primary_metric="dice",
+            nsd_tolerance=2.0,
+            unit="px",
+        ),
+        Task(
+            name="covid",
+            kind="segmentation",
+            dimensions=2,
+            classes=("background", "infection"),
+            modality="CT",
+            folder="COVID",
+            prompts=("COVID-19 infection in chest CT",),
+            primary_metric="dice",
+            nsd_tolerance=2.0,
+            unit="px",
+        ),
+        Task(
+            name="covid_volumes",
+            kind="segmentation",
+            dimensions=3,
+            classes=("background", "infection"),
+            modality="CT",
+            folder="COVID-volumes",
+            prompts=("COVID-19 infection in chest CT",),
+            primary_metric="dice",
+            nsd_tolerance=3.0,
+            unit="mm",
+        ),
         Task(
             name="kvasir_seg",
             kind="segmentation",

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from amkd_monai.atomic import atomic_write_json, exclusive_lock
-from amkd_monai.data import kvasir_seg, msd_heart
-from amkd_monai.data.phantoms import is_phantom, write_phantom
+from amkd_monai.data import busi, covid, covid_volumes, kvasir_seg, msd_heart
+from amkd_monai.data.phantom_tools import is_phantom
+from amkd_monai.data.phantoms import write_phantom
 from amkd_monai.data.splits import Item, few_labels, split_hash
 from amkd_monai.tasks import Task, get_task
 
 logger = logging.getLogger("amkd_monai")
 
-MODULES: dict[str, ModuleType] = {"kvasir_seg": kvasir_seg, "msd_heart": msd_heart}
+MODULES: dict[str, ModuleType] = {
+    "busi": busi,
+    "covid": covid,
+    "covid_volumes": covid_volumes,
+    "kvasir_seg": kvasir_seg,
+    "msd_heart": msd_heart,
+}
 """Each data set's module has ``find_items``, ``split`` and ``inference_items``."""
 
 PHANTOM_NOTICE = """
@@ -125,6 +133,7 @@ def datalist(
     fold: int = 0,
     labelled: int | None = None,
     split_dir: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Datalist:
     """Find, check and split a data set.
 
@@ -138,6 +147,7 @@ def datalist(
         fold: the fold that is the test section.
         labelled: keep only so many training items labelled; the others become unlabelled.
         split_dir: write the split list there.
+        options: further options of the data set's ``find_items``, e.g. ``{"normals": False}``.
 
     Raises:
         FileNotFoundError: no such folder or layout.
@@ -145,7 +155,7 @@ def datalist(
     """
     root, source = resolve_dataset_dir(task, dataset_dir, cache_dir)
     module = MODULES[task]
-    items = module.find_items(root)
+    items = find_items(task, root, cache_dir, options)
     train, validation, test = module.split(root, items, fractions=tuple(fractions), folds=folds, fold=fold, seed=seed)
     for name, section in (("train", train), ("validation", validation)):
         if not section:
@@ -160,6 +170,24 @@ def datalist(
         path = Path(split_dir) / f"split_{task}_{result.hash[:12]}.json"
         atomic_write_json(path, {"task": task, "hash": result.hash, **members})
     return result
+
+
+def find_items(
+    task: str, root: Path, cache_dir: str | Path | None = None, options: Mapping[str, Any] | None = None
+) -> list[Item]:
+    """List the items of a data set with options of its own.
+
+    Raises:
+        ValueError: the data set has no such option, or contradicts itself.
+        FileNotFoundError: no such layout.
+    """
+    find = MODULES[task].find_items
+    known = inspect.signature(find).parameters.keys() - {"root"}
+    if unknown := set(options or {}) - known:
+        raise ValueError(f"{task} has no data option {min(unknown)}: it has {', '.join(sorted(known)) or 'none'}.")
+    kept = {"cache_dir": cache_dir} if "cache_dir" in known else {}
+    items: list[Item] = find(root, **kept, **(options or {}))
+    return items
 
 
 def _check_groups(result: Datalist) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from amkd_monai.atomic import atomic_write_json, exclusive_lock
 from amkd_monai.data.content import content_hashes, fingerprint
 from amkd_monai.data.describe import describe
+from amkd_monai.data.layout import label_files
 
 logger = logging.getLogger("amkd_monai")
 
@@ -43,7 +44,8 @@ class DecodedDataset(Dataset):
     as channels. Images leave the chain in [0, 1] and are stored in 256 steps.
 
     Args:
-        data: datalist items with ``image``, ``id``, ``group`` and, where labelled, ``label`` (paths).
+        data: datalist items with ``image``, ``id``, ``group`` and, where labelled, ``label`` (a path, or
+            several of masks that are combined).
         transform: deterministic chain that yields ``image`` in [0, 1] and ``label`` with class indices, all samples of
             one size (H, W).
         cache_dir: folder for the memory maps; they are found again by content hashes and the chain's description.
@@ -74,11 +76,11 @@ class DecodedDataset(Dataset):
             raise ValueError("The list of images to decode is empty: check dataset_dir and the split.")
         self.data, self.num_classes = list(data), num_classes
         cache_dir = Path(cache_dir)
-        paths = [item[key] for item in self.data for key in ("image", "label") if key in item]
+        paths = [path for item in self.data for path in (item["image"], *label_files(item))]
         by_path = dict(zip(paths, content_hashes(paths, cache_dir / "content_hashes.json"), strict=True))
-        hashes = [[by_path[item["image"]], by_path.get(item.get("label", ""), "")] for item in self.data]
+        hashes = [[by_path[i["image"]], "-".join(by_path[path] for path in label_files(i))] for i in self.data]
         ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
-        key = fingerprint("decoded-2", hashes, ids, describe(transform), num_classes, on_bad_sample)
+        key = fingerprint("decoded-3", hashes, ids, describe(transform), num_classes, on_bad_sample)
         self.directory = cache_dir / f"decoded-{key[:16]}"
         with exclusive_lock(self.directory.with_suffix(".lock"), wait_s=3600):
             if not (self.directory / "index.json").is_file():
@@ -142,7 +144,7 @@ class DecodedDataset(Dataset):
         try:
             decoded = transform(dict(item))
         except _READ_ERRORS as error:
-            files = " or ".join(str(item[k]) for k in ("image", "label") if k in item)
+            files = " or ".join((item["image"], *label_files(item)))
             cause = " ".join(str(_root_cause(error)).split())[:160]
             raise BadSampleError(f"{files} cannot be read ({cause}): replace or remove the file.") from error
         image = np.asarray(decoded["image"], dtype=np.float32)

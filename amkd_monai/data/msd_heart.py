@@ -7,22 +7,19 @@ training images (la_005, la_026) were seen to be byte-identical while their labe
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
-import math
-import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from amkd_monai.data.layout import DataProblems, check_layout, file_id, plain_items, size_problems
 from amkd_monai.data.splits import Item, Sections, group_identical_images, k_fold
+from amkd_monai.data.volumes import VOLUME_SUFFIXES, volume_shape
 from amkd_monai.tasks import TASKS
 
 logger = logging.getLogger("amkd_monai")
 
-VOLUME_SUFFIXES = (".nii.gz", ".nii")
 LAYOUT = "dataset.json with the folders imagesTr/ and labelsTr/ beside it"
 
 
@@ -45,8 +42,9 @@ def find_items(root: Path) -> list[Item]:
             label of another shape than its image.
     """
     root = Path(root)
-    _check_layout(root)
+    check_layout(root, "MSD Heart", LAYOUT, _has_layout, ("imagesTr", "labelsTr", "imagesTs"), _json_is_missing)
     items: dict[str, Item] = {}
+    problems: list[str] = []
     for entry in _training_list(root / "dataset.json"):
         image, label = (root / entry[key] for key in ("image", "label"))
         if image.name.startswith("."):
@@ -56,16 +54,13 @@ def find_items(root: Path) -> list[Item]:
                 raise FileNotFoundError(
                     f"{file} is listed in {root / 'dataset.json'} but missing: unpack the archive again."
                 )
-        image_shape, label_shape = _shape(image), _shape(label)
-        if image_shape != label_shape:
-            raise ValueError(
-                f"Label {label} has shape {label_shape} but its image has {image_shape}: replace one by the "
-                "file of the original archive."
-            )
-        name = _volume_id(image)
+        problems += size_problems(image, [label], volume_shape)
+        name = file_id(image)
         if name in items:
             raise ValueError(f"{root / 'dataset.json'} lists the volume '{name}' twice: keep one entry.")
         items[name] = {"image": str(image), "label": str(label), "id": name, "group": name}
+    if problems:
+        raise DataProblems(problems)
     return group_identical_images(items.values())
 
 
@@ -82,13 +77,7 @@ def inference_items(root: Path) -> list[Item]:
         ValueError: two files with one id.
     """
     root = Path(root)
-    for folder in (root / "imagesTs", root / "imagesTr", root):
-        if folder.is_dir() and (files := _volumes_by_id(folder)):
-            return [{"image": str(file), "id": name} for name, file in files.items()]
-    raise FileNotFoundError(
-        f"No volumes to predict in {root}: expected {' or '.join(VOLUME_SUFFIXES)} files in it or in its "
-        "folder imagesTs/ or imagesTr/."
-    )
+    return plain_items((root / "imagesTs", root / "imagesTr", root), "volumes", VOLUME_SUFFIXES)
 
 
 def split(
@@ -116,20 +105,9 @@ def split(
     return k_fold(items, folds, fold, VALIDATION_FRACTION, seed)
 
 
-def _check_layout(root: Path) -> None:
-    """Raise one sentence that names the right folder if `root` is one level too high or too low."""
-    if _has_layout(root):
-        return
-    fix = f"expected {LAYOUT}"
-    if _has_layout(root.parent) and root.name in ("imagesTr", "labelsTr", "imagesTs"):
-        fix += f"; you are one level too low, use {root.parent}"
-    elif (root / "imagesTr").is_dir() and (root / "labelsTr").is_dir():
-        fix += "; dataset.json alone is missing, copy it from the archive"
-    elif root.is_dir():
-        below = [child for child in sorted(root.iterdir()) if _has_layout(child)]
-        if below:
-            fix += f"; you are one level too high, use {below[0]}"
-    raise FileNotFoundError(f"No MSD Heart data in {root}: {fix}.")
+def _json_is_missing(root: Path) -> str:
+    alone = (root / "imagesTr").is_dir() and (root / "labelsTr").is_dir()
+    return "dataset.json alone is missing, copy it from the archive" if alone else ""
 
 
 def _has_layout(folder: Path) -> bool:
@@ -158,53 +136,3 @@ def _warn_about_other_labels(content: dict[str, Any], file: Path) -> None:
     found = tuple(str(labels[key]).lower() for key in sorted(labels)) if isinstance(labels, dict) else expected
     if found != expected:
         logger.warning("%s names the classes %s, expected %s: is this the heart task?", file, found, expected)
-
-
-def _volumes_by_id(folder: Path) -> dict[str, Path]:
-    """Map id to NIfTI file, sorted by id; hidden files (such as macOS `._*`) are ignored."""
-    files: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if file.name.startswith(".") or not file.name.endswith(VOLUME_SUFFIXES) or not file.is_file():
-            continue
-        name = _volume_id(file)
-        if name in files:
-            raise ValueError(f"{files[name]} and {file} have the same id '{name}': keep one of them.")
-        files[name] = file
-    return dict(sorted(files.items()))
-
-
-def _volume_id(file: Path) -> str:
-    """`imagesTr/la_003.nii.gz` -> `la_003`."""
-    return file.name.removesuffix(".gz").removesuffix(".nii")
-
-
-def _shape(file: Path) -> tuple[int, ...]:
-    """Shape from the header, after a check that the file is not cut short."""
-    import nibabel
-    from nibabel.filebasedimages import ImageFileError
-
-    try:
-        volume = nibabel.load(file)
-        voxels_end = volume.dataobj.offset + math.prod(volume.shape) * volume.get_data_dtype().itemsize
-        whole = _is_whole(file, voxels_end)
-    except (ImageFileError, OSError, EOFError, zlib.error, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as a NIfTI volume: replace it by an intact copy.") from error
-    if not whole:
-        raise ValueError(f"{file} ends before its last voxel: replace it by an intact copy.")
-    return volume.shape
-
-
-def _is_whole(file: Path, length: int) -> bool:
-    """Whether `file` holds at least `length` bytes once it is uncompressed.
-
-    A gzip file ends with its uncompressed length, so an intact file is seldom read to the end: only when
-    that number differs, as it does after a cut and in files of several gzip members.
-    """
-    if file.suffix != ".gz":
-        return file.stat().st_size >= length
-    with file.open("rb") as stream:
-        stream.seek(-4, os.SEEK_END)
-        if int.from_bytes(stream.read(4), "little") == length % 2**32:
-            return True
-    with gzip.open(file) as stream:
-        return sum(len(block) for block in iter(lambda: stream.read(2**22), b"")) >= length

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+logger = logging.getLogger("amkd_monai")
 
 Item = dict[str, Any]
 Sections = tuple[list[Item], list[Item], list[Item]]
@@ -89,6 +92,30 @@ def random_split(items: Iterable[Item], fractions: Sequence[float] = (0.7, 0.15,
         empty.discard(section)
     train, validation, test = ([item for item in items if section_of[item["group"]] == section] for section in range(3))
     return train, validation, test
+
+
+def fixed_split(train: Iterable[Item], test: Iterable[Item], fractions: Sequence[float], seed: int = 0) -> Sections:
+    """Split where the test section is given: validation is taken from the training items.
+
+    Args:
+        train: items of the given training section.
+        test: items of the given test section; training items of their groups are left out, loudly.
+        fractions: shares of train, validation and test; only the ratio of the first two counts.
+        seed: seed of the choice of validation groups.
+
+    Returns:
+        Train, validation and test items, each sorted by id.
+    """
+    test = _sorted_by_id(test)
+    test_groups = {item["group"] for item in test}
+    train = _sorted_by_id(train)
+    leaking = [item["id"] for item in train if item["group"] in test_groups]
+    if leaking:
+        logger.warning("Left out of train, as their images are also in the test section: %s.", ", ".join(leaking))
+    share = fractions[0] / (fractions[0] + fractions[1])
+    rest = [item for item in train if item["group"] not in test_groups]
+    new_train, validation, _ = random_split(rest, (share, 1 - share, 0), seed)
+    return new_train, validation, test
 
 
 def k_fold(

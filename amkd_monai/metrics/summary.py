@@ -33,10 +33,10 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str] = ("dice", "iou", "nsd
         metrics: columns to aggregate.
 
     Returns:
-        ``cases`` (number of ids), ``status`` (rows per status), ``false_positive_rate`` (share of the rows
-        with an empty reference where something was predicted, NaN if there are none), ``metrics`` (for each
-        metric ``mean``, ``ci_low``, ``ci_high``, ``median``, ``n``), and with several classes ``classes``:
-        the same for each of them.
+        ``cases`` (number of ids), ``status`` (rows per status), ``empty_references`` (rows on which no metric is
+        defined), ``false_positive_rate`` (share of them where something was predicted, NaN if there are none),
+        ``metrics`` (for each metric ``mean``, ``ci_low``, ``ci_high``, ``median``, ``n``), and with several
+        classes ``classes``: the same for each of them.
 
     Raises:
         ValueError: if a row has no id or lacks a metric, or if a class of a case comes twice.
@@ -65,6 +65,7 @@ def _summarise_rows(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, An
     return {
         "cases": len({row["id"] for row in rows}),
         "status": dict(sorted(status.items())),
+        "empty_references": empty,
         "false_positive_rate": status["false_positive"] / empty if empty else math.nan,
         "metrics": {metric: _summarise_metric(rows, metric) for metric in metrics},
     }
@@ -92,7 +93,11 @@ def format_table(summary: Mapping[str, Any], title: str) -> str:
             label = f"{name} {metric}" if name else metric
             lines.append((label, _number(value["mean"]), interval, _number(value["median"]), str(value["n"])))
     counts = ", ".join(f"{status} {count}" for status, count in summary["status"].items())
-    return "\n".join([f"{title} ({summary['cases']} cases; {counts})", align(lines)])
+    table = [f"{title} ({summary['cases']} cases; {counts})", align(lines)]
+    if empty := summary["empty_references"]:
+        wrong = summary["status"].get("false_positive", 0)
+        table.append(f"empty references, in no mean above: {empty}, of which {wrong} with a false positive")
+    return "\n".join(table)
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:

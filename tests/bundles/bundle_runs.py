@@ -9,7 +9,14 @@ from typing import Any
 from helpers import ROOT
 from monai.bundle import ConfigWorkflow
 
+from amkd_monai.tasks import TASKS
+
+BUNDLES = sorted(path.parent.parent.name for path in ROOT.glob("bundles/*/configs/metadata.json"))
+SEGMENTATION = [name for name in BUNDLES if TASKS[name].kind == "segmentation"]
+
 SMALL: dict[str, dict[str, Any]] = {
+    "busi": {"image_size": 64, "max_epochs": 2},
+    "covid": {"image_size": 64, "max_epochs": 2},
     "kvasir_seg": {"image_size": 64, "max_epochs": 2},
     "msd_heart": {"spacing": [2.5, 5.0, 5.0], "volume_size": [16, 48, 32], "max_epochs": 2, "val_interval": 1},
 }
@@ -25,10 +32,10 @@ def settings(bundle: str, folder: Path, cache: Path, **overrides: Any) -> dict[s
 def workflow(bundle: str, configs: tuple[str, ...], values: dict[str, Any]) -> ConfigWorkflow:
     """Build and initialise a workflow from a bundle's configs."""
     folder = ROOT / "bundles" / bundle / "configs"
-    if configs == ("inference",):
+    if configs[0] == "inference":
         values = {k: v for k, v in values.items() if k not in TRAINING_ONLY}
     built = ConfigWorkflow(
-        workflow_type="infer" if configs == ("inference",) else "train",
+        workflow_type="infer" if configs[0] == "inference" else "train",
         config_file=[str(folder / f"{name}.json") for name in configs],
         meta_file=str(folder / "metadata.json"),
         logging_file=False,

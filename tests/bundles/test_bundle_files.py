@@ -9,14 +9,32 @@ import sys
 import jsonschema
 import pytest
 import torch
-from bundle_runs import settings, workflow
+from bundle_runs import BUNDLES, settings, workflow
 from helpers import ROOT, shared_data
 
-BUNDLES = sorted(p.parent.parent.name for p in ROOT.glob("bundles/*/configs/metadata.json"))
+from amkd_monai.tasks import TASKS
 
 
-def test_both_bundles_are_there():
-    assert BUNDLES == ["kvasir_seg", "msd_heart"]
+def test_every_bundle_serves_the_task_of_its_name_and_all_tasks_have_a_bundle():
+    assert {"busi", "covid", "kvasir_seg", "msd_heart"} <= set(BUNDLES) <= set(TASKS)
+    served = {
+        json.loads(path.read_text()).get("task")
+        for path in ROOT.glob("bundles/*/configs/*.json")
+        if "metadata" not in path.name
+    }
+    assert served - {None} == set(TASKS)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_the_readme_has_the_sections_of_all_others(bundle):
+    def sections(name):
+        lines = (ROOT / "bundles" / name / "docs" / "README.md").read_text().splitlines()
+        return [line for line in lines if line.startswith(("# ", "## "))]
+
+    assert sections(bundle) == sections("kvasir_seg")
+    text = (ROOT / "bundles" / bundle / "docs" / "README.md").read_text()
+    assert "Not for clinical use" in text
+    assert not [other for other in BUNDLES if other != bundle and f"bundles/{other}/" in text]
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)

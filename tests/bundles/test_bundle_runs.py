@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import json
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from bundle_runs import read_json, run, settings, workflow
-from helpers import shared_data
+from bundle_runs import SEGMENTATION, read_json, run, settings, workflow
+from helpers import ROOT, shared_data
 from PIL import Image
 
-BUNDLES = ("kvasir_seg", "msd_heart")
+from amkd_monai.data.datalist import inference_datalist
+from amkd_monai.data.layout import file_id
+from amkd_monai.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +24,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize("bundle", SEGMENTATION)
 def test_a_run_on_phantoms_trains_evaluates_and_predicts(bundle, tmp_path, cache):
     values = settings(bundle, tmp_path, cache, max_epochs=3)
     training = workflow(bundle, ("train",), values)
@@ -49,21 +53,63 @@ def test_a_run_on_phantoms_trains_evaluates_and_predicts(bundle, tmp_path, cache
 
     inference = {**values, "output_dir": str(tmp_path / "masks")}
     run(bundle, ("inference",), inference)
-    written = sorted(p for p in (tmp_path / "masks").iterdir() if "mask" in p.name)
-    assert written
-    for path in written:
-        name = path.name.split("_mask")[0]
-        if bundle == "kvasir_seg":
-            source = Image.open(cache / "phantoms" / "Kvasir-SEG" / "images" / f"{name}.jpg")
-            mask = Image.open(path)
+    check_masks(tmp_path / "masks", inference_datalist(bundle, cache_dir=cache), TASKS[bundle].dimensions)
+
+
+def check_masks(folder, items, dimensions):
+    """Every image has a mask on its own grid."""
+    written = {p.name.split("_mask.")[0]: p for p in folder.iterdir() if p.is_file()}
+    assert written.keys() == {file_id(Path(item["image"])) for item in items}
+    for item in items:
+        path = written[file_id(Path(item["image"]))]
+        if dimensions == 2:
+            source, mask = Image.open(item["image"]), Image.open(path)
             assert mask.size == source.size and mask.size[0] != mask.size[1]
             assert set(np.unique(np.asarray(mask))) <= {0, 255}
         else:
-            source = nib.load(cache / "phantoms" / "Task02_Heart" / "imagesTs" / f"{name}.nii.gz")
-            mask = nib.load(path)
+            source, mask = nib.load(item["image"]), nib.load(path)
             assert mask.shape == source.shape
             np.testing.assert_allclose(mask.affine, source.affine, atol=1e-5)
             assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 1}
+
+
+def test_ct_volumes_train_evaluate_and_predict_by_an_overlay(tmp_path, cache):
+    values = settings("covid", tmp_path, cache, teachers=[], max_epochs=8)
+    values |= {"spacing": [8.0, 8.0, 8.0], "volume_size": [-1, 48, 48]}
+    run("covid", ("train", "volumes"), values)
+    run("covid", ("train", "volumes", "evaluate", "volumes_evaluate"), values)
+    metrics = read_json(tmp_path / "eval" / "metrics.json")
+    assert (metrics["task"], metrics["unit"]) == ("covid_volumes", "mm")
+    assert 0.1 < metrics["summary"]["metrics"]["dice"]["mean"] <= 1
+    run("covid", ("inference", "volumes_inference"), {**values, "output_dir": str(tmp_path / "masks")})
+    check_masks(tmp_path / "masks", inference_datalist("covid_volumes", cache_dir=cache), 3)
+
+
+def test_real_ultrasound_images_are_scored_with_empty_references_apart(tmp_path, cache):
+    data = shared_data("BUSI", "Dataset_BUSI_with_GT")
+    values = settings("busi", tmp_path, cache, dataset_dir=str(data), teachers=[], max_epochs=2)
+    run("busi", ("train",), values)
+    last = list(csv.DictReader((tmp_path / "eval" / "history.csv").open()))[-1]
+    assert float(last["val_empty_references"]) >= 3 and 0 <= float(last["val_false_positive_rate"]) <= 1
+    run("busi", ("train", "evaluate"), values)
+    summary = read_json(tmp_path / "eval" / "metrics.json")["summary"]
+    assert summary["cases"] == 18 and summary["empty_references"] == 7
+    assert summary["metrics"]["dice"]["n"] == 11, "normals are in no mean"
+    rows = list(csv.DictReader((tmp_path / "eval" / "per_case.csv").open()))
+    assert {row["id"] for row in rows if row["status"] in ("false_positive", "empty_both")} == {
+        row["id"] for row in rows if row["id"].startswith("normal")
+    }
+    assert all(row["dice"] == "" for row in rows if row["id"].startswith("normal"))
+
+
+def test_real_slices_keep_the_official_test_section(tmp_path, cache):
+    data = shared_data("COVID", "COVID-SemiSeg")
+    values = settings("covid", tmp_path, cache, dataset_dir=str(data), teachers=[], max_epochs=2)
+    run("covid", ("train",), values)
+    run("covid", ("train", "evaluate"), values)
+    rows = list(csv.DictReader((tmp_path / "eval" / "per_case.csv").open()))
+    official = {p.stem for p in (data / "TestingSet" / "LungInfection-Test" / "Imgs").iterdir()}
+    assert {row["id"] for row in rows} == official
 
 
 def test_real_polyps_with_few_labels_learn_from_the_specialist(tmp_path, cache):
@@ -101,17 +147,13 @@ def test_real_heart_volumes_train_and_evaluate_in_millimetres(tmp_path, cache):
     assert len(ids & {"la_005", "la_026"}) != 1, "one image with two labels never lies on both sides of a split"
 
 
-def test_sections_that_all_bundles_share_are_equal():
-    import json
-
-    from helpers import ROOT
-
+def test_sections_that_all_segmentation_bundles_share_are_equal():
     first, *others = (
         {
             c: json.loads((ROOT / "bundles" / b / "configs" / f"{c}.json").read_text())
             for c in ("train", "multi_gpu_train")
         }
-        for b in BUNDLES
+        for b in SEGMENTATION
     )
     for other in others:
         assert other["multi_gpu_train"] == first["multi_gpu_train"]

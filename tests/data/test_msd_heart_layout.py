@@ -130,7 +130,7 @@ def test_a_volume_listed_twice_is_an_error(root):
 def test_a_label_of_another_shape_is_named(root):
     label = root / "labelsTr" / "la_003.nii.gz"
     nibabel.Nifti1Image(np.zeros((4, 5, 6), np.uint8), np.eye(4)).to_filename(label)
-    with pytest.raises(ValueError, match=r"la_003\.nii\.gz has shape \(4, 5, 6\) but its image has"):
+    with pytest.raises(ValueError, match=r"la_003\.nii\.gz is 4x5x6 voxels but its image is"):
         find_items(root)
 
 

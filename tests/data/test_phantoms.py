@@ -9,7 +9,9 @@ import pytest
 from helpers import ROOT
 from PIL import Image
 
-from amkd_monai.data import kvasir_seg, msd_heart, phantoms
+from amkd_monai.data import busi, covid, kvasir_seg, msd_heart, phantoms, phantoms_kvasir_seg, phantoms_msd_heart
+from amkd_monai.data.masks import read_mask
+from amkd_monai.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +111,49 @@ def test_left_atrium_is_central_bright_and_not_alone(heart):
         assert max(dice(volume > level, label) for level in range(300, 1300, 50)) < 0.6
 
 
+def test_ultrasound_images_have_the_traps_of_the_real_ones(tmp_path):
+    items = {item["id"]: item for item in busi.find_items(phantoms.write_busi(tmp_path, count=3))}
+    assert list(items) == [
+        *(f"benign ({n})" for n in (1, 2, 3)),
+        *(f"malignant ({n})" for n in (1, 2, 3, 4)),
+        "normal (1)",
+    ]
+    assert len(items["benign (1)"]["label"]) == 2
+    assert items["malignant (1)"]["group"] == items["malignant (4)"]["group"] == "malignant (1)+malignant (4)"
+    assert len({item["group"] for item in items.values()}) == len(items) - 1
+    for name, item in items.items():
+        files = item["label"] if isinstance(item["label"], list) else [item["label"]]
+        assert {Image.open(file).mode for file in files} == ({"RGB"} if "normal" in name else {"1"})
+        mask, image = read_mask(files), np.asarray(Image.open(item["image"]))
+        assert image.shape == (*mask.shape, 3) and mask.shape[0] < mask.shape[1]
+        assert (mask.mean() == 0) if "normal" in name else (0.01 < mask.mean() < 0.3)
+
+
+@pytest.mark.parametrize("task", ["busi", "covid"])
+def test_no_grey_level_finds_the_target(tmp_path, task):
+    write, module = {"busi": (phantoms.write_busi, busi), "covid": (phantoms.write_covid, covid)}[task]
+    scores = []
+    for item in module.find_items(write(tmp_path, count=8)):
+        mask = read_mask(item["label"] if isinstance(item["label"], list) else [item["label"]])
+        grey = np.asarray(Image.open(item["image"]).convert("L"), dtype=float)
+        if mask.any():
+            levels = range(10, 250, 10)
+            scores.append([dice(s * grey > s * level, mask) for level in levels for s in (-1, 1)])
+    assert np.mean(scores, axis=0).max() < 0.5
+
+
+def test_slices_have_the_layout_of_pairs(tmp_path):
+    items = covid.find_items(phantoms.write_covid(tmp_path, count=10))
+    assert [item["id"] for item in items] == [str(n) for n in range(10)]
+    empty = [not read_mask([item["label"]]).any() for item in items]
+    assert empty == [False] * 9 + [True]
+    assert len({item["group"] for item in items}) == 10
+
+
 def test_phantoms_are_deterministic(tmp_path):
     for write, options in (
+        (phantoms.write_busi, {"count": 2, "size": (60, 90)}),
+        (phantoms.write_covid, {"count": 2, "size": (60, 90)}),
         (phantoms.write_kvasir_seg, {"count": 2, "size": (40, 60)}),
         (phantoms.write_msd_heart, {"cases": 1, "shape": (6, 20, 24)}),
     ):
@@ -123,7 +166,7 @@ def test_phantoms_are_deterministic(tmp_path):
 
 def test_write_phantom_writes_once(tmp_path, monkeypatch):
     monkeypatch.setitem(
-        phantoms._WRITERS, "kvasir_seg", lambda root: phantoms.write_kvasir_seg(root, count=1, size=(40, 60))
+        phantoms.WRITERS, "kvasir_seg", lambda root: phantoms.write_kvasir_seg(root, count=1, size=(40, 60))
     )
     folder = phantoms.write_phantom("kvasir_seg", tmp_path)
     assert folder == tmp_path / "Kvasir-SEG"
@@ -141,7 +184,7 @@ def test_phantoms_never_replace_other_data(tmp_path):
 
 
 def test_an_unknown_task_lists_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"Unknown task 'liver': use one of kvasir_seg, msd_heart\."):
+    with pytest.raises(ValueError, match=f"Unknown task 'liver': use one of {', '.join(sorted(TASKS))}"):
         phantoms.write_phantom("liver", tmp_path)
 
 
@@ -149,7 +192,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(phantoms, "_heart_volume", interrupt)
+    monkeypatch.setattr(phantoms_msd_heart, "_heart_volume", interrupt)
     with pytest.raises(KeyboardInterrupt):
         phantoms.write_msd_heart(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -170,14 +213,14 @@ def test_a_killed_run_leaves_no_data_set_and_can_be_repeated(tmp_path):
 
 
 def test_a_second_process_that_was_faster_wins(tmp_path, monkeypatch):
-    paint = phantoms._endoscopy_frame
+    paint = phantoms_kvasir_seg._endoscopy_frame
 
     def race(*arguments):
-        monkeypatch.setattr(phantoms, "_endoscopy_frame", paint)
+        monkeypatch.setattr(phantoms_kvasir_seg, "_endoscopy_frame", paint)
         phantoms.write_kvasir_seg(tmp_path, count=2, size=(40, 60))
         return paint(*arguments)
 
-    monkeypatch.setattr(phantoms, "_endoscopy_frame", race)
+    monkeypatch.setattr(phantoms_kvasir_seg, "_endoscopy_frame", race)
     folder = phantoms.write_kvasir_seg(tmp_path, count=2, size=(40, 60))
     assert list(tmp_path.iterdir()) == [folder]
     assert len(kvasir_seg.find_items(folder)) == 2

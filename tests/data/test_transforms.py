@@ -1,3 +1,4 @@
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -5,7 +6,9 @@ from monai.data import MetaTensor
 from monai.transforms import SaveImage
 from PIL import Image
 
-from amkd_monai.data.transforms import NeighbourSlicesd, TransposeHWd, load_mask, load_rgb
+from amkd_monai.data import transforms
+from amkd_monai.data.describe import describe
+from amkd_monai.data.transforms import CtWindowd, NeighbourSlicesd, TransposeHWd, load_mask, load_rgb, load_volume
 
 SIZE = (5, 9)  # height, width
 
@@ -88,6 +91,60 @@ def test_the_ringing_of_a_jpeg_mask_is_no_foreground(tmp_path):
 def test_a_missing_label_is_left_out(tmp_path):
     Image.fromarray(ramp()).save(tmp_path / "photo.png")
     assert set(load_mask()({"image": str(tmp_path / "photo.png")})) == {"image"}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("size", [(64, 96), (100, 80), (500, 700)])
+def test_photos_are_resized_while_they_are_decoded(tmp_path, suffix, size):
+    rows, columns = np.mgrid[:400, :600]
+    pixels = np.stack([rows * 255 / 400, columns * 255 / 600, 127 + 100 * np.sin(columns / 30)], axis=-1)
+    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"photo.{suffix}")
+    image = load(load_rgb(size=size), tmp_path / f"photo.{suffix}", "image")
+    assert image.shape == (3, *size)
+    whole = Image.open(tmp_path / f"photo.{suffix}").resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    assert np.abs(image - np.asarray(whole, dtype=float).transpose(2, 0, 1)).mean() < 1.5
+
+
+def test_a_large_jpeg_is_not_decoded_in_full(tmp_path, monkeypatch):
+    Image.new("RGB", (1600, 1200), (200, 100, 50)).save(tmp_path / "photo.jpg")
+    seen = []
+    convert = transforms.to_rgb
+    monkeypatch.setattr(transforms, "to_rgb", lambda image: seen.append(image.size) or convert(image))
+    assert load(load_rgb(size=(120, 160)), tmp_path / "photo.jpg", "image").shape == (3, 120, 160)
+    assert seen == [(200, 150)]
+
+
+def test_the_size_is_part_of_the_description():
+    assert describe(load_rgb()) == describe(load_rgb())
+    assert len({str(describe(load_rgb(size=size))) for size in (None, (64, 64), (64, 96))}) == 3
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, None])
+def test_volumes_that_cannot_be_resampled_are_refused(tmp_path, value):
+    affine = np.diag([2.0, 1.0, 1.0, 1.0])
+    voxels = np.ones((3, 4, 5), np.float32)
+    voxels[0, 0, 0] = 7.0 if value is None else value
+    volume = nibabel.Nifti1Image(voxels, affine)
+    nibabel.save(volume, tmp_path / "v.nii")
+    if value is None:
+        assert load_volume("image")({"image": str(tmp_path / "v.nii")})["image"].shape == (1, 3, 4, 5)
+        header = volume.header.copy()
+        header["srow_y"] = header["srow_x"] * 0.5
+        header["sform_code"], header["qform_code"] = 1, 0
+        content = (tmp_path / "v.nii").read_bytes()
+        (tmp_path / "v.nii").write_bytes(header.binaryblock + content[len(header.binaryblock) :])
+    expected = "singular affine" if value is None else "not finite"
+    with pytest.raises(ValueError, match=rf"v\.nii (has|holds) .*{expected}"):
+        load_volume("image")({"image": str(tmp_path / "v.nii")})
+
+
+def test_ct_is_windowed_once():
+    hu = MetaTensor(torch.tensor([[[[-2000.0, -1250.0, -500.0, 250.0, 3000.0]]]]))
+    assert CtWindowd("image")({"image": hu})["image"].flatten().tolist() == [0, 0, 0.5, 1, 1]
+    windowed = MetaTensor(torch.tensor([[[[0.0, 51.0, 255.0]]]]), affine=torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0])))
+    result = CtWindowd("image")({"image": windowed, "id": "a"})
+    assert result["image"].flatten().tolist() == pytest.approx([0, 0.2, 1]) and result["id"] == "a"
+    assert torch.equal(result["image"].affine, windowed.affine)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])

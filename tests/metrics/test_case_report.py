@@ -98,6 +98,18 @@ def test_report_of_2d_images(tmp_path, caplog):
     assert tables[0].startswith("kvasir_seg, HD95 in px (2 cases; missed 1, ok 1)")
 
 
+def test_empty_references_are_reported_apart(tmp_path, caplog):
+    items = images(3)
+    items[1]["label"] = items[1]["label"] * 0  # rightly nothing found
+    items[2]["label"] = items[2]["label"] * 0  # something found where there is nothing
+    with caplog.at_level(logging.INFO, logger="amkd_monai"):
+        metrics = evaluate(items, CaseReport("kvasir_seg", tmp_path)).state.metrics
+    assert (metrics["dice_mean"], metrics["dice_n"]) == (pytest.approx(0.8), 1)
+    assert (metrics["cases_empty_both"], metrics["cases_false_positive"], metrics["false_positive_rate"]) == (1, 1, 0.5)
+    assert json.loads((tmp_path / "metrics.json").read_text())["summary"]["empty_references"] == 2
+    assert "empty references, in no mean above: 2, of which 1 with a false positive" in caplog.text
+
+
 def test_the_id_of_the_datalist_comes_first(tmp_path):
     evaluate(images(id="patient_"), CaseReport("kvasir_seg", tmp_path))
     assert [row["id"] for row in read_case_csv(tmp_path / "per_case.csv")] == ["patient_0", "patient_1"]

@@ -59,6 +59,11 @@ def test_images_without_lesion_do_not_lift_the_mean():
     assert among_normals["status"] == {"empty_both": 8, "ok": 2}
     assert among_normals["cases"] == 10
     assert among_normals["false_positive_rate"] == 0.0
+    assert (among_normals["empty_references"], alone["empty_references"]) == (8, 0)
+    assert format_table(among_normals, "t").splitlines()[-1] == (
+        "empty references, in no mean above: 8, of which 0 with a false positive"
+    )
+    assert "empty references" not in format_table(alone, "t")
     assert math.isnan(alone["false_positive_rate"])
 
 

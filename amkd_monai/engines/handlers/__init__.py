@@ -3,6 +3,16 @@
 from amkd_monai.engines.handlers.case_report import CaseReport
 from amkd_monai.engines.handlers.checkpoints import BestStudent, LoadStudent, ResumeCheckpoint
 from amkd_monai.engines.handlers.early_stopping import Attach, EarlyStopping
+from amkd_monai.engines.handlers.empty_references import EmptyReferences
 from amkd_monai.engines.handlers.run_record import RunRecord
 
-__all__ = ["Attach", "BestStudent", "CaseReport", "EarlyStopping", "LoadStudent", "ResumeCheckpoint", "RunRecord"]
+__all__ = [
+    "Attach",
+    "BestStudent",
+    "CaseReport",
+    "EarlyStopping",
+    "EmptyReferences",
+    "LoadStudent",
+    "ResumeCheckpoint",
+    "RunRecord",
+]

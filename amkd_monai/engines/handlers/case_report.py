@@ -41,7 +41,8 @@ class CaseReport:
     - ``metrics.json``: task, unit, tolerance and the summary of the rows, with ``facts`` merged in.
 
     The summary also goes into ``engine.state.metrics``: ``dice_mean``, ``dice_ci_low``, ``dice_ci_high`` and
-    so on, and ``cases_missed`` etc. with the number of rows of each status.
+    so on, ``cases_missed`` etc. with the number of rows of each status, and ``false_positive_rate`` where a reference
+    is empty.
 
     The id of a case is the ``id`` of its batch item or else the name of its image file without the extension.
     In a distributed run the rows of all ranks are gathered and rank 0 writes; a case that the sampler
@@ -114,6 +115,8 @@ class CaseReport:
         for metric, values in summary["metrics"].items():
             engine.state.metrics |= {f"{metric}_{name}": value for name, value in values.items()}
         engine.state.metrics |= {f"cases_{status}": summary["status"].get(status, 0) for status in STATUSES}
+        if summary["empty_references"]:
+            engine.state.metrics["false_positive_rate"] = summary["false_positive_rate"]
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
             return
         write_case_csv(self.output_dir / "per_case.csv", rows)

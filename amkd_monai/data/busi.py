@@ -1,0 +1,149 @@
+"""BUSI: breast ultrasound, `Dataset_BUSI_with_GT/{benign,malignant,normal}/<class> (N).png` with `_mask.png` beside.
+
+Source: Al-Dhabyani et al., "Dataset of breast ultrasound images", Data in Brief 28:104863, 2020. Some images have
+further masks `_mask_1.png`, `_mask_2.png`, one lesion each. Many images come twice, with and without calipers
+(Pawlowska et al. 2023, PMC10293973), so images that look alike share a group. Normal images have empty masks.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from amkd_monai.data.duplicates import group_near_duplicates
+from amkd_monai.data.layout import (
+    IMAGE_SUFFIXES,
+    DataProblems,
+    check_layout,
+    image_size,
+    natural,
+    plain_items,
+    size_problems,
+    some,
+)
+from amkd_monai.data.splits import Item, Sections
+from amkd_monai.data.stratified import stratified_k_fold
+
+logger = logging.getLogger("amkd_monai")
+
+CLASSES = ("benign", "malignant", "normal")
+LAYOUT = "the folders benign/, malignant/ and normal/ with `<class> (N).png` and `<class> (N)_mask.png`"
+SAME_LESION = 64
+"""Bits in which the perceptual hashes of one group differ at most: copies, and frames of one lesion."""
+
+VALIDATION_FRACTION = 0.15
+_NAME = re.compile(r"(?P<id>.+ \(\d+\))(?P<mask>_mask(_\d+)?)?")
+
+
+def find_items(
+    root: Path, cache_dir: str | Path | None = None, normals: bool = True, duplicate_distance: int = SAME_LESION
+) -> list[Item]:
+    """List all images with their masks; masks are checked by their headers only.
+
+    Args:
+        root: the folder that holds `benign/`, `malignant/` and `normal/`.
+        cache_dir: keeps the perceptual hashes, so that images are decoded once for them.
+        normals: keep the images without a lesion, whose masks are empty.
+        duplicate_distance: see `amkd_monai.data.duplicates.group_near_duplicates`.
+
+    Returns:
+        Items in natural order; "label" is a path, or several where there are several lesions; "class" is the folder.
+
+    Raises:
+        FileNotFoundError: `root` has not the layout, or images lack a mask, or masks an image.
+        DataProblems: files that are no image, or masks of another size than their image.
+    """
+    root = Path(root)
+    check_layout(root, "BUSI", LAYOUT, _has_layout, CLASSES)
+    items: list[Item] = []
+    problems: list[str] = []
+    for name in CLASSES if normals else CLASSES[:2]:
+        images, masks = _files(root / name) if (root / name).is_dir() else ({}, {})
+        for alone, lacking in ((images.keys() - masks.keys(), "a mask"), (masks.keys() - images.keys(), "an image")):
+            if alone:
+                raise FileNotFoundError(
+                    f"{some(alone)} in {root / name} lack(s) {lacking}: add the missing file(s) or remove these."
+                )
+        for number in sorted(images, key=natural):
+            files = sorted(masks[number], key=lambda file: natural(file.name))
+            problems += size_problems(images[number], files, image_size)
+            label = [str(file) for file in files] if len(files) > 1 else str(files[0])
+            item = {"image": str(images[number]), "label": label, "id": number, "group": number, "class": name}
+            items.append(item)
+    if problems:
+        raise DataProblems(problems)
+    if not items:
+        raise FileNotFoundError(f"No images in {root}: expected {LAYOUT}.")
+    return group_near_duplicates(items, duplicate_distance, cache_dir)
+
+
+def inference_items(root: Path) -> list[Item]:
+    """List images without labels: those of the official layout, otherwise the folder's own image files.
+
+    Returns:
+        Items with "image" and "id"; masks that lie beside their images are left out.
+
+    Raises:
+        FileNotFoundError: there is no such folder or no image in it.
+        ValueError: two files with one id.
+    """
+    root = Path(root)
+    folders = [root / name for name in CLASSES if (root / name).is_dir()]
+    masks = r"_mask(_\d+)?$"
+    if folders:
+        return [item for folder in folders for item in plain_items((folder,), skip=masks)]
+    return plain_items((root,), skip=masks)
+
+
+def split(
+    root: Path,
+    items: list[Item],
+    *,
+    fractions: Sequence[float] = (0.7, 0.15, 0.15),
+    folds: int = 5,
+    fold: int = 0,
+    seed: int = 0,
+) -> Sections:
+    """Split by cross-validation in folds with equal shares of benign, malignant and normal; there is no official split.
+
+    Args:
+        root: not used.
+        items: what `find_items` returned.
+        fractions: not used.
+        folds: number of folds.
+        fold: the fold that becomes the test section.
+        seed: seed of the folds.
+
+    Returns:
+        Train, validation and test items.
+    """
+    return stratified_k_fold(items, lambda item: str(item["class"]), folds, fold, VALIDATION_FRACTION, seed)
+
+
+def _has_layout(folder: Path) -> bool:
+    return (folder / "benign").is_dir() and (folder / "malignant").is_dir()
+
+
+def _files(folder: Path) -> tuple[dict[str, Path], dict[str, list[Path]]]:
+    """Images and lists of masks by id; a file with another name is announced and left out."""
+    images: dict[str, Path] = {}
+    masks: defaultdict[str, list[Path]] = defaultdict(list)
+    others = []
+    for file in sorted(folder.iterdir()):
+        if file.name.startswith(".") or file.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        match = _NAME.fullmatch(file.stem)
+        if match is None:
+            others.append(file.name)
+        elif match["mask"]:
+            masks[match["id"]].append(file)
+        elif match["id"] in images:
+            raise ValueError(f"{images[match['id']]} and {file} have the same id: keep one of them.")
+        else:
+            images[match["id"]] = file
+    if others:
+        logger.warning("Left out, as their names are not `<class> (N).png`, in %s: %s.", folder, some(others))
+    return images, dict(masks)

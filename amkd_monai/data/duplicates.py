@@ -1,0 +1,138 @@
+"""Near-duplicate images: the same picture with calipers, other brightness, another size or compression."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from amkd_monai.atomic import atomic_write_json
+from amkd_monai.data.content import content_hashes
+from amkd_monai.data.splits import Item
+
+logger = logging.getLogger("amkd_monai")
+
+HASH_SIZE = 16
+"""Side of the hash: 256 bits."""
+
+NEAR = 32
+"""Bits in which near-duplicates differ at most. Measured on the data sets named in the project: copies with calipers,
+text, other brightness or JPEG quality differ by up to 28 bits, different pictures of one kind by 36 or more."""
+
+
+_UNREADABLE = (OSError, SyntaxError, ValueError)
+
+
+def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None) -> tuple[np.ndarray, list[int]]:
+    """Hash pictures by their coarse look (`imagehash.phash`).
+
+    Args:
+        paths: picture files.
+        cache_dir: folder that keeps the hashes by content, so that a picture is decoded once; None keeps nothing.
+
+    Returns:
+        Boolean array (M, 256) and the indices of the M paths; files that cannot be read are announced and left out.
+    """
+    memo = None if cache_dir is None else Path(cache_dir) / f"perceptual_hashes_{HASH_SIZE}.json"
+    contents = content_hashes(paths, None if cache_dir is None else Path(cache_dir) / "content_hashes.json")
+    known = _read_memo(memo)
+    missing = {content: path for content, path in zip(contents, paths, strict=True) if content not in known}
+    for content, path in missing.items():
+        try:
+            known[content] = _hash(path)
+        except _UNREADABLE as error:
+            logger.warning("%s cannot be read (%s) and is compared with no other image", path, error)
+    if memo is not None and missing.keys() & known.keys():
+        atomic_write_json(memo, known, indent=None)
+    readable = [index for index, content in enumerate(contents) if content in known]
+    packed = np.array([list(bytes.fromhex(known[contents[index]])) for index in readable], dtype=np.uint8)
+    return np.unpackbits(packed.reshape(len(readable), HASH_SIZE**2 // 8), axis=1).astype(bool), readable
+
+
+def _hash(path: str) -> str:
+    import imagehash
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.draft("L", (8 * HASH_SIZE, 8 * HASH_SIZE))
+        bits = imagehash.phash(image.convert("L"), hash_size=HASH_SIZE).hash
+    return np.packbits(bits.ravel()).tobytes().hex()
+
+
+def near_duplicates(
+    paths: Sequence[str], distance: int = NEAR, cache_dir: str | Path | None = None
+) -> list[tuple[int, int]]:
+    """Return the pairs (i < j) of pictures whose hashes differ in at most ``distance`` bits."""
+    hashes, indices = perceptual_hashes(paths, cache_dir)
+    return [(indices[i], indices[j]) for i, j in near_pairs(hashes, distance)]
+
+
+def _read_memo(memo: Path | None) -> dict[str, str]:
+    if memo is None or not memo.is_file():
+        return {}
+    try:
+        known = json.loads(memo.read_bytes())
+    except (OSError, ValueError) as error:
+        logger.warning("%s is not readable (%s) and is built again", memo, error)
+        return {}
+    digits = HASH_SIZE**2 // 4
+    if not isinstance(known, dict) or not all(isinstance(v, str) and len(v) == digits for v in known.values()):
+        logger.warning("%s does not hold hashes of images and is built again", memo)
+        return {}
+    return known
+
+
+def near_pairs(hashes: np.ndarray, distance: int = NEAR) -> list[tuple[int, int]]:
+    """Return the pairs (i < j) of hashes (N, bits) that differ in at most ``distance`` bits."""
+    signs = hashes.astype(np.float32) * 2 - 1
+    pairs: list[tuple[int, int]] = []
+    for start in range(0, len(signs), 512):
+        differing = (hashes.shape[1] - signs[start : start + 512] @ signs.T) / 2  # (rows, N)
+        rows, columns = np.nonzero(differing <= distance + 0.5)
+        pairs += [(int(i) + start, int(j)) for i, j in zip(rows, columns, strict=True) if i + start < j]
+    return pairs
+
+
+def clusters(count: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """Join pairs to clusters: indices 0 to ``count`` - 1, each in one sorted cluster, clusters sorted."""
+    parent = list(range(count))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    for first, second in pairs:
+        low, high = sorted((root(first), root(second)))
+        parent[high] = low
+    members: defaultdict[int, list[int]] = defaultdict(list)
+    for index in range(count):
+        members[root(index)].append(index)
+    return sorted(members.values())
+
+
+def group_near_duplicates(
+    items: Sequence[Item], distance: int = NEAR, cache_dir: str | Path | None = None
+) -> list[Item]:
+    """Give near-duplicate images one common group, the ids joined by "+"; every other image is its own group.
+
+    Args:
+        items: items with pictures.
+        distance: bits in which two hashes of one group differ at most; 0 joins equal hashes only.
+        cache_dir: see :func:`perceptual_hashes`.
+
+    Returns:
+        Copies of the items in their order.
+    """
+    pairs = near_duplicates([item["image"] for item in items], distance, cache_dir)
+    grouped = list(items)
+    for members in clusters(len(items), pairs):
+        name = "+".join(sorted(items[index]["id"] for index in members))
+        for index in members:
+            grouped[index] = {**items[index], "group": name}
+    return grouped

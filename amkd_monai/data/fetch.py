@@ -1,0 +1,167 @@
+"""Where the data sets come from; those whose terms allow it are fetched."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from amkd_monai.atomic import atomic_write_json
+from amkd_monai.data.archive import extract
+from amkd_monai.data.download import download
+
+logger = logging.getLogger("amkd_monai")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from.
+
+    Attributes:
+        folder: the name of its folder in a data root.
+        terms: its licence in a sentence.
+        files: addresses with checksums (``sha256:...``, ``md5:...`` or None where none is known); empty if it is not
+            fetched.
+        inside: whether archives are unpacked inside ``folder``; otherwise they bring it along.
+        steps: what to do by hand where it is not fetched.
+    """
+
+    folder: str
+    terms: str
+    files: tuple[tuple[str, str | None], ...] = ()
+    inside: bool = False
+    steps: str = ""
+
+
+_ISIC = "https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_"
+
+SOURCES: dict[str, Source] = {
+    "aptos2019": Source(
+        "APTOS2019",
+        "The rules of the competition allow non-commercial and academic use and no passing on.",
+        steps="Accept the rules at https://www.kaggle.com/competitions/aptos2019-blindness-detection, then: "
+        "kaggle competitions download -c aptos2019-blindness-detection, and unpack into APTOS2019/.",
+    ),
+    "busi": Source(
+        "Dataset_BUSI_with_GT",
+        "No licence of the data is known.",
+        steps="Download Dataset_BUSI.zip from https://scholar.cu.edu.eg/?q=afahmy/pages/dataset and unpack it; "
+        "it holds Dataset_BUSI_with_GT/.",
+    ),
+    "covid": Source(
+        "COVID",
+        "COVID-SemiSeg is for non-commercial use only.",
+        steps="Follow https://github.com/DengPingFan/Inf-Net to COVID-SemiSeg.zip and unpack it as COVID/, so that "
+        "COVID/TrainingSet and COVID/TestingSet are there.",
+    ),
+    "covid_volumes": Source(
+        "COVID-volumes",
+        "See the page for the terms of each of its three sources.",
+        steps="Download COVID-19-CT-Seg_20cases.zip and Infection_Mask.zip from https://zenodo.org/records/3757476 and "
+        "unpack each into a folder of its name in COVID-volumes/.",
+    ),
+    "isic2017": Source(
+        "ISIC2017",
+        "CC-0.",
+        files=(
+            (f"{_ISIC}Training_Data.zip", "md5:a14a7e622c67a358797ae59abb8a0b0c"),
+            (f"{_ISIC}Training_Part1_GroundTruth.zip", "md5:77fdbeb6fbec4139937224416b250f4c"),
+            (f"{_ISIC}Training_Part3_GroundTruth.csv", "md5:0cb4add57c65c22ca1a1cb469ad1f0c5"),
+            (f"{_ISIC}Validation_Data.zip", "md5:8d6419d942112f709894c0d82f6c9038"),
+            (f"{_ISIC}Validation_Part1_GroundTruth.zip", "md5:64d3e68fa2deeb8a5e89aa8dec2efd44"),
+            (f"{_ISIC}Validation_Part3_GroundTruth.csv", "md5:8d4826a76adcd8fb928ca52a23ebae4c"),
+            (f"{_ISIC}Test_v2_Data.zip", "md5:5f6a0b5e1f2972bd1f5ea02680489f09"),
+            (f"{_ISIC}Test_v2_Part1_GroundTruth.zip", "md5:b1742de6bd257faca3b2b21a4aa3b781"),
+            (f"{_ISIC}Test_v2_Part3_GroundTruth.csv", None),
+        ),
+        inside=True,
+    ),
+    "kvasir_seg": Source(
+        "Kvasir-SEG",
+        "Research and education only; anything else needs the owners' permission. Cite Jha et al., MMM 2020.",
+        files=(
+            (
+                "https://datasets.simula.no/downloads/kvasir-seg.zip",
+                "sha256:03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7",
+            ),
+        ),
+    ),
+    "msd_heart": Source(
+        "Task02_Heart",
+        "CC-BY-SA 4.0.",
+        files=(
+            (
+                "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task02_Heart.tar",
+                "md5:06ee59366e1e5124267b774dbd654057",
+            ),
+        ),
+    ),
+}
+
+
+def fetch(
+    name: str, to: str | Path = "data", sources: Mapping[str, Source] = SOURCES, pause_s: float = 2.0
+) -> Path | None:
+    """Fetch a data set into a data root, or return None where its terms ask for steps by hand.
+
+    Beside the folder, ``<folder>.source.json`` records addresses, SHA-256, terms and date. Archives are removed once
+    they are unpacked; an interrupted call goes on where it was.
+
+    Args:
+        name: a key of ``sources``.
+        to: the data root.
+        sources: where data sets come from.
+        pause_s: wait between attempts when a connection breaks, seconds.
+
+    Returns:
+        The data set's folder.
+
+    Raises:
+        ValueError: unknown name, a wrong checksum, or an archive that is refused.
+        FileExistsError: the folder is there already.
+        OSError: a server cannot be reached.
+    """
+    if name not in sources:
+        raise ValueError(f"Unknown data set '{name}': use one of {', '.join(sorted(sources))}.")
+    source, root = sources[name], Path(to)
+    if not source.files:
+        return None
+    folder = root / source.folder
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: remove it to fetch it again.")
+    downloads = root / f".{source.folder}.download"
+    digests = {}
+    names = [PurePosixPath(url).name for url, _ in source.files]
+    for (url, checksum), file in zip(source.files, names, strict=True):
+        digests[url] = download(url, downloads / file, checksum, pause_s)
+    unpacked = downloads / "unpacked"
+    shutil.rmtree(unpacked, ignore_errors=True)  # of a call that was killed
+    for file in names:
+        if not file.endswith((".zip", ".tar")):
+            continue
+        extract(downloads / file, unpacked / source.folder if source.inside else unpacked)
+    complete = unpacked / source.folder
+    if not complete.is_dir():
+        raise ValueError(
+            f"{', '.join(names)} hold(s) no folder {source.folder}: unpack by hand what lies in {downloads}."
+        )
+    for file in names:
+        if not file.endswith((".zip", ".tar")):
+            (downloads / file).replace(complete / file)
+    complete.rename(folder)
+    record = {"name": name, "terms": source.terms, "sha256": digests, "fetched": datetime.date.today().isoformat()}
+    atomic_write_json(root / f"{source.folder}.source.json", record)
+    for url, checksum in source.files:
+        if checksum is None:
+            logger.warning("No checksum of %s is known: its SHA-256 %s was recorded.", url, digests[url])
+    shutil.rmtree(downloads)
+    return folder
+
+
+def steps(name: str) -> str:
+    """Return what to do by hand, as text."""
+    source = SOURCES[name]
+    return f"{name} is not fetched. {source.terms}\n{source.steps}"

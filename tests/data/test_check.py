@@ -1,0 +1,212 @@
+"""`data check` names everything that is wrong, at once, and changes nothing."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import nibabel
+import numpy as np
+import pytest
+from helpers import ROOT, shared_data
+from PIL import Image
+
+from amkd_monai.__main__ import main
+from amkd_monai.data.check import check_data
+from amkd_monai.data.contact_sheet import ORANGE, write_contact_sheet
+from amkd_monai.data.phantoms import write_busi, write_covid_volumes, write_kvasir_seg, write_msd_heart
+from amkd_monai.tasks import Task
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    return write_kvasir_seg(tmp_path_factory.mktemp("kvasir"), count=10, size=(60, 90))
+
+
+@pytest.fixture
+def root(pristine, tmp_path):
+    """A copy that a test may break."""
+    return shutil.copytree(pristine, tmp_path / "Kvasir-SEG")
+
+
+def test_a_sound_data_set_has_no_problems(root):
+    report = check_data("kvasir_seg", root)
+    assert report.problems == [] and len(report.items) == 10
+    text = str(report)
+    assert "20 image files, 0 of them damaged" in text and "modes: RGB 10" in text
+    assert "masks: 10, of which 0 empty" in text and "train: 7" in text and "no problems" in text
+
+
+def test_everything_that_is_wrong_is_listed_at_once(root):
+    images, masks = root / "images", root / "masks"
+    (images / "phantom_001.jpg").write_bytes((images / "phantom_001.jpg").read_bytes()[:-900])
+    (masks / "phantom_002.jpg").write_bytes(b"")
+    Image.new("L", (5, 6)).save(masks / "phantom_003.jpg")
+    Image.new("L", (7, 8)).save(masks / "phantom_004.jpg")
+    problems = "\n".join(check_data("kvasir_seg", root).problems)
+    assert "phantom_001.jpg cannot be read as an image (" in problems
+    assert "phantom_002.jpg has no content" in problems
+    assert "phantom_003.jpg is 5x6 pixels but its image is" in problems
+    assert "phantom_004.jpg is 7x8 pixels but its image is" in problems
+
+
+def test_masks_with_unexpected_values_and_empty_ones(root):
+    mask = root / "masks" / "phantom_005.jpg"
+    size = Image.open(mask).size
+    grey = np.linspace(0, 100, size[0] * size[1]).reshape(size[::-1]).astype(np.uint8)
+    mask.unlink()
+    Image.fromarray(grey).save(mask.with_suffix(".png"))
+    report = check_data("kvasir_seg", root)
+    assert len(report.problems) == 1 and "phantom_005.png cannot be used (holds 101 grey levels" in report.problems[0]
+    for other in (root / "masks").iterdir():
+        Image.new("1", Image.open(other).size).save(root / "masks" / f"{other.stem}.bmp")
+        other.unlink()
+    report = check_data("kvasir_seg", root)
+    assert "masks: 10, of which 10 empty" in str(report) and "All masks are empty" in report.problems[0]
+
+
+def test_duplicates_across_sections_are_a_problem_until_they_are_grouped(root):
+    (root / "train.txt").write_text("".join(f"phantom_{n:03d}\n" for n in range(6)) + "copy\n")
+    (root / "val.txt").write_text("".join(f"phantom_{n:03d}\n" for n in range(6, 10)))
+    Image.open(root / "images" / "phantom_008.jpg").save(root / "images" / "copy.jpg", quality=60)
+    shutil.copy(root / "masks" / "phantom_008.jpg", root / "masks" / "copy.jpg")
+    report = check_data("kvasir_seg", root)
+    (problem,) = report.problems
+    assert problem.startswith("copy, phantom_008 look alike and lie in several sections")
+    assert "1 clusters: copy = phantom_008" in str(report)
+    report = check_data("kvasir_seg", root, options={"duplicate_distance": 32})
+    assert report.problems == [] and "in no section: copy" in str(report)
+
+
+def test_the_wrong_folder_is_one_problem(root):
+    report = check_data("kvasir_seg", root.parent)
+    assert len(report.problems) == 1 and f"one level too high, use {root}." in report.problems[0]
+    assert report.items == []
+
+
+def test_class_labels_are_counted_and_conflicts_named(tmp_path, monkeypatch):
+    """A classification task: the label is a class index."""
+    from amkd_monai.data import datalist as datalists
+    from amkd_monai.data import kvasir_seg
+    from amkd_monai.tasks import TASKS
+
+    rng = np.random.default_rng(0)
+    for n in range(12):
+        Image.fromarray(rng.integers(0, 255, (40, 50), dtype=np.uint8)).save(tmp_path / f"{n}.png")
+    shutil.copy(tmp_path / "0.png", tmp_path / "20.png")
+
+    class Grades:
+        @staticmethod
+        def find_items(root):
+            files = sorted(root.glob("*.png"))
+            return [{"image": str(f), "label": int(f.stem) % 3, "id": f.stem, "group": f.stem} for f in files]
+
+        split = staticmethod(kvasir_seg.split)
+
+    task = Task("grades", "classification", 2, ("none", "mild", "severe", "worst"), "fundus", "G", (), "qwk", 0.0, "px")
+    monkeypatch.setitem(TASKS, "grades", task)
+    monkeypatch.setitem(datalists.MODULES, "grades", Grades)
+    report = check_data("grades", tmp_path)
+    assert "classes: severe 5, none 4, mild 4" in str(report)
+    assert any("0 and 20 are one image with the labels 0 and 2" in problem for problem in report.problems)
+    assert "No image of the class(es) worst." in report.problems
+    assert write_contact_sheet(tmp_path / "out" / "sheet.png", task, report.items).is_file()
+
+
+def spoil_header(path, row):
+    """Overwrite the affine of an uncompressed NIfTI, which nibabel itself would not write."""
+    volume = nibabel.load(path)
+    header = volume.header.copy()
+    header["srow_x"] = row
+    header["sform_code"], header["qform_code"] = 1, 0
+    content = bytearray(path.read_bytes())
+    content[: len(header.binaryblock)] = header.binaryblock
+    path.write_bytes(content)
+
+
+def test_volumes_with_nan_or_a_singular_affine_are_named(tmp_path):
+    root = write_covid_volumes(tmp_path, cases=4, shape=(20, 18, 6))
+    images = root / "COVID-19-CT-Seg_20cases"
+    volume = nibabel.load(images / "case_002.nii.gz")
+    array = volume.get_fdata(dtype=np.float32)
+    array[3, 3, 3] = np.nan
+    nibabel.Nifti1Image(array, volume.affine).to_filename(images / "case_002.nii.gz")
+    plain = images / "case_003.nii"
+    nibabel.Nifti1Image(np.asarray(nibabel.load(images / "case_003.nii.gz").dataobj), volume.affine).to_filename(plain)
+    (images / "case_003.nii.gz").unlink()
+    spoil_header(plain, [0, 0, 0, 0])
+    problems = check_data("covid_volumes", root).problems
+    assert any("case_002.nii.gz holds values that are not finite" in problem for problem in problems)
+    assert sum("case_003.nii has a singular affine" in problem for problem in problems) == 1
+    assert len(problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "parts"), [("busi", ("BUSI", "Dataset_BUSI_with_GT")), ("msd_heart", ("MSD-Heart", "Task02_Heart_half"))]
+)
+def test_real_data_have_no_problems(task, parts):
+    report = check_data(task, shared_data(*parts))
+    assert report.problems == []
+    expected = {"busi": "8 clusters", "msd_heart": "1 clusters: la_005 = la_026"}[task]
+    assert expected in str(report)
+
+
+def test_the_sheet_outlines_masks_in_pictures_and_volumes(root, tmp_path):
+    for task, folder in (("kvasir_seg", root), ("msd_heart", write_msd_heart(tmp_path, cases=2, shape=(12, 40, 44)))):
+        report = check_data(task, folder)
+        path = write_contact_sheet(tmp_path / f"{task}.png", report.task, report.items, count=2, columns=2)
+        sheet = np.asarray(Image.open(path))
+        assert sheet.shape[1] == 2 * 208
+        assert (sheet == ORANGE).all(axis=2).sum() > 50
+    with pytest.raises(ValueError, match="no image to draw"):
+        write_contact_sheet(tmp_path / "x.png", report.task, [])
+
+
+def test_an_empty_mask_has_no_outline(tmp_path):
+    root = write_busi(tmp_path, count=3, size=(60, 90))
+    report = check_data("busi", root)
+    normal = [item for item in report.items if item["class"] == "normal"]
+    sheet = np.asarray(Image.open(write_contact_sheet(tmp_path / "sheet.png", report.task, normal)))
+    assert not (sheet == ORANGE).all(axis=2).any()
+
+
+def test_the_command_prints_writes_and_tells_by_its_exit_code(root, tmp_path, capsys):
+    arguments = ["data", "check", "kvasir_seg", "--dataset_dir", str(root), "--cache_dir", str(tmp_path / "cache")]
+    arguments += ["--sheet", str(tmp_path / "sheet.png")]
+    before = sorted(root.rglob("*"))
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "no problems" in out and str(tmp_path / "sheet.png") in out
+    assert sorted(root.rglob("*")) == before and (tmp_path / "sheet.png").is_file()
+    (root / "images" / "phantom_001.jpg").write_bytes(b"x")
+    assert main(arguments) == 1
+    assert "1 problem(s)" in capsys.readouterr().out
+    assert main([*arguments, "--data_options", json.dumps({"colour": 1})]) == 1
+    assert "kvasir_seg has no data option colour" in capsys.readouterr().out
+
+
+def test_help_and_data_commands_import_neither_torch_nor_monai(root, tmp_path):
+    script = (
+        "import sys; from amkd_monai.__main__ import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'monai', 'scipy.stats'} & set(sys.modules)))"
+    )
+    check = ["data", "check", "kvasir_seg", "--dataset_dir", str(root), "--cache_dir", str(tmp_path)]
+    for arguments, allowed in ((["--help"], "[]"), (["data", "fetch", "busi"], "[]"), (check, None)):
+        ended = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                script,
+                *arguments,
+                *(["--sheet", str(tmp_path / "s.png")] if arguments is check else []),
+            ],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=True,
+        )
+        last = ended.stdout.splitlines()[-1]
+        assert "torch" not in last and "monai" not in last, ended.stdout
+        if allowed is not None:
+            assert last == allowed
