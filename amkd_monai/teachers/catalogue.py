@@ -67,7 +67,11 @@ CATALOGUE = (
     ),
     CatalogueEntry("USFM", "", ("USFM_latest.pth",), "link in github.com/openmedlab/USFM", "CC BY-NC 4.0"),
     CatalogueEntry(
-        "BiomedParse", "", ("biomedparse_v1.pt",), "Hugging Face microsoft/BiomedParse (form and token)", "see its card"
+        "BiomedParse",
+        "biomedparse",
+        ("biomedparse_v1.pt",),
+        "Hugging Face microsoft/BiomedParse (form and token)",
+        "research use only; see its card",
     ),
 )
 

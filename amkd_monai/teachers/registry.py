@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 KINDS: dict[str, str] = {
     "timm": "amkd_monai.teachers.timm_encoder.TimmTeacher",
     "specialist": "amkd_monai.teachers.specialist.SpecialistTeacher",
+    "biomedparse": "amkd_monai.teachers.biomedparse.teacher.BiomedParseTeacher",
 }
 """Teachers that answer image by image. To add one: one file with a ``Teacher``, one line here."""
 
