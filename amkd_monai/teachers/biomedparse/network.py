@@ -42,7 +42,11 @@ class Sizes:
 
 
 class BiomedParse(nn.Module):
-    """BiomedParse v1: what an image shows is computed once, then decoded for one prompt after the other."""
+    """BiomedParse v1: what an image shows is computed once, then decoded for one prompt after the other.
+
+    Under autocast only the pixel decoder works in half precision. In the backbone rounding errors grow from block to
+    block, and in the mask decoder a mask logit that is rounded across 0 changes what a query sees.
+    """
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -55,16 +59,19 @@ class BiomedParse(nn.Module):
 
     def look(self, pixels: Tensor) -> tuple[list[Tensor], PixelFeatures]:
         """Return the backbone's four maps and the decoder's features of normalised pixels (B, 3, H, W)."""
-        maps = self.backbone(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):
+            maps = self.backbone(pixels)
         return maps, self.sem_seg_head["pixel_decoder"](maps)
 
     def read(self, ids: Tensor) -> Tensor:
         """Return the states (1, T, C) of one prompt's token ids (T,)."""
-        return self.sem_seg_head["predictor"].lang_encoder(ids[None])
+        with torch.autocast(ids.device.type, enabled=False):
+            return self.sem_seg_head["predictor"].lang_encoder(ids[None])
 
     def segment(self, image: PixelFeatures, words: Tensor) -> Tensor:
         """Return the mask logits (B, 1, H/4, W/4) of one prompt's states (1, T, C): those of the best query."""
         predictor = self.sem_seg_head["predictor"]
-        embeddings, masks = predictor(image, words.expand(len(image.mask_features), -1, -1))
-        best = predictor.similarity(embeddings, words[:, -1]).argmax(dim=1)[:, 0]  # (B, Q, 1) -> (B,)
+        with torch.autocast(words.device.type, enabled=False):
+            embeddings, masks = predictor(image.float(), words.expand(len(image.mask_features), -1, -1))
+            best = predictor.similarity(embeddings, words[:, -1]).argmax(dim=1)[:, 0]  # (B, Q, 1) -> (B,)
         return masks[torch.arange(len(masks), device=masks.device), best][:, None]

@@ -23,8 +23,7 @@ MASK_STRIDE = 4
 class BiomedParseTeacher(Teacher):
     """BiomedParse v1 (Zhao et al., Nature Methods 2025), prompted once for each foreground class.
 
-    Prompts are decoded one by one, since prompts in one pass change each other's masks. The mask decoder stays in
-    float32 under autocast: a mask logit that is rounded across 0 changes what a query sees.
+    Prompts are decoded one by one, since prompts in one pass change each other's masks.
 
     Args:
         name: name of the teacher in a run.
@@ -109,8 +108,7 @@ class BiomedParseTeacher(Teacher):
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return grid (B, C, h, w), pooled vector (B, C') and logits (B, 1 + prompts, S/4, S/4) of (B, 3, H, W)."""
-        with torch.autocast(image.device.type, enabled=False):
-            prompts = [self.network.read(torch.tensor(ids, device=image.device)) for ids in self.token_ids]
+        prompts = [self.network.read(torch.tensor(ids, device=image.device)) for ids in self.token_ids]
         parts = [self._look(images, prompts) for images in image.split(self.images_at_once)]
         grids, pooled, logits = (torch.cat(values) for values in zip(*parts, strict=True))
         return TeacherFeatures(grid=grids, pooled=pooled, logits=logits)
@@ -118,8 +116,7 @@ class BiomedParseTeacher(Teacher):
     def _look(self, image: Tensor, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Answer for a few images (B, 3, H, W) and all prompts, each (1, T, C)."""
         maps, features = self.network.look(preprocessing.to_pixels(image, self.image_size))
-        with torch.autocast(image.device.type, enabled=False):
-            masks = torch.cat([self.network.segment(features.float(), words) for words in prompts], dim=1)
+        masks = torch.cat([self.network.segment(features, words) for words in prompts], dim=1)
         height, width = (self.image_size or side for side in image.shape[-2:])
 
         def cut(grid: Tensor, stride: int) -> Tensor:  # to the part that is no padding

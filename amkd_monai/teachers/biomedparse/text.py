@@ -9,8 +9,13 @@ VOCABULARY = 49408
 CONTEXT = 77
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """Return CLIP's activation; it is near GELU, but not GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 class TextBlock(nn.Module):
-    """Attention and feed-forward of tokens (B, T, C), normalised before each; CLIP's activation x sigmoid(1.702 x)."""
+    """Attention and feed-forward of tokens (B, T, C), normalised before each."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -22,8 +27,7 @@ class TextBlock(nn.Module):
         """Return tokens (B, T, C); ``future`` (T, T) is True where a token must not look."""
         x = self.ln_1(tokens)
         tokens = tokens + self.attn(x, x, x, attn_mask=future, need_weights=False)[0]
-        hidden = self.mlp["c_fc"](self.ln_2(tokens))
-        return tokens + self.mlp["c_proj"](hidden * torch.sigmoid(1.702 * hidden))
+        return tokens + self.mlp["c_proj"](quick_gelu(self.mlp["c_fc"](self.ln_2(tokens))))
 
 
 class TextTransformer(nn.Module):
