@@ -56,6 +56,7 @@ def test_words_are_cut_at_digits_and_marks(vocabulary, offline):
     ends = {letter: number + 256 for letter, number in LETTER.items()}
     assert words.tokenise("t2-x_a") == [START, ends["t"], ends["2"], ends["-"], ends["x"], ends["_"], ends["a"], END]
     assert words.tokenise("22")[1:-1] == [ends["2"], ends["2"]]
+    assert words.tokenise("t²")[1:-1] == [ends["t"], *words.tokenise("²")[1:-1]]
     assert words.tokenise("--")[1:-1] == [LETTER["-"], ends["-"]]
 
 

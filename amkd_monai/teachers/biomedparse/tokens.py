@@ -6,6 +6,7 @@ import gzip
 import importlib.metadata
 import itertools
 import re
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,7 +86,8 @@ class Vocabulary:
             ValueError: the prompt is empty or too long.
         """
         ids = [START]
-        for word in WORD.findall(prompt.lower()):
+        apart = "".join(f" {c} " if unicodedata.category(c)[0] == "N" else c for c in prompt.lower())
+        for word in WORD.findall(apart):
             pieces = [self.letters[byte] for byte in word.encode()]
             pieces[-1] += "</w>"
             while len(pieces) > 1:
