@@ -47,8 +47,8 @@ def test_pairs_are_merged_in_the_order_of_the_list(vocabulary, offline):
     assert words.tokenise("  LIVER\n") == [START, FIRST + 3, END]
     assert words.tokenise("lung") == [START, FIRST + 5, LETTER["g"] + 256, END]  # "lu n" comes before "n g"
     assert words.tokenise("liv er") == [START, FIRST, LETTER["v"] + 256, FIRST + 2, END]
-    assert words.tokenise("aaaaa") == [START, FIRST + 8, FIRST + 8, LETTER["a"] + 256, END]
-    assert words.tokenise("aaa") == [START, FIRST + 8, LETTER["a"] + 256, END]
+    assert words.tokenise("aaaaa") == [START, FIRST + 8, FIRST + 9, END]
+    assert words.tokenise("aab") == [START, FIRST + 8, LETTER["b"] + 256, END]
 
 
 def test_words_are_cut_at_digits_and_marks(vocabulary, offline):
