@@ -92,6 +92,7 @@ class Preparation:
             "fingerprint": teacher.fingerprint,
             "licence": teacher.licence,
             "random_weights": teacher.is_random,
+            "weights": teacher.weights_file,
         }
         if teacher.is_random:
             logger.warning("The teacher '%s' has RANDOM weights: this run is a test, not a result.", teacher.name)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 KINDS: dict[str, str] = {
     "timm": "amkd_monai.teachers.timm_encoder.TimmTeacher",
     "specialist": "amkd_monai.teachers.specialist.SpecialistTeacher",
+    "medsam": "amkd_monai.teachers.medsam.MedSAMTeacher",
+    "retfound": "amkd_monai.teachers.retfound.RETFoundTeacher",
+    "usfm": "amkd_monai.teachers.usfm.USFMTeacher",
     "biomedparse": "amkd_monai.teachers.biomedparse.teacher.BiomedParseTeacher",
 }
 """Teachers that answer image by image. To add one: one file with a ``Teacher``, one line here."""
