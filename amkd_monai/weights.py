@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger("amkd_monai")
 
-CONTAINERS = ("model", "state_dict", "teacher")
+CONTAINERS = ("model", "state_dict", "teacher", "module")
 """Keys under which training scripts wrap a state dict."""
 
 PREFIXES = ("module.", "transformer.", "backbone.")
@@ -132,7 +132,7 @@ def packaged_file(encoder: str) -> Path:
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Load a flat state dict from a ``.pt``/``.pth``/``.safetensors`` file without running any code in it.
 
-    Containers (``model``, ``state_dict``, ``teacher``) are unwrapped and prefixes that all keys share are stripped.
+    Containers (:data:`CONTAINERS`) are unwrapped and prefixes that all keys share are stripped.
 
     Raises:
         CheckpointError: the file is missing, unreadable, a web page, cut off, unsafe to unpickle, or without tensors.

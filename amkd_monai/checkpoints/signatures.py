@@ -39,6 +39,10 @@ def _prefix(*prefixes: str) -> Callable[[Shapes], bool]:
     return lambda shapes: any(key.startswith(prefixes) for key in shapes)
 
 
+def _part(part: str) -> Callable[[Shapes], bool]:
+    return lambda shapes: any(part in key for key in shapes)
+
+
 def _has(*keys: str) -> Callable[[Shapes], bool]:
     return lambda shapes: all(key in shapes for key in keys)
 
@@ -64,7 +68,7 @@ SIGNATURES = (
     Signature("SAM ViT-H", _sam_width(1280)),
     Signature(MEDSAM, _has("image_encoder.pos_embed")),
     Signature(MEDSAM_HUB, _has("vision_encoder.pos_embed")),
-    Signature(BIOMEDPARSE, _prefix("sem_seg_head.predictor.lang_encoder.")),
+    Signature(BIOMEDPARSE, _part("sem_seg_head.predictor.lang_encoder.")),
     Signature("BiomedParse v2", _prefix("sem_seg_head.", "model.sem_seg_head.")),
     Signature(USFM_UPERNET, _has("decode_head.conv_seg.weight")),
     Signature("TinyUSFM", _tiny_usfm),

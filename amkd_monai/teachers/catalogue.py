@@ -105,9 +105,12 @@ CATALOGUE = (
     CatalogueEntry(
         "BiomedParse",
         "biomedparse",
-        ("biomedparse_v1.pt",),
+        ("biomedparse_v1.pt", "biomedparse_v1.safetensors"),
         "Hugging Face microsoft/BiomedParse (form and token)",
         "research use only; see its card",
+        key="biomedparse",
+        hub="microsoft/BiomedParse",
+        hub_files=("biomedparse_v1.pt",),
     ),
 )
 

@@ -6,11 +6,11 @@ from reference.biomedparse_fill import filled
 from safetensors.torch import save_file
 
 from amkd_monai.teachers.biomedparse.backbone import FocalBackbone, official_name
-from amkd_monai.teachers.biomedparse.checkpoint import load_weights
 from amkd_monai.teachers.biomedparse.network import BiomedParse, Sizes
+from amkd_monai.teachers.biomedparse.teacher import BiomedParseTeacher
 from amkd_monai.weights import CheckpointError
 
-SIZES = Sizes(backbone=8, depths=(1, 1, 1, 1), width=32, heads=2, hidden=8, queries=3)
+SIZES = {"backbone": 8, "depths": [1, 1, 1, 1], "width": 32, "heads": 2, "hidden": 8, "queries": 3}
 PROJECTION = "sem_seg_head.predictor.lang_encoder.lang_proj"
 UNUSED = {
     "dilation_kernel": torch.zeros(1, 1, 3, 3),
@@ -24,36 +24,34 @@ UNUSED = {
 @pytest.fixture(scope="module")
 def state():
     with torch.device("meta"):
-        shapes = {key: tuple(value.shape) for key, value in BiomedParse(SIZES).state_dict().items()}
+        shapes = {key: tuple(value.shape) for key, value in BiomedParse(Sizes(**SIZES)).state_dict().items()}
     return {key: filled(key, shape) for key, shape in shapes.items()}
 
 
-@pytest.fixture(scope="module")
-def network():
-    return BiomedParse(SIZES)
+def load(path):
+    return BiomedParseTeacher("b", path, token_ids=[[49406, 12639, 49407]], sizes=SIZES)
 
 
-def assert_loaded(network, state):
-    own = network.state_dict()
+def assert_loaded(path, state):
+    own = load(path).network.state_dict()
     assert own.keys() == state.keys()
     assert all(torch.equal(own[key], state[key]) for key in own)
-    for parameter in network.parameters():
-        parameter.data.zero_()
 
 
-def test_the_official_layout_with_and_without_what_is_unused(network, state, tmp_path):
+def test_the_official_layout_with_and_without_what_is_unused(state, tmp_path):
     torch.save({**state, **UNUSED}, tmp_path / "whole.pt")
     save_file(state, tmp_path / "short.safetensors")
-    for name in ("whole.pt", "short.safetensors"):
-        load_weights(network, tmp_path / name)
-        assert_loaded(network, state)
+    assert_loaded(tmp_path / "whole.pt", state)
+    assert_loaded(tmp_path / "short.safetensors", state)
 
 
 @pytest.mark.parametrize("prefix", ["model.", "module.", "module.model."])
-def test_prefixes_of_training_files_are_stripped(network, state, tmp_path, prefix):
-    torch.save({prefix + key: value for key, value in {**state, **UNUSED}.items()}, tmp_path / "tuned.pt")
-    load_weights(network, tmp_path / "tuned.pt")
-    assert_loaded(network, state)
+def test_files_of_the_authors_trainer(state, tmp_path, prefix):
+    tuned = {prefix + key: value for key, value in {**state, **UNUSED}.items()}
+    torch.save(tuned, tmp_path / "flat.pt")
+    torch.save({"module": tuned}, tmp_path / "contained.pt")
+    assert_loaded(tmp_path / "flat.pt", state)
+    assert_loaded(tmp_path / "contained.pt", state)
 
 
 @pytest.mark.parametrize(
@@ -64,15 +62,24 @@ def test_prefixes_of_training_files_are_stripped(network, state, tmp_path, prefi
         ({"backbone.extra": torch.zeros(1)}, ["1 unexpected", "backbone.extra"]),
         ({PROJECTION: torch.zeros(32, 31)}, ["1 of another shape", PROJECTION]),
         ({"backbone.layers.1.blocks.0.mlp.fc1.weight": torch.zeros(64, 16, 1, 1)}, ["1 of another shape", "mlp.fc1"]),
-        ({"sem_seg_head.predictor.language_encoder.logit_scale": torch.ones(())}, ["v2", "biomedparse_v1.pt"]),
-        ({"output_deconv.weight": torch.zeros(1)}, ["v2", "biomedparse_v1.pt"]),
     ],
 )
-def test_what_does_not_fit_is_named_in_one_sentence(network, state, tmp_path, change, words):
+def test_what_does_not_fit_is_named_in_one_sentence(state, tmp_path, change, words):
     changed = {key: value for key, value in {**state, **change}.items() if value is not None}
     torch.save(changed, tmp_path / "wrong.pt")
+    refused(tmp_path / "wrong.pt", *words)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_version_2_is_called_by_its_name(state, tmp_path, prefix):
+    second = {prefix + key.replace(".lang_encoder.", ".language_encoder."): value for key, value in state.items()}
+    torch.save({"state_dict": second}, tmp_path / "wrong.pt")
+    refused(tmp_path / "wrong.pt", "BiomedParse v2", "biomedparse_v1.pt")
+
+
+def refused(path, *words):
     with pytest.raises(CheckpointError) as error:
-        load_weights(network, tmp_path / "wrong.pt")
+        load(path)
     sentence = str(error.value)
     assert "wrong.pt" in sentence and "\n" not in sentence and sentence.endswith(".")
     assert all(word in sentence for word in words), sentence

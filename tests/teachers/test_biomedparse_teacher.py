@@ -11,6 +11,7 @@ from amkd_monai.teachers.biomedparse.network import BiomedParse, Sizes
 from amkd_monai.teachers.biomedparse.preprocessing import to_pixels
 from amkd_monai.teachers.biomedparse.teacher import BiomedParseTeacher
 from amkd_monai.teachers.registry import build_teacher
+from amkd_monai.weights import file_sha256
 
 TINY = {"backbone": 16, "depths": [1, 1, 1, 1], "width": 64, "heads": 4, "hidden": 64}
 TINY |= {"encoder_layers": 1, "decoder_layers": 4, "queries": 12, "text_layers": 2}
@@ -117,10 +118,8 @@ def test_colours_are_not_interchangeable(file):
 
 @torch.inference_mode()
 def test_bfloat16_says_nearly_the_same(file):
-    model, images = teacher(file), pictures(60, 80, batch=2)
-    exact = model(images)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = model(images)
+    images = pictures(60, 80, batch=2)
+    exact, rough = teacher(file)(images), teacher(file, precision="bfloat16")(images)
     assert rough.logits.dtype == torch.float32 and not torch.equal(rough.logits, exact.logits)
     assert torch.equal(rough.grid, exact.grid) and torch.equal(rough.pooled, exact.pooled)
     one, other = exact.logits[:, 1].flatten(1), rough.logits[:, 1].flatten(1)
@@ -136,8 +135,13 @@ def test_a_description_of_plain_data_becomes_a_frozen_teacher(file):
     assert not any(module.training for module in model.modules())
 
 
-def test_random_weights_are_marked():
-    assert BiomedParseTeacher("b", "random", token_ids=[LIVER], sizes=TINY).is_random
+def test_random_weights_are_marked_and_files_remembered(file):
+    random = BiomedParseTeacher("b", "random", token_ids=[LIVER], sizes=TINY)
+    assert random.is_random and random.weights_file is None
+    assert random.fingerprint == BiomedParseTeacher("b", "random", token_ids=[LIVER], sizes=TINY).fingerprint
+    named = teacher(file)
+    assert named.weights_file == {"file": "biomedparse_v1.pt", "sha256": file_sha256(file)}
+    assert teacher(file.parent).fingerprint == named.fingerprint
 
 
 def test_the_fingerprint_sees_prompts_size_and_weights(file):
@@ -147,6 +151,7 @@ def test_the_fingerprint_sees_prompts_size_and_weights(file):
         teacher(file, [VENTRICLE]),
         teacher(file, image_size=64),
         teacher(file, stride=16),
+        teacher(file, precision="bfloat16"),
         BiomedParseTeacher("b", "random", token_ids=[LIVER], sizes=TINY, image_size=96),
     ]
     assert same not in [other.fingerprint for other in others]
@@ -158,6 +163,7 @@ def test_the_fingerprint_sees_prompts_size_and_weights(file):
         ({"image_size": 100}, "multiple of 32"),
         ({"stride": 12}, "stride 12"),
         ({"images_at_once": 0}, "images_at_once"),
+        ({"precision": "float16"}, "precision"),
         ({"sizes": {"layers": 3}}, "decoder_layers"),
         ({"token_ids": None}, "prompts"),
         ({"token_ids": [[1, 2]]}, "prompt 1"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
+from amkd_monai.weights import load_strict
 
 PREDICTOR = "sem_seg_head.predictor."
 UNUSED = (
@@ -21,31 +21,15 @@ UNUSED = (
 )
 """Prefixes of the official checkpoint's keys that a text-prompted mask does not depend on."""
 
-VERSION_2 = (f"{PREDICTOR}language_encoder.", "output_deconv.", "object_existence")
-"""Parts of keys that only version 2 of the network has."""
-
-
-def load_weights(network: nn.Module, path: str | Path) -> None:
-    """Fill a network from a file in the layout of ``biomedparse_v1.pt``.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, of version 2, or does not fit.
-    """
-    load_official(network, load_state_dict(path), path)
-
 
 def load_official(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Fill a network from a state dict in the official layout; ``source`` is named in errors.
+    """Fill a network from a state dict in the layout of ``biomedparse_v1.pt``; ``source`` is named in errors.
 
-    Fine-tuned files of the authors' trainer prefix every key with ``model.``; the prefix is stripped.
+    Files of the authors' trainer prefix every key with ``model.``; the prefix is stripped.
 
     Raises:
-        CheckpointError: the state dict is of version 2, or does not fit.
+        CheckpointError: a key is missing, surplus, or has another shape.
     """
-    while state and all(key.startswith(("model.", "module.")) for key in state):
-        state = {key.partition(".")[2]: value for key, value in state.items()}
-    if any(mark in key for key in state for mark in VERSION_2):
-        raise CheckpointError(
-            f"{source} holds BiomedParse v2, which is another network than v1: give biomedparse_v1.pt instead."
-        )
+    if all(key.startswith("model.") for key in state):
+        state = {key.removeprefix("model."): value for key, value in state.items()}
     load_strict(network, state, source, allow_unexpected=UNUSED)

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amkd_monai.checkpoints.signatures import BIOMEDPARSE
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, binary_to_two_class, pool_to_grid
-from amkd_monai.teachers.biomedparse import preprocessing
-from amkd_monai.teachers.biomedparse.checkpoint import load_weights
+from amkd_monai.teachers.biomedparse.checkpoint import load_official
 from amkd_monai.teachers.biomedparse.network import BiomedParse, Sizes
+from amkd_monai.teachers.biomedparse.preprocessing import MULTIPLE, to_pixels
 from amkd_monai.teachers.biomedparse.tokens import Vocabulary, check_ids
+from amkd_monai.teachers.official import fixed_initialisation, read_official
 
 STRIDES = (4, 8, 16, 32)
 MASK_STRIDE = 4
@@ -27,7 +29,8 @@ class BiomedParseTeacher(Teacher):
 
     Args:
         name: name of the teacher in a run.
-        weights: ``biomedparse_v1.pt`` or a file of its layout, or ``random`` (marks the run as a test).
+        weights: ``biomedparse_v1.pt`` or a file of its layout, a folder with it, None to search for it, or ``random``
+            (marks the run as a test).
         prompts: one text per foreground class, in the order of the task's classes.
         token_ids: CLIP's ids of the prompts instead, each from 49406 to 49407.
         vocabulary: CLIP's merge list, needed for ``prompts`` unless ``open_clip_torch`` is installed.
@@ -37,6 +40,7 @@ class BiomedParseTeacher(Teacher):
         grid_limit: feature maps are area-pooled down to at most this many cells a side.
         images_at_once: images per pass; each takes about 2 GB at 1024 pixels.
         sizes: depths and widths other than the official ones (:class:`Sizes`), for tests.
+        precision: ``float32``, or ``bfloat16`` for autocast of the pixel decoder.
         licence: licence of the weights.
 
     Raises:
@@ -47,7 +51,7 @@ class BiomedParseTeacher(Teacher):
     def __init__(
         self,
         name: str,
-        weights: str | Path,
+        weights: str | Path | None = None,
         prompts: Sequence[str] | None = None,
         token_ids: Sequence[Sequence[int]] | None = None,
         vocabulary: str | Path | None = None,
@@ -56,10 +60,11 @@ class BiomedParseTeacher(Teacher):
         grid_limit: int = 16,
         images_at_once: int = 1,
         sizes: Mapping[str, Any] | None = None,
-        licence: str = "research use only; see the card of microsoft/BiomedParse",
+        precision: str = "float32",
+        licence: str = "research use only; see its card",
     ) -> None:
-        super().__init__(name, licence)
-        if image_size is not None and (image_size < 32 or image_size % preprocessing.MULTIPLE):
+        super().__init__(name, licence, precision)
+        if image_size is not None and (image_size < 32 or image_size % MULTIPLE):
             raise ValueError(f"The teacher '{name}' has image_size {image_size}: give a multiple of 32, such as 1024.")
         if stride not in STRIDES:
             raise ValueError(f"The teacher '{name}' has no map of stride {stride}: use one of {STRIDES}.")
@@ -73,10 +78,13 @@ class BiomedParseTeacher(Teacher):
         except TypeError as error:
             known = ", ".join(field.name for field in dataclasses.fields(Sizes))
             raise ValueError(f"The teacher '{name}' has unknown sizes {dict(sizes or {})}: use {known}.") from error
-        self.network = BiomedParse(self.sizes)
-        self.is_random = str(weights) == "random"
-        if not self.is_random:
-            load_weights(self.network, weights)
+        official = read_official("biomedparse", weights, "BiomedParse v1 (biomedparse_v1.pt)", {BIOMEDPARSE})
+        with fixed_initialisation():
+            self.network = BiomedParse(self.sizes)
+        self.is_random = official is None
+        if official is not None:
+            load_official(self.network, official.state, official.path)
+            self.came_from(official.path)
         self.freeze()
 
     def _ids(
@@ -98,12 +106,12 @@ class BiomedParseTeacher(Teacher):
         """Return size, statistics, prompts and what is read out."""
         return {
             "image_size": self.image_size,
-            "resize": "8 bit, Pillow's bicubic, squashed",
-            "mean": preprocessing.MEAN,
-            "std": preprocessing.STD,
+            "resize": "Pillow bicubic, squashed",
+            "normalisation": "ImageNet",
             "token_ids": self.token_ids,
             "stride": self.stride,
             "grid_limit": self.grid_limit,
+            "precision": self.precision,
         }
 
     def forward(self, image: Tensor) -> TeacherFeatures:
@@ -115,7 +123,8 @@ class BiomedParseTeacher(Teacher):
 
     def _look(self, image: Tensor, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Answer for a few images (B, 3, H, W) and all prompts, each (1, T, C)."""
-        maps, features = self.network.look(preprocessing.to_pixels(image, self.image_size))
+        with self.autocast(image):
+            maps, features = self.network.look(to_pixels(image, self.image_size))
         masks = torch.cat([self.network.segment(features, words) for words in prompts], dim=1)
         height, width = (self.image_size or side for side in image.shape[-2:])
 
