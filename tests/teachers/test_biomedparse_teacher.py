@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from reference.biomedparse_fill import filled
 
+from amkd_monai.teachers.biomedparse.mask_decoder import _outside
 from amkd_monai.teachers.biomedparse.network import BiomedParse, Sizes
 from amkd_monai.teachers.biomedparse.preprocessing import to_pixels
 from amkd_monai.teachers.biomedparse.teacher import BiomedParseTeacher
@@ -95,6 +96,13 @@ def test_prompts_do_not_change_each_other(file):
     assert (both[:, 1] - both[:, 2]).abs().max() > 0.1
 
 
+def test_a_query_looks_inside_its_mask_or_everywhere():
+    masks = torch.full((1, 3, 8, 8), -5.0)
+    masks[0, 0, :4] = masks[0, 1] = 5.0
+    blocked = _outside(masks, torch.zeros(1, 1, 2, 2))[0]
+    assert blocked.tolist() == [[False, False, True, True], [False] * 4, [False] * 4]
+
+
 @torch.inference_mode()
 def test_two_classes_have_the_probability_of_the_mask(file):
     model = teacher(file)
@@ -167,6 +175,7 @@ def test_the_fingerprint_sees_prompts_size_and_weights(file):
         ({"sizes": {"layers": 3}}, "decoder_layers"),
         ({"token_ids": None}, "prompts"),
         ({"token_ids": [[1, 2]]}, "prompt 1"),
+        ({"token_ids": LIVER}, "prompt 1"),
         ({"token_ids": [[49406, 49407]]}, "prompt 1"),
         ({"token_ids": [LIVER, [49406, 60000, 49407]]}, "prompt 2"),
         ({"prompts": ["liver"]}, "token_ids"),

@@ -42,7 +42,7 @@ def check_ids(ids: Sequence[int], prompt: str) -> list[int]:
     Raises:
         ValueError: the ids are not those of a prompt.
     """
-    kept = list(ids[: list(ids).index(END) + 1]) if END in ids else []
+    kept = list(ids[: ids.index(END) + 1]) if isinstance(ids, Sequence) and END in ids else []
     if not 3 <= len(kept) <= CONTEXT or kept[0] != START or not all(0 <= i < START for i in kept[1:-1]):
         raise ValueError(
             f"The prompt {prompt} has token ids that are not of its kind: give {START}, then 1 to {CONTEXT - 2} ids "
