@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from amkd_monai.teachers.catalogue import CATALOGUE
+
 if TYPE_CHECKING:
     from amkd_monai.teachers.base import Teacher
 
@@ -46,8 +48,12 @@ def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
         seen.add(str(name))
 
 
-def build_teacher(description: Mapping[str, Any]) -> Teacher:
+def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None) -> Teacher:
     """Build one frozen teacher from its description.
+
+    Args:
+        description: ``name``, ``kind`` and the options of the kind.
+        weights_dir: folder searched first where the kind has official weights and the description names none.
 
     Raises:
         ValueError: unknown kind, or options the kind does not take.
@@ -60,6 +66,8 @@ def build_teacher(description: Mapping[str, Any]) -> Teacher:
             "images, in folds: list it in `teachers` of a run (amkd_monai.engines.prepare)."
         )
     options = {k: v for k, v in description.items() if k != "kind"}
+    if weights_dir is not None and any(e.key and e.kind == description["kind"] for e in CATALOGUE):
+        options.setdefault("weights", weights_dir)
     module, _, name = KINDS[description["kind"]].rpartition(".")
     teacher_class = getattr(importlib.import_module(module), name)
     try:
