@@ -25,7 +25,7 @@ from amkd_monai.engines import admission, crossfit
 from amkd_monai.engines.recipe import Recipe
 from amkd_monai.engines.targets import TeacherSource, TeacherTargets
 from amkd_monai.engines.volume_specialist import fit_volumes, predict_volumes
-from amkd_monai.teachers.registry import KINDS, build_teacher, validate_descriptions
+from amkd_monai.teachers.registry import CROSS_FITTED_KINDS, build_teacher, validate_descriptions
 
 logger = logging.getLogger("amkd_monai")
 
@@ -73,10 +73,8 @@ class Preparation:
 
     def candidate(self, description: Mapping[str, Any]) -> _Candidate:
         """Compute a teacher's features and answers; one teacher is in memory at a time."""
-        if description["kind"] in KINDS:
-            candidate = self._image_teacher(description)
-        else:
-            candidate = self._cross_fitted(description)
+        crossed = description["kind"] in CROSS_FITTED_KINDS
+        candidate = self._cross_fitted(description) if crossed else self._image_teacher(description)
         if candidate.answers is not None and candidate.validation_answers is not None:
             candidate.temperature = self._calibrate(candidate.validation_answers)
             candidate.score = admission.score_answers(candidate.answers, self.train, candidate.temperature)
