@@ -159,13 +159,13 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def _read(path: Path) -> Any:
     """Read a file with the reader of its suffix; nothing in it is executed."""
-    if not path.is_file():
-        raise CheckpointError(f"There is no checkpoint at {path}: check the path or obtain the file first.")
     try:
+        if not path.is_file():
+            raise CheckpointError(f"There is no checkpoint at {path}: check the path or obtain the file first.")
         with path.open("rb") as stream:
             head = stream.read(64)
     except PermissionError as error:
-        raise CheckpointError(f"{path} may not be read: change its permissions (chmod u+r) or its owner.") from error
+        raise CheckpointError(f"{path} may not be read: change its permissions or those of its folder.") from error
     size = path.stat().st_size
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise CheckpointError(

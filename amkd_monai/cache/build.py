@@ -63,7 +63,7 @@ def cache_teacher(
         batch_size: images per forward.
 
     Raises:
-        ValueError: a teacher answers for another number of classes, or its output is not finite (the sample is named).
+        ValueError: a teacher's output is not finite (the sample is named).
     """
     key: dict[str, Any] = {
         "teacher": teacher.fingerprint,
@@ -75,11 +75,6 @@ def cache_teacher(
     }
     teacher.to(device)
     example = _ask(teacher, dataset, range(1), device)
-    if "logits" in example and example["logits"].shape[1] != dataset.num_classes:
-        raise ValueError(
-            f"The teacher '{teacher.name}' answers for {example['logits'].shape[1]} classes, but the data have "
-            f"{dataset.num_classes}: give it one prompt or one output per class, the background included only once."
-        )
     arrays = {name: ArraySpec(value.shape[1:], "float16") for name, value in example.items()}
     directory = store_directory(cache_dir, teacher.name, key)
     store = FeatureStore.create_or_open(

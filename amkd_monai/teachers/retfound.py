@@ -21,6 +21,9 @@ from amkd_monai.weights import CheckpointError, load_strict
 VARIANTS = ("mae_natureCFP", "mae_natureOCT", "mae_meh", "mae_shanghai", "dinov2_meh", "dinov2_shanghai")
 """Official files are called ``RETFound_<variant>.pth``."""
 
+PRETRAINING_ONLY = ("decoder_", "mask_token", "dino_head.", "ibot_head.")
+"""Prefixes of what an official file holds beside the encoder."""
+
 
 class RETFoundTeacher(Teacher):
     """RETFound's encoder: raw patch tokens of the last block as the grid, their normed mean as the pooled vector.
@@ -90,7 +93,7 @@ class RETFoundTeacher(Teacher):
         if official is not None:
             if "pos_embed" in state:
                 state["pos_embed"] = resample_positions(state["pos_embed"], side)
-            load_strict(self.network, state, official.path, allow_unexpected=("decoder_", "mask_token"))
+            load_strict(self.network, state, official.path, allow_unexpected=PRETRAINING_ONLY)
             self.came_from(official.path)
         self.freeze()
 
@@ -107,9 +110,7 @@ class RETFoundTeacher(Teacher):
                 f"{official.path} is named as RETFound's file for {'fundus photographs' if is_oct else 'OCT'}, but the "
                 f"variant is '{self.variant}': give that file, or its own `variant`."
             )
-        state = official.state
-        if any(key.startswith("backbone.") for key in state):  # beside the DINOv2 training heads
-            state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+        state = {key.removeprefix("backbone."): value for key, value in official.state.items()}
         return OfficialWeights(state, official.path)
 
     def preprocessing(self) -> dict[str, Any]:
