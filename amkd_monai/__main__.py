@@ -14,6 +14,25 @@ def _teachers(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _fetch(arguments: argparse.Namespace) -> int:
+    from amkd_monai.teachers.catalogue import entry
+
+    teacher = entry(arguments.teacher)
+    if not teacher.hub:
+        raise ValueError(f"{teacher.name} cannot be fetched from here: get it by hand ({teacher.source}).")
+    from amkd_monai.checkpoints.fetch import fetch
+
+    print(f"{fetch(teacher.hub, teacher.hub_files)} (licence: {teacher.licence})")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from amkd_monai.checkpoints.convert import convert
+
+    print(convert(arguments.source, arguments.target))
+    return 0
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -37,6 +56,15 @@ def parser() -> argparse.ArgumentParser:
     teachers = commands.add_parser("teachers", help="which teachers are usable here, and how to get the others")
     teachers.add_argument("--weights_dir", help="folder of weight files (default: $AMKD_WEIGHTS, then weights/)")
     teachers.set_defaults(run=_teachers)
+
+    fetch = commands.add_parser("fetch", help="download a teacher's weights from the Hugging Face hub")
+    fetch.add_argument("teacher", help="medsam, retfound, retfound_mae_natureOCT, ...")
+    fetch.set_defaults(run=_fetch)
+
+    convert = commands.add_parser("convert", help="rewrite a checkpoint as safetensors")
+    convert.add_argument("source", help="checkpoint (.pth, .pt, .bin, .safetensors)")
+    convert.add_argument("target", help="file to write (.safetensors)")
+    convert.set_defaults(run=_convert)
 
     compare = commands.add_parser("compare", help="compare evaluated runs, paired by case")
     compare.add_argument("reference", help="output folder of the reference run (with per_case.csv)")

@@ -6,22 +6,30 @@ own library. Every refusal is one sentence that names the file (or key) and the 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
+import logging
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-CONTAINERS = ("model", "state_dict", "teacher")
+logger = logging.getLogger("amkd_monai")
+
+CONTAINERS = ("model", "state_dict", "teacher", "module")
 """Keys under which training scripts wrap a state dict."""
 
+PREFIXES = ("module.", "transformer.", "backbone.")
+"""Prefixes that wrappers put before every key."""
 
 DAMAGE_ERRORS = (
     AssertionError,
@@ -124,54 +132,69 @@ def packaged_file(encoder: str) -> Path:
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Load a flat state dict from a ``.pt``/``.pth``/``.safetensors`` file without running any code in it.
 
-    Containers (``model``, ``state_dict``, ``teacher``) are unwrapped and a common ``module.`` prefix is stripped.
+    Containers (:data:`CONTAINERS`) are unwrapped and prefixes that all keys share are stripped.
 
     Raises:
-        CheckpointError: the file is missing, a web page, truncated, unsafe to unpickle, or holds no tensors.
+        CheckpointError: the file is missing, unreadable, a web page, cut off, unsafe to unpickle, or without tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"There is no checkpoint at {path}: check the path or obtain the file first.")
-    with path.open("rb") as stream:
-        head = stream.read(64)
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise CheckpointError(
-            f"{path} is a web page, not a checkpoint (a download needed a login or confirmation): download it again."
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "Weights only load failed" in str(error):
-            raise CheckpointError(
-                f"{path} is damaged or holds Python objects besides tensors, which are never executed here: save its "
-                "state dict alone (torch.save(model.state_dict(), ...)) or as safetensors."
-            ) from error
-        raise CheckpointError(f"{path} is not a readable checkpoint: obtain the file again.") from error
-    except DAMAGE_ERRORS as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a checkpoint ({path.stat().st_size} bytes): obtain the file again."
-        ) from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: obtain the file again.") from error
+    state = _read(path)
     while isinstance(state, Mapping) and not any(isinstance(v, Tensor) for v in state.values()):
-        inner = next((state[k] for k in CONTAINERS if isinstance(state.get(k), Mapping)), None)
-        if inner is None:
+        container = next((k for k in CONTAINERS if isinstance(state.get(k), Mapping)), None)
+        if container is None:
             raise CheckpointError(
                 f"{path} holds no state dict (its keys: {', '.join(map(str, list(state)[:5]))}): give the file of the "
                 "network's weights."
             )
-        state = inner
+        logger.info("%s: weights taken from its entry '%s'", path, container)
+        state = state[container]
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a state dict: give the file of weights.")
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
-    if tensors and all(k.startswith("module.") for k in tensors):
-        tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
+    while prefix := next((p for p in PREFIXES if tensors and all(k.startswith(p) for k in tensors)), None):
+        logger.info("%s: prefix '%s' stripped from all keys", path, prefix)
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     return tensors
+
+
+def _read(path: Path) -> Any:
+    """Read a file with the reader of its suffix; nothing in it is executed."""
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"There is no checkpoint at {path}: check the path or obtain the file first.")
+        with path.open("rb") as stream:
+            head = stream.read(64)
+    except PermissionError as error:
+        raise CheckpointError(f"{path} may not be read: change its permissions or those of its folder.") from error
+    size = path.stat().st_size
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise CheckpointError(
+            f"{path} is a web page, not a checkpoint (a download needed a login or confirmation): download it again."
+        )
+    if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is cut off ({size} bytes, an interrupted download): obtain the file again.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE-style scripts save their options
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "Weights only load failed" in str(error):
+            found = re.search(r"GLOBAL (\S+) was not", str(error))
+            raise CheckpointError(
+                f"{path} is damaged or holds Python objects besides tensors{f' ({found[1]})' if found else ''}, which "
+                "are never executed here: save its state dict alone, where you trust the file, with "
+                "torch.save(torch.load(FILE, weights_only=False)['model'], NEW_FILE)."
+            ) from error
+        raise CheckpointError(f"{path} is not a readable checkpoint: obtain the file again.") from error
+    except DAMAGE_ERRORS as error:
+        raise CheckpointError(
+            f"{path} is truncated or not a checkpoint ({size} bytes): obtain the file again."
+        ) from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: obtain the file again.") from error
 
 
 def load_strict(

@@ -27,6 +27,17 @@ def images_of(dataset: DecodedDataset, indices: range, device: torch.device | st
     return torch.from_numpy(stacked).to(device).float() / 255
 
 
+def labels_of(dataset: DecodedDataset, indices: range, device: torch.device | str) -> Tensor:
+    """Stack labels (B, 1, H, W), 255 where unlabelled."""
+    return torch.from_numpy(np.stack([dataset.labels[i] for i in indices])).to(device)
+
+
+def _ask(teacher: Teacher, dataset: DecodedDataset, indices: range, device: torch.device | str) -> dict:
+    image = images_of(dataset, indices, device)
+    said = teacher(image, labels_of(dataset, indices, device)) if teacher.uses_labels else teacher(image)
+    return _arrays(said)
+
+
 def _arrays(features: TeacherFeatures) -> dict[str, np.ndarray]:
     found = {"grid": features.grid, "pooled": features.pooled, "logits": features.logits}
     return {name: value.float().cpu().numpy() for name, value in found.items() if value is not None}
@@ -63,7 +74,7 @@ def cache_teacher(
         "size": list(dataset.images.shape[-2:]),
     }
     teacher.to(device)
-    example = _arrays(teacher(images_of(dataset, range(1), device)))
+    example = _ask(teacher, dataset, range(1), device)
     arrays = {name: ArraySpec(value.shape[1:], "float16") for name, value in example.items()}
     directory = store_directory(cache_dir, teacher.name, key)
     store = FeatureStore.create_or_open(
@@ -78,7 +89,7 @@ def cache_teacher(
                 parts = []
                 for first in range(samples.start, samples.stop, batch_size):
                     batch = range(first, min(first + batch_size, samples.stop))
-                    parts.append(_arrays(teacher(images_of(dataset, batch, device))))
+                    parts.append(_ask(teacher, dataset, batch, device))
                     bar.update(len(batch))
                 store.write_shard(view, shard, {n: np.concatenate([p[n] for p in parts]) for n in arrays})
     return store

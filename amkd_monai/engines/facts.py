@@ -24,8 +24,13 @@ def run_facts(
     losses: Mapping[str, float],
     method: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the JSON-able facts of a run: data and split, teachers, recipe, student, seed and settings."""
+    """Return the JSON-able facts of a run: data and split, teachers, recipe, student, seed and settings.
+
+    ``is_test`` marks a run with a teacher of random weights: its scores mean nothing.
+    """
+    teachers = targets.record.get("teachers", [])
     return {
+        "is_test": any(teacher.get("random_weights") for teacher in teachers),
         "data": datalist.describe(),
         "skipped_samples": train.skipped,
         "training_samples": len(train),

@@ -25,7 +25,7 @@ from amkd_monai.engines import admission, crossfit
 from amkd_monai.engines.recipe import Recipe
 from amkd_monai.engines.targets import TeacherSource, TeacherTargets
 from amkd_monai.engines.volume_specialist import fit_volumes, predict_volumes
-from amkd_monai.teachers.registry import KINDS, build_teacher, validate_descriptions
+from amkd_monai.teachers.registry import CROSS_FITTED_KINDS, build_teacher, validate_descriptions
 
 logger = logging.getLogger("amkd_monai")
 
@@ -64,17 +64,17 @@ class Preparation:
         device: torch.device | str,
         seed: int,
         folds: int,
+        weights_dir: str | None = None,
     ) -> None:
+        self.weights_dir = weights_dir
         self.train, self.validation, self.student, self.recipe = train, validation, student, recipe
         self.epochs, self.cache_dir, self.device = epochs, str(Path(cache_dir)), device
         self.seed, self.folds = seed, folds
 
     def candidate(self, description: Mapping[str, Any]) -> _Candidate:
         """Compute a teacher's features and answers; one teacher is in memory at a time."""
-        if description["kind"] in KINDS:
-            candidate = self._image_teacher(description)
-        else:
-            candidate = self._cross_fitted(description)
+        crossed = description["kind"] in CROSS_FITTED_KINDS
+        candidate = self._cross_fitted(description) if crossed else self._image_teacher(description)
         if candidate.answers is not None and candidate.validation_answers is not None:
             candidate.temperature = self._calibrate(candidate.validation_answers)
             candidate.score = admission.score_answers(candidate.answers, self.train, candidate.temperature)
@@ -85,13 +85,14 @@ class Preparation:
         return candidate
 
     def _image_teacher(self, description: Mapping[str, Any]) -> _Candidate:
-        teacher = build_teacher(description)
+        teacher = build_teacher(description, self.weights_dir)
         record = {
             "name": teacher.name,
             "kind": description["kind"],
             "fingerprint": teacher.fingerprint,
             "licence": teacher.licence,
             "random_weights": teacher.is_random,
+            "weights": teacher.weights_file,
         }
         if teacher.is_random:
             logger.warning("The teacher '%s' has RANDOM weights: this run is a test, not a result.", teacher.name)
@@ -101,13 +102,25 @@ class Preparation:
         if "grid" in features.arrays:
             candidate.features = features
             candidate.mean, candidate.std = probes.channel_statistics(features)
-        if "logits" in features.arrays:
+        if self._answers_with_masks(teacher.name, features):
             record["answers"] = "its own"
             candidate.answers, candidate.validation_answers = features, validation
         elif candidate.features is not None:
             record["answers"] = f"linear probe, cross-fitted in {self.folds} folds"
             candidate.answers, candidate.validation_answers = self._probe(teacher.fingerprint, candidate, validation)
         return candidate
+
+    def _answers_with_masks(self, name: str, features: FeatureStore) -> bool:
+        """Whether a teacher's own answers are masks of this task's classes; answers about whole images are not."""
+        if "logits" not in features.arrays or len(features.arrays["logits"].shape) != 3:
+            return False
+        classes = features.arrays["logits"].shape[0]
+        if classes != self.train.num_classes:
+            raise ValueError(
+                f"The teacher '{name}' answers with {classes} classes, but the task has {self.train.num_classes}: give "
+                "a teacher of this task, or one without answers of its own."
+            )
+        return True
 
     def _probe(
         self, fingerprint: str, candidate: _Candidate, validation_features: FeatureStore
@@ -204,6 +217,7 @@ def prepare_teachers(
     seed: int = 0,
     folds: int = 5,
     admission_options: Mapping[str, Any] | None = None,
+    weights_dir: str | None = None,
 ) -> TeacherTargets:
     """Return the targets of all teachers, computing what is still missing.
 
@@ -223,6 +237,7 @@ def prepare_teachers(
         admission_options: ``mode`` (``cross_fit``: a teacher's answers are distilled only if their cross-fitted Dice
             beats the undistilled student's; ``all``; ``none``), ``margin`` (Dice), ``folds`` and ``epochs`` of the
             student's cross-fitting.
+        weights_dir: folder searched first for the weights of foundation teachers.
 
     Raises:
         ValueError: unknown kinds or options.
@@ -235,7 +250,7 @@ def prepare_teachers(
             f"{', '.join(ADMISSION_MODES)}), margin, folds, epochs."
         )
     validate_descriptions(teachers)
-    preparation = Preparation(train, validation, student, recipe, epochs, cache_dir, device, seed, folds)
+    preparation = Preparation(train, validation, student, recipe, epochs, cache_dir, device, seed, folds, weights_dir)
     parallel = dist.is_available() and dist.is_initialized()
     if parallel and dist.get_rank() != 0:
         dist.barrier()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amkd_monai.weights import state_hash
+from amkd_monai.weights import file_sha256, state_hash
 
 
 @dataclass
@@ -21,7 +23,8 @@ class TeacherFeatures:
     Attributes:
         grid: feature map (B, C, h, w), or None for a teacher that only answers.
         pooled: one vector per image (B, C'), or None.
-        logits: the teacher's own answer (B, num_classes, h', w') at its own grid, or None.
+        logits: the teacher's own answer at its own grid (B, num_classes, h', w'), or (B, num_classes) about the whole
+            image, or None.
     """
 
     grid: Tensor | None = None
@@ -38,13 +41,36 @@ class Teacher(nn.Module):
     Args:
         name: unique name of the teacher in a run.
         licence: licence of its weights; students may inherit limits from it.
+        precision: ``float32``, or ``bfloat16`` for autocast of the network (inputs and outputs stay float32).
+
+    Attributes:
+        is_random: its weights are random, so the run is a test.
+        weights_file: name and SHA-256 of the file its weights came from, or None.
+        uses_labels: its forward takes the label (B, 1, H, W) as a second argument.
+
+    Raises:
+        ValueError: unknown precision.
     """
 
-    def __init__(self, name: str, licence: str = "unknown") -> None:
+    uses_labels = False
+
+    def __init__(self, name: str, licence: str = "unknown", precision: str = "float32") -> None:
         super().__init__()
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"The teacher '{name}' has the precision '{precision}': use float32 or bfloat16.")
         self.name = name
         self.licence = licence
+        self.precision = precision
         self.is_random = False
+        self.weights_file: dict[str, str] | None = None
+
+    def came_from(self, path: str | Path) -> None:
+        """Remember the file of the weights for the run record."""
+        self.weights_file = {"file": Path(path).name, "sha256": file_sha256(path)}
+
+    def autocast(self, image: Tensor) -> AbstractContextManager:
+        """Return the context in which the network runs on the device of ``image``."""
+        return torch.autocast(image.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def freeze(self) -> Teacher:
         """Take every parameter out of training and switch to evaluation mode."""

@@ -11,14 +11,20 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from amkd_monai.teachers.catalogue import CATALOGUE
+
 if TYPE_CHECKING:
     from amkd_monai.teachers.base import Teacher
 
 KINDS: dict[str, str] = {
     "timm": "amkd_monai.teachers.timm_encoder.TimmTeacher",
     "specialist": "amkd_monai.teachers.specialist.SpecialistTeacher",
+    "medsam": "amkd_monai.teachers.medsam.MedSAMTeacher",
+    "retfound": "amkd_monai.teachers.retfound.RETFoundTeacher",
+    "usfm": "amkd_monai.teachers.usfm.USFMTeacher",
+    "biomedparse": "amkd_monai.teachers.biomedparse.teacher.BiomedParseTeacher",
 }
-"""Teachers that answer image by image. To add one: one file with a ``Teacher``, one line here."""
+"""Teachers that answer image by image. To add one: one file with a ``Teacher``, and a line here or its path as kind."""
 
 CROSS_FITTED_KINDS = ("crossfit_specialist", "crossfit_volume_specialist")
 """Teachers that are trained on the run's own training split, in folds (``amkd_monai.engines``)."""
@@ -35,16 +41,41 @@ def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
         name, kind = description.get("name"), description.get("kind")
         if not name:
             raise ValueError(f'The teacher {dict(description)} has no name: add "name" to its entry in `teachers`.')
-        if kind not in KINDS and kind not in CROSS_FITTED_KINDS:
+        if kind not in KINDS and kind not in CROSS_FITTED_KINDS and "." not in str(kind):
             known = ", ".join((*KINDS, *CROSS_FITTED_KINDS))
-            raise ValueError(f"The teacher '{name}' is of the unknown kind '{kind}': use one of {known}.")
+            raise ValueError(
+                f"The teacher '{name}' is of the unknown kind '{kind}': use one of {known}, or the path of your own "
+                "class (module.Class)."
+            )
         if name in seen:
             raise ValueError(f"Two teachers are named '{name}': give each its own name in `teachers`.")
         seen.add(str(name))
 
 
-def build_teacher(description: Mapping[str, Any]) -> Teacher:
+def teacher_class(kind: str) -> type[Teacher]:
+    """Return the class of a kind: one of :data:`KINDS`, or the path of a class (``module.Class``).
+
+    Raises:
+        ValueError: there is no such class, or it is not a ``Teacher``.
+    """
+    from amkd_monai.teachers.base import Teacher
+
+    module, _, name = KINDS.get(kind, kind).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The kind '{kind}' cannot be imported ({error}): check its path and PYTHONPATH.") from error
+    if not (inspect.isclass(found) and issubclass(found, Teacher)):
+        raise ValueError(f"The kind '{kind}' is no Teacher: derive it from amkd_monai.teachers.base.Teacher.")
+    return found
+
+
+def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None) -> Teacher:
     """Build one frozen teacher from its description.
+
+    Args:
+        description: ``name``, ``kind`` and the options of the kind.
+        weights_dir: folder searched first where the kind has official weights and the description names none.
 
     Raises:
         ValueError: unknown kind, or options the kind does not take.
@@ -57,12 +88,13 @@ def build_teacher(description: Mapping[str, Any]) -> Teacher:
             "images, in folds: list it in `teachers` of a run (amkd_monai.engines.prepare)."
         )
     options = {k: v for k, v in description.items() if k != "kind"}
-    module, _, name = KINDS[description["kind"]].rpartition(".")
-    teacher_class = getattr(importlib.import_module(module), name)
+    if weights_dir is not None and any(e.key and e.kind == description["kind"] for e in CATALOGUE):
+        options.setdefault("weights", weights_dir)
+    chosen = teacher_class(description["kind"])
     try:
-        inspect.signature(teacher_class).bind(**options)
+        inspect.signature(chosen).bind(**options)
     except TypeError as error:
         raise ValueError(
             f"The teacher '{description['name']}' has options that do not fit its kind: {error}."
         ) from error
-    return teacher_class(**options)
+    return chosen(**options)

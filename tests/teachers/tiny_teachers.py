@@ -1,0 +1,59 @@
+"""The foundation teachers' own classes at a width and depth that cost nothing."""
+
+import torch
+
+from amkd_monai.teachers.registry import build_teacher
+
+VIT = {"embed_dim": 48, "depth": 4, "num_heads": 4, "weights": "random"}
+TINY = {
+    "medsam": {
+        "kind": "medsam",
+        "image_size": 64,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "global_blocks": [1],
+        "prompt_dim": 32,
+        "weights": "random",
+    },
+    "retfound": {"kind": "retfound", "framing": "squash", "image_size": 64, **VIT},
+    "retfound_dinov2": {"kind": "retfound", "variant": "dinov2_meh", "image_size": 56, **VIT},
+    "usfm": {"kind": "usfm", "image_size": 64, "taps": [0, 1, 2, 3], **VIT},
+    "usfm_upernet": {"kind": "usfm", "image_size": 64, "taps": [0, 1, 2, 3], "num_classes": 2, **VIT},
+    "biomedparse": {
+        "kind": "biomedparse",
+        "image_size": 128,
+        "token_ids": [[49406, 6833, 335, 530, 13476, 20018, 49407]],  # "polyp in endoscopy"
+        "sizes": {
+            "backbone": 16,
+            "depths": [2, 1, 1, 1],
+            "width": 64,
+            "heads": 4,
+            "hidden": 64,
+            "encoder_layers": 1,
+            "decoder_layers": 3,
+            "queries": 12,
+            "text_layers": 2,
+        },
+        "weights": "random",
+    },
+}
+"""Descriptions without a name."""
+
+
+def tiny(which, **options):
+    """Build one."""
+    return build_teacher({"name": which, **TINY[which], **options})
+
+
+def official_state(which, teacher=None):
+    """The state dict of a tiny teacher, in the layout of its official file."""
+    network = (teacher or tiny(which)).network
+    state = {k: v.clone() for k, v in network.state_dict().items()}
+    if which == "usfm":
+        return {k.removeprefix("backbone."): v for k, v in state.items()} | {"mask_token": torch.zeros(1, 1, 48)}
+    if which == "retfound":
+        return state | {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 48)}
+    if which == "retfound_dinov2":
+        return {f"backbone.{k}": v for k, v in state.items()} | {"backbone.mask_token": torch.zeros(1, 48)}
+    return state
