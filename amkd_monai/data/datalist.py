@@ -11,14 +11,20 @@ from types import ModuleType
 from typing import Any
 
 from amkd_monai.atomic import atomic_write_json, exclusive_lock
-from amkd_monai.data import kvasir_seg, msd_heart
+from amkd_monai.data import aptos2019, isic2017, isic2017_lesion, kvasir_seg, msd_heart
 from amkd_monai.data.phantoms import is_phantom, write_phantom
 from amkd_monai.data.splits import Item, few_labels, split_hash
 from amkd_monai.tasks import Task, get_task
 
 logger = logging.getLogger("amkd_monai")
 
-MODULES: dict[str, ModuleType] = {"kvasir_seg": kvasir_seg, "msd_heart": msd_heart}
+MODULES: dict[str, ModuleType] = {
+    "kvasir_seg": kvasir_seg,
+    "msd_heart": msd_heart,
+    "aptos2019": aptos2019,
+    "isic2017": isic2017,
+    "isic2017_lesion": isic2017_lesion,
+}
 """Each data set's module has ``find_items``, ``split`` and ``inference_items``."""
 
 PHANTOM_NOTICE = """

@@ -12,10 +12,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from amkd_monai.data.phantoms_aptos2019 import paint_aptos2019
+from amkd_monai.data.phantoms_isic2017 import paint_isic2017
 from amkd_monai.tasks import get_task
 
 PHANTOM_MARKER = "PHANTOM.txt"
@@ -125,7 +128,25 @@ def write_msd_heart(root: Path, cases: int = 8, shape: tuple[int, int, int] = (2
     return target
 
 
-_WRITERS: dict[str, Callable[[Path], Path]] = {"kvasir_seg": write_kvasir_seg, "msd_heart": write_msd_heart}
+def write_painted(task_name: str, paint: Callable[[Path], None], root: Path) -> Path:
+    """Write the phantoms of a task by a function that fills an empty folder; return the data set folder.
+
+    Raises:
+        FileExistsError: the folder is there and does not hold phantoms.
+    """
+    target = Path(root) / get_task(task_name).folder
+    with _published(target) as folder:
+        paint(folder)
+    return target
+
+
+_WRITERS: dict[str, Callable[[Path], Path]] = {
+    "kvasir_seg": write_kvasir_seg,
+    "msd_heart": write_msd_heart,
+    "aptos2019": partial(write_painted, "aptos2019", paint_aptos2019),
+    "isic2017": partial(write_painted, "isic2017", paint_isic2017),
+    "isic2017_lesion": partial(write_painted, "isic2017_lesion", paint_isic2017),
+}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ class TeacherSpec:
         name: key of its targets in a batch.
         grid: (C, h, w) of its feature map, None if it gives none.
         mean, std: (C,) of its features over the training split.
-        logits: (classes, h, w) of its own answer or its probe's, None if it has neither; h = w = 1 for classes of images.
+        logits: (classes, h, w) of its own answer or its probe's, h = w = 1 for classes of images; None without.
         admitted: whether its answers are distilled (they beat the undistilled student); features always are.
         mean_error: mean cross entropy of its answers over the labelled training samples, nats; used without a label.
         score: cross-fitted score of its answers, higher is better; None if it gives none. Used by ``best_single``.

@@ -17,9 +17,7 @@ _DICE_OPTIONS = {
 _dice, _batch_dice = DiceLoss(**_DICE_OPTIONS), DiceLoss(**_DICE_OPTIONS, batch=True)
 
 
-def task_loss(
-    logits: Tensor, label: Tensor, batch_dice: bool = False, class_weights: Tensor | None = None
-) -> Tensor:
+def task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False, class_weights: Tensor | None = None) -> Tensor:
     """The task's loss per sample (B,): that of classes for logits (B, C), that of masks for logits (B, C, H, W)."""
     if logits.ndim == 2:
         return classification_task_loss(logits, label, class_weights)

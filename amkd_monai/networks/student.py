@@ -60,9 +60,7 @@ class EncodedStudent(nn.Module):
 
     def __init__(self, encoder: str, levels: Sequence[int], drop_path: float) -> None:
         super().__init__()
-        self.encoder = create_encoder(
-            encoder, features_only=True, out_indices=tuple(levels), drop_path_rate=drop_path
-        )
+        self.encoder = create_encoder(encoder, features_only=True, out_indices=tuple(levels), drop_path_rate=drop_path)
         self.encoder_channels: list[int] = list(self.encoder.feature_info.channels())
         self.strides: list[int] = list(self.encoder.feature_info.reduction())
         config = self.encoder.pretrained_cfg if hasattr(self.encoder, "pretrained_cfg") else {}
