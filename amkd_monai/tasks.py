@@ -20,7 +20,7 @@ class Task:
         primary_metric: the metric that selects the best checkpoint.
         nsd_tolerance: tolerance of the normalised surface distance, in `unit` (segmentation).
         unit: unit of distances, "px" (pixels) or "mm" (segmentation).
-        positive_from: in ordered classes, the first one that counts as positive: grade 2 of retinopathy is referable.
+        referable_from: classes are ordered grades, and this is the first one at which a patient is referred.
         singled_out: classes that are judged one against all others, as in two binary problems.
     """
 
@@ -34,7 +34,7 @@ class Task:
     primary_metric: str
     nsd_tolerance: float = 0.0
     unit: str = "px"
-    positive_from: int | None = None
+    referable_from: int | None = None
     singled_out: tuple[str, ...] = ()
 
     @property
@@ -79,7 +79,7 @@ TASKS: dict[str, Task] = {
             folder="aptos2019-blindness-detection",
             prompts=tuple(f"{grade} diabetic retinopathy" for grade in ("mild", "moderate", "severe", "proliferative")),
             primary_metric="qwk",
-            positive_from=2,
+            referable_from=2,
         ),
         Task(
             name="isic2017",

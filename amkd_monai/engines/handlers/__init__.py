@@ -2,7 +2,20 @@
 
 from amkd_monai.engines.handlers.case_report import CaseReport
 from amkd_monai.engines.handlers.checkpoints import BestStudent, LoadStudent, ResumeCheckpoint
+from amkd_monai.engines.handlers.class_report import ClassPredictions, ClassReport, ClassScore, FitTemperature
 from amkd_monai.engines.handlers.early_stopping import Attach, EarlyStopping
 from amkd_monai.engines.handlers.run_record import RunRecord
 
-__all__ = ["Attach", "BestStudent", "CaseReport", "EarlyStopping", "LoadStudent", "ResumeCheckpoint", "RunRecord"]
+__all__ = [
+    "Attach",
+    "BestStudent",
+    "CaseReport",
+    "ClassPredictions",
+    "ClassReport",
+    "ClassScore",
+    "EarlyStopping",
+    "FitTemperature",
+    "LoadStudent",
+    "ResumeCheckpoint",
+    "RunRecord",
+]
