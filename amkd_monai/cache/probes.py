@@ -20,8 +20,8 @@ from amkd_monai.data.splits import fold_of_groups
 
 WEIGHT_DECAY = 1e-3
 """L2 penalty of the probe of cells on standardised features."""
-WEIGHT_DECAY_POOLED = 0.1
-"""The same for pooled vectors: there are as few samples as images, and more channels than that."""
+WEIGHT_DECAY_POOLED = 100.0
+"""The same for pooled vectors, divided by the number of images, of which there may be fewer than channels."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ def cross_fit_probes(
     features = standardised(store, labelled, mean, std, array)
     size = features.shape[-2], features.shape[-1]
     targets = cell_targets(dataset, labelled, dataset.num_classes, size)
-    decay = WEIGHT_DECAY_POOLED if array == "pooled" else WEIGHT_DECAY
     answers = np.zeros((len(dataset), dataset.num_classes, *size), dtype=np.float32)
     probes = []
     for k in range(int(fold.max()) + 1):
         inside = torch.from_numpy(np.flatnonzero(fold != k))
         outside = np.flatnonzero(fold == k)
+        decay = WEIGHT_DECAY_POOLED / len(inside) if array == "pooled" else WEIGHT_DECAY
         probe = fit_probe(features[inside], targets[inside], weight_decay=decay)
         answers[labelled[outside]] = probe(features[torch.from_numpy(outside)]).numpy()
         probes.append(probe)
