@@ -32,8 +32,6 @@ class ClassStudent(EncodedStudent):
         CheckpointError: weights that are missing or do not fit.
     """
 
-    temperature: Tensor
-
     def __init__(
         self,
         encoder: str = "tf_efficientnet_lite0",
