@@ -36,11 +36,18 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from amkd_monai.metrics.compare import compare_runs, format_comparison
+    from amkd_monai.metrics.compare import compare_runs, evaluated_task, format_comparison
+    from amkd_monai.metrics.compare_classes import compare_class_runs
 
+    reference = Path(arguments.reference) / "per_case.csv"
     others = {run: Path(run) / "per_case.csv" for run in arguments.runs}
-    rows = compare_runs(Path(arguments.reference) / "per_case.csv", others, metric=arguments.metric)
-    print(format_comparison(rows, f"{arguments.metric}, compared with {arguments.reference}"))
+    task = evaluated_task(Path(arguments.reference) / "metrics.json")
+    if task is not None and task.is_classification:
+        rows, title = compare_class_runs(reference, others, task, arguments.metric), task.name
+    else:
+        title = arguments.metric or "dice"
+        rows = compare_runs(reference, others, metric=title)
+    print(format_comparison(rows, f"{title}, compared with {arguments.reference}"))
     return 0
 
 
@@ -69,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="compare evaluated runs, paired by case")
     compare.add_argument("reference", help="output folder of the reference run (with per_case.csv)")
     compare.add_argument("runs", nargs="+", help="output folders of the runs to compare with it")
-    compare.add_argument("--metric", default="dice", choices=("dice", "iou", "nsd", "hd95"))
+    compare.add_argument("--metric", help="masks: dice (default), iou, nsd, hd95; classes: one of metrics.json")
     compare.set_defaults(run=_compare)
 
     add_commands(commands)

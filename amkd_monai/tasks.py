@@ -11,15 +11,17 @@ class Task:
 
     Attributes:
         name: key in `TASKS`, also the name of the bundle unless a bundle serves several tasks.
-        kind: what is predicted; "segmentation" is one class index per pixel or voxel.
+        kind: what is predicted; "segmentation" is one class index per pixel or voxel, "classification" one per image.
         dimensions: spatial dimensions of an image, 2 or 3.
-        classes: class names by label value; index 0 is "background".
+        classes: class names by label value; in segmentation index 0 is "background".
         modality: how the images were made.
         folder: the folder name the data set has when it is unpacked as published.
-        prompts: one text prompt per foreground class, in the order of `classes[1:]`.
+        prompts: one text prompt for each of `classes[1:]`.
         primary_metric: the metric that selects the best checkpoint.
-        nsd_tolerance: tolerance of the normalised surface distance, in `unit`.
-        unit: unit of distances, "px" (pixels) or "mm".
+        nsd_tolerance: tolerance of the normalised surface distance, in `unit` (segmentation).
+        unit: unit of distances, "px" (pixels) or "mm" (segmentation).
+        referable_from: classes are ordered grades, and this is the first one at which a patient is referred.
+        singled_out: classes that are judged one against all others, as in two binary problems.
     """
 
     name: str
@@ -30,8 +32,15 @@ class Task:
     folder: str
     prompts: tuple[str, ...]
     primary_metric: str
-    nsd_tolerance: float
-    unit: str
+    nsd_tolerance: float = 0.0
+    unit: str = "px"
+    referable_from: int | None = None
+    singled_out: tuple[str, ...] = ()
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether an image has one class."""
+        return self.kind == "classification"
 
 
 TASKS: dict[str, Task] = {
@@ -96,6 +105,40 @@ TASKS: dict[str, Task] = {
             primary_metric="dice",
             nsd_tolerance=2.0,
             unit="mm",
+        ),
+        Task(
+            name="aptos2019",
+            kind="classification",
+            dimensions=2,
+            classes=("no DR", "mild", "moderate", "severe", "proliferative"),
+            modality="fundus photography",
+            folder="aptos2019-blindness-detection",
+            prompts=tuple(f"{grade} diabetic retinopathy" for grade in ("mild", "moderate", "severe", "proliferative")),
+            primary_metric="qwk",
+            referable_from=2,
+        ),
+        Task(
+            name="isic2017",
+            kind="classification",
+            dimensions=2,
+            classes=("nevus", "melanoma", "seborrheic keratosis"),
+            modality="dermoscopy",
+            folder="ISIC2017",
+            prompts=("melanoma in dermoscopy", "seborrheic keratosis in dermoscopy"),
+            primary_metric="mean_auc",
+            singled_out=("melanoma", "seborrheic keratosis"),
+        ),
+        Task(
+            name="isic2017_lesion",
+            kind="segmentation",
+            dimensions=2,
+            classes=("background", "lesion"),
+            modality="dermoscopy",
+            folder="ISIC2017",
+            prompts=("skin lesion in dermoscopy",),
+            primary_metric="dice",
+            nsd_tolerance=2.0,
+            unit="px",
         ),
     )
 }

@@ -1,6 +1,7 @@
 """Probe heads: what a frozen teacher's features say about the labels, asked without cheating.
 
-A probe is a linear classifier of grid cells (a 1x1 convolution). It is cross-fitted: each image is answered by a
+A probe is a linear classifier of grid cells (a 1x1 convolution), or of whole images by their pooled vectors, which are
+treated as maps of one cell. It is cross-fitted: each image is answered by a
 probe that has seen no image of its group, so that its answers are as good as they would be on new images.
 """
 
@@ -14,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amkd_monai.cache.store import FeatureStore
-from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.data.decoded import DecodedDataset, as_label_maps
 from amkd_monai.data.splits import fold_of_groups
 
 WEIGHT_DECAY = 1e-3
-"""L2 penalty of the probe on standardised features."""
+"""L2 penalty of the probe of cells on standardised features."""
+WEIGHT_DECAY_POOLED = 100.0
+"""The same for pooled vectors, divided by the number of images, of which there may be fewer than channels."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,20 @@ def cell_targets(dataset: DecodedDataset, indices: np.ndarray, classes: int, siz
     """Area fractions of the classes in grid cells (N, classes, h, w) for labelled samples."""
     parts = []
     for start in range(0, len(indices), 64):
-        label = torch.from_numpy(np.stack([dataset.labels[i, 0] for i in indices[start : start + 64]])).long()
+        label = torch.from_numpy(as_label_maps(dataset.labels, indices[start : start + 64])[:, 0]).long()
         one_hot = F.one_hot(label, classes).permute(0, 3, 1, 2).float()  # (B, H, W, K) -> (B, K, H, W)
         parts.append(F.adaptive_avg_pool2d(one_hot, size))
     return torch.cat(parts)
 
 
-def fit_probe(features: Tensor, targets: Tensor, steps: int = 40) -> LinearProbe:
+def fit_probe(features: Tensor, targets: Tensor, steps: int = 40, weight_decay: float = WEIGHT_DECAY) -> LinearProbe:
     """Fit multinomial logistic regression on cells by L-BFGS.
 
     Args:
         features: standardised (N, C, h, w).
         targets: class fractions (N, classes, h, w).
         steps: iterations at most.
+        weight_decay: L2 penalty.
     """
     x = features.permute(0, 2, 3, 1).flatten(0, 2)  # (N, C, h, w) -> (cells, C)
     y = targets.permute(0, 2, 3, 1).flatten(0, 2)
@@ -61,7 +65,7 @@ def fit_probe(features: Tensor, targets: Tensor, steps: int = 40) -> LinearProbe
     def closure() -> Tensor:
         optimiser.zero_grad()
         loss = -(y * F.log_softmax(F.linear(x, weight, bias), dim=1)).sum(1).mean()
-        loss = loss + WEIGHT_DECAY * weight.square().sum()
+        loss = loss + weight_decay * weight.square().sum()
         loss.backward()
         return loss
 
@@ -76,16 +80,18 @@ def cross_fit_probes(
     std: Tensor,
     folds: int = 5,
     seed: int = 0,
+    array: str = "grid",
 ) -> tuple[np.ndarray, list[LinearProbe]]:
     """Answer every training sample by a probe that has not seen its group.
 
     Args:
-        store: features ``grid`` of the training dataset.
+        store: features of the training dataset.
         dataset: the training dataset; unlabelled samples are answered by the mean of all probes.
         mean: (C,) of the features over the training split.
         std: (C,), likewise.
         folds: number of folds by group.
         seed: of the folds.
+        array: the store's features to answer from, ``grid`` or ``pooled``.
 
     Returns:
         Logits (N, classes, h, w) float32, out of fold for labelled samples, and the probes of all folds.
@@ -94,43 +100,61 @@ def cross_fit_probes(
         ValueError: fewer than two labelled groups.
     """
     labelled = np.flatnonzero(dataset.has_label)
-    fold = fold_of_groups([dataset.groups[i] for i in labelled], folds, seed)
-    size = store.arrays["grid"].shape[1:]
-    targets = cell_targets(dataset, labelled, dataset.num_classes, (size[0], size[1]))
-    features = standardised(store, labelled, mean, std)
+    classes = dataset.labels[labelled] if dataset.labels.ndim == 1 else None
+    fold = fold_of_groups([dataset.groups[i] for i in labelled], folds, seed, classes)
+    features = standardised(store, labelled, mean, std, array)
+    size = features.shape[-2], features.shape[-1]
+    targets = cell_targets(dataset, labelled, dataset.num_classes, size)
     answers = np.zeros((len(dataset), dataset.num_classes, *size), dtype=np.float32)
     probes = []
     for k in range(int(fold.max()) + 1):
         inside = torch.from_numpy(np.flatnonzero(fold != k))
         outside = np.flatnonzero(fold == k)
-        probe = fit_probe(features[inside], targets[inside])
+        decay = WEIGHT_DECAY_POOLED / len(inside) if array == "pooled" else WEIGHT_DECAY
+        probe = fit_probe(features[inside], targets[inside], weight_decay=decay)
         answers[labelled[outside]] = probe(features[torch.from_numpy(outside)]).numpy()
         probes.append(probe)
     unlabelled = np.flatnonzero(~dataset.has_label)
     if len(unlabelled):
-        answers[unlabelled] = answer(store, unlabelled, mean, std, probes)
+        answers[unlabelled] = answer(store, unlabelled, mean, std, probes, array)
     return answers, probes
 
 
 def answer(
-    store: FeatureStore, indices: np.ndarray, mean: Tensor, std: Tensor, probes: list[LinearProbe]
+    store: FeatureStore,
+    indices: np.ndarray,
+    mean: Tensor,
+    std: Tensor,
+    probes: list[LinearProbe],
+    array: str = "grid",
 ) -> np.ndarray:
     """Mean answer of several probes as log-probabilities (N, classes, h, w), for samples that none of them has seen."""
-    features = standardised(store, indices, mean, std)
+    features = standardised(store, indices, mean, std, array)
     return torch.stack([p(features).softmax(1) for p in probes]).mean(0).clamp_min(1e-7).log().numpy()
 
 
-def standardised(store: FeatureStore, indices: np.ndarray, mean: Tensor, std: Tensor) -> Tensor:
-    """Read features (N, C, h, w) as float32 with mean 0 and standard deviation 1 per channel."""
-    features = torch.from_numpy(store.read("grid", indices)).float()
+def standardised(store: FeatureStore, indices: np.ndarray, mean: Tensor, std: Tensor, array: str = "grid") -> Tensor:
+    """Read features (N, C, h, w), pooled ones as one cell, as float32 with mean 0 and deviation 1 per channel."""
+    features = torch.from_numpy(_read_maps(store, array, indices)).float()
     return (features - mean[:, None, None]) / std[:, None, None]
 
 
-def channel_statistics(store: FeatureStore) -> tuple[Tensor, Tensor]:
+def _read_maps(store: FeatureStore, array: str, indices: np.ndarray | range) -> np.ndarray:
+    """Read features as maps (N, C, h, w); a vector (C,) per sample becomes a map of one cell.
+
+    A teacher without pooled vectors is given the mean over its cells.
+    """
+    if array == "pooled" and array not in store.arrays:
+        return store.read("grid", indices).astype(np.float32).mean((2, 3), keepdims=True)
+    values = store.read(array, indices)
+    return values[:, :, None, None] if values.ndim == 2 else values
+
+
+def channel_statistics(store: FeatureStore, array: str = "grid") -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) of the cached features over all samples and cells."""
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, len(store), 64):
-        batch = store.read("grid", range(start, min(start + 64, len(store)))).astype(np.float64)
+        batch = _read_maps(store, array, range(start, min(start + 64, len(store)))).astype(np.float64)
         count += batch.shape[0] * batch.shape[2] * batch.shape[3]
         total = total + batch.sum((0, 2, 3))
         squares = squares + np.square(batch).sum((0, 2, 3))

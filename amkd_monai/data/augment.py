@@ -73,7 +73,10 @@ class Augmentation:
 def warp(maps: Tensor, theta: Tensor, mode: str = "bilinear") -> Tensor:
     """Warp maps (B, C, h, w) of any size by the affine matrices (B, 2, 3) of :meth:`Augmentation.sample`.
 
-    Beyond the border the image is mirrored, alike at every resolution.
+    Beyond the border the image is mirrored, alike at every resolution. A single cell (h = w = 1) says something of the
+    whole image and passes through.
     """
+    if tuple(maps.shape[-2:]) == (1, 1):
+        return maps
     grid = F.affine_grid(theta.to(maps), list(maps.shape), align_corners=False)
     return F.grid_sample(maps, grid, mode=mode, padding_mode="reflection", align_corners=False)

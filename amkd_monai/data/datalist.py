@@ -12,7 +12,16 @@ from types import ModuleType
 from typing import Any
 
 from amkd_monai.atomic import atomic_write_json, exclusive_lock
-from amkd_monai.data import busi, covid, covid_volumes, kvasir_seg, msd_heart
+from amkd_monai.data import (
+    aptos2019,
+    busi,
+    covid,
+    covid_volumes,
+    isic2017,
+    isic2017_lesion,
+    kvasir_seg,
+    msd_heart,
+)
 from amkd_monai.data.phantom_tools import is_phantom
 from amkd_monai.data.phantoms import write_phantom
 from amkd_monai.data.splits import Item, few_labels, split_hash
@@ -21,9 +30,12 @@ from amkd_monai.tasks import Task, get_task
 logger = logging.getLogger("amkd_monai")
 
 MODULES: dict[str, ModuleType] = {
+    "aptos2019": aptos2019,
     "busi": busi,
     "covid": covid,
     "covid_volumes": covid_volumes,
+    "isic2017": isic2017,
+    "isic2017_lesion": isic2017_lesion,
     "kvasir_seg": kvasir_seg,
     "msd_heart": msd_heart,
 }

@@ -22,7 +22,7 @@ from amkd_monai.data.layout import label_files
 logger = logging.getLogger("amkd_monai")
 
 UNLABELLED = 255
-"""Value of every label pixel of an image without a label; no class uses it."""
+"""Value of every label pixel, or of the class, of an image without a label; no class uses it."""
 
 _READ_ERRORS = (OSError, RuntimeError, ValueError, EOFError, zlib.error)
 
@@ -37,15 +37,33 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def _is_class(label: Any) -> bool:
+    """Whether a label is a class index, not the path of a mask."""
+    return isinstance(label, (int, np.integer)) and not isinstance(label, bool)
+
+
+def _label_key(item: dict[str, Any], hash_of: dict[str, str]) -> str:
+    """What stands for a label in a cache's name: the hashes of its files, or the class."""
+    label = item.get("label")
+    return f"class {label}" if _is_class(label) else "-".join(hash_of[path] for path in label_files(item))
+
+
+def as_label_maps(labels: np.ndarray, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Pick labels, masks (N, 1, H, W) or classes (N,), as maps (n, 1, H, W); a class is a map of one cell."""
+    picked = np.stack([labels[i] for i in indices])
+    return picked[:, None, None, None] if picked.ndim == 1 else picked
+
+
 class DecodedDataset(Dataset):
     """A dataset whose files are decoded once by a MONAI transform chain and then read from memory maps.
 
     Photographs (3, H, W) are one sample each; volumes (1, D, H, W) give D samples, each slice with its two neighbours
-    as channels. Images leave the chain in [0, 1] and are stored in 256 steps.
+    as channels. Images leave the chain in [0, 1] and are stored in 256 steps. A label is a mask, or one class per image
+    (an integer in place of a path).
 
     Args:
-        data: datalist items with ``image``, ``id``, ``group`` and, where labelled, ``label`` (a path, or
-            several of masks that are combined).
+        data: datalist items with ``image``, ``id``, ``group`` and, where labelled, ``label``: a path, several paths of
+            masks that are combined, or a class.
         transform: deterministic chain that yields ``image`` in [0, 1] and ``label`` with class indices, all samples of
             one size (H, W).
         cache_dir: folder for the memory maps; they are found again by content hashes and the chain's description.
@@ -56,6 +74,8 @@ class DecodedDataset(Dataset):
         ids: sample ids; for slices ``<case>#<slice>``.
         cases: case id per sample (image or volume), ``groups``: group per sample.
         has_label, has_foreground: boolean arrays over samples.
+        labels: class indices, masks (N, 1, H, W) or one class per image (N,).
+        classes: (N,) class per image, -1 where unknown; None for masks.
         hashes: content hash per sample.
 
     Raises:
@@ -76,9 +96,10 @@ class DecodedDataset(Dataset):
             raise ValueError("The list of images to decode is empty: check dataset_dir and the split.")
         self.data, self.num_classes = list(data), num_classes
         cache_dir = Path(cache_dir)
+        self.classifies = any(_is_class(item.get("label")) for item in self.data)
         paths = [path for item in self.data for path in (item["image"], *label_files(item))]
         by_path = dict(zip(paths, content_hashes(paths, cache_dir / "content_hashes.json"), strict=True))
-        hashes = [[by_path[i["image"]], "-".join(by_path[path] for path in label_files(i))] for i in self.data]
+        hashes = [[by_path[item["image"]], _label_key(item, by_path)] for item in self.data]
         ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
         key = fingerprint("decoded-3", hashes, ids, describe(transform), num_classes, on_bad_sample)
         self.directory = cache_dir / f"decoded-{key[:16]}"
@@ -96,6 +117,7 @@ class DecodedDataset(Dataset):
         self._first, self._last = np.array(index["first"]), np.array(index["last"])
         self.images = np.load(self.directory / "images.npy", mmap_mode="r")
         self.labels = np.load(self.directory / "labels.npy", mmap_mode="r")
+        self.classes = np.where(self.has_label, self.labels.astype(int), -1) if self.classifies else None
 
     def _decode(self, transform: Callable, on_bad_sample: str, hashes: list[list[str]]) -> None:
         from tqdm import tqdm
@@ -157,6 +179,8 @@ class DecodedDataset(Dataset):
                 f"{item['image']} has the size {image.shape[-2:]} after preprocessing, others {tuple(size)}: make the "
                 "preprocessing end in one fixed size."
             )
+        if self.classifies:
+            return image, self._class_of(item, len(image))
         label = np.full((len(image), 1, *image.shape[-2:]), UNLABELLED, dtype=np.uint8)
         if "label" in item:
             classes = np.asarray(decoded["label"])
@@ -175,6 +199,16 @@ class DecodedDataset(Dataset):
             label[:] = classes
         return image, label
 
+    def _class_of(self, item: dict[str, Any], count: int) -> np.ndarray:
+        """The class of an image, once per sample (count,)."""
+        label = item.get("label", UNLABELLED)
+        if "label" in item and not (_is_class(label) and 0 <= label < self.num_classes):
+            raise BadSampleError(
+                f"{item['image']} has the label {label!r}; the task has classes 0 to {self.num_classes - 1}: correct "
+                "its label."
+            )
+        return np.full(count, label, dtype=np.uint8)
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -186,7 +220,7 @@ class DecodedDataset(Dataset):
         return self.images[neighbours, 0]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return image (3, H, W) uint8, label (1, H, W) uint8 (255 where unlabelled), id, index and has_label."""
+        """Return image (3, H, W) and label (1, H, W) or () as uint8 (255 where unlabelled), id, index, has_label."""
         return {
             "image": torch.from_numpy(np.array(self.image(index))),
             "label": torch.from_numpy(np.array(self.labels[index])),

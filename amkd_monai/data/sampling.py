@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 
 
 class BatchSampler(Sampler[list[int]]):
-    """Batches that mix labelled with unlabelled samples and can prefer those with foreground.
+    """Batches that mix labelled with unlabelled samples and can prefer those with foreground, or rare classes.
 
     Every labelled sample is drawn about equally often (permutations, one after another). An epoch has as many steps
     as all samples fill, whether unlabelled ones are used or not, so that runs with and without them have equal length.
@@ -23,13 +23,15 @@ class BatchSampler(Sampler[list[int]]):
         use_unlabelled: draw unlabelled samples too (of no use without a teacher).
         labelled_fraction: part of a batch that is labelled where there are unlabelled samples.
         foreground_fraction: part of the labelled picks with foreground; None takes them as they come.
+        classes: class per sample, -1 where unknown; None for masks.
+        class_balance: 0 draws classes as often as they occur, 1 equally often; between, by n^(1 - class_balance).
         indices: restrict to these samples.
         min_steps: an epoch has at least so many steps.
         rank: this process.
         world_size: number of processes; each takes its own part of the epoch.
 
     Raises:
-        ValueError: no labelled sample.
+        ValueError: no labelled sample, or a class balance without classes or out of range.
     """
 
     def __init__(
@@ -41,6 +43,8 @@ class BatchSampler(Sampler[list[int]]):
         use_unlabelled: bool = False,
         labelled_fraction: float = 0.5,
         foreground_fraction: float | None = None,
+        classes: Sequence[int] | np.ndarray | None = None,
+        class_balance: float = 0.0,
         indices: Sequence[int] | np.ndarray | None = None,
         min_steps: int = 1,
         rank: int = 0,
@@ -52,10 +56,21 @@ class BatchSampler(Sampler[list[int]]):
         self.unlabelled = pool[~labelled_mask[pool]] if use_unlabelled else pool[:0]
         if len(self.labelled) == 0:
             raise ValueError("There is no labelled sample to train on: check the labels and the split.")
-        self.foreground = self.labelled[foreground_mask[self.labelled]]
-        self.background = self.labelled[~foreground_mask[self.labelled]]
+        if not 0 <= class_balance <= 1 or (class_balance > 0 and classes is None):
+            raise ValueError(f"class_balance is {class_balance}: give 0 to 1, and 0 where labels are masks.")
+        self.strata: list[tuple[np.ndarray, float]] = []
+        if class_balance > 0:
+            known = np.asarray(classes)[self.labelled]
+            pools = [self.labelled[known == c] for c in np.unique(known)]
+            sizes = np.array([len(members) ** (1 - class_balance) for members in pools])
+            self.strata = list(zip(pools, (sizes / sizes.sum()).tolist(), strict=True))
+        elif foreground_fraction is not None:
+            front = foreground_mask[self.labelled]
+            if front.any() and not front.all():
+                parts = (self.labelled[front], self.labelled[~front])
+                self.strata = list(zip(parts, (foreground_fraction, 1 - foreground_fraction), strict=True))
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.labelled_fraction, self.foreground_fraction = labelled_fraction, foreground_fraction
+        self.labelled_fraction = labelled_fraction
         self.steps = max(min_steps, math.ceil(len(pool) / (batch_size * world_size)))
         self.epoch = 0
 
@@ -72,13 +87,12 @@ class BatchSampler(Sampler[list[int]]):
         unlabelled = round(self.batch_size * (1 - self.labelled_fraction)) if len(self.unlabelled) else 0
         unlabelled = min(unlabelled, self.batch_size - 1)
         count = (self.batch_size - unlabelled) * self.steps * self.world_size
-        if self.foreground_fraction is None or len(self.foreground) == 0 or len(self.background) == 0:
+        if not self.strata:
             labelled = _cycle(self.labelled, count, rng)
         else:
-            front = round(count * self.foreground_fraction)
-            labelled = np.concatenate(
-                [_cycle(self.foreground, front, rng), _cycle(self.background, count - front, rng)]
-            )
+            ends = [round(count * share) for share in np.cumsum([share for _, share in self.strata])]
+            counts = np.diff([0, *ends[:-1], count])
+            labelled = np.concatenate([_cycle(s[0], int(n), rng) for s, n in zip(self.strata, counts, strict=True)])
             rng.shuffle(labelled)
         others = _cycle(self.unlabelled, total - count, rng) if unlabelled else np.empty(0, dtype=int)
         labelled = labelled.reshape(self.steps, self.world_size, -1)[:, self.rank]

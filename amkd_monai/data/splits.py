@@ -53,7 +53,8 @@ def random_split(items: Iterable[Item], fractions: Sequence[float] = (0.7, 0.15,
     """Split items at random into train, validation and test, by whole groups.
 
     Groups go, largest first, to the section that misses most items; groups of one size are shuffled. Every
-    section with a fraction above zero gets at least one group.
+    section with a fraction above zero gets at least one group. Where labels are classes, every class is split
+    by itself, the rarest first.
 
     Args:
         items: datalist items with "id" and "group".
@@ -79,16 +80,18 @@ def random_split(items: Iterable[Item], fractions: Sequence[float] = (0.7, 0.15,
             f"{len(sizes)} group(s) cannot fill {wanted} sections of a split: add images of more patients, "
             "or set a fraction to 0."
         )
-    missing = [fraction * len(items) for fraction in fractions]
+    strata = _strata(items)
+    missing = {s: [fraction * n for fraction in fractions] for s, n in _items_per_stratum(sizes, strata).items()}
     empty = {section for section, fraction in enumerate(fractions) if fraction > 0}
     open_sections = sorted(empty)
     section_of: dict[str, int] = {}
-    for group in _largest_first(sizes, seed):
+    for group in _rarest_stratum_first(sizes, strata, seed):
         groups_left = len(sizes) - len(section_of)
         candidates = sorted(empty) if groups_left <= len(empty) else open_sections
-        section = max(candidates, key=lambda candidate: missing[candidate])
+        wanted_here = missing[strata[group]]
+        section = max(candidates, key=lambda candidate: wanted_here[candidate])
         section_of[group] = section
-        missing[section] -= sizes[group]
+        wanted_here[section] -= sizes[group]
         empty.discard(section)
     train, validation, test = ([item for item in items if section_of[item["group"]] == section] for section in range(3))
     return train, validation, test
@@ -123,6 +126,7 @@ def k_fold(
 ) -> Sections:
     """Cross-validation split: test is one fold, validation a part of the rest, by whole groups.
 
+    Where labels are classes, folds have about equal numbers of each class.
     With fewer groups than folds there are as many folds as groups. 11 volumes in 5 folds give 2 or 3 for
     test, 2 for validation and the rest for training.
 
@@ -149,7 +153,8 @@ def k_fold(
             f"{len(set(groups))} group(s) cannot fill train, validation and test: cross-validation needs at "
             "least 3 groups."
         )
-    fold_of_item = fold_of_groups(groups, folds, seed)
+    strata = _strata(items)
+    fold_of_item = fold_of_groups(groups, folds, seed, [strata[group] for group in groups])
     used_folds = int(fold_of_item.max()) + 1
     if not 0 <= fold < used_folds:
         raise ValueError(f"There is no fold {fold}: choose one from 0 to {used_folds - 1}.")
@@ -161,13 +166,16 @@ def k_fold(
     return train, validation, test
 
 
-def fold_of_groups(groups: Sequence[str], folds: int, seed: int = 0) -> np.ndarray:
+def fold_of_groups(
+    groups: Sequence[str], folds: int, seed: int = 0, classes: Sequence[int] | np.ndarray | None = None
+) -> np.ndarray:
     """Assign each sample to a fold so that no group is cut and folds have about equal numbers of samples.
 
     Args:
         groups: group name of each sample.
         folds: number of folds, at least 2; with fewer groups than folds there are as many folds as groups.
         seed: seed of the shuffle of groups of one size.
+        classes: class of each sample; folds then have about equal numbers of each class.
 
     Returns:
         Fold index of each sample, int64 of shape `(len(groups),)`.
@@ -180,11 +188,17 @@ def fold_of_groups(groups: Sequence[str], folds: int, seed: int = 0) -> np.ndarr
         raise ValueError(f"{folds} fold(s) cannot be held out in turn: use at least 2 folds.")
     if len(sizes) < 2:
         raise ValueError(f"{len(sizes)} group(s) cannot be split into folds: at least 2 groups are needed.")
-    samples_in_fold = [0] * min(folds, len(sizes))
+    strata = _majority(zip(groups, [0] * len(groups) if classes is None else classes, strict=True))
+    used = min(folds, len(sizes))
+    of_stratum = {stratum: [0] * used for stratum in strata.values()}
+    samples_in_fold = [0] * used
     fold_of: dict[str, int] = {}
-    for group in _largest_first(sizes, seed):
-        fold_of[group] = samples_in_fold.index(min(samples_in_fold))
-        samples_in_fold[fold_of[group]] += sizes[group]
+    for group in _rarest_stratum_first(sizes, strata, seed):
+        own = of_stratum[strata[group]]
+        fold = min(range(used), key=lambda k: (own[k], samples_in_fold[k]))
+        fold_of[group] = fold
+        own[fold] += sizes[group]
+        samples_in_fold[fold] += sizes[group]
     return np.array([fold_of[group] for group in groups], dtype=np.int64)
 
 
@@ -254,6 +268,32 @@ def _shuffled(groups: Iterable[str], seed: int) -> list[str]:
     """Shuffle group names; the result does not depend on the order they come in."""
     names = sorted(groups)
     return [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
+
+
+def _strata(items: Iterable[Item]) -> dict[str, int]:
+    """The class of each group, -1 where labels are masks or missing."""
+    return _majority((i["group"], i["label"] if isinstance(i.get("label"), int) else -1) for i in items)
+
+
+def _majority(samples: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """The most frequent class of each group, the lowest of equals; duplicates may have conflicting classes."""
+    counts: defaultdict[str, Counter[int]] = defaultdict(Counter)
+    for group, label in samples:
+        counts[group][int(label)] += 1
+    return {group: min(found, key=lambda c: (-found[c], c)) for group, found in counts.items()}
+
+
+def _items_per_stratum(sizes: Counter[str], strata: dict[str, int]) -> Counter[int]:
+    count: Counter[int] = Counter()
+    for group, size in sizes.items():
+        count[strata[group]] += size
+    return count
+
+
+def _rarest_stratum_first(sizes: Counter[str], strata: dict[str, int], seed: int) -> list[str]:
+    """Groups by stratum, the one with fewest items first, and within it the largest group first."""
+    count = _items_per_stratum(sizes, strata)
+    return sorted(_largest_first(sizes, seed), key=lambda group: (count[strata[group]], strata[group]))
 
 
 def _largest_first(sizes: Counter[str], seed: int) -> list[str]:

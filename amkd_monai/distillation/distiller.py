@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from amkd_monai.distillation import losses, return_decoder
 from amkd_monai.distillation.alignment import Alignment
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
 from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherSpec
+from amkd_monai.distillation.loss_choice import DEFAULT_LOSSES, LOSSES, choose_losses
 from amkd_monai.distillation.loss_gate import ScaledLossGate, make_loss_gate
 from amkd_monai.distillation.schedules import distillation_strength, kd_temperature
 from amkd_monai.distillation.standardise import make_standardiser
@@ -22,10 +22,6 @@ from amkd_monai.distillation.teacher_gate import GateReading, TeacherGate
 
 __all__ = ["LOSSES", "Batch", "DistillationOutput", "Distiller", "SampleTable", "TeacherSpec"]
 
-logger = logging.getLogger("amkd_monai")
-
-LOSSES = ("output", "feature", "reconstruction", "contrastive")
-DEFAULT_LOSSES = {"output": 1.0, "feature": 0.2}
 STUDENT_STRIDES = (8, 16)
 """Student levels that are aligned with a teacher (two, summed)."""
 SHARED_STRIDE = 16
@@ -57,6 +53,7 @@ class Distiller(nn.Module):
         temperature: ``start``, ``end`` and ``shape`` of the KD temperature.
         strength: ``warmup``, ``decay`` and ``end`` of beta(t).
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
+        class_weights: (C,) factors of the classes in the task's cross entropy, where an image has one class.
         loss_gate: one of :data:`amkd_monai.distillation.loss_gate.MODES`.
         loss_gate_options: of that mode.
         return_code: ``none`` compares features directly; ``learned`` and ``pca`` compare them in a code, from which
@@ -82,6 +79,7 @@ class Distiller(nn.Module):
         temperature: Mapping[str, Any] | None = None,
         strength: Mapping[str, float] | None = None,
         batch_dice: bool = False,
+        class_weights: Tensor | None = None,
         loss_gate: str = "scaled",
         loss_gate_options: Mapping[str, Any] | None = None,
         return_code: str = "none",
@@ -92,12 +90,13 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.student, self.teachers, self.batch_dice = student, list(teachers), batch_dice
+        self.class_weights = class_weights
         self.temperature, self.strength = dict(temperature or {}), dict(strength or {})
         kd_temperature(0.0, **self.temperature)  # a wrong schedule fails here, not in the first step
         distillation_strength(0.0, **self.strength)
         if return_code not in return_decoder.MODES:
             raise ValueError(f"There is no return code '{return_code}': use one of {', '.join(return_decoder.MODES)}.")
-        self.loss_priors = self._choose_losses(loss_priors, samples, return_code)
+        self.loss_priors = choose_losses(loss_priors, self.teachers, samples, return_code)
         channels = {stride: student.channels_at(stride) for stride in STUDENT_STRIDES} if self.teachers else {}
         self.align, self.standardise, self.codes = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         if self.loss_priors.get("feature") or self.loss_priors.get("reconstruction"):
@@ -113,37 +112,6 @@ class Distiller(nn.Module):
         self.contrast: ContrastiveDistillation | None = None
         if self.loss_priors.get("contrastive") and samples is not None:
             self.contrast = ContrastiveDistillation(width, samples, contrastive)
-
-    def _choose_losses(
-        self, asked: Mapping[str, float] | None, samples: SampleTable | None, return_code: str
-    ) -> dict[str, float]:
-        """Return the priors of the losses that the teachers can serve; 0 for the others."""
-        priors = dict(DEFAULT_LOSSES if asked is None else asked)
-        if unknown := set(priors) - set(LOSSES):
-            raise ValueError(f"Unknown losses {sorted(unknown)}: use some of {', '.join(LOSSES)}.")
-        if not self.teachers:
-            return {}
-        if priors.get("reconstruction") and return_code == "none":
-            raise ValueError("The loss 'reconstruction' needs a code: set return_code to 'learned' or 'pca'.")
-        if priors.get("contrastive") and samples is None:
-            raise ValueError("The loss 'contrastive' needs a table of the training samples: give `samples`.")
-        features = any(t.grid is not None for t in self.teachers)
-        offered = {
-            "output": any(t.admitted and t.logits is not None for t in self.teachers),
-            "feature": features,
-            "reconstruction": features,
-            "contrastive": samples is not None and bool(samples.vectors),
-        }
-        chosen = {name: prior if offered[name] else 0.0 for name, prior in priors.items()}
-        if not any(chosen.values()):
-            raise ValueError(
-                "No teacher offers what the losses ask for (features or admitted answers): change `losses`, the "
-                "teachers, or use none."
-            )
-        for name in chosen:
-            if priors[name] and not offered[name]:
-                logger.warning("No teacher offers what the loss '%s' asks for: it takes no part in this run.", name)
-        return chosen
 
     def _compare_features_of(
         self, spec: TeacherSpec, channels: Mapping[int, int], code: str, code_channels: int, standardisation: str
@@ -176,7 +144,8 @@ class Distiller(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
             rows = batch.has_label
-            named = {"task": losses.segmentation_task_loss(logits[rows], batch.label[rows], self.batch_dice)}
+            named = {"task": losses.task_loss(logits[rows], batch.label[rows], self.batch_dice, self.class_weights)}
+            answer = losses.as_map(logits)
             weights: dict[str, Tensor] = {}
             figures: dict[str, float] = {}
             view: Tensor | None = None
@@ -192,8 +161,8 @@ class Distiller(nn.Module):
                 similar: dict[str, Tensor] = {}
                 if self.teacher_gate.network is not None:
                     similar = {n: F.cosine_similarity(p.aligned, p.goal.detach(), dim=1) for n, p in pairs.items()}
-                reading = self.teacher_gate.measure(batch, answers, logits.shape[1], view, similar)
-                self._distil(batch, logits, view, pairs, answers, reading, progress, named, weights)
+                reading = self.teacher_gate.measure(batch, answers, answer.shape[1], view, similar)
+                self._distil(batch, answer, view, pairs, answers, reading, progress, named, weights)
                 named |= self.teacher_gate.loss(batch, reading) | self._autoencoder(batch, pairs)
                 figures = self.teacher_gate.figures(batch, reading)
                 if self.training:

@@ -16,7 +16,7 @@ class TeacherSpec:
         name: key of its targets in a batch.
         grid: (C, h, w) of its feature map, None if it gives none.
         mean, std: (C,) of its features over the training split.
-        logits: (classes, h, w) of its own answer or its probe's, None if it has neither.
+        logits: (classes, h, w) of its own answer or its probe's, h = w = 1 for classes of images; None without.
         admitted: whether its answers are distilled (they beat the undistilled student); features always are.
         mean_error: mean cross entropy of its answers over the labelled training samples, nats; used without a label.
         score: cross-fitted score of its answers, higher is better; None if it gives none. Used by ``best_single``.
@@ -44,7 +44,7 @@ class DistillationOutput:
             ``uncertainty`` train parts of the distiller alone and never reach the student.
         loss_weights: {name: factor} by which each loss entered the total.
         teacher_weights: {loss: (B, K)} mean weight of each teacher per sample, without gradient.
-        logits: student logits (B, C, H, W).
+        logits: student logits (B, C, H, W), or (B, C) where an image has one class.
         figures: further figures worth recording, by name.
     """
 
@@ -62,9 +62,10 @@ class Batch:
 
     Attributes:
         image: (B, 3, H, W) in [0, 1].
-        label: class indices (B, 1, H, W); rows without a label may hold anything.
+        label: class indices, masks (B, 1, H, W) or one class per image (B,); rows without a label may hold anything.
         has_label: boolean (B,).
-        teachers: {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}.
+        teachers: {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}; where an image has one class, answers
+            have one cell, (B, classes, 1, 1).
         index: position of each sample in the training dataset (B,); contrastive distillation needs it.
         available: boolean (B, K), False where a teacher says nothing about a sample (its rows may hold anything);
             None where every teacher speaks about every sample.
@@ -78,3 +79,8 @@ class Batch:
     index: Tensor | None = None
     available: Tensor | None = None
     task: int = 0
+
+    @property
+    def label_map(self) -> Tensor:
+        """The label as a map (B, 1, H, W); a class per image is a map of one cell."""
+        return self.label[:, None, None, None] if self.label.ndim == 1 else self.label

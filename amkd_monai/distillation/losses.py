@@ -17,6 +17,48 @@ _DICE_OPTIONS = {
 _dice, _batch_dice = DiceLoss(**_DICE_OPTIONS), DiceLoss(**_DICE_OPTIONS, batch=True)
 
 
+def task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False, class_weights: Tensor | None = None) -> Tensor:
+    """The task's loss per sample (B,): that of classes for logits (B, C), that of masks for logits (B, C, H, W)."""
+    if logits.ndim == 2:
+        return classification_task_loss(logits, label, class_weights)
+    return segmentation_task_loss(logits, label, batch_dice)
+
+
+def classification_task_loss(logits: Tensor, label: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Cross entropy per sample.
+
+    Args:
+        logits: (B, C).
+        label: class indices (B,), integer.
+        class_weights: (C,) factors of the classes; their scale matters, a mean of 1 over the samples is meant.
+
+    Returns:
+        (B,) in nats, times the weight of the sample's class.
+
+    Raises:
+        ValueError: the labels are no classes of images, or one is not in 0 to C - 1.
+    """
+    if label.ndim != 1:
+        raise ValueError("The student answers one class per image, the labels are masks: use a student for masks.")
+    _check_classes(label, logits.shape[1])
+    weights = None if class_weights is None else class_weights.to(logits).float()
+    return F.cross_entropy(logits.float(), label.long(), weight=weights, reduction="none")
+
+
+def _check_classes(label: Tensor, classes: int) -> None:
+    lowest, highest = int(label.min()), int(label.max())
+    if highest >= classes or lowest < 0:
+        raise ValueError(
+            f"A label holds the class {lowest if lowest < 0 else highest}, the student has classes 0 to {classes - 1}: "
+            "correct the label or num_classes."
+        )
+
+
+def as_map(logits: Tensor) -> Tensor:
+    """Logits as a map (B, C, h, w); one answer per image (B, C) becomes a map of one cell (B, C, 1, 1)."""
+    return logits[:, :, None, None] if logits.ndim == 2 else logits
+
+
 def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False) -> Tensor:
     """Soft Dice plus cross entropy per sample.
 
@@ -30,15 +72,11 @@ def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = Fal
         (B,): mean soft Dice loss of the foreground classes plus mean cross entropy (nats).
 
     Raises:
-        ValueError: a label is not in 0 to C - 1.
+        ValueError: the labels are no masks, or one is not in 0 to C - 1.
     """
-    classes = logits.shape[1]
-    lowest, highest = int(label.min()), int(label.max())
-    if highest >= classes or lowest < 0:
-        raise ValueError(
-            f"A label holds the class {lowest if lowest < 0 else highest}, the student has classes 0 to {classes - 1}: "
-            "correct the label or num_classes."
-        )
+    if label.ndim != 4:
+        raise ValueError("The student answers masks, the labels are one class per image: use a student for classes.")
+    _check_classes(label, logits.shape[1])
     logits = logits.float()
     dice = _batch_dice(logits, label).mean() if batch_dice else _dice(logits, label).flatten(1).mean(1)
     cross_entropy = F.cross_entropy(logits, label[:, 0].long(), reduction="none").flatten(1).mean(1)

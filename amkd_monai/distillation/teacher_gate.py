@@ -181,7 +181,8 @@ class TeacherGate(nn.Module):
         answers counts as one that knows nothing.
         """
         grid = self.grid()
-        known = torch.where(batch.has_label[:, None, None, None], batch.label, torch.zeros_like(batch.label))
+        label = batch.label_map
+        known = torch.where(batch.has_label[:, None, None, None], label, torch.zeros_like(label))
         errors, entropies = [], []
         for spec in self.teachers:
             fallback = self.prior_entropy if spec.mean_error is None else spec.mean_error

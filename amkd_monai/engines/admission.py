@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.distillation.losses import one_hot_area, soft_cross_entropy
+from amkd_monai.metrics.classification import macro_auroc
+
+MODES = ("cross_fit", "all", "none")
 
 VOLUME_RATIO_TOLERANCE = 0.10
 """A volume teacher that draws more than 10 % too much or too little is not admitted."""
@@ -21,25 +24,41 @@ class AnswerScore:
     """How good answers are on the labelled samples.
 
     Attributes:
-        dice: mean over cases (images or volumes) and foreground classes; cases without foreground are left out.
-        cross_entropy: mean over grid cells, nats.
-        volume_ratio: predicted by true foreground, over all cases.
+        value: the score that decides, higher is better: for masks the mean Dice over cases (images or volumes) and
+            foreground classes, cases without foreground left out; for classes of images the skill.
+        cross_entropy: mean over grid cells or images, nats.
+        further: other figures worth recording, by name: ``volume_ratio`` (predicted by true foreground, over all
+            cases), ``macro_auroc``.
+        name: of the score, ``dice`` or ``skill``.
     """
 
-    dice: float
+    value: float
     cross_entropy: float
-    volume_ratio: float
+    further: dict[str, float]
+    name: str = "dice"
+
+    @property
+    def dice(self) -> float:
+        """The score of answers that are masks."""
+        return self.value
+
+    def record(self) -> dict[str, float]:
+        """All figures by name, rounded."""
+        figures = {self.name: self.value, "cross_entropy": self.cross_entropy, **self.further}
+        return {name: round(value, 4) for name, value in figures.items()}
 
 
 @torch.inference_mode()
 def score_answers(store: FeatureStore, dataset: DecodedDataset, temperature: float = 1.0) -> AnswerScore:
-    """Score cached answers against the labels at the decoded size.
+    """Score cached answers against the labels: masks at the decoded size by Dice, classes of images by their skill.
 
     Args:
         store: ``logits`` (N, classes, h, w) of the dataset.
-        dataset: its labels (N, 1, H, W).
+        dataset: its labels.
         temperature: divides the logits (for the cross entropy; Dice does not depend on it).
     """
+    if dataset.classes is not None:
+        return _score_classes(store, dataset, dataset.classes, temperature)
     classes = dataset.num_classes
     overlap: dict[str, np.ndarray] = {}
     errors: list[float] = []
@@ -62,11 +81,59 @@ def score_answers(store: FeatureStore, dataset: DecodedDataset, temperature: flo
     valid = true_sum > 0
     dice = 2 * both[valid] / (predicted_sum + true_sum)[valid]
     ratio = predicted_sum.sum() / max(1.0, true_sum.sum())
-    return AnswerScore(float(dice.mean()) if valid.any() else 0.0, float(np.mean(errors)), float(ratio))
+    further = {"volume_ratio": float(ratio)}
+    return AnswerScore(float(dice.mean()) if valid.any() else 0.0, float(np.mean(errors)), further)
+
+
+def _score_classes(
+    store: FeatureStore, dataset: DecodedDataset, classes: np.ndarray, temperature: float
+) -> AnswerScore:
+    """Skill 1 - CE / H (McFadden's pseudo R^2): 0 for an answer that knows only the class frequencies, 1 for the truth.
+
+    H is the entropy of the frequencies. It is the log-likelihood on a scale that does not depend on the data set.
+    """
+    rows = np.flatnonzero(dataset.has_label)
+    logits = torch.from_numpy(store.read("logits", rows)).float()[:, :, 0, 0] / temperature
+    true = torch.from_numpy(classes[rows])
+    cross_entropy = float(F.cross_entropy(logits, true))
+    skill = 1 - cross_entropy / max(prior_entropy(dataset), 1e-6)
+    further = {"macro_auroc": macro_auroc(classes[rows], logits.softmax(1).numpy())}
+    return AnswerScore(skill, cross_entropy, further, "skill")
+
+
+def decide(
+    score: AnswerScore | None, student: AnswerScore | None, mode: str, margin: float, kind: str
+) -> tuple[bool, str]:
+    """Decide whether a teacher's answers are distilled.
+
+    Args:
+        score: of the teacher's answers; None if it gives none.
+        student: of the undistilled student; None where it was not asked.
+        mode: one of ``MODES``.
+        margin: by which the teacher must beat the student.
+        kind: of the teacher.
+
+    Returns:
+        The decision, and why, in words that name both scores.
+    """
+    if score is None:
+        return False, "it gives no answers"
+    if mode != "cross_fit" or student is None:
+        return mode == "all", f"admission is set to '{mode}'"
+    measure = f"{score.name.capitalize()} {score.value:.3f}"
+    if score.value < student.value + margin:
+        return False, f"its {measure} does not beat the undistilled student's {student.value:.3f}"
+    ratio = score.further.get("volume_ratio", 1.0)
+    if kind == "crossfit_volume_specialist" and abs(ratio - 1) > VOLUME_RATIO_TOLERANCE:
+        return False, f"its volumes are {ratio:.2f} times the true ones"
+    return True, f"its {measure} beats the undistilled student's {student.value:.3f}"
 
 
 def prior_entropy(dataset: DecodedDataset) -> float:
-    """Entropy in nats of the class frequencies over all labelled pixels: the error of an answer that knows nothing."""
+    """Entropy in nats of the class frequencies over all labelled pixels or images.
+
+    It is the error of an answer that knows nothing else.
+    """
     rows = np.flatnonzero(dataset.has_label)
     counts = np.zeros(dataset.num_classes)
     for i in rows:

@@ -19,6 +19,7 @@ from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.splits import fold_of_groups
 from amkd_monai.distillation import Distiller
+from amkd_monai.distillation.losses import area_logits, as_map
 from amkd_monai.engines.recipe import Recipe
 from amkd_monai.engines.trainer import DistillationTrainer
 from amkd_monai.weights import load_state_dict, load_strict, state_hash
@@ -36,7 +37,10 @@ def fit_student(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
     """Return a function that trains a student on some samples, supervised, with the run's own recipe."""
 
     def fit(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray, fold: int) -> None:
-        distiller = Distiller(network, batch_dice=recipe.batch_dice).to(device, memory_format=torch.channels_last)
+        weights = recipe.class_weights(dataset)
+        distiller = Distiller(network, batch_dice=recipe.batch_dice, class_weights=weights).to(
+            device, memory_format=torch.channels_last
+        )
         loader = recipe.loader(dataset, seed + fold, indices=indices, distributed=False)
         optimizer = recipe.optimizer(distiller)
         scheduler = recipe.scheduler(optimizer, epochs * len(loader))
@@ -62,19 +66,21 @@ def fit_student(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
 
 @torch.inference_mode()
 def predict_student(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray) -> np.ndarray:
-    """Answer samples with a student: logits (N, classes, H / 4, W / 4)."""
+    """Answer samples with a student: logits (N, classes, H / 4, W / 4), or (N, classes, 1, 1) for classes of images."""
     device = next(network.parameters()).device
     network.eval()
     size = answer_size(dataset)
     parts = []
     for start in range(0, len(indices), 16):
         images = torch.cat([images_of(dataset, range(i, i + 1), device) for i in indices[start : start + 16]])
-        parts.append(nn.functional.adaptive_avg_pool2d(network(images), size).cpu().numpy())
+        parts.append(area_logits(as_map(network(images)), size).cpu().numpy())
     return np.concatenate(parts)
 
 
 def answer_size(dataset: DecodedDataset) -> tuple[int, int]:
-    """Grid (h, w) at which cross-fitted answers are kept."""
+    """Grid (h, w) at which cross-fitted answers are kept: one cell where an image has one class."""
+    if dataset.classes is not None:
+        return 1, 1
     height, width = dataset.images.shape[-2:]
     return height // ANSWER_STRIDE, width // ANSWER_STRIDE
 
@@ -118,7 +124,8 @@ def cross_fit(
     if not all(store.is_complete for store in stores):
         labelled = np.flatnonzero(train.has_label)
         unlabelled = np.flatnonzero(~train.has_label)
-        fold = fold_of_groups([train.groups[i] for i in labelled], folds, seed)
+        classes = None if train.classes is None else train.classes[labelled]
+        fold = fold_of_groups([train.groups[i] for i in labelled], folds, seed, classes)
         answers = np.zeros((len(train), train.num_classes, *size), dtype=np.float32)
         others = np.zeros((len(unlabelled), *answers.shape[1:]), dtype=np.float32)
         outside = None if validation is None else np.zeros((len(validation), *answers.shape[1:]), dtype=np.float32)

@@ -29,8 +29,6 @@ from amkd_monai.teachers.registry import CROSS_FITTED_KINDS, build_teacher, vali
 
 logger = logging.getLogger("amkd_monai")
 
-ADMISSION_MODES = ("cross_fit", "all", "none")
-
 
 @dataclass
 class _Candidate:
@@ -76,11 +74,10 @@ class Preparation:
         crossed = description["kind"] in CROSS_FITTED_KINDS
         candidate = self._cross_fitted(description) if crossed else self._image_teacher(description)
         if candidate.answers is not None and candidate.validation_answers is not None:
+            self._check_shape(str(candidate.record["name"]), candidate.answers)
             candidate.temperature = self._calibrate(candidate.validation_answers)
             candidate.score = admission.score_answers(candidate.answers, self.train, candidate.temperature)
-            candidate.record["dice"] = round(candidate.score.dice, 4)
-            candidate.record["cross_entropy"] = round(candidate.score.cross_entropy, 4)
-            candidate.record["volume_ratio"] = round(candidate.score.volume_ratio, 3)
+            candidate.record.update(candidate.score.record())
             candidate.record["calibration_temperature"] = round(candidate.temperature, 3)
         return candidate
 
@@ -128,8 +125,12 @@ class Preparation:
         features, mean, std = candidate.features, candidate.mean, candidate.std
         assert features is not None and mean is not None and std is not None
         size = (int(features.arrays["grid"].shape[1]), int(features.arrays["grid"].shape[2]))
+        array = "grid"
+        if self.train.classes is not None:  # one answer per image, from the teacher's pooled vector
+            array, size = "pooled", (1, 1)
+            mean, std = probes.channel_statistics(features, array)
         key = {
-            "probe": "linear-1",
+            "probe": f"linear-1-{array}",
             "teacher": fingerprint,
             "folds": self.folds,
             "seed": self.seed,
@@ -140,10 +141,10 @@ class Preparation:
         train = answers_store(name, {**key, "of": "train"}, self.train, size, self.cache_dir)
         validation = answers_store(name, {**key, "of": "validation"}, self.validation, size, self.cache_dir)
         if not (train.is_complete and validation.is_complete):
-            logits, fitted = probes.cross_fit_probes(features, self.train, mean, std, self.folds, self.seed)
+            logits, fitted = probes.cross_fit_probes(features, self.train, mean, std, self.folds, self.seed, array)
             keep_answers(train, logits)
             everything = np.arange(len(self.validation))
-            keep_answers(validation, probes.answer(validation_features, everything, mean, std, fitted))
+            keep_answers(validation, probes.answer(validation_features, everything, mean, std, fitted, array))
         return train, validation
 
     def _cross_fitted(self, description: Mapping[str, Any]) -> _Candidate:
@@ -153,6 +154,10 @@ class Preparation:
             raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
         folds = int(description.get("folds", self.folds))
         if description["kind"] == "crossfit_volume_specialist":
+            if self.train.classes is not None:
+                raise ValueError(
+                    f"The teacher '{name}' answers volumes with masks, this task asks for classes: drop it."
+                )
             patch = tuple(int(n) for n in description.get("patch_size", (64, 64, 64)))
             steps, rate = int(description.get("steps", 300)), float(description.get("learning_rate", 2e-3))
             fit = fit_volumes(patch, steps, rate, self.seed, self.device)  # type: ignore[arg-type]
@@ -170,10 +175,18 @@ class Preparation:
         return _Candidate(description, record, answers=answers, validation_answers=validation)
 
     def _calibrate(self, store: FeatureStore) -> float:
-        rows = np.flatnonzero(self.validation.has_label)
-        size = store.arrays["logits"].shape[1:]
-        targets = probes.cell_targets(self.validation, rows, self.validation.num_classes, (size[0], size[1]))
-        return probes.calibration_temperature(torch.from_numpy(store.read("logits", rows)).float(), targets)
+        return _temperature(store, self.validation)
+
+    def _check_shape(self, name: str, store: FeatureStore) -> None:
+        """Refuse answers of another kind than the labels, or with another number of classes."""
+        classes, *size = store.arrays["logits"].shape
+        single = tuple(size) == (1, 1)
+        if classes != self.train.num_classes or single != (self.train.classes is not None):
+            wanted = "one answer per image" if self.train.classes is not None else "a map of answers"
+            raise ValueError(
+                f"The teacher '{name}' gives logits of shape {(classes, *size)}, the task asks for {wanted} with "
+                f"{self.train.num_classes} classes: give a teacher of this task, or drop it."
+            )
 
     def student_score(self, folds: int, epochs: int, best_teacher: float) -> tuple[admission.AnswerScore, int]:
         """Cross-fit the undistilled student with the run's own recipe and score it.
@@ -184,14 +197,14 @@ class Preparation:
         Args:
             folds: number of folds.
             epochs: whole length.
-            best_teacher: Dice to reach, the margin taken off.
+            best_teacher: score to reach, the margin taken off.
 
         Returns:
             The score and the length it took, in epochs.
         """
         length = max(1, epochs // 4)
         score = self._student_score(folds, length)
-        if score.dice <= best_teacher and length < epochs:
+        if score.value <= best_teacher and length < epochs:
             score, length = self._student_score(folds, epochs), epochs
         return score, length
 
@@ -202,7 +215,17 @@ class Preparation:
         answers, _ = crossfit.cross_fit(
             "student", self.student, self.train, None, fit, predict, key, folds, self.seed, self.cache_dir
         )
-        return admission.score_answers(answers, self.train)
+        # masks are scored by Dice, which knows no temperature; classes by likelihood, for which teachers are calibrated
+        temperature = 1.0 if self.train.classes is None else _temperature(answers, self.train)
+        return admission.score_answers(answers, self.train, temperature)
+
+
+def _temperature(store: FeatureStore, dataset: DecodedDataset) -> float:
+    """Calibration temperature of cached answers on a dataset's labels."""
+    rows = np.flatnonzero(dataset.has_label)
+    size = store.arrays["logits"].shape[1:]
+    targets = probes.cell_targets(dataset, rows, dataset.num_classes, (size[0], size[1]))
+    return probes.calibration_temperature(torch.from_numpy(store.read("logits", rows)).float(), targets)
 
 
 def prepare_teachers(
@@ -234,9 +257,9 @@ def prepare_teachers(
         device: where teachers and students run.
         seed: of folds and trainings.
         folds: of probes and cross-fitted specialists.
-        admission_options: ``mode`` (``cross_fit``: a teacher's answers are distilled only if their cross-fitted Dice
-            beats the undistilled student's; ``all``; ``none``), ``margin`` (Dice), ``folds`` and ``epochs`` of the
-            student's cross-fitting.
+        admission_options: ``mode`` (``cross_fit``: a teacher's answers are distilled only if their cross-fitted score,
+            Dice or skill, beats the undistilled student's; ``all``; ``none``), ``margin`` (of the score), ``folds`` and
+            ``epochs`` of the student's cross-fitting.
         weights_dir: folder searched first for the weights of foundation teachers.
 
     Raises:
@@ -244,10 +267,10 @@ def prepare_teachers(
         CheckpointError: a teacher's weights are missing or wrong.
     """
     options = {"mode": "cross_fit", "margin": 0.01, "folds": 3, "epochs": epochs, **(admission_options or {})}
-    if options["mode"] not in ADMISSION_MODES or set(options) != {"mode", "margin", "folds", "epochs"}:
+    if options["mode"] not in admission.MODES or set(options) != {"mode", "margin", "folds", "epochs"}:
         raise ValueError(
             f"The admission options {dict(admission_options or {})} are not understood: use mode (one of "
-            f"{', '.join(ADMISSION_MODES)}), margin, folds, epochs."
+            f"{', '.join(admission.MODES)}), margin, folds, epochs."
         )
     validate_descriptions(teachers)
     preparation = Preparation(train, validation, student, recipe, epochs, cache_dir, device, seed, folds, weights_dir)
@@ -258,32 +281,22 @@ def prepare_teachers(
     record: dict[str, Any] = {"admission": dict(options)}
     student_score: admission.AnswerScore | None = None
     if options["mode"] == "cross_fit" and any(c.score is not None for c in candidates):
-        best = max(c.score.dice for c in candidates if c.score is not None) - float(options["margin"])
+        best = max(c.score.value for c in candidates if c.score is not None) - float(options["margin"])
         student_score, length = preparation.student_score(int(options["folds"]), int(options["epochs"] or epochs), best)
-        record["undistilled_student_dice"] = round(student_score.dice, 4)
+        record |= {f"undistilled_student_{name}": value for name, value in student_score.record().items()}
         record["undistilled_student_epochs"] = length
     sources = [_source(c, _admit(c, student_score, options)) for c in candidates]
     if parallel and dist.get_rank() == 0:
         dist.barrier()
-    return TeacherTargets(sources, admission.prior_entropy(train), record, train.groups)
+    return TeacherTargets(sources, admission.prior_entropy(train), record, train.groups, train.classes)
 
 
 def _admit(candidate: _Candidate, student: admission.AnswerScore | None, options: Mapping[str, Any]) -> bool:
     """Decide whether a teacher's answers are distilled; log and record the decision with both scores."""
-    score, record = candidate.score, candidate.record
-    if score is None:
-        admitted, why = False, "it gives no answers"
-    elif options["mode"] != "cross_fit" or student is None:
-        admitted, why = options["mode"] == "all", f"admission is set to '{options['mode']}'"
-    elif score.dice < student.dice + float(options["margin"]):
-        admitted, why = False, f"its Dice {score.dice:.3f} does not beat the undistilled student's {student.dice:.3f}"
-    elif (
-        record["kind"] == "crossfit_volume_specialist"
-        and abs(score.volume_ratio - 1) > admission.VOLUME_RATIO_TOLERANCE
-    ):
-        admitted, why = False, f"its volumes are {score.volume_ratio:.2f} times the true ones"
-    else:
-        admitted, why = True, f"its Dice {score.dice:.3f} beats the undistilled student's {student.dice:.3f}"
+    record = candidate.record
+    admitted, why = admission.decide(
+        candidate.score, student, str(options["mode"]), float(options["margin"]), str(record["kind"])
+    )
     record["outputs_admitted"], record["admission_reason"] = admitted, why
     logger.info("teacher %s: outputs %s (%s)", record["name"], "distilled" if admitted else "not distilled", why)
     return admitted
@@ -299,7 +312,7 @@ def _source(candidate: _Candidate, admitted: bool) -> TeacherSource:
         logits=_shape(answers, "logits"),
         admitted=admitted,
         mean_error=None if candidate.score is None else candidate.score.cross_entropy,
-        score=None if candidate.score is None else candidate.score.dice,
+        score=None if candidate.score is None else candidate.score.value,
     )
     return TeacherSource(spec, features, answers, candidate.temperature, candidate.record)
 

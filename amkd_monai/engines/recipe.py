@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from monai.optimizers import WarmupCosineSchedule
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from amkd_monai.data.augment import Augmentation
@@ -30,6 +30,8 @@ class Recipe:
         warmup_steps: linear warm-up of the learning rate.
         labelled_fraction: part of a batch that is labelled, where unlabelled samples take part.
         foreground_fraction: part of the labelled picks that show foreground; None takes them as they come.
+        class_balance: draws classes as often as they occur (0) to equally often (1); needs one class per image.
+        class_weighting: weights the task's loss of a class by n^-class_weighting, 1 on average over the samples.
         min_steps: steps that an epoch has at least, for few samples.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
         augmentation: options of :class:`amkd_monai.data.augment.Augmentation`.
@@ -42,6 +44,8 @@ class Recipe:
     warmup_steps: int = 20
     labelled_fraction: float = 0.5
     foreground_fraction: float | None = None
+    class_balance: float = 0.0
+    class_weighting: float = 0.0
     min_steps: int = 1
     batch_dice: bool = False
     augmentation: dict[str, Any] = field(default_factory=dict)
@@ -82,12 +86,28 @@ class Recipe:
             use_unlabelled=use_unlabelled,
             labelled_fraction=self.labelled_fraction,
             foreground_fraction=self.foreground_fraction,
+            classes=dataset.classes,
+            class_balance=self.class_balance,
             indices=indices,
             min_steps=self.min_steps,
             rank=dist.get_rank() if parallel else 0,
             world_size=dist.get_world_size() if parallel else 1,
         )
         return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers)
+
+    def class_weights(self, dataset: DecodedDataset) -> Tensor | None:
+        """Return the weight of each class in the task's loss (C,), from its labelled samples; None for equal weights.
+
+        Raises:
+            ValueError: labels are masks.
+        """
+        if self.class_weighting == 0:
+            return None
+        if dataset.classes is None:
+            raise ValueError("class_weighting needs one class per image, the labels are masks: set it to 0.")
+        counts = np.bincount(dataset.classes[dataset.has_label], minlength=dataset.num_classes).astype(float)
+        weights = np.maximum(counts, 1) ** -self.class_weighting
+        return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()
 
     def optimizer(self, distiller: nn.Module) -> torch.optim.Optimizer:
         """Return AdamW with the encoder's own learning rate and no decay on biases and norms."""

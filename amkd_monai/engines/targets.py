@@ -42,6 +42,7 @@ class TeacherTargets:
         prior_entropy: entropy of the label prior of the training split, nats.
         record: facts for the run record beside the teachers' own.
         groups: group of each training sample; samples of one group never serve as contrasts of each other.
+        classes: class of each training sample, -1 where unknown; nor do samples of one class. None for masks.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class TeacherTargets:
         prior_entropy: float,
         record: dict[str, Any],
         groups: Sequence[str] = (),
+        classes: np.ndarray | None = None,
     ) -> None:
+        self.classes = classes
         self.sources, self.prior_entropy, self.groups = list(sources), prior_entropy, list(groups)
         self.record = {**record, "teachers": [s.record for s in sources]}
 
@@ -77,7 +80,8 @@ class TeacherTargets:
             return None
         numbers = {group: i for i, group in enumerate(dict.fromkeys(self.groups))}
         vectors = {s.spec.name: pooled_features(s.features) for s in self.sources if s.features is not None}
-        return SampleTable(vectors, torch.tensor([numbers[group] for group in self.groups], dtype=torch.long))
+        classes = None if self.classes is None else torch.from_numpy(self.classes).long()
+        return SampleTable(vectors, torch.tensor([numbers[group] for group in self.groups], dtype=torch.long), classes)
 
     @property
     def identity(self) -> list[tuple[str, str, bool]]:

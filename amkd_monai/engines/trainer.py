@@ -105,7 +105,7 @@ class DistillationTrainer(SupervisedTrainer):
         size = (image.shape[-2], image.shape[-1])
         theta = self.augmentation.sample(len(image), size, self.generator).to(device)
         image = self.augmentation.photometric(warp(image, theta), self.generator)
-        label = warp(label.float(), theta, mode="nearest").round().long()
+        label = label.long() if label.ndim == 1 else warp(label.float(), theta, mode="nearest").round().long()
         warped = {name: {kind: warp(m, theta) for kind, m in maps.items()} for name, maps in teachers.items()}
         image = image.contiguous(memory_format=torch.channels_last)
         return Batch(image, label, data["has_label"].to(device), warped, data["index"].to(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,25 @@ from numpy.typing import NDArray
 
 from amkd_monai.metrics.statistics import holm, paired_bootstrap_ci, paired_wilcoxon
 from amkd_monai.metrics.summary import align, read_case_csv
+from amkd_monai.tasks import Task, get_task
 
 IDS_SHOWN = 5
 """How many ids an error message spells out."""
+
+
+def evaluated_task(metrics_json: str | Path) -> Task | None:
+    """Return the task of an evaluated run, from its ``metrics.json``; None where that file is missing.
+
+    Raises:
+        ValueError: the file is not a report, or names an unknown task.
+    """
+    path = Path(metrics_json)
+    if not path.is_file():
+        return None
+    try:
+        return get_task(json.loads(path.read_text(encoding="utf-8"))["task"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the report of an evaluation: evaluate that run again.") from error
 
 
 def compare_runs(

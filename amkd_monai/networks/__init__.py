@@ -1,6 +1,7 @@
-"""The student network and the encoders it is built from."""
+"""The student networks and the encoders they are built from."""
 
+from amkd_monai.networks.class_student import ClassStudent
 from amkd_monai.networks.encoder import create_encoder, load_encoder_weights
-from amkd_monai.networks.student import Student
+from amkd_monai.networks.student import EncodedStudent, Student
 
-__all__ = ["Student", "create_encoder", "load_encoder_weights"]
+__all__ = ["ClassStudent", "EncodedStudent", "Student", "create_encoder", "load_encoder_weights"]

@@ -1,4 +1,4 @@
-"""The student: a lightweight timm encoder, a feature-pyramid neck and a light head."""
+"""The student for masks: a lightweight timm encoder, a feature-pyramid neck and a light head."""
 
 from __future__ import annotations
 
@@ -49,7 +49,42 @@ class FeaturePyramid(nn.Module):
         return top
 
 
-class Student(nn.Module):
+class EncodedStudent(nn.Module):
+    """What students share: a timm encoder that takes [0, 1] RGB and normalises inside; heads are added by subclasses.
+
+    Args:
+        encoder: timm name.
+        levels: which of the encoder's five levels (strides 2 to 32) are used, by number.
+        drop_path: rate of stochastic depth in the encoder.
+    """
+
+    def __init__(self, encoder: str, levels: Sequence[int], drop_path: float) -> None:
+        super().__init__()
+        self.encoder = create_encoder(encoder, features_only=True, out_indices=tuple(levels), drop_path_rate=drop_path)
+        self.encoder_channels: list[int] = list(self.encoder.feature_info.channels())
+        self.strides: list[int] = list(self.encoder.feature_info.reduction())
+        config = self.encoder.pretrained_cfg if hasattr(self.encoder, "pretrained_cfg") else {}
+        mean, std = config.get("mean", (0.5,) * 3), config.get("std", (0.5,) * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """Return the encoder's feature maps, finest first, of an image (B, 3, H, W) in [0, 1]."""
+        features: list[Tensor] = self.encoder((image - self.mean) / self.std)
+        return features
+
+    @torch.jit.unused
+    def channels_at(self, stride: int) -> int:
+        """Return the encoder's channels at a stride (8, 16 or 32)."""
+        return self.encoder_channels[self.strides.index(stride)]
+
+    @torch.jit.unused
+    def features(self, image: Tensor) -> dict[int, Tensor]:
+        """Return {stride: feature map (B, C, H / stride, W / stride)} of an image (B, 3, H, W) in [0, 1]."""
+        return dict(zip(self.strides, self.encode(image), strict=True))
+
+
+class Student(EncodedStudent):
     """A segmentation student of about 3 M parameters.
 
     It takes [0, 1] RGB (or three neighbouring slices), normalises inside, and returns logits at the input's size, so
@@ -79,30 +114,15 @@ class Student(nn.Module):
         seed: int = 0,
         drop_path: float = 0.0,
     ) -> None:
-        super().__init__()
         if stride not in (2, 4):
             raise ValueError(f"The student's stride must be 2 or 4, not {stride}.")
-        first = 1 if stride == 4 else 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.encoder = create_encoder(
-                encoder, features_only=True, out_indices=tuple(range(first, 5)), drop_path_rate=drop_path
-            )
-            self.encoder_channels: list[int] = list(self.encoder.feature_info.channels())
-            self.strides: list[int] = list(self.encoder.feature_info.reduction())
+            super().__init__(encoder, range(1 if stride == 4 else 0, 5), drop_path)
             self.neck = FeaturePyramid(self.encoder_channels, neck_channels)
             self.head = nn.Conv2d(neck_channels, num_classes, 1)
         load_encoder_weights(self.encoder, encoder, weights)
-        config = self.encoder.pretrained_cfg if hasattr(self.encoder, "pretrained_cfg") else {}
-        mean, std = config.get("mean", (0.5,) * 3), config.get("std", (0.5,) * 3)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.num_classes = num_classes
-
-    def encode(self, image: Tensor) -> list[Tensor]:
-        """Return the encoder's feature maps, finest first, of an image (B, 3, H, W) in [0, 1]."""
-        features: list[Tensor] = self.encoder((image - self.mean) / self.std)
-        return features
 
     def decode(self, levels: list[Tensor], size: list[int]) -> Tensor:
         """Turn encoder maps into logits (B, num_classes, H, W) for ``size`` = [H, W]."""
@@ -112,13 +132,3 @@ class Student(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Return logits (B, num_classes, H, W) for an image (B, 3, H, W) in [0, 1]."""
         return self.decode(self.encode(image), [int(image.shape[-2]), int(image.shape[-1])])
-
-    @torch.jit.unused
-    def channels_at(self, stride: int) -> int:
-        """Return the encoder's channels at a stride (8, 16 or 32)."""
-        return self.encoder_channels[self.strides.index(stride)]
-
-    @torch.jit.unused
-    def features(self, image: Tensor) -> dict[int, Tensor]:
-        """Return {stride: feature map (B, C, H / stride, W / stride)} of an image (B, 3, H, W) in [0, 1]."""
-        return dict(zip(self.strides, self.encode(image), strict=True))

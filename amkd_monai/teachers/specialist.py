@@ -49,8 +49,10 @@ class SpecialistTeacher(Teacher):
         licence: licence of the weights.
         mean: subtracted per channel before the network, in [0, 1] units.
         std: divides per channel.
+        answers: ``masks`` for logits (B, classes, h, w), ``classes`` for logits (B, classes), one answer per image.
 
     Raises:
+        ValueError: ``answers`` is something else.
         CheckpointError: the file is missing, damaged or of another format.
     """
 
@@ -63,8 +65,12 @@ class SpecialistTeacher(Teacher):
         licence: str = "unknown",
         mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
         std: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        answers: str = "masks",
     ) -> None:
         super().__init__(name, licence)
+        if answers not in ("masks", "classes"):
+            raise ValueError(f"The specialist '{name}' answers '{answers}': use 'masks' or 'classes'.")
+        self.answers = answers
         self.network = load_network_file(path)
         self.file_hash = file_sha256(path)
         self.image_size, self.grid_limit = image_size, grid_limit
@@ -92,11 +98,21 @@ class SpecialistTeacher(Teacher):
         }
 
     def forward(self, image: Tensor) -> TeacherFeatures:
-        """Return logits (B, num_classes, h, w) and, where the file gives one, the feature map of (B, 3, H, W)."""
+        """Return logits (B, num_classes, h, w) and, where the file gives one, the feature map of (B, 3, H, W).
+
+        Answers that are classes of images are maps of one cell, h = w = 1.
+        """
         size = (self.image_size, self.image_size) if self.image_size else None
         output = self.network((resize(image, size) - self.mean) / self.std)
         logits, grid = output if isinstance(output, (tuple, list)) else (output, None)
-        if logits.ndim != 4:
+        if self.answers == "classes":
+            if logits.ndim != 2:
+                raise ValueError(
+                    f"The specialist '{self.name}' gave logits of shape {tuple(logits.shape)}; a class teacher must "
+                    "give (B, classes)."
+                )
+            logits = logits[:, :, None, None]  # (B, classes) -> (B, classes, 1, 1), a map of one cell
+        elif logits.ndim != 4:
             raise ValueError(
                 f"The specialist '{self.name}' gave logits of shape {tuple(logits.shape)}; a mask teacher must give "
                 "(B, classes, h, w)."

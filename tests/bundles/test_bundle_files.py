@@ -16,7 +16,7 @@ from amkd_monai.tasks import TASKS
 
 
 def test_every_bundle_serves_the_task_of_its_name_and_all_tasks_have_a_bundle():
-    assert {"busi", "covid", "kvasir_seg", "msd_heart"} <= set(BUNDLES) <= set(TASKS)
+    assert {"aptos2019", "busi", "covid", "isic2017", "kvasir_seg", "msd_heart"} <= set(BUNDLES) <= set(TASKS)
     served = {
         json.loads(path.read_text()).get("task")
         for path in ROOT.glob("bundles/*/configs/*.json")

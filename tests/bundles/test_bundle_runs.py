@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import nibabel as nib
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from bundle_runs import SEGMENTATION, read_json, run, settings, workflow
-from helpers import ROOT, shared_data
+from helpers import shared_data
 from PIL import Image
 
 from amkd_monai.data.datalist import inference_datalist
@@ -145,50 +144,3 @@ def test_real_heart_volumes_train_and_evaluate_in_millimetres(tmp_path, cache):
     ids = {row["id"] for row in rows}
     assert len(ids) >= 2 and all(30_000 < float(row["reference_volume"]) < 300_000 for row in rows), "cubic millimetres"
     assert len(ids & {"la_005", "la_026"}) != 1, "one image with two labels never lies on both sides of a split"
-
-
-def test_sections_that_all_segmentation_bundles_share_are_equal():
-    first, *others = (
-        {
-            c: json.loads((ROOT / "bundles" / b / "configs" / f"{c}.json").read_text())
-            for c in ("train", "multi_gpu_train")
-        }
-        for b in SEGMENTATION
-    )
-    for other in others:
-        assert other["multi_gpu_train"] == first["multi_gpu_train"]
-        for key in (
-            "imports",
-            "output_dir",
-            "ckpt_dir",
-            "cache_dir",
-            "device",
-            "teachers",
-            "gate",
-            "gate_options",
-            "losses",
-            "loss_gate",
-            "loss_gate_options",
-            "return_code",
-            "code_channels",
-            "standardisation",
-            "contrastive",
-            "method",
-            "targets",
-            "admission",
-            "distiller_def",
-            "distiller",
-            "optimizer",
-            "lr_scheduler",
-            "facts",
-            "best_student",
-            "run_record",
-            "initialize",
-            "training",
-            "run",
-        ):
-            assert other["train"][key] == first["train"][key], key
-        for section in ("dataset", "dataloader", "postprocessing", "key_metric", "handlers", "trainer"):
-            assert other["train"]["train"][section] == first["train"]["train"][section], section
-        for section in ("dataset", "dataloader", "postprocessing", "key_metric", "handlers", "evaluator"):
-            assert other["train"]["validate"][section] == first["train"]["validate"][section], section

@@ -112,3 +112,20 @@ def test_indices_restrict_the_pool():
 def test_no_labelled_sample_is_named():
     with pytest.raises(ValueError, match="no labelled sample"):
         sampler(indices=[20, 21])
+
+
+@pytest.mark.parametrize(("balance", "share"), [(0.0, 0.1), (0.5, 0.25), (1.0, 0.5)])
+def test_rare_classes_are_drawn_as_often_as_asked(balance, share):
+    classes = np.array([0] * 180 + [1] * 20 + [-1] * 30)
+    known = classes >= 0
+    sampler = BatchSampler(known, known, 10, classes=classes, class_balance=balance, min_steps=200)
+    drawn = np.concatenate(list(sampler))
+    assert known[drawn].all()
+    assert np.mean(classes[drawn] == 1) == pytest.approx(share, abs=0.02)
+    assert len(set(drawn)) == 200, "everyone is drawn"
+
+
+def test_a_class_balance_needs_classes():
+    for options in ({"class_balance": 0.5}, {"class_balance": 2.0, "classes": [0, 1]}):
+        with pytest.raises(ValueError, match="class_balance is"):
+            BatchSampler([True, True], [True, False], 2, **options)

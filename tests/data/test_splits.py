@@ -194,3 +194,31 @@ def test_byte_identical_images_share_a_group(tmp_path):
     grouped = group_identical_images(items)
     assert {item["id"]: item["group"] for item in grouped} == {"a": "a+c", "b": "b", "c": "a+c", "d": "d"}
     assert items[0]["group"] == "c"  # the input is left as it was
+
+
+def labelled(counts, per_group=1):
+    classes = [c for c, n in enumerate(counts) for _ in range(n)]
+    return [{"id": f"i{k:03d}", "group": f"{c}-{k // per_group}", "label": c} for k, c in enumerate(classes)]
+
+
+@pytest.mark.parametrize("per_group", [1, 2])
+def test_classes_are_spread_over_sections_and_folds(per_group):
+    items = labelled((50, 20, 10), per_group)
+    seen = []
+    for fold in range(5):
+        train, validation, test = k_fold(items, fold=fold)
+        for section, share in ((train, 0.64), (validation, 0.16), (test, 0.2)):
+            for c, n in enumerate((50, 20, 10)):
+                assert abs(sum(i["label"] == c for i in section) - share * n) <= per_group + 0.5
+        seen += [i["id"] for i in test]
+    assert sorted(seen) == [i["id"] for i in items]
+    for section, share in zip(random_split(items), (0.7, 0.15, 0.15), strict=True):
+        assert all(
+            abs(sum(i["label"] == c for i in section) - share * n) <= per_group for c, n in enumerate((50, 20, 10))
+        )
+
+
+def test_a_group_of_several_classes_is_not_cut():
+    items = [*labelled((10, 10)), {"id": "x", "group": "0-0", "label": 1}]
+    fold = fold_of_groups([i["group"] for i in items], 4, classes=[i["label"] for i in items])
+    assert fold[-1] == fold[0]

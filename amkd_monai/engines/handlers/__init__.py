@@ -2,6 +2,7 @@
 
 from amkd_monai.engines.handlers.case_report import CaseReport
 from amkd_monai.engines.handlers.checkpoints import BestStudent, LoadStudent, ResumeCheckpoint
+from amkd_monai.engines.handlers.class_report import ClassPredictions, ClassReport, ClassScore, FitTemperature
 from amkd_monai.engines.handlers.early_stopping import Attach, EarlyStopping
 from amkd_monai.engines.handlers.empty_references import EmptyReferences
 from amkd_monai.engines.handlers.run_record import RunRecord
@@ -10,8 +11,12 @@ __all__ = [
     "Attach",
     "BestStudent",
     "CaseReport",
+    "ClassPredictions",
+    "ClassReport",
+    "ClassScore",
     "EarlyStopping",
     "EmptyReferences",
+    "FitTemperature",
     "LoadStudent",
     "ResumeCheckpoint",
     "RunRecord",

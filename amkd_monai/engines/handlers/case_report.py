@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -97,7 +97,7 @@ class CaseReport:
             raise TypeError("CaseReport needs a list of dicts: run the evaluator with decollate=True.")
         sources = batch if isinstance(batch, list) and len(batch) == len(output) else [{}] * len(output)
         for item, source in zip(output, sources, strict=True):
-            key = case, _ = _identify({**source, **item})
+            key = case, _ = identify({**source, **item})
             if key in self._cases:
                 logger.info("The case %s came again and is counted once.", case)
                 continue
@@ -111,17 +111,27 @@ class CaseReport:
         """
         cases = _gather(self._cases)
         rows = [row for key in sorted(cases) for row in cases[key]]
-        summary = summarise(rows, METRICS)
-        for metric, values in summary["metrics"].items():
-            engine.state.metrics |= {f"{metric}_{name}": value for name, value in values.items()}
-        engine.state.metrics |= {f"cases_{status}": summary["status"].get(status, 0) for status in STATUSES}
-        if summary["empty_references"]:
-            engine.state.metrics["false_positive_rate"] = summary["false_positive_rate"]
+        summary, flat = self._summarise(rows)
+        engine.state.metrics |= flat
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
             return
         write_case_csv(self.output_dir / "per_case.csv", rows)
         atomic_write_json(self.output_dir / "metrics.json", jsonable(self._describe(summary) | self.facts))
-        logger.info("%s", format_table(summary, f"{self.task.name}, HD95 in {self._unit}"))
+        logger.info("%s", self._table(summary))
+
+    def _summarise(self, rows: Sequence[Row]) -> tuple[dict[str, Any], dict[str, float]]:
+        """The summary of all rows, and what of it goes into ``engine.state.metrics``."""
+        summary = summarise(rows, METRICS)
+        flat: dict[str, float] = {}
+        for metric, values in summary["metrics"].items():
+            flat |= {f"{metric}_{name}": value for name, value in values.items()}
+        flat |= {f"cases_{status}": summary["status"].get(status, 0) for status in STATUSES}
+        if summary["empty_references"]:
+            flat["false_positive_rate"] = summary["false_positive_rate"]
+        return summary, flat
+
+    def _table(self, summary: Mapping[str, Any]) -> str:
+        return format_table(summary, f"{self.task.name}, HD95 in {self._unit}")
 
     def _score(self, item: Mapping[str, Any], case: str) -> list[Row]:
         try:
@@ -165,7 +175,7 @@ class CaseReport:
         }
 
 
-def _identify(item: Mapping[str, Any]) -> CaseKey:
+def identify(item: Mapping[str, Any]) -> CaseKey:
     """The id of a case and its image file; the id may be the name of the file, the file may be unknown."""
     image = item.get(CommonKeys.IMAGE)
     filename = getattr(image, "meta", {}).get(ImageMetaKey.FILENAME_OR_OBJ)

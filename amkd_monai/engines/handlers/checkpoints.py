@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ class BestStudent:
     def __call__(self, engine: Engine) -> None:
         """Compare and save."""
         value = float(engine.state.metrics[engine.state.key_metric_name])
+        if math.isnan(value):
+            raise ValueError(
+                f"The validation section gives no {engine.state.key_metric_name}: it needs labelled cases of at least "
+                "two classes, or with foreground; change the split."
+            )
         if value > self.best:
             self.best = value
             if _is_main_process():

@@ -1,0 +1,58 @@
+"""ISIC 2017, part 1: the outline of the lesion, `ISIC-2017_<section>_Part1_GroundTruth/<id>_segmentation.png`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from amkd_monai.data import class_labels
+from amkd_monai.data.isic2017 import BESIDE, OFFICIAL, check_layout, image_folder, inference_items
+from amkd_monai.data.splits import Item, Sections, group_identical_images, k_fold
+
+__all__ = ["find_items", "inference_items", "split"]
+
+MASK = "_segmentation"
+
+
+def find_items(root: Path) -> list[Item]:
+    """List all images whose section has masks; a section without a folder of masks is left out.
+
+    Raises:
+        FileNotFoundError: `root` has not the layout, there is no folder of masks, or an image has no mask.
+        ValueError: a mask has no image.
+    """
+    root = Path(root)
+    check_layout(root)
+    items: list[Item] = []
+    for section, name in OFFICIAL.items():
+        masks, folder = root / f"ISIC-2017_{name}_Part1_GroundTruth", image_folder(root, name)
+        if folder is None or not masks.is_dir():
+            continue
+        images = class_labels.images_by_id(folder, BESIDE)
+        outlines = {n.removesuffix(MASK): f for n, f in class_labels.images_by_id(masks).items() if n.endswith(MASK)}
+        if lost := images.keys() - outlines.keys():
+            raise FileNotFoundError(f"{masks} lacks the mask(s) of {class_labels.some(lost)}: add them.")
+        if alone := outlines.keys() - images.keys():
+            raise ValueError(f"{folder} lacks the image(s) of the mask(s) {class_labels.some(alone)}: add them.")
+        items += [
+            {"image": str(images[i]), "label": str(outlines[i]), "id": i, "group": i, "section": section}
+            for i in images
+        ]
+    if not items:
+        raise FileNotFoundError(f"No masks in {root}: expected ISIC-2017_Training_Part1_GroundTruth/*{MASK}.png.")
+    return group_identical_images(items)
+
+
+def split(
+    root: Path,
+    items: list[Item],
+    *,
+    fractions: Sequence[float] = (0.7, 0.15, 0.15),
+    folds: int = 5,
+    fold: int = 0,
+    seed: int = 0,
+) -> Sections:
+    """Split as officially if all three sections have masks, otherwise into folds; as in part 3."""
+    if {item["section"] for item in items} == set(OFFICIAL):
+        return class_labels.given_sections(items)
+    return k_fold([{k: v for k, v in item.items() if k != "section"} for item in items], folds, fold, seed=seed)

@@ -1,0 +1,185 @@
+"""Metrics of classes: pure functions of true classes and class probabilities (NumPy and SciPy only).
+
+Everywhere ``label`` (N,) holds class indices, ``probabilities`` (N, C) sum to 1 per case, ``positive`` (N,) is
+boolean and ``score`` (N,) is higher for what is more likely positive. What a set of cases cannot say is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+RELIABILITY_BINS = 15
+
+
+def confusion_matrix(label: ArrayLike, predicted: ArrayLike, classes: int) -> NDArray[np.int64]:
+    """Count cases by true class (rows) and predicted class (columns), (C, C)."""
+    true, answer = np.asarray(label, int), np.asarray(predicted, int)
+    return np.bincount(true * classes + answer, minlength=classes * classes).reshape(classes, classes)
+
+
+def quadratic_weighted_kappa(label: ArrayLike, predicted: ArrayLike, classes: int) -> float:
+    """Cohen's kappa with quadratic weights (Cohen, 1968): 1 for agreement, 0 for chance.
+
+    Args:
+        label: true grades (N,).
+        predicted: predicted grades (N,).
+        classes: number of grades C.
+
+    Returns:
+        At most 1; NaN where all cases have one and the same true and predicted grade.
+    """
+    observed = confusion_matrix(label, predicted, classes).astype(float)
+    grades = np.arange(classes)
+    weight = (grades[:, None] - grades[None, :]) ** 2
+    expected = np.outer(observed.sum(1), observed.sum(0)) / max(observed.sum(), 1)
+    chance = (weight * expected).sum()
+    return float(1 - (weight * observed).sum() / chance) if chance > 0 else math.nan
+
+
+def auroc(positive: ArrayLike, score: ArrayLike) -> float:
+    """Area under the ROC curve by ranks (Mann-Whitney), ties count half; NaN unless both kinds are there."""
+    is_positive = np.asarray(positive, bool)
+    n, m = int(is_positive.sum()), int((~is_positive).sum())
+    if n == 0 or m == 0:
+        return math.nan
+    ranks = stats.rankdata(np.asarray(score, float))
+    return float((ranks[is_positive].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def macro_auroc(label: ArrayLike, probabilities: ArrayLike) -> float:
+    """Mean over the classes of the area of one against the rest; classes that don't occur are left out."""
+    true, p = np.asarray(label, int), np.asarray(probabilities, float)
+    areas = [auroc(true == c, p[:, c]) for c in range(p.shape[1])]
+    known = [a for a in areas if not math.isnan(a)]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def balanced_accuracy(label: ArrayLike, predicted: ArrayLike) -> float:
+    """Mean over the classes that occur of the part recognised."""
+    true, answer = np.asarray(label, int), np.asarray(predicted, int)
+    return float(np.mean([(answer[true == c] == c).mean() for c in np.unique(true)]))
+
+
+def sensitivity(positive: ArrayLike, called: ArrayLike) -> float:
+    """Part of the positive cases that is called positive; NaN without a positive case."""
+    is_positive, answer = np.asarray(positive, bool), np.asarray(called, bool)
+    return float(answer[is_positive].mean()) if is_positive.any() else math.nan
+
+
+def specificity(positive: ArrayLike, called: ArrayLike) -> float:
+    """Part of the negative cases that is called negative; NaN without a negative case."""
+    return sensitivity(~np.asarray(positive, bool), ~np.asarray(called, bool))
+
+
+def specificity_at_sensitivity(positive: ArrayLike, score: ArrayLike, wanted: float) -> float:
+    """Specificity of the strictest threshold (score >= threshold) whose sensitivity is at least ``wanted``.
+
+    Returns:
+        In [0, 1]; NaN unless both kinds are there.
+    """
+    is_positive, s = np.asarray(positive, bool), np.asarray(score, float)
+    if is_positive.all() or not is_positive.any():
+        return math.nan
+    descending = np.sort(s[is_positive])[::-1]
+    threshold = descending[math.ceil(wanted * len(descending) - 1e-9) - 1]
+    return float((s[~is_positive] < threshold).mean())
+
+
+def brier(label: ArrayLike, probabilities: ArrayLike) -> float:
+    """Mean over cases of the squared distance between probabilities and truth, summed over the classes: 0 to 2."""
+    true, p = np.asarray(label, int), np.asarray(probabilities, float)
+    return float(np.square(p - np.eye(p.shape[1])[true]).sum(1).mean())
+
+
+def reliability_table(
+    label: ArrayLike, probabilities: ArrayLike, bins: int = RELIABILITY_BINS
+) -> list[dict[str, float]]:
+    """How often the predicted class is right, by how sure the answer is; bins of equal width, empty ones left out.
+
+    Returns:
+        Rows with ``low`` and ``high`` (the bin (low, high] of the largest probability), ``count``, ``confidence``
+        (mean of it) and ``accuracy``.
+    """
+    true, p = np.asarray(label, int), np.asarray(probabilities, float)
+    sure, right = p.max(1), p.argmax(1) == true
+    place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
+    rows = []
+    for k in np.unique(place):
+        inside = place == k
+        rows.append(
+            {
+                "low": float(k / bins),
+                "high": float((k + 1) / bins),
+                "count": int(inside.sum()),
+                "confidence": float(sure[inside].mean()),
+                "accuracy": float(right[inside].mean()),
+            }
+        )
+    return rows
+
+
+def expected_calibration_error(label: ArrayLike, probabilities: ArrayLike, bins: int = RELIABILITY_BINS) -> float:
+    """Mean over cases of |accuracy - confidence| of their bin (Naeini et al., 2015; Guo et al., 2017)."""
+    rows = reliability_table(label, probabilities, bins)
+    total = sum(row["count"] for row in rows)
+    return math.fsum(row["count"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / total
+
+
+def delong(positive: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Areas under the ROC curves of several scores on the same cases, and their covariance.
+
+    DeLong, DeLong and Clarke-Pearson, Biometrics 44, 1988, by mid-ranks (Sun and Xu, IEEE Signal Processing Letters
+    21, 2014).
+
+    Args:
+        positive: (N,).
+        scores: K vectors (N,).
+
+    Returns:
+        Areas (K,) and covariance (K, K).
+
+    Raises:
+        ValueError: fewer than two positive or two negative cases.
+    """
+    is_positive = np.asarray(positive, bool)
+    s = np.stack([np.asarray(score, float) for score in scores])
+    m, n = int(is_positive.sum()), int((~is_positive).sum())
+    if min(m, n) < 2:
+        raise ValueError(
+            f"DeLong's test needs two cases of each kind at least, there are {m} positive and {n} negative."
+        )
+    everyone = stats.rankdata(s, axis=1)
+    of_positive = (everyone[:, is_positive] - stats.rankdata(s[:, is_positive], axis=1)) / n
+    of_negative = 1 - (everyone[:, ~is_positive] - stats.rankdata(s[:, ~is_positive], axis=1)) / m
+    covariance = np.atleast_2d(np.cov(of_positive)) / m + np.atleast_2d(np.cov(of_negative)) / n
+    return of_positive.mean(1), covariance
+
+
+def delong_test(positive: ArrayLike, a: ArrayLike, b: ArrayLike) -> tuple[float, float, float, float]:
+    """Compare the areas of two scores on the same cases.
+
+    Args:
+        positive: (N,).
+        a: score of the first method (N,).
+        b: score of the second method on the same cases (N,).
+
+    Returns:
+        Difference of the areas (a - b), bounds of its 95 % interval, and the two-sided p value: 1 where both rank all
+        pairs alike.
+
+    Raises:
+        ValueError: as in :py:func:`delong`.
+    """
+    areas, covariance = delong(positive, (a, b))
+    difference = float(areas[0] - areas[1])
+    variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+    if variance <= 1e-15:
+        return difference, difference, difference, 1.0 if abs(difference) < 1e-12 else 0.0
+    deviation = math.sqrt(variance)
+    half = float(stats.norm.ppf(0.975)) * deviation
+    return difference, difference - half, difference + half, float(2 * stats.norm.sf(abs(difference) / deviation))
