@@ -14,7 +14,7 @@ import sys
 import time
 
 TEACHERS: dict[str, tuple[dict, int]] = {
-    "medsam": ({"kind": "medsam"}, 1024),
+    "medsam": ({"kind": "medsam", "grid_limit": 64}, 1024),
     "retfound": ({"kind": "retfound"}, 224),
     "retfound_dinov2": ({"kind": "retfound", "variant": "dinov2_meh"}, 224),
     "usfm": ({"kind": "usfm"}, 224),
