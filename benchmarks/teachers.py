@@ -12,10 +12,9 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 TEACHERS: dict[str, tuple[dict, int]] = {
-    "medsam": ({"kind": "medsam"}, 1024),
+    "medsam": ({"kind": "medsam", "grid_limit": 64}, 1024),
     "retfound": ({"kind": "retfound"}, 224),
     "retfound_dinov2": ({"kind": "retfound", "variant": "dinov2_meh"}, 224),
     "usfm": ({"kind": "usfm"}, 224),
@@ -23,7 +22,7 @@ TEACHERS: dict[str, tuple[dict, int]] = {
 }
 """Description and side of the input image in pixels."""
 
-HEADER = ("teacher", "input", "parameters", "GFLOP", "s/image float32", "s/image bfloat16", "cosine", "peak MB")
+HEADER = ("teacher", "input", "parameters", "GFLOP", "s/image float32", "bfloat16", "cosine", "peak MB")
 
 
 def measure(name: str, images: int, device: str) -> dict[str, float | str]:
@@ -33,35 +32,32 @@ def measure(name: str, images: int, device: str) -> dict[str, float | str]:
 
     from amkd_monai.teachers.registry import build_teacher
 
-    def synchronised() -> float:
-        if device != "cpu":
-            torch.cuda.synchronize()
+    def clock() -> float:
+        if device == "cpu":
+            return time.process_time()  # what other programs take does not count
+        torch.cuda.synchronize()
         return time.perf_counter()
-
-    def seconds(run: Callable[[], object]) -> float:
-        start = synchronised()
-        for _ in range(images):
-            run()
-        return (synchronised() - start) / images
 
     description, size = TEACHERS[name]
     teacher = build_teacher({"name": name, **description, "weights": "random"}).to(device)
     image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    flops = FlopCounterMode(display=False)
+
+    def run(precision: str) -> tuple[torch.Tensor, float]:
+        teacher.precision, start = precision, clock()
+        for _ in range(images):
+            grid = teacher(image).grid
+        return grid.double().flatten(), (clock() - start) / images
+
     with torch.inference_mode():
-        with FlopCounterMode(display=False) as flops:
-            exact = teacher(image).grid
-        float32 = seconds(lambda: teacher(image))
-        # of the float32 runs: the larger of the two
-        on_device = 0 if device == "cpu" else torch.cuda.max_memory_allocated()
-        peak = on_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        teacher.precision = "bfloat16"
-        rounded = teacher(image).grid
-        bfloat16 = seconds(lambda: teacher(image))
-    assert exact is not None and rounded is not None
-    exact, rounded = exact.double().flatten(), rounded.double().flatten()
+        with flops:  # it cannot count under autocast
+            exact, float32 = run("float32")
+        process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = process if device == "cpu" else torch.cuda.max_memory_allocated()
+        rounded, bfloat16 = run("bfloat16")
     return {
         "parameters": sum(p.numel() for p in teacher.parameters()) / 1e6,
-        "gflop": flops.get_total_flops() / 1e9,
+        "gflop": flops.get_total_flops() / images / 1e9,
         "float32": float32,
         "bfloat16": bfloat16,
         "cosine": float(torch.nn.functional.cosine_similarity(exact, rounded, dim=0)),

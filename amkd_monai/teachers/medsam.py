@@ -5,25 +5,24 @@ Ma et al., Segment anything in medical images, Nature Communications 2024.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from skimage.transform import resize
-from torch import Tensor, nn
+from torch import Tensor
 
 from amkd_monai.checkpoints.signatures import MEDSAM, MEDSAM_HUB
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, binary_to_two_class, pool_to_grid
 from amkd_monai.teachers.images import each_image
 from amkd_monai.teachers.medsam_keys import from_hugging_face
+from amkd_monai.teachers.medsam_network import PATCH, build_sam
 from amkd_monai.teachers.official import OfficialWeights, fixed_initialisation, read_official
 from amkd_monai.teachers.vit import patches_per_side
 from amkd_monai.weights import CheckpointError, load_strict
 
 PROMPTS = ("none", "whole_image", "label_box")
-PATCH = 16
 NO_OBJECT = -10.0
 """Foreground logit where the label is empty: there is no box to ask with, and no object."""
 
@@ -170,39 +169,3 @@ class MedSAMTeacher(Teacher):
             mask, _ = self.answer(embedding, boxes.nan_to_num(0.0))
             logits = binary_to_two_class(torch.where(has_box.view(-1, 1, 1, 1), mask, NO_OBJECT))
         return TeacherFeatures(pool_to_grid(embedding, self.grid_limit), embedding.mean((2, 3)), logits)
-
-
-def build_sam(
-    image_size: int, embed_dim: int, depth: int, num_heads: int, global_blocks: tuple[int, ...], prompt_dim: int
-) -> nn.ModuleDict:
-    """Return SAM's three parts, from the segment-anything package, without weights.
-
-    Raises:
-        ValueError: segment-anything is not installed.
-    """
-    try:
-        from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
-    except ImportError as error:
-        raise ValueError("MedSAM needs the package segment-anything: run `pip install segment-anything`.") from error
-    side = image_size // PATCH
-    return nn.ModuleDict(
-        {
-            "image_encoder": ImageEncoderViT(
-                img_size=image_size,
-                patch_size=PATCH,
-                embed_dim=embed_dim,
-                depth=depth,
-                num_heads=num_heads,
-                out_chans=prompt_dim,
-                norm_layer=partial(nn.LayerNorm, eps=1e-6),
-                use_rel_pos=True,
-                window_size=14,
-                global_attn_indexes=global_blocks,
-            ),
-            "prompt_encoder": PromptEncoder(prompt_dim, (side, side), (image_size, image_size), mask_in_chans=16),
-            "mask_decoder": MaskDecoder(
-                transformer_dim=prompt_dim,
-                transformer=TwoWayTransformer(depth=2, embedding_dim=prompt_dim, mlp_dim=2048, num_heads=8),
-            ),
-        }
-    )

@@ -78,3 +78,16 @@ def test_answers_of_another_task_are_refused(tmp_path):
     with pytest.raises(RuntimeError) as caught:
         run("kvasir_seg", ("train",), settings("kvasir_seg", tmp_path, tmp_path / "cache", teachers=teachers))
     assert "organs" in str(root_cause(caught.value)) and "5 classes" in str(root_cause(caught.value))
+
+
+def test_an_answer_about_the_whole_image_is_no_mask(tmp_path):
+    """A fine-tuned RETFound in a mask task teaches features, and a probe answers on its grid."""
+    state = {k: v for k, v in official_state("retfound").items() if not k.startswith(("norm.", "mask_", "decoder_"))}
+    state |= {"fc_norm.weight": torch.ones(48), "fc_norm.bias": torch.zeros(48)}
+    state |= {"head.weight": torch.randn(5, 48), "head.bias": torch.zeros(5)}
+    torch.save({"model": state}, tmp_path / "checkpoint-best.pth")
+    teachers = [{"name": "aptos", **TINY["retfound"], "weights": str(tmp_path / "checkpoint-best.pth")}]
+    values = settings("kvasir_seg", tmp_path, tmp_path / "cache", teachers=teachers, admission={"mode": "all"})
+    run("kvasir_seg", ("train",), {**values, "max_epochs": 1})
+    (teacher,) = read_json(tmp_path / "eval" / "run.json")["distillation"]["teachers"]
+    assert "probe" in teacher["answers"] and not teacher["random_weights"]
