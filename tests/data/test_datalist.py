@@ -88,7 +88,7 @@ def test_phantoms_are_generated_once_and_marked(workplace):
 
 
 def test_an_unknown_task_lists_the_known_ones(workplace):
-    with pytest.raises(ValueError, match="Unknown task 'liver': use one of .*kvasir_seg, msd_heart"):
+    with pytest.raises(ValueError, match=r"Unknown task 'liver': use one of .*kvasir_seg, msd_heart"):
         datalist("liver")
 
 
