@@ -149,3 +149,9 @@ def test_geometry_options_leave_intensities_and_photometric_options_leave_geomet
     assert torch.equal(geometric.photometric(image, generator()), image)
     theta = Augmentation(gain=0.5, offset=0.5, colour=0.5).sample(4, (8, 8), generator())
     torch.testing.assert_close(theta, torch.eye(2, 3).expand(4, 2, 3))
+
+
+def test_an_answer_for_the_whole_image_is_not_moved():
+    theta = Augmentation(rotation=1.0, scale=0.3, shift=0.4, flip_width=True).sample(3, (8, 12), generator())
+    answer = torch.randn(3, 5, 1, 1)
+    assert torch.equal(warp(answer, theta), answer)

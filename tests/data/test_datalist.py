@@ -189,7 +189,8 @@ def test_every_task_has_a_module_and_a_phantom_writer():
     for module in datalists.MODULES.values():
         assert all(callable(getattr(module, name)) for name in ("find_items", "split", "inference_items"))
     for task in TASKS.values():
-        assert task.classes[0] == "background"
+        assert task.is_classification or task.classes[0] == "background"
+        assert task.kind in ("segmentation", "classification") and set(task.singled_out) <= set(task.classes)
         assert len(task.prompts) == len(task.classes) - 1
         assert task.unit == {2: "px", 3: "mm"}[task.dimensions]
 
