@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amkd_monai.data import class_labels
-from amkd_monai.data.splits import Item, Sections, group_identical_images, k_fold
+from amkd_monai.data.duplicates import group_identical_images
+from amkd_monai.data.splits import Item, Sections, k_fold
 from amkd_monai.tasks import get_task
 
 logger = logging.getLogger("amkd_monai")

@@ -24,8 +24,7 @@ from amkd_monai.data.layout import (
     size_problems,
     some,
 )
-from amkd_monai.data.splits import Item, Sections
-from amkd_monai.data.stratified import stratified_k_fold
+from amkd_monai.data.splits import Item, Sections, k_fold
 
 logger = logging.getLogger("amkd_monai")
 
@@ -120,7 +119,7 @@ def split(
     Returns:
         Train, validation and test items.
     """
-    return stratified_k_fold(items, lambda item: str(item["class"]), folds, fold, VALIDATION_FRACTION, seed)
+    return k_fold(items, folds, fold, VALIDATION_FRACTION, seed)
 
 
 def _has_layout(folder: Path) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from amkd_monai.data.duplicates import group_identical_images
 from amkd_monai.data.layout import check_layout, files_by_id, named_folders, pair, plain_items
-from amkd_monai.data.splits import Item, Sections, group_identical_images, random_split
+from amkd_monai.data.splits import Item, Sections, random_split
 from amkd_monai.data.volumes import VOLUME_SUFFIXES, volume_shape
 
 FOLDERS = (("COVID-19-CT-Seg_20cases", "Infection_Mask"), ("imagesTr", "labelsTr"), ("images", "masks"))

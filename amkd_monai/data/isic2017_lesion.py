@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amkd_monai.data import class_labels
+from amkd_monai.data.duplicates import group_identical_images
 from amkd_monai.data.isic2017 import BESIDE, OFFICIAL, check_layout, image_folder, inference_items
-from amkd_monai.data.splits import Item, Sections, group_identical_images, k_fold
+from amkd_monai.data.splits import Item, Sections, k_fold
 
 __all__ = ["find_items", "inference_items", "split"]
 

@@ -10,9 +10,9 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from amkd_monai.data.duplicates import group_near_duplicates
+from amkd_monai.data.duplicates import group_identical_images, group_near_duplicates
 from amkd_monai.data.layout import IMAGE_SUFFIXES, check_layout, files_by_id, pair, plain_items, some
-from amkd_monai.data.splits import Item, Sections, fixed_split, group_identical_images, random_split
+from amkd_monai.data.splits import Item, Sections, fixed_split, random_split
 
 logger = logging.getLogger("amkd_monai")
 

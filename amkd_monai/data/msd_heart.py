@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from amkd_monai.data.duplicates import group_identical_images
 from amkd_monai.data.layout import DataProblems, check_layout, file_id, plain_items, size_problems
-from amkd_monai.data.splits import Item, Sections, group_identical_images, k_fold
+from amkd_monai.data.splits import Item, Sections, k_fold
 from amkd_monai.data.volumes import VOLUME_SUFFIXES, volume_shape
 from amkd_monai.tasks import TASKS
 

@@ -13,7 +13,6 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,31 +21,6 @@ logger = logging.getLogger("amkd_monai")
 
 Item = dict[str, Any]
 Sections = tuple[list[Item], list[Item], list[Item]]
-
-
-def group_identical_images(items: Iterable[Item]) -> list[Item]:
-    """Give items whose image files are byte-identical one common group, their ids joined by "+".
-
-    Only files of equal size are read, so this costs one `stat` per image on a data set without duplicates.
-
-    Args:
-        items: items in which each item is its own group.
-
-    Returns:
-        Copies of the items, sorted by id.
-    """
-    ordered = sorted(items, key=lambda item: item["id"])
-    sizes = {item["id"]: Path(item["image"]).stat().st_size for item in ordered}
-    items_of_size = Counter(sizes.values())
-    ids_of_content: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
-    content_of_id = {}
-    for item in ordered:
-        size = sizes[item["id"]]
-        shared_size = items_of_size[size] > 1
-        content = (size, hashlib.sha256(Path(item["image"]).read_bytes()).hexdigest() if shared_size else "")
-        content_of_id[item["id"]] = content
-        ids_of_content[content].append(item["id"])
-    return [{**item, "group": "+".join(ids_of_content[content_of_id[item["id"]]])} for item in ordered]
 
 
 def random_split(items: Iterable[Item], fractions: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0) -> Sections:
@@ -127,8 +101,7 @@ def k_fold(
     """Cross-validation split: test is one fold, validation a part of the rest, by whole groups.
 
     Where labels are classes, folds have about equal numbers of each class.
-    With fewer groups than folds there are as many folds as groups. 11 volumes in 5 folds give 2 or 3 for
-    test, 2 for validation and the rest for training.
+    With fewer groups than folds there are as many folds as groups.
 
     Args:
         items: datalist items with "id" and "group".
@@ -167,7 +140,7 @@ def k_fold(
 
 
 def fold_of_groups(
-    groups: Sequence[str], folds: int, seed: int = 0, classes: Sequence[int] | np.ndarray | None = None
+    groups: Sequence[str], folds: int, seed: int = 0, classes: Sequence[int] | Sequence[str] | np.ndarray | None = None
 ) -> np.ndarray:
     """Assign each sample to a fold so that no group is cut and folds have about equal numbers of samples.
 
@@ -188,7 +161,7 @@ def fold_of_groups(
         raise ValueError(f"{folds} fold(s) cannot be held out in turn: use at least 2 folds.")
     if len(sizes) < 2:
         raise ValueError(f"{len(sizes)} group(s) cannot be split into folds: at least 2 groups are needed.")
-    strata = _majority(zip(groups, [0] * len(groups) if classes is None else classes, strict=True))
+    strata = _majority(zip(groups, [""] * len(groups) if classes is None else map(str, classes), strict=True))
     used = min(folds, len(sizes))
     of_stratum = {stratum: [0] * used for stratum in strata.values()}
     samples_in_fold = [0] * used
@@ -256,7 +229,7 @@ def split_hash(
 
 
 def _sorted_by_id(items: Iterable[Item]) -> list[Item]:
-    """Sort items by id and refuse an id that comes twice."""
+    """Sort items by id; an id that comes twice is refused."""
     ordered = sorted(items, key=lambda item: item["id"])
     for first, second in pairwise(ordered):
         if first["id"] == second["id"]:
@@ -270,27 +243,29 @@ def _shuffled(groups: Iterable[str], seed: int) -> list[str]:
     return [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
 
 
-def _strata(items: Iterable[Item]) -> dict[str, int]:
-    """The class of each group, -1 where labels are masks or missing."""
-    return _majority((i["group"], i["label"] if isinstance(i.get("label"), int) else -1) for i in items)
+def _strata(items: Iterable[Item]) -> dict[str, str]:
+    """The class of each group: the label where it is one, else the item's "class"; "" where there is neither."""
+    return _majority(
+        (i["group"], str(i["label"]) if isinstance(i.get("label"), int) else i.get("class", "")) for i in items
+    )
 
 
-def _majority(samples: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """The most frequent class of each group, the lowest of equals; duplicates may have conflicting classes."""
-    counts: defaultdict[str, Counter[int]] = defaultdict(Counter)
+def _majority(samples: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The most frequent class of each group, the first of equals; duplicates may have conflicting classes."""
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for group, label in samples:
-        counts[group][int(label)] += 1
+        counts[group][label] += 1
     return {group: min(found, key=lambda c: (-found[c], c)) for group, found in counts.items()}
 
 
-def _items_per_stratum(sizes: Counter[str], strata: dict[str, int]) -> Counter[int]:
-    count: Counter[int] = Counter()
+def _items_per_stratum(sizes: Counter[str], strata: dict[str, str]) -> Counter[str]:
+    count: Counter[str] = Counter()
     for group, size in sizes.items():
         count[strata[group]] += size
     return count
 
 
-def _rarest_stratum_first(sizes: Counter[str], strata: dict[str, int], seed: int) -> list[str]:
+def _rarest_stratum_first(sizes: Counter[str], strata: dict[str, str], seed: int) -> list[str]:
     """Groups by stratum, the one with fewest items first, and within it the largest group first."""
     count = _items_per_stratum(sizes, strata)
     return sorted(_largest_first(sizes, seed), key=lambda group: (count[strata[group]], strata[group]))

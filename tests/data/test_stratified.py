@@ -2,11 +2,10 @@
 
 from collections import Counter
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amkd_monai.data.stratified import stratified_k_fold, stratified_parts
+from amkd_monai.data.splits import k_fold
 
 
 def items(groups):
@@ -25,7 +24,7 @@ def by_class(item):
 def test_single_items_are_dealt_out_evenly():
     data = items([("a", 1)] * 50 + [("b", 1)] * 20 + [("c", 1)] * 10)
     for fold in range(5):
-        test = stratified_k_fold(data, by_class, 5, fold)[2]
+        test = k_fold(data, 5, fold)[2]
         assert Counter(map(by_class, test)) == {"a": 10, "b": 4, "c": 2}
 
 
@@ -35,7 +34,7 @@ def test_groups_stay_whole_and_every_item_is_tested_once(groups, seed):
     data = items(groups)
     tested = []
     for fold in range(3):
-        sections = stratified_k_fold(data, by_class, 3, fold, seed=seed)
+        sections = k_fold(data, 3, fold, seed=seed)
         assert all(sections)
         found = [{item["group"] for item in section} for section in sections]
         assert not (found[0] & found[1] | found[0] & found[2] | found[1] & found[2])
@@ -49,18 +48,6 @@ def test_groups_stay_whole_and_every_item_is_tested_once(groups, seed):
 
 def test_the_order_of_the_items_does_not_matter_but_the_seed_does():
     data = items([("a", 1), ("b", 2)] * 15)
-    first = stratified_k_fold(data, by_class, seed=1)
-    assert first == stratified_k_fold(data[::-1], by_class, seed=1)
-    assert first != stratified_k_fold(data, by_class, seed=2)
-
-
-def test_impossible_wishes_are_refused():
-    data = items([("a", 1)] * 4)
-    with pytest.raises(ValueError, match="There is no fold 5"):
-        stratified_k_fold(data, by_class, 5, 5)
-    with pytest.raises(ValueError, match=r"4 group\(s\) cannot fill 5 part"):
-        stratified_k_fold(data, by_class, 5, 0)
-    with pytest.raises(ValueError, match="must lie between 0 and 1"):
-        stratified_k_fold(data, by_class, 2, 0, validation_fraction=0)
-    with pytest.raises(ValueError, match="cannot fill 1 part"):
-        stratified_parts(data, by_class, [1.0])
+    first = k_fold(data, seed=1)
+    assert first == k_fold(data[::-1], seed=1)
+    assert first != k_fold(data, seed=2)
