@@ -35,6 +35,7 @@ class Setting:
     reference: str | None = None
     folds: tuple[int, ...] = (0,)
     teachers: list[dict[str, Any]] | None = field(default=None)
+    seeds: int | None = None  # where fewer or more are wanted than of the other rows
 
 
 def commands(name: str, setting: Setting, seed: int, fold: int, shared: Path, output: Path) -> list[list[str]]:
@@ -104,18 +105,23 @@ def per_case(name: str, seeds: list[int], output: Path, metric: str) -> dict[str
     return table
 
 
-def table(settings: dict[str, Setting], seeds: list[int], output: Path) -> str:
+def seeds_of(setting: Setting, seeds: int) -> list[int]:
+    """Return the seeds of a row."""
+    return list(range(setting.seeds or seeds))
+
+
+def table(settings: dict[str, Setting], seeds: int, output: Path) -> str:
     """Return the results as a Markdown table; p is corrected over its rows (Holm)."""
     columns = ("setting", "seeds x cases", "Dice [95 % CI]", "IoU", "NSD", "HD95", "gain [95 % CI]", "p", "CPU min")
     rows, p_values = [], []
     for name, setting in settings.items():
-        values = {m: per_case(name, seeds, output, m) for m in ("dice", "iou", "nsd", "hd95")}
+        values = {m: per_case(name, seeds_of(setting, seeds), output, m) for m in ("dice", "iou", "nsd", "hd95")}
         dice = np.array(list(values["dice"].values())).T  # (seeds, cases)
         mean, low, high = seed_and_case_ci(dice)
         means = {m: float(np.nanmean(np.array(list(v.values())))) for m, v in values.items()}
         gain, p = "", float("nan")
         if setting.reference in settings:
-            reference = per_case(setting.reference, seeds, output, "dice")
+            reference = per_case(setting.reference, seeds_of(settings[setting.reference], seeds), output, "dice")
             a, b = (np.array([np.nanmean(t[case]) for case in reference]) for t in (values["dice"], reference))
             gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*paired_bootstrap_ci(a, b))
             p = paired_wilcoxon(a, b)
@@ -145,12 +151,17 @@ def main(settings: dict[str, Setting], description: str, default_output: str) ->
     arguments = parser.parse_args()
     shared, output = arguments.shared.resolve(), arguments.output.resolve()
     chosen = {name: setting for name, setting in settings.items() if arguments.only in name}
-    seeds = list(range(arguments.seeds))
     if not arguments.table:
-        jobs = [(n, setting, s, f) for s in seeds for n, setting in chosen.items() for f in setting.folds]
+        jobs = [
+            (name, setting, seed, fold)
+            for name, setting in chosen.items()
+            for seed in seeds_of(setting, arguments.seeds)
+            for fold in setting.folds
+        ]
+        jobs.sort(key=lambda job: job[2])  # all rows of the first seed first
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(lambda job: execute(job, shared, output), jobs))
-    text = table(chosen, seeds, output)
+    text = table(chosen, arguments.seeds, output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "table.md").write_text(text + "\n")
     print(text)
