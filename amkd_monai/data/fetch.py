@@ -40,10 +40,10 @@ _ISIC = "https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_"
 
 SOURCES: dict[str, Source] = {
     "aptos2019": Source(
-        "APTOS2019",
+        "aptos2019-blindness-detection",
         "The rules of the competition allow non-commercial and academic use and no passing on.",
         steps="Accept the rules at https://www.kaggle.com/competitions/aptos2019-blindness-detection, then: "
-        "kaggle competitions download -c aptos2019-blindness-detection, and unpack into APTOS2019/.",
+        "kaggle competitions download -c aptos2019-blindness-detection, and unpack into a folder of that name.",
     ),
     "busi": Source(
         "Dataset_BUSI_with_GT",
@@ -100,6 +100,7 @@ SOURCES: dict[str, Source] = {
         ),
     ),
 }
+SOURCES["isic2017_lesion"] = SOURCES["isic2017"]
 
 
 def fetch(
