@@ -54,7 +54,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     import amkd_monai
-    from amkd_monai.data.command_line import add_commands
+    from amkd_monai.data.commands import add_commands
 
     top = argparse.ArgumentParser(prog="python -m amkd_monai", description=amkd_monai.__doc__)
     top.add_argument("--version", action="version", version=amkd_monai.__version__)

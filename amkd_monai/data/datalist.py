@@ -22,8 +22,8 @@ from amkd_monai.data import (
     kvasir_seg,
     msd_heart,
 )
-from amkd_monai.data.phantom_tools import is_phantom
 from amkd_monai.data.phantoms import write_phantom
+from amkd_monai.data.phantoms.tools import is_phantom
 from amkd_monai.data.splits import Item, few_labels, split_hash
 from amkd_monai.tasks import Task, get_task
 

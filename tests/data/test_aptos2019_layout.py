@@ -11,7 +11,7 @@ from PIL import Image
 from amkd_monai.data.aptos2019 import find_items, inference_items, split
 from amkd_monai.data.fundus import CropFundusd, disc_box
 from amkd_monai.data.phantoms import write_painted
-from amkd_monai.data.phantoms_aptos2019 import paint_aptos2019
+from amkd_monai.data.phantoms.aptos2019 import paint_aptos2019
 
 
 @pytest.fixture(scope="module")

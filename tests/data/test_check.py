@@ -12,8 +12,8 @@ from helpers import ROOT, shared_data
 from PIL import Image
 
 from amkd_monai.__main__ import main
-from amkd_monai.data.check import check_data
-from amkd_monai.data.contact_sheet import ORANGE, write_contact_sheet
+from amkd_monai.data.commands.check import check_data
+from amkd_monai.data.commands.contact_sheet import ORANGE, write_contact_sheet
 from amkd_monai.data.phantoms import write_busi, write_covid_volumes, write_kvasir_seg, write_msd_heart
 from amkd_monai.tasks import Task
 

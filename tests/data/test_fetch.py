@@ -12,10 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from amkd_monai.__main__ import main
-from amkd_monai.data import fetch as fetching
-from amkd_monai.data.archive import extract
-from amkd_monai.data.download import ATTEMPTS, download
-from amkd_monai.data.fetch import SOURCES, Source, fetch
+from amkd_monai.data.commands import fetch as fetching
+from amkd_monai.data.commands.archive import extract
+from amkd_monai.data.commands.download import ATTEMPTS, download
+from amkd_monai.data.commands.fetch import SOURCES, Source, fetch
 from amkd_monai.tasks import TASKS
 
 CONTENT = bytes(range(256)) * 4000

@@ -6,7 +6,7 @@ from helpers import shared_data
 
 from amkd_monai.data import isic2017, isic2017_lesion
 from amkd_monai.data.phantoms import write_painted
-from amkd_monai.data.phantoms_isic2017 import paint_isic2017
+from amkd_monai.data.phantoms.isic2017 import paint_isic2017
 
 TRAINING = "ISIC-2017_Training_Part3_GroundTruth.csv"
 

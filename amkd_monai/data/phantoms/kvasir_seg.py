@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from amkd_monai.data.phantom_tools import blur, published, smooth_noise
+from amkd_monai.data.phantoms.tools import blur, published, smooth_noise
 from amkd_monai.tasks import get_task
 
 

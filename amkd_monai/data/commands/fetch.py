@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from amkd_monai.atomic import atomic_write_json
-from amkd_monai.data.archive import extract
-from amkd_monai.data.download import download
+from amkd_monai.data.commands.archive import extract
+from amkd_monai.data.commands.download import download
 
 logger = logging.getLogger("amkd_monai")
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from amkd_monai.data.commands.file_check import Finding, image_files, inspect_file
 from amkd_monai.data.content import content_hashes
 from amkd_monai.data.datalist import MODULES, find_items
 from amkd_monai.data.duplicates import NEAR, clusters, near_duplicates
-from amkd_monai.data.file_check import Finding, image_files, inspect_file
 from amkd_monai.data.layout import DataProblems, label_files, natural, some
 from amkd_monai.data.masks import read_mask
 from amkd_monai.data.splits import Item

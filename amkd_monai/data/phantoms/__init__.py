@@ -10,13 +10,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from amkd_monai.data.phantom_tools import is_phantom, published
-from amkd_monai.data.phantoms_aptos2019 import paint_aptos2019
-from amkd_monai.data.phantoms_busi import write_busi
-from amkd_monai.data.phantoms_covid import write_covid, write_covid_volumes
-from amkd_monai.data.phantoms_isic2017 import paint_isic2017
-from amkd_monai.data.phantoms_kvasir_seg import write_kvasir_seg
-from amkd_monai.data.phantoms_msd_heart import write_msd_heart
+from amkd_monai.data.phantoms.aptos2019 import paint_aptos2019
+from amkd_monai.data.phantoms.busi import write_busi
+from amkd_monai.data.phantoms.covid import write_covid, write_covid_volumes
+from amkd_monai.data.phantoms.isic2017 import paint_isic2017
+from amkd_monai.data.phantoms.kvasir_seg import write_kvasir_seg
+from amkd_monai.data.phantoms.msd_heart import write_msd_heart
+from amkd_monai.data.phantoms.tools import is_phantom, published
 from amkd_monai.tasks import get_task
 
 

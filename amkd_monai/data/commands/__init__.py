@@ -30,8 +30,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from amkd_monai.data.check import check_data
-    from amkd_monai.data.contact_sheet import write_contact_sheet
+    from amkd_monai.data.commands.check import check_data
+    from amkd_monai.data.commands.contact_sheet import write_contact_sheet
     from amkd_monai.data.datalist import resolve_dataset_dir
 
     root, _ = resolve_dataset_dir(arguments.name, arguments.dataset_dir, arguments.cache_dir)
@@ -47,7 +47,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
-    from amkd_monai.data.fetch import SOURCES, fetch, steps
+    from amkd_monai.data.commands.fetch import SOURCES, fetch, steps
 
     folder = fetch(arguments.name, arguments.to)
     if folder is None:
