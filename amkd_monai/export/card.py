@@ -42,7 +42,8 @@ def model_card(source: Source, facts: dict[str, Any], name: str) -> str:
 - Source: {about["data_source"]}
 - Samples: {_samples(source)}
 - Hash of the split: {source.record.get("data", {}).get("split_hash", _UNKNOWN)}
-- Licences of data and packaged weights: `data_license.txt`. A student may be used only as the licences of its data and of its teachers allow.
+- Licences of data and packaged weights: `data_license.txt`. \
+A student may be used only as the licences of its data and of its teachers allow.
 
 ### Teachers
 
@@ -59,11 +60,14 @@ def model_card(source: Source, facts: dict[str, Any], name: str) -> str:
 ## Use
 
 ```bash
-python -m monai.bundle run --config_file {name}/configs/inference.json --bundle_root {name} --dataset_dir IMAGES --output_dir OUT
+python -m monai.bundle run --config_file {name}/configs/inference.json --bundle_root {name} \\
+  --dataset_dir IMAGES --output_dir OUT
 python -m amkd_monai predict --model {name} IMAGES --output OUT    # ONNX Runtime, without torch
 ```
 
-The first command needs MONAI alone. The ONNX file takes `image`, float32 in [0, 1], (B, 3, H, W), height and width divisible by 32, and gives logits `pred`.
+The first command needs MONAI alone. The ONNX file takes `image`, \
+float32 in [0, 1], (B, 3, H, W), height and width divisible \
+by 32, and gives logits `pred`.
 
 ## Intended Use
 
@@ -81,7 +85,8 @@ The first command needs MONAI alone. The ONNX file takes `image`, float32 in [0,
 
 ## License
 
-The files of this bundle are under Apache-2.0, see `LICENSE`; the weights are bound by the terms of data and teachers as well.
+The files of this bundle are under Apache-2.0, see `LICENSE`; the weights are bound \
+by the terms of data and teachers as well.
 """
 
 
@@ -131,10 +136,8 @@ def _formats(facts: dict[str, Any], is_classification: bool) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in facts["formats"]:
-        lines.append(
-            f"| {row['name']} | {row['megabytes']:.1f} | {row['p50']:.1f} | {row['p95']:.1f} | {row['difference']:.1e} | "
-            f"{_number(row['metric'])} |"
-        )
+        sizes = " | ".join(f"{row[key]:.1f}" for key in ("megabytes", "p50", "p95"))
+        lines.append(f"| {row['name']} | {sizes} | {row['difference']:.1e} | {_number(row['metric'])} |")
     if facts["calibration_images"]:
         count = len(facts["calibration_images"])
         lines += ["", f"8 bits were calibrated on {count} training images, named in `export.json`."]

@@ -80,7 +80,7 @@ def latency(run: Runner, image: np.ndarray) -> tuple[float, float]:
 def score(answers: Sequence[np.ndarray], cases: Sequence[Case], task: Task) -> float:
     """Macro AUC of the probabilities, or the mean Dice of cases, at the network's resolution."""
     if task.is_classification:
-        return macro_auroc([case.label for case in cases], np.concatenate(answers))
+        return macro_auroc([int(case.label) for case in cases], np.concatenate(answers))
     values = []
     for answer, case in zip(answers, cases, strict=True):
         found = answer.argmax(1)
@@ -103,8 +103,8 @@ def judge(row: Row, student: Row, accept_loss: bool) -> str:
     if row.name != "ort-int8":
         if not row.difference <= TOLERANCE:
             raise ValueError(
-                f"The format {row.name} differs from the PyTorch student by {row.difference:.2g} in a probability, more "
-                f"than {TOLERANCE:g}: nothing was exported; leave it out with --formats."
+                f"The format {row.name} differs from the PyTorch student by {row.difference:.2g} in a probability, "
+                f"more than {TOLERANCE:g}: nothing was exported; leave it out with --formats."
             )
         return ""
     loss = student.metric - row.metric

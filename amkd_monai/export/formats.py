@@ -71,7 +71,7 @@ def with_fixed_padding(student: nn.Module) -> nn.Module:
 def write_torchscript(student: nn.Module, path: Path) -> None:
     """Write TorchScript; it takes any size."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         torch.jit.script(student).save(str(path))
 
 
@@ -171,7 +171,7 @@ def runner(name: str, path: Path) -> Runner:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return lambda batch: session.run(None, {"image": batch})[0]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         network = torch.jit.load(str(path)) if name == "ts" else torch.export.load(str(path)).module()
     return torch_runner(network)
 

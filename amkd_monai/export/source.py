@@ -27,12 +27,12 @@ class Case:
     Attributes:
         id: of the item.
         batch: (1, 3, H, W), or the slices of a volume (D, 3, H, W), float32 in [0, 1].
-        label: label map (1 or D, H, W), or the class.
+        label: label map (1 or D, H, W), or the class ().
     """
 
     id: str
     batch: np.ndarray
-    label: np.ndarray | int
+    label: np.ndarray
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Source:
         image = np.asarray(data["image"], np.float32)
         batch = image[None] if self.task.dimensions == 2 else np.moveaxis(image, 0, 1)
         if self.task.is_classification:
-            return Case(str(item["id"]), batch, int(data["label"]))
+            return Case(str(item["id"]), batch, np.asarray(int(data["label"])))
         label = np.asarray(data["label"])[0]
         return Case(str(item["id"]), np.ascontiguousarray(batch), label[None] if self.task.dimensions == 2 else label)
 
