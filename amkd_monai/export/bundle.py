@@ -78,6 +78,7 @@ def _write_models(source: Source, folder: Path, options: Options, say: Callable[
     """Write and check every format; return what is to be told about it."""
     chosen = spread(source.validation, options.cases)
     cases = [source.case(item) for item in chosen]
+    formats.check_size(options.formats, cases[0].batch.shape[-2:])
     run = formats.torch_runner(source.student)
     expected = [check.probabilities(run, case) for case in cases]
     torch.save(source.state, folder / "model.pt")

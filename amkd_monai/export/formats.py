@@ -51,6 +51,20 @@ def chosen_formats(text: str) -> list[str]:
     return [name for name in FORMATS if name in names or name == "ts"]
 
 
+def check_size(names: Sequence[str], size: Sequence[int]) -> None:
+    """Check that a network's input, height and width, suits the formats.
+
+    Raises:
+        ValueError: a format but TorchScript is asked for, and a side is no multiple of 32.
+    """
+    others = [name for name in names if name != "ts"]
+    if others and any(side % STRIDE for side in size):
+        raise ValueError(
+            f"The student's input is {size[0]} x {size[1]}, but {', '.join(others)} take multiples of {STRIDE} alone: "
+            "train at such a size, or export with --formats ts."
+        )
+
+
 def with_fixed_padding(student: nn.Module) -> nn.Module:
     """Copy a network with timm's size-dependent padding replaced by the constant one it is at multiples of 32."""
     result = copy.deepcopy(student).eval()

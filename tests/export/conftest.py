@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from bundle_runs import run, settings
+from bundle_runs import TRAINING_ONLY, run, settings
 from helpers import ROOT
 
 from amkd_monai.__main__ import main
@@ -13,10 +13,11 @@ from amkd_monai.__main__ import main
 
 def train(bundle, folder):
     values = settings(bundle, folder, folder / "cache", teachers=[])
-    values = {key: value for key, value in values.items() if key != "val_interval"}
+    if bundle == "msd_heart":
+        values["volume_size"] = [16, 64, 32]  # multiples of 32
     run(bundle, ("train",), values)
     run(bundle, ("train", "evaluate"), values)
-    kept = {k: v for k, v in values.items() if k not in ("bundle_root", "teachers", "max_epochs")}
+    kept = {k: v for k, v in values.items() if k not in TRAINING_ONLY + ("bundle_root",)}
     return [f"--set={key}={json.dumps(value)}" for key, value in kept.items()]
 
 

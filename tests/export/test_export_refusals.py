@@ -11,7 +11,7 @@ from helpers import ROOT
 
 from amkd_monai.__main__ import main
 from amkd_monai.export.check import Row, judge
-from amkd_monai.export.formats import chosen_formats
+from amkd_monai.export.formats import check_size, chosen_formats
 from amkd_monai.export.translate import postprocessing, preprocessing
 
 KVASIR = str(ROOT / "bundles" / "kvasir_seg")
@@ -37,6 +37,13 @@ def test_unknown_formats_and_settings(tmp_path, capsys):
     assert "KEY=VALUE" in refused(capsys, "export", KVASIR, "--to", to, "--set", "image_size")
     with pytest.raises(ValueError, match="openvino"):
         chosen_formats("ts,openvino-int8")
+
+
+def test_sizes_that_only_torchscript_takes():
+    check_size(["ts"], (48, 32))
+    check_size(["ts", "onnx"], (64, 32))
+    with pytest.raises(ValueError, match="48 x 32"):
+        check_size(["ts", "onnx"], (48, 32))
 
 
 def test_not_a_bundle(tmp_path, capsys):
