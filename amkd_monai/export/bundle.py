@@ -84,7 +84,7 @@ def _write_models(source: Source, folder: Path, options: Options, say: Callable[
     torch.save(source.state, folder / "model.pt")
     size = (folder / "model.pt").stat().st_size
     student = check.measure("eager", run, size, cases, expected, source.task)
-    rows, remarks = [student], []
+    rows = [student]
     calibration = spread(source.train, options.calibration) if "ort-int8" in options.formats else []
     batches: list[np.ndarray] = []
     for item in calibration:
@@ -97,12 +97,12 @@ def _write_models(source: Source, folder: Path, options: Options, say: Callable[
         say(f"writing {name}")
         path = formats.write(name, source.student, example, folder, batches)
         row = check.measure(name, formats.runner(name, path), path.stat().st_size, cases, expected, source.task)
-        if remark := check.judge(row, student, options.accept_loss):
-            remarks.append(remark)
-            say(remark)
         rows.append(row)
     threads = torch.get_num_threads()
     say(check.format_rows(rows, source.task, threads))
+    remarks = [remark for row in rows[1:] if (remark := check.judge(row, student, options.accept_loss))]
+    for remark in remarks:
+        say(remark)
     return {
         "formats": [row.as_json() for row in rows],
         "threads": threads,

@@ -17,7 +17,7 @@ def train(bundle, folder):
         values["volume_size"] = [16, 64, 32]  # multiples of 32
     run(bundle, ("train",), values)
     run(bundle, ("train", "evaluate"), values)
-    kept = {k: v for k, v in values.items() if k not in TRAINING_ONLY + ("bundle_root",)}
+    kept = {k: v for k, v in values.items() if k not in (*TRAINING_ONLY, "bundle_root")}
     return [f"--set={key}={json.dumps(value)}" for key, value in kept.items()]
 
 

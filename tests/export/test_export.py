@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import resource
 import subprocess
 import sys
 
@@ -99,6 +100,7 @@ def test_predict_says_what_the_bundle_says_without_this_package(bundle, exported
     assert ended.returncode == 0, ended.stderr[-3000:]
     ended = python(BARE, "predict", "--model", dist, images, "--output", folder / "by_onnx")
     assert ended.returncode == 0, ended.stderr[-3000:]
+    foreground = []
     for source in sorted(images.iterdir()):
         name = file_id(source)
         if bundle == "kvasir_seg":
@@ -116,6 +118,8 @@ def test_predict_says_what_the_bundle_says_without_this_package(bundle, exported
         else:
             continue
         assert (expected == found).mean() >= 0.999
+        foreground.append((found > 0).mean())
+    assert bundle == "aptos2019" or 0 < np.mean(foreground) < 1, "masks that say something"
     if bundle == "aptos2019":
         rows = {row["id"]: row for row in csv.DictReader((folder / "by_onnx" / "predictions.csv").open())}
         expected = list(csv.reader((folder / "by_monai" / "predictions.csv").open()))
@@ -126,6 +130,19 @@ def test_predict_says_what_the_bundle_says_without_this_package(bundle, exported
                 [float(row[c]) for c in row if c.startswith("p_")], np.float64(values), atol=1e-3
             )
             assert row["class"] == TASKS[bundle].classes[int(np.argmax(np.float64(values)))]
+
+
+def test_predict_starts_in_less_than_a_second(exported, tmp_path):
+    folder, _ = exported("kvasir_seg")
+    image = next(images_of("kvasir_seg", folder).iterdir())
+    arguments = ("predict", "--model", folder / "dist" / "kvasir_seg", image, "--output", tmp_path, "--threads", 1)
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert python(BARE, *arguments).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1.0, "CPU seconds from start to end, one image included"
 
 
 def test_the_onnx_file_takes_any_size_divisible_by_32(exported):
