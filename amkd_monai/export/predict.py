@@ -13,7 +13,7 @@ import numpy as np
 
 from amkd_monai.atomic import atomic_path
 from amkd_monai.export import inputs, outputs
-from amkd_monai.export.steps import largest_component, prepare, softmax
+from amkd_monai.export.steps import Inverse, largest_component, prepare, softmax
 
 
 class Predictor:
@@ -58,33 +58,45 @@ class Predictor:
         """Whether an image has one class."""
         return bool(self.config["kind"] == "classification")
 
-    def probabilities(self, image: np.ndarray, spacing: Sequence[float] = ()) -> np.ndarray:
-        """Predict one image at its own resolution.
+    def _answer(self, image: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, list[Inverse]]:
+        """Probabilities as the network gives them, (C,), (C, h, w) or (C, d, h, w), and the ways back."""
+        array, inverses = prepare(image, self.config["steps"], spacing)
+        volume = array.ndim == 4
+        batch = np.moveaxis(array, 0, 1) if volume else array[None]  # slices are the batch of a volume
+        size = self.config["batch_size"]
+        parts = [batch[i : i + size] for i in range(0, len(batch), size)]
+        run = self.session.run
+        logits = np.concatenate([run(None, {"image": np.ascontiguousarray(p, np.float32)})[0] for p in parts])
+        answer = softmax(logits, 1)
+        return (np.moveaxis(answer, 0, 1) if volume else answer[0]), inverses
+
+    def classes(self, image: np.ndarray) -> np.ndarray:
+        """Probabilities (C,) of the classes of one picture (3, H, W) with levels 0 to 255."""
+        return self._answer(image, ())[0]
+
+    def mask(self, image: np.ndarray, spacing: Sequence[float] = ()) -> np.ndarray:
+        """Predict the label map of one image at its own resolution.
 
         Args:
             image: (3, H, W) with levels 0 to 255, or a volume (1, D, H, W).
             spacing: voxel size of a volume, mm.
 
         Returns:
-            Probabilities (C, H, W) or (C, D, H, W), or (C,) of classes.
+            Labels (H, W) or (D, H, W), uint8.
         """
-        array, inverses = prepare(image, self.config["steps"], spacing)
-        volume = array.ndim == 4
-        batch = np.moveaxis(array, 0, 1) if volume else array[None]  # slices are the batch of a volume
-        size = self.config["batch_size"]
-        parts = [np.ascontiguousarray(batch[i : i + size], np.float32) for i in range(0, len(batch), size)]
-        logits = np.concatenate([self.session.run(None, {"image": part})[0] for part in parts])
-        answer = softmax(logits, 1)
-        if self.is_classification:
-            return answer[0]
-        answer = np.moveaxis(answer, 0, 1) if volume else answer[0]
-        for inverse in reversed(inverses):
-            answer = inverse(answer)
-        return answer
-
-    def mask(self, image: np.ndarray, spacing: Sequence[float] = ()) -> np.ndarray:
-        """Predict the label map (H, W) or (D, H, W), uint8, of one image; arguments as of :meth:`probabilities`."""
-        mask = self.probabilities(image, spacing).argmax(0).astype(np.uint8)
+        answer, inverses = self._answer(image, spacing)
+        mask = np.zeros(image.shape[1:], np.uint8)
+        highest: np.ndarray | None = None
+        for label in range(len(answer)):  # one class at a time: a volume's probabilities are large
+            found = answer[label : label + 1]
+            for inverse in reversed(inverses):
+                found = inverse(found)
+            if highest is None:
+                highest = found[0]
+                continue
+            better = found[0] > highest
+            mask[better] = label
+            highest = np.where(better, found[0], highest)
         for label in self.config["largest_component"]:
             mask = largest_component(mask, label).astype(np.uint8)
         return mask
@@ -138,7 +150,7 @@ def _predict_one(predictor: Predictor, item: inputs.Input, folder: Path, rows: l
         return
     image = inputs.read_picture(item.path)
     if predictor.is_classification:
-        answer = predictor.probabilities(image)
+        answer = predictor.classes(image)
         rows.append([item.id, predictor.config["classes"][int(answer.argmax())], *(f"{v:.6f}" for v in answer)])
         return
     mask = predictor.mask(image)
