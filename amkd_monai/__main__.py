@@ -80,6 +80,10 @@ def parser() -> argparse.ArgumentParser:
     compare.set_defaults(run=_compare)
 
     add_commands(commands)
+
+    from amkd_monai.export.command import add_parsers
+
+    add_parsers(commands)
     return top
 
 

@@ -57,5 +57,5 @@ class ClassStudent(EncodedStudent):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return calibrated logits (B, num_classes) for an image (B, 3, H, W) in [0, 1]."""
-        logits = self.decode(self.encode(image), [int(image.shape[-2]), int(image.shape[-1])])
+        logits = self.decode(self.encode(image), [image.shape[-2], image.shape[-1]])
         return logits / self.temperature

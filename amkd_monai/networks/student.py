@@ -131,4 +131,4 @@ class Student(EncodedStudent):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return logits (B, num_classes, H, W) for an image (B, 3, H, W) in [0, 1]."""
-        return self.decode(self.encode(image), [int(image.shape[-2]), int(image.shape[-1])])
+        return self.decode(self.encode(image), [image.shape[-2], image.shape[-1]])

@@ -1,0 +1,129 @@
+"""Turn the transforms of a training bundle into MONAI's own, and into the steps of prediction without MONAI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from amkd_monai.data.disc import BACKGROUND_LEVEL, LEAST_PART
+
+Config = dict[str, Any]
+Translated = tuple[list[Config], list[Config]]
+"""Transforms for ``inference.json``, and steps for ``predict.json``."""
+
+_RGB = (
+    "$lambda image: (Image.fromarray((lambda v: (v // 257 if v.max() > 255 else v).astype(np.uint8))"
+    "(np.asarray(image).clip(0, 65535))) if image.mode.startswith('I') else image).convert('RGB')"
+)
+_NEIGHBOURS = "$lambda v: torch.cat([torch.cat([v[:, :1], v[:, :-1]], 1), v, torch.cat([v[:, 1:], v[:, -1:]], 1)], 0)"
+_SQUARE = (
+    "$lambda v: torch.nn.functional.pad(v, [(max(v.shape[1:]) - v.shape[2]) // 2, "
+    "(max(v.shape[1:]) - v.shape[2] + 1) // 2, (max(v.shape[1:]) - v.shape[1]) // 2, "
+    "(max(v.shape[1:]) - v.shape[1] + 1) // 2])"
+)
+_DISC = (
+    "$lambda v: (lambda m: (lambda r, c: ((r if r.any() else ~r)[:, None] & (c if c.any() else ~c)[None])[None])"
+    "(m.double().mean(1) > {part}, m.double().mean(0) > {part}))"
+    "(torch.as_tensor(v).amax(0) > {level} * max(float(v.max()), 1e-6))"
+)
+
+
+def _load_rgb(p: Mapping[str, Any]) -> Translated:
+    reader = {"reader": "PILReader", "reverse_indexing": False, "converter": _RGB}
+    return [{"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True, **reader}], []
+
+
+def _load_volume(p: Mapping[str, Any]) -> Translated:
+    return [{"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True, "reader": "NibabelReader"}], []
+
+
+def _crop_fundus(p: Mapping[str, Any]) -> Translated:
+    select = _DISC.format(level=BACKGROUND_LEVEL, part=LEAST_PART)
+    crop = {"_target_": "CropForegroundd", "keys": "image", "source_key": "image", "select_fn": select}
+    square = {"_target_": "Lambdad", "keys": "image", "func": _SQUARE}
+    step = {"step": "crop_disc", "background_level": BACKGROUND_LEVEL, "least_part": LEAST_PART}
+    return [crop, square], [step]
+
+
+def _neighbours(p: Mapping[str, Any]) -> Translated:
+    return [{"_target_": "Lambdad", "keys": "image", "func": _NEIGHBOURS}], [{"step": "neighbours"}]
+
+
+def _scale(p: Mapping[str, Any]) -> Translated:
+    _expect(p, "ScaleIntensityRanged", b_min=0.0, b_max=1.0, clip=True)
+    return [{"_target_": "ScaleIntensityRanged", **p}], [{"step": "scale", "low": p["a_min"], "high": p["a_max"]}]
+
+
+def _percentiles(p: Mapping[str, Any]) -> Translated:
+    _expect(p, "ScaleIntensityRangePercentilesd", b_min=0.0, b_max=1.0, clip=True)
+    step = {"step": "scale_percentiles", "lower": p["lower"], "upper": p["upper"]}
+    return [{"_target_": "ScaleIntensityRangePercentilesd", **p}], [step]
+
+
+def _resized(p: Mapping[str, Any]) -> Translated:
+    _expect(p, "Resized", mode="bilinear")
+    step = {"step": "resize", "size": list(p["spatial_size"]), "anti_aliasing": bool(p.get("anti_aliasing", False))}
+    return [{"_target_": "Resized", **p}], [step]
+
+
+def _spacing(p: Mapping[str, Any]) -> Translated:
+    _expect(p, "Spacingd", mode="bilinear")
+    return [{"_target_": "Spacingd", **p}], [{"step": "spacing", "pixdim": list(p["pixdim"])}]
+
+
+def _cropped(p: Mapping[str, Any]) -> Translated:
+    return [{"_target_": "CenterSpatialCropd", **p}], [{"step": "crop", "size": list(p["roi_size"])}]
+
+
+def _padded(p: Mapping[str, Any]) -> Translated:
+    return [{"_target_": "SpatialPadd", **p}], [{"step": "pad", "size": list(p["spatial_size"])}]
+
+
+PREPROCESSING: dict[str, Callable[[Mapping[str, Any]], Translated]] = {
+    "amkd_monai.data.transforms.load_rgb": _load_rgb,
+    "amkd_monai.data.transforms.load_volume": _load_volume,
+    "amkd_monai.data.transforms.NeighbourSlicesd": _neighbours,
+    "amkd_monai.data.fundus.CropFundusd": _crop_fundus,
+    "ScaleIntensityRanged": _scale,
+    "ScaleIntensityRangePercentilesd": _percentiles,
+    "Resized": _resized,
+    "Spacingd": _spacing,
+    "CenterSpatialCropd": _cropped,
+    "SpatialPadd": _padded,
+}
+"""By ``_target_``; each takes the settings of a transform."""
+
+
+def preprocessing(target: str, settings: Mapping[str, Any]) -> Translated:
+    """Translate one transform of an image.
+
+    Raises:
+        ValueError: a transform, or a setting of it, that prediction cannot repeat.
+    """
+    if target not in PREPROCESSING:
+        known = ", ".join(name.rsplit(".", 1)[-1] for name in PREPROCESSING)
+        raise ValueError(f"The preprocessing holds {target}, which cannot be exported: use {known}.")
+    return PREPROCESSING[target](settings)
+
+
+def postprocessing(transform: Mapping[str, Any]) -> Config:
+    """Translate one transform of an answer.
+
+    Raises:
+        ValueError: a transform of this package that has no counterpart in MONAI.
+    """
+    target = str(transform["_target_"])
+    if target == "amkd_monai.data.transforms.TransposeHWd":
+        return {"_target_": "Transposed", "keys": transform["keys"], "indices": [0, 2, 1]}
+    if "amkd_monai" in str(transform):
+        raise ValueError(f"The postprocessing holds {target}, which cannot be exported: use MONAI's own transforms.")
+    return dict(transform)
+
+
+def _expect(settings: Mapping[str, Any], name: str, **wanted: Any) -> None:
+    for key, value in wanted.items():
+        if settings.get(key) != value:
+            raise ValueError(
+                f"The preprocessing has {name} with {key} {settings.get(key)!r}, which cannot be exported: "
+                f"use {value!r}."
+            )

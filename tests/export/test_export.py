@@ -1,0 +1,217 @@
+"""An exported bundle runs by MONAI without this package, and prediction by ONNX Runtime says the same."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+
+import jsonschema
+import nibabel as nib
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from bundle_runs import read_json
+from helpers import ROOT, shared_data
+from PIL import Image
+
+from amkd_monai.__main__ import main
+from amkd_monai.data.datalist import inference_datalist
+from amkd_monai.data.layout import file_id
+from amkd_monai.tasks import TASKS
+
+KINDS = ("kvasir_seg", "aptos2019", "msd_heart")
+
+BLOCKED = """
+import runpy, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "amkd_monai":
+            raise ImportError("amkd_monai is not here")
+
+sys.meta_path.insert(0, Blocker())
+sys.argv = ["monai.bundle", "run", "--config_file", "configs/inference.json", "--bundle_root", "."] + sys.argv[1:]
+runpy.run_module("monai.bundle", run_name="__main__")
+"""
+
+BARE = """
+import sys
+from amkd_monai.__main__ import main
+code = main(sys.argv[1:])
+heavy = {"torch", "monai", "ignite", "timm"} & set(sys.modules)
+assert not heavy, heavy
+sys.exit(code)
+"""
+
+
+def images_of(bundle, folder, count=3):
+    """Links to some images of the phantoms, in a folder of their own."""
+    target = folder / "images"
+    target.mkdir(exist_ok=True)
+    items = inference_datalist(bundle, cache_dir=folder / "cache")
+    for item in items[:count]:
+        link = target / item["image"].rsplit("/", 1)[-1]
+        if not link.exists():
+            link.symlink_to(item["image"])
+    return target
+
+
+def python(code, *arguments, cwd=ROOT):
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("bundle", KINDS)
+def test_the_bundle_is_whole_and_fits_the_schema(bundle, exported):
+    folder, _ = exported(bundle)
+    dist = folder / "dist" / bundle
+    metadata = read_json(dist / "configs" / "metadata.json")
+    jsonschema.validate(metadata, json.loads(shared_data("..", "reference", "meta_schema_20240725.json").read_text()))
+    summary = read_json(folder / "eval" / "metrics.json")["summary"]["metrics"]
+    primary = TASKS[bundle].primary_metric
+    assert metadata["eval_metrics"][primary] == summary[primary].get("mean", summary[primary].get("value"))
+    assert "amkd_monai" not in metadata["required_packages_version"]
+    assert "amkd_monai" not in (dist / "configs" / "inference.json").read_text()
+    for line in (dist / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((dist / name).read_bytes()).hexdigest() == digest
+    card = (dist / "docs" / "README.md").read_text()
+    assert "NOT FOR CLINICAL USE" in card and "trained on generated phantoms" in card
+    assert read_json(folder / "eval" / "run.json")["data"]["split_hash"] in card
+    assert f"{summary[primary]['ci_low']:.4f}" in card
+    assert str(folder) not in card + (dist / "configs" / "inference.json").read_text(), "no path of this machine"
+    state = torch.load(dist / "models" / "model.pt", weights_only=True)
+    trained = torch.load(folder / "models" / "model.pt", weights_only=True)
+    assert all(torch.equal(state[key], trained[key]) for key in trained) and len(state) == len(trained)
+    rows = {row["name"]: row for row in read_json(dist / "docs" / "export.json")["formats"]}
+    assert rows["ts"]["difference"] <= 1e-4 and rows["onnx"]["difference"] <= 1e-4
+    assert rows["ort-int8"]["difference"] > 0 and rows["ort-int8"]["megabytes"] < 0.5 * rows["onnx"]["megabytes"]
+
+
+@pytest.mark.parametrize("bundle", KINDS)
+def test_predict_says_what_the_bundle_says_without_this_package(bundle, exported):
+    folder, _ = exported(bundle)
+    dist, images = folder / "dist" / bundle, images_of(bundle, folder)
+    ended = python(BLOCKED, "--dataset_dir", images, "--output_dir", folder / "by_monai", cwd=dist)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    ended = python(BARE, "predict", "--model", dist, images, "--output", folder / "by_onnx")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    foreground = []
+    for source in sorted(images.iterdir()):
+        name = file_id(source)
+        if bundle == "kvasir_seg":
+            expected, found = (
+                np.asarray(Image.open(folder / where / f"{name}_mask.png")) for where in ("by_monai", "by_onnx")
+            )
+            assert found.shape == Image.open(source).size[::-1] and set(np.unique(found)) <= {0, 255}
+            assert Image.open(folder / "by_onnx" / f"{name}_overlay.png").size == Image.open(source).size
+        elif bundle == "msd_heart":
+            volume, mask = nib.load(source), nib.load(folder / "by_onnx" / f"{name}_mask.nii.gz")
+            assert mask.shape == volume.shape and mask.header.get_zooms() == pytest.approx(volume.header.get_zooms())
+            np.testing.assert_allclose(mask.affine, volume.affine, atol=1e-5)
+            expected = np.asarray(nib.load(folder / "by_monai" / f"{name}_mask.nii.gz").dataobj)
+            found = np.asarray(mask.dataobj)
+        else:
+            continue
+        assert (expected == found).mean() >= 0.999
+        foreground.append((found > 0).mean())
+    assert bundle == "aptos2019" or 0 < np.mean(foreground) < 1, "masks that say something"
+    if bundle == "aptos2019":
+        rows = {row["id"]: row for row in csv.DictReader((folder / "by_onnx" / "predictions.csv").open())}
+        expected = list(csv.reader((folder / "by_monai" / "predictions.csv").open()))
+        assert len(rows) == len(expected) == 3
+        for file, *values in expected:
+            row = rows[file.rsplit("/", 1)[-1].split(".")[0]]
+            np.testing.assert_allclose(
+                [float(row[c]) for c in row if c.startswith("p_")], np.float64(values), atol=1e-3
+            )
+            assert row["class"] == TASKS[bundle].classes[int(np.argmax(np.float64(values)))]
+
+
+def test_predict_starts_in_less_than_a_second(exported, tmp_path):
+    folder, _ = exported("kvasir_seg")
+    image = next(images_of("kvasir_seg", folder).iterdir())
+    arguments = ("predict", "--model", folder / "dist" / "kvasir_seg", image, "--output", tmp_path, "--threads", 1)
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert python(BARE, *arguments).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1.0, "CPU seconds from start to end, one image included"
+
+
+def test_the_onnx_file_takes_any_size_divisible_by_32(exported):
+    folder, _ = exported("kvasir_seg")
+    models = folder / "dist" / "kvasir_seg" / "models"
+    network = torch.jit.load(models / "model.ts")
+    for name in ("model.onnx", "model_int8.onnx"):
+        session = onnxruntime.InferenceSession(models / name, providers=["CPUExecutionProvider"])
+        assert [i.name for i in session.get_inputs()] == ["image"]
+        for shape in ((1, 3, 96, 160), (2, 3, 224, 32)):
+            image = torch.rand(shape)
+            (answer,) = session.run(None, {"image": image.numpy()})
+            assert answer.shape == (shape[0], 2, *shape[2:])
+            if name == "model.onnx":
+                np.testing.assert_allclose(answer, network(image).detach().numpy(), atol=1e-3)
+
+
+def test_a_corrupt_file_is_reported_and_the_rest_goes_on(exported, tmp_path, capsys):
+    folder, _ = exported("kvasir_seg")
+    images = images_of("kvasir_seg", folder)
+    (tmp_path / "in").mkdir()
+    for source in images.iterdir():
+        (tmp_path / "in" / source.name).symlink_to(source.resolve())
+    (tmp_path / "in" / "broken.png").write_bytes(next(images.iterdir()).read_bytes()[:200])
+    arguments = ["predict", "--model", str(folder / "dist" / "kvasir_seg"), str(tmp_path / "in")]
+    assert main([*arguments, "--output", str(tmp_path / "out"), "--int8"]) == 1
+    out, error = capsys.readouterr()
+    assert "3 of 4 predicted" in out and error.count("error: ") == 1 and "broken.png" in error
+    assert len(list((tmp_path / "out").glob("*_mask.png"))) == 3
+
+
+def test_a_dicom_series_gives_the_mask_of_its_volume(exported, tmp_path):
+    sitk = pytest.importorskip("SimpleITK")
+    folder, _ = exported("msd_heart")
+    rng = np.random.default_rng(0)
+    voxels = (rng.random((12, 40, 36)) * 200).astype(np.int16)  # slices, rows, columns
+    series = tmp_path / "study" / "series"
+    series.mkdir(parents=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for number, pixels in enumerate(voxels):
+        image = sitk.GetImageFromArray(pixels)
+        image.SetSpacing((1.5, 1.5))
+        for key, value in {
+            "0008|0060": "MR",
+            "0020|000d": "1.2.3.1",
+            "0020|000e": "1.2.3.2",
+            "0008|0018": f"1.2.3.2.{number + 1}",
+            "0020|0032": f"-30\\-20\\{3 * number}",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0018|0050": "3",
+            "0020|0013": str(number + 1),
+        }.items():
+            image.SetMetaData(key, value)
+        writer.SetFileName(str(series / f"{number:02d}.dcm"))
+        writer.Execute(image)
+    model = str(folder / "dist" / "msd_heart")
+    assert main(["predict", "--model", model, str(tmp_path / "study"), "--output", str(tmp_path / "out")]) == 0
+    mask = nib.load(tmp_path / "out" / "series_mask.nii.gz")
+    assert mask.shape == (36, 40, 12) and mask.header.get_zooms() == pytest.approx((1.5, 1.5, 3.0))
+    corner = mask.affine @ [35, 39, 0, 1]  # right-most and anterior-most voxel: DICOM's first one
+    np.testing.assert_allclose(corner[:3], (30, 20, 0), atol=1e-4)
+
+
+def test_pt2_answers_as_the_student_at_other_sizes(exported, tmp_path):
+    _, settings = exported("kvasir_seg")
+    arguments = ["--to", str(tmp_path / "x"), "--formats", "pt2", "--cases", "1", *settings]
+    assert main(["export", str(ROOT / "bundles" / "kvasir_seg"), *arguments]) == 0
+    network = torch.jit.load(tmp_path / "x" / "models" / "model.ts")
+    image = torch.rand(3, 3, 128, 96)
+    program = torch.export.load(tmp_path / "x" / "models" / "model.pt2").module()
+    torch.testing.assert_close(program(image), network(image), atol=1e-3, rtol=0)

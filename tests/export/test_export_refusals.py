@@ -1,0 +1,87 @@
+"""Bad input to export and predict is one sentence; the command line itself stays light."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from amkd_monai.__main__ import main
+from amkd_monai.export.check import Row, judge
+from amkd_monai.export.formats import check_size, chosen_formats
+from amkd_monai.export.translate import postprocessing, preprocessing
+
+KVASIR = str(ROOT / "bundles" / "kvasir_seg")
+
+
+def refused(capsys, *arguments):
+    assert main(list(arguments)) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error
+    return error
+
+
+def test_no_trained_student(tmp_path, capsys):
+    error = refused(capsys, "export", KVASIR, "--to", str(tmp_path / "d"), f"--set=ckpt_dir={tmp_path}")
+    assert str(tmp_path / "model.pt") in error
+    assert not (tmp_path / "d").exists()
+
+
+def test_unknown_formats_and_settings(tmp_path, capsys):
+    to = str(tmp_path / "d")
+    assert "'tflite'" in refused(capsys, "export", KVASIR, "--to", to, "--formats", "ts,tflite")
+    assert "no setting 'imagesize'" in refused(capsys, "export", KVASIR, "--to", to, "--set", "imagesize=3")
+    assert "KEY=VALUE" in refused(capsys, "export", KVASIR, "--to", to, "--set", "image_size")
+    with pytest.raises(ValueError, match="openvino"):
+        chosen_formats("ts,openvino-int8")
+
+
+def test_sizes_that_only_torchscript_takes():
+    check_size(["ts"], (48, 32))
+    check_size(["ts", "onnx"], (64, 32))
+    with pytest.raises(ValueError, match="48 x 32"):
+        check_size(["ts", "onnx"], (48, 32))
+
+
+def test_not_a_bundle(tmp_path, capsys):
+    assert "no training bundle" in refused(capsys, "export", str(tmp_path), "--to", str(tmp_path / "d"))
+    assert "is there already" in refused(capsys, "export", KVASIR, "--to", str(tmp_path))
+    predict = ("predict", "--model", str(tmp_path), str(tmp_path), "--output", str(tmp_path / "out"))
+    assert "no exported bundle" in refused(capsys, *predict)
+
+
+def test_transforms_without_counterpart():
+    with pytest.raises(ValueError, match="CtWindowd"):
+        preprocessing("amkd_monai.data.transforms.CtWindowd", {"keys": "image"})
+    with pytest.raises(ValueError, match="mode 'nearest'"):
+        preprocessing("Resized", {"keys": "image", "spatial_size": (4, 4), "mode": "nearest"})
+    with pytest.raises(ValueError, match="cannot be exported"):
+        postprocessing({"_target_": "amkd_monai.data.transforms.CtWindowd", "keys": "pred"})
+
+
+def test_what_a_format_may_cost():
+    student = Row("eager", 1.0, 1.0, 1.0, 0.0, 0.9)
+    with pytest.raises(ValueError, match="differs from the PyTorch student"):
+        judge(Row("onnx", 1.0, 1.0, 1.0, 2e-4, 0.9), student, accept_loss=True)
+    with pytest.raises(ValueError, match="differs from the PyTorch student"):
+        judge(Row("onnx", 1.0, 1.0, 1.0, math.nan, 0.9), student, accept_loss=True)
+    assert judge(Row("ort-int8", 1.0, 1.0, 1.0, 0.1, 0.896), student, accept_loss=False) == ""
+    worse = Row("ort-int8", 1.0, 1.0, 1.0, 0.1, 0.89)
+    with pytest.raises(ValueError, match="--accept-loss"):
+        judge(worse, student, accept_loss=False)
+    assert "loses 0.0100 of 0.9000" in judge(worse, student, accept_loss=True)
+    assert "cannot be judged" in judge(Row("ort-int8", 1.0, 1.0, 1.0, 0.1, math.nan), student, accept_loss=True)
+
+
+def test_help_imports_neither_torch_nor_monai():
+    code = (
+        "import sys\nfrom amkd_monai.__main__ import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'monai', 'onnxruntime', 'numpy'} & set(sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    assert "export" in ended.stdout and "predict" in ended.stdout

@@ -1,0 +1,54 @@
+"""The steps without torch give what MONAI's transforms give."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import CenterSpatialCrop, KeepLargestConnectedComponent, Resize, Spacing, SpatialPad
+
+from amkd_monai.export.steps import largest_component, prepare
+
+
+@pytest.mark.parametrize(("old", "new"), [((61, 47), (32, 32)), ((20, 70), (32, 32)), ((20, 21), (64, 32))])
+def test_resizing_there_and_back(old, new):
+    image = np.random.default_rng(0).random((3, *old), np.float32)
+    expected = Resize(new, mode="bilinear", anti_aliasing=True)(torch.from_numpy(image))
+    there, inverses = prepare(image, [{"step": "resize", "size": new, "anti_aliasing": True}])
+    np.testing.assert_allclose(there, expected.numpy(), atol=2e-6)
+    back = Resize(old, mode="bilinear")(expected)
+    np.testing.assert_allclose(inverses[0](there), back.numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.25, 1.3705), (3.0, 0.7, 1.37), (2.5, 2.5, 2.5)])
+def test_volumes_are_resampled_cropped_and_padded(spacing):
+    volume = np.random.default_rng(0).random((1, 24, 31, 20), np.float32)
+    affine = torch.diag(torch.tensor([-spacing[0], spacing[1], spacing[2], 1.0], dtype=torch.float64))
+    transforms = (Spacing((2.5, 1.25, 1.37)), CenterSpatialCrop((11, 24, 16)), SpatialPad((-1, 24, 16)))
+    steps = [
+        {"step": "spacing", "pixdim": (2.5, 1.25, 1.37)},
+        {"step": "crop", "size": (11, 24, 16)},
+        {"step": "pad", "size": (-1, 24, 16)},
+    ]
+    expected = MetaTensor(torch.from_numpy(volume), affine=affine)
+    for transform in transforms:
+        expected = transform(expected)
+    there, inverses = prepare(volume, steps, spacing)
+    assert there.shape == expected.shape
+    np.testing.assert_allclose(there, expected.numpy(), atol=1e-5)
+    for transform, inverse in zip(reversed(transforms), reversed(inverses), strict=True):
+        expected, there = transform.inverse(expected), inverse(there)
+    np.testing.assert_allclose(there, expected.numpy(), atol=1e-5)
+
+
+def test_only_the_largest_part_stays():
+    mask = (np.random.default_rng(0).random((12, 14, 10)) > 0.9).astype(np.uint8)
+    mask[2:5, 2:5, 2:5] = 1
+    expected = KeepLargestConnectedComponent(applied_labels=[1])(torch.from_numpy(mask)[None])[0]
+    np.testing.assert_array_equal(largest_component(mask, 1), expected.numpy())
+
+
+def test_an_unknown_step_is_refused():
+    with pytest.raises(ValueError, match="no step 'fold'"):
+        prepare(np.zeros((3, 4, 4)), [{"step": "fold"}])
