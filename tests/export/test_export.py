@@ -175,7 +175,8 @@ def test_a_corrupt_file_is_reported_and_the_rest_goes_on(exported, tmp_path, cap
 
 
 def test_a_dicom_series_gives_the_mask_of_its_volume(exported, tmp_path):
-    sitk = pytest.importorskip("SimpleITK")
+    import SimpleITK as sitk
+
     folder, _ = exported("msd_heart")
     rng = np.random.default_rng(0)
     voxels = (rng.random((12, 40, 36)) * 200).astype(np.int16)  # slices, rows, columns
