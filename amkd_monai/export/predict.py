@@ -44,13 +44,21 @@ class Predictor:
         if not model.is_file():
             raise ValueError(f"{folder} holds no {name} network: export again with --formats {name}.")
         import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as refusals
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
         try:
             self.session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its errors share no narrower class
+        except (
+            refusals.Fail,
+            refusals.InvalidArgument,
+            refusals.InvalidGraph,
+            refusals.InvalidProtobuf,
+            refusals.NotImplemented,
+            refusals.RuntimeException,
+        ) as error:
             raise ValueError(f"{model} cannot be opened by ONNX Runtime: export again.") from error
 
     @property
