@@ -87,7 +87,7 @@ def settings(planted: dict[str, str]) -> dict[str, Setting]:
     common = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, "patience": 1000}
     result: dict[str, Setting] = {}
     for label, extra in (("12", {"labelled": 12}), ("all", {})):
-        base = {**common, "max_epochs": 60, **extra}
+        base = {**common, "max_epochs": 40, **extra}
         result[f"{label}_undistilled"] = Setting("kvasir_seg", "Kvasir-SEG", base, teachers=[])
         for name, (teachers, overrides) in arms.items():
             reference = f"{label}_undistilled"
