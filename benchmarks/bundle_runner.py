@@ -1,8 +1,7 @@
-"""Runs of bundles with overrides, side by side and resumable, and the table that compares them.
+"""Runs of bundles with overrides, side by side and resumable.
 
-A run that has its metrics.json is not repeated. Cases are the unit of the statistics: seeds are averaged per case for
-the paired tests, and the intervals resample cases and seeds. Teachers are admitted by the cross-fitting of the first
-seed; later seeds repeat its decision.
+A run that has its metrics.json is not repeated. Teachers are admitted by the cross-fitting of the first seed; later
+seeds repeat its decision.
 """
 
 from __future__ import annotations
@@ -17,10 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from amkd_monai.metrics.statistics import holm, paired_bootstrap_ci, paired_wilcoxon, seed_and_case_ci
-from amkd_monai.metrics.summary import read_case_csv
+from tables import Row, table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,50 +88,9 @@ def execute(job: tuple[str, Setting, int, int], shared: Path, output: Path) -> N
     print(f"done: {folder}", flush=True)
 
 
-def per_case(name: str, seeds: list[int], output: Path, metric: str) -> dict[str, list[float]]:
-    """Return {case: [value per seed]}; folds hold different cases."""
-    table: dict[str, list[float]] = {}
-    for seed in seeds:
-        for folder in sorted((output / name).glob(f"fold*_seed{seed}")):
-            for row in read_case_csv(folder / "per_case.csv"):
-                table.setdefault(str(row["id"]), []).append(float(row[metric]))
-    incomplete = [case for case, values in table.items() if len(values) != len(seeds)]
-    if not table or incomplete:
-        raise ValueError(f"The runs of {name} are not complete in {output}: run the benchmark again.")
-    return table
-
-
 def seeds_of(setting: Setting, seeds: int) -> list[int]:
     """Return the seeds of a row."""
     return list(range(setting.seeds or seeds))
-
-
-def table(settings: dict[str, Setting], seeds: int, output: Path) -> str:
-    """Return the results as a Markdown table; p is corrected over its rows (Holm)."""
-    columns = ("setting", "seeds x cases", "Dice [95 % CI]", "IoU", "NSD", "HD95", "gain [95 % CI]", "p", "CPU min")
-    rows, p_values = [], []
-    for name, setting in settings.items():
-        values = {m: per_case(name, seeds_of(setting, seeds), output, m) for m in ("dice", "iou", "nsd", "hd95")}
-        dice = np.array(list(values["dice"].values())).T  # (seeds, cases)
-        mean, low, high = seed_and_case_ci(dice)
-        means = {m: float(np.nanmean(np.array(list(v.values())))) for m, v in values.items()}
-        gain, p = "", float("nan")
-        if setting.reference in settings:
-            reference = per_case(setting.reference, seeds_of(settings[setting.reference], seeds), output, "dice")
-            a, b = (np.array([np.nanmean(t[case]) for case in reference]) for t in (values["dice"], reference))
-            gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*paired_bootstrap_ci(a, b))
-            p = paired_wilcoxon(a, b)
-        p_values.append(p)
-        records = [json.loads(file.read_text()) for file in (output / name).glob("*/run.json")]
-        minutes = np.median([record["cpu_seconds"] for record in records]) / 60
-        scores = [f"{mean:.3f} [{low:.3f}, {high:.3f}]", f"{means['iou']:.3f}", f"{means['nsd']:.3f}"]
-        rows.append(
-            [name, f"{dice.shape[0]} x {dice.shape[1]}", *scores, f"{means['hd95']:.1f}", gain, f"{minutes:.1f}"]
-        )
-    for row, p in zip(rows, holm(p_values), strict=True):
-        row.insert(-1, "" if np.isnan(p) else f"{p:.2g}")
-    lines = [list(columns), ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main(settings: dict[str, Setting], description: str, default_output: str) -> None:
@@ -145,12 +100,16 @@ def main(settings: dict[str, Setting], description: str, default_output: str) ->
     parser.add_argument("--shared", type=Path, default=shared_default, help="folder with data/ and weights/")
     parser.add_argument("--output", type=Path, default=Path(default_output))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", help="settings whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="settings whose name contains this, or one of several, with commas between"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--table", action="store_true", help="only print the table of finished runs")
     arguments = parser.parse_args()
     shared, output = arguments.shared.resolve(), arguments.output.resolve()
-    chosen = {name: setting for name, setting in settings.items() if arguments.only in name}
+    chosen = {
+        name: setting for name, setting in settings.items() if any(part in name for part in arguments.only.split(","))
+    }
     if not arguments.table:
         jobs = [
             (name, setting, seed, fold)
@@ -161,7 +120,8 @@ def main(settings: dict[str, Setting], description: str, default_output: str) ->
         jobs.sort(key=lambda job: job[2])  # all rows of the first seed first
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(lambda job: execute(job, shared, output), jobs))
-    text = table(chosen, arguments.seeds, output)
+    rows = {name: Row(s.bundle, len(seeds_of(s, arguments.seeds)), s.reference) for name, s in chosen.items()}
+    text = table(rows, output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "table.md").write_text(text + "\n")
     print(text)

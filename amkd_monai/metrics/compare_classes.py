@@ -85,10 +85,10 @@ def _compare(task: Task, name: str, a: Cases, b: Cases) -> dict[str, Any]:
     drawn = np.array([metric(label[i], a[1][i]) - metric(label[i], b[1][i]) for i in draws])
     low, high = interval(drawn)
     values |= {"difference": values["mean"] - values["reference_mean"], "ci_low": low, "ci_high": high}
-    return values | {"p": _bootstrap_p(drawn), "test": "bootstrap"}
+    return values | {"p": bootstrap_p(drawn), "test": "bootstrap"}
 
 
-def _bootstrap_p(differences: NDArray[np.float64]) -> float:
+def bootstrap_p(differences: NDArray[np.float64]) -> float:
     """Two-sided p value: twice the smaller part of resampled differences on one side of 0 (Efron, Tibshirani, 1993)."""
     known = differences[~np.isnan(differences)]
     if len(known) == 0:

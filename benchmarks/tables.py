@@ -1,0 +1,149 @@
+"""The tables that compare finished runs: one for masks, one for classes.
+
+Cases are the unit of the statistics: the intervals of a score resample cases and seeds; a gain is paired over cases,
+with seeds averaged first. The p values of a table are one family (Holm).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from amkd_monai.metrics.class_summary import class_metrics, interval, labels_and_probabilities, positive_classes
+from amkd_monai.metrics.compare_classes import bootstrap_p
+from amkd_monai.metrics.statistics import holm, paired_bootstrap_ci, paired_wilcoxon, seed_and_case_ci
+from amkd_monai.metrics.summary import read_case_csv
+from amkd_monai.tasks import Task, get_task
+
+RESAMPLES = 2000
+MASK_COLUMNS = ("Dice [95 % CI]", "IoU", "NSD", "HD95", "gain [95 % CI]", "p", "CPU min")
+CLASS_COLUMNS = ("primary [95 % CI]", "areas", "balanced accuracy", "ECE", "gain [95 % CI]", "p", "CPU min")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting in a table: its task, how many seeds it has, the setting it is compared with."""
+
+    task: str
+    seeds: int
+    reference: str | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a row says; ``p`` is NaN where nothing is compared."""
+
+    counts: str
+    scores: list[str]
+    gain: str
+    p: float
+
+
+def table(rows: dict[str, Row], output: Path) -> str:
+    """Return the runs in ``output`` as Markdown, masks first.
+
+    Raises:
+        ValueError: runs are missing.
+    """
+    parts = []
+    for classes, columns in ((False, MASK_COLUMNS), (True, CLASS_COLUMNS)):
+        names = [name for name, row in rows.items() if get_task(row.task).is_classification == classes]
+        if not names:
+            continue
+        lines = [(_class_line if classes else _mask_line)(name, rows, output) for name in names]
+        cells = [["setting", "seeds x cases", *columns], ["---"] * (len(columns) + 2)]
+        for name, line, p in zip(names, lines, holm([line.p for line in lines]), strict=True):
+            shown = "" if math.isnan(p) else f"{p:.2g}"
+            cells.append([name, line.counts, *line.scores, line.gain, shown, f"{_minutes(output / name):.1f}"])
+        parts.append("\n".join("| " + " | ".join(row) + " |" for row in cells))
+    return "\n\n".join(parts)
+
+
+def _minutes(folder: Path) -> float:
+    records = [json.loads(file.read_text()) for file in folder.glob("*/run.json")]
+    return float(np.median([record["cpu_seconds"] for record in records])) / 60
+
+
+def _cases(name: str, row: Row, output: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return {case: [its row per seed]}; folds hold different cases."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(row.seeds):
+        for folder in sorted((output / name).glob(f"fold*_seed{seed}")):
+            if (folder / "per_case.csv").is_file():
+                for case in read_case_csv(folder / "per_case.csv"):
+                    found.setdefault(str(case["id"]), []).append(case)
+    if not found or any(len(values) != row.seeds for values in found.values()):
+        raise ValueError(f"The runs of {name} are not complete in {output}: run the benchmark again.")
+    return found
+
+
+def _mask_line(name: str, rows: dict[str, Row], output: Path) -> Line:
+    cases = _cases(name, rows[name], output)
+    scores = {
+        metric: np.array([[float(row[metric]) for row in seeds] for seeds in cases.values()]).T
+        for metric in ("dice", "iou", "nsd", "hd95")
+    }
+    interval_of_dice = "{:.3f} [{:.3f}, {:.3f}]".format(*seed_and_case_ci(scores["dice"]))
+    others = [f"{np.nanmean(scores[metric]):.{digits}f}" for metric, digits in (("iou", 3), ("nsd", 3), ("hd95", 1))]
+    empty = int(np.isnan(scores["dice"]).all(axis=0).sum())
+    counts = f"{rows[name].seeds} x {len(cases) - empty}" + (f" (+{empty} empty)" if empty else "")
+    reference, gain, p = rows[name].reference, "", math.nan
+    if reference in rows:
+        known = _cases(reference, rows[reference], output)
+        a, b = (np.array([np.mean([float(r["dice"]) for r in t[case]]) for case in known]) for t in (cases, known))
+        gain, p = _signed(*paired_bootstrap_ci(a, b)), paired_wilcoxon(a, b)
+    return Line(counts, [interval_of_dice, *others], gain, p)
+
+
+def _class_line(name: str, rows: dict[str, Row], output: Path) -> Line:
+    task = get_task(rows[name].task)
+    label, runs = _predictions(task, name, rows[name], output)
+    metrics = class_metrics(task)
+    means = {metric: _mean(metrics[metric], label, runs) for metric in metrics}
+    drawn = [_mean(metrics[task.primary_metric], label[i], [runs[s][i] for s in s_]) for s_, i in _draws(runs)]
+    low, high = interval(np.array(drawn))
+    areas = ", ".join(f"{problem} {means[f'{problem}_auc']:.3f}" for problem in positive_classes(task))
+    scores = [f"{task.primary_metric} {means[task.primary_metric]:.3f} [{low:.3f}, {high:.3f}]", areas]
+    scores += [f"{means['balanced_accuracy']:.3f}", f"{means['ece']:.3f}"]
+    counts, reference = f"{len(runs)} x {len(label)}", rows[name].reference
+    if reference not in rows:
+        return Line(counts, scores, "", math.nan)
+    _, others = _predictions(task, reference, rows[reference], output)
+    metric = metrics[task.primary_metric]
+    differences = np.array(
+        [
+            _mean(metric, label[i], [run[i] for run in runs]) - _mean(metric, label[i], [run[i] for run in others])
+            for _, i in _draws(runs)
+        ]
+    )
+    gain = _mean(metric, label, runs) - _mean(metric, label, others)
+    return Line(counts, scores, _signed(gain, *interval(differences)), bootstrap_p(differences))
+
+
+def _predictions(task: Task, name: str, row: Row, output: Path) -> tuple[NDArray[np.int64], list[NDArray[np.float64]]]:
+    """True classes (N,), and probabilities (N, C) of each seed; cases in the order of their names."""
+    cases = _cases(name, row, output)
+    seeds = [labels_and_probabilities(task, [cases[c][s] for c in sorted(cases)]) for s in range(row.seeds)]
+    return seeds[0][0], [p for _, p in seeds]
+
+
+def _draws(runs: list[NDArray[np.float64]]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Bootstrap samples of seeds and of cases."""
+    rng, cases = np.random.default_rng(0), len(runs[0])
+    for _ in range(RESAMPLES):
+        yield rng.integers(len(runs), size=len(runs)), rng.integers(cases, size=cases)
+
+
+def _mean(metric: Any, label: NDArray[np.int64], runs: list[NDArray[np.float64]]) -> float:
+    return float(np.mean([metric(label, p) for p in runs]))
+
+
+def _signed(value: float, low: float, high: float) -> str:
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
