@@ -18,6 +18,8 @@ from bundle_runner import ROOT, Setting, main
 from torch import Tensor, nn
 
 FOLDER = "runs/ablation"
+FIXED = {"specialist": 0.4, "lite2": 0.4, "constant": 0.1, "noise": 0.1}
+"""Weights of somebody who knows roughly which teachers are good."""
 
 
 class ConstantTeacher(nn.Module):
@@ -73,7 +75,7 @@ def settings(planted: dict[str, str]) -> dict[str, Setting]:
     arms: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         "best_single": (good + bad, {"gate": "best_single"}),
         "uniform": (good + bad, {"gate": "uniform", "admission": every}),
-        "fixed": (good + bad, {"gate": "fixed", "gate_options": {"weights": [0.25] * 4}, "admission": every}),
+        "fixed": (good + bad, {"gate": "fixed", "gate_options": {"weights": FIXED}, "admission": every}),
         "reliability_good_teachers": (good, {"gate": "reliability"}),
         "reliability": (good + bad, {"gate": "reliability"}),
         "reliability_all_admitted": (good + bad, {"gate": "reliability", "admission": every}),

@@ -57,10 +57,10 @@ def test_a_run_with_every_loss_trains_and_records(options, tmp_path, cache):
         assert any(key.startswith(part) for key in keys), part
 
 
-def test_the_published_system_runs_as_a_preset(tmp_path, cache):
-    values = small(tmp_path, cache)
-    del values["admission"]
-    run("kvasir_seg", ("train", "paper"), values)
+@pytest.mark.parametrize("bundle", ["kvasir_seg", "msd_heart", "aptos2019"])
+def test_the_published_system_runs_as_a_preset(bundle, tmp_path, cache):
+    values = settings(bundle, tmp_path, cache, teachers=TEACHER, max_epochs=2)
+    run(bundle, ("train", "paper"), values)
     rows = history_of(tmp_path)
     assert all(0 < float(row["weight_task"]) < 1 for row in rows)
     assert {f"loss_{n}" for n in ("task", "output", "feature", "reconstruction", "contrastive")} <= set(rows[0])
@@ -70,9 +70,9 @@ def test_the_published_system_runs_as_a_preset(tmp_path, cache):
     assert record["recipe"]["weight_decay"] == 1e-4
 
 
-def test_the_preset_is_the_same_in_both_bundles():
-    first, second = ((ROOT / "bundles" / b / "configs" / "paper.json").read_text() for b in ("kvasir_seg", "msd_heart"))
-    assert first == second
+def test_the_preset_is_the_same_in_all_bundles():
+    presets = [file.read_text() for file in (ROOT / "bundles").glob("*/configs/paper.json")]
+    assert len(presets) >= 6 and len(set(presets)) == 1
 
 
 def test_a_broken_off_run_resumes_to_the_same_student(tmp_path, cache):
