@@ -79,11 +79,13 @@ def _describe(run: RunFolder) -> dict[str, Any]:
         "shown": sections.chosen_cases(run),
         "masks": not run.task.is_classification,
         "columns": columns,
-        "cases": [[_cell(case[c]) for c in columns] for case in ranked],
+        "cases": [[_cell(c, case[c]) for c in columns] for case in ranked],
     }
 
 
-def _cell(value: Any) -> str:
+def _cell(column: str, value: Any) -> str:
+    if column.endswith("_volume"):
+        return f"{value:.0f}"
     return sections.number(value) if isinstance(value, float) else str(value)
 
 

@@ -85,12 +85,13 @@ def training_figures(run: RunFolder) -> list[tuple[str, str]]:
     def pick(prefix: str) -> dict[str, np.ndarray]:
         return {k.removeprefix(prefix): v for k, v in history.items() if k.startswith(prefix)}
 
-    validation = {k: v for k, v in history.items() if k.startswith("val_")}
+    validation = {k: v for k, v in history.items() if k.startswith("val_") and k != "val_empty_references"}
+    weights = pick("weight_")
     for title, lines, label, logarithmic in (
         ("Validation", validation, "score", False),
         ("Losses", pick("loss_"), "loss", True),
         ("Losses as they enter the total", pick("weighted_"), "weight x loss", True),
-        ("Loss weights", pick("weight_"), "weight", False),
+        ("Loss weights", weights if len(weights) > 1 else {}, "weight", False),
         ("Weights of the teachers, by loss", pick("teacher_"), "mean weight", False),
         ("Effective number of teachers", pick("effective_teachers_"), "exp(entropy)", False),
         ("Learning rate", pick("learning_"), "learning rate", False),
