@@ -84,6 +84,10 @@ def parser() -> argparse.ArgumentParser:
     from amkd_monai.export.command import add_parsers
 
     add_parsers(commands)
+
+    from amkd_monai.report.command import add_parser
+
+    add_parser(commands)
     return top
 
 

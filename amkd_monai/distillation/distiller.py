@@ -151,17 +151,7 @@ class Distiller(nn.Module):
             view: Tensor | None = None
             strength = distillation_strength(progress, **self.strength)
             if self.teachers:
-                maps = [level.float() for level in levels]  # autocast gave them half precision
-                features = dict(zip(self.student.strides, maps, strict=True))
-                view = features[SHARED_STRIDE]
-                pairs = self._pairs(batch, features)
-                answers = {
-                    t.name: self._targets(batch, t.name, "logits") for t in self.teachers if t.logits is not None
-                }
-                similar: dict[str, Tensor] = {}
-                if self.teacher_gate.network is not None:
-                    similar = {n: F.cosine_similarity(p.aligned, p.goal.detach(), dim=1) for n, p in pairs.items()}
-                reading = self.teacher_gate.measure(batch, answers, answer.shape[1], view, similar)
+                view, pairs, answers, reading = self._look(batch, levels, answer.shape[1])
                 self._distil(batch, answer, view, pairs, answers, reading, progress, named, weights)
                 named |= self.teacher_gate.loss(batch, reading) | self._autoencoder(batch, pairs)
                 figures = self.teacher_gate.figures(batch, reading)
@@ -174,6 +164,32 @@ class Distiller(nn.Module):
             total = torch.stack([factors[name] * loss.mean() for name, loss in named.items()]).sum()
         plain = {name: float(f.detach()) if isinstance(f, Tensor) else f for name, f in factors.items()}
         return DistillationOutput(total, named, plain, weights, logits, figures)
+
+    @torch.no_grad()
+    def teacher_maps(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """What a batch's teachers say and how far they are trusted, to look at.
+
+        Returns:
+            Student logits (B, C, H, W), answers {teacher: (B, C, h, w)} and weights (B, K, h', w') of the teachers.
+        """
+        levels = self.student.encode(batch.image)
+        logits = losses.as_map(self.student.decode(levels, list(batch.image.shape[-2:])))
+        _, _, answers, reading = self._look(batch, levels, logits.shape[1])
+        everyone = self.teacher_gate.available(batch, [True] * len(self.teachers))
+        return logits, answers, self.teacher_gate.weights(reading, everyone)
+
+    def _look(
+        self, batch: Batch, levels: Sequence[Tensor], classes: int
+    ) -> tuple[Tensor, dict[str, _Pair], dict[str, Tensor], GateReading]:
+        """The shared student map, pairs and answers by teacher, and what the gate makes of them."""
+        maps = [level.float() for level in levels]  # autocast gave them half precision
+        features = dict(zip(self.student.strides, maps, strict=True))
+        view, pairs = features[SHARED_STRIDE], self._pairs(batch, features)
+        answers = {t.name: self._targets(batch, t.name, "logits") for t in self.teachers if t.logits is not None}
+        similar: dict[str, Tensor] = {}
+        if self.teacher_gate.network is not None:
+            similar = {n: F.cosine_similarity(p.aligned, p.goal.detach(), dim=1) for n, p in pairs.items()}
+        return view, pairs, answers, self.teacher_gate.measure(batch, answers, classes, view, similar)
 
     def _targets(self, batch: Batch, name: str, kind: str) -> Tensor:
         """Read a teacher's targets; rows for which it is not available become 0."""

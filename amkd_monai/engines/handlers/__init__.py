@@ -5,11 +5,15 @@ from amkd_monai.engines.handlers.checkpoints import BestStudent, LoadStudent, Re
 from amkd_monai.engines.handlers.class_report import ClassPredictions, ClassReport, ClassScore, FitTemperature
 from amkd_monai.engines.handlers.early_stopping import Attach, EarlyStopping
 from amkd_monai.engines.handlers.empty_references import EmptyReferences
+from amkd_monai.engines.handlers.previews import CasePreviews
+from amkd_monai.engines.handlers.report import WriteReport
 from amkd_monai.engines.handlers.run_record import RunRecord
+from amkd_monai.engines.handlers.teacher_pictures import TeacherPictures
 
 __all__ = [
     "Attach",
     "BestStudent",
+    "CasePreviews",
     "CaseReport",
     "ClassPredictions",
     "ClassReport",
@@ -20,4 +24,6 @@ __all__ = [
     "LoadStudent",
     "ResumeCheckpoint",
     "RunRecord",
+    "TeacherPictures",
+    "WriteReport",
 ]

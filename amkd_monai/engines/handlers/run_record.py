@@ -75,7 +75,7 @@ class RunRecord:
         self.steps += 1
 
     def _epoch(self, engine: Engine) -> None:
-        row: dict[str, float] = {"epoch": engine.state.epoch}
+        row: dict[str, float] = {"epoch": engine.state.epoch, "learning_rate": engine.optimizer.param_groups[0]["lr"]}
         row.update({name: total / self.steps for name, total in self.sums.items()})
         if self.evaluator is not None and self.evaluator.state.epoch == engine.state.epoch:
             row.update({k: float(v) for k, v in self.evaluator.state.metrics.items()})

@@ -1,0 +1,175 @@
+"""The page shows what the run's files say, needs nothing but itself, and says what a run lacks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "bundles"))
+from bundle_runs import run, settings
+
+from amkd_monai.__main__ import main
+from amkd_monai.report.page import write_report
+
+TEACHER = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Trained and evaluated runs on phantoms: polyps with and without a teacher, a volume, classes."""
+    root = tmp_path_factory.mktemp("runs")
+    found = {}
+    for name, bundle, teachers in (
+        ("polyps", "kvasir_seg", TEACHER),
+        ("undistilled", "kvasir_seg", []),
+        ("heart", "msd_heart", []),
+        ("skin", "isic2017", TEACHER),
+    ):
+        values = settings(bundle, root / name, root / "cache", teachers=teachers, admission={"mode": "all"})
+        run(bundle, ("train",), values)
+        run(bundle, ("train", "evaluate"), values)
+        found[name] = root / name / "eval"
+    return found
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of the page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data + " "
+
+
+@pytest.mark.parametrize("name", ["polyps", "heart", "skin"])
+def test_an_evaluation_makes_a_page_that_needs_nothing_else(name, runs):
+    file = runs[name] / "report.html"
+    page, text = Page(file), file.read_text()
+    assert file.stat().st_size < 15e6
+    assert not re.search(r"(src|href)=[\"'](?!data:|#)", text)
+    assert not re.search(r"url\(\s*['\"]?(?!#)|@import|<link|fetch\(", text)
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) >= 4 and all(a["alt"].strip() for a in images)
+    assert "PHANTOM DATA" in page.text
+    assert [tag for tag, a in page.tags if tag == "input" and a.get("type") == "range"] if name == "heart" else True
+
+
+@pytest.mark.parametrize("name", ["polyps", "heart", "skin"])
+def test_numbers_are_those_of_the_evaluation(name, runs):
+    text = (runs[name] / "report.html").read_text()
+    metrics = json.loads((runs[name] / "metrics.json").read_text())["summary"]["metrics"]
+    shown = dict(re.findall(r'data-metric="[^"]*/(\w+)">([^<]*)<', text))
+    assert shown.keys() == metrics.keys()
+    for metric, values in metrics.items():
+        assert float(shown[metric]) == pytest.approx(values.get("mean", values.get("value")), abs=5.1e-4)
+
+
+def test_a_mask_on_the_page_lies_where_the_file_says(runs):
+    from amkd_monai.metrics.run_files import preview_file
+    from amkd_monai.metrics.summary import read_case_csv
+
+    for case in read_case_csv(runs["polyps"] / "per_case.csv"):
+        with np.load(preview_file(runs["polyps"], case["id"])) as preview:
+            reference, prediction = preview["reference"] > 0, preview["prediction"] > 0
+            assert preview["image"].shape[:3] == reference.shape
+        dice = 2 * (reference & prediction).sum() / (reference.sum() + prediction.sum())
+        assert dice == pytest.approx(case["dice"], abs=0.05)
+
+
+def test_teachers_are_shown_with_their_weights(runs):
+    with np.load(runs["polyps"] / "teachers.npz") as kept:
+        assert {"image", "label", "student", "answer_lite1", "weight_lite1", "ids"} == set(kept.files)
+        assert 0 < kept["weight_lite1"].mean() <= 255 and kept["student"].std() > 0
+    page = Page(runs["polyps"] / "report.html")
+    assert "lite1 says" in page.text and "weight of lite1" in page.text
+
+
+def test_runs_side_by_side_are_compared_with_the_first(runs, tmp_path, capsys):
+    output = tmp_path / "both.html"
+    assert main(["report", str(runs["undistilled"]), str(runs["polyps"]), "--output", str(output)]) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    page = Page(output)
+    assert "Compared with undistilled" in page.text and "p (Holm)" in page.text
+
+
+def test_a_run_says_what_it_lacks_and_still_has_a_page(runs, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(runs["polyps"], broken)
+    for name in ("metrics.json", "per_case.csv"):
+        (broken / name).unlink()
+    record = json.loads((broken / "run.json").read_text())
+    (broken / "run.json").write_text(json.dumps(record | {"status": "running", "epochs_done": 1}))
+    lines = (broken / "history.csv").read_text().splitlines()
+    (broken / "history.csv").write_text("\n".join(lines[:2]) + "\n")
+    text = Page(write_report([broken], tmp_path / "page.html")).text
+    for words in ("was not evaluated", "broken off after epoch 1", "one epoch"):
+        assert words in text
+    both = Page(write_report([broken, runs["undistilled"]], tmp_path / "two.html")).text
+    assert "cannot be compared" in both
+
+
+def test_scores_without_a_value_are_dashes(runs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs["polyps"], other)
+    report = json.loads((other / "metrics.json").read_text())
+    report["summary"]["metrics"]["dice"] = {"mean": None, "ci_low": None, "ci_high": None, "median": None, "n": 0}
+    (other / "metrics.json").write_text(json.dumps(report))
+    header, *rows = (other / "per_case.csv").read_text().splitlines()
+    places = [header.split(",").index(c) for c in ("status", "dice", "iou", "nsd", "hd95")]
+    for i, row in enumerate(rows):
+        cells = row.split(",")
+        for place, value in zip(places, ("empty_both", "nan", "nan", "nan", "nan"), strict=True):
+            cells[place] = value
+        rows[i] = ",".join(cells)
+    (other / "per_case.csv").write_text("\n".join([header, *rows]) + "\n")
+    text = write_report([other], tmp_path / "page.html").read_text()
+    assert re.search(r'/dice">-<', text) and "empty_both" in text
+
+
+def test_wrong_folders_are_refused_in_one_sentence(runs, tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 1
+    assert "neither run.json nor metrics.json" in capsys.readouterr().err
+    assert main(["report", str(runs["polyps"]), str(runs["heart"])]) == 1
+    assert "different tasks" in capsys.readouterr().err
+    damaged = tmp_path / "damaged"
+    shutil.copytree(runs["polyps"], damaged)
+    (damaged / "metrics.json").write_text("{")
+    assert main(["report", str(damaged)]) == 1
+    assert "not valid JSON" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_opens_the_page_without_complaint(runs, tmp_path):
+    page = tmp_path / "page.html"
+    text = (runs["heart"] / "report.html").read_text()
+    clicks = """<script>addEventListener("load", function () {
+      var button = document.querySelectorAll("table.sortable th button")[3];
+      button.click();
+      document.title = Array.prototype.map.call(document.querySelectorAll("table.sortable tbody tr"),
+        function (row) { return row.cells[3].textContent; }).join(" ");
+      var slider = document.querySelector("input[type=range]"), image = slider.parentNode.querySelector("img");
+      var before = image.src; slider.value = 0; slider.dispatchEvent(new Event("input"));
+      document.body.dataset.moved = image.src !== before; });</script></body>"""
+    page.write_text(text.replace("</body>", clicks))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert 'data-moved="true"' in done.stdout
+    dice = [float(x) for x in re.search(r"<title>([^<]*)</title>", done.stdout)[1].split()]
+    assert dice == sorted(dice) and len(dice) >= 2
+    assert "CONSOLE" not in done.stderr or "Uncaught" not in done.stderr
