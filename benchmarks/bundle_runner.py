@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tables import Row, table
+from tables import Row, plot_masks, table
+
+from amkd_monai.tasks import get_task
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,6 +107,7 @@ def main(settings: dict[str, Setting], description: str, default_output: str) ->
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--table", action="store_true", help="only print the table of finished runs")
+    parser.add_argument("--plot", type=Path, help="also draw the rows of masks into this file (.svg, .png)")
     arguments = parser.parse_args()
     shared, output = arguments.shared.resolve(), arguments.output.resolve()
     chosen = {
@@ -125,3 +128,7 @@ def main(settings: dict[str, Setting], description: str, default_output: str) ->
     output.mkdir(parents=True, exist_ok=True)
     (output / "table.md").write_text(text + "\n")
     print(text)
+    if arguments.plot is not None:
+        plot_masks(
+            {n: row for n, row in rows.items() if not get_task(row.task).is_classification}, output, arguments.plot
+        )

@@ -36,13 +36,18 @@ class Row:
     reference: str | None
 
 
+Estimate = tuple[float, float, float]
+"""A value and its 95 % interval."""
+
+
 @dataclass(frozen=True)
 class Line:
-    """What a row says; ``p`` is NaN where nothing is compared."""
+    """What a row says; ``gain`` is None and ``p`` NaN where nothing is compared."""
 
     counts: str
+    score: Estimate
     scores: list[str]
-    gain: str
+    gain: Estimate | None
     p: float
 
 
@@ -60,8 +65,9 @@ def table(rows: dict[str, Row], output: Path) -> str:
         lines = [(_class_line if classes else _mask_line)(name, rows, output) for name in names]
         cells = [["setting", "seeds x cases", *columns], ["---"] * (len(columns) + 2)]
         for name, line, p in zip(names, lines, holm([line.p for line in lines]), strict=True):
+            gain = "" if line.gain is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*line.gain)
             shown = "" if math.isnan(p) else f"{p:.2g}"
-            cells.append([name, line.counts, *line.scores, line.gain, shown, f"{_minutes(output / name):.1f}"])
+            cells.append([name, line.counts, *line.scores, gain, shown, f"{_minutes(output / name):.1f}"])
         parts.append("\n".join("| " + " | ".join(row) + " |" for row in cells))
     return "\n\n".join(parts)
 
@@ -84,22 +90,45 @@ def _cases(name: str, row: Row, output: Path) -> dict[str, list[dict[str, Any]]]
     return found
 
 
+def plot_masks(rows: dict[str, Row], output: Path, file: Path) -> None:
+    """Draw Dice, and its gain, of each setting with 95 % intervals."""
+    from matplotlib.figure import Figure
+
+    lines = {name: _mask_line(name, rows, output) for name in rows}
+    figure = Figure(figsize=(9, 1 + 0.28 * len(lines)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for place, line in enumerate(lines.values()):
+        for axes, estimate in ((left, line.score), (right, line.gain)):
+            if estimate is not None:
+                value, low, high = estimate
+                colour = "#0072B2" if axes is left or low > 0 else "#D55E00" if high < 0 else "#777777"
+                axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=2)
+    left.set_yticks(range(len(lines)), list(lines))
+    left.invert_yaxis()
+    left.set_xlabel("Dice, 95 % interval over seeds and cases")
+    right.set_xlabel("gain over undistilled, paired by case")
+    right.axvline(0, color="black", linewidth=0.8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3, axis="x")
+    figure.savefig(file, metadata={"Date": None})
+
+
 def _mask_line(name: str, rows: dict[str, Row], output: Path) -> Line:
     cases = _cases(name, rows[name], output)
     scores = {
         metric: np.array([[float(row[metric]) for row in seeds] for seeds in cases.values()]).T
         for metric in ("dice", "iou", "nsd", "hd95")
     }
-    interval_of_dice = "{:.3f} [{:.3f}, {:.3f}]".format(*seed_and_case_ci(scores["dice"]))
+    dice = seed_and_case_ci(scores["dice"])
     others = [f"{np.nanmean(scores[metric]):.{digits}f}" for metric, digits in (("iou", 3), ("nsd", 3), ("hd95", 1))]
     empty = int(np.isnan(scores["dice"]).all(axis=0).sum())
     counts = f"{rows[name].seeds} x {len(cases) - empty}" + (f" (+{empty} empty)" if empty else "")
-    reference, gain, p = rows[name].reference, "", math.nan
+    reference, gain, p = rows[name].reference, None, math.nan
     if reference in rows:
         known = _cases(reference, rows[reference], output)
         a, b = (np.array([np.mean([float(r["dice"]) for r in t[case]]) for case in known]) for t in (cases, known))
-        gain, p = _signed(*paired_bootstrap_ci(a, b)), paired_wilcoxon(a, b)
-    return Line(counts, [interval_of_dice, *others], gain, p)
+        gain, p = paired_bootstrap_ci(a, b), paired_wilcoxon(a, b)
+    return Line(counts, dice, ["{:.3f} [{:.3f}, {:.3f}]".format(*dice), *others], gain, p)
 
 
 def _class_line(name: str, rows: dict[str, Row], output: Path) -> Line:
@@ -110,11 +139,12 @@ def _class_line(name: str, rows: dict[str, Row], output: Path) -> Line:
     drawn = [_mean(metrics[task.primary_metric], label[i], [runs[s][i] for s in s_]) for s_, i in _draws(runs)]
     low, high = interval(np.array(drawn))
     areas = ", ".join(f"{problem} {means[f'{problem}_auc']:.3f}" for problem in positive_classes(task))
-    scores = [f"{task.primary_metric} {means[task.primary_metric]:.3f} [{low:.3f}, {high:.3f}]", areas]
+    primary = means[task.primary_metric]
+    scores = [f"{task.primary_metric} {primary:.3f} [{low:.3f}, {high:.3f}]", areas]
     scores += [f"{means['balanced_accuracy']:.3f}", f"{means['ece']:.3f}"]
     counts, reference = f"{len(runs)} x {len(label)}", rows[name].reference
     if reference not in rows:
-        return Line(counts, scores, "", math.nan)
+        return Line(counts, (primary, low, high), scores, None, math.nan)
     _, others = _predictions(task, reference, rows[reference], output)
     metric = metrics[task.primary_metric]
     differences = np.array(
@@ -124,7 +154,7 @@ def _class_line(name: str, rows: dict[str, Row], output: Path) -> Line:
         ]
     )
     gain = _mean(metric, label, runs) - _mean(metric, label, others)
-    return Line(counts, scores, _signed(gain, *interval(differences)), bootstrap_p(differences))
+    return Line(counts, (primary, low, high), scores, (gain, *interval(differences)), bootstrap_p(differences))
 
 
 def _predictions(task: Task, name: str, row: Row, output: Path) -> tuple[NDArray[np.int64], list[NDArray[np.float64]]]:
@@ -143,7 +173,3 @@ def _draws(runs: list[NDArray[np.float64]]) -> Iterator[tuple[NDArray[np.int64],
 
 def _mean(metric: Any, label: NDArray[np.int64], runs: list[NDArray[np.float64]]) -> float:
     return float(np.mean([metric(label, p) for p in runs]))
-
-
-def _signed(value: float, low: float, high: float) -> str:
-    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
