@@ -26,7 +26,7 @@ def exported(tmp_path_factory):
     """Train and export a bundle, once; return the folder of the run and the settings it is exported with."""
     done = {}
 
-    def get(bundle, formats="ts,onnx,ort-int8"):
+    def get(bundle, formats="ts,onnx,ort-int8,openvino,openvino-int8"):
         if bundle not in done:
             folder = tmp_path_factory.mktemp(bundle)
             done[bundle] = folder, train(bundle, folder)
