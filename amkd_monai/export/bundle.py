@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from amkd_monai.data.layout import IMAGE_SUFFIXES
 from amkd_monai.data.volumes import VOLUME_SUFFIXES
 from amkd_monai.export import check, formats
 from amkd_monai.export.card import model_card
+from amkd_monai.export.memory import peak_memory
+from amkd_monai.export.runners import runner, torch_runner
 from amkd_monai.export.source import Source, spread
 from amkd_monai.weights import file_sha256
 
@@ -79,26 +82,26 @@ def _write_models(source: Source, folder: Path, options: Options, say: Callable[
     chosen = spread(source.validation, options.cases)
     cases = [source.case(item) for item in chosen]
     formats.check_size(options.formats, cases[0].batch.shape[-2:])
-    run = formats.torch_runner(source.student)
+    run = torch_runner(source.student)
     expected = [check.probabilities(run, case) for case in cases]
     torch.save(source.state, folder / "model.pt")
     size = (folder / "model.pt").stat().st_size
-    student = check.measure("eager", run, size, cases, expected, source.task)
+    student = check.measure("eager", run, size, math.nan, cases, expected, source.task)
     rows = [student]
-    calibration = spread(source.train, options.calibration) if "ort-int8" in options.formats else []
+    calibration = spread(source.train, options.calibration) if any(map(formats.is_int8, options.formats)) else []
     batches: list[np.ndarray] = []
     for item in calibration:
         batch = source.case(item).batch
         batches += [
             batch[i : i + 1] for i in np.linspace(0, len(batch) - 1, min(len(batch), CALIBRATION_SLICES), dtype=int)
         ]
-    example = torch.from_numpy(np.ascontiguousarray(cases[0].batch[:1]))
+    image, threads = np.ascontiguousarray(cases[0].batch[:1]), torch.get_num_threads()
     for name in options.formats:
         say(f"writing {name}")
-        path = formats.write(name, source.student, example, folder, batches)
-        row = check.measure(name, formats.runner(name, path), path.stat().st_size, cases, expected, source.task)
-        rows.append(row)
-    threads = torch.get_num_threads()
+        path = formats.write(name, source.student, torch.from_numpy(image), folder, batches)
+        size, memory = formats.file_size(path), peak_memory(name, path, image, threads)
+        run = runner(name, path, threads)
+        rows.append(check.measure(name, run, size, memory, cases, expected, source.task))
     say(check.format_rows(rows, source.task, threads))
     remarks = [remark for row in rows[1:] if (remark := check.judge(row, student, options.accept_loss))]
     for remark in remarks:

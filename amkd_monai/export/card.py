@@ -130,14 +130,16 @@ def _formats(facts: dict[str, Any], is_classification: bool) -> str:
     metric = "macro AUC" if is_classification else "Dice"
     lines = [
         f"Against the PyTorch student (eager) on {len(facts['validation_cases'])} validation images, at the network's "
-        f"resolution; latency of one image on the CPU, threads: {facts['threads']}.",
+        f"resolution; latency of one image on the CPU, threads: {facts['threads']}; peak memory of a fresh "
+        "process that answers one image.",
         "",
-        f"| format | MB | p50 ms | p95 ms | largest difference of a probability | {metric} |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| format | MB | p50 ms | p95 ms | peak MB | largest difference of a probability | {metric} |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in facts["formats"]:
         sizes = " | ".join(f"{row[key]:.1f}" for key in ("megabytes", "p50", "p95"))
-        lines.append(f"| {row['name']} | {sizes} | {row['difference']:.1e} | {_number(row['metric'])} |")
+        memory = _number(row["memory"], 0)
+        lines.append(f"| {row['name']} | {sizes} | {memory} | {row['difference']:.1e} | {_number(row['metric'])} |")
     if facts["calibration_images"]:
         count = len(facts["calibration_images"])
         lines += ["", f"8 bits were calibrated on {count} training images, named in `export.json`."]
@@ -148,5 +150,5 @@ def _interval(value: dict[str, Any], key: str) -> str:
     return f"{_number(value.get(key))} ({_number(value.get('ci_low'))} to {_number(value.get('ci_high'))})"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

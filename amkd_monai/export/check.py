@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from amkd_monai.export.formats import Runner
+from amkd_monai.export.formats import is_int8
+from amkd_monai.export.runners import Runner
 from amkd_monai.export.source import Case
 from amkd_monai.export.steps import softmax
 from amkd_monai.metrics.classification import macro_auroc
@@ -33,6 +34,7 @@ class Row:
         name: of the format; ``eager`` is the student itself.
         megabytes: size of the file.
         p50, p95: latency of one image, ms.
+        memory: peak of a fresh process that answers one image, MB; NaN for the student itself.
         difference: largest difference of a probability from the student's.
         metric: mean Dice over cases with foreground, or macro AUC; NaN where the cases do not define it.
     """
@@ -41,6 +43,7 @@ class Row:
     megabytes: float
     p50: float
     p95: float
+    memory: float
     difference: float
     metric: float
 
@@ -56,13 +59,19 @@ def probabilities(run: Runner, case: Case) -> np.ndarray:
 
 
 def measure(
-    name: str, run: Runner, size: int, cases: Sequence[Case], expected: Sequence[np.ndarray], task: Task
+    name: str,
+    run: Runner,
+    size: int,
+    memory: float,
+    cases: Sequence[Case],
+    expected: Sequence[np.ndarray],
+    task: Task,
 ) -> Row:
     """Measure one format; ``expected`` are the student's probabilities of the cases, ``size`` is in bytes."""
     answers = [probabilities(run, case) for case in cases]
     difference = max(float(np.abs(a - e).max()) for a, e in zip(answers, expected, strict=True))
     p50, p95 = latency(run, np.ascontiguousarray(cases[0].batch[:1]))
-    return Row(name, size / 1e6, p50, p95, difference, score(answers, cases, task))
+    return Row(name, size / 1e6, p50, p95, memory, difference, score(answers, cases, task))
 
 
 def latency(run: Runner, image: np.ndarray) -> tuple[float, float]:
@@ -100,7 +109,7 @@ def judge(row: Row, student: Row, accept_loss: bool) -> str:
     Raises:
         ValueError: a float format differs from the student, or 8 bits lose too much and that is not accepted.
     """
-    if row.name != "ort-int8":
+    if not is_int8(row.name):
         if not row.difference <= TOLERANCE:
             raise ValueError(
                 f"The format {row.name} differs from the PyTorch student by {row.difference:.2g} in a probability, "
@@ -111,7 +120,7 @@ def judge(row: Row, student: Row, accept_loss: bool) -> str:
     if loss <= LARGEST_LOSS:
         return ""
     what = "cannot be judged on these cases" if math.isnan(loss) else f"loses {loss:.4f} of {student.metric:.4f}"
-    said = f"The format ort-int8 {what} (at most {LARGEST_LOSS:g} Dice or AUC is allowed)"
+    said = f"The format {row.name} {what} (at most {LARGEST_LOSS:g} Dice or AUC is allowed)"
     if not accept_loss:
         raise ValueError(f"{said}: nothing was exported; add --accept-loss, or leave it out with --formats.")
     return f"{said}, accepted by --accept-loss."
@@ -120,9 +129,12 @@ def judge(row: Row, student: Row, accept_loss: bool) -> str:
 def format_rows(rows: Sequence[Row], task: Task, threads: int) -> str:
     """The measurements as a plain-text table."""
     metric = "macro AUC" if task.is_classification else "Dice"
-    lines = [("format", "MB", "p50 ms", "p95 ms", "max difference", metric)]
+    lines = [("format", "MB", "p50 ms", "p95 ms", "peak MB", "max difference", metric)]
     for row in rows:
-        number = "-" if math.isnan(row.metric) else f"{row.metric:.4f}"
-        cells = (f"{row.megabytes:.1f}", f"{row.p50:.1f}", f"{row.p95:.1f}", f"{row.difference:.1e}", number)
-        lines.append((row.name, *cells))
+        sizes = (f"{row.megabytes:.1f}", f"{row.p50:.1f}", f"{row.p95:.1f}", _number(row.memory, 0))
+        lines.append((row.name, *sizes, f"{row.difference:.1e}", _number(row.metric, 4)))
     return f"{align(lines)}\n(one image, CPU, threads: {threads})"
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"

@@ -13,7 +13,12 @@ def add_parsers(commands: Any) -> None:
     export = commands.add_parser("export", help="a trained student alone, in several formats, each checked")
     export.add_argument("bundle", help="training bundle, such as bundles/kvasir_seg")
     export.add_argument("--to", required=True, help="folder to make")
-    export.add_argument("--formats", default="ts,pt2,onnx,ort-int8", help="some of them (default: %(default)s)")
+    export.add_argument(
+        "--formats",
+        default="ts,pt2,onnx,ort-int8",
+        help="some of them, or openvino, openvino-int8 (default: %(default)s)",
+    )
+    export.add_argument("--overlay", default="", help="configs the run had on top, such as volumes of bundles/covid")
     export.add_argument("--accept-loss", action="store_true", help="keep 8 bits whatever they cost")
     export.add_argument("--cases", type=_positive, default=100, help="validation images to check on, at most")
     export.add_argument("--calibration", type=_positive, default=32, help="training images for 8 bits, at most")
@@ -73,7 +78,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from amkd_monai.export.source import open_source
 
     options = Options(names, arguments.accept_loss, arguments.cases, arguments.calibration)
-    written = export_bundle(open_source(arguments.bundle, settings), arguments.to, options)
+    written = export_bundle(open_source(arguments.bundle, settings, arguments.overlay), arguments.to, options)
     print(f"exported to {written}; card: {written / 'docs' / 'README.md'}")
     return 0
 

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,14 @@ FORMATS = {
     "pt2": "model.pt2",
     "onnx": "model.onnx",
     "ort-int8": "model_int8.onnx",
+    "openvino": "model.xml",
+    "openvino-int8": "model_int8.xml",
 }
-"""File in ``models/`` by format."""
-OPENVINO = ("openvino", "openvino-int8")
-DEFAULT_FORMATS = "ts,pt2,onnx,ort-int8"
+"""File in ``models/`` by format; OpenVINO keeps the weights beside its file, as ``.bin``."""
+MADE_FROM = {"ort-int8": "onnx", "openvino": "onnx", "openvino-int8": "ort-int8"}
+"""Formats that are made from another one."""
 STRIDE = 32
 """Height and width of what an exported network takes are multiples of it."""
-
-Runner = Callable[[np.ndarray], np.ndarray]
-"""Logits of a batch (B, 3, H, W)."""
 
 
 def chosen_formats(text: str) -> list[str]:
@@ -39,16 +38,24 @@ def chosen_formats(text: str) -> list[str]:
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name in OPENVINO:
-            if importlib.util.find_spec("openvino") is None:
-                raise ValueError(f"The format {name} needs openvino, which is not installed: leave {name} out.")
-            raise ValueError(f"The format {name} is not offered yet: OpenVINO reads the onnx format, use that.")
         if name not in FORMATS:
             raise ValueError(f"Unknown format '{name}': use some of {', '.join(FORMATS)}.")
-        for package in ("onnx", "onnxruntime") if name in ("onnx", "ort-int8") else ():
+        for package in _packages(name):
             if importlib.util.find_spec(package) is None:
-                raise ValueError(f"The format {name} needs {package}: run `pip install 'amkd_monai[export]'`.")
+                extra = "openvino" if package == "openvino" else "export"
+                raise ValueError(f"The format {name} needs {package}: run `pip install 'amkd_monai[{extra}]'`.")
     return [name for name in FORMATS if name in names or name == "ts"]
+
+
+def _packages(name: str) -> tuple[str, ...]:
+    if name in ("ts", "pt2"):
+        return ()
+    return ("onnx", "onnxruntime", "openvino") if name.startswith("openvino") else ("onnx", "onnxruntime")
+
+
+def is_int8(name: str) -> bool:
+    """Whether a format computes in 8 bits."""
+    return name.endswith("int8")
 
 
 def check_size(names: Sequence[str], size: Sequence[int]) -> None:
@@ -163,8 +170,18 @@ def write_int8(onnx_file: Path, batches: Iterable[np.ndarray], path: Path) -> No
         root.setLevel(level)
 
 
+def write_openvino(onnx_file: Path, path: Path) -> None:
+    """Convert ONNX to OpenVINO's IR with weights of 32 bits; what was quantised stays so."""
+    import openvino
+
+    openvino.save_model(openvino.Core().read_model(onnx_file), path, compress_to_fp16=False)
+
+
 def write(name: str, student: nn.Module, example: torch.Tensor, folder: Path, calibration: Sequence[Any]) -> Path:
-    """Write one format into a folder and return the file; ``calibration`` serves ``ort-int8`` alone."""
+    """Write one format into a folder and return the file; ``calibration`` serves the formats of 8 bits alone.
+
+    The format it is made from is taken from the folder, or else written for the time.
+    """
     path = folder / FORMATS[name]
     if name == "ts":
         write_torchscript(student, path)
@@ -174,32 +191,18 @@ def write(name: str, student: nn.Module, example: torch.Tensor, folder: Path, ca
         write_onnx(student, example, path)
     else:
         with tempfile.TemporaryDirectory() as temporary:
-            floats = Path(temporary) / "model.onnx"
-            write_onnx(student, example, floats)
-            write_int8(floats, calibration, path)
+            origin = MADE_FROM[name]
+            given = folder / FORMATS[origin]
+            if not given.is_file():
+                given = write(origin, student, example, Path(temporary), calibration)
+            if name == "ort-int8":
+                write_int8(given, calibration, path)
+            else:
+                write_openvino(given, path)
     return path
 
 
-def runner(name: str, path: Path) -> Runner:
-    """Open a written file for answers on the CPU."""
-    if name in ("onnx", "ort-int8"):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return lambda batch: session.run(None, {"image": batch})[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        network = torch.jit.load(str(path)) if name == "ts" else torch.export.load(str(path)).module()
-    return torch_runner(network)
-
-
-def torch_runner(network: Callable[[torch.Tensor], torch.Tensor]) -> Runner:
-    """Run a torch network on arrays."""
-
-    def run(batch: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return network(torch.from_numpy(batch)).numpy()
-
-    return run
+def file_size(path: Path) -> int:
+    """Bytes of a written format."""
+    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+    return sum(file.stat().st_size for file in files)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from amkd_monai.data.layout import IMAGE_SUFFIXES, file_id
 from amkd_monai.data.pictures import to_rgb
 from amkd_monai.data.volumes import VOLUME_SUFFIXES, affine_problem, volume_shape
+from amkd_monai.export.steps import Grid
 
 ORTHOGONAL = 1e-3
 """Largest cosine between two axes of a volume that resampling takes for a right angle."""
@@ -144,6 +144,9 @@ def _read_series(item: Input) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(upright.dataobj, np.float32), np.asarray(upright.affine, float)
 
 
-def spacing_of(affine: np.ndarray) -> Sequence[float]:
-    """Voxel size (mm) along the three axes of an affine (4, 4)."""
-    return [float(v) for v in np.linalg.norm(affine[:3, :3], axis=0)]
+def grid_of(affine: np.ndarray) -> Grid:
+    """Voxel size and axes of an affine (4, 4) to RAS."""
+    import nibabel
+
+    spacing = [float(v) for v in np.linalg.norm(affine[:3, :3], axis=0)]
+    return Grid(spacing, "".join(nibabel.aff2axcodes(affine)))

@@ -10,6 +10,10 @@ from amkd_monai.atomic import atomic_path
 
 COLOUR = np.array((255.0, 64.0, 0.0), np.float32)
 OPACITY = 0.35
+CAPTION_SCALE = 16
+"""A captioned picture's width in heights of its letters."""
+CAPTIONED_WIDTH = 320
+"""Pixels; narrower pictures are enlarged, so that a caption can be read."""
 
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
@@ -61,3 +65,21 @@ def write_overlay(path: Path, image: np.ndarray, mask: np.ndarray) -> None:
     picture = np.moveaxis(image, 0, -1) * (1 - opacity) + COLOUR * opacity
     with atomic_path(path) as temporary:
         Image.fromarray(picture.round().clip(0, 255).astype(np.uint8)).save(temporary, format="PNG")
+
+
+def write_captioned(path: Path, image: np.ndarray, caption: str) -> None:
+    """Write an image (3, H, W), levels 0 to 255, above a band with one line of text that fits its width."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.fromarray(np.moveaxis(image, 0, -1).round().clip(0, 255).astype(np.uint8))
+    factor = -(-CAPTIONED_WIDTH // picture.width)
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    height = picture.width / CAPTION_SCALE
+    length = ImageFont.load_default(height).getlength(caption)
+    font = ImageFont.load_default(height * min(1.0, (picture.width - height) / length))
+    result = Image.new("RGB", (picture.width, picture.height + round(1.8 * height)))
+    result.paste(picture)
+    place = (height / 2, picture.height + 0.9 * height)
+    ImageDraw.Draw(result).text(place, caption, (255, 255, 255), font, anchor="lm")
+    with atomic_path(path) as temporary:
+        result.save(temporary, format="PNG")

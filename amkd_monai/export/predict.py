@@ -13,7 +13,7 @@ import numpy as np
 
 from amkd_monai.atomic import atomic_path
 from amkd_monai.export import inputs, outputs
-from amkd_monai.export.steps import Inverse, largest_component, prepare, softmax
+from amkd_monai.export.steps import Grid, Inverse, largest_component, prepare, softmax
 
 
 class Predictor:
@@ -66,9 +66,9 @@ class Predictor:
         """Whether an image has one class."""
         return bool(self.config["kind"] == "classification")
 
-    def _answer(self, image: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, list[Inverse]]:
+    def _answer(self, image: np.ndarray, grid: Grid | None) -> tuple[np.ndarray, list[Inverse]]:
         """Probabilities as the network gives them, (C,), (C, h, w) or (C, d, h, w), and the ways back."""
-        array, inverses = prepare(image, self.config["steps"], spacing)
+        array, inverses = prepare(image, self.config["steps"], grid)
         volume = array.ndim == 4
         batch = np.moveaxis(array, 0, 1) if volume else array[None]  # slices are the batch of a volume
         size = self.config["batch_size"]
@@ -80,19 +80,19 @@ class Predictor:
 
     def classes(self, image: np.ndarray) -> np.ndarray:
         """Probabilities (C,) of the classes of one picture (3, H, W) with levels 0 to 255."""
-        return self._answer(image, ())[0]
+        return self._answer(image, None)[0]
 
-    def mask(self, image: np.ndarray, spacing: Sequence[float] = ()) -> np.ndarray:
+    def mask(self, image: np.ndarray, grid: Grid | None = None) -> np.ndarray:
         """Predict the label map of one image at its own resolution.
 
         Args:
             image: (3, H, W) with levels 0 to 255, or a volume (1, D, H, W).
-            spacing: voxel size of a volume, mm.
+            grid: of a volume.
 
         Returns:
             Labels (H, W) or (D, H, W), uint8.
         """
-        answer, inverses = self._answer(image, spacing)
+        answer, inverses = self._answer(image, grid)
         mask = np.zeros(image.shape[1:], np.uint8)
         highest: np.ndarray | None = None
         for label in range(len(answer)):  # one class at a time: a volume's probabilities are large
@@ -118,7 +118,7 @@ def predict(
     Args:
         model: exported bundle.
         source: image, volume, folder of them, or folder of a DICOM series.
-        output: folder for masks and overlays, or ``predictions.csv``.
+        output: folder for overlays, and masks or ``predictions.csv``.
         int8: use the network of 8 bits.
         threads: of ONNX Runtime.
 
@@ -152,14 +152,16 @@ def predict(
 def _predict_one(predictor: Predictor, item: inputs.Input, folder: Path, rows: list[list[Any]]) -> None:
     if predictor.config["dimensions"] == 3:
         volume, affine = inputs.read_volume(item)
-        mask = predictor.mask(volume[None], inputs.spacing_of(affine))
+        mask = predictor.mask(volume[None], inputs.grid_of(affine))
         outputs.write_volume(folder / f"{item.id}_mask.nii.gz", mask, affine, None if item.series else item.path)
         outputs.write_overlay(folder / f"{item.id}_overlay.png", *outputs.telling_slice(volume, mask))
         return
     image = inputs.read_picture(item.path)
     if predictor.is_classification:
         answer = predictor.classes(image)
-        rows.append([item.id, predictor.config["classes"][int(answer.argmax())], *(f"{v:.6f}" for v in answer)])
+        found = predictor.config["classes"][int(answer.argmax())]
+        rows.append([item.id, found, *(f"{v:.6f}" for v in answer)])
+        outputs.write_captioned(folder / f"{item.id}_overlay.png", image, f"{found}  {answer.max():.2f}")
         return
     mask = predictor.mask(image)
     outputs.write_mask(folder / f"{item.id}_mask.png", mask)

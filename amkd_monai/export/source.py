@@ -81,24 +81,21 @@ class Source:
         return Case(str(item["id"]), np.ascontiguousarray(batch), label[None] if self.task.dimensions == 2 else label)
 
 
-def open_source(bundle: str | Path, settings: Mapping[str, Any]) -> Source:
+def open_source(bundle: str | Path, settings: Mapping[str, Any], overlay: str = "") -> Source:
     """Open a training bundle with the settings its run had.
 
     Args:
         bundle: folder with ``configs/inference.json`` and ``configs/train.json``.
         settings: top-level settings that the run changed, such as ``dataset_dir``, ``ckpt_dir`` or ``image_size``.
+        overlay: configs that the run put on top, such as ``volumes``.
 
     Raises:
         ValueError: not a bundle, an unknown setting, a split other than the run's, or transforms without counterpart.
         CheckpointError: there is no trained student, or it is another network's.
     """
     bundle = Path(bundle)
-    for name in ("metadata", "inference", "train"):
-        if not (bundle / "configs" / f"{name}.json").is_file():
-            raise ValueError(
-                f"{bundle} is no training bundle, it lacks configs/{name}.json: give a folder of bundles/."
-            )
-    inference, training = (_parser(bundle, name, settings) for name in ("inference", "train"))
+    configs = {name: _config_files(bundle, name, overlay) for name in ("train", "inference", "metadata")}
+    inference, training = (_parser(bundle, configs[name], settings) for name in ("inference", "train"))
     if unknown := [key for key in settings if key not in inference.config and key not in training.config]:
         raise ValueError(f"{bundle} has no setting '{unknown[0]}': use a top-level name of its configs.")
     model = Path(training.get_parsed_content("ckpt_dir")) / "model.pt"
@@ -110,7 +107,7 @@ def open_source(bundle: str | Path, settings: Mapping[str, Any]) -> Source:
     load_strict(student, state, model)
     output = Path(training.get_parsed_content("output_dir"))
     record, metrics = _json(output / "run.json"), _json(output / "metrics.json")
-    data = _parser(bundle, "train", {**settings, "output_dir": None}).get_parsed_content("datalist")
+    data = _parser(bundle, configs["train"], {**settings, "output_dir": None}).get_parsed_content("datalist")
     wanted = record.get("data", {}).get("split_hash", data.hash)
     if data.hash != wanted:
         raise ValueError(
@@ -127,7 +124,7 @@ def open_source(bundle: str | Path, settings: Mapping[str, Any]) -> Source:
         steps,
         [translate.postprocessing(t) for t in inference.config["postprocessing"]["transforms"]],
         {k: _resolved(inference, f"inferer#{k}") for k in inference.config["inferer"]},
-        _json(bundle / "configs" / "metadata.json"),
+        ConfigParser.load_config_files([str(file) for file in configs["metadata"]]),
         record,
         metrics,
         data.train,
@@ -137,9 +134,20 @@ def open_source(bundle: str | Path, settings: Mapping[str, Any]) -> Source:
     )
 
 
-def _parser(bundle: Path, name: str, settings: Mapping[str, Any]) -> ConfigParser:
+def _config_files(bundle: Path, name: str, overlay: str) -> list[Path]:
+    """A config, and what an overlay puts on top of it: ``volumes.json`` on ``train.json``, and so on."""
+    on_top = overlay if name == "train" else f"{overlay}_{name}"
+    files = [bundle / "configs" / f"{file}.json" for file in ((name, on_top) if overlay else (name,))]
+    for file in files:
+        if not file.is_file():
+            what = "is no training bundle" if file.stem == name else f"has no overlay '{overlay}'"
+            raise ValueError(f"{bundle} {what}, it lacks configs/{file.name}: give what lies in bundles/.")
+    return files
+
+
+def _parser(bundle: Path, files: Sequence[Path], settings: Mapping[str, Any]) -> ConfigParser:
     parser = ConfigParser()
-    parser.read_config(str(bundle / "configs" / f"{name}.json"))
+    parser.read_config([str(file) for file in files])
     parser["bundle_root"], parser["device"] = str(bundle), "cpu"
     for key, value in settings.items():
         if key in parser.config or key == "output_dir":

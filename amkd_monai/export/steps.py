@@ -8,14 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from amkd_monai.data.disc import disc_box, squared
 
+
+@dataclass
+class Grid:
+    """How the array axes of a volume lie; a step that turns the volume changes it.
+
+    Attributes:
+        spacing: voxel size along each axis, mm.
+        axes: where each axis points, such as "RAS": right, anterior, superior.
+    """
+
+    spacing: Sequence[float] = ()
+    axes: str = ""
+
+
 Inverse = Callable[[np.ndarray], np.ndarray]
-Step = Callable[[np.ndarray, Mapping[str, Any], Sequence[float]], tuple[np.ndarray, Inverse]]
+Step = Callable[[np.ndarray, Mapping[str, Any], Grid], tuple[np.ndarray, Inverse]]
 
 SPACING_TOLERANCE = 1e-3
 """Voxel sizes (mm) closer than this count as equal, as in MONAI."""
@@ -69,25 +84,43 @@ def _same(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _scale(array: np.ndarray, step: Mapping[str, Any], _: Sequence[float]) -> tuple[np.ndarray, Inverse]:
+def _scale(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
     return _to_unit(array, step["low"], step["high"]), _same
 
 
-def _scale_percentiles(array: np.ndarray, step: Mapping[str, Any], _: Sequence[float]) -> tuple[np.ndarray, Inverse]:
+def _scale_percentiles(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
     low, high = np.percentile(array, [step["lower"], step["upper"]])
     return _to_unit(array, float(low), float(high)), _same
+
+
+def _ct_window(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
+    windowed = array.min() >= 0 and array.max() <= 255
+    return _to_unit(array, *((0.0, 255.0) if windowed else (step["low"], step["high"]))), _same
+
+
+def _orientation(array: np.ndarray, step: Mapping[str, Any], grid: Grid) -> tuple[np.ndarray, Inverse]:
+    wanted = str(step["axes"])
+    order = [next(i for i, axis in enumerate(grid.axes) if axis in pair) for pair in map(_both_ways, wanted)]
+    turned = tuple(n for n, (i, axis) in enumerate(zip(order, wanted, strict=True), 1) if grid.axes[i] != axis)
+    there = (0, *(i + 1 for i in order))
+    grid.spacing, grid.axes = [grid.spacing[i] for i in order], wanted
+    return np.flip(array.transpose(there), turned), lambda answer: np.flip(answer, turned).transpose(np.argsort(there))
+
+
+def _both_ways(axis: str) -> str:
+    return next(pair for pair in ("LR", "PA", "IS") if axis in pair)
 
 
 def _to_unit(array: np.ndarray, low: float, high: float) -> np.ndarray:
     return ((array - np.float32(low)) / np.float32((high - low) or 1.0)).clip(0, 1)
 
 
-def _crop_disc(array: np.ndarray, step: Mapping[str, Any], _: Sequence[float]) -> tuple[np.ndarray, Inverse]:
+def _crop_disc(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
     rows, columns = disc_box(array, step["background_level"], step["least_part"])
     return squared(array[:, rows, columns]), _same
 
 
-def _resize(array: np.ndarray, step: Mapping[str, Any], _: Sequence[float]) -> tuple[np.ndarray, Inverse]:
+def _resize(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
     sizes, new = array.shape[1:], step["size"]
     if tuple(sizes) == tuple(new):
         return array, _same
@@ -96,9 +129,9 @@ def _resize(array: np.ndarray, step: Mapping[str, Any], _: Sequence[float]) -> t
     return along_axes(array, there), lambda answer: along_axes(answer, back)
 
 
-def _spacing(array: np.ndarray, step: Mapping[str, Any], spacing: Sequence[float]) -> tuple[np.ndarray, Inverse]:
+def _spacing(array: np.ndarray, step: Mapping[str, Any], grid: Grid) -> tuple[np.ndarray, Inverse]:
     there, back = [], []
-    for size, old, wanted in zip(array.shape[1:], spacing, step["pixdim"], strict=True):
+    for size, old, wanted in zip(array.shape[1:], grid.spacing, step["pixdim"], strict=True):
         target = old if abs(old - wanted) <= SPACING_TOLERANCE else wanted
         new = int(np.round((size - 1) * old / target + 1.0))
         there.append(spacing_matrix(size, new, target / old))
@@ -106,7 +139,7 @@ def _spacing(array: np.ndarray, step: Mapping[str, Any], spacing: Sequence[float
     return along_axes(array, there), lambda answer: along_axes(answer, back)
 
 
-def _crop(array: np.ndarray, step: Mapping[str, Any], _: Sequence[float]) -> tuple[np.ndarray, Inverse]:
+def _crop(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
     sizes = array.shape[1:]
     wanted = [n if s < 0 else min(s, n) for n, s in zip(sizes, step["size"], strict=True)]
     starts = [max(n // 2 - s // 2, 0) for n, s in zip(sizes, wanted, strict=True)]
@@ -115,14 +148,14 @@ def _crop(array: np.ndarray, step: Mapping[str, Any], _: Sequence[float]) -> tup
     return array[(slice(None), *slices)], lambda answer: np.pad(answer, [(0, 0), *widths])
 
 
-def _pad(array: np.ndarray, step: Mapping[str, Any], _: Sequence[float]) -> tuple[np.ndarray, Inverse]:
+def _pad(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
     missing = [max(s - n, 0) for n, s in zip(array.shape[1:], step["size"], strict=True)]
     widths = [(m // 2, m - m // 2) for m in missing]
     inside = tuple(slice(before, before + n) for (before, _), n in zip(widths, array.shape[1:], strict=True))
     return np.pad(array, [(0, 0), *widths]), lambda answer: answer[(slice(None), *inside)]
 
 
-def _neighbours(array: np.ndarray, step: Mapping[str, Any], _: Sequence[float]) -> tuple[np.ndarray, Inverse]:
+def _neighbours(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
     index = np.arange(array.shape[1])
     return np.concatenate([array[:, (index + shift).clip(0, index[-1])] for shift in (-1, 0, 1)]), _same
 
@@ -130,6 +163,8 @@ def _neighbours(array: np.ndarray, step: Mapping[str, Any], _: Sequence[float]) 
 STEPS: dict[str, Step] = {
     "scale": _scale,
     "scale_percentiles": _scale_percentiles,
+    "ct_window": _ct_window,
+    "orientation": _orientation,
     "crop_disc": _crop_disc,
     "resize": _resize,
     "spacing": _spacing,
@@ -141,14 +176,14 @@ STEPS: dict[str, Step] = {
 
 
 def prepare(
-    array: np.ndarray, steps: Sequence[Mapping[str, Any]], spacing: Sequence[float] = ()
+    array: np.ndarray, steps: Sequence[Mapping[str, Any]], grid: Grid | None = None
 ) -> tuple[np.ndarray, list[Inverse]]:
     """Apply all steps.
 
     Args:
         array: (3, H, W) with levels 0 to 255, or a volume (1, D, H, W).
         steps: their names under ``step`` and their settings.
-        spacing: voxel size of a volume, mm.
+        grid: of a volume.
 
     Returns:
         Network input (3, h, w) or (3, d, h, w), and the ways back, first step first.
@@ -156,11 +191,11 @@ def prepare(
     Raises:
         ValueError: a step of another version of this package.
     """
-    inverses = []
+    inverses, grid = [], Grid() if grid is None else replace(grid)
     for step in steps:
         if step["step"] not in STEPS:
             raise ValueError(f"There is no step '{step['step']}' in this version: update amkd_monai or export again.")
-        array, inverse = STEPS[step["step"]](array, step, spacing)
+        array, inverse = STEPS[step["step"]](array, step, grid)
         inverses.append(inverse)
     return array, inverses
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from amkd_monai.data.disc import BACKGROUND_LEVEL, LEAST_PART
+from amkd_monai.data.transforms import CtWindowd
 
 Config = dict[str, Any]
 Translated = tuple[list[Config], list[Config]]
@@ -49,6 +50,20 @@ def _neighbours(p: Mapping[str, Any]) -> Translated:
     return [{"_target_": "Lambdad", "keys": "image", "func": _NEIGHBOURS}], [{"step": "neighbours"}]
 
 
+def _ct_window(p: Mapping[str, Any]) -> Translated:
+    window = CtWindowd(**p)
+    low, high = float(window.low), float(window.high)
+    function = f"$lambda v: (v / 255 if v.min() >= 0 and v.max() <= 255 else (v - {low}) / {high - low}).clip(0, 1)"
+    return [{"_target_": "Lambdad", "keys": "image", "func": function}], [
+        {"step": "ct_window", "low": low, "high": high}
+    ]
+
+
+def _orientation(p: Mapping[str, Any]) -> Translated:
+    _expect(p, "Orientationd", labels=None)
+    return [{"_target_": "Orientationd", **p}], [{"step": "orientation", "axes": p["axcodes"]}]
+
+
 def _scale(p: Mapping[str, Any]) -> Translated:
     _expect(p, "ScaleIntensityRanged", b_min=0.0, b_max=1.0, clip=True)
     return [{"_target_": "ScaleIntensityRanged", **p}], [{"step": "scale", "low": p["a_min"], "high": p["a_max"]}]
@@ -84,6 +99,8 @@ PREPROCESSING: dict[str, Callable[[Mapping[str, Any]], Translated]] = {
     "amkd_monai.data.transforms.load_volume": _load_volume,
     "amkd_monai.data.transforms.NeighbourSlicesd": _neighbours,
     "amkd_monai.data.fundus.CropFundusd": _crop_fundus,
+    "amkd_monai.data.transforms.CtWindowd": _ct_window,
+    "Orientationd": _orientation,
     "ScaleIntensityRanged": _scale,
     "ScaleIntensityRangePercentilesd": _percentiles,
     "Resized": _resized,

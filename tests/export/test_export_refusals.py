@@ -35,7 +35,12 @@ def test_unknown_formats_and_settings(tmp_path, capsys):
     assert "'tflite'" in refused(capsys, "export", KVASIR, "--to", to, "--formats", "ts,tflite")
     assert "no setting 'imagesize'" in refused(capsys, "export", KVASIR, "--to", to, "--set", "imagesize=3")
     assert "KEY=VALUE" in refused(capsys, "export", KVASIR, "--to", to, "--set", "image_size")
-    with pytest.raises(ValueError, match="openvino"):
+
+
+def test_a_format_whose_package_is_not_installed(monkeypatch):
+    assert chosen_formats("openvino") == ["ts", "openvino"]
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ValueError, match=r"openvino-int8 needs openvino.*amkd_monai\[openvino\]"):
         chosen_formats("ts,openvino-int8")
 
 
@@ -48,14 +53,17 @@ def test_sizes_that_only_torchscript_takes():
 
 def test_not_a_bundle(tmp_path, capsys):
     assert "no training bundle" in refused(capsys, "export", str(tmp_path), "--to", str(tmp_path / "d"))
+    assert "no overlay 'tiles', it lacks configs/tiles.json" in refused(
+        capsys, "export", KVASIR, "--to", str(tmp_path / "d"), "--overlay", "tiles"
+    )
     assert "is there already" in refused(capsys, "export", KVASIR, "--to", str(tmp_path))
     predict = ("predict", "--model", str(tmp_path), str(tmp_path), "--output", str(tmp_path / "out"))
     assert "no exported bundle" in refused(capsys, *predict)
 
 
 def test_transforms_without_counterpart():
-    with pytest.raises(ValueError, match="CtWindowd"):
-        preprocessing("amkd_monai.data.transforms.CtWindowd", {"keys": "image"})
+    with pytest.raises(ValueError, match="Rotate90d"):
+        preprocessing("Rotate90d", {"keys": "image"})
     with pytest.raises(ValueError, match="mode 'nearest'"):
         preprocessing("Resized", {"keys": "image", "spatial_size": (4, 4), "mode": "nearest"})
     with pytest.raises(ValueError, match="cannot be exported"):
@@ -63,17 +71,19 @@ def test_transforms_without_counterpart():
 
 
 def test_what_a_format_may_cost():
-    student = Row("eager", 1.0, 1.0, 1.0, 0.0, 0.9)
+    student = Row("eager", 1.0, 1.0, 1.0, 1.0, 0.0, 0.9)
     with pytest.raises(ValueError, match="differs from the PyTorch student"):
-        judge(Row("onnx", 1.0, 1.0, 1.0, 2e-4, 0.9), student, accept_loss=True)
+        judge(Row("onnx", 1.0, 1.0, 1.0, 1.0, 2e-4, 0.9), student, accept_loss=True)
     with pytest.raises(ValueError, match="differs from the PyTorch student"):
-        judge(Row("onnx", 1.0, 1.0, 1.0, math.nan, 0.9), student, accept_loss=True)
-    assert judge(Row("ort-int8", 1.0, 1.0, 1.0, 0.1, 0.896), student, accept_loss=False) == ""
-    worse = Row("ort-int8", 1.0, 1.0, 1.0, 0.1, 0.89)
+        judge(Row("openvino", 1.0, 1.0, 1.0, 1.0, math.nan, 0.9), student, accept_loss=True)
+    assert judge(Row("ort-int8", 1.0, 1.0, 1.0, 1.0, 0.1, 0.896), student, accept_loss=False) == ""
+    worse = Row("ort-int8", 1.0, 1.0, 1.0, 1.0, 0.1, 0.89)
     with pytest.raises(ValueError, match="--accept-loss"):
         judge(worse, student, accept_loss=False)
     assert "loses 0.0100 of 0.9000" in judge(worse, student, accept_loss=True)
-    assert "cannot be judged" in judge(Row("ort-int8", 1.0, 1.0, 1.0, 0.1, math.nan), student, accept_loss=True)
+    assert "openvino-int8 cannot be judged" in judge(
+        Row("openvino-int8", 1.0, 1.0, 1.0, 1.0, 0.1, math.nan), student, accept_loss=True
+    )
 
 
 def test_help_imports_neither_torch_nor_monai():

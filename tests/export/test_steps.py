@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import CenterSpatialCrop, KeepLargestConnectedComponent, Resize, Spacing, SpatialPad
 
-from amkd_monai.export.steps import largest_component, prepare
+from amkd_monai.data.transforms import CtWindowd
+from amkd_monai.export.steps import Grid, largest_component, prepare
+from amkd_monai.export.translate import preprocessing
 
 
 @pytest.mark.parametrize(("old", "new"), [((61, 47), (32, 32)), ((20, 70), (32, 32)), ((20, 21), (64, 32))])
@@ -34,12 +37,46 @@ def test_volumes_are_resampled_cropped_and_padded(spacing):
     expected = MetaTensor(torch.from_numpy(volume), affine=affine)
     for transform in transforms:
         expected = transform(expected)
-    there, inverses = prepare(volume, steps, spacing)
+    there, inverses = prepare(volume, steps, Grid(spacing, "LAS"))
     assert there.shape == expected.shape
     np.testing.assert_allclose(there, expected.numpy(), atol=1e-5)
     for transform, inverse in zip(reversed(transforms), reversed(inverses), strict=True):
         expected, there = transform.inverse(expected), inverse(there)
     np.testing.assert_allclose(there, expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", ["LPS", "RAS", "PIR", "SLA"])
+@pytest.mark.parametrize("hounsfield", [True, False])
+def test_ct_volumes_are_windowed_and_turned(axes, hounsfield):
+    low, high = (-1500, 500) if hounsfield else (0, 255)
+    volume = np.random.default_rng(0).uniform(low, high, (1, 9, 12, 7)).astype(np.float32)
+    affine = torch.zeros(4, 4, dtype=torch.float64)
+    affine[3, 3] = 1
+    for column, (axis, size) in enumerate(zip(axes, (1.0, 2.0, 4.0), strict=True)):
+        row = next(i for i, pair in enumerate(("RL", "AP", "SI")) if axis in pair)
+        affine[row, column] = size if axis in "RAS" else -size
+    there, without = zip(
+        *(
+            preprocessing(target, settings)
+            for target, settings in (
+                ("amkd_monai.data.transforms.CtWindowd", {"keys": "image"}),
+                ("Orientationd", {"keys": "image", "axcodes": "SPL", "labels": None}),
+                ("Spacingd", {"keys": "image", "pixdim": (3.0, 1.5, 1.5), "mode": "bilinear"}),
+            )
+        ),
+        strict=True,
+    )
+    parser = ConfigParser({"chain": {"_target_": "Compose", "transforms": [t for ts in there for t in ts]}})
+    expected = parser.get_parsed_content("chain")({"image": MetaTensor(torch.from_numpy(volume), affine=affine)})
+    ours = CtWindowd("image")({"image": torch.from_numpy(volume)})["image"]
+    assert ours.min() >= 0 and ours.max() <= 1 and ours.std() > 0.2
+    grid = Grid((1.0, 2.0, 4.0), axes)
+    found, inverses = prepare(volume, [s for ss in without for s in ss], grid)
+    assert grid == Grid((1.0, 2.0, 4.0), axes), "the caller's grid stays"
+    np.testing.assert_allclose(found, expected["image"].numpy(), atol=1e-5)
+    turned = prepare(volume, [s for ss in without[:2] for s in ss], grid)
+    np.testing.assert_allclose(turned[1][1](turned[0]), ours.numpy(), atol=1e-6)
+    assert inverses[2](found).shape == turned[0].shape
 
 
 def test_only_the_largest_part_stays():
