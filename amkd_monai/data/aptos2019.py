@@ -17,7 +17,7 @@ from pathlib import Path
 
 from amkd_monai.data import class_labels
 from amkd_monai.data.duplicates import group_identical_images
-from amkd_monai.data.splits import Item, Sections, k_fold
+from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, k_fold
 from amkd_monai.tasks import get_task
 
 logger = logging.getLogger("amkd_monai")
@@ -95,32 +95,12 @@ def inference_items(root: Path) -> list[Item]:
     return [{"image": str(file), "id": name} for name, file in files.items()]
 
 
-def split(
-    root: Path,
-    items: list[Item],
-    *,
-    fractions: Sequence[float] = (0.7, 0.15, 0.15),
-    folds: int = 5,
-    fold: int = 0,
-    seed: int = 0,
-) -> Sections:
-    """Split by the sections of the layout if it has them, otherwise into folds stratified by grade.
-
-    Args:
-        root: not used; the sections are in the items.
-        items: what `find_items` returned for `root`.
-        fractions: not used, there is an own split or cross-validation.
-        folds: number of folds.
-        fold: the fold that is the test section; validation is a fifth of the others.
-        seed: seed of the folds.
-
-    Returns:
-        Train, validation and test items.
-    """
+def split(root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
+    """Split by the sections of the layout if it has them, otherwise into folds stratified by grade."""
     if all("section" in item for item in items):
         return class_labels.given_sections(items)
-    logger.info("%s has no sections: fold %d of %d, stratified by grade.", root, fold, folds)
-    return k_fold(items, folds, fold, seed=seed)
+    logger.info("%s has no sections: fold %d of %d, stratified by grade.", root, how.fold, how.folds)
+    return k_fold(items, how.folds, how.fold, seed=how.seed)
 
 
 def _table_items(root: Path, table: Path, folder_of: str, section: str | None) -> list[Item]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 
 from amkd_monai.data.duplicates import group_near_duplicates
@@ -24,7 +23,7 @@ from amkd_monai.data.layout import (
     size_problems,
     some,
 )
-from amkd_monai.data.splits import Item, Sections, k_fold
+from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, k_fold
 
 logger = logging.getLogger("amkd_monai")
 
@@ -97,29 +96,9 @@ def inference_items(root: Path) -> list[Item]:
     return plain_items((root,), skip=masks)
 
 
-def split(
-    root: Path,
-    items: list[Item],
-    *,
-    fractions: Sequence[float] = (0.7, 0.15, 0.15),
-    folds: int = 5,
-    fold: int = 0,
-    seed: int = 0,
-) -> Sections:
-    """Split by cross-validation in folds with equal shares of benign, malignant and normal; there is no official split.
-
-    Args:
-        root: not used.
-        items: what `find_items` returned.
-        fractions: not used.
-        folds: number of folds.
-        fold: the fold that becomes the test section.
-        seed: seed of the folds.
-
-    Returns:
-        Train, validation and test items.
-    """
-    return k_fold(items, folds, fold, VALIDATION_FRACTION, seed)
+def split(root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
+    """Split by cross-validation in folds with equal shares of benign, malignant and normal."""
+    return k_fold(items, how.folds, how.fold, VALIDATION_FRACTION, how.seed)
 
 
 def _has_layout(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from amkd_monai.data.duplicates import NEAR, group_near_duplicates
 from amkd_monai.data.layout import check_layout, files_by_id, named_folders, natural, pair, plain_items
-from amkd_monai.data.splits import Item, Sections, fixed_split, random_split
+from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, fixed_split, random_split
 
 logger = logging.getLogger("amkd_monai")
 
@@ -81,35 +81,16 @@ def inference_items(root: Path) -> list[Item]:
     return plain_items((root / TEST / "Imgs", root / "images", root / "frames", root / "Imgs", root))
 
 
-def split(
-    root: Path,
-    items: list[Item],
-    *,
-    fractions: Sequence[float] = (0.7, 0.15, 0.15),
-    folds: int = 5,
-    fold: int = 0,
-    seed: int = 0,
-) -> Sections:
+def split(root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
     """Keep the official test section, where there is one, and take validation from train; otherwise split by group.
 
     Slices come without patient ids, so slices of one patient that do not look alike may lie in several sections.
-
-    Args:
-        root: not used.
-        items: what `find_items` returned.
-        fractions: shares of train, validation and test.
-        folds: not used, this data set is not cross-validated.
-        fold: not used.
-        seed: seed of the random choice.
-
-    Returns:
-        Train, validation and test items.
     """
     if all("section" in item for item in items):
         train, test = ([item for item in items if item["section"] == name] for name in ("train", "test"))
-        return fixed_split(train, test, fractions, seed)
-    logger.info("No official split in %s: splitting at random by %s.", root, tuple(fractions))
-    return random_split(items, fractions, seed)
+        return fixed_split(train, test, how.fractions, how.seed)
+    logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
+    return random_split(items, how.fractions, how.seed)
 
 
 def _is_semiseg(folder: Path) -> bool:

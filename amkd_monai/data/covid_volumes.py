@@ -11,7 +11,7 @@ from pathlib import Path
 
 from amkd_monai.data.duplicates import group_identical_images
 from amkd_monai.data.layout import check_layout, files_by_id, named_folders, pair, plain_items
-from amkd_monai.data.splits import Item, Sections, random_split
+from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, random_split
 from amkd_monai.data.volumes import VOLUME_SUFFIXES, volume_shape
 
 FOLDERS = (("COVID-19-CT-Seg_20cases", "Infection_Mask"), ("imagesTr", "labelsTr"), ("images", "masks"))
@@ -53,21 +53,9 @@ def inference_items(root: Path) -> list[Item]:
     return plain_items((*(root / images for images, _ in FOLDERS), root), "volumes", VOLUME_SUFFIXES)
 
 
-def split(
-    root: Path,
-    items: list[Item],
-    *,
-    fractions: Sequence[float] = (0.7, 0.15, 0.15),
-    folds: int = 5,
-    fold: int = 0,
-    seed: int = 0,
-) -> Sections:
-    """Split volumes at random by `fractions`; the other arguments are not used.
-
-    Returns:
-        Train, validation and test items.
-    """
-    return random_split(items, fractions, seed)
+def split(root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
+    """Split volumes at random."""
+    return random_split(items, how.fractions, how.seed)
 
 
 def _folders(root: Path, folders: Sequence[str] | None) -> tuple[Path, Path]:

@@ -24,7 +24,7 @@ from amkd_monai.data import (
 )
 from amkd_monai.data.phantoms import write_phantom
 from amkd_monai.data.phantoms.tools import is_phantom
-from amkd_monai.data.splits import Item, few_labels, split_hash
+from amkd_monai.data.splits import Item, SplitOptions, few_labels, split_hash
 from amkd_monai.tasks import Task, get_task
 
 logger = logging.getLogger("amkd_monai")
@@ -168,7 +168,7 @@ def datalist(
     root, source = resolve_dataset_dir(task, dataset_dir, cache_dir)
     module = MODULES[task]
     items = find_items(task, root, cache_dir, options)
-    train, validation, test = module.split(root, items, fractions=tuple(fractions), folds=folds, fold=fold, seed=seed)
+    train, validation, test = module.split(root, items, SplitOptions(tuple(fractions), folds, fold, seed))
     for name, section in (("train", train), ("validation", validation)):
         if not section:
             raise ValueError(f"The {name} section of {root} is empty ({len(items)} items in all): change the split.")

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from amkd_monai.data import class_labels
 from amkd_monai.data.duplicates import group_identical_images
-from amkd_monai.data.splits import Item, Sections, k_fold
+from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, k_fold
 from amkd_monai.tasks import get_task
 
 logger = logging.getLogger("amkd_monai")
@@ -79,32 +78,16 @@ def inference_items(root: Path) -> list[Item]:
     return [{"image": str(file), "id": name} for name, file in files.items()]
 
 
-def split(
-    root: Path,
-    items: list[Item],
-    *,
-    fractions: Sequence[float] = (0.7, 0.15, 0.15),
-    folds: int = 5,
-    fold: int = 0,
-    seed: int = 0,
-) -> Sections:
-    """Split as officially (2000/150/600) if all three sections are there, otherwise into folds stratified by class.
-
-    Args:
-        root: not used; the sections are in the items.
-        items: what `find_items` returned for `root`.
-        fractions: not used.
-        folds: number of folds, without an official split.
-        fold: the fold that is the test section; validation is a fifth of the others.
-        seed: seed of the folds.
-
-    Returns:
-        Train, validation and test items.
-    """
+def split(root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
+    """Split as officially (2000/150/600) if all three sections are there, otherwise into folds stratified by class."""
     if {item["section"] for item in items} == set(OFFICIAL):
         return class_labels.given_sections(items)
-    logger.info("%s lacks official sections: fold %d of %d of what there is, stratified by class.", root, fold, folds)
-    return k_fold([{k: v for k, v in item.items() if k != "section"} for item in items], folds, fold, seed=seed)
+    logger.info(
+        "%s lacks official sections: fold %d of %d of what there is, stratified by class.", root, how.fold, how.folds
+    )
+    return k_fold(
+        [{k: v for k, v in item.items() if k != "section"} for item in items], how.folds, how.fold, seed=how.seed
+    )
 
 
 def check_layout(root: Path) -> None:

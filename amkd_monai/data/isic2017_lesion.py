@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from amkd_monai.data import class_labels
 from amkd_monai.data.duplicates import group_identical_images
-from amkd_monai.data.isic2017 import BESIDE, OFFICIAL, check_layout, image_folder, inference_items
-from amkd_monai.data.splits import Item, Sections, k_fold
+from amkd_monai.data.isic2017 import BESIDE, OFFICIAL, check_layout, image_folder, inference_items, split
+from amkd_monai.data.splits import Item
 
 __all__ = ["find_items", "inference_items", "split"]
 
@@ -42,18 +41,3 @@ def find_items(root: Path) -> list[Item]:
     if not items:
         raise FileNotFoundError(f"No masks in {root}: expected ISIC-2017_Training_Part1_GroundTruth/*{MASK}.png.")
     return group_identical_images(items)
-
-
-def split(
-    root: Path,
-    items: list[Item],
-    *,
-    fractions: Sequence[float] = (0.7, 0.15, 0.15),
-    folds: int = 5,
-    fold: int = 0,
-    seed: int = 0,
-) -> Sections:
-    """Split as officially if all three sections have masks, otherwise into folds; as in part 3."""
-    if {item["section"] for item in items} == set(OFFICIAL):
-        return class_labels.given_sections(items)
-    return k_fold([{k: v for k, v in item.items() if k != "section"} for item in items], folds, fold, seed=seed)

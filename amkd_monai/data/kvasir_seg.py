@@ -7,12 +7,12 @@ Masks are RGB JPEGs with values between 0 and 255 around every edge: readers mus
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from amkd_monai.data.duplicates import group_identical_images, group_near_duplicates
 from amkd_monai.data.layout import IMAGE_SUFFIXES, check_layout, files_by_id, pair, plain_items, some
-from amkd_monai.data.splits import Item, Sections, fixed_split, random_split
+from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, fixed_split, random_split
 
 logger = logging.getLogger("amkd_monai")
 
@@ -58,31 +58,12 @@ def inference_items(root: Path) -> list[Item]:
     return plain_items((Path(root) / "images", Path(root)))
 
 
-def split(
-    root: Path,
-    items: list[Item],
-    *,
-    fractions: Sequence[float] = (0.7, 0.15, 0.15),
-    folds: int = 5,
-    fold: int = 0,
-    seed: int = 0,
-) -> Sections:
-    """Split by the authors' file lists if they lie in `root`, otherwise at random by `fractions`.
+def split(root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
+    """Split by the authors' file lists if they lie in `root`, otherwise at random.
 
     There is no official split in the archive. The authors' later 880/120 split exists as `train.txt` and
     `val.txt` (one id a line) and cannot be rebuilt without them. With the lists, `val.txt` is the test
     section and validation is taken from `train.txt` in the ratio of the first two fractions.
-
-    Args:
-        root: the folder that holds `images/` and, where the split is fixed, `train.txt` and `val.txt`.
-        items: what `find_items` returned for `root`.
-        fractions: shares of train, validation and test.
-        folds: not used, this data set is not cross-validated.
-        fold: not used.
-        seed: seed of the random choice.
-
-    Returns:
-        Train, validation and test items.
 
     Raises:
         FileNotFoundError: only one of the two lists is there.
@@ -91,8 +72,8 @@ def split(
     lists = [Path(root) / "train.txt", Path(root) / "val.txt"]
     absent = [file for file in lists if not file.is_file()]
     if len(absent) == len(lists):
-        logger.info("No train.txt and val.txt in %s: splitting at random by %s.", root, tuple(fractions))
-        return random_split(items, fractions, seed)
+        logger.info("No train.txt and val.txt in %s: splitting at random by %s.", root, tuple(how.fractions))
+        return random_split(items, how.fractions, how.seed)
     if absent:
         raise FileNotFoundError(f"File list {absent[0]} is missing: give both train.txt and val.txt, or none.")
     known = {item["id"]: item for item in items}
@@ -101,7 +82,7 @@ def split(
         raise ValueError(f"{some(both)} stand(s) in both {lists[0]} and {lists[1]}: keep each id in one list.")
     if unlisted := known.keys() - train_ids - test_ids:
         logger.warning("Left out, as they stand in neither file list in %s: %s.", root, some(unlisted))
-    return fixed_split([known[name] for name in train_ids], [known[name] for name in test_ids], fractions, seed)
+    return fixed_split([known[name] for name in train_ids], [known[name] for name in test_ids], how.fractions, how.seed)
 
 
 def _has_layout(folder: Path) -> bool:

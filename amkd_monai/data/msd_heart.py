@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from amkd_monai.data.duplicates import group_identical_images
 from amkd_monai.data.layout import DataProblems, check_layout, file_id, plain_items, size_problems
-from amkd_monai.data.splits import Item, Sections, k_fold
+from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, k_fold
 from amkd_monai.data.volumes import VOLUME_SUFFIXES, volume_shape
 from amkd_monai.tasks import TASKS
 
@@ -81,29 +80,9 @@ def inference_items(root: Path) -> list[Item]:
     return plain_items((root / "imagesTs", root / "imagesTr", root), "volumes", VOLUME_SUFFIXES)
 
 
-def split(
-    root: Path,
-    items: list[Item],
-    *,
-    fractions: Sequence[float] = (0.7, 0.15, 0.15),
-    folds: int = 5,
-    fold: int = 0,
-    seed: int = 0,
-) -> Sections:
-    """Split by cross-validation, as 20 labelled volumes are too few for one fixed test section.
-
-    Args:
-        root: not used.
-        items: what `find_items` returned.
-        fractions: not used.
-        folds: number of folds.
-        fold: the fold that becomes the test section.
-        seed: seed of the folds.
-
-    Returns:
-        Train, validation and test items.
-    """
-    return k_fold(items, folds, fold, VALIDATION_FRACTION, seed)
+def split(root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
+    """Split by cross-validation, as 20 labelled volumes are too few for one fixed test section."""
+    return k_fold(items, how.folds, how.fold, VALIDATION_FRACTION, how.seed)
 
 
 def _json_is_missing(root: Path) -> str:

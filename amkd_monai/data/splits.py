@@ -12,6 +12,7 @@ import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +22,26 @@ logger = logging.getLogger("amkd_monai")
 
 Item = dict[str, Any]
 Sections = tuple[list[Item], list[Item], list[Item]]
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """How a data set is divided where its own split does not decide; a data set takes what it can use.
+
+    Attributes:
+        fractions: shares of train, validation and test, where items are split at random.
+        folds: number of folds, where a data set is cross-validated.
+        fold: the fold that is the test section.
+        seed: of everything that is drawn.
+    """
+
+    fractions: Sequence[float] = (0.7, 0.15, 0.15)
+    folds: int = 5
+    fold: int = 0
+    seed: int = 0
+
+
+DEFAULT_SPLIT = SplitOptions()
 
 
 def random_split(items: Iterable[Item], fractions: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0) -> Sections:

@@ -12,6 +12,7 @@ from amkd_monai.data.aptos2019 import find_items, inference_items, split
 from amkd_monai.data.fundus import CropFundusd, disc_box
 from amkd_monai.data.phantoms import write_painted
 from amkd_monai.data.phantoms.aptos2019 import paint_aptos2019
+from amkd_monai.data.splits import SplitOptions
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_real_photographs_are_split_by_grade_and_conflicting_duplicates_stay_tog
     assert "IDRiD_064_test (severe), IDRiD_118_train (no DR)" in caplog.text
     tests = []
     for fold in range(5):
-        train, validation, test = split(root, items, fold=fold)
+        train, validation, test = split(root, items, SplitOptions(fold=fold))
         groups = [{i["group"] for i in section} for section in (train, validation, test)]
         assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
         counts = Counter(i["label"] for i in test)

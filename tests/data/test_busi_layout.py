@@ -13,6 +13,7 @@ from amkd_monai.data.decoded import BadSampleError, DecodedDataset
 from amkd_monai.data.layout import DataProblems
 from amkd_monai.data.masks import read_mask
 from amkd_monai.data.phantoms import write_busi
+from amkd_monai.data.splits import SplitOptions
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_real_folds_hold_every_class_and_cut_no_group():
     items = find_items(root)
     tested = []
     for fold in range(5):
-        sections = split(root, items, fold=fold)
+        sections = split(root, items, SplitOptions(fold=fold))
         assert sorted(ids([item for section in sections for item in section])) == sorted(ids(items))
         groups = [{item["group"] for item in section} for section in sections]
         assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])

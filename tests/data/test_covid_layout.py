@@ -9,6 +9,7 @@ from PIL import Image
 from amkd_monai.data.covid import TEST, TRAIN, find_items, inference_items, split
 from amkd_monai.data.masks import read_mask
 from amkd_monai.data.phantoms import write_covid
+from amkd_monai.data.splits import SplitOptions
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_slices_that_look_alike_share_a_group(root):
     assert groups["100"] == groups["4"] == "100+4"
     assert len(set(groups.values())) == 12
     for seed in range(5):
-        sections = split(root, find_items(root), seed=seed)
+        sections = split(root, find_items(root), SplitOptions(seed=seed))
         assert len({i for i, section in enumerate(sections) if {"4", "100"} & set(ids(section))}) == 1
 
 

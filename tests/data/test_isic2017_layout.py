@@ -7,6 +7,7 @@ from helpers import shared_data
 from amkd_monai.data import isic2017, isic2017_lesion
 from amkd_monai.data.phantoms import write_painted
 from amkd_monai.data.phantoms.isic2017 import paint_isic2017
+from amkd_monai.data.splits import SplitOptions
 
 TRAINING = "ISIC-2017_Training_Part3_GroundTruth.csv"
 
@@ -55,7 +56,7 @@ def test_without_all_sections_folds_are_stratified(root):
     shutil.rmtree(root / "ISIC-2017_Test_v2_Data")
     (root / "ISIC-2017_Test_v2_Part3_GroundTruth.csv").unlink()
     items = isic2017.find_items(root)
-    sections = isic2017.split(root, items, folds=3)
+    sections = isic2017.split(root, items, SplitOptions(folds=3))
     assert sum(len(s) for s in sections) == 21 and "section" not in sections[0][0]
     assert all(2 <= n <= 3 for n in counts(sections[2])) and len(counts(sections[1])) == 3
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from amkd_monai.data.kvasir_seg import find_items, inference_items, split
 from amkd_monai.data.phantoms import write_kvasir_seg
+from amkd_monai.data.splits import SplitOptions
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +119,18 @@ def test_file_lists_fix_the_test_section(root):
     items = find_items(root)
     (root / "train.txt").write_text("".join(f"{name}\n" for name in ids(items)[:5]))
     (root / "val.txt").write_text("\n".join(f"{name}.jpg" for name in ids(items)[5:]) + "\n\n")
-    train, validation, test = split(root, items, fractions=(0.6, 0.2, 0.2))
+    train, validation, test = split(root, items, SplitOptions(fractions=(0.6, 0.2, 0.2)))
     assert ids(test) == ids(items)[5:]
     assert (len(train), len(validation)) == (4, 1)
     assert sorted(ids(train + validation)) == ids(items)[:5]
 
 
 def test_without_file_lists_the_split_is_random(root):
-    assert [len(section) for section in split(root, find_items(root), fractions=(0.5, 0.25, 0.25))] == [4, 2, 2]
+    assert [len(section) for section in split(root, find_items(root), SplitOptions(fractions=(0.5, 0.25, 0.25)))] == [
+        4,
+        2,
+        2,
+    ]
 
 
 def test_one_file_list_alone_is_an_error(root):

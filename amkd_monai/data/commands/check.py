@@ -16,7 +16,7 @@ from amkd_monai.data.datalist import MODULES, find_items
 from amkd_monai.data.duplicates import NEAR, clusters, near_duplicates
 from amkd_monai.data.layout import DataProblems, label_files, natural, some
 from amkd_monai.data.masks import read_mask
-from amkd_monai.data.splits import Item
+from amkd_monai.data.splits import Item, SplitOptions
 from amkd_monai.tasks import Task, get_task
 
 
@@ -190,7 +190,7 @@ def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[i
 
 def _describe_split(report: DataReport, found: list[list[int]], fold: int, seed: int) -> None:
     try:
-        sections = MODULES[report.task.name].split(report.root, report.items, fold=fold, seed=seed)
+        sections = MODULES[report.task.name].split(report.root, report.items, SplitOptions(fold=fold, seed=seed))
     except (OSError, ValueError) as error:
         report.problems.append(f"The data cannot be split: {error}")
         return
