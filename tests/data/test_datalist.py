@@ -123,7 +123,7 @@ def test_empty_train_or_validation_is_an_error(pristine):
 
 @pytest.mark.parametrize("other", ["validation", "test"])
 def test_a_group_in_two_sections_is_an_error(pristine, monkeypatch, other):
-    def leaking_split(root, items, **_):
+    def leaking_split(root, items, how):
         sections = {"train": items[:10], "validation": items[10:15], "test": items[15:]}
         sections[other] = [{**sections[other][0], "group": items[0]["group"]}, *sections[other][1:]]
         return tuple(sections.values())

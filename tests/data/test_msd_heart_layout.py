@@ -11,6 +11,7 @@ from helpers import shared_data
 
 from amkd_monai.data.msd_heart import find_items, inference_items, split
 from amkd_monai.data.phantoms import write_msd_heart
+from amkd_monai.data.splits import SplitOptions
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +53,10 @@ def test_real_identical_images_stay_on_one_side_of_every_split():
     tested = []
     for fold in range(5):
         for seed in range(5):
-            sections = split(Path(), items, fold=fold, seed=seed)
+            sections = split(Path(), items, SplitOptions(fold=fold, seed=seed))
             assert all(sections)
             assert len({i for i, section in enumerate(sections) if {"la_005", "la_026"} & set(ids(section))}) == 1
-        tested += ids(split(Path(), items, fold=fold)[2])
+        tested += ids(split(Path(), items, SplitOptions(fold=fold))[2])
     assert sorted(tested) == ids(items)
 
 
