@@ -82,8 +82,10 @@ def parser() -> argparse.ArgumentParser:
     add_commands(commands)
 
     from amkd_monai.export.command import add_parsers
+    from amkd_monai.label.command import add_parser
 
     add_parsers(commands)
+    add_parser(commands)
     return top
 
 
