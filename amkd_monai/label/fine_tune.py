@@ -20,7 +20,7 @@ from amkd_monai.label.saved_labels import saved_labels
 from amkd_monai.label.student import ServedStudent
 from amkd_monai.weights import load_state_dict, load_strict
 
-STEPS = 8
+STEPS = 4
 """Steps of an epoch, at least: the batches of a few labels would be one or two."""
 
 

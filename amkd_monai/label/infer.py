@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
@@ -71,6 +73,12 @@ class SuitableImages(BatchInferTask):
 
     def __init__(self, students: dict[str, ServedStudent]) -> None:
         self.students = students
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore, infer: Callable) -> dict[str, Any]:
+        """Answer for each image; without a GPU on the CPU, where MONAI Label would look for a first GPU."""
+        several = bool(request.get("multi_gpu", True)) and torch.cuda.is_available()
+        result: dict[str, Any] = super().__call__({**request, "multi_gpu": several}, datastore, infer)
+        return result
 
     def get_images(self, request: dict[str, Any], datastore: Datastore) -> list[str]:
         """Return the ids of suitable images."""

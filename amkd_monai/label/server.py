@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -25,9 +24,9 @@ def serve(work: Path, studies: str, host: str, port: int) -> None:
     """
     if host not in LOOPBACK:
         print(WARNING.format(host=host), flush=True)
-    # Read by MONAI Label when it is imported: no pages of other origins, no process to score after each request.
-    os.environ.setdefault("MONAI_LABEL_CORS_ORIGINS", json.dumps([f"http://{host}:{port}"]))
+    # Read by MONAI Label when it is imported: no process that scores images after each request, no files elsewhere.
     os.environ.setdefault("MONAI_LABEL_AUTO_UPDATE_SCORING", "false")
+    os.environ.setdefault("MONAI_LABEL_SESSION_PATH", str(work / "sessions"))
     from monailabel.main import Main
 
     main = Main(actions=("start_server",))

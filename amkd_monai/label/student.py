@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from amkd_monai.data.volumes import VOLUME_SUFFIXES, volume_shape
 from amkd_monai.errors import root_cause
 from amkd_monai.label.uncertainty import class_uncertainty, mask_uncertainty
 from amkd_monai.tasks import get_task
-from amkd_monai.weights import load_state_dict, load_strict
+from amkd_monai.weights import load_state_dict, load_strict, state_hash
 
 
 class ServedStudent:
@@ -61,8 +60,8 @@ class ServedStudent:
         return str(image).lower().endswith(self.suffixes)
 
     def identity(self) -> str:
-        """SHA-256 of the file of weights."""
-        return hashlib.sha256(self.model.read_bytes()).hexdigest()
+        """SHA-256 of the weights that lie there now."""
+        return state_hash(load_state_dict(self.model))
 
     def answer(self, image: str | Path) -> torch.Tensor:
         """Answer as offline inference does.

@@ -1,15 +1,21 @@
-"""MONAI Label's web application with its exceptions as JSON answers; the server imports ``app`` by name."""
+"""MONAI Label's web application, changed in two things; the server imports ``app`` by name.
+
+Its exceptions become JSON answers, and web pages of other origins may not read answers: MONAI Label allows all of them.
+"""
 
 from __future__ import annotations
 
 import json
 
 from fastapi import Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from monailabel.app import app
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 
 __all__ = ["app"]
+
+app.user_middleware[:] = [entry for entry in app.user_middleware if entry.cls is not CORSMiddleware]
 
 
 @app.exception_handler(MONAILabelException)
