@@ -33,7 +33,7 @@ label-env: $(LABEL_INSTALLED) ## create .venv-label: MONAI Label and what it nee
 
 # Python adds the packages of .venv behind its own: a package of another version than there counts in this one only.
 $(LABEL_INSTALLED): requirements/label.txt requirements/label-alone.txt $(INSTALLED)
-	test -x $(LABEL_PYTHON) || $(PYTHON) -m venv $(LABEL_VENV)
+	test -x $(LABEL_PYTHON) || $(VPYTHON) -m venv $(LABEL_VENV)
 	$(VPYTHON) -c '$(SITE_PACKAGES)' \
 		| sed 's|.*|import site; site.addsitedir("&")|' > "$$($(LABEL_PYTHON) -c '$(SITE_PACKAGES)')/project.pth"
 	$(LABEL_PYTHON) -m pip install -r requirements/label.txt

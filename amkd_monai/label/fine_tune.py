@@ -13,7 +13,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list, name_to_device
 
-from amkd_monai.atomic import atomic_write_json
+from amkd_monai.atomic import atomic_path, atomic_write_json
 from amkd_monai.data.datalist import Datalist
 from amkd_monai.errors import report_plainly
 from amkd_monai.label.saved_labels import saved_labels
@@ -68,7 +68,8 @@ class FineTune(TrainTask):
             raise ValueError(f"teachers is '{options['teachers']}': use none or bundle.")
         distilled = options["teachers"] == "bundle"
         data = saved_labels(self.student, datastore, float(options["val_split"]), with_unlabelled=distilled)
-        shutil.copyfile(self.student.model, self.student.model.with_name("previous.pt"))
+        previous = self.student.model.with_name("previous.pt")
+        shutil.copyfile(self.student.model, previous)
         workflow = self._workflow(data, options, distilled)
         parser = workflow.parser
         load_strict(parser.get_parsed_content("network"), load_state_dict(self.student.model), self.student.model)
@@ -77,6 +78,9 @@ class FineTune(TrainTask):
         before = best.best
         workflow.run()
         workflow.finalize()
+        if best.best <= before:  # validation has written the old student, for classes with another temperature
+            with atomic_path(self.student.model) as temporary:
+                shutil.copyfile(previous, temporary)
         result = {
             "model": self.student.bundle.name,
             "train": len(data.train),

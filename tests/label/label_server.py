@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 import uuid
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Answer:
     status: int
     kind: str
     content: bytes
+    headers: Message
 
     def json(self) -> Any:
         return json.loads(self.content)
@@ -70,8 +72,8 @@ class LabelServer:
         self.process.terminate()
         self.process.wait(30)
 
-    def get(self, path: str) -> Answer:
-        return self._send(urllib.request.Request(self._url(path)))
+    def get(self, path: str, **headers: str) -> Answer:
+        return self._send(urllib.request.Request(self._url(path), headers=headers))
 
     def post_json(self, path: str, content: Any = None) -> Answer:
         headers = {"Content-Type": "application/json"}
@@ -108,6 +110,6 @@ class LabelServer:
     def _send(self, request: urllib.request.Request) -> Answer:
         try:
             with urllib.request.urlopen(request, timeout=300) as answer:
-                return Answer(answer.status, answer.headers.get_content_type(), answer.read())
+                return Answer(answer.status, answer.headers.get_content_type(), answer.read(), answer.headers)
         except urllib.error.HTTPError as error:
-            return Answer(error.code, error.headers.get_content_type(), error.read())
+            return Answer(error.code, error.headers.get_content_type(), error.read(), error.headers)

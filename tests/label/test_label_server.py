@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import nibabel
 import numpy as np
 import pytest
+from helpers import shared_data
 from PIL import Image
 
 from amkd_monai.label.student import ServedStudent
@@ -47,6 +48,11 @@ def test_info_names_each_model_with_its_kind_and_dimensions(lab):
     assert models["aptos2019"][:2] == ("classification", 2) and models["aptos2019"][2]["proliferative"] == 4
     assert set(info["trainers"]) == set(models) and "uncertainty_busi" in info["strategies"]
     assert info["datastore"]["total"] == sum(map(len, lab.images.values()))
+
+
+def test_pages_of_other_origins_may_not_read_answers(lab):
+    answer = lab.server.get("/info/", Origin="http://example.org")
+    assert answer.status == 200 and "Access-Control-Allow-Origin" not in answer.headers
 
 
 def test_the_mask_of_a_volume_is_that_of_offline_inference_on_the_grid_of_the_volume(lab, tmp_path):
@@ -160,6 +166,20 @@ def test_active_learning_gives_the_image_the_student_is_least_sure_about(lab):
     assert lab.server.post_json("/activelearning/uncertainty_busi").json()["id"] == second
 
 
+def test_the_label_of_a_volume_must_lie_on_its_grid(lab, tmp_path):
+    file = shared_data("MSD-Heart", "Task02_Heart_half", "labelsTr", "la_003.nii.gz")
+    good = nibabel.load(file)
+    shifted = good.affine.copy()
+    shifted[0, 3] += 5
+    nibabel.save(nibabel.Nifti1Image(np.asarray(good.dataobj), shifted), tmp_path / "shifted.nii.gz")
+    upload = ("l.nii.gz", (tmp_path / "shifted.nii.gz").read_bytes())
+    refused = lab.server.send("/datastore/label?image=la_003", "PUT", label=upload)
+    assert refused.status == 400 and "affine" in refused.json()["detail"]
+    upload = ("l.nii.gz", file.read_bytes())
+    assert lab.server.send("/datastore/label?image=la_003", "PUT", label=upload).status == 200
+    assert lab.server.get("/datastore/label?label=la_003&tag=final").content == file.read_bytes()
+
+
 def test_training_on_saved_labels_changes_the_student_and_survives_a_restart(lab):
     server, before = lab.server, digests(lab.bundles["busi"])
     old = picture(server.infer("busi", "busi0"))
@@ -187,8 +207,10 @@ def test_saved_classes_train_a_student_for_classes(lab):
     for image, name in zip(lab.images["aptos2019"], ["severe", "mild"] * 2, strict=False):
         label = json.dumps({"class": name}).encode()
         assert lab.server.send(f"/datastore/label?image={image}", "PUT", label=("class.json", label)).status == 200
+    checksum = lab.server.get("/model/info/aptos2019").json()["checksum"]
     state = lab.server.train("aptos2019", max_epochs=1, teachers="bundle")
     assert state["status"] == "DONE", state["details"]
     stats = lab.server.get("/info/").json()["train_stats"]["aptos2019"]
     assert (stats["train"], stats["validation"]) == (2, 2) and stats["unlabelled"] >= 2
-    assert stats["best_metric"] >= stats["metric_before"]
+    is_new = lab.server.get("/model/info/aptos2019").json()["checksum"] != checksum
+    assert is_new == (stats["best_metric"] > stats["metric_before"]), "a student that is not better is not kept"
