@@ -98,9 +98,8 @@ class StudentApp(MONAILabelApp):
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         """Run a model on an image of the studies, or on an uploaded file."""
         self.bundle_path(request.get("model"))
-        image = request.get("image")
-        known = (datastore or self.datastore()).get_image_uri(image)
-        if not known and not self._is_upload(str(image)):
+        image = str(request.get("image"))
+        if not self._is_upload(image) and not (datastore or self.datastore()).get_image_uri(image):
             raise ImageNotFoundException(f"There is no image '{image}' in the studies.")
         with answerable():
             result: dict[str, Any] = super().infer(request, datastore)
