@@ -15,6 +15,7 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from helpers import ROOT
 
@@ -71,6 +72,12 @@ class LabelServer:
         assert self.process is not None
         self.process.terminate()
         self.process.wait(30)
+
+    def cpu_seconds(self) -> float:
+        """Processor time that the server has used, without its children."""
+        assert self.process is not None
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
 
     def get(self, path: str, **headers: str) -> Answer:
         return self._send(urllib.request.Request(self._url(path), headers=headers))

@@ -63,18 +63,16 @@ def test_the_mask_of_a_volume_is_that_of_offline_inference_on_the_grid_of_the_vo
     assert expected.any() and np.array_equal(mask.get_fdata(), expected)
 
 
-def test_a_volume_of_128_x_128_x_110_takes_less_than_15_seconds(lab, tmp_path, record_property):
+def test_a_volume_of_128_x_128_x_110_takes_less_than_15_seconds_of_one_processor(lab, tmp_path, record_property):
     nibabel.save(nibabel.load(lab.file("la_003")).slicer[:, :, :110], tmp_path / "volume.nii.gz")
     upload = ("volume.nii.gz", (tmp_path / "volume.nii.gz").read_bytes())
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        mask = volume(lab.server.send("/infer/msd_heart?output=image", file=upload))
-        seconds.append(time.perf_counter() - start)
-        assert mask.shape == (128, 128, 110)
-    record_property("seconds", min(seconds))
-    print(f"{min(seconds):.2f} s")
-    assert min(seconds) < 15
+    volume(lab.server.send("/infer/msd_heart?output=image", file=upload))
+    start, used = time.perf_counter(), lab.server.cpu_seconds()
+    mask = volume(lab.server.send("/infer/msd_heart?output=image", file=upload))
+    used, wall = lab.server.cpu_seconds() - used, time.perf_counter() - start
+    record_property("seconds", {"processor": used, "wall": wall})
+    print(f"{used:.2f} s of one processor, {wall:.2f} s in all")
+    assert mask.shape == (128, 128, 110) and used < 15  # the server has one thread; the machine may be busy
 
 
 def test_the_mask_of_a_picture_is_that_of_offline_inference(lab, tmp_path):
