@@ -9,11 +9,16 @@ INSTALLED := $(VENV)/.installed
 TORCH     := torch==2.14.1 torchvision==0.29.1
 DEMO      := bundles/msd_heart
 
+LABEL_VENV      := .venv-label
+LABEL_PYTHON    := $(LABEL_VENV)/bin/python
+LABEL_INSTALLED := $(LABEL_VENV)/.installed
+SITE_PACKAGES   := import sysconfig; print(sysconfig.get_path("purelib"))
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench clean
+.PHONY: help install label-env demo test check format bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create .venv and install the project into it
 
@@ -22,6 +27,17 @@ $(INSTALLED): setup.cfg pyproject.toml
 	test -x $(VPYTHON) || $(PYTHON) -m venv $(VENV)
 	$(VPYTHON) -m pip install $(TORCH)
 	$(VPYTHON) -m pip install -e ".[dev]"
+	touch $@
+
+label-env: $(LABEL_INSTALLED) ## create .venv-label: MONAI Label and what it needs, on top of .venv, which stays as it is
+
+# Python adds the packages of .venv behind its own: a package of another version than there counts in this one only.
+$(LABEL_INSTALLED): requirements/label.txt requirements/label-alone.txt $(INSTALLED)
+	test -x $(LABEL_PYTHON) || $(VPYTHON) -m venv $(LABEL_VENV)
+	$(VPYTHON) -c '$(SITE_PACKAGES)' \
+		| sed 's|.*|import site; site.addsitedir("&")|' > "$$($(LABEL_PYTHON) -c '$(SITE_PACKAGES)')/project.pth"
+	$(LABEL_PYTHON) -m pip install -r requirements/label.txt
+	$(LABEL_PYTHON) -m pip install --no-deps -r requirements/label-alone.txt
 	touch $@
 
 demo: export OMP_NUM_THREADS = $(THREADS)
@@ -36,7 +52,7 @@ demo: $(INSTALLED) ## train and evaluate the heart bundle on embedded defaults (
 
 test: export OMP_NUM_THREADS = 1
 test: export MKL_NUM_THREADS = 1
-test: $(INSTALLED) ## run the test suite
+test: $(INSTALLED) $(LABEL_INSTALLED) ## run the test suite, the MONAI Label server included
 	$(VPYTHON) -m pytest -n 2 --dist loadfile
 
 check: $(INSTALLED) ## format check, lint, types
@@ -51,6 +67,6 @@ format: $(INSTALLED) ## format the code and apply the linter's safe fixes
 bench: $(INSTALLED) ## run the benchmarks
 	$(VPYTHON) benchmarks/results.py
 
-clean: ## remove build products and tool caches; .venv, trained students and teacher caches stay
+clean: ## remove build products and tool caches; environments, trained students and teacher caches stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -not -path "./$(LABEL_VENV)/*" -prune -exec rm -rf {} +

@@ -82,12 +82,12 @@ def parser() -> argparse.ArgumentParser:
     add_commands(commands)
 
     from amkd_monai.export.command import add_parsers
+    from amkd_monai.label.command import add_parser as add_label
+    from amkd_monai.report.command import add_parser as add_report
 
     add_parsers(commands)
-
-    from amkd_monai.report.command import add_parser
-
-    add_parser(commands)
+    add_label(commands)
+    add_report(commands)
     return top
 
 

@@ -1,0 +1,110 @@
+"""A trained bundle opened for serving: an image file in, the bundle's own answer out."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from monai.transforms import Activationsd, Compose, SaveImaged
+
+from amkd_monai.data.layout import IMAGE_SUFFIXES, image_size
+from amkd_monai.data.transforms import TransposeHWd
+from amkd_monai.data.volumes import VOLUME_SUFFIXES, volume_shape
+from amkd_monai.errors import root_cause
+from amkd_monai.label.uncertainty import class_uncertainty, mask_uncertainty
+from amkd_monai.tasks import get_task
+from amkd_monai.weights import load_state_dict, load_strict, state_hash
+
+
+class ServedStudent:
+    """The student of a bundle with its preprocessing and postprocessing, all from ``configs/inference.json``.
+
+    The transforms are given the image file and nothing else: what a server adds to a request never reaches them. The
+    weights are read again when ``models/model.pt`` has changed.
+
+    Args:
+        bundle: folder of the bundle.
+
+    Attributes:
+        task: what is asked.
+        model: the file of weights.
+    """
+
+    def __init__(self, bundle: Path) -> None:
+        self.bundle, self.model = Path(bundle), Path(bundle) / "models" / "model.pt"
+        parser = ConfigParser()
+        parser.read_config(str(self.bundle / "configs" / "inference.json"))
+        parser["bundle_root"] = str(self.bundle)
+        self.task = get_task(parser.get_parsed_content("task"))
+        self.device: torch.device = parser.get_parsed_content("device")
+        self._network = parser.get_parsed_content("network").eval()
+        self._inferer = parser.get_parsed_content("inferer")
+        self._before: Compose = parser.get_parsed_content("preprocessing")
+        after = parser.get_parsed_content("postprocessing").transforms
+        ends = [i for i, t in enumerate(after) if isinstance(t, (TransposeHWd, SaveImaged))]
+        self._activation: Activationsd = after[0]
+        self._after = Compose(after[1 : ends[0]] if ends else after[1:])
+        self._loaded: tuple[int, int] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The kinds of file it takes."""
+        return IMAGE_SUFFIXES if self.task.dimensions == 2 else VOLUME_SUFFIXES
+
+    def takes(self, image: str | Path) -> bool:
+        """Whether a file is of the right kind, by its name."""
+        return str(image).lower().endswith(self.suffixes)
+
+    def identity(self) -> str:
+        """SHA-256 of the weights that lie there now."""
+        return state_hash(load_state_dict(self.model))
+
+    def answer(self, image: str | Path) -> torch.Tensor:
+        """Answer as offline inference does.
+
+        Returns:
+            A label map (H, W) or (D, H, W), uint8, on the grid of the file, or the probability of each class (C,).
+
+        Raises:
+            ValueError: the file is of another kind, or damaged.
+        """
+        data = self._probabilities(image)
+        result: torch.Tensor = torch.as_tensor(self._after(data)["pred"]).cpu()
+        return result if self.task.is_classification else result[0]
+
+    def uncertainty(self, image: str | Path) -> float:
+        """How unsure the student is about an image, 0 (sure) to 1; see :mod:`amkd_monai.label.uncertainty`."""
+        pred = self._probabilities(image)["pred"]
+        return class_uncertainty(pred) if self.task.is_classification else mask_uncertainty(pred)
+
+    @torch.no_grad()
+    def _probabilities(self, image: str | Path) -> dict[str, Any]:
+        data = self._read(image)
+        network = self._current()
+        batch = data["image"].as_tensor()[None].to(self.device)
+        data["pred"] = self._inferer(batch, network)[0].cpu()
+        return dict(self._activation(data))
+
+    def _read(self, image: str | Path) -> dict[str, Any]:
+        kind = "pictures" if self.task.dimensions == 2 else "volumes"
+        if not self.takes(image):
+            raise ValueError(f"The model for {self.task.name} takes {kind} ({', '.join(self.suffixes)}), not {image}.")
+        (image_size if self.task.dimensions == 2 else volume_shape)(Path(image))
+        try:
+            return dict(self._before({"image": str(image)}))
+        except RuntimeError as error:  # what MONAI makes of any error within a chain
+            raise ValueError(f"{image} cannot be read ({root_cause(error)}): replace it by an intact copy.") from error
+
+    def _current(self) -> torch.nn.Module:
+        """The network with the weights that lie there now."""
+        with self._lock:
+            found = self.model.stat()
+            stamp = found.st_mtime_ns, found.st_size
+            if stamp != self._loaded:
+                load_strict(self._network, load_state_dict(self.model), self.model)
+                self._loaded = stamp
+            return self._network

@@ -1,0 +1,82 @@
+"""Small students trained on phantoms, as bundles; real images as studies; what offline inference says of them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from bundle_runs import run, settings
+from helpers import ROOT, shared_data
+from label_server import LabelServer, label_python
+from PIL import Image
+
+from amkd_monai.metrics.summary import read_case_csv
+
+MODELS = ("msd_heart", "busi", "aptos2019")
+
+
+@dataclass
+class Lab:
+    """A server with its bundles and studies; images are named by their ids."""
+
+    bundles: dict[str, Path]
+    studies: Path
+    images: dict[str, list[str]]
+    work: Path
+    server: LabelServer
+
+    def file(self, image: str) -> Path:
+        return next(self.studies.glob(f"{image}.*"))
+
+    def offline(self, model: str, folder: Path) -> Path:
+        """Run the bundle's own inference over the studies of one model; return the folder of its answers."""
+        data = folder / "data"
+        data.mkdir()
+        for image in self.images[model]:
+            shutil.copy(self.file(image), data)
+        values = {"bundle_root": str(self.bundles[model]), "dataset_dir": str(data), "output_dir": str(folder / "out")}
+        run(model, ("inference",), {**values, "cache_dir": str(folder / "cache")})
+        return folder / "out"
+
+    def offline_mask(self, model: str, image: str, folder: Path) -> np.ndarray:
+        file = next(self.offline(model, folder).glob(f"{image}_mask.*"))
+        return np.asarray(Image.open(file)) > 0 if file.suffix == ".png" else nibabel.load(file).get_fdata() > 0
+
+    def offline_classes(self, model: str, folder: Path) -> dict[str, dict]:
+        return {row["id"]: row for row in read_case_csv(self.offline(model, folder) / "predictions.csv")}
+
+
+def _studies(folder: Path) -> dict[str, list[str]]:
+    folder.mkdir()
+    shutil.copy(shared_data("MSD-Heart", "Task02_Heart_half", "imagesTr", "la_003.nii.gz"), folder)
+    eyes = sorted(shared_data("APTOS2019_standin_IDRiD", "train_images").glob("*.png"))[:6]
+    breasts = shared_data("BUSI", "Dataset_BUSI_with_GT", "malignant")
+    scans = sorted(file for file in breasts.glob("*.png") if "mask" not in file.name)[:6]
+    for file in eyes:
+        shutil.copy(file, folder)
+    for number, file in enumerate(scans):
+        shutil.copy(file, folder / f"busi{number}.png")
+    return {
+        "msd_heart": ["la_003"],
+        "busi": [f"busi{number}" for number in range(len(scans))],
+        "aptos2019": [file.stem for file in eyes],
+    }
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    label_python()
+    folder = tmp_path_factory.mktemp("lab")
+    images = _studies(folder / "studies")
+    bundles = {name: folder / "bundles" / name for name in MODELS}
+    for name, bundle in bundles.items():
+        run(name, ("train",), settings(name, bundle, folder / "cache" / name, teachers=[], max_epochs=1))
+        shutil.copytree(ROOT / "bundles" / name / "configs", bundle / "configs")
+    server = LabelServer(list(bundles.values()), folder / "studies", folder / "work")
+    server.start()
+    yield Lab(bundles, folder / "studies", images, folder / "work", server)
+    server.stop()

@@ -1,0 +1,79 @@
+"""Every bundle can be opened for serving and answers on the grid of its input; needs no MONAI Label."""
+
+from __future__ import annotations
+
+import shutil
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from bundle_runs import BUNDLES
+from helpers import ROOT
+from monai.bundle import ConfigParser
+from PIL import Image
+
+from amkd_monai.label.answers import write_mask
+from amkd_monai.label.student import ServedStudent
+from amkd_monai.weights import CheckpointError
+
+
+def bundle_with_student(name, folder, seed=0):
+    """A copy of a bundle with an untrained student."""
+    bundle = folder / name
+    shutil.copytree(ROOT / "bundles" / name / "configs", bundle / "configs", dirs_exist_ok=True)
+    parser = ConfigParser()
+    parser.read_config(str(bundle / "configs" / "inference.json"))
+    parser["network_def#seed"] = seed
+    (bundle / "models").mkdir(exist_ok=True)
+    torch.save(parser.get_parsed_content("network_def").state_dict(), bundle / "models" / "model.pt")
+    return bundle
+
+
+def picture(folder):
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 92, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "picture.png")
+    return folder / "picture.png"
+
+
+def volume(folder):
+    voxels = np.random.default_rng(0).random((20, 50, 40), dtype=np.float32)
+    affine = np.array([[0, 1.5, 0, 3], [-2.0, 0, 0, 4], [0, 0, 1.2, 5], [0, 0, 0, 1]])
+    nibabel.save(nibabel.Nifti1Image(voxels, affine), folder / "volume.nii.gz")
+    return folder / "volume.nii.gz"
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_every_bundle_answers_on_the_grid_of_its_input(name, tmp_path):
+    student = ServedStudent(bundle_with_student(name, tmp_path))
+    image = picture(tmp_path) if student.task.dimensions == 2 else volume(tmp_path)
+    answer = student.answer(image)
+    if student.task.is_classification:
+        assert answer.shape == (len(student.task.classes),) and float(answer.sum()) == pytest.approx(1)
+    else:
+        assert answer.dtype == torch.uint8 and answer.max() < len(student.task.classes)
+        assert tuple(answer.shape) == ((60, 92) if student.task.dimensions == 2 else (20, 50, 40))
+    assert 0 <= student.uncertainty(image) <= 1
+
+
+def test_masks_are_written_with_the_affine_and_size_of_their_image(tmp_path):
+    source, mask = volume(tmp_path), np.zeros((20, 50, 40), np.uint8)
+    mask[3, 4, 5] = 1
+    written = write_mask(mask, source)
+    loaded = nibabel.load(written)
+    assert np.array_equal(loaded.get_fdata(), mask) and np.array_equal(loaded.affine, nibabel.load(source).affine)
+    assert loaded.get_data_dtype() == np.uint8
+    flat = write_mask(mask[3], picture(tmp_path))
+    assert np.array_equal(np.asarray(Image.open(flat)), mask[3])
+    for file in (written, flat):
+        file.unlink()
+
+
+def test_new_weights_are_used_without_a_restart_and_wrong_ones_refused(tmp_path):
+    student, image = ServedStudent(bundle_with_student("isic2017", tmp_path)), picture(tmp_path)
+    first, identity = student.answer(image), student.identity()
+    bundle_with_student("isic2017", tmp_path, seed=1)
+    assert student.identity() != identity and not torch.equal(student.answer(image), first)
+    shutil.copy(bundle_with_student("busi", tmp_path) / "models" / "model.pt", student.model)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        student.answer(image)
