@@ -1,7 +1,7 @@
 """Undistilled against distilled students at equal budget, on real data: the figures of docs/results.md.
 
 python benchmarks/results.py --shared ../shared --jobs 2             # all settings, 3 seeds, resumable
-python benchmarks/results.py --shared ../shared --only heart
+python benchmarks/results.py --shared ../shared --only "heart*"
 """
 
 from __future__ import annotations
