@@ -103,16 +103,14 @@ def main(settings: dict[str, Setting], description: str, default_output: str) ->
     parser.add_argument("--shared", type=Path, default=shared_default, help="folder with data/ and weights/")
     parser.add_argument("--output", type=Path, default=Path(default_output))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--only", default="", help="settings whose name contains this, or one of several, with commas between"
-    )
+    parser.add_argument("--only", default="*", help="settings by name, with * and ?, and commas between")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--table", action="store_true", help="only print the table of finished runs")
     parser.add_argument("--plot", type=Path, help="also draw the rows of masks into this file (.svg, .png)")
     arguments = parser.parse_args()
     shared, output = arguments.shared.resolve(), arguments.output.resolve()
     chosen = {
-        name: setting for name, setting in settings.items() if any(part in name for part in arguments.only.split(","))
+        name: setting for name, setting in settings.items() if any(fnmatch(name, p) for p in arguments.only.split(","))
     }
     if not arguments.table:
         jobs = [
