@@ -84,6 +84,10 @@ def parser() -> argparse.ArgumentParser:
     from amkd_monai.export.command import add_parsers
 
     add_parsers(commands)
+
+    from amkd_monai.cache.command import add_cache_commands
+
+    add_cache_commands(commands)
     return top
 
 
