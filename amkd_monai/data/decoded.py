@@ -154,9 +154,11 @@ class DecodedDataset(DecodedImages):
         self.chain = fingerprint("decoded-3", description)
         key = fingerprint("decoded-3", hashes, ids, description, num_classes, on_bad_sample)
         self.directory = cache_dir / f"decoded-{key[:16]}"
-        with exclusive_lock(self.directory.with_suffix(".lock"), wait_s=3600):
-            if not (self.directory / "index.json").is_file():
-                self._decode(transform, on_bad_sample, hashes)
+        finished = self.directory / "index.json"
+        if not finished.is_file():  # a finished folder may lie on a disk that cannot be written
+            with exclusive_lock(self.directory.with_suffix(".lock"), wait_s=3600):
+                if not finished.is_file():  # nor has another process made it meanwhile
+                    self._decode(transform, on_bad_sample, hashes)
         super().__init__(self.directory)
         self.classes = np.where(self.has_label, self.labels.astype(int), -1) if self.classifies else None
 

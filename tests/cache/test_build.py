@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -204,3 +206,36 @@ def test_the_part_of_a_process(monkeypatch):
     for wrong in ("0/8", "9/8", "3", "a/b", "-1/2"):
         with pytest.raises(ValueError, match=r"does not exist|is not understood"):
             Part.parse(wrong)
+
+
+def test_a_complete_cache_is_used_from_a_disk_that_cannot_be_written(items, tmp_path, monkeypatch):
+    cache_teacher(CountingTeacher(), decoded(items, tmp_path), tmp_path)
+
+    def refuse(path, flags, *arguments, **options):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return os_open(path, flags, *arguments, **options)
+
+    os_open = os.open
+    monkeypatch.setattr(os, "open", refuse)
+    teacher = CountingTeacher()
+    assert cache_teacher(teacher, decoded(items, tmp_path), tmp_path).is_complete and teacher.seen == 0
+    with pytest.raises(PermissionError, match=r"cannot write .*: the folder is not writable"):
+        cache_teacher(CountingTeacher(seed=1), decoded(items, tmp_path), tmp_path)
+
+
+def test_a_full_disk_ends_building_in_one_sentence_and_what_is_there_is_kept(many, tmp_path, monkeypatch):
+    dataset, real_replace = decoded(many, tmp_path), os.replace
+
+    def full(source, target):
+        if "s00001" in str(target):
+            raise OSError(errno.ENOSPC, "No space left on device", str(source))
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="the disk is full; free some space") as caught:
+        cache_teacher(CountingTeacher(), dataset, tmp_path)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    again = CountingTeacher()
+    assert cache_teacher(again, dataset, tmp_path).is_complete and again.seen == 300 - 128
