@@ -139,14 +139,15 @@ def test_answers_are_kept_once(items, tmp_path):
     assert not answers_store("probe", {"folds": 5}, other, (4, 4), tmp_path).is_complete
 
 
-def test_only_new_images_are_computed_when_the_list_grows(items, tmp_path):
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_only_new_images_are_computed_when_the_list_grows(items, tmp_path, dtype):
     """Another split, another order, more images: what is known of an image is taken over."""
     few, teacher = decoded(items[:7], tmp_path), CountingTeacher(gives_logits=True)
-    cache_teacher(teacher, few, tmp_path)
+    cache_teacher(teacher, few, tmp_path, dtype=dtype)
     again = CountingTeacher(gives_logits=True)
-    grown = cache_teacher(again, decoded(items[::-1], tmp_path), tmp_path)
+    grown = cache_teacher(again, decoded(items[::-1], tmp_path), tmp_path, dtype=dtype)
     assert again.seen == 5 and grown.is_complete
-    alone = cache_teacher(teacher, decoded(items[::-1], tmp_path), tmp_path / "alone")
+    alone = cache_teacher(teacher, decoded(items[::-1], tmp_path), tmp_path / "alone", dtype=dtype)
     for name in ("grid", "pooled", "logits"):
         np.testing.assert_array_equal(grown.read(name, range(12)), alone.read(name, range(12)))
 
