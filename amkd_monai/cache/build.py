@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def cache_teacher(
         views,
         SHARD_SIZE,
         view_parameters=chosen,
-        origin={"sample_key": sample_key, "teacher": None if description is None else dict(description)},
+        origin={"sample_key": sample_key, "teacher": json.loads(json.dumps(description, default=str))},
     )
     if not store.is_complete:
         earlier = earlier or EarlierStores(directory, sample_key)

@@ -84,10 +84,12 @@ def read_description(directory: str | os.PathLike[str]) -> dict[str, Any] | None
     path = Path(directory) / NAME
     try:
         content = _read(path, path.read_bytes())
-        return {name: content[name] for name in DESCRIPTION}
+        key, arrays, views, parameters, shard_size, ids, hashes = (content[name] for name in DESCRIPTION)
+        specs = {name: ArraySpec(**spec) for name, spec in arrays.items()}
+        return describe(path.parent, dict(key), ids, hashes, specs, views, shard_size, view_parameters=parameters)
     except FileNotFoundError:
         return None
-    except KeyError as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{path} is damaged ({error!r}); {_REMEDY}") from error
 
 

@@ -191,6 +191,17 @@ def test_a_store_of_something_else_is_refused(tmp_path, stored, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "entry", [{"arrays": 5}, {"arrays": {"grid": {"shape": [0]}}}, {"views": "2"}, {"sample_ids": ["a"]}, {"key": None}]
+)
+def test_a_manifest_of_the_wrong_structure_cannot_be_opened(tmp_path, entry):
+    build(open_store(tmp_path))
+    edit_manifest(tmp_path, **entry)
+    with pytest.raises(StoreError, match=r"is damaged .*; delete its folder") as caught:
+        FeatureStore.open(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_changed_image_is_refused_by_name(tmp_path):
     build(open_store(tmp_path))
     hashes = [f"hash of {i}" for i in range(N)]
