@@ -64,8 +64,9 @@ format: $(INSTALLED) ## format the code and apply the linter's safe fixes
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-bench: $(INSTALLED) ## run the benchmarks
-	$(VPYTHON) benchmarks/results.py
+bench: export OMP_NUM_THREADS = 1
+bench: $(INSTALLED) ## time a step, the cache and the data path on one thread
+	$(VPYTHON) benchmarks/short.py
 
 clean: ## remove build products and tool caches; environments, trained students and teacher caches stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

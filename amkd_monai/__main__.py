@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
     add_commands(commands)
 
+    from amkd_monai.cache.command import add_cache_commands as add_cache
     from amkd_monai.export.command import add_parsers
     from amkd_monai.label.command import add_parser as add_label
     from amkd_monai.report.command import add_parser as add_report
@@ -88,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     add_parsers(commands)
     add_label(commands)
     add_report(commands)
+    add_cache(commands)
     return top
 
 

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +27,7 @@ from monai.transforms import (
     Resized,
     ScaleIntensityRanged,
 )
+from paired import Row, paired, print_table
 from PIL import Image
 
 from amkd_monai.data.augment import Augmentation, warp
@@ -42,25 +40,6 @@ LIMIT = 1 / 3
 SIDE, BATCH, COUNT = 256, 8, 32
 LARGE = (2136, 3216)
 KEYS = ["image", "label"]
-
-
-def cpu_ms(work: Callable[[], int]) -> float:
-    """CPU milliseconds per image of one call, which returns its number of images."""
-    start = time.process_time()
-    count = work()
-    return (time.process_time() - start) * 1000 / count
-
-
-def paired(name: str, ours: Callable[[], int], theirs: Callable[[], int], rounds: int) -> bool:
-    """Time both alternately after a warm-up, print medians and spread; return whether the limit is kept."""
-    ours(), theirs()
-    times = [(cpu_ms(ours), cpu_ms(theirs)) if i % 2 else (cpu_ms(theirs), cpu_ms(ours))[::-1] for i in range(rounds)]
-    ratios = [mine / other for mine, other in times]
-    columns = [[mine for mine, _ in times], [other for _, other in times], ratios]
-    words = [f"{statistics.median(c):8.2f} [{min(c):.2f}, {max(c):.2f}]" for c in columns]
-    kept = statistics.median(ratios) <= LIMIT
-    print(f"{name:34s} ours {words[0]}  MONAI {words[1]} ms/image  ratio {words[2]}  {'ok' if kept else 'ABOVE 1/3'}")
-    return kept
 
 
 def chain(size: tuple[int, int]) -> Compose:
@@ -76,7 +55,7 @@ def chain(size: tuple[int, int]) -> Compose:
     )
 
 
-def training(folder: Path, rounds: int) -> bool:
+def training(folder: Path, rounds: int) -> Row:
     """Batches of augmented images and masks."""
     items = find_items(write_kvasir_seg(folder, count=COUNT, size=(240, 360)))
     decoded = DecodedDataset(items, chain((SIDE, SIDE)), folder / "cache")
@@ -106,10 +85,11 @@ def training(folder: Path, rounds: int) -> bool:
         ]
     )
     cached = DataLoader(CacheDataset(items, random, progress=False), batch_size=BATCH, shuffle=True)
-    return paired(f"augmented batches, {SIDE} x {SIDE}", ours, lambda: sum(len(b["image"]) for b in cached), rounds)
+    times = paired(ours, lambda: sum(len(b["image"]) for b in cached), rounds)
+    return Row(f"augmented batch, {SIDE} x {SIDE}, against MONAI", "ms/image", *times, limit=LIMIT)
 
 
-def decoding(folder: Path, suffix: str, anti_aliasing: bool, rounds: int) -> bool:
+def decoding(folder: Path, suffix: str, anti_aliasing: bool, limit: float | None, rounds: int) -> Row:
     """One large photograph to 512 x 512; ours is always anti-aliased."""
     path = folder / f"large.{suffix}"
     if not path.is_file():
@@ -117,12 +97,13 @@ def decoding(folder: Path, suffix: str, anti_aliasing: bool, rounds: int) -> boo
     direct = load_rgb("image", size=(512, 512))
     resize = Resized("image", (512, 512), anti_aliasing=anti_aliasing)
     usual = Compose([LoadImaged("image", ensure_channel_first=True), resize])
-    return paired(
-        f"large {suffix}, MONAI {'anti-aliased' if anti_aliasing else 'aliased'}",
+    times = paired(
         lambda: sum(direct({"image": str(path)})["image"].shape[0] == 3 for _ in range(3)),
         lambda: sum(usual({"image": str(path)})["image"].shape[0] == 3 for _ in range(3)),
         rounds,
     )
+    aliased = "anti-aliased" if anti_aliasing else "aliased"
+    return Row(f"decoding a large {suffix}, against MONAI {aliased}", "ms/image", *times, limit=limit)
 
 
 def photograph(rng: np.random.Generator) -> Image.Image:
@@ -135,6 +116,16 @@ def photograph(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(((colour + rng.normal(0, 2, (*LARGE, 1))) * disc).clip(0, 255).astype(np.uint8))
 
 
+def measure(rounds: int) -> list[Row]:
+    """All comparisons."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [training(Path(folder), rounds)]
+        rows += [decoding(Path(folder), suffix, True, LIMIT, rounds) for suffix in ("jpg", "png")]
+        rows += [decoding(Path(folder), "jpg", False, LIMIT, rounds)]
+        # no limit: inflating a PNG takes most of either, aliased or not
+        return [*rows, decoding(Path(folder), "png", False, None, rounds)]
+
+
 def main() -> int:
     """Run all comparisons; exit code 1 if one is above the limit."""
     arguments = argparse.ArgumentParser(description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,12 +133,7 @@ def main() -> int:
     rounds = arguments.parse_args().rounds
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        kept = [training(Path(folder), rounds)]
-        kept += [decoding(Path(folder), suffix, True, rounds) for suffix in ("jpg", "png")]
-        kept += [decoding(Path(folder), "jpg", False, rounds)]
-        decoding(Path(folder), "png", False, rounds)  # no limit: inflating a PNG takes most of either, aliased or not
-    return 0 if all(kept) else 1
+    return print_table(measure(rounds))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,17 +19,21 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigWorkflow
+from paired import Row, print_table
 
 from amkd_monai.engines.trainer import DistillationTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
+DEFAULT = "output + feature, reliability, scaled"
+LIMIT = 1.10
+"""Of the default setting, in plain steps."""
 TEACHERS = [
     {"name": f"imagenet_lite{n}", "kind": "timm", "model": f"tf_efficientnet_lite{n}", "image_size": 224}
     for n in (1, 2)
 ]
 FULL = {"output": 1.0, "feature": 0.2, "reconstruction": 0.1, "contrastive": 0.1}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "output + feature, reliability, scaled": {},
+    DEFAULT: {},
     "the same, learned gate": {"gate": "learned"},
     "the same, agreement": {"loss_gate": "agreement"},
     "all losses, PCA code, learned, agreement": {
@@ -81,20 +84,13 @@ def block(trainer: DistillationTrainer, source: Iterator[dict[str, Any]], steps:
     return (time.process_time() - start) / steps * 1e3
 
 
-def main() -> None:
-    """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image_size", type=int, default=128)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=50, help="steps of a block; a multiple of the gate's interval")
-    parser.add_argument("--only", default="", help="settings whose name contains this")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+def measure(image_size: int, batch_size: int, pairs: int, steps: int, only: str = "") -> list[Row]:
+    """CPU milliseconds of distilled and plain steps, by setting."""
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         common = {
-            "image_size": arguments.image_size,
-            "recipe#batch_size": arguments.batch_size,
+            "image_size": image_size,
+            "recipe#batch_size": batch_size,
             "output_dir": folder,
             "ckpt_dir": folder,
             "cache_dir": f"{folder}/cache",
@@ -102,26 +98,31 @@ def main() -> None:
         }
         plain = build({**common, "teachers": []})
         plain_source = batches(plain)
-        lines = [("setting", "plain ms", "distilled ms", "ratio", "lowest", "highest")]
         for name, values in SETTINGS.items():
-            if arguments.only not in name:
+            if only not in name:
                 continue
             trainer = build({**common, "teachers": TEACHERS, **values})
             source = batches(trainer)
             for one in (plain, trainer):  # warm-up
-                block(one, plain_source if one is plain else source, arguments.steps)
-            pairs = [
-                (block(plain, plain_source, arguments.steps), block(trainer, source, arguments.steps))
-                for _ in range(arguments.pairs)
-            ]
-            ratios = [b / a for a, b in pairs]
-            numbers = [statistics.median(column) for column in zip(*pairs, strict=True)]
-            row = [f"{v:.0f}" for v in numbers] + [f"{f(ratios):.3f}" for f in (statistics.median, min, max)]
-            lines.append((name, *row))
-            print(" | ".join(lines[-1]), flush=True)
-    print()
-    print("\n".join("| " + " | ".join(line) + " |" for line in (lines[0], ("---",) * len(lines[0]), *lines[1:])))
+                block(one, plain_source if one is plain else source, steps)
+            times = [(block(trainer, source, steps), block(plain, plain_source, steps)) for _ in range(pairs)]
+            ours, other = zip(*times, strict=True)
+            limit = LIMIT if name == DEFAULT else None
+            rows.append(Row(f"step with cached teachers: {name}, against a plain step", "ms/step", ours, other, limit))
+    return rows
+
+
+def main() -> int:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_size", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=50, help="steps of a block; a multiple of the gate's interval")
+    parser.add_argument("--only", default="", help="settings whose name contains this")
+    torch.set_num_threads(1)
+    return print_table(measure(**vars(parser.parse_args())))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

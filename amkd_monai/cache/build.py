@@ -2,58 +2,84 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from amkd_monai.cache.manifest import read_description
+from amkd_monai.cache.parts import EVERYTHING, Part, build_missing
+from amkd_monai.cache.reuse import EarlierStores
 from amkd_monai.cache.shards import ArraySpec
 from amkd_monai.cache.store import FeatureStore, store_directory
+from amkd_monai.cache.views import MATRIX, view_matrix, view_set
+from amkd_monai.data.augment import warp
 from amkd_monai.data.content import fingerprint
-from amkd_monai.data.decoded import DecodedDataset
-from amkd_monai.teachers.base import Teacher, TeacherFeatures
+from amkd_monai.data.decoded import DecodedDataset, DecodedImages
+from amkd_monai.teachers.base import Teacher
 
-logger = logging.getLogger("amkd_monai")
+SHARD_SIZE = 128
+DTYPES = ("float16", "int8")
 
 
-def images_of(dataset: DecodedDataset, indices: range, device: torch.device | str) -> Tensor:
+def images_of(dataset: DecodedImages, indices: Sequence[int], device: torch.device | str) -> Tensor:
     """Stack images (B, 3, H, W) in [0, 1]."""
     stacked = np.stack([dataset.image(i) for i in indices])
     return torch.from_numpy(stacked).to(device).float() / 255
 
 
-def labels_of(dataset: DecodedDataset, indices: range, device: torch.device | str) -> Tensor:
-    """Stack labels (B, 1, H, W), 255 where unlabelled."""
-    return torch.from_numpy(np.stack([dataset.labels[i] for i in indices])).to(device)
+def ask(
+    teacher: Teacher,
+    dataset: DecodedImages,
+    indices: Sequence[int],
+    device: torch.device | str,
+    matrices: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Ask a teacher about images, or about views of them.
 
+    Args:
+        teacher: frozen teacher on ``device``.
+        dataset: decoded images.
+        indices: B samples.
+        device: where the teacher runs.
+        matrices: (B, 2, 3) of the views; None for the images as they are.
 
-def _ask(teacher: Teacher, dataset: DecodedDataset, indices: range, device: torch.device | str) -> dict:
-    image = images_of(dataset, indices, device)
-    said = teacher(image, labels_of(dataset, indices, device)) if teacher.uses_labels else teacher(image)
-    return _arrays(said)
-
-
-def _arrays(features: TeacherFeatures) -> dict[str, np.ndarray]:
-    found = {"grid": features.grid, "pooled": features.pooled, "logits": features.logits}
+    Returns:
+        ``grid``, ``pooled`` and ``logits``, as far as the teacher gives them, each (B, ...).
+    """
+    inputs = [images_of(dataset, indices, device)]
+    if teacher.uses_labels:
+        inputs.append(torch.from_numpy(np.stack([dataset.labels[i] for i in indices])).to(device))
+    if matrices is not None:
+        theta = torch.from_numpy(matrices).to(device)
+        inputs[0] = warp(inputs[0], theta)
+        masks = [label for label in inputs[1:] if label.ndim == 4]  # the class of an image has no geometry
+        inputs[1:] = [warp(mask.float(), theta, mode="nearest").round().to(mask.dtype) for mask in masks] or inputs[1:]
+    with torch.inference_mode():
+        said = teacher(*inputs)
+    found = {"grid": said.grid, "pooled": said.pooled, "logits": said.logits}
     return {name: value.float().cpu().numpy() for name, value in found.items() if value is not None}
 
 
-@torch.inference_mode()
 def cache_teacher(
     teacher: Teacher,
     dataset: DecodedDataset,
     cache_dir: str | Path,
     device: torch.device | str = "cpu",
     batch_size: int = 8,
+    views: int = 1,
+    dtype: str = "float16",
+    part: Part = EVERYTHING,
+    description: Mapping[str, Any] | None = None,
 ) -> FeatureStore:
     """Return the store of a teacher's outputs over a dataset, computing only what is still missing.
 
-    One view is stored, the image as it is; the store's format carries several.
+    What stores of other lists hold already, of the same teacher, preprocessing, transforms and images, is taken over.
+    A complete store does not run the teacher at all.
 
     Args:
         teacher: frozen teacher.
@@ -61,38 +87,92 @@ def cache_teacher(
         cache_dir: folder of the stores.
         device: where the teacher runs.
         batch_size: images per forward.
+        views: stored views of every image (:func:`amkd_monai.cache.views.view_set`).
+        dtype: of feature maps, ``float16``, or ``int8`` with a scale per image and channel; the rest is float16.
+        part: what this process computes; with other parts the store may be incomplete on return.
+        description: from which the teacher was built; kept with the store, so that it can be verified.
 
     Raises:
-        ValueError: a teacher's output is not finite (the sample is named).
+        ValueError: a teacher's output is not finite (the sample is named), or an unknown dtype.
+        StoreError: the store's folder holds something else, or a damaged manifest.
     """
-    key: dict[str, Any] = {
-        "teacher": teacher.fingerprint,
-        "preprocessing": teacher.preprocessing(),
-        "views": ["identity"],
+    if dtype not in DTYPES:
+        raise ValueError(f"`cache_dtype` is '{dtype}': use one of {', '.join(DTYPES)}.")
+    chosen, size = view_set(views), list(dataset.images.shape[-2:])
+    about: dict[str, Any] = {"teacher": teacher.fingerprint, "preprocessing": teacher.preprocessing(), "size": size}
+    if dtype != "float16":
+        about["dtype"] = dtype
+    key = {
+        **about,
+        "views": ["identity", *chosen[1:]],
         "samples": fingerprint(dataset.ids, dataset.hashes),
         "decoded": dataset.directory.name,  # covers the transform chain, which the files' hashes don't
-        "size": list(dataset.images.shape[-2:]),
     }
-    teacher.to(device)
-    example = _ask(teacher, dataset, range(1), device)
-    arrays = {name: ArraySpec(value.shape[1:], "float16") for name, value in example.items()}
     directory = store_directory(cache_dir, teacher.name, key)
+    sample_key = fingerprint({**about, "chain": dataset.chain})
+    stored = read_description(directory)
+    earlier, arrays = None, {name: ArraySpec(**spec) for name, spec in stored["arrays"].items()} if stored else None
+    if arrays is None:
+        earlier = EarlierStores(directory, sample_key)
+        arrays = dict(earlier.arrays or _specs(ask(teacher.to(device), dataset, [0], device), dtype))
+        arrays.pop(MATRIX, None)
+        if views > 1:
+            arrays[MATRIX] = ArraySpec((2, 3), "float32")
     store = FeatureStore.create_or_open(
-        directory, key, dataset.ids, dataset.hashes, arrays, shard_size=128, view_parameters=[{"view": "identity"}]
+        directory,
+        key,
+        dataset.ids,
+        dataset.hashes,
+        arrays,
+        views,
+        SHARD_SIZE,
+        view_parameters=chosen,
+        origin={"sample_key": sample_key, "teacher": json.loads(json.dumps(description, default=str))},
     )
     if not store.is_complete:
-        with store.building(wait_s=3600), tqdm(total=len(dataset), desc=f"teacher {teacher.name}", disable=None) as bar:
-            missing = store.missing()
-            bar.update(len(dataset) - sum(len(store.samples_of(shard)) for _, shard in missing))
-            for view, shard in missing:
-                samples = store.samples_of(shard)
-                parts = []
-                for first in range(samples.start, samples.stop, batch_size):
-                    batch = range(first, min(first + batch_size, samples.stop))
-                    parts.append(_ask(teacher, dataset, batch, device))
-                    bar.update(len(batch))
-                store.write_shard(view, shard, {n: np.concatenate([p[n] for p in parts]) for n in arrays})
+        earlier = earlier or EarlierStores(directory, sample_key)
+        teacher.to(device)
+
+        def compute(view: int, shard: int, report: Callable[[int], object]) -> dict[str, np.ndarray]:
+            return _shard(teacher, dataset, store, earlier, view, shard, device, batch_size, report)
+
+        build_missing(store, compute, part, f"teacher {teacher.name}")
     return store
+
+
+def _specs(example: Mapping[str, np.ndarray], dtype: str) -> dict[str, ArraySpec]:
+    kept: dict[str, Any] = {name: dtype if name == "grid" else "float16" for name in example}
+    return {name: ArraySpec(value.shape[1:], kept[name]) for name, value in example.items()}
+
+
+def _shard(
+    teacher: Teacher,
+    dataset: DecodedDataset,
+    store: FeatureStore,
+    earlier: EarlierStores,
+    view: int,
+    shard: int,
+    device: torch.device | str,
+    batch_size: int,
+    report: Callable[[int], object],
+) -> dict[str, np.ndarray]:
+    """Take over or compute the arrays of one shard."""
+    samples, parameters = store.samples_of(shard), store.view_parameters[view]
+    names = [name for name in store.arrays if name != MATRIX]
+    size = (dataset.images.shape[-2], dataset.images.shape[-1])
+    matrices = np.stack([view_matrix(parameters, dataset.ids[i], dataset.hashes[i], size) for i in samples])
+    known = {i: earlier.find(parameters, (dataset.ids[i], dataset.hashes[i]), names) for i in samples}
+    rows = {i: arrays for i, arrays in known.items() if arrays is not None}
+    report(len(rows))
+    missing = [i for i in samples if i not in rows]
+    for first in range(0, len(missing), batch_size):
+        batch = missing[first : first + batch_size]
+        warped = None if view == 0 else matrices[np.asarray(batch) - samples.start]
+        said = ask(teacher, dataset, batch, device, warped)
+        rows |= {i: {name: said[name][k : k + 1] for name in names} for k, i in enumerate(batch)}
+        report(len(batch))
+    values = {name: np.concatenate([rows[i][name] for i in samples]) for name in names}
+    return {**values, MATRIX: matrices} if MATRIX in store.arrays else values
 
 
 def answers_store(
@@ -105,7 +185,7 @@ def answers_store(
     key = {**key, "samples": fingerprint(dataset.ids, dataset.hashes), "decoded": dataset.directory.name}
     arrays = {"logits": ArraySpec((dataset.num_classes, *size), "float16")}
     directory = store_directory(cache_dir, f"{name}-answers", key)
-    return FeatureStore.create_or_open(directory, key, dataset.ids, dataset.hashes, arrays, shard_size=128)
+    return FeatureStore.create_or_open(directory, key, dataset.ids, dataset.hashes, arrays, shard_size=SHARD_SIZE)
 
 
 def keep_answers(store: FeatureStore, logits: np.ndarray) -> None:

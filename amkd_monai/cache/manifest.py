@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,9 @@ from amkd_monai.cache.shards import ArraySpec
 logger = logging.getLogger("amkd_monai")
 
 FORMAT_VERSION = 1
+NAME = "manifest.json"
+DESCRIPTION = ("key", "arrays", "views", "view_parameters", "shard_size", "sample_ids", "content_hashes")
+_REMEDY = "delete its folder to compute it again"
 
 Shard = tuple[int, int]  # (view, shard)
 Files = dict[str, dict[str, Any]]  # file name -> {"bytes": int, "sha256": str}
@@ -68,20 +72,44 @@ def describe(
     return json.loads(json.dumps(description, allow_nan=False))
 
 
+def read_description(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Read what a store says it holds, in the form of :func:`describe`.
+
+    Returns:
+        The description, or None where there is no manifest.
+
+    Raises:
+        StoreError: the manifest is damaged, or of another format or byte order.
+    """
+    path = Path(directory) / NAME
+    try:
+        content = _read(path, path.read_bytes())
+        key, arrays, views, parameters, shard_size, ids, hashes = (content[name] for name in DESCRIPTION)
+        specs = {name: ArraySpec(**spec) for name, spec in arrays.items()}
+        return describe(path.parent, dict(key), ids, hashes, specs, views, shard_size, view_parameters=parameters)
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"{path} is damaged ({error!r}); {_REMEDY}") from error
+
+
 class Manifest:
     """The file ``manifest.json`` of one store, read and replaced as a whole.
 
     Args:
         path: the file; it need not exist yet.
         description: all that has to be equal for the store to be used, from :func:`describe`.
+        origin: JSON-able facts that are kept with a new store and need not be equal for it to be used.
 
     Attributes:
         committed: the complete shards and their files.
+        origin: as given, or as kept in the file.
     """
 
-    def __init__(self, path: Path, description: dict[str, Any]) -> None:
+    def __init__(self, path: Path, description: dict[str, Any], origin: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self.description = description
+        self.origin = dict(origin or {})
         self.committed: dict[Shard, Files] = {}
         self._created_with: Any = {"amkd_monai": __version__, "numpy": np.__version__}
         self._on_disk: bytes | None = None  # as last read or written
@@ -104,7 +132,7 @@ class Manifest:
             return True
         if data == self._on_disk:
             return False
-        self.committed, self._created_with = self._parse(data)
+        self.committed, self._created_with, self.origin = self._parse(data)
         self._on_disk = data
         return True
 
@@ -121,6 +149,7 @@ class Manifest:
             "format": FORMAT_VERSION,
             "byte_order": sys.byteorder,
             "created_with": self._created_with,
+            "origin": self.origin,
             "committed": {f"{view}/{shard}": files for (view, shard), files in sorted(committed.items())},
             **self.description,
         }
@@ -129,22 +158,18 @@ class Manifest:
             atomic_write_bytes(self.path, data)
         self.committed, self._on_disk = committed, data
 
-    def _parse(self, data: bytes) -> tuple[dict[Shard, Files], Any]:
-        remedy = "delete its folder to compute it again"
+    def _parse(self, data: bytes) -> tuple[dict[Shard, Files], Any, dict[str, Any]]:
+        content = _read(self.path, data)
         try:
-            content = json.loads(data)
-            for name, expected in [("format", FORMAT_VERSION), ("byte_order", sys.byteorder)]:
-                if content[name] != expected:
-                    difference = f"has {name} {content[name]!r} where {expected!r} is needed"
-                    raise StoreError(f"the store {self.path.parent} {difference}; {remedy}")
             for name, asked in self.description.items():
                 if content[name] != asked:
                     difference = self._difference(name, content[name], asked)
-                    raise StoreError(f"the store {self.path.parent} {difference}; {remedy}")
+                    raise StoreError(f"the store {self.path.parent} {difference}; {_REMEDY}")
             committed = {_shard(text): _files(files) for text, files in content["committed"].items()}
-            return committed, content["created_with"]
+            origin = content.get("origin") or self.origin  # stores of older versions have none
+            return committed, content["created_with"], dict(origin)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{self.path} is damaged ({error!r}); {remedy}") from error
+            raise StoreError(f"{self.path} is damaged ({error!r}); {_REMEDY}") from error
 
     def _difference(self, name: str, stored: Any, asked: Any) -> str:
         """Say how an entry differs from the one asked for; raises as :meth:`_parse` expects if it is damaged."""
@@ -159,6 +184,19 @@ class Manifest:
             more = f" and {len(others)} more" if others else ""
             return f"is stale: image {first!r}{more} changed since its features were computed"
         return f"was built with {name} {stored}, not {asked}"
+
+
+def _read(path: Path, data: bytes) -> dict[str, Any]:
+    """Parse a manifest of this format and byte order."""
+    try:
+        content = json.loads(data)
+        for name, expected in [("format", FORMAT_VERSION), ("byte_order", sys.byteorder)]:
+            if content[name] != expected:
+                difference = f"has {name} {content[name]!r} where {expected!r} is needed"
+                raise StoreError(f"the store {path.parent} {difference}; {_REMEDY}")
+        return dict(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is damaged ({error!r}); {_REMEDY}") from error
 
 
 def _shard(text: str) -> Shard:

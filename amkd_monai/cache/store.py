@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from amkd_monai.atomic import TEMPORARY_MARK, exclusive_lock
-from amkd_monai.cache.manifest import Files, Manifest, Shard, StoreError, describe
+from amkd_monai.cache.manifest import NAME, Files, Manifest, Shard, StoreError, describe, read_description
 from amkd_monai.cache.shards import ArraySpec, encode_shard, file_names, find_fault, map_npy, write_npy
 from amkd_monai.data.content import fingerprint
 
@@ -53,19 +53,40 @@ class FeatureStore:
         store.read("grid", [5, 900, 3])  # (3, 256, 16, 16) float16
     """
 
-    def __init__(self, directory: Path, description: dict[str, Any], check: Literal["hash", "size"]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        description: dict[str, Any],
+        check: Literal["hash", "size"],
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
         self.directory = directory
+        self.key: dict[str, Any] = description["key"]
         self.sample_ids: list[str] = description["sample_ids"]
+        self.content_hashes: list[str] = description["content_hashes"]
         self.arrays = {name: ArraySpec(**spec) for name, spec in description["arrays"].items()}
         self.views: int = description["views"]
         self.view_parameters: list[Any] = description["view_parameters"]
         self.shard_size: int = description["shard_size"]
         self._check = check
-        self._index = {name: index for index, name in enumerate(self.sample_ids)}
-        self._manifest = Manifest(directory / "manifest.json", description)
+        self._manifest = Manifest(directory / NAME, description, origin)
         self._building = False
+        self._opened = False
+        self._suspect: set[Shard] = set()  # found damaged
         self._maps: dict[tuple[str, int, int], list[np.ndarray]] = {}
-        self._load()
+        self.refresh()
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str], *, check: Literal["hash", "size"] = "hash") -> FeatureStore:
+        """Open a store as whatever its manifest says it is.
+
+        Raises:
+            StoreError: there is no manifest, or it is damaged or of another format or byte order.
+        """
+        description = read_description(directory)
+        if description is None:
+            raise StoreError(f"{directory} is no feature store: it has no {NAME}")
+        return cls(Path(directory), description, check)
 
     @classmethod
     def create_or_open(
@@ -80,6 +101,7 @@ class FeatureStore:
         *,
         view_parameters: Sequence[Any] | None = None,
         check: Literal["hash", "size"] = "hash",
+        origin: Mapping[str, Any] | None = None,
     ) -> FeatureStore:
         """Open the store in ``directory``, or start an empty one, which is written by :meth:`building`.
 
@@ -94,6 +116,7 @@ class FeatureStore:
             view_parameters: one JSON-able value per view, from which that view of an image is made again.
             check: ``hash`` reads every complete shard (about 1 GB/s) to find damage, ``size`` only its file's size.
                 Damaged shards are announced and count as missing.
+            origin: JSON-able facts kept with a new store, which say where its content comes from.
 
         Raises:
             ValueError: arguments that contradict each other.
@@ -103,7 +126,7 @@ class FeatureStore:
         description = describe(
             path, key, sample_ids, content_hashes, arrays, views, shard_size, view_parameters=view_parameters
         )
-        return cls(path, description, check)
+        return cls(path, description, check, origin)
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -111,6 +134,16 @@ class FeatureStore:
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would be pickled as its content; a copy in another process opens its own, and may not write.
         return {**self.__dict__, "_maps": {}, "_building": False}
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where the content comes from, as given when the store was made; empty in stores of older versions."""
+        return self._manifest.origin
+
+    @property
+    def committed(self) -> Mapping[Shard, Files]:
+        """The complete shards: size and hash of each of their files."""
+        return self._manifest.committed
 
     @property
     def is_complete(self) -> bool:
@@ -133,23 +166,15 @@ class FeatureStore:
             raise IndexError(f"{self.directory} has no shard {shard}: it holds {len(self)} samples")
         return samples
 
-    def index_of(self, sample_id: str) -> int:
-        """Index of a sample.
-
-        Raises:
-            KeyError: the store has no such sample.
-        """
-        if sample_id not in self._index:
-            raise KeyError(f"{self.directory} has no sample {sample_id!r}: build it for this datalist")
-        return self._index[sample_id]
-
-    def read(self, array: str, indices: Sequence[int] | np.ndarray, view: int = 0) -> np.ndarray:
+    def read(
+        self, array: str, indices: Sequence[int] | np.ndarray, view: int | Sequence[int] | np.ndarray = 0
+    ) -> np.ndarray:
         """Read one array of some samples, in the order asked for.
 
         Args:
             array: name of the array.
             indices: B indices of samples, repeated or not.
-            view: which view.
+            view: which view, of all samples or of each.
 
         Returns:
             A new array (B, *shape): float16 or float32 as stored, float32 for int8.
@@ -162,14 +187,15 @@ class FeatureStore:
         spec = self.arrays.get(array)
         if spec is None:
             raise KeyError(f"{self.directory} has no array {array!r}, only {', '.join(self.arrays)}")
-        if not 0 <= view < self.views:
-            raise IndexError(f"{self.directory} has no view {view}: it holds {self.views}")
+        views = np.broadcast_to(view, len(indices)).tolist()
         out = np.empty((len(indices), *spec.shape), spec.read_dtype)
-        for row, index in enumerate(indices):
+        for row, (index, of) in enumerate(zip(indices, views, strict=True)):
+            if not 0 <= of < self.views:
+                raise IndexError(f"{self.directory} has no view {of}: it holds {self.views}")
             if not 0 <= index < len(self):
                 raise IndexError(f"{self.directory} has no sample {index}: it holds {len(self)}")
             shard, offset = divmod(int(index), self.shard_size)
-            values, *scales = self._maps.get((array, view, shard)) or self._map(array, view, shard)
+            values, *scales = self._maps.get((array, of, shard)) or self._map(array, of, shard)
             if scales:
                 np.multiply(values[offset], scales[0][offset], out=out[row])
             else:
@@ -188,12 +214,15 @@ class FeatureStore:
             OSError: the folder is not writable or the disk is full.
             StoreError: another process has made this folder a store of something else.
         """
+        if self._building:  # held already
+            yield
+            return
         with exclusive_lock(self.directory / LOCK, wait_s=wait_s):
             self._building = True
             try:
                 for leftover in self.directory.glob(f".*{TEMPORARY_MARK}*"):
                     leftover.unlink(missing_ok=True)
-                self._load()
+                self.refresh()
                 self._manifest.save(self._manifest.committed)
                 yield
             finally:
@@ -233,25 +262,6 @@ class FeatureStore:
         """Read every complete shard; returns what is wrong with each damaged (view, shard)."""
         return {at: fault for at in sorted(self._manifest.committed) if (fault := self._fault(at, hashed=True))}
 
-    def repair(self, wait_s: float = 0.0) -> list[Shard]:
-        """Forget damaged shards, so that :meth:`missing` names them.
-
-        Args:
-            wait_s: how long to wait for another process that is building.
-
-        Returns:
-            The forgotten (view, shard) pairs.
-
-        Raises:
-            TimeoutError: another process is still building after ``wait_s``.
-            OSError: the folder is not writable or the disk is full.
-        """
-        with contextlib.nullcontext() if self._building else self.building(wait_s):
-            damaged = self.verify()
-            self._maps.clear()
-            self._manifest.save({at: f for at, f in self._manifest.committed.items() if at not in damaged})
-        return list(damaged)
-
     def _map(self, array: str, view: int, shard: int) -> list[np.ndarray]:
         if (view, shard) not in self._manifest.committed:
             raise StoreError(f"{self.directory}: view {view} shard {shard} is not computed yet; build it first")
@@ -259,20 +269,31 @@ class FeatureStore:
         try:
             maps = map_npy(self.directory, array, self.arrays[array], view, shard, n)
         except ValueError as error:
-            raise StoreError(f"{error}; repair() the store and build it again") from error
+            raise StoreError(f"{error}; run again to compute it anew") from error
         return self._maps.setdefault((array, view, shard), maps)
 
     def _fault(self, at: Shard, *, hashed: bool) -> str | None:
         names = [file for name, spec in self.arrays.items() for file in file_names(name, spec, *at)]
         return find_fault(self.directory, names, self._manifest.committed[at], hashed=hashed)
 
-    def _load(self) -> None:
-        """Read the manifest if another process changed it, and forget damaged shards."""
+    def refresh(self) -> None:
+        """Read the manifest if another process changed it, and forget damaged shards.
+
+        Raises:
+            StoreError: another process has made this folder a store of something else.
+        """
+        before = self._manifest.committed
         if not self._manifest.load():
             return
         self._maps.clear()
         committed = self._manifest.committed
         for at in sorted(committed):
-            if fault := self._fault(at, hashed=self._check == "hash"):
+            if committed[at] == before.get(at):
+                continue
+            # What another process wrote since this one opened the store is not read again, unless it was damaged.
+            hashed = self._check == "hash" and (not self._opened or at in self._suspect)
+            if fault := self._fault(at, hashed=hashed):
                 logger.warning("%s: %s; view %d shard %d is computed again", self.directory, fault, *at)
+                self._suspect.add(at)
                 del committed[at]
+        self._opened = True

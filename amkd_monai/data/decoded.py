@@ -54,7 +54,60 @@ def as_label_maps(labels: np.ndarray, indices: Sequence[int] | np.ndarray) -> np
     return picked[:, None, None, None] if picked.ndim == 1 else picked
 
 
-class DecodedDataset(Dataset):
+class DecodedImages(Dataset):
+    """What a :class:`DecodedDataset` left in its folder, read without the original files.
+
+    Args:
+        directory: ``decoded-<key>``.
+
+    Attributes:
+        ids: sample ids; for slices ``<case>#<slice>``.
+        cases: case id per sample (image or volume), ``groups``: group per sample.
+        has_label, has_foreground: boolean arrays over samples.
+        labels: class indices, masks (N, 1, H, W) or one class per image (N,).
+        hashes: content hash per sample.
+        skipped: ids of files that were left out.
+
+    Raises:
+        OSError: the folder or one of its files is missing.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        index = json.loads((self.directory / "index.json").read_text())
+        self.ids: list[str] = index["ids"]
+        self.cases: list[str] = index["cases"]
+        self.groups: list[str] = index["groups"]
+        self.hashes: list[str] = index["hashes"]
+        self.skipped: list[str] = index["skipped"]
+        self.has_label = np.array(index["has_label"], dtype=bool)
+        self.has_foreground = np.array(index["has_foreground"], dtype=bool)
+        self._first, self._last = np.array(index["first"]), np.array(index["last"])
+        self.images = np.load(self.directory / "images.npy", mmap_mode="r")
+        self.labels = np.load(self.directory / "labels.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def image(self, index: int) -> np.ndarray:
+        """Return the image (3, H, W) uint8 of a sample; slices come with their neighbours as channels."""
+        if self.images.shape[1] == 3:
+            return self.images[index]
+        neighbours = np.clip([index - 1, index, index + 1], self._first[index], self._last[index])
+        return self.images[neighbours, 0]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return image (3, H, W) and label (1, H, W) or () as uint8 (255 where unlabelled), id, index, has_label."""
+        return {
+            "image": torch.from_numpy(np.array(self.image(index))),
+            "label": torch.from_numpy(np.array(self.labels[index])),
+            "id": self.ids[index],
+            "index": index,
+            "has_label": bool(self.has_label[index]),
+        }
+
+
+class DecodedDataset(DecodedImages):
     """A dataset whose files are decoded once by a MONAI transform chain and then read from memory maps.
 
     Photographs (3, H, W) are one sample each; volumes (1, D, H, W) give D samples, each slice with its two neighbours
@@ -71,12 +124,8 @@ class DecodedDataset(Dataset):
         on_bad_sample: ``stop`` raises on the first unusable file, ``skip`` leaves it out and lists it in ``skipped``.
 
     Attributes:
-        ids: sample ids; for slices ``<case>#<slice>``.
-        cases: case id per sample (image or volume), ``groups``: group per sample.
-        has_label, has_foreground: boolean arrays over samples.
-        labels: class indices, masks (N, 1, H, W) or one class per image (N,).
         classes: (N,) class per image, -1 where unknown; None for masks.
-        hashes: content hash per sample.
+        chain: hash of the transform chain, which makes a sample what it is together with its id and content hash.
 
     Raises:
         BadSampleError: a file cannot be read, or image and label disagree in size, or a label is out of range.
@@ -101,22 +150,16 @@ class DecodedDataset(Dataset):
         by_path = dict(zip(paths, content_hashes(paths, cache_dir / "content_hashes.json"), strict=True))
         hashes = [[by_path[item["image"]], _label_key(item, by_path)] for item in self.data]
         ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
-        key = fingerprint("decoded-3", hashes, ids, describe(transform), num_classes, on_bad_sample)
+        description = describe(transform)
+        self.chain = fingerprint("decoded-3", description)
+        key = fingerprint("decoded-3", hashes, ids, description, num_classes, on_bad_sample)
         self.directory = cache_dir / f"decoded-{key[:16]}"
-        with exclusive_lock(self.directory.with_suffix(".lock"), wait_s=3600):
-            if not (self.directory / "index.json").is_file():
-                self._decode(transform, on_bad_sample, hashes)
-        index = json.loads((self.directory / "index.json").read_text())
-        self.ids: list[str] = index["ids"]
-        self.cases: list[str] = index["cases"]
-        self.groups: list[str] = index["groups"]
-        self.hashes: list[str] = index["hashes"]
-        self.skipped: list[str] = index["skipped"]
-        self.has_label = np.array(index["has_label"], dtype=bool)
-        self.has_foreground = np.array(index["has_foreground"], dtype=bool)
-        self._first, self._last = np.array(index["first"]), np.array(index["last"])
-        self.images = np.load(self.directory / "images.npy", mmap_mode="r")
-        self.labels = np.load(self.directory / "labels.npy", mmap_mode="r")
+        finished = self.directory / "index.json"
+        if not finished.is_file():  # a finished folder may lie on a disk that cannot be written
+            with exclusive_lock(self.directory.with_suffix(".lock"), wait_s=3600):
+                if not finished.is_file():  # nor has another process made it meanwhile
+                    self._decode(transform, on_bad_sample, hashes)
+        super().__init__(self.directory)
         self.classes = np.where(self.has_label, self.labels.astype(int), -1) if self.classifies else None
 
     def _decode(self, transform: Callable, on_bad_sample: str, hashes: list[list[str]]) -> None:
@@ -208,23 +251,3 @@ class DecodedDataset(Dataset):
                 "its label."
             )
         return np.full(count, label, dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def image(self, index: int) -> np.ndarray:
-        """Return the image (3, H, W) uint8 of a sample; slices come with their neighbours as channels."""
-        if self.images.shape[1] == 3:
-            return self.images[index]
-        neighbours = np.clip([index - 1, index, index + 1], self._first[index], self._last[index])
-        return self.images[neighbours, 0]
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return image (3, H, W) and label (1, H, W) or () as uint8 (255 where unlabelled), id, index, has_label."""
-        return {
-            "image": torch.from_numpy(np.array(self.image(index))),
-            "label": torch.from_numpy(np.array(self.labels[index])),
-            "id": self.ids[index],
-            "index": index,
-            "has_label": bool(self.has_label[index]),
-        }

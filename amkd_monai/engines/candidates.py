@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from amkd_monai.cache import probes
-from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers
+from amkd_monai.cache.build import answers_store, keep_answers
+from amkd_monai.cache.inventory import bytes_per_image
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.distillation import TeacherSpec
 from amkd_monai.engines import admission, crossfit
+from amkd_monai.engines.build_cache import CacheOptions, cache_image_teacher
 from amkd_monai.engines.recipe import Recipe
 from amkd_monai.engines.targets import TeacherSource
 from amkd_monai.engines.volume_specialist import fit_volumes, predict_volumes
-from amkd_monai.teachers.registry import CROSS_FITTED_KINDS, build_teacher
+from amkd_monai.teachers.registry import CROSS_FITTED_KINDS
 
 logger = logging.getLogger("amkd_monai")
 
@@ -57,15 +59,13 @@ class Preparation:
         student: nn.Module,
         recipe: Recipe,
         epochs: int,
-        cache_dir: str,
-        device: torch.device | str,
+        options: CacheOptions,
         seed: int,
         folds: int,
-        weights_dir: str | None = None,
     ) -> None:
-        self.weights_dir = weights_dir
         self.train, self.validation, self.student, self.recipe = train, validation, student, recipe
-        self.epochs, self.cache_dir, self.device = epochs, str(Path(cache_dir)), device
+        self.options, self.epochs = options, epochs
+        self.cache_dir, self.device = str(Path(options.cache_dir)), options.device
         self.seed, self.folds = seed, folds
 
     def candidate(self, description: Mapping[str, Any]) -> Candidate:
@@ -81,7 +81,7 @@ class Preparation:
         return candidate
 
     def _image_teacher(self, description: Mapping[str, Any]) -> Candidate:
-        teacher = build_teacher(description, self.weights_dir)
+        teacher, features, validation = cache_image_teacher(description, self.train, self.validation, self.options)
         record = {
             "name": teacher.name,
             "kind": description["kind"],
@@ -89,11 +89,14 @@ class Preparation:
             "licence": teacher.licence,
             "random_weights": teacher.is_random,
             "weights": teacher.weights_file,
+            "stored": {
+                "views": features.views,
+                "dtype": self.options.dtype,
+                "bytes_per_image": round(bytes_per_image(features)),
+            },
         }
         if teacher.is_random:
             logger.warning("The teacher '%s' has RANDOM weights: this run is a test, not a result.", teacher.name)
-        features = cache_teacher(teacher, self.train, self.cache_dir, self.device)
-        validation = cache_teacher(teacher, self.validation, self.cache_dir, self.device)
         candidate = Candidate(description, record)
         if "grid" in features.arrays:
             candidate.features = features

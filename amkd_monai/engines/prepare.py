@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from amkd_monai.cache.parts import Part
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.engines import admission
+from amkd_monai.engines.build_cache import CacheOptions, cache_image_teacher, image_teachers
 from amkd_monai.engines.candidates import Candidate, Preparation, source_of
 from amkd_monai.engines.recipe import Recipe
 from amkd_monai.engines.targets import TeacherTargets
@@ -33,10 +35,13 @@ def prepare_teachers(
     folds: int = 5,
     admission_options: Mapping[str, Any] | None = None,
     weights_dir: str | None = None,
+    views: int = 1,
+    cache_dtype: str = "float16",
 ) -> TeacherTargets:
     """Return the targets of all teachers, computing what is still missing.
 
-    Under torch.distributed the first process computes and the others wait, then read.
+    Under torch.distributed all processes run image teachers, each over its part of the images; the rest is computed
+    by the first one while the others wait, then read.
 
     Args:
         teachers: descriptions (``amkd_monai.teachers.registry``); an empty list means no distillation.
@@ -53,6 +58,9 @@ def prepare_teachers(
             Dice or skill, beats the undistilled student's; ``all``; ``none``), ``margin`` (of the score), ``folds`` and
             ``epochs`` of the student's cross-fitting.
         weights_dir: folder searched first for the weights of foundation teachers.
+        views: stored views of every training image; with several, the student is shown exactly these, and no other
+            geometric change.
+        cache_dtype: of stored feature maps, ``float16`` or ``int8``.
 
     Raises:
         ValueError: unknown kinds or options.
@@ -65,8 +73,13 @@ def prepare_teachers(
             f"{', '.join(admission.MODES)}), margin, folds, epochs."
         )
     validate_descriptions(teachers)
-    preparation = Preparation(train, validation, student, recipe, epochs, cache_dir, device, seed, folds, weights_dir)
+    stores = CacheOptions(cache_dir, device, views, cache_dtype, weights_dir)
+    preparation = Preparation(train, validation, student, recipe, epochs, stores, seed, folds)
     parallel = dist.is_available() and dist.is_initialized()
+    if parallel:
+        for description in image_teachers(teachers):
+            cache_image_teacher(description, train, validation, stores, Part(dist.get_rank(), dist.get_world_size()))
+        dist.barrier()
     if parallel and dist.get_rank() != 0:
         dist.barrier()
     candidates = [preparation.candidate(description) for description in teachers]

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from amkd_monai.cache.probes import channel_covariance, pooled_features
 from amkd_monai.cache.store import FeatureStore
+from amkd_monai.cache.views import MATRIX
+from amkd_monai.data.augment import warp
 from amkd_monai.distillation import SampleTable, TeacherSpec
 
 
@@ -86,17 +88,67 @@ class TeacherTargets:
     @property
     def identity(self) -> list[tuple[str, str, bool]]:
         """Name, fingerprint and admission of each teacher: what must be equal for a run to be resumed."""
-        return [(r["name"], r["fingerprint"], r["outputs_admitted"]) for r in (s.record for s in self.sources)]
+        variant = f", {self.views} views" if self.views > 1 else ""
+        records = (source.record for source in self.sources)
+        return [(r["name"], r["fingerprint"] + variant, r["outputs_admitted"]) for r in records]
 
-    def read(self, indices: Sequence[int] | np.ndarray, device: torch.device | str) -> dict[str, dict[str, Tensor]]:
-        """Return {teacher: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}} as float32, logits calibrated."""
+    @property
+    def views(self) -> int:
+        """Number of stored views of every image."""
+        return max((store.views for store in self._stores()), default=1)
+
+    @property
+    def has_features(self) -> bool:
+        """Whether some teacher's feature maps are distilled."""
+        return any(source.features is not None for source in self.sources)
+
+    def view_matrices(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
+        """Affine matrices (B, 2, 3) that make the image of a sample the view of it that the teachers saw.
+
+        Raises:
+            ValueError: two stores hold different views of one image.
+        """
+        several = [store for store in self._stores() if store.views > 1]
+        first, *others = (store.read(MATRIX, indices, views) for store in several)
+        for store, matrices in zip(several[1:], others, strict=True):
+            if not np.allclose(first, matrices, atol=1e-6):
+                raise ValueError(
+                    f"{store.directory} and {several[0].directory} hold different views of one image: delete the older "
+                    "one to build it again."
+                )
+        return torch.from_numpy(first)
+
+    def read(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        device: torch.device | str,
+        theta: Tensor | None = None,
+        views: Sequence[int] | None = None,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return {teacher: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}} as float32, logits calibrated.
+
+        Args:
+            indices: B training samples.
+            device: of the result.
+            theta: (B, 2, 3) by which the images are warped; None for the images as they are.
+            views: the stored view of each sample that ``theta`` stands for; maps of it are read as they are, what is
+                stored for the image alone is warped. None warps everything.
+        """
+
+        def maps(store: FeatureStore, array: str, temperature: float | None = None) -> Tensor:
+            stored = views if store.views > 1 else None
+            values = torch.from_numpy(store.read(array, indices, 0 if stored is None else stored)).to(device).float()
+            values = values if temperature is None else values / temperature
+            return values if theta is None or stored is not None else warp(values, theta)
+
         targets: dict[str, dict[str, Tensor]] = {}
         for source in self.sources:
-            maps: dict[str, Tensor] = {}
+            said = targets.setdefault(source.spec.name, {})
             if source.features is not None and source.spec.grid is not None:
-                maps["grid"] = torch.from_numpy(source.features.read("grid", indices)).to(device).float()
+                said["grid"] = maps(source.features, "grid")
             if source.answers is not None:
-                logits = torch.from_numpy(source.answers.read("logits", indices)).to(device).float()
-                maps["logits"] = logits / source.temperature
-            targets[source.spec.name] = maps
+                said["logits"] = maps(source.answers, "logits", source.temperature)
         return targets
+
+    def _stores(self) -> list[FeatureStore]:
+        return [store for source in self.sources for store in (source.features, source.answers) if store is not None]

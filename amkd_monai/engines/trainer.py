@@ -35,10 +35,16 @@ class DistillationTrainer(SupervisedTrainer):
         network: the distiller, or DistributedDataParallel around it.
         optimizer: over the distiller's parameters.
         targets: teachers' targets by sample index; None for plain supervised training.
-        augmentation: random changes of a batch.
+        augmentation: random changes of a batch. With several stored views these are the geometric changes, and only
+            the photometric ones of the augmentation are made.
+        warped_features: what warping may make of cached feature maps: ``exact``, ``approximate`` or ``invalid``
+            (:meth:`~amkd_monai.data.augment.Augmentation.check_features`).
         seed: seed of the run.
         amp: bfloat16 autocast of the student's forward (GPU).
         inferer, postprocessing, key_train_metric, additional_metrics, train_handlers: as in MONAI.
+
+    Raises:
+        ValueError: the augmentation makes less of cached features than ``warped_features`` accepts.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class DistillationTrainer(SupervisedTrainer):
         optimizer: torch.optim.Optimizer,
         targets: TeacherTargets | None = None,
         augmentation: Augmentation | None = None,
+        warped_features: str = "approximate",
         seed: int = 0,
         amp: bool = False,
         inferer: Inferer | None = None,
@@ -60,6 +67,8 @@ class DistillationTrainer(SupervisedTrainer):
     ) -> None:
         self.targets = targets if targets is not None and len(targets) else None
         self.augmentation = augmentation or Augmentation()
+        if self.targets is not None and self.targets.has_features and self.targets.views == 1:
+            self.augmentation.check_features(warped_features)
         self.seed = seed
         self.generator = torch.Generator()
         super().__init__(
@@ -101,14 +110,24 @@ class DistillationTrainer(SupervisedTrainer):
         device = self.state.device
         image = data["image"].to(device).float() / 255
         label = data["label"].to(device)
-        teachers = self.targets.read(data["index"].tolist(), device) if self.targets is not None else {}
-        size = (image.shape[-2], image.shape[-1])
-        theta = self.augmentation.sample(len(image), size, self.generator).to(device)
+        indices, size = data["index"].tolist(), (image.shape[-2], image.shape[-1])
+        views = self._draw_views(len(image))
+        if self.targets is None or views is None:
+            theta = self.augmentation.sample(len(image), size, self.generator).to(device)
+        else:
+            theta = self.targets.view_matrices(indices, views).to(device)
+        teachers = self.targets.read(indices, device, theta, views) if self.targets is not None else {}
         image = self.augmentation.photometric(warp(image, theta), self.generator)
         label = label.long() if label.ndim == 1 else warp(label.float(), theta, mode="nearest").round().long()
-        warped = {name: {kind: warp(m, theta) for kind, m in maps.items()} for name, maps in teachers.items()}
         image = image.contiguous(memory_format=torch.channels_last)
-        return Batch(image, label, data["has_label"].to(device), warped, data["index"].to(device))
+        return Batch(image, label, data["has_label"].to(device), teachers, data["index"].to(device))
+
+    def _draw_views(self, batch: int) -> list[int] | None:
+        """Draw one of the stored views for each sample; None where only the images as they are are stored."""
+        if self.targets is None or self.targets.views == 1:
+            return None
+        drawn: list[int] = torch.randint(self.targets.views, (batch,), generator=self.generator).tolist()
+        return drawn
 
     def _iteration(self, engine: Engine, batchdata: dict[str, Any]) -> dict[str, Tensor]:
         batch = self.prepare_distillation_batch(batchdata)

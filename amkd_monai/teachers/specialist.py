@@ -88,13 +88,14 @@ class SpecialistTeacher(Teacher):
         return self
 
     def preprocessing(self) -> dict[str, Any]:
-        """Return the file's digest, size and statistics."""
+        """Return the file's digest, size, statistics and, unless it is masks, what it answers."""
         return {
             "file": self.file_hash,
             "image_size": self.image_size,
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
             "grid_limit": self.grid_limit,
+            **({} if self.answers == "masks" else {"answers": self.answers}),
         }
 
     def forward(self, image: Tensor) -> TeacherFeatures:

@@ -33,8 +33,9 @@ def small(folder, cache, **overrides):
     [
         {"gate": "learned", "return_code": "learned", "losses": ALL_LOSSES, "loss_gate": "agreement"},
         {"gate": "camkd", "return_code": "pca", "losses": ALL_LOSSES, "standardisation": "phi_s"},
+        {"gate": "reliability", "return_code": "pca", "losses": ALL_LOSSES, "views": 2, "cache_dtype": "int8"},
     ],
-    ids=["learned", "training-free"],
+    ids=["learned", "training-free", "views"],
 )
 def test_a_run_with_every_loss_trains_and_records(options, tmp_path, cache):
     run("kvasir_seg", ("train",), small(tmp_path, cache, **options))

@@ -1,3 +1,7 @@
+import errno
+import json
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -5,9 +9,10 @@ from PIL import Image
 from toy_dataset import CountingTeacher, decoded, write_items
 
 from amkd_monai.cache.build import answers_store, cache_teacher, images_of, keep_answers
+from amkd_monai.cache.parts import Part
 
 EXAMPLE = 1
-"""Images a teacher sees on every call, so that the shapes of what it gives are known."""
+"""Images a teacher sees before its first store is made, so that the shapes of what it gives are known."""
 
 
 @pytest.fixture
@@ -48,7 +53,7 @@ def test_a_second_call_computes_nothing(items, tmp_path):
     first = cache_teacher(CountingTeacher(), dataset, tmp_path / "cache")
     again = CountingTeacher()
     second = cache_teacher(again, decoded(items, tmp_path / "cache"), tmp_path / "cache")
-    assert again.seen <= EXAMPLE
+    assert again.seen == 0
     assert second.directory == first.directory and second.is_complete
     np.testing.assert_array_equal(first.read("grid", range(12)), second.read("grid", range(12)))
 
@@ -61,7 +66,7 @@ def test_an_interrupted_run_goes_on_at_the_shard_it_had_reached(many, tmp_path):
     resumed = CountingTeacher()
     store = cache_teacher(resumed, dataset, tmp_path / "cache")
     assert store.is_complete
-    assert resumed.seen == 300 - 128 + EXAMPLE  # one of three shards was done
+    assert resumed.seen == 300 - 128  # one of three shards was done
     whole = cache_teacher(CountingTeacher(), dataset, tmp_path / "another")
     np.testing.assert_array_equal(store.read("grid", range(300)), whole.read("grid", range(300)))
 
@@ -76,7 +81,7 @@ def test_a_damaged_shard_alone_is_computed_again(many, tmp_path):
     file.write_bytes(content)
     again = CountingTeacher()
     repaired = cache_teacher(again, dataset, tmp_path / "cache")
-    assert again.seen == 128 + EXAMPLE
+    assert again.seen == 128
     np.testing.assert_array_equal(repaired.read("grid", range(300)), expected)
 
 
@@ -92,7 +97,7 @@ def test_whatever_changes_the_features_has_a_store_of_its_own(items, tmp_path):
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(items[0]["image"])
     changed = CountingTeacher()
     stores.append(cache_teacher(changed, decoded(items, cache), cache))
-    assert changed.seen == 12 + EXAMPLE
+    assert changed.seen == 1  # the other images and the shapes are known
     assert len({s.directory for s in stores}) == len(stores)
 
 
@@ -132,3 +137,106 @@ def test_answers_are_kept_once(items, tmp_path):
     assert answers_store("probe", {"folds": 4}, dataset, (4, 4), tmp_path).directory != store.directory
     other = decoded(items, tmp_path, top=128.0)
     assert not answers_store("probe", {"folds": 5}, other, (4, 4), tmp_path).is_complete
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_only_new_images_are_computed_when_the_list_grows(items, tmp_path, dtype):
+    """Another split, another order, more images: what is known of an image is taken over."""
+    few, teacher = decoded(items[:7], tmp_path), CountingTeacher(gives_logits=True)
+    cache_teacher(teacher, few, tmp_path, dtype=dtype)
+    again = CountingTeacher(gives_logits=True)
+    grown = cache_teacher(again, decoded(items[::-1], tmp_path), tmp_path, dtype=dtype)
+    assert again.seen == 5 and grown.is_complete
+    alone = cache_teacher(teacher, decoded(items[::-1], tmp_path), tmp_path / "alone", dtype=dtype)
+    for name in ("grid", "pooled", "logits"):
+        np.testing.assert_array_equal(grown.read(name, range(12)), alone.read(name, range(12)))
+
+
+@pytest.mark.parametrize("change", ["weights", "preprocessing", "chain", "dtype"])
+def test_nothing_is_taken_over_from_another_teacher_or_other_images(items, tmp_path, change):
+    cache_teacher(CountingTeacher(), decoded(items[:7], tmp_path), tmp_path)
+    teacher = CountingTeacher(seed=change == "weights")
+    if change == "preprocessing":
+        teacher.preprocessing = lambda: {"size": 8}
+    dataset = decoded(items, tmp_path, top=128.0 if change == "chain" else 255.0)
+    cache_teacher(teacher, dataset, tmp_path, dtype="int8" if change == "dtype" else "float16")
+    assert teacher.seen == 12 + EXAMPLE
+
+
+def test_a_damaged_earlier_store_is_not_used(items, tmp_path, caplog):
+    earlier = cache_teacher(CountingTeacher(), decoded(items[:7], tmp_path), tmp_path)
+    (earlier.directory / "manifest.json").write_text("{")
+    again = CountingTeacher()
+    assert cache_teacher(again, decoded(items, tmp_path), tmp_path).is_complete
+    assert again.seen == 12 + EXAMPLE and "nothing is taken over" in caplog.text
+
+
+def test_a_store_of_an_earlier_version_stays_valid(items, tmp_path):
+    """It has no origin, so nothing is taken over from it; itself it is read as it is."""
+    dataset = decoded(items, tmp_path)
+    manifest = cache_teacher(CountingTeacher(), dataset, tmp_path).directory / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["origin"]
+    manifest.write_text(json.dumps(content, indent=1))
+    same, other = CountingTeacher(), CountingTeacher()
+    assert cache_teacher(same, dataset, tmp_path).is_complete and same.seen == 0
+    cache_teacher(other, decoded(items[:5], tmp_path), tmp_path)
+    assert other.seen == 5 + EXAMPLE
+
+
+def test_parts_build_one_store_side_by_side(many, tmp_path):
+    dataset, whole = decoded(many, tmp_path), cache_teacher(CountingTeacher(), decoded(many, tmp_path), tmp_path / "w")
+    seen = []
+    for index in range(4):  # three shards: the last part has nothing to do
+        teacher = CountingTeacher()
+        store = cache_teacher(teacher, dataset, tmp_path, part=Part(index, 4))
+        seen.append(teacher.seen)
+        assert store.is_complete == (index >= 2)
+    assert seen == [128 + EXAMPLE, 128, 44, 0]
+    np.testing.assert_array_equal(store.read("grid", range(300)), whole.read("grid", range(300)))
+    assert {p.name: p.read_bytes() for p in store.directory.glob("*.npy")} == {
+        p.name: p.read_bytes() for p in whole.directory.glob("*.npy")
+    }
+
+
+def test_the_part_of_a_process(monkeypatch):
+    assert Part.parse("3/8") == Part(2, 8) and Part.from_environment() == Part(0, 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert Part.from_environment() == Part(3, 4)
+    for wrong in ("0/8", "9/8", "3", "a/b", "-1/2"):
+        with pytest.raises(ValueError, match=r"does not exist|is not understood"):
+            Part.parse(wrong)
+
+
+def test_a_complete_cache_is_used_from_a_disk_that_cannot_be_written(items, tmp_path, monkeypatch):
+    cache_teacher(CountingTeacher(), decoded(items, tmp_path), tmp_path)
+
+    def refuse(path, flags, *arguments, **options):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return os_open(path, flags, *arguments, **options)
+
+    os_open = os.open
+    monkeypatch.setattr(os, "open", refuse)
+    teacher = CountingTeacher()
+    assert cache_teacher(teacher, decoded(items, tmp_path), tmp_path).is_complete and teacher.seen == 0
+    with pytest.raises(PermissionError, match=r"cannot write .*: the folder is not writable"):
+        cache_teacher(CountingTeacher(seed=1), decoded(items, tmp_path), tmp_path)
+
+
+def test_a_full_disk_ends_building_in_one_sentence_and_what_is_there_is_kept(many, tmp_path, monkeypatch):
+    dataset, real_replace = decoded(many, tmp_path), os.replace
+
+    def full(source, target):
+        if "s00001" in str(target):
+            raise OSError(errno.ENOSPC, "No space left on device", str(source))
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="the disk is full; free some space") as caught:
+        cache_teacher(CountingTeacher(), dataset, tmp_path)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    again = CountingTeacher()
+    assert cache_teacher(again, dataset, tmp_path).is_complete and again.seen == 300 - 128

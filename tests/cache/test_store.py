@@ -108,13 +108,6 @@ def test_nothing_is_written_before_building(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_index_of(tmp_path):
-    store = open_store(tmp_path)
-    assert store.index_of("case_07") == 7
-    with pytest.raises(KeyError, match="no sample 'other'"):
-        store.index_of("other")
-
-
 def test_reading_outside_the_store_is_refused(tmp_path):
     store = open_store(tmp_path)
     with store.building():

@@ -1,10 +1,11 @@
-"""A small feature store; run as a script, it is the builder process that tests kill: DIRECTORY [hold]."""
+"""A small feature store; run as a script, it is the builder process that tests kill: DIRECTORY PART [hold]."""
 
 import sys
 import time
 
 import numpy as np
 
+from amkd_monai.cache.parts import EVERYTHING, Part, build_missing
 from amkd_monai.cache.store import ArraySpec, FeatureStore
 
 N = 50
@@ -28,10 +29,8 @@ def features(view, indices):
     return {"grid": grid, "codes": grid}
 
 
-def build(store, wait_s=0.0):
-    with store.building(wait_s):
-        for view, shard in store.missing():
-            store.write_shard(view, shard, features(view, store.samples_of(shard)))
+def build(store, wait_s=0.0, part=EVERYTHING):
+    build_missing(store, lambda view, shard, report: features(view, store.samples_of(shard)), part, wait_s=wait_s)
     return store
 
 
@@ -42,4 +41,4 @@ if __name__ == "__main__":
         with own.building():
             print("holding", flush=True)
             time.sleep(60)
-    build(own, wait_s=20.0)
+    build(own, wait_s=20.0, part=Part.parse(sys.argv[2]))

@@ -203,3 +203,20 @@ def test_scores_count_cases_not_pixels(tmp_path):
     store = answers_store("a", {}, dataset, (64, 64), tmp_path)
     keep_answers(store, answers)
     assert score_answers(store, dataset).dice == pytest.approx(0.5)
+
+
+def test_a_complete_cache_is_prepared_without_asking_a_teacher(data, monkeypatch):
+    """What a run costs that finds everything: no forward of any teacher, no training."""
+    first = prepare(data, [LITE1], admission_options={"mode": "all"})
+
+    def forward(self, image):
+        raise AssertionError("a teacher was asked")
+
+    monkeypatch.setattr("amkd_monai.teachers.timm_encoder.TimmTeacher.forward", forward)
+    again = prepare(data, [LITE1], admission_options={"mode": "all"})
+    assert again.record == first.record
+    assert first.record["teachers"][0]["stored"] == {
+        "views": 1,
+        "dtype": "float16",
+        "bytes_per_image": pytest.approx(2 * (112 * 16 + 1280), abs=40),
+    }

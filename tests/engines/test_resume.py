@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
+import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from bundle_runs import run, settings
-from helpers import ROOT
 
 from amkd_monai.errors import root_cause
 from amkd_monai.weights import CheckpointError
@@ -63,36 +62,55 @@ def undisturbed(tmp_path_factory, cache):
     return folder
 
 
-def command(folder, cache, *extra):
-    values = small(folder, cache)
-    values.pop("bundle_root")
-    arguments = [part for k, v in values.items() for part in (f"--{k}", v if isinstance(v, str) else repr(v))]
-    config = "bundles/kvasir_seg/configs/train.json"
-    return [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", config, *arguments, *extra]
+@contextlib.contextmanager
+def training(folder, cache, **options):
+    """A training in a process of its own, forked so that MONAI is imported once; killed at the end of the block."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            run("kvasir_seg", ("train",), small(folder, cache, **options))
+            code = 0
+        finally:
+            os._exit(code)
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def has_ended(child):
+    """Whether a process has ended, left for ``waitpid``."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_result(tmp_path, cache, undisturbed):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(tmp_path, cache), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    history = tmp_path / "eval" / "history.csv"
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        if history.is_file() and len(history.read_text().splitlines()) >= 3:  # two epochs are done
-            break
-        time.sleep(0.02)
-    assert process.poll() is None, "the run ended before it could be killed"
-    time.sleep(0.3)  # into the third epoch
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    epochs = torch.load(tmp_path / "models" / "distillation.pt", weights_only=True)["epoch"]
-    assert 1 <= epochs < 4
-    resumed = subprocess.run(
-        command(tmp_path, cache, "--resume", "true"), cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    assert f"resumed after epoch {epochs}" in resumed.stdout + resumed.stderr
-    assert_equal_runs(undisturbed, tmp_path)
+def test_a_run_killed_many_times_resumes_to_the_same_result(tmp_path, cache, undisturbed):
+    """SIGKILL at random moments: while it starts, trains, validates and writes."""
+    rng, kills, resumed, finished, folder = random.Random(0), 0, set(), 0, tmp_path / "0"
+    while kills < 10 or not finished:
+        checkpoint = folder / "models" / "distillation.pt"
+        before = torch.load(checkpoint, weights_only=True)["epoch"] if checkpoint.is_file() else 0
+        resumed.add(before)
+        with training(folder, cache, resume=before > 0) as child:
+            deadline = time.monotonic() + 120
+            stamp = checkpoint.stat().st_mtime_ns if before else 0
+            while not has_ended(child) and time.monotonic() < deadline and kills < 10:
+                if checkpoint.is_file() and checkpoint.stat().st_mtime_ns != stamp:  # another epoch is done
+                    time.sleep(rng.uniform(0, 0.5))
+                    break
+                if rng.random() < 0.002:
+                    break
+                time.sleep(0.01)
+            while kills >= 10 and not has_ended(child) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            ended = has_ended(child)
+        kills += not ended
+        if ended:
+            assert_equal_runs(undisturbed, folder)
+            finished, folder = finished + 1, tmp_path / str(finished + 1)
+    assert len(resumed - {0}) >= 2
 
 
 def test_a_run_repeats_itself(tmp_path, cache, undisturbed):

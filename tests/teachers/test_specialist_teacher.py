@@ -139,6 +139,7 @@ def test_the_fingerprint_is_stable_and_sees_the_file_and_the_preprocessing(tmp_p
         SpecialistTeacher("s", path, grid_limit=8),
         SpecialistTeacher("s", path, mean=(0.1, 0.0, 0.0)),
         SpecialistTeacher("s", path, std=(1.0, 1.0, 2.0)),
+        SpecialistTeacher("s", path, answers="classes"),
     ]
     assert len({reference, *(t.fingerprint for t in others)}) == len(others) + 1
 

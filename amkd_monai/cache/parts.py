@@ -1,0 +1,100 @@
+"""Which process computes what of a store: shards are dealt out by their number, so no process has to ask another."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from amkd_monai.cache.manifest import Shard
+from amkd_monai.cache.store import FeatureStore
+
+LOG_INTERVAL_S = 30.0
+"""Seconds between lines of progress where the output is no terminal."""
+
+Compute = Callable[[int, int, Callable[[int], object]], Mapping[str, np.ndarray]]
+"""(view, shard, report) -> arrays of that shard; ``report`` is called with each number of images that is done."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of ``count`` equal parts of the work, counted from 0."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"Part {self.index + 1}/{self.count} does not exist: give 1/N to N/N.")
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Read ``3/8``, the third of eight parts.
+
+        Raises:
+            ValueError: the text is of another form, or there is no such part.
+        """
+        if not (found := re.fullmatch(r"(\d+)/(\d+)", text)):
+            raise ValueError(f"The part '{text}' is not understood: write 3/8 for the third of eight.")
+        return cls(int(found[1]) - 1, int(found[2]))
+
+    @classmethod
+    def from_environment(cls) -> Part:
+        """The part of this process under torchrun (``RANK``, ``WORLD_SIZE``); everything elsewhere."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+    def shards(self, store: FeatureStore) -> list[Shard]:
+        """Pairs (view, shard) of this part, done or not."""
+        per_view = -(-len(store) // store.shard_size)
+        numbers = range(self.index, store.views * per_view, self.count)
+        return [(number // per_view, number % per_view) for number in numbers]
+
+
+EVERYTHING = Part()
+
+
+def build_missing(
+    store: FeatureStore, compute: Compute, part: Part = EVERYTHING, title: str = "", wait_s: float = 3600.0
+) -> None:
+    """Compute and write the missing shards of a part, with progress, rate and time left.
+
+    A process that builds everything holds the store meanwhile, so that a second one waits and then finds it complete.
+    One that builds a part holds it only while it writes: parts run side by side, on any machines that share the folder.
+
+    Args:
+        store: to complete.
+        compute: gives the arrays of a shard.
+        part: what this process computes.
+        title: of the progress line.
+        wait_s: how long to wait for another process that is writing.
+
+    Raises:
+        TimeoutError: another process still holds the store after ``wait_s``.
+        OSError: the folder is not writable or the disk is full; what was written before is kept.
+    """
+    with store.building(wait_s) if part.count == 1 else nullcontext():
+        store.refresh()
+        own = part.shards(store)
+        missing = [at for at in own if at not in store.committed]
+        total, left = (sum(len(store.samples_of(shard)) for _, shard in shards) for shards in (own, missing))
+        with progress(title, total, total - left) as bar:
+            for view, shard in missing:
+                store.refresh()
+                if (view, shard) in store.committed:  # another process was faster
+                    bar.update(len(store.samples_of(shard)))
+                    continue
+                values = compute(view, shard, bar.update)
+                with store.building(wait_s):
+                    if (view, shard) not in store.committed:
+                        store.write_shard(view, shard, values)
+
+
+def progress(title: str, total: int, done: int) -> tqdm:
+    """A progress line with rate and time left: live on a terminal, else now and then."""
+    interval = {} if os.isatty(2) else {"mininterval": LOG_INTERVAL_S, "maxinterval": LOG_INTERVAL_S}
+    return tqdm(total=total, initial=done, desc=title, unit="image", **interval)

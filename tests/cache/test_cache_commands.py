@@ -1,0 +1,180 @@
+"""`python -m amkd_monai cache`: what is there, whether it is right, what may go, and what leaves."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import toy_dataset
+import toy_store
+from helpers import ROOT
+from PIL import Image
+from safetensors.numpy import load_file
+from toy_dataset import CountingTeacher, decoded, write_items
+
+from amkd_monai.__main__ import main
+from amkd_monai.cache.build import cache_teacher
+from amkd_monai.cache.store import LOCK, FeatureStore, StoreError
+
+TOY = {"name": "toy", "kind": "toy_dataset.CountingTeacher", "gives_logits": True}
+
+
+@pytest.fixture
+def items(tmp_path):
+    return write_items(tmp_path / "in", 6)
+
+
+def cached(items, folder, **options):
+    teacher = CountingTeacher(gives_logits=True)
+    return cache_teacher(teacher, decoded(items, folder), folder, description=TOY, **options)
+
+
+def run(capsys, *arguments):
+    code = main(["cache", *map(str, arguments)])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_status_lists_what_is_stored_without_torch(tmp_path):
+    toy_store.build(toy_store.open_store(tmp_path / "busi" / "toy-00"))
+    half = toy_store.open_store(tmp_path / "busi" / "half-00")
+    with half.building():
+        half.write_shard(0, 0, toy_store.features(0, range(4)))
+    (tmp_path / "busi" / "broken-00").mkdir()
+    (tmp_path / "busi" / "broken-00" / "manifest.json").write_text("{")
+    code = "import sys; from amkd_monai.__main__ import main; code = main(['cache', 'status', sys.argv[1]]); "
+    code += "assert not {'torch', 'monai'} & set(sys.modules); sys.exit(code)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    broken, halved, whole, fault = ended.stdout.splitlines()[2:]
+    assert "damaged" in broken and "manifest.json is damaged" in fault and "incomplete (1 of 26 shards)" in halved
+    assert whole.split()[:4] == ["busi", "toy", "50", "2"] and "codes int8 3x4x4" in whole and "complete" in whole
+    assert "0.5" in whole.split()  # kB per image: 2 views of 96 + 48 + 12 bytes, and files' headers
+
+
+def test_a_folder_without_stores(tmp_path, capsys):
+    assert run(capsys, "status", tmp_path)[:2] == (0, f"{tmp_path} holds no feature store.\n")
+    code, _, error = run(capsys, "status", tmp_path / "none")
+    assert code == 1 and error.startswith("error: ") and "cache_dir" in error
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_verify_asks_the_teacher_again(items, tmp_path, capsys, views):
+    cached(items, tmp_path, views=views)
+    code, out, _ = run(capsys, "verify", tmp_path, "--fraction", 0.5)
+    assert code == 0 and f"{3 * views} of {6 * views} images computed again" in out and "1 stores, 0 faulty" in out
+
+
+@pytest.mark.parametrize("name", ["grid", "logits"])
+def test_verify_finds_what_the_teacher_never_said(items, tmp_path, capsys, name):
+    """Whole files with right hashes and wrong numbers: only the teacher can tell."""
+    store = cached(items, tmp_path)
+    values = {array: store.read(array, range(6)).astype(np.float32) for array in store.arrays}
+    values[name] = values[name] * 1.1
+    (store.directory / "manifest.json").unlink()
+    forged = cached_by(values, store, tmp_path, items)
+    assert forged.verify() == {}
+    code, out, _ = run(capsys, "verify", tmp_path)
+    assert code == 1 and f"{name} of image '00', view 0, differs by 0.1" in out and "delete" in out
+
+
+def cached_by(values, like, folder, items):
+    store = FeatureStore.create_or_open(
+        like.directory,
+        like.key,
+        like.sample_ids,
+        like.content_hashes,
+        like.arrays,
+        shard_size=like.shard_size,
+        view_parameters=like.view_parameters,
+        origin=like.origin,
+    )
+    with store.building():
+        store.write_shard(0, 0, values)
+    return store
+
+
+def test_verify_finds_flipped_bytes_and_another_teacher(items, tmp_path, capsys, monkeypatch):
+    store = cached(items, tmp_path)
+    file = store.directory / "grid.v0.s00000.npy"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 255
+    file.write_bytes(content)
+    code, out, _ = run(capsys, "verify", tmp_path)
+    assert code == 1 and "grid.v0.s00000.npy does not have the recorded hash" in out
+    monkeypatch.setattr(CountingTeacher, "preprocessing", lambda self: {"size": 99})
+    code, out, _ = run(capsys, "verify", tmp_path)
+    assert code == 1 and "preprocessing of its teacher changed" in out
+
+
+@pytest.mark.parametrize("missing", ["teacher", "decoded", "description"])
+def test_verify_says_what_it_could_not_compare(items, tmp_path, capsys, monkeypatch, missing):
+    store = cached(items, tmp_path)
+    if missing == "teacher":
+        monkeypatch.delattr(toy_dataset, "CountingTeacher")
+    elif missing == "decoded":
+        (tmp_path / store.key["decoded"] / "index.json").unlink()
+    else:
+        manifest = store.directory / "manifest.json"
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "origin": {}}))
+    code, out, _ = run(capsys, "verify", tmp_path)
+    assert code == 0 and "good, complete (checksums alone: " in out
+
+
+def test_prune_removes_what_no_run_can_use(items, tmp_path, capsys):
+    stale = cached(items, tmp_path)
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(items[0]["image"])
+    kept = cached(items, tmp_path)  # the image of item 0 is another one under the same name
+    os.utime(stale.directory / "manifest.json", (1, 1))
+    half = toy_store.open_store(tmp_path / "half-00")
+    with half.building():
+        half.write_shard(0, 0, toy_store.features(0, range(4)))
+    orphan = toy_store.build(toy_store.open_store(tmp_path / "orphan-00"))
+    before = sorted(tmp_path.iterdir())
+    code, listed, _ = run(capsys, "prune", tmp_path, "--dry_run")
+    assert code == 0 and "3 of 4 stores would be removed" in listed and sorted(tmp_path.iterdir()) == before
+    assert "stale: images changed since" in listed and "incomplete (1 of 26" in listed and "are gone" in listed
+    code, done, _ = run(capsys, "prune", tmp_path)
+    assert code == 0 and "3 of 4 stores are removed" in done
+    assert (
+        not any(s.directory.exists() for s in (stale, half, orphan)) and FeatureStore.open(kept.directory).is_complete
+    )
+    assert (tmp_path / kept.key["decoded"]).is_dir()
+
+
+def test_a_store_that_is_being_built_is_not_pruned(tmp_path, capsys):
+    store = toy_store.open_store(tmp_path / "busy-00")
+    with store.building():
+        assert "building (0 of 26 shards)" in run(capsys, "status", tmp_path)[1]
+        code, _, error = run(capsys, "prune", tmp_path)
+        assert code == 1 and "is held by process" in error
+    assert (store.directory / "manifest.json").is_file() and not (store.directory / LOCK).exists()
+
+
+def test_export_writes_one_safetensors_file_per_shard(tmp_path, capsys):
+    store = toy_store.build(toy_store.open_store(tmp_path / "toy-00", origin={"teacher": {"weights": "/secret"}}))
+    code, out, _ = run(capsys, "export", store.directory, "--to", tmp_path / "out")
+    assert code == 0 and str(tmp_path / "out") in out
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == toy_store.SHARDS and not list(tmp_path.glob(".out*"))
+    said = load_file(files[15])  # view 1, shard 2
+    np.testing.assert_array_equal(said["grid"], store.read("grid", range(8, 12), 1))
+    codes = said["codes"] * said["codes.scale"][:, :, None, None]
+    np.testing.assert_array_equal(codes, store.read("codes", range(8, 12), 1))
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
+    assert b"case_9" in everything and b"/secret" not in everything
+    assert json.loads((tmp_path / "out" / "store.json").read_text())["key"] == store.key
+    code, _, error = run(capsys, "export", store.directory, "--to", tmp_path / "out")
+    assert code == 1 and "is there already" in error
+
+
+def test_an_incomplete_store_is_not_exported(tmp_path, capsys):
+    store = toy_store.open_store(tmp_path / "toy-00")
+    with store.building():
+        pass
+    code, _, error = run(capsys, "export", store.directory, "--to", tmp_path / "out")
+    assert code == 1 and "lacks 26 shards" in error and not (tmp_path / "out").exists()
+    with pytest.raises(StoreError, match="is no feature store"):
+        FeatureStore.open(tmp_path)

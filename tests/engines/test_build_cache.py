@@ -1,0 +1,73 @@
+"""`cache build` computes ahead what a training asks for, whole or in parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from bundle_runs import settings, workflow
+from helpers import ROOT
+
+from amkd_monai.__main__ import main
+from amkd_monai.cache.store import FeatureStore
+
+TEACHERS = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
+BUNDLE = str(ROOT / "bundles" / "kvasir_seg")
+
+
+@pytest.fixture
+def teachers(tmp_path):
+    (tmp_path / "teachers.json").write_text(json.dumps({"teachers": TEACHERS}))
+    return ["--config", str(tmp_path / "teachers.json")]
+
+
+def build(capsys, tmp_path, *extra):
+    code = main(["cache", "build", BUNDLE, "--set", f"cache_dir={tmp_path}", "--set", "image_size=64", *extra])
+    said = capsys.readouterr()
+    return code, said.out.split(), said.err
+
+
+def test_a_training_finds_what_was_built_in_parts(tmp_path, teachers, capsys, monkeypatch):
+    for shard in ("1/2", "2/2"):  # 28 and 6 images, one shard each: the second part has nothing to do
+        code, folders, _ = build(capsys, tmp_path, *teachers, "--shard", shard)
+        assert code == 0 and [FeatureStore.open(folder).is_complete for folder in folders] == [True, True]
+    stores = {folder: (FeatureStore.open(folder).origin, FeatureStore.open(folder).committed) for folder in folders}
+    assert all(origin["teacher"] == TEACHERS[0] for origin, _ in stores.values())
+
+    def forward(self, image):
+        raise AssertionError("a teacher was asked")
+
+    monkeypatch.setattr("amkd_monai.teachers.timm_encoder.TimmTeacher.forward", forward)
+    values = settings("kvasir_seg", tmp_path / "run", tmp_path, teachers=TEACHERS, admission={"mode": "all"})
+    targets = workflow("kvasir_seg", ("train",), values).parser.get_parsed_content("targets")
+    assert str(targets.sources[0].features.directory) in folders
+
+
+def test_torchrun_gives_each_rank_its_part(tmp_path, teachers, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    complete = []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        _, folders, _ = build(capsys, tmp_path, *teachers, "--set", "views=2")
+        complete.append([(Path(f) / "manifest.json").is_file() and FeatureStore.open(f).is_complete for f in folders])
+    assert complete == [[False, False], [True, True]]  # two views are two shards; validation has one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shard", "9/8"], "does not exist"),
+        (["--set", "vews=2"], "has no setting 'vews'"),
+        (["--set", "views=0"], "give the number of stored views"),
+        (["--set", "cache_dtype=int4"], "use one of float16, int8"),
+    ],
+)
+def test_what_cannot_be_built_is_one_sentence(tmp_path, teachers, capsys, arguments, message):
+    code, _, error = build(capsys, tmp_path, *teachers, *arguments)
+    assert code == 1 and message in error.splitlines()[-1] and error.splitlines()[-1].startswith("error: ")
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path, capsys):
+    assert main(["cache", "build", str(tmp_path)]) == 1
+    assert "is no training bundle" in capsys.readouterr().err
