@@ -98,17 +98,7 @@ class DistillationTrainer(SupervisedTrainer):
 
     def prepare_distillation_batch(self, data: dict[str, Any]) -> Batch:
         """Bring a loader's batch to the device, read the teachers' targets and augment all alike."""
-        device = self.state.device
-        image = data["image"].to(device).float() / 255
-        label = data["label"].to(device)
-        teachers = self.targets.read(data["index"].tolist(), device) if self.targets is not None else {}
-        size = (image.shape[-2], image.shape[-1])
-        theta = self.augmentation.sample(len(image), size, self.generator).to(device)
-        image = self.augmentation.photometric(warp(image, theta), self.generator)
-        label = label.long() if label.ndim == 1 else warp(label.float(), theta, mode="nearest").round().long()
-        warped = {name: {kind: warp(m, theta) for kind, m in maps.items()} for name, maps in teachers.items()}
-        image = image.contiguous(memory_format=torch.channels_last)
-        return Batch(image, label, data["has_label"].to(device), warped, data["index"].to(device))
+        return distillation_batch(data, self.targets, self.augmentation, self.generator, self.state.device)
 
     def _iteration(self, engine: Engine, batchdata: dict[str, Any]) -> dict[str, Tensor]:
         batch = self.prepare_distillation_batch(batchdata)
@@ -117,12 +107,7 @@ class DistillationTrainer(SupervisedTrainer):
         with torch.autocast(batch.image.device.type, dtype=torch.bfloat16, enabled=self.amp):
             result: DistillationOutput = self.network(batch, progress=self.progress)
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
-        if not bool(torch.isfinite(result.total)):
-            bad = [name for name, loss in result.losses.items() if not bool(torch.isfinite(loss).all())]
-            raise FloatingPointError(
-                f"The loss is not finite in epoch {self.state.epoch}, step {self.state.iteration} ({', '.join(bad)}): "
-                "lower the learning rate; the checkpoints of earlier epochs are kept."
-            )
+        self._check(result)
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
         result.total.backward()
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
@@ -137,3 +122,42 @@ class DistillationTrainer(SupervisedTrainer):
         }
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return engine.state.output
+
+    def _check(self, result: DistillationOutput, of: str = "") -> None:
+        """Refuse a loss that is not finite; ``of`` names the task where there are several."""
+        if not bool(torch.isfinite(result.total)):
+            bad = [name for name, loss in result.losses.items() if not bool(torch.isfinite(loss).all())]
+            raise FloatingPointError(
+                f"The loss{of} is not finite in epoch {self.state.epoch}, step {self.state.iteration} "
+                f"({', '.join(bad)}): lower the learning rate; the checkpoints of earlier epochs are kept."
+            )
+
+
+def distillation_batch(
+    data: dict[str, Any],
+    targets: TeacherTargets | None,
+    augmentation: Augmentation,
+    generator: torch.Generator,
+    device: torch.device,
+    task: int = 0,
+) -> Batch:
+    """Bring a loader's batch to the device, read the teachers' targets and augment all alike.
+
+    Args:
+        data: samples of a :class:`~amkd_monai.data.decoded.DecodedDataset`.
+        targets: teachers' targets by sample index; None without teachers.
+        augmentation: random changes.
+        generator: of the changes.
+        device: where to.
+        task: number of the data set.
+    """
+    image = data["image"].to(device).float() / 255
+    label = data["label"].to(device)
+    teachers = targets.read(data["index"].tolist(), device) if targets is not None else {}
+    size = (image.shape[-2], image.shape[-1])
+    theta = augmentation.sample(len(image), size, generator).to(device)
+    image = augmentation.photometric(warp(image, theta), generator)
+    label = label.long() if label.ndim == 1 else warp(label.float(), theta, mode="nearest").round().long()
+    warped = {name: {kind: warp(m, theta) for kind, m in maps.items()} for name, maps in teachers.items()}
+    image = image.contiguous(memory_format=torch.channels_last)
+    return Batch(image, label, data["has_label"].to(device), warped, data["index"].to(device), task=task)
