@@ -46,7 +46,7 @@ class MultiTaskLoader:
             raise ValueError(f"sampling_alpha is {alpha}: give 0 (all tasks equally often) to 1 (as their samples).")
         if self.per_step < 1:
             raise ValueError(f"tasks_per_step is {tasks_per_step}: give at least 1.")
-        sizes = np.array([float(len(loader.dataset)) for loader in loaders.values()]) ** alpha  # type: ignore[arg-type]
+        sizes = np.array([float(len(loader.dataset)) for loader in loaders.values()]) ** alpha
         self.probabilities = sizes / sizes.sum()
         self.steps = steps or math.ceil(sum(len(loader) for loader in loaders.values()) / self.per_step)
 

@@ -32,9 +32,7 @@ class MultiTaskDistiller(nn.Module):
         warm: whether the warm-up of the batch norms is over.
     """
 
-    def __init__(
-        self, distillers: Mapping[str, Distiller], scale_steps: int = 100, freeze_norms: bool = True
-    ) -> None:
+    def __init__(self, distillers: Mapping[str, Distiller], scale_steps: int = 100, freeze_norms: bool = True) -> None:
         super().__init__()
         self.distillers = nn.ModuleDict(distillers)
         self.scales = nn.ModuleDict({task: ScaledLossGate({TASK: 1.0}, scale_steps) for task in distillers})
@@ -77,7 +75,7 @@ def share_teaching(distillers: list[Distiller]) -> None:
 
     for distiller in distillers:
         for name in distiller.align:
-            code = distiller.codes[name] if name in distiller.codes else None
+            code = dict(distiller.codes.items()).get(name)
             if isinstance(distiller.standardise[name], MeanStdStandardiser) and not isinstance(code, PcaCode):
                 distiller.align[name] = one(distiller.align[name], "align", name)
                 if code is not None:

@@ -53,8 +53,8 @@ class MultiTaskEvaluator(Evaluator):
         value = float(found[name])
         if math.isnan(value):
             raise ValueError(
-                f"The section of '{batchdata}' gives no {name}: it needs labelled cases of at least two classes, or with "
-                "foreground; change its split."
+                f"The section of '{batchdata}' gives no {name}: it needs labelled cases of at least two classes, or "
+                "with foreground; change its split."
             )
         engine.state.metrics |= {f"{batchdata}/{k}": v for k, v in found.items() if isinstance(v, (int, float))}
         return {"task": batchdata, "value": value}

@@ -70,10 +70,7 @@ class MultiTaskTrainer(DistillationTrainer):
 
     def _start_epoch(self) -> None:
         self.data_loader.set_epoch(self.state.epoch)
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        seed = (self.seed * 1_000_003 + self.state.epoch) * 1_009 + rank
-        self.generator.manual_seed(seed)
-        torch.manual_seed(seed)
+        self._seed_epoch(dist.get_rank() if dist.is_available() and dist.is_initialized() else 0)
 
     def teachers_of(self, task: str) -> list[str]:
         """Names of the teachers of a task, in the order of their weights."""

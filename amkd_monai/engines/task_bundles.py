@@ -8,18 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
+from torch import nn
 
 from amkd_monai.data.datalist import find_dataset_dir
 from amkd_monai.errors import EXPECTED, is_own, root_cause
 from amkd_monai.networks.shared_student import Head, SharedStudent
-from amkd_monai.tasks import get_task
+from amkd_monai.tasks import Task, get_task
 from amkd_monai.teachers.registry import CROSS_FITTED_KINDS
 
 logger = logging.getLogger("amkd_monai")
 
 TEACHERS_ON = ("everywhere", "own_domain")
-_OF_THE_WHOLE_RUN = ("@best_student", "amkd_monai.engines.handlers.LoadStudent", "ignite.handlers.ProgressBar")
-"""Handlers of a bundle that act on its own student's file or on the terminal; the shared run has its own."""
+_OF_THE_WHOLE_RUN = (
+    "@best_student",
+    "amkd_monai.engines.handlers.LoadStudent",
+    "ignite.handlers.ProgressBar",
+    "StatsHandler",
+    "TensorBoardStatsHandler",
+)
+"""Handlers of a bundle that act on its own student's file or on logs; the shared run has its own."""
 
 
 class TaskBundle:
@@ -34,7 +41,9 @@ class TaskBundle:
     def __init__(self, name: str, number: int, parser: ConfigParser) -> None:
         self.name, self.number, self.parser = name, number, parser
         self.task = get_task(parser.config["task"])
-        network = {k: self.get(f"network_def#{k}") for k in parser.config["network_def"] if k in ("num_classes", "stride")}
+        network = {
+            k: self.get(f"network_def#{k}") for k in parser.config["network_def"] if k in ("num_classes", "stride")
+        }
         self.head = Head(self.task.kind, int(network["num_classes"]), int(network.get("stride", 4)))
         labels = len(self.task.classes)
         if self.head.classes != labels:
@@ -42,6 +51,11 @@ class TaskBundle:
                 f"The head of '{name}' has {self.head.classes} classes, its labels have {labels} "
                 f"({', '.join(self.task.classes)}): set network_def#num_classes to {labels}."
             )
+
+    def with_student(self, view: nn.Module) -> TaskBundle:
+        """Give the bundle its student."""
+        self.parser.globals["task_view"] = view
+        return self
 
     def get(self, item: str) -> Any:
         """Return an item of the bundle's config; an expected error is told with the task's name.
@@ -75,6 +89,11 @@ class TaskSet:
         return {name: bundle.head for name, bundle in self.bundles.items()}
 
     @property
+    def tasks(self) -> dict[str, Task]:
+        """What each task asks."""
+        return {name: bundle.task for name, bundle in self.bundles.items()}
+
+    @property
     def numbers(self) -> dict[str, int]:
         """The number of each task."""
         return {name: bundle.number for name, bundle in self.bundles.items()}
@@ -82,7 +101,7 @@ class TaskSet:
     def around(self, student: SharedStudent) -> TaskSet:
         """Give every bundle its view of a student, which is on its device, and return the tasks."""
         for name, bundle in self.bundles.items():
-            bundle.parser.globals["task_view"] = student.for_task(name)
+            bundle.with_student(student.for_task(name))
         return self
 
     def all(self, item: str) -> dict[str, Any]:
@@ -189,3 +208,25 @@ def _parser(
         if "handlers" in section:
             section["handlers"] = [h for h in section["handlers"] if not set(_OF_THE_WHOLE_RUN) & set(h.values())]
     return parser
+
+
+def open_inference(
+    task: str,
+    entry: Mapping[str, Any],
+    bundle_root: str | Path,
+    neck_channels: int,
+    settings: Mapping[str, Any] | None = None,
+) -> TaskBundle:
+    """Open the inference config of one task's bundle for the shared student's part in it.
+
+    Args:
+        task: name of the task.
+        entry: as in ``tasks``.
+        bundle_root: the folder of the shared student's bundle.
+        neck_channels: of the shared student.
+        settings: places and the like, as of the bundle's own inference.
+    """
+    parser = _parser(task, entry, Path(bundle_root), settings or {}, ("inference",))
+    if "neck_channels" in parser.config["network_def"]:
+        parser["network_def"]["neck_channels"] = neck_channels
+    return TaskBundle(task, 0, parser)

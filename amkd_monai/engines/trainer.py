@@ -79,13 +79,17 @@ class DistillationTrainer(SupervisedTrainer):
             optim_set_to_none=True,
         )
         self.state.distillation = None
-        self.add_event_handler(Events.EPOCH_STARTED, DistillationTrainer._start_epoch)
+        self.add_event_handler(Events.EPOCH_STARTED, type(self)._start_epoch)
 
     def _start_epoch(self) -> None:
         sampler = self.data_loader.batch_sampler
         rank = sampler.rank if isinstance(sampler, BatchSampler) else 0
         if isinstance(sampler, BatchSampler):
             sampler.set_epoch(self.state.epoch)
+        self._seed_epoch(rank)
+
+    def _seed_epoch(self, rank: int) -> None:
+        """Make all that is random in this epoch follow from the seed, the epoch and the process."""
         seed = (self.seed * 1_000_003 + self.state.epoch) * 1_009 + rank
         self.generator.manual_seed(seed)
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A shared student beside the students of single data sets: one table, paired by case, so that loss shows as gain does."""
+"""A shared student beside the students of single data sets: one table, paired by case, losses included."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def score_of(folder: str | Path, task: Task) -> dict[str, float]:
     return {name: math.nan if v is None else float(v) for name, v in found.items()}
 
 
-def transfer_rows(shared: Mapping[str, Path], tasks: Mapping[str, Task], runs: Mapping[str, str]) -> list[dict[str, Any]]:
+def transfer_rows(
+    shared: Mapping[str, Path], tasks: Mapping[str, Task], runs: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """Compare a shared student with other runs on each task.
 
     Args:
@@ -86,7 +88,9 @@ def transfer_rows(shared: Mapping[str, Path], tasks: Mapping[str, Task], runs: M
 
 def format_transfer(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of :func:`transfer_rows` as a plain-text table."""
-    lines: list[Sequence[str]] = [("task", "run", "metric", "score [95 % CI]", "shared - run [95 % CI]", "p", "p (Holm)")]
+    lines: list[Sequence[str]] = [
+        ("task", "run", "metric", "score [95 % CI]", "shared - run [95 % CI]", "p", "p (Holm)")
+    ]
     for row in rows:
         task = f"{row['task']} {row['class']}" if "class" in row else row["task"]
         delta = _interval([row.get(k) for k in DELTA[:3]], "+.4f")

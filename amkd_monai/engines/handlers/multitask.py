@@ -58,7 +58,7 @@ class TeachingMap:
 
 
 def heat_map(weights: Mapping[tuple[str, str, str], float]) -> str:
-    """Return an SVG: a row per task and loss, a column per teacher, darker where the weight {(task, loss, teacher)} is larger."""
+    """Return an SVG of weights {(task, loss, teacher): weight}: a row per task and loss, darker where it is larger."""
     rows = list(dict.fromkeys((task, loss) for task, loss, _ in weights))
     columns = list(dict.fromkeys(teacher for *_, teacher in weights))
     wide, high = _CELL
