@@ -25,9 +25,7 @@ def loaders(batch=2):
 
 
 def drawn(alpha, steps=3000, **options):
-    counts = collections.Counter(
-        t for s in MultiTaskLoader(loaders(), alpha, 1, steps, **options).plan() for t in s
-    )
+    counts = collections.Counter(t for s in MultiTaskLoader(loaders(), alpha, 1, steps, **options).plan() for t in s)
     return [counts[name] / steps for name in SIZES]
 
 
