@@ -78,7 +78,7 @@ def test_the_encoder_alone_on_request(tmp_path):
     torch.save(student.state_dict(), tmp_path / "model.pt")
     alone = Student(neck_channels=48, weights="random")
     before = {k: v.clone() for k, v in alone.state_dict().items()}
-    with pytest.raises(CheckpointError, match="no head for 'kvasir_seg'.*surplus: busi, aptos2019.*init_parts"):
+    with pytest.raises(CheckpointError, match=r"no head for 'kvasir_seg'.*surplus: busi, aptos2019.*init_parts"):
         initialised(alone, tmp_path / "model.pt", "kvasir_seg")
     with pytest.raises(CheckpointError, match="of another shape"):
         initialised(alone, tmp_path / "model.pt", "busi")
