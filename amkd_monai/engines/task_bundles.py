@@ -19,9 +19,10 @@ from amkd_monai.teachers.registry import CROSS_FITTED_KINDS
 logger = logging.getLogger("amkd_monai")
 
 TEACHERS_ON = ("everywhere", "own_domain")
+LOAD = "amkd_monai.engines.handlers.LoadStudent"
 _OF_THE_WHOLE_RUN = (
     "@best_student",
-    "amkd_monai.engines.handlers.LoadStudent",
+    LOAD,
     "ignite.handlers.ProgressBar",
     "StatsHandler",
     "TensorBoardStatsHandler",
@@ -227,6 +228,8 @@ def open_inference(
         settings: places and the like, as of the bundle's own inference.
     """
     parser = _parser(task, entry, Path(bundle_root), settings or {}, ("inference",))
+    load = {"_target_": LOAD, "student": "@network", "path": "$@ckpt_dir + '/model.pt'", "task": task}
+    parser["handlers"] = [load, *parser["handlers"]]
     if "neck_channels" in parser.config["network_def"]:
         parser["network_def"]["neck_channels"] = neck_channels
     return TaskBundle(task, 0, parser)

@@ -66,6 +66,7 @@ def transfer_rows(
             other = Path(pattern.format(task=name))
             if not other.is_dir():
                 continue
+            score = score_of(other, task)
             csvs = other / "per_case.csv", {"shared": Path(folder) / "per_case.csv"}
             if task.is_classification:
                 compared = compare_class_runs(*csvs, task, task.primary_metric)
@@ -73,7 +74,7 @@ def transfer_rows(
                 compared = compare_runs(*csvs, task.primary_metric)
             for found in compared:
                 values = (found["difference"], found["ci_low"], found["ci_high"], found["p"])
-                row = {"task": name, "metric": task.primary_metric, "run": label, **score_of(other, task)}
+                row = {"task": name, "metric": task.primary_metric, "run": label, **score}
                 row |= {"class": found["class"]} if len(compared) > 1 else {}
                 rows.append(row | dict(zip(DELTA, values, strict=False)))
     compared_rows = [row for row in rows if "delta" in row]

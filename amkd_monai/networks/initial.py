@@ -56,10 +56,14 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
 
 
 def heads_of(state: Mapping[str, Tensor]) -> dict[str, Head]:
-    """Return the heads that the state dict of a shared student holds; none for another network's."""
+    """Return the heads that the state dict of a shared student holds; none for another network's.
+
+    The strides of its heads are not in a state dict: all are given that of the finest level of its neck.
+    """
+    stride = 2 if "neck.lateral.4.weight" in state else 4
     weights = {k.split(".")[1]: v for k, v in state.items() if k.startswith("heads.") and k.endswith(".weight")}
     kinds = {4: "segmentation", 2: "classification"}
-    return {task: Head(kinds[w.ndim], w.shape[0]) for task, w in weights.items()}
+    return {task: Head(kinds[w.ndim], w.shape[0], stride) for task, w in weights.items()}
 
 
 def with_heads_of(heads: Mapping[str, Head], path: str | Path | None, parts: str = "known") -> dict[str, Head]:
@@ -99,8 +103,9 @@ def _matching_heads(
         )
     if missing:
         logger.warning("heads that start afresh, beyond %s: %s", path, ", ".join(missing))
-    fresh = {k: v for k, v in student.state_dict().items() if _task_in(k) in missing}
-    return {**state, **fresh}
+    finer = ("neck.",) if parts == "known" else ()  # a new head may read a level that no head has read yet
+    fresh = {k: v for k, v in student.state_dict().items() if _task_in(k) in missing or k.startswith(finer)}
+    return {**fresh, **state}
 
 
 def _task_in(key: str) -> str | None:

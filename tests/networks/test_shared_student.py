@@ -99,6 +99,12 @@ def test_other_heads_are_named_and_new_ones_join_on_request(tmp_path):
     after = initialised(SharedStudent(heads, weights="random"), path, parts="known").state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.state_dict().items())
     assert heads_of(after).keys() == heads.keys()
+    heads = with_heads_of(shared(tasks=("msd_heart",)).specs, path)  # it reads a level that no head has read
+    after = initialised(SharedStudent(heads, weights="random"), path, parts="known").state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.state_dict().items())
+    torch.save(after, path)
+    heads = with_heads_of(shared(tasks=("busi",)).specs, path)
+    initialised(SharedStudent(heads, weights="random"), path)
 
 
 def test_what_cannot_be_is_refused_in_one_sentence(tmp_path):
