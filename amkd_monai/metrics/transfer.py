@@ -48,7 +48,7 @@ def transfer_rows(
         shared: {task: folder of its evaluation by the shared student}.
         tasks: what is asked.
         runs: {label: folder, with ``{task}`` in place of the task's name}. Tasks whose folder is not there are left out
-            of that comparison.
+            of that comparison; one of them must be there.
 
     Returns:
         For each task a row of the shared student, then one per run with its score and ``delta``, shared minus run: for
@@ -56,9 +56,12 @@ def transfer_rows(
         DeLong). ``p_holm`` adjusts over all rows. Last, for each run the mean delta over tasks.
 
     Raises:
-        ValueError: a folder without an evaluation of its task, or of other cases.
+        ValueError: a folder without an evaluation of its task, or of other cases, or no folder of a run.
     """
     rows: list[dict[str, Any]] = []
+    for label, pattern in runs.items():
+        if not any(Path(pattern.format(task=name)).is_dir() for name in shared):
+            raise ValueError(f"There is no folder {pattern} for any task: correct `compare#{label}`.")
     for name, folder in shared.items():
         task = tasks[name]
         rows.append({"task": name, "metric": task.primary_metric, "run": "shared", **score_of(folder, task)})

@@ -67,3 +67,5 @@ def test_a_folder_that_is_no_evaluation_of_the_task_is_refused(shared, tmp_path)
     (tmp_path / "other" / "busi").mkdir(parents=True)
     with pytest.raises(ValueError, match="correct `compare`"):
         transfer_rows({"busi": shared["busi"]}, MASKS, {"other": f"{tmp_path}/other/{{task}}"})
+    with pytest.raises(ValueError, match="compare#typo"):
+        transfer_rows({"busi": shared["busi"]}, MASKS, {"typo": f"{tmp_path}/tipo/{{task}}"})

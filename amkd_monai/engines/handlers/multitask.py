@@ -23,7 +23,9 @@ _CELL = 90, 26
 
 
 class TeachingMap:
-    """Write the mean weight of each teacher on each task, of the last epoch: ``teachers.csv`` and ``teachers.svg``.
+    """Write the mean weight of each teacher on each task: ``teachers.csv`` and ``teachers.svg``.
+
+    Of each task it is that of the last epoch that drew the task.
 
     Attach to the trainer after the run record.
 
@@ -42,7 +44,8 @@ class TeachingMap:
     def __call__(self, engine: Engine) -> None:
         """Write both files; nothing without teachers."""
         weights: dict[tuple[str, str, str], float] = {}
-        for column, value in self.run_record.rows[-1].items():
+        latest = {column: value for row in self.run_record.rows for column, value in row.items()}
+        for column, value in latest.items():
             task, _, figure = column.partition("/teacher_")
             loss, _, teacher = figure.partition("_")
             if teacher:
