@@ -12,6 +12,7 @@ from ignite.engine import Events
 from toy_task import TASK, find_items, inference_items, split, write
 
 from amkd_monai.data import datalist
+from amkd_monai.engines.task_bundles import teachers_of
 from amkd_monai.errors import root_cause
 from amkd_monai.tasks import TASKS, get_task
 
@@ -183,6 +184,41 @@ def test_a_seventh_data_set_joins_later_and_what_is_forgotten_is_measured(tmp_pa
 
 
 FUNCTIONS = {"find_items": find_items, "split": split, "inference_items": inference_items}
+
+
+class MasksAndFeatures(torch.nn.Module):
+    """A specialist for masks: logits and a feature map."""
+
+    def forward(self, image):
+        small = torch.nn.functional.avg_pool2d(image, 8)
+        return small[:, :2] * 4, small
+
+
+def test_a_teacher_of_one_task_answers_there_and_gives_features_everywhere(tmp_path, cache):
+    torch.jit.script(MasksAndFeatures()).save(str(tmp_path / "masks.ts"))
+    masks = {"name": "masks", "kind": "specialist", "path": str(tmp_path / "masks.ts"), "tasks": ["kvasir_seg"]}
+    values = small(tmp_path, cache, teachers=[masks], admission={"mode": "all"}, max_epochs=1)
+    run(SHARED, ("train",), values)
+    tasks = read_json(tmp_path / "eval" / "run.json")["tasks"]
+    (of_masks,), (of_classes,) = (tasks[t]["distillation"]["teachers"] for t in PAIR)
+    assert of_masks["answers"] == "its own" and of_classes["answers"].startswith("linear probe")
+    run(SHARED, ("train",), {**values, "teachers_on": "own_domain"})
+    tasks = read_json(tmp_path / "eval" / "run.json")["tasks"]
+    assert tasks["aptos2019"]["distillation"] == "none: the undistilled student"
+    assert tasks["kvasir_seg"]["distillation"]["teachers"][0]["name"] == "masks"
+
+
+def test_the_matrix_of_teachers_and_tasks():
+    specialist = {"name": "s", "kind": "crossfit_specialist", "tasks": ["a"]}
+    masks = {"name": "m", "kind": "specialist", "tasks": ["a"]}
+
+    def row(task, where):
+        return [(t["name"], t.get("own_answers", True)) for t in teachers_of(task, [TEACHER, specialist, masks], where)]
+
+    assert row("a", "everywhere") == row("a", "own_domain") == [("lite1", True), ("s", True), ("m", True)]
+    assert row("b", "everywhere") == [("lite1", True), ("m", False)]
+    assert row("b", "own_domain") == [("lite1", True)]
+    assert not any("tasks" in t for t in teachers_of("a", [masks], "everywhere"))
 
 
 def test_bad_input_is_refused_in_one_sentence(tmp_path, cache):
