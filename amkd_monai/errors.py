@@ -14,11 +14,11 @@ def root_cause(error: BaseException) -> BaseException:
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
-    own = [e for e in chain if _is_own(e)]
+    own = [e for e in chain if is_own(e)]
     return own[0] if own else chain[-1]
 
 
-def _is_own(error: BaseException) -> bool:
+def is_own(error: BaseException) -> bool:
     """Whether the error was raised by this package's code, as a sentence for the user."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
@@ -38,7 +38,7 @@ def report_plainly() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         cause = root_cause(error)
-        if _is_own(cause):
+        if is_own(cause):
             print(f"error: {cause}", file=sys.stderr)
         else:
             previous(kind, error, trace)

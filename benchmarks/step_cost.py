@@ -51,9 +51,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(values: dict[str, Any]) -> DistillationTrainer:
-    """Return the trainer of the polyp bundle with overrides."""
-    folder = ROOT / "bundles" / "kvasir_seg" / "configs"
+def build(values: dict[str, Any], bundle: str = "kvasir_seg") -> DistillationTrainer:
+    """Return the trainer of a bundle with overrides."""
+    folder = ROOT / "bundles" / bundle / "configs"
     workflow = ConfigWorkflow(
         workflow_type="train",
         config_file=str(folder / "train.json"),

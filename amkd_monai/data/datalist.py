@@ -115,6 +115,23 @@ def resolve_dataset_dir(
         ValueError: unknown task.
     """
     folder = get_task(task).folder
+    if found := find_dataset_dir(task, dataset_dir):
+        return found
+    phantoms = Path(cache_dir) / "phantoms"
+    with exclusive_lock(phantoms / f"{folder}.lock", wait_s=600):
+        written = write_phantom(task, phantoms)
+    logger.warning(PHANTOM_NOTICE.format(task=task, root=written, folder=folder))
+    return written, "phantoms"
+
+
+def find_dataset_dir(task: str, dataset_dir: str | Path | None = None) -> tuple[Path, str] | None:
+    """Find a data set as :func:`resolve_dataset_dir` does; None where only phantoms are left.
+
+    Raises:
+        FileNotFoundError: the argument or the environment names a folder that is not there.
+        ValueError: unknown task.
+    """
+    folder = get_task(task).folder
     if dataset_dir:
         given = Path(dataset_dir).expanduser()
         if not given.is_dir():
@@ -128,11 +145,7 @@ def resolve_dataset_dir(
         logger.warning("There is no folder %s in AMKD_DATA_ROOT=%s.", folder, root)
     if (Path("data") / folder).is_dir():
         return Path("data") / folder, "data folder"
-    phantoms = Path(cache_dir) / "phantoms"
-    with exclusive_lock(phantoms / f"{folder}.lock", wait_s=600):
-        written = write_phantom(task, phantoms)
-    logger.warning(PHANTOM_NOTICE.format(task=task, root=written, folder=folder))
-    return written, "phantoms"
+    return None
 
 
 def datalist(

@@ -101,7 +101,7 @@ class Preparation:
         if "grid" in features.arrays:
             candidate.features = features
             candidate.mean, candidate.std = probes.channel_statistics(features)
-        if self._answers_with_masks(teacher.name, features):
+        if description.get("own_answers", True) and self._answers_with_masks(teacher.name, features):
             record["answers"] = "its own"
             candidate.answers, candidate.validation_answers = features, validation
         elif candidate.features is not None:

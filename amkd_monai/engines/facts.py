@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -43,3 +43,10 @@ def run_facts(
         "student_parameters": sum(p.numel() for p in student.parameters()),
         "seed": seed,
     }
+
+
+def shared_facts(tasks: Mapping[str, Mapping[str, Any]], missing: Sequence[str], **settings: Any) -> dict[str, Any]:
+    """Return the JSON-able facts of a run on several tasks: those of each task, who is missing, and settings."""
+    is_test = any(facts["is_test"] for facts in tasks.values())
+    phantom = any(facts["data"]["phantom"] for facts in tasks.values())
+    return {"is_test": is_test, "phantom": phantom, "missing_tasks": list(missing), **settings, "tasks": dict(tasks)}

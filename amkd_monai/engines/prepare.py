@@ -44,7 +44,8 @@ def prepare_teachers(
     by the first one while the others wait, then read.
 
     Args:
-        teachers: descriptions (``amkd_monai.teachers.registry``); an empty list means no distillation.
+        teachers: descriptions (``amkd_monai.teachers.registry``); an empty list means no distillation. One with
+            ``own_answers`` False teaches its features, which a probe answers from: its answers are of another task.
         train: decoded training split, unlabelled samples included.
         validation: decoded validation split: fits the calibration temperatures.
         student: the undistilled student as it starts; copied, never changed.

@@ -88,13 +88,17 @@ class DistillationTrainer(SupervisedTrainer):
             optim_set_to_none=True,
         )
         self.state.distillation = None
-        self.add_event_handler(Events.EPOCH_STARTED, DistillationTrainer._start_epoch)
+        self.add_event_handler(Events.EPOCH_STARTED, type(self)._start_epoch)
 
     def _start_epoch(self) -> None:
         sampler = self.data_loader.batch_sampler
         rank = sampler.rank if isinstance(sampler, BatchSampler) else 0
         if isinstance(sampler, BatchSampler):
             sampler.set_epoch(self.state.epoch)
+        self._seed_epoch(rank)
+
+    def _seed_epoch(self, rank: int) -> None:
+        """Make all that is random in this epoch follow from the seed, the epoch and the process."""
         seed = (self.seed * 1_000_003 + self.state.epoch) * 1_009 + rank
         self.generator.manual_seed(seed)
         torch.manual_seed(seed)
@@ -107,27 +111,7 @@ class DistillationTrainer(SupervisedTrainer):
 
     def prepare_distillation_batch(self, data: dict[str, Any]) -> Batch:
         """Bring a loader's batch to the device, read the teachers' targets and augment all alike."""
-        device = self.state.device
-        image = data["image"].to(device).float() / 255
-        label = data["label"].to(device)
-        indices, size = data["index"].tolist(), (image.shape[-2], image.shape[-1])
-        views = self._draw_views(len(image))
-        if self.targets is None or views is None:
-            theta = self.augmentation.sample(len(image), size, self.generator).to(device)
-        else:
-            theta = self.targets.view_matrices(indices, views).to(device)
-        teachers = self.targets.read(indices, device, theta, views) if self.targets is not None else {}
-        image = self.augmentation.photometric(warp(image, theta), self.generator)
-        label = label.long() if label.ndim == 1 else warp(label.float(), theta, mode="nearest").round().long()
-        image = image.contiguous(memory_format=torch.channels_last)
-        return Batch(image, label, data["has_label"].to(device), teachers, data["index"].to(device))
-
-    def _draw_views(self, batch: int) -> list[int] | None:
-        """Draw one of the stored views for each sample; None where only the images as they are are stored."""
-        if self.targets is None or self.targets.views == 1:
-            return None
-        drawn: list[int] = torch.randint(self.targets.views, (batch,), generator=self.generator).tolist()
-        return drawn
+        return distillation_batch(data, self.targets, self.augmentation, self.generator, self.state.device)
 
     def _iteration(self, engine: Engine, batchdata: dict[str, Any]) -> dict[str, Tensor]:
         batch = self.prepare_distillation_batch(batchdata)
@@ -136,12 +120,7 @@ class DistillationTrainer(SupervisedTrainer):
         with torch.autocast(batch.image.device.type, dtype=torch.bfloat16, enabled=self.amp):
             result: DistillationOutput = self.network(batch, progress=self.progress)
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
-        if not bool(torch.isfinite(result.total)):
-            bad = [name for name, loss in result.losses.items() if not bool(torch.isfinite(loss).all())]
-            raise FloatingPointError(
-                f"The loss is not finite in epoch {self.state.epoch}, step {self.state.iteration} ({', '.join(bad)}): "
-                "lower the learning rate; the checkpoints of earlier epochs are kept."
-            )
+        self._check(result)
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
         result.total.backward()
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
@@ -156,3 +135,46 @@ class DistillationTrainer(SupervisedTrainer):
         }
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return engine.state.output
+
+    def _check(self, result: DistillationOutput, of: str = "") -> None:
+        """Refuse a loss that is not finite; ``of`` names the task where there are several."""
+        if not bool(torch.isfinite(result.total)):
+            bad = [name for name, loss in result.losses.items() if not bool(torch.isfinite(loss).all())]
+            raise FloatingPointError(
+                f"The loss{of} is not finite in epoch {self.state.epoch}, step {self.state.iteration} "
+                f"({', '.join(bad)}): lower the learning rate; the checkpoints of earlier epochs are kept."
+            )
+
+
+def distillation_batch(
+    data: dict[str, Any],
+    targets: TeacherTargets | None,
+    augmentation: Augmentation,
+    generator: torch.Generator,
+    device: torch.device,
+    task: int = 0,
+) -> Batch:
+    """Bring a loader's batch to the device, read the teachers' targets and augment all alike.
+
+    Args:
+        data: samples of a :class:`~amkd_monai.data.decoded.DecodedDataset`.
+        targets: teachers' targets by sample index; None without teachers.
+        augmentation: random changes.
+        generator: of the changes.
+        device: where to.
+        task: number of the data set.
+    """
+    image = data["image"].to(device).float() / 255
+    label = data["label"].to(device)
+    indices, size = data["index"].tolist(), (image.shape[-2], image.shape[-1])
+    views: list[int] | None = None
+    if targets is not None and targets.views > 1:  # the student is shown what is stored
+        views = torch.randint(targets.views, (len(image),), generator=generator).tolist()
+        theta = targets.view_matrices(indices, views).to(device)
+    else:
+        theta = augmentation.sample(len(image), size, generator).to(device)
+    teachers = targets.read(indices, device, theta, views) if targets is not None else {}
+    image = augmentation.photometric(warp(image, theta), generator)
+    label = label.long() if label.ndim == 1 else warp(label.float(), theta, mode="nearest").round().long()
+    image = image.contiguous(memory_format=torch.channels_last)
+    return Batch(image, label, data["has_label"].to(device), teachers, data["index"].to(device), task=task)

@@ -2,6 +2,15 @@
 
 from amkd_monai.networks.class_student import ClassStudent
 from amkd_monai.networks.encoder import create_encoder, load_encoder_weights
+from amkd_monai.networks.shared_student import Head, SharedStudent
 from amkd_monai.networks.student import EncodedStudent, Student
 
-__all__ = ["ClassStudent", "EncodedStudent", "Student", "create_encoder", "load_encoder_weights"]
+__all__ = [
+    "ClassStudent",
+    "EncodedStudent",
+    "Head",
+    "SharedStudent",
+    "Student",
+    "create_encoder",
+    "load_encoder_weights",
+]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amkd_monai.networks.encoder import load_encoder_weights
-from amkd_monai.networks.student import EncodedStudent
+from amkd_monai.networks.student import EncodedStudent, feature_encoder
 
 
 class ClassStudent(EncodedStudent):
@@ -43,7 +43,7 @@ class ClassStudent(EncodedStudent):
     ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            super().__init__(encoder, range(1, 5), drop_path)
+            super().__init__(feature_encoder(encoder, range(1, 5), drop_path))
             self.dropout = nn.Dropout(dropout)
             self.head = nn.Linear(self.encoder_channels[-1], num_classes)
         load_encoder_weights(self.encoder, encoder, weights)

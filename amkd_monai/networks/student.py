@@ -39,7 +39,7 @@ class FeaturePyramid(nn.Module):
         self.smooth = nn.ModuleList(_separable(channels) for _ in in_channels)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        """Fuse encoder levels, finest first, into one map (B, channels, h, w) at the finest level's size."""
+        """Fuse encoder levels, finest first, into one map (B, channels, h, w); levels beyond the pyramid's are left."""
         top = torch.zeros(0)
         for i, (lateral, smooth) in enumerate(zip(self.lateral, self.smooth)):  # noqa: B905 (TorchScript)
             level = lateral(levels[len(levels) - 1 - i])
@@ -49,18 +49,27 @@ class FeaturePyramid(nn.Module):
         return top
 
 
+def feature_encoder(name: str, levels: Sequence[int], drop_path: float) -> nn.Module:
+    """Create a timm encoder without weights that gives its feature maps, finest first.
+
+    Args:
+        name: timm name.
+        levels: which of the encoder's five levels (strides 2 to 32) are used, by number.
+        drop_path: rate of stochastic depth.
+    """
+    return create_encoder(name, features_only=True, out_indices=tuple(levels), drop_path_rate=drop_path)
+
+
 class EncodedStudent(nn.Module):
     """What students share: a timm encoder that takes [0, 1] RGB and normalises inside; heads are added by subclasses.
 
     Args:
-        encoder: timm name.
-        levels: which of the encoder's five levels (strides 2 to 32) are used, by number.
-        drop_path: rate of stochastic depth in the encoder.
+        encoder: from :func:`feature_encoder`.
     """
 
-    def __init__(self, encoder: str, levels: Sequence[int], drop_path: float) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.encoder = create_encoder(encoder, features_only=True, out_indices=tuple(levels), drop_path_rate=drop_path)
+        self.encoder = encoder
         self.encoder_channels: list[int] = list(self.encoder.feature_info.channels())
         self.strides: list[int] = list(self.encoder.feature_info.reduction())
         config = self.encoder.pretrained_cfg if hasattr(self.encoder, "pretrained_cfg") else {}
@@ -118,7 +127,7 @@ class Student(EncodedStudent):
             raise ValueError(f"The student's stride must be 2 or 4, not {stride}.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            super().__init__(encoder, range(1 if stride == 4 else 0, 5), drop_path)
+            super().__init__(feature_encoder(encoder, range(1 if stride == 4 else 0, 5), drop_path))
             self.neck = FeaturePyramid(self.encoder_channels, neck_channels)
             self.head = nn.Conv2d(neck_channels, num_classes, 1)
         load_encoder_weights(self.encoder, encoder, weights)

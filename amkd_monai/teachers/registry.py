@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 KINDS: dict[str, str] = {
     "timm": "amkd_monai.teachers.timm_encoder.TimmTeacher",
     "specialist": "amkd_monai.teachers.specialist.SpecialistTeacher",
+    "student": "amkd_monai.teachers.student_teacher.StudentTeacher",
     "medsam": "amkd_monai.teachers.medsam.MedSAMTeacher",
     "retfound": "amkd_monai.teachers.retfound.RETFoundTeacher",
     "usfm": "amkd_monai.teachers.usfm.USFMTeacher",
@@ -74,7 +75,7 @@ def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None
     """Build one frozen teacher from its description.
 
     Args:
-        description: ``name``, ``kind`` and the options of the kind.
+        description: ``name``, ``kind`` and the options of the kind; ``own_answers`` is the preparation's.
         weights_dir: folder searched first where the kind has official weights and the description names none.
 
     Raises:
@@ -87,7 +88,7 @@ def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None
             f"The teacher '{description['name']}' of the kind '{description['kind']}' is trained on a run's own "
             "images, in folds: list it in `teachers` of a run (amkd_monai.engines.prepare)."
         )
-    options = {k: v for k, v in description.items() if k != "kind"}
+    options = {k: v for k, v in description.items() if k not in ("kind", "own_answers")}
     if weights_dir is not None and any(e.key and e.kind == description["kind"] for e in CATALOGUE):
         options.setdefault("weights", weights_dir)
     chosen = teacher_class(description["kind"])

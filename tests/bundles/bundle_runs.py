@@ -11,7 +11,9 @@ from monai.bundle import ConfigWorkflow
 
 from amkd_monai.tasks import TASKS
 
-BUNDLES = sorted(path.parent.parent.name for path in ROOT.glob("bundles/*/configs/metadata.json"))
+ALL_BUNDLES = sorted(path.parent.parent.name for path in ROOT.glob("bundles/*/configs/metadata.json"))
+SHARED = "multitask"
+BUNDLES = [name for name in ALL_BUNDLES if name != SHARED]
 SEGMENTATION = [name for name in BUNDLES if TASKS[name].kind == "segmentation"]
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -23,6 +25,20 @@ SMALL: dict[str, dict[str, Any]] = {
     "msd_heart": {"spacing": [2.5, 5.0, 5.0], "volume_size": [16, 48, 32], "max_epochs": 2, "val_interval": 1},
 }
 """Overrides that make a run on phantoms take seconds."""
+
+SMALL[SHARED] = {
+    "tasks": {
+        name: {
+            "bundle": name,
+            **{key: value for key, value in small.items() if key not in ("max_epochs", "val_interval")},
+            "recipe#batch_size": 4,
+            **({"recipe#min_steps": 4} if name in ("msd_heart", "aptos2019") else {}),
+        }
+        for name, small in SMALL.items()
+    },
+    "max_epochs": 2,
+    "admission": {"mode": "none"},
+}
 
 
 def settings(bundle: str, folder: Path, cache: Path, **overrides: Any) -> dict[str, Any]:
@@ -48,6 +64,8 @@ def workflow(bundle: str, configs: tuple[str, ...], values: dict[str, Any]) -> C
 
 
 TRAINING_ONLY = (
+    "tasks",
+    "only",
     "max_epochs",
     "val_interval",
     "teachers",

@@ -9,7 +9,7 @@ import sys
 import jsonschema
 import pytest
 import torch
-from bundle_runs import BUNDLES, settings, workflow
+from bundle_runs import ALL_BUNDLES, BUNDLES, SHARED, settings, workflow
 from helpers import ROOT, shared_data
 
 from amkd_monai.tasks import TASKS
@@ -17,6 +17,7 @@ from amkd_monai.tasks import TASKS
 
 def test_every_bundle_serves_the_task_of_its_name_and_all_but_one_task_have_a_bundle():
     assert {"aptos2019", "busi", "covid", "isic2017", "kvasir_seg", "msd_heart"} <= set(BUNDLES) <= set(TASKS)
+    assert set(ALL_BUNDLES) == {*BUNDLES, SHARED}
     served = {
         json.loads(path.read_text()).get("task")
         for path in ROOT.glob("bundles/*/configs/*.json")
@@ -25,7 +26,7 @@ def test_every_bundle_serves_the_task_of_its_name_and_all_but_one_task_have_a_bu
     assert set(TASKS) - served == {"isic2017_lesion"}, "kvasir_seg trains it, with `--task`"
 
 
-@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize("bundle", ALL_BUNDLES)
 def test_the_readme_has_the_sections_of_all_others(bundle):
     def sections(name):
         lines = (ROOT / "bundles" / name / "docs" / "README.md").read_text().splitlines()
@@ -37,7 +38,7 @@ def test_the_readme_has_the_sections_of_all_others(bundle):
     assert not [other for other in BUNDLES if other != bundle and f"bundles/{other}/" in text]
 
 
-@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize("bundle", ALL_BUNDLES)
 def test_static_peer_check(bundle):
     tool = shared_data("..", "tools", "bundle_peer_check.py")
     ended = subprocess.run(
@@ -48,7 +49,7 @@ def test_static_peer_check(bundle):
     assert [line for line in failed if not any(a in line for a in allowed)] == []
 
 
-@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize("bundle", ALL_BUNDLES)
 def test_metadata_fits_the_schema_and_the_network(bundle, tmp_path):
     metadata = json.loads((ROOT / "bundles" / bundle / "configs" / "metadata.json").read_text())
     schema = json.loads(shared_data("..", "reference", "meta_schema_20240725.json").read_text())
@@ -63,7 +64,7 @@ def test_metadata_fits_the_schema_and_the_network(bundle, tmp_path):
     assert list(pred["channel_def"]) == [str(i) for i in range(pred["num_channels"])]
 
 
-@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize("bundle", ALL_BUNDLES)
 def test_the_exported_network_scripts_and_agrees(bundle, tmp_path):
     network = workflow(bundle, ("inference",), settings(bundle, tmp_path, tmp_path)).parser.get_parsed_content(
         "network"

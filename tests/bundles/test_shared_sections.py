@@ -9,7 +9,7 @@ from helpers import ROOT
 
 from amkd_monai.tasks import TASKS
 
-BUNDLES = sorted(p.parent.parent.name for p in ROOT.glob("bundles/*/configs/train.json"))
+BUNDLES = sorted(name for p in ROOT.glob("bundles/*/configs/train.json") if (name := p.parent.parent.name) in TASKS)
 KINDS = ("segmentation", "classification")
 EVERYWHERE = (
     "imports",
@@ -21,6 +21,8 @@ EVERYWHERE = (
     "gate",
     "gate_options",
     "losses",
+    "init_from",
+    "init_parts",
     "loss_gate",
     "loss_gate_options",
     "return_code",
@@ -69,6 +71,18 @@ def test_sections_that_know_nothing_of_the_answer_are_equal_in_all_bundles(bundl
     assert without(other["distiller_def"], *own) == without(first["distiller_def"], *own)
     for name in ("multi_gpu_train", "paper"):
         assert config(bundle, name) == config(BUNDLES[0], name)
+
+
+def test_the_bundle_of_several_tasks_has_the_same_method_settings_and_opens_all_bundles():
+    shared, first = config("multitask", "train"), config(BUNDLES[0], "train")
+    assert list(shared["tasks"]) and set(shared["tasks"]) == set(BUNDLES)
+    for key in set(EVERYWHERE) - {"imports", "cache_dir", "method", "targets", "facts"}:
+        assert shared[key] == first[key], key
+    assert set(shared["settings"]) <= set(first), "what is set for all tasks is a setting of each"
+    assert {**config("multitask", "multi_gpu_train"), "distiller": 0} == {
+        **config(BUNDLES[0], "multi_gpu_train"),
+        "distiller": 0,
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from amkd_monai.atomic import atomic_path
+from amkd_monai.networks.initial import initialised
 from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
 
 logger = logging.getLogger("amkd_monai")
@@ -159,13 +160,14 @@ class LoadStudent:
     Args:
         student: network to fill.
         path: flat state dict, e.g. ``models/model.pt``.
+        task: the file is a shared student's, of which this task's part is taken.
 
     Raises:
         CheckpointError: there is no such file, or it is another network's.
     """
 
-    def __init__(self, student: nn.Module, path: str | Path) -> None:
-        self.student, self.path = student, Path(path)
+    def __init__(self, student: nn.Module, path: str | Path, task: str | None = None) -> None:
+        self.student, self.path, self.task = student, Path(path), task
 
     def attach(self, engine: Engine) -> None:
         """Load when the engine starts."""
@@ -175,4 +177,7 @@ class LoadStudent:
         """Load strictly, without unpickling code."""
         if not self.path.is_file():
             raise CheckpointError(f"There is no trained student at {self.path}: run `training` first.")
-        load_strict(self.student, load_state_dict(self.path), self.path)
+        if self.task is not None:
+            initialised(self.student, self.path, self.task)
+        else:
+            load_strict(self.student, load_state_dict(self.path), self.path)

@@ -18,6 +18,7 @@ from ignite.engine import Engine, Events
 
 import amkd_monai
 from amkd_monai.atomic import atomic_write_bytes, atomic_write_json
+from amkd_monai.distillation.interface import DistillationOutput
 
 VERSIONED = ("torch", "monai", "pytorch-ignite", "timm", "numpy")
 
@@ -43,7 +44,7 @@ class RunRecord:
         self.output_dir, self.facts, self.evaluator = Path(output_dir), dict(facts), evaluator
         self.rows: list[dict[str, float]] = []
         self.sums: dict[str, float] = {}
-        self.steps = 0
+        self.counts: dict[str, int] = {}
         self.started = 0.0
 
     def attach(self, engine: Engine) -> None:
@@ -59,28 +60,24 @@ class RunRecord:
 
     def _collect(self, engine: Engine) -> None:
         result = engine.state.distillation
-        values = {"loss_total": float(result.total.detach())}
-        for name, loss in result.losses.items():
-            values[f"loss_{name}"] = float(loss.detach().mean())
-            values[f"weight_{name}"] = float(result.loss_weights[name])
-            values[f"weighted_{name}"] = values[f"loss_{name}"] * values[f"weight_{name}"]
-        for name, weights in result.teacher_weights.items():
-            mean = weights.mean(0).tolist()
-            for k, value in enumerate(mean):
-                values[f"teacher_{name}_{engine.targets.specs[k].name}"] = value
-            values[f"effective_teachers_{name}"] = effective_number(mean)
-        values.update(result.figures)
+        if isinstance(result, Mapping):  # a step of several tasks
+            values = {"loss_total": float(engine.state.output["loss"])}
+            for task, of_task in result.items():
+                figures = step_figures(of_task, engine.teachers_of(task))
+                values |= {f"{task}/{name}": value for name, value in figures.items()}
+        else:
+            values = step_figures(result, [s.spec.name for s in engine.targets.sources] if engine.targets else [])
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.steps += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def _epoch(self, engine: Engine) -> None:
         row: dict[str, float] = {"epoch": engine.state.epoch, "learning_rate": engine.optimizer.param_groups[0]["lr"]}
-        row.update({name: total / self.steps for name, total in self.sums.items()})
+        row.update({name: total / self.counts[name] for name, total in self.sums.items()})
         if self.evaluator is not None and self.evaluator.state.epoch == engine.state.epoch:
             row.update({k: float(v) for k, v in self.evaluator.state.metrics.items()})
         self.rows.append(row)
-        self.sums, self.steps = {}, 0
+        self.sums, self.counts = {}, {}
         if self._main():
             columns = list(dict.fromkeys(k for r in self.rows for k in r))
             text = io.StringIO()
@@ -127,6 +124,20 @@ class RunRecord:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the history."""
         self.rows = [dict(row) for row in state["rows"]]
+
+
+def step_figures(result: DistillationOutput, teachers: Sequence[str]) -> dict[str, float]:
+    """Return what is recorded of a step: losses, their weights, and the mean weight of each teacher by name."""
+    values = {"loss_total": float(result.total.detach())}
+    for name, loss in result.losses.items():
+        values[f"loss_{name}"] = float(loss.detach().mean())
+        values[f"weight_{name}"] = float(result.loss_weights[name])
+        values[f"weighted_{name}"] = values[f"loss_{name}"] * values[f"weight_{name}"]
+    for name, weights in result.teacher_weights.items():
+        mean = weights.mean(0).tolist()
+        values |= {f"teacher_{name}_{teacher}": value for teacher, value in zip(teachers, mean, strict=True)}
+        values[f"effective_teachers_{name}"] = effective_number(mean)
+    return values | result.figures
 
 
 def effective_number(weights: Sequence[float]) -> float:

@@ -1,0 +1,111 @@
+"""What a run on several tasks writes beside each task's own report: who teaches what, and what sharing brought."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+
+from amkd_monai.atomic import atomic_write_bytes
+from amkd_monai.engines.handlers.run_record import RunRecord
+from amkd_monai.metrics.transfer import format_transfer, transfer_csv, transfer_rows
+from amkd_monai.tasks import Task
+
+logger = logging.getLogger("amkd_monai")
+
+_CELL = 90, 26
+"""Width and height of a cell of the heat map, px."""
+
+
+class TeachingMap:
+    """Write the mean weight of each teacher on each task: ``teachers.csv`` and ``teachers.svg``.
+
+    Of each task it is that of the last epoch that drew the task.
+
+    Attach to the trainer after the run record.
+
+    Args:
+        run_record: whose history is read.
+        output_dir: folder of the files.
+    """
+
+    def __init__(self, run_record: RunRecord, output_dir: str | Path) -> None:
+        self.run_record, self.output_dir = run_record, Path(output_dir)
+
+    def attach(self, engine: Engine) -> None:
+        """Write after every epoch."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write both files; nothing without teachers."""
+        weights: dict[tuple[str, str, str], float] = {}
+        latest = {column: value for row in self.run_record.rows for column, value in row.items()}
+        for column, value in latest.items():
+            task, _, figure = column.partition("/teacher_")
+            loss, _, teacher = figure.partition("_")
+            if teacher:
+                weights[task, loss, teacher] = value
+        if not weights or (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0):
+            return
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("task", "loss", "teacher", "weight"))
+        writer.writerows((*key, value) for key, value in weights.items())
+        atomic_write_bytes(self.output_dir / "teachers.csv", text.getvalue().encode())
+        atomic_write_bytes(self.output_dir / "teachers.svg", heat_map(weights).encode())
+
+
+def heat_map(weights: Mapping[tuple[str, str, str], float]) -> str:
+    """Return an SVG of weights {(task, loss, teacher): weight}: a row per task and loss, darker where it is larger."""
+    rows = list(dict.fromkeys((task, loss) for task, loss, _ in weights))
+    columns = list(dict.fromkeys(teacher for *_, teacher in weights))
+    wide, high = _CELL
+    left, top = 210, 40
+    size = f'width="{left + wide * len(columns)}" height="{top + high * len(rows)}"'
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">']
+    parts += [f'<text x="{left + wide * k + 4}" y="{top - 8}">{name}</text>' for k, name in enumerate(columns)]
+    for r, (task, loss) in enumerate(rows):
+        y = top + high * r
+        parts.append(f'<text x="4" y="{y + 17}">{task}, {loss}</text>')
+        for k, teacher in enumerate(columns):
+            value = weights.get((task, loss, teacher))
+            if value is not None:
+                shade, ink = round(255 * (1 - min(1.0, value))), "white" if value > 0.5 else "black"
+                place = f'x="{left + wide * k}" y="{y}" width="{wide}" height="{high}"'
+                parts.append(f'<rect {place} fill="rgb({shade},{shade},255)" stroke="white"/>')
+                parts.append(f'<text x="{left + wide * k + 28}" y="{y + 17}" fill="{ink}">{value:.3f}</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
+class TransferReport:
+    """Compare the shared student's evaluation with other runs: ``transfer.csv``, and a table in the log.
+
+    Attach to the evaluator of all tasks.
+
+    Args:
+        output_dir: folder that holds a folder per task.
+        tasks: {task: what is asked}.
+        runs: {label: folder of another run, with ``{task}`` in it}, such as the undistilled and the distilled students
+            of single data sets, fine-tuned students, or the shared student before it learned more; None leaves one out.
+    """
+
+    def __init__(self, output_dir: str | Path, tasks: Mapping[str, Task], runs: Mapping[str, str | None]) -> None:
+        self.output_dir, self.tasks = Path(output_dir), dict(tasks)
+        self.runs = {label: pattern for label, pattern in runs.items() if pattern}
+
+    def attach(self, engine: Engine) -> None:
+        """Write when the evaluation ends."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write and log."""
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+            return
+        rows = transfer_rows({task: self.output_dir / task for task in self.tasks}, self.tasks, self.runs)
+        atomic_write_bytes(self.output_dir / "transfer.csv", transfer_csv(rows).encode())
+        logger.info("shared student, compared with other runs\n%s", format_transfer(rows))

@@ -1,0 +1,124 @@
+"""A student starts from a trained shared one: all of it, or a part that is asked for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from amkd_monai.networks.shared_student import Head, SharedStudent
+from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
+
+logger = logging.getLogger("amkd_monai")
+
+PARTS = ("all", "known", "body", "encoder")
+_KEYS = {"encoder": ("encoder.",), "body": ("encoder.", "neck.")}
+
+
+def initialised(student: nn.Module, path: str | Path | None, task: str | None = None, parts: str = "all") -> nn.Module:
+    """Load what a checkpoint of a shared student holds into a student, and return it.
+
+    Args:
+        student: a :class:`SharedStudent`, or the student of one task.
+        path: flat state dict of a shared student; None leaves the student as it is.
+        task: whose head (and batch norms) the student of one task takes.
+        parts: ``all``: encoder, neck and heads, which must be the same on both sides; ``known``: encoder, neck and the
+            heads that both have, so that a new task joins (shared students only); ``body``: encoder and neck;
+            ``encoder``: that alone.
+
+    Raises:
+        ValueError: unknown parts.
+        CheckpointError: no such file, other heads, or tensors of another shape.
+    """
+    if path is None:
+        return student
+    if parts not in PARTS:
+        raise ValueError(f"init_parts is '{parts}': use one of {', '.join(PARTS)}.")
+    state = load_state_dict(path)
+    there = heads_of(state)
+    if not there:
+        raise CheckpointError(f"{path} is not the checkpoint of a shared student: it has no heads; give another file.")
+    if isinstance(student, SharedStudent):
+        if parts in ("all", "known"):
+            state = _matching_heads(student, state, set(there), parts, path)
+    else:
+        if parts in ("all", "known") and task not in there:
+            raise CheckpointError(
+                f"{path} has no head for '{task}' (missing: {task}; surplus: {', '.join(there)}): give a checkpoint "
+                "that was trained on it, or take the encoder alone with init_parts 'encoder'."
+            )
+        state = state_of_task(state, task or "")
+    _load(student, state, parts, path)
+    logger.info("the student starts from %s (%s)", path, parts)
+    return student
+
+
+def heads_of(state: Mapping[str, Tensor]) -> dict[str, Head]:
+    """Return the heads that the state dict of a shared student holds; none for another network's.
+
+    The strides of its heads are not in a state dict: all are given that of the finest level of its neck.
+    """
+    stride = 2 if "neck.lateral.4.weight" in state else 4
+    weights = {k.split(".")[1]: v for k, v in state.items() if k.startswith("heads.") and k.endswith(".weight")}
+    kinds = {4: "segmentation", 2: "classification"}
+    return {task: Head(kinds[w.ndim], w.shape[0], stride) for task, w in weights.items()}
+
+
+def with_heads_of(heads: Mapping[str, Head], path: str | Path | None, parts: str = "known") -> dict[str, Head]:
+    """Return the heads of a run and those that it carries on unchanged from a checkpoint (parts ``known``)."""
+    kept = heads_of(load_state_dict(path)) if path is not None and parts == "known" else {}
+    return {**kept, **heads}
+
+
+def state_of_task(state: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:
+    """Return the part of a shared student's state that is one task's, under the names of a student of its own."""
+    own: dict[str, Tensor] = {}
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        name, _, leaf = rest.partition(".")
+        if part in ("encoder", "neck"):
+            own[key] = value
+        elif part == "heads" and name == task:
+            own[f"head.{leaf}"] = value
+        elif part == "calibration" and name == task:
+            own["temperature"] = value
+        elif part == "norms" and name == task:
+            module, _, tensor = leaf.partition(".")
+            own[f"{module.replace('-', '.')}.{tensor}"] = value
+    return own
+
+
+def _matching_heads(
+    student: SharedStudent, state: dict[str, Tensor], there: set[str], parts: str, path: str | Path
+) -> dict[str, Tensor]:
+    """Complete the state with the student's own fresh heads where ``parts`` allows it."""
+    missing, surplus = [t for t in student.specs if t not in there], sorted(there - set(student.specs))
+    if surplus or (missing and parts == "all"):
+        raise CheckpointError(
+            f"{path} has other heads than this run (missing: {', '.join(missing) or 'none'}; surplus: "
+            f"{', '.join(surplus) or 'none'}): choose its tasks, let new ones join with init_parts 'known', or take "
+            "the encoder alone with init_parts 'encoder'."
+        )
+    if missing:
+        logger.warning("heads that start afresh, beyond %s: %s", path, ", ".join(missing))
+    finer = ("neck.",) if parts == "known" else ()  # a new head may read a level that no head has read yet
+    fresh = {k: v for k, v in student.state_dict().items() if _task_in(k) in missing or k.startswith(finer)}
+    return {**fresh, **state}
+
+
+def _task_in(key: str) -> str | None:
+    part, _, rest = key.partition(".")
+    return rest.partition(".")[0] if part in ("heads", "calibration", "norms") else None
+
+
+def _load(student: nn.Module, state: Mapping[str, Tensor], parts: str, path: str | Path) -> None:
+    expected = student.state_dict()
+    if parts in _KEYS:
+        norms = {k: v for k, v in state.items() if _task_in(k) is None and k.startswith(_KEYS[parts])}
+        state = {**{k: v for k, v in expected.items() if not k.startswith(_KEYS[parts])}, **norms}
+    if isinstance(student, SharedStudent):
+        return load_strict(student, state, path)
+    finer = [k for k in state if k.startswith("neck.") and k not in expected]  # levels that this student does not read
+    return load_strict(student, {k: v for k, v in state.items() if k not in finer}, path)

@@ -1,0 +1,179 @@
+"""One student for several tasks: one encoder, one neck and a light head per task."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amkd_monai.networks.class_student import ClassStudent
+from amkd_monai.networks.encoder import load_encoder_weights
+from amkd_monai.networks.student import EncodedStudent, FeaturePyramid, Student, feature_encoder
+
+NORM_POLICIES = ("shared_frozen", "per_dataset")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the head of a task answers.
+
+    Attributes:
+        kind: ``segmentation`` (1x1 convolution on the neck) or ``classification`` (pooled vector, linear).
+        classes: number of logits.
+        stride: of the neck's level that a segmentation head reads, 4 or 2.
+    """
+
+    kind: str
+    classes: int
+    stride: int = 4
+
+
+class SharedStudent(nn.Module):
+    """One encoder and one feature pyramid for all tasks; :meth:`for_task` gives the student of one.
+
+    Its flat state dict has ``encoder.*``, ``neck.*``, ``heads.<task>.*``, ``calibration.<task>`` (temperatures of class
+    heads) and, with norms of their own, ``norms.<task>.*``.
+
+    Args:
+        heads: {task: :class:`Head`, or the same as a dict}.
+        encoder: timm name.
+        neck_channels: channels of the feature pyramid.
+        weights: of the encoder: ``packaged``, ``random``, or a checkpoint file.
+        batch_norm: ``shared_frozen``: all tasks share the batch norms, whose running statistics the trainer freezes
+            after warm-up; ``per_dataset``: each task has batch norms of its own, statistics and affine parameters.
+        dropout: rate before the linear layer of class heads.
+        drop_path: rate of stochastic depth in the encoder.
+        seed: of the initial values that the weights don't give; the global random state is left alone.
+
+    Raises:
+        ValueError: no head, a head or task name that cannot be, or an unknown policy.
+        CheckpointError: encoder weights that are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        heads: Mapping[str, Head | Mapping[str, Any]],
+        encoder: str = "tf_efficientnet_lite0",
+        neck_channels: int = 64,
+        weights: str | Path = "packaged",
+        batch_norm: str = "shared_frozen",
+        dropout: float = 0.2,
+        drop_path: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_norm not in NORM_POLICIES:
+            raise ValueError(f"There is no batch_norm policy '{batch_norm}': use one of {', '.join(NORM_POLICIES)}.")
+        self.specs = {task: h if isinstance(h, Head) else Head(**h) for task, h in heads.items()}
+        _check(self.specs)
+        self.dropout, self.batch_norm = dropout, batch_norm
+        finest = min((h.stride for h in self.specs.values() if h.kind == "segmentation"), default=4)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.encoder = feature_encoder(encoder, range(1 if finest == 4 else 0, 5), drop_path)
+            channels = list(self.encoder.feature_info.channels())
+            self.neck = FeaturePyramid(channels, neck_channels)
+            self.heads = nn.ModuleDict(
+                {
+                    task: nn.Conv2d(neck_channels, h.classes, 1)
+                    if h.kind == "segmentation"
+                    else nn.Linear(channels[-1], h.classes)
+                    for task, h in self.specs.items()
+                }
+            )
+        load_encoder_weights(self.encoder, encoder, weights)
+        self.calibration = nn.Module()
+        for task, h in self.specs.items():
+            if h.kind == "classification":
+                self.calibration.register_buffer(task, torch.ones(()))
+        self.norms = nn.ModuleDict()
+        if batch_norm == "per_dataset":
+            self._give_norms_to_tasks()
+
+    def _give_norms_to_tasks(self) -> None:
+        """Take the batch norms out of encoder and neck, and give a copy of them to each task."""
+        shared = [
+            (f"{part}.{name}", norm)
+            for part in ("encoder", "neck")
+            for name, norm in getattr(self, part).named_modules()
+            if isinstance(norm, nn.BatchNorm2d)
+        ]
+        for task in self.specs:  # a module's name must not hold a dot
+            self.norms[task] = nn.ModuleDict({name.replace(".", "-"): copy.deepcopy(norm) for name, norm in shared})
+        for name, _ in shared:
+            self.set_submodule(name, nn.Identity())
+
+    def for_task(self, task: str) -> Student | ClassStudent:
+        """Return the student of one task: its modules are these very ones, not copies.
+
+        Move the shared student to its device before; a view made earlier keeps a buffer where it was.
+
+        Raises:
+            ValueError: there is no head for the task.
+        """
+        if task not in self.specs:
+            raise ValueError(f"The shared student has no head for '{task}': it has {', '.join(self.specs)}.")
+        head = self.specs[task]
+        encoder, neck = self._trunk(task)
+        if head.kind == "classification":
+            return _ClassView(encoder, self.heads[task], self.calibration.get_buffer(task), self.dropout)
+        return _MaskView(encoder, _levels(neck, self.encoder, head.stride), self.heads[task])
+
+    def _trunk(self, task: str) -> tuple[nn.Module, FeaturePyramid]:
+        """Encoder and neck as the task sees them: its own batch norms in them, everything else shared."""
+        if self.batch_norm == "shared_frozen":
+            return self.encoder, self.neck
+        same: dict[int, Any] = {id(p): p for part in (self.encoder, self.neck) for p in part.parameters()}
+        for name, norm in self.norms[task].items():
+            same[id(self.get_submodule(name.replace("-", ".")))] = norm
+        return copy.deepcopy(self.encoder, same), copy.deepcopy(self.neck, same)
+
+
+class _MaskView(Student):
+    """The student of one segmentation task, made of shared modules."""
+
+    def __init__(self, encoder: nn.Module, neck: FeaturePyramid, head: nn.Conv2d) -> None:
+        EncodedStudent.__init__(self, encoder)
+        self.neck, self.head, self.num_classes = neck, head, head.out_channels
+        _follow(self, head.weight)
+
+
+class _ClassView(ClassStudent):
+    """The student of one classification task, made of shared modules."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Linear, temperature: Tensor, dropout: float) -> None:
+        EncodedStudent.__init__(self, encoder)
+        self.dropout, self.head, self.num_classes = nn.Dropout(dropout), head, head.out_features
+        self.register_buffer("temperature", temperature)
+        _follow(self, head.weight)
+
+
+def _follow(view: EncodedStudent, parameter: Tensor) -> None:
+    """Bring the buffers that a view has for itself to the device of the shared student."""
+    view.mean, view.std = view.mean.to(parameter.device), view.std.to(parameter.device)
+
+
+def _levels(neck: FeaturePyramid, encoder: nn.Module, stride: int) -> FeaturePyramid:
+    """Return a pyramid that shares the levels down to a stride."""
+    count = sum(r >= stride for r in encoder.feature_info.reduction())
+    part = copy.copy(neck)
+    part._modules = {"lateral": neck.lateral[:count], "smooth": neck.smooth[:count]}
+    return part
+
+
+def _check(heads: Mapping[str, Head]) -> None:
+    if not heads:
+        raise ValueError("A shared student needs at least one head: give it a task.")
+    for task, head in heads.items():
+        if not task.isidentifier():
+            raise ValueError(f"'{task}' cannot name a task: use letters, digits and underscores.")
+        if head.kind not in ("segmentation", "classification") or head.classes < 2 or head.stride not in (2, 4):
+            raise ValueError(
+                f"The head of '{task}' cannot be made ({head}): its kind is segmentation or classification, with at "
+                "least two classes, at stride 2 or 4."
+            )

@@ -1,0 +1,85 @@
+"""Tasks around one student: they do not disturb each other, and share what they learn about a teacher."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy_problem import make_batch, spec
+
+from amkd_monai.distillation import Distiller
+from amkd_monai.distillation.multitask import MultiTaskDistiller
+from amkd_monai.networks import SharedStudent
+
+TEACHER = spec(grid=(12, 4, 4), logits=(2, 8, 8))
+HEADS = {"a": {"kind": "segmentation", "classes": 2}, "b": {"kind": "segmentation", "classes": 2}}
+
+
+def problem(policy="shared_frozen", teachers=(TEACHER,), **options):
+    torch.manual_seed(0)
+    student = SharedStudent(HEADS, weights="random", batch_norm=policy)
+    distillers = {t: Distiller(student.for_task(t), list(teachers), **options) for t in HEADS}
+    return student, MultiTaskDistiller(distillers, scale_steps=3, freeze_norms=policy == "shared_frozen")
+
+
+@pytest.mark.parametrize("policy", ["shared_frozen", "per_dataset"])
+def test_a_step_on_one_task_leaves_the_head_and_norms_of_the_other_bit_identical(policy):
+    student, distiller = problem(policy, gate="learned", gate_options={"tasks": 2})
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=0.1, weight_decay=0.1)
+    for task in ("b", "a"):  # b first, so that the optimiser holds momentum for it
+        before = {k: v.clone() for k, v in student.state_dict().items()}
+        distiller.train()
+        optimizer.zero_grad(set_to_none=True)
+        distiller(task, make_batch([TEACHER])).total.backward()
+        optimizer.step()
+    changed = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
+    assert {"encoder.conv_stem.weight", "heads.a.weight"} <= changed
+    assert not any(k.startswith(("heads.b.", "norms.b.")) for k in changed)
+    assert any(k.startswith("norms.a.") and k.endswith("running_mean") for k in changed) == (policy == "per_dataset")
+
+
+def test_shared_norms_keep_their_statistics_after_the_warm_up_and_go_on_learning():
+    student, distiller = problem(teachers=())
+    for warm in (False, True):
+        distiller.warm = warm
+        before = {k: v.clone() for k, v in student.state_dict().items()}
+        distiller.train()
+        distiller("a", make_batch([])).total.backward()
+        moved = any(not torch.equal(v, before[k]) for k, v in student.state_dict().items() if "running" in k)
+        assert moved != warm
+    assert student.get_parameter("encoder.bn1.weight").grad.abs().sum() > 0
+
+
+def test_equal_teachers_share_projections_codes_and_the_gate():
+    _, distiller = problem(gate="learned", gate_options={"tasks": 2}, return_code="learned")
+    a, b = distiller.distillers["a"], distiller.distillers["b"]
+    assert a.align["t"] is b.align["t"] and a.codes["t"] is b.codes["t"]
+    assert a.teacher_gate.network is b.teacher_gate.network
+    assert a.standardise["t"] is not b.standardise["t"], "statistics are a data set's own"
+
+
+def test_spaces_of_a_data_sets_own_are_not_shared():
+    whole = spec(grid=(12, 4, 4))
+    object.__setattr__(whole, "covariance", torch.eye(12))
+    for options in ({"standardisation": "phi_s"}, {"return_code": "pca"}):
+        _, distiller = problem(teachers=(whole,), **options)
+        assert distiller.distillers["a"].align["t"] is not distiller.distillers["b"].align["t"]
+    other = spec(grid=(6, 4, 4))
+    student = SharedStudent(HEADS, weights="random")
+    pair = {t: Distiller(student.for_task(t), [s]) for t, s in (("a", TEACHER), ("b", other))}
+    assert MultiTaskDistiller(pair).distillers["a"].align["t"] is not pair["b"].align["t"]
+
+
+def test_the_loss_of_a_task_is_measured_on_its_own_scale_which_freezes():
+    _, distiller = problem(teachers=())
+    distiller.train()
+    seen = []
+    for seed in range(5):
+        result = distiller("a", make_batch([], seed=seed))
+        seen.append(float(result.losses["task"].detach().mean()))
+        scale = result.figures["loss_scale"]
+        assert float(result.total) == pytest.approx(seen[-1] / scale, rel=1e-5)
+        assert scale == pytest.approx(sorted(seen[:3])[(min(len(seen), 3) - 1) // 2], rel=1e-5)
+    assert int(distiller.scales["b"].count) == 0
+    distiller.eval()
+    distiller("b", make_batch([]))
+    assert int(distiller.scales["b"].count) == 0, "evaluation measures nothing"

@@ -1,0 +1,257 @@
+"""One student is trained on several data sets, compared, fine-tuned, resumed, and learns another one later."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from bundle_runs import SHARED, SMALL, read_json, run, settings, workflow
+from helpers import ROOT
+from ignite.engine import Events
+from toy_task import TASK, find_items, inference_items, split, write
+
+from amkd_monai.data import datalist
+from amkd_monai.engines.task_bundles import teachers_of
+from amkd_monai.errors import root_cause
+from amkd_monai.tasks import TASKS, get_task
+
+TEACHER = {"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}
+PAIR = ["kvasir_seg", "aptos2019"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def small(folder, cache, **overrides):
+    values = {"teachers": [], "norm_warmup_steps": 0, "scale_steps": 3, "steps_per_epoch": 4, "only": PAIR}
+    return settings(SHARED, folder, cache, **{**values, **overrides})
+
+
+def entries(*names, **further):
+    """The small entries of some tasks, with further settings for each."""
+    return {name: {**SMALL[SHARED]["tasks"][name], **further} for name in names}
+
+
+def table(path):
+    return list(csv.DictReader(path.open()))
+
+
+def refusal(values, configs=("train",)):
+    """The sentence with which a run is refused."""
+    with pytest.raises((RuntimeError, ValueError, OSError)) as caught:
+        run(SHARED, configs, values)
+    text = str(root_cause(caught.value))
+    assert text.endswith(".") and "\n" not in text
+    return text
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory, cache):
+    """All six tasks, 36 steps of all of them with one teacher; what validation said before, and the run's folder."""
+    folder = tmp_path_factory.mktemp("everything")
+    values = small(folder, cache, only=None, teachers=[TEACHER], tasks_per_step=6, steps_per_epoch=36, max_epochs=1)
+    values |= {"recipe#learning_rate": 3e-3, "recipe#encoder_learning_rate": 1e-3}
+    training = workflow(SHARED, ("train",), values)
+    assert training.check_properties() == []
+    evaluator = training.parser.get_parsed_content("validate#evaluator")
+    evaluator.run(1)
+    untrained = dict(evaluator.state.metrics)
+    evaluator.state.best_metric, evaluator.state.best_metric_epoch = -1, -1
+    training.parser.get_parsed_content("best_student").best = -1.0
+    training.run()
+    return folder, values, untrained
+
+
+def test_all_six_tasks_improve_over_their_untrained_state_in_one_run(everything):
+    folder, _, untrained = everything
+    (row,) = table(folder / "eval" / "history.csv")
+    tasks = read_json(folder / "eval" / "run.json")["tasks"]
+    assert len(tasks) == 6
+    for task in tasks:
+        name = f"{task}/val_{get_task(task).primary_metric}"
+        assert float(row[name]) > untrained[name], name
+        assert float(row[f"{task}/weight_task"]) == 1 and 0 < float(row[f"{task}/teacher_feature_lite1"]) <= 1
+    values = [float(row[f"{t}/val_{get_task(t).primary_metric}"]) for t in tasks]
+    assert float(row["mean_over_tasks"]) == pytest.approx(sum(values) / 6)
+    state = torch.load(folder / "models" / "model.pt", weights_only=True)
+    assert all(isinstance(v, torch.Tensor) for v in state.values())
+    assert not any("align" in k or "teacher" in k or "distiller" in k for k in state)
+    assert float(state["calibration.aptos2019"]) == pytest.approx(float(row["aptos2019/temperature"]))
+    weights = table(folder / "eval" / "teachers.csv")
+    assert {r["task"] for r in weights} == set(tasks) and {r["teacher"] for r in weights} == {"lite1"}
+    assert (folder / "eval" / "teachers.svg").read_text().count("<rect") == len(weights)
+
+
+def test_the_evaluation_compares_with_single_students_and_they_start_from_the_shared_one(everything, cache, tmp_path):
+    folder, values, _ = everything
+    for label, more in (("alone", {}), ("fine_tuned", {"init_from": str(folder / "models" / "model.pt")})):
+        for bundle in PAIR:
+            place = tmp_path / bundle / label
+            network = {"teachers": [], "max_epochs": 1, **more}
+            single = settings(bundle, place, cache / bundle, **network, output_dir=str(place), ckpt_dir=str(place))
+            run(bundle, ("train",), single)
+            run(bundle, ("train", "evaluate"), single)
+            assert read_json(place / "run.json")["method"]["init_from"] == more.get("init_from")
+    compare = {"undistilled": f"{tmp_path}/{{task}}/alone", "fine_tuned": f"{tmp_path}/{{task}}/fine_tuned"}
+    run(SHARED, ("train", "evaluate"), {**values, "only": PAIR, "compare": compare})
+    rows = table(folder / "eval" / "transfer.csv")
+    assert [(r["task"], r["run"]) for r in rows] == [
+        *((task, label) for task in PAIR for label in ("shared", "undistilled", "fine_tuned")),
+        ("mean of 2", "undistilled"),
+        ("mean of 2", "fine_tuned"),
+    ]
+    for row in rows[:6]:
+        assert float(row["ci_low"]) <= float(row["value"]) <= float(row["ci_high"])
+        assert row["run"] == "shared" or 0 < float(row["p"]) <= float(row["p_holm"]) <= 1
+    deltas = [float(r["delta"]) for r in rows[:6] if r["run"] == "undistilled"]
+    assert float(rows[-2]["delta"]) == pytest.approx(sum(deltas) / 2)
+    assert float(rows[1]["delta"]) > 0, "36 steps beat one epoch on polyps"
+
+
+def test_one_head_predicts(everything, cache, tmp_path):
+    folder, _, _ = everything
+    images = write(tmp_path / "new", count=2) / "images"
+    for task, written in (("kvasir_seg", "0?_mask.png"), ("aptos2019", "predictions.csv")):
+        values = {"bundle_root": str(ROOT / "bundles" / SHARED), "task": task, "dataset_dir": str(images)}
+        values |= {"output_dir": str(tmp_path / task), "ckpt_dir": str(folder / "models"), "cache_dir": str(cache)}
+        values["entry"] = {"bundle": task, "image_size": 64}
+        run(SHARED, ("inference",), values)
+        assert len(list((tmp_path / task).glob(written))) == (2 if task == "kvasir_seg" else 1)
+    assert len(table(tmp_path / "aptos2019" / "predictions.csv")) == 2
+
+
+def test_a_broken_off_run_resumes_to_the_same_student(tmp_path, cache):
+    options = {"only": [*PAIR, "msd_heart"], "teachers": [TEACHER], "tasks_per_step": 2, "max_epochs": 3}
+    options |= {"gate": "learned", "loss_gate": "agreement", "return_code": "learned", "norm_warmup_steps": 6}
+    options["losses"] = {"output": 1.0, "feature": 0.2, "reconstruction": 0.2}
+    options["loss_gate_options"] = {"every": 2}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(SHARED, ("train",), small(whole, cache, **options))
+    started = workflow(SHARED, ("train",), small(broken, cache, **options))
+
+    def stop(engine):
+        raise KeyboardInterrupt
+
+    trainer = started.parser.get_parsed_content("train#trainer")
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=6), stop)  # in the second epoch of four steps
+    with pytest.raises(KeyboardInterrupt):
+        started.run()
+    run(SHARED, ("train",), small(broken, cache, resume=True, **options))
+    for name in ("model.pt", "distillation.pt"):
+        a, b = (torch.load(f / "models" / name, weights_only=True) for f in (whole, broken))
+        a, b = (s.get("distiller", s) for s in (a, b))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert table(whole / "eval" / "history.csv") == table(broken / "eval" / "history.csv")
+    assert "another tasks" in refusal(small(broken, cache, resume=True, **options, tasks=entries(*options["only"])))
+
+
+def test_a_seventh_data_set_joins_later_and_what_is_forgotten_is_measured(tmp_path, cache, monkeypatch):
+    """An entry and a data module are all that a data set needs; the student that was is one teacher of the new one."""
+    monkeypatch.setitem(TASKS, "discs", TASK)
+    monkeypatch.setitem(
+        datalist.MODULES, "discs", type("module", (), {k: staticmethod(v) for k, v in FUNCTIONS.items()})
+    )
+    first, second = tmp_path / "first", tmp_path / "second"
+    values = small(first, cache)
+    run(SHARED, ("train",), values)
+    run(SHARED, ("train", "evaluate"), values)
+    before = torch.load(first / "models" / "model.pt", weights_only=True)
+
+    discs = {**entries("kvasir_seg")["kvasir_seg"], "task": "discs", "dataset_dir": str(write(tmp_path / "Discs"))}
+    old = {"name": "before", "kind": "student", "weights": str(first / "models" / "model.pt")}
+    more = {"tasks": {**entries(*PAIR), "discs": discs}, "teachers": [old], "init_parts": "known"}
+    values = small(second, cache, **more, init_from=old["weights"])
+    run(SHARED, ("train",), {**values, "only": ["discs"], "max_epochs": 4})
+    after = torch.load(second / "models" / "model.pt", weights_only=True)
+    heads = [k for k in before if k.startswith(("heads.", "calibration."))]
+    assert all(torch.equal(before[k], after[k]) for k in heads), "heads without data are carried on as they are"
+    assert "heads.discs.weight" in after
+    history = table(second / "eval" / "history.csv")
+    assert float(history[-1]["discs/val_dice"]) > 0.3
+    assert float(history[-1]["discs/loss_feature"]) < float(history[0]["discs/loss_feature"])
+
+    del values["init_from"], values["init_parts"]
+    compare = {"before": f"{first}/eval/{{task}}"}
+    for name in PAIR:  # phantoms, named: tasks without data are left out where another one has some
+        values["tasks"][name]["dataset_dir"] = str(next((cache / name / "phantoms").glob("*/")))
+    run(SHARED, ("train", "evaluate"), {**values, "only": None, "compare": compare})
+    rows = table(second / "eval" / "transfer.csv")
+    assert {r["task"] for r in rows if r["run"] == "before"} == {*PAIR, "mean of 2"}
+    assert {r["task"] for r in rows if r["run"] == "shared"} == {*PAIR, "discs"}
+
+
+FUNCTIONS = {"find_items": find_items, "split": split, "inference_items": inference_items}
+
+
+class MasksAndFeatures(torch.nn.Module):
+    """A specialist for masks: logits and a feature map."""
+
+    def forward(self, image):
+        small = torch.nn.functional.avg_pool2d(image, 8)
+        return small[:, :2] * 4, small
+
+
+def test_a_teacher_of_one_task_answers_there_and_gives_features_everywhere(tmp_path, cache):
+    torch.jit.script(MasksAndFeatures()).save(str(tmp_path / "masks.ts"))
+    masks = {"name": "masks", "kind": "specialist", "path": str(tmp_path / "masks.ts"), "tasks": ["kvasir_seg"]}
+    values = small(tmp_path, cache, teachers=[masks], admission={"mode": "all"}, max_epochs=1)
+    run(SHARED, ("train",), values)
+    tasks = read_json(tmp_path / "eval" / "run.json")["tasks"]
+    (of_masks,), (of_classes,) = (tasks[t]["distillation"]["teachers"] for t in PAIR)
+    assert of_masks["answers"] == "its own" and of_classes["answers"].startswith("linear probe")
+    run(SHARED, ("train",), {**values, "teachers_on": "own_domain"})
+    tasks = read_json(tmp_path / "eval" / "run.json")["tasks"]
+    assert tasks["aptos2019"]["distillation"] == "none: the undistilled student"
+    assert tasks["kvasir_seg"]["distillation"]["teachers"][0]["name"] == "masks"
+
+
+def test_the_matrix_of_teachers_and_tasks():
+    specialist = {"name": "s", "kind": "crossfit_specialist", "tasks": ["a"]}
+    masks = {"name": "m", "kind": "specialist", "tasks": ["a"]}
+
+    def row(task, where):
+        return [(t["name"], t.get("own_answers", True)) for t in teachers_of(task, [TEACHER, specialist, masks], where)]
+
+    assert row("a", "everywhere") == row("a", "own_domain") == [("lite1", True), ("s", True), ("m", True)]
+    assert row("b", "everywhere") == [("lite1", True), ("m", False)]
+    assert row("b", "own_domain") == [("lite1", True)]
+    assert not any("tasks" in t for t in teachers_of("a", [masks], "everywhere"))
+
+
+def test_bad_input_is_refused_in_one_sentence(tmp_path, cache):
+    twice = {**entries(*PAIR), "again": {**entries("kvasir_seg")["kvasir_seg"]}}
+    text = refusal(small(tmp_path, cache, tasks=twice))
+    assert "'kvasir_seg' and 'again'" in text and "task kvasir_seg" in text
+    text = refusal(small(tmp_path, cache, tasks=entries(*PAIR, **{"network_def#num_classes": 3})))
+    assert "'kvasir_seg' has 3 classes" in text and "2 (background, polyp)" in text
+    text = refusal(small(tmp_path, cache, tasks=entries(*PAIR, oracle=3)))
+    assert "'kvasir_seg' has no setting 'oracle'" in text
+    assert "no task 'brain'" in refusal(small(tmp_path, cache, only=["brain"]))
+    assert "teachers_on is 'moon'" in refusal(small(tmp_path, cache, teachers_on="moon"))
+    assert "no folder" in refusal(small(tmp_path, cache, dataset_dir=str(tmp_path / "nowhere")))
+    assert "has no" in refusal(small(tmp_path, cache, tasks={"kvasir_seg": {"bundle": "oracle"}}, only=None))
+
+
+def test_a_data_set_that_becomes_empty_is_named(tmp_path, cache):
+    tasks = entries(*PAIR)
+    tasks["kvasir_seg"]["split_fractions"] = [1.0, 0.0, 0.0]
+    text = refusal(small(tmp_path, cache, tasks=tasks))
+    assert text.startswith("Task 'kvasir_seg': ") and "empty" in text
+
+
+def test_tasks_without_data_are_announced_and_left_out(tmp_path, cache, caplog):
+    tasks = entries(*PAIR, "busi")
+    tasks["kvasir_seg"]["dataset_dir"] = str(next((cache / "kvasir_seg" / "phantoms").glob("*/")))
+    run(SHARED, ("train",), small(tmp_path, cache, tasks=tasks, only=None, max_epochs=1))
+    record = read_json(tmp_path / "eval" / "run.json")
+    assert record["missing_tasks"] == ["aptos2019", "busi"] and list(record["tasks"]) == ["kvasir_seg"]
+    assert sum("goes on without it" in message for message in caplog.messages) == 2
+
+
+def test_a_checkpoint_with_other_heads_is_refused(everything, tmp_path, cache):
+    folder, _, _ = everything
+    text = refusal(small(tmp_path, cache, init_from=str(folder / "models" / "model.pt")))
+    assert "missing: none; surplus: " in text and "busi" in text and "encoder" in text
