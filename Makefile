@@ -10,7 +10,7 @@ TORCH     := torch==2.14.1 torchvision==0.29.1
 DEMO      := bundles/msd_heart
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo test check docs format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ check: $(INSTALLED) ## format check, lint, types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(INSTALLED) ## build the documentation site into build/site, warnings are errors
+	$(VPYTHON) -m mkdocs build --strict
 
 format: $(INSTALLED) ## format the code and apply the linter's safe fixes
 	$(VENV)/bin/ruff format .

@@ -38,7 +38,11 @@ class DistillationTrainer(SupervisedTrainer):
         augmentation: random changes of a batch.
         seed: seed of the run.
         amp: bfloat16 autocast of the student's forward (GPU).
-        inferer, postprocessing, key_train_metric, additional_metrics, train_handlers: as in MONAI.
+        inferer: as in MONAI's trainer, like all that follow.
+        postprocessing: of predictions and labels.
+        key_train_metric: the metric to watch.
+        additional_metrics: further metrics.
+        train_handlers: what happens beside the loop.
     """
 
     def __init__(
