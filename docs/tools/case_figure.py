@@ -41,12 +41,13 @@ def cases_of(run: Path) -> list[tuple[str, float, str]]:
 
 
 def picture(run: Path, case: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a case without and with outlines; of a volume the slice with most foreground."""
+    """Return a case without and with outlines; of a volume the slice through the reference's centre."""
     with np.load(preview_file(run, case)) as kept:
-        images, references, predictions = kept["image"], kept["reference"], kept["prediction"]
-    chosen = int(references.reshape(len(references), -1).sum(1).argmax())
-    plain, _ = enlarged(images[chosen])
-    return plain, outlined(images[chosen], references[chosen], predictions[chosen])
+        if "plane0" in kept:
+            image, reference, prediction = kept["plane0"], kept["reference0"], kept["prediction0"]
+        else:
+            image, reference, prediction = kept["image"][0], kept["reference"][0], kept["prediction"][0]
+    return enlarged(image)[0], outlined(image, reference, prediction)
 
 
 def main(runs: list[Path]) -> None:

@@ -22,7 +22,7 @@ TORCHRUN = {"--standalone", "--nproc_per_node"}
 def check(words: list[str], whole: bool = True) -> None:
     """Raise a ValueError that says what is wrong; ``whole`` commands must have all their arguments."""
     text = " ".join(words)
-    if words[0] == "torchrun":
+    if words[0] == "torchrun" and "-m" in words:
         start = words.index("-m")
         if unknown := {word.split("=")[0] for word in words[1:start]} - TORCHRUN:
             raise ValueError(f"{text}: torchrun has no {unknown}")
@@ -38,7 +38,7 @@ def check(words: list[str], whole: bool = True) -> None:
     elif words[:3] == ["python", "-m", "monai.bundle"]:
         if whole or len(words) > 3:
             _check_bundle(words[3], words[4:])
-    else:
+    elif words[0] == "python":
         _check_script(words[1], [word for word in words if word.startswith("--")])
 
 
@@ -80,10 +80,9 @@ def _check_bundle(command: str, words: list[str]) -> None:
     config: dict[str, Any] = {}
     for file in files:
         config |= json.loads((ROOT / file).read_text())
-    if command == "run":
-        if run_id not in config:
-            raise ValueError(f"{files} have no {run_id}")
-        known |= config.keys() | tracking_keys(options.get("tracking"))
+    if command == "run" and run_id not in config:
+        raise ValueError(f"{files} have no {run_id}")
+    known |= config.keys() | tracking_keys(options.get("tracking"))
     for option in options:
         name, _, part = option.partition("#")
         if name not in known:

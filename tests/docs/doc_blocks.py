@@ -41,7 +41,7 @@ def inline_options(page: Path) -> list[str]:
 
 
 def words(command: str) -> list[str]:
-    """Split a command, without comments, brackets of a synopsis, and what follows on the same line."""
-    split = shlex.split(command.strip(), comments=True)
+    """Split a command, without comments and what follows on the same line."""
+    split = shlex.split(re.sub(r"\s#.*", "", command))
     end = next((i for i, word in enumerate(split) if word in (";", "|", "&&")), len(split))
     return split[:end]
