@@ -15,7 +15,7 @@ LABEL_INSTALLED := $(LABEL_VENV)/.installed
 SITE_PACKAGES   := import sysconfig; print(sysconfig.get_path("purelib"))
 
 .DEFAULT_GOAL := help
-.PHONY: help install label-env demo test check format bench clean
+.PHONY: help install label-env demo test check docs format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ check: $(INSTALLED) ## format check, lint, types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(INSTALLED) ## build the documentation site into build/site, warnings are errors
+	$(VPYTHON) -m mkdocs build --strict
 
 format: $(INSTALLED) ## format the code and apply the linter's safe fixes
 	$(VENV)/bin/ruff format .

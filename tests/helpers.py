@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -19,3 +21,11 @@ def shared_data(*parts: str) -> Path:
             pytest.fail(f"{path} is missing: real data are required in CI")
         pytest.skip(f"{path} is missing: set AMKD_SHARED_DATA")
     return path
+
+
+def needs(module: str) -> ModuleType:
+    """Import a module of an extra; without it the test fails in CI and is skipped elsewhere."""
+    if os.environ.get("CI") == "true":
+        return importlib.import_module(module)
+    imported: ModuleType = pytest.importorskip(module)
+    return imported

@@ -105,7 +105,8 @@ class CtWindowd(MapTransform):
 
     Args:
         keys: of the volumes.
-        low, high: window in HU, -1250 to 250 for lungs.
+        low: lower end of the window in HU; -1250 for lungs.
+        high: upper end in HU; 250 for lungs.
     """
 
     def __init__(self, keys: KeysCollection, low: float = -1250.0, high: float = 250.0) -> None:

@@ -41,7 +41,11 @@ class DistillationTrainer(SupervisedTrainer):
             (:meth:`~amkd_monai.data.augment.Augmentation.check_features`).
         seed: seed of the run.
         amp: bfloat16 autocast of the student's forward (GPU).
-        inferer, postprocessing, key_train_metric, additional_metrics, train_handlers: as in MONAI.
+        inferer: as in MONAI's trainer, like all that follow.
+        postprocessing: of predictions and labels.
+        key_train_metric: the metric to watch.
+        additional_metrics: further metrics.
+        train_handlers: what happens beside the loop.
 
     Raises:
         ValueError: the augmentation makes less of cached features than ``warped_features`` accepts.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from amkd_monai.atomic import atomic_path
 from amkd_monai.export import inputs, outputs
@@ -135,14 +136,12 @@ def predict(
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[list[Any]] = []
     failed = 0
-    for number, item in enumerate(items, 1):
+    for item in tqdm(items, desc="predict", disable=None):
         try:
             _predict_one(predictor, item, folder, rows)
         except ValueError as error:
             failed += 1
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            print(f"{number}/{len(items)} {item.id}", file=sys.stderr)
+            tqdm.write(f"error: {error}", file=sys.stderr)
     if rows:
         _write_rows(folder / "predictions.csv", predictor.config["classes"], rows)
     print(f"{len(items) - failed} of {len(items)} predicted, answers in {folder}")

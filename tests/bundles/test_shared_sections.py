@@ -69,7 +69,7 @@ def test_sections_that_know_nothing_of_the_answer_are_equal_in_all_bundles(bundl
     assert without(other["train"]["dataset"], "num_classes") == without(first["train"]["dataset"], "num_classes")
     own = [key for keys in BY_KIND.values() for key in keys]
     assert without(other["distiller_def"], *own) == without(first["distiller_def"], *own)
-    for name in ("multi_gpu_train", "paper"):
+    for name in ("mlflow", "mlflow_evaluate", "multi_gpu_train", "paper"):
         assert config(bundle, name) == config(BUNDLES[0], name)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from amkd_monai.data.commands.file_check import Finding, image_files, inspect_file
 from amkd_monai.data.content import content_hashes
@@ -79,7 +80,8 @@ def check_data(
         ValueError: unknown task.
     """
     report = DataReport(get_task(task), Path(root))
-    findings = {str(file): inspect_file(file) for file in image_files(report.root)}
+    files = tqdm(list(image_files(report.root)), desc="check files", delay=1, disable=None)
+    findings = {str(file): inspect_file(file) for file in files}
     report.damaged = {file for file, finding in findings.items() if finding.problem}
     report.problems += [finding.problem for finding in findings.values() if finding.problem]
     report.facts.append(f"{len(findings)} image files, {len(report.damaged)} of them damaged")

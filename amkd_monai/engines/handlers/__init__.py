@@ -5,6 +5,7 @@ from amkd_monai.engines.handlers.checkpoints import BestStudent, LoadStudent, Re
 from amkd_monai.engines.handlers.class_report import ClassPredictions, ClassReport, ClassScore, FitTemperature
 from amkd_monai.engines.handlers.early_stopping import Attach, EarlyStopping
 from amkd_monai.engines.handlers.empty_references import EmptyReferences
+from amkd_monai.engines.handlers.mlflow_evaluation import TrackEvaluation
 from amkd_monai.engines.handlers.multitask import TeachingMap, TransferReport
 from amkd_monai.engines.handlers.previews import CasePreviews
 from amkd_monai.engines.handlers.report import WriteReport
@@ -27,6 +28,7 @@ __all__ = [
     "RunRecord",
     "TeacherPictures",
     "TeachingMap",
+    "TrackEvaluation",
     "TransferReport",
     "WriteReport",
 ]
