@@ -2,7 +2,8 @@
 
 python docs/tools/case_figure.py RUN [RUN ...]      # writes docs/phantom_cases.jpg
 
-Each RUN is the output folder of a segmentation that was trained and evaluated without data, for example by
+Each RUN is the output folder of a segmentation that was trained and evaluated without data. The README shows
+kvasir_seg, busi and msd_heart with `--admission#mode none`, the pictures with `--image_size 128` in both commands:
 
 python -m monai.bundle run training --config_file bundles/busi/configs/train.json --output_dir RUN --ckpt_dir RUN
 python -m monai.bundle run --config_file "['bundles/busi/configs/train.json','bundles/busi/configs/evaluate.json']" \
