@@ -28,7 +28,7 @@ def check(words: list[str], whole: bool = True) -> None:
             raise ValueError(f"{text}: torchrun has no {unknown}")
         words = ["python", *words[start:]]
     if words[0] == "make":
-        known = re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        known = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
         if missing := set(words[1:]) - set(known):
             raise ValueError(f"{text}: no target {missing}")
     elif words[0] == "pip":

@@ -44,8 +44,8 @@ def find_items(root):
     ]
 
 
-def split(root, items, fractions, folds, fold, seed):
-    return random_split(items, fractions, seed)
+def split(root, items, how):
+    return random_split(items, how.fractions, how.seed)
 
 
 def inference_items(root):
