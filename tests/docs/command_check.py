@@ -76,7 +76,7 @@ def _check_bundle(command: str, words: list[str]) -> None:
     known = set(inspect.signature(getattr(scripts, command)).parameters)
     options = {word[2:]: words[i + 1] for i, word in enumerate(words) if word.startswith("--")}
     run_id = words[0] if words and not words[0].startswith("--") else "run"
-    files = _files(options["config_file"])
+    files = _files(options["config_file"]) if "config_file" in options else []
     config: dict[str, Any] = {}
     for file in files:
         config |= json.loads((ROOT / file).read_text())

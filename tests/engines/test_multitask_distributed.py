@@ -40,8 +40,12 @@ def test_two_ranks_equal_one_process_with_the_doubled_batch(tmp_path):
     rows = [list(csv.DictReader((folder / "eval" / "history.csv").open())) for folder in (one, two)]
     assert len(rows[0]) == len(rows[1]) == 2
     for single, double in zip(*rows, strict=True):
-        for name in ("kvasir_seg/loss_scale", "isic2017/loss_scale", "kvasir_seg/val_dice", "isic2017/val_mean_auc"):
+        for name in ("kvasir_seg/loss_scale", "isic2017/loss_scale", "kvasir_seg/val_dice"):
             assert float(double[name]) == pytest.approx(float(single[name]), rel=2e-3, abs=2e-3), name
+        one_pair = 0.02  # of cases whose order rounding may swap
+        assert float(double["isic2017/val_mean_auc"]) == pytest.approx(
+            float(single["isic2017/val_mean_auc"]), abs=one_pair
+        )
     first, second = (torch.load(f / "models" / "model.pt", weights_only=True) for f in (one, two))
     start = torch.cat([v.flatten() for k, v in first.items() if k.startswith("heads.")])
     other = torch.cat([v.flatten() for k, v in second.items() if k.startswith("heads.")])

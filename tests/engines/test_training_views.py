@@ -42,7 +42,7 @@ def test_image_label_and_maps_of_a_batch_are_one_view(data, several):  # noqa: F
     for raw in [batch for batch in trainer.data_loader for _ in range(3)]:
         trainer.generator.manual_seed(len(seen))
         state = trainer.generator.get_state()
-        views = trainer._draw_views(len(raw["index"]))
+        views = torch.randint(several.views, (len(raw["index"]),), generator=trainer.generator).tolist()
         trainer.generator.set_state(state)
         batch = trainer.prepare_distillation_batch(raw)
         indices = raw["index"].tolist()
