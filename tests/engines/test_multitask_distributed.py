@@ -42,10 +42,8 @@ def test_two_ranks_equal_one_process_with_the_doubled_batch(tmp_path):
     for single, double in zip(*rows, strict=True):
         for name in ("kvasir_seg/loss_scale", "isic2017/loss_scale", "kvasir_seg/val_dice"):
             assert float(double[name]) == pytest.approx(float(single[name]), rel=2e-3, abs=2e-3), name
-        one_pair = 0.02  # of cases whose order rounding may swap
-        assert float(double["isic2017/val_mean_auc"]) == pytest.approx(
-            float(single["isic2017/val_mean_auc"]), abs=one_pair
-        )
+        areas = [float(row["isic2017/val_mean_auc"]) for row in (single, double)]
+        assert areas[1] == pytest.approx(areas[0], abs=0.0101)  # one pair of cases, whose order rounding may swap
     first, second = (torch.load(f / "models" / "model.pt", weights_only=True) for f in (one, two))
     start = torch.cat([v.flatten() for k, v in first.items() if k.startswith("heads.")])
     other = torch.cat([v.flatten() for k, v in second.items() if k.startswith("heads.")])
