@@ -106,6 +106,9 @@ def decide(
 ) -> tuple[bool, str]:
     """Decide whether a teacher's answers are distilled.
 
+    Answers about whole images must beat the student's likelihood without ranking the cases worse: a cautious teacher
+    that tells the classes apart less well than its student is not one to learn from.
+
     Args:
         score: of the teacher's answers; None if it gives none.
         student: of the undistilled student; None where it was not asked.
@@ -123,6 +126,9 @@ def decide(
     measure = f"{score.name.capitalize()} {score.value:.3f}"
     if score.value < student.value + margin:
         return False, f"its {measure} does not beat the undistilled student's {student.value:.3f}"
+    ranking, own = score.further.get("macro_auroc"), student.further.get("macro_auroc")
+    if ranking is not None and own is not None and ranking < own:
+        return False, f"its {measure} is better, but its macro AUROC {ranking:.3f} is below the student's {own:.3f}"
     ratio = score.further.get("volume_ratio", 1.0)
     if kind == "crossfit_volume_specialist" and abs(ratio - 1) > VOLUME_RATIO_TOLERANCE:
         return False, f"its volumes are {ratio:.2f} times the true ones"

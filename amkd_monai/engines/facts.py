@@ -35,7 +35,7 @@ def run_facts(
         "skipped_samples": train.skipped,
         "training_samples": len(train),
         "labelled_samples": int(train.has_label.sum()),
-        "distillation": targets.record if len(targets) else "none: the undistilled student",
+        "distillation": targets.record if targets.record["teachers"] else "none: the undistilled student",
         "gate": gate,
         "losses": dict(losses),
         "method": dict(method or {}),

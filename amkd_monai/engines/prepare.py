@@ -56,8 +56,9 @@ def prepare_teachers(
         seed: of folds and trainings.
         folds: of probes and cross-fitted specialists.
         admission_options: ``mode`` (``cross_fit``: a teacher's answers are distilled only if their cross-fitted score,
-            Dice or skill, beats the undistilled student's; ``all``; ``none``), ``margin`` (of the score), ``folds`` and
-            ``epochs`` of the student's cross-fitting.
+            Dice or skill, beats the undistilled student's; ``all``; ``none``), ``features`` (``all``: also those of
+            teachers that are not admitted; ``admitted``), ``margin`` (of the score), ``folds`` and ``epochs`` of the
+            student's cross-fitting.
         weights_dir: folder searched first for the weights of foundation teachers.
         views: stored views of every training image; with several, the student is shown exactly these, and no other
             geometric change.
@@ -67,12 +68,7 @@ def prepare_teachers(
         ValueError: unknown kinds or options.
         CheckpointError: a teacher's weights are missing or wrong.
     """
-    options = {"mode": "cross_fit", "margin": 0.01, "folds": 3, "epochs": epochs, **(admission_options or {})}
-    if options["mode"] not in admission.MODES or set(options) != {"mode", "margin", "folds", "epochs"}:
-        raise ValueError(
-            f"The admission options {dict(admission_options or {})} are not understood: use mode (one of "
-            f"{', '.join(admission.MODES)}), margin, folds, epochs."
-        )
+    options = _options(admission_options or {}, epochs)
     validate_descriptions(teachers)
     stores = CacheOptions(cache_dir, device, views, cache_dtype, weights_dir)
     preparation = Preparation(train, validation, student, recipe, epochs, stores, seed, folds)
@@ -91,10 +87,30 @@ def prepare_teachers(
         student_score, length = preparation.student_score(int(options["folds"]), int(options["epochs"] or epochs), best)
         record |= {f"undistilled_student_{name}": value for name, value in student_score.record().items()}
         record["undistilled_student_epochs"] = length
-    sources = [source_of(c, _admit(c, student_score, options)) for c in candidates]
+    sources = []
+    for candidate in candidates:
+        admitted = _admit(candidate, student_score, options)
+        if admitted or options["features"] == "all":
+            sources.append(source_of(candidate, admitted))
+    record["teachers"] = [c.record for c in candidates]
+    if candidates and not sources:
+        logger.warning("No teacher is admitted, and features are of admitted ones only: this run distils nothing.")
     if parallel and dist.get_rank() == 0:
         dist.barrier()
     return TeacherTargets(sources, admission.prior_entropy(train), record, train.groups, train.classes)
+
+
+def _options(given: Mapping[str, Any], epochs: int) -> dict[str, Any]:
+    """Complete the options of admission, or say what is wrong with them."""
+    options = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": 3, "epochs": epochs}
+    unknown = set(given) - set(options)
+    options |= given
+    if unknown or options["mode"] not in admission.MODES or options["features"] not in ("all", "admitted"):
+        raise ValueError(
+            f"The admission options {dict(given)} are not understood: use mode (one of {', '.join(admission.MODES)}), "
+            "features (all or admitted), margin, folds, epochs."
+        )
+    return options
 
 
 def _admit(candidate: Candidate, student: admission.AnswerScore | None, options: Mapping[str, Any]) -> bool:
@@ -104,5 +120,7 @@ def _admit(candidate: Candidate, student: admission.AnswerScore | None, options:
         candidate.score, student, str(options["mode"]), float(options["margin"]), str(record["kind"])
     )
     record["outputs_admitted"], record["admission_reason"] = admitted, why
-    logger.info("teacher %s: outputs %s (%s)", record["name"], "distilled" if admitted else "not distilled", why)
+    record["features_admitted"] = candidate.features is not None and (admitted or options["features"] == "all")
+    taught = [part for part in ("outputs", "features") if record[f"{part}_admitted"]]
+    logger.info("teacher %s teaches %s (%s)", record["name"], " and ".join(taught) or "nothing", why)
     return admitted

@@ -42,7 +42,8 @@ class TeacherTargets:
     Args:
         sources: one per teacher.
         prior_entropy: entropy of the label prior of the training split, nats.
-        record: facts for the run record beside the teachers' own.
+        record: facts for the run record; ``teachers`` describes all that were asked, those without sources included,
+            and by default those of the sources.
         groups: group of each training sample; samples of one group never serve as contrasts of each other.
         classes: class of each training sample, -1 where unknown; nor do samples of one class. None for masks.
     """
@@ -57,7 +58,7 @@ class TeacherTargets:
     ) -> None:
         self.classes = classes
         self.sources, self.prior_entropy, self.groups = list(sources), prior_entropy, list(groups)
-        self.record = {**record, "teachers": [s.record for s in sources]}
+        self.record = {"teachers": [s.record for s in sources], **record}
 
     def __len__(self) -> int:
         return len(self.sources)

@@ -87,6 +87,20 @@ def test_a_teacher_worse_than_the_student_gives_features_only(data):
     assert "does not beat" in teacher["admission_reason"]
 
 
+@pytest.mark.parametrize(("mode", "left"), [("all", 1), ("none", 0)])
+def test_features_of_teachers_that_are_not_admitted_can_be_left_out(data, mode, left, caplog):
+    targets = prepare(data, [LITE1], admission_options={"mode": mode, "features": "admitted"})
+    assert len(targets) == left and ("distils nothing" in caplog.text) == (left == 0)
+    (teacher,) = targets.record["teachers"]
+    assert teacher["features_admitted"] is bool(left) and teacher["name"] == "lite1", "what was asked is on record"
+
+
+def test_unknown_admission_options_are_refused(data):
+    for wrong in ({"features": "some"}, {"mode": "perhaps"}, {"mirgin": 0.1}):
+        with pytest.raises(ValueError, match="are not understood: use mode"):
+            prepare(data, [LITE1], admission_options=wrong)
+
+
 def test_a_teacher_better_than_the_student_is_admitted(data):
     record = prepare(data, [LITE1], epochs=2, admission_options={"folds": 2}).record
     teacher = record["teachers"][0]

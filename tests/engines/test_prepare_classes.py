@@ -10,7 +10,7 @@ from torch import nn
 from amkd_monai.cache import probes
 from amkd_monai.data.decoded import BadSampleError, DecodedDataset
 from amkd_monai.distillation import Distiller
-from amkd_monai.engines.admission import prior_entropy, score_answers
+from amkd_monai.engines.admission import AnswerScore, decide, prior_entropy, score_answers
 from amkd_monai.engines.prepare import prepare_teachers
 from amkd_monai.engines.recipe import Recipe
 from amkd_monai.engines.trainer import DistillationTrainer
@@ -108,7 +108,9 @@ def test_admission_is_by_skill_against_the_student(data):
     targets = prepare(data, [LITE1], admission_options={"folds": 2})
     record = targets.record
     (teacher,) = record["teachers"]
-    assert teacher["outputs_admitted"] == (teacher["skill"] >= record["undistilled_student_skill"] + 0.01)
+    better = teacher["skill"] >= record["undistilled_student_skill"] + 0.01
+    ranks = teacher["macro_auroc"] >= record["undistilled_student_macro_auroc"]
+    assert teacher["outputs_admitted"] == (better and ranks)
     assert "Skill" in teacher["admission_reason"] and 0 <= record["undistilled_student_macro_auroc"] <= 1
     strict = prepare(data, [LITE1], admission_options={"folds": 2, "margin": 2.0})
     assert not strict.specs[0].admitted and strict.specs[0].grid is not None
@@ -200,3 +202,11 @@ def test_teachers_without_pooled_vectors_are_pooled(data):
     features = probes.standardised(store, np.arange(5), mean, std, "pooled")
     expected = store.read("grid", np.arange(5)).astype(np.float32).mean((2, 3))
     torch.testing.assert_close(features[:, :, 0, 0] * std + mean, torch.from_numpy(expected), atol=1e-3, rtol=1e-3)
+
+
+def test_a_likelier_teacher_that_ranks_worse_is_not_admitted():
+    student = AnswerScore(0.08, 1.45, {"macro_auroc": 0.754}, "skill")
+    for auroc, admitted in ((0.722, False), (0.754, True), (0.8, True)):
+        teacher = AnswerScore(0.13, 1.37, {"macro_auroc": auroc}, "skill")
+        decision, why = decide(teacher, student, "cross_fit", 0.01, "timm")
+        assert decision is admitted and ("macro AUROC 0.722 is below" in why) is not admitted
