@@ -20,8 +20,8 @@ FOLD_OF_THREE = {"folds": 3, "val_interval": 2, "patience": 1000}
 SMALL = {  # the other bundles: data, what differs from the bundle's own defaults, seeds
     "busi": ("BUSI/Dataset_BUSI_with_GT", {**FOLD_OF_THREE, "image_size": 128}, 3),
     "covid": ("COVID", {**KVASIR, "val_interval": 2, "max_epochs": 80}, 3),
-    "aptos2019": ("APTOS2019_standin_IDRiD", {**FOLD_OF_THREE, "image_size": 224}, 2),
-    "isic2017": ("ISIC2017", {"image_size": 160, "patience": 1000}, 2),
+    "aptos2019": ("APTOS2019_standin_IDRiD", {**FOLD_OF_THREE, "image_size": 224}, 3),
+    "isic2017": ("ISIC2017", {"image_size": 160, "patience": 1000}, 3),
 }
 SETTINGS = {
     "kvasir_12_undistilled": Setting("kvasir_seg", "Kvasir-SEG", {**LONG, "labelled": 12}, teachers=[]),
@@ -39,6 +39,9 @@ SETTINGS = {
 for bundle, (data, overrides, seeds) in SMALL.items():
     SETTINGS[f"{bundle}_undistilled"] = Setting(bundle, data, overrides, teachers=[], seeds=seeds)
     SETTINGS[f"{bundle}_default"] = Setting(bundle, data, overrides, f"{bundle}_undistilled", seeds=seeds)
+    SETTINGS[f"{bundle}_agreement"] = Setting(
+        bundle, data, {**overrides, **FEATURES_ONLY, "loss_gate": "agreement"}, f"{bundle}_undistilled", seeds=seeds
+    )
 
 if __name__ == "__main__":
     main(SETTINGS, str(__doc__), "runs/results")
