@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 
 import pytest
 import torch
@@ -123,22 +125,30 @@ def test_one_head_predicts(everything, cache, tmp_path):
     assert len(table(tmp_path / "aptos2019" / "predictions.csv")) == 2
 
 
-def test_a_broken_off_run_resumes_to_the_same_student(tmp_path, cache):
+def killed_at(iteration, values):
+    """Train in a forked process that is killed when an iteration starts."""
+    child = os.fork()
+    if child == 0:
+        try:
+            training = workflow(SHARED, ("train",), values)
+            trainer = training.parser.get_parsed_content("train#trainer")
+            kill = Events.ITERATION_STARTED(once=iteration)
+            trainer.add_event_handler(kill, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+            training.run()
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+def test_a_run_that_was_killed_resumes_to_the_same_student(tmp_path, cache):
     options = {"only": [*PAIR, "msd_heart"], "teachers": [TEACHER], "tasks_per_step": 2, "max_epochs": 3}
     options |= {"gate": "learned", "loss_gate": "agreement", "return_code": "learned", "norm_warmup_steps": 6}
     options["losses"] = {"output": 1.0, "feature": 0.2, "reconstruction": 0.2}
     options["loss_gate_options"] = {"every": 2}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(SHARED, ("train",), small(whole, cache, **options))
-    started = workflow(SHARED, ("train",), small(broken, cache, **options))
-
-    def stop(engine):
-        raise KeyboardInterrupt
-
-    trainer = started.parser.get_parsed_content("train#trainer")
-    trainer.add_event_handler(Events.ITERATION_STARTED(once=6), stop)  # in the second epoch of four steps
-    with pytest.raises(KeyboardInterrupt):
-        started.run()
+    killed_at(6, small(broken, cache, **options))  # in the second epoch of four steps
+    killed_at(11, small(broken, cache, resume=True, **options))
     run(SHARED, ("train",), small(broken, cache, resume=True, **options))
     for name in ("model.pt", "distillation.pt"):
         a, b = (torch.load(f / "models" / name, weights_only=True) for f in (whole, broken))
