@@ -96,6 +96,12 @@ def seeds_of(setting: Setting, seeds: int) -> list[int]:
     return list(range(setting.seeds or seeds))
 
 
+def is_finished(name: str, setting: Setting, seeds: int, output: Path) -> bool:
+    """Whether every run of a row has its metrics."""
+    folders = (output / name / f"fold{f}_seed{s}" for f in setting.folds for s in seeds_of(setting, seeds))
+    return all((folder / "metrics.json").is_file() for folder in folders)
+
+
 def main(settings: dict[str, Setting], description: str, default_output: str) -> None:
     """Parse the command line, run what is missing, print and keep the table."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,7 +111,7 @@ def main(settings: dict[str, Setting], description: str, default_output: str) ->
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="*", help="settings by name, with * and ?, and commas between")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
-    parser.add_argument("--table", action="store_true", help="only print the table of finished runs")
+    parser.add_argument("--table", action="store_true", help="only print the table of finished rows")
     parser.add_argument("--plot", type=Path, help="also draw the rows of masks into this file (.svg, .png)")
     arguments = parser.parse_args()
     shared, output = arguments.shared.resolve(), arguments.output.resolve()
@@ -122,6 +128,9 @@ def main(settings: dict[str, Setting], description: str, default_output: str) ->
         jobs.sort(key=lambda job: job[2])  # all rows of the first seed first
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(lambda job: execute(job, shared, output), jobs))
+    elif left_out := [name for name, s in chosen.items() if not is_finished(name, s, arguments.seeds, output)]:
+        print(f"not finished, left out: {', '.join(left_out)}\n")
+        chosen = {name: setting for name, setting in chosen.items() if name not in left_out}
     rows = {name: Row(s.bundle, len(seeds_of(s, arguments.seeds)), s.reference) for name, s in chosen.items()}
     text = table(rows, output)
     output.mkdir(parents=True, exist_ok=True)
