@@ -155,6 +155,20 @@ def test_scores_without_a_value_are_dashes(runs, tmp_path):
     assert re.search(r'/dice">-<', text) and "empty_both" in text
 
 
+def test_data_that_stand_in_for_others_are_named_in_large_letters(runs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs["polyps"], other)
+    for name, note in (("run.json", "pigs <in place of> people"), ("metrics.json", "other pigs")):
+        content = json.loads((other / name).read_text())
+        content["data"] |= {"phantom": False, "stand_in": note}
+        (other / name).write_text(json.dumps(content))
+    file = write_report([other, runs["polyps"]], tmp_path / "page.html")
+    text = Page(file).text
+    assert "STAND-IN DATA: pigs <in place of> people" in text and "STAND-IN DATA: other pigs" in text
+    assert text.count("PHANTOM DATA") == 1 and text.count("Data: Kvasir-SEG") == 2
+    assert "<in place of>" not in file.read_text()
+
+
 def test_wrong_folders_are_refused_in_one_sentence(runs, tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 1
     assert "neither run.json nor metrics.json" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from amkd_monai.data.duplicates import NEAR, clusters, near_duplicates
 from amkd_monai.data.layout import DataProblems, label_files, natural, some
 from amkd_monai.data.masks import read_mask
 from amkd_monai.data.splits import Item, SplitOptions
+from amkd_monai.data.stand_in import stand_in_note
 from amkd_monai.tasks import Task, get_task
 
 
@@ -80,6 +81,11 @@ def check_data(
         ValueError: unknown task.
     """
     report = DataReport(get_task(task), Path(root))
+    try:
+        if note := stand_in_note(report.root):
+            report.facts.append(f"STAND-IN: {note}")
+    except ValueError as error:
+        report.problems.append(str(error))
     files = tqdm(list(image_files(report.root)), desc="check files", delay=1, disable=None)
     findings = {str(file): inspect_file(file) for file in files}
     report.damaged = {file for file, finding in findings.items() if finding.problem}
