@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from amkd_monai.terminal import CommandParser, logger, set_verbosity
+
 
 def _teachers(arguments: argparse.Namespace) -> int:
     from amkd_monai.teachers.catalogue import format_catalogue
@@ -56,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     import amkd_monai
     from amkd_monai.data.commands import add_commands
 
-    top = argparse.ArgumentParser(prog="python -m amkd_monai", description=amkd_monai.__doc__)
+    top = CommandParser(prog="python -m amkd_monai", description=amkd_monai.__doc__)
     top.add_argument("--version", action="version", version=amkd_monai.__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -96,9 +98,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; an expected error is printed as one sentence and gives exit code 1."""
     arguments = parser().parse_args(argv)
+    set_verbosity(getattr(arguments, "verbosity", "normal"))
     try:
         return int(arguments.run(arguments))
     except (ValueError, OSError, RuntimeError) as error:
+        logger.debug("The command ended with an error.", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return 1
 

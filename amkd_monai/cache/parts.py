@@ -7,12 +7,14 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from amkd_monai.cache.manifest import Shard
 from amkd_monai.cache.store import FeatureStore
+from amkd_monai.terminal import progress
 
 LOG_INTERVAL_S = 30.0
 """Seconds between lines of progress where the output is no terminal."""
@@ -82,7 +84,7 @@ def build_missing(
         own = part.shards(store)
         missing = [at for at in own if at not in store.committed]
         total, left = (sum(len(store.samples_of(shard)) for _, shard in shards) for shards in (own, missing))
-        with progress(title, total, total - left) as bar:
+        with progress_line(title, total, total - left) as bar:
             for view, shard in missing:
                 store.refresh()
                 if (view, shard) in store.committed:  # another process was faster
@@ -94,7 +96,7 @@ def build_missing(
                         store.write_shard(view, shard, values)
 
 
-def progress(title: str, total: int, done: int) -> tqdm:
+def progress_line(title: str, total: int, done: int) -> tqdm:
     """A progress line with rate and time left: live on a terminal, else now and then."""
-    interval = {} if os.isatty(2) else {"mininterval": LOG_INTERVAL_S, "maxinterval": LOG_INTERVAL_S}
-    return tqdm(total=total, initial=done, desc=title, unit="image", **interval)
+    interval: dict[str, Any] = {} if os.isatty(2) else {"mininterval": LOG_INTERVAL_S, "maxinterval": LOG_INTERVAL_S}
+    return progress(total=total, initial=done, desc=title, unit="image", disable=False, **interval)

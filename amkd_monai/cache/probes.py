@@ -7,6 +7,7 @@ probe that has seen no image of its group, so that its answers are as good as th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -178,11 +179,12 @@ def channel_covariance(store: FeatureStore) -> Tensor:
     return torch.from_numpy(products / count - np.outer(mean, mean)).float()
 
 
-def pooled_features(store: FeatureStore) -> Tensor:
-    """Mean over the cells of each sample's cached features, (N, C) float32."""
+def pooled_features(store: FeatureStore, indices: Sequence[int] | None = None) -> Tensor:
+    """Mean over the cells of the cached features of some samples, of all by default, (N, C) float32."""
+    chosen = range(len(store)) if indices is None else indices
     parts = []
-    for start in range(0, len(store), 64):
-        batch = store.read("grid", range(start, min(start + 64, len(store))))
+    for start in range(0, len(chosen), 64):
+        batch = store.read("grid", chosen[start : start + 64])
         parts.append(torch.from_numpy(batch.astype(np.float32).mean((2, 3))))
     return torch.cat(parts)
 

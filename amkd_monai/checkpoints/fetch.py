@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from amkd_monai.terminal import is_quiet
+
 
 def fetch(repository: str, files: Sequence[str]) -> Path:
     """Download the first of ``files`` that a repository has into the Hugging Face cache, where teachers look.
@@ -24,7 +26,10 @@ def fetch(repository: str, files: Sequence[str]) -> Path:
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
+    from huggingface_hub.utils import disable_progress_bars
 
+    if is_quiet():
+        disable_progress_bars()
     page = f"https://huggingface.co/{repository}"
     for file in files:
         try:

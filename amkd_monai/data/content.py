@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from amkd_monai.atomic import atomic_write_json
+from amkd_monai.terminal import progress
 
 logger = logging.getLogger("amkd_monai")
 
@@ -70,7 +69,7 @@ def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = 
     known = _read_memo(memo) if memo is not None else {}
     entries = dict(known)
     hashes = []
-    for path in tqdm(paths, desc="hash files", delay=1, disable=None):
+    for path in progress(paths, desc="hash files", delay=1):
         absolute = Path(path).absolute()
         status = absolute.stat()
         entry = known.get(str(absolute))

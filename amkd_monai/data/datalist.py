@@ -25,6 +25,7 @@ from amkd_monai.data import (
 from amkd_monai.data.phantoms import write_phantom
 from amkd_monai.data.phantoms.tools import is_phantom
 from amkd_monai.data.splits import Item, SplitOptions, few_labels, split_hash
+from amkd_monai.data.stand_in import stand_in_note
 from amkd_monai.tasks import Task, get_task
 
 logger = logging.getLogger("amkd_monai")
@@ -59,6 +60,7 @@ class Datalist:
         source: how it was found: "argument", "environment", "data folder" or "phantoms".
         train, validation, test: items with "image", "label", "id", "group".
         unlabelled: items without "label"; they take part in distillation only.
+        stand_in: what the data are and what they stand in for, to be said beside every result; empty if they do not.
     """
 
     task: Task
@@ -68,6 +70,7 @@ class Datalist:
     validation: list[Item]
     test: list[Item]
     unlabelled: list[Item] = field(default_factory=list)
+    stand_in: str = ""
 
     @property
     def sections(self) -> dict[str, list[Item]]:
@@ -96,6 +99,7 @@ class Datalist:
             "source": self.source,
             "root": str(self.root),
             "phantom": self.is_phantom,
+            "stand_in": self.stand_in,
             "counts": {name: len(items) for name, items in self.sections.items()},
             "groups": {name: len({item["group"] for item in items}) for name, items in self.sections.items()},
             "split_hash": self.hash,
@@ -159,6 +163,7 @@ def datalist(
     labelled: int | None = None,
     split_dir: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
+    stand_in: str | None = None,
 ) -> Datalist:
     """Find, check and split a data set.
 
@@ -173,6 +178,8 @@ def datalist(
         labelled: keep only so many training items labelled; the others become unlabelled.
         split_dir: write the split list there.
         options: further options of the data set's ``find_items``, e.g. ``{"normals": False}``.
+        stand_in: where other data stand in for the data set, which they are; None takes the first line of
+            ``STAND-IN.txt`` in the folder, if it is there.
 
     Raises:
         FileNotFoundError: no such folder or layout.
@@ -188,7 +195,8 @@ def datalist(
     unlabelled: list[Item] = []
     if labelled is not None:
         train, unlabelled = few_labels(train, labelled, seed)
-    result = Datalist(get_task(task), root, source, train, validation, test, unlabelled)
+    stand_in = stand_in or stand_in_note(root)
+    result = Datalist(get_task(task), root, source, train, validation, test, unlabelled, stand_in)
     _check_groups(result)
     if split_dir is not None:
         members = {n: [[i["id"], i["group"]] for i in items] for n, items in result.sections.items()}

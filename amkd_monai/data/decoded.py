@@ -18,6 +18,7 @@ from amkd_monai.atomic import atomic_write_json, exclusive_lock
 from amkd_monai.data.content import content_hashes, fingerprint
 from amkd_monai.data.describe import describe
 from amkd_monai.data.layout import label_files
+from amkd_monai.terminal import progress
 
 logger = logging.getLogger("amkd_monai")
 
@@ -163,7 +164,6 @@ class DecodedDataset(DecodedImages):
         self.classes = np.where(self.has_label, self.labels.astype(int), -1) if self.classifies else None
 
     def _decode(self, transform: Callable, on_bad_sample: str, hashes: list[list[str]]) -> None:
-        from tqdm import tqdm
 
         temporary = self.directory.with_name(self.directory.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -172,7 +172,7 @@ class DecodedDataset(DecodedImages):
         index: dict[str, list] = {name: [] for name in names}
         images: list[np.ndarray] = []
         labels: list[np.ndarray] = []
-        for item, item_hashes in tqdm(list(zip(self.data, hashes, strict=True)), desc="decode", disable=None):
+        for item, item_hashes in progress(list(zip(self.data, hashes, strict=True)), desc="decode"):
             try:
                 image, label = self._decode_item(item, transform, images[0].shape[-2:] if images else None)
             except BadSampleError as error:

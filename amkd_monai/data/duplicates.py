@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from amkd_monai.atomic import atomic_write_json
 from amkd_monai.data.content import content_hashes
 from amkd_monai.data.splits import Item
+from amkd_monai.terminal import progress
 
 logger = logging.getLogger("amkd_monai")
 
@@ -68,7 +68,7 @@ def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None)
     contents = content_hashes(paths, None if cache_dir is None else Path(cache_dir) / "content_hashes.json")
     known = _read_memo(memo)
     missing = {content: path for content, path in zip(contents, paths, strict=True) if content not in known}
-    for content, path in tqdm(missing.items(), desc="compare images", delay=1, disable=None):
+    for content, path in progress(missing.items(), desc="compare images", delay=1):
         try:
             known[content] = _hash(path)
         except _UNREADABLE as error:

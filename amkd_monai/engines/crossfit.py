@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from monai.handlers import LrScheduleHandler
 from torch import nn
-from tqdm import tqdm
 
 from amkd_monai.atomic import atomic_path
 from amkd_monai.cache.build import answers_store, images_of, keep_answers
@@ -22,6 +21,7 @@ from amkd_monai.distillation import Distiller
 from amkd_monai.distillation.losses import area_logits, as_map
 from amkd_monai.engines.recipe import Recipe
 from amkd_monai.engines.trainer import DistillationTrainer
+from amkd_monai.terminal import progress
 from amkd_monai.weights import load_state_dict, load_strict, state_hash
 
 logger = logging.getLogger("amkd_monai")
@@ -55,7 +55,7 @@ def fit_student(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
             train_handlers=[LrScheduleHandler(scheduler, print_lr=False, epoch_level=False)],
         )
         trainer.logger.setLevel(logging.WARNING)
-        with tqdm(total=epochs * len(loader), desc=f"cross-fit {title}, fold {fold + 1}", disable=None) as bar:
+        with progress(total=epochs * len(loader), desc=f"cross-fit {title}, fold {fold + 1}") as bar:
             from ignite.engine import Events
 
             trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: bar.update(1))

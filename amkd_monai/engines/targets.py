@@ -86,6 +86,14 @@ class TeacherTargets:
         classes = None if self.classes is None else torch.from_numpy(self.classes).long()
         return SampleTable(vectors, torch.tensor([numbers[group] for group in self.groups], dtype=torch.long), classes)
 
+    def pooled(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """Mean over the cells of the cached features of some samples, {teacher: (N, C) float32}.
+
+        Teachers whose features are not distilled are left out.
+        """
+        stores = {s.spec.name: s.features for s in self.sources if s.features is not None}
+        return {name: pooled_features(store, indices).numpy() for name, store in stores.items()}
+
     @property
     def identity(self) -> list[tuple[str, str, bool]]:
         """Name, fingerprint and admission of each teacher: what must be equal for a run to be resumed."""

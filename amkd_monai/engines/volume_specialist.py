@@ -8,10 +8,10 @@ from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
 from monai.transforms import Compose, RandCropByPosNegLabeld, RandScaleIntensityd, RandShiftIntensityd, SpatialPadd
 from torch import nn
-from tqdm import tqdm
 
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.engines.crossfit import Fit, answer_size
+from amkd_monai.terminal import progress
 
 PATCHES_PER_STEP = 2
 
@@ -54,7 +54,7 @@ def fit_volumes(
         optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-4)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
         rng = np.random.default_rng([seed, fold])
-        for _ in tqdm(range(steps), desc=f"volume specialist, fold {fold + 1}", disable=None):
+        for _ in progress(range(steps), desc=f"volume specialist, fold {fold + 1}"):
             image, label = volumes[rng.integers(len(volumes))]
             batch = patches({"image": image, "label": label})
             x = torch.stack([p["image"] for p in batch]).as_subclass(torch.Tensor).to(device)

@@ -22,6 +22,7 @@ from amkd_monai.export.card import model_card
 from amkd_monai.export.memory import peak_memory
 from amkd_monai.export.runners import runner, torch_runner
 from amkd_monai.export.source import Source, spread
+from amkd_monai.terminal import progress
 from amkd_monai.weights import file_sha256
 
 PREDICT_VERSION = 1
@@ -54,7 +55,7 @@ def export_bundle(source: Source, to: str | Path, options: Options, say: Callabl
         source: the opened training bundle.
         to: folder to make.
         options: how.
-        say: gets progress and the table.
+        say: gets the table and remarks.
 
     Raises:
         ValueError: a format does not answer as the student does.
@@ -96,8 +97,7 @@ def _write_models(source: Source, folder: Path, options: Options, say: Callable[
             batch[i : i + 1] for i in np.linspace(0, len(batch) - 1, min(len(batch), CALIBRATION_SLICES), dtype=int)
         ]
     image, threads = np.ascontiguousarray(cases[0].batch[:1]), torch.get_num_threads()
-    for name in options.formats:
-        say(f"writing {name}")
+    for name in progress(options.formats, desc="export"):
         path = formats.write(name, source.student, torch.from_numpy(image), folder, batches)
         size, memory = formats.file_size(path), peak_memory(name, path, image, threads)
         run = runner(name, path, threads)

@@ -23,6 +23,8 @@ def model_card(source: Source, facts: dict[str, Any], name: str) -> str:
         if source.is_phantom
         else ""
     )
+    if note := source.record.get("data", {}).get("stand_in"):
+        notice += f"\n**This student was trained on data that stand in for others: {note}**\n"
     return f"""# {about["name"]}
 
 {about["description"]}

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from amkd_monai.atomic import atomic_path
 from amkd_monai.export import inputs, outputs
 from amkd_monai.export.steps import Grid, Inverse, largest_component, prepare, softmax
+from amkd_monai.terminal import progress
 
 
 class Predictor:
@@ -136,7 +137,7 @@ def predict(
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[list[Any]] = []
     failed = 0
-    for item in tqdm(items, desc="predict", disable=None):
+    for item in progress(items, desc="predict"):
         try:
             _predict_one(predictor, item, folder, rows)
         except ValueError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 PREVIEWS = "previews"
 TEACHERS = "teachers.npz"
+FEATURES = "features.npz"
 
 
 def preview_file(output_dir: str | Path, case: str) -> Path:

@@ -16,7 +16,8 @@ SIZE = (5.2, 3.2)
 """Of a figure in inches."""
 
 
-def _finish(figure: Figure) -> str:
+def finish(figure: Figure) -> str:
+    """Return a figure as SVG text without the heads of a file."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue().split("?>", 1)[1].split(">", 1)[1].strip()  # without XML and DOCTYPE heads
@@ -41,7 +42,7 @@ def curves(
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    return _finish(figure)
+    return finish(figure)
 
 
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], label: str, digits: int = 2) -> str:
@@ -56,7 +57,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], la
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel(label)
-    return _finish(figure)
+    return finish(figure)
 
 
 def scatter(groups: Mapping[str, Sequence[float]], label: str) -> str:
@@ -72,7 +73,7 @@ def scatter(groups: Mapping[str, Sequence[float]], label: str) -> str:
     axes.set_xticks(range(len(groups)), list(groups), rotation=15, ha="right")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3, axis="y")
-    return _finish(figure)
+    return finish(figure)
 
 
 def roc(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
@@ -91,7 +92,7 @@ def roc(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     axes.set_xlabel("1 - specificity")
     axes.set_ylabel("sensitivity")
     axes.legend(fontsize=8, loc="lower right")
-    return _finish(figure)
+    return finish(figure)
 
 
 def reliability(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -108,4 +109,4 @@ def reliability(rows: Sequence[Mapping[str, Any]]) -> str:
     axes.set_ylim(0, 1)
     axes.set_xlabel("probability of the predicted class")
     axes.set_ylabel("part that is right")
-    return _finish(figure)
+    return finish(figure)

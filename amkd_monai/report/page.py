@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 import amkd_monai
 from amkd_monai.atomic import atomic_write_bytes
 from amkd_monai.report import figures, sections
+from amkd_monai.report.feature_map import feature_maps
 from amkd_monai.report.run_folder import RunFolder, read_run
 
 
@@ -67,6 +68,7 @@ def _describe(run: RunFolder) -> dict[str, Any]:
     columns = [c for c in run.cases[0] if c != "label"] if run.cases else []
     ranked = sorted(run.cases, key=lambda case: sections.badness(run, case))
     teacher_columns, teacher_rows = sections.teacher_rows(run)
+    maps, undrawn = feature_maps(run)
     return {
         "name": run.name,
         "heading": sections.heading(run),
@@ -74,6 +76,8 @@ def _describe(run: RunFolder) -> dict[str, Any]:
         "scores": sections.scores(run),
         "curves": sections.training_figures(run),
         "class_figures": sections.class_figures(run),
+        "feature_maps": maps,
+        "undrawn": undrawn,
         "teacher_columns": teacher_columns,
         "teacher_rows": teacher_rows,
         "shown": sections.chosen_cases(run),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import math
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from amkd_monai.metrics.run_files import PREVIEWS, TEACHERS, preview_file
+from amkd_monai.metrics.run_files import FEATURES, PREVIEWS, TEACHERS, preview_file
 from amkd_monai.metrics.summary import read_case_csv
 from amkd_monai.tasks import TASKS, Task
 
@@ -45,6 +47,10 @@ class RunFolder:
     def teachers(self) -> dict[str, np.ndarray] | None:
         """What teachers say about a few training samples, None where that was not kept."""
         return _arrays(self.folder / TEACHERS)
+
+    def features(self) -> dict[str, np.ndarray] | None:
+        """Pooled features of training images, None where they were not kept."""
+        return _arrays(self.folder / FEATURES)
 
 
 def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
@@ -106,5 +112,8 @@ def _history(path: Path) -> dict[str, np.ndarray]:
 def _arrays(path: Path) -> dict[str, np.ndarray] | None:
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged ({error}): make the run again.") from error

@@ -23,16 +23,12 @@ QUALITY = 78
 def heading(run: RunFolder) -> dict[str, Any]:
     """What ran on what."""
     record, data = run.record, run.record.get("data") or run.metrics.get("data") or {}
+    name = Path(str(data.get("root", "unknown"))).name
     distillation = record.get("distillation")
     teachers = distillation.get("teachers", []) if isinstance(distillation, dict) else []
-    banner = ""
-    if data.get("phantom"):
-        banner = "PHANTOM DATA: images made by a formula. No figure on this page says anything about patients."
-    if record.get("is_test"):
-        banner += " TEST RUN: a teacher had random weights."
     facts = {
         "task": f"{run.task.name} ({run.task.modality}, {run.task.kind})",
-        "data": str(Path(str(data.get("root", "unknown"))).name),
+        "data": name,
         "images": ", ".join(f"{n} {v}" for n, v in data.get("counts", {}).items()),
         "split hash": str(data.get("split_hash", ""))[:16],
         "seed": record.get("seed", ""),
@@ -43,7 +39,25 @@ def heading(run: RunFolder) -> dict[str, Any]:
         "peak memory": f"{record['peak_rss_mb']} MB" if "peak_rss_mb" in record else "",
         "versions": ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items()),
     }
-    return {"banner": banner.strip(), "facts": {k: v for k, v in facts.items() if v != ""}, "teachers": teachers}
+    return {
+        "data": f"Data: {name}",
+        "warnings": _warnings(run),
+        "facts": {k: v for k, v in facts.items() if v != ""},
+        "teachers": teachers,
+    }
+
+
+def _warnings(run: RunFolder) -> list[str]:
+    """What whoever sees a figure must know first: of the data of the training, of those of the evaluation, the run."""
+    found = []
+    for data in (run.record.get("data") or {}, run.metrics.get("data") or {}):
+        if data.get("phantom"):
+            found.append("PHANTOM DATA: images made by a formula. No figure on this page says anything about patients.")
+        if data.get("stand_in"):
+            found.append(f"STAND-IN DATA: {data['stand_in']}")
+    if run.record.get("is_test"):
+        found.append("TEST RUN: a teacher had random weights.")
+    return list(dict.fromkeys(found))
 
 
 def scores(run: RunFolder) -> list[tuple[str, str, str]]:

@@ -37,6 +37,14 @@ def test_a_sound_data_set_has_no_problems(root):
     assert "masks: 10, of which 0 empty" in text and "train: 7" in text and "no problems" in text
 
 
+def test_a_stand_in_is_named_and_an_empty_marker_is_a_problem(root):
+    (root / "STAND-IN.txt").write_text("Frames of a pig.")
+    report = check_data("kvasir_seg", root)
+    assert "STAND-IN: Frames of a pig." in report.facts and not report.problems
+    (root / "STAND-IN.txt").write_text("")
+    assert any("STAND-IN.txt has no first line" in problem for problem in check_data("kvasir_seg", root).problems)
+
+
 def test_everything_that_is_wrong_is_listed_at_once(root):
     images, masks = root / "images", root / "masks"
     (images / "phantom_001.jpg").write_bytes((images / "phantom_001.jpg").read_bytes()[:-900])

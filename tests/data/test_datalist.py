@@ -141,10 +141,27 @@ def test_description_for_the_run_record(pristine):
         "source": "argument",
         "root": str(pristine / "Kvasir-SEG"),
         "phantom": True,
+        "stand_in": "",
         "counts": {"train": 4, "validation": 3, "test": 3, "unlabelled": 10},
         "groups": {"train": 4, "validation": 3, "test": 3, "unlabelled": 10},
         "split_hash": result.hash,
     }
+
+
+def test_a_stand_in_says_so(pristine, tmp_path):
+    folder = shutil.copytree(pristine / "Kvasir-SEG", tmp_path / "Kvasir-SEG")
+    (folder / "STAND-IN.txt").write_text("Frames of a pig, in place of Kvasir-SEG.\nMore about them.\n")
+    assert datalist("kvasir_seg", folder).describe()["stand_in"] == "Frames of a pig, in place of Kvasir-SEG."
+    assert datalist("kvasir_seg", folder, stand_in="Given").describe()["stand_in"] == "Given"
+    assert datalist("kvasir_seg", folder).hash == datalist("kvasir_seg", pristine / "Kvasir-SEG").hash
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"\n", "has no first line"), (b"\xff\xfe", "is no text")])
+def test_a_marker_that_says_nothing_is_refused(pristine, tmp_path, content, words):
+    folder = shutil.copytree(pristine / "Kvasir-SEG", tmp_path / "Kvasir-SEG")
+    (folder / "STAND-IN.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"STAND-IN\.txt {words}"):
+        datalist("kvasir_seg", folder)
 
 
 def test_split_list_is_written(pristine, tmp_path):

@@ -6,7 +6,7 @@ import argparse
 import json
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add `data` with its own commands to a command line."""
     data = commands.add_parser("data", help="look at a data set, or fetch it")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from amkd_monai.data.commands.file_check import Finding, image_files, inspect_file
 from amkd_monai.data.content import content_hashes
@@ -18,7 +17,9 @@ from amkd_monai.data.duplicates import NEAR, clusters, near_duplicates
 from amkd_monai.data.layout import DataProblems, label_files, natural, some
 from amkd_monai.data.masks import read_mask
 from amkd_monai.data.splits import Item, SplitOptions
+from amkd_monai.data.stand_in import stand_in_note
 from amkd_monai.tasks import Task, get_task
+from amkd_monai.terminal import progress
 
 
 @dataclass
@@ -80,7 +81,12 @@ def check_data(
         ValueError: unknown task.
     """
     report = DataReport(get_task(task), Path(root))
-    files = tqdm(list(image_files(report.root)), desc="check files", delay=1, disable=None)
+    try:
+        if note := stand_in_note(report.root):
+            report.facts.append(f"STAND-IN: {note}")
+    except ValueError as error:
+        report.problems.append(str(error))
+    files = progress(list(image_files(report.root)), desc="check files", delay=1)
     findings = {str(file): inspect_file(file) for file in files}
     report.damaged = {file for file, finding in findings.items() if finding.problem}
     report.problems += [finding.problem for finding in findings.values() if finding.problem]

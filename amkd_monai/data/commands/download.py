@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 from amkd_monai.atomic import atomic_write_json
+from amkd_monai.terminal import progress
 
 logger = logging.getLogger("amkd_monai")
 
@@ -73,8 +74,6 @@ def download(url: str, target: Path, checksum: str | None = None, pause_s: float
 
 def _continue(url: str, part: Path) -> None:
     """Get what is missing of a file; raise ConnectionError if it ends too early."""
-    from tqdm import tqdm
-
     notes = part.with_name(part.name + ".json")
     known = json.loads(notes.read_text()) if notes.is_file() and part.is_file() else {}
     start = part.stat().st_size if known.get("url") == url and known.get("version") else 0
@@ -96,11 +95,11 @@ def _continue(url: str, part: Path) -> None:
         version = response.headers.get("ETag") or response.headers.get("Last-Modified")
         weak = str(version).startswith("W/")  # a weak tag does not promise equal bytes
         atomic_write_json(notes, {"url": url, "version": None if weak else version, "bytes": total})
-        progress = tqdm(desc=part.name, total=total, initial=start, unit="B", unit_scale=True, disable=None)
-        with part.open("ab" if start else "wb") as file, progress:
+        bar = progress(desc=part.name, total=total, initial=start, unit="B", unit_scale=True)
+        with part.open("ab" if start else "wb") as file, bar:
             while chunk := response.read(_CHUNK_BYTES):
                 file.write(chunk)
-                progress.update(len(chunk))
+                bar.update(len(chunk))
     if total is not None and part.stat().st_size != total:
         raise ConnectionError(f"{part.stat().st_size} of {total} bytes came")
 

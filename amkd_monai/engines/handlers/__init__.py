@@ -7,6 +7,7 @@ from amkd_monai.engines.handlers.early_stopping import Attach, EarlyStopping
 from amkd_monai.engines.handlers.empty_references import EmptyReferences
 from amkd_monai.engines.handlers.mlflow_evaluation import TrackEvaluation
 from amkd_monai.engines.handlers.multitask import TeachingMap, TransferReport
+from amkd_monai.engines.handlers.pooled_features import PooledFeatures
 from amkd_monai.engines.handlers.previews import CasePreviews
 from amkd_monai.engines.handlers.report import WriteReport
 from amkd_monai.engines.handlers.run_record import RunRecord
@@ -24,6 +25,7 @@ __all__ = [
     "EmptyReferences",
     "FitTemperature",
     "LoadStudent",
+    "PooledFeatures",
     "ResumeCheckpoint",
     "RunRecord",
     "TeacherPictures",

@@ -1,0 +1,43 @@
+"""What a command tells the person at the terminal: how much of it, and progress."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+logger = logging.getLogger("amkd_monai")
+
+_LEVELS = {"quiet": logging.WARNING, "normal": logging.NOTSET, "verbose": logging.DEBUG}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser with ``--quiet`` and ``--verbose``, and so are the parsers of its sub-commands."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # no default: that of a sub-command would replace what stands before its name
+        common: dict[str, Any] = {"action": "store_const", "dest": "verbosity", "default": argparse.SUPPRESS}
+        how_much = self.add_mutually_exclusive_group()
+        how_much.add_argument("--quiet", const="quiet", help="results and warnings only, no progress", **common)
+        how_much.add_argument("--verbose", const="verbose", help="every step, and errors with their trace", **common)
+
+
+def set_verbosity(verbosity: str) -> None:
+    """Set how much this package says: ``quiet``, ``normal`` or ``verbose``; messages go to the error stream."""
+    if verbosity == "verbose":
+        logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s: %(message)s")
+    logger.setLevel(_LEVELS[verbosity])
+
+
+def is_quiet() -> bool:
+    """Whether this package's logger was set to warnings only, by ``--quiet`` or from Python."""
+    return logger.level >= logging.WARNING
+
+
+def progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """Return a tqdm progress line on the error stream: none if quiet, and by default none where it is no terminal."""
+    return tqdm(iterable, **{"disable": None, **options, **({"disable": True} if is_quiet() else {})})
