@@ -71,7 +71,7 @@ format: $(INSTALLED) ## format the code and apply the linter's safe fixes
 	$(VENV)/bin/ruff check --fix .
 
 bench: export OMP_NUM_THREADS = 1
-bench: $(INSTALLED) ## time a step, the cache and the data path on one thread
+bench: $(INSTALLED) ## time a step, a start, the cache and the data path on one thread
 	$(VPYTHON) benchmarks/short.py
 
 clean: ## remove build products and tool caches; environments, trained students and teacher caches stay

@@ -22,6 +22,7 @@ from monai.data import PersistentDataset
 from monai.transforms import Transform
 from paired import Row, paired, print_table
 
+from amkd_monai.cache.batches import LARGEST
 from amkd_monai.cache.build import ask, cache_teacher
 from amkd_monai.cache.inventory import bytes_per_image
 from amkd_monai.cache.shards import ArraySpec
@@ -129,15 +130,15 @@ def building(folder: Path, rounds: int) -> Row:
     items = find_items(write_kvasir_seg(folder, count=32, size=(240, 360)))
     dataset = DecodedDataset(items, _chain(), folder / "cache")
     teacher = build_teacher({"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"})
-    turn = iter(range(10_000))
+    turn, at_once = iter(range(10_000)), LARGEST["cpu"]
 
     def whole() -> int:
-        cache_teacher(teacher, dataset, folder / f"stores-{next(turn)}", batch_size=BATCH)
-        return len(dataset) + 1  # the shapes of what it says are learned from one more image
+        cache_teacher(teacher, dataset, folder / f"stores-{next(turn)}", batch_size=at_once)
+        return len(dataset)
 
     def forward() -> int:
-        for first in range(0, len(dataset), BATCH):
-            ask(teacher, dataset, range(first, first + BATCH), "cpu")
+        for first in range(0, len(dataset), at_once):
+            ask(teacher, dataset, range(first, first + at_once), "cpu")
         return len(dataset)
 
     times = paired(whole, forward, rounds)

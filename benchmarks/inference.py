@@ -54,7 +54,7 @@ TEACHER_ROUNDS = 3
 PREDICT = """
 import sys, time
 from amkd_monai.__main__ import main
-from amkd_monai.export.memory import own_peak
+from amkd_monai.memory import own_peak
 code = main(sys.argv[1:])
 assert not {"torch", "monai"} & set(sys.modules)
 print(time.process_time(), own_peak())

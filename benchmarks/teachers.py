@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ def measure(name: str, images: int, device: str) -> dict[str, float | str]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from amkd_monai.memory import own_peak
     from amkd_monai.teachers.registry import build_teacher
 
     def clock() -> float:
@@ -52,8 +52,7 @@ def measure(name: str, images: int, device: str) -> dict[str, float | str]:
     with torch.inference_mode():
         with flops:  # it cannot count under autocast
             exact, float32 = run("float32")
-        process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peak = process if device == "cpu" else torch.cuda.max_memory_allocated()
+        peak = own_peak() if device == "cpu" else torch.cuda.max_memory_allocated() / 1e6
         rounded, bfloat16 = run("bfloat16")
     return {
         "parameters": sum(p.numel() for p in teacher.parameters()) / 1e6,
@@ -61,7 +60,7 @@ def measure(name: str, images: int, device: str) -> dict[str, float | str]:
         "float32": float32,
         "bfloat16": bfloat16,
         "cosine": float(torch.nn.functional.cosine_similarity(exact, rounded, dim=0)),
-        "peak": peak / 1e6,
+        "peak": peak,
         "device": torch.cuda.get_device_name() if device != "cpu" else f"CPU, {torch.get_num_threads()} thread(s)",
     }
 

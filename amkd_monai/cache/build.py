@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from amkd_monai.cache.batches import Batches
 from amkd_monai.cache.manifest import read_description
 from amkd_monai.cache.parts import EVERYTHING, Part, build_missing
 from amkd_monai.cache.reuse import EarlierStores
@@ -20,7 +22,10 @@ from amkd_monai.cache.views import MATRIX, view_matrix, view_set
 from amkd_monai.data.augment import warp
 from amkd_monai.data.content import fingerprint
 from amkd_monai.data.decoded import DecodedDataset, DecodedImages
+from amkd_monai.memory import own_peak
 from amkd_monai.teachers.base import Teacher
+
+logger = logging.getLogger("amkd_monai")
 
 SHARD_SIZE = 128
 DTYPES = ("float16", "int8")
@@ -70,7 +75,7 @@ def cache_teacher(
     dataset: DecodedDataset,
     cache_dir: str | Path,
     device: torch.device | str = "cpu",
-    batch_size: int = 8,
+    batch_size: int | None = None,
     views: int = 1,
     dtype: str = "float16",
     part: Part = EVERYTHING,
@@ -86,7 +91,7 @@ def cache_teacher(
         dataset: decoded images; sample i of the store is sample i of the dataset.
         cache_dir: folder of the stores.
         device: where the teacher runs.
-        batch_size: images per forward.
+        batch_size: images per forward; None for as many as fit into memory (:mod:`amkd_monai.cache.batches`).
         views: stored views of every image (:func:`amkd_monai.cache.views.view_set`).
         dtype: of feature maps, ``float16``, or ``int8`` with a scale per image and channel; the rest is float16.
         part: what this process computes; with other parts the store may be incomplete on return.
@@ -111,10 +116,11 @@ def cache_teacher(
     directory = store_directory(cache_dir, teacher.name, key)
     sample_key = fingerprint({**about, "chain": dataset.chain})
     stored = read_description(directory)
+    asking = _Asking(teacher, dataset, device, batch_size)
     earlier, arrays = None, {name: ArraySpec(**spec) for name, spec in stored["arrays"].items()} if stored else None
     if arrays is None:
         earlier = EarlierStores(directory, sample_key)
-        arrays = dict(earlier.arrays or _specs(ask(teacher.to(device), dataset, [0], device), dtype))
+        arrays = dict(earlier.arrays or _specs(asking.example(), dtype))
         arrays.pop(MATRIX, None)
         if views > 1:
             arrays[MATRIX] = ArraySpec((2, 3), "float32")
@@ -131,12 +137,15 @@ def cache_teacher(
     )
     if not store.is_complete:
         earlier = earlier or EarlierStores(directory, sample_key)
-        teacher.to(device)
 
         def compute(view: int, shard: int, report: Callable[[int], object]) -> dict[str, np.ndarray]:
-            return _shard(teacher, dataset, store, earlier, view, shard, device, batch_size, report)
+            return _shard(asking, store, earlier, view, shard, report)
 
         build_missing(store, compute, part, f"teacher {teacher.name}")
+        logger.info(
+            "teacher %s was asked %d times, %s images at once; peak memory of the process so far %.0f MB",
+            *(teacher.name, asking.asked, asking.batches.size or "no", own_peak()),
+        )
     return store
 
 
@@ -145,34 +154,63 @@ def _specs(example: Mapping[str, np.ndarray], dtype: str) -> dict[str, ArraySpec
     return {name: ArraySpec(value.shape[1:], kept[name]) for name, value in example.items()}
 
 
+class _Asking:
+    """A teacher and the images it is asked about; ``asked`` counts them."""
+
+    def __init__(self, teacher: Teacher, dataset: DecodedDataset, device: torch.device | str, size: int | None) -> None:
+        self.teacher, self.dataset, self.device = teacher, dataset, device
+        self.batches, self.asked = Batches(device, size), 0
+        self._first: dict[str, np.ndarray] | None = None
+
+    def example(self) -> dict[str, np.ndarray]:
+        """What it says about the first image, arrays (1, ...); kept, so that no image is asked about twice."""
+        ((_, self._first),) = self.answers([0])
+        return self._first
+
+    def answers(
+        self, indices: Sequence[int], matrices: Mapping[int, np.ndarray] | None = None
+    ) -> Iterator[tuple[Sequence[int], dict[str, np.ndarray]]]:
+        """Yield samples, B at a time, and what it says about them, arrays (B, ...).
+
+        Args:
+            indices: of the samples.
+            matrices: (2, 3) of the view of each sample; None for the images as they are.
+        """
+
+        def work(batch: Sequence[int]) -> dict[str, np.ndarray]:
+            views = None if matrices is None else np.stack([matrices[i] for i in batch])
+            said = ask(self.teacher.to(self.device), self.dataset, batch, self.device, views)
+            self.asked += len(batch)
+            return said
+
+        if matrices is None and self._first is not None and 0 in indices:
+            yield [0], self._first
+            indices = [i for i in indices if i != 0]
+        yield from self.batches.run(work, indices)
+
+
 def _shard(
-    teacher: Teacher,
-    dataset: DecodedDataset,
+    asking: _Asking,
     store: FeatureStore,
     earlier: EarlierStores,
     view: int,
     shard: int,
-    device: torch.device | str,
-    batch_size: int,
     report: Callable[[int], object],
 ) -> dict[str, np.ndarray]:
     """Take over or compute the arrays of one shard."""
-    samples, parameters = store.samples_of(shard), store.view_parameters[view]
+    dataset, samples, parameters = asking.dataset, store.samples_of(shard), store.view_parameters[view]
     names = [name for name in store.arrays if name != MATRIX]
     size = (dataset.images.shape[-2], dataset.images.shape[-1])
-    matrices = np.stack([view_matrix(parameters, dataset.ids[i], dataset.hashes[i], size) for i in samples])
+    matrices = {i: view_matrix(parameters, dataset.ids[i], dataset.hashes[i], size) for i in samples}
     known = {i: earlier.find(parameters, (dataset.ids[i], dataset.hashes[i]), names) for i in samples}
     rows = {i: arrays for i, arrays in known.items() if arrays is not None}
     report(len(rows))
     missing = [i for i in samples if i not in rows]
-    for first in range(0, len(missing), batch_size):
-        batch = missing[first : first + batch_size]
-        warped = None if view == 0 else matrices[np.asarray(batch) - samples.start]
-        said = ask(teacher, dataset, batch, device, warped)
+    for batch, said in asking.answers(missing, matrices if view else None):
         rows |= {i: {name: said[name][k : k + 1] for name in names} for k, i in enumerate(batch)}
         report(len(batch))
     values = {name: np.concatenate([rows[i][name] for i in samples]) for name in names}
-    return {**values, MATRIX: matrices} if MATRIX in store.arrays else values
+    return {**values, MATRIX: np.stack(list(matrices.values()))} if MATRIX in store.arrays else values
 
 
 def answers_store(

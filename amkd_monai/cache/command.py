@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 
@@ -96,7 +97,9 @@ def _build(arguments: argparse.Namespace) -> int:
     part = Part.from_environment() if arguments.shard is None else Part.parse(arguments.shard)
     settings = settings_of(arguments.set)
     from amkd_monai.engines.build_cache import build_cache
+    from amkd_monai.memory import own_peak
 
     for directory in build_cache(arguments.bundle, settings, arguments.config, part):
         print(directory)
+    print(f"peak memory of this process: {own_peak():.0f} MB", file=sys.stderr)
     return 0

@@ -17,6 +17,7 @@ from amkd_monai.engines.build_cache import CacheOptions, cache_image_teacher, im
 from amkd_monai.engines.candidates import Candidate, Preparation, source_of
 from amkd_monai.engines.recipe import Recipe
 from amkd_monai.engines.targets import TeacherTargets
+from amkd_monai.memory import own_peak
 from amkd_monai.teachers.registry import validate_descriptions
 
 logger = logging.getLogger("amkd_monai")
@@ -93,6 +94,7 @@ def prepare_teachers(
         if admitted or options["features"] == "all":
             sources.append(source_of(candidate, admitted))
     record["teachers"] = [c.record for c in candidates]
+    record["preparation_peak_rss_mb"] = round(own_peak())
     if candidates and not sources:
         logger.warning("No teacher is admitted, and features are of admitted ones only: this run distils nothing.")
     if parallel and dist.get_rank() == 0:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+
+from amkd_monai.memory import own_peak
 
 
 def peak_memory(name: str, path: Path, image: np.ndarray, threads: int) -> float:
@@ -35,16 +36,6 @@ def peak_memory(name: str, path: Path, image: np.ndarray, threads: int) -> float
         reason = (ended.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise RuntimeError(f"The format {name} does not run in a fresh process: {reason}.")
     return float(ended.stdout)
-
-
-def own_peak() -> float:
-    """Largest resident memory of this process so far, MB."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count what the parent had before it started this process
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024 / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 if __name__ == "__main__":

@@ -11,9 +11,6 @@ from toy_dataset import CountingTeacher, decoded, write_items
 from amkd_monai.cache.build import answers_store, cache_teacher, images_of, keep_answers
 from amkd_monai.cache.parts import Part
 
-EXAMPLE = 1
-"""Images a teacher sees before its first store is made, so that the shapes of what it gives are known."""
-
 
 @pytest.fixture
 def items(tmp_path):
@@ -31,7 +28,7 @@ def test_the_store_holds_what_the_teacher_says(items, tmp_path):
     dataset, teacher = decoded(items, tmp_path / "cache"), CountingTeacher(gives_logits=True)
     store = cache_teacher(teacher, dataset, tmp_path / "cache", batch_size=5)
     assert store.is_complete and len(store) == 12 and store.sample_ids == dataset.ids
-    assert teacher.seen == 12 + EXAMPLE
+    assert teacher.seen == 12
     with torch.inference_mode():
         said = teacher(images_of(dataset, range(12), "cpu"))
     order = [7, 0, 11, 7]
@@ -60,7 +57,7 @@ def test_a_second_call_computes_nothing(items, tmp_path):
 
 def test_an_interrupted_run_goes_on_at_the_shard_it_had_reached(many, tmp_path):
     dataset = decoded(many, tmp_path / "cache")
-    stopped = CountingTeacher(fails_after=EXAMPLE + 200)
+    stopped = CountingTeacher(fails_after=200)
     with pytest.raises(KeyboardInterrupt):
         cache_teacher(stopped, dataset, tmp_path / "cache")
     resumed = CountingTeacher()
@@ -160,7 +157,7 @@ def test_nothing_is_taken_over_from_another_teacher_or_other_images(items, tmp_p
         teacher.preprocessing = lambda: {"size": 8}
     dataset = decoded(items, tmp_path, top=128.0 if change == "chain" else 255.0)
     cache_teacher(teacher, dataset, tmp_path, dtype="int8" if change == "dtype" else "float16")
-    assert teacher.seen == 12 + EXAMPLE
+    assert teacher.seen == 12
 
 
 def test_a_damaged_earlier_store_is_not_used(items, tmp_path, caplog):
@@ -168,7 +165,7 @@ def test_a_damaged_earlier_store_is_not_used(items, tmp_path, caplog):
     (earlier.directory / "manifest.json").write_text("{")
     again = CountingTeacher()
     assert cache_teacher(again, decoded(items, tmp_path), tmp_path).is_complete
-    assert again.seen == 12 + EXAMPLE and "nothing is taken over" in caplog.text
+    assert again.seen == 12 and "nothing is taken over" in caplog.text
 
 
 def test_a_store_of_an_earlier_version_stays_valid(items, tmp_path):
@@ -181,7 +178,7 @@ def test_a_store_of_an_earlier_version_stays_valid(items, tmp_path):
     same, other = CountingTeacher(), CountingTeacher()
     assert cache_teacher(same, dataset, tmp_path).is_complete and same.seen == 0
     cache_teacher(other, decoded(items[:5], tmp_path), tmp_path)
-    assert other.seen == 5 + EXAMPLE
+    assert other.seen == 5
 
 
 def test_parts_build_one_store_side_by_side(many, tmp_path):
@@ -192,7 +189,7 @@ def test_parts_build_one_store_side_by_side(many, tmp_path):
         store = cache_teacher(teacher, dataset, tmp_path, part=Part(index, 4))
         seen.append(teacher.seen)
         assert store.is_complete == (index >= 2)
-    assert seen == [128 + EXAMPLE, 128, 44, 0]
+    assert seen == [128, 128, 44, 0]
     np.testing.assert_array_equal(store.read("grid", range(300)), whole.read("grid", range(300)))
     assert {p.name: p.read_bytes() for p in store.directory.glob("*.npy")} == {
         p.name: p.read_bytes() for p in whole.directory.glob("*.npy")

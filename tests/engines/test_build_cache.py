@@ -11,6 +11,7 @@ from helpers import ROOT
 
 from amkd_monai.__main__ import main
 from amkd_monai.cache.store import FeatureStore
+from amkd_monai.memory import own_peak
 
 TEACHERS = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
 BUNDLE = str(ROOT / "bundles" / "kvasir_seg")
@@ -30,7 +31,8 @@ def build(capsys, tmp_path, *extra):
 
 def test_a_training_finds_what_was_built_in_parts(tmp_path, teachers, capsys, monkeypatch):
     for shard in ("1/2", "2/2"):  # 28 and 6 images, one shard each: the second part has nothing to do
-        code, folders, _ = build(capsys, tmp_path, *teachers, "--shard", shard)
+        code, folders, log = build(capsys, tmp_path, *teachers, "--shard", shard)
+        assert log.splitlines()[-1].startswith("peak memory of this process: ")
         assert code == 0 and [FeatureStore.open(folder).is_complete for folder in folders] == [True, True]
     stores = {folder: (FeatureStore.open(folder).origin, FeatureStore.open(folder).committed) for folder in folders}
     assert all(origin["teacher"] == TEACHERS[0] for origin, _ in stores.values())
@@ -42,6 +44,7 @@ def test_a_training_finds_what_was_built_in_parts(tmp_path, teachers, capsys, mo
     values = settings("kvasir_seg", tmp_path / "run", tmp_path, teachers=TEACHERS, admission={"mode": "all"})
     targets = workflow("kvasir_seg", ("train",), values).parser.get_parsed_content("targets")
     assert str(targets.sources[0].features.directory) in folders
+    assert 0 < targets.record["preparation_peak_rss_mb"] <= own_peak() + 1
 
 
 def test_torchrun_gives_each_rank_its_part(tmp_path, teachers, capsys, monkeypatch):

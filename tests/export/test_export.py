@@ -46,7 +46,7 @@ from amkd_monai.__main__ import main
 code = main(sys.argv[1:])
 heavy = {"torch", "monai", "ignite", "timm"} & set(sys.modules)
 assert not heavy, heavy
-from amkd_monai.export.memory import own_peak
+from amkd_monai.memory import own_peak
 assert own_peak() < 600, "MB"
 sys.exit(code)
 """

@@ -19,6 +19,7 @@ from ignite.engine import Engine, Events
 import amkd_monai
 from amkd_monai.atomic import atomic_write_bytes, atomic_write_json
 from amkd_monai.distillation.interface import DistillationOutput
+from amkd_monai.memory import own_peak
 
 VERSIONED = ("torch", "monai", "pytorch-ignite", "timm", "numpy")
 
@@ -106,7 +107,7 @@ class RunRecord:
             "machine": {"cpus": psutil.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)},
             "seconds": round(time.time() - self.started, 1),
             "cpu_seconds": round(time.process_time(), 1),
-            "peak_rss_mb": _peak_rss_mb(),
+            "peak_rss_mb": round(own_peak()),
         }
         if self.evaluator is not None:
             best, epoch = self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch
@@ -149,9 +150,3 @@ def effective_number(weights: Sequence[float]) -> float:
     total = sum(weights)
     shares = [w / total for w in weights if w > 0]
     return math.exp(-sum(p * math.log(p) for p in shares)) if shares else 0.0
-
-
-def _peak_rss_mb() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
