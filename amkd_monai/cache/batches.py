@@ -12,6 +12,8 @@ from typing import TypeVar
 import psutil
 import torch
 
+from amkd_monai.memory import give_back_free
+
 logger = logging.getLogger("amkd_monai")
 
 LARGEST = {"cpu": 4, "cuda": 64}
@@ -124,6 +126,7 @@ def _resident_rise(work: Callable[[], Result], _: torch.device) -> tuple[Result,
 
     The process's own record of its peak is of no use: loading the weights may have taken more before.
     """
+    give_back_free()
     process, done = psutil.Process(), threading.Event()
     before = highest = process.memory_info().rss
 

@@ -58,6 +58,16 @@ def test_what_an_image_takes_is_measured():
     assert result == 1e7 and 70 * MB < taken < 200 * MB
 
 
+def test_what_an_image_takes_from_a_hole_in_the_heap_is_measured():
+    """A long-lived process has freed memory that stays resident; an image that fills it must not seem to take none."""
+    np.ones(4_000_000)  # freed, it raises the size from which glibc maps memory instead of taking it from the heap
+    blocks = [np.ones(2_000_000) for _ in range(12)]  # 16 MB each
+    top = np.ones(2_000_000)
+    blocks.clear()
+    _, taken = batches._resident_rise(lambda: float(np.ones(10_000_000).sum()), torch.device("cpu"))
+    assert 70 * MB < taken < 200 * MB and top.sum() == 2e6
+
+
 def test_an_error_ends_the_measurement():
     with pytest.raises(ZeroDivisionError):
         batches._resident_rise(lambda: 1 / 0, torch.device("cpu"))
