@@ -2,7 +2,7 @@
 
     python benchmarks/multitask.py --shared ../shared                    # six data sets; resumable
     python benchmarks/multitask.py --shared ../shared --smoke            # two data sets, one epoch each: does it run?
-    python benchmarks/multitask.py --shared ../shared --policy per_dataset --output runs/multitask_per_dataset
+    python benchmarks/multitask.py --shared ../shared --policy shared_frozen --output runs/multitask_shared_norms
 
 Per seed: (a) a student of each data set without teachers, (b) the same with teachers, (c) one student for all with the
 same teachers and as many batches as all runs of (b) together, (d) (c) fine-tuned on each data set for a third of the
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=default, help="folder with data/")
     parser.add_argument("--output", type=Path, default=Path("runs/multitask"))
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--policy", default="shared_frozen", choices=("shared_frozen", "per_dataset"))
+    parser.add_argument("--policy", default="per_dataset", choices=("shared_frozen", "per_dataset"))
     parser.add_argument("--norm_warmup_steps", type=int, help="of shared_frozen; the bundle's own by default")
     parser.add_argument("--smoke", action="store_true", help="two data sets, one epoch of each")
     arguments = parser.parse_args()

@@ -127,7 +127,8 @@ def open_tasks(
 
     Args:
         tasks: {name: {"bundle": name or path of its bundle, and settings of that bundle that this run changes}}.
-        bundle_root: the folder of the shared student's bundle; others lie beside it.
+        bundle_root: the folder of the shared student's bundle; others lie beside it, or in ``bundles/`` of the current
+            folder where it was copied away from them.
         output_dir: each task gets a folder in it.
         cache_dir: likewise; the same as that of the single runs, so that what is decoded and cached is found again.
         settings: settings of all tasks, wherever a bundle has them; ``teachers`` may name their ``tasks``.
@@ -186,11 +187,18 @@ def teachers_of(task: str, teachers: Sequence[Mapping[str, Any]], teachers_on: s
     return row
 
 
+def _folder(bundle: str, root: Path) -> Path:
+    """Return a bundle's folder: a path as it is; a name beside the shared student's bundle, else in ``bundles/``."""
+    if "/" in bundle:
+        return Path(bundle)
+    beside = root.resolve().parent / bundle
+    return next((f for f in (beside, Path("bundles") / bundle) if (f / "configs").is_dir()), beside)
+
+
 def _parser(
     name: str, entry: Mapping[str, Any], root: Path, common: Mapping[str, Any], configs: Sequence[str]
 ) -> ConfigParser:
-    bundle = str(entry.get("bundle", name))
-    folder = Path(bundle) if "/" in bundle else root.resolve().parent / bundle
+    folder = _folder(str(entry.get("bundle", name)), root)
     files = [folder / "configs" / f"{config}.json" for config in configs]
     if absent := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(f"The task '{name}' has no {absent[0]}: correct `bundle` in its entry in `tasks`.")

@@ -55,6 +55,27 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
     return student
 
 
+def takes_part_of(student: nn.Module, task: str) -> nn.Module:
+    """Let the student of one task load a shared student's state dict too: its ``load_state_dict`` takes its part of it.
+
+    So stock commands that load ``models/model.pt`` into ``network_def``, such as ``ckpt_export``, do on it too.
+    """
+
+    def take(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+        there = heads_of(state)
+        if prefix or not there:
+            return
+        if task not in there:
+            raise CheckpointError(f"The checkpoint has no head for '{task}' (it has {', '.join(there)}): set task.")
+        part = state_of_task(state, task)
+        finer = set(part) - set(module.state_dict())
+        state.clear()
+        state.update({k: v for k, v in part.items() if not (k in finer and k.startswith("neck."))})
+
+    student.register_load_state_dict_pre_hook(take)
+    return student
+
+
 def heads_of(state: Mapping[str, Tensor]) -> dict[str, Head]:
     """Return the heads that the state dict of a shared student holds; none for another network's.
 

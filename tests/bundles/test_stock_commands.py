@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from bundle_runs import BUNDLES, settings, workflow
+from bundle_runs import ALL_BUNDLES, SHARED, settings, workflow
 from helpers import ROOT, shared_data
 from monai.bundle import ckpt_export, onnx_export, verify_metadata, verify_net_in_out
+
+from amkd_monai.networks.shared_student import Head, SharedStudent
+from amkd_monai.weights import CheckpointError
 
 SPATIAL = {2: "height", 3: "width"}
 
@@ -19,7 +24,7 @@ def configs(bundle):
     return {"config_file": files["inference"], "meta_file": files["metadata"], "bundle_root": str(folder)}
 
 
-@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize("bundle", ALL_BUNDLES)
 def test_metadata_and_network_are_verified_offline(bundle):
     schema = shared_data("..", "reference", "meta_schema_20240725.json")
     verify_metadata(meta_file=configs(bundle)["meta_file"], filepath=str(schema))
@@ -49,3 +54,23 @@ def test_torchscript_and_onnx_of_any_size(bundle, answer_axes, tmp_path):
         torch.testing.assert_close(script(image).detach(), expected, atol=1e-5, rtol=0)
         (answer,) = session.run(["pred"], {"image": image.numpy()})
         np.testing.assert_allclose(answer, expected, atol=1e-4)
+
+
+def test_a_shared_student_is_exported_by_task(tmp_path):
+    """ckpt_export takes one task's part of the checkpoint of all heads, also where the bundle was copied away."""
+    heads = {"kvasir_seg": Head("segmentation", 2), "aptos2019": Head("classification", 5)}
+    student = SharedStudent(heads, batch_norm="per_dataset", seed=3)
+    for number, norm in enumerate(m for m in student.norms.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.constant_(norm.running_mean, 0.001 * number)  # no task's statistics are another's
+    torch.save(student.state_dict(), tmp_path / "model.pt")
+    shutil.copytree(ROOT / "bundles" / SHARED / "configs", tmp_path / SHARED / "configs")
+    folder = tmp_path / SHARED
+    files = {"config_file": f"{folder}/configs/inference.json", "meta_file": f"{folder}/configs/metadata.json"}
+    common = {**files, "net_id": "network_def", "bundle_root": str(folder), "ckpt_file": str(tmp_path / "model.pt")}
+    image = torch.rand(1, 3, 96, 96)
+    for task in heads:
+        ckpt_export(filepath=str(tmp_path / f"{task}.ts"), task=task, **common)
+        answer = torch.jit.load(tmp_path / f"{task}.ts")(image).detach()
+        torch.testing.assert_close(answer, student.for_task(task).eval()(image).detach(), atol=1e-5, rtol=0)
+    with pytest.raises(CheckpointError, match="no head for 'busi'.*aptos2019"):
+        ckpt_export(filepath=str(tmp_path / "busi.ts"), task="busi", **common)

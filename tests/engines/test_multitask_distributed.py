@@ -20,6 +20,7 @@ def values(folder, cache, batch):
     }
     teachers = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
     options = {"tasks": tasks, "teachers": teachers, "loss_gate": "fixed", "norm_warmup_steps": 0, "scale_steps": 3}
+    options |= {"batch_norm": "shared_frozen"}  # batch statistics are those of a rank's own batch, in any network
     options |= {"network_def#dropout": 0.0, "steps_per_epoch": 3, "gate": "uniform"}
     return settings(SHARED, folder, cache, **options)
 
