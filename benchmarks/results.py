@@ -39,9 +39,6 @@ SETTINGS = {
 for bundle, (data, overrides, seeds) in SMALL.items():
     SETTINGS[f"{bundle}_undistilled"] = Setting(bundle, data, overrides, teachers=[], seeds=seeds)
     SETTINGS[f"{bundle}_default"] = Setting(bundle, data, overrides, f"{bundle}_undistilled", seeds=seeds)
-    SETTINGS[f"{bundle}_agreement"] = Setting(
-        bundle, data, {**overrides, **FEATURES_ONLY, "loss_gate": "agreement"}, f"{bundle}_undistilled", seeds=seeds
-    )
 
 if __name__ == "__main__":
     main(SETTINGS, str(__doc__), "runs/results")

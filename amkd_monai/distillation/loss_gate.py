@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+logger = logging.getLogger("amkd_monai")
 
 MODES = ("scaled", "agreement", "fixed", "uncertainty", "paper")
 OPTIONS = {
@@ -115,7 +118,7 @@ class AgreementLossGate(ScaledLossGate):
 
     Every ``every`` steps c_k <- memory c_k + (1 - memory) cos(grad L_k, grad L_task), gradients with respect to one
     shared student map (after Du et al., Adapting Auxiliary Losses Using Gradient Similarity, 2018), and
-    v = (1 - floor) softmax(log prior + c / temperature) + floor / K.
+    v = (1 - floor) softmax(log prior + c / temperature) + floor / K. One loss alone keeps v = 1, which is announced.
 
     Args:
         priors: {loss: relative importance}.
@@ -139,6 +142,12 @@ class AgreementLossGate(ScaledLossGate):
         memory: float = 0.9,
     ) -> None:
         super().__init__(priors, warmup_steps)
+        if len(self.names) == 1:
+            logger.warning(
+                "The loss gate 'agreement' shares weight among losses and has no effect here: '%s' is the only one "
+                "that takes part. Choose more losses, or loss_gate 'scaled'.",
+                self.names[0],
+            )
         self.floor, self.temperature, self.every, self.memory = floor, temperature, every, memory
         self.register_buffer("agreement", torch.zeros(len(self.names)))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))

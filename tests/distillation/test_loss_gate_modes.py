@@ -71,6 +71,15 @@ def test_a_loss_driven_to_zero_never_raises_its_own_weight():
         before = gate.weights(1.0)["output"]
 
 
+def test_with_one_loss_it_says_that_it_has_no_effect(caplog):
+    alone = AgreementLossGate({"feature": 0.2})
+    assert alone.importance() == {"feature": 1.0}
+    assert "has no effect here: 'feature' is the only one" in caplog.text
+    caplog.clear()
+    AgreementLossGate({"output": 1.0, "feature": 0.2})
+    assert not caplog.text
+
+
 def test_measuring_leaves_the_graph_and_the_gradients_alone():
     gate, x = AgreementLossGate(PRIORS, every=1), torch.ones(5, requires_grad=True)
     named = losses_of(x)
