@@ -58,7 +58,15 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
 def takes_part_of(student: nn.Module, task: str) -> nn.Module:
     """Let the student of one task load a shared student's state dict too: its ``load_state_dict`` takes its part of it.
 
-    So stock commands that load ``models/model.pt`` into ``network_def``, such as ``ckpt_export``, do on it too.
+    So stock commands that load ``models/model.pt`` into ``network_def``, such as ``ckpt_export``, do on it too. The
+    state dict of one task's student loads as before.
+
+    Args:
+        student: the student of one task, changed in place and returned.
+        task: whose part it takes.
+
+    Raises:
+        CheckpointError: when such a state dict is loaded that has no head for the task.
     """
 
     def take(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
@@ -67,10 +75,9 @@ def takes_part_of(student: nn.Module, task: str) -> nn.Module:
             return
         if task not in there:
             raise CheckpointError(f"The checkpoint has no head for '{task}' (it has {', '.join(there)}): set task.")
-        part = state_of_task(state, task)
-        finer = set(part) - set(module.state_dict())
+        part = _levels_read(state_of_task(state, task), module)
         state.clear()
-        state.update({k: v for k, v in part.items() if not (k in finer and k.startswith("neck."))})
+        state.update(part)
 
     student.register_load_state_dict_pre_hook(take)
     return student
@@ -141,5 +148,10 @@ def _load(student: nn.Module, state: Mapping[str, Tensor], parts: str, path: str
         state = {**{k: v for k, v in expected.items() if not k.startswith(_KEYS[parts])}, **norms}
     if isinstance(student, SharedStudent):
         return load_strict(student, state, path)
-    finer = [k for k in state if k.startswith("neck.") and k not in expected]  # levels that this student does not read
-    return load_strict(student, {k: v for k, v in state.items() if k not in finer}, path)
+    return load_strict(student, _levels_read(state, student), path)
+
+
+def _levels_read(state: Mapping[str, Tensor], student: nn.Module) -> dict[str, Tensor]:
+    """Leave out the levels of a shared neck that the student of one task does not read."""
+    own = student.state_dict()
+    return {k: v for k, v in state.items() if k in own or not k.startswith("neck.")}
