@@ -1,7 +1,7 @@
 """What a distillation step with cached teachers costs, in plain supervised steps of the same student.
 
-    python benchmarks/step_cost.py                          # kvasir_seg on phantoms, 256 px, batch 4, two teachers
-    python benchmarks/step_cost.py --image_size 128 --batch_size 8
+    python benchmarks/step_cost.py                          # kvasir_seg on phantoms, 128 px, batch 8, two teachers
+    python benchmarks/step_cost.py --image_size 256 --batch_size 4
 
 CPU time of one thread: read the sample and its targets, augment, forward, losses, backward, optimiser. Blocks of the
 two alternate and each pair gives a ratio; a block is as long as the loss gate's interval, so that the steps in which it
@@ -115,8 +115,8 @@ def measure(image_size: int, batch_size: int, pairs: int, steps: int, only: str 
 def main() -> int:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image_size", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--image_size", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--steps", type=int, default=50, help="steps of a block; a multiple of the gate's interval")
     parser.add_argument("--only", default="", help="settings whose name contains this")
