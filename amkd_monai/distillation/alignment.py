@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class ChannelNorm(nn.Module):
-    """Layer normalisation over the channels of a map (B, C, h, w)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise each location over its channels."""
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, h, w) -> (B, h, w, C) and back
+from amkd_monai.distillation.pointwise import ChannelNorm, Pointwise
 
 
 class Alignment(nn.Module):
@@ -38,7 +29,7 @@ class Alignment(nn.Module):
         self.levels = nn.ModuleDict(
             {
                 str(stride): nn.Sequential(
-                    ChannelNorm(count), nn.Conv2d(count, hidden, 1), nn.GELU(), nn.Conv2d(hidden, out_channels, 1)
+                    ChannelNorm(count), Pointwise(count, hidden), nn.GELU(), Pointwise(hidden, out_channels)
                 )
                 for stride, count in channels.items()
             }
@@ -46,7 +37,7 @@ class Alignment(nn.Module):
 
     def forward(self, features: Mapping[int, Tensor], size: tuple[int, int]) -> Tensor:
         """Return (B, out_channels, h, w) for ``size`` = (h, w) from {stride: (B, C, H / stride, W / stride)}."""
-        return torch.stack([p(to_grid(features[int(s)], size)) for s, p in self.levels.items()]).sum(0)
+        return reduce(torch.add, (p(to_grid(features[int(s)], size)) for s, p in self.levels.items()))
 
 
 def to_grid(features: Tensor, size: tuple[int, int]) -> Tensor:

@@ -188,7 +188,7 @@ class Distiller(nn.Module):
         answers = {t.name: self._targets(batch, t.name, "logits") for t in self.teachers if t.logits is not None}
         similar: dict[str, Tensor] = {}
         if self.teacher_gate.network is not None:
-            similar = {n: F.cosine_similarity(p.aligned, p.goal.detach(), dim=1) for n, p in pairs.items()}
+            similar = {n: losses.cosine(p.aligned, p.goal.detach()) for n, p in pairs.items()}
         return view, pairs, answers, self.teacher_gate.measure(batch, answers, classes, view, similar)
 
     def _targets(self, batch: Batch, name: str, kind: str) -> Tensor:
@@ -213,6 +213,7 @@ class Distiller(nn.Module):
         pairs = {}
         for name, align in self.align.items():
             target = self.standardise[name](self._targets(batch, name, "grid"))
+            target = target.contiguous(memory_format=torch.channels_last)  # as projections and codes give theirs
             aligned = align(features, (target.shape[-2], target.shape[-1]))
             goal = self.codes[name].encode(target) if name in self.codes else target
             pairs[name] = _Pair(aligned, goal, target)
@@ -237,11 +238,12 @@ class Distiller(nn.Module):
                 continue
             maps: dict[str, Tensor] = {}
             if name == "output":
-                for spec in self.teachers:
-                    if spec.admitted and spec.logits is not None:
-                        z = answers[spec.name]
-                        small = losses.area_logits(logits, (z.shape[-2], z.shape[-1]))
-                        maps[spec.name] = losses.output_loss(small, z, temperature)
+                chosen = {t.name: answers[t.name] for t in self.teachers if t.admitted and t.logits is not None}
+                sizes = {(z.shape[-2], z.shape[-1]) for z in chosen.values()}
+                small = {size: losses.area_logits(logits, size) for size in sizes}
+                maps = {
+                    n: losses.output_loss(small[z.shape[-2], z.shape[-1]], z, temperature) for n, z in chosen.items()
+                }
             elif name == "feature":
                 maps = {n: losses.feature_loss(p.aligned, p.goal) for n, p in pairs.items()}
             elif name == "reconstruction":
@@ -268,7 +270,7 @@ class Distiller(nn.Module):
         parts = []
         for k, spec in enumerate(self.teachers):
             if spec.name in self.codes and spec.name in pairs:
-                loss = self.codes[spec.name].autoencoder_loss(pairs[spec.name].target)
+                loss = self.codes[spec.name].autoencoder_loss(pairs[spec.name].goal, pairs[spec.name].target)
                 if loss is not None:
                     parts.append(loss.flatten(1).mean(1) * available[:, k])
         return {"autoencoder": torch.stack(parts).mean(0)} if parts else {}

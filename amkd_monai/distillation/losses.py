@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
 from torch import Tensor
@@ -83,6 +84,15 @@ def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = Fal
     return dice + cross_entropy
 
 
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine (B, h, w) of two maps (B, C, h, w) over their channels; 0, without gradient, where one of them is 0.
+
+    Half the passes over memory of ``F.cosine_similarity``, which divides whole maps by their norms.
+    """
+    squares = a.square().sum(1).clamp_min(1e-16).sqrt() * b.square().sum(1).clamp_min(1e-16).sqrt()
+    return (a * b).sum(1) / squares
+
+
 def feature_loss(aligned: Tensor, target: Tensor) -> Tensor:
     """Half cosine distance, half smooth L1, per location (UNIC and DUNE use this pair).
 
@@ -94,8 +104,7 @@ def feature_loss(aligned: Tensor, target: Tensor) -> Tensor:
         (B, h, w), zero for equal inputs.
     """
     aligned, target = aligned.float(), target.detach().float()
-    cosine = 1 - F.cosine_similarity(aligned, target, dim=1)
-    return 0.5 * cosine + 0.5 * F.smooth_l1_loss(aligned, target, reduction="none").mean(1)
+    return 0.5 * (1 - cosine(aligned, target)) + 0.5 * F.smooth_l1_loss(aligned, target, reduction="none").mean(1)
 
 
 def output_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -122,10 +131,12 @@ def soft_cross_entropy(target: Tensor, log_probabilities: Tensor) -> Tensor:
 
 def one_hot_area(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
     """Area fractions of each class (B, classes, h, w) in the cells of a coarser grid, from (B, 1, H, W) indices."""
-    one_hot = F.one_hot(label[:, 0].long(), classes).permute(0, 3, 1, 2).float()  # (B, H, W, C) -> (B, C, H, W)
-    return F.adaptive_avg_pool2d(one_hot, size)
+    one_hot = label == torch.arange(classes, device=label.device)[:, None, None]  # (B, 1, H, W) -> (B, C, H, W)
+    return F.adaptive_avg_pool2d(one_hot.float(), size)
 
 
 def area_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Area-pool logits (B, C, H, W) to a coarser grid (h, w); the same size passes through."""
-    return logits if tuple(logits.shape[-2:]) == tuple(size) else F.adaptive_avg_pool2d(logits, size)
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits
+    return F.adaptive_avg_pool2d(logits.contiguous(), size)  # few channels: slow where they lie side by side

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from amkd_monai.distillation.losses import cosine
+from amkd_monai.distillation.pointwise import Pointwise
 
 MODES = ("none", "learned", "pca")
 
@@ -22,8 +24,8 @@ def reconstruction_loss(restored: Tensor, target: Tensor) -> Tensor:
     """
     restored, target = restored.float(), target.detach().float()
     difference = restored - target
-    cosine = 1 - F.cosine_similarity(restored, target, dim=1)
-    return 0.5 * difference.square().mean(1) + 0.3 * difference.abs().mean(1) + 0.2 * cosine
+    direction = 1 - cosine(restored, target)
+    return 0.5 * difference.square().mean(1) + 0.3 * difference.abs().mean(1) + 0.2 * direction
 
 
 class LearnedCode(nn.Module):
@@ -38,16 +40,16 @@ class LearnedCode(nn.Module):
     def __init__(self, channels: int, code_channels: int, hidden: int = 128) -> None:
         super().__init__()
         self.code_channels = code_channels
-        self.encoder = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.GELU(), nn.Conv2d(hidden, code_channels, 1))
-        self.decoder = nn.Sequential(nn.Conv2d(code_channels, hidden, 1), nn.GELU(), nn.Conv2d(hidden, channels, 1))
+        self.encoder = nn.Sequential(Pointwise(channels, hidden), nn.GELU(), Pointwise(hidden, code_channels))
+        self.decoder = nn.Sequential(Pointwise(code_channels, hidden), nn.GELU(), Pointwise(hidden, channels))
 
     def encode(self, target: Tensor) -> Tensor:
         """Code (B, m, h, w) of standardised features (B, C, h, w)."""
         return self.encoder(target.detach())
 
-    def autoencoder_loss(self, target: Tensor) -> Tensor:
-        """Reconstruction of the features from their own code (B, h, w); trains encoder and decoder alone."""
-        return reconstruction_loss(self.decoder(self.encode(target)), target)
+    def autoencoder_loss(self, code: Tensor, target: Tensor) -> Tensor:
+        """Reconstruction (B, h, w) of the features from their own code, :meth:`encode`; trains encoder and decoder."""
+        return reconstruction_loss(self.decoder(code), target)
 
     def decode_frozen(self, code: Tensor) -> Tensor:
         """Features (B, C, h, w) from a code; gradient flows to the code, none to the decoder."""
@@ -80,7 +82,7 @@ class PcaCode(nn.Module):
         """Code (B, m, h, w) of standardised features (B, C, h, w)."""
         return torch.einsum("mc,bchw->bmhw", self.basis, target.detach().float()) / self.scale
 
-    def autoencoder_loss(self, target: Tensor) -> None:
+    def autoencoder_loss(self, code: Tensor, target: Tensor) -> None:
         """There is nothing to train."""
         return None
 

@@ -183,6 +183,7 @@ class TeacherGate(nn.Module):
         grid = self.grid()
         label = batch.label_map
         known = torch.where(batch.has_label[:, None, None, None], label, torch.zeros_like(label))
+        areas: dict[tuple[int, int], Tensor] = {}  # of the label's classes, by grid
         errors, entropies = [], []
         for spec in self.teachers:
             fallback = self.prior_entropy if spec.mean_error is None else spec.mean_error
@@ -192,7 +193,9 @@ class TeacherGate(nn.Module):
                 logits = answers[spec.name].float()
                 size = (logits.shape[-2], logits.shape[-1])
                 log_probabilities = logits.log_softmax(1)
-                measured = losses.soft_cross_entropy(losses.one_hot_area(known, classes, size), log_probabilities)
+                if size not in areas:
+                    areas[size] = losses.one_hot_area(known, classes, size)
+                measured = losses.soft_cross_entropy(areas[size], log_probabilities)
                 measured = losses.area_logits(measured[:, None], grid)[:, 0]
                 error = torch.where(batch.has_label[:, None, None], measured, error)
                 if self.mode == "entropy":
