@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amkd_monai.distillation.pointwise import ChannelNorm, Pointwise
+
+class ChannelNorm(nn.Module):
+    """Layer normalisation over the channels of a map (B, C, h, w)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each location over its channels."""
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, h, w) -> (B, h, w, C) and back
 
 
 class Alignment(nn.Module):
@@ -29,7 +39,7 @@ class Alignment(nn.Module):
         self.levels = nn.ModuleDict(
             {
                 str(stride): nn.Sequential(
-                    ChannelNorm(count), Pointwise(count, hidden), nn.GELU(), Pointwise(hidden, out_channels)
+                    ChannelNorm(count), nn.Conv2d(count, hidden, 1), nn.GELU(), nn.Conv2d(hidden, out_channels, 1)
                 )
                 for stride, count in channels.items()
             }

@@ -213,7 +213,7 @@ class Distiller(nn.Module):
         pairs = {}
         for name, align in self.align.items():
             target = self.standardise[name](self._targets(batch, name, "grid"))
-            target = target.contiguous(memory_format=torch.channels_last)  # as projections and codes give theirs
+            target = target.contiguous(memory_format=torch.channels_last)  # like the student's maps: no reordering
             aligned = align(features, (target.shape[-2], target.shape[-1]))
             goal = self.codes[name].encode(target) if name in self.codes else target
             pairs[name] = _Pair(aligned, goal, target)

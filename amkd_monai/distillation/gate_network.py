@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from amkd_monai.distillation.pointwise import ChannelNorm, Pointwise
+from amkd_monai.distillation.alignment import ChannelNorm
 
 TASK_EMBEDDING = 8
 
@@ -30,10 +30,10 @@ class GateNetwork(nn.Module):
         self.norm = ChannelNorm(channels)
         self.task = nn.Embedding(tasks, TASK_EMBEDDING)
         self.bias = nn.Parameter(torch.zeros(tasks, slots))
-        last = Pointwise(hidden, slots)
+        last = nn.Conv2d(hidden, slots, 1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)  # every slot starts alike
-        self.layers = nn.Sequential(Pointwise(2 * channels + teachers + TASK_EMBEDDING, hidden), nn.GELU(), last)
+        self.layers = nn.Sequential(nn.Conv2d(2 * channels + teachers + TASK_EMBEDDING, hidden, 1), nn.GELU(), last)
 
     def forward(self, features: Tensor, cosines: Tensor, task: int = 0) -> Tensor:
         """Return scores (B, slots, h, w).

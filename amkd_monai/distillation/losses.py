@@ -85,12 +85,19 @@ def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = Fal
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine (B, h, w) of two maps (B, C, h, w) over their channels; 0, without gradient, where one of them is 0.
+    """Cosine of two maps over their channels, 0 where one of them is 0.
 
-    Half the passes over memory of ``F.cosine_similarity``, which divides whole maps by their norms.
+    ``F.cosine_similarity`` divides both maps by their norms; this divides the products alone, in fewer passes.
+
+    Args:
+        a: (B, C, h, w), floating point.
+        b: like ``a``.
+
+    Returns:
+        (B, h, w) in [-1, 1].
     """
-    squares = a.square().sum(1).clamp_min(1e-16).sqrt() * b.square().sum(1).clamp_min(1e-16).sqrt()
-    return (a * b).sum(1) / squares
+    norms = a.square().sum(1).clamp_min(1e-16).sqrt() * b.square().sum(1).clamp_min(1e-16).sqrt()
+    return (a * b).sum(1) / norms
 
 
 def feature_loss(aligned: Tensor, target: Tensor) -> Tensor:
@@ -130,7 +137,20 @@ def soft_cross_entropy(target: Tensor, log_probabilities: Tensor) -> Tensor:
 
 
 def one_hot_area(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
-    """Area fractions of each class (B, classes, h, w) in the cells of a coarser grid, from (B, 1, H, W) indices."""
+    """Area fractions of each class in the cells of a coarser grid.
+
+    Args:
+        label: class indices (B, 1, H, W), integer.
+        classes: number of classes C.
+        size: (h, w) of the grid.
+
+    Returns:
+        (B, C, h, w), 1 in sum over the classes.
+
+    Raises:
+        ValueError: a label is not in 0 to C - 1.
+    """
+    _check_classes(label, classes)
     one_hot = label == torch.arange(classes, device=label.device)[:, None, None]  # (B, 1, H, W) -> (B, C, H, W)
     return F.adaptive_avg_pool2d(one_hot.float(), size)
 

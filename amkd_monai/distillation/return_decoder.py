@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from amkd_monai.distillation.losses import cosine
-from amkd_monai.distillation.pointwise import Pointwise
 
 MODES = ("none", "learned", "pca")
 
@@ -40,15 +39,23 @@ class LearnedCode(nn.Module):
     def __init__(self, channels: int, code_channels: int, hidden: int = 128) -> None:
         super().__init__()
         self.code_channels = code_channels
-        self.encoder = nn.Sequential(Pointwise(channels, hidden), nn.GELU(), Pointwise(hidden, code_channels))
-        self.decoder = nn.Sequential(Pointwise(code_channels, hidden), nn.GELU(), Pointwise(hidden, channels))
+        self.encoder = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.GELU(), nn.Conv2d(hidden, code_channels, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(code_channels, hidden, 1), nn.GELU(), nn.Conv2d(hidden, channels, 1))
 
     def encode(self, target: Tensor) -> Tensor:
         """Code (B, m, h, w) of standardised features (B, C, h, w)."""
         return self.encoder(target.detach())
 
     def autoencoder_loss(self, code: Tensor, target: Tensor) -> Tensor:
-        """Reconstruction (B, h, w) of the features from their own code, :meth:`encode`; trains encoder and decoder."""
+        """Reconstruction of the features from their own code; trains encoder and decoder alone.
+
+        Args:
+            code: what :meth:`encode` made of the target (B, m, h, w), with its gradient.
+            target: standardised features (B, C, h, w).
+
+        Returns:
+            (B, h, w).
+        """
         return reconstruction_loss(self.decoder(code), target)
 
     def decode_frozen(self, code: Tensor) -> Tensor:

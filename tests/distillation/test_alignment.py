@@ -3,8 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from amkd_monai.distillation.alignment import Alignment, to_grid
-from amkd_monai.distillation.pointwise import ChannelNorm, Pointwise
+from amkd_monai.distillation.alignment import Alignment, ChannelNorm, to_grid
 from amkd_monai.distillation.standardise import MeanStdStandardiser
 
 
@@ -22,21 +21,6 @@ def test_the_channel_norm_normalises_each_location():
     y = ChannelNorm(5)(x).detach()
     torch.testing.assert_close(y.mean(1), torch.zeros(2, 3, 4), atol=1e-5, rtol=0)
     torch.testing.assert_close(y.var(1, unbiased=False), torch.ones(2, 3, 4), atol=1e-3, rtol=0)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_pointwise_layer_is_a_convolution_of_one_cell(layout):
-    torch.manual_seed(0)
-    ours, theirs = Pointwise(5, 7), nn.Conv2d(5, 7, 1)
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 5, 3, 4).to(memory_format=layout).requires_grad_()
-    y = x.detach().clone().requires_grad_()
-    torch.testing.assert_close(ours(x), theirs(y))
-    for layer, given in ((ours, x), (theirs, y)):
-        layer(given).square().sum().backward()
-    torch.testing.assert_close(x.grad, y.grad)
-    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
-    torch.testing.assert_close(ours.bias.grad, theirs.bias.grad)
 
 
 def test_maps_are_area_pooled_down_and_interpolated_up():

@@ -100,6 +100,18 @@ def test_area_targets_are_fractions():
     assert torch.equal(fractions[0], expected)
 
 
+@pytest.mark.parametrize("wrong", [3, -1])
+def test_a_class_that_does_not_exist_has_no_area(wrong):
+    with pytest.raises(ValueError, match=f"holds the class {wrong}, the student has classes 0 to 2"):
+        losses.one_hot_area(torch.tensor([[[[0, wrong]]]]), 3, (1, 1))
+
+
+def test_the_cosine_is_that_of_torch_and_0_for_nothing():
+    a, b = tensor(0), tensor(1)
+    torch.testing.assert_close(losses.cosine(a, b), torch.cosine_similarity(a, b, dim=1))
+    assert torch.equal(losses.cosine(torch.zeros_like(a), b), torch.zeros(a.shape[0], *a.shape[2:]))
+
+
 def test_soft_cross_entropy_of_hard_targets_is_cross_entropy():
     logits = tensor(0)
     label = torch.randint(0, 4, (3, 1, 5, 7), generator=torch.Generator().manual_seed(1))
