@@ -25,8 +25,8 @@ class ChannelNorm(nn.Module):
 class Alignment(nn.Module):
     """Sum over student levels of LayerNorm, 1x1, GELU, 1x1, at the teacher's grid.
 
-    The student is resized to the teacher's grid (area-pooled where finer, bilinear where coarser) before the
-    projection; the teacher's map is never resized.
+    The student is resized to the teacher's grid, the teacher's map never is. A finer level is area-pooled before it is
+    projected, a coarser one is projected before it is made larger: each is projected where it has fewer cells.
 
     Args:
         channels: {stride: channels} of the student levels used.
@@ -47,14 +47,23 @@ class Alignment(nn.Module):
 
     def forward(self, features: Mapping[int, Tensor], size: tuple[int, int]) -> Tensor:
         """Return (B, out_channels, h, w) for ``size`` = (h, w) from {stride: (B, C, H / stride, W / stride)}."""
-        return reduce(torch.add, (p(to_grid(features[int(s)], size)) for s, p in self.levels.items()))
+        levels = pool_to_grid({int(s): features[int(s)] for s in self.levels}, size)
+        return reduce(torch.add, (to_grid(project(levels[int(s)]), size) for s, project in self.levels.items()))
+
+
+def pool_to_grid(features: Mapping[int, Tensor], size: tuple[int, int]) -> dict[int, Tensor]:
+    """Area-pool those student levels {stride: (B, C, H, W)} that are finer than a grid (h, w); others pass through."""
+    return {stride: to_grid(level, size) if _is_finer(level, size) else level for stride, level in features.items()}
 
 
 def to_grid(features: Tensor, size: tuple[int, int]) -> Tensor:
     """Bring student features (B, C, H, W) to a grid (h, w): area-pooled down, bilinear up."""
-    height, width = features.shape[-2:]
-    if (height, width) == tuple(size):
+    if tuple(features.shape[-2:]) == tuple(size):
         return features
-    if height >= size[0] and width >= size[1]:
+    if _is_finer(features, size):
         return F.adaptive_avg_pool2d(features, size)
     return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+
+
+def _is_finer(features: Tensor, size: tuple[int, int]) -> bool:
+    return features.shape[-2] >= size[0] and features.shape[-1] >= size[1]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amkd_monai.distillation import losses, return_decoder
-from amkd_monai.distillation.alignment import Alignment
+from amkd_monai.distillation.alignment import Alignment, pool_to_grid
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
 from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherSpec
 from amkd_monai.distillation.loss_choice import DEFAULT_LOSSES, LOSSES, choose_losses
@@ -153,8 +153,8 @@ class Distiller(nn.Module):
             if self.teachers:
                 view, pairs, answers, reading = self._look(batch, levels, answer.shape[1])
                 self._distil(batch, answer, view, pairs, answers, reading, progress, named, weights)
-                named |= self.teacher_gate.loss(batch, reading) | self._autoencoder(batch, pairs)
-                figures = self.teacher_gate.figures(batch, reading)
+                gate, figures = self.teacher_gate.compare(batch, reading)
+                named |= gate | self._autoencoder(batch, pairs)
                 if self.training:
                     self.loss_gate.observe(named, levels[self.student.strides.index(SHARED_STRIDE)])
             factors = dict(self.loss_gate.weights(strength, view))
@@ -202,7 +202,8 @@ class Distiller(nn.Module):
         if batch.available is not None:
             k = [t.name for t in self.teachers].index(name)
             target = torch.where(batch.available[:, k, None, None, None].bool(), target, torch.zeros_like(target))
-        if not bool(torch.isfinite(target).all()):
+        # a finite sum is the quick proof; one that overflows proves nothing
+        if not bool(torch.isfinite(target.sum())) and not bool(torch.isfinite(target).all()):
             raise ValueError(
                 f"The {kind} targets of the teacher '{name}' are not finite: delete its teacher cache and run again."
             )
@@ -210,11 +211,16 @@ class Distiller(nn.Module):
 
     def _pairs(self, batch: Batch, features: Mapping[int, Tensor]) -> dict[str, _Pair]:
         """Bring student and teachers to common grids and codes, {teacher: pair}; none if no loss compares features."""
+        levels = {stride: features[stride] for stride in STUDENT_STRIDES} if self.align else {}
+        pooled: dict[tuple[int, int], dict[int, Tensor]] = {}  # the same for all teachers of one grid
         pairs = {}
         for name, align in self.align.items():
             target = self.standardise[name](self._targets(batch, name, "grid"))
             target = target.contiguous(memory_format=torch.channels_last)  # like the student's maps: no reordering
-            aligned = align(features, (target.shape[-2], target.shape[-1]))
+            size = (target.shape[-2], target.shape[-1])
+            if size not in pooled:
+                pooled[size] = pool_to_grid(levels, size)
+            aligned = align(pooled[size], size)
             goal = self.codes[name].encode(target) if name in self.codes else target
             pairs[name] = _Pair(aligned, goal, target)
         return pairs
@@ -270,7 +276,7 @@ class Distiller(nn.Module):
         parts = []
         for k, spec in enumerate(self.teachers):
             if spec.name in self.codes and spec.name in pairs:
-                loss = self.codes[spec.name].autoencoder_loss(pairs[spec.name].goal, pairs[spec.name].target)
+                loss = self.codes[spec.name].autoencoder_loss(pairs[spec.name].target)
                 if loss is not None:
                     parts.append(loss.flatten(1).mean(1) * available[:, k])
         return {"autoencoder": torch.stack(parts).mean(0)} if parts else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amkd_monai.distillation.alignment import ChannelNorm
@@ -51,10 +52,16 @@ class GateNetwork(nn.Module):
                 f"The gate knows {len(self.bias)} tasks, not task {task}: raise `tasks` in `gate_options`."
             )
         local = self.norm(features)
-        whole = local.mean((2, 3), keepdim=True).expand_as(local)
-        number = torch.tensor([task], device=features.device)
-        embedding = self.task(number)[:, :, None, None].expand(len(local), -1, *local.shape[-2:])
-        return self.layers(torch.cat([local, whole, cosines, embedding], dim=1)) + self.bias[task][None, :, None, None]
+        whole = local.mean((2, 3), keepdim=True)
+        embedding = self.task.weight[None, task, :, None, None]  # (tasks, E) -> (1, E, 1, 1)
+        first, *others = self.layers
+        # what is the same in all cells is projected once per image
+        parts = first.weight.split([local.shape[1], whole.shape[1], cosines.shape[1], embedding.shape[1]], dim=1)
+        by_cell = F.conv2d(local, parts[0]) + F.conv2d(cosines, parts[2])
+        hidden = by_cell + F.conv2d(whole, parts[1], first.bias) + F.conv2d(embedding, parts[3])
+        for layer in others:
+            hidden = layer(hidden)
+        return hidden + self.bias[task][None, :, None, None]
 
 
 def gate_probabilities(scores: Tensor, available: Tensor) -> Tensor:
@@ -108,9 +115,9 @@ def agreement_auc(trusted: Tensor, predicted: Tensor) -> float:
     target = with_abstention(trusted)
     best = torch.zeros_like(target).scatter_(1, target.argmax(1, keepdim=True), 1.0).flatten()
     score = predicted.detach().flatten()
-    _, position, counts = score.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    rank = (last - (counts - 1) / 2)[position]  # the mean rank of equal values
-    positives = best.sum().double()
-    negatives = len(best) - positives
-    return float((rank[best > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives).clamp_min(1))
+    ordered, right = score.sort().values, score[best > 0]
+    below = torch.searchsorted(ordered, right), torch.searchsorted(ordered, right, right=True)
+    rank = (below[0] + below[1] + 1).double() / 2  # the mean rank of equal values
+    positives = len(right)
+    pairs = positives * (len(best) - positives)
+    return (float(rank.sum()) - positives * (positives + 1) / 2) / max(1, pairs)

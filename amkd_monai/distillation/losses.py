@@ -111,7 +111,8 @@ def feature_loss(aligned: Tensor, target: Tensor) -> Tensor:
         (B, h, w), zero for equal inputs.
     """
     aligned, target = aligned.float(), target.detach().float()
-    return 0.5 * (1 - cosine(aligned, target)) + 0.5 * F.smooth_l1_loss(aligned, target, reduction="none").mean(1)
+    distance = F.smooth_l1_loss(aligned.movedim(1, -1), target.movedim(1, -1), reduction="none")  # (B, h, w, C)
+    return 0.5 * (1 - cosine(aligned, target)) + 0.5 * distance.mean(-1)
 
 
 def output_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

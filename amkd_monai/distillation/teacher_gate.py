@@ -130,18 +130,21 @@ class TeacherGate(nn.Module):
             scores = self.network(*pooled, batch.task).expand(-1, -1, *grid)
         return GateReading(errors, entropies, scores)
 
-    def loss(self, batch: Batch, reading: GateReading) -> dict[str, Tensor]:
-        """The loss that trains the gate network: {"gate": (labelled samples,)} in mode ``learned``, else nothing."""
-        if self.mode != "learned" or reading.scores is None:
-            return {}
-        return {"gate": gate_loss(*self._compare(batch, reading))}
+    def compare(self, batch: Batch, reading: GateReading) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Compare the gate network with the reliabilities of labelled samples (mode ``learned``, else nothing).
 
-    @torch.no_grad()
-    def figures(self, batch: Batch, reading: GateReading) -> dict[str, float]:
-        """``gate_auc``: how well the network finds the most reliable slot in labelled cells (mode ``learned``)."""
+        Returns:
+            {"gate": (labelled samples,)}, the loss that trains the network, and {"gate_auc": how well it finds the
+            most reliable slot}, in every second row and column of cells.
+        """
         if self.mode != "learned" or reading.scores is None:
-            return {}
-        return {"gate_auc": agreement_auc(*self._compare(batch, reading))}
+            return {}, {}
+        everyone, rows = self._everyone(batch), batch.has_label
+        smooth = gates.box_smooth(reading.errors)
+        trusted = gates.reliability(smooth, self.prior_entropy, everyone, self.temperature)[rows]
+        predicted = gate_probabilities(reading.scores, everyone)[rows]
+        auc = agreement_auc(trusted[..., ::2, ::2], predicted[..., ::2, ::2])
+        return {"gate": gate_loss(trusted, predicted)}, {"gate_auc": auc}
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
         """Weights (B, K, h, w) over the teachers that are available (B, K); with gradient in mode ``paper`` only."""
@@ -164,14 +167,6 @@ class TeacherGate(nn.Module):
 
     def _everyone(self, batch: Batch) -> Tensor:
         return self.available(batch, [True] * len(self.teachers))
-
-    def _compare(self, batch: Batch, reading: GateReading) -> tuple[Tensor, Tensor]:
-        """Reliabilities (n, K, h, w) and the network's probabilities (n, K + 1, h, w) of the n labelled samples."""
-        assert reading.scores is not None
-        everyone, rows = self._everyone(batch), batch.has_label
-        smooth = gates.box_smooth(reading.errors)
-        trusted = gates.reliability(smooth, self.prior_entropy, everyone, self.temperature)
-        return trusted[rows], gate_probabilities(reading.scores, everyone)[rows]
 
     @torch.no_grad()
     def _measure_answers(self, batch: Batch, answers: Mapping[str, Tensor], classes: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from amkd_monai.distillation.alignment import Alignment, ChannelNorm, to_grid
+from amkd_monai.distillation.alignment import Alignment, ChannelNorm, pool_to_grid, to_grid
 from amkd_monai.distillation.standardise import MeanStdStandardiser
 
 
@@ -42,10 +42,20 @@ def test_both_levels_reach_the_teachers_grid(grid):
     assert all(p.grad is not None for p in align.parameters())
 
 
-def test_it_is_the_sum_of_the_projected_levels():
-    maps, align = features(), Alignment({8: 6, 16: 9}, out_channels=4)
-    expected = sum(align.levels[str(s)](to_grid(m, (2, 3))) for s, m in maps.items())
-    torch.testing.assert_close(align(maps, (2, 3)), expected)
+def test_finer_levels_are_pooled_before_and_coarser_ones_resized_after_they_are_projected():
+    maps, align = features((32, 48)), Alignment({8: 6, 16: 9}, out_channels=4)  # 4 x 6 and 2 x 3 cells
+    fine, coarse = align.levels["8"], align.levels["16"]
+    between = fine(to_grid(maps[8], (3, 4))) + to_grid(coarse(maps[16]), (3, 4))
+    torch.testing.assert_close(align(maps, (3, 4)), between)
+    below = fine(to_grid(maps[8], (1, 2))) + coarse(to_grid(maps[16], (1, 2)))
+    torch.testing.assert_close(align(maps, (1, 2)), below)
+
+
+def test_levels_that_were_pooled_once_for_several_teachers_give_the_same():
+    maps, align = features((32, 48)), Alignment({8: 6, 16: 9}, out_channels=4)
+    pooled = pool_to_grid(maps, (3, 4))
+    assert pooled[8].shape[-2:] == (3, 4) and pooled[16] is maps[16]
+    assert torch.equal(align(pooled, (3, 4)), align(maps, (3, 4)))
 
 
 def test_standardised_features_have_mean_zero_and_deviation_one():

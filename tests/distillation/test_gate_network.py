@@ -55,6 +55,20 @@ def test_at_the_start_every_slot_is_alike_and_absent_teachers_get_nothing():
     assert torch.equal(gate_probabilities(scores[:, :3], torch.zeros(2, 3)), torch.zeros(2, 3, 3, 5))
 
 
+def test_the_network_is_a_perceptron_over_all_its_inputs_at_a_cell():
+    network = GateNetwork(6, teachers=2, slots=3, tasks=2)
+    for p in network.parameters():
+        torch.nn.init.normal_(p)
+    features, cosines = torch.randn(2, 6, 3, 5), torch.randn(2, 2, 3, 5)
+    local = network.norm(features)
+    whole = local.mean((2, 3), keepdim=True).expand_as(local)
+    embedding = network.task.weight[1][None, :, None, None].expand(2, -1, 3, 5)
+    scores = network.layers(torch.cat([local, whole, cosines, embedding], dim=1)) + network.bias[1][None, :, None, None]
+    torch.testing.assert_close(network(features, cosines, task=1), scores, rtol=1e-4, atol=1e-4)
+    network(features, cosines, task=1).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in network.parameters())
+
+
 def test_the_bias_of_a_task_moves_its_own_weights():
     network = GateNetwork(6, teachers=2, slots=3, tasks=2)
     with torch.no_grad():
