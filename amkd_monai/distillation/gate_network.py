@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amkd_monai.distillation.alignment import ChannelNorm
+from amkd_monai.distillation.alignment import ChannelNorm, pool_to_grid, to_grid
 
 TASK_EMBEDDING = 8
 
@@ -40,7 +40,7 @@ class GateNetwork(nn.Module):
         """Return scores (B, slots, h, w).
 
         Args:
-            features: student map (B, C, h, w).
+            features: student map (B, C, h', w'), brought to the grid of ``cosines``.
             cosines: similarity of student and teachers (B, K, h, w), 0 where there is none.
             task: number of the data set.
 
@@ -51,13 +51,14 @@ class GateNetwork(nn.Module):
             raise ValueError(
                 f"The gate knows {len(self.bias)} tasks, not task {task}: raise `tasks` in `gate_options`."
             )
-        local = self.norm(features)
+        grid = (cosines.shape[-2], cosines.shape[-1])
+        local = self.norm(pool_to_grid({0: features}, grid)[0])
         whole = local.mean((2, 3), keepdim=True)
         embedding = self.task.weight[None, task, :, None, None]  # (tasks, E) -> (1, E, 1, 1)
         first, *others = self.layers
         # what is the same in all cells is projected once per image
         parts = first.weight.split([local.shape[1], whole.shape[1], cosines.shape[1], embedding.shape[1]], dim=1)
-        by_cell = F.conv2d(local, parts[0]) + F.conv2d(cosines, parts[2])
+        by_cell = to_grid(F.conv2d(local, parts[0]), grid) + F.conv2d(cosines, parts[2])
         hidden = by_cell + F.conv2d(whole, parts[1], first.bias) + F.conv2d(embedding, parts[3])
         for layer in others:
             hidden = layer(hidden)

@@ -124,7 +124,7 @@ class TeacherGate(nn.Module):
             maps.append(to_grid(cosine[:, None], grid)[:, 0] * everyone[:, k, None, None])
         similar = torch.stack(maps, dim=1)
         if self.mode == "learned":
-            scores = self.network(to_grid(features.detach(), grid), similar.detach(), batch.task)
+            scores = self.network(features.detach(), similar.detach(), batch.task)
         else:  # as published: one weight per image, in the graph of the losses that it weighs
             pooled = features.mean((2, 3), keepdim=True), similar.mean((2, 3), keepdim=True)
             scores = self.network(*pooled, batch.task).expand(-1, -1, *grid)
