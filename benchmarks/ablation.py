@@ -1,23 +1,33 @@
-"""What each part of the method is worth on Kvasir-SEG, with a teacher that knows more and two planted bad ones.
+"""What each part of the method is worth: on polyps with good and bad teachers, on the heart without a good one.
 
-    python benchmarks/ablation.py --shared ../shared --jobs 2                # all arms, 3 seeds, resumable
-    python benchmarks/ablation.py --shared ../shared --only 12_learned       # a subset
+    python benchmarks/ablation.py --bundle kvasir_seg --dataset_dir ../shared/data/Kvasir-SEG --jobs 2    # all, 3 seeds
+    python benchmarks/ablation.py --bundle kvasir_seg --only 12_learned                                   # a subset
+    python benchmarks/ablation.py --bundle msd_heart
 
-The teachers are the outside specialist, a frozen ImageNet encoder, one that always says the same, and one that is
-confidently wrong. ``12``: 12 labelled images, the rest of the training split unlabelled; ``all``: all labelled.
-Every arm has the same student, recipe, steps, split and seeds.
+It resumes. Polyps: the teachers are the outside specialist, a frozen ImageNet encoder, one that always says the same,
+and one that is confidently wrong. ``12``: 12 labelled images, the rest of the training split unlabelled; ``all``: all
+labelled. Heart: the bundle's own ImageNet encoders, whose answers are worse than the student's. Every arm of a bundle
+has the same student, recipe, steps, split and seeds.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from bundle_runner import ROOT, Setting, main
+from bundle_runner import ROOT, Setting, main, options
 from torch import Tensor, nn
 
 FOLDER = "runs/ablation"
+FULL: dict[str, Any] = {
+    "gate": "learned",
+    "losses": {"output": 1.0, "feature": 0.2, "reconstruction": 0.1, "contrastive": 0.1},
+    "return_code": "learned",
+    "loss_gate": "agreement",
+}
+"""Everything switched on."""
 FIXED = {"specialist": 0.4, "lite2": 0.4, "constant": 0.1, "noise": 0.1}
 """Weights of somebody who knows roughly which teachers are good."""
 
@@ -58,20 +68,14 @@ def write_planted(folder: Path) -> dict[str, str]:
     return paths
 
 
-def settings(planted: dict[str, str]) -> dict[str, Setting]:
-    """Return all arms."""
+def polyps(planted: dict[str, str]) -> dict[str, Setting]:
+    """Return the arms of kvasir_seg; ``planted``: {name of a bad teacher: its file}."""
     specialist = {"name": "specialist", "kind": "specialist", "image_size": 256}
     good = [specialist, {"name": "lite2", "kind": "timm", "model": "tf_efficientnet_lite2"}]
     bad = [{"name": n, "kind": "specialist", "path": p, "image_size": 128} for n, p in planted.items()]
     every = {"mode": "all"}
-    full: dict[str, Any] = {
-        "gate": "learned",
-        "losses": {"output": 1.0, "feature": 0.2, "reconstruction": 0.1, "contrastive": 0.1},
-        "return_code": "learned",
-        "loss_gate": "agreement",
-    }
-    without_decoder = {**full, "return_code": "none", "losses": {"output": 1.0, "feature": 0.2, "contrastive": 0.1}}
-    without_crd = {**full, "losses": {"output": 1.0, "feature": 0.2, "reconstruction": 0.1}}
+    without_decoder = {**FULL, "return_code": "none", "losses": {"output": 1.0, "feature": 0.2, "contrastive": 0.1}}
+    without_crd = {**FULL, "losses": {"output": 1.0, "feature": 0.2, "reconstruction": 0.1}}
     arms: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         "best_single": (good + bad, {"gate": "best_single"}),
         "uniform": (good + bad, {"gate": "uniform", "admission": every}),
@@ -79,11 +83,11 @@ def settings(planted: dict[str, str]) -> dict[str, Setting]:
         "reliability_good_teachers": (good, {"gate": "reliability"}),
         "reliability": (good + bad, {"gate": "reliability"}),
         "reliability_all_admitted": (good + bad, {"gate": "reliability", "admission": every}),
-        "learned": (good + bad, full),
-        "learned_all_admitted": (good + bad, {**full, "admission": every}),
+        "learned": (good + bad, FULL),
+        "learned_all_admitted": (good + bad, {**FULL, "admission": every}),
         "learned_without_decoder": (good + bad, without_decoder),
         "learned_without_crd": (good + bad, without_crd),
-        "learned_without_loss_gate": (good + bad, {**full, "loss_gate": "scaled"}),
+        "learned_without_loss_gate": (good + bad, {**FULL, "loss_gate": "scaled"}),
         "paper": (good + bad, PAPER),
     }
     common = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, "patience": 1000}
@@ -99,6 +103,19 @@ def settings(planted: dict[str, str]) -> dict[str, Setting]:
     return result
 
 
+def heart() -> dict[str, Setting]:
+    """Return the arms of msd_heart: one fold of five, in which no learning rate was chosen."""
+    data, common = "MSD-Heart/Task02_Heart_half", {"patience": 1000}
+    arms = {"default": {}, "learned": FULL}
+    without = {"heart_undistilled": Setting("msd_heart", data, common, folds=(2,), teachers=[])}
+    return without | {
+        f"heart_{name}": Setting("msd_heart", data, {**common, **NO_ANSWERS, **arm}, "heart_undistilled", folds=(2,))
+        for name, arm in arms.items()
+    }
+
+
+NO_ANSWERS: dict[str, Any] = {"admission": {"mode": "none"}}
+"""What cross-fitted admission decides for the ImageNet encoders on the heart; not measured again in every run."""
 PAPER: dict[str, Any] = {
     "gate": "paper",
     "losses": {"output": 0.6, "feature": 0.8, "reconstruction": 0.4, "contrastive": 0.3},
@@ -114,4 +131,11 @@ PAPER: dict[str, Any] = {
 
 
 if __name__ == "__main__":
-    main(settings(write_planted(ROOT / FOLDER)), str(__doc__), FOLDER)
+    parser = options(str(__doc__), FOLDER)
+    parser.add_argument("--bundle", choices=("kvasir_seg", "msd_heart"), default="kvasir_seg")
+    parser.add_argument("--dataset_dir", type=Path, help="the bundle's data; without, those in the shared folder")
+    arguments = parser.parse_args()
+    arms = polyps(write_planted(ROOT / FOLDER)) if arguments.bundle == "kvasir_seg" else heart()
+    if arguments.dataset_dir is not None:
+        arms = {name: replace(arm, data=str(arguments.dataset_dir.resolve())) for name, arm in arms.items()}
+    main(arms, arguments)

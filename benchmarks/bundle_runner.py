@@ -26,7 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the results: a bundle with overrides, over folds where it is cross-validated."""
+    """One row of the results: a bundle with overrides, over folds where it is cross-validated.
+
+    ``data`` is a folder in ``shared/data``, or an absolute path.
+    """
 
     bundle: str
     data: str
@@ -102,8 +105,8 @@ def is_finished(name: str, setting: Setting, seeds: int, output: Path) -> bool:
     return all((folder / "metrics.json").is_file() for folder in folders)
 
 
-def main(settings: dict[str, Setting], description: str, default_output: str) -> None:
-    """Parse the command line, run what is missing, print and keep the table."""
+def options(description: str, default_output: str) -> argparse.ArgumentParser:
+    """Return the command line that every comparison of runs has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared_default = Path(os.environ.get("AMKD_SHARED_DATA", "../shared/data")).parent
     parser.add_argument("--shared", type=Path, default=shared_default, help="folder with data/ and weights/")
@@ -113,7 +116,11 @@ def main(settings: dict[str, Setting], description: str, default_output: str) ->
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--table", action="store_true", help="only print the table of finished rows")
     parser.add_argument("--plot", type=Path, help="also draw the rows of masks into this file (.svg, .png)")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main(settings: dict[str, Setting], arguments: argparse.Namespace) -> None:
+    """Run what is missing, print and keep the table; ``arguments`` as of :func:`options`."""
     shared, output = arguments.shared.resolve(), arguments.output.resolve()
     chosen = {
         name: setting for name, setting in settings.items() if any(fnmatch(name, p) for p in arguments.only.split(","))

@@ -6,7 +6,7 @@ python benchmarks/results.py --shared ../shared --only "heart*"
 
 from __future__ import annotations
 
-from bundle_runner import Setting, main
+from bundle_runner import Setting, main, options
 
 SPECIALIST = {"name": "kvasir_specialist", "kind": "specialist", "image_size": 256, "licence": "research only"}
 KVASIR = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, "patience": 1000}
@@ -41,4 +41,4 @@ for bundle, (data, overrides, seeds) in SMALL.items():
     SETTINGS[f"{bundle}_default"] = Setting(bundle, data, overrides, f"{bundle}_undistilled", seeds=seeds)
 
 if __name__ == "__main__":
-    main(SETTINGS, str(__doc__), "runs/results")
+    main(SETTINGS, options(str(__doc__), "runs/results").parse_args())
