@@ -182,3 +182,11 @@ def test_a_target_that_is_not_finite_is_named(kind, value):
     with pytest.raises(ValueError, match=f"{kind} targets of the teacher 'b' are not finite") as error:
         distiller_of()(batch)
     assert str(error.value).endswith(".")
+
+
+def test_finite_targets_whose_sum_overflows_are_accepted():
+    batch = batch_of()
+    large = torch.full_like(batch.teachers["b"]["logits"], 6e4, dtype=torch.float16)
+    batch.teachers["b"]["logits"] = large
+    assert torch.isinf(large.sum())
+    assert torch.isfinite(distiller_of()(batch).total)
