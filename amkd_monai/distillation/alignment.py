@@ -47,13 +47,13 @@ class Alignment(nn.Module):
 
     def forward(self, features: Mapping[int, Tensor], size: tuple[int, int]) -> Tensor:
         """Return (B, out_channels, h, w) for ``size`` = (h, w) from {stride: (B, C, H / stride, W / stride)}."""
-        levels = pool_to_grid({int(s): features[int(s)] for s in self.levels}, size)
-        return reduce(torch.add, (to_grid(project(levels[int(s)]), size) for s, project in self.levels.items()))
+        projected = (project(pool_finer(features[int(s)], size)) for s, project in self.levels.items())
+        return reduce(torch.add, (to_grid(level, size) for level in projected))
 
 
-def pool_to_grid(features: Mapping[int, Tensor], size: tuple[int, int]) -> dict[int, Tensor]:
-    """Area-pool those student levels {stride: (B, C, H, W)} that are finer than a grid (h, w); others pass through."""
-    return {stride: to_grid(level, size) if _is_finer(level, size) else level for stride, level in features.items()}
+def pool_finer(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Area-pool student features (B, C, H, W) that are finer than a grid (h, w); others pass through."""
+    return to_grid(features, size) if _is_finer(features, size) else features
 
 
 def to_grid(features: Tensor, size: tuple[int, int]) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amkd_monai.distillation import losses, return_decoder
-from amkd_monai.distillation.alignment import Alignment, pool_to_grid
+from amkd_monai.distillation.alignment import Alignment, pool_finer
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
 from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherSpec
 from amkd_monai.distillation.loss_choice import DEFAULT_LOSSES, LOSSES, choose_losses
@@ -211,7 +211,6 @@ class Distiller(nn.Module):
 
     def _pairs(self, batch: Batch, features: Mapping[int, Tensor]) -> dict[str, _Pair]:
         """Bring student and teachers to common grids and codes, {teacher: pair}; none if no loss compares features."""
-        levels = {stride: features[stride] for stride in STUDENT_STRIDES} if self.align else {}
         pooled: dict[tuple[int, int], dict[int, Tensor]] = {}  # the same for all teachers of one grid
         pairs = {}
         for name, align in self.align.items():
@@ -219,7 +218,7 @@ class Distiller(nn.Module):
             target = target.contiguous(memory_format=torch.channels_last)  # like the student's maps: no reordering
             size = (target.shape[-2], target.shape[-1])
             if size not in pooled:
-                pooled[size] = pool_to_grid(levels, size)
+                pooled[size] = {stride: pool_finer(features[stride], size) for stride in STUDENT_STRIDES}
             aligned = align(pooled[size], size)
             goal = self.codes[name].encode(target) if name in self.codes else target
             pairs[name] = _Pair(aligned, goal, target)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amkd_monai.distillation.alignment import ChannelNorm, pool_to_grid, to_grid
+from amkd_monai.distillation.alignment import ChannelNorm, pool_finer, to_grid
 
 TASK_EMBEDDING = 8
 
@@ -52,7 +52,7 @@ class GateNetwork(nn.Module):
                 f"The gate knows {len(self.bias)} tasks, not task {task}: raise `tasks` in `gate_options`."
             )
         grid = (cosines.shape[-2], cosines.shape[-1])
-        local = self.norm(pool_to_grid({0: features}, grid)[0])
+        local = self.norm(pool_finer(features, grid))
         whole = local.mean((2, 3), keepdim=True)
         embedding = self.task.weight[None, task, :, None, None]  # (tasks, E) -> (1, E, 1, 1)
         first, *others = self.layers

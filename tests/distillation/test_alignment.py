@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from amkd_monai.distillation.alignment import Alignment, ChannelNorm, pool_to_grid, to_grid
+from amkd_monai.distillation.alignment import Alignment, ChannelNorm, pool_finer, to_grid
 from amkd_monai.distillation.standardise import MeanStdStandardiser
 
 
@@ -53,7 +53,7 @@ def test_finer_levels_are_pooled_before_and_coarser_ones_resized_after_they_are_
 
 def test_levels_that_were_pooled_once_for_several_teachers_give_the_same():
     maps, align = features((32, 48)), Alignment({8: 6, 16: 9}, out_channels=4)
-    pooled = pool_to_grid(maps, (3, 4))
+    pooled = {stride: pool_finer(level, (3, 4)) for stride, level in maps.items()}
     assert pooled[8].shape[-2:] == (3, 4) and pooled[16] is maps[16]
     assert torch.equal(align(pooled, (3, 4)), align(maps, (3, 4)))
 

@@ -69,6 +69,18 @@ def test_the_network_is_a_perceptron_over_all_its_inputs_at_a_cell():
     assert all(p.grad.abs().sum() > 0 for p in network.parameters())
 
 
+@pytest.mark.parametrize("size", [(2, 3), (6, 9), (1, 1)])
+def test_features_of_another_size_are_brought_to_the_grid(size):
+    network = GateNetwork(6, teachers=2, slots=3)
+    torch.nn.init.normal_(network.layers[-1].weight)
+    alike, cosines = torch.randn(2, 6, 1, 1), torch.randn(2, 2, 3, 5)
+    scores = network(alike.expand(-1, -1, *size), cosines)
+    torch.testing.assert_close(scores, network(alike.expand(-1, -1, 3, 5), cosines))
+    left_right = torch.cat([alike, -alike], dim=3).repeat_interleave(size[1], 3)
+    there = network(left_right, torch.zeros(2, 2, 3, 5))
+    assert (there[..., 0] - there[..., -1]).abs().min() > 1e-4
+
+
 def test_the_bias_of_a_task_moves_its_own_weights():
     network = GateNetwork(6, teachers=2, slots=3, tasks=2)
     with torch.no_grad():

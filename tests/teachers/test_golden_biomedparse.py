@@ -114,14 +114,21 @@ def test_the_network_answers_as_the_authors_code_does(network, pixels, image, wo
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_bfloat16_says_nearly_the_same(network, pixels, image, words):
+def test_bfloat16_rounds_the_pixel_decoder_alone_and_says_nearly_the_same(network, image, words):
+    """With random weights mask logits near 0 decide what a query sees next, so the mask jumps where one changes sign.
+
+    Noise of 0.4 % on the exact features, less than bfloat16's, lets its cosine with the exact mask jump from 0.9999 to
+    0.998 in one draw of six, in float32 throughout. Which of the two comes out depends on the processor's kernels.
+    """
     _, exact = image
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = network.sem_seg_head["pixel_decoder"](image[0])
         mask = network.segment(rough, words)
     pairs = [(exact.mask_features, rough.mask_features), *zip(exact.scales, rough.scales, strict=True)]
+    assert rough.mask_features.dtype == torch.bfloat16
     assert min(cosine(*pair) for pair in pairs) > 0.9999
-    assert cosine(network.segment(exact, words), mask) > 0.9995  # random weights: many mask logits near 0
+    assert torch.equal(mask, network.segment(rough.float(), words))  # the mask decoder stays in float32
+    assert cosine(network.segment(exact, words), mask) > 0.99
 
 
 def cosine(one, other):
