@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from amkd_monai.distillation import losses, return_decoder
 from amkd_monai.distillation.alignment import Alignment, pool_finer
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
+from amkd_monai.distillation.gradients import SharedGradients, norms
 from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherSpec
 from amkd_monai.distillation.loss_choice import DEFAULT_LOSSES, LOSSES, choose_losses
 from amkd_monai.distillation.loss_gate import ScaledLossGate, make_loss_gate
@@ -108,6 +109,7 @@ class Distiller(nn.Module):
         if isinstance(self.loss_gate, ScaledLossGate) and self.teachers:
             asked = DEFAULT_LOSSES if loss_priors is None else loss_priors
             self.loss_gate.served = sum(self.loss_priors.values()) / sum(asked.values())
+        self.gradients = SharedGradients(self.loss_gate.every)
         self.teacher_gate = TeacherGate(gate, self.teachers, prior_entropy, width, gate_options)
         self.contrast: ContrastiveDistillation | None = None
         if self.loss_priors.get("contrastive") and samples is not None:
@@ -156,7 +158,10 @@ class Distiller(nn.Module):
                 gate, figures = self.teacher_gate.compare(batch, reading)
                 named |= gate | self._autoencoder(batch, pairs)
                 if self.training:
-                    self.loss_gate.observe(named, levels[self.student.strides.index(SHARED_STRIDE)])
+                    shared = levels[self.student.strides.index(SHARED_STRIDE)]
+                    gradients = self.gradients(named, ("task", *self.loss_gate.names), shared)
+                    self.loss_gate.observe(named, gradients)
+                    figures |= norms(gradients)
             factors = dict(self.loss_gate.weights(strength, view))
             if (penalty := self.loss_gate.penalty(strength)) is not None:
                 named["uncertainty"] = penalty

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amkd_monai.distillation.gradients import INTERVAL
+
 logger = logging.getLogger("amkd_monai")
 
 MODES = ("scaled", "agreement", "fixed", "uncertainty", "paper")
@@ -29,9 +31,14 @@ class LossGate(nn.Module):
     Args:
         priors: {loss: relative importance}, e.g. {"output": 1.0, "feature": 0.2}; 0 switches a loss off.
 
+    Attributes:
+        every: steps between two measurements of gradients.
+
     Raises:
         ValueError: a negative prior.
     """
+
+    every: int = INTERVAL
 
     def __init__(self, priors: Mapping[str, float]) -> None:
         super().__init__()
@@ -40,8 +47,13 @@ class LossGate(nn.Module):
         self.names = [name for name, prior in priors.items() if prior > 0]
         self.priors = {name: float(priors[name]) for name in self.names}
 
-    def observe(self, losses: Mapping[str, Tensor], shared: Tensor | None = None) -> None:
-        """Learn from a training step. ``losses``: {name: (B,)}; ``shared``: a student map under all."""
+    def observe(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None) -> None:
+        """Learn from a training step.
+
+        Args:
+            losses: {name: (B,)}.
+            gradients: {name: (n,)} of the losses and ``task`` at one student map, in steps in which they are measured.
+        """
 
     def weights(self, strength: float, features: Tensor | None = None) -> Mapping[str, float | Tensor]:
         """Return the factor of each loss and of ``task``.
@@ -91,7 +103,7 @@ class ScaledLossGate(LossGate):
         self.register_buffer("scale", torch.ones(n))
 
     @torch.no_grad()
-    def observe(self, losses: Mapping[str, Tensor], shared: Tensor | None = None) -> None:
+    def observe(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None) -> None:
         """Take part in measuring the scales; without effect once they are frozen. ``losses``: {name: (B,)}."""
         step, limit = int(self.count), self.history.shape[1]
         if step >= limit:
@@ -130,7 +142,6 @@ class AgreementLossGate(ScaledLossGate):
     """
 
     agreement: Tensor
-    seen: Tensor
 
     def __init__(
         self,
@@ -138,7 +149,7 @@ class AgreementLossGate(ScaledLossGate):
         warmup_steps: int = 100,
         floor: float = 0.2,
         temperature: float = 0.25,
-        every: int = 50,
+        every: int = INTERVAL,
         memory: float = 0.9,
     ) -> None:
         super().__init__(priors, warmup_steps)
@@ -150,29 +161,18 @@ class AgreementLossGate(ScaledLossGate):
             )
         self.floor, self.temperature, self.every, self.memory = floor, temperature, every, memory
         self.register_buffer("agreement", torch.zeros(len(self.names)))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
-    def observe(self, losses: Mapping[str, Tensor], shared: Tensor | None = None) -> None:
-        """Measure the scales, and in every n-th step the agreement of gradients at ``shared``."""
+    @torch.no_grad()
+    def observe(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None) -> None:
+        """Measure the scales and, where there are gradients, how well they agree."""
         super().observe(losses)
-        due = int(self.seen) % self.every == 0
-        self.seen += 1
-        if due and self.names and shared is not None and torch.is_grad_enabled() and shared.requires_grad:
-            self._measure(losses, shared)
-
-    def _measure(self, losses: Mapping[str, Tensor], shared: Tensor) -> None:
-        gradients = {}
-        for name in ("task", *self.names):
-            (gradient,) = torch.autograd.grad(losses[name].mean(), shared, retain_graph=True, allow_unused=True)
-            gradients[name] = torch.zeros_like(shared) if gradient is None else gradient
-        task = gradients["task"].float().flatten()
-        with torch.no_grad():
-            for k, name in enumerate(self.names):
-                gradient = gradients[name].float().flatten()
-                if not bool(gradient.any()):  # a loss that is 0 says nothing, and must not gain by it
-                    continue
-                cosine = F.cosine_similarity(gradient, task, dim=0)
-                self.agreement[k] = self.memory * self.agreement[k] + (1 - self.memory) * cosine
+        gradients = {} if gradients is None else gradients
+        for k, name in enumerate(self.names):
+            gradient = gradients.get(name)
+            if gradient is None or not bool(gradient.any()):  # a loss that is 0 says nothing, and must not gain by it
+                continue
+            cosine = F.cosine_similarity(gradient, gradients["task"], dim=0)
+            self.agreement[k] = self.memory * self.agreement[k] + (1 - self.memory) * cosine
 
     def importance(self) -> dict[str, float]:
         """The share v_k of each loss, at least floor / K."""

@@ -106,6 +106,7 @@ def training_figures(run: RunFolder) -> list[tuple[str, str]]:
         ("Losses", pick("loss_"), "loss", True),
         ("Losses as they enter the total", pick("weighted_"), "weight x loss", True),
         ("Loss weights", weights if len(weights) > 1 else {}, "weight", False),
+        ("Gradient of each loss at the shared student map", pick("gradient_"), "norm", True),
         ("Weights of the teachers, by loss", pick("teacher_"), "mean weight", False),
         ("Effective number of teachers", pick("effective_teachers_"), "exp(entropy)", False),
         ("Learning rate", pick("learning_"), "learning rate", False),

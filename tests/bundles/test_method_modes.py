@@ -9,6 +9,7 @@ import torch
 from bundle_runs import read_json, run, settings, workflow
 from helpers import ROOT
 from ignite.engine import Events
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TEACHER = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
 ALL_LOSSES = {"output": 1.0, "feature": 0.2, "reconstruction": 0.2, "contrastive": 0.1}
@@ -26,6 +27,18 @@ def history_of(folder):
 def small(folder, cache, **overrides):
     values = {"teachers": TEACHER, "admission": {"mode": "all"}, "max_epochs": 2, **overrides}
     return settings("kvasir_seg", folder, cache, **values)
+
+
+def check_epochs(folder, rows, latest):
+    """TensorBoard has every figure of every epoch, and the run record the last known value of each."""
+    board = EventAccumulator(str(folder)).Reload()
+    for name in rows[0].keys() - {"epoch"}:
+        known = [(int(row["epoch"]), float(row[name])) for row in rows if row[name]]
+        events = [(e.step, e.value) for e in board.Scalars(f"epoch/{name}")]
+        assert [step for step, _ in events] == [epoch for epoch, _ in known], name
+        assert [value for _, value in events] == pytest.approx([value for _, value in known], rel=1e-5), name
+        assert latest[name] == pytest.approx(known[-1][1])
+    assert latest["epoch"] == len(rows) and "train_loss" in board.Tags()["scalars"]
 
 
 @pytest.mark.parametrize(
@@ -49,8 +62,10 @@ def test_a_run_with_every_loss_trains_and_records(options, tmp_path, cache):
         if options["gate"] == "learned":
             assert 0 <= float(row["gate_auc"]) <= 1 and float(row["loss_gate"]) >= 0
     assert float(rows[-1]["loss_feature"]) < float(rows[0]["loss_feature"])
-    method = read_json(tmp_path / "eval" / "run.json")["method"]
-    assert method["return_code"] == options["return_code"]
+    assert all(float(rows[0][f"gradient_{name}"]) > 0 for name in ("task", *ALL_LOSSES))
+    record = read_json(tmp_path / "eval" / "run.json")
+    assert record["method"]["return_code"] == options["return_code"]
+    check_epochs(tmp_path / "eval", rows, record["latest"])
     keys = torch.load(tmp_path / "models" / "distillation.pt", weights_only=True)["distiller"]
     for part in {"learned": ("teacher_gate", "codes", "contrast", "loss_gate.agreement")}.get(
         options["gate"], ("codes",)

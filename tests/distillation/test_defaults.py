@@ -42,7 +42,7 @@ def test_the_default_losses_are_those_recorded(gate):
 def test_by_default_nothing_else_is_built():
     distiller = make_distiller(TWO)
     parts = {key.split(".")[0] for key in distiller.distillation_state()}
-    assert parts == {"align", "standardise", "loss_gate"}
+    assert parts == {"align", "standardise", "loss_gate", "gradients"}
     state = distiller.loss_gate.state_dict()
     assert set(state) == {"history", "count", "scale"}
     assert set(distiller(make_batch(TWO)).losses) == {"task", "output", "feature"}

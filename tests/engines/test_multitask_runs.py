@@ -76,6 +76,7 @@ def test_all_six_tasks_improve_over_their_untrained_state_in_one_run(everything)
         name = f"{task}/val_{get_task(task).primary_metric}"
         assert float(row[name]) > untrained[name], name
         assert float(row[f"{task}/weight_task"]) == 1 and 0 < float(row[f"{task}/teacher_feature_lite1"]) <= 1
+        assert float(row[f"{task}/gradient_task"]) > 0 and float(row[f"{task}/gradient_feature"]) > 0
     values = [float(row[f"{t}/val_{get_task(t).primary_metric}"]) for t in tasks]
     assert float(row["mean_over_tasks"]) == pytest.approx(sum(values) / 6)
     state = torch.load(folder / "models" / "model.pt", weights_only=True)

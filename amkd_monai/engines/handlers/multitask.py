@@ -44,8 +44,7 @@ class TeachingMap:
     def __call__(self, engine: Engine) -> None:
         """Write both files; nothing without teachers."""
         weights: dict[tuple[str, str, str], float] = {}
-        latest = {column: value for row in self.run_record.rows for column, value in row.items()}
-        for column, value in latest.items():
+        for column, value in self.run_record.latest.items():
             task, _, figure = column.partition("/teacher_")
             loss, _, teacher = figure.partition("_")
             if teacher:

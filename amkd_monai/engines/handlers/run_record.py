@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 from ignite.engine import Engine, Events
+from torch.utils.tensorboard import SummaryWriter
 
 import amkd_monai
 from amkd_monai.atomic import atomic_write_bytes, atomic_write_json
@@ -31,12 +32,15 @@ def versions() -> dict[str, str]:
 
 
 class RunRecord:
-    """Write ``run.json`` when a training starts and ends, and ``history.csv`` after every epoch.
+    """Write ``run.json`` when a training starts and ends and after every epoch, and what happened in the epoch.
+
+    The means over an epoch's steps and the validation become a row of ``history.csv``, the scalars ``epoch/...`` of
+    TensorBoard, and, each figure's last known value, ``latest`` in ``run.json``.
 
     Attach to the trainer, after the validation handler.
 
     Args:
-        output_dir: folder of the two files.
+        output_dir: folder of the files.
         facts: what to record: data, split, teachers, seed, settings.
         evaluator: whose metrics enter the history.
     """
@@ -47,6 +51,7 @@ class RunRecord:
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.started = 0.0
+        self.board: SummaryWriter | None = None
 
     def attach(self, engine: Engine) -> None:
         """Follow the trainer."""
@@ -57,6 +62,8 @@ class RunRecord:
 
     def _start(self, engine: Engine) -> None:
         self.started = time.time()
+        if self._main():
+            self.board = SummaryWriter(str(self.output_dir))
         self._write(engine, "running")
 
     def _collect(self, engine: Engine) -> None:
@@ -87,9 +94,20 @@ class RunRecord:
             writer.writerows(self.rows)
             atomic_write_bytes(self.output_dir / "history.csv", text.getvalue().encode())
             self._write(engine, "running")
+        if self.board is not None:
+            for name in row.keys() - {"epoch"}:
+                self.board.add_scalar(f"epoch/{name}", row[name], engine.state.epoch)
+            self.board.flush()
 
     def _complete(self, engine: Engine) -> None:
         self._write(engine, "completed")
+        if self.board is not None:
+            self.board.close()
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """The last known value of each column of the history; not every epoch knows all."""
+        return {column: value for row in self.rows for column, value in row.items()}
 
     def _main(self) -> bool:
         return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
@@ -108,6 +126,7 @@ class RunRecord:
             "seconds": round(time.time() - self.started, 1),
             "cpu_seconds": round(time.process_time(), 1),
             "peak_rss_mb": round(own_peak()),
+            "latest": {name: value if math.isfinite(value) else None for name, value in self.latest.items()},
         }
         if self.evaluator is not None:
             best, epoch = self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch
