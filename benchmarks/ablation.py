@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from bundle_runner import ROOT, Setting, main, options
+from results import FEATURES_ONLY, HEART, HEART_DATA, HEART_FOLD
 from torch import Tensor, nn
 
 FOLDER = "runs/ablation"
@@ -105,17 +106,14 @@ def polyps(planted: dict[str, str]) -> dict[str, Setting]:
 
 def heart() -> dict[str, Setting]:
     """Return the arms of msd_heart: one fold of five, in which no learning rate was chosen."""
-    data, common = "MSD-Heart/Task02_Heart_half", {"patience": 1000}
-    arms = {"default": {}, "learned": FULL}
-    without = {"heart_undistilled": Setting("msd_heart", data, common, folds=(2,), teachers=[])}
-    return without | {
-        f"heart_{name}": Setting("msd_heart", data, {**common, **NO_ANSWERS, **arm}, "heart_undistilled", folds=(2,))
-        for name, arm in arms.items()
-    }
+    reference = "heart_undistilled"
+    result = {reference: Setting("msd_heart", HEART_DATA, HEART, folds=HEART_FOLD, teachers=[])}
+    for name, arm in {"default": {}, "learned": FULL}.items():
+        overrides = {**HEART, **FEATURES_ONLY, **arm}
+        result[f"heart_{name}"] = Setting("msd_heart", HEART_DATA, overrides, reference, folds=HEART_FOLD)
+    return result
 
 
-NO_ANSWERS: dict[str, Any] = {"admission": {"mode": "none"}}
-"""What cross-fitted admission decides for the ImageNet encoders on the heart; not measured again in every run."""
 PAPER: dict[str, Any] = {
     "gate": "paper",
     "losses": {"output": 0.6, "feature": 0.8, "reconstruction": 0.4, "contrastive": 0.3},

@@ -46,7 +46,15 @@ class Alignment(nn.Module):
         )
 
     def forward(self, features: Mapping[int, Tensor], size: tuple[int, int]) -> Tensor:
-        """Return (B, out_channels, h, w) for ``size`` = (h, w) from {stride: (B, C, H / stride, W / stride)}."""
+        """Project student features and bring them to a teacher's grid.
+
+        Args:
+            features: {stride: (B, C, H / stride, W / stride)}, or what :func:`pool_finer` made of them.
+            size: (h, w) of the grid.
+
+        Returns:
+            (B, out_channels, h, w).
+        """
         projected = (project(pool_finer(features[int(s)], size)) for s, project in self.levels.items())
         return reduce(torch.add, (to_grid(level, size) for level in projected))
 

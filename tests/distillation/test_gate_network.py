@@ -56,6 +56,7 @@ def test_at_the_start_every_slot_is_alike_and_absent_teachers_get_nothing():
 
 
 def test_the_network_is_a_perceptron_over_all_its_inputs_at_a_cell():
+    torch.manual_seed(0)
     network = GateNetwork(6, teachers=2, slots=3, tasks=2)
     for p in network.parameters():
         torch.nn.init.normal_(p)
@@ -71,6 +72,7 @@ def test_the_network_is_a_perceptron_over_all_its_inputs_at_a_cell():
 
 @pytest.mark.parametrize("size", [(2, 3), (6, 9), (1, 1)])
 def test_features_of_another_size_are_brought_to_the_grid(size):
+    torch.manual_seed(0)
     network = GateNetwork(6, teachers=2, slots=3)
     torch.nn.init.normal_(network.layers[-1].weight)
     alike, cosines = torch.randn(2, 6, 1, 1), torch.randn(2, 2, 3, 5)

@@ -20,12 +20,12 @@ def test_gradients_are_those_of_the_mean_losses():
 
 
 def test_measuring_leaves_the_graph_and_the_gradients_alone():
-    x = torch.ones((3, 5), requires_grad=True)
+    x = torch.full((3, 5), 3.0, requires_grad=True)
     losses = losses_of(x)
     SharedGradients(every=1)(losses, losses, x)
     assert x.grad is None
     (losses["task"] + losses["output"]).sum().backward()
-    torch.testing.assert_close(x.grad, torch.zeros(3, 5))
+    torch.testing.assert_close(x.grad, torch.full((3, 5), -4.0))
 
 
 def test_every_nth_step_is_measured_also_after_a_resumption_and_none_without_gradients():

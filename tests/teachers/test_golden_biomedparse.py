@@ -117,8 +117,8 @@ def test_the_network_answers_as_the_authors_code_does(network, pixels, image, wo
 def test_bfloat16_rounds_the_pixel_decoder_alone_and_says_nearly_the_same(network, image, words):
     """With random weights mask logits near 0 decide what a query sees next, so the mask jumps where one changes sign.
 
-    Noise of 0.4 % on the exact features, less than bfloat16's, lets its cosine with the exact mask jump from 0.9999 to
-    0.998 in one draw of six, in float32 throughout. Which of the two comes out depends on the processor's kernels.
+    Smaller noise than bfloat16's on the exact features can do it too, in float32 throughout; whether it happens here
+    depends on the processor's kernels. So the mask is compared with the float32 decoder's on the same features.
     """
     _, exact = image
     with torch.autocast("cpu", dtype=torch.bfloat16):
