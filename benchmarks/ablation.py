@@ -7,7 +7,7 @@
 It resumes. Polyps: the teachers are the outside specialist, a frozen ImageNet encoder, one that always says the same,
 and one that is confidently wrong. ``12``: 12 labelled images, the rest of the training split unlabelled; ``all``: all
 labelled. Heart: the bundle's own ImageNet encoders, whose answers are worse than the student's. Every arm of a bundle
-has the same student, recipe, steps, split and seeds.
+has the same student, recipe, steps, split and seeds. ``default`` is the bundle as it is.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ FULL: dict[str, Any] = {
     "loss_gate": "agreement",
 }
 """Everything switched on."""
+SCALED = {"loss_gate": "scaled"}
+"""The loss gate that weighs nothing anew: what the other gates are compared with."""
 FIXED = {"specialist": 0.4, "lite2": 0.4, "constant": 0.1, "noise": 0.1}
 """Weights of somebody who knows roughly which teachers are good."""
 
@@ -78,17 +80,18 @@ def polyps(planted: dict[str, str]) -> dict[str, Setting]:
     without_decoder = {**FULL, "return_code": "none", "losses": {"output": 1.0, "feature": 0.2, "contrastive": 0.1}}
     without_crd = {**FULL, "losses": {"output": 1.0, "feature": 0.2, "reconstruction": 0.1}}
     arms: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
-        "best_single": (good + bad, {"gate": "best_single"}),
-        "uniform": (good + bad, {"gate": "uniform", "admission": every}),
-        "fixed": (good + bad, {"gate": "fixed", "gate_options": {"weights": FIXED}, "admission": every}),
-        "reliability_good_teachers": (good, {"gate": "reliability"}),
-        "reliability": (good + bad, {"gate": "reliability"}),
-        "reliability_all_admitted": (good + bad, {"gate": "reliability", "admission": every}),
+        "best_single": (good + bad, {**SCALED, "gate": "best_single"}),
+        "uniform": (good + bad, {**SCALED, "gate": "uniform", "admission": every}),
+        "fixed": (good + bad, {**SCALED, "gate": "fixed", "gate_options": {"weights": FIXED}, "admission": every}),
+        "reliability": (good + bad, {**SCALED, "gate": "reliability"}),
+        "reliability_all_admitted": (good + bad, {**SCALED, "gate": "reliability", "admission": every}),
+        "default_good_teachers": (good, {}),
+        "default": (good + bad, {}),
         "learned": (good + bad, FULL),
         "learned_all_admitted": (good + bad, {**FULL, "admission": every}),
         "learned_without_decoder": (good + bad, without_decoder),
         "learned_without_crd": (good + bad, without_crd),
-        "learned_without_loss_gate": (good + bad, {**FULL, "loss_gate": "scaled"}),
+        "learned_without_loss_gate": (good + bad, {**FULL, **SCALED}),
         "paper": (good + bad, PAPER),
     }
     common = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, "patience": 1000}

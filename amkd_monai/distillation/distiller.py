@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amkd_monai.distillation import losses, return_decoder
+from amkd_monai.distillation import gates, losses, return_decoder
 from amkd_monai.distillation.alignment import Alignment, pool_finer
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
 from amkd_monai.distillation.gradients import SharedGradients, norms
@@ -36,6 +36,11 @@ class _Pair:
     aligned: Tensor
     goal: Tensor
     target: Tensor
+
+    @cached_property
+    def similar(self) -> Tensor:
+        """Cosine of student and goal (B, h, w): the gate and a loss look at it."""
+        return losses.cosine(self.aligned, self.goal.detach())
 
 
 class Distiller(nn.Module):
@@ -73,7 +78,7 @@ class Distiller(nn.Module):
         student: nn.Module,
         teachers: Sequence[TeacherSpec] = (),
         prior_entropy: float = 0.69,
-        gate: str = "reliability",
+        gate: str = "learned",
         gate_options: Mapping[str, Any] | None = None,
         loss_priors: Mapping[str, float] | None = None,
         scale_steps: int = 100,
@@ -81,7 +86,7 @@ class Distiller(nn.Module):
         strength: Mapping[str, float] | None = None,
         batch_dice: bool = False,
         class_weights: Tensor | None = None,
-        loss_gate: str = "scaled",
+        loss_gate: str = "agreement",
         loss_gate_options: Mapping[str, Any] | None = None,
         return_code: str = "none",
         code_channels: int = 64,
@@ -145,8 +150,8 @@ class Distiller(nn.Module):
         logits = self.student.decode(levels, size)
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
-            rows = batch.has_label
-            named = {"task": losses.task_loss(logits[rows], batch.label[rows], self.batch_dice, self.class_weights)}
+            labelled, label = batch.labelled(logits), batch.labelled(batch.label)
+            named = {"task": losses.task_loss(labelled, label, self.batch_dice, self.class_weights)}
             answer = losses.as_map(logits)
             weights: dict[str, Tensor] = {}
             figures: dict[str, float] = {}
@@ -193,7 +198,7 @@ class Distiller(nn.Module):
         answers = {t.name: self._targets(batch, t.name, "logits") for t in self.teachers if t.logits is not None}
         similar: dict[str, Tensor] = {}
         if self.teacher_gate.network is not None:
-            similar = {n: losses.cosine(p.aligned, p.goal.detach()) for n, p in pairs.items()}
+            similar = {n: p.similar for n, p in pairs.items()}
         return view, pairs, answers, self.teacher_gate.measure(batch, answers, classes, view, similar)
 
     def _targets(self, batch: Batch, name: str, kind: str) -> Tensor:
@@ -255,7 +260,7 @@ class Distiller(nn.Module):
                     n: losses.output_loss(small[z.shape[-2], z.shape[-1]], z, temperature) for n, z in chosen.items()
                 }
             elif name == "feature":
-                maps = {n: losses.feature_loss(p.aligned, p.goal) for n, p in pairs.items()}
+                maps = {n: losses.feature_loss(p.aligned, p.goal, p.similar) for n, p in pairs.items()}
             elif name == "reconstruction":
                 for n, p in pairs.items():
                     restored = self.codes[n].decode_frozen(p.aligned)
@@ -271,7 +276,7 @@ class Distiller(nn.Module):
             for k, spec in enumerate(self.teachers):
                 if spec.name in maps:
                     loss = maps[spec.name]
-                    total = total + (_to_size(w[:, k], (loss.shape[-2], loss.shape[-1])) * loss).flatten(1).mean(1)
+                    total = total + (gates.to_size(w[:, k], (loss.shape[-2], loss.shape[-1])) * loss).flatten(1).mean(1)
             named[name], weights[name] = total, w.detach().flatten(2).mean(2)
 
     def _autoencoder(self, batch: Batch, pairs: Mapping[str, _Pair]) -> dict[str, Tensor]:
@@ -284,12 +289,3 @@ class Distiller(nn.Module):
                 if loss is not None:
                     parts.append(loss.flatten(1).mean(1) * available[:, k])
         return {"autoencoder": torch.stack(parts).mean(0)} if parts else {}
-
-
-def _to_size(weights: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring gate weights (B, h, w) to another grid (B, H, W): nearest cell where finer, the mean for a single cell."""
-    if tuple(weights.shape[-2:]) == size:
-        return weights
-    if size == (1, 1):
-        return weights.mean((1, 2), keepdim=True)
-    return F.interpolate(weights[:, None], size=size, mode="nearest")[:, 0]

@@ -12,7 +12,7 @@ TASK_EMBEDDING = 8
 
 
 class GateNetwork(nn.Module):
-    """A multi-layer perceptron, as 1x1 convolutions, over features, student-teacher similarity and the task.
+    """A multi-layer perceptron, per cell, over features, student-teacher similarity and the task.
 
     Input per location: normalised student features, their mean over the image, the cosine between the aligned student
     feature and each teacher's target, and an embedding of the data set. Output: one score per slot, plus a bias per
@@ -31,10 +31,10 @@ class GateNetwork(nn.Module):
         self.norm = ChannelNorm(channels)
         self.task = nn.Embedding(tasks, TASK_EMBEDDING)
         self.bias = nn.Parameter(torch.zeros(tasks, slots))
-        last = nn.Conv2d(hidden, slots, 1)
+        last = nn.Linear(hidden, slots)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)  # every slot starts alike
-        self.layers = nn.Sequential(nn.Conv2d(2 * channels + teachers + TASK_EMBEDDING, hidden, 1), nn.GELU(), last)
+        self.layers = nn.Sequential(nn.Linear(2 * channels + teachers + TASK_EMBEDDING, hidden), nn.GELU(), last)
 
     def forward(self, features: Tensor, cosines: Tensor, task: int = 0) -> Tensor:
         """Return scores (B, slots, h, w).
@@ -52,17 +52,17 @@ class GateNetwork(nn.Module):
                 f"The gate knows {len(self.bias)} tasks, not task {task}: raise `tasks` in `gate_options`."
             )
         grid = (cosines.shape[-2], cosines.shape[-1])
-        local = self.norm(pool_finer(features, grid))
-        whole = local.mean((2, 3), keepdim=True)
-        embedding = self.task.weight[None, task, :, None, None]  # (tasks, E) -> (1, E, 1, 1)
+        local = self.norm(pool_finer(features, grid)).movedim(1, -1)  # channels last from here on
+        whole, embedding = local.mean((1, 2)), self.task.weight[task]
         first, *others = self.layers
-        # what is the same in all cells is projected once per image
-        parts = first.weight.split([local.shape[1], whole.shape[1], cosines.shape[1], embedding.shape[1]], dim=1)
-        by_cell = to_grid(F.conv2d(local, parts[0]), grid) + F.conv2d(cosines, parts[2])
-        hidden = by_cell + F.conv2d(whole, parts[1], first.bias) + F.conv2d(embedding, parts[3])
+        # what is the same in all cells is projected once per image, the features at the student's own size
+        parts = first.weight.split([local.shape[-1], whole.shape[-1], cosines.shape[1], len(embedding)], dim=1)
+        by_cell = to_grid(F.linear(local, parts[0]).movedim(-1, 1), grid).movedim(1, -1)
+        by_image = F.linear(whole, parts[1], first.bias) + F.linear(embedding, parts[3])  # (B, hidden)
+        hidden = by_cell + F.linear(cosines.movedim(1, -1), parts[2]) + by_image[:, None, None]
         for layer in others:
             hidden = layer(hidden)
-        return hidden + self.bias[task][None, :, None, None]
+        return (hidden + self.bias[task]).movedim(-1, 1)
 
 
 def gate_probabilities(scores: Tensor, available: Tensor) -> Tensor:

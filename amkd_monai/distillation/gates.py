@@ -102,6 +102,15 @@ def with_floor(weights: Tensor, available: Tensor, floor: float) -> Tensor:
     return (1 - floor) * weights + floor * uniform(weights, available)
 
 
+def to_size(weights: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring gate weights (B, h, w) to another grid (B, H, W): nearest cell where finer, the mean for a single cell."""
+    if tuple(weights.shape[-2:]) == size:
+        return weights
+    if size == (1, 1):
+        return weights.mean((1, 2), keepdim=True)
+    return F.interpolate(weights[:, None], size=size, mode="nearest")[:, 0]
+
+
 def teacher_weights(
     mode: str,
     errors: Tensor,

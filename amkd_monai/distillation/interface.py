@@ -80,6 +80,10 @@ class Batch:
     available: Tensor | None = None
     task: int = 0
 
+    def labelled(self, values: Tensor) -> Tensor:
+        """The rows of values (B, ...) whose samples have a label, the same tensor where all have."""
+        return values if bool(self.has_label.all()) else values[self.has_label]
+
     @property
     def label_map(self) -> Tensor:
         """The label as a map (B, 1, H, W); a class per image is a map of one cell."""

@@ -100,19 +100,21 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1) / norms
 
 
-def feature_loss(aligned: Tensor, target: Tensor) -> Tensor:
+def feature_loss(aligned: Tensor, target: Tensor, similar: Tensor | None = None) -> Tensor:
     """Half cosine distance, half smooth L1, per location (UNIC and DUNE use this pair).
 
     Args:
         aligned: student features projected to the teacher's space (B, C, h, w).
         target: standardised teacher features (B, C, h, w); no gradient flows into them.
+        similar: their cosine (B, h, w), where it is known already.
 
     Returns:
         (B, h, w), zero for equal inputs.
     """
     aligned, target = aligned.float(), target.detach().float()
+    similar = cosine(aligned, target) if similar is None else similar
     distance = F.smooth_l1_loss(aligned.movedim(1, -1), target.movedim(1, -1), reduction="none")  # (B, h, w, C)
-    return 0.5 * (1 - cosine(aligned, target)) + 0.5 * distance.mean(-1)
+    return 0.5 * (1 - similar) + 0.5 * distance.mean(-1)
 
 
 def output_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -152,8 +154,9 @@ def one_hot_area(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
         ValueError: a label is not in 0 to C - 1.
     """
     _check_classes(label, classes)
-    one_hot = label == torch.arange(classes, device=label.device)[:, None, None]  # (B, 1, H, W) -> (B, C, H, W)
-    return F.adaptive_avg_pool2d(one_hot.float(), size)
+    one_hot = label == torch.arange(1, classes, device=label.device)[:, None, None]  # (B, 1, H, W) -> (B, C - 1, H, W)
+    area = F.adaptive_avg_pool2d(one_hot.float(), size)
+    return torch.cat([(1 - area.sum(1, keepdim=True)).clamp_min(0), area], dim=1)
 
 
 def area_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:

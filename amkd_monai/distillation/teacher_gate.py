@@ -177,7 +177,7 @@ class TeacherGate(nn.Module):
         """
         grid = self.grid()
         label = batch.label_map
-        known = torch.where(batch.has_label[:, None, None, None], label, torch.zeros_like(label))
+        known = label if bool(batch.has_label.all()) else label * batch.has_label[:, None, None, None]
         areas: dict[tuple[int, int], Tensor] = {}  # of the label's classes, by grid
         errors, entropies = [], []
         for spec in self.teachers:

@@ -135,7 +135,7 @@ class Student(EncodedStudent):
 
     def decode(self, levels: list[Tensor], size: list[int]) -> Tensor:
         """Turn encoder maps into logits (B, num_classes, H, W) for ``size`` = [H, W]."""
-        logits = self.head(self.neck(levels))
+        logits = self.head(self.neck(levels)).contiguous()  # few channels: slow where they lie side by side
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
     def forward(self, image: Tensor) -> Tensor:

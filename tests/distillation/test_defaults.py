@@ -1,8 +1,18 @@
-"""The default distiller gives the same losses as it always did: measured results stay valid."""
+"""What a distiller does by default, and that the plain gates give the same losses as ever: results stay valid."""
+
+import inspect
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from toy_problem import make_batch, make_distiller, spec
+
+from amkd_monai.distillation.distiller import Distiller
+from amkd_monai.distillation.loss_choice import DEFAULT_LOSSES
+from amkd_monai.distillation.loss_gate import AgreementLossGate
+
+BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 
 TWO = [spec("a"), spec("b", grid=(5, 3, 3), logits=(2, 4, 4))]
 # total, task, output, feature of six steps of AdamW, recorded before any further mode existed
@@ -27,8 +37,8 @@ RECORDED = {
 
 
 @pytest.mark.parametrize("gate", RECORDED)
-def test_the_default_losses_are_those_recorded(gate):
-    distiller = make_distiller(TWO, gate=gate, scale_steps=4)
+def test_the_losses_of_plain_gates_are_those_recorded(gate):
+    distiller = make_distiller(TWO, gate=gate, loss_gate="scaled", scale_steps=4)
     optimiser = torch.optim.AdamW(distiller.parameters(), 1e-2)
     for step, expected in enumerate(RECORDED[gate]):
         out = distiller(make_batch(TWO, 3, seed=step, has_label=[True, False, True]), progress=(step + 1) / 8)
@@ -39,10 +49,19 @@ def test_the_default_losses_are_those_recorded(gate):
         assert values == pytest.approx(expected, rel=2e-5), step
 
 
-def test_by_default_nothing_else_is_built():
+def test_by_default_the_gates_learn_and_nothing_else_is_built():
     distiller = make_distiller(TWO)
+    assert distiller.teacher_gate.mode == "learned" and isinstance(distiller.loss_gate, AgreementLossGate)
     parts = {key.split(".")[0] for key in distiller.distillation_state()}
-    assert parts == {"align", "standardise", "loss_gate", "gradients"}
-    state = distiller.loss_gate.state_dict()
-    assert set(state) == {"history", "count", "scale"}
-    assert set(distiller(make_batch(TWO)).losses) == {"task", "output", "feature"}
+    assert parts == {"align", "standardise", "teacher_gate", "loss_gate", "gradients"}
+    assert set(distiller.loss_gate.state_dict()) == {"history", "count", "scale", "agreement"}
+    assert set(distiller(make_batch(TWO)).losses) == {"task", "output", "feature", "gate"}
+
+
+@pytest.mark.parametrize("bundle", sorted(path.parent.parent.name for path in BUNDLES.glob("*/configs/train.json")))
+def test_a_bundle_has_the_defaults_of_the_distiller(bundle):
+    config = json.loads((BUNDLES / bundle / "configs" / "train.json").read_text())
+    defaults = inspect.signature(Distiller).parameters
+    for key in ("gate", "loss_gate", "return_code", "code_channels", "standardisation"):
+        assert config[key] == defaults[key].default, key
+    assert config["losses"] == DEFAULT_LOSSES

@@ -17,7 +17,7 @@ CONSTANT = {"warmup": 0.0, "decay": 0.0}
 
 
 def distiller_of(specs=TWO, **options):
-    return make_distiller(specs, **{"strength": CONSTANT, **options})
+    return make_distiller(specs, **{"strength": CONSTANT, "gate": "reliability", "loss_gate": "scaled", **options})
 
 
 def after_one_step(distiller, batch):
@@ -206,7 +206,7 @@ def test_scales_are_measured_in_training_only():
 
 
 def test_strength_and_progress_scale_the_distillation_losses_alone():
-    distiller, batch = make_distiller(TWO).eval(), make_batch(TWO)
+    distiller, batch = make_distiller(TWO, gate="reliability", loss_gate="scaled").eval(), make_batch(TWO)
     assert distiller(batch, 0.0).loss_weights == {"task": 1.0, "output": 0.0, "feature": 0.0}
     assert distiller(batch, 0.5).loss_weights == pytest.approx({"task": 1.0, "output": 1 / 1.2, "feature": 0.2 / 1.2})
     assert distiller(batch, 1.0).loss_weights["output"] == pytest.approx(0.1 / 1.2)
@@ -377,9 +377,10 @@ def test_features_of_a_flipped_photo_are_near_the_warped_map_and_far_from_the_un
 
 def test_a_loss_that_is_not_served_leaves_its_share_to_nobody():
     """Features alone must not inherit the weight of answers that were not admitted: at full weight they do harm."""
-    with_answers = make_distiller([spec("a", admitted=True)], loss_priors={"output": 1.0, "feature": 0.2})
-    features_only = make_distiller([spec("a", admitted=False)], loss_priors={"output": 1.0, "feature": 0.2})
+    priors = {"output": 1.0, "feature": 0.2}
     expected = 0.2 / 1.2
+    with_answers = make_distiller([spec("a", admitted=True)], loss_priors=priors, loss_gate="scaled")
     assert with_answers.loss_gate.weights(1.0)["feature"] == pytest.approx(expected)
-    assert features_only.loss_gate.weights(1.0)["feature"] == pytest.approx(expected)
-    assert features_only.loss_gate.weights(1.0)["task"] == 1.0
+    for gate in ("scaled", "agreement"):
+        features_only = make_distiller([spec("a", admitted=False)], loss_priors=priors, loss_gate=gate)
+        assert features_only.loss_gate.weights(1.0) == pytest.approx({"task": 1.0, "feature": expected})

@@ -64,7 +64,8 @@ def test_the_network_is_a_perceptron_over_all_its_inputs_at_a_cell():
     local = network.norm(features)
     whole = local.mean((2, 3), keepdim=True).expand_as(local)
     embedding = network.task.weight[1][None, :, None, None].expand(2, -1, 3, 5)
-    scores = network.layers(torch.cat([local, whole, cosines, embedding], dim=1)) + network.bias[1][None, :, None, None]
+    cells = torch.cat([local, whole, cosines, embedding], dim=1).movedim(1, -1)
+    scores = (network.layers(cells) + network.bias[1]).movedim(-1, 1)
     torch.testing.assert_close(network(features, cosines, task=1), scores, rtol=1e-4, atol=1e-4)
     network(features, cosines, task=1).square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in network.parameters())
