@@ -106,7 +106,7 @@ def feature_loss(aligned: Tensor, target: Tensor, similar: Tensor | None = None)
     Args:
         aligned: student features projected to the teacher's space (B, C, h, w).
         target: standardised teacher features (B, C, h, w); no gradient flows into them.
-        similar: their cosine (B, h, w), where it is known already.
+        similar: their cosine (B, h, w) with its gradient, where it is known already.
 
     Returns:
         (B, h, w), zero for equal inputs.
