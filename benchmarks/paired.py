@@ -65,6 +65,17 @@ def paired(ours: Callable[[], int], other: Callable[[], int], rounds: int) -> tu
     return [a for a, _ in times], [b for _, b in times]
 
 
+def interleaved(ours: Callable[[], object], other: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """CPU milliseconds per call of both, called in turns: a machine that slows down slows both."""
+    spent = [0.0, 0.0]
+    for i in range(repeats):
+        for which in (0, 1) if i % 2 else (1, 0):
+            start = time.process_time()
+            (ours, other)[which]()
+            spent[which] += time.process_time() - start
+    return spent[0] / repeats * 1e3, spent[1] / repeats * 1e3
+
+
 def print_table(rows: Sequence[Row]) -> int:
     """Print rows as Markdown; returns 1 if a limit is not kept."""
     lines = [HEADER, ("---",) * len(HEADER), *(row.cells() for row in rows)]

@@ -3,10 +3,11 @@
     python benchmarks/step_cost.py                          # kvasir_seg on phantoms, 128 px, batch 8, two teachers
     python benchmarks/step_cost.py --image_size 256 --batch_size 4
 
-CPU time of one thread: read the sample and its targets, augment, forward, losses, backward, optimiser. Blocks of the
-two alternate and each pair gives a ratio; a block is as long as the loss gate's interval, so that the steps in which it
-measures are counted. A second row per setting gives what gates and losses add, without networks between student and
-teachers: the distiller on given student maps, less task loss, projections, heads and codes on the same maps."""
+CPU time of one thread: read the sample and its targets, augment, forward, losses, backward, optimiser. Steps of the two
+take turns, and each round of them gives a ratio; a round is as long as the loss gate's interval, so that the steps in
+which it measures are counted. A second row per setting gives what gates and losses add, without networks between
+student and teachers: the distiller on given student maps, less task loss, projections, heads and codes on the same
+maps, in turns as well."""
 
 from __future__ import annotations
 
@@ -15,13 +16,14 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from monai.bundle import ConfigWorkflow
-from paired import Row, cpu_ms, print_table
+from paired import Row, interleaved, print_table
 from torch import Tensor
 
 from amkd_monai.distillation.distiller import SHARED_STRIDE
@@ -72,14 +74,19 @@ def batches(trainer: DistillationTrainer) -> Iterator[dict[str, Any]]:
     return itertools.chain.from_iterable(trainer.data_loader for _ in itertools.count())
 
 
+def step(trainer: DistillationTrainer, source: Iterator[dict[str, Any]]) -> None:
+    """One step of training, from reading to the optimiser."""
+    batch = trainer.prepare_distillation_batch(next(source))
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.network(batch, progress=0.5).total.backward()
+    trainer.optimizer.step()
+
+
 def block(trainer: DistillationTrainer, source: Iterator[dict[str, Any]], steps: int) -> float:
     """Return CPU milliseconds per step over a block of steps."""
     start = time.process_time()
     for _ in range(steps):
-        batch = trainer.prepare_distillation_batch(next(source))
-        trainer.optimizer.zero_grad(set_to_none=True)
-        trainer.network(batch, progress=0.5).total.backward()
-        trainer.optimizer.step()
+        step(trainer, source)
     return (time.process_time() - start) / steps * 1e3
 
 
@@ -113,22 +120,20 @@ def gates_and_losses(trainer: DistillationTrainer, data: dict[str, Any], rounds:
             parts += [head(pooled).mean() for head in distiller.contrast.heads.values()]
         return torch.stack(parts).sum()
 
-    def milliseconds(loss: Callable[[], Tensor]) -> float:
-        def work() -> int:
-            for _ in range(repeats):
-                distiller.zero_grad(set_to_none=True)
-                loss().backward()
-            return repeats
+    def both_ways(loss: Callable[[], Tensor]) -> None:
+        distiller.zero_grad(set_to_none=True)
+        loss().backward()
 
-        return cpu_ms(work)
-
+    added = []
     with patch.object(student, "encode", lambda image: levels), patch.object(student, "decode", lambda *_: logits):
-        milliseconds(whole), milliseconds(networks)
-        return [milliseconds(whole) - milliseconds(networks) for _ in range(rounds)]
+        for _ in range(rounds + 1):  # the first is the warm-up
+            ours, other = interleaved(lambda: both_ways(whole), lambda: both_ways(networks), repeats)
+            added.append(ours - other)
+    return added[1:]
 
 
 def measure(image_size: int, batch_size: int, pairs: int, steps: int, only: str = "") -> list[Row]:
-    """CPU milliseconds of distilled and plain steps, by setting."""
+    """CPU milliseconds of distilled and plain steps, by setting, in ``pairs`` rounds of ``steps`` each."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         common = {
@@ -148,8 +153,8 @@ def measure(image_size: int, batch_size: int, pairs: int, steps: int, only: str 
             source = batches(trainer)
             for one in (plain, trainer):  # warm-up
                 block(one, plain_source if one is plain else source, steps)
-            times = [(block(trainer, source, steps), block(plain, plain_source, steps)) for _ in range(pairs)]
-            ours, other = zip(*times, strict=True)
+            turns = [partial(step, trainer, source), partial(step, plain, plain_source)]
+            ours, other = zip(*(interleaved(*turns, steps) for _ in range(pairs)), strict=True)
             limit = AIM if name == DEFAULT else LIMIT
             rows.append(Row(f"step with cached teachers: {name}, against a plain step", "ms/step", ours, other, limit))
             added = gates_and_losses(trainer, next(source), pairs, steps)
@@ -164,7 +169,7 @@ def main() -> int:
     parser.add_argument("--image_size", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=50, help="steps of a block; a multiple of the gate's interval")
+    parser.add_argument("--steps", type=int, default=50, help="steps of a round; a multiple of the gate's interval")
     parser.add_argument("--only", default="", help="settings whose name contains this")
     torch.set_num_threads(1)
     return print_table(measure(**vars(parser.parse_args())))

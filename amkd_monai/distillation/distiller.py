@@ -248,17 +248,17 @@ class Distiller(nn.Module):
     ) -> None:
         """Add every distillation loss (B,) to ``named`` and its mean teacher weights (B, K) to ``weights``."""
         temperature = kd_temperature(progress, **self.temperature)
+        trusted: dict[tuple[bool, ...], Tensor] = {}  # the same for all losses that the same teachers serve
         for name in LOSSES:
             if not self.loss_priors.get(name):
                 continue
             maps: dict[str, Tensor] = {}
             if name == "output":
                 chosen = {t.name: answers[t.name] for t in self.teachers if t.admitted and t.logits is not None}
-                sizes = {(z.shape[-2], z.shape[-1]) for z in chosen.values()}
-                small = {size: losses.area_logits(logits, size) for size in sizes}
-                maps = {
-                    n: losses.output_loss(small[z.shape[-2], z.shape[-1]], z, temperature) for n, z in chosen.items()
-                }
+                for size, group in losses.by_size(chosen).items():
+                    small = losses.area_logits(logits, size)
+                    together = losses.output_loss(small, torch.stack(list(group.values())), temperature)
+                    maps |= dict(zip(group, together, strict=True))
             elif name == "feature":
                 maps = {n: losses.feature_loss(p.aligned, p.goal, p.similar) for n, p in pairs.items()}
             elif name == "reconstruction":
@@ -270,8 +270,11 @@ class Distiller(nn.Module):
                 maps = {n: loss[:, None, None] for n, loss in vectors.items()}
                 if self.training and batch.index is not None:
                     self.contrast.remember(batch.index)
-            available = self.teacher_gate.available(batch, [t.name in maps for t in self.teachers])
-            w = self.teacher_gate.weights(reading, available)
+            serving = tuple(t.name in maps for t in self.teachers)
+            if serving not in trusted:
+                available = self.teacher_gate.available(batch, serving)
+                trusted[serving] = self.teacher_gate.weights(reading, available)
+            w = trusted[serving]
             total = logits.new_zeros(len(logits))
             for k, spec in enumerate(self.teachers):
                 if spec.name in maps:

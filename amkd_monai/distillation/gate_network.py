@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from amkd_monai.distillation.alignment import ChannelNorm, pool_finer, to_grid
 
 TASK_EMBEDDING = 8
+UNUSABLE = -1e9
+"""Score in place of minus infinity: a row without any teacher gives no NaN, nor does its gradient."""
 
 
 class GateNetwork(nn.Module):
@@ -75,27 +77,25 @@ def gate_probabilities(scores: Tensor, available: Tensor) -> Tensor:
     Returns:
         Like ``scores``; 0 where not available, all 0 where nothing is.
     """
+    mask = _usable(scores, available)
+    return torch.softmax(torch.where(mask, scores, UNUSABLE), dim=1) * mask
+
+
+def gate_log_probabilities(scores: Tensor, available: Tensor) -> Tensor:
+    """Logarithm of the softmax over the slots that may be used and the abstention, very low where not available.
+
+    Args:
+        scores: (B, K + 1, h, w).
+        available: boolean (B, K).
+    """
+    return torch.log_softmax(torch.where(_usable(scores, available), scores, UNUSABLE), dim=1)
+
+
+def _usable(scores: Tensor, available: Tensor) -> Tensor:
     slots = available.bool()
     if scores.shape[1] > slots.shape[1]:
         slots = torch.cat([slots, torch.ones_like(slots[:, :1])], dim=1)
-    mask = slots[:, :, None, None].expand_as(scores)
-    # a large negative number in place of infinity: a row without any teacher gives no NaN, nor does its gradient
-    return torch.softmax(torch.where(mask, scores, torch.full_like(scores, -1e9)), dim=1) * mask
-
-
-def gate_loss(trusted: Tensor, predicted: Tensor) -> Tensor:
-    """KL(sg(r) || g) over the teachers and the abstention, per sample.
-
-    Args:
-        trusted: reliabilities r (B, K, h, w) whose sum is at most 1; no gradient flows into them.
-        predicted: g (B, K + 1, h, w).
-
-    Returns:
-        (B,) in nats, zero where both agree.
-    """
-    target = with_abstention(trusted.detach())
-    divergence = torch.xlogy(target, target) - target * predicted.clamp_min(1e-8).log()
-    return divergence.sum(1).flatten(1).mean(1)
+    return slots[:, :, None, None]
 
 
 def with_abstention(trusted: Tensor) -> Tensor:
@@ -103,17 +103,29 @@ def with_abstention(trusted: Tensor) -> Tensor:
     return torch.cat([trusted, (1 - trusted.sum(1, keepdim=True)).clamp_min(0)], dim=1)
 
 
-def agreement_auc(trusted: Tensor, predicted: Tensor) -> float:
+def gate_loss(target: Tensor, log_predicted: Tensor) -> Tensor:
+    """KL(sg(r) || g) over the teachers and the abstention, per sample.
+
+    Args:
+        target: reliabilities r and what they leave (B, K + 1, h, w); no gradient flows into them.
+        log_predicted: log g (B, K + 1, h, w).
+
+    Returns:
+        (B,) in nats, zero where both agree.
+    """
+    return F.kl_div(log_predicted, target.detach(), reduction="none").sum(1).flatten(1).mean(1)
+
+
+def agreement_auc(target: Tensor, predicted: Tensor) -> float:
     """How well g finds the slot that the labels trust most: area under the ROC curve over cells and slots.
 
     Args:
-        trusted: r (B, K, h, w).
-        predicted: g (B, K + 1, h, w).
+        target: reliabilities r and what they leave (B, K + 1, h, w).
+        predicted: g or log g (B, K + 1, h, w).
 
     Returns:
         In [0, 1], 0.5 for a gate that knows nothing; equal values of g count half.
     """
-    target = with_abstention(trusted)
     best = torch.zeros_like(target).scatter_(1, target.argmax(1, keepdim=True), 1.0).flatten()
     score = predicted.detach().flatten()
     ordered, right = score.sort().values, score[best > 0]

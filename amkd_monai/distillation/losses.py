@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
@@ -47,7 +49,7 @@ def classification_task_loss(logits: Tensor, label: Tensor, class_weights: Tenso
 
 
 def _check_classes(label: Tensor, classes: int) -> None:
-    lowest, highest = int(label.min()), int(label.max())
+    lowest, highest = (int(value) for value in torch.aminmax(label))
     if highest >= classes or lowest < 0:
         raise ValueError(
             f"A label holds the class {lowest if lowest < 0 else highest}, the student has classes 0 to {classes - 1}: "
@@ -114,7 +116,8 @@ def feature_loss(aligned: Tensor, target: Tensor, similar: Tensor | None = None)
     aligned, target = aligned.float(), target.detach().float()
     similar = cosine(aligned, target) if similar is None else similar
     distance = F.smooth_l1_loss(aligned.movedim(1, -1), target.movedim(1, -1), reduction="none")  # (B, h, w, C)
-    return 0.5 * (1 - similar) + 0.5 * distance.mean(-1)
+    # a sum's gradient needs no full-size map of its own, a mean's does
+    return 0.5 * (1 - similar) + distance.sum(-1) * (0.5 / distance.shape[-1])
 
 
 def output_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -122,21 +125,29 @@ def output_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
 
     Args:
         student_logits: (B, C, h, w).
-        teacher_logits: (B, C, h, w), calibrated; no gradient flows into them.
+        teacher_logits: (B, C, h, w), calibrated, or those of K teachers (K, B, C, h, w); no gradient flows into them.
         temperature: KD temperature T >= 1.
 
     Returns:
-        (B, h, w) in nats, zero for equal logits.
+        (B, h, w), or (K, B, h, w), in nats, zero for equal logits.
     """
-    log_student = F.log_softmax(student_logits.float() / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
-    divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(1)
+    log_student = F.log_softmax(student_logits.float() / temperature, dim=-3)
+    log_teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-3)
+    divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(-3)
     return temperature**2 * divergence.clamp_min(0)
 
 
 def soft_cross_entropy(target: Tensor, log_probabilities: Tensor) -> Tensor:
-    """Cross entropy (B, h, w) of soft targets (B, C, h, w) against log-probabilities (B, C, h, w), in nats."""
-    return -(target * log_probabilities).sum(1)
+    """Cross entropy (..., h, w) of soft targets (..., C, h, w) against log-probabilities (..., C, h, w), in nats."""
+    return -(target * log_probabilities).sum(-3)
+
+
+def by_size(maps: Mapping[str, Tensor]) -> dict[tuple[int, int], dict[str, Tensor]]:
+    """Group maps {name: (B, C, h, w)} by their grid, {(h, w): {name: map}}: those of one grid are computed together."""
+    groups: dict[tuple[int, int], dict[str, Tensor]] = {}
+    for name, values in maps.items():
+        groups.setdefault((values.shape[-2], values.shape[-1]), {})[name] = values
+    return groups
 
 
 def one_hot_area(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:

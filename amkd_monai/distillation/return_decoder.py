@@ -25,7 +25,8 @@ def reconstruction_loss(restored: Tensor, target: Tensor) -> Tensor:
     restored, target = restored.float(), target.detach().float()
     difference = (restored - target).movedim(1, -1)  # (B, C, h, w) -> (B, h, w, C)
     direction = 1 - cosine(restored, target)
-    return 0.5 * difference.square().mean(-1) + 0.3 * difference.abs().mean(-1) + 0.2 * direction
+    magnitude = difference.square().sum(-1) * 0.5 + difference.abs().sum(-1) * 0.3  # sums: see losses.feature_loss
+    return magnitude / difference.shape[-1] + 0.2 * direction
 
 
 class LearnedCode(nn.Module):

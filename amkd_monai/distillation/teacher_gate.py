@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from amkd_monai.distillation import gates, losses
 from amkd_monai.distillation.alignment import to_grid
-from amkd_monai.distillation.gate_network import GateNetwork, agreement_auc, gate_loss, gate_probabilities
+from amkd_monai.distillation.gate_network import (
+    GateNetwork,
+    agreement_auc,
+    gate_log_probabilities,
+    gate_loss,
+    gate_probabilities,
+    with_abstention,
+)
 from amkd_monai.distillation.interface import Batch, TeacherSpec
 
 OPTIONS = ("floor", "temperature", "weights", "hidden", "tasks")
@@ -139,12 +146,12 @@ class TeacherGate(nn.Module):
         """
         if self.mode != "learned" or reading.scores is None:
             return {}, {}
-        everyone, rows = self._everyone(batch), batch.has_label
-        smooth = gates.box_smooth(reading.errors)
-        trusted = gates.reliability(smooth, self.prior_entropy, everyone, self.temperature)[rows]
-        predicted = gate_probabilities(reading.scores, everyone)[rows]
-        auc = agreement_auc(trusted[..., ::2, ::2], predicted[..., ::2, ::2])
-        return {"gate": gate_loss(trusted, predicted)}, {"gate_auc": auc}
+        everyone = batch.labelled(self._everyone(batch))
+        errors, scores = gates.box_smooth(batch.labelled(reading.errors)), batch.labelled(reading.scores)
+        target = with_abstention(gates.reliability(errors, self.prior_entropy, everyone, self.temperature))
+        predicted = gate_log_probabilities(scores, everyone)
+        auc = agreement_auc(target[..., ::2, ::2], predicted[..., ::2, ::2])
+        return {"gate": gate_loss(target, predicted)}, {"gate_auc": auc}
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
         """Weights (B, K, h, w) over the teachers that are available (B, K); with gradient in mode ``paper`` only."""
@@ -175,27 +182,20 @@ class TeacherGate(nn.Module):
         Without a label a teacher's mean error over the labelled training samples stands in; a teacher that gives no
         answers counts as one that knows nothing.
         """
-        grid = self.grid()
+        grid, names = self.grid(), [t.name for t in self.teachers]
         label = batch.label_map
         known = label if bool(batch.has_label.all()) else label * batch.has_label[:, None, None, None]
-        areas: dict[tuple[int, int], Tensor] = {}  # of the label's classes, by grid
-        errors, entropies = [], []
-        for spec in self.teachers:
-            fallback = self.prior_entropy if spec.mean_error is None else spec.mean_error
-            error = torch.full((len(batch.image), *grid), fallback, device=batch.image.device)
-            entropy = torch.full_like(error, self.prior_entropy)
-            if spec.logits is not None:
-                logits = answers[spec.name].float()
-                size = (logits.shape[-2], logits.shape[-1])
-                log_probabilities = logits.log_softmax(1)
-                if size not in areas:
-                    areas[size] = losses.one_hot_area(known, classes, size)
-                measured = losses.soft_cross_entropy(areas[size], log_probabilities)
-                measured = losses.area_logits(measured[:, None], grid)[:, 0]
-                error = torch.where(batch.has_label[:, None, None], measured, error)
-                if self.mode == "entropy":
-                    own = losses.soft_cross_entropy(log_probabilities.exp(), log_probabilities)
-                    entropy = losses.area_logits(own[:, None], grid)[:, 0]
-            errors.append(error)
-            entropies.append(entropy)
-        return torch.stack(errors, dim=1), torch.stack(entropies, dim=1)
+        means = [self.prior_entropy if t.mean_error is None else t.mean_error for t in self.teachers]
+        errors = torch.tensor(means, dtype=torch.float32, device=label.device)[None, :, None, None]
+        errors = errors.repeat(len(label), 1, *grid)
+        entropies = torch.full_like(errors, self.prior_entropy)
+        for size, group in losses.by_size(answers).items():
+            places = [names.index(name) for name in group]
+            log_probabilities = torch.stack(list(group.values())).float().log_softmax(2)  # (teachers, B, classes, h, w)
+            areas = losses.one_hot_area(known, classes, size)
+            measured = losses.area_logits(losses.soft_cross_entropy(areas, log_probabilities), grid).transpose(0, 1)
+            errors[:, places] = torch.where(batch.has_label[:, None, None, None], measured, errors[:, places])
+            if self.mode == "entropy":
+                own = losses.soft_cross_entropy(log_probabilities.exp(), log_probabilities)
+                entropies[:, places] = losses.area_logits(own, grid).transpose(0, 1)
+        return errors, entropies

@@ -5,7 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_problem import generator, make_batch, make_distiller, spec, student_gradient
 
-from amkd_monai.distillation.gate_network import GateNetwork, agreement_auc, gate_loss, gate_probabilities
+from amkd_monai.distillation.gate_network import (
+    GateNetwork,
+    agreement_auc,
+    gate_log_probabilities,
+    gate_loss,
+    gate_probabilities,
+    with_abstention,
+)
 
 THREE = [spec("a"), spec("b", grid=(5, 3, 3), logits=(2, 4, 4)), spec("c", logits=None)]
 CONSTANT = {"warmup": 0.0, "decay": 0.0}
@@ -23,13 +30,13 @@ def test_the_gate_loss_equals_a_numpy_reference():
     r, g = probabilities(1), probabilities(2)
     x, y = r.double().numpy(), g.double().numpy()
     expected = (x * np.log(x / y)).sum(1).mean((1, 2))
-    np.testing.assert_allclose(gate_loss(r[:, :-1], g).numpy(), expected, rtol=1e-4)
-    assert gate_loss(r[:, :-1], r).abs().max() < 1e-6
+    np.testing.assert_allclose(gate_loss(r, g.log()).numpy(), expected, rtol=1e-4)
+    assert gate_loss(r, r.log()).abs().max() < 1e-6
 
 
 def test_the_gate_loss_trains_the_prediction_alone():
-    r, scores = probabilities(1)[:, :-1].requires_grad_(), torch.randn(2, 4, 3, 5, requires_grad=True)
-    gate_loss(r, scores.softmax(1)).sum().backward()
+    r, scores = probabilities(1).requires_grad_(), torch.randn(2, 4, 3, 5, requires_grad=True)
+    gate_loss(r, scores.log_softmax(1)).sum().backward()
     assert r.grad is None and scores.grad.abs().sum() > 0
 
 
@@ -40,9 +47,9 @@ def test_the_auc_equals_its_definition():
     np.put_along_axis(best, r.numpy().argmax(1)[:, None], True, axis=1)
     right, wrong = g.numpy()[best][:, None], g.numpy()[~best][None, :]
     expected = (right > wrong).mean() + 0.5 * (right == wrong).mean()
-    assert agreement_auc(r[:, :-1], g) == pytest.approx(expected, abs=1e-6)
-    assert agreement_auc(r[:, :-1], r) > 0.8
-    assert agreement_auc(r[:, :-1], torch.full_like(g, 0.25)) == pytest.approx(0.5)
+    assert agreement_auc(r, g) == pytest.approx(expected, abs=1e-6)
+    assert agreement_auc(r, r) > 0.8
+    assert agreement_auc(r, torch.full_like(g, 0.25)) == pytest.approx(0.5)
 
 
 def test_at_the_start_every_slot_is_alike_and_absent_teachers_get_nothing():
@@ -53,6 +60,24 @@ def test_at_the_start_every_slot_is_alike_and_absent_teachers_get_nothing():
     torch.testing.assert_close(g[0], torch.full_like(g[0], 0.25))
     torch.testing.assert_close(g[1, :, 0, 0], torch.tensor([0, 0.5, 0, 0.5]))
     assert torch.equal(gate_probabilities(scores[:, :3], torch.zeros(2, 3)), torch.zeros(2, 3, 3, 5))
+    torch.testing.assert_close(gate_log_probabilities(scores, available).exp(), g)
+
+
+def test_what_the_reliabilities_leave_is_abstention():
+    r = probabilities(1)
+    torch.testing.assert_close(with_abstention(r[:, :-1]), r)
+    assert torch.equal(
+        with_abstention(torch.ones(1, 1, 2, 2)), torch.tensor([1.0, 0.0])[None, :, None, None].expand(1, 2, 2, 2)
+    )
+
+
+def test_an_absent_teacher_costs_the_gate_loss_nothing():
+    scores, available = torch.randn(2, 3, 2, 2, requires_grad=True), torch.tensor([[True, False], [False, False]])
+    target = with_abstention(torch.rand(2, 2, 2, 2) / 2 * available[:, :, None, None])
+    loss = gate_loss(target, gate_log_probabilities(scores, available))
+    assert torch.isfinite(loss).all() and loss[1] == 0  # only the abstention is left
+    loss.sum().backward()
+    assert scores.grad[0, 0].abs().sum() > 0 and scores.grad[0, 1].abs().sum() == 0
 
 
 def test_the_network_is_a_perceptron_over_all_its_inputs_at_a_cell():

@@ -29,6 +29,17 @@ def test_the_output_loss_is_t_squared_times_kl(temperature):
     )
 
 
+def test_teachers_of_one_grid_are_compared_together():
+    student, teachers = tensor(0), tensor(1, (2, *SHAPE))
+    together = losses.output_loss(student, teachers, 2.0)
+    for one, teacher in zip(together, teachers, strict=True):
+        torch.testing.assert_close(one, losses.output_loss(student, teacher, 2.0))
+    a, b, c = torch.zeros(1, 2, 3, 4), torch.ones(1, 2, 3, 4), torch.zeros(1, 2, 1, 1)
+    groups = losses.by_size({"a": a, "c": c, "b": b})
+    assert [(size, list(group)) for size, group in groups.items()] == [((3, 4), ["a", "b"]), ((1, 1), ["c"])]
+    assert groups[3, 4]["b"] is b
+
+
 def test_the_output_loss_is_zero_for_equal_answers_positive_otherwise_and_not_symmetric():
     a, b = tensor(0), tensor(1)
     assert losses.output_loss(a, a, 2.0).abs().max() < 1e-5
