@@ -20,6 +20,7 @@ class Row:
         ours: one figure per round.
         other: likewise, of what it is compared with; empty where there is nothing.
         limit: of the median ratio, or of the median figure where nothing is compared; None without.
+        aim: below the limit; to miss it is said and is no failure.
     """
 
     what: str
@@ -27,6 +28,7 @@ class Row:
     ours: Sequence[float]
     other: Sequence[float] = ()
     limit: float | None = None
+    aim: float | None = None
 
     @property
     def judged(self) -> list[float]:
@@ -38,13 +40,21 @@ class Row:
         """Whether the median is within the limit."""
         return self.limit is None or statistics.median(self.judged) <= self.limit
 
+    @property
+    def verdict(self) -> str:
+        """What the last column says."""
+        if not self.kept:
+            return "ABOVE THE LIMIT"
+        missed = self.aim is not None and statistics.median(self.judged) > self.aim
+        return f"above the aim of {_short(self.aim)}" if missed else ""
+
     def cells(self) -> tuple[str, ...]:
         """The line's cells."""
         ours, other = (_short(statistics.median(figures)) if figures else "" for figures in (self.ours, self.other))
         spread = f"[{_short(min(self.judged))}, {_short(max(self.judged))}]"
         ratio = f"{_short(statistics.median(self.judged))} {spread}" if self.other else spread
         limit = "" if self.limit is None else _short(self.limit)
-        return (self.what, self.unit, ours, other, ratio, limit, "" if self.kept else "ABOVE THE LIMIT")
+        return (self.what, self.unit, ours, other, ratio, limit, self.verdict)
 
 
 def _short(figure: float) -> str:
