@@ -88,7 +88,7 @@ def test_the_published_system_runs_as_a_preset(bundle, tmp_path, cache):
 
 def test_the_preset_is_the_same_in_all_bundles():
     presets = [file.read_text() for file in (ROOT / "bundles").glob("*/configs/paper.json")]
-    assert len(presets) >= 6 and len(set(presets)) == 1
+    assert len(presets) == len(list((ROOT / "bundles").glob("*/configs/train.json"))) and len(set(presets)) == 1
 
 
 def test_a_broken_off_run_resumes_to_the_same_student(tmp_path, cache):

@@ -126,6 +126,19 @@ def test_one_head_predicts(everything, cache, tmp_path):
     assert len(table(tmp_path / "aptos2019" / "predictions.csv")) == 2
 
 
+def test_the_published_system_runs_as_a_preset(cache, tmp_path):
+    values = small(tmp_path, cache, teachers=[TEACHER], max_epochs=1)
+    del values["admission"]  # the preset has its own
+    run(SHARED, ("train", "paper"), values)
+    (row,) = table(tmp_path / "eval" / "history.csv")
+    for task in PAIR:
+        assert 0 < float(row[f"{task}/weight_task"]) < 1
+        assert all(float(row[f"{task}/loss_{n}"]) > 0 for n in ("output", "feature", "reconstruction", "contrastive"))
+    record = read_json(tmp_path / "eval" / "run.json")
+    assert record["gate"] == "paper" and record["method"]["loss_gate"] == "paper"
+    assert record["recipe"]["learning_rate"] == record["recipe"]["encoder_learning_rate"] == 1e-3
+
+
 def killed_at(iteration, values):
     """Train in a forked process that is killed when an iteration starts."""
     child = os.fork()
