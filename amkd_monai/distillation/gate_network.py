@@ -82,11 +82,14 @@ def gate_probabilities(scores: Tensor, available: Tensor) -> Tensor:
 
 
 def gate_log_probabilities(scores: Tensor, available: Tensor) -> Tensor:
-    """Logarithm of the softmax over the slots that may be used and the abstention, very low where not available.
+    """Logarithm of the softmax over the slots that may be used and the abstention.
 
     Args:
         scores: (B, K + 1, h, w).
         available: boolean (B, K).
+
+    Returns:
+        Like ``scores``; finite and very low, probability 0, where not available.
     """
     return torch.log_softmax(torch.where(_usable(scores, available), scores, UNUSABLE), dim=1)
 
