@@ -87,6 +87,8 @@ def polyps(planted: dict[str, str]) -> dict[str, Setting]:
         "reliability_all_admitted": (good + bad, {**SCALED, "gate": "reliability", "admission": every}),
         "default_good_teachers": (good, {}),
         "default": (good + bad, {}),
+        "default_features_of_admitted": (good + bad, {"admission": {"features": "admitted"}}),
+        "default_without_features": (good + bad, {"losses": {"output": 1.0}}),
         "learned": (good + bad, FULL),
         "learned_all_admitted": (good + bad, {**FULL, "admission": every}),
         "learned_without_decoder": (good + bad, without_decoder),

@@ -19,11 +19,11 @@ HEART_DATA = "MSD-Heart/Task02_Heart_half"
 HEART_FOLD = (2,)  # of five; the learning rate was chosen on folds 0 and 1
 HEART_FOLDS = (0, 1, 2, 3, 4)
 FOLD_OF_THREE = {"folds": 3, "val_interval": 2, "patience": 1000}
-SMALL = {  # the other bundles: data, what differs from the bundle's own defaults, seeds
-    "busi": ("BUSI/Dataset_BUSI_with_GT", {**FOLD_OF_THREE, "image_size": 128}, 3),
-    "covid": ("COVID", {**KVASIR, "val_interval": 2, "max_epochs": 80}, 3),
-    "aptos2019": ("APTOS2019_standin_IDRiD", {**FOLD_OF_THREE, "image_size": 224}, 3),
-    "isic2017": ("ISIC2017", {"image_size": 160, "patience": 1000}, 3),
+SMALL = {  # the other bundles: data, what differs from the bundle's own defaults
+    "busi": ("BUSI/Dataset_BUSI_with_GT", {**FOLD_OF_THREE, "image_size": 128}),
+    "covid": ("COVID", {**KVASIR, "val_interval": 2, "max_epochs": 80}),
+    "aptos2019": ("APTOS2019_standin_IDRiD", {**FOLD_OF_THREE, "image_size": 224}),
+    "isic2017": ("ISIC2017", {"image_size": 160, "patience": 1000}),
 }
 SETTINGS = {
     "kvasir_12_undistilled": Setting("kvasir_seg", "Kvasir-SEG", {**LONG, "labelled": 12}, teachers=[]),
@@ -38,9 +38,9 @@ SETTINGS = {
         "msd_heart", HEART_DATA, {**HEART, **FEATURES_ONLY}, "heart_undistilled", folds=HEART_FOLD
     ),
 }
-for bundle, (data, overrides, seeds) in SMALL.items():
-    SETTINGS[f"{bundle}_undistilled"] = Setting(bundle, data, overrides, teachers=[], seeds=seeds)
-    SETTINGS[f"{bundle}_default"] = Setting(bundle, data, overrides, f"{bundle}_undistilled", seeds=seeds)
+for bundle, (data, overrides) in SMALL.items():
+    SETTINGS[f"{bundle}_undistilled"] = Setting(bundle, data, overrides, teachers=[])
+    SETTINGS[f"{bundle}_default"] = Setting(bundle, data, overrides, f"{bundle}_undistilled")
 # what training varies by alone: features at 1/170 of the weight they have by default
 SETTINGS["isic2017_control"] = replace(
     SETTINGS["isic2017_default"],

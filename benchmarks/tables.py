@@ -1,7 +1,7 @@
 """The tables that compare finished runs: one for masks, one for classes.
 
-Cases are the unit of the statistics: the intervals of a score resample cases and seeds; a gain is paired over cases,
-with seeds averaged first. The p values of a table are one family (Holm).
+Intervals, of a score and of a gain, resample cases and seeds; a gain is paired by both. Dice is tested over cases,
+seeds averaged first; a metric of classes by its bootstrap. The p values of a table are one family (Holm).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from amkd_monai.metrics.class_summary import class_metrics, interval, labels_and_probabilities, positive_classes
 from amkd_monai.metrics.compare_classes import bootstrap_p
-from amkd_monai.metrics.statistics import holm, paired_bootstrap_ci, paired_wilcoxon, seed_and_case_ci
+from amkd_monai.metrics.statistics import holm, paired_wilcoxon, seed_and_case_ci
 from amkd_monai.metrics.summary import read_case_csv
 from amkd_monai.tasks import Task, get_task
 
@@ -128,8 +128,8 @@ def _mask_line(name: str, rows: dict[str, Row], output: Path) -> Line:
     reference, gain, p = rows[name].reference, None, math.nan
     if reference in rows:
         known = _cases(reference, rows[reference], output)
-        a, b = (np.array([np.mean([float(r["dice"]) for r in t[case]]) for case in known]) for t in (cases, known))
-        gain, p = paired_bootstrap_ci(a, b), paired_wilcoxon(a, b)
+        a, b = (np.array([[float(row["dice"]) for row in t[case]] for case in known]).T for t in (cases, known))
+        gain, p = seed_and_case_ci(a - b), paired_wilcoxon(a.mean(axis=0), b.mean(axis=0))
     return Line(counts, dice, ["{:.3f} [{:.3f}, {:.3f}]".format(*dice), *others], gain, p)
 
 
@@ -151,8 +151,8 @@ def _class_line(name: str, rows: dict[str, Row], output: Path) -> Line:
     metric = metrics[task.primary_metric]
     differences = np.array(
         [
-            _mean(metric, label[i], [run[i] for run in runs]) - _mean(metric, label[i], [run[i] for run in others])
-            for _, i in _draws(runs)
+            _mean(metric, label[i], [runs[s][i] for s in s_]) - _mean(metric, label[i], [others[s][i] for s in s_])
+            for s_, i in _draws(runs)
         ]
     )
     gain = _mean(metric, label, runs) - _mean(metric, label, others)
