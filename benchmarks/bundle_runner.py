@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -38,6 +39,10 @@ class Setting:
     folds: tuple[int, ...] = (0,)
     teachers: list[dict[str, Any]] | None = field(default=None)
     seeds: int | None = None  # where fewer or more are wanted than of the other rows
+
+
+Job = tuple[str, Setting, int, int]
+"""A run: the name of its setting, the setting, seed and fold."""
 
 
 def commands(name: str, setting: Setting, seed: int, fold: int, shared: Path, output: Path) -> list[list[str]]:
@@ -79,16 +84,21 @@ def _argument(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def execute(job: tuple[str, Setting, int, int], shared: Path, output: Path) -> None:
+def execute(job: Job, shared: Path, output: Path) -> None:
     """Train and evaluate one run unless it is done."""
     name, setting, seed, fold = job
     folder = output / name / f"fold{fold}_seed{seed}"
     if (folder / "metrics.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
+    call(commands(name, setting, seed, fold, shared, output), folder)
+
+
+def call(lines: list[list[str]], folder: Path) -> None:
+    """Run commands one after the other with one thread each; their words and output go to ``log.txt``."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with (folder / "log.txt").open("w") as log:
-        for command in commands(name, setting, seed, fold, shared, output):
+        for command in lines:
             print(" ".join(command), file=log, flush=True)
             subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
     print(f"done: {folder}", flush=True)
@@ -119,7 +129,9 @@ def options(description: str, default_output: str) -> argparse.ArgumentParser:
     return parser
 
 
-def main(settings: dict[str, Setting], arguments: argparse.Namespace) -> None:
+def main(
+    settings: dict[str, Setting], arguments: argparse.Namespace, run: Callable[[Job, Path, Path], None] = execute
+) -> None:
     """Run what is missing, print and keep the table; ``arguments`` as of :func:`options`."""
     shared, output = arguments.shared.resolve(), arguments.output.resolve()
     chosen = {
@@ -134,7 +146,7 @@ def main(settings: dict[str, Setting], arguments: argparse.Namespace) -> None:
         ]
         jobs.sort(key=lambda job: job[2])  # all rows of the first seed first
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(lambda job: execute(job, shared, output), jobs))
+            list(pool.map(lambda job: run(job, shared, output), jobs))
     elif left_out := [name for name, s in chosen.items() if not is_finished(name, s, arguments.seeds, output)]:
         print(f"not finished, left out: {', '.join(left_out)}\n")
         chosen = {name: setting for name, setting in chosen.items() if name not in left_out}

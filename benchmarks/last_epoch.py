@@ -1,0 +1,50 @@
+"""Finished runs judged at their last epoch: how much of a difference is the chance of choosing a checkpoint.
+
+    python benchmarks/results.py --shared ../shared --jobs 2 --seeds 6
+    python benchmarks/last_epoch.py --shared ../shared --jobs 2 --seeds 6    # resumable; --only chooses settings
+
+A run keeps the student that was best on its validation section, which is small. Here the student of the last epoch is
+evaluated on the same test section, in ``<runs>_last``; nothing is trained.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from bundle_runner import Job, call, commands, main, options
+from results import SETTINGS
+
+from amkd_monai.atomic import atomic_path
+
+STUDENT = "student."
+"""What the names of the student's tensors begin with in the distillation state."""
+
+
+def evaluate(job: Job, shared: Path, runs: Path, output: Path) -> None:
+    """Evaluate the last student of one run unless it is done.
+
+    Raises:
+        FileNotFoundError: the run does not exist, or has no distillation state.
+    """
+    name, setting, seed, fold = job
+    source, folder = (place / name / f"fold{fold}_seed{seed}" for place in (runs, output))
+    if (folder / "metrics.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    state = torch.load(source / "distillation.pt", map_location="cpu", weights_only=True)["distiller"]
+    student = {key.removeprefix(STUDENT): value for key, value in state.items() if key.startswith(STUDENT)}
+    with atomic_path(folder / "model.pt") as temporary:
+        torch.save(student, temporary)
+    for file in (source / "run.json", source / "history.csv", *source.glob("split_*.json")):
+        shutil.copy(file, folder)
+    _, evaluation = commands(name, setting, seed, fold, shared, runs)
+    call([[word.replace(str(source), str(folder)) for word in evaluation]], folder)
+
+
+if __name__ == "__main__":
+    arguments = options(str(__doc__), "runs/results").parse_args()
+    runs = arguments.output.resolve()
+    arguments.output = runs.with_name(f"{runs.name}_last")
+    main(SETTINGS, arguments, lambda job, shared, output: evaluate(job, shared, runs, output))
