@@ -1,10 +1,11 @@
 """Finished runs judged at their last epoch: how much of a difference is the chance of choosing a checkpoint.
 
-    python benchmarks/results.py --shared ../shared --jobs 2 --seeds 6
-    python benchmarks/last_epoch.py --shared ../shared --jobs 2 --seeds 6    # resumable; --only chooses settings
+    python benchmarks/last_epoch.py --shared ../shared --jobs 2 --seeds 6             # those of results.py
+    python benchmarks/last_epoch.py --shared ../shared --jobs 2 --output runs/ablation    # those of ablation.py
 
 A run keeps the student that was best on its validation section, which is small. Here the student of the last epoch is
-evaluated on the same test section, in ``<runs>_last``; nothing is trained.
+evaluated on the same test section, in ``<runs>_last``; nothing is trained. Settings without finished runs are left out;
+it resumes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from bundle_runner import Job, call, commands, main, options
+from ablation import FOLDER, heart, polyps, write_planted
+from bundle_runner import ROOT, Job, call, commands, is_finished, main, options
 from results import SETTINGS
 
 from amkd_monai.atomic import atomic_path
@@ -26,7 +28,7 @@ def evaluate(job: Job, shared: Path, runs: Path, output: Path) -> None:
     """Evaluate the last student of one run unless it is done.
 
     Raises:
-        FileNotFoundError: the run does not exist, or has no distillation state.
+        FileNotFoundError: the run has no distillation state.
     """
     name, setting, seed, fold = job
     source, folder = (place / name / f"fold{fold}_seed{seed}" for place in (runs, output))
@@ -46,5 +48,11 @@ def evaluate(job: Job, shared: Path, runs: Path, output: Path) -> None:
 if __name__ == "__main__":
     arguments = options(str(__doc__), "runs/results").parse_args()
     runs = arguments.output.resolve()
+    settings = SETTINGS | heart() | polyps(write_planted(ROOT / FOLDER))
+    finished = {name: s for name, s in settings.items() if is_finished(name, s, arguments.seeds, runs)}
+    if not finished:
+        raise SystemExit(
+            f"{runs} has no setting with {arguments.seeds} finished seeds: run its benchmark, or give --seeds."
+        )
     arguments.output = runs.with_name(f"{runs.name}_last")
-    main(SETTINGS, arguments, lambda job, shared, output: evaluate(job, shared, runs, output))
+    main(finished, arguments, lambda job, shared, output: evaluate(job, shared, runs, output))
