@@ -11,6 +11,7 @@ it resumes.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,8 +42,9 @@ def evaluate(job: Job, shared: Path, runs: Path, output: Path) -> None:
         torch.save(student, temporary)
     for file in (source / "run.json", source / "history.csv", *source.glob("split_*.json")):
         shutil.copy(file, folder)
-    _, evaluation = commands(name, setting, seed, fold, shared, runs)
-    call([[word.replace(str(source), str(folder)) for word in evaluation]], folder)
+    elsewhere = {**setting.overrides, "output_dir": str(folder), "ckpt_dir": str(folder)}
+    _, evaluation = commands(name, replace(setting, overrides=elsewhere), seed, fold, shared, runs)
+    call([evaluation], folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Undistilled against distilled students at equal budget, on real data: the figures of docs/results.md.
 
-python benchmarks/results.py --shared ../shared --jobs 2             # all settings, 3 seeds, resumable
+python benchmarks/results.py --shared ../shared --jobs 2 --seeds 6   # all settings, resumable
 python benchmarks/results.py --shared ../shared --only "heart*"
 """
 
