@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -22,6 +23,8 @@ class Task:
         unit: unit of distances, "px" (pixels) or "mm" (segmentation).
         referable_from: classes are ordered grades, and this is the first one at which a patient is referred.
         singled_out: classes that are judged one against all others, as in two binary problems.
+        mask_codes: what the values of mask files mean, see `amkd_monai.files.masks.decode`.
+        values: what the images hold: "levels" of pictures, "any" scale (MRI, taken by percentiles), or "ct".
     """
 
     name: str
@@ -36,6 +39,8 @@ class Task:
     unit: str = "px"
     referable_from: int | None = None
     singled_out: tuple[str, ...] = ()
+    mask_codes: str | Mapping[str, int | str] = "auto"
+    values: str = "levels"
 
     @property
     def is_classification(self) -> bool:
@@ -69,6 +74,7 @@ TASKS: dict[str, Task] = {
             primary_metric="dice",
             nsd_tolerance=2.0,
             unit="px",
+            mask_codes="nonzero",
         ),
         Task(
             name="covid_volumes",
@@ -81,6 +87,8 @@ TASKS: dict[str, Task] = {
             primary_metric="dice",
             nsd_tolerance=3.0,
             unit="mm",
+            mask_codes={"0": 0, "1": 1, "2": 1, "3": 1},
+            values="ct",
         ),
         Task(
             name="kvasir_seg",
@@ -105,6 +113,7 @@ TASKS: dict[str, Task] = {
             primary_metric="dice",
             nsd_tolerance=2.0,
             unit="mm",
+            values="any",
         ),
         Task(
             name="aptos2019",

@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from amkd_monai.data import class_labels
 from amkd_monai.data.duplicates import group_identical_images
+from amkd_monai.data.layout import check_ids, given_sections, plain_items, report_conflicts
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, k_fold
+from amkd_monai.files.names import files_by_id, read_table, some
 from amkd_monai.tasks import get_task
 
 logger = logging.getLogger("amkd_monai")
@@ -72,9 +73,9 @@ def find_items(root: Path) -> list[Item]:
     if not items:
         raise FileNotFoundError(f"No APTOS 2019 data in {root}: expected {LAYOUT}{_level(root)}.")
     if twice := [name for name, count in Counter(item["id"] for item in items).items() if count > 1]:
-        raise ValueError(f"{root} has id(s) in two places: {class_labels.some(twice)}; keep one image of each id.")
+        raise ValueError(f"{root} has id(s) in two places: {some(twice)}; keep one image of each id.")
     grouped = group_identical_images(items)
-    class_labels.report_conflicts(grouped, get_task("aptos2019").classes)
+    report_conflicts(grouped, get_task("aptos2019").classes)
     return grouped
 
 
@@ -91,14 +92,13 @@ def inference_items(root: Path) -> list[Item]:
     root = Path(root)
     named = [root / name for section in ("test", "validation", "train") for name in FOLDERS[section]]
     nested = [folder / folder.name for folder in named]
-    files = class_labels.first_folder_with_images([*named, *nested, root])
-    return [{"image": str(file), "id": name} for name, file in files.items()]
+    return plain_items([*named, *nested, root])
 
 
 def split(root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
     """Split by the sections of the layout if it has them, otherwise into folds stratified by grade."""
     if all("section" in item for item in items):
-        return class_labels.given_sections(items)
+        return given_sections(items)
     logger.info("%s has no sections: fold %d of %d, stratified by grade.", root, how.fold, how.folds)
     return k_fold(items, how.folds, how.fold, seed=how.seed)
 
@@ -107,11 +107,11 @@ def _table_items(root: Path, table: Path, folder_of: str, section: str | None) -
     folder = next((found for name in FOLDERS[folder_of] if (found := _nested(root / name)) is not None), None)
     if folder is None:
         raise FileNotFoundError(f"{table} has no folder of images beside it: expected {root / FOLDERS[folder_of][0]}.")
-    rows, images = class_labels.read_table(table, COLUMNS), class_labels.images_by_id(folder)
-    class_labels.check_ids(rows, images, table, folder)
+    rows, images = read_table(table, COLUMNS), files_by_id(folder)
+    check_ids(rows, images, table, folder)
     items: list[Item] = []
     for name, row in rows.items():
-        grade = row["diagnosis"].removesuffix(".0")
+        grade = row["diagnosis"].rstrip("0").removesuffix(".") if "." in row["diagnosis"] else row["diagnosis"]
         if grade not in ("0", "1", "2", "3", "4"):
             raise ValueError(f"{table} gives '{name}' the diagnosis '{row['diagnosis']}': grades are 0 to 4.")
         items.append({"image": str(images[name]), "label": int(grade), "id": name, "group": name})
@@ -136,7 +136,7 @@ def _class_folder_items(folder: Path) -> list[Item]:
     return [
         {"image": str(file), "label": grade, "id": name, "group": name}
         for child, grade in _grades(folder).items()
-        for name, file in class_labels.images_by_id(child).items()
+        for name, file in files_by_id(child).items()
     ]
 
 

@@ -13,17 +13,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from amkd_monai.data.duplicates import group_near_duplicates
-from amkd_monai.data.layout import (
-    IMAGE_SUFFIXES,
-    DataProblems,
-    check_layout,
-    image_size,
-    natural,
-    plain_items,
-    size_problems,
-    some,
-)
+from amkd_monai.data.layout import check_layout, mark_problem, picture_problem, plain_items
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, k_fold
+from amkd_monai.files.names import file_id, image_files, natural, some
 
 logger = logging.getLogger("amkd_monai")
 
@@ -52,12 +44,10 @@ def find_items(
 
     Raises:
         FileNotFoundError: `root` has not the layout, or images lack a mask, or masks an image.
-        DataProblems: files that are no image, or masks of another size than their image.
     """
     root = Path(root)
     check_layout(root, "BUSI", LAYOUT, _has_layout, CLASSES)
     items: list[Item] = []
-    problems: list[str] = []
     for name in CLASSES if normals else CLASSES[:2]:
         images, masks = _files(root / name) if (root / name).is_dir() else ({}, {})
         for alone, lacking in ((images.keys() - masks.keys(), "a mask"), (masks.keys() - images.keys(), "an image")):
@@ -67,12 +57,10 @@ def find_items(
                 )
         for number in sorted(images, key=natural):
             files = sorted(masks[number], key=lambda file: natural(file.name))
-            problems += size_problems(images[number], files, image_size)
             label = [str(file) for file in files] if len(files) > 1 else str(files[0])
             item = {"image": str(images[number]), "label": label, "id": number, "group": number, "class": name}
+            mark_problem(item, picture_problem(images[number], files))
             items.append(item)
-    if problems:
-        raise DataProblems(problems)
     if not items:
         raise FileNotFoundError(f"No images in {root}: expected {LAYOUT}.")
     return group_near_duplicates(items, duplicate_distance, cache_dir)
@@ -90,10 +78,7 @@ def inference_items(root: Path) -> list[Item]:
     """
     root = Path(root)
     folders = [root / name for name in CLASSES if (root / name).is_dir()]
-    masks = r"_mask(_\d+)?$"
-    if folders:
-        return [item for folder in folders for item in plain_items((folder,), skip=masks)]
-    return plain_items((root,), skip=masks)
+    return [item for folder in folders or [root] for item in plain_items((folder,))]
 
 
 def split(root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
@@ -110,10 +95,8 @@ def _files(folder: Path) -> tuple[dict[str, Path], dict[str, list[Path]]]:
     images: dict[str, Path] = {}
     masks: defaultdict[str, list[Path]] = defaultdict(list)
     others = []
-    for file in sorted(folder.iterdir()):
-        if file.name.startswith(".") or file.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
-        match = _NAME.fullmatch(file.stem)
+    for file in image_files(folder):
+        match = _NAME.fullmatch(file_id(file))
         if match is None:
             others.append(file.name)
         elif match["mask"]:

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amkd_monai.data.duplicates import NEAR, group_near_duplicates
-from amkd_monai.data.layout import check_layout, files_by_id, named_folders, natural, pair, plain_items
+from amkd_monai.data.layout import check_layout, named_folders, pair, plain_items
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, fixed_split, random_split
+from amkd_monai.files.names import files_by_id, natural
 
 logger = logging.getLogger("amkd_monai")
 
@@ -48,7 +49,6 @@ def find_items(
     Raises:
         FileNotFoundError: `root` has not the layout, or an image or mask has no partner.
         ValueError: two slices with one id.
-        DataProblems: files that are no image, or masks of another size than their image.
     """
     root = Path(root)
     if folders is None and _is_semiseg(root):

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amkd_monai.data.duplicates import group_identical_images
-from amkd_monai.data.layout import check_layout, files_by_id, named_folders, pair, plain_items
+from amkd_monai.data.layout import check_layout, named_folders, pair, plain_items, volume_problem
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, random_split
-from amkd_monai.data.volumes import VOLUME_SUFFIXES, volume_shape
+from amkd_monai.files.names import VOLUME_SUFFIXES, files_by_id
 
 FOLDERS = (("COVID-19-CT-Seg_20cases", "Infection_Mask"), ("imagesTr", "labelsTr"), ("images", "masks"))
 LAYOUT = " or ".join(f"{images}/ and {masks}/" for images, masks in FOLDERS) + " with one NIfTI file each per volume"
@@ -32,14 +32,13 @@ def find_items(root: Path, folders: Sequence[str] | None = None, mask_ending: st
     Raises:
         FileNotFoundError: `root` has not the layout, or an image or mask has no partner.
         ValueError: two volumes with one id.
-        DataProblems: damaged volumes, or masks of another shape than their image.
     """
     root = Path(root)
     images, masks = _folders(root, folders)
     found = files_by_id(images, VOLUME_SUFFIXES)
     if not found:
         raise FileNotFoundError(f"No volumes in {images}: expected {LAYOUT}.")
-    return group_identical_images(pair(found, files_by_id(masks, VOLUME_SUFFIXES, mask_ending), volume_shape))
+    return group_identical_images(pair(found, files_by_id(masks, VOLUME_SUFFIXES, mask_ending), volume_problem))
 
 
 def inference_items(root: Path) -> list[Item]:

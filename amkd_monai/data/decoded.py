@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,25 +16,13 @@ from torch.utils.data import Dataset
 from amkd_monai.atomic import atomic_write_json, exclusive_lock
 from amkd_monai.data.content import content_hashes, fingerprint
 from amkd_monai.data.describe import describe
-from amkd_monai.data.layout import label_files
+from amkd_monai.data.readable import BadSampleError, check_axes, read_item, stored_axes
+from amkd_monai.files.masks import IGNORED as UNLABELLED
+from amkd_monai.files.masks import coding_problem
+from amkd_monai.files.names import DataProblems, label_files
 from amkd_monai.terminal import progress
 
 logger = logging.getLogger("amkd_monai")
-
-UNLABELLED = 255
-"""Value of every label pixel, or of the class, of an image without a label; no class uses it."""
-
-_READ_ERRORS = (OSError, RuntimeError, ValueError, EOFError, zlib.error)
-
-
-class BadSampleError(ValueError):
-    """A sample that cannot be used, named with the remedy."""
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def _is_class(label: Any) -> bool:
@@ -65,7 +52,8 @@ class DecodedImages(Dataset):
         ids: sample ids; for slices ``<case>#<slice>``.
         cases: case id per sample (image or volume), ``groups``: group per sample.
         has_label, has_foreground: boolean arrays over samples.
-        labels: class indices, masks (N, 1, H, W) or one class per image (N,).
+        labels: class indices, masks (N, 1, H, W) or one class per image (N,); 255 where there is no label.
+        axes: where the axes of volumes point, slices first, such as "RAS"; empty for pictures.
         hashes: content hash per sample.
         skipped: ids of files that were left out.
 
@@ -81,6 +69,7 @@ class DecodedImages(Dataset):
         self.groups: list[str] = index["groups"]
         self.hashes: list[str] = index["hashes"]
         self.skipped: list[str] = index["skipped"]
+        self.axes: str = index["axes"]
         self.has_label = np.array(index["has_label"], dtype=bool)
         self.has_foreground = np.array(index["has_foreground"], dtype=bool)
         self._first, self._last = np.array(index["first"]), np.array(index["last"])
@@ -144,6 +133,8 @@ class DecodedDataset(DecodedImages):
             raise ValueError(f"on_bad_sample must be 'stop' or 'skip', not '{on_bad_sample}'.")
         if not data:
             raise ValueError("The list of images to decode is empty: check dataset_dir and the split.")
+        if on_bad_sample == "stop" and (problems := [item["problem"] for item in data if "problem" in item]):
+            raise DataProblems(problems)
         self.data, self.num_classes = list(data), num_classes
         cache_dir = Path(cache_dir)
         self.classifies = any(_is_class(item.get("label")) for item in self.data)
@@ -152,8 +143,8 @@ class DecodedDataset(DecodedImages):
         hashes = [[by_path[item["image"]], _label_key(item, by_path)] for item in self.data]
         ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
         description = describe(transform)
-        self.chain = fingerprint("decoded-3", description)
-        key = fingerprint("decoded-3", hashes, ids, description, num_classes, on_bad_sample)
+        self.chain = fingerprint("decoded-4", description)
+        key = fingerprint("decoded-4", hashes, ids, description, num_classes, on_bad_sample)
         self.directory = cache_dir / f"decoded-{key[:16]}"
         finished = self.directory / "index.json"
         if not finished.is_file():  # a finished folder may lie on a disk that cannot be written
@@ -164,17 +155,23 @@ class DecodedDataset(DecodedImages):
         self.classes = np.where(self.has_label, self.labels.astype(int), -1) if self.classifies else None
 
     def _decode(self, transform: Callable, on_bad_sample: str, hashes: list[list[str]]) -> None:
-
         temporary = self.directory.with_name(self.directory.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         names = ("ids", "cases", "groups", "hashes", "has_label", "has_foreground", "first", "last", "skipped")
-        index: dict[str, list] = {name: [] for name in names}
+        index: dict[str, Any] = {**{name: [] for name in names}, "axes": ""}
+        codings: set[str] = set()
         images: list[np.ndarray] = []
         labels: list[np.ndarray] = []
         for item, item_hashes in progress(list(zip(self.data, hashes, strict=True)), desc="decode"):
             try:
-                image, label = self._decode_item(item, transform, images[0].shape[-2:] if images else None)
+                decoded = read_item(item, transform)
+                check_axes(axes := stored_axes(decoded["image"]), index["axes"], item["image"])
+                image, label = self._decode_item(item, decoded, images[0].shape[-2:] if images else None)
+                codings.update(getattr(decoded.get("label"), "meta", {}).get("mask_coding", ()))
+                if problem := coding_problem(codings):
+                    raise BadSampleError(f"{item['label']}: {problem}")
+                index["axes"] = axes
             except BadSampleError as error:
                 if on_bad_sample == "stop":
                     raise
@@ -203,18 +200,10 @@ class DecodedDataset(DecodedImages):
         temporary.replace(self.directory)
 
     def _decode_item(
-        self, item: dict[str, Any], transform: Callable, size: tuple[int, int] | None
+        self, item: dict[str, Any], decoded: dict[str, Any], size: tuple[int, int] | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Decode one item to images (N, 3 or 1, H, W) and labels (N, 1, H, W), both uint8."""
-        try:
-            decoded = transform(dict(item))
-        except _READ_ERRORS as error:
-            files = " or ".join((item["image"], *label_files(item)))
-            cause = " ".join(str(_root_cause(error)).split())[:160]
-            raise BadSampleError(f"{files} cannot be read ({cause}): replace or remove the file.") from error
+        """Images (N, 3 or 1, H, W) and labels (N, 1, H, W) of what the chain gave for an item, both uint8."""
         image = np.asarray(decoded["image"], dtype=np.float32)
-        if not np.isfinite(image).all():
-            raise BadSampleError(f"{item['image']} holds values that are not finite: replace or remove the file.")
         image = np.round(image.clip(0, 1) * 255).astype(np.uint8)
         image = image[None] if image.ndim == 3 else image.swapaxes(0, 1)  # (1, D, H, W) -> (D, 1, H, W)
         if size is not None and image.shape[-2:] != tuple(size):
@@ -233,7 +222,7 @@ class DecodedDataset(DecodedImages):
                     f"{item['label']} has the size {classes.shape[-2:]}, its image {image.shape[-2:]} after "
                     "preprocessing: give the mask of this image."
                 )
-            wrong = classes[~np.isin(classes, np.arange(self.num_classes))]
+            wrong = classes[~np.isin(classes, [*range(self.num_classes), UNLABELLED])]
             if wrong.size:
                 raise BadSampleError(
                     f"{item['label']} holds the value {wrong[0]:g}; the task has classes 0 to "

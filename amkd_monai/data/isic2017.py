@@ -12,9 +12,10 @@ import logging
 import re
 from pathlib import Path
 
-from amkd_monai.data import class_labels
 from amkd_monai.data.duplicates import group_identical_images
+from amkd_monai.data.layout import check_ids, given_sections, plain_items, report_conflicts
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, k_fold
+from amkd_monai.files.names import files_by_id, read_table, some
 from amkd_monai.tasks import get_task
 
 logger = logging.getLogger("amkd_monai")
@@ -50,15 +51,15 @@ def find_items(root: Path) -> list[Item]:
         if folder is None or not table.is_file():
             missing = table if folder is not None else root / f"ISIC-2017_{name}_Data"
             raise FileNotFoundError(f"{missing} is missing: add it, or remove the rest of that section.")
-        rows, images = class_labels.read_table(table, COLUMNS), class_labels.images_by_id(folder, BESIDE)
+        rows, images = read_table(table, COLUMNS), files_by_id(folder, beside=BESIDE)
         _check_official_ids(rows, table)
-        class_labels.check_ids(rows, images, table, folder)
+        check_ids(rows, images, table, folder)
         items += [
             {"image": str(images[i]), "label": _class_of(row, table), "id": i, "group": i, "section": section}
             for i, row in rows.items()
         ]
     grouped = group_identical_images(items)
-    class_labels.report_conflicts(grouped, get_task("isic2017").classes)
+    report_conflicts(grouped, get_task("isic2017").classes)
     return grouped
 
 
@@ -74,14 +75,13 @@ def inference_items(root: Path) -> list[Item]:
     """
     root = Path(root)
     official = [f for name in reversed(OFFICIAL.values()) if (f := image_folder(root, name)) is not None]
-    files = class_labels.first_folder_with_images([*official, root], BESIDE)
-    return [{"image": str(file), "id": name} for name, file in files.items()]
+    return plain_items([*official, root])
 
 
 def split(root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
     """Split as officially (2000/150/600) if all three sections are there, otherwise into folds stratified by class."""
     if {item["section"] for item in items} == set(OFFICIAL):
-        return class_labels.given_sections(items)
+        return given_sections(items)
     logger.info(
         "%s lacks official sections: fold %d of %d of what there is, stratified by class.", root, how.fold, how.folds
     )
@@ -123,8 +123,7 @@ def _check_official_ids(rows: dict[str, dict[str, str]], table: Path) -> None:
     if wrong:
         numbers = " (row numbers)" if all(name.isdigit() for name in wrong) else ""
         raise ValueError(
-            f"{table} has ids that are not ISIC_ and 7 digits{numbers}: {class_labels.some(wrong, 3)}; use the "
-            "official file."
+            f"{table} has ids that are not ISIC_ and 7 digits{numbers}: {some(wrong, 3)}; use the official file."
         )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amkd_monai.data import class_labels
 from amkd_monai.data.duplicates import group_identical_images
 from amkd_monai.data.isic2017 import BESIDE, OFFICIAL, check_layout, image_folder, inference_items, split
+from amkd_monai.data.layout import mark_problem, picture_problem
 from amkd_monai.data.splits import Item
+from amkd_monai.files.names import files_by_id, some
 
 __all__ = ["find_items", "inference_items", "split"]
 
@@ -28,16 +29,17 @@ def find_items(root: Path) -> list[Item]:
         masks, folder = root / f"ISIC-2017_{name}_Part1_GroundTruth", image_folder(root, name)
         if folder is None or not masks.is_dir():
             continue
-        images = class_labels.images_by_id(folder, BESIDE)
-        outlines = {n.removesuffix(MASK): f for n, f in class_labels.images_by_id(masks).items() if n.endswith(MASK)}
+        images = files_by_id(folder, beside=BESIDE)
+        outlines = files_by_id(masks, ending=MASK)
         if lost := images.keys() - outlines.keys():
-            raise FileNotFoundError(f"{masks} lacks the mask(s) of {class_labels.some(lost)}: add them.")
+            raise FileNotFoundError(f"{masks} lacks the mask(s) of {some(lost)}: add them.")
         if alone := outlines.keys() - images.keys():
-            raise ValueError(f"{folder} lacks the image(s) of the mask(s) {class_labels.some(alone)}: add them.")
-        items += [
-            {"image": str(images[i]), "label": str(outlines[i]), "id": i, "group": i, "section": section}
-            for i in images
-        ]
+            raise ValueError(f"{folder} lacks the image(s) of the mask(s) {some(alone)}: add them.")
+        for name, image in images.items():
+            items.append(
+                {"image": str(image), "label": str(outlines[name]), "id": name, "group": name, "section": section}
+            )
+            mark_problem(items[-1], picture_problem(image, [outlines[name]]))
     if not items:
         raise FileNotFoundError(f"No masks in {root}: expected ISIC-2017_Training_Part1_GroundTruth/*{MASK}.png.")
     return group_identical_images(items)

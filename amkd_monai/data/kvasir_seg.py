@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from amkd_monai.data.duplicates import group_identical_images, group_near_duplicates
-from amkd_monai.data.layout import IMAGE_SUFFIXES, check_layout, files_by_id, pair, plain_items, some
+from amkd_monai.data.layout import check_layout, pair, plain_items
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, fixed_split, random_split
+from amkd_monai.files.names import PICTURE_SUFFIXES, files_by_id, has_suffix, read_text, some
 
 logger = logging.getLogger("amkd_monai")
 
@@ -91,8 +92,8 @@ def _has_layout(folder: Path) -> bool:
 
 def _read_ids(file: Path, known: Iterable[str]) -> set[str]:
     """Read one id a line; blank lines are skipped and an image suffix is dropped."""
-    names = (line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines())
-    ids = {Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name for name in names if name}
+    names = (line.strip() for line in read_text(file).splitlines())
+    ids = {Path(name).stem if has_suffix(name, PICTURE_SUFFIXES) else name for name in names if name}
     if not ids:
         raise ValueError(f"File list {file} is empty: write one id a line, or remove both lists.")
     if unknown := ids - set(known):

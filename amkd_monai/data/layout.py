@@ -1,35 +1,20 @@
-"""Checks that all data sets share: where the files are, who belongs to whom, what an error says."""
+"""What the layouts of data sets share: the right folder, images and their labels, classes in tables, sections."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from amkd_monai.data.splits import Item
+from amkd_monai.data.splits import Item, Sections
+from amkd_monai.files.names import PICTURE_SUFFIXES, images_to_predict, natural, some
+from amkd_monai.files.pictures import opened, orientation, upright_size
+from amkd_monai.files.volumes import grid_problem, volume_grid
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
+logger = logging.getLogger("amkd_monai")
 
-
-class DataProblems(ValueError):
-    """Several things are wrong with a data set.
-
-    Attributes:
-        problems: one sentence each.
-    """
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        more = f" There are {len(problems) - 1} more problems like this: `data check` lists them all."
-        super().__init__(problems[0] + (more if len(problems) > 1 else ""))
-        self.problems = list(problems)
-
-
-def label_files(item: Mapping[str, object]) -> list[str]:
-    """Return the mask files of an item: one, several (combined by OR), or none where the label is a class."""
-    label = item.get("label")
-    if isinstance(label, str):
-        return [label]
-    return [str(file) for file in label] if isinstance(label, (list, tuple)) else []
+SECTIONS = ("train", "validation", "test")
 
 
 def check_layout(
@@ -80,63 +65,36 @@ def named_folders(root: Path, folders: Sequence[str]) -> tuple[Path, Path]:
     return root / folders[0], root / folders[1]
 
 
-def file_id(file: Path) -> str:
-    """Return the name without its suffix, ``.nii.gz`` counting as one: `imagesTr/la_003.nii.gz` -> `la_003`."""
-    return file.name.removesuffix(".gz").removesuffix(".nii") if file.name.endswith((".nii.gz", ".nii")) else file.stem
-
-
-def files_by_id(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, ending: str = "") -> dict[str, Path]:
-    """Map id to file; hidden files (such as macOS `._*`) and files of other kinds are ignored.
-
-    Args:
-        folder: where to look, not below.
-        suffixes: the kinds of file.
-        ending: what the names end with before the suffix, e.g. ``_mask``; it is no part of the id.
-
-    Returns:
-        Files sorted by id.
-
-    Raises:
-        ValueError: two files have one id.
-    """
-    files: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if file.name.startswith(".") or not file.name.lower().endswith(tuple(suffixes)) or not file.is_file():
-            continue
-        name = file_id(file)
-        if not name.endswith(ending):
-            continue
-        name = name.removesuffix(ending)
-        if name in files:
-            raise ValueError(f"{files[name]} and {file} have the same id '{name}': keep one of them.")
-        files[name] = file
-    return dict(sorted(files.items()))
-
-
 def pair(
-    images: Mapping[str, Path], masks: Mapping[str, Path], size: Callable[[Path], tuple[int, ...]] | None = None
+    images: Mapping[str, Path],
+    masks: Mapping[str, Path],
+    problem: Callable[[Path, Sequence[Path]], str] | None = None,
 ) -> list[Item]:
     """Make one item per image and mask of one id; each is its own group.
+
+    An item whose files cannot be read, or do not lie on each other, says so under "problem".
 
     Args:
         images: files by id.
         masks: files by id.
-        size: reads the size of a file; None takes that of a picture.
+        problem: says what is wrong with an image and its masks; None looks at pictures.
 
     Raises:
         FileNotFoundError: there is no image, or an image or mask has no partner.
-        DataProblems: files that cannot be read, or masks of another size than their image.
     """
     check_partners(images.keys() - masks.keys(), images, "mask", masks)
     check_partners(masks.keys() - images.keys(), masks, "image", images)
     items: list[Item] = []
-    problems: list[str] = []
     for name, image in images.items():
         items.append({"image": str(image), "label": str(masks[name]), "id": name, "group": name})
-        problems += size_problems(image, [masks[name]], size or image_size)
-    if problems:
-        raise DataProblems(problems)
+        mark_problem(items[-1], (problem or picture_problem)(image, [masks[name]]))
     return items
+
+
+def mark_problem(item: Item, problem: str) -> None:
+    """Write under "problem" what is wrong with an item, unless nothing is."""
+    if problem:
+        item["problem"] = problem
 
 
 def check_partners(alone: Iterable[str], files: Mapping[str, Path], partner: str, others: Mapping[str, Path]) -> None:
@@ -154,61 +112,55 @@ def check_partners(alone: Iterable[str], files: Mapping[str, Path], partner: str
         )
 
 
-def size_problems(image: Path, masks: Sequence[Path], size: Callable[[Path], tuple[int, ...]]) -> list[str]:
-    """Return a sentence for each file that cannot be read and each mask of another size than its image."""
-    sizes: list[tuple[int, ...]] = []
-    for file in (image, *masks):
-        try:
-            sizes.append(size(file))
-        except ValueError as error:
-            return [str(error)]
-    words = ["x".join(map(str, found)) for found in sizes]
-    unit = "pixels" if len(sizes[0]) == 2 else "voxels"
-    return [
-        f"Mask {mask} is {word} {unit} but its image is {words[0]}: replace one by the file of the original archive."
-        for mask, word, found in zip(masks, words[1:], sizes[1:], strict=True)
-        if found != sizes[0]
-    ]
-
-
-def image_size(file: Path) -> tuple[int, ...]:
-    """Width and height in pixels; only the header is read.
-
-    Raises:
-        ValueError: the file is no picture.
-    """
-    from PIL import Image
-
+def picture_problem(image: Path, masks: Sequence[Path]) -> str:
+    """Say what is wrong with the headers of a picture and its masks; empty if nothing is."""
     try:
-        with Image.open(file) as image:
-            return image.size
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as an image: replace it by an intact copy.") from error
+        with opened(image) as opened_image:
+            size, tag = upright_size(opened_image), orientation(opened_image)
+        for mask in masks:
+            with opened(mask) as opened_mask:
+                found, stored = upright_size(opened_mask), orientation(opened_mask)
+            if found != size and not ((tag >= 5) != (stored >= 5) and found == size[::-1]):
+                return (
+                    f"Mask {mask} is {found[0]}x{found[1]} pixels but its image is {size[0]}x{size[1]}: replace one by "
+                    "the file of the original archive."
+                )
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def volume_problem(image: Path, masks: Sequence[Path]) -> str:
+    """Say what is wrong with the headers of a volume and its labels; empty if nothing is."""
+    try:
+        grid = volume_grid(image)
+        for mask in masks:
+            if problem := grid_problem(grid, volume_grid(mask)):
+                return f"Label {mask} cannot be used: {problem}; save it on the grid of its image."
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def plain_items(
-    folders: Sequence[Path], what: str = "images", suffixes: Sequence[str] = IMAGE_SUFFIXES, skip: str = ""
+    folders: Sequence[Path], what: str = "images", suffixes: Sequence[str] = PICTURE_SUFFIXES
 ) -> list[Item]:
-    """List what is to be predicted: the files of the first folder that has any.
+    """List what is to be predicted: the files of the first folder that has any; masks and predictions are no images.
 
     Args:
         folders: where to look, the folder that was given last.
         what: what the files are, in words.
         suffixes: the kinds of file.
-        skip: regular expression of ids that are no images.
 
     Returns:
         Items with "image" and "id", in natural order of the ids.
 
     Raises:
         FileNotFoundError: there is no such folder or no file in it.
-        ValueError: two files with one id.
     """
     for folder in folders:
-        files = files_by_id(folder, suffixes) if folder.is_dir() else {}
-        names = [name for name in files if not (skip and re.search(skip, name))]
-        if names:
-            return [{"image": str(files[name]), "id": name} for name in sorted(names, key=natural)]
+        if folder.is_dir() and (files := images_to_predict(folder, suffixes)):
+            return [{"image": str(files[name]), "id": name} for name in sorted(files, key=natural)]
     inside = " or ".join(f"{folder.name}/" for folder in folders[:-1])
     raise FileNotFoundError(
         f"No {what} to predict in {folders[-1]}: expected {' or '.join(suffixes)} files in it"
@@ -216,13 +168,49 @@ def plain_items(
     )
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key in which numbers within a name count as numbers: `benign (2)` comes before `benign (10)`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+def check_ids(rows: Collection[str], images: Collection[str], table: Path, folder: Path) -> None:
+    """Check that a label table and a folder of images name the same cases.
+
+    Raises:
+        FileNotFoundError: an id without image.
+        ValueError: an image without label.
+    """
+    if lost := set(rows) - set(images):
+        raise FileNotFoundError(
+            f"{table} names id(s) without an image in {folder}: {some(lost)}; add the image(s) or remove the line(s)."
+        )
+    if unnamed := set(images) - set(rows):
+        raise ValueError(f"{folder} holds image(s) that {table} does not name: {some(unnamed)}; remove them.")
 
 
-def some(names: Iterable[str], limit: int = 5) -> str:
-    """Join the first names and count the others."""
-    names = sorted(names, key=natural)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def report_conflicts(items: Iterable[Item], classes: Sequence[str]) -> list[str]:
+    """Warn of identical images with different classes; they stay, in one group. Return a line for each group."""
+    members: defaultdict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        members[item["group"]].append(item)
+    lines = []
+    for group in members.values():
+        if len({item["label"] for item in group}) > 1:
+            lines.append(", ".join(f"{item['id']} ({classes[item['label']]})" for item in group))
+    if lines:
+        logger.warning("%d group(s) of identical images have conflicting labels: %s.", len(lines), "; ".join(lines))
+    return lines
+
+
+def given_sections(items: Iterable[Item]) -> Sections:
+    """Split items by their "section", which is dropped; a group stays in the latest section that has it.
+
+    What would leak from test into validation or training, or from validation into training, is left out there.
+    """
+    sections: dict[str, list[Item]] = {name: [] for name in SECTIONS}
+    for item in sorted(items, key=lambda item: str(item["id"])):
+        sections[item["section"]].append({key: value for key, value in item.items() if key != "section"})
+    taken: set[str] = set()
+    for name in reversed(SECTIONS):
+        kept = [item for item in sections[name] if item["group"] not in taken]
+        if len(kept) < len(sections[name]):
+            lost = {item["id"] for item in sections[name]} - {item["id"] for item in kept}
+            logger.warning("Left out of %s, as the same images lie in a later section: %s.", name, some(lost))
+        sections[name] = kept
+        taken |= {item["group"] for item in kept}
+    return sections["train"], sections["validation"], sections["test"]

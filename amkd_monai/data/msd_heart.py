@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from amkd_monai.data.duplicates import group_identical_images
-from amkd_monai.data.layout import DataProblems, check_layout, file_id, plain_items, size_problems
+from amkd_monai.data.layout import check_layout, mark_problem, plain_items, volume_problem
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, k_fold
-from amkd_monai.data.volumes import VOLUME_SUFFIXES, volume_shape
+from amkd_monai.files.names import VOLUME_SUFFIXES, file_id, read_text
 from amkd_monai.tasks import TASKS
 
 logger = logging.getLogger("amkd_monai")
@@ -38,15 +38,13 @@ def find_items(root: Path) -> list[Item]:
 
     Raises:
         FileNotFoundError: `root` has not the layout, or a listed file is missing.
-        ValueError: a `dataset.json` that cannot be used, two volumes with one id, a damaged volume, or a
-            label of another shape than its image.
+        ValueError: a `dataset.json` that cannot be used, or two volumes with one id.
     """
     root = Path(root)
     check_layout(root, "MSD Heart", LAYOUT, _has_layout, ("imagesTr", "labelsTr", "imagesTs"), _json_is_missing)
     items: dict[str, Item] = {}
-    problems: list[str] = []
     for entry in _training_list(root / "dataset.json"):
-        image, label = (root / entry[key] for key in ("image", "label"))
+        image, label = (root / entry[key].replace("\\", "/") for key in ("image", "label"))
         if image.name.startswith("."):
             continue
         for file in (image, label):
@@ -54,13 +52,11 @@ def find_items(root: Path) -> list[Item]:
                 raise FileNotFoundError(
                     f"{file} is listed in {root / 'dataset.json'} but missing: unpack the archive again."
                 )
-        problems += size_problems(image, [label], volume_shape)
         name = file_id(image)
         if name in items:
             raise ValueError(f"{root / 'dataset.json'} lists the volume '{name}' twice: keep one entry.")
         items[name] = {"image": str(image), "label": str(label), "id": name, "group": name}
-    if problems:
-        raise DataProblems(problems)
+        mark_problem(items[name], volume_problem(image, [label]))
     return group_identical_images(items.values())
 
 
@@ -97,7 +93,7 @@ def _has_layout(folder: Path) -> bool:
 def _training_list(file: Path) -> list[dict[str, str]]:
     """Read the "training" entries of a `dataset.json`, each with "image" and "label"."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: copy it again from the archive.") from error
     entries = content.get("training") if isinstance(content, dict) else None

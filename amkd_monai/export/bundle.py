@@ -15,17 +15,16 @@ import numpy as np
 import torch
 
 import amkd_monai
-from amkd_monai.data.layout import IMAGE_SUFFIXES
-from amkd_monai.data.volumes import VOLUME_SUFFIXES
 from amkd_monai.export import check, formats
 from amkd_monai.export.card import model_card
 from amkd_monai.export.memory import peak_memory
 from amkd_monai.export.runners import runner, torch_runner
 from amkd_monai.export.source import Source, spread
+from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES
 from amkd_monai.terminal import progress
 from amkd_monai.weights import file_sha256
 
-PREDICT_VERSION = 1
+PREDICT_VERSION = 2
 """Of ``configs/predict.json``."""
 CALIBRATION_SLICES = 8
 """Slices taken from each volume to calibrate 8 bits."""
@@ -144,9 +143,15 @@ def _dump(path: Path, content: Any) -> None:
 
 def inference_config(source: Source) -> dict[str, Any]:
     """``inference.json``: MONAI and TorchScript alone."""
-    suffixes = list(IMAGE_SUFFIXES if source.task.dimensions == 2 else VOLUME_SUFFIXES)
+    suffixes = list(PICTURE_SUFFIXES if source.task.dimensions == 2 else VOLUME_SUFFIXES)
     config: dict[str, Any] = {
-        "imports": ["$import os", "$import glob", "$import numpy as np", "$import torch", "$from PIL import Image"],
+        "imports": [
+            "$import os",
+            "$import glob",
+            "$import numpy as np",
+            "$import torch",
+            "$from PIL import Image, ImageOps",
+        ],
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/data'",
         "output_dir": "$@bundle_root + '/eval'",

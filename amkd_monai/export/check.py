@@ -13,7 +13,8 @@ import numpy as np
 from amkd_monai.export.formats import is_int8
 from amkd_monai.export.runners import Runner
 from amkd_monai.export.source import Case
-from amkd_monai.export.steps import softmax
+from amkd_monai.files.masks import IGNORED
+from amkd_monai.files.steps import softmax
 from amkd_monai.metrics.classification import macro_auroc
 from amkd_monai.metrics.summary import align
 from amkd_monai.tasks import Task
@@ -95,7 +96,7 @@ def score(answers: Sequence[np.ndarray], cases: Sequence[Case], task: Task) -> f
         found = answer.argmax(1)
         dices = []
         for label in range(1, len(task.classes)):
-            a, b = found == label, case.label == label
+            a, b = (found == label) & (case.label != IGNORED), case.label == label
             if b.any():
                 dices.append(2 * np.logical_and(a, b).sum() / (a.sum() + b.sum()))
         if dices:

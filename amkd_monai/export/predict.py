@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,66 @@ import numpy as np
 from tqdm import tqdm
 
 from amkd_monai.atomic import atomic_path
-from amkd_monai.export import inputs, outputs
-from amkd_monai.export.steps import Grid, Inverse, largest_component, prepare, softmax
+from amkd_monai.export import outputs
+from amkd_monai.files.dicom import Slice, find_series
+from amkd_monai.files.names import (
+    PICTURE_SUFFIXES,
+    VOLUME_SUFFIXES,
+    expanded,
+    file_id,
+    has_suffix,
+    images_to_predict,
+    is_prediction,
+)
+from amkd_monai.files.pictures import level_problem, read_picture, write_png
+from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
+from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, read_volume, write_mask_volume
 from amkd_monai.terminal import progress
+
+
+@dataclass(frozen=True)
+class Input:
+    """One image to predict.
+
+    Attributes:
+        id: name of the answer's files.
+        path: file, or folder of a DICOM series.
+        slices: of the series; none for files.
+    """
+
+    id: str
+    path: Path
+    slices: Sequence[Slice] = ()
+
+
+def find_inputs(path: str | Path, dimensions: int) -> list[Input]:
+    """List the images of a file, a folder, or a folder of DICOM series; masks and predictions are no images.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: no image of this model's kind.
+    """
+    path, suffixes = expanded(path), PICTURE_SUFFIXES if dimensions == 2 else VOLUME_SUFFIXES
+    kind = "pictures (PNG, JPEG, TIFF, BMP)" if dimensions == 2 else "volumes (NIfTI, or a folder of one DICOM series)"
+    if not path.exists():
+        raise FileNotFoundError(f"There is nothing at {path}: give an image or a folder.")
+    if path.is_file():
+        if not has_suffix(path, suffixes):
+            raise ValueError(f"{path} does not fit the model: it takes {kind}.")
+        if is_prediction(path):
+            raise ValueError(f"{path} is a prediction: give the image it was made from.")
+        return [Input(file_id(path), path)]
+    found = [Input(name, file) for name, file in images_to_predict(path, suffixes).items()]
+    if dimensions == 3:
+        names = {item.id for item in found}
+        for folder in [path, *sorted(f for f in path.iterdir() if f.is_dir())]:
+            series = find_series(folder)
+            for number, slices in enumerate(series, 1):
+                name = f"{file_id(folder)}_{number}" if len(series) > 1 else folder.name
+                found.append(Input(f"{name}_dicom" if name in names else name, folder, slices))
+    if not found:
+        raise ValueError(f"{path} holds nothing that fits the model: it takes {kind}.")
+    return found
 
 
 class Predictor:
@@ -36,31 +94,23 @@ class Predictor:
         if not config.is_file():
             raise ValueError(f"{folder} is no exported bundle, it lacks configs/predict.json: run `export` first.")
         try:
-            self.config: dict[str, Any] = json.loads(config.read_text())
+            self.config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{config} is not valid JSON: export again.") from error
-        if self.config.get("version") != 1:
+        if self.config.get("version") != 2:
             raise ValueError(f"{config} is of another version of amkd_monai: update it, or export again.")
         name = "ort-int8" if int8 else "onnx"
         model = folder / self.config["models"].get(name, "-")
         if not model.is_file():
             raise ValueError(f"{folder} holds no {name} network: export again with --formats {name}.")
         import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as refusals
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
         try:
             self.session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        except (
-            refusals.Fail,
-            refusals.InvalidArgument,
-            refusals.InvalidGraph,
-            refusals.InvalidProtobuf,
-            refusals.NotImplemented,
-            refusals.RuntimeException,
-        ) as error:
+        except _refusals() as error:
             raise ValueError(f"{model} cannot be opened by ONNX Runtime: export again.") from error
 
     @property
@@ -71,6 +121,8 @@ class Predictor:
     def _answer(self, image: np.ndarray, grid: Grid | None) -> tuple[np.ndarray, list[Inverse]]:
         """Probabilities as the network gives them, (C,), (C, h, w) or (C, d, h, w), and the ways back."""
         array, inverses = prepare(image, self.config["steps"], grid)
+        if problem := level_problem(array):
+            raise ValueError(problem)
         volume = array.ndim == 4
         batch = np.moveaxis(array, 0, 1) if volume else array[None]  # slices are the batch of a volume
         size = self.config["batch_size"]
@@ -131,45 +183,57 @@ def predict(
         ValueError: not an exported bundle, or there is nothing to predict.
         FileNotFoundError: ``source`` does not exist.
     """
-    predictor = Predictor(model, int8, threads)
-    items = inputs.find_inputs(source, predictor.config["dimensions"])
-    folder = Path(output)
+    predictor = Predictor(expanded(model), int8, threads)
+    items = find_inputs(source, predictor.config["dimensions"])
+    folder = expanded(output)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[list[Any]] = []
-    failed = 0
+    failed, refused = 0, (ValueError, OSError, MemoryError, *_refusals())
     for item in progress(items, desc="predict"):
         try:
             _predict_one(predictor, item, folder, rows)
-        except ValueError as error:
+        except refused as error:
             failed += 1
-            tqdm.write(f"error: {error}", file=sys.stderr)
+            reason = " ".join(str(error).split()) or "it does not fit into memory"
+            place = "" if str(item.path) in reason else f"{item.path} cannot be predicted: "
+            tqdm.write(f"error: {place}{reason}", file=sys.stderr)
     if rows:
         _write_rows(folder / "predictions.csv", predictor.config["classes"], rows)
     print(f"{len(items) - failed} of {len(items)} predicted, answers in {folder}")
     return 1 if failed else 0
 
 
-def _predict_one(predictor: Predictor, item: inputs.Input, folder: Path, rows: list[list[Any]]) -> None:
+def _refusals() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises, for example where it gets no memory."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented")
+    return tuple(getattr(state, name) for name in (*names, "RuntimeException"))
+
+
+def _predict_one(predictor: Predictor, item: Input, folder: Path, rows: list[list[Any]]) -> None:
     if predictor.config["dimensions"] == 3:
-        volume, affine = inputs.read_volume(item)
-        mask = predictor.mask(volume[None], inputs.grid_of(affine))
-        outputs.write_volume(folder / f"{item.id}_mask.nii.gz", mask, affine, None if item.series else item.path)
-        outputs.write_overlay(folder / f"{item.id}_overlay.png", *outputs.telling_slice(volume, mask))
+        volume, grid = read_volume(item.path, item.slices)
+        mask = predictor.mask(volume[None], grid)
+        write_mask_volume(folder / f"{item.id}_mask.nii.gz", mask, grid, None if item.slices else item.path)
+        grey, outline = (np.rot90(plane) for plane in middle_slice(grey_levels(volume), mask))
+        outputs.write_overlay(folder / f"{item.id}_overlay.png", np.repeat(grey[..., None], 3, -1), outline)
         return
-    image = inputs.read_picture(item.path)
+    picture = read_picture(item.path)
+    image = picture.transpose(2, 0, 1).astype(np.float32)
     if predictor.is_classification:
         answer = predictor.classes(image)
         found = predictor.config["classes"][int(answer.argmax())]
         rows.append([item.id, found, *(f"{v:.6f}" for v in answer)])
-        outputs.write_captioned(folder / f"{item.id}_overlay.png", image, f"{found}  {answer.max():.2f}")
+        outputs.write_captioned(folder / f"{item.id}_overlay.png", picture, f"{found}  {answer.max():.2f}")
         return
     mask = predictor.mask(image)
-    outputs.write_mask(folder / f"{item.id}_mask.png", mask)
-    outputs.write_overlay(folder / f"{item.id}_overlay.png", image, mask)
+    write_png(folder / f"{item.id}_mask.png", (mask > 0).astype(np.uint8) * 255)
+    outputs.write_overlay(folder / f"{item.id}_overlay.png", picture, mask)
 
 
 def _write_rows(path: Path, classes: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     columns = ["p_" + name.lower().replace(" ", "_") for name in classes]
-    with atomic_path(path) as temporary, Path(temporary).open("w", newline="") as stream:
+    with atomic_path(path) as temporary, Path(temporary).open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerows([["id", "class", *columns], *rows])

@@ -115,14 +115,19 @@ def open_source(bundle: str | Path, settings: Mapping[str, Any], overlay: str = 
             f"{wanted[:12]}): repeat the run's settings, such as --set dataset_dir=FOLDER."
         )
     transforms, steps = _translated(inference)
+    task = get_task(inference.get_parsed_content("task"))
     return Source(
         bundle,
-        get_task(inference.get_parsed_content("task")),
+        task,
         student.eval(),
         state,
         transforms,
         steps,
-        [translate.postprocessing(t) for t in inference.config["postprocessing"]["transforms"]],
+        [
+            translated
+            for t in inference.config["postprocessing"]["transforms"]
+            for translated in translate.postprocessing(t, task.dimensions)
+        ],
         {k: _resolved(inference, f"inferer#{k}") for k in inference.config["inferer"]},
         ConfigParser.load_config_files([str(file) for file in configs["metadata"]]),
         record,

@@ -5,17 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from amkd_monai.data.disc import BACKGROUND_LEVEL, LEAST_PART
 from amkd_monai.data.transforms import CtWindowd
+from amkd_monai.files.steps import BACKGROUND_LEVEL, LEAST_PART
+from amkd_monai.files.volumes import BRIGHTEST, HIGHEST_MINIMUM
 
 Config = dict[str, Any]
 Translated = tuple[list[Config], list[Config]]
 """Transforms for ``inference.json``, and steps for ``predict.json``."""
 
-_RGB = (
-    "$lambda image: (Image.fromarray((lambda v: (v // 257 if v.max() > 255 else v).astype(np.uint8))"
-    "(np.asarray(image).clip(0, 65535))) if image.mode.startswith('I') else image).convert('RGB')"
+_GREY = (
+    "(lambda v: (np.testing.assert_array_less([-1e-9, v.max()], [v.min(), 65535.5], 'levels without a scale'), "
+    "(v * 255 if v.dtype.kind == 'f' and v.max() <= 1 else v.astype(np.float64) * 255 / "
+    "[w for w in (255, 4095, 65535) if v.max() <= w][0] + (0 if v.dtype.kind == 'f' else -0.49999)))[1].round()"
+    ".astype(np.uint8))(np.asarray(image))"
 )
+_ALPHA = "image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info"
+_RGB = (
+    "$lambda image: (lambda image: Image.alpha_composite(Image.new('RGBA', image.size, (0, 0, 0, 255)), "
+    f"image.convert('RGBA')).convert('RGB') if {_ALPHA} else image.convert('RGB'))"
+    f"((lambda image: Image.fromarray({_GREY}) if image.mode[0] in 'IF' else image)"
+    "((image.load(), ImageOps.exif_transpose(image))[1]))"
+)
+"""``files.pictures.read_picture`` in one expression, as an exported bundle runs by MONAI alone."""
 _NEIGHBOURS = "$lambda v: torch.cat([torch.cat([v[:, :1], v[:, :-1]], 1), v, torch.cat([v[:, 1:], v[:, -1:]], 1)], 0)"
 _SQUARE = (
     "$lambda v: torch.nn.functional.pad(v, [(max(v.shape[1:]) - v.shape[2]) // 2, "
@@ -34,8 +45,20 @@ def _load_rgb(p: Mapping[str, Any]) -> Translated:
     return [{"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True, **reader}], []
 
 
+_MILLIMETRES = (
+    "$lambda v: (np.testing.assert_equal([v.ndim, v.isfinite().all().item()], [4, True], 'not a volume of 3 axes'), "
+    "np.testing.assert_array_less(0, int(v.meta['sform_code']) + int(v.meta['qform_code']), 'no orientation'), "
+    "type(v)(v.as_tensor(), meta={**v.meta, 'original_affine': (a := (s := torch.diag(torch.tensor("
+    "[*[{0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}[int(v.meta['xyzt_units']) & 7]] * 3, 1.0], dtype=v.affine.dtype))) "
+    "@ v.affine)}, affine=a))[-1]"
+)
+"""Affines in mm, as ``files.volumes.volume_grid`` gives them, after the checks that MONAI's reader leaves out."""
+
+
 def _load_volume(p: Mapping[str, Any]) -> Translated:
-    return [{"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True, "reader": "NibabelReader"}], []
+    reader = {"reader": "NibabelReader", "squeeze_non_spatial_dims": True}
+    load = {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True, **reader}
+    return [load, {"_target_": "Lambdad", "keys": "image", "func": _MILLIMETRES}], []
 
 
 def _crop_fundus(p: Mapping[str, Any]) -> Translated:
@@ -53,9 +76,15 @@ def _neighbours(p: Mapping[str, Any]) -> Translated:
 def _ct_window(p: Mapping[str, Any]) -> Translated:
     window = CtWindowd(**p)
     low, high = float(window.low), float(window.high)
-    function = f"$lambda v: (v / 255 if v.min() >= 0 and v.max() <= 255 else (v - {low}) / {high - low}).clip(0, 1)"
+    hu, levels, shares = f"({low}, {high})", "(0, 255)", "(0, 1)"
+    auto = (
+        f"{hu} if v.min() <= {HIGHEST_MINIMUM} else [e for e in ({shares}, {levels}) if v.min() >= 0 and "
+        f"{BRIGHTEST} * e[1] <= v.max() <= e[1]][0]"
+    )
+    ends = {"hu": hu, "levels": levels, "shares": shares, "auto": auto}[window.values]
+    function = f"$lambda v: (lambda e: ((v - e[0]) / (e[1] - e[0])).clip(0, 1))({ends})"
     return [{"_target_": "Lambdad", "keys": "image", "func": function}], [
-        {"step": "ct_window", "low": low, "high": high}
+        {"step": "ct_window", "low": low, "high": high, "values": window.values}
     ]
 
 
@@ -98,7 +127,7 @@ PREPROCESSING: dict[str, Callable[[Mapping[str, Any]], Translated]] = {
     "amkd_monai.data.transforms.load_rgb": _load_rgb,
     "amkd_monai.data.transforms.load_volume": _load_volume,
     "amkd_monai.data.transforms.NeighbourSlicesd": _neighbours,
-    "amkd_monai.data.fundus.CropFundusd": _crop_fundus,
+    "amkd_monai.data.transforms.CropFundusd": _crop_fundus,
     "amkd_monai.data.transforms.CtWindowd": _ct_window,
     "Orientationd": _orientation,
     "ScaleIntensityRanged": _scale,
@@ -123,18 +152,32 @@ def preprocessing(target: str, settings: Mapping[str, Any]) -> Translated:
     return PREPROCESSING[target](settings)
 
 
-def postprocessing(transform: Mapping[str, Any]) -> Config:
-    """Translate one transform of an answer.
+def postprocessing(transform: Mapping[str, Any], dimensions: int) -> list[Config]:
+    """Translate one transform of an answer about an image of 2 or 3 dimensions.
 
     Raises:
         ValueError: a transform of this package that has no counterpart in MONAI.
     """
     target = str(transform["_target_"])
-    if target == "amkd_monai.data.transforms.TransposeHWd":
-        return {"_target_": "Transposed", "keys": transform["keys"], "indices": [0, 2, 1]}
+    if target == "amkd_monai.data.transforms.SaveMaskd":
+        keys = {"keys": transform["keys"]}
+        save = {
+            "_target_": "SaveImaged",
+            **keys,
+            "output_dir": transform["output_dir"],
+            "output_postfix": "mask",
+            "output_ext": ".png" if dimensions == 2 else ".nii.gz",
+            "output_dtype": "$torch.uint8",
+            "resample": False,
+            "separate_folder": False,
+            "print_log": False,
+        }
+        if dimensions == 3:
+            return [save]
+        return [{"_target_": "Transposed", **keys, "indices": [0, 2, 1]}, {**save, "scale": 255}]
     if "amkd_monai" in str(transform):
         raise ValueError(f"The postprocessing holds {target}, which cannot be exported: use MONAI's own transforms.")
-    return dict(transform)
+    return [dict(transform)]
 
 
 def _expect(settings: Mapping[str, Any], name: str, **wanted: Any) -> None:

@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from PIL import Image
 
-from amkd_monai.data.volumes import VOLUME_SUFFIXES
+from amkd_monai.files.names import VOLUME_SUFFIXES
+from amkd_monai.files.volumes import volume_grid, write_mask_volume
 from amkd_monai.tasks import Task
 
 
@@ -29,11 +29,7 @@ def write_mask(mask: np.ndarray, image: str | Path) -> Path:
     handle, name = tempfile.mkstemp(prefix="mask-", suffix=VOLUME_SUFFIXES[0] if is_volume else ".png")
     os.close(handle)
     if is_volume:
-        source = nibabel.load(image)
-        header = source.header.copy()
-        header.set_data_dtype(np.uint8)
-        header.set_slope_inter(1, 0)
-        nibabel.save(nibabel.Nifti1Image(mask, source.affine, header), name)
+        write_mask_volume(Path(name), mask, volume_grid(image), image)
     else:
         Image.fromarray(mask).save(name)
     return Path(name)

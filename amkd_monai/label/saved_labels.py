@@ -9,8 +9,8 @@ from pathlib import Path
 from monailabel.interfaces.datastore import Datastore
 
 from amkd_monai.data.datalist import Datalist
-from amkd_monai.data.layout import file_id
 from amkd_monai.data.splits import Item
+from amkd_monai.files.names import file_id
 from amkd_monai.label.student import ServedStudent
 from amkd_monai.label.studies import read_class
 from amkd_monai.tasks import Task

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
-from monai.transforms import Activationsd, Compose, SaveImaged
+from monai.transforms import Activationsd, Compose
 
-from amkd_monai.data.layout import IMAGE_SUFFIXES, image_size
-from amkd_monai.data.transforms import TransposeHWd
-from amkd_monai.data.volumes import VOLUME_SUFFIXES, volume_shape
-from amkd_monai.errors import root_cause
+from amkd_monai.data.readable import read_item
+from amkd_monai.data.transforms import SaveMaskd
+from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES, has_suffix
 from amkd_monai.label.uncertainty import class_uncertainty, mask_uncertainty
 from amkd_monai.tasks import get_task
 from amkd_monai.weights import load_state_dict, load_strict, state_hash
@@ -44,7 +43,7 @@ class ServedStudent:
         self._inferer = parser.get_parsed_content("inferer")
         self._before: Compose = parser.get_parsed_content("preprocessing")
         after = parser.get_parsed_content("postprocessing").transforms
-        ends = [i for i, t in enumerate(after) if isinstance(t, (TransposeHWd, SaveImaged))]
+        ends = [i for i, t in enumerate(after) if isinstance(t, SaveMaskd)]
         self._activation: Activationsd = after[0]
         self._after = Compose(after[1 : ends[0]] if ends else after[1:])
         self._loaded: tuple[int, int] | None = None
@@ -53,11 +52,11 @@ class ServedStudent:
     @property
     def suffixes(self) -> tuple[str, ...]:
         """The kinds of file it takes."""
-        return IMAGE_SUFFIXES if self.task.dimensions == 2 else VOLUME_SUFFIXES
+        return PICTURE_SUFFIXES if self.task.dimensions == 2 else VOLUME_SUFFIXES
 
     def takes(self, image: str | Path) -> bool:
         """Whether a file is of the right kind, by its name."""
-        return str(image).lower().endswith(self.suffixes)
+        return has_suffix(image, self.suffixes)
 
     def identity(self) -> str:
         """SHA-256 of the weights that lie there now."""
@@ -93,11 +92,7 @@ class ServedStudent:
         kind = "pictures" if self.task.dimensions == 2 else "volumes"
         if not self.takes(image):
             raise ValueError(f"The model for {self.task.name} takes {kind} ({', '.join(self.suffixes)}), not {image}.")
-        (image_size if self.task.dimensions == 2 else volume_shape)(Path(image))
-        try:
-            return dict(self._before({"image": str(image)}))
-        except RuntimeError as error:  # what MONAI makes of any error within a chain
-            raise ValueError(f"{image} cannot be read ({root_cause(error)}): replace it by an intact copy.") from error
+        return read_item({"image": str(image)}, self._before)
 
     def _current(self) -> torch.nn.Module:
         """The network with the weights that lie there now."""

@@ -7,20 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel
-import numpy as np
 from monailabel.config import settings
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException
 
-from amkd_monai.data.layout import image_size
-from amkd_monai.data.masks import read_mask
-from amkd_monai.data.volumes import VOLUME_SUFFIXES, volume_shape
+from amkd_monai.files.masks import read_mask
+from amkd_monai.files.names import VOLUME_SUFFIXES, has_suffix
+from amkd_monai.files.pictures import picture_size
+from amkd_monai.files.volumes import read_label_volume, volume_grid
 from amkd_monai.label.requests import answerable
-
-AFFINE_TOLERANCE = 1e-2
-"""Largest difference (mm) between the affines of a label and its volume; clients write them in 32 bits."""
 
 
 class Studies(LocalDatastore):
@@ -45,7 +41,7 @@ class Studies(LocalDatastore):
         """Add an image; a file that cannot be read, or a name with a folder in it, is refused."""
         with answerable():
             _plain_name(image_id)
-            _shape(Path(image_filename))
+            _check_image(Path(image_filename))
         return str(super().add_image(image_id, image_filename, image_info))
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
@@ -69,17 +65,10 @@ class Studies(LocalDatastore):
             if name not in self._classes:
                 raise ValueError(f"'{name}' is none of the classes {', '.join(self._classes) or '(none is served)'}.")
             return
-        if not _is_volume(image):
-            height, width = read_mask([label]).shape
-            shape: tuple[int, ...] = (width, height)
+        if has_suffix(image, VOLUME_SUFFIXES):
+            read_label_volume(label, volume_grid(image))
         else:
-            shape = volume_shape(label)
-        if shape != _shape(image):
-            raise ValueError(f"it is {'x'.join(map(str, shape))}, the image {'x'.join(map(str, _shape(image)))}.")
-        if _is_volume(image) and not np.allclose(
-            nibabel.load(image).affine, nibabel.load(label).affine, atol=AFFINE_TOLERANCE
-        ):
-            raise ValueError("its affine is not that of the image.")
+            read_mask([label], image)
 
 
 def read_class(label: Path) -> str:
@@ -94,12 +83,11 @@ def read_class(label: Path) -> str:
         raise ValueError('a class label must be JSON such as {"class": "melanoma"}.') from error
 
 
-def _is_volume(file: Path) -> bool:
-    return file.name.lower().endswith(VOLUME_SUFFIXES)
-
-
-def _shape(file: Path) -> tuple[int, ...]:
-    return volume_shape(file) if _is_volume(file) else image_size(file)
+def _check_image(file: Path) -> None:
+    if has_suffix(file, VOLUME_SUFFIXES):
+        volume_grid(file)
+    else:
+        picture_size(file)
 
 
 def _plain_name(name: str) -> None:

@@ -11,7 +11,7 @@ from toy_images import photo_chain
 from amkd_monai.data.busi import find_items, inference_items, split
 from amkd_monai.data.decoded import BadSampleError, DecodedDataset
 from amkd_monai.data.layout import DataProblems
-from amkd_monai.data.masks import read_mask
+from amkd_monai.files.masks import read_mask
 from amkd_monai.data.phantoms import write_busi
 from amkd_monai.data.splits import SplitOptions
 

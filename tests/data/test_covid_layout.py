@@ -7,7 +7,7 @@ from helpers import shared_data
 from PIL import Image
 
 from amkd_monai.data.covid import TEST, TRAIN, find_items, inference_items, split
-from amkd_monai.data.masks import read_mask
+from amkd_monai.files.masks import read_mask
 from amkd_monai.data.phantoms import write_covid
 from amkd_monai.data.splits import SplitOptions
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amkd_monai.data.masks import foreground, read_mask
+from amkd_monai.files.masks import read_mask
 from amkd_monai.data.transforms import load_mask
 
 SIZE = (7, 12)

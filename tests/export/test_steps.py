@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from monai.transforms import CenterSpatialCrop, KeepLargestConnectedComponent, Resize, Spacing, SpatialPad
 
 from amkd_monai.data.transforms import CtWindowd
-from amkd_monai.export.steps import Grid, largest_component, prepare
+from amkd_monai.files.steps import Grid, largest_component, prepare
 from amkd_monai.export.translate import preprocessing
 
 

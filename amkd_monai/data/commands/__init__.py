@@ -20,6 +20,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     check.add_argument("--fold", type=int, default=0, help="of the split, where the data set is cross-validated")
     check.add_argument("--split_seed", type=int, default=0, help="of the split")
+    check.add_argument(
+        "--mask_codes", type=_codes, help="what the values of masks mean, as in the bundle's config (default: its rule)"
+    )
     check.add_argument("--sheet", help="PNG of thumbnails to write (default: <name>_contact_sheet.png)")
     check.set_defaults(run=_check)
 
@@ -29,6 +32,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     fetch.set_defaults(run=_fetch)
 
 
+def _codes(text: str) -> str | dict[str, int | str]:
+    return json.loads(text) if text.startswith("{") else text
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from amkd_monai.data.commands.check import check_data
     from amkd_monai.data.commands.contact_sheet import write_contact_sheet
@@ -36,7 +43,13 @@ def _check(arguments: argparse.Namespace) -> int:
 
     root, _ = resolve_dataset_dir(arguments.name, arguments.dataset_dir, arguments.cache_dir)
     report = check_data(
-        arguments.name, root, arguments.cache_dir, arguments.data_options, arguments.fold, arguments.split_seed
+        arguments.name,
+        root,
+        arguments.cache_dir,
+        arguments.data_options,
+        arguments.fold,
+        arguments.split_seed,
+        arguments.mask_codes,
     )
     print(report)
     usable = [item for item in report.items if not report.is_damaged(item)]

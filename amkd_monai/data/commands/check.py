@@ -10,16 +10,78 @@ from typing import Any
 
 import numpy as np
 
-from amkd_monai.data.commands.file_check import Finding, image_files, inspect_file
 from amkd_monai.data.content import content_hashes
 from amkd_monai.data.datalist import MODULES, find_items
 from amkd_monai.data.duplicates import NEAR, clusters, near_duplicates
-from amkd_monai.data.layout import DataProblems, label_files, natural, some
-from amkd_monai.data.masks import read_mask
 from amkd_monai.data.splits import Item, SplitOptions
 from amkd_monai.data.stand_in import stand_in_note
+from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
+from amkd_monai.files.names import (
+    PICTURE_SUFFIXES,
+    VOLUME_SUFFIXES,
+    file_id,
+    has_suffix,
+    label_files,
+    natural,
+    some,
+)
+from amkd_monai.files.pictures import level_problem, opened, read_picture
+from amkd_monai.files.volumes import ct_range, grey_levels, read_label_volume, read_volume
 from amkd_monai.tasks import Task, get_task
 from amkd_monai.terminal import progress
+
+
+@dataclass
+class Finding:
+    """What the files of one item are.
+
+    Attributes:
+        size: (W, H) of a picture, all axes of a volume; empty if it cannot be read.
+        mode: of a picture (L, RGB, ...), or the order of the axes of a volume (RAS, LPS, ...).
+        share: of the foreground; None without a mask.
+        problem: one sentence, empty if there is none.
+    """
+
+    size: tuple[int, ...] = ()
+    mode: str = ""
+    share: float | None = None
+    problem: str = ""
+
+
+def inspect_item(item: Item, task: Task, codes: MaskCodes, used: set[str]) -> Finding:
+    """Read the files of an item as training does; ``used`` gets the coding of its masks."""
+    found, files, classes = Finding(), label_files(item), len(task.classes)
+    try:
+        if problem := item.get("problem"):
+            raise ValueError(problem)
+        if task.dimensions == 2:
+            with opened(item["image"]) as image:
+                found.mode = image.mode
+            pixels = read_picture(item["image"])
+            found.size = pixels.shape[1], pixels.shape[0]
+            mask = read_mask(files, item["image"], classes, codes, used) if files else None
+        else:
+            volume, grid = read_volume(item["image"])
+            found.size, found.mode = grid.shape, grid.axes
+            if problem := _value_problem(volume, task):
+                raise ValueError(f"{item['image']} cannot be used: {problem}.")
+            mask = read_label_volume(files[0], grid, classes, codes)[0] if files else None
+        if mask is not None:
+            found.share = float(((mask > 0) & (mask != IGNORED)).mean())
+    except (ValueError, OSError, MemoryError) as error:
+        found.problem = str(error) if str(item["image"]) in str(error) or files else f"{item['image']}: {error}"
+    return found
+
+
+def _value_problem(volume: np.ndarray, task: Task) -> str:
+    """Say what is wrong with the values of a volume after the task's scaling; empty if nothing is."""
+    if task.values != "ct":
+        return level_problem(grey_levels(volume))
+    try:
+        low, high = ct_range(float(volume.min()), float(volume.max()), -1250.0, 250.0)
+    except ValueError as error:
+        return str(error)
+    return level_problem((volume - low) / (high - low))
 
 
 @dataclass
@@ -32,7 +94,7 @@ class DataReport:
         items: the samples; empty if the layout is wrong.
         facts: lines to read.
         problems: one sentence each; what must be put right, or known, before a training.
-        damaged: files that cannot be read or used.
+        damaged: ids of items whose files cannot be read or used.
     """
 
     task: Task
@@ -44,7 +106,7 @@ class DataReport:
 
     def is_damaged(self, item: Item) -> bool:
         """Whether a file of the item cannot be used."""
-        return not self.damaged.isdisjoint((item["image"], *label_files(item)))
+        return item["id"] in self.damaged
 
     def __str__(self) -> str:
         """Return everything as text."""
@@ -63,6 +125,7 @@ def check_data(
     options: Mapping[str, Any] | None = None,
     fold: int = 0,
     seed: int = 0,
+    mask_codes: MaskCodes | None = None,
 ) -> DataReport:
     """Read every file of a data set, list its items, look for duplicates and split it.
 
@@ -73,6 +136,7 @@ def check_data(
         options: further options of the data set's ``find_items``.
         fold: of the split.
         seed: of the split.
+        mask_codes: what the values of masks mean; None takes the task's rule.
 
     Returns:
         Facts and problems; what is wrong with the data raises nothing.
@@ -86,30 +150,59 @@ def check_data(
             report.facts.append(f"STAND-IN: {note}")
     except ValueError as error:
         report.problems.append(str(error))
-    files = progress(list(image_files(report.root)), desc="check files", delay=1)
-    findings = {str(file): inspect_file(file) for file in files}
-    report.damaged = {file for file, finding in findings.items() if finding.problem}
-    report.problems += [finding.problem for finding in findings.values() if finding.problem]
-    report.facts.append(f"{len(findings)} image files, {len(report.damaged)} of them damaged")
     try:
         items = find_items(task, report.root, cache_dir, options)
-    except DataProblems as error:
-        known = tuple(f"{file} " for file in report.damaged)
-        report.problems += [problem for problem in error.problems if not problem.startswith(known)]
-        return report
     except (OSError, ValueError) as error:
         report.problems.append(str(error))
         return report
     report.items = sorted(items, key=lambda item: natural(item["id"]))
+    used: set[str] = set()
+    codes = report.task.mask_codes if mask_codes is None else mask_codes
+    findings = [
+        inspect_item(item, report.task, codes, used) for item in progress(report.items, desc="check files", delay=1)
+    ]
+    report.damaged = {i["id"] for i, finding in zip(report.items, findings, strict=True) if finding.problem}
+    report.problems += [finding.problem for finding in findings if finding.problem]
+    if problem := coding_problem(used):
+        report.problems.append(problem)
+    _describe_others(report)
     _describe_files(report, findings)
-    _describe_labels(report)
+    _describe_labels(report, findings)
     found = _duplicates(report, cache_dir)
     _describe_split(report, found, fold, seed)
     return report
 
 
-def _describe_files(report: DataReport, findings: Mapping[str, Finding]) -> None:
-    known = [findings[i["image"]] for i in report.items if i["image"] in findings.keys() - report.damaged]
+def _describe_others(report: DataReport) -> None:
+    """Count the files that no item names, and read them; name dead links."""
+    known = {str(f) for item in report.items for f in (item["image"], *label_files(item))}
+    others, dead = [], []
+    for file in sorted(report.root.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(report.root).parts)
+        if hidden or not has_suffix(file.name, (*PICTURE_SUFFIXES, *VOLUME_SUFFIXES)) or str(file) in known:
+            continue
+        if file.is_file():
+            others.append(file)
+        elif file.is_symlink():
+            dead.append(file_id(file))
+    report.facts.append(
+        f"{len(known) + len(others)} image files, {len(others)} of them of no item, {len(report.damaged)} damaged item(s)"
+    )
+    if dead:
+        report.problems.append(f"{len(dead)} dead link(s): {some(dead)}; remove them or mend their targets.")
+    for file in progress(others, desc="check other files", delay=1):
+        try:
+            if has_suffix(file.name, VOLUME_SUFFIXES):
+                read_volume(file)
+            else:
+                with opened(file) as image:
+                    image.load()
+        except (ValueError, OSError, MemoryError) as error:
+            report.problems.append(str(error) if str(file) in str(error) else f"{file}: {error}")
+
+
+def _describe_files(report: DataReport, findings: Sequence[Finding]) -> None:
+    known = [finding for finding in findings if finding.size]
     report.facts.append(f"{len(report.items)} items in {len({item['group'] for item in report.items})} groups")
     if known:
         sizes = sorted((finding.size for finding in known), key=lambda size: (np.prod(size), size))
@@ -117,10 +210,11 @@ def _describe_files(report: DataReport, findings: Mapping[str, Finding]) -> None
         report.facts.append(
             f"sizes: smallest {words[0]}, median {words[1]}, largest {words[2]}, {len(set(sizes))} different"
         )
-        report.facts.append(f"modes: {_counts(finding.mode for finding in known)}")
+        what = "modes" if report.task.dimensions == 2 else "orders of the axes"
+        report.facts.append(f"{what}: {_counts(finding.mode for finding in known)}")
 
 
-def _describe_labels(report: DataReport) -> None:
+def _describe_labels(report: DataReport, findings: Sequence[Finding]) -> None:
     items, classes = report.items, report.task.classes
     numbers = [item["label"] for item in items if isinstance(item.get("label"), int)]
     if numbers:
@@ -131,44 +225,21 @@ def _describe_labels(report: DataReport) -> None:
             report.problems.append(f"No image of the class(es) {', '.join(classes[n] for n in sorted(missing))}.")
     if any("class" in item for item in items):
         report.facts.append(f"classes: {_counts(item['class'] for item in items if 'class' in item)}")
-    shares: list[float] = []
-    for item in items:
-        files = label_files(item)
-        if files and report.damaged.isdisjoint(files):
-            share, problem = foreground_share(files, report.task.dimensions)
-            if problem:
-                report.problems.append(problem)
-                report.damaged.update(files)
-            else:
-                shares.append(share)
-    if shares:
-        filled = np.array([share for share in shares if share > 0])
-        several = sum(len(label_files(item)) > 1 for item in items)
-        report.facts.append(
-            f"masks: {len(shares)}, of which {len(shares) - len(filled)} empty; {several} images with several"
-        )
-        if len(filled):
-            low, middle, high = np.percentile(filled, (0, 50, 100))
-            report.facts.append(
-                f"foreground where there is any: {low:.2%} to {high:.2%} of the image, median {middle:.2%}"
-            )
-        else:
-            report.problems.append("All masks are empty: check that they are the masks of this data set.")
-
-
-def foreground_share(files: Sequence[str], dimensions: int) -> tuple[float, str]:
-    """Return the share of foreground in the masks of one image, and what is wrong with them, in a sentence."""
-    if dimensions == 2:
-        try:
-            return float(read_mask(files).mean()), ""
-        except ValueError as error:
-            return 0.0, str(error)
-    import nibabel
-
-    label = np.asanyarray(nibabel.load(files[0]).dataobj)
-    if (label != np.round(label)).any() or label.min() < 0:
-        return 0.0, f"Label {files[0]} holds values that are no class indices: replace it by an intact copy."
-    return float((label > 0).mean()), ""
+    shares = {i["id"]: f.share for i, f in zip(items, findings, strict=True) if f.share is not None and not f.problem}
+    if not shares:
+        return
+    filled = sorted((share, name) for name, share in shares.items() if share)
+    several = sum(len(label_files(item)) > 1 for item in items)
+    report.facts.append(
+        f"masks: {len(shares)}, of which {len(shares) - len(filled)} empty; {several} images with several"
+    )
+    if filled:
+        low, middle, high = np.percentile([share for share, _ in filled], (0, 50, 100))
+        report.facts.append(f"foreground where there is any: {low:.2%} to {high:.2%} of the image, median {middle:.2%}")
+        for what, chosen in (("least", filled[:3]), ("most", filled[:-4:-1])):
+            report.facts.append(f"{what} foreground: {', '.join(f'{name} {share:.2%}' for share, name in chosen)}")
+    else:
+        report.problems.append("All masks are empty: check that they are the masks of this data set.")
 
 
 def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[int]]:

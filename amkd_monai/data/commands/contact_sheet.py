@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amkd_monai.data.layout import label_files
-from amkd_monai.data.masks import read_mask
-from amkd_monai.data.pictures import to_rgb
 from amkd_monai.data.splits import Item
+from amkd_monai.files.masks import IGNORED, read_mask
+from amkd_monai.files.names import label_files
+from amkd_monai.files.pictures import read_picture
+from amkd_monai.files.volumes import grey_levels, middle_slice, read_label_volume, read_volume
 from amkd_monai.tasks import Task
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def write_contact_sheet(
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     for number, item in enumerate(chosen):
         left, top = number % columns * (side + 8) + 4, number // columns * (side + CAPTION_HEIGHT + 8) + 4
-        picture, mask = _load(item, task.dimensions)
+        picture, mask = _load(item, task)
         scale = side / max(picture.size)
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         thumbnail = picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
@@ -67,25 +68,21 @@ def write_contact_sheet(
     return path
 
 
-def _load(item: Item, dimensions: int) -> tuple[Image.Image, np.ndarray | None]:
-    """The picture, or a slice of the volume, and its mask (H, W)."""
+def _load(item: Item, task: Task) -> tuple[Image.Image, np.ndarray | None]:
+    """The picture, or a slice of the volume, and where its mask (H, W) has foreground."""
     from PIL import Image
 
-    files = label_files(item)
-    if dimensions == 2:
-        with Image.open(item["image"]) as image:
-            return to_rgb(image), read_mask(files) if files else None
-    import nibabel
-
-    volume = np.asanyarray(nibabel.load(item["image"]).dataobj)
-    label = np.asanyarray(nibabel.load(files[0]).dataobj) > 0 if files else np.zeros(volume.shape, bool)
-    axis = int(np.argmin(volume.shape))
-    area = label.sum(axis=tuple(other for other in range(3) if other != axis))
-    index = int(area.argmax()) if area.any() else volume.shape[axis] // 2
-    low, high = np.percentile(volume, (0.5, 99.5))
-    levels = (np.take(volume, index, axis) - low) / max(high - low, 1e-6)
-    grey = Image.fromarray((levels.clip(0, 1) * 255).astype(np.uint8))
-    return grey.convert("RGB"), np.take(label, index, axis) if files else None
+    files, classes = label_files(item), len(task.classes)
+    if task.dimensions == 2:
+        picture = Image.fromarray(read_picture(item["image"]))
+        mask = read_mask(files, item["image"], classes, task.mask_codes) if files else None
+        return picture, None if mask is None else (mask > 0) & (mask != IGNORED)
+    volume, grid = read_volume(item["image"])
+    label = np.zeros(volume.shape, np.uint8)
+    if files:
+        label, _ = read_label_volume(files[0], grid, classes, task.mask_codes)
+    plane, outline = middle_slice(grey_levels(volume), label * (label != IGNORED), int(np.argmin(volume.shape)))
+    return Image.fromarray(plane).convert("RGB"), outline > 0 if files else None
 
 
 def _outlined(picture: Image.Image, mask: Image.Image) -> Image.Image:

@@ -15,8 +15,9 @@ from monai.visualize import GradCAM
 from torch import nn
 
 from amkd_monai.atomic import atomic_path
-from amkd_monai.data.pictures import to_rgb
 from amkd_monai.engines.handlers.case_report import identify
+from amkd_monai.files.pictures import read_picture
+from amkd_monai.files.volumes import grey_levels, read_volume
 from amkd_monai.metrics.run_files import preview_file
 from amkd_monai.tasks import get_task
 
@@ -62,11 +63,11 @@ class CasePreviews:
     def _mask_preview(self, item: Mapping[str, Any], filename: str) -> dict[str, np.ndarray]:
         reference, prediction = (np.asarray(item[k][0]).astype(np.uint8) for k in (CommonKeys.LABEL, CommonKeys.PRED))
         if self.task.dimensions == 2:
-            from PIL import Image
-
-            with Image.open(filename) as image:
-                picture = np.asarray(to_rgb(image))
-            arrays = {"image": picture[None], "reference": reference[None], "prediction": prediction[None]}
+            arrays = {
+                "image": read_picture(filename)[None],
+                "reference": reference[None],
+                "prediction": prediction[None],
+            }
             return {name: _small(array) for name, array in arrays.items()}
         return _volume_preview(filename, reference, prediction)
 
@@ -91,11 +92,7 @@ def _last_block(student: nn.Module) -> str:
 
 
 def _volume_preview(filename: str, reference: np.ndarray, prediction: np.ndarray) -> dict[str, np.ndarray]:
-    import nibabel
-
-    volume = np.asanyarray(nibabel.load(filename).dataobj)
-    low, high = np.percentile(volume, (0.5, 99.5))
-    grey = ((volume - low) / max(float(high - low), 1e-6) * 255).clip(0, 255).astype(np.uint8)
+    grey = grey_levels(read_volume(filename)[0])
     inside = np.argwhere(reference if reference.any() else np.ones_like(reference))
     centre, first, last = inside.mean(0).round().astype(int), inside[:, 2].min(), inside[:, 2].max()
     chosen = np.unique(np.linspace(max(first - 2, 0), min(last + 2, grey.shape[2] - 1), SLICES).round().astype(int))

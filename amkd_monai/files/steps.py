@@ -8,34 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from amkd_monai.data.disc import disc_box, squared
-
-
-@dataclass
-class Grid:
-    """How the array axes of a volume lie; a step that turns the volume changes it.
-
-    Attributes:
-        spacing: voxel size along each axis, mm.
-        axes: where each axis points, such as "RAS": right, anterior, superior.
-    """
-
-    spacing: Sequence[float] = ()
-    axes: str = ""
-
+from amkd_monai.files.volumes import Grid, ct_range
 
 Inverse = Callable[[np.ndarray], np.ndarray]
-Step = Callable[[np.ndarray, Mapping[str, Any], Grid], tuple[np.ndarray, Inverse]]
+Step = Callable[[np.ndarray, Mapping[str, Any], Grid | None], tuple[np.ndarray, Inverse]]
 
 SPACING_TOLERANCE = 1e-3
 """Voxel sizes (mm) closer than this count as equal, as in MONAI."""
 TRUNCATED = 4.0
 """Standard deviations at which MONAI cuts a Gaussian."""
+BACKGROUND_LEVEL = 0.06
+"""Part of the brightest level up to which a pixel counts as border: JPEG noise there stays below."""
+LEAST_PART = 0.02
+"""Part of a row or column that must be brighter for it to belong to the disc: dust and text don't."""
 
 
 def resize_matrix(size: int, new: int, smooth: bool) -> np.ndarray:
@@ -80,47 +69,65 @@ def along_axes(array: np.ndarray, matrices: Sequence[np.ndarray]) -> np.ndarray:
     return np.ascontiguousarray(array, np.float32)
 
 
+def disc_box(
+    image: np.ndarray, background_level: float = BACKGROUND_LEVEL, least_part: float = LEAST_PART
+) -> tuple[slice, slice]:
+    """Rows and columns of (C, H, W) that show the retina; all of them where everything is dark."""
+    brightest = image.max(0)
+    inside = brightest > background_level * max(float(brightest.max()), 1e-6)
+    box = []
+    for axis in (1, 0):
+        used = np.flatnonzero(inside.mean(axis) > least_part)
+        box.append(slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(None))
+    return box[0], box[1]
+
+
+def squared(image: np.ndarray) -> np.ndarray:
+    """Pad the shorter side of (C, H, W) with 0 on both ends to (C, S, S)."""
+    height, width = image.shape[-2:]
+    side = max(height, width)
+    square = np.zeros((len(image), side, side), dtype=image.dtype)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[:, top : top + height, left : left + width] = image
+    return square
+
+
 def _same(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _scale(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
+def _scale(array: np.ndarray, step: Mapping[str, Any], _: Grid | None) -> tuple[np.ndarray, Inverse]:
     return _to_unit(array, step["low"], step["high"]), _same
 
 
-def _scale_percentiles(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
+def _scale_percentiles(array: np.ndarray, step: Mapping[str, Any], _: Grid | None) -> tuple[np.ndarray, Inverse]:
     low, high = np.percentile(array, [step["lower"], step["upper"]])
     return _to_unit(array, float(low), float(high)), _same
 
 
-def _ct_window(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
-    windowed = array.min() >= 0 and array.max() <= 255
-    return _to_unit(array, *((0.0, 255.0) if windowed else (step["low"], step["high"]))), _same
+def _ct_window(array: np.ndarray, step: Mapping[str, Any], _: Grid | None) -> tuple[np.ndarray, Inverse]:
+    extremes = float(array.min()), float(array.max())
+    return _to_unit(array, *ct_range(*extremes, step["low"], step["high"], step["values"])), _same
 
 
-def _orientation(array: np.ndarray, step: Mapping[str, Any], grid: Grid) -> tuple[np.ndarray, Inverse]:
-    wanted = str(step["axes"])
-    order = [next(i for i, axis in enumerate(grid.axes) if axis in pair) for pair in map(_both_ways, wanted)]
-    turned = tuple(n for n, (i, axis) in enumerate(zip(order, wanted, strict=True), 1) if grid.axes[i] != axis)
-    there = (0, *(i + 1 for i in order))
-    grid.spacing, grid.axes = [grid.spacing[i] for i in order], wanted
-    return np.flip(array.transpose(there), turned), lambda answer: np.flip(answer, turned).transpose(np.argsort(there))
-
-
-def _both_ways(axis: str) -> str:
-    return next(pair for pair in ("LR", "PA", "IS") if axis in pair)
+def _orientation(array: np.ndarray, step: Mapping[str, Any], grid: Grid | None) -> tuple[np.ndarray, Inverse]:
+    assert grid is not None
+    order = grid.order_to(step["axes"])
+    axes = (0, *(int(i) + 1 for i in np.argsort(order[:, 0])))
+    turned = tuple(int(new) + 1 for new, sign in order if sign < 0)
+    return np.flip(array.transpose(axes), turned), lambda answer: np.flip(answer, turned).transpose(np.argsort(axes))
 
 
 def _to_unit(array: np.ndarray, low: float, high: float) -> np.ndarray:
     return ((array - np.float32(low)) / np.float32((high - low) or 1.0)).clip(0, 1)
 
 
-def _crop_disc(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
+def _crop_disc(array: np.ndarray, step: Mapping[str, Any], _: Grid | None) -> tuple[np.ndarray, Inverse]:
     rows, columns = disc_box(array, step["background_level"], step["least_part"])
     return squared(array[:, rows, columns]), _same
 
 
-def _resize(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
+def _resize(array: np.ndarray, step: Mapping[str, Any], _: Grid | None) -> tuple[np.ndarray, Inverse]:
     sizes, new = array.shape[1:], step["size"]
     if tuple(sizes) == tuple(new):
         return array, _same
@@ -129,7 +136,8 @@ def _resize(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.nda
     return along_axes(array, there), lambda answer: along_axes(answer, back)
 
 
-def _spacing(array: np.ndarray, step: Mapping[str, Any], grid: Grid) -> tuple[np.ndarray, Inverse]:
+def _spacing(array: np.ndarray, step: Mapping[str, Any], grid: Grid | None) -> tuple[np.ndarray, Inverse]:
+    assert grid is not None
     there, back = [], []
     for size, old, wanted in zip(array.shape[1:], grid.spacing, step["pixdim"], strict=True):
         target = old if abs(old - wanted) <= SPACING_TOLERANCE else wanted
@@ -139,7 +147,7 @@ def _spacing(array: np.ndarray, step: Mapping[str, Any], grid: Grid) -> tuple[np
     return along_axes(array, there), lambda answer: along_axes(answer, back)
 
 
-def _crop(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
+def _crop(array: np.ndarray, step: Mapping[str, Any], _: Grid | None) -> tuple[np.ndarray, Inverse]:
     sizes = array.shape[1:]
     wanted = [n if s < 0 else min(s, n) for n, s in zip(sizes, step["size"], strict=True)]
     starts = [max(n // 2 - s // 2, 0) for n, s in zip(sizes, wanted, strict=True)]
@@ -148,14 +156,14 @@ def _crop(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarr
     return array[(slice(None), *slices)], lambda answer: np.pad(answer, [(0, 0), *widths])
 
 
-def _pad(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
+def _pad(array: np.ndarray, step: Mapping[str, Any], _: Grid | None) -> tuple[np.ndarray, Inverse]:
     missing = [max(s - n, 0) for n, s in zip(array.shape[1:], step["size"], strict=True)]
     widths = [(m // 2, m - m // 2) for m in missing]
     inside = tuple(slice(before, before + n) for (before, _), n in zip(widths, array.shape[1:], strict=True))
     return np.pad(array, [(0, 0), *widths]), lambda answer: answer[(slice(None), *inside)]
 
 
-def _neighbours(array: np.ndarray, step: Mapping[str, Any], _: Grid) -> tuple[np.ndarray, Inverse]:
+def _neighbours(array: np.ndarray, step: Mapping[str, Any], _: Grid | None) -> tuple[np.ndarray, Inverse]:
     index = np.arange(array.shape[1])
     return np.concatenate([array[:, (index + shift).clip(0, index[-1])] for shift in (-1, 0, 1)]), _same
 
@@ -191,12 +199,14 @@ def prepare(
     Raises:
         ValueError: a step of another version of this package.
     """
-    inverses, grid = [], Grid() if grid is None else replace(grid)
+    inverses = []
     for step in steps:
         if step["step"] not in STEPS:
             raise ValueError(f"There is no step '{step['step']}' in this version: update amkd_monai or export again.")
         array, inverse = STEPS[step["step"]](array, step, grid)
         inverses.append(inverse)
+        if step["step"] == "orientation" and grid is not None:
+            grid = grid.reordered(step["axes"])
     return array, inverses
 
 

@@ -1,0 +1,208 @@
+"""DICOM series: which files of a folder are one volume, and whether they are a whole one."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from amkd_monai.files.names import some
+from amkd_monai.files.volumes import AFFINE_TOLERANCE, Grid, affine_problem
+
+logger = logging.getLogger("amkd_monai")
+
+SPACING_TOLERANCE = 0.02
+"""Largest difference between two distances of slices, as a part of the distance."""
+TILT = 1e-2
+"""Largest part of a slice distance that may lie within the plane of the slices."""
+
+_TAGS = {
+    "series": "0020|000e", "position": "0020|0032", "orientation": "0020|0037", "spacing": "0028|0030",
+    "rows": "0028|0010", "columns": "0028|0011", "photometric": "0028|0004", "modality": "0008|0060",
+    "bits": "0028|0101", "signed": "0028|0103", "slope": "0028|1053", "intercept": "0028|1052",
+    "samples": "0028|0002", "rescale_type": "0028|1054",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One file of a series: its tags by name, as text, and the number of its frames."""
+
+    file: Path
+    tags: dict[str, str]
+    frames: int
+
+    def numbers(self, name: str, count: int) -> list[float]:
+        """A tag of several numbers; nothing where the tag is missing or holds something else."""
+        try:
+            values = [float(v) for v in self.tags.get(name, "").split("\\")]
+        except ValueError:
+            return []
+        return values if len(values) == count and np.isfinite(values).all() else []
+
+
+def find_series(folder: Path) -> list[list[Slice]]:
+    """Find the volumes among the files of a folder, not below it.
+
+    Files that are no DICOM images are left out and counted, and so are single slices of another direction or size
+    (localizers) beside a volume. A series of several directions becomes several volumes.
+
+    Returns:
+        The slices of each volume; empty if no file is DICOM.
+
+    Raises:
+        ValueError: there are DICOM files and SimpleITK is not installed.
+    """
+    groups: defaultdict[str, defaultdict[tuple, list[Slice]]] = defaultdict(lambda: defaultdict(list))
+    foreign, dicom = [], 0
+    for file in sorted(folder.iterdir()):
+        if not file.is_file() or file.name.startswith("."):
+            continue
+        found = _read_tags(file) if _may_be_dicom(file) else None
+        if found is None:
+            foreign.append(file.name)
+            continue
+        dicom += 1
+        direction = tuple(np.round(found.numbers("orientation", 6), 3) + 0.0)
+        plane = (direction, found.tags.get("rows"), found.tags.get("columns"), found.tags.get("spacing"))
+        groups[found.tags.get("series", "")][plane].append(found)
+    if dicom and foreign:
+        logger.warning(
+            "%d file(s) in %s are no DICOM images and are left out: %s.", len(foreign), folder, some(foreign)
+        )
+    result: list[list[Slice]] = []
+    for planes in groups.values():
+        kept = {plane: slices for plane, slices in planes.items() if len(slices) > 1} or planes
+        if left := sum(map(len, planes.values())) - sum(map(len, kept.values())):
+            logger.warning("%d slice(s) of another direction or size in the series in %s are left out.", left, folder)
+        result += kept.values()
+    return result
+
+
+def _may_be_dicom(file: Path) -> bool:
+    """Whether a file starts as DICOM does: with the mark behind a preamble, or with a tag of the first groups."""
+    with file.open("rb") as stream:
+        head = stream.read(132)
+    return head[128:] == b"DICM" or (head[:1] in (b"\x02", b"\x08") and head[1:2] == b"\x00" and len(head) == 132)
+
+
+def _itk() -> Any:
+    try:
+        import SimpleITK
+    except ImportError as error:
+        raise ValueError("There are DICOM files: run `pip install SimpleITK` to read them.") from error
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    return SimpleITK
+
+
+def _read_tags(file: Path) -> Slice | None:
+    itk = _itk()
+    reader = itk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(file))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{file!a} has a name that is not UTF-8: rename it.") from error
+    tags = {name: reader.GetMetaData(tag).strip() for name, tag in _TAGS.items() if reader.HasMetaDataKey(tag)}
+    size = reader.GetSize()
+    return Slice(file, tags, size[2] if len(size) > 2 else 1)
+
+
+def read_series(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, Grid]:
+    """Read one volume of :func:`find_series`, which lies in ``folder``.
+
+    Modality values count (``RescaleSlope`` and ``RescaleIntercept``, such as Hounsfield units); what is stored
+    inverted (``MONOCHROME1``) is turned, except in CT, whose values have a unit.
+
+    Returns:
+        Values (X, Y, Z), float32: along rows, columns and slices; and their grid.
+
+    Raises:
+        ValueError: the slices are no whole volume of equal distances, or cannot be read.
+    """
+    ordered, affine = _in_order(folder, slices)
+    itk = _itk()
+    planes = []
+    for item in ordered:
+        reader = itk.ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetFileName(str(item.file))
+        try:
+            plane = itk.GetArrayFromImage(reader.Execute()).astype(np.float32)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{item.file} is a DICOM file that cannot be read: replace it by an intact copy."
+            ) from error
+        planes.append(_as_shown(plane.reshape(plane.shape[-2:]), item).T)
+    grid = Grid((*planes[0].shape, len(planes)), affine)
+    if problem := affine_problem(affine):
+        raise ValueError(f"{folder}: the DICOM series {problem}.")
+    return np.stack(planes, axis=2), grid
+
+
+def _as_shown(plane: np.ndarray, item: Slice) -> np.ndarray:
+    tags = item.tags
+    if tags.get("photometric") != "MONOCHROME1" or tags.get("modality") == "CT" or tags.get("rescale_type") == "HU":
+        return plane
+    highest = -1.0 if tags.get("signed") == "1" else 2.0 ** int(tags.get("bits", "16")) - 1
+    slope, intercept = (item.numbers(name, 1) or [value] for name, value in (("slope", 1.0), ("intercept", 0.0)))
+    return slope[0] * highest + 2 * intercept[0] - plane
+
+
+def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.ndarray]:
+    """The slices from first to last, and the affine (4, 4) of the volume, RAS, mm."""
+
+    def refuse(reason: str, remedy: str) -> ValueError:
+        return ValueError(f"{folder} holds a DICOM series of {len(slices)} slices {reason}: {remedy}.")
+
+    if frames := max(item.frames for item in slices) - 1:
+        raise refuse(f"with {frames + 1} frames in one file", "convert it to NIfTI, for example by dcm2niix")
+    if any(int(item.numbers("samples", 1)[0] if item.numbers("samples", 1) else 1) != 1 for item in slices):
+        raise refuse("in colour", "give a series of grey slices")
+    if len({item.tags.get("photometric") for item in slices}) > 1:
+        raise refuse("of which some are stored inverted", "give one series at a time")
+    placed = [
+        (item.numbers("position", 3), item.numbers("orientation", 6), item.numbers("spacing", 2)) for item in slices
+    ]
+    if missing := sum(not all(place) for place in placed):
+        raise refuse(f"of which {missing} do not say where they lie", "take them out or convert the series to NIfTI")
+    if len(slices) < 2:
+        raise refuse("alone", "give at least two slices")
+    positions, orientations, spacings = (np.array(values) for values in zip(*placed, strict=True))
+    if np.abs(spacings - spacings[0]).max() > 1e-3 or np.abs(orientations - orientations[0]).max() > 2e-3:
+        raise refuse("with several directions or pixel sizes", "give one series at a time")
+    row, column = orientations[0, :3], orientations[0, 3:]
+    normal = np.cross(row, column)
+    place = positions @ normal
+    order = np.argsort(place, kind="stable")
+    place, positions = place[order], positions[order]
+    steps = np.diff(place)
+    if twice := int((steps < AFFINE_TOLERANCE).sum()):
+        raise refuse(
+            f"of which {twice} lie at the position of another one, as in several time points or echoes",
+            "keep one slice at each position",
+        )
+    step = float(np.median(steps))
+    uneven = np.abs(steps - step) > max(SPACING_TOLERANCE * step, AFFINE_TOLERANCE)
+    if uneven.any():
+        gaps = steps[uneven] / step
+        if (np.abs(gaps - gaps.round()) < 0.1).all() and (gaps > 1.5).all():
+            raise refuse(f"and {int((gaps.round() - 1).sum())} missing slice(s)", "complete it")
+        raise refuse(f"with {int(uneven.sum())} distance(s) other than {step:.3g} mm", "resample it or complete it")
+    along = (positions[-1] - positions[0]) / (len(place) - 1)
+    drift = np.linalg.norm(along - normal * (along @ normal)) / step
+    if drift > TILT:
+        raise refuse(f"that lean by {np.degrees(np.arctan(drift)):.1f} degrees (gantry tilt)", "correct the tilt first")
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1] = row * spacings[0, 1], column * spacings[0, 0]
+    affine[:3, 2], affine[:3, 3] = along, positions[0]
+    affine[:2] *= -1  # from left and posterior to right and anterior
+    return [slices[i] for i in order], affine

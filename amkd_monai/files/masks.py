@@ -1,0 +1,272 @@
+"""What mask files mean: which value is which class, and which pixels are not labelled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from amkd_monai.files.pictures import (
+    OPAQUE,
+    UNDONE,
+    eight_bits,
+    has_alpha,
+    opened,
+    orientation,
+    turned,
+    upright,
+    upright_size,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IGNORED = 255
+"""Class index of pixels without a label: no loss and no metric counts them."""
+
+NAMED_CODES = ("auto", "nonzero", "threshold", "indices", "one_based", "inverted")
+MaskCodes = str | Mapping[str, int | str]
+"""One of the names, or {value in the file: class index or "ignore"}."""
+
+DARK, BRIGHT = 64, 192
+"""Grey masks (JPEG, soft edges, probabilities) hold levels below and above these, others only along edges."""
+EDGE, BLOCK = 9, 17
+"""Sides (pixels) of the neighbourhoods in which an edge explains levels between dark and bright, and dark ones."""
+STRAY = 0.02
+"""Largest share of the foreground that may be of neither."""
+COLOURED = 64
+"""Channels that differ by more than this are a colour; less is JPEG noise."""
+LARGEST_INDEX = 16
+"""Values below this one are class indices rather than grey levels."""
+LARGEST_SHARE = 0.95
+"""A mask with more foreground than this is implausible, unless its codes are given."""
+
+HOW = 'say how in `mask_codes`: "nonzero", "threshold", "indices", "one_based", "inverted" or {value: class}'
+
+
+def decode(values: np.ndarray, classes: int = 2, codes: MaskCodes = "auto") -> np.ndarray:
+    """Turn the values of a mask into class indices.
+
+    ``auto`` takes what has one meaning only: class indices from 0 on, with 255 for pixels without a label; for two
+    classes also 0 and one high value (255, 65535), and grey scales of dark and bright (JPEG, soft edges,
+    probabilities), cut in the middle. ``nonzero`` takes whatever is not 0 as foreground (merged classes, instance
+    ids), ``threshold`` what is in the upper half of the scale, ``indices`` the values as they are, ``one_based`` the
+    values less 1, ``inverted`` 0 as foreground and the rest as background.
+
+    Args:
+        values: of the file (H, W) or (X, Y, Z).
+        classes: number of classes, background included.
+        codes: how to read them.
+
+    Returns:
+        Class indices of the shape of ``values``, uint8; 255 where there is no label.
+
+    Raises:
+        ValueError: values that these codes do not explain.
+    """
+    if isinstance(codes, str) and codes not in NAMED_CODES:
+        raise ValueError(f"mask_codes is '{codes}': use one of {', '.join(NAMED_CODES)}, or {{value: class}}.")
+    if not np.isfinite(values).all() or values.min() < 0:
+        raise ValueError("holds values that are negative or not finite")
+    if values.dtype.kind == "f" and values.max() < 65536 and np.abs(values - np.round(values)).max() < 1e-3:
+        values = np.round(values).astype(np.uint16)
+    small = values.dtype.kind in "bu" and values.dtype.itemsize <= 2
+    found = np.flatnonzero(np.bincount(values.reshape(-1))) if small else np.unique(values)
+    if isinstance(codes, Mapping):
+        return _mapped(values, found, codes, classes)
+    if codes == "auto":
+        codes = _guessed(values, found, classes)
+    if codes == "indices" or codes == "one_based":
+        first = 0 if codes == "indices" else 1
+        known = np.isin(found, [*range(first, first + classes), IGNORED])
+        if not known.all():
+            raise ValueError(f"holds the value {found[~known][0]:g}; the task has the classes 0 to {classes - 1}")
+        return np.where(values == IGNORED, IGNORED, values - first).astype(np.uint8)
+    if classes != 2:
+        raise ValueError(f"mask_codes '{codes}' is for two classes, the task has {classes}: use indices")
+    if codes == "threshold":
+        return (_grey(values, found) > OPAQUE).astype(np.uint8)
+    return (values == 0 if codes == "inverted" else values != 0).astype(np.uint8)
+
+
+def _mapped(values: np.ndarray, found: np.ndarray, codes: Mapping[str, int | str], classes: int) -> np.ndarray:
+    table = {float(value): IGNORED if index == "ignore" else int(index) for value, index in codes.items()}
+    if wrong := [index for index in table.values() if index != IGNORED and not 0 <= index < classes]:
+        raise ValueError(f"mask_codes names the class {wrong[0]}; the task has the classes 0 to {classes - 1}")
+    if unknown := [value for value in found if float(value) not in table]:
+        raise ValueError(f"holds the value {unknown[0]:g}, which mask_codes does not name")
+    result = np.full(values.shape, IGNORED, np.uint8)
+    for value, index in table.items():
+        result[values == value] = index
+    return result
+
+
+def _guessed(values: np.ndarray, found: np.ndarray, classes: int) -> str:
+    """The codes of a mask, where its values leave no choice."""
+    listed = ", ".join(f"{value:g}" for value in found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    indices = set(found.tolist()) <= {*range(classes), IGNORED}
+    if indices and not (classes == 2 and IGNORED in found and 1 not in found):
+        if classes == 2 and 0 not in found:
+            raise ValueError(f"holds no 0 but {listed}: {HOW}")
+        return "indices"
+    if classes > 2:
+        raise ValueError(f"holds the value(s) {listed}; the task has the classes 0 to {classes - 1}")
+    if len(found) == 2 and found[0] == 0 and found[1] > OPAQUE:
+        return "nonzero"
+    if len(found) > 1 and _is_grey_scale(_grey(values, found)):
+        return "threshold"
+    raise ValueError(f"holds the value(s) {listed}, which can mean several things for {classes} classes: {HOW}")
+
+
+def _grey(values: np.ndarray, found: np.ndarray) -> np.ndarray:
+    return values if values.dtype == np.uint8 else eight_bits(values)
+
+
+def _is_grey_scale(grey: np.ndarray) -> bool:
+    """Whether dark and bright levels (H, W), uint8, say what is foreground, and all others lie along edges."""
+    if grey.ndim != 2 or grey.min() >= DARK or grey.max() < BRIGHT:
+        return False
+    levels = np.unique(grey)
+    if len(levels) > 2 and np.diff(levels).min() >= LARGEST_INDEX:
+        return False  # a few codes
+    from PIL import Image, ImageFilter
+
+    bright = Image.fromarray(((grey >= BRIGHT) * 255).astype(np.uint8))
+    near = [np.asarray(bright.filter(ImageFilter.MaxFilter(side))) > 0 for side in (EDGE, BLOCK)]
+    stray = (grey >= DARK) & ~near[0] | (grey > int(grey.min()) + LARGEST_INDEX) & ~near[1]
+    return bool(stray.sum() <= STRAY * (grey > OPAQUE).sum())
+
+
+def _values(image: Image.Image, codes: MaskCodes) -> np.ndarray:
+    """Values (H, W) of an upright mask: levels, indices of a palette, or 0 and 1 for colours and transparency."""
+    if image.mode in ("1", "L") and "transparency" not in image.info:
+        return np.asarray(image, np.uint8)
+    if image.mode.startswith(("I", "F")):
+        return np.asarray(image)
+    if image.mode == "P" and "transparency" not in image.info:
+        palette = image.getpalette() or [0, 0, 0]
+        if max(palette[:3]) > COLOURED and codes == "auto":
+            raise ValueError(f"has a palette whose first colour is not black, {HOW}")
+        return np.asarray(image)
+    if has_alpha(image):
+        rgba = np.asarray(image.convert("RGBA"))
+        rgb, opaque = rgba[..., :3], rgba[..., 3] > OPAQUE
+        if opaque.any() and not opaque.all() and not rgb[opaque].any():
+            if rgb.any():
+                raise ValueError(
+                    "is black where it is opaque and coloured where it is transparent: save it without alpha"
+                )
+            return opaque.astype(np.uint8)
+        rgb = rgb * opaque[..., None]
+    else:
+        rgb = np.asarray(image.convert("RGB"))
+    highest = rgb.max(axis=2)
+    if (highest - rgb.min(axis=2)).max() <= COLOURED:
+        from PIL import Image as pillow
+
+        return np.asarray(pillow.fromarray(rgb).convert("L"))
+    coloured = rgb[highest > COLOURED].astype(int)
+    middle = np.median(coloured, axis=0)
+    several = (np.abs(coloured - middle).max(axis=1) > 2 * COLOURED).mean() > STRAY
+    if several and codes == "auto":
+        raise ValueError(f"has several colours for the classes of the task, {HOW}")
+    return (highest > COLOURED).astype(np.uint8)
+
+
+def read_mask(
+    files: Sequence[str | Path],
+    image: str | Path | None = None,
+    classes: int = 2,
+    codes: MaskCodes = "auto",
+    used: set[str] | None = None,
+) -> np.ndarray:
+    """Read the masks of one picture and combine them: a later file's classes win over background and no label.
+
+    Args:
+        files: one mask file or several.
+        image: the picture they belong to. A mask lies on it as viewers show it; where only one of both has an EXIF
+            orientation, the sizes decide whether the mask was drawn on the turned picture.
+        classes: number of classes, background included.
+        codes: see :func:`decode`.
+        used: gets the coding of each file, see :func:`coding_problem`.
+
+    Returns:
+        Class indices (H, W), uint8; 255 where there is no label.
+
+    Raises:
+        ValueError: a file is no picture, has values that the codes do not explain, or another size than the picture.
+    """
+    if not files:
+        raise ValueError("There is no mask file to read.")
+    frame = None
+    if image is not None:
+        with opened(image) as picture:
+            frame = upright_size(picture), orientation(picture)
+    result: np.ndarray | None = None
+    for file in files:
+        with opened(file) as stored:
+            tag, stored = orientation(stored), upright(stored)
+        try:
+            values = _values(stored, codes)
+            mask = decode(values, classes, codes)
+            if codes == "auto":
+                _check_plausible(mask)
+            if used is not None:
+                used.add(_coding(values))
+        except ValueError as error:
+            raise ValueError(f"Mask {file} cannot be used: it {error}.") from error
+        if frame is not None:
+            mask = _onto(mask, tag, *frame, file)
+        if result is None:
+            result = mask
+        elif mask.shape != result.shape:
+            raise ValueError(f"Mask {file} has another size than {files[0]}: correct or remove it.")
+        else:
+            result = np.where((mask > 0) & (mask != IGNORED) | (result == IGNORED), mask, result)
+    assert result is not None
+    return result
+
+
+def _check_plausible(mask: np.ndarray) -> None:
+    inside = (mask > 0) & (mask != IGNORED)
+    border = np.concatenate([inside[0], inside[-1], inside[:, 0], inside[:, -1]]) if inside.ndim == 2 else inside
+    if (share := inside.mean()) > LARGEST_SHARE or (border.all() and min(inside.shape) > 4):
+        raise ValueError(f"is foreground at {share:.0%} of the image or along its whole border, as if inverted: {HOW}")
+
+
+def _coding(values: np.ndarray) -> str:
+    """How foreground is coded: "255" alone, "1 and 255", or other."""
+    if not (values == IGNORED).any():
+        return ""
+    return "1 and 255" if ((values > 0) & (values < LARGEST_INDEX)).any() else "255" if values.max() == 255 else ""
+
+
+def coding_problem(used: set[str]) -> str:
+    """Say that 255 means foreground in some masks of a data set and no label in others; empty if it does not."""
+    if not {"255", "1 and 255"} <= used:
+        return ""
+    return f"Some masks hold 0, 1 and 255, others 0 and 255 alone, so that 255 can mean two things: {HOW}."
+
+
+def _onto(values: np.ndarray, tag: int, size: tuple[int, int], image_tag: int, file: str | Path) -> np.ndarray:
+    """Lay an upright mask (H, W) with the EXIF orientation ``tag`` onto a picture of the upright size (W, H)."""
+    if tag != 1 and image_tag == 1:  # drawn upright and tagged by mistake, or tagged rightly: the sizes must tell
+        raw = turned(values, UNDONE[tag])
+        fits = values.shape[::-1] == size, raw.shape[::-1] == size
+        if all(fits):
+            raise ValueError(
+                f"Mask {file} has an EXIF orientation ({tag}) and its picture has none, so that two positions are "
+                "possible: save the mask without it."
+            )
+        values = raw if fits[1] else values
+    elif image_tag != 1 and tag == 1 and values.shape[::-1] != size and values.shape == size:
+        values = turned(values, image_tag)  # drawn on the stored pixels
+    if values.shape[::-1] != size:
+        width, height = values.shape[::-1]
+        raise ValueError(
+            f"Mask {file} is {width}x{height} pixels but its image is {size[0]}x{size[1]}: replace one by the file of "
+            "the original archive."
+        )
+    return values

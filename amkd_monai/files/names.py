@@ -1,0 +1,200 @@
+"""Which files of a folder are images, what they are called, and how tables and lists are read."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+logger = logging.getLogger("amkd_monai")
+
+PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
+VOLUME_SUFFIXES = (".nii.gz", ".nii")
+
+MARK = "amkd_monai prediction"
+"""Stands in every file that a prediction writes, so that it is never taken for an image."""
+
+_DERIVED = re.compile(r"(?P<image>.+?)_(mask(_\d+)?|overlay|segmentation|superpixels)")
+"""Names of files that lie beside an image and belong to it."""
+
+
+class DataProblems(ValueError):
+    """Several things are wrong with a data set.
+
+    Attributes:
+        problems: one sentence each.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        more = f" There are {len(problems) - 1} more problems like this: `data check` lists them all."
+        super().__init__(problems[0] + (more if len(problems) > 1 else ""))
+        self.problems = list(problems)
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with ``~`` replaced by the home folder, as in every path option."""
+    return Path(path).expanduser()
+
+
+def has_suffix(file: str | Path, suffixes: Sequence[str]) -> bool:
+    """Whether a name ends with one of the suffixes, in upper or lower case."""
+    return str(file).lower().endswith(tuple(suffixes))
+
+
+def file_id(file: Path) -> str:
+    """Return the name without its suffix, ``.nii.gz`` counting as one: `imagesTr/la_003.nii.gz` -> `la_003`.
+
+    Bytes that are not UTF-8 and control characters become ``%XX``, so that every id can be printed and written.
+    """
+    name = os.fsencode(file.name).decode("utf-8", "surrogateescape")
+    suffix = next((s for s in VOLUME_SUFFIXES if name.lower().endswith(s)), Path(name).suffix)
+    name = name[: len(name) - len(suffix)] if suffix else name
+    return "".join(f"%{ord(c) & 0xFF:02X}" if "\udc80" <= c <= "\udcff" or c < " " or c == "\x7f" else c for c in name)
+
+
+def image_files(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> Iterator[Path]:
+    """Yield a folder's own files with one of the suffixes, sorted; hidden files are left out, dead links are named."""
+    dead = []
+    for file in sorted(folder.iterdir()):
+        if file.name.startswith(".") or not has_suffix(file.name, suffixes):
+            continue
+        if file.is_file():
+            yield file
+        elif file.is_symlink():
+            dead.append(file_id(file))
+    if dead:
+        logger.warning("%d dead link(s) in %s are left out: %s.", len(dead), folder, some(dead))
+
+
+def files_by_id(
+    folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES, ending: str = "", beside: Sequence[str] = ()
+) -> dict[str, Path]:
+    """Map id to file.
+
+    Args:
+        folder: where to look, not below.
+        suffixes: the kinds of file.
+        ending: what the names end with before the suffix, e.g. ``_mask``; it is no part of the id.
+        beside: endings of ids that mark files beside the images, such as ``_superpixels``.
+
+    Returns:
+        Files sorted by id.
+
+    Raises:
+        ValueError: two files have one id.
+    """
+    files: dict[str, Path] = {}
+    for file in image_files(folder, suffixes):
+        name = file_id(file)
+        if not name.endswith(ending) or (beside and name.endswith(tuple(beside))):
+            continue
+        name = name.removesuffix(ending)
+        if name in files:
+            raise ValueError(f"{files[name]} and {file} have the same id '{name}': keep one of them.")
+        files[name] = file
+    return dict(sorted(files.items()))
+
+
+def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> dict[str, Path]:
+    """Map id to file for the images of a folder, without what belongs to them: masks, overlays, earlier predictions.
+
+    Two files of one name get ids that keep their suffixes.
+    """
+    files = list(image_files(folder, suffixes))
+    names = {file_id(file) for file in files}
+    kept = [file for file in files if not _is_derived(file, names)]
+    if len(kept) < len(files):
+        logger.info("%d file(s) in %s are masks or predictions and are left out.", len(files) - len(kept), folder)
+    ids = [file_id(file) for file in kept]
+    return {
+        (name if ids.count(name) == 1 else name + file.name[len(file.name) - len(file.suffix) :]): file
+        for name, file in zip(ids, kept, strict=True)
+    }
+
+
+def _is_derived(file: Path, names: set[str]) -> bool:
+    match = _DERIVED.fullmatch(file_id(file))
+    return match is not None and (match["image"] in names or is_prediction(file))
+
+
+def is_prediction(file: Path) -> bool:
+    """Whether a prediction of this package wrote the file, by the mark in it."""
+    if has_suffix(file, VOLUME_SUFFIXES):
+        import gzip
+
+        with (gzip.open if file.name.lower().endswith(".gz") else open)(file) as stream:
+            try:
+                return MARK.encode() in stream.read(348)
+            except (OSError, EOFError):
+                return False
+    with file.open("rb") as stream:
+        return MARK.encode() in stream.read(512)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key in which numbers within a name count as numbers: `benign (2)` comes before `benign (10)`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """Join the first names and count the others."""
+    names = sorted(names, key=natural)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def read_text(path: Path) -> str:
+    """Read a text of UTF-8 or, by its byte order mark, UTF-16.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text of UTF-8 or UTF-16: save it as UTF-8.") from error
+
+
+def read_table(path: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Read a label table, {id: row}, where the first of ``columns`` holds the id.
+
+    Columns are separated by comma, semicolon or tab; upper and lower case of their names count alike.
+
+    Raises:
+        ValueError: columns are missing, a cell of them is empty, an id comes twice, or there is no row.
+    """
+    lines = read_text(path).splitlines()
+    separator = max(",;\t", key=(lines[0] if lines else "").count)
+    reader = csv.DictReader(lines, skipinitialspace=True, delimiter=separator)
+    known = {name.lower(): name for name in columns}
+    reader.fieldnames = found = [known.get(n.strip().lower(), n.strip()) for n in reader.fieldnames or []]
+    if missing := [name for name in columns if name not in found]:
+        raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}: it has {', '.join(found) or 'none'}.")
+    rows: dict[str, dict[str, str]] = {}
+    for number, row in enumerate(reader, start=2):
+        cells = {name: (row[name] or "").strip() for name in columns}
+        if not any(cells.values()):
+            continue
+        if empty := [name for name, cell in cells.items() if not cell]:
+            raise ValueError(f"{path}, line {number} has no {', '.join(empty)}: complete or remove the line.")
+        name = cells[columns[0]]
+        if has_suffix(name, PICTURE_SUFFIXES):
+            name = cells[columns[0]] = Path(name).stem
+        if name in rows:
+            raise ValueError(f"{path}, line {number} repeats the id '{name}': keep one line.")
+        rows[name] = cells
+    if not rows:
+        raise ValueError(f"{path} holds no labels: use the file of the original archive.")
+    return rows
+
+
+def label_files(item: Mapping[str, object]) -> list[str]:
+    """Return the mask files of an item: one, several (combined by OR), or none where the label is a class."""
+    label = item.get("label")
+    if isinstance(label, (str, os.PathLike)):
+        return [str(label)]
+    return [str(file) for file in label] if isinstance(label, (list, tuple)) else []
