@@ -16,9 +16,8 @@ from torch.utils.data import Dataset
 from amkd_monai.atomic import atomic_write_json, exclusive_lock
 from amkd_monai.data.content import content_hashes, fingerprint
 from amkd_monai.data.describe import describe
-from amkd_monai.data.readable import BadSampleError, check_axes, read_item, stored_axes
+from amkd_monai.data.readable import BadSampleError, check_axes, joined_codings, read_item, stored_axes
 from amkd_monai.files.masks import IGNORED as UNLABELLED
-from amkd_monai.files.masks import coding_problem
 from amkd_monai.files.names import DataProblems, label_files
 from amkd_monai.terminal import progress
 
@@ -168,9 +167,7 @@ class DecodedDataset(DecodedImages):
                 decoded = read_item(item, transform)
                 check_axes(axes := stored_axes(decoded["image"]), index["axes"], item["image"])
                 image, label = self._decode_item(item, decoded, images[0].shape[-2:] if images else None)
-                codings.update(getattr(decoded.get("label"), "meta", {}).get("mask_coding", ()))
-                if problem := coding_problem(codings):
-                    raise BadSampleError(f"{item['label']}: {problem}")
+                codings = joined_codings(codings, decoded, item)
                 index["axes"] = axes
             except BadSampleError as error:
                 if on_bad_sample == "stop":

@@ -80,6 +80,18 @@ def check_axes(axes: str, expected: str, file: str) -> None:
         )
 
 
+def joined_codings(known: set[str], data: Mapping[str, Any], item: Mapping[str, Any]) -> set[str]:
+    """Codings of the masks so far and of a new one, see :func:`amkd_monai.files.masks.coding_problem`.
+
+    Raises:
+        BadSampleError: the new one contradicts them.
+    """
+    joined = known.union(getattr(data.get("label"), "meta", {}).pop("mask_coding", ()))
+    if problem := coding_problem(joined):
+        raise BadSampleError(f"{item['label']}: {problem}")
+    return joined
+
+
 class ReadableDataset(Dataset):
     """Items and their transform chain; an item that cannot be used is an :class:`Unusable`.
 
@@ -109,9 +121,7 @@ class ReadableDataset(Dataset):
             result = read_item(item, self.transform)
             check_axes(axes := stored_axes(result["image"]), self._axes, item["image"])
             self._axes = axes
-            self._codings.update(getattr(result.get("label"), "meta", {}).pop("mask_coding", ()))
-            if problem := coding_problem(self._codings):
-                raise BadSampleError(f"{item['label']}: {problem}")
+            self._codings = joined_codings(self._codings, result, item)
         except BadSampleError as error:
             result = Unusable(str(item.get("id", item["image"])), str(error))
         if self.keep:
@@ -170,10 +180,11 @@ class ReadableLoader(DataLoader):
             engine.state.epoch_length = len(self)
 
         def complain_last(engine: Engine) -> None:
-            engine.add_event_handler(Events.COMPLETED, self._complain)  # by now all other handlers are there
+            if not engine.has_event_handler(self._complain):  # by now all other handlers are there
+                engine.add_event_handler(Events.COMPLETED, self._complain)
 
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, shorten)
-        engine.add_event_handler(Events.STARTED(once=1), complain_last)
+        engine.add_event_handler(Events.STARTED, complain_last)
 
     def _complain(self, engine: Engine) -> None:
         if self.skipped and self.on_bad_sample == "stop":

@@ -141,16 +141,19 @@ def read_series(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, Grid
             raise ValueError(
                 f"{item.file} is a DICOM file that cannot be read: replace it by an intact copy."
             ) from error
-        planes.append(_as_shown(plane.reshape(plane.shape[-2:]), item).T)
+        planes.append(_in_units(plane.reshape(plane.shape[-2:]), item).T)
     grid = Grid((*planes[0].shape, len(planes)), affine)
     if problem := affine_problem(affine):
         raise ValueError(f"{folder}: the DICOM series {problem}.")
     return np.stack(planes, axis=2), grid
 
 
-def _as_shown(plane: np.ndarray, item: Slice) -> np.ndarray:
+def _in_units(plane: np.ndarray, item: Slice) -> np.ndarray:
+    """Take back ITK's inversion of MONOCHROME1 where values have a unit: only their display is inverted in CT."""
     tags = item.tags
-    if tags.get("photometric") != "MONOCHROME1" or tags.get("modality") == "CT" or tags.get("rescale_type") == "HU":
+    if tags.get("photometric") != "MONOCHROME1" or not (
+        tags.get("modality") == "CT" or tags.get("rescale_type") == "HU"
+    ):
         return plane
     highest = -1.0 if tags.get("signed") == "1" else 2.0 ** int(tags.get("bits", "16")) - 1
     slope, intercept = (item.numbers(name, 1) or [value] for name, value in (("slope", 1.0), ("intercept", 0.0)))

@@ -212,7 +212,7 @@ def read_mask(
             values = _values(stored, codes)
             mask = decode(values, classes, codes)
             if codes == "auto":
-                _check_plausible(mask)
+                check_plausible(mask)
             if used is not None:
                 used.add(_coding(values))
         except ValueError as error:
@@ -229,10 +229,16 @@ def read_mask(
     return result
 
 
-def _check_plausible(mask: np.ndarray) -> None:
+def check_plausible(mask: np.ndarray) -> None:
+    """Refuse class indices (H, W) or (X, Y, Z) that look inverted.
+
+    Raises:
+        ValueError: nearly everything, or the whole border, is foreground.
+    """
     inside = (mask > 0) & (mask != IGNORED)
-    border = np.concatenate([inside[0], inside[-1], inside[:, 0], inside[:, -1]]) if inside.ndim == 2 else inside
-    if (share := inside.mean()) > LARGEST_SHARE or (border.all() and min(inside.shape) > 4):
+    inner = inside[tuple(slice(1, -1) if n > 4 else slice(None) for n in inside.shape)]
+    border, on_border = inside.size - inner.size, int(inside.sum()) - int(inner.sum())
+    if (share := inside.mean()) > LARGEST_SHARE or (border and on_border == border):
         raise ValueError(f"is foreground at {share:.0%} of the image or along its whole border, as if inverted: {HOW}")
 
 

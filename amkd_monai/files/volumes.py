@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from amkd_monai.atomic import atomic_path
-from amkd_monai.files.masks import MaskCodes, decode
+from amkd_monai.files.masks import MaskCodes, check_plausible, decode
 from amkd_monai.files.names import MARK
 from amkd_monai.files.pictures import DAMAGED
 
@@ -24,6 +24,8 @@ logger = logging.getLogger("amkd_monai")
 MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 SMALLEST_VOXEL, LARGEST_VOXEL = 1e-3, 100.0
 """Voxel sizes (mm) outside of these are a mistake of units."""
+DECIMALS = 6
+"""Of voxel sizes (mm); headers hold 32 bits, whose noise can change the rounded size of a resampled volume."""
 ORTHOGONAL = 1e-3
 """Largest cosine between two axes that resampling takes for a right angle."""
 AFFINE_TOLERANCE = 1e-2
@@ -150,6 +152,8 @@ def _open_nifti(file: Path) -> tuple[Any, Grid]:
     affine[:3] *= MILLIMETRES[units]
     if problem := affine_problem(affine):
         raise ValueError(f"{file} {problem}: correct its header or replace it by an intact copy.")
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    affine[:3, :3] *= spacing.round(DECIMALS) / spacing
     if differs:
         logger.warning("%s has an sform and a qform that differ: it is read by the sform, as nibabel does.", file)
     return volume, Grid(shape, affine)
@@ -253,8 +257,8 @@ def read_label_volume(
         if image is not None and (problem := grid_problem(image, grid)):
             raise ValueError(f"{problem}: save it on the grid of its image")
         mask = decode(array, classes, codes)
-        if codes == "auto" and (share := float(((mask > 0) & (mask < 255)).mean())) > 0.95:
-            raise ValueError(f"is foreground at {share:.0%} of its voxels, as if inverted: give `mask_codes`")
+        if codes == "auto":
+            check_plausible(mask)
     except ValueError as error:
         raise ValueError(f"Label {file} cannot be used: it {str(error).removeprefix('it ')}.") from error
     if image is None:

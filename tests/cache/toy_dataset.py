@@ -43,7 +43,6 @@ def chain(top=255.0):
             load_rgb("image"),
             load_mask("label"),
             ScaleIntensityRanged("image", 0.0, top, 0.0, 1.0, clip=True),
-            ScaleIntensityRanged("label", 0.0, 255.0, 0.0, 1.0, allow_missing_keys=True),
         ]
     )
 

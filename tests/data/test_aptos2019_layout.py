@@ -9,11 +9,11 @@ from helpers import shared_data
 from PIL import Image
 
 from amkd_monai.data.aptos2019 import find_items, inference_items, split
-from amkd_monai.data.transforms import CropFundusd
-from amkd_monai.files.steps import disc_box
 from amkd_monai.data.phantoms import write_painted
 from amkd_monai.data.phantoms.aptos2019 import paint_aptos2019
 from amkd_monai.data.splits import SplitOptions
+from amkd_monai.data.transforms import CropFundusd
+from amkd_monai.files.steps import disc_box
 
 
 @pytest.fixture(scope="module")

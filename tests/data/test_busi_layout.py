@@ -10,10 +10,10 @@ from toy_images import photo_chain
 
 from amkd_monai.data.busi import find_items, inference_items, split
 from amkd_monai.data.decoded import BadSampleError, DecodedDataset
-from amkd_monai.data.layout import DataProblems
-from amkd_monai.files.masks import read_mask
 from amkd_monai.data.phantoms import write_busi
 from amkd_monai.data.splits import SplitOptions
+from amkd_monai.files.masks import read_mask
+from amkd_monai.files.names import DataProblems
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_real_data():
     by_id = {item["id"]: item for item in items}
     assert len(by_id["benign (25)"]["label"]) == 2, "the only one with two lesions"
     assert sum(isinstance(item["label"], list) for item in items) == 1
-    first, second = (read_mask([file]) for file in by_id["benign (25)"]["label"])
+    first, second = (read_mask([file]) > 0 for file in by_id["benign (25)"]["label"])
     assert (read_mask(by_id["benign (25)"]["label"]) == (first | second)).all() and (first & ~second).any()
     assert not any("mask" in item["id"] for item in items)
     numbers = [int(item["id"].split("(")[1][:-1]) for item in items if item["class"] == "benign"]
@@ -97,12 +97,19 @@ def test_a_further_mask_alone_is_still_a_mask(root):
     assert item["id"] == "benign (1)" and item["label"].endswith("benign (1)_mask_1.png")
 
 
-def test_all_masks_of_another_size_are_listed_at_once(root):
+def test_all_masks_of_another_size_are_listed_at_once(root, tmp_path):
     for name in ("benign (1)_mask_1", "benign (3)_mask"):
         Image.new("1", (10, 20)).save(root / "benign" / f"{name}.png")
-    with pytest.raises(DataProblems, match=r"benign \(1\)_mask_1\.png is 10x20 pixels.*1 more problem") as caught:
-        find_items(root)
-    assert len(caught.value.problems) == 2 and "benign (3)_mask.png" in caught.value.problems[1]
+    items = find_items(root)
+    problems = {item["id"]: item["problem"] for item in items if "problem" in item}
+    assert len(items) == 8 and list(problems) == ["benign (1)", "benign (3)"]
+    assert "benign (1)_mask_1.png is 10x20 pixels" in problems["benign (1)"]
+    assert "benign (3)_mask.png is 10x20 pixels" in problems["benign (3)"]
+    with pytest.raises(DataProblems, match=r"benign \(1\)_mask_1\.png .*1 more problem") as caught:
+        DecodedDataset(items, photo_chain(), tmp_path / "cache")
+    assert caught.value.problems == list(problems.values())
+    decoded = DecodedDataset(items, photo_chain(), tmp_path / "cache", on_bad_sample="skip")
+    assert decoded.skipped == list(problems) and len(decoded) == 6
 
 
 @pytest.mark.parametrize("place", ["", "benign"])

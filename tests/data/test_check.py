@@ -33,7 +33,7 @@ def test_a_sound_data_set_has_no_problems(root):
     report = check_data("kvasir_seg", root)
     assert report.problems == [] and len(report.items) == 10
     text = str(report)
-    assert "20 image files, 0 of them damaged" in text and "modes: RGB 10" in text
+    assert "20 image files, 0 of no item" in text and "0 damaged item(s)" in text and "modes: RGB 10" in text
     assert "masks: 10, of which 0 empty" in text and "train: 7" in text and "no problems" in text
 
 
@@ -51,11 +51,19 @@ def test_everything_that_is_wrong_is_listed_at_once(root):
     (masks / "phantom_002.jpg").write_bytes(b"")
     Image.new("L", (5, 6)).save(masks / "phantom_003.jpg")
     Image.new("L", (7, 8)).save(masks / "phantom_004.jpg")
-    problems = "\n".join(check_data("kvasir_seg", root).problems)
-    assert "phantom_001.jpg cannot be read as an image (" in problems
-    assert "phantom_002.jpg has no content" in problems
-    assert "phantom_003.jpg is 5x6 pixels but its image is" in problems
-    assert "phantom_004.jpg is 7x8 pixels but its image is" in problems
+    (root / "other.png").write_bytes(b"")
+    report = check_data("kvasir_seg", root)
+    expected = (
+        "images/phantom_001.jpg cannot be read",
+        "masks/phantom_002.jpg cannot be read",
+        "masks/phantom_003.jpg is 5x6 pixels",
+        "masks/phantom_004.jpg is 7x8 pixels",
+        "other.png cannot be read",
+    )
+    for words in expected:
+        assert sum(words in problem for problem in report.problems) == 1, report.problems
+    assert len(report.problems) == len(expected) and len(report.items) == 10
+    assert report.damaged == {f"phantom_00{n}" for n in range(1, 5)} and "4 damaged item(s)" in str(report)
 
 
 def test_masks_with_unexpected_values_and_empty_ones(root):
@@ -65,7 +73,9 @@ def test_masks_with_unexpected_values_and_empty_ones(root):
     mask.unlink()
     Image.fromarray(grey).save(mask.with_suffix(".png"))
     report = check_data("kvasir_seg", root)
-    assert len(report.problems) == 1 and "phantom_005.png cannot be used (holds 101 grey levels" in report.problems[0]
+    assert report.damaged == {"phantom_005"}
+    assert check_data("kvasir_seg", root, mask_codes="threshold").problems == []
+    assert len(report.problems) == 1 and "phantom_005.png cannot be used" in report.problems[0]
     for other in (root / "masks").iterdir():
         Image.new("1", Image.open(other).size).save(root / "masks" / f"{other.stem}.bmp")
         other.unlink()

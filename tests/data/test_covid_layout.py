@@ -7,9 +7,10 @@ from helpers import shared_data
 from PIL import Image
 
 from amkd_monai.data.covid import TEST, TRAIN, find_items, inference_items, split
-from amkd_monai.files.masks import read_mask
 from amkd_monai.data.phantoms import write_covid
 from amkd_monai.data.splits import SplitOptions
+from amkd_monai.files.masks import read_mask
+from amkd_monai.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,10 @@ def test_classes_of_the_masks_are_merged(root):
     classes = inside.astype(np.uint8)
     classes[: inside.shape[0] // 2][inside[: inside.shape[0] // 2]] = 2
     Image.fromarray(classes).save(mask)
-    assert (read_mask([mask]) == inside).all()
+    assert set(np.unique(classes)) == {0, 1, 2}
+    assert (read_mask([mask], codes=TASKS["covid"].mask_codes) == inside).all()
+    with pytest.raises(ValueError, match=r"3\.png cannot be used.*mask_codes"):
+        read_mask([mask])
 
 
 def test_slices_that_look_alike_share_a_group(root):

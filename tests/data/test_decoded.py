@@ -10,6 +10,7 @@ from PIL import Image
 from toy_images import photo_chain, volume_chain, write_photo, write_volume
 
 from amkd_monai.data.decoded import UNLABELLED, BadSampleError, DecodedDataset
+from amkd_monai.files.names import DataProblems
 
 
 @pytest.fixture
@@ -57,9 +58,10 @@ def test_photos_of_another_shape_are_resized(tmp_path):
     assert (dataset.labels[:, 0, :7, :7] == 1).all() and (dataset.labels[:, 0, 9:] == 0).all()
 
 
-def test_volumes_become_slices_with_their_neighbours(tmp_path):
+@pytest.mark.parametrize("own", [False, True])
+def test_volumes_become_slices_with_their_neighbours(tmp_path, own):
     items = [write_volume(tmp_path, "v"), write_volume(tmp_path, "w", (3, 10, 14), seed=50, label=False)]
-    dataset = decode(items, tmp_path, chain=volume_chain())
+    dataset = decode(items, tmp_path, chain=volume_chain(own))
     assert dataset.ids == [f"v#{i:03d}" for i in range(4)] + [f"w#{i:03d}" for i in range(3)]
     assert dataset.cases == ["v"] * 4 + ["w"] * 3 == dataset.groups
     levels = [dataset.image(i)[:, 0, 0].tolist() for i in range(7)]
@@ -129,7 +131,7 @@ def test_a_corrupt_png_is_named(photos, tmp_path, key, damage):
     path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"not an image"}[damage])
     with pytest.raises(BadSampleError) as error:
         decode(photos, tmp_path)
-    assert_bad(error, path, "replace or remove")
+    assert_bad(error, path, "replace")
 
 
 @pytest.mark.parametrize("key", ["image", "label"])
@@ -140,32 +142,35 @@ def test_a_missing_file_is_named(photos, tmp_path, key):
     assert photos[1][key] in str(error.value)
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("keep", [0, 0.1, 0.6])
-def test_a_truncated_volume_is_named(tmp_path, keep):
+def test_a_truncated_volume_is_named(tmp_path, keep, own):
     noise = np.random.default_rng(0).uniform(0, 100, (4, 10, 14))
     items = [write_volume(tmp_path, "v"), write_volume(tmp_path, "w", values=noise)]
     path = Path(items[1]["image"])
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
     with pytest.raises(BadSampleError) as error:
-        decode(items, tmp_path, chain=volume_chain())
-    assert_bad(error, path, "replace or remove")
+        decode(items, tmp_path, chain=volume_chain(own))
+    assert_bad(error, path, "replace")
 
 
-def test_a_volume_whose_data_end_early_is_named(tmp_path):
+@pytest.mark.parametrize("own", [False, True])
+def test_a_volume_whose_data_end_early_is_named(tmp_path, own):
     items = [write_volume(tmp_path, "v", values=np.random.default_rng(0).uniform(0, 100, (4, 10, 14)))]
     path = Path(items[0]["image"])
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-700]))
     with pytest.raises(BadSampleError) as error:
-        decode(items, tmp_path, chain=volume_chain())
+        decode(items, tmp_path, chain=volume_chain(own))
     assert_bad(error, path)
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_volume_with_values_that_are_not_finite_is_named(tmp_path, value):
-    values = np.full((4, 10, 14), 50.0)
+def test_a_volume_with_values_that_are_not_finite_is_named(tmp_path, value, own):
+    values = np.random.default_rng(0).uniform(0, 100, (4, 10, 14))
     values[2, 3, 4] = value
-    chain = volume_chain()
+    chain = volume_chain(own)
     if np.isinf(value):  # clipping would hide it
         chain.transforms = chain.transforms[:-1]
     with pytest.raises(BadSampleError) as error:
@@ -180,9 +185,12 @@ def test_a_mask_of_another_size_is_named(tmp_path):
     with pytest.raises(BadSampleError) as error:
         decode([item], tmp_path, chain=volume_chain())
     assert_bad(error, item["label"], "(10, 15)", "(10, 14)")
+    with pytest.raises(BadSampleError) as error:
+        decode([item], tmp_path, chain=volume_chain(own=True))
+    assert_bad(error, item["label"], "15 voxels")
 
 
-@pytest.mark.parametrize("value", [2, 255, -1, 0.5, np.nan])
+@pytest.mark.parametrize("value", [2, 254, -1, 0.5, np.nan])
 def test_a_label_that_is_no_class_is_named(tmp_path, value):
     item = write_volume(tmp_path, "v")
     mask = np.zeros((4, 10, 14), np.float32)
@@ -191,6 +199,40 @@ def test_a_label_that_is_no_class_is_named(tmp_path, value):
     with pytest.raises(BadSampleError) as error:
         decode([item], tmp_path, chain=volume_chain())
     assert_bad(error, item["label"], f"{value:g}", "0 to 1", "correct")
+    with pytest.raises(BadSampleError) as error:
+        decode([item], tmp_path, chain=volume_chain(own=True))
+    assert_bad(error, item["label"], "cannot be used")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_255_in_a_label_of_classes_is_no_label(tmp_path, own):
+    item = write_volume(tmp_path, "v")
+    mask = np.asarray(nibabel.load(item["label"]).dataobj).copy()
+    mask[3] = 255
+    mask[1, 0, 0] = 255
+    nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), item["label"])
+    dataset = decode([item], tmp_path, chain=volume_chain(own))
+    np.testing.assert_array_equal(dataset.labels[:, 0], mask)
+    assert dataset.has_foreground.tolist() == [False, True, False, False]
+
+
+def test_items_with_problems_are_told_at_once_or_skipped(photos, tmp_path):
+    for i in (0, 2):
+        photos[i]["problem"] = f"{photos[i]['image']} is broken in way {i}."
+    with pytest.raises(DataProblems, match=r"p0\.png is broken in way 0\..*1 more problem") as error:
+        decode(photos, tmp_path)
+    assert [photos[i]["problem"] for i in (0, 2)] == error.value.problems
+    dataset = decode(photos, tmp_path, on_bad_sample="skip")
+    assert dataset.skipped == ["p0", "p2"] and dataset.ids == ["p1"]
+
+
+@pytest.mark.parametrize("values", [np.zeros((4, 10, 14)), np.repeat([0.0, 30.0, 60.0, 90.0], 140).reshape(4, 10, 14)])
+def test_a_volume_of_almost_no_levels_is_named(tmp_path, values):
+    items = [write_volume(tmp_path, "v"), write_volume(tmp_path, "w", values=values)]
+    with pytest.raises(BadSampleError) as error:
+        decode(items, tmp_path, chain=volume_chain(own=True))
+    assert_bad(error, items[1]["image"], f"{len(np.unique(values))} of 256 levels")
+    assert decode(items, tmp_path, chain=volume_chain(own=True), on_bad_sample="skip").skipped == ["w"]
 
 
 def test_images_of_different_sizes_are_named(tmp_path):

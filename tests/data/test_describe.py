@@ -12,6 +12,7 @@ from monai.transforms import Compose, Lambdad, RandFlipd, ScaleIntensityRanged
 from toy_images import photo_chain, volume_chain, write_photo
 
 from amkd_monai.data.describe import describe
+from amkd_monai.data.transforms import load_mask
 
 OTHER_PROCESS = """
 import json, sys
@@ -69,6 +70,10 @@ def test_use_and_random_state_do_not_matter(tmp_path):
         (photo_chain(), photo_chain((24, 48))),
         (photo_chain(), photo_chain(image_mode="nearest")),
         (photo_chain(), volume_chain()),
+        (volume_chain(), volume_chain(own=True)),
+        (load_mask(), load_mask(codes="nonzero")),
+        (load_mask(), load_mask(classes=3)),
+        (load_mask(codes={"1": 1}), load_mask(codes={"1": "ignore"})),
         (nested_chain(), nested_chain((24, 48))),
         (photo_chain(), Compose(photo_chain().transforms[:-1])),
         (RandFlipd("image", prob=0.5), RandFlipd("image", prob=0.6)),

@@ -10,9 +10,9 @@ from helpers import ROOT
 from PIL import Image
 
 from amkd_monai.data import busi, covid, kvasir_seg, msd_heart, phantoms
-from amkd_monai.files.masks import read_mask
 from amkd_monai.data.phantoms import kvasir_seg as phantoms_kvasir_seg
 from amkd_monai.data.phantoms import msd_heart as phantoms_msd_heart
+from amkd_monai.files.masks import read_mask
 from amkd_monai.tasks import TASKS
 
 

@@ -3,12 +3,11 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import SaveImage
 from PIL import Image
 
-from amkd_monai.data import transforms
 from amkd_monai.data.describe import describe
-from amkd_monai.data.transforms import CtWindowd, NeighbourSlicesd, TransposeHWd, load_mask, load_rgb, load_volume
+from amkd_monai.data.transforms import CtWindowd, NeighbourSlicesd, SaveMaskd, load_mask, load_rgb, load_volume
+from amkd_monai.files import pictures
 
 SIZE = (5, 9)  # height, width
 
@@ -36,8 +35,20 @@ def test_palettes_and_bilevel_photos_become_rgb(tmp_path):
     indices.save(tmp_path / "p.png")
     image = load(load_rgb(), tmp_path / "p.png", "image")
     assert image[:, 0, 0].tolist() == [10, 20, 30] and image[:, -1, -1].tolist() == [200, 150, 100]
-    Image.fromarray(ramp() > 100).save(tmp_path / "1.png")
-    assert set(np.unique(load(load_rgb(), tmp_path / "1.png", "image"))) == {0, 255}
+    bilevel = ramp()[:4] > 100  # of more pixels, two levels would show nothing
+    Image.fromarray(bilevel).save(tmp_path / "1.png")
+    np.testing.assert_array_equal(load(load_rgb(), tmp_path / "1.png", "image"), np.stack([bilevel * 255] * 3))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 16, 17])
+def test_photos_of_almost_no_levels_are_refused(tmp_path, levels):
+    pixels = np.arange(40 * 30).reshape(40, 30) % levels * 15
+    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photo.png")
+    if levels > 16:
+        assert load(load_rgb(), tmp_path / "photo.png", "image").max() == 240
+        return
+    with pytest.raises(ValueError, match=rf"photo\.png .*only {levels} of 256 levels"):
+        load(load_rgb(), tmp_path / "photo.png", "image")
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -56,7 +67,7 @@ def test_colours_keep_their_order(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGB", "RGBA", "16-bit", "16-bit tif"])
-def test_masks_of_any_mode_are_0_and_255(tmp_path, mode):
+def test_masks_of_any_mode_are_class_indices(tmp_path, mode):
     inside = np.zeros(SIZE, bool)
     inside[1:3, 4:9] = True
     path = tmp_path / ("mask.tif" if mode.endswith("tif") else "mask.png")
@@ -69,13 +80,13 @@ def test_masks_of_any_mode_are_0_and_255(tmp_path, mode):
     else:
         Image.fromarray(inside.astype(np.uint8) * 255).convert(mode).save(path)
     mask = load(load_mask(), path, "label")
-    np.testing.assert_array_equal(mask, inside[None] * 255)
+    np.testing.assert_array_equal(mask, inside[None])
 
 
 def test_grey_levels_are_cut_at_127(tmp_path):
     levels = np.array([[0, 1, 126, 127], [128, 129, 254, 255]], np.uint8)
     Image.fromarray(levels).save(tmp_path / "mask.png")
-    assert load(load_mask(), tmp_path / "mask.png", "label")[0].tolist() == [[0] * 4, [255] * 4]
+    assert load(load_mask(), tmp_path / "mask.png", "label")[0].tolist() == [[0] * 4, [1] * 4]
 
 
 def test_the_ringing_of_a_jpeg_mask_is_no_foreground(tmp_path):
@@ -106,10 +117,10 @@ def test_photos_are_resized_while_they_are_decoded(tmp_path, suffix, size):
 
 
 def test_a_large_jpeg_is_not_decoded_in_full(tmp_path, monkeypatch):
-    Image.new("RGB", (1600, 1200), (200, 100, 50)).save(tmp_path / "photo.jpg")
+    Image.linear_gradient("L").resize((1600, 1200)).convert("RGB").save(tmp_path / "photo.jpg")
     seen = []
-    convert = transforms.to_rgb
-    monkeypatch.setattr(transforms, "to_rgb", lambda image: seen.append(image.size) or convert(image))
+    convert = pictures.to_rgb
+    monkeypatch.setattr(pictures, "to_rgb", lambda image: seen.append(image.size) or convert(image))
     assert load(load_rgb(size=(120, 160)), tmp_path / "photo.jpg", "image").shape == (3, 120, 160)
     assert seen == [(200, 150)]
 
@@ -145,6 +156,16 @@ def test_ct_is_windowed_once():
     result = CtWindowd("image")({"image": windowed, "id": "a"})
     assert result["image"].flatten().tolist() == pytest.approx([0, 0.2, 1]) and result["id"] == "a"
     assert torch.equal(result["image"].affine, windowed.affine)
+    shares = MetaTensor(torch.tensor([[[[0.0, 0.2, 1.0]]]]))
+    assert CtWindowd("image")({"image": shares})["image"].flatten().tolist() == pytest.approx([0, 0.2, 1])
+
+
+def test_a_ct_of_another_scale_is_named_unless_its_scale_is_given():
+    shifted = MetaTensor(torch.tensor([[[[0.0, 250.0, 1024.0]]]]), meta={"filename_or_obj": "in/a.nii.gz"})
+    with pytest.raises(ValueError, match=r"in/a\.nii\.gz: .*1024"):
+        CtWindowd("image")({"image": shifted})
+    result = CtWindowd("image", values="hu")({"image": shifted})["image"]
+    assert result.flatten().tolist() == pytest.approx([1250 / 1500, 1, 1])
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
@@ -182,11 +203,50 @@ def test_a_written_png_has_the_size_and_content_of_the_input(tmp_path):
     inside[0, 6:] = 1
     image = load_rgb()({"image": str(tmp_path / "in.png")})["image"]
     prediction = MetaTensor(torch.from_numpy(inside)[None], meta=image.meta)
-    turned = TransposeHWd("pred")({"pred": prediction})["pred"]
-    save = SaveImage(
-        tmp_path, output_postfix="seg", output_ext=".png", scale=255, resample=False, separate_folder=False
-    )
-    save(turned)
-    written = Image.open(next(tmp_path.glob("*seg.png")))
-    assert written.size == (9, 5)
+    SaveMaskd("pred", tmp_path / "out")({"pred": prediction, "image": image})
+    (file,) = (tmp_path / "out").iterdir()
+    written = Image.open(file)
+    assert file.name == "in_mask.png" and written.size == (9, 5)
     np.testing.assert_array_equal(np.asarray(written.convert("L")), inside * 255)
+    np.testing.assert_array_equal(load(load_mask(), file, "label")[0], inside)
+
+
+def test_a_written_volume_has_the_grid_and_content_of_the_input(tmp_path):
+    affine = np.array([[0, 0, -2.0, 5], [1.5, 0, 0, 6], [0, -1.0, 0, 7], [0, 0, 0, 1]])
+    voxels = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
+    nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / "in.nii.gz")
+    image = load_volume("image")({"image": str(tmp_path / "in.nii.gz")})["image"]
+    inside = torch.from_numpy(voxels > 40)[None].float()
+    SaveMaskd("pred", tmp_path / "out")({"pred": inside, "image": image, "id": "a"})
+    (file,) = (tmp_path / "out").iterdir()
+    written = nibabel.load(file)
+    assert file.name == "a_mask.nii.gz"
+    np.testing.assert_allclose(written.affine, affine, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(written.dataobj), voxels > 40)
+
+
+def test_a_label_of_another_order_is_turned_onto_its_image(tmp_path):
+    voxels = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
+    image = nibabel.Nifti1Image(voxels, np.diag([1.0, 1.5, 2.0, 1.0]))
+    nibabel.save(image, tmp_path / "in.nii.gz")
+    mask = nibabel.Nifti1Image((voxels > 40).astype(np.uint8), image.affine)
+    turned = mask.as_reoriented([[1, -1], [2, 1], [0, -1]])
+    assert turned.shape != mask.shape
+    nibabel.save(turned, tmp_path / "label.nii.gz")
+    item = {"image": str(tmp_path / "in.nii.gz"), "label": str(tmp_path / "label.nii.gz")}
+    data = load_volume(["label", "image"])(item)
+    np.testing.assert_array_equal(np.asarray(data["label"])[0], voxels > 40)
+    np.testing.assert_array_equal(np.asarray(data["image"])[0], voxels)
+    np.testing.assert_allclose(np.asarray(data["label"].affine), image.affine)
+    away = nibabel.Nifti1Image((voxels > 40).astype(np.uint8), np.diag([1.0, 1.5, 2.5, 1.0]))
+    nibabel.save(away, tmp_path / "label.nii.gz")
+    with pytest.raises(ValueError, match=r"label\.nii\.gz cannot be used.*2\.5 mm"):
+        load_volume(["image", "label"])(item)
+
+
+def test_a_volume_that_does_not_say_where_its_axes_point_is_refused(tmp_path):
+    volume = nibabel.Nifti1Image(np.ones((3, 4, 5), np.float32), None)
+    assert not int(volume.header["sform_code"]) and not int(volume.header["qform_code"])
+    nibabel.save(volume, tmp_path / "v.nii.gz")
+    with pytest.raises(ValueError, match=r"v\.nii\.gz .*sform and qform"):
+        load_volume("image")({"image": str(tmp_path / "v.nii.gz")})

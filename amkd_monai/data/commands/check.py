@@ -186,7 +186,7 @@ def _describe_others(report: DataReport) -> None:
         elif file.is_symlink():
             dead.append(file_id(file))
     report.facts.append(
-        f"{len(known) + len(others)} image files, {len(others)} of them of no item, {len(report.damaged)} damaged item(s)"
+        f"{len(known) + len(others)} image files, {len(others)} of no item; {len(report.damaged)} damaged item(s)"
     )
     if dead:
         report.problems.append(f"{len(dead)} dead link(s): {some(dead)}; remove them or mend their targets.")

@@ -1,0 +1,161 @@
+"""DICOM series: every slice is looked at; a folder gives whole volumes or one sentence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import needs
+
+from amkd_monai.files.dicom import find_series
+from amkd_monai.files.volumes import read_volume, reorder
+
+itk = needs("SimpleITK")
+VOLUME = np.random.default_rng(0).integers(0, 900, (14, 17, 8)).astype(np.int16)  # (X, Y, Z) along RAS
+STORED = VOLUME[::-1, ::-1].transpose(2, 1, 0)  # slices, rows, columns along LPS
+UID = "1.2.826.0.1.3680043.2.1125.77"
+AXIAL = (1, 0, 0, 0, 1, 0)
+
+
+def write(path, plane, position, direction=AXIAL, number=1, series=".1", tags=(), **options):
+    writer = itk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    writer.SetUseCompression(options.get("compress", False))
+    image = itk.GetImageFromArray(np.ascontiguousarray(plane[None]))
+    image.SetSpacing((2.5, 1.25, 2.0))
+    values = {
+        "0008|0060": "MR",
+        "0020|000e": UID + series,
+        "0020|000d": UID,
+        "0008|0018": f"{UID}{series}.{number}",
+        "0020|0032": "\\".join(f"{c:.4f}" for c in position),
+        "0020|0037": "\\".join(map(str, direction)),
+        "0020|0013": str(number),
+        **dict(tags),
+    }
+    for key, value in values.items():
+        image.SetMetaData(key, value)
+    writer.SetImageIO("GDCMImageIO")
+    writer.SetFileName(str(path))
+    writer.Execute(image)
+
+
+def series(folder, planes=STORED, keep=None, step=2.0, lean=0.0, **options):
+    folder.mkdir(exist_ok=True)
+    for z in keep if keep is not None else range(len(planes)):
+        place = (-60.0, -30.0 + lean * z, 10.0 + step * z)
+        write(folder / f"{9 - z}.dcm", planes[z], place, number=z + 1, **options)
+    return folder
+
+
+def read(folder):
+    (slices,) = find_series(folder)
+    return read_volume(folder, slices)
+
+
+def right(folder, expected=VOLUME, atol=0.0):
+    array, grid = read(folder)
+    np.testing.assert_allclose(reorder(array, grid, "RAS"), expected, atol=atol)
+    np.testing.assert_allclose(grid.reordered("RAS").spacing, (2.5, 1.25, 2.0), rtol=1e-5)
+    np.testing.assert_allclose(grid.reordered("RAS").affine[:3, 3], (60 - 13 * 2.5, 30 - 16 * 1.25, 10), atol=1e-3)
+
+
+def test_a_whole_series_is_its_volume_as_itk_reads_it(tmp_path):
+    folder = series(tmp_path / "s")
+    right(folder)
+    reader = itk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    image = reader.Execute()
+    array, grid = read(folder)
+    np.testing.assert_array_equal(array, itk.GetArrayFromImage(image).transpose(2, 1, 0))
+    np.testing.assert_allclose(np.diag([-1, -1, 1]) @ np.array(image.GetOrigin()), grid.affine[:3, 3], atol=1e-3)
+
+
+def test_foreign_files_and_single_slices_of_another_direction_are_left_out(tmp_path, caplog):
+    folder = series(tmp_path / "s")
+    for number in range(7):
+        (folder / f"a{number}.txt").write_text("a note of some length " * 9)
+    write(folder / "zz.dcm", STORED[3], (0, -60, 150), (0, 1, 0, 0, 0, -1), 99)
+    right(folder)
+    assert "7 file(s)" in caplog.text and "1 slice(s)" in caplog.text
+
+
+def test_two_directions_of_several_slices_are_two_volumes(tmp_path):
+    folder = series(tmp_path / "s")
+    for number in range(4):
+        write(folder / f"c{number}.dcm", STORED[3], (-60, 10.0 * number, 150), (1, 0, 0, 0, 0, -1), 90 + number)
+    found = find_series(folder)
+    assert sorted(map(len, found)) == [4, 8]
+    for slices in found:
+        assert read_volume(folder, slices)[0].shape[2] == len(slices)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda f: series(f, keep=[0, 1, 2, 5, 6, 7]), r"6 slices and 2 missing"),
+        (lambda f: (series(f), write(f / "x.dcm", STORED[2], (-60, -30, 14.0), number=50))[0], "9 slices of which 1 "),
+        (lambda f: series(f, lean=0.5), "gantry tilt"),
+        (
+            lambda f: (series(f, keep=range(6)), write(f / "x.dcm", STORED[6], (-60, -30, 22.9), number=50))[0],
+            "distance",
+        ),
+        (lambda f: series(f, keep=[3]), "1 slices alone"),
+    ],
+)
+def test_what_is_no_whole_volume_is_refused_with_a_number(tmp_path, build, words):
+    folder = build(tmp_path / "s")
+    with pytest.raises(ValueError, match=words):
+        read(folder)
+
+
+def test_files_without_preamble_are_read(tmp_path):
+    folder = series(tmp_path / "s")
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        assert content[128:132] == b"DICM"
+        file.write_bytes(content[132:])
+    right(folder)
+
+
+def test_modality_values_and_inverted_grey_are_honoured(tmp_path):
+    rescaled = (("0028|1052", "-1024"), ("0028|1053", "2"), ("0008|0060", "CT"))
+    right(series(tmp_path / "ct", STORED * 2 - 1024, tags=rescaled), VOLUME * 2.0 - 1024)
+    signed = series(tmp_path / "signed", (STORED - 500).astype(np.int16))
+    right(signed, VOLUME - 500.0)
+    right(series(tmp_path / "unsigned", STORED.astype(np.uint16) + 33000), VOLUME + 33000.0)
+    flipped = (65535 - STORED.astype(np.int64)).astype(np.uint16)
+    ct = {"tags": (("0008|0060", "CT"), ("0028|1052", "-1024"), ("0028|1053", "1"))}
+    for name, stored, options, expected in (
+        ("unsigned", flipped, {}, VOLUME),
+        ("signed", -1 - STORED, {}, VOLUME),
+        ("in units", STORED - 1024, ct, VOLUME - 1024.0),
+    ):
+        folder = series(tmp_path / f"inverted {name}", stored, **options)
+        for file in folder.iterdir():
+            content = file.read_bytes()
+            assert content.count(b"MONOCHROME2") == 1
+            file.write_bytes(content.replace(b"MONOCHROME2", b"MONOCHROME1"))
+        right(folder, expected)
+
+
+def test_compressed_slices_are_read(tmp_path):
+    folder = series(tmp_path / "s", compress=True)
+    assert sum(f.stat().st_size for f in folder.iterdir()) != sum(
+        f.stat().st_size for f in series(tmp_path / "plain").iterdir()
+    )
+    right(folder)
+
+
+def test_a_damaged_slice_is_named(tmp_path):
+    folder = series(tmp_path / "s")
+    file = folder / "5.dcm"
+    file.write_bytes(file.read_bytes()[:-300])
+    with pytest.raises(ValueError, match=r"5\.dcm|missing"):
+        array, _ = read(folder)
+        np.testing.assert_array_equal(array.shape, VOLUME.shape)
+        raise AssertionError(f"read as {array[:, :, 4]}")
+
+
+def test_a_folder_without_dicom_has_no_series(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 500)
+    assert find_series(tmp_path) == []
