@@ -87,7 +87,6 @@ def inference_items(root: Path) -> list[Item]:
 
     Raises:
         FileNotFoundError: there is no image in it.
-        ValueError: two files with one id.
     """
     root = Path(root)
     named = [root / name for section in ("test", "validation", "train") for name in FOLDERS[section]]

@@ -74,7 +74,6 @@ def inference_items(root: Path) -> list[Item]:
 
     Raises:
         FileNotFoundError: there is no such folder or no image in it.
-        ValueError: two files with one id.
     """
     root = Path(root)
     folders = [root / name for name in CLASSES if (root / name).is_dir()]

@@ -75,7 +75,6 @@ def inference_items(root: Path) -> list[Item]:
 
     Raises:
         FileNotFoundError: there is no such folder or no image in it.
-        ValueError: two files with one id.
     """
     root = Path(root)
     return plain_items((root / TEST / "Imgs", root / "images", root / "frames", root / "Imgs", root))

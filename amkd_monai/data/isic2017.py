@@ -71,7 +71,6 @@ def inference_items(root: Path) -> list[Item]:
 
     Raises:
         FileNotFoundError: there is no image in it.
-        ValueError: two files with one id.
     """
     root = Path(root)
     official = [f for name in reversed(OFFICIAL.values()) if (f := image_folder(root, name)) is not None]

@@ -54,7 +54,6 @@ def inference_items(root: Path) -> list[Item]:
 
     Raises:
         FileNotFoundError: there is no such folder or no image in it.
-        ValueError: two files with one id.
     """
     return plain_items((Path(root) / "images", Path(root)))
 

@@ -70,7 +70,6 @@ def inference_items(root: Path) -> list[Item]:
 
     Raises:
         FileNotFoundError: there is no such folder or no volume in it.
-        ValueError: two files with one id.
     """
     root = Path(root)
     return plain_items((root / "imagesTs", root / "imagesTr", root), "volumes", VOLUME_SUFFIXES)

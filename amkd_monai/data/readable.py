@@ -12,7 +12,7 @@ from ignite.engine import Engine, Events
 from monai.data import DataLoader, MetaTensor, list_data_collate
 from torch.utils.data import Dataset
 
-from amkd_monai.errors import root_cause
+from amkd_monai.errors import is_own, root_cause
 from amkd_monai.files.masks import coding_problem
 from amkd_monai.files.names import label_files
 from amkd_monai.files.pictures import DAMAGED, level_problem
@@ -47,8 +47,8 @@ def read_item(item: Mapping[str, Any], transform: Callable) -> dict[str, Any]:
     try:
         data = dict(transform(dict(item)))
     except UNREADABLE as error:
-        cause = " ".join(str(root_cause(error)).split())
-        if any(file in cause for file in files.split(" or ")):
+        cause = " ".join(str(root := root_cause(error)).split())
+        if is_own(root) and any(file in cause for file in files.split(" or ")):
             raise BadSampleError(cause) from error
         raise BadSampleError(f"{files} cannot be read ({cause[:200]}): replace or remove the file.") from error
     image = np.asarray(data["image"])

@@ -126,9 +126,12 @@ class LoadVolumed(MapTransform):
             if key == self.image_key:
                 array, grid = read_volume(file)
             else:
-                mask, of_label = read_label_volume(file, grid, self.classes, self.codes)
+                used: set[str] = set()
+                mask, of_label = read_label_volume(file, grid, self.classes, self.codes, used)
                 array, grid = mask.astype(np.float32), grid or of_label
             result[key] = _loaded(array[None], file, grid.affine)
+            if key != self.image_key:
+                result[key].meta[CODING] = sorted(used) if self.codes == "auto" else []
         return result
 
 

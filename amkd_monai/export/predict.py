@@ -188,7 +188,8 @@ def predict(
     folder = expanded(output)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[list[Any]] = []
-    failed, refused = 0, (ValueError, OSError, MemoryError, *_refusals())
+    failed = 0
+    refused: tuple[type[Exception], ...] = (ValueError, OSError, MemoryError, *_refusals())
     for item in progress(items, desc="predict"):
         try:
             _predict_one(predictor, item, folder, rows)

@@ -107,7 +107,7 @@ def _guessed(values: np.ndarray, found: np.ndarray, classes: int) -> str:
     """The codes of a mask, where its values leave no choice."""
     listed = ", ".join(f"{value:g}" for value in found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
     indices = set(found.tolist()) <= {*range(classes), IGNORED}
-    if indices and not (classes == 2 and IGNORED in found and 1 not in found):
+    if indices and (IGNORED not in found or set(found.tolist()) & {*range(1, classes)}):
         if classes == 2 and 0 not in found:
             raise ValueError(f"holds no 0 but {listed}: {HOW}")
         return "indices"
@@ -115,7 +115,9 @@ def _guessed(values: np.ndarray, found: np.ndarray, classes: int) -> str:
         raise ValueError(f"holds the value(s) {listed}; the task has the classes 0 to {classes - 1}")
     if len(found) == 2 and found[0] == 0 and found[1] > OPAQUE:
         return "nonzero"
-    if len(found) > 1 and _is_grey_scale(_grey(values, found)):
+    small = [value for value in found.tolist() if value not in (0, IGNORED)]
+    coded = values.dtype.kind != "f" and small and max(small) < LARGEST_INDEX
+    if len(found) > 1 and not coded and _is_grey_scale(_grey(values, found)):
         return "threshold"
     raise ValueError(f"holds the value(s) {listed}, which can mean several things for {classes} classes: {HOW}")
 
@@ -214,7 +216,7 @@ def read_mask(
             if codes == "auto":
                 check_plausible(mask)
             if used is not None:
-                used.add(_coding(values))
+                used.add(coding(values))
         except ValueError as error:
             raise ValueError(f"Mask {file} cannot be used: it {error}.") from error
         if frame is not None:
@@ -242,7 +244,7 @@ def check_plausible(mask: np.ndarray) -> None:
         raise ValueError(f"is foreground at {share:.0%} of the image or along its whole border, as if inverted: {HOW}")
 
 
-def _coding(values: np.ndarray) -> str:
+def coding(values: np.ndarray) -> str:
     """How foreground is coded: "255" alone, "1 and 255", or other."""
     if not (values == IGNORED).any():
         return ""

@@ -49,9 +49,12 @@ def file_id(file: Path) -> str:
 
     Bytes that are not UTF-8 and control characters become ``%XX``, so that every id can be printed and written.
     """
-    name = os.fsencode(file.name).decode("utf-8", "surrogateescape")
-    suffix = next((s for s in VOLUME_SUFFIXES if name.lower().endswith(s)), Path(name).suffix)
-    name = name[: len(name) - len(suffix)] if suffix else name
+    suffix = next((s for s in VOLUME_SUFFIXES if has_suffix(file.name, [s])), file.suffix)
+    return _printable(file.name[: len(file.name) - len(suffix)])
+
+
+def _printable(name: str) -> str:
+    name = os.fsencode(name).decode("utf-8", "surrogateescape")
     return "".join(f"%{ord(c) & 0xFF:02X}" if "\udc80" <= c <= "\udcff" or c < " " or c == "\x7f" else c for c in name)
 
 
@@ -109,10 +112,13 @@ def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) 
     if len(kept) < len(files):
         logger.info("%d file(s) in %s are masks or predictions and are left out.", len(files) - len(kept), folder)
     ids = [file_id(file) for file in kept]
-    return {
-        (name if ids.count(name) == 1 else name + file.name[len(file.name) - len(file.suffix) :]): file
-        for name, file in zip(ids, kept, strict=True)
-    }
+    result: dict[str, Path] = {}
+    for name, file in sorted(zip(ids, kept, strict=True), key=lambda pair: ids.count(pair[0])):
+        name = name if ids.count(name) == 1 else _printable(file.name)
+        while name in result:
+            name += "_"
+        result[name] = file
+    return dict(sorted(result.items()))
 
 
 def _is_derived(file: Path, names: set[str]) -> bool:

@@ -59,9 +59,29 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
 
 def orientation(image: Image.Image) -> int:
     """EXIF orientation of an opened picture, 1 to 8; 1 where there is none. To be asked before the pixels are read."""
+    from PIL import Image as pillow
+
     tags = getattr(image, "tag_v2", None)
-    value = tags.get(ORIENTATION, 1) if tags is not None else image.getexif().get(ORIENTATION, 1)
+    if tags is None:  # the method of PNG reads all pixels, since a tag may stand behind them
+        tags = image.getexif() if _has_late_text(image) else pillow.Image.getexif(image)
+    value = tags.get(ORIENTATION, 1)
     return value if value in range(1, 9) else 1
+
+
+def _has_late_text(image: Image.Image) -> bool:
+    """Whether a PNG has EXIF or text behind its pixels."""
+    if image.format != "PNG" or "exif" in image.info:
+        return False
+    stream, late = image.fp, False  # type: ignore[attr-defined]
+    start = stream.tell()
+    stream.seek(8)
+    pixels = False
+    while len(head := stream.read(8)) == 8 and not late:
+        late = pixels and head[4:] in (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
+        pixels |= head[4:] == b"IDAT"
+        stream.seek(int.from_bytes(head[:4], "big") + 4, 1)
+    stream.seek(start)
+    return late
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -174,11 +194,9 @@ def read_picture(path: str | Path, size: Sequence[int] | None = None) -> np.ndar
             target = int(size[1]), int(size[0])
             image.draft("RGB", target[::-1] if orientation(image) >= 5 else target)
         rgb = to_rgb(upright(image))
-        if problem := level_problem(np.asarray(rgb)):
-            raise ValueError(problem)
-        if size is not None:
-            rgb = rgb.resize(target, Image.Resampling.BILINEAR, reducing_gap=2.0)
-        return np.asarray(rgb)
+    if problem := level_problem(np.asarray(rgb)):
+        raise ValueError(f"{path} cannot be used: {problem}.")
+    return np.asarray(rgb if size is None else rgb.resize(target, Image.Resampling.BILINEAR, reducing_gap=2.0))
 
 
 def write_png(path: Path, picture: np.ndarray | Image.Image) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from amkd_monai.atomic import atomic_path
-from amkd_monai.files.masks import MaskCodes, check_plausible, decode
+from amkd_monai.files.masks import MaskCodes, check_plausible, coding, decode
 from amkd_monai.files.names import MARK
 from amkd_monai.files.pictures import DAMAGED
 
@@ -236,7 +236,11 @@ def grid_problem(image: Grid, label: Grid) -> str:
 
 
 def read_label_volume(
-    file: str | Path, image: Grid | None = None, classes: int = 2, codes: MaskCodes = "auto"
+    file: str | Path,
+    image: Grid | None = None,
+    classes: int = 2,
+    codes: MaskCodes = "auto",
+    used: set[str] | None = None,
 ) -> tuple[np.ndarray, Grid]:
     """Read a label volume, in the array order of its image.
 
@@ -245,6 +249,7 @@ def read_label_volume(
         image: grid of the image; None keeps the order of the file.
         classes: number of classes, background included.
         codes: see :func:`amkd_monai.files.masks.decode`.
+        used: gets the coding of the file, see :func:`amkd_monai.files.masks.coding_problem`.
 
     Returns:
         Class indices (X, Y, Z), uint8, 255 where there is no label, and their grid.
@@ -259,6 +264,8 @@ def read_label_volume(
         mask = decode(array, classes, codes)
         if codes == "auto":
             check_plausible(mask)
+        if used is not None:
+            used.add(coding(array))
     except ValueError as error:
         raise ValueError(f"Label {file} cannot be used: it {str(error).removeprefix('it ')}.") from error
     if image is None:

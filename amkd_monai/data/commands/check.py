@@ -65,7 +65,7 @@ def inspect_item(item: Item, task: Task, codes: MaskCodes, used: set[str]) -> Fi
             found.size, found.mode = grid.shape, grid.axes
             if problem := _value_problem(volume, task):
                 raise ValueError(f"{item['image']} cannot be used: {problem}.")
-            mask = read_label_volume(files[0], grid, classes, codes)[0] if files else None
+            mask = read_label_volume(files[0], grid, classes, codes, used)[0] if files else None
         if mask is not None:
             found.share = float(((mask > 0) & (mask != IGNORED)).mean())
     except (ValueError, OSError, MemoryError) as error:

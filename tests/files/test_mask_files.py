@@ -157,7 +157,7 @@ def test_several_masks_of_an_image_are_joined(tmp_path):
     grey((X > 45) * 255).save(tmp_path / "b.png")
     np.testing.assert_array_equal(read_mask([tmp_path / "a.png", tmp_path / "b.png"]), DISC | (X > 45))
     grey(np.ones((8, 8)) * (np.eye(8) > 0)).save(tmp_path / "small.png")
-    with pytest.raises(ValueError, match="small.png"):
+    with pytest.raises(ValueError, match=r"small\.png"):
         read_mask([tmp_path / "a.png", tmp_path / "small.png"])
 
 
