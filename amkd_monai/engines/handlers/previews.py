@@ -17,7 +17,7 @@ from torch import nn
 from amkd_monai.atomic import atomic_path
 from amkd_monai.data.pictures import to_rgb
 from amkd_monai.engines.handlers.case_report import identify
-from amkd_monai.metrics.run_files import preview_file
+from amkd_monai.metrics.summary import preview_file
 from amkd_monai.tasks import get_task
 
 SIDE = 256
