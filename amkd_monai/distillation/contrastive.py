@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amkd_monai.distillation.deferred import Counter
+
 MODES = ("table", "queue")
 OPTIONS = ("mode", "temperature", "learnable", "negatives", "length", "seed")
 COOLEST, WARMEST = 0.03, 0.3
@@ -51,7 +53,7 @@ def contrastive_loss(similar: Tensor, own: Tensor, eligible: Tensor, temperature
     return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device), reduction="none")
 
 
-class ContrastiveDistillation(nn.Module):
+class ContrastiveDistillation(Counter):
     """Heads from the pooled student map to each teacher's pooled standardised vectors, and the negatives.
 
     In mode ``table`` the vectors of all samples are on the device, and negatives are drawn from them in every step.
@@ -69,11 +71,10 @@ class ContrastiveDistillation(nn.Module):
             longer than half the dataset.
     """
 
-    step: Tensor
     queue: Tensor
 
     def __init__(self, channels: int, samples: SampleTable, options: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
+        super().__init__("step")
         options = dict(options or {})
         if unknown := set(options) - set(OPTIONS):
             raise ValueError(f"Unknown contrastive options {sorted(unknown)}: use some of {', '.join(OPTIONS)}.")
@@ -102,7 +103,6 @@ class ContrastiveDistillation(nn.Module):
         self.log_temperature = nn.Parameter(
             torch.tensor(math.log(temperature)), requires_grad=bool(options.get("learnable", True))
         )
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.register_buffer("queue", torch.full((length if self.mode == "queue" else 0,), NOBODY, dtype=torch.long))
 
     @property
@@ -145,7 +145,7 @@ class ContrastiveDistillation(nn.Module):
     @torch.no_grad()
     def remember(self, index: Tensor) -> None:
         """Count a training step; in mode ``queue`` take in its samples (B,) after their loss was computed."""
-        self.step += 1
+        self.count_step()
         if self.mode == "queue":
             everyone = _gather(index.to(self.queue))
             self.queue.copy_(torch.cat([everyone, self.queue])[: len(self.queue)])
@@ -157,7 +157,7 @@ class ContrastiveDistillation(nn.Module):
 
     def _draw(self, eligible: Tensor) -> tuple[Tensor, Tensor]:
         """Draw min(negatives, eligible) per row: columns (B, m') and whether each is eligible (B, m')."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.step))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.steps)
         keys = torch.rand(eligible.shape, generator=generator).to(eligible.device)
         count = min(self.negatives, eligible.shape[1])
         keep = torch.where(eligible, keys, torch.full_like(keys, -1.0)).topk(count, dim=1).indices

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from amkd_monai.distillation import gates, losses, return_decoder
 from amkd_monai.distillation.alignment import Alignment, pool_finer
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
+from amkd_monai.distillation.deferred import INTERVAL, Faults
 from amkd_monai.distillation.gradients import SharedGradients, norms
 from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherSpec
 from amkd_monai.distillation.loss_choice import DEFAULT_LOSSES, LOSSES, choose_losses
@@ -47,6 +48,10 @@ class Distiller(nn.Module):
     """Student + projections + gates; teachers themselves are never in here, only what they said.
 
     Without teachers it is plain supervised training of the student, on the same code path.
+
+    A training step asks the device nothing, so that the host can run ahead of it: labels out of range and targets that
+    are not finite are noted, and raised in the first step, in every :data:`INTERVAL`-th and by ``faults.read()``, which
+    a training loop calls before it keeps anything. Without training they are raised at once.
 
     Args:
         student: network with ``encode``, ``decode``, ``channels_at`` and ``strides``.
@@ -96,7 +101,8 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.student, self.teachers, self.batch_dice = student, list(teachers), batch_dice
-        self.class_weights = class_weights
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.faults, self._until_read = Faults(), 0
         self.temperature, self.strength = dict(temperature or {}), dict(strength or {})
         kd_temperature(0.0, **self.temperature)  # a wrong schedule fails here, not in the first step
         distillation_strength(0.0, **self.strength)
@@ -141,9 +147,10 @@ class Distiller(nn.Module):
         """Compute all losses of a batch at ``progress`` in [0, 1] of the run.
 
         Raises:
-            ValueError: the batch holds no labelled sample, or the targets of a teacher are missing or not finite.
+            ValueError: the batch holds no labelled sample, or the targets of a teacher are missing; or, in this step or
+                one before, a label is out of range or the targets of a teacher are not finite.
         """
-        if not bool(batch.has_label.any()):
+        if batch.rows is not None and not len(batch.rows):
             raise ValueError("The batch holds no labelled sample: the task loss needs at least one.")
         size = [int(batch.image.shape[-2]), int(batch.image.shape[-1])]
         levels = self.student.encode(batch.image)
@@ -151,16 +158,19 @@ class Distiller(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
             labelled, label = batch.labelled(logits), batch.labelled(batch.label)
+            losses.note_classes(self.faults, label, logits.shape[1])
+            label = label.clamp(0, logits.shape[1] - 1)  # indexing by another class would end the process on a GPU
             named = {"task": losses.task_loss(labelled, label, self.batch_dice, self.class_weights)}
             answer = losses.as_map(logits)
             weights: dict[str, Tensor] = {}
-            figures: dict[str, float] = {}
+            figures: dict[str, float | Tensor] = {}
             view: Tensor | None = None
             strength = distillation_strength(progress, **self.strength)
             if self.teachers:
                 view, pairs, answers, reading = self._look(batch, levels, answer.shape[1])
                 self._distil(batch, answer, view, pairs, answers, reading, progress, named, weights)
-                gate, figures = self.teacher_gate.compare(batch, reading)
+                gate, found = self.teacher_gate.compare(batch, reading)
+                figures |= found
                 named |= gate | self._autoencoder(batch, pairs)
                 if self.training:
                     shared = levels[self.student.strides.index(SHARED_STRIDE)]
@@ -171,8 +181,9 @@ class Distiller(nn.Module):
             if (penalty := self.loss_gate.penalty(strength)) is not None:
                 named["uncertainty"] = penalty
             factors |= {name: 1.0 for name in named if name not in factors}  # losses that train parts of the distiller
-            total = torch.stack([factors[name] * loss.mean() for name, loss in named.items()]).sum()
-        plain = {name: float(f.detach()) if isinstance(f, Tensor) else f for name, f in factors.items()}
+            total = torch.stack([_float(factors[name]) * loss.mean() for name, loss in named.items()]).sum()
+        self._read_faults()
+        plain = {name: f.detach() if isinstance(f, Tensor) else f for name, f in factors.items()}
         return DistillationOutput(total, named, plain, weights, logits, figures)
 
     @torch.no_grad()
@@ -185,6 +196,7 @@ class Distiller(nn.Module):
         levels = self.student.encode(batch.image)
         logits = losses.as_map(self.student.decode(levels, list(batch.image.shape[-2:])))
         _, _, answers, reading = self._look(batch, levels, logits.shape[1])
+        self.faults.read()
         everyone = self.teacher_gate.available(batch, [True] * len(self.teachers))
         return logits, answers, self.teacher_gate.weights(reading, everyone)
 
@@ -212,12 +224,19 @@ class Distiller(nn.Module):
         if batch.available is not None:
             k = [t.name for t in self.teachers].index(name)
             target = torch.where(batch.available[:, k, None, None, None].bool(), target, torch.zeros_like(target))
-        # a finite sum is the quick proof; one that overflows proves nothing
-        if not bool(torch.isfinite(target.sum())) and not bool(torch.isfinite(target).all()):
-            raise ValueError(
-                f"The {kind} targets of the teacher '{name}' are not finite: delete its teacher cache and run again."
-            )
+        self.faults.note(  # the sum is finite where all are, and ten times as quick on a CPU as to look at each
+            f"The {kind} targets of the teacher '{name}' are not finite: delete its teacher cache and run again.",
+            ~torch.isfinite(target.sum(dtype=torch.float32)),
+        )
         return target
+
+    def _read_faults(self) -> None:
+        """Read what the device noted, in training at intervals only."""
+        if self.training and self._until_read:
+            self._until_read -= 1
+            return
+        self._until_read = INTERVAL - 1
+        self.faults.read()
 
     def _pairs(self, batch: Batch, features: Mapping[int, Tensor]) -> dict[str, _Pair]:
         """Bring student and teachers to common grids and codes, {teacher: pair}; none if no loss compares features."""
@@ -292,3 +311,8 @@ class Distiller(nn.Module):
                 if loss is not None:
                     parts.append(loss.flatten(1).mean(1) * available[:, k])
         return {"autoencoder": torch.stack(parts).mean(0)} if parts else {}
+
+
+def _float(factor: float | Tensor) -> float | Tensor:
+    """A factor as it enters a product of float32 losses."""
+    return factor.float() if isinstance(factor, Tensor) else factor

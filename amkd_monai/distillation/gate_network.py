@@ -119,7 +119,7 @@ def gate_loss(target: Tensor, log_predicted: Tensor) -> Tensor:
     return F.kl_div(log_predicted, target.detach(), reduction="none").sum(1).flatten(1).mean(1)
 
 
-def agreement_auc(target: Tensor, predicted: Tensor) -> float:
+def agreement_auc(target: Tensor, predicted: Tensor) -> Tensor:
     """How well g finds the slot that the labels trust most: area under the ROC curve over cells and slots.
 
     Args:
@@ -127,13 +127,12 @@ def agreement_auc(target: Tensor, predicted: Tensor) -> float:
         predicted: g or log g (B, K + 1, h, w).
 
     Returns:
-        In [0, 1], 0.5 for a gate that knows nothing; equal values of g count half.
+        A scalar in [0, 1], 0.5 for a gate that knows nothing; equal values of g count half.
     """
-    best = torch.zeros_like(target).scatter_(1, target.argmax(1, keepdim=True), 1.0).flatten()
-    score = predicted.detach().flatten()
-    ordered, right = score.sort().values, score[best > 0]
+    score = predicted.detach()
+    ordered, right = score.flatten().sort().values, score.gather(1, target.argmax(1, keepdim=True)).flatten()
     below = torch.searchsorted(ordered, right), torch.searchsorted(ordered, right, right=True)
     rank = (below[0] + below[1] + 1).double() / 2  # the mean rank of equal values
     positives = len(right)
-    pairs = positives * (len(best) - positives)
-    return (float(rank.sum()) - positives * (positives + 1) / 2) / max(1, pairs)
+    pairs = positives * (score.numel() - positives)
+    return (rank.sum() - positives * (positives + 1) / 2) / max(1, pairs)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-INTERVAL = 50
-"""Steps between two measurements, by default."""
+from amkd_monai.distillation.deferred import INTERVAL, Counter
 
 
-class SharedGradients(nn.Module):
+class SharedGradients(Counter):
     """Measure, every ``every`` steps, what each loss asks of the student's shared map.
 
     Gradients with respect to all parameters would cost several times a step; at one map they cost a part of a step,
@@ -27,11 +26,10 @@ class SharedGradients(nn.Module):
     seen: Tensor
 
     def __init__(self, every: int = INTERVAL) -> None:
-        super().__init__()
+        super().__init__("seen")
         if every < 1:
             raise ValueError(f"Gradients are measured every {every} steps: give a number of at least 1.")
         self.every = every
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
     def forward(self, losses: Mapping[str, Tensor], names: Iterable[str], shared: Tensor) -> dict[str, Tensor]:
         """Count a step and return its gradients, if it is one of those that are measured.
@@ -45,8 +43,8 @@ class SharedGradients(nn.Module):
             {name: gradient of the mean loss (B * C * h * w,), 0 where it does not depend on the map}; empty in a step
             that is not measured or where no gradient is asked for. Graph and ``.grad`` stay as they are.
         """
-        due = int(self.seen) % self.every == 0
-        self.seen += 1
+        due = self.steps % self.every == 0
+        self.count_step()
         if not due or not torch.is_grad_enabled() or not shared.requires_grad:
             return {}
         found = {}
@@ -56,6 +54,6 @@ class SharedGradients(nn.Module):
         return found
 
 
-def norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
-    """Euclidean norm of each gradient, {"gradient_<loss>": norm}."""
-    return {f"gradient_{name}": float(gradient.norm()) for name, gradient in gradients.items()}
+def norms(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Euclidean norm of each gradient, {"gradient_<loss>": scalar}."""
+    return {f"gradient_{name}": gradient.norm() for name, gradient in gradients.items()}

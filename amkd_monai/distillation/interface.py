@@ -42,18 +42,18 @@ class DistillationOutput:
         total: the loss to minimise, a scalar.
         losses: {name: (B,)}; ``task`` and ``gate`` are (number of labelled samples,). ``gate``, ``autoencoder`` and
             ``uncertainty`` train parts of the distiller alone and never reach the student.
-        loss_weights: {name: factor} by which each loss entered the total.
+        loss_weights: {name: factor} by which each loss entered the total; scalars of the device where it knows them.
         teacher_weights: {loss: (B, K)} mean weight of each teacher per sample, without gradient.
         logits: student logits (B, C, H, W), or (B, C) where an image has one class.
-        figures: further figures worth recording, by name.
+        figures: further figures worth recording, by name; scalars of the device where it knows them.
     """
 
     total: Tensor
     losses: dict[str, Tensor]
-    loss_weights: dict[str, float]
+    loss_weights: dict[str, float | Tensor]
     teacher_weights: dict[str, Tensor]
     logits: Tensor
-    figures: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float | Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,13 +63,15 @@ class Batch:
     Attributes:
         image: (B, 3, H, W) in [0, 1].
         label: class indices, masks (B, 1, H, W) or one class per image (B,); rows without a label may hold anything.
-        has_label: boolean (B,).
+        has_label: boolean (B,); best on the host, from where no step need wait for the device to say who is labelled.
         teachers: {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}; where an image has one class, answers
             have one cell, (B, classes, 1, 1).
         index: position of each sample in the training dataset (B,); contrastive distillation needs it.
         available: boolean (B, K), False where a teacher says nothing about a sample (its rows may hold anything);
             None where every teacher speaks about every sample.
         task: number of the data set that the whole batch comes from, for the gate network's task embedding.
+        known: ``has_label`` on the device of the images (B,).
+        rows: indices of the labelled samples there, None where all are labelled.
     """
 
     image: Tensor
@@ -79,10 +81,17 @@ class Batch:
     index: Tensor | None = None
     available: Tensor | None = None
     task: int = 0
+    known: Tensor = field(init=False)
+    rows: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        labelled, device = self.has_label.cpu(), self.image.device
+        self.known = labelled.to(device, non_blocking=True)
+        self.rows = None if bool(labelled.all()) else labelled.nonzero()[:, 0].to(device, non_blocking=True)
 
     def labelled(self, values: Tensor) -> Tensor:
         """The rows of values (B, ...) whose samples have a label, the same tensor where all have."""
-        return values if bool(self.has_label.all()) else values[self.has_label]
+        return values if self.rows is None else values.index_select(0, self.rows)
 
     @property
     def label_map(self) -> Tensor:

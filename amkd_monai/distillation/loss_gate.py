@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amkd_monai.distillation.gradients import INTERVAL
+from amkd_monai.distillation.deferred import INTERVAL, Counter
 
 logger = logging.getLogger("amkd_monai")
 
@@ -69,7 +69,7 @@ class LossGate(nn.Module):
         return None
 
 
-class ScaledLossGate(LossGate):
+class ScaledLossGate(Counter, LossGate):
     """L = L_task + beta(t) sum_k v_k L_k / S_k, with scales S_k measured once and then frozen.
 
     S_k is the median of L_k over the first ``warmup_steps`` steps, floored at 1e-3. Because it is frozen, a loss that
@@ -89,40 +89,41 @@ class ScaledLossGate(LossGate):
     """
 
     history: Tensor
-    count: Tensor
     scale: Tensor
 
     def __init__(self, priors: Mapping[str, float], warmup_steps: int = 100, floor: float = 0.0) -> None:
-        super().__init__(priors)
+        super().__init__("count", priors)
         total = sum(priors[name] for name in self.names)
         n = len(self.names)
         self.served = 1.0
-        self.relative = {name: (1 - floor) * priors[name] / total + floor / n for name in self.names}
+        self.share = {name: (1 - floor) * priors[name] / total + floor / n for name in self.names}
         self.register_buffer("history", torch.zeros(n, warmup_steps))
-        self.register_buffer("count", torch.zeros((), dtype=torch.long))
         self.register_buffer("scale", torch.ones(n))
 
     @torch.no_grad()
     def observe(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None) -> None:
         """Take part in measuring the scales; without effect once they are frozen. ``losses``: {name: (B,)}."""
-        step, limit = int(self.count), self.history.shape[1]
-        if step >= limit:
+        step = self.steps
+        if step >= self.history.shape[1]:
             return
         for k, name in enumerate(self.names):
             self.history[k, step] = losses[name].detach().float().mean()
-        self.count += 1
-        if step < limit:
-            self.scale.copy_(self.history[:, : step + 1].median(dim=1).values.clamp_min(1e-3))
+        self.count_step()
+        self.scale.copy_(self.history[:, : step + 1].median(dim=1).values.clamp_min(1e-3))
 
-    def importance(self) -> dict[str, float]:
+    def importance(self) -> Mapping[str, float | Tensor]:
         """The share v_k of each loss."""
-        return self.relative
+        return self.share
 
     def weights(self, strength: float, features: Tensor | None = None) -> Mapping[str, float | Tensor]:
-        """Return the factor of each loss, {name: beta v_k / S_k}, and exactly 1 for ``task``."""
-        scales, shares = self.scale.tolist(), self.importance()
-        factors = {n: strength * self.served * shares[n] / s for n, s in zip(self.names, scales, strict=True)}
-        return {"task": 1.0, **factors}
+        """Return the factor of each loss, {name: beta v_k / S_k}, scalars, and exactly 1 for ``task``."""
+        shares, scales = self.importance(), self.scale.double().unbind()
+        # times 1 first: a number over a tensor is computed as its reciprocal, which rounds otherwise
+        parts = {
+            n: torch.ones_like(s) * (strength * self.served) * shares[n] / s
+            for n, s in zip(self.names, scales, strict=True)
+        }
+        return {"task": 1.0, **parts}
 
 
 class AgreementLossGate(ScaledLossGate):
@@ -161,6 +162,7 @@ class AgreementLossGate(ScaledLossGate):
             )
         self.floor, self.temperature, self.every, self.memory = floor, temperature, every, memory
         self.register_buffer("agreement", torch.zeros(len(self.names)))
+        self.log_priors: list[float] = torch.tensor([self.priors[name] for name in self.names]).log().tolist()
 
     @torch.no_grad()
     def observe(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None) -> None:
@@ -169,19 +171,19 @@ class AgreementLossGate(ScaledLossGate):
         gradients = {} if gradients is None else gradients
         for k, name in enumerate(self.names):
             gradient = gradients.get(name)
-            if gradient is None or not bool(gradient.any()):  # a loss that is 0 says nothing, and must not gain by it
+            if gradient is None:
                 continue
             cosine = F.cosine_similarity(gradient, gradients["task"], dim=0)
-            self.agreement[k] = self.memory * self.agreement[k] + (1 - self.memory) * cosine
+            measured = self.memory * self.agreement[k] + (1 - self.memory) * cosine
+            # a loss that is 0 says nothing, and must not gain by it
+            self.agreement[k] = torch.where(gradient.any(), measured, self.agreement[k])
 
-    def importance(self) -> dict[str, float]:
+    def importance(self) -> Mapping[str, float | Tensor]:
         """The share v_k of each loss, at least floor / K."""
-        if not self.names:
-            return {}
-        prior = torch.tensor([self.priors[name] for name in self.names]).log()
-        shares = torch.softmax(prior + self.agreement.detach().cpu() / self.temperature, dim=0)
-        shares = (1 - self.floor) * shares + self.floor / len(self.names)
-        return dict(zip(self.names, shares.tolist(), strict=True))
+        scaled = (self.agreement / self.temperature).unbind()
+        scores = [prior + c for prior, c in zip(self.log_priors, scaled, strict=True)]
+        shares = (1 - self.floor) * torch.softmax(torch.stack(scores), dim=0) + self.floor / len(self.names)
+        return dict(zip(self.names, shares.double().unbind(), strict=True))
 
 
 class UncertaintyLossGate(LossGate):

@@ -57,9 +57,9 @@ class MultiTaskDistiller(nn.Module):
         """
         result: DistillationOutput = self.distillers[task](batch, progress)
         scale = self.scales[task]
-        if self.training and int(scale.count) < scale.history.shape[1]:
+        if self.training and scale.steps < scale.history.shape[1]:
             scale.observe({TASK: mean_over_processes(result.losses[TASK].detach().mean())})
-        factor = float(scale.scale[0])
+        factor = scale.scale[0].clone()
         result.total = result.total / factor
         result.figures["loss_scale"] = factor
         return result

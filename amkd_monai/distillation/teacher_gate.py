@@ -56,6 +56,8 @@ class TeacherGate(nn.Module):
         ValueError: unknown mode or option, or one that the mode needs is missing.
     """
 
+    mean_errors: Tensor
+
     def __init__(
         self,
         mode: str,
@@ -77,6 +79,9 @@ class TeacherGate(nn.Module):
             raise ValueError(
                 "The teacher gate 'best_single' needs scores, and no teacher gives answers: use another gate."
             )
+        means = [prior_entropy if t.mean_error is None else t.mean_error for t in self.teachers]
+        self.register_buffer("mean_errors", torch.tensor(means, dtype=torch.float32), persistent=False)
+        self._serving: dict[tuple[bool, ...], Tensor] = {}
         self.network: GateNetwork | None = None
         if mode in gates.NETWORK_MODES and self.teachers:
             k = len(self.teachers)
@@ -101,7 +106,10 @@ class TeacherGate(nn.Module):
 
     def available(self, batch: Batch, use: Sequence[bool]) -> Tensor:
         """Whether each teacher may be used for each sample (B, K), among those that serve a loss."""
-        mask = torch.tensor(list(use), device=batch.image.device).expand(len(batch.image), -1)
+        device, served = batch.image.device, tuple(use)
+        if served not in self._serving or self._serving[served].device != device:
+            self._serving[served] = torch.tensor(served, device=device)
+        mask = self._serving[served].expand(len(batch.image), -1)
         return mask if batch.available is None else mask & batch.available.to(mask)
 
     def measure(
@@ -137,7 +145,7 @@ class TeacherGate(nn.Module):
             scores = self.network(*pooled, batch.task).expand(-1, -1, *grid)
         return GateReading(errors, entropies, scores)
 
-    def compare(self, batch: Batch, reading: GateReading) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def compare(self, batch: Batch, reading: GateReading) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Compare the gate network with the reliabilities of labelled samples (mode ``learned``, else nothing).
 
         Returns:
@@ -182,20 +190,18 @@ class TeacherGate(nn.Module):
         Without a label a teacher's mean error over the labelled training samples stands in; a teacher that gives no
         answers counts as one that knows nothing.
         """
-        grid, names = self.grid(), [t.name for t in self.teachers]
-        label = batch.label_map
-        known = label if bool(batch.has_label.all()) else label * batch.has_label[:, None, None, None]
-        means = [self.prior_entropy if t.mean_error is None else t.mean_error for t in self.teachers]
-        errors = torch.tensor(means, dtype=torch.float32, device=label.device)[None, :, None, None]
-        errors = errors.repeat(len(label), 1, *grid)
-        entropies = torch.full_like(errors, self.prior_entropy)
+        grid, names, label = self.grid(), [t.name for t in self.teachers], batch.label_map
+        known = label if batch.rows is None else label * batch.known[:, None, None, None]
+        errors = list(self.mean_errors[None, :, None, None].repeat(len(label), 1, *grid).unbind(1))
+        entropies = [torch.full_like(error, self.prior_entropy) for error in errors]
         for size, group in losses.by_size(answers).items():
-            places = [names.index(name) for name in group]
             log_probabilities = torch.stack(list(group.values())).float().log_softmax(2)  # (teachers, B, classes, h, w)
-            areas = losses.one_hot_area(known, classes, size)
-            measured = losses.area_logits(losses.soft_cross_entropy(areas, log_probabilities), grid).transpose(0, 1)
-            errors[:, places] = torch.where(batch.has_label[:, None, None, None], measured, errors[:, places])
+            areas = losses.class_areas(known, classes, size)
+            measured = losses.area_logits(losses.soft_cross_entropy(areas, log_probabilities), grid)
+            own = torch.full_like(measured, self.prior_entropy)
             if self.mode == "entropy":
-                own = losses.soft_cross_entropy(log_probabilities.exp(), log_probabilities)
-                entropies[:, places] = losses.area_logits(own, grid).transpose(0, 1)
-        return errors, entropies
+                own = losses.area_logits(losses.soft_cross_entropy(log_probabilities.exp(), log_probabilities), grid)
+            for name, error, entropy in zip(group, measured, own, strict=True):
+                k = names.index(name)
+                errors[k], entropies[k] = torch.where(batch.known[:, None, None], error, errors[k]), entropy
+        return torch.stack(errors, 1), torch.stack(entropies, 1)

@@ -76,7 +76,7 @@ def test_the_loss_of_a_task_is_measured_on_its_own_scale_which_freezes():
     for seed in range(5):
         result = distiller("a", make_batch([], seed=seed))
         seen.append(float(result.losses["task"].detach().mean()))
-        scale = result.figures["loss_scale"]
+        scale = float(result.figures["loss_scale"])
         assert float(result.total) == pytest.approx(seen[-1] / scale, rel=1e-5)
         assert scale == pytest.approx(sorted(seen[:3])[(min(len(seen), 3) - 1) // 2], rel=1e-5)
     assert int(distiller.scales["b"].count) == 0
