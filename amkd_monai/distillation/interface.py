@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -42,7 +45,7 @@ class DistillationOutput:
         total: the loss to minimise, a scalar.
         losses: {name: (B,)}; ``task`` and ``gate`` are (number of labelled samples,). ``gate``, ``autoencoder`` and
             ``uncertainty`` train parts of the distiller alone and never reach the student.
-        loss_weights: {name: factor} by which each loss entered the total; scalars of the device where it knows them.
+        loss_weights: {name: factor} by which each loss entered the total; double scalars where the device knows them.
         teacher_weights: {loss: (B, K)} mean weight of each teacher per sample, without gradient.
         logits: student logits (B, C, H, W), or (B, C) where an image has one class.
         figures: further figures worth recording, by name; scalars of the device where it knows them.
@@ -97,3 +100,39 @@ class Batch:
     def label_map(self) -> Tensor:
         """The label as a map (B, 1, H, W); a class per image is a map of one cell."""
         return self.label[:, None, None, None] if self.label.ndim == 1 else self.label
+
+
+def mode_class(
+    what: str, mode: str, known: Mapping[str, type], base: type, arguments: tuple[Any, ...], options: Mapping[str, Any]
+) -> Any:
+    """Return the class that is chosen by name, or by its dotted path.
+
+    Args:
+        what: name of the choice, for errors.
+        mode: the name or path.
+        known: {name: class}.
+        base: what the class must derive from.
+        arguments: that it will be called with.
+        options: likewise, by name.
+
+    Raises:
+        ValueError: there is no such class, or it does not take the options.
+    """
+    module, _, name = mode.rpartition(".")
+    try:
+        chosen = known[mode] if mode in known else getattr(importlib.import_module(module or "."), name)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"There is no {what} '{mode}': use one of {', '.join(known)}, or the dotted path of a class."
+        ) from error
+    if not (inspect.isclass(chosen) and issubclass(chosen, base)):
+        raise ValueError(
+            f"The {what} '{mode}' is no {base.__name__}: derive it from {base.__module__}.{base.__name__}."
+        )
+    signature = inspect.signature(chosen)
+    try:
+        signature.bind(*arguments, **options)
+    except TypeError as error:
+        takes = ", ".join(list(signature.parameters)[len(arguments) :]) or "none"
+        raise ValueError(f"The {what} '{mode}' has options that do not fit ({error}): it takes {takes}.") from error
+    return chosen
