@@ -23,7 +23,7 @@ class TeacherSpec:
         admitted: whether its answers are distilled (they beat the undistilled student); features always are.
         mean_error: mean cross entropy of its answers over the labelled training samples, nats; used without a label.
         score: cross-fitted score of its answers, higher is better; None if it gives none. Used by ``best_single``.
-        covariance: (C, C) of its features over the training split; needed for PHI-S and for the PCA code.
+        covariance: (C, C) of its features over the training split; needed by the PCA code and by standardisers.
     """
 
     name: str

@@ -21,7 +21,7 @@ class MultiTaskDistiller(nn.Module):
 
     Projections and learned codes of equally named teachers of one shape, and the gate networks of equal lists of
     teachers, are one module for all tasks, so what is learned about a teacher on one data set serves the others.
-    Projections stay apart where the space of their targets is the data set's own (PHI-S, PCA code).
+    Projections stay apart where the space of their targets is the data set's own (PCA code, your own standardiser).
 
     Args:
         distillers: {task: distiller}, their students views of one shared student.
