@@ -123,7 +123,8 @@ def test_an_interrupted_fetch_keeps_the_files_that_are_complete(server, tmp_path
 @pytest.mark.parametrize("algorithm", ["sha256", "md5"])
 def test_another_file_than_expected_is_refused_and_removed(server, tmp_path, algorithm):
     with pytest.raises(ValueError, match=r"a\.csv"):
-        fetch("set", tmp_path, one_file(server, CONTENT, f"{algorithm}:00"), 0)
+        fetch("set", tmp_path, one_file(server, CONTENT, f"{algorithm}:00"))
+    assert server.asked == ["/a.csv"], "once: it would be the same again"
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 

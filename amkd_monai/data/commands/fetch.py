@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from amkd_monai.atomic import atomic_write_json
-from amkd_monai.terminal import progress
+from amkd_monai.terminal import is_quiet, progress
 
 logger = logging.getLogger("amkd_monai")
 
@@ -145,12 +145,22 @@ def fetch(name: str, to: str | Path = "data", sources: Mapping[str, Source] = SO
         raise FileExistsError(f"{folder} is there already: remove it to fetch it again.")
     downloads = root / f".{source.folder}.download"
     urls = {PurePosixPath(url).name: url for url, _ in source.files}
-    checksums = {PurePosixPath(url).name: checksum for url, checksum in source.files}
-    store = pooch.create(downloads, "", registry=checksums, urls=urls, retry_if_failed=retries)
+    # without checksums, as pooch would fetch a file again and again that its owner has changed
+    store = pooch.create(downloads, "", registry=dict.fromkeys(urls), urls=urls, retry_if_failed=retries)
+    if is_quiet():
+        pooch.get_logger().setLevel(logging.WARNING)
     unpacked, digests = downloads / "unpacked", {}
     shutil.rmtree(unpacked, ignore_errors=True)  # of a call that was killed
-    for file, url in urls.items():
-        digests[url] = pooch.file_hash(_download(store, file))
+    for file, (url, checksum) in zip(urls, source.files, strict=True):
+        path = _download(store, file)
+        algorithm, _, expected = (checksum or "").partition(":")
+        if checksum and pooch.file_hash(path, alg=algorithm) != expected:
+            Path(path).unlink()
+            raise ValueError(
+                f"{url} does not have the checksum {checksum}: it is damaged or was changed by its owner; nothing was "
+                "unpacked."
+            )
+        digests[url] = pooch.file_hash(path)
     place = unpacked / source.folder if source.inside else unpacked
     for file in urls:
         if file.endswith(ARCHIVES):
@@ -174,7 +184,7 @@ def fetch(name: str, to: str | Path = "data", sources: Mapping[str, Source] = SO
 
 
 def _download(store: Any, file: str) -> str:
-    """Return the path of a file that is complete and has its checksum."""
+    """Return the path of a file that is complete."""
     import pooch
     import requests
 
@@ -213,32 +223,40 @@ def unpack(archive: Path, folder: Path) -> None:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as packed:
-                entries = [(i.filename, i.file_size, (i.external_attr >> 28) in (0, 4, 8)) for i in packed.infolist()]
+                kinds = {0: "file", 4: "folder", 8: "file"}  # by the upper bits of a Unix mode, 0 where there is none
+                entries = [
+                    (i.filename, i.file_size, "folder" if i.is_dir() else kinds.get(i.external_attr >> 28, ""))
+                    for i in packed.infolist()
+                ]
                 _check_entries(entries, archive, folder)
                 packed.extractall(folder)
         else:
             with tarfile.open(archive) as packed_tar:
-                members = packed_tar.getmembers()
-                _check_entries([(m.name, m.size, m.isfile() or m.isdir()) for m in members], archive, folder)
+                entries = [
+                    (m.name, m.size, "folder" if m.isdir() else "file" if m.isfile() else "")
+                    for m in packed_tar.getmembers()
+                ]
+                _check_entries(entries, archive, folder)
                 packed_tar.extractall(folder, filter="data")
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{archive} cannot be unpacked ({error}): remove it and fetch it again.") from error
 
 
-def _check_entries(entries: list[tuple[str, int, bool]], archive: Path, folder: Path) -> None:
-    """Check names, sizes in bytes and kinds (whether file or folder) of what an archive holds."""
+def _check_entries(entries: list[tuple[str, int, str]], archive: Path, folder: Path) -> None:
+    """Check names, sizes in bytes and kinds (``file``, ``folder``, else "") of what an archive holds."""
     folder.mkdir(parents=True, exist_ok=True)
     room = min(shutil.disk_usage(folder).free, max(1 << 20, archive.stat().st_size * MOST_GROWTH))
     fault = ""
-    for name, _, is_plain in entries:
+    for name, _, kind in entries:
         parts = PurePosixPath(name.replace("\\", "/")).parts or ("",)
         if parts[0] == "/" or ".." in parts or ":" in parts[0]:
             fault = f"the path '{name}', which leaves the folder"
-        elif not is_plain:
+        elif not kind:
             fault = f"a link or device, '{name}'"
-    if len({name for name, _, _ in entries}) < len(entries):
+    files = [name for name, _, kind in entries if kind == "file"]
+    if len(set(files)) < len(files):
         fault = "a name twice"
-    if len(entries) > MOST_FILES or sum(size for _, size, _ in entries) > room:
+    if len(files) > MOST_FILES or sum(size for _, size, _ in entries) > room:
         fault = f"more than {MOST_FILES} files or {room} bytes"
     if fault:
         raise ValueError(f"{archive} holds {fault}: it is not unpacked.")
