@@ -39,16 +39,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from amkd_monai.metrics.compare import compare_runs, evaluated_task, format_comparison
-    from amkd_monai.metrics.compare_classes import compare_class_runs
 
     reference = Path(arguments.reference) / "per_case.csv"
     others = {run: Path(run) / "per_case.csv" for run in arguments.runs}
     task = evaluated_task(Path(arguments.reference) / "metrics.json")
-    if task is not None and task.is_classification:
-        rows, title = compare_class_runs(reference, others, task, arguments.metric), task.name
-    else:
-        title = arguments.metric or "dice"
-        rows = compare_runs(reference, others, metric=title)
+    rows = compare_runs(reference, others, arguments.metric, task)
+    title = task.name if task is not None and task.is_classification else arguments.metric or "dice"
     print(format_comparison(rows, f"{title}, compared with {arguments.reference}"))
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -41,3 +41,21 @@ def is_quiet() -> bool:
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """Return a tqdm progress line on the error stream: none if quiet, and by default none where it is no terminal."""
     return tqdm(iterable, **{"disable": None, **options, **({"disable": True} if is_quiet() else {})})
+
+
+def align(rows: Sequence[Sequence[str]], left: int | None = 1, ruled: bool = False) -> str:
+    """Rows of cells as text columns.
+
+    Args:
+        rows: cells, all rows equally many; the first row is the header.
+        left: this many columns are flush left and the others flush right; None: all are flush left.
+        ruled: draw a line below the header.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = len(widths) if left is None else left
+    lines = [
+        [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in rows
+    ]
+    if ruled:
+        lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from amkd_monai.metrics.class_summary import class_metrics, interval, labels_and_probabilities, positive_classes
-from amkd_monai.metrics.compare_classes import bootstrap_p
-from amkd_monai.metrics.statistics import holm, paired_wilcoxon, seed_and_case_ci
+from amkd_monai.metrics.classification import class_metrics, labels_and_probabilities, positive_classes
+from amkd_monai.metrics.statistics import bootstrap_p, holm, interval, paired_wilcoxon, seed_and_case_ci
 from amkd_monai.metrics.summary import read_case_csv
 from amkd_monai.tasks import Task, get_task
 

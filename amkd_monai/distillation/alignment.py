@@ -1,4 +1,4 @@
-"""Projects student features into a teacher's space."""
+"""Student features are projected into a teacher's space, whose channels fixed statistics make comparable."""
 
 from __future__ import annotations
 
@@ -75,3 +75,29 @@ def to_grid(features: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _is_finer(features: Tensor, size: tuple[int, int]) -> bool:
     return features.shape[-2] >= size[0] and features.shape[-1] >= size[1]
+
+
+class MeanStdStandardiser(nn.Module):
+    """Fixed affine standardisation per channel, t' = (t - mean) / std.
+
+    Args:
+        mean: (C,) over the training split.
+        std: (C,); channels that never change are given 1.
+        covariance: (C, C), for standardisers that need it.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor, covariance: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("std", torch.where(std > 1e-6, std, torch.ones_like(std)).float())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Standardise a map (B, C, h, w)."""
+        return (features.float() - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def covariance_after(self, covariance: Tensor) -> Tensor:
+        """Covariance (C, C) of the standardised features, from that of the features."""
+        return covariance.double() / self.std.double()[:, None] / self.std.double()[None, :]

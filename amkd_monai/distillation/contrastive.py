@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MODES = ("table", "queue")
-OPTIONS = ("mode", "temperature", "learnable", "negatives", "length", "seed")
+from amkd_monai.distillation.deferred import Counter
+
+OPTIONS = ("temperature", "learnable", "negatives", "seed")
 COOLEST, WARMEST = 0.03, 0.3
 """Range of the temperature."""
-NOBODY = -1
 
 
 @dataclass(frozen=True)
@@ -51,45 +51,31 @@ def contrastive_loss(similar: Tensor, own: Tensor, eligible: Tensor, temperature
     return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device), reduction="none")
 
 
-class ContrastiveDistillation(nn.Module):
+class ContrastiveDistillation(Counter):
     """Heads from the pooled student map to each teacher's pooled standardised vectors, and the negatives.
 
-    In mode ``table`` the vectors of all samples are on the device, and negatives are drawn from them in every step.
-    In mode ``queue`` only the last ``length`` vectors seen in training are, for data that doesn't fit.
-    The table is not part of the state; the queue, the temperature and the count of steps are.
+    The vectors of all samples are on the device, and negatives are drawn from them in every step.
+    The table is not part of the state; the temperature and the count of steps are.
 
     Args:
         channels: of the student map.
         samples: the training dataset.
-        options: ``mode``; ``temperature`` (0.07) and whether it is ``learnable`` (True); ``negatives`` per sample at
-            most (1024); ``length`` of the queue (1024, but at most half the dataset); ``seed`` of the draws.
+        options: ``temperature`` (0.07) and whether it is ``learnable`` (True); ``negatives`` per sample at most (1024);
+            ``seed`` of the draws.
 
     Raises:
-        ValueError: unknown options, a temperature out of range, vectors that are not finite, or a queue that is
-            longer than half the dataset.
+        ValueError: unknown options, a temperature out of range, or vectors that are not finite.
     """
 
-    step: Tensor
-    queue: Tensor
-
     def __init__(self, channels: int, samples: SampleTable, options: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
+        super().__init__("step")
         options = dict(options or {})
         if unknown := set(options) - set(OPTIONS):
             raise ValueError(f"Unknown contrastive options {sorted(unknown)}: use some of {', '.join(OPTIONS)}.")
-        self.mode, temperature = options.get("mode", "table"), float(options.get("temperature", 0.07))
-        if self.mode not in MODES:
-            raise ValueError(f"There is no contrastive mode '{self.mode}': use one of {', '.join(MODES)}.")
+        temperature = float(options.get("temperature", 0.07))
         if not COOLEST <= temperature <= WARMEST:
             raise ValueError(f"The contrastive temperature {temperature} is out of range: use {COOLEST} to {WARMEST}.")
         self.negatives, self.seed = int(options.get("negatives", 1024)), int(options.get("seed", 0))
-        n = len(samples.groups)
-        length = int(options.get("length", min(1024, n // 2)))
-        if self.mode == "queue" and not 1 <= length <= n / 2:
-            raise ValueError(
-                f"A queue of {length} is longer than half of the {n} training samples: use at most {n // 2}, or the "
-                "mode 'table'."
-            )
         self.heads = nn.ModuleDict()
         self.table: dict[str, Tensor] = {}
         for name, vectors in samples.vectors.items():
@@ -102,8 +88,6 @@ class ContrastiveDistillation(nn.Module):
         self.log_temperature = nn.Parameter(
             torch.tensor(math.log(temperature)), requires_grad=bool(options.get("learnable", True))
         )
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
-        self.register_buffer("queue", torch.full((length if self.mode == "queue" else 0,), NOBODY, dtype=torch.long))
 
     @property
     def temperature(self) -> Tensor:
@@ -111,7 +95,7 @@ class ContrastiveDistillation(nn.Module):
         return self.log_temperature.exp().clamp(COOLEST, WARMEST)
 
     def forward(self, features: Tensor, index: Tensor | None) -> dict[str, Tensor]:
-        """Compute the loss of each teacher, {teacher: (B,)}; in training the next step draws other negatives.
+        """Compute the loss of each teacher, {teacher: (B,)}; when a step was counted, other negatives are drawn.
 
         Args:
             features: student map (B, C, h, w).
@@ -123,41 +107,26 @@ class ContrastiveDistillation(nn.Module):
         index = self._check(index).to(features.device)
         self._move(features.device)
         pooled = features.float().mean((2, 3))
-        candidates = self._candidates(features.device)
-        keep, eligible = self._draw(self.eligible(index, candidates))
+        keep, eligible = self._draw(self.eligible(index))
         out = {}
         for name, head in self.heads.items():
             student = F.normalize(head(pooled), dim=1)
             own = (student * self.table[name][index]).sum(1)
-            similar = (student @ self.table[name][candidates.clamp_min(0)].T).gather(1, keep)
+            similar = (student @ self.table[name].T).gather(1, keep)
             out[name] = contrastive_loss(similar, own, eligible, self.temperature)
         return out
 
-    def eligible(self, index: Tensor, candidates: Tensor) -> Tensor:
-        """Which candidates (m,) may be negatives of which samples (B,): (B, m), False for empty places (-1)."""
-        there = candidates.clamp_min(0)
-        allowed = (candidates >= 0)[None, :] & (self.groups[index][:, None] != self.groups[there][None, :])
+    def eligible(self, index: Tensor) -> Tensor:
+        """Which of all n samples may be negatives of which samples (B,): (B, n)."""
+        allowed = self.groups[index][:, None] != self.groups[None, :]
         if self.classes is not None:
-            own, other = self.classes[index][:, None], self.classes[there][None, :]
+            own, other = self.classes[index][:, None], self.classes[None, :]
             allowed = allowed & ((own != other) | (own < 0))
         return allowed
 
-    @torch.no_grad()
-    def remember(self, index: Tensor) -> None:
-        """Count a training step; in mode ``queue`` take in its samples (B,) after their loss was computed."""
-        self.step += 1
-        if self.mode == "queue":
-            everyone = _gather(index.to(self.queue))
-            self.queue.copy_(torch.cat([everyone, self.queue])[: len(self.queue)])
-
-    def _candidates(self, device: torch.device) -> Tensor:
-        if self.mode == "queue":
-            return self.queue.clone()  # the queue may change before the backward pass
-        return torch.arange(len(self.groups), device=device)
-
     def _draw(self, eligible: Tensor) -> tuple[Tensor, Tensor]:
         """Draw min(negatives, eligible) per row: columns (B, m') and whether each is eligible (B, m')."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.step))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.steps)
         keys = torch.rand(eligible.shape, generator=generator).to(eligible.device)
         count = min(self.negatives, eligible.shape[1])
         keep = torch.where(eligible, keys, torch.full_like(keys, -1.0)).topk(count, dim=1).indices
@@ -183,14 +152,3 @@ class ContrastiveDistillation(nn.Module):
 def _standardise(vectors: Tensor) -> Tensor:
     deviation = vectors.std(0, unbiased=False)
     return (vectors - vectors.mean(0)) / torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation))
-
-
-def _gather(index: Tensor) -> Tensor:
-    """Indices of all processes, in the order of their ranks."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return index
-    parts = [torch.empty_like(index) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, index.contiguous())
-    return torch.cat(parts)

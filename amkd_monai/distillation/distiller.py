@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,18 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from amkd_monai.distillation import gates, losses, return_decoder
-from amkd_monai.distillation.alignment import Alignment, pool_finer
+from amkd_monai.distillation.alignment import Alignment, MeanStdStandardiser, pool_finer
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
-from amkd_monai.distillation.gradients import SharedGradients, norms
-from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherSpec
-from amkd_monai.distillation.loss_choice import DEFAULT_LOSSES, LOSSES, choose_losses
-from amkd_monai.distillation.loss_gate import ScaledLossGate, make_loss_gate
-from amkd_monai.distillation.schedules import distillation_strength, kd_temperature
-from amkd_monai.distillation.standardise import make_standardiser
-from amkd_monai.distillation.teacher_gate import GateReading, TeacherGate
+from amkd_monai.distillation.deferred import INTERVAL, Faults
+from amkd_monai.distillation.gates import GateReading, GateSetup
+from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherSpec, mode_class
+from amkd_monai.distillation.loss_gate import ScaledLossGate, SharedGradients, make_loss_gate, norms
 
-__all__ = ["LOSSES", "Batch", "DistillationOutput", "Distiller", "SampleTable", "TeacherSpec"]
+logger = logging.getLogger("amkd_monai")
 
+DEFAULT_LOSSES = {"output": 1.0, "feature": 0.2}
 STUDENT_STRIDES = (8, 16)
 """Student levels that are aligned with a teacher (two, summed)."""
 SHARED_STRIDE = 16
@@ -43,29 +43,54 @@ class _Pair:
         return losses.cosine(self.aligned, self.goal.detach())
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the losses of a batch are computed from.
+
+    Attributes:
+        batch: the batch; logits: the student's (B, C, H, W); view: its shared map (B, C', h, w).
+        pairs: {teacher: pair}; answers: {teacher: logits (B, C, h, w)}.
+        reading: of the gate.
+        temperature: KD temperature.
+    """
+
+    batch: Batch
+    logits: Tensor
+    view: Tensor
+    pairs: dict[str, _Pair]
+    answers: dict[str, Tensor]
+    reading: GateReading
+    temperature: float
+
+
 class Distiller(nn.Module):
     """Student + projections + gates; teachers themselves are never in here, only what they said.
 
     Without teachers it is plain supervised training of the student, on the same code path.
 
+    A training step asks the device nothing, so that the host can run ahead of it: labels out of range and targets that
+    are not finite are noted, and raised in the first step, in every :data:`INTERVAL`-th and by ``faults.read()``, which
+    a training loop calls before it keeps anything. Without training they are raised at once.
+
     Args:
         student: network with ``encode``, ``decode``, ``channels_at`` and ``strides``.
         teachers: what each teacher offers.
         prior_entropy: entropy of the label prior of the training split, nats.
-        gate: one of :data:`amkd_monai.distillation.gates.MODES`.
-        gate_options: of :class:`~amkd_monai.distillation.teacher_gate.TeacherGate`, e.g. ``floor``, ``temperature``.
+        gate: mode of :func:`~amkd_monai.distillation.gates.make_gate`.
+        gate_options: of that mode, e.g. ``floor``, ``temperature``.
         loss_priors: relative importance of the ``LOSSES``; 0 or absence switches one off.
         scale_steps: steps over which loss scales are measured before they freeze.
         temperature: ``start``, ``end`` and ``shape`` of the KD temperature.
         strength: ``warmup``, ``decay`` and ``end`` of beta(t).
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
         class_weights: (C,) factors of the classes in the task's cross entropy, where an image has one class.
-        loss_gate: one of :data:`amkd_monai.distillation.loss_gate.MODES`.
+        loss_gate: mode of :func:`~amkd_monai.distillation.loss_gate.make_loss_gate`.
         loss_gate_options: of that mode.
         return_code: ``none`` compares features directly; ``learned`` and ``pca`` compare them in a code, from which
             they can be reconstructed (:mod:`amkd_monai.distillation.return_decoder`).
         code_channels: size of the code.
-        standardisation: ``mean_std`` or ``phi_s``.
+        standardisation: ``mean_std``, or the dotted path of a class like
+            :class:`~amkd_monai.distillation.alignment.MeanStdStandardiser`.
         samples: table of the training dataset, for the contrastive loss.
         contrastive: options of :class:`~amkd_monai.distillation.contrastive.ContrastiveDistillation`.
 
@@ -96,7 +121,8 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.student, self.teachers, self.batch_dice = student, list(teachers), batch_dice
-        self.class_weights = class_weights
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.faults, self._until_read = Faults(), 0
         self.temperature, self.strength = dict(temperature or {}), dict(strength or {})
         kd_temperature(0.0, **self.temperature)  # a wrong schedule fails here, not in the first step
         distillation_strength(0.0, **self.strength)
@@ -115,7 +141,7 @@ class Distiller(nn.Module):
             asked = DEFAULT_LOSSES if loss_priors is None else loss_priors
             self.loss_gate.served = sum(self.loss_priors.values()) / sum(asked.values())
         self.gradients = SharedGradients(self.loss_gate.every)
-        self.teacher_gate = TeacherGate(gate, self.teachers, prior_entropy, width, gate_options)
+        self.teacher_gate = gates.make_gate(gate, GateSetup(self.teachers, prior_entropy, width), gate_options)
         self.contrast: ContrastiveDistillation | None = None
         if self.loss_priors.get("contrastive") and samples is not None:
             self.contrast = ContrastiveDistillation(width, samples, contrastive)
@@ -125,7 +151,8 @@ class Distiller(nn.Module):
     ) -> None:
         assert spec.grid is not None and spec.mean is not None and spec.std is not None
         width = spec.grid[0]
-        standardise = make_standardiser(standardisation, spec.mean, spec.std, spec.covariance)
+        known, statistics = {"mean_std": MeanStdStandardiser}, (spec.mean, spec.std, spec.covariance)
+        standardise = mode_class("standardisation", standardisation, known, nn.Module, statistics, {})(*statistics)
         if code != "none":
             covariance = None if spec.covariance is None else standardise.covariance_after(spec.covariance)
             self.codes[spec.name] = return_decoder.make_code(code, width, code_channels, covariance)
@@ -141,9 +168,10 @@ class Distiller(nn.Module):
         """Compute all losses of a batch at ``progress`` in [0, 1] of the run.
 
         Raises:
-            ValueError: the batch holds no labelled sample, or the targets of a teacher are missing or not finite.
+            ValueError: the batch holds no labelled sample, or the targets of a teacher are missing; or, in this step or
+                one before, a label is out of range or the targets of a teacher are not finite.
         """
-        if not bool(batch.has_label.any()):
+        if batch.rows is not None and not len(batch.rows):
             raise ValueError("The batch holds no labelled sample: the task loss needs at least one.")
         size = [int(batch.image.shape[-2]), int(batch.image.shape[-1])]
         levels = self.student.encode(batch.image)
@@ -151,17 +179,20 @@ class Distiller(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
             labelled, label = batch.labelled(logits), batch.labelled(batch.label)
+            losses.note_classes(self.faults, label, logits.shape[1])
+            label = label.clamp(0, logits.shape[1] - 1)  # indexing by another class would end the process on a GPU
             named = {"task": losses.task_loss(labelled, label, self.batch_dice, self.class_weights)}
-            answer = losses.as_map(logits)
             weights: dict[str, Tensor] = {}
-            figures: dict[str, float] = {}
+            figures: dict[str, float | Tensor] = {}
             view: Tensor | None = None
             strength = distillation_strength(progress, **self.strength)
             if self.teachers:
-                view, pairs, answers, reading = self._look(batch, levels, answer.shape[1])
-                self._distil(batch, answer, view, pairs, answers, reading, progress, named, weights)
-                gate, figures = self.teacher_gate.compare(batch, reading)
-                named |= gate | self._autoencoder(batch, pairs)
+                seen = self._look(batch, levels, losses.as_map(logits), progress)
+                view = seen.view
+                distilled, weights = self._distil(seen)
+                gate, found = self.teacher_gate.compare(batch, seen.reading)
+                named |= distilled | gate | self._autoencoder(batch, seen.pairs)
+                figures |= found
                 if self.training:
                     shared = levels[self.student.strides.index(SHARED_STRIDE)]
                     gradients = self.gradients(named, ("task", *self.loss_gate.names), shared)
@@ -171,8 +202,9 @@ class Distiller(nn.Module):
             if (penalty := self.loss_gate.penalty(strength)) is not None:
                 named["uncertainty"] = penalty
             factors |= {name: 1.0 for name in named if name not in factors}  # losses that train parts of the distiller
-            total = torch.stack([factors[name] * loss.mean() for name, loss in named.items()]).sum()
-        plain = {name: float(f.detach()) if isinstance(f, Tensor) else f for name, f in factors.items()}
+            total = torch.stack([_float(factors[name]) * loss.mean() for name, loss in named.items()]).sum()
+        self._read_faults()
+        plain = {name: f.detach() if isinstance(f, Tensor) else f for name, f in factors.items()}
         return DistillationOutput(total, named, plain, weights, logits, figures)
 
     @torch.no_grad()
@@ -184,22 +216,22 @@ class Distiller(nn.Module):
         """
         levels = self.student.encode(batch.image)
         logits = losses.as_map(self.student.decode(levels, list(batch.image.shape[-2:])))
-        _, _, answers, reading = self._look(batch, levels, logits.shape[1])
-        everyone = self.teacher_gate.available(batch, [True] * len(self.teachers))
-        return logits, answers, self.teacher_gate.weights(reading, everyone)
+        seen = self._look(batch, levels, logits)
+        self.faults.read()
+        everyone = self.teacher_gate.everyone(batch)
+        return logits, seen.answers, self.teacher_gate.weights(seen.reading, everyone)
 
-    def _look(
-        self, batch: Batch, levels: Sequence[Tensor], classes: int
-    ) -> tuple[Tensor, dict[str, _Pair], dict[str, Tensor], GateReading]:
+    def _look(self, batch: Batch, levels: Sequence[Tensor], logits: Tensor, progress: float = 0.0) -> _Seen:
         """The shared student map, pairs and answers by teacher, and what the gate makes of them."""
         maps = [level.float() for level in levels]  # autocast gave them half precision
         features = dict(zip(self.student.strides, maps, strict=True))
         view, pairs = features[SHARED_STRIDE], self._pairs(batch, features)
         answers = {t.name: self._targets(batch, t.name, "logits") for t in self.teachers if t.logits is not None}
         similar: dict[str, Tensor] = {}
-        if self.teacher_gate.network is not None:
+        if self.teacher_gate.looks:
             similar = {n: p.similar for n, p in pairs.items()}
-        return view, pairs, answers, self.teacher_gate.measure(batch, answers, classes, view, similar)
+        reading = self.teacher_gate.measure(batch, answers, logits.shape[1], view, similar)
+        return _Seen(batch, logits, view, pairs, answers, reading, kd_temperature(progress, **self.temperature))
 
     def _targets(self, batch: Batch, name: str, kind: str) -> Tensor:
         """Read a teacher's targets; rows for which it is not available become 0."""
@@ -212,12 +244,19 @@ class Distiller(nn.Module):
         if batch.available is not None:
             k = [t.name for t in self.teachers].index(name)
             target = torch.where(batch.available[:, k, None, None, None].bool(), target, torch.zeros_like(target))
-        # a finite sum is the quick proof; one that overflows proves nothing
-        if not bool(torch.isfinite(target.sum())) and not bool(torch.isfinite(target).all()):
-            raise ValueError(
-                f"The {kind} targets of the teacher '{name}' are not finite: delete its teacher cache and run again."
-            )
+        self.faults.note(  # the sum is finite where all are, and ten times as quick on a CPU as to look at each
+            f"The {kind} targets of the teacher '{name}' are not finite: delete its teacher cache and run again.",
+            ~torch.isfinite(target.sum(dtype=torch.float32)),
+        )
         return target
+
+    def _read_faults(self) -> None:
+        """Read what the device noted, in training at intervals only."""
+        if self.training and self._until_read:
+            self._until_read -= 1
+            return
+        self._until_read = INTERVAL - 1
+        self.faults.read()
 
     def _pairs(self, batch: Batch, features: Mapping[int, Tensor]) -> dict[str, _Pair]:
         """Bring student and teachers to common grids and codes, {teacher: pair}; none if no loss compares features."""
@@ -234,57 +273,31 @@ class Distiller(nn.Module):
             pairs[name] = _Pair(aligned, goal, target)
         return pairs
 
-    def _distil(
-        self,
-        batch: Batch,
-        logits: Tensor,
-        view: Tensor,
-        pairs: Mapping[str, _Pair],
-        answers: Mapping[str, Tensor],
-        reading: GateReading,
-        progress: float,
-        named: dict[str, Tensor],
-        weights: dict[str, Tensor],
-    ) -> None:
-        """Add every distillation loss (B,) to ``named`` and its mean teacher weights (B, K) to ``weights``."""
-        temperature = kd_temperature(progress, **self.temperature)
+    def _distil(self, seen: _Seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Every distillation loss (B,), weighed and summed over the teachers, and their mean weights (B, K)."""
+        found: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         trusted: dict[tuple[bool, ...], Tensor] = {}  # the same for all losses that the same teachers serve
-        for name in LOSSES:
+        for name, maps_of in LOSSES.items():
             if not self.loss_priors.get(name):
                 continue
-            maps: dict[str, Tensor] = {}
-            if name == "output":
-                chosen = {t.name: answers[t.name] for t in self.teachers if t.admitted and t.logits is not None}
-                for size, group in losses.by_size(chosen).items():
-                    small = losses.area_logits(logits, size)
-                    together = losses.output_loss(small, torch.stack(list(group.values())), temperature)
-                    maps |= dict(zip(group, together, strict=True))
-            elif name == "feature":
-                maps = {n: losses.feature_loss(p.aligned, p.goal, p.similar) for n, p in pairs.items()}
-            elif name == "reconstruction":
-                for n, p in pairs.items():
-                    restored = self.codes[n].decode_frozen(p.aligned)
-                    maps[n] = return_decoder.reconstruction_loss(restored, p.target)
-            elif self.contrast is not None:
-                vectors = self.contrast(view, batch.index)
-                maps = {n: loss[:, None, None] for n, loss in vectors.items()}
-                if self.training and batch.index is not None:
-                    self.contrast.remember(batch.index)
+            maps = maps_of(self, seen)
             serving = tuple(t.name in maps for t in self.teachers)
             if serving not in trusted:
-                available = self.teacher_gate.available(batch, serving)
-                trusted[serving] = self.teacher_gate.weights(reading, available)
+                available = self.teacher_gate.available(seen.batch, serving)
+                trusted[serving] = self.teacher_gate.weights(seen.reading, available)
             w = trusted[serving]
-            total = logits.new_zeros(len(logits))
+            total = seen.logits.new_zeros(len(seen.logits))
             for k, spec in enumerate(self.teachers):
                 if spec.name in maps:
                     loss = maps[spec.name]
                     total = total + (gates.to_size(w[:, k], (loss.shape[-2], loss.shape[-1])) * loss).flatten(1).mean(1)
-            named[name], weights[name] = total, w.detach().flatten(2).mean(2)
+            found[name], weights[name] = total, w.detach().flatten(2).mean(2)
+        return found, weights
 
     def _autoencoder(self, batch: Batch, pairs: Mapping[str, _Pair]) -> dict[str, Tensor]:
         """The loss (B,) that trains encoders and decoders of learned codes, the mean over the teachers."""
-        available = self.teacher_gate.available(batch, [True] * len(self.teachers))
+        available = self.teacher_gate.everyone(batch)
         parts = []
         for k, spec in enumerate(self.teachers):
             if spec.name in self.codes and spec.name in pairs:
@@ -292,3 +305,117 @@ class Distiller(nn.Module):
                 if loss is not None:
                     parts.append(loss.flatten(1).mean(1) * available[:, k])
         return {"autoencoder": torch.stack(parts).mean(0)} if parts else {}
+
+
+def _float(factor: float | Tensor) -> float | Tensor:
+    """A factor as it enters a product of float32 losses."""
+    return factor.float() if isinstance(factor, Tensor) else factor
+
+
+def _output_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
+    """Divergence from each admitted teacher's answers (B, h, w)."""
+    chosen = {t.name: seen.answers[t.name] for t in distiller.teachers if t.admitted and t.logits is not None}
+    maps: dict[str, Tensor] = {}
+    for size, group in losses.by_size(chosen).items():
+        small = losses.area_logits(seen.logits, size)
+        together = losses.output_loss(small, torch.stack(list(group.values())), seen.temperature)
+        maps |= dict(zip(group, together, strict=True))
+    return maps
+
+
+def _feature_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
+    """Distance from each teacher's features, or from their code (B, h, w)."""
+    return {n: losses.feature_loss(p.aligned, p.goal, p.similar) for n, p in seen.pairs.items()}
+
+
+def _reconstruction_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
+    """Distance of the features that the student's code is decoded to from each teacher's (B, h, w)."""
+    return {
+        n: return_decoder.reconstruction_loss(distiller.codes[n].decode_frozen(p.aligned), p.target)
+        for n, p in seen.pairs.items()
+    }
+
+
+def _contrastive_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
+    """Contrastive loss against each teacher's image vectors (B, 1, 1)."""
+    assert distiller.contrast is not None
+    vectors = distiller.contrast(seen.view, seen.batch.index)
+    if distiller.training:
+        distiller.contrast.count_step()
+    return {n: loss[:, None, None] for n, loss in vectors.items()}
+
+
+LOSSES: dict[str, Callable[[Distiller, _Seen], dict[str, Tensor]]] = {
+    "output": _output_maps,
+    "feature": _feature_maps,
+    "reconstruction": _reconstruction_maps,
+    "contrastive": _contrastive_maps,
+}
+"""Loss by location and teacher, by name: {teacher: (B, h, w)}, of the teachers that serve it."""
+
+
+def choose_losses(
+    asked: Mapping[str, float] | None, teachers: Sequence[TeacherSpec], samples: SampleTable | None, return_code: str
+) -> dict[str, float]:
+    """Return the priors of the losses that the teachers can serve; 0 for the others, nothing without teachers.
+
+    Args:
+        asked: {loss: relative importance}; None takes the defaults.
+        teachers: what each teacher offers.
+        samples: table of the training dataset, for the contrastive loss.
+        return_code: ``none``, or the code that the reconstruction needs.
+
+    Raises:
+        ValueError: an unknown loss, one whose other setting is missing, or no loss is left.
+    """
+    priors = dict(DEFAULT_LOSSES if asked is None else asked)
+    if unknown := set(priors) - set(LOSSES):
+        raise ValueError(f"Unknown losses {sorted(unknown)}: use some of {', '.join(LOSSES)}.")
+    if not teachers:
+        return {}
+    if priors.get("reconstruction") and return_code == "none":
+        raise ValueError("The loss 'reconstruction' needs a code: set return_code to 'learned' or 'pca'.")
+    if priors.get("contrastive") and samples is None:
+        raise ValueError("The loss 'contrastive' needs a table of the training samples: give `samples`.")
+    features = any(t.grid is not None for t in teachers)
+    offered = {
+        "output": any(t.admitted and t.logits is not None for t in teachers),
+        "feature": features,
+        "reconstruction": features,
+        "contrastive": samples is not None and bool(samples.vectors),
+    }
+    chosen = {name: prior if offered[name] else 0.0 for name, prior in priors.items()}
+    if not any(chosen.values()):
+        raise ValueError(
+            "No teacher offers what the losses ask for (features or admitted answers): change `losses`, the "
+            "teachers, or use none."
+        )
+    for name in chosen:
+        if priors[name] and not offered[name]:
+            logger.warning("No teacher offers what the loss '%s' asks for: it takes no part in this run.", name)
+    return chosen
+
+
+def kd_temperature(progress: float, start: float = 2.0, end: float = 2.0, shape: str = "linear") -> float:
+    """KD temperature, from ``start`` to ``end``, ``linear`` or ``cosine``.
+
+    Raises:
+        ValueError: unknown shape, or a temperature below 1.
+    """
+    if min(start, end) < 1:
+        raise ValueError(f"The KD temperature runs from {start} to {end}; it must not be below 1.")
+    if shape == "linear":
+        return start + (end - start) * progress
+    if shape == "cosine":
+        return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+    raise ValueError(f"There is no KD temperature schedule '{shape}': use 'linear' or 'cosine'.")
+
+
+def distillation_strength(progress: float, warmup: float = 0.05, decay: float = 0.3, end: float = 0.1) -> float:
+    """The factor beta(t) of all distillation losses: linear warm-up, 1, cosine to ``end``."""
+    if progress < warmup:
+        return progress / warmup
+    if progress <= 1 - decay:
+        return 1.0
+    phase = min(1.0, (progress - (1 - decay)) / decay)
+    return end + (1 - end) * (1 + math.cos(math.pi * phase)) / 2

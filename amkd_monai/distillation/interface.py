@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +23,7 @@ class TeacherSpec:
         admitted: whether its answers are distilled (they beat the undistilled student); features always are.
         mean_error: mean cross entropy of its answers over the labelled training samples, nats; used without a label.
         score: cross-fitted score of its answers, higher is better; None if it gives none. Used by ``best_single``.
-        covariance: (C, C) of its features over the training split; needed for PHI-S and for the PCA code.
+        covariance: (C, C) of its features over the training split; needed by the PCA code and by standardisers.
     """
 
     name: str
@@ -42,18 +45,18 @@ class DistillationOutput:
         total: the loss to minimise, a scalar.
         losses: {name: (B,)}; ``task`` and ``gate`` are (number of labelled samples,). ``gate``, ``autoencoder`` and
             ``uncertainty`` train parts of the distiller alone and never reach the student.
-        loss_weights: {name: factor} by which each loss entered the total.
+        loss_weights: {name: factor} by which each loss entered the total; double scalars where the device knows them.
         teacher_weights: {loss: (B, K)} mean weight of each teacher per sample, without gradient.
         logits: student logits (B, C, H, W), or (B, C) where an image has one class.
-        figures: further figures worth recording, by name.
+        figures: further figures worth recording, by name; scalars of the device where it knows them.
     """
 
     total: Tensor
     losses: dict[str, Tensor]
-    loss_weights: dict[str, float]
+    loss_weights: dict[str, float | Tensor]
     teacher_weights: dict[str, Tensor]
     logits: Tensor
-    figures: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float | Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,13 +66,15 @@ class Batch:
     Attributes:
         image: (B, 3, H, W) in [0, 1].
         label: class indices, masks (B, 1, H, W) or one class per image (B,); rows without a label may hold anything.
-        has_label: boolean (B,).
+        has_label: boolean (B,); best on the host, from where no step need wait for the device to say who is labelled.
         teachers: {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}; where an image has one class, answers
             have one cell, (B, classes, 1, 1).
         index: position of each sample in the training dataset (B,); contrastive distillation needs it.
         available: boolean (B, K), False where a teacher says nothing about a sample (its rows may hold anything);
             None where every teacher speaks about every sample.
         task: number of the data set that the whole batch comes from, for the gate network's task embedding.
+        known: ``has_label`` on the device of the images (B,).
+        rows: indices of the labelled samples there, None where all are labelled.
     """
 
     image: Tensor
@@ -79,12 +84,55 @@ class Batch:
     index: Tensor | None = None
     available: Tensor | None = None
     task: int = 0
+    known: Tensor = field(init=False)
+    rows: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        labelled, device = self.has_label.cpu(), self.image.device
+        self.known = labelled.to(device, non_blocking=True)
+        self.rows = None if bool(labelled.all()) else labelled.nonzero()[:, 0].to(device, non_blocking=True)
 
     def labelled(self, values: Tensor) -> Tensor:
         """The rows of values (B, ...) whose samples have a label, the same tensor where all have."""
-        return values if bool(self.has_label.all()) else values[self.has_label]
+        return values if self.rows is None else values.index_select(0, self.rows)
 
     @property
     def label_map(self) -> Tensor:
         """The label as a map (B, 1, H, W); a class per image is a map of one cell."""
         return self.label[:, None, None, None] if self.label.ndim == 1 else self.label
+
+
+def mode_class(
+    what: str, mode: str, known: Mapping[str, type], base: type, arguments: tuple[Any, ...], options: Mapping[str, Any]
+) -> Any:
+    """Return the class that is chosen by name, or by its dotted path.
+
+    Args:
+        what: name of the choice, for errors.
+        mode: the name or path.
+        known: {name: class}.
+        base: what the class must derive from.
+        arguments: that it will be called with.
+        options: likewise, by name.
+
+    Raises:
+        ValueError: there is no such class, or it does not take the options.
+    """
+    module, _, name = mode.rpartition(".")
+    try:
+        chosen = known[mode] if mode in known else getattr(importlib.import_module(module or "."), name)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"There is no {what} '{mode}': use one of {', '.join(known)}, or the dotted path of a class."
+        ) from error
+    if not (inspect.isclass(chosen) and issubclass(chosen, base)):
+        raise ValueError(
+            f"The {what} '{mode}' is no {base.__name__}: derive it from {base.__module__}.{base.__name__}."
+        )
+    signature = inspect.signature(chosen)
+    try:
+        signature.bind(*arguments, **options)
+    except TypeError as error:
+        takes = ", ".join(list(signature.parameters)[len(arguments) :]) or "none"
+        raise ValueError(f"The {what} '{mode}' has options that do not fit ({error}): it takes {takes}.") from error
+    return chosen

@@ -1,35 +1,80 @@
-"""Weights of the distillation losses relative to the task, whose own weight is always exactly 1 (but for ``paper``)."""
+"""Weights of the distillation losses relative to the task, whose own weight is always exactly 1."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amkd_monai.distillation.gradients import INTERVAL
+from amkd_monai.distillation.deferred import INTERVAL, Counter
+from amkd_monai.distillation.interface import mode_class
 
 logger = logging.getLogger("amkd_monai")
 
-MODES = ("scaled", "agreement", "fixed", "uncertainty", "paper")
-OPTIONS = {
-    "scaled": ("floor",),
-    "agreement": ("floor", "temperature", "every", "memory"),
-    "fixed": (),
-    "uncertainty": (),
-    "paper": ("task",),
-}
-"""Options of each mode beside the priors."""
+
+class SharedGradients(Counter):
+    """Measure, every ``every`` steps, what each loss asks of the student's shared map.
+
+    Gradients with respect to all parameters would cost several times a step; at one map they cost a part of a step,
+    and that only now and then. The steps are counted in the state, so a resumed run measures in the same ones.
+
+    Args:
+        every: steps between two measurements; the first step is measured.
+
+    Raises:
+        ValueError: ``every`` is below 1.
+    """
+
+    seen: Tensor
+
+    def __init__(self, every: int = INTERVAL) -> None:
+        super().__init__("seen")
+        if every < 1:
+            raise ValueError(f"Gradients are measured every {every} steps: give a number of at least 1.")
+        self.every = every
+
+    def forward(self, losses: Mapping[str, Tensor], names: Iterable[str], shared: Tensor) -> dict[str, Tensor]:
+        """Count a step and return its gradients, if it is one of those that are measured.
+
+        Args:
+            losses: {name: (B,)}.
+            names: of the losses to look at.
+            shared: student map (B, C, h, w).
+
+        Returns:
+            {name: gradient of the mean loss (B * C * h * w,), 0 where it does not depend on the map}; empty in a step
+            that is not measured or where no gradient is asked for. Graph and ``.grad`` stay as they are.
+        """
+        due = self.steps % self.every == 0
+        self.count_step()
+        if not due or not torch.is_grad_enabled() or not shared.requires_grad:
+            return {}
+        found = {}
+        for name in names:
+            (gradient,) = torch.autograd.grad(losses[name].mean(), shared, retain_graph=True, allow_unused=True)
+            found[name] = (torch.zeros_like(shared) if gradient is None else gradient).detach().float().flatten()
+        return found
+
+
+def norms(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Euclidean norm of each gradient, {"gradient_<loss>": scalar}."""
+    return {f"gradient_{name}": gradient.norm() for name, gradient in gradients.items()}
 
 
 class LossGate(nn.Module):
-    """What every loss gate offers; by itself the mode ``fixed``: the priors are the weights.
+    """What every loss gate offers.
+
+    A gate of your own derives from this class; its dotted path is the mode, and what its constructor takes after
+    ``channels`` are its options.
 
     Args:
         priors: {loss: relative importance}, e.g. {"output": 1.0, "feature": 0.2}; 0 switches a loss off.
+        warmup_steps: steps over which the sizes of losses are measured, if they are.
+        channels: of the student map that a gate may look at.
 
     Attributes:
         every: steps between two measurements of gradients.
@@ -40,7 +85,7 @@ class LossGate(nn.Module):
 
     every: int = INTERVAL
 
-    def __init__(self, priors: Mapping[str, float]) -> None:
+    def __init__(self, priors: Mapping[str, float], warmup_steps: int = 100, channels: int = 0) -> None:
         super().__init__()
         if any(p < 0 for p in priors.values()):
             raise ValueError(f"The importance of a loss must not be negative: {dict(priors)}.")
@@ -62,14 +107,14 @@ class LossGate(nn.Module):
             strength: beta(t), the factor of all distillation losses.
             features: student map (B, C, h, w), for a gate with a network.
         """
-        return {"task": 1.0, **{name: strength * prior for name, prior in self.priors.items()}}
+        raise NotImplementedError
 
     def penalty(self, strength: float) -> Tensor | None:
         """A term (1,) that belongs to learned weights and enters the total with factor 1."""
         return None
 
 
-class ScaledLossGate(LossGate):
+class ScaledLossGate(Counter, LossGate):
     """L = L_task + beta(t) sum_k v_k L_k / S_k, with scales S_k measured once and then frozen.
 
     S_k is the median of L_k over the first ``warmup_steps`` steps, floored at 1e-3. Because it is frozen, a loss that
@@ -82,6 +127,7 @@ class ScaledLossGate(LossGate):
     Args:
         priors: {loss: relative importance}, e.g. {"output": 1.0, "feature": 0.2}; 0 switches a loss off.
         warmup_steps: steps over which the scales are measured.
+        channels: not used.
         floor: part of the weight spread evenly over the losses.
 
     Raises:
@@ -89,40 +135,43 @@ class ScaledLossGate(LossGate):
     """
 
     history: Tensor
-    count: Tensor
     scale: Tensor
 
-    def __init__(self, priors: Mapping[str, float], warmup_steps: int = 100, floor: float = 0.0) -> None:
-        super().__init__(priors)
+    def __init__(
+        self, priors: Mapping[str, float], warmup_steps: int = 100, channels: int = 0, floor: float = 0.0
+    ) -> None:
+        super().__init__("count", priors, warmup_steps, channels)
         total = sum(priors[name] for name in self.names)
         n = len(self.names)
         self.served = 1.0
-        self.relative = {name: (1 - floor) * priors[name] / total + floor / n for name in self.names}
+        self.share = {name: (1 - floor) * priors[name] / total + floor / n for name in self.names}
         self.register_buffer("history", torch.zeros(n, warmup_steps))
-        self.register_buffer("count", torch.zeros((), dtype=torch.long))
         self.register_buffer("scale", torch.ones(n))
 
     @torch.no_grad()
     def observe(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None) -> None:
         """Take part in measuring the scales; without effect once they are frozen. ``losses``: {name: (B,)}."""
-        step, limit = int(self.count), self.history.shape[1]
-        if step >= limit:
+        step = self.steps
+        if step >= self.history.shape[1]:
             return
         for k, name in enumerate(self.names):
             self.history[k, step] = losses[name].detach().float().mean()
-        self.count += 1
-        if step < limit:
-            self.scale.copy_(self.history[:, : step + 1].median(dim=1).values.clamp_min(1e-3))
+        self.count_step()
+        self.scale.copy_(self.history[:, : step + 1].median(dim=1).values.clamp_min(1e-3))
 
-    def importance(self) -> dict[str, float]:
+    def importance(self) -> Mapping[str, float | Tensor]:
         """The share v_k of each loss."""
-        return self.relative
+        return self.share
 
     def weights(self, strength: float, features: Tensor | None = None) -> Mapping[str, float | Tensor]:
-        """Return the factor of each loss, {name: beta v_k / S_k}, and exactly 1 for ``task``."""
-        scales, shares = self.scale.tolist(), self.importance()
-        factors = {n: strength * self.served * shares[n] / s for n, s in zip(self.names, scales, strict=True)}
-        return {"task": 1.0, **factors}
+        """Return the factor of each loss, {name: beta v_k / S_k}, scalars, and exactly 1 for ``task``."""
+        shares, scales = self.importance(), self.scale.double().unbind()
+        # times 1 first: a number over a tensor is computed as its reciprocal, which rounds otherwise
+        parts = {
+            n: torch.ones_like(s) * (strength * self.served) * shares[n] / s
+            for n, s in zip(self.names, scales, strict=True)
+        }
+        return {"task": 1.0, **parts}
 
 
 class AgreementLossGate(ScaledLossGate):
@@ -135,6 +184,7 @@ class AgreementLossGate(ScaledLossGate):
     Args:
         priors: {loss: relative importance}.
         warmup_steps: steps over which the scales are measured.
+        channels: not used.
         floor: part of the weight spread evenly over the losses.
         temperature: of the softmax.
         every: steps between two measurements.
@@ -147,12 +197,13 @@ class AgreementLossGate(ScaledLossGate):
         self,
         priors: Mapping[str, float],
         warmup_steps: int = 100,
+        channels: int = 0,
         floor: float = 0.2,
         temperature: float = 0.25,
         every: int = INTERVAL,
         memory: float = 0.9,
     ) -> None:
-        super().__init__(priors, warmup_steps)
+        super().__init__(priors, warmup_steps, channels)
         if len(self.names) == 1:
             logger.warning(
                 "The loss gate 'agreement' shares weight among losses and has no effect here: '%s' is the only one "
@@ -161,6 +212,7 @@ class AgreementLossGate(ScaledLossGate):
             )
         self.floor, self.temperature, self.every, self.memory = floor, temperature, every, memory
         self.register_buffer("agreement", torch.zeros(len(self.names)))
+        self.log_priors: list[float] = torch.tensor([self.priors[name] for name in self.names]).log().tolist()
 
     @torch.no_grad()
     def observe(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None) -> None:
@@ -169,68 +221,22 @@ class AgreementLossGate(ScaledLossGate):
         gradients = {} if gradients is None else gradients
         for k, name in enumerate(self.names):
             gradient = gradients.get(name)
-            if gradient is None or not bool(gradient.any()):  # a loss that is 0 says nothing, and must not gain by it
+            if gradient is None:
                 continue
             cosine = F.cosine_similarity(gradient, gradients["task"], dim=0)
-            self.agreement[k] = self.memory * self.agreement[k] + (1 - self.memory) * cosine
+            measured = self.memory * self.agreement[k] + (1 - self.memory) * cosine
+            # a loss that is 0 says nothing, and must not gain by it
+            self.agreement[k] = torch.where(gradient.any(), measured, self.agreement[k])
 
-    def importance(self) -> dict[str, float]:
+    def importance(self) -> Mapping[str, float | Tensor]:
         """The share v_k of each loss, at least floor / K."""
-        if not self.names:
-            return {}
-        prior = torch.tensor([self.priors[name] for name in self.names]).log()
-        shares = torch.softmax(prior + self.agreement.detach().cpu() / self.temperature, dim=0)
-        shares = (1 - self.floor) * shares + self.floor / len(self.names)
-        return dict(zip(self.names, shares.tolist(), strict=True))
+        scaled = (self.agreement / self.temperature).unbind()
+        scores = [prior + c for prior, c in zip(self.log_priors, scaled, strict=True)]
+        shares = (1 - self.floor) * torch.softmax(torch.stack(scores), dim=0) + self.floor / len(self.names)
+        return dict(zip(self.names, shares.double().unbind(), strict=True))
 
 
-class UncertaintyLossGate(LossGate):
-    """Learned weights prior_k exp(-s_k), with the penalty sum_k s_k (Kendall et al., CVPR 2018); the task keeps 1.
-
-    It assumes that no loss can reach 0: s is kept within +-4.
-
-    Args:
-        priors: {loss: relative importance}.
-    """
-
-    def __init__(self, priors: Mapping[str, float]) -> None:
-        super().__init__(priors)
-        self.log_variance = nn.Parameter(torch.zeros(len(self.names)))
-
-    def weights(self, strength: float, features: Tensor | None = None) -> Mapping[str, float | Tensor]:
-        """Return the factors; those of distillation losses carry gradient to s."""
-        s = self.log_variance.clamp(-4, 4)
-        factors = {n: strength * self.priors[n] * (-s[k]).exp() for k, n in enumerate(self.names)}
-        return {"task": 1.0, **factors}
-
-    def penalty(self, strength: float) -> Tensor | None:
-        """The sum of s_k times beta, (1,)."""
-        return strength * self.log_variance.clamp(-4, 4).sum()[None] if self.names else None
-
-
-class PaperLossGate(LossGate):
-    """As published: initial weights times softmax(gate(f) / 2) over all losses and the task, trained end to end.
-
-    Kept for comparison only: it minimises what it weighs, so the weight flows to the smallest loss.
-
-    Args:
-        priors: {loss: initial weight}.
-        channels: of the student map.
-        task: initial weight of the task.
-    """
-
-    def __init__(self, priors: Mapping[str, float], channels: int, task: float = 1.0) -> None:
-        super().__init__(priors)
-        self.initial = {"task": task, **self.priors}
-        self.gate = nn.Sequential(nn.Linear(channels, 32), nn.ReLU(), nn.Linear(32, len(self.initial)))
-
-    def weights(self, strength: float, features: Tensor | None = None) -> Mapping[str, float | Tensor]:
-        """Return the factors, means over the batch, with gradient to the gate."""
-        if features is None:
-            raise ValueError("The loss gate 'paper' needs the student's features: give them to weights().")
-        shares = torch.softmax(self.gate(features.float().mean((2, 3))) / 2, dim=1).mean(0)
-        factors = {n: share * self.initial[n] for n, share in zip(self.initial, shares, strict=True)}
-        return {n: f if n == "task" else strength * f for n, f in factors.items()}
+LOSS_GATES: dict[str, type[LossGate]] = {"scaled": ScaledLossGate, "agreement": AgreementLossGate}
 
 
 def make_loss_gate(
@@ -240,30 +246,25 @@ def make_loss_gate(
     warmup_steps: int = 100,
     options: Mapping[str, Any] | None = None,
 ) -> LossGate:
-    """Return a loss gate by its mode.
+    """Return a loss gate.
 
     Args:
-        mode: one of ``MODES``.
+        mode: one of :data:`LOSS_GATES`, of :data:`amkd_monai.distillation.baselines.LOSS_GATES`, or the dotted path of
+            a class.
         priors: {loss: relative importance}; empty without teachers.
-        channels: of the student map that a gate network sees.
+        channels: of the student map that a gate may look at.
         warmup_steps: steps over which scales are measured.
-        options: ``OPTIONS`` of the mode.
+        options: what the gate's class takes beside these.
 
     Raises:
         ValueError: unknown mode or option.
     """
-    options = dict(options or {})
-    if mode not in MODES:
-        raise ValueError(f"There is no loss gate '{mode}': use one of {', '.join(MODES)}.")
-    if unknown := set(options) - set(OPTIONS[mode]):
-        known = ", ".join(OPTIONS[mode]) or "none"
-        raise ValueError(f"Unknown loss_gate_options {sorted(unknown)}: the loss gate '{mode}' knows {known}.")
-    if mode == "scaled" or not any(priors.values()):  # plain supervised training needs no gate
-        return ScaledLossGate(priors, warmup_steps, **(options if mode == "scaled" else {}))
-    if mode == "agreement":
-        return AgreementLossGate(priors, warmup_steps, **options)
-    if mode == "uncertainty":
-        return UncertaintyLossGate(priors)
-    if mode == "paper":
-        return PaperLossGate(priors, channels, **options)
-    return LossGate(priors)
+    from amkd_monai.distillation import baselines
+
+    known = {**LOSS_GATES, **baselines.LOSS_GATES}
+    arguments, options = (priors, warmup_steps, channels), dict(options or {})
+    chosen = mode_class("loss gate", mode, known, LossGate, arguments, options)
+    if not any(priors.values()):  # plain supervised training needs no gate
+        return ScaledLossGate(priors, warmup_steps)
+    gate: LossGate = chosen(*arguments, **options)
+    return gate

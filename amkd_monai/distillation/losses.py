@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from monai.losses import DiceLoss
 from torch import Tensor
 
+from amkd_monai.distillation.deferred import Faults
+
 _DICE_OPTIONS = {
     "include_background": False,
     "softmax": True,
@@ -21,7 +23,10 @@ _dice, _batch_dice = DiceLoss(**_DICE_OPTIONS), DiceLoss(**_DICE_OPTIONS, batch=
 
 
 def task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False, class_weights: Tensor | None = None) -> Tensor:
-    """The task's loss per sample (B,): that of classes for logits (B, C), that of masks for logits (B, C, H, W)."""
+    """The task's loss per sample (B,): that of classes for logits (B, C), that of masks for logits (B, C, H, W).
+
+    Labels must be in 0 to C - 1 (:func:`note_classes`).
+    """
     if logits.ndim == 2:
         return classification_task_loss(logits, label, class_weights)
     return segmentation_task_loss(logits, label, batch_dice)
@@ -39,22 +44,22 @@ def classification_task_loss(logits: Tensor, label: Tensor, class_weights: Tenso
         (B,) in nats, times the weight of the sample's class.
 
     Raises:
-        ValueError: the labels are no classes of images, or one is not in 0 to C - 1.
+        ValueError: the labels are no classes of images.
     """
     if label.ndim != 1:
         raise ValueError("The student answers one class per image, the labels are masks: use a student for masks.")
-    _check_classes(label, logits.shape[1])
     weights = None if class_weights is None else class_weights.to(logits).float()
     return F.cross_entropy(logits.float(), label.long(), weight=weights, reduction="none")
 
 
-def _check_classes(label: Tensor, classes: int) -> None:
-    lowest, highest = (int(value) for value in torch.aminmax(label))
-    if highest >= classes or lowest < 0:
-        raise ValueError(
-            f"A label holds the class {lowest if lowest < 0 else highest}, the student has classes 0 to {classes - 1}: "
-            "correct the label or num_classes."
-        )
+def note_classes(faults: Faults, label: Tensor, classes: int) -> None:
+    """Note labels (any shape) that are not in 0 to C - 1."""
+    lowest, highest = torch.aminmax(label)
+    faults.note(
+        f"A label holds the class {{}}, the student has classes 0 to {classes - 1}: correct the label or num_classes.",
+        (lowest < 0) | (highest >= classes),
+        torch.where(lowest < 0, lowest, highest),
+    )
 
 
 def as_map(logits: Tensor) -> Tensor:
@@ -75,11 +80,10 @@ def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = Fal
         (B,): mean soft Dice loss of the foreground classes plus mean cross entropy (nats).
 
     Raises:
-        ValueError: the labels are no masks, or one is not in 0 to C - 1.
+        ValueError: the labels are no masks.
     """
     if label.ndim != 4:
         raise ValueError("The student answers masks, the labels are one class per image: use a student for classes.")
-    _check_classes(label, logits.shape[1])
     logits = logits.float()
     dice = _batch_dice(logits, label).mean() if batch_dice else _dice(logits, label).flatten(1).mean(1)
     cross_entropy = F.cross_entropy(logits, label[:, 0].long(), reduction="none").flatten(1).mean(1)
@@ -164,7 +168,14 @@ def one_hot_area(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: a label is not in 0 to C - 1.
     """
-    _check_classes(label, classes)
+    faults = Faults()
+    note_classes(faults, label, classes)
+    faults.read()
+    return class_areas(label, classes, size)
+
+
+def class_areas(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
+    """As :func:`one_hot_area`, for labels that are known to be in 0 to C - 1."""
     one_hot = label == torch.arange(1, classes, device=label.device)[:, None, None]  # (B, 1, H, W) -> (B, C - 1, H, W)
     area = F.adaptive_avg_pool2d(one_hot.float(), size)
     return torch.cat([(1 - area.sum(1, keepdim=True)).clamp_min(0), area], dim=1)

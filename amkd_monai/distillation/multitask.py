@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from amkd_monai.distillation.alignment import MeanStdStandardiser
 from amkd_monai.distillation.distiller import Distiller
 from amkd_monai.distillation.interface import Batch, DistillationOutput
 from amkd_monai.distillation.loss_gate import ScaledLossGate
-from amkd_monai.distillation.return_decoder import PcaCode
-from amkd_monai.distillation.standardise import MeanStdStandardiser
+from amkd_monai.distillation.return_decoder import LearnedCode
 
 TASK = "task"
 
@@ -21,7 +21,7 @@ class MultiTaskDistiller(nn.Module):
 
     Projections and learned codes of equally named teachers of one shape, and the gate networks of equal lists of
     teachers, are one module for all tasks, so what is learned about a teacher on one data set serves the others.
-    Projections stay apart where the space of their targets is the data set's own (PHI-S, PCA code).
+    Projections stay apart where the space of their targets is the data set's own (PCA code, your own standardiser).
 
     Args:
         distillers: {task: distiller}, their students views of one shared student.
@@ -57,9 +57,9 @@ class MultiTaskDistiller(nn.Module):
         """
         result: DistillationOutput = self.distillers[task](batch, progress)
         scale = self.scales[task]
-        if self.training and int(scale.count) < scale.history.shape[1]:
+        if self.training and scale.steps < scale.history.shape[1]:
             scale.observe({TASK: mean_over_processes(result.losses[TASK].detach().mean())})
-        factor = float(scale.scale[0])
+        factor = scale.scale[0].clone()
         result.total = result.total / factor
         result.figures["loss_scale"] = factor
         return result
@@ -76,13 +76,15 @@ def share_teaching(distillers: list[Distiller]) -> None:
     for distiller in distillers:
         for name in distiller.align:
             code = dict(distiller.codes.items()).get(name)
-            if isinstance(distiller.standardise[name], MeanStdStandardiser) and not isinstance(code, PcaCode):
+            if isinstance(distiller.standardise[name], MeanStdStandardiser) and (
+                code is None or isinstance(code, LearnedCode)
+            ):
                 distiller.align[name] = one(distiller.align[name], "align", name)
                 if code is not None:
                     distiller.codes[name] = one(code, "code", name)
         gate = distiller.teacher_gate
         if gate.network is not None:
-            gate.network = one(gate.network, "gate", gate.mode, *(t.name for t in gate.teachers))
+            gate.network = one(gate.network, "gate", type(gate), *(t.name for t in gate.teachers))
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -70,41 +69,7 @@ class LearnedCode(nn.Module):
         return functional_call(self.decoder, frozen, (code,))
 
 
-class PcaCode(nn.Module):
-    """The m leading principal components of a teacher's standardised features, and back; nothing to train.
-
-    One scalar brings the code to a mean variance of 1. With m = C the way back is exact.
-
-    Args:
-        covariance: (C, C) of the standardised features.
-        code_channels: m.
-    """
-
-    basis: Tensor
-    scale: Tensor
-
-    def __init__(self, covariance: Tensor, code_channels: int) -> None:
-        super().__init__()
-        self.code_channels = code_channels
-        values, vectors = torch.linalg.eigh(covariance.double())  # ascending
-        leading = values.flip(0)[:code_channels].clamp_min(0)
-        self.register_buffer("basis", vectors.flip(1)[:, :code_channels].T.float().contiguous())  # (m, C)
-        self.register_buffer("scale", leading.mean().clamp_min(1e-12).sqrt().float())
-
-    def encode(self, target: Tensor) -> Tensor:
-        """Code (B, m, h, w) of standardised features (B, C, h, w)."""
-        return F.conv2d(target.detach().float(), (self.basis / self.scale)[:, :, None, None])
-
-    def autoencoder_loss(self, target: Tensor) -> None:
-        """There is nothing to train."""
-        return None
-
-    def decode_frozen(self, code: Tensor) -> Tensor:
-        """Features (B, C, h, w) from a code (B, m, h, w)."""
-        return F.conv2d(code.float(), (self.basis * self.scale).T[:, :, None, None])
-
-
-def make_code(mode: str, channels: int, code_channels: int, covariance: Tensor | None) -> LearnedCode | PcaCode:
+def make_code(mode: str, channels: int, code_channels: int, covariance: Tensor | None) -> nn.Module:
     """Return the code of a teacher.
 
     Args:
@@ -116,6 +81,8 @@ def make_code(mode: str, channels: int, code_channels: int, covariance: Tensor |
     Raises:
         ValueError: the covariance is missing.
     """
+    from amkd_monai.distillation.baselines import PcaCode
+
     size = min(code_channels, channels)
     if mode == "learned":
         return LearnedCode(channels, size)

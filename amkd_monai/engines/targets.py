@@ -70,7 +70,7 @@ class TeacherTargets:
 
     def specs_for(self, return_code: str = "none", standardisation: str = "mean_std") -> list[TeacherSpec]:
         """Like ``specs``, with the covariance of the features where the return code or the standardisation needs it."""
-        if return_code != "pca" and standardisation != "phi_s":
+        if return_code != "pca" and standardisation == "mean_std":
             return self.specs
         return [
             replace(s.spec, covariance=channel_covariance(s.features)) if s.features is not None else s.spec

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from amkd_monai.data.augment import Augmentation, warp
 from amkd_monai.data.sampling import BatchSampler
-from amkd_monai.distillation.distiller import Batch, DistillationOutput
+from amkd_monai.distillation.distiller import Batch, DistillationOutput, Distiller
 from amkd_monai.engines.targets import TeacherTargets
 
 
@@ -129,12 +129,11 @@ class DistillationTrainer(SupervisedTrainer):
         result.total.backward()
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         self.optimizer.step()
-        rows = batch.has_label
         self.state.distillation = result
         engine.state.output = {
-            Keys.IMAGE: batch.image[rows],
-            Keys.LABEL: batch.label[rows],
-            Keys.PRED: result.logits[rows].detach(),
+            Keys.IMAGE: batch.labelled(batch.image),
+            Keys.LABEL: batch.labelled(batch.label),
+            Keys.PRED: batch.labelled(result.logits).detach(),
             Keys.LOSS: result.total.detach(),
         }
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
@@ -142,7 +141,12 @@ class DistillationTrainer(SupervisedTrainer):
 
     def _check(self, result: DistillationOutput, of: str = "") -> None:
         """Refuse a loss that is not finite; ``of`` names the task where there are several."""
-        if not bool(torch.isfinite(result.total)):
+        finite = bool(torch.isfinite(result.total))
+        if not finite or self.state.iteration % (self.state.epoch_length or 1) == 0:  # before anything is kept
+            for module in self.network.modules():
+                if isinstance(module, Distiller):
+                    module.faults.read()
+        if not finite:
             bad = [name for name, loss in result.losses.items() if not bool(torch.isfinite(loss).all())]
             raise FloatingPointError(
                 f"The loss{of} is not finite in epoch {self.state.epoch}, step {self.state.iteration} "
@@ -181,4 +185,4 @@ def distillation_batch(
     image = augmentation.photometric(warp(image, theta), generator)
     label = label.long() if label.ndim == 1 else warp(label.float(), theta, mode="nearest").round().long()
     image = image.contiguous(memory_format=torch.channels_last)
-    return Batch(image, label, data["has_label"].to(device), teachers, data["index"].to(device), task=task)
+    return Batch(image, label, data["has_label"], teachers, data["index"].to(device), task=task)

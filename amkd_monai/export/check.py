@@ -16,8 +16,8 @@ from amkd_monai.export.source import Case
 from amkd_monai.files.masks import IGNORED
 from amkd_monai.files.steps import softmax
 from amkd_monai.metrics.classification import macro_auroc
-from amkd_monai.metrics.summary import align
 from amkd_monai.tasks import Task
+from amkd_monai.terminal import align
 
 TOLERANCE = 1e-4
 """Largest difference of a probability between the student and a float format."""

@@ -1,19 +1,30 @@
-"""Metrics of classes: pure functions of true classes and class probabilities (NumPy and SciPy only).
+"""Metrics of classes, which of them a task is scored by, and the row of a case.
 
 Everywhere ``label`` (N,) holds class indices, ``probabilities`` (N, C) sum to 1 per case, ``positive`` (N,) is
-boolean and ``score`` (N,) is higher for what is more likely positive. What a set of cases cannot say is NaN.
+boolean and ``score`` (N,) is higher for what is more likely positive. A metric that a set of cases does not define is
+NaN. Written in NumPy because bootstraps call it thousands of times: kappa, areas and accuracy of 2,000 resamples of 600
+cases take 3 s, with scikit-learn 52 s (the tests compare the values). No maintained package has DeLong's test.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from amkd_monai.tasks import Task
+
 RELIABILITY_BINS = 15
+SENSITIVITIES = (82, 95)
+"""Sensitivities (%) at which specificity is reported: that of dermatologists, and a strict one."""
+
+Metric = Callable[[NDArray[np.int64], NDArray[np.float64]], float]
+"""From true classes (N,) and probabilities (N, C)."""
 
 
 def confusion_matrix(label: ArrayLike, predicted: ArrayLike, classes: int) -> NDArray[np.int64]:
@@ -183,3 +194,91 @@ def delong_test(positive: ArrayLike, a: ArrayLike, b: ArrayLike) -> tuple[float,
     deviation = math.sqrt(variance)
     half = float(stats.norm.ppf(0.975)) * deviation
     return difference, difference - half, difference + half, float(2 * stats.norm.sf(abs(difference) / deviation))
+
+
+def slug(name: str) -> str:
+    """A class name as part of a column's name."""
+    return name.lower().replace(" ", "_")
+
+
+def positive_classes(task: Task) -> dict[str, NDArray[np.bool_]]:
+    """The binary problems of a task by name: which of its classes count as positive, (C,)."""
+    problems = {}
+    if task.referable_from is not None:
+        problems["referable"] = np.arange(len(task.classes)) >= task.referable_from
+    for name in task.singled_out:
+        problems[slug(name)] = np.array([other == name for other in task.classes])
+    return problems
+
+
+def class_metrics(task: Task) -> dict[str, Metric]:
+    """The metrics of a classification task by name, the primary one first.
+
+    For every binary problem there are the area under the ROC curve of the summed probability of its positive classes,
+    sensitivity and specificity of the predicted class, and specificities at fixed sensitivities.
+    """
+    classes, problems = len(task.classes), positive_classes(task)
+    found: dict[str, Metric] = {}
+    if task.referable_from is not None:
+        found["qwk"] = lambda y, p: quadratic_weighted_kappa(y, p.argmax(1), classes)
+    if task.singled_out:
+        masks = [problems[slug(name)] for name in task.singled_out]
+        found["mean_auc"] = lambda y, p: math.fsum(_area(mask, y, p) for mask in masks) / len(masks)
+    for name, mask in problems.items():
+        found[f"{name}_auc"] = partial(_area, mask)
+        found[f"{name}_sensitivity"] = partial(_called, sensitivity, mask)
+        found[f"{name}_specificity"] = partial(_called, specificity, mask)
+        for percent in SENSITIVITIES:
+            found[f"{name}_specificity_at_{percent}"] = partial(_specificity_at, percent / 100, mask)
+    found["macro_auroc"] = macro_auroc
+    found["balanced_accuracy"] = lambda y, p: balanced_accuracy(y, p.argmax(1))
+    found["accuracy"] = lambda y, p: float((p.argmax(1) == y).mean())
+    found["ece"] = expected_calibration_error
+    found["brier"] = brier
+    return {task.primary_metric: found[task.primary_metric], **found}
+
+
+def _area(mask: NDArray[np.bool_], y: NDArray[np.int64], p: NDArray[np.float64]) -> float:
+    return auroc(mask[y], p[:, mask].sum(1))
+
+
+def _called(part: Callable[..., float], mask: NDArray[np.bool_], y: NDArray[np.int64], p: NDArray[np.float64]) -> float:
+    return part(mask[y], mask[p.argmax(1)])
+
+
+def _specificity_at(wanted: float, mask: NDArray[np.bool_], y: NDArray[np.int64], p: NDArray[np.float64]) -> float:
+    return specificity_at_sensitivity(mask[y], p[:, mask].sum(1), wanted)
+
+
+def class_row(task: Task, case: str, label: int | None, probabilities: ArrayLike) -> dict[str, Any]:
+    """One case as a row: ``id``, ``class`` and ``label`` (where it is known), ``prediction``, ``p_<class>``.
+
+    Raises:
+        ValueError: the probabilities are not one per class with sum 1, or there is no such class.
+    """
+    p = np.asarray(probabilities, dtype=float)
+    if p.shape != (len(task.classes),) or not np.isfinite(p).all() or abs(p.sum() - 1) > 1e-3 or (p < 0).any():
+        raise ValueError(f"'pred' must be {len(task.classes)} probabilities with sum 1, got {p.round(4).tolist()}.")
+    row: dict[str, Any] = {"id": case}
+    if label is not None:
+        if not 0 <= label < len(task.classes):
+            raise ValueError(f"the label {label} is no class of {task.name}.")
+        row |= {"class": task.classes[label], "label": label}
+    row["prediction"] = int(p.argmax())
+    return row | {f"p_{slug(name)}": float(v) for name, v in zip(task.classes, p, strict=True)}
+
+
+def labels_and_probabilities(
+    task: Task, rows: Sequence[dict[str, Any]]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """True classes (N,) and probabilities (N, C) of rows.
+
+    Raises:
+        ValueError: there is no row, or a column is missing.
+    """
+    columns = [f"p_{slug(name)}" for name in task.classes]
+    missing = sorted({c for c in ("label", *columns) for row in rows if c not in row})
+    if missing or not rows:
+        raise ValueError(f"There are no cases of {task.name}, or they lack {', '.join(missing) or 'rows'}.")
+    label = np.array([int(row["label"]) for row in rows])
+    return label, np.array([[float(row[c]) for c in columns] for row in rows])

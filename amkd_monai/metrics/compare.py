@@ -1,4 +1,4 @@
-"""Paired comparison of runs that were evaluated on the same cases."""
+"""Paired comparison of runs that were evaluated on the same cases: masks case by case, classes as a set."""
 
 from __future__ import annotations
 
@@ -9,14 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from amkd_monai.metrics.statistics import holm, paired_bootstrap_ci, paired_wilcoxon
-from amkd_monai.metrics.summary import align, read_case_csv
+from amkd_monai.metrics.classification import class_metrics, delong_test, labels_and_probabilities, positive_classes
+from amkd_monai.metrics.statistics import (
+    bootstrap_p,
+    holm,
+    interval,
+    paired_bootstrap_ci,
+    paired_wilcoxon,
+    resampled,
+)
+from amkd_monai.metrics.summary import Row, read_case_csv
 from amkd_monai.tasks import Task, get_task
+from amkd_monai.terminal import align
 
 IDS_SHOWN = 5
 """How many ids an error message spells out."""
+
+Key = tuple[str, ...]
+"""Of a row in a case file: its id, and for masks its class."""
 
 
 def evaluated_task(metrics_json: str | Path) -> Task | None:
@@ -35,37 +46,52 @@ def evaluated_task(metrics_json: str | Path) -> Task | None:
 
 
 def compare_runs(
-    reference_csv: str | Path, other_csvs: Mapping[str, str | Path], metric: str = "dice"
+    reference_csv: str | Path,
+    other_csvs: Mapping[str, str | Path],
+    metric: str | None = None,
+    task: Task | None = None,
 ) -> list[dict[str, Any]]:
-    """Compare runs with a reference run, case by case and class by class.
+    """Compare runs with a reference run on the same cases.
 
-    Pairs where either run has no value (NaN) are left out and counted. The p values of all returned rows form
-    one family for the Holm adjustment.
+    Masks are compared case by case and class by class; pairs where either run has no value (NaN) are left out and
+    counted. Metrics of classes belong to the whole set: a single area under the ROC curve is compared by DeLong's test,
+    any other metric by a paired bootstrap over cases. The p values of all returned rows form one family for the Holm
+    adjustment.
 
     Args:
         reference_csv: case file of the reference run, for example the undistilled student's.
         other_csvs: name -> case file of each run to compare with it.
-        metric: column to compare.
+        metric: what to compare; None takes the Dice of masks, and of classes the primary metric and all single areas.
+        task: task of the runs; None if their images have masks.
 
     Returns:
-        One row per run and class: ``name``, ``class``, ``metric``, ``n`` (pairs), ``left_out``,
-        ``reference_mean``, ``mean`` (both over the pairs), ``difference`` (run minus reference) with
-        ``ci_low`` and ``ci_high`` (95 % paired bootstrap), ``p`` (Wilcoxon signed-rank, two-sided) and
-        ``p_holm``.
+        One row per run and class (of masks) or metric (of classes): ``name``, ``class`` (where an image has one class,
+        the metric), ``metric``, ``n`` (pairs), ``left_out``, ``reference_mean``, ``mean`` (both over the pairs),
+        ``difference`` (run minus reference) with ``ci_low`` and ``ci_high`` (95 %), ``test`` (which test gave ``p``),
+        ``p`` (two-sided) and ``p_holm``.
 
     Raises:
-        ValueError: if a file lacks the metric, repeats a case, or does not have the cases of the reference.
+        ValueError: a file lacks the metric, repeats a case, or does not have the cases and labels of the reference; or
+            the metric is unknown.
     """
-    reference = _load(reference_csv, metric)
+    classes = task if task is not None and task.is_classification else None
+    if classes is not None and metric not in (None, *class_metrics(classes)):
+        raise ValueError(
+            f"There is no metric '{metric}' for {classes.name}: use one of {', '.join(class_metrics(classes))}."
+        )
+    metric = metric or (None if classes else "dice")
+    columns = ("id", "label") if classes else ("id", "class", str(metric))
+    key = ("id",) if classes else ("id", "class")
+    reference = _load(reference_csv, columns, key)
     rows: list[dict[str, Any]] = []
     for name, path in other_csvs.items():
-        other = _load(path, metric)
+        other = _load(path, columns, key)
         _check_same_cases(reference, other, name)
-        for class_name in dict.fromkeys(key[1] for key in reference):
-            keys = [key for key in reference if key[1] == class_name]
-            a = np.array([other[key] for key in keys])
-            b = np.array([reference[key] for key in keys])
-            rows.append({"name": name, "class": class_name, "metric": metric, **_compare(a, b)})
+        if classes is not None:
+            found = _compare_classes(other, reference, metric, classes, name)
+        else:
+            found = _compare_masks(other, reference, str(metric))
+        rows += [{"name": name, **row} for row in found]
     for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = adjusted
     return rows
@@ -76,70 +102,83 @@ def format_comparison(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     lines: list[Sequence[str]] = [("", "n", "reference", "mean", "difference", "95 % CI", "p", "p (Holm)")]
     several = len({row["class"] for row in rows}) > 1
     for row in rows:
-        lines.append(
-            (
-                f"{row['name']} {row['class']}" if several else row["name"],
-                str(row["n"]),
-                f"{row['reference_mean']:.4f}",
-                f"{row['mean']:.4f}",
-                f"{row['difference']:+.4f}",
-                f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]",
-                f"{row['p']:.2g}",
-                f"{row['p_holm']:.2g}",
-            )
-        )
+        name = f"{row['name']} {row['class']}" if several else row["name"]
+        values = (f"{row['reference_mean']:.4f}", f"{row['mean']:.4f}", f"{row['difference']:+.4f}")
+        bounds = f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
+        lines.append((name, str(row["n"]), *values, bounds, f"{row['p']:.2g}", f"{row['p_holm']:.2g}"))
     return "\n".join([title, align(lines)])
 
 
-def _compare(a: NDArray[np.float64], b: NDArray[np.float64]) -> dict[str, float]:
-    """Statistics of paired values of a run ``a`` and the reference ``b``, both of shape (N,)."""
-    paired = ~(np.isnan(a) | np.isnan(b))
-    a, b = a[paired], b[paired]
-    difference, low, high = paired_bootstrap_ci(a, b)
-    return {
-        "n": len(a),
-        "left_out": int((~paired).sum()),
-        "reference_mean": float(b.mean()) if len(b) else math.nan,
-        "mean": float(a.mean()) if len(a) else math.nan,
-        "difference": difference,
-        "ci_low": low,
-        "ci_high": high,
-        "p": paired_wilcoxon(a, b),
-    }
+def _compare_masks(other: Mapping[Key, Row], reference: Mapping[Key, Row], metric: str) -> list[dict[str, Any]]:
+    """Statistics of paired cases, a row per class."""
+    rows = []
+    for name in dict.fromkeys(key[1] for key in reference):
+        keys = [key for key in reference if key[1] == name]
+        a, b = (np.array([float(of[key][metric]) for key in keys]) for of in (other, reference))
+        paired = ~(np.isnan(a) | np.isnan(b))
+        a, b = a[paired], b[paired]
+        means = {key: float(x.mean()) if len(x) else math.nan for key, x in (("reference_mean", b), ("mean", a))}
+        counts = {"n": len(a), "left_out": int((~paired).sum())}
+        estimate = dict(zip(("difference", "ci_low", "ci_high"), paired_bootstrap_ci(a, b), strict=True))
+        test = {"p": paired_wilcoxon(a, b), "test": "Wilcoxon"}
+        rows.append({"class": name, "metric": metric, **counts, **means, **estimate, **test})
+    return rows
 
 
-def _load(path: str | Path, metric: str) -> dict[tuple[str, str], float]:
-    """Metric by (id, class)."""
-    values: dict[tuple[str, str], float] = {}
+def _compare_classes(
+    other: Mapping[Key, Row], reference: Mapping[Key, Row], metric: str | None, task: Task, run: str
+) -> list[dict[str, Any]]:
+    """Statistics of the set of cases, a row per metric."""
+    ids = sorted(reference)
+    (label, p), (expected, q) = (labels_and_probabilities(task, [of[i] for i in ids]) for of in (other, reference))
+    if (label != expected).any():
+        wrong = [i[0] for i, same in zip(ids, label == expected, strict=True) if not same]
+        raise ValueError(f"The run '{run}' has other labels than the reference for {', '.join(wrong[:IDS_SHOWN])}.")
+    masks, metrics, rows = positive_classes(task), class_metrics(task), []
+    for name in [metric] if metric else [task.primary_metric, *(f"{problem}_auc" for problem in masks)]:
+        mean, reference_mean = metrics[name](label, p), metrics[name](label, q)
+        mask = masks.get(name.removesuffix("_auc")) if name.endswith("_auc") else None
+        if mask is not None and min(mask[label].sum(), (~mask[label]).sum()) >= 2:
+            difference, low, high, chance = delong_test(mask[label], p[:, mask].sum(1), q[:, mask].sum(1))
+        else:
+            mask = None
+            drawn = np.array([metrics[name](label[i], p[i]) - metrics[name](label[i], q[i]) for i in resampled(len(p))])
+            difference, (low, high), chance = mean - reference_mean, interval(drawn), bootstrap_p(drawn)
+        row = {"class": name, "metric": name, "n": len(label), "left_out": 0, "reference_mean": reference_mean}
+        row |= {"mean": mean, "difference": difference, "ci_low": low, "ci_high": high, "p": chance}
+        rows.append(row | {"test": "bootstrap" if mask is None else "DeLong"})
+    return rows
+
+
+def _load(path: str | Path, columns: Sequence[str], key: Sequence[str]) -> dict[Key, Row]:
+    """Rows of a case file by their key."""
+    found: dict[Key, Row] = {}
     for row in read_case_csv(path):
-        missing = [column for column in ("id", "class", metric) if column not in row]
-        if missing:
+        if missing := [column for column in columns if column not in row]:
             raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(row)}.")
-        key = (row["id"], row["class"])
-        if key in values:
-            raise ValueError(f"{path} has two rows for the case {key[0]!r} and the class {key[1]!r}.")
-        values[key] = float(row[metric])
-    if not values:
+        named = tuple(str(row[column]) for column in key)
+        if named in found:
+            raise ValueError(f"{path} has two rows for the case {_shown(named)}.")
+        found[named] = row
+    if not found:
         raise ValueError(f"{path} holds no cases.")
-    return values
+    return found
 
 
-def _check_same_cases(
-    reference: Mapping[tuple[str, str], float], other: Mapping[tuple[str, str], float], name: str
-) -> None:
-    only_reference, only_other = (
-        sorted(reference.keys() - other.keys()),
-        sorted(other.keys() - reference.keys()),
-    )
-    if only_reference or only_other:
+def _check_same_cases(reference: Mapping[Key, Row], other: Mapping[Key, Row], name: str) -> None:
+    only = sorted(reference.keys() - other.keys()), sorted(other.keys() - reference.keys())
+    if any(only):
         raise ValueError(
-            f"Cannot pair the run {name!r} with the reference: {_listed(only_reference)} only in the "
-            f"reference, {_listed(only_other)} only in {name!r}."
+            f"Cannot pair the run {name!r} with the reference: {_listed(only[0])} only in the reference, "
+            f"{_listed(only[1])} only in {name!r}."
         )
 
 
-def _listed(keys: Sequence[tuple[str, str]]) -> str:
-    if not keys:
-        return "0 cases"
-    shown = ", ".join(f"{case} ({class_name})" for case, class_name in keys[:IDS_SHOWN])
-    return f"{len(keys)} case{'s' if len(keys) > 1 else ''} ({shown}{', ...' if len(keys) > IDS_SHOWN else ''})"
+def _listed(keys: Sequence[Key]) -> str:
+    shown = ", ".join(_shown(key) for key in keys[:IDS_SHOWN])
+    more = ", ..." if len(keys) > IDS_SHOWN else ""
+    return f"{len(keys)} case{'' if len(keys) == 1 else 's'}" + (f" ({shown}{more})" if keys else "")
+
+
+def _shown(key: Key) -> str:
+    return f"{key[0]} ({key[1]})" if len(key) > 1 else key[0]

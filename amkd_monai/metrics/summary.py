@@ -1,10 +1,11 @@
-"""From the rows of all cases to the numbers and the table that are reported."""
+"""From the rows of all cases to the numbers and the table that are reported, and the files of a run."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +14,32 @@ from typing import Any
 import numpy as np
 
 from amkd_monai.atomic import atomic_write_bytes
-from amkd_monai.metrics.statistics import bootstrap_ci
+from amkd_monai.metrics.classification import (
+    class_metrics,
+    confusion_matrix,
+    labels_and_probabilities,
+    reliability_table,
+)
+from amkd_monai.metrics.statistics import bootstrap_ci, interval, resampled
+from amkd_monai.tasks import Task
+from amkd_monai.terminal import align
 
 TEXT_COLUMNS = ("id", "group", "class", "status")
 """Columns of a case file that hold text; every other column holds numbers."""
 
+PREVIEWS = "previews"
+"""Folder of the small copies of the cases of a run."""
+TEACHERS = "teachers.npz"
+"""File of what the teachers of a run answer for a few training images."""
+FEATURES = "features.npz"
+"""File of the pooled features of a run's training images."""
+
 Row = dict[str, Any]
+
+
+def preview_file(output_dir: str | Path, case: str) -> Path:
+    """File of the preview of a case."""
+    return Path(output_dir) / PREVIEWS / (re.sub(r"[^\w.()-]+", "_", case) + ".npz")
 
 
 def summarise(rows: Sequence[Row], metrics: Sequence[str] = ("dice", "iou", "nsd", "hd95")) -> dict[str, Any]:
@@ -82,31 +103,45 @@ def _summarise_metric(rows: Sequence[Row], metric: str) -> dict[str, float]:
     return {"mean": mean, "ci_low": low, "ci_high": high, "median": median, "n": len(values)}
 
 
+def summarise_classes(rows: Sequence[Row], task: Task) -> dict[str, Any]:
+    """Aggregate rows of a classification: every metric with its 95 % bootstrap interval over cases.
+
+    Returns:
+        ``cases``, ``classes`` (cases per class), ``metrics`` ({name: ``value``, ``ci_low``, ``ci_high``}),
+        ``confusion`` (true classes by row) and ``reliability`` (a row per bin of the largest probability).
+        Resamples that lack a class are left out where a metric needs it.
+    """
+    label, p = labels_and_probabilities(task, rows)
+    samples = [(label[i], p[i]) for i in resampled(len(label))]
+    table = {}
+    for name, metric in class_metrics(task).items():
+        low, high = interval(np.array([metric(y, q) for y, q in samples]))
+        table[name] = {"value": metric(label, p), "ci_low": low, "ci_high": high}
+    return {
+        "cases": len(rows),
+        "classes": {name: int((label == c).sum()) for c, name in enumerate(task.classes)},
+        "metrics": table,
+        "confusion": confusion_matrix(label, p.argmax(1), len(task.classes)).tolist(),
+        "reliability": reliability_table(label, p),
+    }
+
+
 def format_table(summary: Mapping[str, Any], title: str) -> str:
-    """The summary as a plain-text table, a line per metric (and class, if there are several)."""
-    header = ("", "mean", "95 % CI", "median", "n")
-    blocks = {"": summary, **summary.get("classes", {})}
-    lines: list[Sequence[str]] = [header]
-    for name, block in blocks.items():
-        for metric, value in block["metrics"].items():
-            interval = f"[{_number(value['ci_low'])}, {_number(value['ci_high'])}]"
-            label = f"{name} {metric}" if name else metric
-            lines.append((label, _number(value["mean"]), interval, _number(value["median"]), str(value["n"])))
-    counts = ", ".join(f"{status} {count}" for status, count in summary["status"].items())
-    table = [f"{title} ({summary['cases']} cases; {counts})", align(lines)]
-    if empty := summary["empty_references"]:
+    """Either summary as a plain-text table, a line per metric (of masks also per class, if there are several)."""
+    masks = "status" in summary
+    value, counts, more = ("mean", "status", ("median", "n")) if masks else ("value", "classes", ())
+    lines: list[Sequence[str]] = [("", value, "95 % CI", *more)]
+    for name, block in {"": summary, **(summary.get("classes", {}) if masks else {})}.items():
+        for metric, v in block["metrics"].items():
+            bounds = f"[{_number(v['ci_low'])}, {_number(v['ci_high'])}]"
+            others = (_number(v["median"]), str(v["n"])) if masks else ()
+            lines.append((f"{name} {metric}" if name else metric, _number(v[value]), bounds, *others))
+    counted = ", ".join(f"{name} {count}" for name, count in summary[counts].items())
+    table = [f"{title} ({summary['cases']} cases; {counted})", align(lines)]
+    if empty := summary.get("empty_references"):
         wrong = summary["status"].get("false_positive", 0)
         table.append(f"empty references, in no mean above: {empty}, of which {wrong} with a false positive")
     return "\n".join(table)
-
-
-def align(lines: Sequence[Sequence[str]]) -> str:
-    """Cells as text columns: the first flush left, the others flush right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
 
 
 def _number(value: float) -> str:

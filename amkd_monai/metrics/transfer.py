@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from amkd_monai.metrics.compare import compare_runs
-from amkd_monai.metrics.compare_classes import compare_class_runs
 from amkd_monai.metrics.statistics import holm
-from amkd_monai.metrics.summary import align
 from amkd_monai.tasks import Task
+from amkd_monai.terminal import align
 
 SCORE = ("value", "ci_low", "ci_high")
 DELTA = ("delta", "delta_ci_low", "delta_ci_high", "p", "p_holm")
@@ -71,10 +70,7 @@ def transfer_rows(
                 continue
             score = score_of(other, task)
             csvs = other / "per_case.csv", {"shared": Path(folder) / "per_case.csv"}
-            if task.is_classification:
-                compared = compare_class_runs(*csvs, task, task.primary_metric)
-            else:
-                compared = compare_runs(*csvs, task.primary_metric)
+            compared = compare_runs(*csvs, task.primary_metric, task)
             for found in compared:
                 values = (found["difference"], found["ci_low"], found["ci_high"], found["p"])
                 row = {"task": name, "metric": task.primary_metric, "run": label, **score}

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from amkd_monai.metrics.run_files import FEATURES
+from amkd_monai.metrics.summary import FEATURES
 from amkd_monai.report.figures import COLOURS, finish
 from amkd_monai.report.run_folder import RunFolder
 

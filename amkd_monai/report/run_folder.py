@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from amkd_monai.metrics.run_files import FEATURES, PREVIEWS, TEACHERS, preview_file
-from amkd_monai.metrics.summary import read_case_csv
+from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS, preview_file, read_case_csv
 from amkd_monai.tasks import TASKS, Task
 
 

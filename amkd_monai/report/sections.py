@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from amkd_monai.metrics.class_summary import labels_and_probabilities, positive_classes
+from amkd_monai.metrics.classification import labels_and_probabilities, positive_classes
 from amkd_monai.metrics.compare import compare_runs
-from amkd_monai.metrics.compare_classes import compare_class_runs
 from amkd_monai.report import figures, pictures
 from amkd_monai.report.run_folder import RunFolder
 
@@ -83,9 +82,7 @@ def comparison(runs: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], str]:
     if any(not run.cases for run in runs):
         return [], "Runs that were not evaluated cannot be compared."
     try:
-        if first.task.is_classification:
-            return compare_class_runs(first.folder / "per_case.csv", files, first.task), ""
-        return compare_runs(first.folder / "per_case.csv", files), ""
+        return compare_runs(first.folder / "per_case.csv", files, task=first.task), ""
     except ValueError as error:
         return [], f"The runs cannot be compared: {error}"
 

@@ -9,6 +9,7 @@ import importlib.metadata
 from dataclasses import dataclass
 
 from amkd_monai.checkpoints.find import find_weights
+from amkd_monai.terminal import align
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,4 @@ def format_catalogue(weights_dir: str | None = None) -> str:
     """Return the table that ``python -m amkd_monai teachers`` prints."""
     header = ("teacher", "kind", "status", "licence", "where to get it")
     rows = [header] + [(e.name, e.kind or "-", status(e, weights_dir), e.licence, e.source) for e in CATALOGUE]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return align(rows, left=None, ruled=True)

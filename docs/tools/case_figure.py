@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from amkd_monai.metrics.run_files import preview_file
+from amkd_monai.metrics.summary import preview_file
 from amkd_monai.report.pictures import PREDICTION, REFERENCE, enlarged, outlined
 from amkd_monai.tasks import get_task
 

@@ -85,7 +85,7 @@ def look(distiller, new, step: int, factors: dict[str, float], curves: Curves) -
     curves.teachers.append(np.stack([weights[kind].mean(0).numpy() for kind in (new.in_a, ~new.in_a)]))
     for name in ("task", *LOSSES):
         if name in factors:
-            curves.factors.setdefault(name, []).append(factors[name])
+            curves.factors.setdefault(name, []).append(float(factors[name]))
 
 
 def draw_teachers(runs: dict[str, Curves]) -> Figure:

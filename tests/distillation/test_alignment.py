@@ -3,8 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from amkd_monai.distillation.alignment import Alignment, ChannelNorm, pool_finer, to_grid
-from amkd_monai.distillation.standardise import MeanStdStandardiser
+from amkd_monai.distillation.alignment import Alignment, ChannelNorm, MeanStdStandardiser, pool_finer, to_grid
 
 
 def features(size=(16, 24), seed=0):
@@ -85,3 +84,14 @@ def test_it_learns_to_imitate_a_projection():
         loss.backward()
         optimiser.step()
     assert float(loss.detach()) < 0.1 * float(target.var())
+
+
+def test_the_covariance_after_standardising_is_that_of_the_standardised_features():
+    x = torch.randn((400, 3), generator=torch.Generator().manual_seed(0)) @ torch.tensor(
+        [[1.0, 2, 0], [0, 1, 0], [0, 3, 9]]
+    )
+    standardise = MeanStdStandardiser(x.mean(0), x.std(0, unbiased=False))
+    measured = torch.cov(standardise(x[:, :, None, None])[:, :, 0, 0].T, correction=0).double()
+    torch.testing.assert_close(
+        standardise.covariance_after(torch.cov(x.T, correction=0)), measured, atol=1e-4, rtol=1e-4
+    )

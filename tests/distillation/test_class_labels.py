@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toy_problem import ToyStudent, generator, make_batch, spec, student_gradient
+from toy_problem import GATES, LOSS_GATES, ToyStudent, generator, make_batch, spec, student_gradient
 
-from amkd_monai.distillation import Distiller, SampleTable, gates, loss_gate, losses
+from amkd_monai.distillation import Distiller, SampleTable, losses
 
 CLASSES = 3
 TWO = [spec("a", logits=(CLASSES, 1, 1)), spec("b", grid=(5, 3, 3), logits=(CLASSES, 1, 1), mean_error=1.0, score=0.4)]
@@ -51,7 +51,7 @@ def step_of(distiller, batch):
     return student_gradient(distiller)
 
 
-@pytest.mark.parametrize("gate", gates.MODES)
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("name", LOSSES)
 def test_each_loss_under_each_gate_changes_the_update(gate, name):
     batch = batch_of()
@@ -64,7 +64,7 @@ def test_each_loss_under_each_gate_changes_the_update(gate, name):
 
 
 def test_each_gate_gives_an_update_of_its_own():
-    updates = {gate: step_of(distiller_of(gate=gate), batch_of()) for gate in gates.MODES}
+    updates = {gate: step_of(distiller_of(gate=gate), batch_of()) for gate in GATES}
     names = list(updates)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
@@ -72,7 +72,7 @@ def test_each_gate_gives_an_update_of_its_own():
             assert (updates[a] - updates[b]).abs().max() > 1e-7, (a, b)
 
 
-@pytest.mark.parametrize("mode", loss_gate.MODES)
+@pytest.mark.parametrize("mode", LOSS_GATES)
 def test_every_loss_gate_weighs_all_losses(mode):
     distiller = distiller_of(loss_gate=mode)
     out = distiller(batch_of())
@@ -118,7 +118,7 @@ def test_class_weights_scale_the_task_and_nothing_else():
 
 def test_a_contrast_is_never_of_the_own_class():
     contrast = distiller_of().contrast
-    eligible = contrast.eligible(torch.arange(9), torch.arange(9))
+    eligible = contrast.eligible(torch.arange(9))
     assert torch.equal(eligible, LABELS[:, None] != LABELS[None, :])
 
 
@@ -127,5 +127,3 @@ def test_masks_and_classes_are_not_mixed_up():
         losses.task_loss(torch.zeros(2, 3), torch.zeros((2, 1, 4, 4), dtype=torch.long))
     with pytest.raises(ValueError, match="the labels are one class per image"):
         losses.task_loss(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.long))
-    with pytest.raises(ValueError, match="holds the class 3"):
-        losses.task_loss(torch.zeros(2, 3), torch.tensor([0, 3]))

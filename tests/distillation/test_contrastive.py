@@ -57,7 +57,7 @@ def test_the_own_sample_its_group_and_its_class_are_never_negatives():
     groups, classes = [0, 0, 1, 1, 2, 3, 4, 5], [0, 1, 0, 1, 1, -1, 0, -1]
     module = build(table(8, groups=groups, classes=classes))
     index = torch.tensor([0, 3, 5])
-    allowed = module.eligible(index, torch.arange(8))
+    allowed = module.eligible(index)
     for row, i in enumerate(index.tolist()):
         for j in range(8):
             same = groups[i] == groups[j] or (classes[i] == classes[j] and classes[i] >= 0)
@@ -68,7 +68,7 @@ def test_the_own_sample_its_group_and_its_class_are_never_negatives():
         assert keep.shape == (3, 3) and (eligible.sum(1) == torch.minimum(allowed.sum(1), torch.tensor(3))).all()
         assert all(len(set(row.tolist())) == 3 for row in keep)
         assert (allowed.gather(1, keep) == eligible).all()
-        module.remember(index)
+        module.count_step()
 
 
 def test_each_step_draws_other_negatives_and_a_resumed_run_the_same():
@@ -77,7 +77,7 @@ def test_each_step_draws_other_negatives_and_a_resumed_run_the_same():
     for _ in range(4):
         losses.append(first(maps, index)["a"].detach())
         assert torch.equal(losses[-1], first(maps, index)["a"])  # looking changes nothing
-        first.remember(index)
+        first.count_step()
         if len(losses) == 2:
             state = {k: v.clone() for k, v in first.state_dict().items()}
     assert not torch.equal(losses[0], losses[1])
@@ -85,8 +85,8 @@ def test_each_step_draws_other_negatives_and_a_resumed_run_the_same():
     second.load_state_dict(state)
     for expected in losses[2:]:
         assert torch.equal(second(maps, index)["a"], expected)
-        second.remember(index)
-    assert set(state) >= {"step", "queue", "log_temperature"} and not any("table" in k for k in state)
+        second.count_step()
+    assert set(state) >= {"step", "log_temperature"} and not any("table" in k for k in state)
 
 
 def test_the_student_learns_and_the_table_does_not():
@@ -130,44 +130,9 @@ def test_it_is_finite_at_the_coolest_temperature_under_autocast(dtype):
     assert loss.dtype == torch.float32 and torch.isfinite(loss).all()
 
 
-def test_a_queue_holds_the_last_samples_of_training_only():
-    module, maps = build(table(20), mode="queue", length=6), student_maps(2)
-    assert (module.queue == -1).all()
-    assert torch.equal(module(maps, torch.tensor([0, 1]))["a"], torch.zeros(2))  # nothing to contrast with yet
-    for pair in ([0, 1], [2, 3], [4, 5], [6, 0]):
-        loss = module(maps, torch.tensor(pair))["a"].sum()
-        module.remember(torch.tensor(pair))
-        loss.backward()  # the queue was changed in between
-    assert module.queue.tolist() == [6, 0, 4, 5, 2, 3]
-    module(maps, torch.tensor([8, 9]))
-    assert module.queue.tolist() == [6, 0, 4, 5, 2, 3]
-    allowed = module.eligible(torch.tensor([0, 9]), module.queue)
-    assert allowed.tolist() == [[True, False, True, True, True, True], [True] * 6]  # never its own older vector
-    expected = reference(heads_of(module, maps), module_vectors(), [0, 9], [[6, 4, 5, 2, 3], [6, 0, 4, 5, 2, 3]], 0.07)
-    np.testing.assert_allclose(module(maps, torch.tensor([0, 9]))["a"].detach().numpy(), expected, rtol=2e-4)
-
-
-def module_vectors():
-    return table(20).vectors["a"].double().numpy()
-
-
-def test_a_second_epoch_does_not_raise():
-    module, maps = build(table(10), mode="queue", length=5), student_maps(2)
-    for _ in range(2):
-        for start in range(0, 10, 2):
-            index = torch.tensor([start, start + 1])
-            loss = module(maps, index)["a"].sum()
-            module.remember(index)
-            loss.backward()
-    assert int(module.step) == 10
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"mode": "queue", "length": 11}, ("11", "20", "10")),
-        ({"mode": "queue", "length": 16384}, ("16384",)),
-        ({"mode": "bank"}, ("bank", "table", "queue")),
         ({"temperature": 0.001}, ("0.001",)),
         ({"tau": 0.1}, ("tau", "temperature")),
     ],
@@ -195,20 +160,19 @@ def test_missing_indices_and_vectors_that_are_not_finite_are_named():
     n=st.integers(2, 12),
     batch=st.integers(1, 5),
     negatives=st.integers(1, 20),
-    mode=st.sampled_from(["table", "queue"]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     seed=st.integers(0, 99),
 )
-def test_any_batch_is_finite(n, batch, negatives, mode, dtype, size, seed):
+def test_any_batch_is_finite(n, batch, negatives, dtype, size, seed):
     rng = np.random.default_rng(seed)
     samples = table(n, groups=rng.integers(0, 3, n).tolist(), classes=rng.integers(-1, 2, n).tolist())
-    module = build(samples, mode=mode, negatives=negatives)
+    module = build(samples, negatives=negatives)
     for _ in range(2):
         maps = student_maps(batch, seed, size).detach().to(dtype).requires_grad_()
         index = torch.from_numpy(rng.integers(0, n, batch))
         loss = module(maps, index)["a"]
-        module.remember(index)
+        module.count_step()
         assert loss.shape == (batch,) and torch.isfinite(loss).all() and (loss >= 0).all()
         loss.sum().backward()
         assert torch.isfinite(maps.grad).all()

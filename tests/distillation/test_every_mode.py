@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from toy_problem import generator, make_batch, make_distiller, spec, student_gradient
+from toy_problem import GATES, LOSS_GATES, generator, make_batch, make_distiller, spec, student_gradient
 
-from amkd_monai.distillation import SampleTable, gates, loss_gate
+from amkd_monai.distillation import SampleTable
 
 TWO = [spec("a"), spec("b", grid=(5, 3, 3), logits=(2, 4, 4))]
 LOSSES = {"output": 1.0, "feature": 0.2, "reconstruction": 0.2, "contrastive": 0.1}
@@ -38,7 +38,7 @@ def step_of(distiller, batch):
     return torch.cat([p.detach().flatten() for p in distiller.student.parameters()])
 
 
-@pytest.mark.parametrize("gate", gates.MODES)
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("name", LOSSES)
 def test_each_loss_reaches_the_student_under_each_gate_and_its_removal_changes_the_step(gate, name):
     distiller, batch = distiller_of(gate=gate), batch_of()
@@ -50,22 +50,21 @@ def test_each_loss_reaches_the_student_under_each_gate_and_its_removal_changes_t
     assert (with_loss - without).abs().max() > 1e-7
 
 
-@pytest.mark.parametrize("mode", loss_gate.MODES)
+@pytest.mark.parametrize("mode", LOSS_GATES)
 @pytest.mark.parametrize("code", ["learned", "pca"])
-@pytest.mark.parametrize("standardisation", ["mean_std", "phi_s"])
-def test_every_loss_gate_and_code_gives_all_losses_and_no_gradient_to_targets(mode, code, standardisation):
+def test_every_loss_gate_and_code_gives_all_losses_and_no_gradient_to_targets(mode, code):
     batch = batch_of()
     for maps in batch.teachers.values():
         for value in maps.values():
             value.requires_grad_()
-    distiller = distiller_of(loss_gate=mode, return_code=code, standardisation=standardisation)
+    distiller = distiller_of(loss_gate=mode, return_code=code)
     out = distiller(batch)
     assert set(LOSSES) | {"task"} <= set(out.losses) == set(out.loss_weights)
     assert ("autoencoder" in out.losses) == (code == "learned") and ("uncertainty" in out.losses) == (
         mode == "uncertainty"
     )
     assert mode == "paper" or out.loss_weights["task"] == 1.0
-    torch.testing.assert_close(out.total, sum(out.loss_weights[n] * v.mean() for n, v in out.losses.items()))
+    torch.testing.assert_close(out.total, sum(float(out.loss_weights[n]) * v.mean() for n, v in out.losses.items()))
     out.total.backward()
     assert all(v.grad is None for maps in batch.teachers.values() for v in maps.values())
     assert torch.isfinite(student_gradient(distiller)).all() and student_gradient(distiller).abs().sum() > 0
@@ -97,13 +96,10 @@ def test_the_contrast_alone_needs_no_feature_maps_of_the_batch():
 
 @pytest.mark.parametrize("gate", ["learned", "paper"])
 @pytest.mark.parametrize("mode", ["agreement", "uncertainty", "paper"])
-@pytest.mark.parametrize("contrast", ["table", "queue"])
-def test_all_state_comes_back_bit_for_bit(gate, mode, contrast):
-    options = {"gate": gate, "loss_gate": mode, "contrastive": {"mode": contrast, "negatives": 3}, "scale_steps": 3}
+def test_all_state_comes_back_bit_for_bit(gate, mode):
+    options = {"gate": gate, "loss_gate": mode, "contrastive": {"negatives": 3}, "scale_steps": 3}
     if mode == "agreement":
         options["loss_gate_options"] = {"every": 2}
-    if contrast == "queue":
-        options["contrastive"]["length"] = 4
     first = distiller_of(**options)
     optimiser = torch.optim.SGD(first.parameters(), lr=0.05)
 
@@ -127,7 +123,7 @@ def test_all_state_comes_back_bit_for_bit(gate, mode, contrast):
 
 
 def test_an_evaluation_changes_no_state():
-    distiller = distiller_of(gate="learned", loss_gate="agreement", contrastive={"mode": "queue", "length": 4}).eval()
+    distiller = distiller_of(gate="learned", loss_gate="agreement").eval()
     before = {k: v.clone() for k, v in distiller.state_dict().items()}
     distiller(batch_of())
     assert all(torch.equal(v, before[k]) for k, v in distiller.state_dict().items())
@@ -153,13 +149,12 @@ def test_it_runs_under_autocast():
     [
         ({"loss_gate": "oracle"}, ("oracle", "agreement")),
         ({"return_code": "oracle"}, ("oracle", "pca")),
-        ({"standardisation": "oracle"}, ("oracle", "phi_s")),
+        ({"standardisation": "oracle"}, ("oracle", "mean_std")),
         ({"return_code": "none"}, ("reconstruction", "return_code")),
         ({"samples": None}, ("contrastive", "samples")),
         ({"gate_options": {"tau": 1}}, ("tau", "temperature")),
         ({"gate": "fixed", "gate_options": {"weights": {"a": 1.0}}}, ("fixed", "a, b")),
         ({"gate": "fixed", "gate_options": {"weights": {"a": 0.0, "b": 0.0}}}, ("not all 0",)),
-        ({"contrastive": {"mode": "queue", "length": 5}}, ("5", "9")),
     ],
 )
 def test_wrong_settings_are_refused_in_one_sentence(options, words):

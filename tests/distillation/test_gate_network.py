@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_problem import generator, make_batch, make_distiller, spec, student_gradient
 
-from amkd_monai.distillation.gate_network import (
+from amkd_monai.distillation.gates import (
     GateNetwork,
     agreement_auc,
     gate_log_probabilities,

@@ -3,12 +3,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_problem import GATES, make_batch, make_distiller, spec
 
-from amkd_monai.distillation import gates
+from amkd_monai.distillation import baselines, gates
 from amkd_monai.distillation.losses import one_hot_area, soft_cross_entropy
 
 PRIOR = 0.65
 FLOOR = 0.1
+
+
+def weights_of(mode, errors, available, entropies=None, scores=None, **options):
+    """Weights that a gate gives for errors (B, K, h, w)."""
+    scores = [0.5] * errors.shape[1] if scores is None else scores
+    specs = [spec(f"t{k}", score=score) for k, score in enumerate(scores)]
+    gate = gates.make_gate(mode, gates.GateSetup(specs, PRIOR, 0), options)
+    return gate.weights(gates.GateReading(errors, entropies), available)
 
 
 def errors_of(answers, label):
@@ -56,7 +65,7 @@ def test_errors_are_smoothed_over_three_by_three_cells():
 def test_weights_mix_smoothed_reliability_with_the_floor():
     errors = torch.rand((2, 3, 6, 6), generator=torch.Generator().manual_seed(0))
     available = torch.tensor([[True, True, True], [False, True, True]])
-    got = gates.teacher_weights("reliability", errors, available, PRIOR, floor=0.2, temperature=0.5)
+    got = weights_of("reliability", errors, available, floor=0.2, temperature=0.5)
     even = torch.tensor([[1 / 3] * 3, [0, 0.5, 0.5]])[:, :, None, None]
     expected = 0.8 * gates.reliability(gates.box_smooth(errors), PRIOR, available, 0.5) + 0.2 * even
     torch.testing.assert_close(got, expected)
@@ -64,30 +73,30 @@ def test_weights_mix_smoothed_reliability_with_the_floor():
 
 def test_uniform_gives_each_available_teacher_the_same():
     available = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0]])
-    got = gates.teacher_weights("uniform", torch.rand(3, 3, 2, 2), available, PRIOR)[:, :, 0, 0]
+    got = weights_of("uniform", torch.rand(3, 3, 2, 2), available)[:, :, 0, 0]
     torch.testing.assert_close(got, torch.tensor([[1 / 3] * 3, [0.5, 0, 0.5], [0, 0, 0]]))
 
 
 def test_the_weights_fade_where_every_teacher_is_worse_than_the_prior():
     available = torch.ones(1, 2, dtype=torch.bool)
     for error, low, high in ((0.05, 0.9, 1.0), (PRIOR, 0.5, 0.8), (2.0, FLOOR, FLOOR + 0.03)):
-        total = gates.teacher_weights("reliability", torch.full((1, 2, 4, 4), error), available, PRIOR).sum(1)
+        total = weights_of("reliability", torch.full((1, 2, 4, 4), error), available).sum(1)
         assert (total >= low).all() and (total <= high).all(), (error, total.max())
 
 
 def test_planted_constant_and_noise_teachers_are_not_trusted():
     label, answers = planted()
     errors, available = errors_of(answers, label), torch.ones(len(label), 3, dtype=torch.bool)
-    expert, constant, noise = gates.teacher_weights("reliability", errors, available, PRIOR).mean((0, 2, 3)).tolist()
+    expert, constant, noise = weights_of("reliability", errors, available).mean((0, 2, 3)).tolist()
     assert constant < 0.35 and noise < 0.25 and expert > 0.5
-    even = gates.teacher_weights("uniform", errors, available, PRIOR).mean((0, 2, 3))
+    even = weights_of("uniform", errors, available).mean((0, 2, 3))
     torch.testing.assert_close(even, torch.full((3,), 1 / 3))
 
 
 def test_the_easiest_teacher_does_not_win_alone():
     label, (_, constant, noise) = planted()
     available = torch.ones(len(label), 2, dtype=torch.bool)
-    weights = gates.teacher_weights("reliability", errors_of([constant, noise], label), available, PRIOR)
+    weights = weights_of("reliability", errors_of([constant, noise], label), available)
     assert weights.sum(1).mean() < 0.75  # no expert: much of the weight is withheld
 
 
@@ -97,7 +106,7 @@ def test_an_expert_of_a_domain_leads_in_its_domain():
     first = torch.where(domain[:, None, None, None], right, noise)
     second = torch.where(domain[:, None, None, None], noise, right)
     available = torch.ones(8, 2, dtype=torch.bool)
-    weights = gates.teacher_weights("reliability", errors_of([first, second], label), available, PRIOR).mean((2, 3))
+    weights = weights_of("reliability", errors_of([first, second], label), available).mean((2, 3))
     assert (weights[domain, 0] > 2 * weights[domain, 1]).all()
     assert (weights[~domain, 1] > 2 * weights[~domain, 0]).all()
 
@@ -105,7 +114,7 @@ def test_an_expert_of_a_domain_leads_in_its_domain():
 def test_trust_is_local():
     errors = torch.full((1, 2, 8, 8), 1.5)
     errors[:, 0, :, :4] = errors[:, 1, :, 4:] = 0.05
-    weights = gates.teacher_weights("reliability", errors, torch.ones(1, 2), PRIOR)[0]
+    weights = weights_of("reliability", errors, torch.ones(1, 2))[0]
     assert (weights[0, :, :3] > 0.8).all() and (weights[1, :, 5:] > 0.8).all()
     assert (weights[0, :, 5:] < 0.1).all() and (weights[1, :, :3] < 0.1).all()
 
@@ -116,7 +125,7 @@ def test_trust_is_local():
     teachers=st.integers(1, 8),
     height=st.integers(1, 9),
     width=st.integers(1, 9),
-    mode=st.sampled_from(gates.CLOSED_FORM_MODES),
+    mode=st.sampled_from([g for g in GATES if g not in ("learned", "paper")]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     scale=st.sampled_from([0.0, 1.0, 50.0]),
     floor=st.sampled_from([0.05, 0.1, 0.5]),
@@ -128,8 +137,10 @@ def test_weights_are_bounded_finite_and_without_gradient(
     rng = torch.Generator().manual_seed(seed)
     errors = (scale * torch.rand((batch, teachers, height, width), generator=rng)).to(dtype).requires_grad_()
     available = torch.rand((batch, teachers), generator=rng) < 0.6
-    given = {"entropies": errors.detach().float(), "weights": [1.0] * teachers, "scores": [0.5] * teachers}
-    weights = gates.teacher_weights(mode, errors, available, PRIOR, floor=floor, **given)
+    options = {"floor": floor} if mode == "reliability" else {}
+    if mode == "fixed":
+        options["weights"] = {f"t{k}": 1.0 for k in range(teachers)}
+    weights = weights_of(mode, errors, available, errors.detach().float(), **options)
     assert weights.shape == errors.shape and not weights.requires_grad and torch.isfinite(weights).all()
     assert (weights.sum(1) <= 1 + 0.02).all() and (weights >= 0).all()
     assert (weights[~available] == 0).all()
@@ -142,16 +153,32 @@ def test_weights_are_bounded_finite_and_without_gradient(
 
 def test_an_unknown_mode_is_named_with_the_known_ones():
     with pytest.raises(ValueError) as error:
-        gates.teacher_weights("oracle", torch.zeros(1, 1, 2, 2), torch.ones(1, 1), PRIOR)
-    assert "oracle" in str(error.value) and all(mode in str(error.value) for mode in gates.CLOSED_FORM_MODES)
+        weights_of("oracle", torch.zeros(1, 1, 2, 2), torch.ones(1, 1))
+    assert "oracle" in str(error.value) and all(mode in str(error.value) for mode in GATES)
+
+
+def test_a_gate_of_ones_own_is_reached_by_its_dotted_path():
+    specs = [spec("a"), spec("b")]
+    distiller = make_distiller(specs, gate="toy_problem.FirstTeacherGate", gate_options={"share": 0.5})
+    weights = distiller(make_batch(specs)).teacher_weights["output"]
+    torch.testing.assert_close(weights, torch.tensor([[0.5, 0.0]] * 2))
+    for mode, options, words in (
+        ("toy_problem.FirstTeacherGate", {"part": 1}, ("part", "share")),
+        ("toy_problem.ToyStudent", {}, ("ToyStudent", "TeacherGate")),
+        ("toy_problem.NoGate", {}, ("NoGate",)),
+        ("no_module.Gate", {}, ("no_module.Gate",)),
+    ):
+        with pytest.raises(ValueError) as error:
+            make_distiller(specs, gate=mode, gate_options=options)
+        assert all(word in str(error.value) for word in words) and str(error.value).endswith(".")
 
 
 def test_camkd_equals_a_numpy_reference():
     errors = torch.rand((2, 3, 4, 5), generator=torch.Generator().manual_seed(0)) * 3
     e = np.exp(errors.double().numpy())
     expected = (1 - e / e.sum(1, keepdims=True)) / 2
-    np.testing.assert_allclose(gates.camkd(errors, torch.ones(2, 3)).numpy(), expected, rtol=1e-5)
-    alone = gates.camkd(errors, torch.tensor([[0, 1, 0], [0, 0, 0]]))[:, :, 0, 0]
+    np.testing.assert_allclose(baselines.camkd(errors, torch.ones(2, 3)).numpy(), expected, rtol=1e-5)
+    alone = baselines.camkd(errors, torch.tensor([[0, 1, 0], [0, 0, 0]]))[:, :, 0, 0]
     assert torch.equal(alone, torch.tensor([[0, 1.0, 0], [0, 0, 0]]))
 
 
@@ -159,26 +186,26 @@ def test_entropy_weights_equal_a_numpy_reference():
     entropies = torch.rand((2, 3, 4, 5), generator=torch.Generator().manual_seed(0)) + 0.1
     h = entropies.double().numpy()
     expected = (1 - h / h.sum(1, keepdims=True)) / 2
-    np.testing.assert_allclose(gates.entropy_weights(entropies, torch.ones(2, 3)).numpy(), expected, rtol=1e-4)
-    one_out = gates.entropy_weights(entropies, torch.tensor([[1, 1, 0]] * 2))
+    np.testing.assert_allclose(baselines.entropy_weights(entropies, torch.ones(2, 3)).numpy(), expected, rtol=1e-4)
+    one_out = baselines.entropy_weights(entropies, torch.tensor([[1, 1, 0]] * 2))
     torch.testing.assert_close(one_out.sum(1), torch.ones(2, 4, 5))
     assert (one_out[:, 2] == 0).all()
 
 
 def test_given_weights_are_shared_among_those_available():
     available = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 0]])
-    got = gates.fixed(torch.zeros(3, 3, 2, 2), available, [2.0, 1.0, 1.0])[:, :, 1, 1]
+    got = baselines.fixed(torch.zeros(3, 3, 2, 2), available, [2.0, 1.0, 1.0])[:, :, 1, 1]
     torch.testing.assert_close(got, torch.tensor([[0.5, 0.25, 0.25], [0, 0.5, 0.5], [1, 0, 0]]))
 
 
 def test_the_best_available_teacher_gets_all():
     available = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
-    got = gates.best_single(torch.zeros(4, 3, 2, 2), available, [None, 0.7, 0.9])[:, :, 0, 0]
+    got = baselines.best_single(torch.zeros(4, 3, 2, 2), available, [None, 0.7, 0.9])[:, :, 0, 0]
     torch.testing.assert_close(got, torch.tensor([[0, 0, 1.0], [0, 1, 0], [0, 0, 0], [0, 0, 0]]))
 
 
-@pytest.mark.parametrize("mode", ["entropy", "fixed", "best_single"])
+@pytest.mark.parametrize("mode", ["fixed", "best_single"])
 def test_what_a_mode_needs_is_named(mode):
     with pytest.raises(ValueError, match=f"'{mode}' needs") as error:
-        gates.teacher_weights(mode, torch.zeros(1, 1, 2, 2), torch.ones(1, 1), PRIOR)
+        weights_of(mode, torch.zeros(1, 1, 2, 2), torch.ones(1, 1), scores=[None])
     assert str(error.value).endswith(".")

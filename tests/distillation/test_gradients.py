@@ -2,7 +2,8 @@ import pytest
 import torch
 from toy_problem import make_batch, make_distiller, spec
 
-from amkd_monai.distillation.gradients import INTERVAL, SharedGradients, norms
+from amkd_monai.distillation.deferred import INTERVAL
+from amkd_monai.distillation.loss_gate import SharedGradients, norms
 
 TWO = [spec("a"), spec("b")]
 

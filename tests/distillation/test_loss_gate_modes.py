@@ -1,16 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from toy_problem import LOSS_GATES
 
-from amkd_monai.distillation.gradients import SharedGradients
-from amkd_monai.distillation.loss_gate import (
-    MODES,
-    AgreementLossGate,
-    LossGate,
-    PaperLossGate,
-    UncertaintyLossGate,
-    make_loss_gate,
-)
+from amkd_monai.distillation.baselines import FixedLossGate, PaperLossGate, UncertaintyLossGate
+from amkd_monai.distillation.loss_gate import AgreementLossGate, SharedGradients, make_loss_gate
 
 PRIORS = {"output": 1.0, "feature": 0.25}
 
@@ -101,7 +95,7 @@ def test_the_state_comes_back_bit_for_bit():
 
 def test_fixed_weights_are_the_priors_times_strength():
     gate = make_loss_gate("fixed", PRIORS, 4)
-    assert type(gate) is LossGate
+    assert type(gate) is FixedLossGate
     assert gate.weights(0.5) == {"task": 1.0, "output": 0.5, "feature": 0.125}
 
 
@@ -139,7 +133,7 @@ def test_the_published_gate_equals_its_formula_and_gives_way_to_the_smallest_los
         gate.weights(1.0)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", LOSS_GATES)
 def test_every_mode_is_made_by_name_and_without_losses_the_task_stands_alone(mode):
     gate = make_loss_gate(mode, PRIORS, 4)
     w = gate.weights(0.5, torch.randn(2, 4, 1, 1))
@@ -151,7 +145,7 @@ def test_every_mode_is_made_by_name_and_without_losses_the_task_stands_alone(mod
 
 
 def test_unknown_modes_and_options_are_named():
-    for mode, options, words in (("oracle", {}, MODES), ("agreement", {"tau": 1}, ("tau", "temperature"))):
+    for mode, options, words in (("oracle", {}, LOSS_GATES), ("agreement", {"tau": 1}, ("tau", "temperature"))):
         with pytest.raises(ValueError) as error:
             make_loss_gate(mode, PRIORS, 4, options=options)
         text = str(error.value)

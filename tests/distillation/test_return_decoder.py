@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_problem import generator
 
-from amkd_monai.distillation.return_decoder import LearnedCode, PcaCode, make_code, reconstruction_loss
+from amkd_monai.distillation.baselines import PcaCode
+from amkd_monai.distillation.return_decoder import LearnedCode, make_code, reconstruction_loss
 
 
 def maps(channels=6, batch=3, size=(4, 5), seed=0):

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from amkd_monai.distillation.schedules import distillation_strength, kd_temperature
+from amkd_monai.distillation.distiller import distillation_strength, kd_temperature
 
 STEPS = [i / 200 for i in range(201)]
 

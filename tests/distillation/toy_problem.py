@@ -4,10 +4,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from amkd_monai.distillation import Distiller, TeacherSpec
-from amkd_monai.distillation.distiller import Batch
+from amkd_monai.distillation import Batch, Distiller, TeacherSpec, baselines, gates, loss_gate
 
 CLASSES = 2
+GATES = (*gates.GATES, *baselines.GATES)
+LOSS_GATES = (*loss_gate.LOSS_GATES, *baselines.LOSS_GATES)
+
+
+class FirstTeacherGate(gates.TeacherGate):
+    """A gate of a user's own: a share for the first teacher, the rest for nobody."""
+
+    def __init__(self, setup, share=1.0):
+        super().__init__(setup)
+        self.share = share
+
+    def _weigh(self, reading, available):
+        first = torch.zeros_like(reading.errors)
+        first[:, 0] = self.share * available[:, 0, None, None]
+        return first
 
 
 class ToyStudent(nn.Module):

@@ -16,7 +16,7 @@ EVERYTHING = {
     "return_code": "learned",
     "loss_gate": "agreement",
     "losses": {"output": 1.0, "feature": 0.2, "reconstruction": 0.2, "contrastive": 0.1},
-    "contrastive": {"mode": "queue", "length": 8},
+    "contrastive": {"negatives": 8},
 }
 
 

@@ -22,7 +22,7 @@ def test_covariances_and_scores_come_with_the_teachers(data):  # noqa: F811
     assert targets.specs[0].covariance is None and 0 < targets.specs[0].score <= 1
     assert targets.specs[0].score == pytest.approx(targets.record["teachers"][0]["dice"], abs=1e-4)
     cells = grids_of(targets).permute(0, 2, 3, 1).flatten(0, 2).double().numpy()  # (N, C, h, w) -> (cells, C)
-    for arguments in (("pca", "mean_std"), ("none", "phi_s")):
+    for arguments in (("pca", "mean_std"), ("none", "package.Standardiser")):
         (spec,) = targets.specs_for(*arguments)
         np.testing.assert_allclose(spec.covariance.numpy(), np.cov(cells.T, bias=True), atol=1e-4, rtol=1e-3)
 

@@ -117,3 +117,20 @@ def test_what_is_accepted_or_has_no_features_trains(data, several):  # noqa: F81
     trainer_of(data, targets, {"gain": 0.5}, warped_features="exact")  # photometric changes touch the student alone
     trainer_of(data, several, {"rotation": 1.6}, warped_features="exact")  # stored views are exact
     trainer_of(data, prepare(data, []), {"rotation": 1.6}, warped_features="exact")
+
+
+def test_a_wrong_label_of_any_step_is_raised_before_the_epoch_ends(data):  # noqa: F811
+    recipe, distiller = Recipe(batch_size=2), Distiller(Student(seed=0))
+    trainer = DistillationTrainer("cpu", 2, recipe.loader(data[0], 0), distiller, recipe.optimizer(distiller))
+    prepare_batch = trainer.prepare_distillation_batch
+
+    def spoilt(raw):
+        batch = prepare_batch(raw)
+        if trainer.state.iteration == 2:
+            batch.label[:, 0, 0, 0] = 7
+        return batch
+
+    trainer.prepare_distillation_batch = spoilt
+    with pytest.raises(ValueError, match="class 7"):
+        trainer.run()
+    assert trainer.state.iteration == trainer.state.epoch_length > 2 and trainer.state.epoch == 1

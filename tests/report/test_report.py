@@ -81,8 +81,7 @@ def test_numbers_are_those_of_the_evaluation(name, runs):
 
 
 def test_a_mask_on_the_page_lies_where_the_file_says(runs):
-    from amkd_monai.metrics.run_files import preview_file
-    from amkd_monai.metrics.summary import read_case_csv
+    from amkd_monai.metrics.summary import preview_file, read_case_csv
 
     for case in read_case_csv(runs["polyps"] / "per_case.csv"):
         with np.load(preview_file(runs["polyps"], case["id"])) as preview:

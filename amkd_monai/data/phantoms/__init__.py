@@ -7,42 +7,28 @@ one seed. A data set appears under its final name only when it is complete.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from amkd_monai.data.phantoms.aptos2019 import paint_aptos2019
+from amkd_monai.data.phantoms.aptos2019 import write_aptos2019
 from amkd_monai.data.phantoms.busi import write_busi
 from amkd_monai.data.phantoms.covid import write_covid, write_covid_volumes
-from amkd_monai.data.phantoms.isic2017 import paint_isic2017
+from amkd_monai.data.phantoms.isic2017 import write_isic2017
 from amkd_monai.data.phantoms.kvasir_seg import write_kvasir_seg
 from amkd_monai.data.phantoms.msd_heart import write_msd_heart
-from amkd_monai.data.phantoms.tools import is_phantom, published
+from amkd_monai.data.phantoms.tools import is_phantom
 from amkd_monai.tasks import get_task
 
-
-def write_painted(task_name: str, paint: Callable[[Path], None], root: Path) -> Path:
-    """Write the phantoms of a task by a function that fills an empty folder; return the data set folder.
-
-    Raises:
-        FileExistsError: the folder is there and does not hold phantoms.
-    """
-    target = Path(root) / get_task(task_name).folder
-    with published(target) as folder:
-        paint(folder)
-    return target
-
-
-WRITERS: dict[str, Callable[[Path], Path]] = {
-    "aptos2019": partial(write_painted, "aptos2019", paint_aptos2019),
+WRITERS: dict[str, Callable[..., Path]] = {
+    "aptos2019": write_aptos2019,
     "busi": write_busi,
     "covid": write_covid,
     "covid_volumes": write_covid_volumes,
-    "isic2017": partial(write_painted, "isic2017", paint_isic2017),
-    "isic2017_lesion": partial(write_painted, "isic2017_lesion", paint_isic2017),
+    "isic2017": write_isic2017,
+    "isic2017_lesion": write_isic2017,  # the same folder
     "kvasir_seg": write_kvasir_seg,
     "msd_heart": write_msd_heart,
 }
-"""By task: writes the data set into a folder and returns its own folder in there."""
+"""By task: writes the data set into a root and returns its own folder in there."""
 
 
 def write_phantom(task_name: str, root: Path) -> Path:

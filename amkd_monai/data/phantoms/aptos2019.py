@@ -6,7 +6,8 @@ import csv
 from pathlib import Path
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
+
+from amkd_monai.data.phantoms.tools import grain, writer
 
 SHARES = (0.34, 0.16, 0.24, 0.12, 0.14)
 """Of the grades: rarer where the disease is severe, but enough of each for a short run."""
@@ -19,7 +20,8 @@ LESIONS = {
 """Fewest and most lesions of a kind by grade."""
 
 
-def paint_aptos2019(folder: Path, count: int = 75, unlabelled: int = 6, height: int = 180, seed: int = 0) -> None:
+@writer("aptos2019")
+def write_aptos2019(folder: Path, count: int = 75, unlabelled: int = 6, height: int = 180, seed: int = 0) -> None:
     """Write photographs in the original layout: `train.csv`, `train_images`, `test.csv`, `test_images`.
 
     Args:
@@ -55,7 +57,7 @@ def _photograph(rng: np.random.Generator, grade: int, height: int) -> np.ndarray
     y, x = np.mgrid[:h, :w].astype(float)
     y, x = (y - h / 2) / radius, (x - w / 2 - rng.uniform(-0.05, 0.05) * w) / radius  # the disc has radius 1
     base = np.array([0.78, 0.40, 0.20]) * rng.uniform(0.8, 1.15) + rng.normal(0, 0.02, 3)
-    shade = 1 - 0.35 * (x**2 + y**2) + 0.10 * _noise(rng, (h, w), h / 8) + 0.03 * _noise(rng, (h, w), 2.0)
+    shade = 1 - 0.35 * (x**2 + y**2) + 0.10 * grain(rng, (h, w), h / 8) + 0.03 * grain(rng, (h, w), 2.0)
     image = base * shade[..., None]
 
     side = rng.choice([-1, 1])  # right or left eye
@@ -76,7 +78,7 @@ def _photograph(rng: np.random.Generator, grade: int, height: int) -> np.ndarray
         _stain(image, _spot(x, y, place, rng.uniform(0.018, 0.026)), (0.30, 0.03, 0.03), 0.9)
     for place in places("haemorrhages"):
         blot = _spot(x * rng.uniform(0.7, 1.3), y, place, rng.uniform(0.045, 0.09))
-        _stain(image, np.clip(blot * (1 + 0.4 * _noise(rng, (h, w), 2.0)), 0, 1), (0.22, 0.02, 0.03), 0.95)
+        _stain(image, np.clip(blot * (1 + 0.4 * grain(rng, (h, w), 2.0)), 0, 1), (0.22, 0.02, 0.03), 0.95)
     for place in places("exudates"):
         _stain(image, _spot(x, y, place, rng.uniform(0.025, 0.05)), (0.98, 0.90, 0.50), 0.95)
     for place in places("new_vessels"):
@@ -85,12 +87,6 @@ def _photograph(rng: np.random.Generator, grade: int, height: int) -> np.ndarray
     image += rng.normal(0, 0.012, image.shape)
     image *= (x**2 + y**2 < 1)[..., None]
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
-
-
-def _noise(rng: np.random.Generator, shape: tuple[int, int], sigma: float) -> np.ndarray:
-    """Smooth noise with mean 0 and deviation 1."""
-    noise = gaussian_filter(rng.standard_normal(shape), sigma)
-    return (noise - noise.mean()) / noise.std()
 
 
 def _spot(x: np.ndarray, y: np.ndarray, centre: tuple[float, float], radius: float) -> np.ndarray:

@@ -6,49 +6,40 @@ from pathlib import Path
 
 import numpy as np
 
-from amkd_monai.data.phantoms.tools import blur, published, smooth_noise
-from amkd_monai.tasks import get_task
+from amkd_monai.data.phantoms.tools import blur, smooth_noise, writer
 
 LESIONS = {"benign": (1, 2), "malignant": (1, 1), "normal": (0, 0)}
 """Fewest and most lesions per class."""
 
 
-def write_busi(root: Path, count: int = 18, size: tuple[int, int] = (130, 210), seed: int = 0) -> Path:
+@writer("busi")
+def write_busi(folder: Path, count: int = 18, size: tuple[int, int] = (130, 210), seed: int = 0) -> None:
     """Write images as `Dataset_BUSI_with_GT/<class>/<class> (N).png` with their masks beside.
 
     As in the real data: masks of benign and malignant images are 1-bit, of normal ones RGB and empty; an image with two
     lesions has two mask files; one image comes twice, with calipers burnt in.
 
     Args:
-        root: folder in which `Dataset_BUSI_with_GT` is made.
+        folder: an empty folder.
         count: benign images; there are as many malignant ones and a third as many normal ones.
         size: smallest and largest side in pixels; no image is square.
         seed: seed of all draws.
-
-    Returns:
-        The folder `root/Dataset_BUSI_with_GT`.
-
-    Raises:
-        FileExistsError: the folder is there and does not hold phantoms.
     """
     from PIL import Image
 
-    target = Path(root) / get_task("busi").folder
-    with published(target) as folder:
-        for kind, name in enumerate(LESIONS):
-            (folder / name).mkdir()
-            for index in range(count if name != "normal" else max(1, count // 3)):
-                rng = np.random.default_rng([seed, kind, index])
-                lesions = 2 if (name, index) == ("benign", 0) else LESIONS[name][0]
-                grey, masks = ultrasound_image(rng, size, lesions, malignant=name == "malignant")
-                _save(grey, masks, folder / name, f"{name} ({index + 1})")
-                if (name, index) == ("malignant", 0):
-                    number = count + 1
-                    _save(_with_calipers(grey, masks[0]), masks, folder / name, f"{name} ({number})")
-                if name == "normal":
-                    empty = Image.new("RGB", (grey.shape[1], grey.shape[0]))
-                    empty.save(folder / name / f"{name} ({index + 1})_mask.png")
-    return target
+    for kind, name in enumerate(LESIONS):
+        (folder / name).mkdir()
+        for index in range(count if name != "normal" else max(1, count // 3)):
+            rng = np.random.default_rng([seed, kind, index])
+            lesions = 2 if (name, index) == ("benign", 0) else LESIONS[name][0]
+            grey, masks = ultrasound_image(rng, size, lesions, malignant=name == "malignant")
+            _save(grey, masks, folder / name, f"{name} ({index + 1})")
+            if (name, index) == ("malignant", 0):
+                number = count + 1
+                _save(_with_calipers(grey, masks[0]), masks, folder / name, f"{name} ({number})")
+            if name == "normal":
+                empty = Image.new("RGB", (grey.shape[1], grey.shape[0]))
+                empty.save(folder / name / f"{name} ({index + 1})_mask.png")
 
 
 def _save(grey: np.ndarray, masks: list[np.ndarray], folder: Path, stem: str) -> None:

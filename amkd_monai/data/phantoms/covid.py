@@ -6,68 +6,53 @@ from pathlib import Path
 
 import numpy as np
 
-from amkd_monai.data.phantoms.tools import blur, published, smooth_noise
-from amkd_monai.tasks import get_task
+from amkd_monai.data.phantoms.tools import blur, smooth_noise, writer
 
 
-def write_covid(root: Path, count: int = 40, size: tuple[int, int] = (140, 220), seed: int = 0) -> Path:
+@writer("covid")
+def write_covid(folder: Path, count: int = 40, size: tuple[int, int] = (140, 220), seed: int = 0) -> None:
     """Write slices as `COVID/images/<N>.jpg` and `COVID/masks/<N>.png`.
 
     Vessels, the heart, and gravity's haze at the back are as bright as the infection. A tenth of the slices has none.
 
     Args:
-        root: folder in which `COVID` is made.
+        folder: an empty folder.
         count: number of slices.
         size: smallest and largest side in pixels; no slice is square.
         seed: seed of all draws.
-
-    Returns:
-        The folder `root/COVID`.
-
-    Raises:
-        FileExistsError: the folder is there and does not hold phantoms.
     """
     from PIL import Image
 
-    target = Path(root) / get_task("covid").folder
-    with published(target) as folder:
-        for name in ("images", "masks"):
-            (folder / name).mkdir()
-        for index in range(count):
-            grey, mask = ct_slice(np.random.default_rng([seed, index]), size, infected=index % 10 != 9)
-            Image.fromarray(grey).save(folder / "images" / f"{index}.jpg", quality=95)
-            Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / f"{index}.png")
-    return target
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    for index in range(count):
+        grey, mask = ct_slice(np.random.default_rng([seed, index]), size, infected=index % 10 != 9)
+        Image.fromarray(grey).save(folder / "images" / f"{index}.jpg", quality=95)
+        Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / f"{index}.png")
 
 
-def write_covid_volumes(root: Path, cases: int = 8, shape: tuple[int, int, int] = (88, 72, 14), seed: int = 0) -> Path:
+@writer("covid_volumes")
+def write_covid_volumes(
+    folder: Path, cases: int = 8, shape: tuple[int, int, int] = (88, 72, 14), seed: int = 0
+) -> None:
     """Write volumes in Hounsfield units as `COVID-volumes/{COVID-19-CT-Seg_20cases,Infection_Mask}/case_<N>.nii.gz`.
 
     Args:
-        root: folder in which `COVID-volumes` is made.
+        folder: an empty folder.
         cases: number of volumes.
         shape: voxels from right to left, from front to back, from below to above; the voxels have 4 x 4 x 8 mm.
         seed: seed of all draws.
-
-    Returns:
-        The folder `root/COVID-volumes`.
-
-    Raises:
-        FileExistsError: the folder is there and does not hold phantoms.
     """
     import nibabel
 
-    target = Path(root) / get_task("covid_volumes").folder
     affine = np.diag([-4.0, -4.0, 8.0, 1.0])  # array axes run to the left, to the back, upwards
-    with published(target) as folder:
-        images, masks = folder / "COVID-19-CT-Seg_20cases", folder / "Infection_Mask"
-        images.mkdir()
-        masks.mkdir()
-        for case in range(cases):
-            volume, mask = ct_volume(np.random.default_rng([seed, case]), shape)
-            for array, place in ((volume, images), (mask, masks)):
-                nibabel.Nifti1Image(array, affine).to_filename(place / f"case_{case + 1:03d}.nii.gz")
-    return target
+    images, masks = folder / "COVID-19-CT-Seg_20cases", folder / "Infection_Mask"
+    images.mkdir()
+    masks.mkdir()
+    for case in range(cases):
+        volume, mask = ct_volume(np.random.default_rng([seed, case]), shape)
+        for array, place in ((volume, images), (mask, masks)):
+            nibabel.Nifti1Image(array, affine).to_filename(place / f"case_{case + 1:03d}.nii.gz")
 
 
 def ct_volume(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,11 +9,13 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from amkd_monai.data.isic2017 import OFFICIAL
+from amkd_monai.data.phantoms.tools import grain, writer
 
 NEVUS, MELANOMA, KERATOSIS = 0, 1, 2
 
 
-def paint_isic2017(folder: Path, counts: tuple[int, int, int] = (54, 15, 24), height: int = 120, seed: int = 0) -> None:
+@writer("isic2017")
+def write_isic2017(folder: Path, counts: tuple[int, int, int] = (54, 15, 24), height: int = 120, seed: int = 0) -> None:
     """Write images in the official layout: three sections with part 1 masks, part 3 tables and what lies beside.
 
     Args:
@@ -59,7 +61,7 @@ def _lesion(rng: np.random.Generator, kind: int, height: int) -> tuple[np.ndarra
     y, x = np.mgrid[:h, :w].astype(float)
     y, x = (y / h - 0.5 + rng.normal(0, 0.04)), (x - w / 2) / h + rng.normal(0, 0.06)
     skin = np.array([0.86, 0.66, 0.58]) * rng.uniform(0.85, 1.1) + rng.normal(0, 0.02, 3)
-    image = skin * (1 + 0.04 * _noise(rng, (h, w), h / 10) + 0.015 * _noise(rng, (h, w), 1.0))[..., None]
+    image = skin * (1 + 0.04 * grain(rng, (h, w), h / 10) + 0.015 * grain(rng, (h, w), 1.0))[..., None]
 
     # outlines: nevi are round, melanomas ragged and lopsided, keratoses round with a sharp border
     angle = np.arctan2(y, x)
@@ -71,13 +73,13 @@ def _lesion(rng: np.random.Generator, kind: int, height: int) -> tuple[np.ndarra
     cover = gaussian_filter(inside.astype(float), softness)[..., None]
 
     brown = np.array([0.48, 0.29, 0.20]) * rng.uniform(0.85, 1.2)
-    colour = np.broadcast_to(brown, image.shape) * (1 + 0.05 * _noise(rng, (h, w), 2.0))[..., None]
+    colour = np.broadcast_to(brown, image.shape) * (1 + 0.05 * grain(rng, (h, w), 2.0))[..., None]
     if kind == MELANOMA:  # several colours in patches, dark and blue-grey among them
         for patch in ([0.12, 0.08, 0.08], [0.36, 0.36, 0.46], [0.62, 0.34, 0.28]):
-            where = 1 / (1 + np.exp(-6 * (_noise(rng, (h, w), h / 14) - rng.uniform(0.2, 0.7))))[..., None]
+            where = 1 / (1 + np.exp(-6 * (grain(rng, (h, w), h / 14) - rng.uniform(0.2, 0.7))))[..., None]
             colour = colour * (1 - where) + where * np.array(patch)
     elif kind == KERATOSIS:  # waxy greyish brown with pale cysts and dark plugs
-        colour = np.array([0.55, 0.42, 0.33]) * (1 + 0.14 * _noise(rng, (h, w), 1.6))[..., None]
+        colour = np.array([0.55, 0.42, 0.33]) * (1 + 0.14 * grain(rng, (h, w), 1.6))[..., None]
         for shade, number in ((np.array([0.92, 0.86, 0.74]), 14), (np.array([0.20, 0.14, 0.10]), 12)):
             dots = np.zeros((h, w))
             rows, columns = np.nonzero(inside)
@@ -93,9 +95,3 @@ def _lesion(rng: np.random.Generator, kind: int, height: int) -> tuple[np.ndarra
         image[np.abs(y - slope * x - place) < 0.006 * np.hypot(1, slope)] *= 0.35
     image += rng.normal(0, 0.012, image.shape)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8), (inside * 255).astype(np.uint8)
-
-
-def _noise(rng: np.random.Generator, shape: tuple[int, int], sigma: float) -> np.ndarray:
-    """Smooth noise with mean 0 and deviation 1."""
-    noise = gaussian_filter(rng.standard_normal(shape), sigma)
-    return (noise - noise.mean()) / noise.std()

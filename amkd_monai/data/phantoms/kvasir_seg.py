@@ -6,40 +6,31 @@ from pathlib import Path
 
 import numpy as np
 
-from amkd_monai.data.phantoms.tools import blur, published, smooth_noise
-from amkd_monai.tasks import get_task
+from amkd_monai.data.phantoms.tools import blur, smooth_noise, writer
 
 
-def write_kvasir_seg(root: Path, count: int = 40, size: tuple[int, int] = (150, 230), seed: int = 0) -> Path:
+@writer("kvasir_seg")
+def write_kvasir_seg(folder: Path, count: int = 40, size: tuple[int, int] = (150, 230), seed: int = 0) -> None:
     """Write polyp frames as `Kvasir-SEG/{images,masks}/<id>.jpg`.
 
     Frames show mottled mucosa with folds, vessels and highlights in a vignette with black corners; the polyp
     is a shaded bump of nearly the same colour. Masks are RGB JPEGs and ring at their edges, as the real ones.
 
     Args:
-        root: folder in which `Kvasir-SEG` is made.
+        folder: an empty folder.
         count: number of frames.
         size: smallest and largest side in pixels; no frame is square.
         seed: seed of all draws.
-
-    Returns:
-        The folder `root/Kvasir-SEG`.
-
-    Raises:
-        FileExistsError: the folder is there and does not hold phantoms.
     """
     from PIL import Image
 
-    target = Path(root) / get_task("kvasir_seg").folder
-    with published(target) as folder:
-        for name in ("images", "masks"):
-            (folder / name).mkdir()
-        for index in range(count):
-            frame, mask = _endoscopy_frame(np.random.default_rng([seed, index]), size)
-            name = f"phantom_{index:03d}.jpg"
-            Image.fromarray(frame).save(folder / "images" / name, quality=95)
-            Image.fromarray(np.repeat(mask[..., None], 3, axis=2)).save(folder / "masks" / name, quality=85)
-    return target
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    for index in range(count):
+        frame, mask = _endoscopy_frame(np.random.default_rng([seed, index]), size)
+        name = f"phantom_{index:03d}.jpg"
+        Image.fromarray(frame).save(folder / "images" / name, quality=95)
+        Image.fromarray(np.repeat(mask[..., None], 3, axis=2)).save(folder / "masks" / name, quality=85)
 
 
 def _endoscopy_frame(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,61 +7,52 @@ from pathlib import Path
 
 import numpy as np
 
-from amkd_monai.data.phantoms.tools import blur, published, smooth_noise
-from amkd_monai.tasks import get_task
+from amkd_monai.data.phantoms.tools import blur, smooth_noise, writer
 
 HEART_SPACING_MM = (2.5, 2.5, 1.37)
 HEART_HALF_EXTENT_MM = (24.0, 119.0, 68.0)
 
 
-def write_msd_heart(root: Path, cases: int = 8, shape: tuple[int, int, int] = (20, 96, 100), seed: int = 0) -> Path:
+@writer("msd_heart")
+def write_msd_heart(folder: Path, cases: int = 8, shape: tuple[int, int, int] = (20, 96, 100), seed: int = 0) -> None:
     """Write heart volumes as `Task02_Heart/{dataset.json,imagesTr,labelsTr,imagesTs}`.
 
     Volumes are int16 with a spacing of 2.5 x 2.5 x 1.37 mm and axis codes RAS. The left atrium is a lobed blob
     with vein stubs near the centre, between a ventricle, an atrium and an aorta of about its brightness.
 
     Args:
-        root: folder in which `Task02_Heart` is made.
+        folder: an empty folder.
         cases: number of labelled volumes; two more without labels go to `imagesTs`.
         shape: voxels along the three array axes; the last one varies by up to 8 between cases.
         seed: seed of all draws.
-
-    Returns:
-        The folder `root/Task02_Heart`.
-
-    Raises:
-        FileExistsError: the folder is there and does not hold phantoms.
     """
     import nibabel
 
     affine = np.diag([*HEART_SPACING_MM, 1.0])
     names = [f"la_{index + 1:03d}.nii.gz" for index in range(cases + 2)]
-    target = Path(root) / get_task("msd_heart").folder
-    with published(target) as folder:
-        for name in ("imagesTr", "labelsTr", "imagesTs"):
-            (folder / name).mkdir()
-        for index, name in enumerate(names):
-            volume, label = _heart_volume(np.random.default_rng([seed, index]), shape)
-            images = "imagesTr" if index < cases else "imagesTs"
-            nibabel.Nifti1Image(volume, affine).to_filename(folder / images / name)
-            if index < cases:
-                nibabel.Nifti1Image(label, affine).to_filename(folder / "labelsTr" / name)
-        content = {
-            "name": "LeftAtrium",
-            "description": "Left atrium segmentation: generated phantoms, no patient data",
-            "tensorImageSize": "3D",
-            "reference": "amkd_monai.data.phantoms",
-            "licence": "CC0",
-            "relase": "1.0 04/05/2018",  # misspelt in the official file too
-            "modality": {"0": "MRI"},
-            "labels": {"0": "background", "1": "left atrium"},
-            "numTraining": cases,
-            "numTest": 2,
-            "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names[:cases]],
-            "test": [f"./imagesTs/{name}" for name in names[cases:]],
-        }
-        (folder / "dataset.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    return target
+    for name in ("imagesTr", "labelsTr", "imagesTs"):
+        (folder / name).mkdir()
+    for index, name in enumerate(names):
+        volume, label = _heart_volume(np.random.default_rng([seed, index]), shape)
+        images = "imagesTr" if index < cases else "imagesTs"
+        nibabel.Nifti1Image(volume, affine).to_filename(folder / images / name)
+        if index < cases:
+            nibabel.Nifti1Image(label, affine).to_filename(folder / "labelsTr" / name)
+    content = {
+        "name": "LeftAtrium",
+        "description": "Left atrium segmentation: generated phantoms, no patient data",
+        "tensorImageSize": "3D",
+        "reference": "amkd_monai.data.phantoms",
+        "licence": "CC0",
+        "relase": "1.0 04/05/2018",  # misspelt in the official file too
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "left atrium"},
+        "numTraining": cases,
+        "numTest": 2,
+        "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names[:cases]],
+        "test": [f"./imagesTs/{name}" for name in names[cases:]],
+    }
+    (folder / "dataset.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _heart_volume(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:

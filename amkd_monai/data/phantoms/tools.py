@@ -1,14 +1,19 @@
-"""What the writers of phantoms share: atomic folders, smooth noise, blur."""
+"""What the writers of phantoms share: a folder that appears when it is complete, smooth noise, blur."""
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
+
+from amkd_monai.tasks import get_task
 
 PHANTOM_MARKER = "PHANTOM.txt"
 
@@ -16,6 +21,25 @@ PHANTOM_MARKER = "PHANTOM.txt"
 def is_phantom(folder: Path) -> bool:
     """Whether a data set folder was written by this module."""
     return (Path(folder) / PHANTOM_MARKER).is_file()
+
+
+def writer(task: str) -> Callable[[Callable[..., None]], Callable[..., Path]]:
+    """Make a function that fills an empty folder one that writes a task's data set into a root and returns its folder.
+
+    The latter raises FileExistsError where that folder is there already.
+    """
+
+    def decorate(fill: Callable[..., None]) -> Callable[..., Path]:
+        @functools.wraps(fill)
+        def write(root: Path, **options: Any) -> Path:
+            target = Path(root) / get_task(task).folder
+            with published(target) as folder:
+                fill(folder, **options)
+            return target
+
+        return write
+
+    return decorate
 
 
 @contextmanager
@@ -47,6 +71,12 @@ def smooth_noise(rng: np.random.Generator, shape: Sequence[int], knots: Sequence
         weights = np.exp(-(distance**2))
         weights /= weights.sum(axis=1, keepdims=True)
         noise = np.moveaxis(np.tensordot(weights, noise, axes=(1, axis)), 0, axis)
+    return (noise - noise.mean()) / noise.std()
+
+
+def grain(rng: np.random.Generator, shape: tuple[int, int], sigma: float) -> np.ndarray:
+    """Noise of `shape` with mean 0 and deviation 1 that varies over about `sigma` pixels."""
+    noise = gaussian_filter(rng.standard_normal(shape), sigma)
     return (noise - noise.mean()) / noise.std()
 
 

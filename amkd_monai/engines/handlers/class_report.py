@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from amkd_monai.cache.probes import calibration_temperature
 from amkd_monai.engines.handlers.case_report import CaseReport, identify
-from amkd_monai.metrics.class_summary import class_metrics, class_row, format_class_table, summarise_classes
-from amkd_monai.metrics.summary import Row, write_case_csv
+from amkd_monai.metrics.classification import class_metrics, class_row
+from amkd_monai.metrics.summary import Row, format_table, summarise_classes, write_case_csv
 from amkd_monai.tasks import Task, get_task
 
 
@@ -84,7 +84,7 @@ class ClassReport(CaseReport):
         return summary, flat
 
     def _table(self, summary: Mapping[str, Any]) -> str:
-        return format_class_table(summary, self.task.name)
+        return format_table(summary, self.task.name)
 
     def _describe(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         return {"task": self.task.name, "primary_metric": self.task.primary_metric, "summary": dict(summary)}

@@ -12,7 +12,7 @@ from torch import nn
 
 from amkd_monai.atomic import atomic_path
 from amkd_monai.data.decoded import UNLABELLED, DecodedImages
-from amkd_monai.metrics.run_files import FEATURES
+from amkd_monai.metrics.summary import FEATURES
 
 MOST = 300
 """Samples kept of a training section, evenly spaced."""

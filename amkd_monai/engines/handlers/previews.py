@@ -18,7 +18,7 @@ from amkd_monai.atomic import atomic_path
 from amkd_monai.engines.handlers.case_report import identify
 from amkd_monai.files.pictures import read_picture
 from amkd_monai.files.volumes import grey_levels, read_volume
-from amkd_monai.metrics.run_files import preview_file
+from amkd_monai.metrics.summary import preview_file
 from amkd_monai.tasks import get_task
 
 SIDE = 256

@@ -157,7 +157,7 @@ def step_figures(result: DistillationOutput, teachers: Sequence[str]) -> dict[st
         mean = weights.mean(0).tolist()
         values |= {f"teacher_{name}_{teacher}": value for teacher, value in zip(teachers, mean, strict=True)}
         values[f"effective_teachers_{name}"] = effective_number(mean)
-    return values | result.figures
+    return values | {name: float(value) for name, value in result.figures.items()}
 
 
 def effective_number(weights: Sequence[float]) -> float:

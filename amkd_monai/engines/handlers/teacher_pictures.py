@@ -12,7 +12,7 @@ from torch import nn
 
 from amkd_monai.atomic import atomic_path
 from amkd_monai.distillation import Batch
-from amkd_monai.metrics.run_files import TEACHERS
+from amkd_monai.metrics.summary import TEACHERS
 
 SAMPLES = 6
 
