@@ -18,6 +18,7 @@ from torch import Tensor
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset, as_label_maps
 from amkd_monai.data.splits import fold_of_groups
+from amkd_monai.distillation.losses import one_hot_area
 
 WEIGHT_DECAY = 1e-3
 """L2 penalty of the probe of cells on standardised features."""
@@ -38,12 +39,11 @@ class LinearProbe:
 
 
 def cell_targets(dataset: DecodedDataset, indices: np.ndarray, classes: int, size: tuple[int, int]) -> Tensor:
-    """Area fractions of the classes in grid cells (N, classes, h, w) for labelled samples."""
+    """Area fractions of the classes in grid cells (N, classes, h, w), 0 where nothing is labelled."""
     parts = []
     for start in range(0, len(indices), 64):
-        label = torch.from_numpy(as_label_maps(dataset.labels, indices[start : start + 64])[:, 0]).long()
-        one_hot = F.one_hot(label, classes).permute(0, 3, 1, 2).float()  # (B, H, W, K) -> (B, K, H, W)
-        parts.append(F.adaptive_avg_pool2d(one_hot, size))
+        label = torch.from_numpy(as_label_maps(dataset.labels, indices[start : start + 64]))
+        parts.append(one_hot_area(label, classes, size))
     return torch.cat(parts)
 
 

@@ -19,6 +19,10 @@ _DICE_OPTIONS = {
     "smooth_nr": 1.0,
     "smooth_dr": 1.0,
 }
+UNLABELLED = 255
+"""Class index of pixels without a label: no loss counts them."""
+SURE = 30.0
+"""Logit of background, less that of any other class, that stands in for an answer where there is no label."""
 _dice, _batch_dice = DiceLoss(**_DICE_OPTIONS), DiceLoss(**_DICE_OPTIONS, batch=True)
 
 
@@ -53,8 +57,8 @@ def classification_task_loss(logits: Tensor, label: Tensor, class_weights: Tenso
 
 
 def note_classes(faults: Faults, label: Tensor, classes: int) -> None:
-    """Note labels (any shape) that are not in 0 to C - 1."""
-    lowest, highest = torch.aminmax(label)
+    """Note labels, masks (B, 1, H, W) or classes (B,), that are not in 0 to C - 1; masks may hold 255."""
+    lowest, highest = torch.aminmax(torch.where(label == UNLABELLED, 0, label) if label.ndim > 1 else label)
     faults.note(
         f"A label holds the class {{}}, the student has classes 0 to {classes - 1}: correct the label or num_classes.",
         (lowest < 0) | (highest >= classes),
@@ -67,12 +71,19 @@ def as_map(logits: Tensor) -> Tensor:
     return logits[:, :, None, None] if logits.ndim == 2 else logits
 
 
+def without_unlabelled(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Make both logits (B, C, ...) and label (B, 1, ...) background where the label is 255: no gradient flows there."""
+    ignored = label == UNLABELLED
+    sure = SURE * (torch.arange(logits.shape[1], device=logits.device) == 0).to(logits.dtype)
+    return torch.where(ignored, sure.view(-1, *[1] * (logits.ndim - 2)), logits), label.masked_fill(ignored, 0)
+
+
 def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False) -> Tensor:
     """Soft Dice plus cross entropy per sample.
 
     Args:
         logits: (B, C, H, W).
-        label: class indices (B, 1, H, W), integer.
+        label: class indices (B, 1, H, W), integer; 255 is no label and counts in neither loss.
         batch_dice: pool overlaps over the batch, as for slices of volumes, many of which show no foreground; else
             every image counts alike, as in the per-image metric.
 
@@ -84,10 +95,11 @@ def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = Fal
     """
     if label.ndim != 4:
         raise ValueError("The student answers masks, the labels are one class per image: use a student for classes.")
-    logits = logits.float()
+    known = (label != UNLABELLED).flatten(1).sum(1)
+    logits, label = without_unlabelled(logits.float(), label)
     dice = _batch_dice(logits, label).mean() if batch_dice else _dice(logits, label).flatten(1).mean(1)
     cross_entropy = F.cross_entropy(logits, label[:, 0].long(), reduction="none").flatten(1).mean(1)
-    return dice + cross_entropy
+    return dice + cross_entropy * (label[0].numel() / known.clamp_min(1))
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -158,12 +170,12 @@ def one_hot_area(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
     """Area fractions of each class in the cells of a coarser grid.
 
     Args:
-        label: class indices (B, 1, H, W), integer.
+        label: class indices (B, 1, H, W), integer; 255 is no label.
         classes: number of classes C.
         size: (h, w) of the grid.
 
     Returns:
-        (B, C, h, w), 1 in sum over the classes.
+        (B, C, h, w), fractions of the labelled part of a cell: 1 in sum over the classes, 0 where nothing is labelled.
 
     Raises:
         ValueError: a label is not in 0 to C - 1.
@@ -178,7 +190,9 @@ def class_areas(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
     """As :func:`one_hot_area`, for labels that are known to be in 0 to C - 1."""
     one_hot = label == torch.arange(1, classes, device=label.device)[:, None, None]  # (B, 1, H, W) -> (B, C - 1, H, W)
     area = F.adaptive_avg_pool2d(one_hot.float(), size)
-    return torch.cat([(1 - area.sum(1, keepdim=True)).clamp_min(0), area], dim=1)
+    known = F.adaptive_avg_pool2d((label != UNLABELLED).float(), size)
+    area = area / known.clamp_min(1e-6)
+    return torch.cat([((known > 0).float() - area.sum(1, keepdim=True)).clamp_min(0), area], dim=1)
 
 
 def area_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset
-from amkd_monai.distillation.losses import one_hot_area, soft_cross_entropy
+from amkd_monai.distillation.losses import UNLABELLED, one_hot_area, soft_cross_entropy
 from amkd_monai.metrics.classification import macro_auroc
 
 MODES = ("cross_fit", "all", "none")
@@ -74,7 +74,7 @@ def score_answers(store: FeatureStore, dataset: DecodedDataset, temperature: flo
         for row, predicted, true in zip(rows, answer, label[:, 0], strict=True):
             sums = overlap.setdefault(dataset.cases[row], np.zeros((classes - 1, 3)))
             for c in range(1, classes):
-                p, t = predicted == c, true == c
+                p, t = (predicted == c) & (true != UNLABELLED), true == c
                 sums[c - 1] += [float((p & t).sum()), float(p.sum()), float(t.sum())]
     table = np.stack(list(overlap.values()))  # (cases, classes - 1, 3)
     both, predicted_sum, true_sum = table[..., 0], table[..., 1], table[..., 2]

@@ -10,6 +10,7 @@ from monai.transforms import Compose, RandCropByPosNegLabeld, RandScaleIntensity
 from torch import nn
 
 from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.distillation.losses import without_unlabelled
 from amkd_monai.engines.crossfit import Fit, answer_size
 from amkd_monai.terminal import progress
 
@@ -62,7 +63,7 @@ def fit_volumes(
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
                 logits = network(x.contiguous(memory_format=torch.channels_last_3d))
-            loss_function(logits.float(), y).backward()
+            loss_function(*without_unlabelled(logits.float(), y)).backward()
             optimizer.step()
             scheduler.step()
 

@@ -129,7 +129,7 @@ class MedSAMTeacher(Teacher):
         for i, mask in enumerate(label[:, 0]):
             if bool((mask == 255).all()):  # unlabelled
                 continue
-            rows, columns = torch.nonzero(mask > 0, as_tuple=True)
+            rows, columns = torch.nonzero((mask > 0) & (mask != 255), as_tuple=True)
             if len(rows) == 0:
                 boxes[i] = torch.nan
                 continue

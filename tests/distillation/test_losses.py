@@ -93,7 +93,7 @@ def test_the_task_loss_is_near_zero_for_right_answers_and_large_for_wrong_ones()
     assert losses.segmentation_task_loss(-sure, label).min() > 10
 
 
-@pytest.mark.parametrize("value", [2, 255, -1])
+@pytest.mark.parametrize("value", [2, 254, -1])
 def test_a_label_out_of_range_is_named(value):
     label = torch.zeros(2, 1, 8, 8, dtype=torch.long)
     label[1, 0, 3, 3] = value
@@ -168,3 +168,27 @@ def test_all_losses_are_finite_and_shaped(batch, classes, height, width, dtype, 
         assert loss.dtype == torch.float32 and torch.isfinite(loss).all() and (loss >= -1e-5).all()
     (task.sum() + output.sum() + feature.sum()).backward()
     assert torch.isfinite(a.grad).all() and b.grad is None
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_pixels_without_a_label_count_in_no_loss(batch_dice, classes):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, classes, 8, 12, generator=generator, requires_grad=True)
+    label = torch.randint(0, classes, (3, 1, 8, 12), generator=generator)
+    part = label.clone()
+    part[..., 7:] = losses.UNLABELLED
+    found = losses.task_loss(logits, part, batch_dice)
+    torch.testing.assert_close(found, losses.task_loss(logits[..., :7], label[..., :7], batch_dice))
+    found.sum().backward()
+    assert not logits.grad[..., 7:].any() and logits.grad[..., :7].abs().min() > 0
+    faults = Faults()
+    losses.note_classes(faults, part, classes)
+    faults.read()
+
+
+def test_areas_are_those_of_the_labelled_part_of_a_cell():
+    label = torch.zeros(1, 1, 4, 8, dtype=torch.long)
+    label[..., :2, :4], label[..., 2:, :2], label[..., 4:] = 1, losses.UNLABELLED, losses.UNLABELLED
+    found = losses.one_hot_area(label, 2, (1, 2))[0, :, 0]
+    torch.testing.assert_close(found, torch.tensor([[1 / 3, 0], [2 / 3, 0]]))
