@@ -1,0 +1,115 @@
+"""Names, lists and tables as people have them."""
+
+from __future__ import annotations
+
+import os
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from amkd_monai.files.names import expanded, file_id, files_by_id, images_to_predict, read_table, read_text
+from amkd_monai.files.pictures import read_picture, write_png
+from amkd_monai.files.volumes import Grid, write_mask_volume
+
+PIXELS = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+
+
+def save(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(PIXELS).save(path, format="PNG")
+    return path
+
+
+def test_ids_can_always_be_printed_and_told_apart(tmp_path):
+    for name in ("plain.png", "UPPER.PNG", "ünï (1) ß.png", "line\nbreak,comma.png", "a.b.png"):
+        save(tmp_path / name)
+    raw = os.fsdecode(os.fsencode(tmp_path) + b"/pati\xebnt.png")
+    save(tmp_path / "temporary.png").rename(raw)
+    found = files_by_id(tmp_path)
+    assert set(found) == {"plain", "UPPER", "ünï (1) ß", "line%0Abreak,comma", "a.b", "pati%EBnt"}
+    for name, file in found.items():
+        name.encode()
+        assert "\n" not in name and read_picture(file).shape == PIXELS.shape
+
+
+def test_volume_endings_count_as_one_in_any_case(tmp_path):
+    for name in ("la_003.nii.gz", "LA_004.NII.GZ", "la_005.Nii"):
+        assert file_id(tmp_path / name) in ("la_003", "LA_004", "la_005")
+
+
+def test_dead_links_are_counted_and_named(tmp_path, caplog):
+    save(tmp_path / "good.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "good.png")
+    (tmp_path / "dead.png").symlink_to(tmp_path / "nowhere.png")
+    assert set(files_by_id(tmp_path)) == {"good", "link"}
+    assert "1 dead link" in caplog.text and "dead" in caplog.text
+
+
+def test_masks_and_predictions_are_no_images(tmp_path):
+    for name in ("a", "a_mask", "a_mask_1", "a_overlay", "a_segmentation", "b_superpixels", "face_mask"):
+        save(tmp_path / f"{name}.png")
+    write_png(tmp_path / "gone_mask.png", PIXELS)
+    write_png(tmp_path / "gone_overlay.png", PIXELS)
+    assert list(images_to_predict(tmp_path)) == ["a", "b_superpixels", "face_mask"]
+    grid = Grid((3, 4, 5), np.eye(4))
+    nibabel.save(nibabel.Nifti1Image(np.zeros((3, 4, 5), np.int16), np.eye(4)), tmp_path / "brain_mask.nii.gz")
+    write_mask_volume(tmp_path / "v_mask.nii.gz", np.zeros((3, 4, 5)), grid)
+    assert list(images_to_predict(tmp_path, (".nii.gz", ".nii"))) == ["brain_mask"]
+
+
+def test_files_of_one_name_are_all_kept(tmp_path):
+    for name in ("a.png", "a.jpg", "a.png.jpg", "b.png"):
+        save(tmp_path / name)
+    found = images_to_predict(tmp_path)
+    assert {file.name for file in found.values()} == {"a.png", "a.jpg", "a.png.jpg", "b.png"}
+    assert found["b"].name == "b.png" and len(found) == 4
+
+
+def test_home_folders_are_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded("~/data") == tmp_path / "data"
+
+
+COLUMNS = ("image_id", "grade")
+ROWS = {"0007": {"image_id": "0007", "grade": "1"}, "b": {"image_id": "b", "grade": "2"}}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image_id,grade\n0007,1\nb,2\n",
+        "image_id;grade\r\n0007;1\r\nb;2\r\n",
+        "IMAGE_ID\tGrade\tmore, or less\n0007\t1\tx\nb\t2\ty\n",
+        'Image_Id, grade\n"0007", 1\n b , 2 \n\n',
+        "image_id,grade\n0007.png,1\nb.PNG,2\n",
+    ],
+)
+def test_tables_of_every_encoding_and_separator(tmp_path, encoding, text):
+    content = text.encode(encoding)
+    (tmp_path / "t.csv").write_bytes(b"\xff\xfe" + content if encoding == "utf-16-le" else content)
+    assert read_table(tmp_path / "t.csv", COLUMNS) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("image_id,grade\n", "no labels"),
+        ("image_id\na\n", "grade"),
+        ("image_id,grade\na,\n", "line 2"),
+        ("image_id,grade\na,1\na.png,2\n", "line 3"),
+        ("", "image_id"),
+    ],
+)
+def test_tables_that_say_too_little_are_refused_by_line(tmp_path, text, word):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ValueError, match=rf"t\.csv.*{word}"):
+        read_table(tmp_path / "t.csv", COLUMNS)
+
+
+def test_a_text_of_another_encoding_is_refused(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("größe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt.*UTF-8"):
+        read_text(tmp_path / "latin.txt")
