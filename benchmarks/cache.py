@@ -22,8 +22,7 @@ from monai.data import PersistentDataset
 from monai.transforms import Transform
 from paired import Row, paired, print_table
 
-from amkd_monai.cache.batches import LARGEST
-from amkd_monai.cache.build import ask, cache_teacher
+from amkd_monai.cache.build import BATCH_SIZE, ask, cache_teacher
 from amkd_monai.cache.inventory import bytes_per_image
 from amkd_monai.cache.shards import ArraySpec
 from amkd_monai.cache.store import FeatureStore
@@ -130,7 +129,7 @@ def building(folder: Path, rounds: int) -> Row:
     items = find_items(write_kvasir_seg(folder, count=32, size=(240, 360)))
     dataset = DecodedDataset(items, _chain(), folder / "cache")
     teacher = build_teacher({"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"})
-    turn, at_once = iter(range(10_000)), LARGEST["cpu"]
+    turn, at_once = iter(range(10_000)), BATCH_SIZE["cpu"]
 
     def whole() -> int:
         cache_teacher(teacher, dataset, folder / f"stores-{next(turn)}", batch_size=at_once)

@@ -1,4 +1,4 @@
-"""Which stores lie in a folder, what they hold, and which of them nothing will ask for again; no torch."""
+"""Which stores lie in a folder, what they hold, and which of them no run will use again; no torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amkd_monai.atomic import exclusive_lock
-from amkd_monai.cache.manifest import NAME
-from amkd_monai.cache.store import LOCK, FeatureStore, StoreError
+from amkd_monai.cache.store import FORMAT, LOCK, NAME, FeatureStore, StoreError
+
+_FORMAT_1 = "manifest.json"  # stands in stores of format 1
 
 
 @dataclass
@@ -18,46 +19,31 @@ class StoredTeacher:
 
     Attributes:
         directory: its folder, ``<teacher>-<key>``.
-        store: opened, sizes checked; None where it cannot be.
+        store: opened; None where it cannot be.
         fault: why it cannot be opened.
+        shards: how many are there, and how many belong to it.
         size: bytes of all its files.
-        modified: when its manifest was last written, seconds since the epoch.
+        modified: when it was made, seconds since the epoch.
+        state: ``complete``, ``incomplete (3 of 8 shards)``, ``damaged`` or ``stale``; ``building`` while it is held.
     """
 
     directory: Path
     store: FeatureStore | None
     fault: str
+    shards: tuple[int, int]
     size: int
     modified: float
+    state: str
 
     @property
     def name(self) -> str:
         """Name of the teacher; answers of probes and cross-fitted networks end in ``-answers``."""
         return self.directory.name.rpartition("-")[0]
 
-    @property
-    def done(self) -> tuple[int, int]:
-        """Complete shards and all shards."""
-        if self.store is None:
-            return 0, 0
-        return len(self.store.committed), len(self.store.committed) + len(self.store.missing())
 
-    @property
-    def state(self) -> str:
-        """``complete``, ``incomplete (3 of 8 shards)`` or ``damaged``; ``building`` while a process writes."""
-        complete, shards = self.done
-        if self.store is None:
-            return "damaged"
-        if complete == shards:
-            return "complete"
-        return f"{'building' if (self.directory / LOCK).exists() else 'incomplete'} ({complete} of {shards} shards)"
-
-
-def bytes_per_image(store: FeatureStore) -> float:
-    """Stored bytes per image over all views, from the shards that are complete; 0 where there is none."""
-    stored = sum(record["bytes"] for files in store.committed.values() for record in files.values())
-    images = sum(len(store.samples_of(shard)) for _, shard in store.committed) / store.views
-    return stored / images if images else 0.0
+def bytes_per_image(store: FeatureStore) -> int:
+    """Stored bytes per image over all views."""
+    return store.views * sum(spec.nbytes for spec in store.arrays.values())
 
 
 def find_stores(folder: str | Path) -> list[StoredTeacher]:
@@ -66,19 +52,41 @@ def find_stores(folder: str | Path) -> list[StoredTeacher]:
     Raises:
         FileNotFoundError: the folder does not exist.
     """
-    if not Path(folder).is_dir():
+    root = Path(folder)
+    if not root.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: give the cache_dir of a run, such as bundles/.cache.")
-    return [_found(manifest) for manifest in sorted(Path(folder).rglob(NAME))]
+    old = [file for file in root.rglob(_FORMAT_1) if b'"committed"' in file.read_bytes()]
+    return [_found(file) for file in sorted({*root.rglob(NAME), *old})]
 
 
-def _found(manifest: Path) -> StoredTeacher:
-    directory, store, fault = manifest.parent, None, ""
-    try:
-        store = FeatureStore.open(directory, check="size")
-    except StoreError as error:
-        fault = str(error)
+def _found(file: Path) -> StoredTeacher:
+    directory, store, fault, shards, state = file.parent, None, "", (0, 0), "damaged"
+    if file.name == _FORMAT_1:
+        fault, state = f"stale: {directory} has format 1, not {FORMAT}", "stale"
+    else:
+        try:
+            store = FeatureStore.open(directory, check="size")
+        except StoreError as error:
+            fault = str(error)
+    if store is not None:
+        shards = (len(store.written()), len(store.shards))
+        state = f"{'building' if _is_held(directory) else 'incomplete'} ({shards[0]} of {shards[1]} shards)"
+        state = "complete" if store.is_complete else state
     size = sum(path.stat().st_size for path in directory.iterdir())
-    return StoredTeacher(directory, store, fault, size, manifest.stat().st_mtime)
+    return StoredTeacher(directory, store, fault, shards, size, file.stat().st_mtime, state)
+
+
+def _is_held(directory: Path) -> bool:
+    """Whether a process holds a store; one that cannot be written is not being built."""
+    if not (directory / LOCK).exists():
+        return False
+    try:
+        with exclusive_lock(directory / LOCK):
+            return False
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
 
 
 def format_stores(found: Sequence[StoredTeacher], folder: str | Path) -> str:
@@ -102,17 +110,17 @@ def format_stores(found: Sequence[StoredTeacher], folder: str | Path) -> str:
 
 
 def useless(found: Iterable[StoredTeacher]) -> dict[Path, str]:
-    """Say of each store that no run can use as it is why: ``{folder: reason}``.
+    """Return the stores that no run can use as they are, and why: ``{folder: reason}``.
 
-    That is a store that is damaged or incomplete, whose decoded images are gone, or of whose images or teacher there
-    is a newer store: same teacher name and samples, other weights, preprocessing or image contents.
+    A store is useless if it is damaged, incomplete, of an older format, orphaned (its decoded images were deleted) or
+    superseded: a newer one has the same teacher name and samples with other weights, preprocessing or image contents.
     """
     entries, reasons = list(found), {}
     for entry in entries:
         store = entry.store
         if store is None:
             reasons[entry.directory] = entry.fault
-        elif not store.is_complete:
+        elif entry.state != "complete":
             reasons[entry.directory] = entry.state
         elif not (entry.directory.parent / str(store.key.get("decoded")) / "index.json").is_file():
             reasons[entry.directory] = "stale: the decoded images it belongs to are gone"
@@ -131,7 +139,7 @@ def _changed(new: StoredTeacher, old: StoredTeacher) -> str:
 
 
 def _replaces(new: StoredTeacher, old: StoredTeacher) -> bool:
-    if new.store is None or old.store is None or new.modified <= old.modified or not new.store.is_complete:
+    if new.store is None or old.store is None or new.modified <= old.modified or new.state != "complete":
         return False
     same = (new.directory.parent, new.name) == (old.directory.parent, old.name) and "preprocessing" in old.store.key
     return same and new.store.sample_ids == old.store.sample_ids and bool(_changed(new, old))
@@ -141,10 +149,9 @@ def prune(reasons: Iterable[Path]) -> None:
     """Remove stores.
 
     Raises:
-        TimeoutError: a process is writing one of them.
+        TimeoutError: a process is building one of them.
         OSError: a folder cannot be removed.
     """
     for directory in reasons:
         with exclusive_lock(directory / LOCK):
-            (directory / NAME).unlink(missing_ok=True)  # what follows is no store from here on, even if interrupted
-        shutil.rmtree(directory)
+            shutil.rmtree(directory)
