@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -152,10 +151,8 @@ def _quantise(values: np.ndarray) -> list[np.ndarray]:
     return [codes, scales]
 
 
-def map_shard(
-    path: Path, arrays: Mapping[str, ArraySpec], n: int, identity: str, *, hashed: bool
-) -> dict[str, list[np.ndarray]]:
-    """Map a shard of ``n`` samples into memory, read-only.
+def check_shard(path: Path, arrays: Mapping[str, ArraySpec], n: int, identity: str, *, hashed: bool) -> int:
+    """Compare the file of a shard of ``n`` samples with what it should be.
 
     Args:
         path: its file.
@@ -165,7 +162,7 @@ def map_shard(
         hashed: also read all data and compare their hash.
 
     Returns:
-        For every array its values (n, *shape), and for int8 the scales (n, C, 1, ...), ready to multiply with.
+        Where its data begins, bytes.
 
     Raises:
         FileNotFoundError: the shard is not there.
@@ -183,10 +180,22 @@ def map_shard(
             raise ValueError(f"{path} does not have the header of this shard of this store")
         if hashed and hashlib.file_digest(file, "sha256").hexdigest() != digest:
             raise ValueError(f"{path} does not have the hash in its header")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    tensors, offset = {}, len(found)
+    return len(found)
+
+
+def map_shard(path: Path, arrays: Mapping[str, ArraySpec], n: int, offset: int) -> dict[str, list[np.ndarray]]:
+    """Map a checked shard of ``n`` samples, whose data begins at ``offset``, into memory.
+
+    Returns:
+        For every array its values (n, *shape), and for int8 the scales (n, C, 1, ...), ready to multiply with. They are
+        read-only plain arrays: indexing a ``numpy.memmap`` costs more than reading a small sample.
+    """
+    import torch  # its maps keep no file open, those of Python before 3.13 do: a large store would run out of them
+
+    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    mapped.flags.writeable = False
+    tensors = {}
     for name, (dtype, shape) in _tensors(arrays, n).items():
-        # A plain ndarray: indexing a numpy.memmap costs more than reading a small sample.
         tensors[name] = np.frombuffer(mapped, dtype, int(np.prod(shape)), offset).reshape(shape)
         offset += tensors[name].nbytes
     maps = {}

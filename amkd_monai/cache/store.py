@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import re
-import resource
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ import numpy as np
 
 from amkd_monai import __version__
 from amkd_monai.atomic import TEMPORARY_MARK, atomic_folder, atomic_write_bytes, exclusive_lock
-from amkd_monai.cache.shards import ArraySpec, map_shard, shard_bytes, write_shard_file
+from amkd_monai.cache.shards import ArraySpec, check_shard, map_shard, shard_bytes, write_shard_file
 from amkd_monai.data.content import fingerprint
 
 logger = logging.getLogger("amkd_monai")
@@ -87,9 +86,6 @@ class FeatureStore:
         """Where the content comes from: as kept with the store, or as given for a new one."""
         self._description, self._check, self._building = description, check, False
         self._maps: dict[Shard, dict[str, list[np.ndarray]]] = {}
-        self._hashed: dict[Shard, tuple[int, ...]] = {}  # state of the file whose hash was found right
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most_maps = max(16, files // 16) if files > 0 else 65536  # a map takes one of the process's open files
         self._bytes: dict[int, int] = {}  # of a shard's file, by its number of samples
 
     @classmethod
@@ -239,27 +235,23 @@ class FeatureStore:
         return out
 
     def _map(self, view: int, shard: int) -> dict[str, list[np.ndarray]]:
-        path = self.path(view, shard)
+        path, n = self.path(view, shard), len(self.samples_of(shard))
         try:
-            status = path.stat()
-            state = (status.st_ino, status.st_size, status.st_mtime_ns)
-            hashed = self._check == "hash" and self._hashed.get((view, shard)) != state
-            maps = self._open_shard(view, shard, hashed)
+            state = _state(path)
+            offset = self._check_shard(view, shard, hashed=self._check == "hash")
+            self._maps[view, shard] = map_shard(path, self.arrays, n, offset)
         except FileNotFoundError as error:
-            raise StoreError(f"{self.directory}: view {view} shard {shard} is not computed yet; build it first") from error
+            raise StoreError(
+                f"{self.directory}: view {view} shard {shard} is not computed yet; build it first"
+            ) from error
         except ValueError as error:
             remedy = "it is removed" if _remove(path, state) else "delete it"
             raise StoreError(f"{error}: {remedy}, run again to compute it anew") from error
-        if hashed:
-            self._hashed[view, shard] = state
-        if len(self._maps) >= self._most_maps:
-            del self._maps[next(iter(self._maps))]
-        self._maps[view, shard] = maps
-        return maps
+        return self._maps[view, shard]
 
-    def _open_shard(self, view: int, shard: int, hashed: bool) -> dict[str, list[np.ndarray]]:
+    def _check_shard(self, view: int, shard: int, *, hashed: bool) -> int:
         n = len(self.samples_of(shard))
-        return map_shard(self.path(view, shard), self.arrays, n, self._identity(view, shard), hashed=hashed)
+        return check_shard(self.path(view, shard), self.arrays, n, self._identity(view, shard), hashed=hashed)
 
     def _identity(self, view: int, shard: int) -> str:
         samples = self.samples_of(shard)
@@ -271,7 +263,7 @@ class FeatureStore:
         faults = {}
         for at in sorted(self.written()):
             try:
-                self._open_shard(*at, hashed=True)
+                self._check_shard(*at, hashed=True)
             except (ValueError, OSError) as error:
                 faults[at] = str(error)
         return faults
@@ -428,11 +420,15 @@ def _read(directory: Path) -> dict[str, Any] | None:
         raise StoreError(f"{path} is damaged ({error!r}); {_REMEDY}") from error
 
 
-def _remove(path: Path, state: tuple[int, ...]) -> bool:
+def _state(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _remove(path: Path, state: tuple[int, int, int]) -> bool:
     """Remove a damaged shard unless another process has replaced it; False where that is not allowed."""
     try:
-        status = path.stat()
-        if state == (status.st_ino, status.st_size, status.st_mtime_ns):
+        if state == _state(path):
             path.unlink()
     except FileNotFoundError:
         pass

@@ -1,4 +1,4 @@
-"""One small distillation per kind of task on phantoms, with the figures that it had: a change of structure keeps them."""
+"""One small distillation per kind of task on phantoms, with its recorded figures: a change of structure keeps them."""
 
 from __future__ import annotations
 
