@@ -230,13 +230,15 @@ class _TeacherRun:
 
         def work(batch: Sequence[int]) -> dict[str, np.ndarray]:
             views = None if matrices is None else np.stack([matrices[i] for i in batch])
-            found = ask(self.teacher.to(self.device), self.dataset, batch, self.device, views)
+            found = ask(self.teacher, self.dataset, batch, self.device, views)
             self.images += len(batch)
             return found
 
         if matrices is None and self._first is not None and 0 in indices:
             yield [0], self._first
             indices = [i for i in indices if i != 0]
+        if indices:
+            self.teacher.to(self.device)
         yield from self.batches.run(work, indices)
 
 

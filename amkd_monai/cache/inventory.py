@@ -21,7 +21,6 @@ class StoredTeacher:
         directory: its folder, ``<teacher>-<key>``.
         store: opened; None where it cannot be.
         fault: why it cannot be opened.
-        shards: how many are there, and how many belong to it.
         size: bytes of all its files.
         modified: when it was made, seconds since the epoch.
         state: ``complete``, ``incomplete (3 of 8 shards)``, ``damaged`` or ``stale``; ``building`` while it is held.
@@ -30,7 +29,6 @@ class StoredTeacher:
     directory: Path
     store: FeatureStore | None
     fault: str
-    shards: tuple[int, int]
     size: int
     modified: float
     state: str
@@ -60,20 +58,19 @@ def find_stores(folder: str | Path) -> list[StoredTeacher]:
 
 
 def _found(file: Path) -> StoredTeacher:
-    directory, store, fault, shards, state = file.parent, None, "", (0, 0), "damaged"
+    directory, store, fault, state = file.parent, None, "", "damaged"
     if file.name == _FORMAT_1:
         fault, state = f"stale: {directory} has format 1, not {FORMAT}", "stale"
     else:
         try:
-            store = FeatureStore.open(directory, check="size")
+            store = FeatureStore.open(directory)
+            there, shards = len(store.written()), len(store.shards)
+            unfinished = "building" if _is_held(directory) else "incomplete"
+            state = "complete" if there == shards else f"{unfinished} ({there} of {shards} shards)"
         except StoreError as error:
             fault = str(error)
-    if store is not None:
-        shards = (len(store.written()), len(store.shards))
-        state = f"{'building' if _is_held(directory) else 'incomplete'} ({shards[0]} of {shards[1]} shards)"
-        state = "complete" if store.is_complete else state
     size = sum(path.stat().st_size for path in directory.iterdir())
-    return StoredTeacher(directory, store, fault, shards, size, file.stat().st_mtime, state)
+    return StoredTeacher(directory, store, fault, size, file.stat().st_mtime, state)
 
 
 def _is_held(directory: Path) -> bool:
@@ -117,32 +114,31 @@ def useless(found: Iterable[StoredTeacher]) -> dict[Path, str]:
     """
     entries, reasons = list(found), {}
     for entry in entries:
-        store = entry.store
-        if store is None:
+        if entry.store is None:
             reasons[entry.directory] = entry.fault
         elif entry.state != "complete":
             reasons[entry.directory] = entry.state
-        elif not (entry.directory.parent / str(store.key.get("decoded")) / "index.json").is_file():
+        elif not (entry.directory.parent / str(entry.store.key.get("decoded")) / "index.json").is_file():
             reasons[entry.directory] = "stale: the decoded images it belongs to are gone"
-        elif newer := next((other for other in entries if _replaces(other, entry)), None):
-            reasons[entry.directory] = f"stale: {_changed(newer, entry)} since; {newer.directory.name} is newer"
+        else:
+            newer = ((other, change) for other in entries if (change := _superseded(entry, other)))
+            for other, change in newer:
+                reasons[entry.directory] = f"stale: {change} since; {other.directory.name} is newer"
     return reasons
 
 
-def _changed(new: StoredTeacher, old: StoredTeacher) -> str:
-    """What differs between two stores of one teacher name and one list of samples; empty if nothing that matters."""
-    assert new.store is not None and old.store is not None
-    if new.store.content_hashes != old.store.content_hashes:
+def _superseded(entry: StoredTeacher, other: StoredTeacher) -> str:
+    """What changed between a store and a newer one of the same teacher name and samples; empty if it is none."""
+    old, new = entry.store, other.store
+    if old is None or new is None or other.modified <= entry.modified or other.state != "complete":
+        return ""
+    same = (entry.directory.parent, entry.name) == (other.directory.parent, other.name) and "preprocessing" in old.key
+    if not same or old.sample_ids != new.sample_ids:
+        return ""
+    if old.content_hashes != new.content_hashes:
         return "images changed"
-    parts = [part for part in ("teacher", "preprocessing") if new.store.key.get(part) != old.store.key.get(part)]
+    parts = [part for part in ("teacher", "preprocessing") if old.key.get(part) != new.key.get(part)]
     return f"the {' and '.join(parts)} changed" if parts else ""
-
-
-def _replaces(new: StoredTeacher, old: StoredTeacher) -> bool:
-    if new.store is None or old.store is None or new.modified <= old.modified or new.state != "complete":
-        return False
-    same = (new.directory.parent, new.name) == (old.directory.parent, old.name) and "preprocessing" in old.store.key
-    return same and new.store.sample_ids == old.store.sample_ids and bool(_changed(new, old))
 
 
 def prune(reasons: Iterable[Path]) -> None:

@@ -151,15 +151,14 @@ def _quantise(values: np.ndarray) -> list[np.ndarray]:
     return [codes, scales]
 
 
-def check_shard(path: Path, arrays: Mapping[str, ArraySpec], n: int, identity: str, *, hashed: bool) -> int:
-    """Compare the file of a shard of ``n`` samples with what it should be.
+def check_shard(path: Path, arrays: Mapping[str, ArraySpec], n: int, identity: str) -> int:
+    """Read the file of a shard of ``n`` samples and compare size, header and hash with what they should be.
 
     Args:
         path: its file.
         arrays: what the store holds, by name.
         n: samples in the shard.
         identity: as it was written with.
-        hashed: also read all data and compare their hash.
 
     Returns:
         Where its data begins, bytes.
@@ -178,7 +177,7 @@ def check_shard(path: Path, arrays: Mapping[str, ArraySpec], n: int, identity: s
         digest = found[start : start + _DIGEST_SIZE].decode("ascii", "replace")
         if found != _header(arrays, n, identity, digest):
             raise ValueError(f"{path} does not have the header of this shard of this store")
-        if hashed and hashlib.file_digest(file, "sha256").hexdigest() != digest:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
             raise ValueError(f"{path} does not have the hash in its header")
     return len(found)
 

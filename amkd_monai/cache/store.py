@@ -20,10 +20,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -56,8 +56,19 @@ def store_directory(parent: str | os.PathLike[str], name: str, key: Mapping[str,
 class FeatureStore:
     """Arrays of a fixed, ordered list of samples in memory-mapped shards; made by :meth:`create_or_open`.
 
-    Opening lists the folder, whatever the size of the store. Reading needs no write access and may happen while other
-    processes build. Features are best read in the main process: worker processes only add copies.
+    Opening reads no shard. Reading needs no write access and may happen while other processes build. Features are best
+    read in the main process: worker processes only add copies.
+
+    Args:
+        directory: folder of this store, from :func:`store_directory`.
+        key: what the arrays depend on (teacher fingerprint, preprocessing, views, hash of the list); JSON-able.
+        sample_ids: N unique ids; their order is the index.
+        content_hashes: hash of each sample's image file, length N.
+        arrays: the arrays of every sample by name (letters, digits, ``_`` and ``-``).
+        views: number of views of every image.
+        shard_size: samples per file.
+        view_parameters: one JSON-able value per view, from which that view of an image is made again.
+        origin: JSON-able facts that say where the content comes from; a store that is there keeps its own.
 
     Example::
 
@@ -69,39 +80,6 @@ class FeatureStore:
 
     def __init__(
         self,
-        directory: Path,
-        description: dict[str, Any],
-        check: Literal["hash", "size"],
-        origin: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.directory = directory
-        self.key: dict[str, Any] = description["key"]
-        self.sample_ids: list[str] = description["sample_ids"]
-        self.content_hashes: list[str] = description["content_hashes"]
-        self.arrays = {name: ArraySpec(**spec) for name, spec in description["arrays"].items()}
-        self.views: int = description["views"]
-        self.view_parameters: list[Any] = description["view_parameters"]
-        self.shard_size: int = description["shard_size"]
-        self.origin = dict(origin or {})
-        """Where the content comes from: as kept with the store, or as given for a new one."""
-        self._description, self._check, self._building = description, check, False
-        self._maps: dict[Shard, dict[str, list[np.ndarray]]] = {}
-        self._bytes: dict[int, int] = {}  # of a shard's file, by its number of samples
-
-    @classmethod
-    def open(cls, directory: str | os.PathLike[str], *, check: Literal["hash", "size"] = "hash") -> FeatureStore:
-        """Open a store as whatever its ``store.json`` says it is.
-
-        Raises:
-            StoreError: there is none, or it is damaged or of another format.
-        """
-        if (content := _read(Path(directory))) is None:
-            raise StoreError(f"{directory} is no feature store: it has no {NAME}")
-        return cls(Path(directory), content, check, content.pop("origin"))
-
-    @classmethod
-    def create_or_open(
-        cls,
         directory: str | os.PathLike[str],
         key: Mapping[str, Any],
         sample_ids: Sequence[str],
@@ -111,32 +89,53 @@ class FeatureStore:
         shard_size: int = 256,
         *,
         view_parameters: Sequence[Any] | None = None,
-        check: Literal["hash", "size"] = "hash",
         origin: Mapping[str, Any] | None = None,
-    ) -> FeatureStore:
-        """Open the store in ``directory``, or start an empty one, which is made with its first shard.
+    ) -> None:
+        self.directory = Path(directory)
+        self.sample_ids, self.content_hashes = list(sample_ids), list(content_hashes)
+        parameters = [None] * views if view_parameters is None else list(view_parameters)
+        self.key: dict[str, Any]
+        self.view_parameters: list[Any]
+        self.key, self.view_parameters = json.loads(json.dumps([dict(key), parameters], allow_nan=False))
+        self.arrays, self.views, self.shard_size, self.origin = dict(arrays), views, shard_size, dict(origin or {})
+        if not self.sample_ids or not len(set(self.sample_ids)) == len(self) == len(self.content_hashes):
+            raise ValueError(f"{directory}: needs unique sample ids and one content hash for each of them")
+        if views < 1 or shard_size < 1 or len(parameters) != views:
+            raise ValueError(f"{directory}: needs views, shard_size >= 1 and one of view_parameters per view")
+        if not arrays or not all(re.fullmatch(r"[\w-]+", name, re.ASCII) for name in arrays):
+            raise ValueError(f"{directory}: name arrays with letters, digits, _ and -, not {list(arrays)}")
+        self._building = False
+        self._maps: dict[Shard, dict[str, list[np.ndarray]]] = {}
+        self._bytes: dict[int, int] = {}  # of a shard's file, by its number of samples
 
-        Args:
-            directory: folder of this store, from :func:`store_directory`.
-            key: what the arrays depend on (teacher fingerprint, preprocessing, views, hash of the list); JSON-able.
-            sample_ids: N unique ids; their order is the index.
-            content_hashes: hash of each sample's image file, length N.
-            arrays: the arrays of every sample by name (letters, digits, ``_`` and ``-``).
-            views: number of views of every image.
-            shard_size: samples per file.
-            view_parameters: one JSON-able value per view, from which that view of an image is made again.
-            check: what is checked of a shard when it is first read: ``hash`` reads all of it (about 1 GB/s), ``size``
-                only its size and header.
-            origin: JSON-able facts kept with a new store, which say where its content comes from.
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> FeatureStore:
+        """Open a store as whatever its ``store.json`` says it is.
+
+        Raises:
+            StoreError: there is none, or it is damaged or of another format.
+        """
+        path = Path(directory) / NAME
+        try:
+            content = json.loads(path.read_bytes())
+            if content["format"] != FORMAT:
+                raise StoreError(f"the store {directory} has format {content['format']!r}, not {FORMAT}; {_REMEDY}")
+            content["arrays"] = {name: ArraySpec(**spec) for name, spec in content["arrays"].items()}
+            return cls(directory, **{name: content[name] for name in DESCRIPTION}, origin=dict(content["origin"]))
+        except FileNotFoundError as error:
+            raise StoreError(f"{directory} is no feature store: it has no {NAME}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(f"{path} is damaged ({error!r}); {_REMEDY}") from error
+
+    @classmethod
+    def create_or_open(cls, *arguments: Any, **options: Any) -> FeatureStore:
+        """Open a store that has to be as the arguments (those of the class) say; it is made with its first shard.
 
         Raises:
             ValueError: arguments that contradict each other.
             StoreError: the folder holds a store of something else, or a damaged ``store.json``.
         """
-        path = Path(directory)
-        parameters = [None] * views if view_parameters is None else view_parameters
-        description = _described(path, key, arrays, views, parameters, shard_size, sample_ids, content_hashes)
-        store = cls(path, description, check, origin)
+        store = cls(*arguments, **options)
         store._compare()
         return store
 
@@ -238,7 +237,7 @@ class FeatureStore:
         path, n = self.path(view, shard), len(self.samples_of(shard))
         try:
             state = _state(path)
-            offset = self._check_shard(view, shard, hashed=self._check == "hash")
+            offset = self._check_shard(view, shard)
             self._maps[view, shard] = map_shard(path, self.arrays, n, offset)
         except FileNotFoundError as error:
             raise StoreError(
@@ -249,9 +248,9 @@ class FeatureStore:
             raise StoreError(f"{error}: {remedy}, run again to compute it anew") from error
         return self._maps[view, shard]
 
-    def _check_shard(self, view: int, shard: int, *, hashed: bool) -> int:
+    def _check_shard(self, view: int, shard: int) -> int:
         n = len(self.samples_of(shard))
-        return check_shard(self.path(view, shard), self.arrays, n, self._identity(view, shard), hashed=hashed)
+        return check_shard(self.path(view, shard), self.arrays, n, self._identity(view, shard))
 
     def _identity(self, view: int, shard: int) -> str:
         samples = self.samples_of(shard)
@@ -263,7 +262,7 @@ class FeatureStore:
         faults = {}
         for at in sorted(self.written()):
             try:
-                self._check_shard(*at, hashed=True)
+                self._check_shard(*at)
             except (ValueError, OSError) as error:
                 faults[at] = str(error)
         return faults
@@ -298,9 +297,15 @@ class FeatureStore:
             OSError: the folder is not writable or the disk is full.
             StoreError: another process has made this folder a store of something else.
         """
-        made = {"amkd_monai": __version__, "numpy": np.__version__}
-        content = {"format": FORMAT, "created_with": made, "origin": self.origin, **self._description}
-        _write_description(self.directory / NAME, content)
+        path = self.directory / NAME
+        if not path.is_file():
+            made = {"amkd_monai": __version__, "numpy": np.__version__}
+            content = {"format": FORMAT, "created_with": made, "origin": self.origin}
+            content |= {name: getattr(self, name) for name in DESCRIPTION}
+            content["arrays"] = {name: asdict(spec) for name, spec in self.arrays.items()}
+            lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items())
+            with _unless_there(path.is_file):
+                atomic_write_bytes(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
         self._compare()
         self.tidy()
 
@@ -324,8 +329,7 @@ class FeatureStore:
 
         Raises:
             IndexError: there is no such view or shard.
-            ValueError: an array is missing, unknown, of a wrong shape, not finite or beyond the range of its dtype
-                (the sample is named).
+            ValueError: as :func:`amkd_monai.cache.shards.write_shard_file` says; the sample is named.
             OSError: the folder is not writable or the disk is full; no part of the shard is left.
         """
         if not 0 <= view < self.views:
@@ -338,86 +342,40 @@ class FeatureStore:
             logger.warning("%s has not the size of a shard of this store and is computed again", path)
         if not (self.directory / NAME).is_file():
             self.create()
-        try:
+        with _unless_there(lambda: self.has(view, shard)):
             write_shard_file(path, self.arrays, values, ids, self._identity(view, shard))
-        except OSError:
-            if not self.has(view, shard):  # else another process has written the same meanwhile
-                raise
 
     def _compare(self) -> None:
-        """Compare ``store.json``, if it is there, with what this store is asked to hold; take its origin."""
-        if (content := _read(self.directory)) is None:
+        """Compare with the store in the folder, if there is one, and take its origin."""
+        if not (self.directory / NAME).is_file():
             return
-        for name, asked in self._description.items():
-            if content[name] != asked:
-                raise StoreError(f"the store {self.directory} {self._difference(name, content[name])}; {_REMEDY}")
-        self.origin = content["origin"]
-
-    def _difference(self, name: str, stored: Any) -> str:
-        asked = self._description[name]
-        if name == "key":
-            changed = sorted(part for part in {*stored, *asked} if stored.get(part) != asked.get(part))
-            return f"was computed with another {', '.join(changed)}"
-        if name == "sample_ids":
-            return f"holds another list of samples ({len(stored)} stored, {len(asked)} asked for)"
-        if name == "content_hashes":
-            pairs = zip(self.sample_ids, stored, asked, strict=True)
-            first, *others = [sample for sample, old, new in pairs if old != new]
-            more = f" and {len(others)} more" if others else ""
-            return f"is stale: image {first!r}{more} changed since its features were computed"
-        return f"was built with {name} {stored}, not {asked}"
-
-
-def _described(
-    directory: Path,
-    key: Mapping[str, Any],
-    arrays: Mapping[str, ArraySpec],
-    views: int,
-    view_parameters: Sequence[Any],
-    shard_size: int,
-    sample_ids: Sequence[str],
-    content_hashes: Sequence[str],
-) -> dict[str, Any]:
-    """Check what a store is asked to hold and put it as plain JSON values, in the order of ``DESCRIPTION``."""
-    ids, hashes = list(sample_ids), list(content_hashes)
-    if not ids or len(set(ids)) != len(ids) or len(hashes) != len(ids):
-        raise ValueError(f"{directory}: needs unique sample ids and one content hash for each of them")
-    if views < 1 or shard_size < 1 or len(view_parameters) != views:
-        raise ValueError(f"{directory}: needs views, shard_size >= 1 and one of view_parameters per view")
-    if not arrays or not all(re.fullmatch(r"[\w-]+", name, re.ASCII) for name in arrays):
-        raise ValueError(f"{directory}: name arrays with letters, digits, _ and -, not {list(arrays)}")
-    specs = {name: asdict(spec) for name, spec in arrays.items()}
-    values = (dict(key), specs, views, list(view_parameters), shard_size)
-    plain = json.loads(json.dumps(values, allow_nan=False))
-    return dict(zip(DESCRIPTION, (*plain, ids, hashes), strict=True))
+        stored = FeatureStore.open(self.directory)
+        for name in DESCRIPTION:
+            old, new = getattr(stored, name), getattr(self, name)
+            if old == new:
+                continue
+            difference = f"was built with {name} {old}, not {new}"
+            if name == "key":
+                changed = sorted(part for part in {*old, *new} if old.get(part) != new.get(part))
+                difference = f"was computed with another {', '.join(changed)}"
+            elif name == "sample_ids":
+                difference = f"holds another list of samples ({len(old)} stored, {len(new)} asked for)"
+            elif name == "content_hashes":
+                first, *others = [i for i, a, b in zip(self.sample_ids, old, new, strict=True) if a != b]
+                more = f" and {len(others)} more" if others else ""
+                difference = f"is stale: image {first!r}{more} changed since its features were computed"
+            raise StoreError(f"the store {self.directory} {difference}; {_REMEDY}")
+        self.origin = stored.origin
 
 
-def _write_description(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a ``store.json``, one line per entry, unless it is there."""
-    if path.is_file():
-        return
-    lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items())
+@contextlib.contextmanager
+def _unless_there(is_there: Callable[[], bool]) -> Iterator[None]:
+    """Pass over a failure to write a file that another process has written meanwhile: it holds the same."""
     try:
-        atomic_write_bytes(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+        yield
     except OSError:
-        if not path.is_file():  # else another process has written it meanwhile
+        if not is_there():
             raise
-
-
-def _read(directory: Path) -> dict[str, Any] | None:
-    """Read and check ``store.json``; None where there is none."""
-    path = directory / NAME
-    try:
-        content = json.loads(path.read_bytes())
-        if content["format"] != FORMAT:
-            raise StoreError(f"the store {directory} has format {content['format']!r}, not {FORMAT}; {_REMEDY}")
-        key, arrays, *rest = (content[name] for name in DESCRIPTION)
-        specs = {name: ArraySpec(**spec) for name, spec in arrays.items()}
-        return {"origin": dict(content["origin"]), **_described(directory, dict(key), specs, *rest)}
-    except FileNotFoundError:
-        return None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged ({error!r}); {_REMEDY}") from error
 
 
 def _state(path: Path) -> tuple[int, int, int]:
@@ -458,6 +416,7 @@ def export_store(directory: str | Path, target: str | Path) -> Path:
     with atomic_folder(target) as folder:
         for at in store.shards:
             shutil.copyfile(store.path(*at), folder / store.path(*at).name)
-        origin = {name: value for name, value in store.origin.items() if name != "teacher"}
-        FeatureStore(folder, store._description, "size", origin).create()
+        store.directory = folder
+        store.origin.pop("teacher", None)
+        store.create()
     return Path(target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,8 @@ def build_cache(
     names = (*data, "cache_dir", "device", "views", "cache_dtype", "weights_dir")
     training, validation, teachers, *options = (parser.get_parsed_content(name) for name in names)
     validate_descriptions(teachers)
+    stored = replace(CacheOptions(*options), batch_size=batch_size)
     stores: list[FeatureStore] = []
     for description in image_teachers(teachers):
-        stores += cache_image_teacher(description, training, validation, CacheOptions(*options, batch_size), part)[1:]
+        stores += cache_image_teacher(description, training, validation, stored, part)[1:]
     return [store.directory for store in stores]
