@@ -24,7 +24,7 @@ from paired import Row, paired, print_table
 
 from amkd_monai.cache.build import BATCH_SIZE, ask, cache_teacher
 from amkd_monai.cache.inventory import bytes_per_image
-from amkd_monai.cache.shards import ArraySpec
+from amkd_monai.cache.shards import ArraySpec, shard_bytes
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.augment import Augmentation, warp
 from amkd_monai.data.decoded import DecodedDataset
@@ -39,6 +39,9 @@ ANSWER = (2, 256, 256)
 READ = ("medsam", "retfound")
 """The two maps of a sample that is read, 0.53 MB in float16."""
 SAMPLES, BATCH, SIDE = 256, 8, 256
+LARGE = 100_000
+SLOWEST_OPENING = 1.0
+"""Seconds."""
 LARGEST_SIZE = {"float16": 1.7, "int8": 0.9}
 """MB per image, four teachers."""
 SLOWEST_READ = 0.15
@@ -57,6 +60,25 @@ def filled(folder: Path, name: str, dtype: str, samples: int) -> FeatureStore:
             n = len(store.samples_of(shard))
             store.write_shard(view, shard, {a: rng.normal(size=(n, *s.shape)) for a, s in arrays.items()})
     return store
+
+
+def opening(folder: Path, rounds: int) -> Row:
+    """Seconds to open a store of 100,000 samples, whose shards are sparse files of the right size."""
+    ids = [f"case_{i:06d}#{i % 100:03d}" for i in range(LARGE)]
+    arrays = {"grid": ArraySpec(GRIDS["medsam"])}
+    store = FeatureStore.create_or_open(folder / "large-0", {"of": "large"}, ids, ids, arrays, shard_size=128)
+    store.create()
+    for view, shard in store.shards:
+        with store.path(view, shard).open("wb") as file:
+            file.truncate(shard_bytes(arrays, len(store.samples_of(shard))))
+
+    def opened() -> None:
+        if not FeatureStore.open(store.directory).is_complete:
+            raise RuntimeError(f"{store.directory} is not complete")
+
+    return Row(
+        f"opening a store of {LARGE:,} samples", "s", [seconds(opened) for _ in range(rounds)], limit=SLOWEST_OPENING
+    )
 
 
 def sizes(folder: Path) -> list[Row]:
@@ -169,7 +191,7 @@ def augmentation(rounds: int) -> Row:
 def measure(rounds: int) -> list[Row]:
     """All figures."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = sizes(Path(folder) / "sizes") + reading(Path(folder), rounds)
+        rows = [opening(Path(folder), rounds), *sizes(Path(folder) / "sizes"), *reading(Path(folder), rounds)]
         return [*rows, building(Path(folder), rounds), augmentation(rounds)]
 
 

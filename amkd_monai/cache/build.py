@@ -171,7 +171,7 @@ def cache_teacher(
         arrays = FeatureStore.open(directory).arrays
     else:
         earlier = EarlierStores(directory, sample_key)
-        arrays = dict(earlier.arrays or _specs(run.example(), dtype))
+        arrays = dict(earlier.arrays or run.arrays(dtype))
         arrays.pop(MATRIX, None)
         if views > 1:
             arrays[MATRIX] = ArraySpec((2, 3), "float32")
@@ -200,11 +200,6 @@ def cache_teacher(
     return store
 
 
-def _specs(example: Mapping[str, np.ndarray], dtype: str) -> dict[str, ArraySpec]:
-    kept: dict[str, Any] = {name: dtype if name == "grid" else "float16" for name in example}
-    return {name: ArraySpec(value.shape[1:], kept[name]) for name, value in example.items()}
-
-
 class _TeacherRun:
     """A teacher and the images it runs on; ``images`` counts them."""
 
@@ -213,20 +208,16 @@ class _TeacherRun:
         self.batches, self.images = Batches(size, device), 0
         self._first: dict[str, np.ndarray] | None = None
 
-    def example(self) -> dict[str, np.ndarray]:
-        """Outputs for the first image, arrays (1, ...); kept, so that the teacher runs on no image twice."""
+    def arrays(self, dtype: str) -> dict[str, ArraySpec]:
+        """What the teacher gives, from its outputs for the first image, which are kept: it runs on no image twice."""
         ((_, self._first),) = self.outputs([0])
-        return self._first
+        kept: dict[str, Any] = {name: dtype if name == "grid" else "float16" for name in self._first}
+        return {name: ArraySpec(value.shape[1:], kept[name]) for name, value in self._first.items()}
 
     def outputs(
         self, indices: Sequence[int], matrices: Mapping[int, np.ndarray] | None = None
     ) -> Iterator[tuple[Sequence[int], dict[str, np.ndarray]]]:
-        """Yield samples, B at a time, and the teacher's outputs for them, arrays (B, ...).
-
-        Args:
-            indices: of the samples.
-            matrices: (2, 3) of the view of each sample; None for the images as they are.
-        """
+        """Yield B samples at a time and the outputs for them, arrays (B, ...); matrices (2, 3) are those of views."""
 
         def work(batch: Sequence[int]) -> dict[str, np.ndarray]:
             views = None if matrices is None else np.stack([matrices[i] for i in batch])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,10 @@ def _found(file: Path) -> StoredTeacher:
             state = "complete" if there == shards else f"{unfinished} ({there} of {shards} shards)"
         except StoreError as error:
             fault = str(error)
-    size = sum(path.stat().st_size for path in directory.iterdir())
+    size = 0
+    for path in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a temporary file of a builder
+            size += path.stat().st_size
     return StoredTeacher(directory, store, fault, size, file.stat().st_mtime, state)
 
 

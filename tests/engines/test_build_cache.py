@@ -12,6 +12,7 @@ from helpers import ROOT
 from amkd_monai.__main__ import main
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.memory import own_peak
+from amkd_monai.teachers.timm_encoder import TimmTeacher
 
 TEACHERS = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
 BUNDLE = str(ROOT / "bundles" / "kvasir_seg")
@@ -44,6 +45,18 @@ def test_a_training_finds_what_was_built_in_parts(tmp_path, teachers, capsys, mo
     targets = workflow("kvasir_seg", ("train",), values).parser.get_parsed_content("targets")
     assert str(targets.sources[0].features.directory) in folders
     assert 0 < targets.record["preparation_peak_rss_mb"] <= own_peak() + 1
+
+
+def test_the_batch_size_is_an_option_of_building_and_of_training(tmp_path, teachers, capsys, monkeypatch):
+    sizes, real = [], TimmTeacher.forward
+    monkeypatch.setattr(TimmTeacher, "forward", lambda self, image: sizes.append(len(image)) or real(self, image))
+    assert build(capsys, tmp_path / "a", *teachers, "--batch_size", "3")[0] == 0
+    assert sum(sizes) == 34 and set(sizes) == {1, 3}, "the first image tells the shapes"
+    sizes.clear()
+    options = {"teachers": TEACHERS, "admission": {"mode": "none"}, "targets#teacher_batch_size": 5}
+    values = settings("kvasir_seg", tmp_path / "run", tmp_path / "b", **options)
+    workflow("kvasir_seg", ("train",), values).parser.get_parsed_content("targets")
+    assert sum(sizes) == 34 and max(sizes) == 5
 
 
 def test_torchrun_gives_each_rank_its_part(tmp_path, teachers, capsys, monkeypatch):
