@@ -130,7 +130,7 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
             shutil.rmtree(target, ignore_errors=True)
         else:
             _refuse_existing(target)
-        temporary.rename(target)
+        temporary.replace(target)
         _flush_to_disk(target.parent)
     except OSError as error:
         if error.errno in _DISK_FAULTS or error.filename in (str(temporary), str(target.parent)):
