@@ -30,6 +30,9 @@ BATCH_SIZE = {"cpu": 4, "cuda": 64}
 """Images per forward by device. On a CPU larger batches fall out of its caches: EfficientNet-Lite1 takes 32 ms per
 image in batches of 4, 51 ms in batches of 8 and 87 ms in batches of 16."""
 
+_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+"""What plain errors of torch's CPU allocator, of the CUDA runtime, and of cuBLAS and cuDNN say."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -117,7 +120,7 @@ class Batches:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "can't allocate memory" in str(error)  # what torch's allocator for CPUs says
+    return known or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def cache_teacher(

@@ -17,6 +17,8 @@ from amkd_monai.memory import own_peak
 OUT_OF_MEMORY = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory"),
     "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+    "cuda runtime": RuntimeError("CUDA error: out of memory"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "numpy": MemoryError("Unable to allocate 1 TiB"),
 }
 

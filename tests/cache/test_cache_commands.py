@@ -188,6 +188,15 @@ def test_export_copies_shards_without_where_the_weights_lay(tmp_path, capsys):
     assert code == 1 and "is there already" in error
 
 
+def test_a_damaged_store_is_not_exported(tmp_path, capsys):
+    store = toy_store.build(toy_store.open_store(tmp_path / "toy-00"))
+    content = bytearray(store.path(1, 5).read_bytes())
+    content[-1] ^= 255
+    store.path(1, 5).write_bytes(content)
+    code, _, error = run(capsys, "export", store.directory, "--to", tmp_path / "out")
+    assert code == 1 and str(store.path(1, 5)) in error and not (tmp_path / "out").exists()
+
+
 def test_an_incomplete_store_is_not_exported(tmp_path, capsys):
     store = toy_store.open_store(tmp_path / "toy-00")
     with store.building():
