@@ -37,10 +37,15 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def to_device(values: np.ndarray, device: torch.device | str) -> Tensor:
+    """Copy an array to a device, to a GPU by pinned memory, so that the host does not wait for the work queued there."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if "cuda" in str(device) else tensor.to(device)
+
+
 def images_of(dataset: DecodedImages, indices: Sequence[int], device: torch.device | str) -> Tensor:
     """Stack images (B, 3, H, W) in [0, 1]."""
-    stacked = np.stack([dataset.image(i) for i in indices])
-    return torch.from_numpy(stacked).to(device).float() / 255
+    return to_device(np.stack([dataset.image(i) for i in indices]), device).float() / 255
 
 
 def ask(
@@ -64,9 +69,9 @@ def ask(
     """
     inputs = [images_of(dataset, indices, device)]
     if teacher.uses_labels:
-        inputs.append(torch.from_numpy(np.stack([dataset.labels[i] for i in indices])).to(device))
+        inputs.append(to_device(np.stack([dataset.labels[i] for i in indices]), device))
     if matrices is not None:
-        theta = torch.from_numpy(matrices).to(device)
+        theta = to_device(matrices, device)
         inputs[0] = warp(inputs[0], theta)
         masks = [label for label in inputs[1:] if label.ndim == 4]  # the class of an image has no geometry
         inputs[1:] = [warp(mask.float(), theta, mode="nearest").round().to(mask.dtype) for mask in masks] or inputs[1:]

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from toy_dataset import CountingTeacher, decoded, write_items
 
-from amkd_monai.cache.build import answers_store, cache_teacher, images_of, keep_answers
+from amkd_monai.cache.build import answers_store, cache_teacher, images_of, keep_answers, to_device
 from amkd_monai.cache.parts import Part
 from amkd_monai.cache.store import StoreError
 
@@ -43,6 +43,18 @@ def test_images_are_those_of_the_dataset(items, tmp_path):
     assert images.dtype == torch.float32 and images.shape == (2, 3, 16, 16)
     expected = np.asarray(Image.open(items[2]["image"])).transpose(2, 0, 1) / 255
     np.testing.assert_allclose(images[0], expected, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_copying_to_a_gpu_does_not_wait_for_it():
+    values = np.random.default_rng(0).normal(size=(8, 64, 64)).astype(np.float16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        copied = [to_device(values + i, "cuda") for i in range(4)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for i, tensor in enumerate(copied):
+        np.testing.assert_array_equal(tensor.cpu().numpy(), values + i)
 
 
 def test_a_second_call_computes_nothing(items, tmp_path):
