@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 
 
 def to_device(values: np.ndarray, device: torch.device | str) -> Tensor:
-    """Copy an array to a device, to a GPU by pinned memory, so that the host does not wait for the work queued there."""
+    """Copy an array to a device; by pinned memory to a GPU, so that the host does not wait for what is queued there."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if "cuda" in str(device) else tensor.to(device)
 
