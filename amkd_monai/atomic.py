@@ -106,7 +106,8 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
 
     Args:
         path: final place of the folder; its parent is made if it is missing.
-        replace: remove what is at ``path`` just before the rename, as where it can only be an unfinished folder.
+        replace: for the holder of a lock on ``path``: also remove what killed runs left beside it, and, just before the
+            rename, what is there.
 
     Yields:
         The folder to fill; it is removed if the block ends with an error.
@@ -125,6 +126,9 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
         if not replace:
             _refuse_existing(target)
         temporary.mkdir(parents=True)
+        for entry in target.parent.iterdir() if replace else ():
+            if entry.name.startswith(f".{target.stem}{TEMPORARY_MARK}") and entry != temporary:
+                shutil.rmtree(entry, ignore_errors=True)
         yield temporary
         if replace:
             shutil.rmtree(target, ignore_errors=True)

@@ -106,8 +106,9 @@ def test_data_is_flushed_before_the_rename_and_the_folder_after(tmp_path, monkey
 def test_a_folder_appears_whole(tmp_path, replace):
     target = tmp_path / "new" / "bundle"
     if replace:
-        target.mkdir(parents=True)
-        (target / "half").write_text("of a killed run")
+        for half in (target, target.with_name(f".bundle{atomic.TEMPORARY_MARK}1-aa")):
+            half.mkdir(parents=True)
+            (half / "half").write_text("of a killed run")
     with atomic_folder(target, replace=replace) as folder:
         assert folder.parent == target.parent and atomic.TEMPORARY_MARK in folder.name
         (folder / "inside").mkdir()
