@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amkd_monai.atomic import exclusive_lock
-from amkd_monai.cache.store import FORMAT, LOCK, NAME, FeatureStore, StoreError
+from amkd_monai.cache.store import LOCK, NAME, FeatureStore, StoreError
 
 _FORMAT_1 = "manifest.json"  # stands in stores of format 1
 
@@ -61,7 +61,7 @@ def find_stores(folder: str | Path) -> list[StoredTeacher]:
 def _found(file: Path) -> StoredTeacher:
     directory, store, fault, state = file.parent, None, "", "damaged"
     if file.name == _FORMAT_1:
-        fault, state = f"stale: {directory} has format 1, not {FORMAT}", "stale"
+        fault, state = f"{directory}: stale, it has format 1 and nothing reads it", "stale"
     else:
         try:
             store = FeatureStore.open(directory)

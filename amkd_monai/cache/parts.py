@@ -76,7 +76,9 @@ def build_missing(
         TimeoutError: another process still holds the store after ``wait_s``.
         OSError: the folder is not writable or the disk is full; what was written before is kept.
     """
-    with store.building(wait_s) if part.count == 1 else nullcontext(store.create()):
+    if part.count > 1:
+        store.create()
+    with store.building(wait_s) if part.count == 1 else nullcontext():
         own, written = part.shards(store), store.written()
         missing = [at for at in own if at not in written]
         total, left = (sum(len(store.samples_of(shard)) for _, shard in shards) for shards in (own, missing))

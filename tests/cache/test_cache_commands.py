@@ -165,6 +165,8 @@ def test_a_store_of_format_1_is_stale_and_pruned(tmp_path, capsys):
     (tmp_path / "decoded-0").mkdir()
     (tmp_path / "decoded-0" / "index.json").write_text("{}")
     assert "stale" in run(capsys, "status", tmp_path)[1]
+    code, out, _ = run(capsys, "verify", tmp_path)
+    assert code == 0 and f"{old}: stale, it has format 1" in out and "2 stores, 0 faulty" in out
     code, out, _ = run(capsys, "prune", tmp_path)
     assert code == 0 and "1 of 2 stores are removed" in out and "has format 1" in out
     assert not old.exists() and other.is_dir() and kept.is_complete
