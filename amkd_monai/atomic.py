@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and a lock that lets one process write at a time.
+"""Files and folders that appear whole or not at all, and a lock that lets one process write at a time.
 
 Every file is written beside its final place under a temporary name, flushed to the disk, and then renamed
 over the target: a process killed at any moment leaves the old file, or the new one, never half of one.
@@ -9,20 +9,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import secrets
-import socket
-import time
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import filelock
+
+logger = logging.getLogger("amkd_monai")
 
 TEMPORARY_MARK = ".tmp-"
 """Stands in the name of every temporary file, so that leftovers of a killed process can be found."""
 
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _POLL_S = 0.1
-_UNFINISHED_LOCK_S = 10.0  # a lock file without an owner is being written; older than this, its writer died
 
 
 @contextlib.contextmanager
@@ -47,8 +51,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         ...     figure.savefig(temporary)
     """
     target = Path(path)
-    name = f".{target.stem}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}{target.suffix}"
-    temporary = target.with_name(name)
+    temporary = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -98,111 +101,100 @@ def atomic_write_json(path: str | os.PathLike[str], obj: Any, *, indent: int | N
 
 
 @contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """Yield a new empty folder beside ``path``; it becomes ``path`` when the block ends without an error.
+
+    Args:
+        path: final place of the folder; its parent is made if it is missing.
+        replace: for the holder of a lock on ``path``: also remove what killed runs left beside it, and, just before the
+            rename, what is there.
+
+    Yields:
+        The folder to fill; it is removed if the block ends with an error.
+
+    Raises:
+        FileExistsError: ``path`` exists and is not to be replaced; nothing was written, or it came up meanwhile.
+        OSError: the folder cannot be made (disk full, not writable), as one sentence that names ``path``.
+
+    Example:
+        >>> with atomic_folder("dist/bundle") as folder:  # doctest: +SKIP
+        ...     (folder / "README.md").write_text("...")
+    """
+    target = Path(path)
+    temporary = _beside(target)
+    try:
+        if not replace:
+            _refuse_existing(target)
+        temporary.mkdir(parents=True)
+        for entry in target.parent.iterdir() if replace else ():
+            if entry.name.startswith(f".{target.stem}{TEMPORARY_MARK}") and entry != temporary:
+                shutil.rmtree(entry, ignore_errors=True)
+        yield temporary
+        if replace:
+            shutil.rmtree(target, ignore_errors=True)
+        else:
+            _refuse_existing(target)
+        temporary.replace(target)
+        _flush_to_disk(target.parent)
+    except OSError as error:
+        if error.errno in _DISK_FAULTS or error.filename in (str(temporary), str(target.parent)):
+            raise OSError(error.errno, f"cannot write {target}: {_reason(error)}") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} is there already: remove it or give another folder.")
+
+
+@contextlib.contextmanager
 def exclusive_lock(path: str | os.PathLike[str], *, wait_s: float = 0.0) -> Iterator[None]:
     """Hold the lock file ``path`` for the length of the block.
 
-    The file is created with ``O_CREAT | O_EXCL``, so it also works between machines that share a folder. It
-    names its owner (process, its start time, host). A lock left behind by a dead process of this machine is
-    taken over; one of another machine is never judged and stays until somebody deletes it.
+    The lock is the kernel's (``filelock.FileLock``): it ends with its process, however that ends, and the file stays.
+    On a file system without ``flock`` the existence of the file is the lock, which is announced: there the file of a
+    killed process may have to be deleted by hand.
 
     Args:
         path: lock file; its folder is made if it is missing.
         wait_s: how long to wait for another owner before giving up.
 
     Raises:
-        TimeoutError: another process holds the lock after ``wait_s``.
+        TimeoutError: another process, or another thread of this one, holds the lock after ``wait_s``.
         OSError: the lock file cannot be made.
     """
     lock = Path(path)
-    pid, host = os.getpid(), socket.gethostname()
-    owner = {"pid": pid, "started": _start_time(pid), "host": host, "token": secrets.token_hex(8)}
-    content = json.dumps(owner).encode()
-    deadline = time.monotonic() + wait_s
-    while not _create(lock, content):
-        if _remove_if_stale(lock):
-            continue
-        if time.monotonic() >= deadline:
-            raise TimeoutError(
-                f"{lock} is held by {_describe_owner(lock)}: wait for it to end, or delete the file if it has"
-            )
-        time.sleep(_POLL_S)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = _acquire(lock, wait_s)
+    except filelock.Timeout as error:
+        raise TimeoutError(f"{lock} is held by another process: wait for it to end, then run again") from error
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {lock}: {_reason(error)}") from error
     try:
         yield
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            if lock.read_bytes() == content:  # not another's, made after somebody deleted ours by hand
-                lock.unlink()
+        held.release()
 
 
-def _create(lock: Path, content: bytes) -> bool:
+def _acquire(lock: Path, wait_s: float) -> filelock.BaseFileLock:
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {lock}: {_reason(error)}") from error
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(content)
-    except OSError as error:
-        _remove(lock)
-        raise OSError(error.errno, f"cannot write {lock}: {_reason(error)}") from error
-    return True
+        held: filelock.BaseFileLock = filelock.FileLock(lock)
+        held.acquire(timeout=wait_s, poll_interval=_POLL_S)
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_FLOCK:
+            raise
+        logger.warning("%s is on a file system without flock: delete it if the process that made it is gone", lock)
+        held = filelock.SoftFileLock(lock)
+        held.acquire(timeout=wait_s, poll_interval=_POLL_S)
+    return held
 
 
-def _remove_if_stale(lock: Path) -> bool:
-    """Delete a dead owner's lock; True when it is worth trying to create it again."""
-    if os.name != "posix":  # no signal 0 and no flock: a person has to delete the file
-        return False
-    import fcntl
-
-    try:
-        with lock.open("rb") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # two processes may judge one stale lock at the same moment
-            if not os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
-                return True  # the other was first, and this name now stands for a new lock
-            if not _is_dead(handle.read(), age_s=time.time() - lock.stat().st_mtime):
-                return False
-            lock.unlink()
-    except FileNotFoundError:
-        pass
-    return True
-
-
-def _is_dead(content: bytes, age_s: float) -> bool:
-    try:
-        owner = json.loads(content)
-        pid, started, host = int(owner["pid"]), owner["started"], owner["host"]
-    except (ValueError, KeyError, TypeError):
-        return age_s > _UNFINISHED_LOCK_S
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # alive, and another user's
-        return False
-    return started is not None and started != _start_time(pid)  # the number was given to a new process
-
-
-def _start_time(pid: int) -> str | None:
-    """Start of a process in clock ticks since boot; None for a zombie and where there is no /proc."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *fields = stat.rpartition(")")[2].split()  # the name in brackets may itself hold spaces
-    return None if state in "ZX" else fields[18]  # field 22 of the line
-
-
-def _describe_owner(lock: Path) -> str:
-    try:
-        owner = json.loads(lock.read_bytes())
-        return f"process {owner['pid']} on {owner['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+def _beside(target: Path) -> Path:
+    """A temporary name beside ``target`` with its suffix."""
+    return target.with_name(f".{target.stem}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}{target.suffix}")
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -212,10 +204,7 @@ def _flush_to_disk(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not path.is_dir() or error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # some shares cannot sync a folder
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some shares cannot sync a folder
             raise
     finally:
         os.close(descriptor)

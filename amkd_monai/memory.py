@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -16,13 +15,3 @@ def own_peak() -> float:
         return int(line.split()[1]) * 1024 / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-def give_back_free() -> None:
-    """Give the system the memory that is allocated no more but still resident: holes in the heap, with glibc.
-
-    What is allocated afterwards counts in the resident memory again, instead of filling a hole that nobody sees.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

@@ -22,10 +22,9 @@ from monai.data import PersistentDataset
 from monai.transforms import Transform
 from paired import Row, paired, print_table
 
-from amkd_monai.cache.batches import LARGEST
-from amkd_monai.cache.build import ask, cache_teacher
+from amkd_monai.cache.build import BATCH_SIZE, ask, cache_teacher
 from amkd_monai.cache.inventory import bytes_per_image
-from amkd_monai.cache.shards import ArraySpec
+from amkd_monai.cache.shards import ArraySpec, shard_bytes
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.augment import Augmentation, warp
 from amkd_monai.data.decoded import DecodedDataset
@@ -40,6 +39,9 @@ ANSWER = (2, 256, 256)
 READ = ("medsam", "retfound")
 """The two maps of a sample that is read, 0.53 MB in float16."""
 SAMPLES, BATCH, SIDE = 256, 8, 256
+LARGE = 100_000
+SLOWEST_OPENING = 1.0
+"""Seconds."""
 LARGEST_SIZE = {"float16": 1.7, "int8": 0.9}
 """MB per image, four teachers."""
 SLOWEST_READ = 0.15
@@ -58,6 +60,25 @@ def filled(folder: Path, name: str, dtype: str, samples: int) -> FeatureStore:
             n = len(store.samples_of(shard))
             store.write_shard(view, shard, {a: rng.normal(size=(n, *s.shape)) for a, s in arrays.items()})
     return store
+
+
+def opening(folder: Path, rounds: int) -> Row:
+    """Seconds to open a store of 100,000 samples, whose shards are sparse files of the right size."""
+    ids = [f"case_{i:06d}#{i % 100:03d}" for i in range(LARGE)]
+    arrays = {"grid": ArraySpec(GRIDS["medsam"])}
+    store = FeatureStore.create_or_open(folder / "large-0", {"of": "large"}, ids, ids, arrays, shard_size=128)
+    store.create()
+    for view, shard in store.shards:
+        with store.path(view, shard).open("wb") as file:
+            file.truncate(shard_bytes(arrays, len(store.samples_of(shard))))
+
+    def opened() -> None:
+        if not FeatureStore.open(store.directory).is_complete:
+            raise RuntimeError(f"{store.directory} is not complete")
+
+    return Row(
+        f"opening a store of {LARGE:,} samples", "s", [seconds(opened) for _ in range(rounds)], limit=SLOWEST_OPENING
+    )
 
 
 def sizes(folder: Path) -> list[Row]:
@@ -130,7 +151,7 @@ def building(folder: Path, rounds: int) -> Row:
     items = find_items(write_kvasir_seg(folder, count=32, size=(240, 360)))
     dataset = DecodedDataset(items, _chain(), folder / "cache")
     teacher = build_teacher({"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"})
-    turn, at_once = iter(range(10_000)), LARGEST["cpu"]
+    turn, at_once = iter(range(10_000)), BATCH_SIZE["cpu"]
 
     def whole() -> int:
         cache_teacher(teacher, dataset, folder / f"stores-{next(turn)}", batch_size=at_once)
@@ -170,7 +191,7 @@ def augmentation(rounds: int) -> Row:
 def measure(rounds: int) -> list[Row]:
     """All figures."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = sizes(Path(folder) / "sizes") + reading(Path(folder), rounds)
+        rows = [opening(Path(folder), rounds), *sizes(Path(folder) / "sizes"), *reading(Path(folder), rounds)]
         return [*rows, building(Path(folder), rounds), augmentation(rounds)]
 
 

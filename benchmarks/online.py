@@ -16,8 +16,7 @@ import torch
 from paired import Row, paired, print_table
 from step_cost import TEACHERS, batches, block, build
 
-from amkd_monai.cache.batches import Batches
-from amkd_monai.cache.build import images_of
+from amkd_monai.cache.build import Batches, images_of
 from amkd_monai.data.augment import warp
 from amkd_monai.engines.targets import TeacherTargets
 from amkd_monai.engines.trainer import DistillationTrainer
@@ -35,7 +34,7 @@ class InTheLoop(TeacherTargets):
 
     def __init__(self, stored: TeacherTargets, teacher: Teacher, dataset: Any) -> None:
         super().__init__(stored.sources, stored.prior_entropy, stored.record, stored.groups, stored.classes)
-        self.teacher, self.dataset, self.at_once = teacher, dataset, Batches("cpu")
+        self.teacher, self.dataset, self.at_once = teacher, dataset, Batches()
 
     def read(self, indices: Any, device: Any, theta: Any = None, views: Any = None) -> dict[str, Any]:
         """What is stored, with the feature map of the teacher where it is one of those stored."""

@@ -1,21 +1,27 @@
 import errno
 import json
 import os
-import socket
+import signal
 import stat
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
+import filelock
 import pytest
 
 from amkd_monai import atomic
-from amkd_monai.atomic import atomic_path, atomic_write_bytes, atomic_write_json, exclusive_lock
+from amkd_monai.atomic import atomic_folder, atomic_path, atomic_write_bytes, atomic_write_json, exclusive_lock
 
-
-def owner(**changes):
-    pid = os.getpid()
-    facts = {"pid": pid, "started": atomic._start_time(pid), "host": socket.gethostname(), "token": "x"}
-    return json.dumps({**facts, **changes})
+HOLD = """
+import sys, time
+from amkd_monai.atomic import exclusive_lock
+with exclusive_lock(sys.argv[1]):
+    print("holding", flush=True)
+    time.sleep(60)
+"""
 
 
 def test_bytes_and_json_replace_a_file_and_make_its_folder(tmp_path):
@@ -96,13 +102,69 @@ def test_data_is_flushed_before_the_rename_and_the_folder_after(tmp_path, monkey
     assert calls == ["file", "replace", "folder"]
 
 
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_folder_appears_whole(tmp_path, replace):
+    target = tmp_path / "new" / "bundle"
+    if replace:
+        for half in (target, target.with_name(f".bundle{atomic.TEMPORARY_MARK}1-aa")):
+            half.mkdir(parents=True)
+            (half / "half").write_text("of a killed run")
+    with atomic_folder(target, replace=replace) as folder:
+        assert folder.parent == target.parent and atomic.TEMPORARY_MARK in folder.name
+        (folder / "inside").mkdir()
+        (folder / "inside" / "file").write_text("x")
+        assert not (target / "inside").exists()
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
+        "new",
+        "new/bundle",
+        "new/bundle/inside",
+        "new/bundle/inside/file",
+    ]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o777 & ~mask, "others may read it as they may read any folder"
+
+
+def test_a_folder_that_is_there_is_not_written_over(tmp_path):
+    target = tmp_path / "bundle"
+    target.mkdir()
+    (target / "mine").write_text("x")
+    with pytest.raises(FileExistsError, match=str(target)), atomic_folder(target):
+        raise AssertionError("the block must not run")
+    with pytest.raises(FileExistsError, match=str(tmp_path / "late")), atomic_folder(tmp_path / "late") as folder:
+        (folder / "file").write_text("x")
+        (tmp_path / "late").mkdir()  # by another process meanwhile
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "late"]
+    assert [path.name for path in target.iterdir()] == ["mine"] and not any((tmp_path / "late").iterdir())
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), FileNotFoundError(2, "no", "elsewhere")])
+@pytest.mark.parametrize("replace", [False, True])
+def test_an_error_leaves_no_folder(tmp_path, error, replace):
+    target = tmp_path / "bundle"
+    if replace:
+        target.mkdir()
+    with pytest.raises(type(error)) as caught, atomic_folder(target, replace=replace) as folder:
+        (folder / "file").write_text("half")
+        raise error
+    assert caught.value is error and list(tmp_path.iterdir()) == [target] * replace
+
+
+def test_a_full_disk_is_one_sentence_that_names_the_folder(tmp_path):
+    sentence = f"cannot write {tmp_path / 'bundle'}: the disk is full"
+    with pytest.raises(OSError, match=sentence), atomic_folder(tmp_path / "bundle") as folder:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "file"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_lock_is_held_by_one_and_released_after_an_error(tmp_path):
     path = tmp_path / "new" / "lock"
     with pytest.raises(ZeroDivisionError), exclusive_lock(path):
-        with pytest.raises(TimeoutError, match=f"held by process {os.getpid()}"), exclusive_lock(path):
+        with pytest.raises(TimeoutError, match=str(path)), exclusive_lock(path):
             pass
         raise ZeroDivisionError
-    assert not path.exists()
+    with exclusive_lock(path):
+        pass
 
 
 def test_a_lock_is_waited_for(tmp_path):
@@ -122,13 +184,11 @@ def test_a_lock_is_waited_for(tmp_path):
     assert order == ["first", "second"]
 
 
-def test_one_of_many_takes_over_a_stale_lock_at_a_time(tmp_path):
-    path = tmp_path / "lock"
-    path.write_text(owner(started="0"))
+def test_a_lock_is_held_by_one_thread_at_a_time(tmp_path):
     inside, most, done = [], [], []
 
     def enter():
-        with exclusive_lock(path, wait_s=20.0):
+        with exclusive_lock(tmp_path / "lock", wait_s=20.0):
             inside.append(1)
             most.append(len(inside))
             time.sleep(0.005)
@@ -143,40 +203,53 @@ def test_one_of_many_takes_over_a_stale_lock_at_a_time(tmp_path):
     assert len(done) == 8 and max(most) == 1
 
 
-@pytest.mark.parametrize(
-    "content",
-    [owner(pid=2**22 + 1), owner(started="0")],
-    ids=["process is gone", "its number was given to another"],
-)
-def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, content):
+def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
     path = tmp_path / "lock"
-    path.write_text(content)
-    with exclusive_lock(path):
-        assert json.loads(path.read_text())["token"] != "x"
-    assert not path.exists()
-
-
-@pytest.mark.parametrize(
-    "content", [owner(host="elsewhere", pid=2**22 + 1), owner(), ""], ids=["other host", "alive", "being written"]
-)
-def test_a_lock_that_may_be_held_is_left(tmp_path, content):
-    path = tmp_path / "lock"
-    path.write_text(content)
-    with pytest.raises(TimeoutError, match="delete the file if it has"), exclusive_lock(path, wait_s=0.1):
+    environment = {**os.environ, "PYTHONPATH": str(Path(atomic.__file__).parents[1])}
+    command = [sys.executable, "-c", HOLD, str(path)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "holding\n"
+        with pytest.raises(TimeoutError, match=f"{path} is held by another process"), exclusive_lock(path, wait_s=0.2):
+            pass
+    finally:
+        process.send_signal(signal.SIGKILL)
+    # Not reaped yet: the killed process is a zombie, which still has its process id.
+    with exclusive_lock(path, wait_s=5.0):
         pass
-    assert path.read_text() == content
+    process.communicate()
 
 
-def test_an_unreadable_lock_is_stale_after_a_while(tmp_path):
+def test_a_lock_file_that_is_left_locks_nothing(tmp_path):
+    """Nor does one of an earlier version, which named its owner."""
     path = tmp_path / "lock"
-    path.write_text("{")
-    os.utime(path, (time.time() - 60,) * 2)
+    path.write_text('{"pid": 1, "host": "elsewhere"}')
     with exclusive_lock(path):
         pass
 
 
-def test_a_lock_deleted_by_hand_and_taken_by_another_is_not_released(tmp_path):
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")], ids=["ENOSYS", "ENOLCK"]
+)
+def test_without_flock_the_file_is_the_lock_and_that_is_said(tmp_path, monkeypatch, caplog, error):
+    def acquire(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
     path = tmp_path / "lock"
     with exclusive_lock(path):
-        path.write_text(owner())
-    assert path.read_text() == owner()
+        assert path.is_file() and str(path) in caplog.text
+        with pytest.raises(TimeoutError, match=str(path)), exclusive_lock(path):
+            pass
+    with exclusive_lock(path):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(path, flags, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    sentence = f"cannot write {tmp_path / 'lock'}: the folder is not writable"
+    with pytest.raises(PermissionError, match=sentence), exclusive_lock(tmp_path / "lock"):
+        pass

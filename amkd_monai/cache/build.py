@@ -1,4 +1,4 @@
-"""Run a frozen teacher once over a dataset and keep what it says."""
+"""Run a frozen teacher once over a dataset and keep its outputs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from amkd_monai.cache.batches import Batches
-from amkd_monai.cache.manifest import read_description
 from amkd_monai.cache.parts import EVERYTHING, Part, build_missing
-from amkd_monai.cache.reuse import EarlierStores
 from amkd_monai.cache.shards import ArraySpec
-from amkd_monai.cache.store import FeatureStore, store_directory
+from amkd_monai.cache.store import NAME, FeatureStore, StoreError, store_directory
 from amkd_monai.cache.views import MATRIX, view_matrix, view_set
 from amkd_monai.data.augment import warp
 from amkd_monai.data.content import fingerprint
@@ -29,12 +26,26 @@ logger = logging.getLogger("amkd_monai")
 
 SHARD_SIZE = 128
 DTYPES = ("float16", "int8")
+BATCH_SIZE = {"cpu": 4, "cuda": 64}
+"""Images per forward by device. On a CPU larger batches fall out of its caches: EfficientNet-Lite1 takes 32 ms per
+image in batches of 4, 51 ms in batches of 8 and 87 ms in batches of 16."""
+
+_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+"""What plain errors of torch's CPU allocator, of the CUDA runtime, and of cuBLAS and cuDNN say."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def to_device(values: np.ndarray, device: torch.device | str) -> Tensor:
+    """Copy an array to a device; by pinned memory to a GPU, so that the host does not wait for what is queued there."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if "cuda" in str(device) else tensor.to(device)
 
 
 def images_of(dataset: DecodedImages, indices: Sequence[int], device: torch.device | str) -> Tensor:
     """Stack images (B, 3, H, W) in [0, 1]."""
-    stacked = np.stack([dataset.image(i) for i in indices])
-    return torch.from_numpy(stacked).to(device).float() / 255
+    return to_device(np.stack([dataset.image(i) for i in indices]), device).float() / 255
 
 
 def ask(
@@ -44,7 +55,7 @@ def ask(
     device: torch.device | str,
     matrices: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Ask a teacher about images, or about views of them.
+    """Run a teacher on images, or on views of them.
 
     Args:
         teacher: frozen teacher on ``device``.
@@ -58,9 +69,9 @@ def ask(
     """
     inputs = [images_of(dataset, indices, device)]
     if teacher.uses_labels:
-        inputs.append(torch.from_numpy(np.stack([dataset.labels[i] for i in indices])).to(device))
+        inputs.append(to_device(np.stack([dataset.labels[i] for i in indices]), device))
     if matrices is not None:
-        theta = torch.from_numpy(matrices).to(device)
+        theta = to_device(matrices, device)
         inputs[0] = warp(inputs[0], theta)
         masks = [label for label in inputs[1:] if label.ndim == 4]  # the class of an image has no geometry
         inputs[1:] = [warp(mask.float(), theta, mode="nearest").round().to(mask.dtype) for mask in masks] or inputs[1:]
@@ -68,6 +79,53 @@ def ask(
         said = teacher(*inputs)
     found = {"grid": said.grid, "pooled": said.pooled, "logits": said.logits}
     return {name: value.float().cpu().numpy() for name, value in found.items() if value is not None}
+
+
+class Batches:
+    """Splits items into batches for a teacher, and halves the batches for good when memory runs out.
+
+    Args:
+        size: items per call; None for :data:`BATCH_SIZE` of the device after a first call with one item. (The last bits
+            of features depend on how images are batched: this is how recorded runs batched them.)
+        device: where the teacher runs.
+    """
+
+    def __init__(self, size: int | None = None, device: torch.device | str = "cpu") -> None:
+        default = BATCH_SIZE.get(torch.device(device).type, BATCH_SIZE["cpu"])
+        self.size, self._next = (default, 1) if size is None else (size, size)
+        if self.size < 1:
+            raise ValueError(f"The batch size of teachers is {size}: give 1 or more.")
+
+    def run(
+        self, work: Callable[[Sequence[Item]], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[Sequence[Item], Result]]:
+        """Yield batches of the items, in their order, and the result of the work on each.
+
+        Raises:
+            RuntimeError: there is no memory for one item (``torch.OutOfMemoryError``, or the CPU allocator's).
+        """
+        first = 0
+        while first < len(items):
+            batch = items[first : first + self._next]
+            try:
+                result = work(batch)
+            except (RuntimeError, MemoryError) as error:
+                if len(batch) == 1 or not _is_out_of_memory(error):
+                    raise
+                self.size = self._next = len(batch) // 2
+            else:
+                first, self._next = first + len(batch), self.size
+                yield batch, result
+                continue
+            # Here, not above: as long as the error is handled its traceback holds the tensors of the batch.
+            logger.warning("no memory for %d images at once: now %d", len(batch), self.size)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def cache_teacher(
@@ -83,7 +141,7 @@ def cache_teacher(
 ) -> FeatureStore:
     """Return the store of a teacher's outputs over a dataset, computing only what is still missing.
 
-    What stores of other lists hold already, of the same teacher, preprocessing, transforms and images, is taken over.
+    Outputs that other stores hold of the same teacher, preprocessing, transforms and images are copied from them.
     A complete store does not run the teacher at all.
 
     Args:
@@ -91,15 +149,15 @@ def cache_teacher(
         dataset: decoded images; sample i of the store is sample i of the dataset.
         cache_dir: folder of the stores.
         device: where the teacher runs.
-        batch_size: images per forward; None for as many as fit into memory (:mod:`amkd_monai.cache.batches`).
+        batch_size: images per forward, halved when memory runs out; None for :data:`BATCH_SIZE` of the device.
         views: stored views of every image (:func:`amkd_monai.cache.views.view_set`).
         dtype: of feature maps, ``float16``, or ``int8`` with a scale per image and channel; the rest is float16.
         part: what this process computes; with other parts the store may be incomplete on return.
         description: from which the teacher was built; kept with the store, so that it can be verified.
 
     Raises:
-        ValueError: a teacher's output is not finite (the sample is named), or an unknown dtype.
-        StoreError: the store's folder holds something else, or a damaged manifest.
+        ValueError: a teacher's output is not finite (the sample is named), or an unknown dtype or batch size.
+        StoreError: the store's folder holds something else, or a damaged ``store.json``.
     """
     if dtype not in DTYPES:
         raise ValueError(f"`cache_dtype` is '{dtype}': use one of {', '.join(DTYPES)}.")
@@ -115,12 +173,13 @@ def cache_teacher(
     }
     directory = store_directory(cache_dir, teacher.name, key)
     sample_key = fingerprint({**about, "chain": dataset.chain})
-    stored = read_description(directory)
-    asking = _Asking(teacher, dataset, device, batch_size)
-    earlier, arrays = None, {name: ArraySpec(**spec) for name, spec in stored["arrays"].items()} if stored else None
-    if arrays is None:
+    run = _TeacherRun(teacher, dataset, device, batch_size)
+    earlier = None
+    if (directory / NAME).is_file():
+        arrays = FeatureStore.open(directory).arrays
+    else:
         earlier = EarlierStores(directory, sample_key)
-        arrays = dict(earlier.arrays or _specs(asking.example(), dtype))
+        arrays = dict(earlier.arrays or run.arrays(dtype))
         arrays.pop(MATRIX, None)
         if views > 1:
             arrays[MATRIX] = ArraySpec((2, 3), "float32")
@@ -139,66 +198,112 @@ def cache_teacher(
         earlier = earlier or EarlierStores(directory, sample_key)
 
         def compute(view: int, shard: int, report: Callable[[int], object]) -> dict[str, np.ndarray]:
-            return _shard(asking, store, earlier, view, shard, report)
+            return _shard(run, store, earlier, view, shard, report)
 
         build_missing(store, compute, part, f"teacher {teacher.name}")
         logger.info(
-            "teacher %s was asked %d times, %s images at once; peak memory of the process so far %.0f MB",
-            *(teacher.name, asking.asked, asking.batches.size or "no", own_peak()),
+            "teacher %s ran on %d images, %d at once; peak memory of the process so far %.0f MB",
+            *(teacher.name, run.images, run.batches.size, own_peak()),
         )
     return store
 
 
-def _specs(example: Mapping[str, np.ndarray], dtype: str) -> dict[str, ArraySpec]:
-    kept: dict[str, Any] = {name: dtype if name == "grid" else "float16" for name in example}
-    return {name: ArraySpec(value.shape[1:], kept[name]) for name, value in example.items()}
-
-
-class _Asking:
-    """A teacher and the images it is asked about; ``asked`` counts them."""
+class _TeacherRun:
+    """A teacher and the images it runs on; ``images`` counts them."""
 
     def __init__(self, teacher: Teacher, dataset: DecodedDataset, device: torch.device | str, size: int | None) -> None:
         self.teacher, self.dataset, self.device = teacher, dataset, device
-        self.batches, self.asked = Batches(device, size), 0
+        self.batches, self.images = Batches(size, device), 0
         self._first: dict[str, np.ndarray] | None = None
 
-    def example(self) -> dict[str, np.ndarray]:
-        """What it says about the first image, arrays (1, ...); kept, so that no image is asked about twice."""
-        ((_, self._first),) = self.answers([0])
-        return self._first
+    def arrays(self, dtype: str) -> dict[str, ArraySpec]:
+        """What the teacher gives, from its outputs for the first image, which are kept: it runs on no image twice."""
+        ((_, self._first),) = self.outputs([0])
+        kept: dict[str, Any] = {name: dtype if name == "grid" else "float16" for name in self._first}
+        return {name: ArraySpec(value.shape[1:], kept[name]) for name, value in self._first.items()}
 
-    def answers(
+    def outputs(
         self, indices: Sequence[int], matrices: Mapping[int, np.ndarray] | None = None
     ) -> Iterator[tuple[Sequence[int], dict[str, np.ndarray]]]:
-        """Yield samples, B at a time, and what it says about them, arrays (B, ...).
-
-        Args:
-            indices: of the samples.
-            matrices: (2, 3) of the view of each sample; None for the images as they are.
-        """
+        """Yield B samples at a time and the outputs for them, arrays (B, ...); matrices (2, 3) are those of views."""
 
         def work(batch: Sequence[int]) -> dict[str, np.ndarray]:
             views = None if matrices is None else np.stack([matrices[i] for i in batch])
-            said = ask(self.teacher.to(self.device), self.dataset, batch, self.device, views)
-            self.asked += len(batch)
-            return said
+            found = ask(self.teacher, self.dataset, batch, self.device, views)
+            self.images += len(batch)
+            return found
 
         if matrices is None and self._first is not None and 0 in indices:
             yield [0], self._first
             indices = [i for i in indices if i != 0]
+        if indices:
+            self.teacher.to(self.device)
         yield from self.batches.run(work, indices)
 
 
+class EarlierStores:
+    """Existing stores of the same teacher and preprocessing for other lists; matching samples are copied from them.
+
+    Args:
+        directory: folder of the new store, ``<teacher>-<key>``.
+        sample_key: hash of all that an array of one view of one sample depends on besides its id and content hash;
+            stores keep theirs in their origin.
+    """
+
+    def __init__(self, directory: Path, sample_key: str) -> None:
+        self._stores: list[tuple[FeatureStore, dict[tuple[str, str], int]]] = []
+        teacher = directory.name.rpartition("-")[0]
+        for file in sorted(directory.parent.glob(f"*/{NAME}")):
+            if file.parent == directory or file.parent.name.rpartition("-")[0] != teacher:
+                continue
+            try:
+                store = FeatureStore.open(file.parent)
+            except StoreError as error:
+                logger.warning("nothing is copied from an earlier store: %s", error)
+                continue
+            if store.origin.get("sample_key") == sample_key:
+                samples = zip(store.sample_ids, store.content_hashes, strict=True)
+                self._stores.append((store, {sample: index for index, sample in enumerate(samples)}))
+
+    @property
+    def arrays(self) -> dict[str, ArraySpec] | None:
+        """The arrays of the first such store; None where there is none."""
+        return self._stores[0][0].arrays if self._stores else None
+
+    def find(self, parameters: Any, sample: tuple[str, str], arrays: list[str]) -> dict[str, np.ndarray] | None:
+        """Read the arrays of one view of a sample.
+
+        Args:
+            parameters: the view's parameters.
+            sample: its id and content hash.
+            arrays: names of the arrays.
+
+        Returns:
+            The arrays (1, *shape), or None where no store holds them undamaged.
+        """
+        for store, index_of in self._stores:
+            index = index_of.get(sample)
+            if index is None or parameters not in store.view_parameters:
+                continue
+            view = store.view_parameters.index(parameters)
+            if store.has(view, index // store.shard_size):
+                try:
+                    return {name: store.read(name, [index], view) for name in arrays}
+                except StoreError as error:
+                    logger.warning("nothing is copied from it: %s", error)
+        return None
+
+
 def _shard(
-    asking: _Asking,
+    run: _TeacherRun,
     store: FeatureStore,
     earlier: EarlierStores,
     view: int,
     shard: int,
     report: Callable[[int], object],
 ) -> dict[str, np.ndarray]:
-    """Take over or compute the arrays of one shard."""
-    dataset, samples, parameters = asking.dataset, store.samples_of(shard), store.view_parameters[view]
+    """Copy or compute the arrays of one shard."""
+    dataset, samples, parameters = run.dataset, store.samples_of(shard), store.view_parameters[view]
     names = [name for name in store.arrays if name != MATRIX]
     size = (dataset.images.shape[-2], dataset.images.shape[-1])
     matrices = {i: view_matrix(parameters, dataset.ids[i], dataset.hashes[i], size) for i in samples}
@@ -206,8 +311,8 @@ def _shard(
     rows = {i: arrays for i, arrays in known.items() if arrays is not None}
     report(len(rows))
     missing = [i for i in samples if i not in rows]
-    for batch, said in asking.answers(missing, matrices if view else None):
-        rows |= {i: {name: said[name][k : k + 1] for name in names} for k, i in enumerate(batch)}
+    for batch, found in run.outputs(missing, matrices if view else None):
+        rows |= {i: {name: found[name][k : k + 1] for name in names} for k, i in enumerate(batch)}
         report(len(batch))
     values = {name: np.concatenate([rows[i][name] for i in samples]) for name in names}
     return {**values, MATRIX: np.stack(list(matrices.values()))} if MATRIX in store.arrays else values

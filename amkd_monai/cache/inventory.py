@@ -1,15 +1,17 @@
-"""Which stores lie in a folder, what they hold, and which of them nothing will ask for again; no torch."""
+"""Which stores lie in a folder, what they hold, and which of them no run will use again; no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from amkd_monai.atomic import exclusive_lock
-from amkd_monai.cache.manifest import NAME
-from amkd_monai.cache.store import LOCK, FeatureStore, StoreError
+from amkd_monai.cache.store import LOCK, NAME, FeatureStore, StoreError
+
+_FORMAT_1 = "manifest.json"  # stands in stores of format 1
 
 
 @dataclass
@@ -18,10 +20,11 @@ class StoredTeacher:
 
     Attributes:
         directory: its folder, ``<teacher>-<key>``.
-        store: opened, sizes checked; None where it cannot be.
+        store: opened; None where it cannot be.
         fault: why it cannot be opened.
         size: bytes of all its files.
-        modified: when its manifest was last written, seconds since the epoch.
+        modified: when it was made, seconds since the epoch.
+        state: ``complete``, ``incomplete (3 of 8 shards)``, ``damaged`` or ``stale``; ``building`` while it is held.
     """
 
     directory: Path
@@ -29,35 +32,17 @@ class StoredTeacher:
     fault: str
     size: int
     modified: float
+    state: str
 
     @property
     def name(self) -> str:
         """Name of the teacher; answers of probes and cross-fitted networks end in ``-answers``."""
         return self.directory.name.rpartition("-")[0]
 
-    @property
-    def done(self) -> tuple[int, int]:
-        """Complete shards and all shards."""
-        if self.store is None:
-            return 0, 0
-        return len(self.store.committed), len(self.store.committed) + len(self.store.missing())
 
-    @property
-    def state(self) -> str:
-        """``complete``, ``incomplete (3 of 8 shards)`` or ``damaged``; ``building`` while a process writes."""
-        complete, shards = self.done
-        if self.store is None:
-            return "damaged"
-        if complete == shards:
-            return "complete"
-        return f"{'building' if (self.directory / LOCK).exists() else 'incomplete'} ({complete} of {shards} shards)"
-
-
-def bytes_per_image(store: FeatureStore) -> float:
-    """Stored bytes per image over all views, from the shards that are complete; 0 where there is none."""
-    stored = sum(record["bytes"] for files in store.committed.values() for record in files.values())
-    images = sum(len(store.samples_of(shard)) for _, shard in store.committed) / store.views
-    return stored / images if images else 0.0
+def bytes_per_image(store: FeatureStore) -> int:
+    """Stored bytes per image over all views."""
+    return store.views * sum(spec.nbytes for spec in store.arrays.values())
 
 
 def find_stores(folder: str | Path) -> list[StoredTeacher]:
@@ -66,19 +51,43 @@ def find_stores(folder: str | Path) -> list[StoredTeacher]:
     Raises:
         FileNotFoundError: the folder does not exist.
     """
-    if not Path(folder).is_dir():
+    root = Path(folder)
+    if not root.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: give the cache_dir of a run, such as bundles/.cache.")
-    return [_found(manifest) for manifest in sorted(Path(folder).rglob(NAME))]
+    old = [file for file in root.rglob(_FORMAT_1) if b'"committed"' in file.read_bytes()]
+    return [_found(file) for file in sorted({*root.rglob(NAME), *old})]
 
 
-def _found(manifest: Path) -> StoredTeacher:
-    directory, store, fault = manifest.parent, None, ""
+def _found(file: Path) -> StoredTeacher:
+    directory, store, fault, state = file.parent, None, "", "damaged"
+    if file.name == _FORMAT_1:
+        fault, state = f"{directory}: stale, it has format 1 and nothing reads it", "stale"
+    else:
+        try:
+            store = FeatureStore.open(directory)
+            there, shards = len(store.written()), len(store.shards)
+            unfinished = "building" if _is_held(directory) else "incomplete"
+            state = "complete" if there == shards else f"{unfinished} ({there} of {shards} shards)"
+        except StoreError as error:
+            fault = str(error)
+    size = 0
+    for path in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a temporary file of a builder
+            size += path.stat().st_size
+    return StoredTeacher(directory, store, fault, size, file.stat().st_mtime, state)
+
+
+def _is_held(directory: Path) -> bool:
+    """Whether a process holds a store; one that cannot be written is not being built."""
+    if not (directory / LOCK).exists():
+        return False
     try:
-        store = FeatureStore.open(directory, check="size")
-    except StoreError as error:
-        fault = str(error)
-    size = sum(path.stat().st_size for path in directory.iterdir())
-    return StoredTeacher(directory, store, fault, size, manifest.stat().st_mtime)
+        with exclusive_lock(directory / LOCK):
+            return False
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
 
 
 def format_stores(found: Sequence[StoredTeacher], folder: str | Path) -> str:
@@ -102,49 +111,47 @@ def format_stores(found: Sequence[StoredTeacher], folder: str | Path) -> str:
 
 
 def useless(found: Iterable[StoredTeacher]) -> dict[Path, str]:
-    """Say of each store that no run can use as it is why: ``{folder: reason}``.
+    """Return the stores that no run can use as they are, and why: ``{folder: reason}``.
 
-    That is a store that is damaged or incomplete, whose decoded images are gone, or of whose images or teacher there
-    is a newer store: same teacher name and samples, other weights, preprocessing or image contents.
+    A store is useless if it is damaged, incomplete, of an older format, orphaned (its decoded images were deleted) or
+    superseded: a newer one has the same teacher name and samples with other weights, preprocessing or image contents.
     """
     entries, reasons = list(found), {}
     for entry in entries:
-        store = entry.store
-        if store is None:
+        if entry.store is None:
             reasons[entry.directory] = entry.fault
-        elif not store.is_complete:
+        elif entry.state != "complete":
             reasons[entry.directory] = entry.state
-        elif not (entry.directory.parent / str(store.key.get("decoded")) / "index.json").is_file():
+        elif not (entry.directory.parent / str(entry.store.key.get("decoded")) / "index.json").is_file():
             reasons[entry.directory] = "stale: the decoded images it belongs to are gone"
-        elif newer := next((other for other in entries if _replaces(other, entry)), None):
-            reasons[entry.directory] = f"stale: {_changed(newer, entry)} since; {newer.directory.name} is newer"
+        else:
+            newer = ((other, change) for other in entries if (change := _superseded(entry, other)))
+            for other, change in newer:
+                reasons[entry.directory] = f"stale: {change} since; {other.directory.name} is newer"
     return reasons
 
 
-def _changed(new: StoredTeacher, old: StoredTeacher) -> str:
-    """What differs between two stores of one teacher name and one list of samples; empty if nothing that matters."""
-    assert new.store is not None and old.store is not None
-    if new.store.content_hashes != old.store.content_hashes:
+def _superseded(entry: StoredTeacher, other: StoredTeacher) -> str:
+    """What changed between a store and a newer one of the same teacher name and samples; empty if it is none."""
+    old, new = entry.store, other.store
+    if old is None or new is None or other.modified <= entry.modified or other.state != "complete":
+        return ""
+    same = (entry.directory.parent, entry.name) == (other.directory.parent, other.name) and "preprocessing" in old.key
+    if not same or old.sample_ids != new.sample_ids:
+        return ""
+    if old.content_hashes != new.content_hashes:
         return "images changed"
-    parts = [part for part in ("teacher", "preprocessing") if new.store.key.get(part) != old.store.key.get(part)]
+    parts = [part for part in ("teacher", "preprocessing") if old.key.get(part) != new.key.get(part)]
     return f"the {' and '.join(parts)} changed" if parts else ""
-
-
-def _replaces(new: StoredTeacher, old: StoredTeacher) -> bool:
-    if new.store is None or old.store is None or new.modified <= old.modified or not new.store.is_complete:
-        return False
-    same = (new.directory.parent, new.name) == (old.directory.parent, old.name) and "preprocessing" in old.store.key
-    return same and new.store.sample_ids == old.store.sample_ids and bool(_changed(new, old))
 
 
 def prune(reasons: Iterable[Path]) -> None:
     """Remove stores.
 
     Raises:
-        TimeoutError: a process is writing one of them.
+        TimeoutError: a process is building one of them.
         OSError: a folder cannot be removed.
     """
     for directory in reasons:
         with exclusive_lock(directory / LOCK):
-            (directory / NAME).unlink(missing_ok=True)  # what follows is no store from here on, even if interrupted
-        shutil.rmtree(directory)
+            shutil.rmtree(directory)

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from amkd_monai.cache.manifest import Shard
-from amkd_monai.cache.store import FeatureStore
+from amkd_monai.cache.store import FeatureStore, Shard
 from amkd_monai.terminal import progress
 
 LOG_INTERVAL_S = 30.0
@@ -52,9 +51,7 @@ class Part:
 
     def shards(self, store: FeatureStore) -> list[Shard]:
         """Pairs (view, shard) of this part, done or not."""
-        per_view = -(-len(store) // store.shard_size)
-        numbers = range(self.index, store.views * per_view, self.count)
-        return [(number // per_view, number % per_view) for number in numbers]
+        return store.shards[self.index :: self.count]
 
 
 EVERYTHING = Part()
@@ -66,34 +63,32 @@ def build_missing(
     """Compute and write the missing shards of a part, with progress, rate and time left.
 
     A process that builds everything holds the store meanwhile, so that a second one waits and then finds it complete.
-    One that builds a part holds it only while it writes: parts run side by side, on any machines that share the folder.
+    Parts hold nothing: they run side by side, on any machines that share the folder.
 
     Args:
         store: to complete.
         compute: gives the arrays of a shard.
         part: what this process computes.
         title: of the progress line.
-        wait_s: how long to wait for another process that is writing.
+        wait_s: how long to wait for another process that builds everything.
 
     Raises:
         TimeoutError: another process still holds the store after ``wait_s``.
         OSError: the folder is not writable or the disk is full; what was written before is kept.
     """
+    if part.count > 1:
+        store.create()
     with store.building(wait_s) if part.count == 1 else nullcontext():
-        store.refresh()
-        own = part.shards(store)
-        missing = [at for at in own if at not in store.committed]
+        own, written = part.shards(store), store.written()
+        missing = [at for at in own if at not in written]
         total, left = (sum(len(store.samples_of(shard)) for _, shard in shards) for shards in (own, missing))
         with progress_line(title, total, total - left) as bar:
             for view, shard in missing:
-                store.refresh()
-                if (view, shard) in store.committed:  # another process was faster
+                if store.has(view, shard):  # another process was faster
                     bar.update(len(store.samples_of(shard)))
-                    continue
-                values = compute(view, shard, bar.update)
-                with store.building(wait_s):
-                    if (view, shard) not in store.committed:
-                        store.write_shard(view, shard, values)
+                else:
+                    store.write_shard(view, shard, compute(view, shard, bar.update))
+        store.tidy()
 
 
 def progress_line(title: str, total: int, done: int) -> tqdm:

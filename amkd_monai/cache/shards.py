@@ -1,9 +1,14 @@
-"""One shard of a feature store: the .npy files that hold some samples' arrays, and how values are encoded in them."""
+"""One shard of a feature store: a safetensors file with all arrays of some samples, and how values are encoded in it.
+
+Size and header of the file follow from what the store holds, but for the SHA-256 of the data, which stands first in the
+header. So a file that is truncated, altered, or of another store is told from the one it should be.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +17,11 @@ from typing import Any, Literal
 import numpy as np
 
 from amkd_monai.atomic import atomic_path
-from amkd_monai.data.content import content_hash
 
 _INT8_LIMIT = 127  # symmetric: -128 is not used
+_SAFETENSORS = {"float32": "F32", "float16": "F16", "int8": "I8"}
+_BEFORE_DIGEST = b'{"__metadata__":{"sha256":"'
+_DIGEST_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class ArraySpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
-        if self.dtype not in ("float16", "float32", "int8") or min(self.shape, default=1) < 1:
+        if self.dtype not in _SAFETENSORS or min(self.shape, default=1) < 1:
             raise ValueError(f"{self}: use float16, float32 or int8, and at least one value on every axis")
         if self.dtype == "int8" and len(self.shape) < 2:
             raise ValueError(f"{self}: int8 has a scale per channel and needs (channels, ...); use float16 here")
@@ -45,44 +52,73 @@ class ArraySpec:
         """Type of the values a reader gets."""
         return np.dtype("float32" if self.dtype == "int8" else self.dtype)
 
-
-def file_names(array: str, spec: ArraySpec, view: int, shard: int) -> list[str]:
-    """Names of the files that hold one array of one shard: the values, and for int8 their scales."""
-    names = [f"{array}.v{view}.s{shard:05d}.npy"]
-    if spec.dtype == "int8":
-        names.append(f"{array}.scale.v{view}.s{shard:05d}.npy")
-    return names
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes per sample."""
+        values = int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+        return values + (4 * self.shape[0] if self.dtype == "int8" else 0)
 
 
-def encode_shard(
+def _tensors(arrays: Mapping[str, ArraySpec], n: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Dtype and shape of every tensor of a shard of ``n`` samples, the widest dtype first, so that each is aligned."""
+    found = {name: (np.dtype(spec.dtype).newbyteorder("<"), (n, *spec.shape)) for name, spec in arrays.items()}
+    coded = {name: spec for name, spec in arrays.items() if spec.dtype == "int8"}
+    found |= {f"{name}.scale": (np.dtype("<f4"), (n, spec.shape[0])) for name, spec in coded.items()}
+    return dict(sorted(found.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
+
+
+def _header(arrays: Mapping[str, ArraySpec], n: int, identity: str, digest: str) -> bytes:
+    """What stands in the file before the data."""
+    content: dict[str, Any] = {"__metadata__": {"sha256": digest, "identity": identity}}
+    end = 0
+    for name, (dtype, shape) in _tensors(arrays, n).items():
+        start, end = end, end + dtype.itemsize * int(np.prod(shape))
+        content[name] = {"dtype": _SAFETENSORS[dtype.name], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def shard_bytes(arrays: Mapping[str, ArraySpec], n: int) -> int:
+    """Size of the file of a shard of ``n`` samples."""
+    header = _header(arrays, n, "0" * _DIGEST_SIZE, "0" * _DIGEST_SIZE)
+    return len(header) + n * sum(spec.nbytes for spec in arrays.values())
+
+
+def write_shard_file(
+    path: Path,
     arrays: Mapping[str, ArraySpec],
     values: Mapping[str, np.ndarray],
-    view: int,
-    shard: int,
     sample_ids: Sequence[str],
-) -> dict[str, np.ndarray]:
-    """Check and encode all arrays of one shard.
+    identity: str,
+) -> None:
+    """Check, encode and write all arrays of one shard; the file appears whole or not at all.
 
     Args:
+        path: file to make.
         arrays: what the store holds, by name.
         values: the same names, each (n, *shape).
-        view: which view.
-        shard: which shard.
         sample_ids: the n samples of the shard, for messages.
-
-    Returns:
-        The content of every file of the shard, by :func:`file_names`.
+        identity: hash of all that tells this shard from others, 64 hexadecimal digits.
 
     Raises:
         ValueError: an array is missing, unknown, of a wrong shape or kind, or not finite in the stored dtype.
+        OSError: the folder is not writable or the disk is full.
     """
     if set(values) != set(arrays):
         raise ValueError(f"the store holds the arrays {sorted(arrays)}, but was given {sorted(values)}")
-    content: dict[str, np.ndarray] = {}
+    encoded: dict[str, np.ndarray] = {}
     for name, spec in arrays.items():
-        encoded = _encode(name, np.asarray(values[name]), spec, sample_ids)
-        content.update(zip(file_names(name, spec, view, shard), encoded, strict=True))
-    return content
+        parts = _encode(name, np.asarray(values[name]), spec, sample_ids)
+        encoded |= dict(zip((name, f"{name}.scale"), parts, strict=False))
+    n, digest, data = len(sample_ids), hashlib.sha256(), []
+    for name, (dtype, _) in _tensors(arrays, n).items():
+        data.append(np.ascontiguousarray(encoded[name], dtype).reshape(-1).view(np.uint8).data)
+        digest.update(data[-1])
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(_header(arrays, n, identity, digest.hexdigest()))
+        for part in data:
+            file.write(part)
 
 
 def _encode(array: str, values: np.ndarray, spec: ArraySpec, sample_ids: Sequence[str]) -> list[np.ndarray]:
@@ -91,7 +127,7 @@ def _encode(array: str, values: np.ndarray, spec: ArraySpec, sample_ids: Sequenc
     if values.shape != expected or values.dtype.kind not in "fiu":
         raise ValueError(f"array {array!r} needs numbers of shape {expected}, got {values.dtype} {values.shape}")
     with np.errstate(over="ignore"):
-        stored = values.astype(np.float32 if spec.dtype == "int8" else spec.dtype, copy=False)
+        stored = values.astype(spec.read_dtype, copy=False)
     finite = np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
     if not finite.all():
         bad = int(np.argmin(finite))
@@ -110,96 +146,60 @@ def _quantise(values: np.ndarray) -> list[np.ndarray]:
     scales[scales == 0] = 1  # a channel of zeros
     codes = np.empty(values.shape, np.int8)
     for code, value, scale in zip(codes, values, scales, strict=True):  # by sample: no second copy of the shard
-        levels = np.rint(value / _per_channel(scale, value.ndim))
+        levels = np.rint(value / scale.reshape(-1, *[1] * (value.ndim - 1)))
         code[...] = np.clip(levels, -_INT8_LIMIT, _INT8_LIMIT)
     return [codes, scales]
 
 
-def _per_channel(scales: np.ndarray, ndim: int) -> np.ndarray:
-    """Append axes so that scales (..., C) multiply values (..., C, ...) of ``ndim`` axes."""
-    return scales.reshape(*scales.shape, *[1] * (ndim - scales.ndim))
-
-
-def write_npy(path: Path, values: np.ndarray) -> dict[str, Any]:
-    """Write a .npy file atomically.
-
-    ``numpy.save`` is not used: on a full disk it raises an error without ``errno``, and the hash would need a
-    second pass over the data.
+def check_shard(path: Path, arrays: Mapping[str, ArraySpec], n: int, identity: str) -> int:
+    """Read the file of a shard of ``n`` samples and compare size, header and hash with what they should be.
 
     Args:
-        path: file to make.
-        values: its content, of any shape.
-
-    Returns:
-        ``{"bytes": size of the file, "sha256": hash of the file}``.
-
-    Raises:
-        OSError: the folder is not writable or the disk is full; the file is not there then.
-    """
-    values = np.ascontiguousarray(values)
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
-    body = values.reshape(-1).view(np.uint8).data
-    digest = hashlib.sha256(header.getvalue())
-    digest.update(body)
-    with atomic_path(path) as temporary, temporary.open("wb") as handle:
-        handle.write(header.getvalue())
-        handle.write(body)
-    return {"bytes": header.tell() + body.nbytes, "sha256": digest.hexdigest()}
-
-
-def map_npy(directory: Path, array: str, spec: ArraySpec, view: int, shard: int, n: int) -> list[np.ndarray]:
-    """Map one array of one shard of ``n`` samples into memory, read-only.
-
-    Args:
-        directory: folder of the store.
-        array: name of the array.
-        spec: its shape and dtype.
-        view: which view.
-        shard: which shard.
+        path: its file.
+        arrays: what the store holds, by name.
         n: samples in the shard.
+        identity: as it was written with.
 
     Returns:
-        The values (n, *shape), and for int8 their scales (n, C, 1, ...), ready to multiply with.
+        Where its data begins, bytes.
 
     Raises:
-        ValueError: a file is missing, is not a .npy file, or holds another shape or dtype.
+        FileNotFoundError: the shard is not there.
+        ValueError: the file is damaged, or the shard of another store; the message names it.
+        OSError: the file cannot be read.
     """
-    expected = [((n, *spec.shape), spec.dtype), ((n, *spec.shape[:1]), "float32")]
-    maps = []
-    for file, (shape, dtype) in zip(file_names(array, spec, view, shard), expected, strict=False):
-        try:
-            # As a plain ndarray: indexing a memmap costs more than reading a small sample.
-            values = np.asarray(np.load(directory / file, mmap_mode="r", allow_pickle=False))
-        except (OSError, EOFError, ValueError) as error:
-            raise ValueError(f"{directory / file} cannot be read: {error}") from error
-        if values.shape != shape or values.dtype != dtype:
-            raise ValueError(f"{directory / file} holds {values.dtype} {values.shape}, not {dtype} {shape}")
-        maps.append(values if file.startswith(f"{array}.v") else _per_channel(values, 1 + len(spec.shape)))
-    return maps
+    with path.open("rb") as file:
+        size, expected = os.fstat(file.fileno()).st_size, shard_bytes(arrays, n)
+        if size != expected:
+            raise ValueError(f"{path} has {size} bytes instead of {expected}")
+        start = 8 + len(_BEFORE_DIGEST)
+        found = file.read(expected - n * sum(spec.nbytes for spec in arrays.values()))
+        digest = found[start : start + _DIGEST_SIZE].decode("ascii", "replace")
+        if found != _header(arrays, n, identity, digest):
+            raise ValueError(f"{path} does not have the header of this shard of this store")
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise ValueError(f"{path} does not have the hash in its header")
+    return len(found)
 
 
-def find_fault(directory: Path, names: Sequence[str], files: dict[str, Any], *, hashed: bool) -> str | None:
-    """Compare the files of one shard with what :func:`write_npy` returned for them.
-
-    Args:
-        directory: folder of the store.
-        names: the files the shard should have.
-        files: their recorded ``bytes`` and ``sha256``, by name.
-        hashed: also read the files and compare their hashes.
+def map_shard(path: Path, arrays: Mapping[str, ArraySpec], n: int, offset: int) -> dict[str, list[np.ndarray]]:
+    """Map a checked shard of ``n`` samples, whose data begins at ``offset``, into memory.
 
     Returns:
-        What is wrong with the first damaged file, or None.
+        For every array its values (n, *shape), and for int8 the scales (n, C, 1, ...), ready to multiply with. They are
+        read-only plain arrays: indexing a ``numpy.memmap`` costs more than reading a small sample.
     """
-    if set(names) != set(files):
-        return f"the manifest does not name exactly {', '.join(names)}"
-    for name, record in files.items():
-        try:
-            size = (directory / name).stat().st_size
-            if size != record["bytes"]:
-                return f"{name} has {size} bytes instead of {record['bytes']}"
-            if hashed and content_hash(directory / name) != record["sha256"]:
-                return f"{name} does not have the recorded hash"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-    return None
+    import torch  # its maps keep no file open, those of Python before 3.13 do: a large store would run out of them
+
+    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    mapped.flags.writeable = False
+    tensors = {}
+    for name, (dtype, shape) in _tensors(arrays, n).items():
+        tensors[name] = np.frombuffer(mapped, dtype, int(np.prod(shape)), offset).reshape(shape)
+        offset += tensors[name].nbytes
+    maps = {}
+    for name, spec in arrays.items():
+        maps[name] = [tensors[name]]
+        if spec.dtype == "int8":
+            maps[name].append(tensors[f"{name}.scale"].reshape(n, spec.shape[0], *[1] * (len(spec.shape) - 1)))
+    return maps

@@ -30,7 +30,7 @@ def verify_store(
         What is wrong, one sentence each, and what was compared or why not.
     """
     damaged = store.verify()
-    faults = [f"view {view} shard {shard}: {fault}" for (view, shard), fault in damaged.items()]
+    faults = [f"{fault}: delete it to compute it anew" for fault in damaged.values()]
     description = store.origin.get("teacher")
     if description is None:
         return faults, "checksums alone: how its teacher is built is not recorded"
@@ -44,8 +44,8 @@ def verify_store(
     if teacher.fingerprint != store.key["teacher"]:
         return [*faults, "stale: the weights or the preprocessing of its teacher changed since"], "checksums"
     spread = np.linspace(0, len(store) - 1, max(1, round(len(store) * fraction))).round().astype(int).tolist()
-    whole = [(v, i) for v in range(store.views) for i in spread if (v, i // store.shard_size) in store.committed]
-    samples = [(v, i) for v, i in whole if (v, i // store.shard_size) not in damaged]
+    whole = store.written() - set(damaged)
+    samples = [(v, i) for v in range(store.views) for i in spread if (v, i // store.shard_size) in whole]
     decoded = DecodedImages(folder)
     for view, index in samples:
         faults += _differences(store, teacher.to(device), decoded, view, index, device)

@@ -15,8 +15,6 @@ from amkd_monai.terminal import progress
 
 logger = logging.getLogger("amkd_monai")
 
-_CHUNK_BYTES = 1 << 20
-
 
 def fingerprint(*parts: Any) -> str:
     """Hash settings: JSON-able values, in which the order of a dict's keys does not matter.
@@ -44,12 +42,8 @@ def content_hash(path: str | os.PathLike[str]) -> str:
     Raises:
         OSError: the file is missing or cannot be read.
     """
-    digest = hashlib.sha256()
-    buffer = bytearray(_CHUNK_BYTES)
     with Path(path).open("rb", buffering=0) as handle:
-        while count := handle.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = None) -> list[str]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from amkd_monai.atomic import atomic_write_json, exclusive_lock
+from amkd_monai.atomic import atomic_folder, atomic_write_json, exclusive_lock
 from amkd_monai.data.content import content_hashes, fingerprint
 from amkd_monai.data.describe import describe
 from amkd_monai.data.readable import BadSampleError, check_axes, joined_codings, read_item, stored_axes
@@ -39,6 +38,30 @@ def as_label_maps(labels: np.ndarray, indices: Sequence[int] | np.ndarray) -> np
     """Pick labels, masks (N, 1, H, W) or classes (N,), as maps (n, 1, H, W); a class is a map of one cell."""
     picked = np.stack([labels[i] for i in indices])
     return picked[:, None, None, None] if picked.ndim == 1 else picked
+
+
+class Rows:
+    """An ``.npy`` file written row by row: NumPy's header leaves room for the number of rows.
+
+    Args:
+        file: opened for writing.
+
+    Attributes:
+        shape: of a row; empty before the first.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.shape, self.count = file, (), 0
+
+    def append(self, rows: np.ndarray) -> None:
+        """Add rows (n, ...) of one shape and type."""
+        self.shape, self.count = rows.shape[1:], self.count + len(rows)
+        self.file.seek(0)
+        np.lib.format.write_array_header_1_0(
+            self.file, {**np.lib.format.header_data_from_array_1_0(rows), "shape": (self.count, *self.shape)}
+        )
+        self.file.seek(0, 2)
+        self.file.write(np.ascontiguousarray(rows).data)
 
 
 class DecodedImages(Dataset):
@@ -154,58 +177,55 @@ class DecodedDataset(DecodedImages):
         self.classes = np.where(self.has_label, self.labels.astype(int), -1) if self.classifies else None
 
     def _decode(self, transform: Callable, on_bad_sample: str, hashes: list[list[str]]) -> None:
-        temporary = self.directory.with_name(self.directory.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         names = ("ids", "cases", "groups", "hashes", "has_label", "has_foreground", "first", "last", "skipped")
         index: dict[str, Any] = {**{name: [] for name in names}, "axes": ""}
         codings: set[str] = set()
-        images: list[np.ndarray] = []
-        labels: list[np.ndarray] = []
-        for item, item_hashes in progress(list(zip(self.data, hashes, strict=True)), desc="decode"):
-            try:
-                decoded = read_item(item, transform)
-                check_axes(axes := stored_axes(decoded["image"]), index["axes"], item["image"])
-                image, label = self._decode_item(item, decoded, images[0].shape[-2:] if images else None)
-                codings = joined_codings(codings, decoded, item)
-                index["axes"] = axes
-            except BadSampleError as error:
-                if on_bad_sample == "stop":
-                    raise
-                logger.warning("skipped: %s", error)
-                index["skipped"].append(item["id"])
-                continue
-            first, count = len(index["ids"]), len(image)
-            single = image.shape[1] == 3
-            index["ids"] += [item["id"]] if single else [f"{item['id']}#{i:03d}" for i in range(count)]
-            index["cases"] += [item["id"]] * count
-            index["groups"] += [item.get("group", item["id"])] * count
-            index["hashes"] += ["-".join(h[:16] for h in item_hashes)] * count
-            index["has_label"] += ["label" in item] * count
-            foreground = (label > 0) & (label != UNLABELLED)
-            index["has_foreground"] += [bool(f) for f in foreground.reshape(count, -1).any(1)]
-            index["first"] += [first] * count
-            index["last"] += [first + count - 1] * count
-            images.append(image)
-            labels.append(label)
-        if not images:
-            raise BadSampleError("No usable image is left: check dataset_dir.")
-        np.save(temporary / "images.npy", np.concatenate(images))
-        np.save(temporary / "labels.npy", np.concatenate(labels))
-        atomic_write_json(temporary / "index.json", index)
-        shutil.rmtree(self.directory, ignore_errors=True)
-        temporary.replace(self.directory)
+        with (
+            atomic_folder(self.directory, replace=True) as folder,
+            (folder / "images.npy").open("wb") as image_file,
+            (folder / "labels.npy").open("wb") as label_file,
+        ):
+            images, labels = Rows(image_file), Rows(label_file)
+            for item, item_hashes in progress(list(zip(self.data, hashes, strict=True)), desc="decode"):
+                try:
+                    decoded = read_item(item, transform)
+                    check_axes(axes := stored_axes(decoded["image"]), index["axes"], item["image"])
+                    image, label = self._decode_item(item, decoded, images.shape[-2:])
+                    codings = joined_codings(codings, decoded, item)
+                    index["axes"] = axes
+                except BadSampleError as error:
+                    if on_bad_sample == "stop":
+                        raise
+                    logger.warning("skipped: %s", error)
+                    index["skipped"].append(item["id"])
+                    continue
+                first, count = len(index["ids"]), len(image)
+                single = image.shape[1] == 3
+                index["ids"] += [item["id"]] if single else [f"{item['id']}#{i:03d}" for i in range(count)]
+                index["cases"] += [item["id"]] * count
+                index["groups"] += [item.get("group", item["id"])] * count
+                index["hashes"] += ["-".join(h[:16] for h in item_hashes)] * count
+                index["has_label"] += ["label" in item] * count
+                foreground = (label > 0) & (label != UNLABELLED)
+                index["has_foreground"] += [bool(f) for f in foreground.reshape(count, -1).any(1)]
+                index["first"] += [first] * count
+                index["last"] += [first + count - 1] * count
+                images.append(image)
+                labels.append(label)
+            if not index["ids"]:
+                raise BadSampleError("No usable image is left: check dataset_dir.")
+            atomic_write_json(folder / "index.json", index)
 
     def _decode_item(
-        self, item: dict[str, Any], decoded: dict[str, Any], size: tuple[int, int] | None
+        self, item: dict[str, Any], decoded: dict[str, Any], size: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Images (N, 3 or 1, H, W) and labels (N, 1, H, W) of what the chain gave for an item, both uint8."""
         image = np.asarray(decoded["image"], dtype=np.float32)
         image = np.round(image.clip(0, 1) * 255).astype(np.uint8)
         image = image[None] if image.ndim == 3 else image.swapaxes(0, 1)  # (1, D, H, W) -> (D, 1, H, W)
-        if size is not None and image.shape[-2:] != tuple(size):
+        if size and image.shape[-2:] != size:
             raise BadSampleError(
-                f"{item['image']} has the size {image.shape[-2:]} after preprocessing, others {tuple(size)}: make the "
+                f"{item['image']} has the size {image.shape[-2:]} after preprocessing, others {size}: make the "
                 "preprocessing end in one fixed size."
             )
         if self.classifies:

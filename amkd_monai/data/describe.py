@@ -1,4 +1,7 @@
-"""Describe a transform chain, so that what was decoded with another chain is never used."""
+"""Describe a transform chain, so that what was decoded with another chain is never used.
+
+MONAI's ``pickle_hashing`` serves less: it cannot pickle lambdas, and random states and caches change its result.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class CacheOptions:
         views: stored views of every training image (:mod:`amkd_monai.cache.views`).
         dtype: of feature maps, ``float16`` or ``int8``.
         weights_dir: folder searched first for the weights of foundation teachers.
+        batch_size: images per forward, halved when memory runs out; None for
+            :data:`amkd_monai.cache.build.BATCH_SIZE` of the device.
     """
 
     cache_dir: str
@@ -36,6 +38,7 @@ class CacheOptions:
     views: int = 1
     dtype: str = "float16"
     weights_dir: str | None = None
+    batch_size: int | None = None
 
 
 def cache_image_teacher(
@@ -58,6 +61,7 @@ def cache_image_teacher(
             dataset,
             options.cache_dir,
             options.device,
+            options.batch_size,
             views=views,
             dtype=options.dtype,
             part=part,
@@ -74,7 +78,11 @@ def image_teachers(descriptions: Sequence[Mapping[str, Any]]) -> list[Mapping[st
 
 
 def build_cache(
-    bundle: str | Path, settings: Mapping[str, Any], configs: Sequence[str] = (), part: Part = EVERYTHING
+    bundle: str | Path,
+    settings: Mapping[str, Any],
+    configs: Sequence[str] = (),
+    part: Part = EVERYTHING,
+    batch_size: int | None = None,
 ) -> list[Path]:
     """Build the stores that a bundle's training will ask for.
 
@@ -83,6 +91,7 @@ def build_cache(
         settings: top-level settings that the run changes, such as ``dataset_dir`` or ``views``.
         configs: further config files on top of ``train.json``.
         part: what this process computes.
+        batch_size: as in :class:`CacheOptions`.
 
     Returns:
         The folders of the stores.
@@ -100,19 +109,12 @@ def build_cache(
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     for key, value in {"bundle_root": str(bundle), "device": own, **settings, "output_dir": None}.items():
         parser[key] = value
-    names = (
-        "train#dataset",
-        "validation_data",
-        "teachers",
-        "cache_dir",
-        "device",
-        "views",
-        "cache_dtype",
-        "weights_dir",
-    )
+    data = ("train#dataset", "validation_data", "teachers")
+    names = (*data, "cache_dir", "device", "views", "cache_dtype", "weights_dir")
     training, validation, teachers, *options = (parser.get_parsed_content(name) for name in names)
     validate_descriptions(teachers)
+    stored = replace(CacheOptions(*options), batch_size=batch_size)
     stores: list[FeatureStore] = []
     for description in image_teachers(teachers):
-        stores += cache_image_teacher(description, training, validation, CacheOptions(*options), part)[1:]
+        stores += cache_image_teacher(description, training, validation, stored, part)[1:]
     return [store.directory for store in stores]

@@ -38,6 +38,7 @@ def prepare_teachers(
     weights_dir: str | None = None,
     views: int = 1,
     cache_dtype: str = "float16",
+    teacher_batch_size: int | None = None,
 ) -> TeacherTargets:
     """Return the targets of all teachers, computing what is still missing.
 
@@ -64,6 +65,8 @@ def prepare_teachers(
         views: stored views of every training image; with several, the student is shown exactly these, and no other
             geometric change.
         cache_dtype: of stored feature maps, ``float16`` or ``int8``.
+        teacher_batch_size: images per forward of a teacher, halved when memory runs out; None for 4 on a CPU, 64 on a
+            GPU.
 
     Raises:
         ValueError: unknown kinds or options.
@@ -71,7 +74,7 @@ def prepare_teachers(
     """
     options = _options(admission_options or {}, epochs)
     validate_descriptions(teachers)
-    stores = CacheOptions(cache_dir, device, views, cache_dtype, weights_dir)
+    stores = CacheOptions(cache_dir, device, views, cache_dtype, weights_dir, teacher_batch_size)
     preparation = Preparation(train, validation, student, recipe, epochs, stores, seed, folds)
     parallel = dist.is_available() and dist.is_initialized()
     if parallel:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from amkd_monai.cache.build import to_device
 from amkd_monai.cache.probes import channel_covariance, pooled_features
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.cache.views import MATRIX
@@ -146,7 +147,7 @@ class TeacherTargets:
 
         def maps(store: FeatureStore, array: str, temperature: float | None = None) -> Tensor:
             stored = views if store.views > 1 else None
-            values = torch.from_numpy(store.read(array, indices, 0 if stored is None else stored)).to(device).float()
+            values = to_device(store.read(array, indices, 0 if stored is None else stored), device).float()
             values = values if temperature is None else values / temperature
             return values if theta is None or stored is not None else warp(values, theta)
 

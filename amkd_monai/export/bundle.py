@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import amkd_monai
+from amkd_monai.atomic import atomic_folder
 from amkd_monai.export import check, formats
 from amkd_monai.export.card import model_card
 from amkd_monai.export.memory import peak_memory
@@ -61,19 +62,12 @@ def export_bundle(source: Source, to: str | Path, options: Options, say: Callabl
         FileExistsError: ``to`` is there already.
     """
     to = Path(to)
-    if to.exists():
-        raise FileExistsError(f"{to} is there already: remove it or give another folder.")
-    partial = to.parent / f".{to.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with atomic_folder(to) as partial:
         for folder in ("configs", "docs", "models"):
-            (partial / folder).mkdir(parents=True)
+            (partial / folder).mkdir()
         facts = _write_models(source, partial / "models", options, say)
         _write_texts(source, partial, to.name, facts)
         _write_digests(partial)
-        partial.rename(to)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return to
 
 

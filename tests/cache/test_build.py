@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 
 import numpy as np
@@ -8,8 +7,9 @@ import torch
 from PIL import Image
 from toy_dataset import CountingTeacher, decoded, write_items
 
-from amkd_monai.cache.build import answers_store, cache_teacher, images_of, keep_answers
+from amkd_monai.cache.build import answers_store, cache_teacher, images_of, keep_answers, to_device
 from amkd_monai.cache.parts import Part
+from amkd_monai.cache.store import StoreError
 
 
 @pytest.fixture
@@ -45,6 +45,18 @@ def test_images_are_those_of_the_dataset(items, tmp_path):
     np.testing.assert_allclose(images[0], expected, atol=1e-6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_copying_to_a_gpu_does_not_wait_for_it():
+    values = np.random.default_rng(0).normal(size=(8, 64, 64)).astype(np.float16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        copied = [to_device(values + i, "cuda") for i in range(4)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for i, tensor in enumerate(copied):
+        np.testing.assert_array_equal(tensor.cpu().numpy(), values + i)
+
+
 def test_a_second_call_computes_nothing(items, tmp_path):
     dataset = decoded(items, tmp_path / "cache")
     first = cache_teacher(CountingTeacher(), dataset, tmp_path / "cache")
@@ -68,14 +80,20 @@ def test_an_interrupted_run_goes_on_at_the_shard_it_had_reached(many, tmp_path):
     np.testing.assert_array_equal(store.read("grid", range(300)), whole.read("grid", range(300)))
 
 
+def flip_last_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 255
+    path.write_bytes(content)
+
+
 def test_a_damaged_shard_alone_is_computed_again(many, tmp_path):
+    """The first run that reads it is refused and removes it, the next one computes it."""
     dataset = decoded(many, tmp_path / "cache")
     store = cache_teacher(CountingTeacher(), dataset, tmp_path / "cache")
     expected = store.read("grid", range(300))
-    file = store.directory / "grid.v0.s00001.npy"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 255
-    file.write_bytes(content)
+    flip_last_byte(store.path(0, 1))
+    with pytest.raises(StoreError, match=f"{store.path(0, 1)} .*run again"):
+        cache_teacher(CountingTeacher(), dataset, tmp_path / "cache").read("pooled", range(300))
     again = CountingTeacher()
     repaired = cache_teacher(again, dataset, tmp_path / "cache")
     assert again.seen == 128
@@ -162,23 +180,20 @@ def test_nothing_is_taken_over_from_another_teacher_or_other_images(items, tmp_p
 
 def test_a_damaged_earlier_store_is_not_used(items, tmp_path, caplog):
     earlier = cache_teacher(CountingTeacher(), decoded(items[:7], tmp_path), tmp_path)
-    (earlier.directory / "manifest.json").write_text("{")
+    (earlier.directory / "store.json").write_text("{")
     again = CountingTeacher()
     assert cache_teacher(again, decoded(items, tmp_path), tmp_path).is_complete
-    assert again.seen == 12 and "nothing is taken over" in caplog.text
+    assert again.seen == 12 and "nothing is copied" in caplog.text and str(earlier.directory) in caplog.text
 
 
-def test_a_store_of_an_earlier_version_stays_valid(items, tmp_path):
-    """It has no origin, so nothing is taken over from it; itself it is read as it is."""
-    dataset = decoded(items, tmp_path)
-    manifest = cache_teacher(CountingTeacher(), dataset, tmp_path).directory / "manifest.json"
-    content = json.loads(manifest.read_text())
-    del content["origin"]
-    manifest.write_text(json.dumps(content, indent=1))
-    same, other = CountingTeacher(), CountingTeacher()
-    assert cache_teacher(same, dataset, tmp_path).is_complete and same.seen == 0
-    cache_teacher(other, decoded(items[:5], tmp_path), tmp_path)
-    assert other.seen == 5
+def test_a_damaged_shard_of_an_earlier_store_is_not_copied(items, tmp_path, caplog):
+    earlier = cache_teacher(CountingTeacher(), decoded(items[:7], tmp_path), tmp_path)
+    flip_last_byte(earlier.path(0, 0))
+    again = CountingTeacher()
+    store = cache_teacher(again, decoded(items, tmp_path), tmp_path)
+    alone = cache_teacher(CountingTeacher(), decoded(items, tmp_path), tmp_path / "alone", batch_size=1)
+    assert again.seen == 12 and str(earlier.path(0, 0)) in caplog.text
+    np.testing.assert_allclose(store.read("grid", range(12)), alone.read("grid", range(12)), atol=2e-3)
 
 
 def test_parts_build_one_store_side_by_side(many, tmp_path):
@@ -191,8 +206,8 @@ def test_parts_build_one_store_side_by_side(many, tmp_path):
         assert store.is_complete == (index >= 2)
     assert seen == [128, 128, 44, 0]
     np.testing.assert_array_equal(store.read("grid", range(300)), whole.read("grid", range(300)))
-    assert {p.name: p.read_bytes() for p in store.directory.glob("*.npy")} == {
-        p.name: p.read_bytes() for p in whole.directory.glob("*.npy")
+    assert {p.name: p.read_bytes() for p in store.directory.glob("v*")} == {
+        p.name: p.read_bytes() for p in whole.directory.glob("v*")
     }
 
 

@@ -43,15 +43,15 @@ def test_status_lists_what_is_stored_without_torch(tmp_path):
     with half.building():
         half.write_shard(0, 0, toy_store.features(0, range(4)))
     (tmp_path / "busi" / "broken-00").mkdir()
-    (tmp_path / "busi" / "broken-00" / "manifest.json").write_text("{")
+    (tmp_path / "busi" / "broken-00" / "store.json").write_text("{")
     code = "import sys; from amkd_monai.__main__ import main; code = main(['cache', 'status', sys.argv[1]]); "
     code += "assert not {'torch', 'monai'} & set(sys.modules); sys.exit(code)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     broken, halved, whole, fault = ended.stdout.splitlines()[2:]
-    assert "damaged" in broken and "manifest.json is damaged" in fault and "incomplete (1 of 26 shards)" in halved
+    assert "damaged" in broken and "store.json is damaged" in fault and "incomplete (1 of 26 shards)" in halved
     assert whole.split()[:4] == ["busi", "toy", "50", "2"] and "codes int8 3x4x4" in whole and "complete" in whole
-    assert "0.5" in whole.split()  # kB per image: 2 views of 96 + 48 + 12 bytes, and files' headers
+    assert "0.3" in whole.split()  # kB per image: 2 views of 96 + 48 + 12 bytes
 
 
 def test_a_folder_without_stores(tmp_path, capsys):
@@ -73,7 +73,7 @@ def test_verify_finds_what_the_teacher_never_said(items, tmp_path, capsys, name)
     store = cached(items, tmp_path)
     values = {array: store.read(array, range(6)).astype(np.float32) for array in store.arrays}
     values[name] = values[name] * 1.1
-    (store.directory / "manifest.json").unlink()
+    store.path(0, 0).unlink()
     forged = cached_by(values, store, tmp_path, items)
     assert forged.verify() == {}
     code, out, _ = run(capsys, "verify", tmp_path)
@@ -98,12 +98,12 @@ def cached_by(values, like, folder, items):
 
 def test_verify_finds_flipped_bytes_and_another_teacher(items, tmp_path, capsys, monkeypatch):
     store = cached(items, tmp_path)
-    file = store.directory / "grid.v0.s00000.npy"
+    file = store.path(0, 0)
     content = bytearray(file.read_bytes())
     content[-1] ^= 255
     file.write_bytes(content)
     code, out, _ = run(capsys, "verify", tmp_path)
-    assert code == 1 and "grid.v0.s00000.npy does not have the recorded hash" in out
+    assert code == 1 and f"{file} does not have the hash in its header: delete it" in out and file.is_file()
     monkeypatch.setattr(CountingTeacher, "preprocessing", lambda self: {"size": 99})
     code, out, _ = run(capsys, "verify", tmp_path)
     assert code == 1 and "preprocessing of its teacher changed" in out
@@ -117,8 +117,8 @@ def test_verify_says_what_it_could_not_compare(items, tmp_path, capsys, monkeypa
     elif missing == "decoded":
         (tmp_path / store.key["decoded"] / "index.json").unlink()
     else:
-        manifest = store.directory / "manifest.json"
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "origin": {}}))
+        path = store.directory / "store.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "origin": {}}))
     code, out, _ = run(capsys, "verify", tmp_path)
     assert code == 0 and "good, complete (checksums alone: " in out
 
@@ -127,7 +127,7 @@ def test_prune_removes_what_no_run_can_use(items, tmp_path, capsys):
     stale = cached(items, tmp_path)
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(items[0]["image"])
     kept = cached(items, tmp_path)  # the image of item 0 is another one under the same name
-    os.utime(stale.directory / "manifest.json", (1, 1))
+    os.utime(stale.directory / "store.json", (1, 1))
     half = toy_store.open_store(tmp_path / "half-00")
     with half.building():
         half.write_shard(0, 0, toy_store.features(0, range(4)))
@@ -149,11 +149,30 @@ def test_a_store_that_is_being_built_is_not_pruned(tmp_path, capsys):
     with store.building():
         assert "building (0 of 26 shards)" in run(capsys, "status", tmp_path)[1]
         code, _, error = run(capsys, "prune", tmp_path)
-        assert code == 1 and "is held by process" in error
-    assert (store.directory / "manifest.json").is_file() and not (store.directory / LOCK).exists()
+        assert code == 1 and str(store.directory / LOCK) in error
+    assert (store.directory / "store.json").is_file()
+    assert "incomplete (0 of 26 shards)" in run(capsys, "status", tmp_path)[1]
 
 
-def test_export_writes_one_safetensors_file_per_shard(tmp_path, capsys):
+def test_a_store_of_format_1_is_stale_and_pruned(tmp_path, capsys):
+    """A file of that name which is no manifest of a store stays, and so does the folder."""
+    old, other = tmp_path / "toy-0123456789abcdef", tmp_path / "notes"
+    for folder, text in ((old, '{"format": 1, "committed": {}}'), (other, "{}")):
+        folder.mkdir()
+        (folder / "manifest.json").write_text(text)
+    (old / "grid.v0.s00000.npy").write_bytes(b"x")
+    kept = toy_store.build(toy_store.open_store(tmp_path / "toy-00", key={"decoded": "decoded-0"}))
+    (tmp_path / "decoded-0").mkdir()
+    (tmp_path / "decoded-0" / "index.json").write_text("{}")
+    assert "stale" in run(capsys, "status", tmp_path)[1]
+    code, out, _ = run(capsys, "verify", tmp_path)
+    assert code == 0 and f"{old}: stale, it has format 1" in out and "2 stores, 0 faulty" in out
+    code, out, _ = run(capsys, "prune", tmp_path)
+    assert code == 0 and "1 of 2 stores are removed" in out and "has format 1" in out
+    assert not old.exists() and other.is_dir() and kept.is_complete
+
+
+def test_export_copies_shards_without_where_the_weights_lay(tmp_path, capsys):
     store = toy_store.build(toy_store.open_store(tmp_path / "toy-00", origin={"teacher": {"weights": "/secret"}}))
     code, out, _ = run(capsys, "export", store.directory, "--to", tmp_path / "out")
     assert code == 0 and str(tmp_path / "out") in out
@@ -165,9 +184,19 @@ def test_export_writes_one_safetensors_file_per_shard(tmp_path, capsys):
     np.testing.assert_array_equal(codes, store.read("codes", range(8, 12), 1))
     everything = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
     assert b"case_9" in everything and b"/secret" not in everything
-    assert json.loads((tmp_path / "out" / "store.json").read_text())["key"] == store.key
+    copied = FeatureStore.open(tmp_path / "out")
+    assert copied.key == store.key and copied.verify() == {} and copied.sample_ids == store.sample_ids
     code, _, error = run(capsys, "export", store.directory, "--to", tmp_path / "out")
     assert code == 1 and "is there already" in error
+
+
+def test_a_damaged_store_is_not_exported(tmp_path, capsys):
+    store = toy_store.build(toy_store.open_store(tmp_path / "toy-00"))
+    content = bytearray(store.path(1, 5).read_bytes())
+    content[-1] ^= 255
+    store.path(1, 5).write_bytes(content)
+    code, _, error = run(capsys, "export", store.directory, "--to", tmp_path / "out")
+    assert code == 1 and str(store.path(1, 5)) in error and not (tmp_path / "out").exists()
 
 
 def test_an_incomplete_store_is_not_exported(tmp_path, capsys):

@@ -2,9 +2,11 @@ import json
 import pickle
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from amkd_monai.cache.store import ArraySpec, FeatureStore, StoreError, store_directory
 from amkd_monai.data.content import fingerprint
@@ -110,8 +112,7 @@ def test_nothing_is_written_before_building(tmp_path):
 
 def test_reading_outside_the_store_is_refused(tmp_path):
     store = open_store(tmp_path)
-    with store.building():
-        store.write_shard(0, 0, features(0, range(4)))
+    store.write_shard(0, 0, features(0, range(4)))
     for indices, view in [([N], 0), ([-1], 0), ([0], 2), ([0], -1)]:
         with pytest.raises(IndexError, match="has no"):
             store.read("grid", indices, view=view)
@@ -129,9 +130,9 @@ def test_values_that_are_not_finite_are_refused_with_the_sample(tmp_path, array,
     store = open_store(tmp_path)
     values = features(0, range(4, 8))
     values[array][2].flat[1] = value
-    with store.building(), pytest.raises(ValueError, match=f"array '{array}' of sample 'case_06' holds NaN or inf"):
+    with pytest.raises(ValueError, match=f"array '{array}' of sample 'case_06' holds NaN or inf"):
         store.write_shard(0, 1, values)
-    assert (0, 1) in store.missing() and not list(tmp_path.glob("*.npy"))
+    assert (0, 1) in store.missing() and not list(tmp_path.glob("*.safetensors"))
 
 
 def test_values_beyond_float16_are_refused_with_advice(tmp_path):
@@ -145,20 +146,28 @@ def test_values_beyond_float16_are_refused_with_advice(tmp_path):
 def test_wrong_values_are_refused(tmp_path):
     store = open_store(tmp_path)
     good = features(0, range(4))
-    with pytest.raises(StoreError, match="works only inside 'with store"):
-        store.write_shard(0, 0, good)
-    with store.building():
-        with pytest.raises(ValueError, match=r"'grid' needs numbers of shape \(4, 6, 5, 4\)"):
-            store.write_shard(0, 0, {**good, "grid": good["grid"][:3]})
-        with pytest.raises(ValueError, match="needs numbers"):
-            store.write_shard(0, 0, {**good, "grid": good["grid"].astype(complex)})
-        with pytest.raises(ValueError, match="holds the arrays"):
-            store.write_shard(0, 0, {"grid": good["grid"]})
-        with pytest.raises(ValueError, match="not one of the missing shards"):
-            store.write_shard(2, 0, good)
-        store.write_shard(0, 0, good)
-        with pytest.raises(ValueError, match="not one of the missing shards"):
-            store.write_shard(0, 0, good)
+    with pytest.raises(ValueError, match=r"'grid' needs numbers of shape \(4, 6, 5, 4\)"):
+        store.write_shard(0, 0, {**good, "grid": good["grid"][:3]})
+    with pytest.raises(ValueError, match="needs numbers"):
+        store.write_shard(0, 0, {**good, "grid": good["grid"].astype(complex)})
+    with pytest.raises(ValueError, match="holds the arrays"):
+        store.write_shard(0, 0, {"grid": good["grid"]})
+    with pytest.raises(IndexError, match="no view 2"):
+        store.write_shard(2, 0, good)
+    for shard in (3, -1):
+        with pytest.raises(IndexError, match=f"no shard {shard}"):
+            store.write_shard(0, shard, good)
+    assert store.missing() == store.shards
+
+
+def test_a_shard_that_is_there_stays(tmp_path):
+    store = open_store(tmp_path)
+    store.write_shard(0, 0, features(0, range(4)))
+    before = store.path(0, 0).stat()
+    store.write_shard(0, 0, features(1, range(4)))
+    after = store.path(0, 0).stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    np.testing.assert_array_equal(store.read("pooled", [2]), features(0, [2])["pooled"])
 
 
 @pytest.mark.parametrize(
@@ -187,17 +196,116 @@ def test_array_specs_that_cannot_work_are_refused(spec):
 
 def test_the_directory_depends_on_the_key(tmp_path):
     directory = store_directory(tmp_path, "medsam", KEY)
-    assert directory.parent == tmp_path and directory.name == f"medsam-{fingerprint(KEY)[:16]}"
+    assert directory.parent == tmp_path and directory.name == f"medsam-{fingerprint(2, KEY)[:16]}"
     assert store_directory(tmp_path, "medsam", {**KEY, "teacher": "other"}) != directory
 
 
-def test_manifest_says_what_is_stored(tmp_path):
-    build(open_store(tmp_path))
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["key"] == KEY and manifest["format"] == 1 and manifest["byte_order"] == sys.byteorder
-    assert manifest["arrays"]["codes"] == {"shape": [6, 5, 4], "dtype": "int8"}
-    assert manifest["created_with"].keys() == {"amkd_monai", "numpy"}
-    assert len(manifest["committed"]) == 6
+def test_the_description_says_what_is_stored_and_is_written_once(tmp_path):
+    store = open_store(tmp_path, origin={"from": "here"})
+    store.create()
+    before = (tmp_path / "store.json").stat()
+    build(store)
+    assert (tmp_path / "store.json").stat().st_mtime_ns == before.st_mtime_ns
+    content = json.loads((tmp_path / "store.json").read_text())
+    assert content["key"] == KEY and content["format"] == 2 and content["sample_ids"] == store.sample_ids
+    assert content["arrays"]["codes"] == {"shape": [6, 5, 4], "dtype": "int8"}
+    assert content["created_with"].keys() == {"amkd_monai", "numpy"}
+    assert open_store(tmp_path, origin={"from": "elsewhere"}).origin == {"from": "here"}
+
+
+def test_a_shard_is_a_plain_safetensors_file(tmp_path):
+    """Any array is where the format wants it, aligned to its type, whatever the others are."""
+    arrays = {**ARRAYS, "odd": ArraySpec((3, 1), "int8"), "one": ArraySpec(())}
+    store = open_store(tmp_path, arrays=arrays, views=1)
+    values = features(0, range(8, 11)) | {"odd": np.full((3, 3, 1), 2.0), "one": np.arange(3.0)}
+    store.write_shard(0, 2, values)
+    found = load_file(store.path(0, 2))
+    assert found.keys() == {*arrays, "codes.scale", "odd.scale"}
+    np.testing.assert_array_equal(found["grid"], store.read("grid", range(8, 11)))
+    np.testing.assert_array_equal(found["one"], np.arange(3, dtype=np.float16))
+    codes = found["codes"] * found["codes.scale"][:, :, None, None]
+    np.testing.assert_array_equal(codes, store.read("codes", range(8, 11)))
+    assert all(value.ctypes.data % value.itemsize == 0 for maps in store._maps[0, 2].values() for value in maps)
+    assert store.path(0, 2).stat().st_size == store._bytes_of(2)
+
+
+def test_what_is_read_cannot_be_changed_in_the_store(tmp_path):
+    store = build(open_store(tmp_path))
+    store.read("grid", [0])[:] = 7
+    assert not store._maps[0, 0]["grid"][0].flags.writeable
+    np.testing.assert_array_equal(store.read("grid", [0]), features(0, [0])["grid"].astype(np.float16))
+
+
+LARGE = """
+import sys, time
+from amkd_monai.cache.store import FeatureStore
+from amkd_monai.memory import own_peak
+start = time.perf_counter()
+store = FeatureStore.open(sys.argv[1])
+assert store.is_complete and len(store) == 100_000
+print(time.perf_counter() - start, own_peak())
+assert "torch" not in sys.modules
+"""
+
+
+def test_a_store_of_100000_samples_opens_within_a_second_and_200_mb(tmp_path):
+    """Its shards are sparse files of the right size: what is in them is not read."""
+    ids = [f"collection/case_{i:06d}#{i % 100:03d}" for i in range(100_000)]
+    hashes = [f"{i:016x}-{i:016x}" for i in range(100_000)]
+    store = open_store(tmp_path, sample_ids=ids, content_hashes=hashes, views=1, shard_size=128)
+    store.create()
+    for at in store.shards:
+        with store.path(*at).open("wb") as file:
+            file.truncate(store._bytes_of(at[1]))
+    took = min(opened(tmp_path) for _ in range(3))
+    assert took[0] < 1 and took[1] < 200
+
+
+def opened(directory):
+    """Seconds and peak MB of a process that opens a store of 100,000 samples."""
+    command = [sys.executable, "-c", LARGE, str(directory)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, peak = map(float, ended.stdout.split())
+    return seconds, peak
+
+
+def test_more_shards_than_open_files_are_read(tmp_path):
+    resource = pytest.importorskip("resource")
+    arrays = {"score": ArraySpec((), "float32")}
+    count = 400
+    ids = [f"{i}" for i in range(count)]
+    store = open_store(tmp_path, sample_ids=ids, content_hashes=ids, arrays=arrays, views=1, shard_size=1)
+    for view, shard in store.shards:
+        store.write_shard(view, shard, {"score": np.array([shard])})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        assert store.read("score", range(count)).tolist() == list(range(count))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_adding_a_shard_costs_the_same_at_shard_10_and_at_shard_10000(tmp_path):
+    count = 10_100
+    ids = [f"case_{i:05d}" for i in range(count)]
+    arrays = {"score": ArraySpec((4,), "float32")}
+    store = open_store(tmp_path, sample_ids=ids, content_hashes=ids, arrays=arrays, views=1, shard_size=1)
+    store.create()
+
+    def add(shards):
+        """Median of CPU seconds per shard."""
+        times = []
+        for shard in shards:
+            start = time.process_time()
+            store.write_shard(0, shard, {"score": np.ones((1, 4))})
+            times.append(time.process_time() - start)
+        return float(np.median(times))
+
+    early = add(range(10, 110))
+    for shard in range(110, 10_000):  # stand-ins: only that they are there counts
+        store.path(0, shard).touch()
+    late = add(range(10_000, 10_100))
+    assert late < 2 * early
 
 
 def test_a_pickled_store_reads_but_carries_no_data(tmp_path):

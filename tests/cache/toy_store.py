@@ -1,4 +1,4 @@
-"""A small feature store; run as a script, it is the builder process that tests kill: DIRECTORY PART [hold]."""
+"""A small feature store; run as a script, the builder process that tests kill: DIRECTORY PART [hold | unlocked]."""
 
 import sys
 import time
@@ -41,4 +41,8 @@ if __name__ == "__main__":
         with own.building():
             print("holding", flush=True)
             time.sleep(60)
+    if "unlocked" in sys.argv:
+        for at in own.shards:
+            own.write_shard(*at, features(at[0], own.samples_of(at[1])))
+            own.tidy()
     build(own, wait_s=20.0, part=Part.parse(sys.argv[2]))

@@ -180,7 +180,7 @@ def test_write_phantom_writes_once(tmp_path, monkeypatch):
 
 def test_phantoms_never_replace_other_data(tmp_path):
     (tmp_path / "Kvasir-SEG" / "images").mkdir(parents=True)
-    with pytest.raises(FileExistsError, match="phantoms are not written over it"):
+    with pytest.raises(FileExistsError, match="Kvasir-SEG is there already"):
         phantoms.write_phantom("kvasir_seg", tmp_path)
     assert not phantoms.is_phantom(tmp_path / "Kvasir-SEG")
 

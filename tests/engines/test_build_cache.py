@@ -12,6 +12,7 @@ from helpers import ROOT
 from amkd_monai.__main__ import main
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.memory import own_peak
+from amkd_monai.teachers.timm_encoder import TimmTeacher
 
 TEACHERS = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
 BUNDLE = str(ROOT / "bundles" / "kvasir_seg")
@@ -34,8 +35,7 @@ def test_a_training_finds_what_was_built_in_parts(tmp_path, teachers, capsys, mo
         code, folders, log = build(capsys, tmp_path, *teachers, "--shard", shard)
         assert log.splitlines()[-1].startswith("peak memory of this process: ")
         assert code == 0 and [FeatureStore.open(folder).is_complete for folder in folders] == [True, True]
-    stores = {folder: (FeatureStore.open(folder).origin, FeatureStore.open(folder).committed) for folder in folders}
-    assert all(origin["teacher"] == TEACHERS[0] for origin, _ in stores.values())
+    assert all(FeatureStore.open(folder).origin["teacher"] == TEACHERS[0] for folder in folders)
 
     def forward(self, image):
         raise AssertionError("a teacher was asked")
@@ -47,13 +47,25 @@ def test_a_training_finds_what_was_built_in_parts(tmp_path, teachers, capsys, mo
     assert 0 < targets.record["preparation_peak_rss_mb"] <= own_peak() + 1
 
 
+def test_the_batch_size_is_an_option_of_building_and_of_training(tmp_path, teachers, capsys, monkeypatch):
+    sizes, real = [], TimmTeacher.forward
+    monkeypatch.setattr(TimmTeacher, "forward", lambda self, image: sizes.append(len(image)) or real(self, image))
+    assert build(capsys, tmp_path / "a", *teachers, "--batch_size", "3")[0] == 0
+    assert sum(sizes) == 34 and set(sizes) == {1, 3}, "the first image tells the shapes"
+    sizes.clear()
+    options = {"teachers": TEACHERS, "admission": {"mode": "none"}, "targets#teacher_batch_size": 5}
+    values = settings("kvasir_seg", tmp_path / "run", tmp_path / "b", **options)
+    workflow("kvasir_seg", ("train",), values).parser.get_parsed_content("targets")
+    assert sum(sizes) == 34 and max(sizes) == 5
+
+
 def test_torchrun_gives_each_rank_its_part(tmp_path, teachers, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     complete = []
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         _, folders, _ = build(capsys, tmp_path, *teachers, "--set", "views=2")
-        complete.append([(Path(f) / "manifest.json").is_file() and FeatureStore.open(f).is_complete for f in folders])
+        complete.append([(Path(f) / "store.json").is_file() and FeatureStore.open(f).is_complete for f in folders])
     assert complete == [[False, False], [True, True]]  # two views are two shards; validation has one
 
 
@@ -64,6 +76,7 @@ def test_torchrun_gives_each_rank_its_part(tmp_path, teachers, capsys, monkeypat
         (["--set", "vews=2"], "has no setting 'vews'"),
         (["--set", "views=0"], "give the number of stored views"),
         (["--set", "cache_dtype=int4"], "use one of float16, int8"),
+        (["--batch_size", "0"], "batch size of teachers is 0"),
     ],
 )
 def test_what_cannot_be_built_is_one_sentence(tmp_path, teachers, capsys, arguments, message):

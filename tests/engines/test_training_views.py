@@ -8,6 +8,7 @@ import torch
 from test_prepare import LITE1, data, prepare  # noqa: F401 (a fixture)
 
 from amkd_monai.cache.build import ask
+from amkd_monai.cache.store import FeatureStore
 from amkd_monai.cache.views import MATRIX
 from amkd_monai.data.augment import warp
 from amkd_monai.distillation import Distiller
@@ -74,10 +75,10 @@ def test_all_teachers_saw_the_same_views(data, several):  # noqa: F811
 def test_stores_that_hold_different_views_are_refused(data, tmp_path):  # noqa: F811
     targets = prepare(data, [LITE1, LITE2], admission_options={"mode": "none"}, views=2, cache_dir=str(tmp_path))
     store = targets.sources[1].features
-    path = store.directory / f"{MATRIX}.v1.s00000.npy"
-    changed = np.load(path)
-    changed[3] += 0.1
-    np.save(path, changed)
+    values = {name: FeatureStore.open(store.directory).read(name, range(12), 1) for name in store.arrays}
+    values[MATRIX][3] += 0.1
+    store.path(1, 0).unlink()
+    store.write_shard(1, 0, values)
     with pytest.raises(ValueError, match="hold different views of one image: delete") as caught:
         targets.view_matrices([3], [1])
     assert "\n" not in str(caught.value)
