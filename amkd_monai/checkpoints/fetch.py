@@ -16,13 +16,12 @@ def fetch(repository: str, files: Sequence[str]) -> Path:
         files: accepted file names, best first.
 
     Raises:
-        OSError: no access, no network, no such file, or no space; one sentence each.
+        OSError: no access, no network, no such file, or no space.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -36,16 +35,11 @@ def fetch(repository: str, files: Sequence[str]) -> Path:
             return Path(hf_hub_download(repository, file))
         except GatedRepoError as error:
             raise OSError(f"{page} asks for consent: accept its conditions there, then set HF_TOKEN.") from error
-        except RepositoryNotFoundError as error:
-            raise OSError(f"{page} is not there, or not for you: set HF_TOKEN, or get the file by hand.") from error
-        except LocalEntryNotFoundError as error:  # a network fault or HF_HUB_OFFLINE; a subclass of the next
+        except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:  # the latter without a network
             raise OSError(
-                f"{page} cannot be reached: check the network and HF_HUB_OFFLINE, or copy {file} into weights/."
+                f"{page} cannot be reached or is closed to you: check the network, HF_HUB_OFFLINE and HF_TOKEN, or "
+                f"copy {file} into weights/."
             ) from error
         except EntryNotFoundError:
             continue
-        except HfHubHTTPError as error:
-            raise OSError(
-                f"{page} did not deliver {file} ({type(error).__name__}): try again, or get the file by hand."
-            ) from error
     raise OSError(f"{page} has none of {', '.join(files)}: look there for the file's present name.")

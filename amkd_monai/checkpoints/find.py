@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -11,26 +11,6 @@ def weights_folders(weights_dir: str | Path | None = None) -> list[Path]:
     """Return the folders searched for weight files: the argument, ``$AMKD_WEIGHTS``, ``weights/``."""
     named = [weights_dir, os.environ.get("AMKD_WEIGHTS"), "weights"]
     return [Path(folder) for folder in named if folder]
-
-
-def hub_cache() -> Path:
-    """Return the folder in which huggingface_hub keeps downloads, by its documented environment variables."""
-    if own := os.environ.get("HF_HUB_CACHE"):
-        return Path(own).expanduser()
-    parent = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    home = os.environ.get("HF_HOME", str(Path(parent) / "huggingface"))
-    return Path(home).expanduser() / "hub"
-
-
-def _candidates(
-    files: Sequence[str], weights_dir: str | Path | None, hub: str, hub_files: Sequence[str]
-) -> Iterator[Path]:
-    for folder in weights_folders(weights_dir):
-        yield from (folder / file for file in files)
-    if hub:
-        snapshots = hub_cache() / f"models--{hub.replace('/', '--')}" / "snapshots"
-        for file in hub_files:
-            yield from sorted(snapshots.glob(f"*/{file}"), key=lambda path: path.lstat().st_mtime, reverse=True)
 
 
 def find_weights(
@@ -41,7 +21,15 @@ def find_weights(
     Args:
         files: accepted file names in the weights folders, best first.
         weights_dir: folder searched first.
-        hub: Hugging Face repository whose cached downloads are searched last, newest first.
+        hub: Hugging Face repository whose cached download is searched last.
         hub_files: accepted file names in that repository.
     """
-    return next((path for path in _candidates(files, weights_dir, hub, hub_files) if path.is_file()), None)
+    for folder in weights_folders(weights_dir):
+        if found := next((folder / file for file in files if (folder / file).is_file()), None):
+            return found
+    if hub:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = (try_to_load_from_cache(hub, file) for file in hub_files)
+        return next((Path(path) for path in cached if isinstance(path, str)), None)
+    return None

@@ -49,7 +49,7 @@ def _has(*keys: str) -> Callable[[Shapes], bool]:
 
 def _sam_width(width: int) -> Callable[[Shapes], bool]:
     keys = ("image_encoder.pos_embed", "vision_encoder.pos_embed")
-    return lambda shapes: any(shapes.get(key, (0,))[-1] == width for key in keys)
+    return lambda shapes: any((shapes.get(key) or (0,))[-1] == width for key in keys)
 
 
 def _suffix(suffix: str) -> Callable[[Shapes], bool]:
@@ -57,8 +57,7 @@ def _suffix(suffix: str) -> Callable[[Shapes], bool]:
 
 
 def _tiny_usfm(shapes: Shapes) -> bool:
-    nested = any(key.startswith("model.") and key.endswith("patch_embed.proj.weight") for key in shapes)
-    return nested or (shapes.get("cls_token", (0,))[-1] == 192 and "blocks.0.attn.qkv.weight" in shapes)
+    return (shapes.get("cls_token") or (0,))[-1] == 192 and "blocks.0.attn.qkv.weight" in shapes
 
 
 SIGNATURES = (
@@ -69,7 +68,7 @@ SIGNATURES = (
     Signature(MEDSAM, _has("image_encoder.pos_embed")),
     Signature(MEDSAM_HUB, _has("vision_encoder.pos_embed")),
     Signature(BIOMEDPARSE, _part("sem_seg_head.predictor.lang_encoder.")),
-    Signature("BiomedParse v2", _prefix("sem_seg_head.", "model.sem_seg_head.")),
+    Signature("BiomedParse v2", _prefix("sem_seg_head.")),
     Signature(USFM_UPERNET, _has("decode_head.conv_seg.weight")),
     Signature("TinyUSFM", _tiny_usfm),
     Signature(USFM, _suffix("relative_position_bias_table")),

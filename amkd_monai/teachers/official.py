@@ -24,6 +24,27 @@ class OfficialWeights:
     state: dict[str, Tensor]
     path: Path
 
+    def shape(self, key: str, axes: int, layout: str) -> tuple[int, ...]:
+        """Return the shape of a tensor from which the network's size is taken.
+
+        Args:
+            key: its name.
+            axes: how many it must have.
+            layout: what they are, for the sentence that refuses others.
+
+        Raises:
+            CheckpointError: it has another number of axes, or an empty one.
+        """
+        shape = tuple(self.state[key].shape)
+        if len(shape) != axes or 0 in shape:
+            raise self.misshapen(key, layout)
+        return shape
+
+    def misshapen(self, key: str, layout: str) -> CheckpointError:
+        """Return the error for a tensor of a shape that no file of its teacher has."""
+        found = "x".join(map(str, self.state[key].shape)) or "a single number"
+        return CheckpointError(f"{self.path} holds '{key}' as {found}, not {layout}: give the authors' own file.")
+
 
 def locate(key: str, weights: str | Path | None) -> Path:
     """Return the weight file of a teacher.
