@@ -55,6 +55,18 @@ NUMPY_SCALARS = [
 ]
 """What a pickled number of NumPy (1 or 2) is built from: a type and its bytes, no code."""
 
+OTHER_KINDS = (
+    (rb"\Z", "empty, or begins with zeros alone: obtain the file again"),
+    (rb"PK", "cut off by an interrupted download: obtain the file again"),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull` in its repository"),
+    (rb"<[!?a-zA-Z]", "a web page (a download needed a login or confirmation): download it again"),
+    (rb"[{\[]", "JSON text, not a checkpoint: give the file of weights"),
+    (rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "a compressed archive: unpack it"),
+    (rb"\x89HDF", "an HDF5 file (Keras): give weights in PyTorch's or safetensors' format"),
+    (rb"[\t\r\n -~]+\Z", "a text file, not a checkpoint: obtain the file again"),
+)
+"""How files begin that lie in place of a checkpoint, and what to say; the readers would say only that they cannot."""
+
 DAMAGE_ERRORS = (
     AssertionError,
     AttributeError,
@@ -226,8 +238,11 @@ def _read(path: Path) -> Any:
         raise CheckpointError(f"{path} may not be read: change its permissions or those of its folder.") from error
     size = path.stat().st_size
     is_safetensors = head[4:9] == b"\0\0\0\0{"  # the length of its header in 8 bytes, then the header
-    if not is_safetensors:
-        _refuse_other_kind(path, head, size)
+    if not is_safetensors and not (head.startswith(b"PK") and zipfile.is_zipfile(path)):
+        text = head.removeprefix(b"\xef\xbb\xbf").lstrip(b"\xff\xfe").replace(b"\0", b"").lstrip()  # UTF-8, UTF-16
+        for pattern, reason in OTHER_KINDS:
+            if re.match(pattern, text) or re.match(pattern, head):
+                raise CheckpointError(f"{path} ({size} bytes) is {reason}.")
     try:
         if is_safetensors:
             return load_file(path)
@@ -249,32 +264,6 @@ def _read(path: Path) -> Any:
         raise CheckpointError(
             f"{path} is truncated or not a checkpoint ({size} bytes): obtain the file again."
         ) from error
-
-
-def _refuse_other_kind(path: Path, head: bytes, size: int) -> None:
-    """Name what lies there in place of a checkpoint; the readers would say only that they cannot read it."""
-    text = head.removeprefix(b"\xef\xbb\xbf").replace(b"\0", b"").lstrip(b"\xff\xfe").lstrip()  # UTF-8 or UTF-16
-    if not head:
-        reason = "is empty (0 bytes): obtain the file again"
-    elif head.startswith(b"PK"):
-        if zipfile.is_zipfile(path):
-            return
-        reason = f"is cut off ({size} bytes, an interrupted download): obtain the file again"
-    elif text.startswith(b"version https://git-lfs"):
-        reason = "is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository"
-    elif re.match(rb"<[!?a-zA-Z]", text):
-        reason = "is a web page, not a checkpoint (a download needed a login or confirmation): download it again"
-    elif text.startswith((b"{", b"[")):
-        reason = "is JSON text, not a checkpoint: give the file of weights"
-    elif head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-        reason = "is a compressed archive: unpack it and give the file of weights"
-    elif head.startswith(b"\x89HDF"):
-        reason = "is an HDF5 file (Keras): give the weights in PyTorch's or safetensors' format"
-    elif head.isascii() and head.decode().replace("\n", "").replace("\r", "").replace("\t", "").isprintable():
-        reason = "is a text file, not a checkpoint: obtain the file again"
-    else:
-        return
-    raise CheckpointError(f"{path} {reason}.")
 
 
 def load_strict(

@@ -101,16 +101,6 @@ class Studies(LocalDatastore):
             atomic_write_bytes(self._datastore_config_path, content.encode())
             self._config_ts = Path(self._datastore_config_path).stat().st_mtime
 
-    def remove_image(self, image_id: str) -> None:
-        """Remove an image and its labels."""
-        with self._changing:
-            super().remove_image(image_id)
-
-    def remove_label(self, label_id: str, label_tag: str) -> None:
-        """Remove a label."""
-        with self._changing:
-            super().remove_label(label_id, label_tag)
-
     def refresh(self) -> None:
         """List what lies in the folder now."""
         with self._changing:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from amkd_monai.checkpoints.find import find_weights, weights_folders
-from amkd_monai.checkpoints.signatures import refuse_other
+from amkd_monai.checkpoints.signatures import recognise
 from amkd_monai.teachers.catalogue import entry
 from amkd_monai.weights import CheckpointError, load_state_dict
 
@@ -88,7 +88,9 @@ def read_official(
         return None
     path = locate(key, weights)
     state = load_state_dict(path)
-    refuse_other(state, path, wanted, accepted)
+    found = recognise(state)
+    if found is not None and found not in accepted:  # what nothing recognises is left to the key check
+        raise CheckpointError(f"{path} looks like {found}, but {wanted} is needed: give that file.")
     return OfficialWeights(state, path)
 
 

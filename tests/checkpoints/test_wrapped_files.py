@@ -199,6 +199,7 @@ KINDS = {
     "JSON after a byte order mark": (lambda p: p.write_bytes(codecs.BOM_UTF8 + b'{"message": "Not Found"}'), "JSON"),
     "text": (lambda p: p.write_text("Entry not found\n"), "text file"),
     "an empty file": (lambda p: p.write_bytes(b""), "empty"),
+    "zeros": (lambda p: p.write_bytes(bytes(5000)), "zeros"),
     "half a zip": (_half, "cut off"),
     "another zip": (lambda p: _zip(p, **{"readme.txt": "no weights"}), "not a checkpoint"),
     "gzip": (lambda p: p.write_bytes(gzip.compress(b"weights")), "compressed"),
