@@ -53,7 +53,7 @@ def _in_thread(endpoint: Callable[..., Coroutine]) -> Callable[..., Any]:
 
 
 _Annotator = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))]
-_first = APIRouter()
+_first = APIRouter(include_in_schema=False)  # MONAI Label describes the same routes
 
 
 @_first.put("/model/{model}")
