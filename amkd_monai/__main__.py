@@ -22,16 +22,9 @@ def _fetch(arguments: argparse.Namespace) -> int:
     teacher = entry(arguments.teacher)
     if not teacher.hub:
         raise ValueError(f"{teacher.name} cannot be fetched from here: get it by hand ({teacher.source}).")
-    from amkd_monai.checkpoints.fetch import fetch
+    from amkd_monai.checkpoints.find import fetch
 
     print(f"{fetch(teacher.hub, teacher.hub_files)} (licence: {teacher.licence})")
-    return 0
-
-
-def _convert(arguments: argparse.Namespace) -> int:
-    from amkd_monai.checkpoints.convert import convert
-
-    print(convert(arguments.source, arguments.target))
     return 0
 
 
@@ -65,11 +58,6 @@ def parser() -> argparse.ArgumentParser:
     fetch = commands.add_parser("fetch", help="download a teacher's weights from the Hugging Face hub")
     fetch.add_argument("teacher", help="medsam, retfound, retfound_mae_natureOCT, ...")
     fetch.set_defaults(run=_fetch)
-
-    convert = commands.add_parser("convert", help="rewrite a checkpoint as safetensors")
-    convert.add_argument("source", help="checkpoint (.pth, .pt, .bin, .safetensors)")
-    convert.add_argument("target", help="file to write (.safetensors)")
-    convert.set_defaults(run=_convert)
 
     compare = commands.add_parser("compare", help="compare evaluated runs, paired by case")
     compare.add_argument("reference", help="output folder of the reference run (with per_case.csv)")

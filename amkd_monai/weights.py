@@ -1,7 +1,7 @@
 """Find, verify and safely load checkpoints.
 
-Nothing here unpickles code: ``.pt``/``.pth`` files load with ``weights_only=True``, ``.safetensors`` files by their
-own library. Every refusal is one sentence that names the file (or key) and the remedy.
+Nothing here unpickles code: PyTorch's files load with ``weights_only=True``, safetensors files by their own library.
+Every refusal is one sentence that names the file (or key) and the remedy.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import logging
+import math
 import pickle
 import re
 import struct
@@ -19,17 +20,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 logger = logging.getLogger("amkd_monai")
 
-CONTAINERS = ("model", "state_dict", "teacher", "module")
-"""Keys under which training scripts wrap a state dict."""
+CONTAINERS = (
+    "state_dict_ema",
+    "model_ema",
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "network_weights",
+    "net",
+    "network",
+    "encoder",
+    "backbone",
+    "teacher",
+    "student",
+    "module",
+)
+"""Keys under which training scripts wrap a state dict; of several the first counts (averaged weights, as timm does)."""
 
-PREFIXES = ("module.", "transformer.", "backbone.")
-"""Prefixes that wrappers put before every key."""
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "encoder.", "backbone.", "transformer.")
+"""Prefixes that wrappers put before every key: DataParallel, torch.compile, Lightning and the like."""
+
+NUMPY_SCALARS = [
+    *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"),
+]
+"""What a pickled number of NumPy (1 or 2) is built from: a type and its bytes, no code."""
+
+OTHER_KINDS = (
+    (rb"\Z", "empty, or begins with zeros alone: obtain the file again"),
+    (rb"PK", "cut off by an interrupted download: obtain the file again"),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull` in its repository"),
+    (rb"<[!?a-zA-Z]", "a web page (a download needed a login or confirmation): download it again"),
+    (rb"[{\[]", "JSON text, not a checkpoint: give the file of weights"),
+    (rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "a compressed archive: unpack it"),
+    (rb"\x89HDF", "an HDF5 file (Keras): give weights in PyTorch's or safetensors' format"),
+    (rb"[\t\r\n -~]+\Z", "a text file, not a checkpoint: obtain the file again"),
+)
+"""How files begin that lie in place of a checkpoint, and what to say; the readers would say only that they cannot."""
 
 DAMAGE_ERRORS = (
     AssertionError,
@@ -130,71 +166,104 @@ def packaged_file(encoder: str) -> Path:
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Load a flat state dict from a ``.pt``/``.pth``/``.safetensors`` file without running any code in it.
+    """Load a flat state dict from a PyTorch or safetensors file without running any code in it.
 
-    Containers (:data:`CONTAINERS`) are unwrapped and prefixes that all keys share are stripped.
+    The content decides which of the two it is, not the suffix. Containers (:data:`CONTAINERS`) are unwrapped, even if
+    tensors such as ``best_acc1`` lie beside them, and prefixes that all keys share (:data:`PREFIXES`) are stripped;
+    :func:`load_strict` puts them back where the network has them itself.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, a web page, cut off, unsafe to unpickle, or without tensors.
+        CheckpointError: the file is missing, unreadable, cut off, of another kind, unsafe to unpickle, without tensors,
+            or holds NaN or infinity.
     """
     path = Path(path)
     state = _read(path)
-    while isinstance(state, Mapping) and not any(isinstance(v, Tensor) for v in state.values()):
-        container = next((k for k in CONTAINERS if isinstance(state.get(k), Mapping)), None)
-        if container is None:
+    while isinstance(state, Mapping) and (wrapped := [k for k, v in state.items() if _holds_tensors(v)]):
+        known = [k for k in CONTAINERS if k in wrapped]
+        if not known and any(isinstance(v, Tensor) for v in state.values()):
+            break  # weights with, for example, an optimizer's state beside them
+        if not known:
             raise CheckpointError(
-                f"{path} holds no state dict (its keys: {', '.join(map(str, list(state)[:5]))}): give the file of the "
-                "network's weights."
+                f"{path} holds no state dict under a known name (its entries: {', '.join(map(str, list(state)[:5]))}): "
+                "save the network's state dict alone."
             )
-        logger.info("%s: weights taken from its entry '%s'", path, container)
-        state = state[container]
+        if len(known) > 1:
+            logger.warning("%s: weights taken from its entry '%s', not from %s", path, known[0], ", ".join(known[1:]))
+        state = state[known[0]]
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a state dict: give the file of weights.")
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
-    while prefix := next((p for p in PREFIXES if tensors and all(k.startswith(p) for k in tensors)), None):
-        logger.info("%s: prefix '%s' stripped from all keys", path, prefix)
-        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-    return tensors
+    if not tensors:
+        raise CheckpointError(
+            f"{path} holds no tensors (its entries: {', '.join(map(str, list(state)[:5])) or 'none'}): give the file "
+            "of the network's weights."
+        )
+    for name, value in tensors.items():
+        if not _is_finite(value):
+            raise CheckpointError(
+                f"{path} holds NaN or infinity in '{name}': give weights from before training failed."
+            )
+    prefix = _shared_prefix(tensors)
+    return {k.removeprefix(prefix): v for k, v in tensors.items()}
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(v, Tensor) or _holds_tensors(v) for v in value.values())
+
+
+def _is_finite(value: Tensor) -> bool:
+    if not value.numel() or not (value.is_floating_point() or value.is_complex()):
+        return True
+    real = torch.view_as_real(value) if value.is_complex() else value
+    low, high = (real if real.element_size() > 1 else real.float()).aminmax()  # one pass without a copy; NaN stays NaN
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def _shared_prefix(names: Collection[str]) -> str:
+    """Return the wrappers' prefixes that all names begin with."""
+    shared = ""
+    while names and (found := next((p for p in PREFIXES if all(k.startswith(shared + p) for k in names)), "")):
+        shared += found
+    return shared
 
 
 def _read(path: Path) -> Any:
-    """Read a file with the reader of its suffix; nothing in it is executed."""
+    """Read a file with the reader of its content; nothing in it is executed."""
     try:
         if not path.is_file():
             raise CheckpointError(f"There is no checkpoint at {path}: check the path or obtain the file first.")
         with path.open("rb") as stream:
-            head = stream.read(64)
+            head = stream.read(512)
     except PermissionError as error:
         raise CheckpointError(f"{path} may not be read: change its permissions or those of its folder.") from error
     size = path.stat().st_size
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise CheckpointError(
-            f"{path} is a web page, not a checkpoint (a download needed a login or confirmation): download it again."
-        )
-    if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is cut off ({size} bytes, an interrupted download): obtain the file again.")
+    is_safetensors = head[4:9] == b"\0\0\0\0{"  # the length of its header in 8 bytes, then the header
+    if not is_safetensors and not (head.startswith(b"PK") and zipfile.is_zipfile(path)):
+        text = head.removeprefix(b"\xef\xbb\xbf").lstrip(b"\xff\xfe").replace(b"\0", b"").lstrip()  # UTF-8, UTF-16
+        for pattern, reason in OTHER_KINDS:
+            if re.match(pattern, text) or re.match(pattern, head):
+                raise CheckpointError(f"{path} ({size} bytes) is {reason}.")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
+        if is_safetensors:
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE-style scripts save their options
-            return torch.load(path, map_location="cpu", weights_only=True)
+        scripts_leave = torch.serialization.safe_globals([argparse.Namespace, *NUMPY_SCALARS])
+        with scripts_leave, path.open("rb") as stream:  # given a name, torch goes by its suffix
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "Weights only load failed" in str(error):
-            found = re.search(r"GLOBAL (\S+) was not", str(error))
-            raise CheckpointError(
-                f"{path} is damaged or holds Python objects besides tensors{f' ({found[1]})' if found else ''}, which "
-                "are never executed here: save its state dict alone, where you trust the file, with "
-                "torch.save(torch.load(FILE, weights_only=False)['model'], NEW_FILE)."
-            ) from error
-        raise CheckpointError(f"{path} is not a readable checkpoint: obtain the file again.") from error
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path} is damaged or holds Python objects besides tensors{f' ({found[1]})' if found else ''}, which are "
+            "never executed here: save the state dict alone where it was written, with "
+            "torch.save(network.state_dict(), NEW_FILE), or ask its authors for safetensors."
+        ) from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({size} bytes): obtain it again.") from error
     except DAMAGE_ERRORS as error:
+        if "TorchScript" in str(error):
+            raise CheckpointError(f"{path} is a TorchScript program, not weights: save its state dict.") from error
         raise CheckpointError(
             f"{path} is truncated or not a checkpoint ({size} bytes): obtain the file again."
         ) from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: obtain the file again.") from error
 
 
 def load_strict(
@@ -209,21 +278,31 @@ def load_strict(
         allow_unexpected: prefixes of keys that may be present in excess (for example a classifier).
 
     Raises:
-        CheckpointError: a key is missing, surplus, or has another shape.
+        CheckpointError: a key is missing, surplus, or has another shape or kind of number (quantised weights).
     """
     expected = module.state_dict()
+    own = _shared_prefix(expected)
+    if own and not any(k.startswith(own) for k in state):
+        state = {own + k: v for k, v in state.items()}
     optional = {k for k in expected if k.endswith("num_batches_tracked")}
     missing = [k for k in expected if k not in state and k not in optional]
     surplus = [k for k in state if k not in expected and not k.startswith(tuple(allow_unexpected) or "\0")]
     shapes = [k for k in expected if k in state and state[k].shape != expected[k].shape]
+    kinds = [
+        k for k in expected if k in state and state[k].is_floating_point() != expected[k].is_floating_point()
+    ]  # quantised weights would be taken for values
     problems = []
-    for word, keys in (("missing", missing), ("unexpected", surplus), ("of another shape", shapes)):
+    for word, keys in (
+        ("missing", missing),
+        ("unexpected", surplus),
+        ("of another shape", shapes),
+        ("of another type", kinds),
+    ):
         if keys:
             problems.append(f"{len(keys)} {word} (first: {keys[0]})")
     if problems:
-        raise CheckpointError(
-            f"{source} does not fit {type(module).__name__}: keys {', '.join(problems)}; give the checkpoint of this "
-            "very network."
-        )
+        inside = next((p for p in PREFIXES if all(p + k in state for k in expected if k not in optional)), None)
+        remedy = f"save what lies under '{inside}' alone" if inside else "give the checkpoint of this very network"
+        raise CheckpointError(f"{source} does not fit {type(module).__name__}: keys {', '.join(problems)}; {remedy}.")
     kept = {k: v for k, v in state.items() if k in expected}
     module.load_state_dict({k: kept.get(k, expected[k]) for k in expected}, strict=True)

@@ -1,1 +1,1 @@
-"""Weight files beyond loading them: where they lie, what they seem to be, how to fetch and convert them."""
+"""Weight files beyond loading them: where they lie, what they seem to be, how to fetch them."""

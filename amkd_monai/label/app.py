@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
@@ -104,6 +105,35 @@ class StudentApp(MONAILabelApp):
         with answerable():
             result: dict[str, Any] = super().infer(request, datastore)
             return result
+
+    def check_training(self, model: str | None, params: dict[str, Any] | None) -> None:
+        """Refuse a training that cannot work before a process is started for it.
+
+        Args:
+            model: its name, or None for the trainings of all models, whose options ``params`` holds by name.
+            params: options; see :meth:`amkd_monai.label.fine_tune.FineTune.config`.
+
+        Raises:
+            MONAILabelException: no such model, an option that cannot be used, or too few labels.
+        """
+        self.bundle_path(model)
+        for name in [model] if model else self._trainers:
+            own = params or {}
+            with answerable():
+                self._trainers[name].check(own if model else {**own.get(name, {}), **own}, self.datastore())
+
+    def upload_model(self, model: str, file: BinaryIO) -> dict[str, Any]:
+        """Replace a student by an uploaded file that fits its network; the one before is kept.
+
+        Raises:
+            MONAILabelException: no such model, or the file does not fit.
+        """
+        self.bundle_path(model)
+        with tempfile.NamedTemporaryFile() as copy, answerable():
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+            self.students[model].replace(Path(copy.name))
+        return dict(self.model_info(model))
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
         """Fine-tune a model."""

@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _label(arguments: argparse.Namespace) -> int:
-    from amkd_monai.label.workplace import find_bundles, prepare
+    from amkd_monai.label.workplace import claimed, find_bundles, prepare
 
     bundles = find_bundles(arguments.bundles)
     is_address = arguments.studies.startswith(("http://", "https://"))
@@ -39,10 +39,11 @@ def _label(arguments: argparse.Namespace) -> int:
             ".venv-label/bin/python."
         )
     _check_port(arguments.host, arguments.port)
-    work = prepare(bundles, Path(arguments.work))
-    from amkd_monai.label.server import serve
+    with claimed(Path(arguments.work)):
+        work = prepare(bundles, Path(arguments.work))
+        from amkd_monai.label.server import serve
 
-    serve(work, arguments.studies, arguments.host, arguments.port)
+        serve(work, arguments.studies, arguments.host, arguments.port)
     return 0
 
 

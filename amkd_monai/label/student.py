@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.transforms import Activationsd, Compose
 
+from amkd_monai.atomic import TEMPORARY_MARK, atomic_path
 from amkd_monai.data.readable import read_item
 from amkd_monai.data.transforms import SaveMaskd
 from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES, has_suffix
@@ -47,6 +50,7 @@ class ServedStudent:
         self._activation: Activationsd = after[0]
         self._after = Compose(after[1 : ends[0]] if ends else after[1:])
         self._loaded: tuple[int, int] | None = None
+        self._known: tuple[tuple[int, int], str] | None = None
         self._lock = threading.Lock()
 
     @property
@@ -60,7 +64,26 @@ class ServedStudent:
 
     def identity(self) -> str:
         """SHA-256 of the weights that lie there now."""
-        return state_hash(load_state_dict(self.model))
+        stamp = self._stamp()
+        if self._known is None or self._known[0] != stamp:
+            self._known = stamp, state_hash(load_state_dict(self.model))
+        return self._known[1]
+
+    def remove_leftovers(self) -> None:
+        """Remove what a process that was killed while it replaced the weights has left beside them."""
+        for file in self.model.parent.glob(f".*{TEMPORARY_MARK}*"):
+            file.unlink()
+
+    def replace(self, file: Path) -> None:
+        """Serve the weights of a file from now on, and keep those before as ``models/previous.pt``.
+
+        Raises:
+            CheckpointError: the file does not fit the network; nothing has changed then.
+        """
+        load_strict(copy.deepcopy(self._network), load_state_dict(file), file)
+        for source, target in ((self.model, self.model.with_name("previous.pt")), (file, self.model)):
+            with atomic_path(target) as temporary:
+                shutil.copyfile(source, temporary)
 
     def answer(self, image: str | Path) -> torch.Tensor:
         """Answer as offline inference does.
@@ -83,9 +106,9 @@ class ServedStudent:
     @torch.no_grad()
     def _probabilities(self, image: str | Path) -> dict[str, Any]:
         data = self._read(image)
-        network = self._current()
         batch = data["image"].as_tensor()[None].to(self.device)
-        data["pred"] = self._inferer(batch, network)[0].cpu()
+        with self._lock:  # one image at a time: memory for one, and no change of weights meanwhile
+            data["pred"] = self._inferer(batch, self._current())[0].cpu()
         return dict(self._activation(data))
 
     def _read(self, image: str | Path) -> dict[str, Any]:
@@ -95,11 +118,13 @@ class ServedStudent:
         return read_item({"image": str(image)}, self._before)
 
     def _current(self) -> torch.nn.Module:
-        """The network with the weights that lie there now."""
-        with self._lock:
-            found = self.model.stat()
-            stamp = found.st_mtime_ns, found.st_size
-            if stamp != self._loaded:
-                load_strict(self._network, load_state_dict(self.model), self.model)
-                self._loaded = stamp
-            return self._network
+        """The network with the weights that lie there now; the caller holds the lock."""
+        stamp = self._stamp()
+        if stamp != self._loaded:
+            load_strict(self._network, load_state_dict(self.model), self.model)
+            self._loaded = stamp
+        return self._network
+
+    def _stamp(self) -> tuple[int, int]:
+        found = self.model.stat()
+        return found.st_mtime_ns, found.st_size

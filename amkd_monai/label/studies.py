@@ -1,26 +1,40 @@
-"""The folder of studies: MONAI Label's own datastore, with checks of what is uploaded."""
+"""The folder of studies: MONAI Label's own datastore, with checks of what is uploaded; nothing uploaded is lost."""
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import json
+import logging
+import os
+import threading
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from monailabel.config import settings
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException
 
+from amkd_monai.atomic import atomic_write_bytes
 from amkd_monai.files.masks import read_mask
 from amkd_monai.files.names import VOLUME_SUFFIXES, has_suffix
 from amkd_monai.files.pictures import picture_size
 from amkd_monai.files.volumes import read_label_volume, volume_grid
 from amkd_monai.label.requests import answerable
 
+logger = logging.getLogger("amkd_monai")
+
 
 class Studies(LocalDatastore):
     """Images of one folder and the labels saved for them; refuses files that training could not read.
+
+    An image is replaced only if the request says so (``{"overwrite": true}``), a final label by any other one. What is
+    replaced is kept in ``replaced/<time>/``, an image together with its labels. Requests run in threads: one at a time
+    changes the lists of images and labels.
 
     Args:
         folder: of the images; labels come into its folder ``labels/``.
@@ -29,7 +43,7 @@ class Studies(LocalDatastore):
     """
 
     def __init__(self, folder: str, suffixes: Sequence[str], classes: Sequence[str]) -> None:
-        self._classes = tuple(classes)
+        self._classes, self._suffixes, self._changing = tuple(classes), tuple(suffixes), threading.RLock()
         super().__init__(
             folder,
             extensions=[f"*{suffix}" for suffix in suffixes],
@@ -38,11 +52,60 @@ class Studies(LocalDatastore):
         )
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
-        """Add an image; a file that cannot be read, or a name with a folder in it, is refused."""
-        with answerable():
+        """Add an image; a file that cannot be read, a name with a folder in it, or one that exists is refused."""
+        file, info = Path(image_filename), dict(image_info or {})
+        overwrites = info.pop("overwrite", False) is True
+        with self._changing, answerable():
             _plain_name(image_id)
-            _check_image(Path(image_filename))
-        return str(super().add_image(image_id, image_filename, image_info))
+            if not file.name.lower().endswith(self._suffixes):
+                raise ValueError(f"'{file.name}' is of no kind that the models take: {', '.join(self._suffixes)}.")
+            _check_image(file)
+            if existing := self._files_of(image_id, self._to_id(file.name)[1]):
+                if filecmp.cmp(existing[0], file, shallow=False):
+                    return image_id
+                if not overwrites:
+                    raise ValueError(
+                        f"There is another image '{image_id}': choose another name, or replace it with the parameter "
+                        '{"overwrite": true}.'
+                    )
+                self._keep(existing)
+                self.refresh()
+            return str(super().add_image(image_id, image_filename, info))
+
+    def _files_of(self, image_id: str, suffix: str) -> list[Path]:
+        """The image of this name in the folder, listed or not, those of other suffixes, and its labels."""
+        known, folder = self._datastore.objects.get(image_id), Path(self._datastore.image_path())
+        suffixes = [*([known.image.ext] if known else []), suffix, *self._suffixes]
+        files = [folder / f"{image_id}{s}" for s in suffixes]
+        for tag, label in (known.labels if known else {}).items():
+            files.append(Path(self._datastore.label_path(tag)) / f"{image_id}{label.ext}")
+        return [file for file in dict.fromkeys(files) if file.is_file()]
+
+    def _keep(self, files: Sequence[Path]) -> None:
+        """Move files of the studies to a folder that is not listed."""
+        folder = Path(self._datastore_path, "replaced", datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ"))
+        for file in files:
+            target = folder / os.path.relpath(file, self._datastore_path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(target)
+        logger.info("%s: replaced, kept in %s", ", ".join(file.name for file in files), folder)
+
+    def _update_datastore_file(self, lock: bool = True) -> None:
+        """Write the lists whole or not at all: MONAI Label does not start on half of them."""
+        content = json.dumps(self._datastore.model_dump(exclude={"base_path"}), indent=2, default=str)
+        with FileLock(self._lock_file) if lock else contextlib.nullcontext():
+            atomic_write_bytes(self._datastore_config_path, content.encode())
+            self._config_ts = Path(self._datastore_config_path).stat().st_mtime
+
+    def refresh(self) -> None:
+        """List what lies in the folder now."""
+        with self._changing:
+            super().refresh()
+
+    def status(self) -> dict[str, Any]:
+        """Return the numbers of images and labels."""
+        with self._changing:
+            return dict(super().status())
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """Save a label: a mask on the image's grid, or ``{"class": name}`` as JSON."""
@@ -57,7 +120,14 @@ class Studies(LocalDatastore):
                 self._check_label(Path(image), Path(label_filename))
             except ValueError as error:
                 raise ValueError(f"The label for {image_id} is refused: {error}") from error
-        return str(super().save_label(image_id, label_filename, label_tag, label_info))
+        with self._changing:
+            known = self._datastore.objects[image_id].labels.get(label_tag)
+            suffixes = {self._to_id(Path(label_filename).name)[1], *([known.ext] if known else [])}
+            there = [Path(self._datastore.label_path(label_tag)) / f"{image_id}{suffix}" for suffix in suffixes]
+            changed = [f for f in there if f.is_file() and not filecmp.cmp(f, label_filename, shallow=False)]
+            if changed and label_tag == DefaultLabelTag.FINAL.value:
+                self._keep(changed)
+            return str(super().save_label(image_id, label_filename, label_tag, label_info))
 
     def _check_label(self, image: Path, label: Path) -> None:
         if label.suffix == ".json":

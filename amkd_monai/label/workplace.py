@@ -6,20 +6,26 @@ images and teachers' targets, ``<work>/logs`` what the server logs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from amkd_monai.atomic import atomic_path, atomic_write_bytes, atomic_write_json
+from amkd_monai.weights import file_sha256
 
 logger = logging.getLogger("amkd_monai")
 
 CONFIGS = ("metadata.json", "inference.json", "train.json")
 
 MAIN = b"""\"\"\"What MONAI Label starts; written by amkd_monai.\"\"\"
+
+from amkd_monai.label.server import end_with_server
+
+end_with_server()
 
 from amkd_monai.label.app import StudentApp
 
@@ -57,6 +63,19 @@ def find_bundles(names: Sequence[str]) -> dict[str, Path]:
     return found
 
 
+def claimed(work: Path) -> FileLock:
+    """Return the held lock of a folder to work in; the system frees it when this process ends, even by SIGKILL.
+
+    Raises:
+        RuntimeError: another server works there.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(work / ".lock").acquire(timeout=0).lock
+    except Timeout as error:
+        raise RuntimeError(f"Another server works in {work}: stop it, or give another folder as --work.") from error
+
+
 def prepare(bundles: Mapping[str, Path], work: Path) -> Path:
     """Copy bundles into the folder the server works in; a student that was fine-tuned there stays.
 
@@ -74,7 +93,7 @@ def prepare(bundles: Mapping[str, Path], work: Path) -> Path:
     for name, source in bundles.items():
         target = work / "model" / name
         shutil.copytree(source / "configs", target / "configs", dirs_exist_ok=True)
-        origin = {"student": hashlib.sha256((source / "models" / "model.pt").read_bytes()).hexdigest()}
+        origin = {"student": file_sha256(source / "models" / "model.pt")}
         record = target / "origin.json"
         if not (target / "models" / "model.pt").is_file():
             with atomic_path(target / "models" / "model.pt") as temporary:

@@ -90,8 +90,8 @@ def heads_of(state: Mapping[str, Tensor]) -> dict[str, Head]:
     """
     stride = 2 if "neck.lateral.4.weight" in state else 4
     weights = {k.split(".")[1]: v for k, v in state.items() if k.startswith("heads.") and k.endswith(".weight")}
-    kinds = {4: "segmentation", 2: "classification"}
-    return {task: Head(kinds[w.ndim], w.shape[0], stride) for task, w in weights.items()}
+    kinds = {4: "segmentation", 2: "classification"}  # another network's heads may have other shapes
+    return {task: Head(kinds[w.ndim], w.shape[0], stride) for task, w in weights.items() if w.ndim in kinds}
 
 
 def with_heads_of(heads: Mapping[str, Head], path: str | Path | None, parts: str = "known") -> dict[str, Head]:

@@ -85,11 +85,12 @@ class MedSAMTeacher(Teacher):
         state, path = official.state, official.path
         if "vision_encoder.pos_embed" in state:
             state = from_hugging_face(state, path)
-        positions = state.get("image_encoder.pos_embed")
-        if positions is not None and positions.shape[1] != side:
+        key = "image_encoder.pos_embed"
+        trained = OfficialWeights(state, path).shape(key, 4, "(1, n, n, channels)")[1] if key in state else side
+        if trained != side:
             raise CheckpointError(
-                f"{path} is for images of {positions.shape[1] * PATCH} pixels, not {self.image_size}: leave out "
-                "`image_size`, images of any size are resized to it."
+                f"{path} is for images of {trained * PATCH} pixels, not {self.image_size}: leave out `image_size`, "
+                "images of any size are resized to it."
             )
         load_strict(self.network, state, path)
         self.came_from(path)

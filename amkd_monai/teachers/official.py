@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from amkd_monai.checkpoints.find import find_weights, weights_folders
-from amkd_monai.checkpoints.signatures import refuse_other
+from amkd_monai.checkpoints.signatures import recognise
 from amkd_monai.teachers.catalogue import entry
 from amkd_monai.weights import CheckpointError, load_state_dict
 
@@ -23,6 +23,27 @@ class OfficialWeights:
 
     state: dict[str, Tensor]
     path: Path
+
+    def shape(self, key: str, axes: int, layout: str) -> tuple[int, ...]:
+        """Return the shape of a tensor from which the network's size is taken.
+
+        Args:
+            key: its name.
+            axes: how many it must have.
+            layout: what they are, for the sentence that refuses others.
+
+        Raises:
+            CheckpointError: it has another number of axes, or an empty one.
+        """
+        shape = tuple(self.state[key].shape)
+        if len(shape) != axes or 0 in shape:
+            raise self.misshapen(key, layout)
+        return shape
+
+    def misshapen(self, key: str, layout: str) -> CheckpointError:
+        """Return the error for a tensor of a shape that no file of its teacher has."""
+        found = "x".join(map(str, self.state[key].shape)) or "a single number"
+        return CheckpointError(f"{self.path} holds '{key}' as {found}, not {layout}: give the authors' own file.")
 
 
 def locate(key: str, weights: str | Path | None) -> Path:
@@ -67,7 +88,9 @@ def read_official(
         return None
     path = locate(key, weights)
     state = load_state_dict(path)
-    refuse_other(state, path, wanted, accepted)
+    found = recognise(state)
+    if found is not None and found not in accepted:  # what nothing recognises is left to the key check
+        raise CheckpointError(f"{path} looks like {found}, but {wanted} is needed: give that file.")
     return OfficialWeights(state, path)
 
 

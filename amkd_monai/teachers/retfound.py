@@ -5,6 +5,7 @@ Zhou et al., A foundation model for generalizable disease detection from retinal
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,9 @@ class RETFoundTeacher(Teacher):
         official = self._read(weights)
         self.is_random = official is None
         state = {} if official is None else official.state
-        classes = len(state["head.weight"]) if "head.weight" in state else 0
+        classes = (
+            official.shape("head.weight", 2, "(classes, channels)")[0] if official and "head.weight" in state else 0
+        )
         with fixed_initialisation():
             self.network: nn.Module = timm.create_model(
                 "vit_large_patch14_dinov2" if self.is_dino else "vit_large_patch16_224",
@@ -92,6 +95,10 @@ class RETFoundTeacher(Teacher):
             )
         if official is not None:
             if "pos_embed" in state:
+                layout = "(1, 1 + n * n, channels) positions of n x n patches"
+                batch, tokens, _ = official.shape("pos_embed", 3, layout)
+                if batch != 1 or round((tokens - 1) ** 0.5) ** 2 != tokens - 1 or tokens < 2:
+                    raise official.misshapen("pos_embed", layout)
                 state["pos_embed"] = resample_positions(state["pos_embed"], side)
             load_strict(self.network, state, official.path, allow_unexpected=PRETRAINING_ONLY)
             self.came_from(official.path)
@@ -104,8 +111,9 @@ class RETFoundTeacher(Teacher):
         official = read_official(f"retfound_{self.variant}", weights, wanted, accepted)
         if official is None:
             return None
-        is_oct, name = "OCT" in self.variant, official.path.name.lower()
-        if (is_oct and "cfp" in name) or (not is_oct and "oct" in name):  # the layouts are the same
+        words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", official.path.name)}
+        is_oct = "OCT" in self.variant
+        if ("cfp" if is_oct else "oct") in words:  # the layouts are the same
             raise CheckpointError(
                 f"{official.path} is named as RETFound's file for {'fundus photographs' if is_oct else 'OCT'}, but the "
                 f"variant is '{self.variant}': give that file, or its own `variant`."

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from amkd_monai.checkpoints.signatures import USFM, USFM_UPERNET
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid
 from amkd_monai.teachers.images import each_image, imagenet_normalised, squash
-from amkd_monai.teachers.official import fixed_initialisation, read_official
+from amkd_monai.teachers.official import OfficialWeights, fixed_initialisation, read_official
 from amkd_monai.teachers.upernet import UPerHead, add_pyramid, pyramid
 from amkd_monai.teachers.vit import patches_per_side, pooled_patches
 from amkd_monai.weights import load_strict
@@ -68,8 +68,8 @@ class USFMTeacher(Teacher):
         official = read_official("usfm", weights, "USFM (USFM_latest.pth, or its UPerNet)", {USFM, USFM_UPERNET})
         self.is_random = official is None
         state = {} if official is None else official.state
-        table = next((v for k, v in state.items() if k.endswith(TABLE)), None)
-        trained = 14 if table is None else round(((len(table) - 3) ** 0.5 + 1) / 2)
+        sides = {_side(official, k) for k in state if k.endswith(TABLE)} if official else set()
+        trained = max(sides, default=14)
         self.image_size = image_size or trained * PATCH
         side = patches_per_side(name, self.image_size, PATCH)
         segments = num_classes > 0 if official is None else "decode_head.conv_seg.weight" in state
@@ -88,7 +88,7 @@ class USFMTeacher(Teacher):
             )
             self.network = nn.ModuleDict({"backbone": backbone})
             if segments:
-                classes, width = (num_classes, embed_dim) if official is None else _head_size(state)
+                classes, width = (num_classes, embed_dim) if official is None else _head_size(official)
                 backbone.norm = nn.Identity()
                 add_pyramid(backbone, embed_dim)
                 self.network["decode_head"] = UPerHead(embed_dim, width, classes)
@@ -135,7 +135,17 @@ class USFMTeacher(Teacher):
         return TeacherFeatures(pool_to_grid(grid, self.grid_limit), pooled_patches(grid), logits)
 
 
-def _head_size(state: dict[str, Tensor]) -> tuple[int, int]:
+def _side(official: OfficialWeights, key: str) -> int:
+    """Return the patches per side, n, that a table of relative positions ((2n - 1)^2 + 3, heads) is for."""
+    layout = "((2n - 1)^2 + 3, heads) relative positions of n x n patches"
+    rows, _ = official.shape(key, 2, layout)
+    side = round((max(rows - 3, 0) ** 0.5 + 1) / 2)
+    if (2 * side - 1) ** 2 + 3 != rows:
+        raise official.misshapen(key, layout)
+    return side
+
+
+def _head_size(official: OfficialWeights) -> tuple[int, int]:
     """Return number of classes and channels of a UPerNet file's head."""
-    classes, channels = state["decode_head.conv_seg.weight"].shape[:2]
-    return int(classes), int(channels)
+    classes, channels, *_ = official.shape("decode_head.conv_seg.weight", 4, "(classes, channels, 1, 1)")
+    return classes, channels

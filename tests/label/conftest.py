@@ -68,14 +68,21 @@ def _studies(folder: Path) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory):
+def bundles(tmp_path_factory):
+    """Bundles trained for one epoch, by name."""
     label_python()
-    folder = tmp_path_factory.mktemp("lab")
-    images = _studies(folder / "studies")
-    bundles = {name: folder / "bundles" / name for name in MODELS}
-    for name, bundle in bundles.items():
+    folder = tmp_path_factory.mktemp("bundles")
+    trained = {name: folder / name for name in MODELS}
+    for name, bundle in trained.items():
         run(name, ("train",), settings(name, bundle, folder / "cache" / name, teachers=[], max_epochs=1))
         shutil.copytree(ROOT / "bundles" / name / "configs", bundle / "configs")
+    return trained
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory, bundles):
+    folder = tmp_path_factory.mktemp("lab")
+    images = _studies(folder / "studies")
     server = LabelServer(list(bundles.values()), folder / "studies", folder / "work")
     server.start()
     yield Lab(bundles, folder / "studies", images, folder / "work", server)

@@ -73,6 +73,17 @@ class LabelServer:
         self.process.terminate()
         self.process.wait(30)
 
+    def kill(self) -> None:
+        """SIGKILL the server alone; its trainers are left to themselves."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(30)
+
+    def trainers(self) -> list[psutil.Process]:
+        """Processes that the server has started."""
+        assert self.process is not None
+        return psutil.Process(self.process.pid).children(recursive=True)
+
     def cpu_seconds(self) -> float:
         """Processor time that the server has used, without its children."""
         assert self.process is not None

@@ -148,8 +148,6 @@ def test_what_cannot_be_answered_is_refused_in_one_sentence_and_the_server_lives
         assert (answer.status, answer.kind) == (status, "application/json"), answer
         assert sentence in answer.json()["detail"], answer
     assert server.get("/info/").json()["datastore"]["completed"] == 0
-    failed = server.train("msd_heart", max_epochs=1)
-    assert failed["status"] == "ERROR" and "too few" in failed["details"][-1]
     assert picture(server.infer("busi", "busi0")).any()
 
 

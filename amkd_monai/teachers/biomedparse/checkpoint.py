@@ -25,11 +25,7 @@ UNUSED = (
 def load_official(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
     """Fill a network from a state dict in the layout of ``biomedparse_v1.pt``; ``source`` is named in errors.
 
-    Files of the authors' trainer prefix every key with ``model.``; the prefix is stripped.
-
     Raises:
         CheckpointError: a key is missing, surplus, or has another shape.
     """
-    if all(key.startswith("model.") for key in state):
-        state = {key.removeprefix("model."): value for key, value in state.items()}
     load_strict(network, state, source, allow_unexpected=UNUSED)
