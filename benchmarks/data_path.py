@@ -48,7 +48,7 @@ def chain(size: tuple[int, int]) -> Compose:
         [
             load_rgb("image"),
             load_mask("label"),
-            ScaleIntensityRanged(KEYS, 0.0, 255.0, 0.0, 1.0, clip=True),
+            ScaleIntensityRanged("image", 0.0, 255.0, 0.0, 1.0, clip=True),
             Resized("image", size, mode="bilinear", anti_aliasing=True),
             Resized("label", size, mode="nearest"),
         ]

@@ -32,8 +32,8 @@ MaskCodes = str | Mapping[str, int | str]
 
 DARK, BRIGHT = 64, 192
 """Grey masks (JPEG, soft edges, probabilities) hold levels below and above these, others only along edges."""
-EDGE, BLOCK = 9, 17
-"""Sides (pixels) of the neighbourhoods in which an edge explains levels between dark and bright, and dark ones."""
+BLOCK = 17
+"""Side (pixels) of the neighbourhood in which something bright explains levels between dark and bright."""
 STRAY = 0.02
 """Largest share of the foreground that may be of neither."""
 COLOURED = 64
@@ -130,15 +130,21 @@ def _is_grey_scale(grey: np.ndarray) -> bool:
     """Whether dark and bright levels (H, W), uint8, say what is foreground, and all others lie along edges."""
     if grey.ndim != 2 or grey.min() >= DARK or grey.max() < BRIGHT:
         return False
-    levels = np.unique(grey)
+    levels = np.flatnonzero(np.bincount(grey.reshape(-1)))
     if len(levels) > 2 and np.diff(levels).min() >= LARGEST_INDEX:
         return False  # a few codes
-    from PIL import Image, ImageFilter
+    bright = grey >= BRIGHT
+    between = (grey > levels[0] + LARGEST_INDEX) & ~bright
+    allowed = STRAY * np.count_nonzero(grey > OPAQUE)
+    return np.count_nonzero(between) <= allowed or np.count_nonzero(between & ~_near(bright, BLOCK)) <= allowed
 
-    bright = Image.fromarray(((grey >= BRIGHT) * 255).astype(np.uint8))
-    near = [np.asarray(bright.filter(ImageFilter.MaxFilter(side))) > 0 for side in (EDGE, BLOCK)]
-    stray = (grey >= DARK) & ~near[0] | (grey > int(grey.min()) + LARGEST_INDEX) & ~near[1]
-    return bool(stray.sum() <= STRAY * (grey > OPAQUE).sum())
+
+def _near(inside: np.ndarray, side: int) -> np.ndarray:
+    """Where a square of ``side`` pixels around a pixel (H, W) holds one that is inside; by sums over rectangles."""
+    half = side // 2
+    total = np.pad(inside, ((half + 1, half), (half + 1, half))).cumsum(0, np.int32).cumsum(1)
+    rows = total[side:] - total[:-side]
+    return rows[:, side:] != rows[:, :-side]
 
 
 def _values(image: Image.Image, codes: MaskCodes) -> np.ndarray:
