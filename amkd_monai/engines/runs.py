@@ -157,7 +157,7 @@ def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
         for key, value in parser.config.items()
         if key != ConfigParser.meta_key and all(value != content.get(key, content) for content in contents)
     }
-    known: dict[str, Any] = {**tracked, **{key: None for key in _references(parser.config)}}
+    known: dict[str, Any] = {**tracked, **dict.fromkeys(_references(parser.config))}
     for content in contents:
         known |= {key: value for key, value in content.items() if "#" not in key}
         known |= content.get("configs", {})
@@ -268,7 +268,9 @@ def identity(datalist: Datalist) -> Identity:
         "classes": list(datalist.task.classes),
         "data": {**data, "root": str(datalist.root.resolve())},
         "split": _settings(parser.config, ("datalist",)),
-        "settings": _settings(parser.config, ("train", "preprocessing"), ("validate", "preprocessing"), ("network_def",)),
+        "settings": _settings(
+            parser.config, ("train", "preprocessing"), ("validate", "preprocessing"), ("network_def",)
+        ),
         "network": _network(parser.config),
         "preprocessing": image_steps(parser, "validate#preprocessing"),
         **_tail(found.places),
@@ -421,7 +423,7 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
     record = read_record(ckpt_dir)
     if record is None:
         if (ckpt_dir / STUDENT).is_file():
-            _adopt_run_record(parser, ckpt_dir, given)
+            _adopt_run_record(parser, ckpt_dir, purpose, given)
         return {}
     config, student = parser.config, ckpt_dir / STUDENT
     other = purpose == "evaluation" and is_true(config.get("other_data"))
@@ -471,6 +473,8 @@ def _adopt_data(parser: ConfigParser, data: Mapping[str, Any], given: Mapping[st
         return
     if Path(data["root"]).is_dir():
         parser["dataset_dir"] = data["root"]
+        if data["phantom"]:
+            logger.warning("The student was trained on generated PHANTOMS, here are the same: %s", data["root"])
     elif not data["phantom"] and find_dataset_dir(data["task"]) is None:
         raise ValueError(f"The run's data were in {data['root']}, which is not there: give --dataset_dir.")
 
@@ -496,31 +500,30 @@ def _adopt_tasks(parser: ConfigParser, entries: Mapping[str, Any], given: Mappin
     parser["tasks"] = tasks
 
 
-def _adopt_run_record(parser: ConfigParser, ckpt_dir: Path, given: Mapping[str, Any]) -> None:
+def _adopt_run_record(parser: ConfigParser, ckpt_dir: Path, purpose: str, given: Mapping[str, Any]) -> None:
     """A student without a record: its data and split are checked by ``run.json`` if that is there."""
-    file = Path(parser.get_parsed_content("output_dir")) / "run.json"
-    data = _json(file).get("data", {})
-    if data and "split_hash" in parser.config and not is_true(parser.config.get("other_data")):
-        parser["split_hash"] = data["split_hash"]
-        _adopt_data(parser, data, given)
-    checked = f"its split is checked by {file}" if data else "its data and split"
-    unchecked = "its" if data else f"{checked}, its"
-    logger.warning(
-        "There is no %s in %s%s: %s image size, preprocessing, axes, classes and network could not be checked.",
-        RECORD,
-        ckpt_dir,
-        f", {checked}" if data else "",
-        unchecked,
-    )
+    unchecked = "image size, preprocessing, axes, classes and network"
+    if purpose != "inference" and not is_true(parser.config.get("other_data")):
+        data = read_json(Path(parser.get_parsed_content("output_dir")) / "run.json").get("data")
+        if data is None:
+            unchecked = f"data, split, {unchecked}"
+        else:
+            parser["split_hash"] = data["split_hash"]
+            _adopt_data(parser, data, given)
+    logger.warning("There is no %s in %s: %s of the student could not be checked.", RECORD, ckpt_dir, unchecked)
 
 
 def _check_steps(parser: ConfigParser, record: Mapping[str, Any], student: Path) -> None:
     place = "preprocessing" if "preprocessing" in parser.config else "validate#preprocessing"
     now, then = image_steps(parser, place), record["preprocessing"]
     if record["classes"] != list(get_task(record["task"]).classes):
-        raise ValueError(f"The student {student} was trained for the classes {', '.join(record['classes'])}: train again.")
+        raise ValueError(
+            f"The student {student} was trained for the classes {', '.join(record['classes'])}: train again."
+        )
     if now != then:
-        at = next((i for i, pair in enumerate(zip(now, then, strict=False)) if pair[0] != pair[1]), min(len(now), len(then)))
+        at = next(
+            (i for i, pair in enumerate(zip(now, then, strict=False)) if pair[0] != pair[1]), min(len(now), len(then))
+        )
         found, trained = (_shown(steps[at]) if at < len(steps) else "nothing" for steps in (now, then))
         raise ValueError(
             f"{place} does {found} where the student {student} was trained with {trained}: restore the preprocessing "
@@ -576,7 +579,10 @@ def _check_same(new: Mapping[str, Any], old: Mapping[str, Any], checkpoint: Path
 
 
 def start_evaluation(
-    data: Datalist | Mapping[str, Datalist], output_dir: str | Path, ckpt_dir: str | Path, other_data: bool | str = False
+    data: Datalist | Mapping[str, Datalist],
+    output_dir: str | Path,
+    ckpt_dir: str | Path,
+    other_data: bool | str = False,
 ) -> None:
     """Start an evaluation: lock its folder, and refuse to write over the figures of another run or of other data.
 
@@ -591,7 +597,7 @@ def start_evaluation(
     if record is None:
         return
     run, own = _run_of(folder), "" if is_true(other_data) else record["run"]
-    metrics = _json(folder / "metrics.json")
+    metrics = read_json(folder / "metrics.json")
     scored, split = metrics.get("data", {}).get("split_hash"), getattr(data, "hash", None)
     if (run and run != own) or metrics.get("run", record["run"]) != record["run"]:
         raise ValueError(
@@ -658,8 +664,11 @@ def _set_aside(places: Mapping[str, Path], tasks: Mapping[str, Any]) -> None:
         return
     old = (read_record(student) or {}).get("run") or _run_of(results) or f"{files[0][1].stat().st_mtime_ns:x}"
     for base, file in files:
-        folder = next(f for n in itertools.count() if not (f := base / PREVIOUS / _numbered(old[:12], n)
-                      / file.relative_to(base)).exists())
+        folder = next(
+            f
+            for n in itertools.count()
+            if not (f := base / PREVIOUS / _numbered(old[:12], n) / file.relative_to(base)).exists()
+        )
         folder.parent.mkdir(parents=True, exist_ok=True)
         file.rename(folder)
     logger.info("what an earlier run left is now in %s", student / PREVIOUS / old[:12])
@@ -670,10 +679,15 @@ def _numbered(name: str, number: int) -> str:
 
 
 def _run_of(folder: Path) -> str:
-    return str(_json(folder / "run.json").get("run") or "")
+    return str(read_json(folder / "run.json").get("run") or "")
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file of a run; a missing one is empty.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     if not file.is_file():
         return {}
     try:
