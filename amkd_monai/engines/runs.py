@@ -129,6 +129,7 @@ def check(purpose: str) -> None:
     for key in given:
         _check_option(key, content, parser)
     expand(parser)
+    parser["bundle_root"] = parser.get_parsed_content("bundle_root")  # while the workflow is on the stack
     if purpose != "training":
         adopt(parser, purpose, given)
 
