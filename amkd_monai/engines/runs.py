@@ -39,40 +39,19 @@ from amkd_monai.weights import CheckpointError, file_sha256
 logger = logging.getLogger("amkd_monai")
 
 RECORD = "student.json"
+VERSION = 1
 STUDENT = "model.pt"
 CHECKPOINT = "distillation.pt"
 PREVIOUS = "previous"
 LOCK = ".running"
-PLACES = (
-    "bundle_root",
-    "dataset_dir",
-    "output_dir",
-    "ckpt_dir",
-    "cache_dir",
-    "weights_dir",
-    "init_from",
-    "resume_dir",
-)
-RESULTS = (
-    "run.json",
-    "history.csv",
-    "metrics.json",
-    "per_case.csv",
-    "report.html",
-    "teachers.csv",
-    "teachers.svg",
-    "transfer.csv",
-    TEACHERS,
-    FEATURES,
-    PREVIEWS,
-    "split_*.json",
-    "events.out.tfevents.*",
-)
+PLACES = ["bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "cache_dir", "weights_dir", "init_from", "resume_dir"]
+RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html", "teachers.csv", "teachers.svg"]
+RESULTS += ["transfer.csv", TEACHERS, FEATURES, PREVIEWS, "split_*.json", "events.out.tfevents.*"]
 """What a run leaves in its output folder."""
 
 _NOT_OF_A_STUDENT = {"task", "split_hash", "seed", "device", "encoder_weights", "settings", *PLACES}
-_NOT_OF_A_NETWORK = ("_target_", "weights", "seed", "drop_path", "dropout")
-_REFERENCE = re.compile(r"@([A-Za-z_]\w*)")
+_NOT_OF_A_NETWORK = ("weights", "seed", "drop_path", "dropout")
+_REFERENCE = re.compile(r"@([A-Za-z_](?:\w|#|::)*)")
 _locks: dict[Path, FileLock] = {}
 
 T = TypeVar("T")
@@ -127,7 +106,7 @@ def check(purpose: str) -> None:
         return
     parser, (content, given) = workflow.parser, _given(workflow)
     for key in given:
-        _check_option(key, content, parser)
+        _check_option(key, content)
     expand(parser)
     parser["bundle_root"] = parser.get_parsed_content("bundle_root")  # while the workflow is on the stack
     if purpose != "training":
@@ -146,7 +125,7 @@ def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
             arguments = dict(frame.f_locals["_args"])
             content = ConfigParser.load_config_files(frame.f_locals["config_file"])
             if tracking := arguments.get("tracking"):
-                if tracking not in DEFAULT_EXP_MGMT_SETTINGS:
+                if not (isinstance(tracking, str) and tracking in DEFAULT_EXP_MGMT_SETTINGS):
                     tracked |= ConfigParser.load_config_files(tracking)["configs"]
                 content |= {key: value for key, value in tracked.items() if key not in content}
             own = inspect.signature(ConfigWorkflow.__init__).parameters
@@ -158,7 +137,7 @@ def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
         for key, value in parser.config.items()
         if key != ConfigParser.meta_key and all(value != content.get(key, content) for content in contents)
     }
-    known: dict[str, Any] = {**tracked, **dict.fromkeys(_references(parser.config))}
+    known: dict[str, Any] = {**tracked, **{name.split("#")[0]: None for name in _references(parser.config)}}
     for content in contents:
         known |= {key: value for key, value in content.items() if "#" not in key}
         known |= content.get("configs", {})
@@ -168,7 +147,7 @@ def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
     return known, given
 
 
-def _check_option(key: str, content: Mapping[str, Any], parser: ConfigParser) -> None:
+def _check_option(key: str, content: Mapping[str, Any]) -> None:
     """Refuse an option that names nothing in the configs; what lies in plain data is judged by whatever reads it."""
     at: Any = content
     for depth, part in enumerate(key.split("#")):
@@ -268,10 +247,8 @@ def identity(datalist: Datalist) -> Identity:
         "task": datalist.task.name,
         "classes": list(datalist.task.classes),
         "data": {**data, "root": str(datalist.root.resolve())},
-        "split": _settings(parser.config, ("datalist",)),
-        "settings": _settings(
-            parser.config, ("train", "preprocessing"), ("validate", "preprocessing"), ("network_def",)
-        ),
+        "split": _settings(parser.config, "datalist"),
+        "settings": _settings(parser.config, "train#preprocessing", "validate#preprocessing", "network_def"),
         "network": _network(parser.config),
         "preprocessing": image_steps(parser, "validate#preprocessing"),
         **_tail(found.places),
@@ -301,7 +278,7 @@ def shared_identity(tasks: Mapping[str, Identity], settings: Sequence[str]) -> I
 
 def _head(parser: ConfigParser) -> dict[str, Any]:
     root = Path(parser.get_parsed_content("bundle_root"))
-    return {"version": 1, "run": uuid.uuid4().hex, "bundle": root.resolve().name}
+    return {"version": VERSION, "run": uuid.uuid4().hex, "bundle": root.resolve().name}
 
 
 def _tail(places: Mapping[str, Path]) -> dict[str, Any]:
@@ -316,31 +293,37 @@ def _places(parser: ConfigParser) -> dict[str, Path]:
 
 
 def _references(value: Any) -> set[str]:
-    """Top-level names that a piece of config refers to."""
+    """Ids that a piece of config refers to, such as ``image_size`` or ``train#preprocessing``."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list):
         return set().union(*map(_references, value))
-    return set(_REFERENCE.findall(value)) if isinstance(value, str) and value[:1] in ("$", "@") else set()
+    if not (isinstance(value, str) and value[:1] in ("$", "@")):
+        return set()
+    return {name.replace("::", "#") for name in _REFERENCE.findall(value)}
 
 
-def _settings(config: Mapping[str, Any], *roots: tuple[str, ...]) -> dict[str, Any]:
+def _settings(config: Mapping[str, Any], *roots: str) -> dict[str, Any]:
     """Plain top-level settings that parts of a config depend on, at any remove."""
     found: dict[str, Any] = {}
-    waiting: list[Any] = []
-    for root in roots:
-        value: Any = config
-        for part in root:
-            value = value.get(part) if isinstance(value, Mapping) else None
-        waiting.append(value)
+    waiting, seen = list(roots), set(_NOT_OF_A_STUDENT)
     while waiting:
-        for name in sorted(_references(waiting.pop()) - _NOT_OF_A_STUDENT - found.keys()):
-            value = config.get(name)
-            if _references(value) or (isinstance(value, str) and value[:1] in ("$", "@")):
-                waiting.append(value)
-            elif name in config and not (isinstance(value, Mapping) and "_target_" in value):
-                found[name] = value
+        if (name := waiting.pop()) in seen:
+            continue
+        seen.add(name)
+        value: Any = config
+        for part in name.split("#"):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        waiting += _references(value)
+        if name in config and name not in roots and _plain_setting(value):
+            found[name] = value
     return {name: found[name] for name in sorted(found)}
+
+
+def _plain_setting(value: Any) -> bool:
+    return not (_references(value) or (isinstance(value, str) and value[:1] == "$")) and not (
+        isinstance(value, Mapping) and "_target_" in value
+    )
 
 
 def _network(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -393,16 +376,21 @@ def read_record(ckpt_dir: str | Path) -> dict[str, Any] | None:
     """Return what was recorded of the student in a folder; None where there is no record.
 
     Raises:
-        CheckpointError: the record is damaged.
+        CheckpointError: the record is damaged, or of another version.
     """
     file = Path(ckpt_dir) / RECORD
     if not file.is_file():
         return None
     try:
         record: dict[str, Any] = json.loads(file.read_text())
-        return record if record["version"] == 1 and record["run"] else None
+        version = record["version"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: restore it, or train again.") from error
+    if version != VERSION:
+        raise CheckpointError(
+            f"{file} is of version {version}, this package reads {VERSION}: use the one that wrote it."
+        )
+    return record
 
 
 def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -439,9 +427,11 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
     wanted = dict(record["settings"])
     if not entries and purpose != "inference" and not other:
         wanted |= record["split"]
-    for key, value in record.get("network", {}).items():
-        if isinstance(config.get("network_def"), dict) and _network(config).get(key) != value:
-            wanted[f"network_def#{key}"] = value
+    network, own = record.get("network", {}), _network(config)
+    if network and network["_target_"] != own.get("_target_"):  # a class of the user's own
+        wanted["network_def"] = network
+    elif network:
+        wanted |= {f"network_def#{key}": value for key, value in network.items() if own.get(key) != value}
     for key, value in wanted.items():
         if key.split("#")[0] in config and _plain(parser.get(key)) != value:
             if any(_overlap(key, name) for name in given):

@@ -21,6 +21,7 @@ from helpers import ROOT
 from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 
 from amkd_monai.__main__ import main
+from amkd_monai.data.datalist import datalist
 from amkd_monai.data.phantoms import write_kvasir_seg
 from amkd_monai.engines import runs
 from amkd_monai.errors import root_cause
@@ -234,6 +235,16 @@ def test_another_preprocessing_is_refused(trained, change, tmp_path):
         more.clear()
 
 
+def test_a_student_of_ones_own_class_is_rebuilt_from_its_record(tmp_path):
+    values = settings("kvasir_seg", tmp_path, tmp_path / "cache", teachers=[], max_epochs=1)
+    own = {"_target_": "own_student.own_student", "num_classes": 2, "neck_channels": 16}
+    run("kvasir_seg", ("train",), {**values, "network_def": own})
+    for names in (("train", "evaluate"), ("inference",)):
+        made = commanded("kvasir_seg", names, ckpt_dir=values["ckpt_dir"], output_dir=str(tmp_path / "eval"))
+        assert made.parser.get_parsed_content("network_def").neck.lateral[0].out_channels == 16
+        made.run()
+
+
 def test_another_bundle_or_task_is_refused(trained, tmp_path):
     for bundle, names in (("busi", ("train", "evaluate")), ("busi", ("inference",)), (SHARED, ("train", "evaluate"))):
         text = refusal(built, bundle, names, **places(trained))
@@ -350,8 +361,9 @@ def test_a_run_without_a_record_is_read_as_far_as_its_run_record_allows(trained,
 
 def test_a_damaged_record_is_refused(trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
-    (copy / "models" / "student.json").write_text('{"version": 1')
-    assert "student.json" in refusal(built, "kvasir_seg", ("inference",), kind=CheckpointError, **places(copy))
+    for content in ('{"version": 1', "[]", '{"version": 2, "run": "x"}'):
+        (copy / "models" / "student.json").write_text(content)
+        assert "student.json" in refusal(built, "kvasir_seg", ("inference",), kind=CheckpointError, **places(copy))
 
 
 # ------------------------------------------------------------------------------------------------------ export
@@ -531,6 +543,19 @@ def test_an_earlier_run_is_set_aside_whole(trained, tmp_path, polyps):
     assert read_json(copy / "models" / "student.json")["split"]["split_seed"] == 4
     assert not (copy / "eval" / "metrics.json").exists(), "figures of the earlier student"
     assert (copy / "eval" / "previous" / name / "metrics.json").is_file()
+
+
+def test_a_run_that_goes_on_from_the_student_in_its_folder_keeps_it(trained, tmp_path, polyps):
+    """As fine-tuning in the label server does: the student is validated first, as the value to beat."""
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    data = datalist("kvasir_seg", polyps, seed=5)
+    made = built("kvasir_seg", ("train",), **places(copy), **{**POLYPS, "datalist": data, "resume_dir": str(tmp_path)})
+    student = torch.load(copy / "models" / "model.pt", weights_only=True)
+    made.parser.get_parsed_content("network").load_state_dict(student)
+    made.parser.get_parsed_content("validate#evaluator").run()
+    made.run()
+    assert not (copy / "models" / "previous").exists() and (copy / "models" / "model.pt").is_file()
+    assert read_json(copy / "models" / "student.json")["data"]["split_hash"] == data.hash
 
 
 def test_a_run_that_is_refused_on_resuming_changes_nothing(trained, tmp_path, polyps):
