@@ -424,7 +424,7 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
             f"this config is for {asked or 'several tasks'}: open its bundle, with the overlay it was trained with, "
             "or give another --ckpt_dir."
         )
-    wanted = dict(record["settings"])
+    wanted = {key: value for key, value in record["settings"].items() if key != "tasks"}
     if not entries and purpose != "inference" and not other:
         wanted |= record["split"]
     network, own = record.get("network", {}), _network(config)
@@ -446,7 +446,7 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
         if "output_dir" not in given and _run_of(results) == record["run"] and not other:
             parser["output_dir"] = str(results)
     if entries:
-        _adopt_tasks(parser, entries, given)
+        _adopt_tasks(parser, record, given)
         return record
     _check_steps(parser, record, student)
     if other:
@@ -470,8 +470,12 @@ def _adopt_data(parser: ConfigParser, data: Mapping[str, Any], given: Mapping[st
         raise ValueError(f"The run's data were in {data['root']}, which is not there: give --dataset_dir.")
 
 
-def _adopt_tasks(parser: ConfigParser, entries: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """The same for a shared student: each task's data and split, or one task's settings for inference."""
+def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """The same for a shared student: each task's entry, data and split, or one task's settings for inference.
+
+    Heads that the run carried on from an earlier student are not in its record, and their entries are not checked.
+    """
+    entries, trained = record["tasks"], record["settings"]["tasks"]
     if "entry" in parser.config:
         task, entry = parser.config["task"], dict(parser.config["entry"])
         settings = {k: v for k, v in entries[task]["settings"].items() if k != "encoder"}
@@ -483,11 +487,21 @@ def _adopt_tasks(parser: ConfigParser, entries: Mapping[str, Any], given: Mappin
     if not {"only", "tasks"} & given.keys():
         parser["only"] = list(entries)
     tasks = {name: dict(entry) for name, entry in parser.config["tasks"].items()}
-    for name in tasks.keys() & entries.keys():
-        data = entries[name]["data"]
-        tasks[name]["split_hash"] = data["split_hash"]
-        if "dataset_dir" not in tasks[name] and not given.get("dataset_dir") and Path(data["root"]).is_dir():
-            tasks[name]["dataset_dir"] = data["root"]
+    for name, of_task in entries.items():
+        entry = tasks.setdefault(name, dict(trained[name]))
+        for key in entry.keys() | trained[name].keys() - {"dataset_dir"}:
+            if _plain(entry.get(key)) == trained[name].get(key) or key == "dataset_dir":
+                continue
+            if any(_overlap("tasks", option) for option in given):
+                raise ValueError(
+                    f"tasks#{name}#{key} is {_shown(entry.get(key))}, but the student was trained with "
+                    f"{_shown(trained[name].get(key))}: leave --tasks out, or give another --ckpt_dir."
+                )
+            entry[key] = trained[name].get(key)
+        data = of_task["data"]
+        entry["split_hash"] = data["split_hash"]
+        if "dataset_dir" not in entry and not given.get("dataset_dir") and Path(data["root"]).is_dir():
+            entry["dataset_dir"] = data["root"]
     parser["tasks"] = tasks
 
 
@@ -557,11 +571,13 @@ def start(found: Identity, resume: bool | str = False) -> None:
 
 
 def _check_same(new: Mapping[str, Any], old: Mapping[str, Any], checkpoint: Path) -> None:
-    def core(record: Mapping[str, Any]) -> Any:
-        kept = {k: v for k, v in record.items() if k not in ("run", "output_dir", "versions", "bundle", "data")}
-        return _plain({**kept, "split_hash": record.get("data", {}).get("split_hash")})
+    def core(record: Mapping[str, Any]) -> dict[str, Any]:
+        inner = {key: value for part in ("settings", "split") for key, value in record.get(part, {}).items()}
+        kept = {key: record.get(key) for key in ("classes", "network", "preprocessing")}
+        tasks = {name: core(of_task) for name, of_task in record.get("tasks", {}).items()}
+        return {**inner, "split_hash": record.get("data", {}).get("split_hash"), **kept, "parts": tasks}
 
-    before, now = core(old), core(new)
+    before, now = _plain(core(old)), _plain(core(new))
     if differing := [key for key in now if now[key] != before.get(key)]:
         raise CheckpointError(
             f"{checkpoint} belongs to a run with another {', '.join(differing)}: repeat its settings, or start "
