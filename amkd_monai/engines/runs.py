@@ -497,7 +497,8 @@ def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping
                     f"tasks#{name}#{key} is {_shown(entry.get(key))}, but the student was trained with "
                     f"{_shown(trained[name].get(key))}: leave --tasks out, or give another --ckpt_dir."
                 )
-            entry[key] = trained[name].get(key)
+            entry.pop(key, None)
+            entry |= {key: trained[name][key]} if key in trained[name] else {}
         data = of_task["data"]
         entry["split_hash"] = data["split_hash"]
         if "dataset_dir" not in entry and not given.get("dataset_dir") and Path(data["root"]).is_dir():
