@@ -328,8 +328,9 @@ def _plain_setting(value: Any) -> bool:
 
 def _network(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a student's architecture depends on, by the argument of ``network_def``."""
+    definition = config.get("network_def")
     found = {}
-    for key, value in (config.get("network_def") or {}).items():
+    for key, value in definition.items() if isinstance(definition, Mapping) else ():
         if isinstance(value, str) and value.startswith("@"):
             value = config.get(value[1:])
         if key not in _NOT_OF_A_NETWORK and not (isinstance(value, str) and value[:1] in ("$", "@")):
@@ -459,15 +460,24 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
 
 
 def _adopt_data(parser: ConfigParser, data: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Use the run's data where none were given: never phantoms in place of real data, nor the other way round."""
-    if "dataset_dir" in given and given["dataset_dir"] is not None:
-        return
+    """Use the run's data where none were given."""
+    if not given.get("dataset_dir") and (root := _data_root(data)):
+        parser["dataset_dir"] = root
+
+
+def _data_root(data: Mapping[str, Any]) -> str | None:
+    """Where a run's data lie, None where they must be searched for.
+
+    Raises:
+        ValueError: real data are gone: phantoms would be taken in their place.
+    """
     if Path(data["root"]).is_dir():
-        parser["dataset_dir"] = data["root"]
         if data["phantom"]:
             logger.warning("The student was trained on generated PHANTOMS, here are the same: %s", data["root"])
-    elif not data["phantom"] and find_dataset_dir(data["task"]) is None:
+        return str(data["root"])
+    if not data["phantom"] and find_dataset_dir(data["task"]) is None:
         raise ValueError(f"The run's data were in {data['root']}, which is not there: give --dataset_dir.")
+    return None
 
 
 def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -484,25 +494,23 @@ def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping
                 raise ValueError(f"{key} is {_shown(entry[key])}, but {task} was trained with {_shown(value)}.")
         parser["entry"] = {**entry, **settings}
         return
-    if not {"only", "tasks"} & given.keys():
+    named = any(_overlap("tasks", option) for option in given)
+    if not (named or "only" in given):
         parser["only"] = list(entries)
     tasks = {name: dict(entry) for name, entry in parser.config["tasks"].items()}
     for name, of_task in entries.items():
-        entry = tasks.setdefault(name, dict(trained[name]))
-        for key in entry.keys() | trained[name].keys() - {"dataset_dir"}:
-            if _plain(entry.get(key)) == trained[name].get(key) or key == "dataset_dir":
-                continue
-            if any(_overlap("tasks", option) for option in given):
+        entry, then = tasks.get(name, trained[name]), {**trained[name]}
+        for key in (entry.keys() | then.keys()) - {"dataset_dir"}:
+            if named and _plain(entry.get(key)) != then.get(key):
                 raise ValueError(
                     f"tasks#{name}#{key} is {_shown(entry.get(key))}, but the student was trained with "
-                    f"{_shown(trained[name].get(key))}: leave --tasks out, or give another --ckpt_dir."
+                    f"{_shown(then.get(key))}: leave --tasks out, or give another --ckpt_dir."
                 )
-            entry.pop(key, None)
-            entry |= {key: trained[name][key]} if key in trained[name] else {}
-        data = of_task["data"]
-        entry["split_hash"] = data["split_hash"]
-        if "dataset_dir" not in entry and not given.get("dataset_dir") and Path(data["root"]).is_dir():
-            entry["dataset_dir"] = data["root"]
+        chosen = name in (given.get("only") or entries)
+        place = entry.get("dataset_dir") if named else None
+        if place is None and chosen and not given.get("dataset_dir"):
+            place = _data_root(of_task["data"])
+        tasks[name] = {**then, "dataset_dir": place, "split_hash": of_task["data"]["split_hash"]}
     parser["tasks"] = tasks
 
 
