@@ -558,7 +558,7 @@ def start(found: Identity, resume: bool | str = False) -> None:
 
     Raises:
         TimeoutError: another run works in one of the folders.
-        ValueError: the folder holds the student of another task.
+        ValueError: the folder holds the student of another task, or the results of another run than the one resumed.
         CheckpointError: there is nothing to resume, or it is another run's.
     """
     found.resume = is_true(resume)
@@ -572,7 +572,10 @@ def start(found: Identity, resume: bool | str = False) -> None:
             raise CheckpointError(f"There is nothing to resume at {checkpoint}: start without --resume.")
         if old is not None:
             _check_same(found.record, old, checkpoint)
-            found.record = old
+            found.record = {**old, "output_dir": found.record["output_dir"]}
+        results = found.places["output_dir"]
+        if (run := _run_of(results)) and old is not None and run != old["run"]:
+            raise ValueError(f"{results} holds the results of another run: give the --output_dir of the one resumed.")
     elif old is not None and old.get("task") != found.record.get("task"):
         raise ValueError(
             f"{folder} holds a student of the bundle {old['bundle']}: give a --ckpt_dir of this run, or remove it."
@@ -615,7 +618,7 @@ def start_evaluation(
     run, own = _run_of(folder), "" if is_true(other_data) else record["run"]
     metrics = read_json(folder / "metrics.json")
     scored, split = metrics.get("data", {}).get("split_hash"), getattr(data, "hash", None)
-    if (run and run != own) or metrics.get("run", record["run"]) != record["run"]:
+    if (run and run != own) or (metrics.get("run") or record["run"]) != record["run"]:
         raise ValueError(
             f"{folder} holds the results of another run than the student in {ckpt_dir}: give its --ckpt_dir, or an "
             "--output_dir of its own."

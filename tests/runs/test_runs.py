@@ -562,6 +562,10 @@ def test_a_run_that_is_refused_on_resuming_changes_nothing(trained, tmp_path, po
     copy = shutil.copytree(trained, tmp_path / "copy")
     before = snapshot(copy)
     values = settings("kvasir_seg", copy, copy / "cache", dataset_dir=str(polyps), **{**POLYPS, "resume": True})
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "run.json").write_text('{"run": "of another"}')
+    elsewhere = {**values, "output_dir": str(tmp_path / "eval")}
+    assert str(tmp_path / "eval") in refusal(workflow, "kvasir_seg", ("train",), elsewhere)
     for given in ({"split_seed": 4}, {"image_size": 64}, {"seed": 7}):
         text = refusal(workflow, "kvasir_seg", ("train",), {**values, **given}, kind=CheckpointError)
         assert "another" in text
