@@ -96,7 +96,7 @@ def check(purpose: str) -> None:
     Call it first in ``initialize``; it starts nothing and reads a few small files.
 
     Args:
-        purpose: ``training``, ``evaluation`` or ``inference``.
+        purpose: ``training``, or one of :func:`adopt`.
 
     Raises:
         ValueError: an unknown option, or one that differs from what the student was trained with.
@@ -399,7 +399,8 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
 
     Args:
         parser: of a config with ``ckpt_dir``; changed in place.
-        purpose: ``evaluation``, ``inference`` or ``export``.
+        purpose: ``evaluation`` and ``export`` use the run's own data and split, ``inference`` its data if no others are
+            given, ``serving`` (answers or further training on a server's images) none of them.
         given: settings that were given for this command; one that differs from the student's is refused.
 
     Returns:
@@ -415,7 +416,7 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
         if (ckpt_dir / STUDENT).is_file():
             _adopt_run_record(parser, ckpt_dir, purpose, given)
         return {}
-    config, student = parser.config, ckpt_dir / STUDENT
+    config, student, scored = parser.config, ckpt_dir / STUDENT, purpose in ("evaluation", "export")
     other = purpose == "evaluation" and is_true(config.get("other_data"))
     entries = record.get("tasks")
     asked, known = config.get("task"), list(entries) if entries else [record["task"]]
@@ -426,7 +427,7 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
             "or give another --ckpt_dir."
         )
     wanted = {key: value for key, value in record["settings"].items() if key != "tasks"}
-    if not entries and purpose != "inference" and not other:
+    if not entries and scored and not other:
         wanted |= record["split"]
     network, own = record.get("network", {}), _network(config)
     if network and network["_target_"] != own.get("_target_"):  # a class of the user's own
@@ -442,7 +443,7 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
                 )
             parser[key] = value
             logger.info("%s is %s, as the student %s was trained with", key, _shown(value), student)
-    if purpose != "inference":
+    if scored:
         results = Path(record["output_dir"])
         if "output_dir" not in given and _run_of(results) == record["run"] and not other:
             parser["output_dir"] = str(results)
@@ -452,9 +453,9 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
     _check_steps(parser, record, student)
     if other:
         _check_other(parser, record, given)
-    else:
+    elif purpose != "serving":
         _adopt_data(parser, record["data"], given)
-        if purpose != "inference" and "split_hash" in config:
+        if scored and "split_hash" in config:
             parser["split_hash"] = record["data"]["split_hash"]
     return record
 
@@ -517,7 +518,7 @@ def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping
 def _adopt_run_record(parser: ConfigParser, ckpt_dir: Path, purpose: str, given: Mapping[str, Any]) -> None:
     """A student without a record: its data and split are checked by ``run.json`` if that is there."""
     unchecked = "image size, preprocessing, axes, classes and network"
-    if purpose != "inference" and not is_true(parser.config.get("other_data")):
+    if purpose in ("evaluation", "export") and not is_true(parser.config.get("other_data")):
         data = read_json(Path(parser.get_parsed_content("output_dir")) / "run.json").get("data")
         if data is None:
             unchecked = f"data, split, {unchecked}"

@@ -549,7 +549,9 @@ def test_a_run_that_goes_on_from_the_student_in_its_folder_keeps_it(trained, tmp
     """As fine-tuning in the label server does: the student is validated first, as the value to beat."""
     copy = shutil.copytree(trained, tmp_path / "copy")
     data = datalist("kvasir_seg", polyps, seed=5)
-    made = built("kvasir_seg", ("train",), **places(copy), **{**POLYPS, "datalist": data, "resume_dir": str(tmp_path)})
+    more = {"teachers": [], "max_epochs": 1, "resume_dir": str(tmp_path), "output_dir": str(tmp_path / "eval")}
+    made = built("kvasir_seg", ("train",), **places(copy), purpose="serving", datalist=data, **more)
+    assert made.parser.get_parsed_content("image_size") == SIZE
     student = torch.load(copy / "models" / "model.pt", weights_only=True)
     made.parser.get_parsed_content("network").load_state_dict(student)
     made.parser.get_parsed_content("validate#evaluator").run()
