@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -52,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     teachers = commands.add_parser("teachers", help="which teachers are usable here, and how to get the others")
-    teachers.add_argument("--weights_dir", help="folder of weight files (default: $AMKD_WEIGHTS, then weights/)")
+    teachers.add_argument(
+        "--weights_dir", type=os.path.expanduser, help="folder of weight files (default: $AMKD_WEIGHTS, then weights/)"
+    )
     teachers.set_defaults(run=_teachers)
 
     fetch = commands.add_parser("fetch", help="download a teacher's weights from the Hugging Face hub")

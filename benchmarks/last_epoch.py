@@ -40,7 +40,12 @@ def evaluate(job: Job, shared: Path, runs: Path, output: Path) -> None:
     student = {key.removeprefix(STUDENT): value for key, value in state.items() if key.startswith(STUDENT)}
     with atomic_path(folder / "model.pt") as temporary:
         torch.save(student, temporary)
-    for file in (source / "run.json", source / "history.csv", *source.glob("split_*.json")):
+    for file in (
+        source / "run.json",
+        source / "history.csv",
+        *source.glob("split_*.json"),
+        *source.glob("student.json"),
+    ):
         shutil.copy(file, folder)
     elsewhere = {**setting.overrides, "output_dir": str(folder), "ckpt_dir": str(folder)}
     _, evaluation = commands(name, replace(setting, overrides=elsewhere), seed, fold, shared, runs)

@@ -24,7 +24,8 @@ from amkd_monai.data import (
 )
 from amkd_monai.data.phantoms import write_phantom
 from amkd_monai.data.phantoms.tools import is_phantom
-from amkd_monai.data.splits import Item, SplitOptions, few_labels, split_hash
+from amkd_monai.data.splits import Item, SplitOptions, few_labels
+from amkd_monai.data.splits import split_hash as hash_of_split
 from amkd_monai.data.stand_in import stand_in_note
 from amkd_monai.tasks import Task, get_task
 
@@ -85,12 +86,18 @@ class Datalist:
     @property
     def hash(self) -> str:
         """SHA-256 over who is where, whatever the paths."""
-        return split_hash(self.train, self.validation, self.test, self.unlabelled)
+        return hash_of_split(self.train, self.validation, self.test, self.unlabelled)
 
     @property
     def is_phantom(self) -> bool:
         """Whether the data are generated."""
         return is_phantom(self.root)
+
+    def write_split(self, folder: str | Path) -> None:
+        """Write who is in which section to ``split_<task>_<hash>.json``."""
+        members = {n: [[i["id"], i["group"]] for i in items] for n, items in self.sections.items()}
+        path = Path(folder) / f"split_{self.task.name}_{self.hash[:12]}.json"
+        atomic_write_json(path, {"task": self.task.name, "hash": self.hash, **members})
 
     def describe(self) -> dict[str, Any]:
         """Return facts for a run record."""
@@ -142,6 +149,7 @@ def find_dataset_dir(task: str, dataset_dir: str | Path | None = None) -> tuple[
             raise FileNotFoundError(f"There is no folder {given}: correct dataset_dir, or leave it out for phantoms.")
         return given, "argument"
     if root := os.environ.get("AMKD_DATA_ROOT"):
+        root = str(Path(root).expanduser())
         if not Path(root).is_dir():
             raise FileNotFoundError(f"AMKD_DATA_ROOT names {root}, which is not there: correct or unset it.")
         if (Path(root) / folder).is_dir():
@@ -161,7 +169,7 @@ def datalist(
     folds: int = 5,
     fold: int = 0,
     labelled: int | None = None,
-    split_dir: str | Path | None = None,
+    split_hash: str | None = None,
     options: Mapping[str, Any] | None = None,
     stand_in: str | None = None,
 ) -> Datalist:
@@ -176,14 +184,14 @@ def datalist(
         folds: number of folds, where it is cross-validated.
         fold: the fold that is the test section.
         labelled: keep only so many training items labelled; the others become unlabelled.
-        split_dir: write the split list there.
+        split_hash: refuse any other split than the one of this hash.
         options: further options of the data set's ``find_items``, e.g. ``{"normals": False}``.
         stand_in: where other data stand in for the data set, which they are; None takes the first line of
             ``STAND-IN.txt`` in the folder, if it is there.
 
     Raises:
         FileNotFoundError: no such folder or layout.
-        ValueError: a data set that contradicts itself, or a section that is empty.
+        ValueError: a data set that contradicts itself, a section that is empty, or another split than ``split_hash``.
     """
     root, source = resolve_dataset_dir(task, dataset_dir, cache_dir)
     module = MODULES[task]
@@ -198,10 +206,12 @@ def datalist(
     stand_in = stand_in or stand_in_note(root)
     result = Datalist(get_task(task), root, source, train, validation, test, unlabelled, stand_in)
     _check_groups(result)
-    if split_dir is not None:
-        members = {n: [[i["id"], i["group"]] for i in items] for n, items in result.sections.items()}
-        path = Path(split_dir) / f"split_{task}_{result.hash[:12]}.json"
-        atomic_write_json(path, {"task": task, "hash": result.hash, **members})
+    if split_hash is not None and result.hash != split_hash:
+        raise ValueError(
+            f"The data in {root} are split otherwise than those of the run (split {result.hash[:12]}, not "
+            f"{split_hash[:12]}): give the run's own data and settings, such as dataset_dir; docs/runs.md tells how a "
+            "student is evaluated on other data."
+        )
     return result
 
 

@@ -15,6 +15,7 @@ from amkd_monai.cache.build import cache_teacher
 from amkd_monai.cache.parts import EVERYTHING, Part
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.engines.runs import expand
 from amkd_monai.teachers.base import Teacher
 from amkd_monai.teachers.registry import CROSS_FITTED_KINDS, build_teacher, validate_descriptions
 
@@ -99,7 +100,8 @@ def build_cache(
     Raises:
         ValueError: not a training bundle, or an unknown setting.
     """
-    train = Path(bundle) / "configs" / "train.json"
+    bundle = Path(bundle).expanduser()
+    train = bundle / "configs" / "train.json"
     if not train.is_file():
         raise ValueError(f"{bundle} is no training bundle, it lacks configs/train.json: give a folder of bundles/.")
     parser = ConfigParser()
@@ -107,8 +109,9 @@ def build_cache(
     if unknown := [key for key in settings if key not in parser.config]:
         raise ValueError(f"{bundle} has no setting '{unknown[0]}': use a top-level name of its train.json.")
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    for key, value in {"bundle_root": str(bundle), "device": own, **settings, "output_dir": None}.items():
+    for key, value in {"bundle_root": str(bundle), "device": own, **settings}.items():
         parser[key] = value
+    expand(parser)
     data = ("train#dataset", "validation_data", "teachers")
     names = (*data, "cache_dir", "device", "views", "cache_dtype", "weights_dir")
     training, validation, teachers, *options = (parser.get_parsed_content(name) for name in names)

@@ -11,6 +11,7 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from amkd_monai.data.datalist import find_dataset_dir
+from amkd_monai.engines.runs import expand
 from amkd_monai.errors import EXPECTED, is_own, root_cause
 from amkd_monai.networks.shared_student import Head, SharedStudent
 from amkd_monai.tasks import Task, get_task
@@ -145,7 +146,8 @@ def open_tasks(
         raise ValueError(f"teachers_on is '{teachers_on}': use one of {', '.join(TEACHERS_ON)}.")
     if unknown := sorted(set(only or ()) - set(tasks)):
         raise ValueError(f"There is no task '{unknown[0]}' in this run: it has {', '.join(tasks)}.")
-    if dataset_dir and not Path(dataset_dir).is_dir():
+    dataset_dir = Path(dataset_dir).expanduser() if dataset_dir else None
+    if dataset_dir and not dataset_dir.is_dir():
         raise FileNotFoundError(f"There is no folder {dataset_dir}: give the folder that holds the data sets' folders.")
     common = dict(settings or {})
     common["gate_options"] = {**common.get("gate_options", {}), "tasks": len(tasks)}
@@ -158,8 +160,8 @@ def open_tasks(
         if (other := seen.setdefault(task.name, name)) != name:
             raise ValueError(f"Both '{other}' and '{name}' are the task {task.name}: keep one, or name its own task.")
         place = parser.config.get("dataset_dir")
-        if place is None and dataset_dir and (Path(dataset_dir) / task.folder).is_dir():
-            place = str(Path(dataset_dir) / task.folder)
+        if place is None and dataset_dir and (dataset_dir / task.folder).is_dir():
+            place = str(dataset_dir / task.folder)
         found[name] = find_dataset_dir(task.name, place) is not None
         parser["dataset_dir"] = place
         parser["output_dir"], parser["cache_dir"] = f"{output_dir}/{name}", f"{cache_dir}/{task.name}"
@@ -213,6 +215,7 @@ def _parser(
         part = isinstance(value, Mapping) and isinstance(old, Mapping) and "_target_" in old and "_target_" not in value
         parser.set({**old, **value} if part else value, key)  # part of an object leaves its other settings
     parser["bundle_root"], parser["network"] = str(folder), "$task_view"
+    expand(parser)
     for section in (parser.config.get("validate", {}), parser.config):  # training configs, or one for inference
         if "handlers" in section:
             section["handlers"] = [h for h in section["handlers"] if not set(_OF_THE_WHOLE_RUN) & set(h.values())]

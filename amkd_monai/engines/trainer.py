@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
@@ -92,6 +93,8 @@ class DistillationTrainer(SupervisedTrainer):
             optim_set_to_none=True,
         )
         self.state.distillation = None
+        if idist.get_rank() > 0:
+            self.logger.setLevel("WARNING")
         self.add_event_handler(Events.EPOCH_STARTED, type(self)._start_epoch)
 
     def _start_epoch(self) -> None:

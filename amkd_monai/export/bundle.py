@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def _write_texts(source: Source, folder: Path, name: str, facts: dict[str, Any])
     _dump(folder / "configs" / "metadata.json", metadata(source, facts))
     _dump(folder / "configs" / "predict.json", predict_config(source, facts))
     _dump(folder / "docs" / "export.json", facts)
-    (folder / "docs" / "README.md").write_text(model_card(source, facts, name))
+    (folder / "docs" / "README.md").write_text(model_card(source, facts, name, image_text(source)))
     version = source.metadata["version"]
     (folder / "CHANGELOG.md").write_text(
         f"# Changelog\n\n## {version}\n\nStudent exported from the bundle {source.bundle.resolve().name} by amkd_monai "
@@ -202,11 +203,28 @@ def predict_config(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def image_text(source: Source) -> str:
+    """What an image is and how it is prepared, sizes as they are in this student's preprocessing."""
+    text = [part for part in source.metadata["image_classes"].split(", ") if not re.search(r"\d x \d", part)]
+    words = {"Resized": "resized to", "CenterSpatialCropd": "centre-cropped to", "SpatialPadd": "padded to"}
+    for step in source.image_steps:
+        name = step["transform"]
+        if name == "Spacingd":
+            text.append(f"resampled to {_times(step['pixdim'])} mm")
+        elif name in words:
+            text.append(f"{words[name]} {_times(step['roi_size' if 'roi_size' in step else 'spatial_size'])}")
+    return ", ".join(text)
+
+
+def _times(numbers: Sequence[float]) -> str:
+    return " x ".join("any" if n == -1 else f"{n:g}" for n in numbers)
+
+
 def metadata(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
     """``metadata.json``: the training bundle's, with what was measured and without the packages of training."""
     values = source.metrics.get("summary", {}).get("metrics", {})
     measured = {name: value.get("mean", value.get("value")) for name, value in values.items()}
-    result = dict(source.metadata)
+    result = {**source.metadata, "image_classes": image_text(source)}
     result["eval_metrics"] = {name: value for name, value in measured.items() if value is not None}
     reader = "pillow" if source.task.dimensions == 2 else "nibabel"
     needed = ("pytorch-ignite", reader, *(("scikit-image",) if source.task.dimensions == 3 else ()))

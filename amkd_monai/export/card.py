@@ -9,13 +9,14 @@ from amkd_monai.export.source import Source
 _UNKNOWN = "not recorded: the run left no run.json"
 
 
-def model_card(source: Source, facts: dict[str, Any], name: str) -> str:
+def model_card(source: Source, facts: dict[str, Any], name: str, images: str) -> str:
     """Return ``docs/README.md``.
 
     Args:
         source: the opened training bundle.
         facts: what was measured at the export.
         name: of the exported bundle's folder.
+        images: what an image is and how it is prepared.
     """
     about = source.metadata
     notice = (
@@ -34,7 +35,7 @@ def model_card(source: Source, facts: dict[str, Any], name: str) -> str:
 ## Model Description
 
 - Task: {about["task"]}
-- Input: {about["image_classes"]}
+- Input: {images}
 - Output: {about["pred_classes"]}
 - Parameters: {sum(p.numel() for p in source.student.parameters()):,}
 - Calibration: {_calibration(source)}
@@ -119,7 +120,7 @@ def _teachers(source: Source) -> str:
 def _performance(source: Source) -> str:
     summary = source.metrics.get("summary")
     if not summary:
-        return "Not evaluated: the run has no eval/metrics.json."
+        return f"Not evaluated: {source.unscored or 'the run has no metrics.json'}."
     lines = ["| metric | value | 95 % interval |", "| --- | --- | --- |"]
     for name, value in summary["metrics"].items():
         key = "mean" if "mean" in value else "value"

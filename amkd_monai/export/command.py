@@ -68,9 +68,9 @@ def _positive(text: str) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    settings = settings_of(arguments.set)
-    if Path(arguments.to).exists():
-        raise FileExistsError(f"{arguments.to} is there already: remove it or give another folder.")
+    settings, to = settings_of(arguments.set), Path(arguments.to).expanduser()
+    if to.exists():
+        raise FileExistsError(f"{to} is there already: remove it or give another folder.")
     from amkd_monai.export.formats import chosen_formats
 
     names = chosen_formats(arguments.formats)
@@ -78,7 +78,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from amkd_monai.export.source import open_source
 
     options = Options(names, arguments.accept_loss, arguments.cases, arguments.calibration)
-    written = export_bundle(open_source(arguments.bundle, settings, arguments.overlay), arguments.to, options)
+    written = export_bundle(open_source(Path(arguments.bundle).expanduser(), settings, arguments.overlay), to, options)
     print(f"exported to {written}; card: {written / 'docs' / 'README.md'}")
     return 0
 

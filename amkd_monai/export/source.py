@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from monai.transforms import Compose
 from torch import nn
 
 from amkd_monai.data.splits import Item
+from amkd_monai.engines import runs
 from amkd_monai.export import translate
 from amkd_monai.tasks import Task, get_task
-from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
+from amkd_monai.weights import CheckpointError, file_sha256, load_state_dict, load_strict
 
 
 @dataclass
@@ -49,6 +49,8 @@ class Source:
         postprocessing: MONAI transforms of an answer, as config.
         inferer: as config, references resolved.
         metadata, record, metrics: ``metadata.json``; ``run.json`` and ``metrics.json`` of the run, empty if missing.
+        unscored: why the figures that lie there are not this student's, if so.
+        image_steps: what is done to an image, as :func:`amkd_monai.engines.runs.image_steps` tells.
         train, validation: items of the run.
         chain: transforms of the validation section, label included.
         is_phantom: whether the data are generated.
@@ -65,6 +67,8 @@ class Source:
     metadata: dict[str, Any]
     record: dict[str, Any]
     metrics: dict[str, Any]
+    unscored: str
+    image_steps: list[dict[str, Any]]
     train: list[Item]
     validation: list[Item]
     chain: Compose
@@ -90,7 +94,8 @@ def open_source(bundle: str | Path, settings: Mapping[str, Any], overlay: str = 
         overlay: configs that the run put on top, such as ``volumes``.
 
     Raises:
-        ValueError: not a bundle, an unknown setting, a split other than the run's, or transforms without counterpart.
+        ValueError: not a bundle, an unknown setting, one that is not the run's, another split, or transforms without
+            counterpart.
         CheckpointError: there is no trained student, or it is another network's.
     """
     bundle = Path(bundle)
@@ -103,17 +108,18 @@ def open_source(bundle: str | Path, settings: Mapping[str, Any], overlay: str = 
         raise CheckpointError(
             f"There is no trained student at {model}: train the bundle, or add --set ckpt_dir=FOLDER."
         )
+    identity = runs.adopt(training, "export", settings)
+    if identity:
+        runs.adopt(inference, "inference", settings)
     student, state = inference.get_parsed_content("network_def"), load_state_dict(model)
     load_strict(student, state, model)
     output = Path(training.get_parsed_content("output_dir"))
-    record, metrics = _json(output / "run.json"), _json(output / "metrics.json")
-    data = _parser(bundle, configs["train"], {**settings, "output_dir": None}).get_parsed_content("datalist")
-    wanted = record.get("data", {}).get("split_hash", data.hash)
-    if data.hash != wanted:
-        raise ValueError(
-            f"The data found for {bundle} are not split as those of the run in {output} (split {data.hash[:12]}, not "
-            f"{wanted[:12]}): repeat the run's settings, such as --set dataset_dir=FOLDER."
-        )
+    record, metrics = runs.read_json(output / "run.json"), runs.read_json(output / "metrics.json")
+    data, unscored = training.get_parsed_content("datalist"), ""
+    if identity and record.get("run") != identity["run"]:
+        record = {}
+    if identity and metrics and metrics.get("student_sha256") != file_sha256(model):
+        metrics, unscored = {}, f"the figures in {output.name}/metrics.json are another student's"
     transforms, steps = _translated(inference)
     task = get_task(inference.get_parsed_content("task"))
     return Source(
@@ -132,6 +138,8 @@ def open_source(bundle: str | Path, settings: Mapping[str, Any], overlay: str = 
         ConfigParser.load_config_files([str(file) for file in configs["metadata"]]),
         record,
         metrics,
+        unscored,
+        runs.image_steps(inference, "preprocessing"),
         data.train,
         data.validation,
         training.get_parsed_content("validate#preprocessing"),
@@ -155,8 +163,9 @@ def _parser(bundle: Path, files: Sequence[Path], settings: Mapping[str, Any]) ->
     parser.read_config([str(file) for file in files])
     parser["bundle_root"], parser["device"] = str(bundle), "cpu"
     for key, value in settings.items():
-        if key in parser.config or key == "output_dir":
+        if key in parser.config:
             parser[key] = value
+    runs.expand(parser)
     return parser
 
 
@@ -174,16 +183,6 @@ def _translated(parser: ConfigParser) -> tuple[list[dict[str, Any]], list[dict[s
 def _resolved(parser: ConfigParser, place: str) -> Any:
     value = parser.get_parsed_content(place)
     return [float(v) if isinstance(v, float) else int(v) for v in value] if isinstance(value, tuple) else value
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: restore it, or remove it to export without it.") from error
-    return content
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:

@@ -102,6 +102,7 @@ class FineTune(TrainTask):
         if self._training.exists():
             shutil.rmtree(self._training)
         self.student.remove_leftovers()
+        self.student.copy_record(self._training / "models")
         workflow = self._workflow(data, options)
         parser = workflow.parser
         load_strict(parser.get_parsed_content("network"), load_state_dict(self.student.model), self.student.model)
@@ -134,6 +135,7 @@ class FineTune(TrainTask):
         scale, recipe = options["learning_rate_scale"], config["recipe"]
         values = {
             "bundle_root": str(folder),
+            "purpose": "serving",
             "output_dir": str(self._training / "eval"),
             "ckpt_dir": str(self._training / "models"),
             "cache_dir": str(self.cache),

@@ -15,6 +15,7 @@ from monai.transforms import Activationsd, Compose
 from amkd_monai.atomic import TEMPORARY_MARK, atomic_path
 from amkd_monai.data.readable import read_item
 from amkd_monai.data.transforms import SaveMaskd
+from amkd_monai.engines import runs
 from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES, has_suffix
 from amkd_monai.label.uncertainty import class_uncertainty, mask_uncertainty
 from amkd_monai.tasks import get_task
@@ -40,6 +41,7 @@ class ServedStudent:
         parser = ConfigParser()
         parser.read_config(str(self.bundle / "configs" / "inference.json"))
         parser["bundle_root"] = str(self.bundle)
+        runs.adopt(parser, "serving", {})
         self.task = get_task(parser.get_parsed_content("task"))
         self.device: torch.device = parser.get_parsed_content("device")
         self._network = parser.get_parsed_content("network").eval()
@@ -81,9 +83,17 @@ class ServedStudent:
             CheckpointError: the file does not fit the network; nothing has changed then.
         """
         load_strict(copy.deepcopy(self._network), load_state_dict(file), file)
-        for source, target in ((self.model, self.model.with_name("previous.pt")), (file, self.model)):
-            with atomic_path(target) as temporary:
-                shutil.copyfile(source, temporary)
+        copies = {"previous.pt": self.model, runs.RECORD: file.with_name(runs.RECORD), self.model.name: file}
+        for name, source in copies.items():
+            if source.is_file():
+                with atomic_path(self.model.with_name(name)) as temporary:
+                    shutil.copyfile(source, temporary)
+
+    def copy_record(self, folder: Path) -> None:
+        """Put the record of the student's run into a folder in which it is trained further."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if (record := self.model.with_name(runs.RECORD)).is_file():
+            shutil.copyfile(record, folder / runs.RECORD)
 
     def answer(self, image: str | Path) -> torch.Tensor:
         """Answer as offline inference does.

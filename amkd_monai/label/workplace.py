@@ -96,6 +96,9 @@ def prepare(bundles: Mapping[str, Path], work: Path) -> Path:
         origin = {"student": file_sha256(source / "models" / "model.pt")}
         record = target / "origin.json"
         if not (target / "models" / "model.pt").is_file():
+            if (source / "models" / "student.json").is_file():
+                with atomic_path(target / "models" / "student.json") as temporary:
+                    shutil.copyfile(source / "models" / "student.json", temporary)
             with atomic_path(target / "models" / "model.pt") as temporary:
                 shutil.copyfile(source / "models" / "model.pt", temporary)
             atomic_write_json(record, origin)

@@ -33,6 +33,8 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
         CheckpointError: no such file, other heads, or tensors of another shape.
     """
     if path is None:
+        if parts != "all":
+            raise ValueError(f"init_parts is '{parts}', but there is no init_from to take it from: give both.")
         return student
     if parts not in PARTS:
         raise ValueError(f"init_parts is '{parts}': use one of {', '.join(PARTS)}.")

@@ -165,13 +165,22 @@ def test_a_marker_that_says_nothing_is_refused(pristine, tmp_path, content, word
 
 
 def test_split_list_is_written(pristine, tmp_path):
-    result = datalist("kvasir_seg", str(pristine / "Kvasir-SEG"), labelled=4, split_dir=tmp_path / "run")
+    result = datalist("kvasir_seg", str(pristine / "Kvasir-SEG"), labelled=4)
+    result.write_split(tmp_path / "run")
     assert [file.name for file in (tmp_path / "run").iterdir()] == [f"split_kvasir_seg_{result.hash[:12]}.json"]
     written = json.loads((tmp_path / "run" / f"split_kvasir_seg_{result.hash[:12]}.json").read_text())
     assert written["hash"] == result.hash
     for name, items in result.sections.items():
         assert written[name] == [[item["id"], item["group"]] for item in items]
     assert str(pristine) not in json.dumps(written)
+
+
+def test_another_split_than_the_one_asked_for_is_refused(pristine):
+    folder = str(pristine / "Kvasir-SEG")
+    wanted = datalist("kvasir_seg", folder).hash
+    assert datalist("kvasir_seg", folder, split_hash=wanted).hash == wanted
+    with pytest.raises(ValueError, match=wanted[:12]):
+        datalist("kvasir_seg", folder, seed=1, split_hash=wanted)
 
 
 def test_twelve_labels_of_the_real_kvasir():

@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from amkd_monai.atomic import atomic_path
+from amkd_monai.engines.runs import is_true
 from amkd_monai.networks.initial import initialised
 from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
 
@@ -98,12 +99,15 @@ class ResumeCheckpoint:
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.objects, self.evaluator = Path(path), dict(objects), evaluator
-        self.resume = _is_true(resume)
+        self.resume = is_true(resume)
         self.distiller = distiller.module if hasattr(distiller, "module") else distiller
         self.identity = {k: str(v) for k, v in (identity or {}).items()}
+        self._state: dict[str, Any] | None = None
 
     def attach(self, engine: Engine) -> None:
-        """Restore when the run starts, save at the end of every epoch."""
+        """Check what is to be resumed; restore when the run starts, save at the end of every epoch."""
+        if self.resume:
+            self._state = self._read()
         engine.add_event_handler(Events.STARTED, self._restore)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
 
@@ -122,13 +126,11 @@ class ResumeCheckpoint:
             state["best"] = [float(best), int(epoch)]
         save_atomically(state, self.path)
 
-    def _restore(self, engine: Engine) -> None:
-        if not self.resume:
-            return
+    def _read(self) -> dict[str, Any]:
         if not self.path.is_file():
             raise CheckpointError(f"There is nothing to resume at {self.path}: start without --resume.")
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError) as error:
             raise CheckpointError(f"{self.path} is damaged: start without --resume.") from error
         differing = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
@@ -137,6 +139,12 @@ class ResumeCheckpoint:
                 f"{self.path} belongs to a run with another {', '.join(differing)}: repeat its settings, or "
                 "start without --resume."
             )
+        return state
+
+    def _restore(self, engine: Engine) -> None:
+        if self._state is None:
+            return
+        state, self._state = self._state, None
         load_strict(self.distiller, state["distiller"], self.path)
         for name, value in self.objects.items():
             value.load_state_dict(state["objects"][name])
@@ -144,14 +152,6 @@ class ResumeCheckpoint:
         if self.evaluator is not None:
             self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = state["best"]
         logger.info("resumed after epoch %d from %s", state["epoch"], self.path)
-
-
-def _is_true(flag: bool | str) -> bool:
-    """Understand what a command line gives for a switch."""
-    words = {"true": True, "1": True, "false": False, "0": False, "none": False}
-    if str(flag).lower() not in words:
-        raise ValueError(f"resume must be true or false, not '{flag}'.")
-    return words[str(flag).lower()]
 
 
 class LoadStudent:

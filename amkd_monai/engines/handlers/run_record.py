@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch.distributed as dist
@@ -21,6 +21,9 @@ import amkd_monai
 from amkd_monai.atomic import atomic_write_bytes, atomic_write_json
 from amkd_monai.distillation.interface import DistillationOutput
 from amkd_monai.memory import own_peak
+
+if TYPE_CHECKING:
+    from amkd_monai.engines.runs import Identity
 
 VERSIONED = ("torch", "monai", "pytorch-ignite", "timm", "numpy")
 
@@ -43,10 +46,18 @@ class RunRecord:
         output_dir: folder of the files.
         facts: what to record: data, split, teachers, seed, settings.
         evaluator: whose metrics enter the history.
+        identity: of the run; its folders are made this run's, and its record is written, before the first step.
     """
 
-    def __init__(self, output_dir: str | Path, facts: Mapping[str, Any], evaluator: Engine | None = None) -> None:
+    def __init__(
+        self,
+        output_dir: str | Path,
+        facts: Mapping[str, Any],
+        evaluator: Engine | None = None,
+        identity: Identity | None = None,
+    ) -> None:
         self.output_dir, self.facts, self.evaluator = Path(output_dir), dict(facts), evaluator
+        self.identity = identity
         self.rows: list[dict[str, float]] = []
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
@@ -62,6 +73,8 @@ class RunRecord:
 
     def _start(self, engine: Engine) -> None:
         self.started = time.time()
+        if self.identity is not None:  # a student that this process has validated is where the run starts from
+            self.identity.claim(keep=self.evaluator is not None and self.evaluator.state.best_metric_epoch > 0)
         if self._main():
             self.board = SummaryWriter(str(self.output_dir))
         self._write(engine, "running")
@@ -117,6 +130,7 @@ class RunRecord:
             return
         record = {
             "status": status,
+            **({} if self.identity is None else {"run": self.identity.run}),
             **self.facts,
             "epochs_done": engine.state.epoch,
             "max_epochs": engine.state.max_epochs,

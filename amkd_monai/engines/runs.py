@@ -1,0 +1,738 @@
+"""One run, one identity: what a student was made from lies next to it, and everything that uses the student reads it.
+
+A training writes ``student.json`` beside ``model.pt`` before its first step. Evaluation, inference and export take the
+settings that the student depends on from there; a setting that was given and differs is refused.
+
+MONAI builds a workflow before any expression of a config runs, so these functions, called from the configs, find the
+workflow or parser that is calling them on the stack.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import itertools
+import json
+import logging
+import os
+import re
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from pydoc import locate
+from types import FrameType
+from typing import Any, TypeVar
+
+import ignite.distributed as idist
+from filelock import FileLock, Timeout
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
+
+from amkd_monai.atomic import atomic_write_json
+from amkd_monai.data.datalist import Datalist, find_dataset_dir
+from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS
+from amkd_monai.tasks import get_task
+from amkd_monai.weights import CheckpointError, file_sha256
+
+logger = logging.getLogger("amkd_monai")
+
+RECORD = "student.json"
+VERSION = 1
+STUDENT = "model.pt"
+CHECKPOINT = "distillation.pt"
+PREVIOUS = "previous"
+LOCK = ".running"
+PLACES = ["bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "cache_dir", "weights_dir", "init_from", "resume_dir"]
+RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html", "teachers.csv", "teachers.svg"]
+RESULTS += ["transfer.csv", TEACHERS, FEATURES, PREVIEWS, "split_*.json", "events.out.tfevents.*"]
+"""What a run leaves in its output folder."""
+
+_NOT_OF_A_STUDENT = {"task", "split_hash", "seed", "device", "encoder_weights", "settings", *PLACES}
+_NOT_OF_A_NETWORK = ("weights", "seed", "drop_path", "dropout")
+_REFERENCE = re.compile(r"@([A-Za-z_](?:\w|#|::)*)")
+_locks: dict[Path, FileLock] = {}
+
+T = TypeVar("T")
+
+
+# ----------------------------------------------------------------------------------------------------- the call
+
+
+def _stack() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _caller(kind: type[T]) -> T | None:
+    """The innermost object of a kind one of whose methods is running."""
+    return next((f.f_locals["self"] for f in _stack() if isinstance(f.f_locals.get("self"), kind)), None)
+
+
+def bundle_root(name: str) -> str:
+    """Return the folder of the bundle whose config is being read, wherever the command is started.
+
+    Args:
+        name: folder below ``bundles/``, for a parser that read its config without MONAI's commands.
+    """
+    workflow = _caller(ConfigWorkflow)
+    if workflow is not None:
+        folder = Path(workflow.config_root_path)
+    else:
+        commands = (f.f_locals for f in _stack() if f.f_globals.get("__name__") == "monai.bundle.scripts")
+        files = next((file for names in commands if (file := names.get("config_file_"))), None)
+        if files is None:
+            return "." if Path("configs/metadata.json").is_file() else f"bundles/{name}"
+        folder = Path(files if isinstance(files, str) else files[0]).parent
+    return str(folder.parent if folder.name == "configs" else folder)
+
+
+def check(purpose: str) -> None:
+    """Refuse options that do not exist, then take the student's settings from its record.
+
+    Call it first in ``initialize``; it starts nothing and reads a few small files.
+
+    Args:
+        purpose: ``training``, or one of :func:`adopt`.
+
+    Raises:
+        ValueError: an unknown option, or one that differs from what the student was trained with.
+    """
+    workflow = _caller(ConfigWorkflow)
+    if workflow is None:
+        return
+    parser, (content, given) = workflow.parser, _given(workflow)
+    for key in given:
+        _check_option(key, content)
+    expand(parser)
+    parser["bundle_root"] = parser.get_parsed_content("bundle_root")  # while the workflow is on the stack
+    if purpose != "training":
+        adopt(parser, purpose, given)
+
+
+def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of the config files, and what was set beyond them.
+
+    Where a workflow is built by its class alone, the files are those of its folder, and what differs was given.
+    """
+    parser = workflow.parser
+    tracked = {key: None for settings in DEFAULT_EXP_MGMT_SETTINGS.values() for key in settings["configs"]}
+    for frame in _stack():
+        if frame.f_code.co_name == "create_workflow" and frame.f_globals.get("__name__") == "monai.bundle.scripts":
+            arguments = dict(frame.f_locals["_args"])
+            content = ConfigParser.load_config_files(frame.f_locals["config_file"])
+            if tracking := arguments.get("tracking"):
+                if not (isinstance(tracking, str) and tracking in DEFAULT_EXP_MGMT_SETTINGS):
+                    tracked |= ConfigParser.load_config_files(tracking)["configs"]
+                content |= {key: value for key, value in tracked.items() if key not in content}
+            own = inspect.signature(ConfigWorkflow.__init__).parameters
+            return content, {k.replace("::", "#"): v for k, v in arguments.items() if k not in own}
+    files = sorted(workflow.config_root_path.glob("*.json"), key=lambda f: f.stem not in ("train", "inference"))
+    contents = [ConfigParser.load_config_file(file) for file in files if not file.stem.endswith("metadata")]
+    given = {
+        key: value
+        for key, value in parser.config.items()
+        if key != ConfigParser.meta_key and all(value != content.get(key, content) for content in contents)
+    }
+    known: dict[str, Any] = {**tracked, **{name.split("#")[0]: None for name in _references(parser.config)}}
+    for content in contents:
+        known |= {key: value for key, value in content.items() if "#" not in key}
+        known |= content.get("configs", {})
+    for name, section in parser.config.items():
+        if isinstance(section, dict) and isinstance(of_files := known.get(name), dict):
+            given |= {f"{name}#{key}": value for key, value in section.items() if key not in of_files}
+    return known, given
+
+
+def _check_option(key: str, content: Mapping[str, Any]) -> None:
+    """Refuse an option that names nothing in the configs; what lies in plain data is judged by whatever reads it."""
+    at: Any = content
+    for depth, part in enumerate(key.split("#")):
+        names: list[str]
+        if isinstance(at, dict) and part not in at:
+            names = list(at)
+            if "_target_" in at:
+                accepted = _arguments(at["_target_"])
+                if accepted is None or part in accepted:
+                    return
+                names = [*names, *accepted]
+            elif depth and not any(isinstance(v, dict) and "_target_" in v for v in at.values()):
+                return
+        elif isinstance(at, list) and not (part.isdecimal() and int(part) < len(at)):
+            names = [str(number) for number in range(len(at))]
+        elif isinstance(at, (dict, list)):
+            at = at[part] if isinstance(at, dict) else at[int(part)]
+            continue
+        else:
+            return
+        above = "#".join(key.split("#")[:depth])
+        nearest = difflib.get_close_matches(part, [n for n in names if not n.startswith("_")], 1, cutoff=0.5)
+        meant = "#".join(filter(None, (above, nearest[0]))) if nearest else ""
+        hint = f"did you mean --{meant}?" if meant else "see the top of the config for its options."
+        raise ValueError(f"There is no option --{key} in this config: {hint}")
+
+
+def _arguments(target: str) -> list[str] | None:
+    """Names of the arguments of what a config builds; None where all are taken or it is MONAI's to find."""
+    found = locate(target) if "." in target else None
+    if found is None:
+        return None
+    try:
+        parameters = inspect.signature(found).parameters  # type: ignore[arg-type]
+    except ValueError:  # of some built-in functions
+        return None
+    open_end = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return None if open_end else list(parameters)
+
+
+def expand(parser: ConfigParser) -> None:
+    """Expand ``~`` in every place of a config, wherever it was set."""
+    for key in PLACES:
+        value = parser.config.get(key)
+        if isinstance(value, str) and value.startswith("~"):
+            parser[key] = str(Path(value).expanduser())
+
+
+# ----------------------------------------------------------------------------------------------------- the record
+
+
+@dataclass
+class Identity:
+    """What a run is about to make a student from.
+
+    Attributes:
+        record: the content of ``student.json``.
+        places: folders of the results, the student and the checkpoint.
+        datalists: data by folder below the output folder, ``""`` for that itself.
+        resume: whether the run goes on with what lies there.
+    """
+
+    record: dict[str, Any]
+    places: dict[str, Path]
+    datalists: dict[str, Datalist] = field(default_factory=dict)
+    resume: bool = False
+
+    @property
+    def run(self) -> str:
+        """Name of the run, 32 hexadecimal digits."""
+        return str(self.record["run"])
+
+    def claim(self, keep: bool = False) -> None:
+        """Make the folders this run's: set aside what an earlier run left there, and write the record.
+
+        Args:
+            keep: the student that lies there is this run's own start.
+        """
+        if idist.get_rank() != 0:
+            return
+        hold(*self.places.values())
+        if not (keep or self.resume):
+            _set_aside(self.places, self.datalists)
+        for folder, data in self.datalists.items():
+            data.write_split(self.places["output_dir"] / folder)
+        atomic_write_json(self.places["ckpt_dir"] / RECORD, self.record)
+
+
+def identity(datalist: Datalist) -> Identity:
+    """Describe the run of the config that is being read: its data, split, input, preprocessing, network and classes."""
+    parser = _caller(ConfigParser)
+    assert parser is not None, "called from a config"
+    found = Identity({}, _places(parser), {"": datalist})
+    data = datalist.describe()
+    found.record = {
+        **_head(parser),
+        "task": datalist.task.name,
+        "classes": list(datalist.task.classes),
+        "data": {**data, "root": str(datalist.root.resolve())},
+        "split": _settings(parser.config, "datalist"),
+        "settings": _settings(parser.config, "train#preprocessing", "validate#preprocessing", "network_def"),
+        "network": _network(parser.config),
+        "preprocessing": image_steps(parser, "validate#preprocessing"),
+        **_tail(found.places),
+    }
+    return found
+
+
+def shared_identity(tasks: Mapping[str, Identity], settings: Sequence[str]) -> Identity:
+    """Describe a run on several tasks.
+
+    Args:
+        tasks: identity of each task's bundle.
+        settings: top-level settings that the student depends on.
+    """
+    parser = _caller(ConfigParser)
+    assert parser is not None, "called from a config"
+    found = Identity({}, _places(parser), {name: data for name, i in tasks.items() for data in i.datalists.values()})
+    left = ("version", "run", "bundle", "output_dir", "versions")
+    found.record = {
+        **_head(parser),
+        "tasks": {name: {k: v for k, v in i.record.items() if k not in left} for name, i in tasks.items()},
+        "settings": {key: parser.config[key] for key in settings},
+        **_tail(found.places),
+    }
+    return found
+
+
+def _head(parser: ConfigParser) -> dict[str, Any]:
+    root = Path(parser.get_parsed_content("bundle_root"))
+    return {"version": VERSION, "run": uuid.uuid4().hex, "bundle": root.resolve().name}
+
+
+def _tail(places: Mapping[str, Path]) -> dict[str, Any]:
+    from amkd_monai.engines.handlers.run_record import versions
+
+    return {"output_dir": str(places["output_dir"]), "versions": versions()}
+
+
+def _places(parser: ConfigParser) -> dict[str, Path]:
+    names = ("output_dir", "ckpt_dir", "resume_dir")
+    return {name: Path(parser.get_parsed_content(name)).expanduser().resolve() for name in names}
+
+
+def _references(value: Any) -> set[str]:
+    """Ids that a piece of config refers to, such as ``image_size`` or ``train#preprocessing``."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        return set().union(*map(_references, value))
+    if not (isinstance(value, str) and value[:1] in ("$", "@")):
+        return set()
+    return {name.replace("::", "#") for name in _REFERENCE.findall(value)}
+
+
+def _settings(config: Mapping[str, Any], *roots: str) -> dict[str, Any]:
+    """Plain top-level settings that parts of a config depend on, at any remove."""
+    found: dict[str, Any] = {}
+    waiting, seen = list(roots), set(_NOT_OF_A_STUDENT)
+    while waiting:
+        if (name := waiting.pop()) in seen:
+            continue
+        seen.add(name)
+        value: Any = config
+        for part in name.split("#"):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        waiting += _references(value)
+        if name in config and name not in roots and _plain_setting(value):
+            found[name] = value
+    return {name: found[name] for name in sorted(found)}
+
+
+def _plain_setting(value: Any) -> bool:
+    return not (_references(value) or (isinstance(value, str) and value[:1] == "$")) and not (
+        isinstance(value, Mapping) and "_target_" in value
+    )
+
+
+def _network(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a student's architecture depends on, by the argument of ``network_def``."""
+    definition = config.get("network_def")
+    found = {}
+    for key, value in definition.items() if isinstance(definition, Mapping) else ():
+        if isinstance(value, str) and value.startswith("@"):
+            value = config.get(value[1:])
+        if key not in _NOT_OF_A_NETWORK and not (isinstance(value, str) and value[:1] in ("$", "@")):
+            found[key] = value
+    return found
+
+
+def image_steps(parser: ConfigParser, place: str) -> list[dict[str, Any]]:
+    """Describe what a chain of transforms does to the image, label aside.
+
+    Args:
+        parser: of the config.
+        place: the chain in it, such as ``validate#preprocessing``.
+
+    Returns:
+        One dict per transform, ``transform`` and its options.
+    """
+    steps = []
+    while isinstance(chain := parser.get(place), str) and chain.startswith("@"):
+        place = chain[1:]
+    for number, raw in enumerate(parser.get(f"{place}#transforms") or []):
+        keys = parser.get_parsed_content(f"{place}#transforms#{number}#keys") if "keys" in raw else "image"
+        keys = [keys] if isinstance(keys, str) else list(keys)
+        if "image" not in keys:
+            continue
+        step: dict[str, Any] = {"transform": raw["_target_"].rsplit(".", 1)[-1]}
+        for key in raw.keys() - {"_target_", "keys", "allow_missing_keys"}:
+            value = parser.get_parsed_content(f"{place}#transforms#{number}#{key}")
+            one_each = isinstance(value, (list, tuple)) and len(value) == len(keys) > 1
+            step[key] = value[keys.index("image")] if one_each else value
+        steps.append(_plain({key: step[key] for key in sorted(step)}))
+    return steps
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value, default=str))
+
+
+# ----------------------------------------------------------------------------------------------------- its use
+
+
+def read_record(ckpt_dir: str | Path) -> dict[str, Any] | None:
+    """Return what was recorded of the student in a folder; None where there is no record.
+
+    Raises:
+        CheckpointError: the record is damaged, or of another version.
+    """
+    file = Path(ckpt_dir) / RECORD
+    if not file.is_file():
+        return None
+    try:
+        record: dict[str, Any] = json.loads(file.read_text())
+        version = record["version"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: restore it, or train again.") from error
+    if version != VERSION:
+        raise CheckpointError(
+            f"{file} is of version {version}, this package reads {VERSION}: use the one that wrote it."
+        )
+    return record
+
+
+def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the settings that a trained student depends on into a config.
+
+    Args:
+        parser: of a config with ``ckpt_dir``; changed in place.
+        purpose: ``evaluation`` and ``export`` use the run's own data and split, ``inference`` its data if no others are
+            given, ``serving`` (answers or further training on a server's images) none of them.
+        given: settings that were given for this command; one that differs from the student's is refused.
+
+    Returns:
+        The record of the student, empty where there is none.
+
+    Raises:
+        ValueError: the student is another task's, a setting differs, or its data are gone.
+        CheckpointError: the record is damaged.
+    """
+    ckpt_dir = Path(parser.get_parsed_content("ckpt_dir"))
+    record = read_record(ckpt_dir)
+    if record is None:
+        if (ckpt_dir / STUDENT).is_file():
+            _adopt_run_record(parser, ckpt_dir, purpose, given)
+        return {}
+    config, student, scored = parser.config, ckpt_dir / STUDENT, purpose in ("evaluation", "export")
+    other = purpose == "evaluation" and is_true(config.get("other_data"))
+    entries = record.get("tasks")
+    asked, known = config.get("task"), list(entries) if entries else [record["task"]]
+    if bool(entries) != ("task_set" in config or "entry" in config) or (asked is not None and asked not in known):
+        raise ValueError(
+            f"The student {student} was trained for {', '.join(known)} (bundle {record['bundle']}), "
+            f"this config is for {asked or 'several tasks'}: open its bundle, with the overlay it was trained with, "
+            "or give another --ckpt_dir."
+        )
+    wanted = {key: value for key, value in record["settings"].items() if key != "tasks"}
+    if not entries and scored and not other:
+        wanted |= record["split"]
+    network, own = record.get("network", {}), _network(config)
+    if network and network["_target_"] != own.get("_target_"):  # a class of the user's own
+        wanted["network_def"] = network
+    elif network:
+        wanted |= {f"network_def#{key}": value for key, value in network.items() if own.get(key) != value}
+    for key, value in wanted.items():
+        if key.split("#")[0] in config and _plain(parser.get(key)) != value:
+            if any(_overlap(key, name) for name in given):
+                raise ValueError(
+                    f"{key} is {_shown(parser.get(key))}, but the student {student} was trained with {_shown(value)}: "
+                    f"leave --{key} out, or give the --ckpt_dir of another student."
+                )
+            parser[key] = value
+            logger.info("%s is %s, as the student %s was trained with", key, _shown(value), student)
+    if scored:
+        results = Path(record["output_dir"])
+        if "output_dir" not in given and _run_of(results) == record["run"] and not other:
+            parser["output_dir"] = str(results)
+    if entries:
+        _adopt_tasks(parser, record, given)
+        return record
+    _check_steps(parser, record, student)
+    if other:
+        _check_other(parser, record, given)
+    elif purpose != "serving":
+        _adopt_data(parser, record["data"], given)
+        if scored and "split_hash" in config:
+            parser["split_hash"] = record["data"]["split_hash"]
+    return record
+
+
+def _adopt_data(parser: ConfigParser, data: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Use the run's data where none were given."""
+    if not given.get("dataset_dir") and (root := _data_root(data)):
+        parser["dataset_dir"] = root
+
+
+def _data_root(data: Mapping[str, Any]) -> str | None:
+    """Where a run's data lie, None where they must be searched for.
+
+    Raises:
+        ValueError: real data are gone: phantoms would be taken in their place.
+    """
+    if Path(data["root"]).is_dir():
+        if data["phantom"]:
+            logger.warning("The student was trained on generated PHANTOMS, here are the same: %s", data["root"])
+        return str(data["root"])
+    if not data["phantom"] and find_dataset_dir(data["task"]) is None:
+        raise ValueError(f"The run's data were in {data['root']}, which is not there: give --dataset_dir.")
+    return None
+
+
+def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """The same for a shared student: each task's entry, data and split, or one task's settings for inference.
+
+    Heads that the run carried on from an earlier student are not in its record, and their entries are not checked.
+    """
+    entries, trained = record["tasks"], record["settings"]["tasks"]
+    if "entry" in parser.config:
+        task, entry = parser.config["task"], dict(parser.config["entry"])
+        settings = {k: v for k, v in entries[task]["settings"].items() if k != "encoder"}
+        for key, value in settings.items():
+            if _plain(entry.get(key, value)) != value:
+                raise ValueError(f"{key} is {_shown(entry[key])}, but {task} was trained with {_shown(value)}.")
+        parser["entry"] = {**entry, **settings}
+        return
+    named = any(_overlap("tasks", option) for option in given)
+    if not (named or "only" in given):
+        parser["only"] = list(entries)
+    tasks = {name: dict(entry) for name, entry in parser.config["tasks"].items()}
+    for name, of_task in entries.items():
+        entry, then = tasks.get(name, trained[name]), {**trained[name]}
+        for key in (entry.keys() | then.keys()) - {"dataset_dir"}:
+            if named and _plain(entry.get(key)) != then.get(key):
+                raise ValueError(
+                    f"tasks#{name}#{key} is {_shown(entry.get(key))}, but the student was trained with "
+                    f"{_shown(then.get(key))}: leave --tasks out, or give another --ckpt_dir."
+                )
+        chosen = name in (given.get("only") or entries)
+        place = entry.get("dataset_dir") if named else None
+        if place is None and chosen and not given.get("dataset_dir"):
+            place = _data_root(of_task["data"])
+        tasks[name] = {**then, "dataset_dir": place, "split_hash": of_task["data"]["split_hash"]}
+    parser["tasks"] = tasks
+
+
+def _adopt_run_record(parser: ConfigParser, ckpt_dir: Path, purpose: str, given: Mapping[str, Any]) -> None:
+    """A student without a record: its data and split are checked by ``run.json`` if that is there."""
+    unchecked = "image size, preprocessing, axes, classes and network"
+    if purpose in ("evaluation", "export") and not is_true(parser.config.get("other_data")):
+        data = read_json(Path(parser.get_parsed_content("output_dir")) / "run.json").get("data")
+        if data is None:
+            unchecked = f"data, split, {unchecked}"
+        else:
+            parser["split_hash"] = data["split_hash"]
+            _adopt_data(parser, data, given)
+    logger.warning("There is no %s in %s: %s of the student could not be checked.", RECORD, ckpt_dir, unchecked)
+
+
+def _check_steps(parser: ConfigParser, record: Mapping[str, Any], student: Path) -> None:
+    place = "preprocessing" if "preprocessing" in parser.config else "validate#preprocessing"
+    now, then = image_steps(parser, place), record["preprocessing"]
+    if record["classes"] != list(get_task(record["task"]).classes):
+        raise ValueError(
+            f"The student {student} was trained for the classes {', '.join(record['classes'])}: train again."
+        )
+    if now != then:
+        at = next(
+            (i for i, pair in enumerate(zip(now, then, strict=False)) if pair[0] != pair[1]), min(len(now), len(then))
+        )
+        found, trained = (_shown(steps[at]) if at < len(steps) else "nothing" for steps in (now, then))
+        raise ValueError(
+            f"{place} does {found} where the student {student} was trained with {trained}: restore the preprocessing "
+            "of its training."
+        )
+
+
+def _check_other(parser: ConfigParser, record: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    folder, trained = given.get("dataset_dir"), record["data"]["root"]
+    if not folder or not given.get("output_dir"):
+        raise ValueError("other_data needs --dataset_dir and an --output_dir of its own.")
+    if Path(folder).expanduser().resolve() == Path(trained):
+        raise ValueError(f"{folder} holds the data that the student was trained on: leave --other_data out.")
+
+
+def start(found: Identity, resume: bool | str = False) -> None:
+    """Start a training: lock its folders before anything is computed, and refuse those of another bundle.
+
+    Raises:
+        TimeoutError: another run works in one of the folders.
+        ValueError: the folder holds the student of another task, or the results of another run than the one resumed.
+        CheckpointError: there is nothing to resume, or it is another run's.
+    """
+    found.resume = is_true(resume)
+    if idist.get_rank() == 0:
+        hold(*found.places.values())
+    folder = found.places["ckpt_dir"]
+    old = read_record(folder)
+    if found.resume:
+        checkpoint = found.places["resume_dir"] / CHECKPOINT
+        if not checkpoint.is_file():
+            raise CheckpointError(f"There is nothing to resume at {checkpoint}: start without --resume.")
+        if old is not None:
+            _check_same(found.record, old, checkpoint)
+            found.record = {**old, "output_dir": found.record["output_dir"]}
+        results = found.places["output_dir"]
+        if (run := _run_of(results)) and old is not None and run != old["run"]:
+            raise ValueError(f"{results} holds the results of another run: give the --output_dir of the one resumed.")
+    elif old is not None and old.get("task") != found.record.get("task"):
+        raise ValueError(
+            f"{folder} holds a student of the bundle {old['bundle']}: give a --ckpt_dir of this run, or remove it."
+        )
+
+
+def _check_same(new: Mapping[str, Any], old: Mapping[str, Any], checkpoint: Path) -> None:
+    def core(record: Mapping[str, Any]) -> dict[str, Any]:
+        inner = {key: value for part in ("settings", "split") for key, value in record.get(part, {}).items()}
+        kept = {key: record.get(key) for key in ("classes", "network", "preprocessing")}
+        tasks = {name: core(of_task) for name, of_task in record.get("tasks", {}).items()}
+        return {**inner, "split_hash": record.get("data", {}).get("split_hash"), **kept, "parts": tasks}
+
+    before, now = _plain(core(old)), _plain(core(new))
+    if differing := [key for key in now if now[key] != before.get(key)]:
+        raise CheckpointError(
+            f"{checkpoint} belongs to a run with another {', '.join(differing)}: repeat its settings, or start "
+            "without --resume."
+        )
+
+
+def start_evaluation(
+    data: Datalist | Mapping[str, Datalist],
+    output_dir: str | Path,
+    ckpt_dir: str | Path,
+    other_data: bool | str = False,
+) -> None:
+    """Start an evaluation: lock its folder, and refuse to write over the figures of another run or of other data.
+
+    Raises:
+        TimeoutError: another run works in the folder.
+        ValueError: the folder holds another run, or figures of other data.
+    """
+    folder, record = Path(output_dir), read_record(ckpt_dir)
+    if idist.get_rank() != 0:
+        return
+    hold(folder)
+    if record is None:
+        return
+    run, own = _run_of(folder), "" if is_true(other_data) else record["run"]
+    metrics = read_json(folder / "metrics.json")
+    scored, split = metrics.get("data", {}).get("split_hash"), getattr(data, "hash", None)
+    if (run and run != own) or (metrics.get("run") or record["run"]) != record["run"]:
+        raise ValueError(
+            f"{folder} holds the results of another run than the student in {ckpt_dir}: give its --ckpt_dir, or an "
+            "--output_dir of its own."
+        )
+    if scored and split and scored != split:
+        raise ValueError(f"{folder} holds figures of other data ({scored[:12]}, not {split[:12]}): give --output_dir.")
+
+
+def evaluated(data: Datalist, ckpt_dir: str | Path) -> dict[str, Any]:
+    """Return the facts of a report: the data, and which student of which run was scored."""
+    student = Path(ckpt_dir) / STUDENT
+    record = read_record(ckpt_dir) or {}
+    digest = file_sha256(student) if student.is_file() else None
+    return {"data": data.describe(), "student": str(student), "student_sha256": digest, "run": record.get("run")}
+
+
+def end(*folders: str | Path | Identity) -> None:
+    """Let others use the folders of a run again."""
+    for folder in folders:
+        for place in folder.places.values() if isinstance(folder, Identity) else [Path(folder).resolve()]:
+            if (lock := _locks.pop(place, None)) is not None:
+                lock.release()
+
+
+# ----------------------------------------------------------------------------------------------------- folders
+
+
+def hold(*folders: Path) -> None:
+    """Lock folders for this process; the kernel frees the locks of a process that is killed.
+
+    Raises:
+        TimeoutError: another process works in one of them.
+    """
+    taken: list[Path] = []
+    for folder in dict.fromkeys(f.expanduser().resolve() for f in folders):
+        if folder in _locks:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            end(*taken)
+            raise TimeoutError(
+                f"Another run works in {folder}: wait for its end, or give another --output_dir and --ckpt_dir."
+            ) from None
+        except NotImplementedError:
+            logger.warning("The disk of %s knows no locks: a second run in it would not be noticed.", folder)
+            continue
+        _locks[folder] = lock
+        taken.append(folder)
+
+
+def _set_aside(places: Mapping[str, Path], tasks: Mapping[str, Any]) -> None:
+    """Move what an earlier run left into ``previous/<run>``; interrupted, both places hold files of that run alone."""
+    student, results, checkpoint = places["ckpt_dir"], places["output_dir"], places["resume_dir"]
+    found = [(student, RECORD), (student, STUDENT), (checkpoint, CHECKPOINT)]
+    found += [(results, f"{task}/{pattern}".lstrip("/")) for task in {"", *tasks} for pattern in RESULTS]
+    files = [(base, file) for base, pattern in found for file in sorted(base.glob(pattern))]
+    files = [(b, f) for b, f in files if not ("tfevents" in f.name and f".{os.getpid()}." in f.name)]  # this run's
+    if not files:
+        return
+    old = (read_record(student) or {}).get("run") or _run_of(results) or f"{files[0][1].stat().st_mtime_ns:x}"
+    for base, file in files:
+        folder = next(
+            f
+            for n in itertools.count()
+            if not (f := base / PREVIOUS / _numbered(old[:12], n) / file.relative_to(base)).exists()
+        )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(folder)
+    logger.info("what an earlier run left is now in %s", student / PREVIOUS / old[:12])
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name}-{number}" if number else name
+
+
+def _run_of(folder: Path) -> str:
+    return str(read_json(folder / "run.json").get("run") or "")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file of a run; a missing one is empty.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: restore it, or remove it.") from error
+    return content
+
+
+def _overlap(key: str, name: str) -> bool:
+    return key == name or key.startswith(f"{name}#") or name.startswith(f"{key}#")
+
+
+def is_true(flag: bool | str | None) -> bool:
+    """Understand what a command line gives for a switch.
+
+    Raises:
+        ValueError: it is neither true nor false.
+    """
+    words = {"true": True, "1": True, "false": False, "0": False, "none": False}
+    if str(flag).lower() not in words:
+        raise ValueError(f"A switch is true or false, not '{flag}'.")
+    return words[str(flag).lower()]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) < 200 else f"{text[:197]}..."
