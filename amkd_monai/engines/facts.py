@@ -18,6 +18,7 @@ def run_facts(
     targets: TeacherTargets,
     recipe: Recipe,
     train: DecodedDataset,
+    validation: DecodedDataset,
     student: nn.Module,
     seed: int,
     gate: str,
@@ -32,7 +33,7 @@ def run_facts(
     return {
         "is_test": any(teacher.get("random_weights") for teacher in teachers),
         "data": datalist.describe(),
-        "skipped_samples": train.skipped,
+        "skipped_samples": {"train": train.skipped, "validation": validation.skipped},
         "training_samples": len(train),
         "labelled_samples": int(train.has_label.sum()),
         "distillation": targets.record if targets.record["teachers"] else "none: the undistilled student",

@@ -628,12 +628,19 @@ def start_evaluation(
         raise ValueError(f"{folder} holds figures of other data ({scored[:12]}, not {split[:12]}): give --output_dir.")
 
 
-def evaluated(data: Datalist, ckpt_dir: str | Path) -> dict[str, Any]:
-    """Return the facts of a report: the data, and which student of which run was scored."""
+def evaluated(data: Datalist, ckpt_dir: str | Path, skipped: Sequence[Mapping[str, str]] = ()) -> dict[str, Any]:
+    """Return the facts of a report: the data, which student of which run was scored, and which cases were left out.
+
+    Args:
+        data: of the evaluation.
+        ckpt_dir: folder of the student.
+        skipped: see :class:`amkd_monai.data.readable.ReadableLoader`; filled while the evaluation runs.
+    """
     student = Path(ckpt_dir) / STUDENT
     record = read_record(ckpt_dir) or {}
     digest = file_sha256(student) if student.is_file() else None
-    return {"data": data.describe(), "student": str(student), "student_sha256": digest, "run": record.get("run")}
+    described = {"data": data.describe(), "skipped_samples": skipped}
+    return {**described, "student": str(student), "student_sha256": digest, "run": record.get("run")}
 
 
 def end(*folders: str | Path | Identity) -> None:

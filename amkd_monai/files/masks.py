@@ -136,7 +136,7 @@ def _is_grey_scale(grey: np.ndarray) -> bool:
     bright = grey >= BRIGHT
     between = (grey > levels[0] + LARGEST_INDEX) & ~bright
     allowed = STRAY * np.count_nonzero(grey > OPAQUE)
-    return np.count_nonzero(between) <= allowed or np.count_nonzero(between & ~_near(bright, BLOCK)) <= allowed
+    return bool(np.count_nonzero(between) <= allowed or (between & ~_near(bright, BLOCK)).sum() <= allowed)
 
 
 def _near(inside: np.ndarray, side: int) -> np.ndarray:

@@ -76,7 +76,7 @@ def test_corrupt_image_can_be_skipped_and_is_listed(tmp_path, polyps):
     victim = data / "images" / f"{name}.jpg"
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
     run("kvasir_seg", ("train",), {**values, "on_bad_sample": "skip"})
-    assert read_json(tmp_path / "eval" / "run.json")["skipped_samples"] == [name]
+    assert read_json(tmp_path / "eval" / "run.json")["skipped_samples"]["train"] == [name]
 
 
 def test_mask_of_another_size(tmp_path, polyps):
