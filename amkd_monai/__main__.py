@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from amkd_monai.terminal import CommandParser, logger, set_verbosity
+from amkd_monai.terminal import CommandParser, logger, print_any_name, set_verbosity
 
 
 def _teachers(arguments: argparse.Namespace) -> int:
@@ -30,8 +30,6 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from amkd_monai.metrics.compare import compare_runs, evaluated_task, format_comparison
 
     reference = Path(arguments.reference) / "per_case.csv"
@@ -53,9 +51,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     teachers = commands.add_parser("teachers", help="which teachers are usable here, and how to get the others")
-    teachers.add_argument(
-        "--weights_dir", type=os.path.expanduser, help="folder of weight files (default: $AMKD_WEIGHTS, then weights/)"
-    )
+    teachers.add_argument("--weights_dir", help="folder of weight files (default: $AMKD_WEIGHTS, then weights/)")
     teachers.set_defaults(run=_teachers)
 
     fetch = commands.add_parser("fetch", help="download a teacher's weights from the Hugging Face hub")
@@ -84,7 +80,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; an expected error is printed as one sentence and gives exit code 1."""
+    print_any_name()
     arguments = parser().parse_args(argv)
+    for name, value in vars(arguments).items():
+        if isinstance(value, str) and value.startswith("~"):  # --option=~/folder, which no shell expands
+            setattr(arguments, name, str(Path(value).expanduser()))
     set_verbosity(getattr(arguments, "verbosity", "normal"))
     try:
         return int(arguments.run(arguments))

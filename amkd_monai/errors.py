@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
+from amkd_monai.terminal import print_any_name
+
 EXPECTED = (ValueError, OSError, FloatingPointError, TimeoutError)
 """What bad input raises; CheckpointError is a RuntimeError and is recognised by its module."""
 
@@ -32,8 +34,9 @@ def report_plainly() -> None:
     """End an interrupted run with one sentence instead of the frames of a config's resolution.
 
     Configs wrap every error in their own; this installs a ``sys.excepthook`` that prints this package's sentence alone
-    where there is one, and any other error in full. The exit code stays 1.
+    where there is one, and any other error in full. The exit code stays 1. File names of any bytes can be printed.
     """
+    print_any_name()
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

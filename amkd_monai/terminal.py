@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,6 +33,13 @@ def set_verbosity(verbosity: str) -> None:
     if verbosity == "verbose":
         logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     logger.setLevel(_LEVELS[verbosity])
+
+
+def print_any_name() -> None:
+    """Let both streams print names that their encoding lacks, escaped instead of with an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def is_quiet() -> bool:

@@ -150,7 +150,7 @@ def find_dataset_dir(task: str, dataset_dir: str | Path | None = None) -> tuple[
         return given, "argument"
     if root := os.environ.get("AMKD_DATA_ROOT"):
         root = str(Path(root).expanduser())
-        if not Path(root).is_dir():
+        if not Path(root := str(Path(root).expanduser())).is_dir():
             raise FileNotFoundError(f"AMKD_DATA_ROOT names {root}, which is not there: correct or unset it.")
         if (Path(root) / folder).is_dir():
             return Path(root) / folder, "environment"

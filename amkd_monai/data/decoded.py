@@ -85,7 +85,7 @@ class DecodedImages(Dataset):
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        index = json.loads((self.directory / "index.json").read_text())
+        index = json.loads((self.directory / "index.json").read_text(encoding="utf-8"))
         self.ids: list[str] = index["ids"]
         self.cases: list[str] = index["cases"]
         self.groups: list[str] = index["groups"]

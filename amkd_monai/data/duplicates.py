@@ -14,6 +14,7 @@ import numpy as np
 from amkd_monai.atomic import atomic_write_json
 from amkd_monai.data.content import content_hashes
 from amkd_monai.data.splits import Item
+from amkd_monai.files.pictures import opened, to_rgb, upright
 from amkd_monai.terminal import progress
 
 logger = logging.getLogger("amkd_monai")
@@ -82,11 +83,12 @@ def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None)
 
 def _hash(path: str) -> str:
     import imagehash
-    from PIL import Image
 
-    with Image.open(path) as image:
+    with opened(path) as image:
         image.draft("L", (8 * HASH_SIZE, 8 * HASH_SIZE))
-        bits = imagehash.phash(image.convert("L"), hash_size=HASH_SIZE).hash
+        shown = upright(image)
+    grey = (to_rgb(shown) if shown.mode[0] in "IF" else shown).convert("L")
+    bits = imagehash.phash(grey, hash_size=HASH_SIZE).hash
     return np.packbits(bits.ravel()).tobytes().hex()
 
 

@@ -15,7 +15,7 @@ from monai.utils import ensure_tuple
 from torch import Tensor
 
 from amkd_monai.files.masks import IGNORED, MaskCodes, read_mask
-from amkd_monai.files.names import expanded, file_id
+from amkd_monai.files.names import expanded, file_id, file_of
 from amkd_monai.files.pictures import read_picture, write_png
 from amkd_monai.files.steps import disc_box, squared
 from amkd_monai.files.volumes import CT_VALUES, Grid, ct_range, read_label_volume, read_volume, write_mask_volume
@@ -142,7 +142,9 @@ load_rgb, load_mask, load_volume = LoadPictured, LoadMaskd, LoadVolumed
 def _file_of(data: Mapping[Hashable, Any], key: str) -> Any:
     """Path of an image, loaded or not; None if there is none."""
     value = data.get(key)
-    return value.meta.get(FILENAME) if isinstance(value, MetaTensor) else value
+    if isinstance(value, MetaTensor):
+        return value.meta.get(FILENAME)
+    return value if isinstance(value, (str, Path)) else None
 
 
 class CtWindowd(MapTransform):
@@ -269,8 +271,8 @@ class SaveMaskd(MapTransform):
             folder = expanded(self.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             if mask.ndim == 2:
-                write_png(folder / f"{name}_mask.png", (mask > 0).astype(np.uint8) * 255)
+                write_png(file_of(folder, f"{name}_mask.png"), (mask > 0).astype(np.uint8) * 255)
             else:
                 affine = np.asarray(data[self.image_key].meta["original_affine"], float)
-                write_mask_volume(folder / f"{name}_mask.nii.gz", mask, Grid(mask.shape, affine), source)
+                write_mask_volume(file_of(folder, f"{name}_mask.nii.gz"), mask, Grid(mask.shape, affine), source)
         return dict(data)

@@ -383,7 +383,7 @@ def read_record(ckpt_dir: str | Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        record: dict[str, Any] = json.loads(file.read_text())
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version = record["version"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: restore it, or train again.") from error
@@ -718,7 +718,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content: dict[str, Any] = json.loads(file.read_text())
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: restore it, or remove it.") from error
     return content

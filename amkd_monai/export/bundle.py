@@ -116,11 +116,12 @@ def _write_texts(source: Source, folder: Path, name: str, facts: dict[str, Any])
     _dump(folder / "configs" / "metadata.json", metadata(source, facts))
     _dump(folder / "configs" / "predict.json", predict_config(source, facts))
     _dump(folder / "docs" / "export.json", facts)
-    (folder / "docs" / "README.md").write_text(model_card(source, facts, name, image_text(source)))
+    (folder / "docs" / "README.md").write_text(model_card(source, facts, name, image_text(source)), encoding="utf-8")
     version = source.metadata["version"]
     (folder / "CHANGELOG.md").write_text(
         f"# Changelog\n\n## {version}\n\nStudent exported from the bundle {source.bundle.resolve().name} by amkd_monai "
-        f"{amkd_monai.__version__}.\n"
+        f"{amkd_monai.__version__}.\n",
+        encoding="utf-8",
     )
     for place in ("LICENSE", "docs/data_license.txt", "configs/logging.conf"):
         shutil.copyfile(source.bundle / place, folder / place)
@@ -129,11 +130,11 @@ def _write_texts(source: Source, folder: Path, name: str, facts: dict[str, Any])
 def _write_digests(folder: Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     lines = [f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
-    (folder / "SHA256SUMS").write_text("".join(lines))
+    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
 
 
 def _dump(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def inference_config(source: Source) -> dict[str, Any]:

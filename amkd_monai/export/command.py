@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -54,7 +55,7 @@ def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
         try:
             settings[key] = json.loads(value)
         except json.JSONDecodeError:
-            settings[key] = value
+            settings[key] = str(Path(value).expanduser()) if value.startswith("~") else value
     return settings
 
 

@@ -21,6 +21,7 @@ from amkd_monai.files.names import (
     VOLUME_SUFFIXES,
     expanded,
     file_id,
+    file_of,
     has_suffix,
     images_to_predict,
     is_prediction,
@@ -216,9 +217,9 @@ def _predict_one(predictor: Predictor, item: Input, folder: Path, rows: list[lis
     if predictor.config["dimensions"] == 3:
         volume, grid = read_volume(item.path, item.slices)
         mask = predictor.mask(volume[None], grid)
-        write_mask_volume(folder / f"{item.id}_mask.nii.gz", mask, grid, None if item.slices else item.path)
+        write_mask_volume(file_of(folder, f"{item.id}_mask.nii.gz"), mask, grid, None if item.slices else item.path)
         grey, outline = (np.rot90(plane) for plane in middle_slice(grey_levels(volume), mask))
-        outputs.write_overlay(folder / f"{item.id}_overlay.png", np.repeat(grey[..., None], 3, -1), outline)
+        outputs.write_overlay(file_of(folder, f"{item.id}_overlay.png"), np.repeat(grey[..., None], 3, -1), outline)
         return
     picture = read_picture(item.path)
     image = picture.transpose(2, 0, 1).astype(np.float32)
@@ -226,11 +227,11 @@ def _predict_one(predictor: Predictor, item: Input, folder: Path, rows: list[lis
         answer = predictor.classes(image)
         found = predictor.config["classes"][int(answer.argmax())]
         rows.append([item.id, found, *(f"{v:.6f}" for v in answer)])
-        outputs.write_captioned(folder / f"{item.id}_overlay.png", picture, f"{found}  {answer.max():.2f}")
+        outputs.write_captioned(file_of(folder, f"{item.id}_overlay.png"), picture, f"{found}  {answer.max():.2f}")
         return
     mask = predictor.mask(image)
-    write_png(folder / f"{item.id}_mask.png", (mask > 0).astype(np.uint8) * 255)
-    outputs.write_overlay(folder / f"{item.id}_overlay.png", picture, mask)
+    write_png(file_of(folder, f"{item.id}_mask.png"), (mask > 0).astype(np.uint8) * 255)
+    outputs.write_overlay(file_of(folder, f"{item.id}_overlay.png"), picture, mask)
 
 
 def _write_rows(path: Path, classes: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -13,6 +13,7 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose
 from torch import nn
 
+from amkd_monai.data.readable import read_item
 from amkd_monai.data.splits import Item
 from amkd_monai.engines import runs
 from amkd_monai.export import translate
@@ -76,7 +77,7 @@ class Source:
 
     def case(self, item: Item) -> Case:
         """Load one item."""
-        data = self.chain(dict(item))
+        data = read_item(item, self.chain)
         image = np.asarray(data["image"], np.float32)
         batch = image[None] if self.task.dimensions == 2 else np.moveaxis(image, 0, 1)
         if self.task.is_classification:

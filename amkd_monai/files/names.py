@@ -53,6 +53,11 @@ def file_id(file: Path) -> str:
     return _printable(file.name[: len(file.name) - len(suffix)])
 
 
+def file_of(folder: Path, name: str) -> Path:
+    """Return a file of a folder whose name is made from an id, under locales without its letters too."""
+    return folder / os.fsdecode(name.encode())
+
+
 def _printable(name: str) -> str:
     name = os.fsencode(name).decode("utf-8", "surrogateescape")
     return "".join(f"%{ord(c) & 0xFF:02X}" if "\udc80" <= c <= "\udcff" or c < " " or c == "\x7f" else c for c in name)

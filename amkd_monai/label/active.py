@@ -53,7 +53,7 @@ class UncertaintyScores:
     def _read(self, identity: str) -> dict[str, float]:
         if not self.file.is_file():
             return {}
-        content = json.loads(self.file.read_text())
+        content = json.loads(self.file.read_text(encoding="utf-8"))
         scores: dict[str, float] = content["scores"] if content["student"] == identity else {}
         return scores
 

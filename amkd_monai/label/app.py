@@ -37,7 +37,7 @@ class StudentApp(MONAILabelApp):
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         self.work = Path(app_dir)
-        names = json.loads((self.work / "models.json").read_text())
+        names = json.loads((self.work / "models.json").read_text(encoding="utf-8"))
         self.students = {name: ServedStudent(self.work / "model" / name) for name in names}
         self.scores = {
             name: UncertaintyScores(student, student.bundle / "uncertainty.json")
@@ -64,7 +64,8 @@ class StudentApp(MONAILabelApp):
         """Each student as a model."""
         return {
             name: StudentInferTask(
-                student, json.loads((student.bundle / "configs" / "metadata.json").read_text())["description"]
+                student,
+                json.loads((student.bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))["description"],
             )
             for name, student in self.students.items()
         }

@@ -62,7 +62,7 @@ class FineTune(TrainTask):
         """Return the result of the last fine-tuning, if the student served is the one that it left."""
         if not self._record.is_file() or not self.student.model.is_file():
             return {}
-        result: dict[str, Any] = json.loads(self._record.read_text())
+        result: dict[str, Any] = json.loads(self._record.read_text(encoding="utf-8"))
         return result if result.get("student") == self.student.identity() else {}
 
     def check(self, request: dict[str, Any], datastore: Datastore) -> tuple[dict[str, Any], Datalist]:
@@ -131,7 +131,7 @@ class FineTune(TrainTask):
 
     def _workflow(self, data: Datalist, options: dict[str, Any]) -> ConfigWorkflow:
         folder = self.student.bundle
-        config = json.loads((folder / "configs" / "train.json").read_text())
+        config = json.loads((folder / "configs" / "train.json").read_text(encoding="utf-8"))
         scale, recipe = options["learning_rate_scale"], config["recipe"]
         values = {
             "bundle_root": str(folder),

@@ -148,7 +148,7 @@ def read_class(label: Path) -> str:
         ValueError: the file holds something else.
     """
     try:
-        return str(json.loads(label.read_text())["class"])
+        return str(json.loads(label.read_text(encoding="utf-8"))["class"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError('a class label must be JSON such as {"class": "melanoma"}.') from error
 

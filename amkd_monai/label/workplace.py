@@ -102,7 +102,7 @@ def prepare(bundles: Mapping[str, Path], work: Path) -> Path:
             with atomic_path(target / "models" / "model.pt") as temporary:
                 shutil.copyfile(source / "models" / "model.pt", temporary)
             atomic_write_json(record, origin)
-        elif json.loads(record.read_text()) != origin:
+        elif json.loads(record.read_text(encoding="utf-8")) != origin:
             logger.warning("%s has a new student; remove %s to serve that one.", source, target)
     atomic_write_json(work / "models.json", list(bundles))
     atomic_write_bytes(work / "main.py", MAIN)

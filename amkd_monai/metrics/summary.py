@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from amkd_monai.atomic import atomic_write_bytes
+from amkd_monai.files.names import file_of
 from amkd_monai.metrics.classification import (
     class_metrics,
     confusion_matrix,
@@ -39,7 +40,7 @@ Row = dict[str, Any]
 
 def preview_file(output_dir: str | Path, case: str) -> Path:
     """File of the preview of a case."""
-    return Path(output_dir) / PREVIEWS / (re.sub(r"[^\w.()-]+", "_", case) + ".npz")
+    return file_of(Path(output_dir) / PREVIEWS, re.sub(r"[^\w.()-]+", "_", case) + ".npz")
 
 
 def summarise(rows: Sequence[Row], metrics: Sequence[str] = ("dice", "iou", "nsd", "hd95")) -> dict[str, Any]:
