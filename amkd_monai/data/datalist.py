@@ -27,6 +27,7 @@ from amkd_monai.data.phantoms.tools import is_phantom
 from amkd_monai.data.splits import Item, SplitOptions, few_labels
 from amkd_monai.data.splits import split_hash as hash_of_split
 from amkd_monai.data.stand_in import stand_in_note
+from amkd_monai.files.names import DataProblems
 from amkd_monai.tasks import Task, get_task
 
 logger = logging.getLogger("amkd_monai")
@@ -82,6 +83,17 @@ class Datalist:
             "test": self.test,
             "unlabelled": self.unlabelled,
         }
+
+    def checked(self, on_bad_sample: str) -> Datalist:
+        """Return the same, after a look at what the layout found wrong in any section.
+
+        Raises:
+            DataProblems: items cannot be used, and ``on_bad_sample`` is "stop".
+        """
+        problems = [item["problem"] for items in self.sections.values() for item in items if "problem" in item]
+        if problems and on_bad_sample == "stop":
+            raise DataProblems(problems)
+        return self
 
     @property
     def hash(self) -> str:

@@ -50,6 +50,8 @@ RESULTS += ["transfer.csv", TEACHERS, FEATURES, PREVIEWS, "split_*.json", "event
 """What a run leaves in its output folder."""
 
 _NOT_OF_A_STUDENT = {"task", "split_hash", "seed", "device", "encoder_weights", "settings", *PLACES}
+_OF_LABELS = ("codes", "classes")
+"""Options of transforms that load an image and its label, which only the label depends on."""
 _NOT_OF_A_NETWORK = ("weights", "seed", "drop_path", "dropout")
 _REFERENCE = re.compile(r"@([A-Za-z_](?:\w|#|::)*)")
 _locks: dict[Path, FileLock] = {}
@@ -357,7 +359,7 @@ def image_steps(parser: ConfigParser, place: str) -> list[dict[str, Any]]:
         if "image" not in keys:
             continue
         step: dict[str, Any] = {"transform": raw["_target_"].rsplit(".", 1)[-1]}
-        for key in raw.keys() - {"_target_", "keys", "allow_missing_keys"}:
+        for key in raw.keys() - {"_target_", "keys", "allow_missing_keys", *_OF_LABELS}:
             value = parser.get_parsed_content(f"{place}#transforms#{number}#{key}")
             one_each = isinstance(value, (list, tuple)) and len(value) == len(keys) > 1
             step[key] = value[keys.index("image")] if one_each else value
@@ -489,7 +491,7 @@ def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping
     entries, trained = record["tasks"], record["settings"]["tasks"]
     if "entry" in parser.config:
         task, entry = parser.config["task"], dict(parser.config["entry"])
-        settings = {k: v for k, v in entries[task]["settings"].items() if k != "encoder"}
+        settings = {k: v for k, v in entries[task]["settings"].items() if k not in ("encoder", "mask_codes")}
         for key, value in settings.items():
             if _plain(entry.get(key, value)) != value:
                 raise ValueError(f"{key} is {_shown(entry[key])}, but {task} was trained with {_shown(value)}.")

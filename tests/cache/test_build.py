@@ -109,7 +109,7 @@ def test_whatever_changes_the_features_has_a_store_of_its_own(items, tmp_path):
     stores.append(cache_teacher(resized, decoded(items, cache), cache))
     stores.append(cache_teacher(CountingTeacher(), decoded(items[:5], cache), cache))
     stores.append(cache_teacher(CountingTeacher(), decoded(items[::-1], cache), cache))
-    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(items[0]["image"])
+    Image.fromarray(np.arange(768, dtype=np.uint16).reshape(16, 16, 3).astype(np.uint8)).save(items[0]["image"])
     changed = CountingTeacher()
     stores.append(cache_teacher(changed, decoded(items, cache), cache))
     assert changed.seen == 1  # the other images and the shapes are known

@@ -125,7 +125,7 @@ def test_verify_says_what_it_could_not_compare(items, tmp_path, capsys, monkeypa
 
 def test_prune_removes_what_no_run_can_use(items, tmp_path, capsys):
     stale = cached(items, tmp_path)
-    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(items[0]["image"])
+    Image.fromarray(np.arange(768, dtype=np.uint16).reshape(16, 16, 3).astype(np.uint8)).save(items[0]["image"])
     kept = cached(items, tmp_path)  # the image of item 0 is another one under the same name
     os.utime(stale.directory / "store.json", (1, 1))
     half = toy_store.open_store(tmp_path / "half-00")

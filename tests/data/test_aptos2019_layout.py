@@ -9,8 +9,7 @@ from helpers import shared_data
 from PIL import Image
 
 from amkd_monai.data.aptos2019 import find_items, inference_items, split
-from amkd_monai.data.phantoms import write_painted
-from amkd_monai.data.phantoms.aptos2019 import paint_aptos2019
+from amkd_monai.data.phantoms import write_aptos2019
 from amkd_monai.data.splits import SplitOptions
 from amkd_monai.data.transforms import CropFundusd
 from amkd_monai.files.steps import disc_box
@@ -18,10 +17,7 @@ from amkd_monai.files.steps import disc_box
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    def paint(folder):
-        paint_aptos2019(folder, count=25, unlabelled=2, height=40)
-
-    return write_painted("aptos2019", paint, tmp_path_factory.mktemp("aptos"))
+    return write_aptos2019(tmp_path_factory.mktemp("aptos"), count=25, unlabelled=2, height=40)
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import pytest
 from helpers import shared_data
 
 from amkd_monai.data import isic2017, isic2017_lesion
-from amkd_monai.data.phantoms import write_painted
-from amkd_monai.data.phantoms.isic2017 import paint_isic2017
+from amkd_monai.data.phantoms import write_isic2017
 from amkd_monai.data.splits import SplitOptions
 
 TRAINING = "ISIC-2017_Training_Part3_GroundTruth.csv"
@@ -14,10 +13,7 @@ TRAINING = "ISIC-2017_Training_Part3_GroundTruth.csv"
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    def paint(folder):
-        paint_isic2017(folder, counts=(15, 6, 6), height=32)
-
-    return write_painted("isic2017", paint, tmp_path_factory.mktemp("isic"))
+    return write_isic2017(tmp_path_factory.mktemp("isic"), counts=(15, 6, 6), height=32)
 
 
 @pytest.fixture

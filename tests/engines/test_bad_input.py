@@ -62,7 +62,7 @@ def test_corrupt_image_leaves_earlier_caches_and_checkpoints_intact(tmp_path, po
     victim = data / "images" / f"{first_training_id(tmp_path)}.jpg"
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
     text = sentence("kvasir_seg", tmp_path, data)
-    assert victim.name in text and "replace or remove" in text
+    assert victim.name in text and "replace the file" in text
     after = snapshot(tmp_path / "cache") | snapshot(tmp_path / "models")
     kept = {p: s for p, s in before.items() if p.name != "content_hashes.json"}
     assert kept.items() <= after.items()

@@ -39,7 +39,12 @@ def test_torchrun_with_two_ranks(bundle, options, tmp_path):
     ]
     command += ["run", "training", "--config_file", f"[{configs}]", *arguments]
     ended = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=400
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=400,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     record = read_json(tmp_path / "eval" / "run.json")

@@ -36,7 +36,7 @@ def test_two_ranks_equal_one_process_with_the_doubled_batch(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     command += ["monai.bundle", "run", "training", "--config_file", f"[{configs}]", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=400)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", env=environment, timeout=400)
     assert ended.returncode == 0, ended.stderr[-3000:]
     rows = [list(csv.DictReader((folder / "eval" / "history.csv").open())) for folder in (one, two)]
     assert len(rows[0]) == len(rows[1]) == 2

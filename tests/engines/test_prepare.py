@@ -206,7 +206,7 @@ def test_scores_count_cases_not_pixels(tmp_path):
     for name, side in (("large", 48), ("small", 8)):
         label = np.zeros((1, 64, 64), np.uint8)
         label[0, :side, :side] = 1
-        np.save(tmp_path / f"{name}_image.npy", np.full((3, 64, 64), 0.5, np.float32))
+        np.save(tmp_path / f"{name}_image.npy", np.linspace(0, 1, 3 * 64 * 64, dtype=np.float32).reshape(3, 64, 64))
         np.save(tmp_path / f"{name}_label.npy", label)
         paths = {k: str(tmp_path / f"{name}_{k}.npy") for k in ("image", "label")}
         items.append({**paths, "id": name, "group": name})

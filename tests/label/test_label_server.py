@@ -159,7 +159,9 @@ def test_active_learning_gives_the_image_the_student_is_least_sure_about(lab):
     answer = lab.server.post_json("/activelearning/uncertainty_busi").json()
     assert answer["id"] == first and answer["uncertainty"] == pytest.approx(expected[first], abs=1e-6)
     size = Image.open(lab.file(first)).size
-    label = png(np.ones(size[::-1], np.uint8))
+    mask = np.ones(size[::-1], np.uint8)
+    mask[: len(mask) // 8] = 0
+    label = png(mask)
     saved = lab.server.send(f"/datastore/label?image={first}&tag=final", "PUT", label=("mask.png", label))
     assert saved.status == 200 and lab.server.get(f"/datastore/label?label={first}&tag=final").content == label
     assert lab.server.post_json("/activelearning/uncertainty_busi").json()["id"] == second
@@ -185,7 +187,9 @@ def test_training_on_saved_labels_changes_the_student_and_survives_a_restart(lab
     checksum = server.get("/model/info/busi").json()["checksum"]
     for image in lab.images["busi"][:4]:  # everything is lesion: a lesson that one epoch is enough for
         width, height = Image.open(lab.file(image)).size
-        label = png(np.ones((height, width), np.uint8))
+        mask = np.ones((height, width), np.uint8)
+        mask[: height // 8] = 0
+        label = png(mask)
         assert server.send(f"/datastore/label?image={image}", "PUT", label=("mask.png", label)).status == 200
     state = server.train("busi", max_epochs=1, learning_rate_scale=4.0)
     assert state["status"] == "DONE", state["details"]
