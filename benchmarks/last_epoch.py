@@ -20,6 +20,8 @@ from bundle_runner import ROOT, Job, call, commands, is_finished, main, options
 from results import SETTINGS
 
 from amkd_monai.atomic import atomic_path
+from amkd_monai.engines.runs import record_weights
+from amkd_monai.weights import file_sha256
 
 STUDENT = "student."
 """What the names of the student's tensors begin with in the distillation state."""
@@ -47,6 +49,7 @@ def evaluate(job: Job, shared: Path, runs: Path, output: Path) -> None:
         *source.glob("student.json"),
     ):
         shutil.copy(file, folder)
+    record_weights(folder, file_sha256(folder / "model.pt"))
     elsewhere = {**setting.overrides, "output_dir": str(folder), "ckpt_dir": str(folder)}
     _, evaluation = commands(name, replace(setting, overrides=elsewhere), seed, fold, shared, runs)
     call([evaluation], folder)

@@ -96,7 +96,10 @@ def _training_list(file: Path) -> list[dict[str, str]]:
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: copy it again from the archive.") from error
     entries = content.get("training") if isinstance(content, dict) else None
-    if not entries or not all(isinstance(entry, dict) and {"image", "label"} <= entry.keys() for entry in entries):
+    if not entries or not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("image", "label"))
+        for entry in entries
+    ):
         raise ValueError(
             f'{file} has no list "training" of entries with "image" and "label": copy it again from the archive.'
         )

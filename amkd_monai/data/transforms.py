@@ -18,7 +18,15 @@ from amkd_monai.files.masks import IGNORED, MaskCodes, read_mask
 from amkd_monai.files.names import expanded, file_id, file_of
 from amkd_monai.files.pictures import read_picture, write_png
 from amkd_monai.files.steps import disc_box, squared
-from amkd_monai.files.volumes import CT_VALUES, Grid, ct_range, read_label_volume, read_volume, write_mask_volume
+from amkd_monai.files.volumes import (
+    CT_VALUES,
+    Grid,
+    ct_extremes,
+    ct_range,
+    read_label_volume,
+    read_volume,
+    write_mask_volume,
+)
 
 FILENAME = "filename_or_obj"
 CODING = "mask_coding"
@@ -168,9 +176,8 @@ class CtWindowd(MapTransform):
         result = dict(data)
         for key in self.key_iterator(result):
             volume = result[key]
-            extremes = float(volume.min()), float(volume.max())
             try:
-                low, high = ct_range(*extremes, self.low, self.high, self.values)
+                low, high = ct_range(*ct_extremes(np.asarray(volume)), self.low, self.high, self.values)
             except ValueError as error:
                 raise ValueError(f"{_file_of(data, key) or key}: {error}.") from error
             result[key] = ((volume - low) / (high - low)).clip(0, 1)

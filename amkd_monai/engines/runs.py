@@ -46,7 +46,16 @@ PREVIOUS = "previous"
 LOCK = ".running"
 PLACES = ["bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "cache_dir", "weights_dir", "init_from", "resume_dir"]
 RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html", "teachers.csv", "teachers.svg"]
-RESULTS += ["transfer.csv", TEACHERS, FEATURES, PREVIEWS, "split_*.json", "events.out.tfevents.*"]
+RESULTS += [
+    "masks",
+    "predictions.csv",
+    "transfer.csv",
+    TEACHERS,
+    FEATURES,
+    PREVIEWS,
+    "split_*.json",
+    "events.out.tfevents.*",
+]
 """What a run leaves in its output folder."""
 
 _NOT_OF_A_STUDENT = {"task", "split_hash", "seed", "device", "encoder_weights", "settings", *PLACES}
@@ -109,6 +118,8 @@ def check(purpose: str) -> None:
     parser, (content, given) = workflow.parser, _given(workflow)
     for key in given:
         _check_option(key, content)
+    if given.get("purpose", "serving") != "serving":
+        raise ValueError("purpose is not an option: it says what a config does.")
     expand(parser)
     parser["bundle_root"] = parser.get_parsed_content("bundle_root")  # while the workflow is on the stack
     if purpose != "training":
@@ -194,6 +205,8 @@ def expand(parser: ConfigParser) -> None:
     """Expand ``~`` in every place of a config, wherever it was set."""
     for key in PLACES:
         value = parser.config.get(key)
+        if value == "":
+            raise ValueError(f"--{key} is empty: give a folder, or leave it out.")
         if isinstance(value, str) and value.startswith("~"):
             parser[key] = str(Path(value).expanduser())
 
@@ -385,15 +398,33 @@ def read_record(ckpt_dir: str | Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8-sig"))
         version = record["version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        parts = ("tasks",) if "tasks" in record else ("data", "split")
+        if version == VERSION and not (
+            all(isinstance(record[part], dict) for part in ("settings", *parts))
+            and all(isinstance(record[part], str) for part in ("run", "bundle", "output_dir"))
+        ):
+            raise TypeError("incomplete")
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: restore it, or train again.") from error
     if version != VERSION:
         raise CheckpointError(
             f"{file} is of version {version}, this package reads {VERSION}: use the one that wrote it."
         )
     return record
+
+
+def record_weights(ckpt_dir: Path, digest: str) -> None:
+    """Name the weights that are about to be saved as the run's; those before stay named, should a kill keep them.
+
+    Args:
+        ckpt_dir: folder of the student.
+        digest: SHA-256 of the new file.
+    """
+    if record := read_json(ckpt_dir / RECORD):
+        named = [*record.get("weights", [])[-1:], digest]
+        atomic_write_json(ckpt_dir / RECORD, {**record, "weights": named})
 
 
 def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -420,6 +451,12 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
         return {}
     config, student, scored = parser.config, ckpt_dir / STUDENT, purpose in ("evaluation", "export")
     other = purpose == "evaluation" and is_true(config.get("other_data"))
+    weights = record.get("weights")
+    if purpose != "serving" and weights and student.is_file() and file_sha256(student) not in weights:
+        raise ValueError(
+            f"{student} is not the student that {RECORD} beside it describes: restore the file of that run, or take "
+            f"{RECORD} away."
+        )
     entries = record.get("tasks")
     asked, known = config.get("task"), list(entries) if entries else [record["task"]]
     if bool(entries) != ("task_set" in config or "entry" in config) or (asked is not None and asked not in known):
@@ -447,7 +484,8 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
             logger.info("%s is %s, as the student %s was trained with", key, _shown(value), student)
     if scored:
         results = Path(record["output_dir"])
-        if "output_dir" not in given and _run_of(results) == record["run"] and not other:
+        own = _run_of(Path(parser.get_parsed_content("output_dir"))) == record["run"]
+        if "output_dir" not in given and not own and _run_of(results) == record["run"] and not other:
             parser["output_dir"] = str(results)
     if entries:
         _adopt_tasks(parser, record, given)
@@ -617,6 +655,8 @@ def start_evaluation(
         return
     hold(folder)
     if record is None:
+        if _run_of(folder):
+            raise ValueError(f"{folder} holds the results of another run: give an --output_dir of its own.")
         return
     run, own = _run_of(folder), "" if is_true(other_data) else record["run"]
     metrics = read_json(folder / "metrics.json")

@@ -154,8 +154,9 @@ def inference_config(source: Source) -> dict[str, Any]:
         "output_dir": "$@bundle_root + '/eval'",
         "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
         "suffixes": suffixes,
-        "datalist": "$[{'image': p} for p in sorted(glob.glob(os.path.join(@dataset_dir, '*'))) "
-        "if p.lower().endswith(tuple(@suffixes))]",
+        "datalist": "$[{'image': p} for p in sorted(glob.glob(os.path.join(glob.escape(@dataset_dir), '*'))) "
+        "if p.lower().endswith(tuple(@suffixes)) and os.path.isfile(p) "
+        "and not os.path.basename(p).split('.')[0].endswith(('_mask', '_overlay'))]",
         "network_def": "$torch.jit.load(@bundle_root + '/models/model.ts', map_location=@device)",
         "network": "$@network_def.to(@device).eval()",
         "preprocessing": {"_target_": "Compose", "transforms": source.transforms},

@@ -25,6 +25,7 @@ from amkd_monai.files.names import (
     has_suffix,
     images_to_predict,
     is_prediction,
+    printable,
 )
 from amkd_monai.files.pictures import level_problem, read_picture, write_png
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
@@ -67,11 +68,15 @@ def find_inputs(path: str | Path, dimensions: int) -> list[Input]:
     found = [Input(name, file) for name, file in images_to_predict(path, suffixes).items()]
     if dimensions == 3:
         names = {item.id for item in found}
-        for folder in [path, *sorted(f for f in path.iterdir() if f.is_dir())]:
+        folders = {f.resolve(): f for f in (path, *sorted(f for f in path.iterdir() if f.is_dir()))}
+        for resolved, folder in folders.items():
             series = find_series(folder)
             for number, slices in enumerate(series, 1):
-                name = f"{file_id(folder)}_{number}" if len(series) > 1 else folder.name
-                found.append(Input(f"{name}_dicom" if name in names else name, folder, slices))
+                name = printable(resolved.name) + (f"_{number}" if len(series) > 1 else "")
+                while name in names:
+                    name += "_"
+                names.add(name)
+                found.append(Input(name, folder, slices))
     if not found:
         raise ValueError(f"{path} holds nothing that fits the model: it takes {kind}.")
     return found

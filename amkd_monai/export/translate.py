@@ -7,7 +7,7 @@ from typing import Any
 
 from amkd_monai.data.transforms import CtWindowd
 from amkd_monai.files.steps import BACKGROUND_LEVEL, LEAST_PART
-from amkd_monai.files.volumes import BRIGHTEST, HIGHEST_MINIMUM
+from amkd_monai.files.volumes import BRIGHTEST, HIGHEST_MINIMUM, LOWEST_AIR
 
 Config = dict[str, Any]
 Translated = tuple[list[Config], list[Config]]
@@ -24,7 +24,7 @@ _RGB = (
     "$lambda image: (lambda image: Image.alpha_composite(Image.new('RGBA', image.size, (0, 0, 0, 255)), "
     f"image.convert('RGBA')).convert('RGB') if {_ALPHA} else image.convert('RGB'))"
     f"((lambda image: Image.fromarray({_GREY}) if image.mode[0] in 'IF' else image)"
-    "((image.load(), ImageOps.exif_transpose(image))[1]))"
+    "((setattr(image, 'filename', ''), image.load(), ImageOps.exif_transpose(image))[2]))"
 )
 """``files.pictures.read_picture`` in one expression, as an exported bundle runs by MONAI alone."""
 _NEIGHBOURS = "$lambda v: torch.cat([torch.cat([v[:, :1], v[:, :-1]], 1), v, torch.cat([v[:, 1:], v[:, -1:]], 1)], 0)"
@@ -79,8 +79,8 @@ def _ct_window(p: Mapping[str, Any]) -> Translated:
     low, high = float(window.low), float(window.high)
     hu, levels, shares = f"({low}, {high})", "(0, 255)", "(0, 1)"
     auto = (
-        f"{hu} if v.min() <= {HIGHEST_MINIMUM} else [e for e in ({shares}, {levels}) if v.min() >= 0 and "
-        f"{BRIGHTEST} * e[1] <= v.max() <= e[1]][0]"
+        f"{hu} if v[v >= {LOWEST_AIR}].min() <= {HIGHEST_MINIMUM} else "
+        f"[e for e in ({shares}, {levels}) if v.min() >= 0 and {BRIGHTEST} * e[1] <= v.max() <= e[1]][0]"
     )
     ends = {"hu": hu, "levels": levels, "shares": shares, "auto": auto}[window.values]
     function = f"$lambda v: (lambda e: ((v - e[0]) / (e[1] - e[0])).clip(0, 1))({ends})"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from amkd_monai.files.names import some
+from amkd_monai.files.names import file_id, has_suffix, some
 from amkd_monai.files.volumes import AFFINE_TOLERANCE, Grid, affine_problem
 
 logger = logging.getLogger("amkd_monai")
@@ -58,30 +60,42 @@ def find_series(folder: Path) -> list[list[Slice]]:
     Raises:
         ValueError: there are DICOM files and SimpleITK is not installed.
     """
-    groups: defaultdict[str, defaultdict[tuple, list[Slice]]] = defaultdict(lambda: defaultdict(list))
-    foreign, dicom = [], 0
+    groups: defaultdict[str, list[list[Slice]]] = defaultdict(list)
+    foreign, damaged, dicom = [], [], 0
     for file in sorted(folder.iterdir()):
         if not file.is_file() or file.name.startswith("."):
             continue
-        found = _read_tags(file) if _may_be_dicom(file) else None
-        if found is None:
-            foreign.append(file.name)
-            continue
-        dicom += 1
-        direction = tuple(np.round(found.numbers("orientation", 6), 3) + 0.0)
-        plane = (direction, found.tags.get("rows"), found.tags.get("columns"), found.tags.get("spacing"))
-        groups[found.tags.get("series", "")][plane].append(found)
+        found = _read_tags(file) if (marked := _may_be_dicom(file)) else None
+        if found is None and (marked or has_suffix(file.name, [".dcm"])):
+            damaged.append(Slice(file, {}, 0))
+        elif found is None:
+            foreign.append(file_id(file))
+        else:
+            dicom += 1
+            planes = groups[found.tags.get("series", "")]
+            plane = next((plane for plane in planes if _in_one_plane(plane[0], found)), None)
+            if plane is None:
+                planes.append(plane := [])
+            plane.append(found)
     if dicom and foreign:
         logger.warning(
             "%d file(s) in %s are no DICOM images and are left out: %s.", len(foreign), folder, some(foreign)
         )
     result: list[list[Slice]] = []
     for planes in groups.values():
-        kept = {plane: slices for plane, slices in planes.items() if len(slices) > 1} or planes
-        if left := sum(map(len, planes.values())) - sum(map(len, kept.values())):
+        kept = [slices for slices in planes if len(slices) > 1] or planes
+        if left := sum(map(len, planes)) - sum(map(len, kept)):
             logger.warning("%d slice(s) of another direction or size in the series in %s are left out.", left, folder)
-        result += kept.values()
+        result += [[*slices, *damaged] for slices in kept]
     return result
+
+
+def _in_one_plane(a: Slice, b: Slice) -> bool:
+    """Whether two slices have one direction, size and pixel size."""
+    if any(a.tags.get(name) != b.tags.get(name) for name in ("rows", "columns")):
+        return False
+    pairs = [(a.numbers(*tag), b.numbers(*tag)) for tag in (("orientation", 6), ("spacing", 2))]
+    return all(len(x) == len(y) and np.allclose(x, y, rtol=1e-3, atol=1e-3) for x, y in pairs)
 
 
 def _may_be_dicom(file: Path) -> bool:
@@ -100,17 +114,28 @@ def _itk() -> Any:
     return SimpleITK
 
 
+@contextmanager
+def _for_itk(file: Path) -> Iterator[str]:
+    """A name of the file that ITK can take: it ends the process on bytes that are not UTF-8."""
+    if str(file).isascii():
+        yield str(file)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "slice.dcm"
+        link.symlink_to(file.absolute())
+        yield str(link)
+
+
 def _read_tags(file: Path) -> Slice | None:
     itk = _itk()
     reader = itk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(file))
     try:
-        reader.ReadImageInformation()
+        with _for_itk(file) as name:
+            reader.SetFileName(name)
+            reader.ReadImageInformation()
     except RuntimeError:
         return None
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{file!a} has a name that is not UTF-8: rename it.") from error
     tags = {name: reader.GetMetaData(tag).strip() for name, tag in _TAGS.items() if reader.HasMetaDataKey(tag)}
     size = reader.GetSize()
     return Slice(file, tags, size[2] if len(size) > 2 else 1)
@@ -134,9 +159,10 @@ def read_series(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, Grid
     for item in ordered:
         reader = itk.ImageFileReader()
         reader.SetImageIO("GDCMImageIO")
-        reader.SetFileName(str(item.file))
         try:
-            plane = itk.GetArrayFromImage(reader.Execute()).astype(np.float32)
+            with _for_itk(item.file) as name:
+                reader.SetFileName(name)
+                plane = itk.GetArrayFromImage(reader.Execute()).astype(np.float32)
         except RuntimeError as error:
             raise ValueError(
                 f"{item.file} is a DICOM file that cannot be read: replace it by an intact copy."
@@ -166,6 +192,8 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
     def refuse(reason: str, remedy: str) -> ValueError:
         return ValueError(f"{folder} holds a DICOM series of {len(slices)} slices {reason}: {remedy}.")
 
+    if unread := [item.file for item in slices if not item.frames]:
+        raise refuse(f"of which {len(unread)} cannot be read ({some(map(file_id, unread))})", "replace them")
     if frames := max(item.frames for item in slices) - 1:
         raise refuse(f"with {frames + 1} frames in one file", "convert it to NIfTI, for example by dcm2niix")
     if any(int(item.numbers("samples", 1)[0] if item.numbers("samples", 1) else 1) != 1 for item in slices):
@@ -201,6 +229,9 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
             raise refuse(f"and {int((gaps.round() - 1).sum())} missing slice(s)", "complete it")
         raise refuse(f"with {int(uneven.sum())} distance(s) other than {step:.3g} mm", "resample it or complete it")
     along = (positions[-1] - positions[0]) / (len(place) - 1)
+    straight = positions[0] + np.outer(np.arange(len(place)), along)
+    if off := int((np.abs(positions - straight).max(axis=1) > max(SPACING_TOLERANCE * step, AFFINE_TOLERANCE)).sum()):
+        raise refuse(f"of which {off} lie aside of the others", "resample it")
     drift = np.linalg.norm(along - normal * (along @ normal)) / step
     if drift > TILT:
         raise refuse(f"that lean by {np.degrees(np.arctan(drift)):.1f} degrees (gantry tilt)", "correct the tilt first")

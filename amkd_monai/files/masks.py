@@ -32,10 +32,14 @@ MaskCodes = str | Mapping[str, int | str]
 
 DARK, BRIGHT = 64, 192
 """Grey masks (JPEG, soft edges, probabilities) hold levels below and above these, others only along edges."""
+FLAT = 8
+"""Levels between neighbours (pixels) within an area of one level; edges are steeper."""
 BLOCK = 17
 """Side (pixels) of the neighbourhood in which something bright explains levels between dark and bright."""
 STRAY = 0.02
 """Largest share of the foreground that may be of neither."""
+HUE = 0.25
+"""Largest difference of a channel, as a part of the brightest one, within one colour."""
 COLOURED = 64
 """Channels that differ by more than this are a colour; less is JPEG noise."""
 LARGEST_INDEX = 16
@@ -87,7 +91,13 @@ def decode(values: np.ndarray, classes: int = 2, codes: MaskCodes = "auto") -> n
     if classes != 2:
         raise ValueError(f"mask_codes '{codes}' is for two classes, the task has {classes}: use indices")
     if codes == "threshold":
+        if len(found) == 2 and _grey(found, found).max() <= OPAQUE:
+            raise ValueError(
+                f"holds the values {found[0]:g} and {found[1]:g} alone, both in the lower half of the scale"
+            )
         return (_grey(values, found) > OPAQUE).astype(np.uint8)
+    if codes == "nonzero" and found[0] > 0 and len(found) > 1:
+        raise ValueError("holds several values but no 0, so that everything would be foreground")
     return (values == 0 if codes == "inverted" else values != 0).astype(np.uint8)
 
 
@@ -133,6 +143,11 @@ def _is_grey_scale(grey: np.ndarray) -> bool:
     levels = np.flatnonzero(np.bincount(grey.reshape(-1)))
     if len(levels) > 2 and np.diff(levels).min() >= LARGEST_INDEX:
         return False  # a few codes
+    step = [np.abs(np.diff(grey.astype(np.int16), axis=axis)) <= FLAT for axis in (0, 1)]
+    flat = step[0][:-1, 1:-1] & step[0][1:, 1:-1] & step[1][1:-1, :-1] & step[1][1:-1, 1:]
+    middle = (grey > levels[0] + 2 * LARGEST_INDEX) & (grey < BRIGHT)
+    if np.count_nonzero(flat & middle[1:-1, 1:-1]) > STRAY * np.count_nonzero(grey > OPAQUE):
+        return False  # an area of a level of its own
     bright = grey >= BRIGHT
     between = (grey > levels[0] + LARGEST_INDEX) & ~bright
     allowed = STRAY * np.count_nonzero(grey > OPAQUE)
@@ -160,7 +175,7 @@ def _values(image: Image.Image, codes: MaskCodes) -> np.ndarray:
         return np.asarray(image)
     if has_alpha(image):
         rgba = np.asarray(image.convert("RGBA"))
-        rgb, opaque = rgba[..., :3], rgba[..., 3] > OPAQUE
+        rgb, opaque = rgba[..., :3], _opaque(rgba[..., 3])
         if opaque.any() and not opaque.all() and not rgb[opaque].any():
             if rgb.any():
                 raise ValueError(
@@ -175,12 +190,28 @@ def _values(image: Image.Image, codes: MaskCodes) -> np.ndarray:
         from PIL import Image as pillow
 
         return np.asarray(pillow.fromarray(rgb).convert("L"))
-    coloured = rgb[highest > COLOURED].astype(int)
-    middle = np.median(coloured, axis=0)
-    several = (np.abs(coloured - middle).max(axis=1) > 2 * COLOURED).mean() > STRAY
-    if several and codes == "auto":
+    if codes != "auto":
+        inside = highest > COLOURED
+        if inside.all() and (rgb != rgb[0, 0]).any():
+            raise ValueError("has several colours and no black background: save it as class indices")
+        return inside.astype(np.uint8)
+    lit = highest >= highest.max() / 2
+    hues = rgb[lit] / highest[lit][:, None]
+    if (np.abs(hues - np.median(hues, axis=0)).max(axis=1) > HUE).mean() > STRAY:
         raise ValueError(f"has several colours for the classes of the task, {HOW}")
-    return (highest > COLOURED).astype(np.uint8)
+    return (highest.astype(np.uint16) * 255 // highest.max()).astype(np.uint8)  # as grey levels of one colour
+
+
+def _opaque(alpha: np.ndarray) -> np.ndarray:
+    """Where a mask shows, by its alpha (H, W): everywhere if it is the same everywhere."""
+    levels = np.unique(alpha)
+    if len(levels) == 1:
+        return np.ones(alpha.shape, bool)
+    if levels[0] == 0 and len(levels) == 2:
+        return alpha > 0
+    if levels[-1] <= OPAQUE or levels[0] > OPAQUE:
+        raise ValueError(f"is transparent by {len(levels)} degrees: save it without alpha")
+    return alpha > OPAQUE
 
 
 def read_mask(
@@ -232,7 +263,9 @@ def read_mask(
         elif mask.shape != result.shape:
             raise ValueError(f"Mask {file} has another size than {files[0]}: correct or remove it.")
         else:
-            result = np.where((mask > 0) & (mask != IGNORED) | (result == IGNORED), mask, result)
+            classes_of = [np.where(m == IGNORED, 0, m) for m in (mask, result)]
+            unknown = np.where((mask == IGNORED) | (result == IGNORED), IGNORED, 0).astype(np.uint8)
+            result = np.where(classes_of[0] > 0, classes_of[0], np.where(classes_of[1] > 0, classes_of[1], unknown))
     assert result is not None
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
 import re
@@ -50,7 +51,7 @@ def file_id(file: Path) -> str:
     Bytes that are not UTF-8 and control characters become ``%XX``, so that every id can be printed and written.
     """
     suffix = next((s for s in VOLUME_SUFFIXES if has_suffix(file.name, [s])), file.suffix)
-    return _printable(file.name[: len(file.name) - len(suffix)])
+    return printable(file.name[: len(file.name) - len(suffix)])
 
 
 def file_of(folder: Path, name: str) -> Path:
@@ -58,7 +59,8 @@ def file_of(folder: Path, name: str) -> Path:
     return folder / os.fsdecode(name.encode())
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
+    """Return a file name as an id: what cannot be printed becomes ``%XX``."""
     name = os.fsencode(name).decode("utf-8", "surrogateescape")
     return "".join(f"%{ord(c) & 0xFF:02X}" if "\udc80" <= c <= "\udcff" or c < " " or c == "\x7f" else c for c in name)
 
@@ -119,7 +121,7 @@ def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) 
     ids = [file_id(file) for file in kept]
     result: dict[str, Path] = {}
     for name, file in sorted(zip(ids, kept, strict=True), key=lambda pair: ids.count(pair[0])):
-        name = name if ids.count(name) == 1 else _printable(file.name)
+        name = name if ids.count(name) == 1 else printable(file.name)
         while name in result:
             name += "_"
         result[name] = file
@@ -178,11 +180,15 @@ def read_table(path: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
     Raises:
         ValueError: columns are missing, a cell of them is empty, an id comes twice, or there is no row.
     """
-    lines = read_text(path).splitlines()
-    separator = max(",;\t", key=(lines[0] if lines else "").count)
-    reader = csv.DictReader(lines, skipinitialspace=True, delimiter=separator)
+    text = read_text(path).lstrip("\r\n")
+    if text.lower().startswith("sep="):  # written by Excel
+        text = text.partition("\n")[2]
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, delimiter=separator)
     known = {name.lower(): name for name in columns}
     reader.fieldnames = found = [known.get(n.strip().lower(), n.strip()) for n in reader.fieldnames or []]
+    if twice := [name for name in columns if found.count(name) > 1]:
+        raise ValueError(f"{path} has the column {twice[0]} twice: keep one.")
     if missing := [name for name in columns if name not in found]:
         raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}: it has {', '.join(found) or 'none'}.")
     rows: dict[str, dict[str, str]] = {}

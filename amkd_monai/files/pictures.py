@@ -105,6 +105,8 @@ def upright(image: Image.Image) -> Image.Image:
     """Read an opened picture and turn it by its EXIF orientation."""
     from PIL import ImageOps
 
+    # Pillow maps an uncompressed TIFF into memory by its turned size, which scrambles it, unless it has no name.
+    image.filename = ""  # type: ignore[attr-defined]
     image.load()  # turns a TIFF
     return ImageOps.exif_transpose(image)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from amkd_monai.files.volumes import Grid, ct_range
+from amkd_monai.files.volumes import Grid, ct_extremes, ct_range
 
 Inverse = Callable[[np.ndarray], np.ndarray]
 Step = Callable[[np.ndarray, Mapping[str, Any], Grid | None], tuple[np.ndarray, Inverse]]
@@ -106,8 +106,7 @@ def _scale_percentiles(array: np.ndarray, step: Mapping[str, Any], _: Grid | Non
 
 
 def _ct_window(array: np.ndarray, step: Mapping[str, Any], _: Grid | None) -> tuple[np.ndarray, Inverse]:
-    extremes = float(array.min()), float(array.max())
-    return _to_unit(array, *ct_range(*extremes, step["low"], step["high"], step["values"])), _same
+    return _to_unit(array, *ct_range(*ct_extremes(array), step["low"], step["high"], step["values"])), _same
 
 
 def _orientation(array: np.ndarray, step: Mapping[str, Any], grid: Grid | None) -> tuple[np.ndarray, Inverse]:

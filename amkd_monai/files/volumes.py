@@ -16,7 +16,7 @@ import numpy as np
 
 from amkd_monai.atomic import atomic_path
 from amkd_monai.files.masks import MaskCodes, check_plausible, coding, decode
-from amkd_monai.files.names import MARK
+from amkd_monai.files.names import MARK, has_suffix
 from amkd_monai.files.pictures import DAMAGED
 
 logger = logging.getLogger("amkd_monai")
@@ -38,8 +38,8 @@ _GEOMETRY = (
     *("sform_code", "srow_x", "srow_y", "srow_z"),
 )
 CT_VALUES = ("auto", "hu", "levels", "shares")
-HIGHEST_MINIMUM = -200.0
-"""HU; every CT holds air or fat. A volume without any value below is not in HU."""
+LOWEST_AIR, HIGHEST_MINIMUM = -1100.0, -200.0
+"""HU; every CT holds air or fat between these. What lies below is padding."""
 BRIGHTEST = 0.75
 """Part of the scale that a windowed volume reaches at least."""
 
@@ -153,6 +153,12 @@ def _open_nifti(file: Path) -> tuple[Any, Grid]:
     if problem := affine_problem(affine):
         raise ValueError(f"{file} {problem}: correct its header or replace it by an intact copy.")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    stated = np.abs(volume.header["pixdim"][1:4]) * MILLIMETRES[units]
+    if codes[0] and np.abs(spacing - stated).max() > 0.01 * stated.max():
+        raise ValueError(
+            f"{file} has voxels of {' x '.join(f'{v:g}' for v in spacing)} by its sform but "
+            f"{' x '.join(f'{v:g}' for v in stated)} by pixdim: correct its header."
+        )
     affine[:3, :3] *= spacing.round(DECIMALS) / spacing
     if differs:
         logger.warning("%s has an sform and a qform that differ: it is read by the sform, as nibabel does.", file)
@@ -202,6 +208,9 @@ def read_volume(source: str | Path, slices: Sequence[Any] = ()) -> tuple[np.ndar
 def _voxels(file: Path, dtype: Any = None) -> tuple[np.ndarray, Grid]:
     volume, grid = _open_nifti(file)
     try:
+        if has_suffix(file, [".gz"]):  # nibabel stops before the checksum at the end
+            with gzip.open(file) as stream:
+                volume = type(volume).from_bytes(stream.read())
         return np.asanyarray(volume.dataobj, dtype).reshape(grid.shape), grid
     except DAMAGED as error:
         raise ValueError(f"{file} cannot be read as a NIfTI volume ({error}): replace it by an intact copy.") from error
@@ -351,3 +360,9 @@ def ct_range(lowest: float, highest: float, low: float, high: float, values: str
         f"the values {lowest:g} to {highest:g} are neither Hounsfield units of a CT nor windowed to 0..255 or 0..1: "
         "take off an offset such as 1024, or say what they are (`values` of CtWindowd)"
     )
+
+
+def ct_extremes(volume: np.ndarray) -> tuple[float, float]:
+    """Lowest value of a CT, padding aside, and the highest."""
+    inside = volume[volume >= LOWEST_AIR]
+    return float(inside.min() if inside.size else volume.min()), float(volume.max())

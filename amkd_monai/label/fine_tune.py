@@ -18,6 +18,7 @@ from monailabel.utils.others.generic import device_list, name_to_device
 
 from amkd_monai.atomic import atomic_write_json
 from amkd_monai.data.datalist import Datalist
+from amkd_monai.engines.runs import RECORD
 from amkd_monai.errors import report_plainly
 from amkd_monai.label.saved_labels import saved_labels
 from amkd_monai.label.student import ServedStudent
@@ -126,7 +127,7 @@ class FineTune(TrainTask):
         }
         atomic_write_json(self._record, result)  # says nothing until its student is there
         if is_better:
-            self.student.replace(trained)
+            self.student.replace(trained, trained.with_name(RECORD))
         return result
 
     def _workflow(self, data: Datalist, options: dict[str, Any]) -> ConfigWorkflow:

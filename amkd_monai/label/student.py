@@ -76,16 +76,20 @@ class ServedStudent:
         for file in self.model.parent.glob(f".*{TEMPORARY_MARK}*"):
             file.unlink()
 
-    def replace(self, file: Path) -> None:
+    def replace(self, file: Path, record: Path | None = None) -> None:
         """Serve the weights of a file from now on, and keep those before as ``models/previous.pt``.
+
+        Args:
+            file: the weights.
+            record: of the run that trained them; None keeps the record that is there.
 
         Raises:
             CheckpointError: the file does not fit the network; nothing has changed then.
         """
         load_strict(copy.deepcopy(self._network), load_state_dict(file), file)
-        copies = {"previous.pt": self.model, runs.RECORD: file.with_name(runs.RECORD), self.model.name: file}
+        copies = {"previous.pt": self.model, self.model.name: file, runs.RECORD: record}
         for name, source in copies.items():
-            if source.is_file():
+            if source is not None and source.is_file():
                 with atomic_path(self.model.with_name(name)) as temporary:
                     shutil.copyfile(source, temporary)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from helpers import needs
@@ -100,6 +102,13 @@ def test_two_directions_of_several_slices_are_two_volumes(tmp_path):
             "distance",
         ),
         (lambda f: series(f, keep=[3]), "1 slices alone"),
+        (
+            lambda f: (
+                series(f, keep=[0, 1, 2, 4, 5, 6, 7]),
+                write(f / "x.dcm", STORED[3], (-20, -30, 16.0), number=50),
+            )[0],
+            "aside",
+        ),
     ],
 )
 def test_what_is_no_whole_volume_is_refused_with_a_number(tmp_path, build, words):
@@ -146,11 +155,24 @@ def test_compressed_slices_are_read(tmp_path):
     right(folder)
 
 
+def test_small_noise_of_the_header_splits_no_series(tmp_path):
+    folder = series(tmp_path / "s", keep=range(7))
+    write(folder / "x.dcm", STORED[7], (-60, -30, 24.0), (1, 0.0004, 0, -0.0004, 1, 0), number=50)
+    assert [len(slices) for slices in find_series(folder)] == [8]
+
+
+def test_names_of_any_bytes_are_read(tmp_path):
+    folder = series(tmp_path / "s")
+    for file in folder.iterdir():
+        file.rename(os.fsdecode(os.fsencode(folder) + b"/pati\xebnt" + file.name.encode()))
+    right(folder)
+
+
 def test_a_damaged_slice_is_named(tmp_path):
     folder = series(tmp_path / "s")
     file = folder / "5.dcm"
     file.write_bytes(file.read_bytes()[:-300])
-    with pytest.raises(ValueError, match=r"5\.dcm|missing"):
+    with pytest.raises(ValueError, match=r"cannot be read \(5\)|missing"):
         array, _ = read(folder)
         np.testing.assert_array_equal(array.shape, VOLUME.shape)
         raise AssertionError(f"read as {array[:, :, 4]}")

@@ -54,6 +54,9 @@ RIGHT = {
     "rgb.png": grey(DISC * 255).convert("RGB"),
     "red.png": Image.fromarray((DISC[..., None] * np.array([200, 0, 0])).astype(np.uint8)),
     "rgba_white.png": rgba(DISC[..., None] * 255, DISC * 255),
+    "translucent.png": rgba(DISC[..., None] * np.array([255, 0, 0]), DISC * 100),
+    "translucent_black.png": rgba(np.zeros(3), DISC * 100),
+    "veiled.png": rgba(DISC[..., None] * 255, np.full(SIZE, 100)),
     "alpha_only.png": rgba(np.zeros(3), DISC * 255),
     "opaque.png": rgba(DISC[..., None] * 255, np.full(SIZE, 255)),
     "palette.png": palette(DISC, (0, 0, 0), (128, 0, 0)),
@@ -95,6 +98,12 @@ REFUSED = {
     "colours.png": Image.fromarray(
         (DISC[..., None] * np.array([200, 0, 0]) + RING[..., None] * np.array([0, 200, 0])).astype(np.uint8)
     ),
+    "two_reds.png": Image.fromarray((DISC[..., None] * [128, 0, 0] + RING[..., None] * [192, 0, 0]).astype(np.uint8)),
+    "red_and_orange.png": Image.fromarray(
+        (DISC[..., None] * [255, 0, 0] + RING[..., None] * [255, 128, 0]).astype(np.uint8)
+    ),
+    "red_and_grey.png": Image.fromarray((DISC[..., None] * [200, 0, 0] + RING[..., None] * [60] * 3).astype(np.uint8)),
+    "plateau.png": grey(DISC * 255 + (X > 40) * 128 + (X == 50)),
     "negative.tif": grey(DISC * -1.0, np.float32),
     "ramp.png": grey(X * 4),
 }
@@ -150,6 +159,22 @@ def test_one_set_of_masks_has_one_meaning_of_255(tmp_path):
         grey(values).save(tmp_path / name)
         read_mask([tmp_path / name], used=used)
         assert bool(coding_problem(used)) == (name == "c.png")
+
+
+def test_no_label_in_one_of_several_masks_stays(tmp_path):
+    grey(np.where(RING, 255, DISC)).save(tmp_path / "a.png")
+    grey((X > 45) * 1).save(tmp_path / "b.png")
+    expected = np.where(RING, 255, DISC | (X > 45))
+    for order in ("ab", "ba"):
+        np.testing.assert_array_equal(read_mask([tmp_path / f"{name}.png" for name in order]), expected)
+
+
+def test_a_rule_that_finds_everything_or_nothing_is_refused(tmp_path):
+    grey(DISC + 1).save(tmp_path / "one_based.png")
+    grey(DISC).save(tmp_path / "indices.png")
+    for name, codes in (("one_based", "nonzero"), ("indices", "threshold")):
+        with pytest.raises(ValueError, match=name):
+            read_mask([tmp_path / f"{name}.png"], codes=codes)
 
 
 def test_several_masks_of_an_image_are_joined(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from amkd_monai.files.pictures import eight_bits, picture_size, read_picture, turned, write_png
+from amkd_monai.files.pictures import UNDONE, eight_bits, picture_size, read_picture, turned, write_png
 
 SIZE = (40, 56)
 
@@ -57,6 +57,20 @@ def test_grey_levels_of_every_depth_keep_their_scale(tmp_path, name, array, tole
     Image.fromarray(array).save(tmp_path / name)
     found = read_picture(tmp_path / name).astype(int)
     assert np.abs(found - scene()[..., :1]).max() <= tolerance
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16", "P"])
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
+def test_turned_tiff_files_are_not_scrambled(tmp_path, mode, compression, orientation):
+    grey = scene()[..., 0].astype(np.uint16) * 257 if mode == "I;16" else scene()[..., 0]
+    stored = np.ascontiguousarray(turned(scene() if mode == "RGB" else grey, UNDONE.get(orientation, 1)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(stored)
+    (image.convert("P") if mode == "P" else image).save(tmp_path / "x.tif", exif=exif, compression=compression)
+    expected = scene() if mode == "RGB" else np.repeat(scene()[..., :1], 3, 2)
+    np.testing.assert_array_equal(read_picture(tmp_path / "x.tif"), expected)
 
 
 def test_what_is_transparent_is_black_and_other_modes_keep_their_colours(tmp_path):

@@ -13,6 +13,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from amkd_monai.files.volumes import (
     Grid,
+    ct_extremes,
     ct_range,
     grid_problem,
     read_label_volume,
@@ -189,6 +190,22 @@ def test_damaged_files_are_refused_by_name(tmp_path):
     np.testing.assert_array_equal(read_volume(tmp_path / "more.nii.gz")[0], VOLUME)
 
 
+def test_a_flipped_bit_of_a_packed_file_is_noticed(tmp_path):
+    whole = write(tmp_path / "w.nii.gz", nibabel.Nifti1Image(VOLUME, AFFINE)).read_bytes()
+    for place in np.linspace(60, len(whole) - 5, 25).astype(int):
+        (tmp_path / "odd.nii.gz").write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"odd\.nii\.gz"):
+            read_volume(tmp_path / "odd.nii.gz")
+
+
+def test_an_sform_and_pixdim_of_other_sizes_are_refused(tmp_path):
+    image = nibabel.Nifti1Image(VOLUME, AFFINE)
+    image.header["pixdim"][1:4] = 1
+    image = nibabel.Nifti1Image(VOLUME, None, image.header)
+    with pytest.raises(ValueError, match=r"odd\.nii.*pixdim"):
+        volume_grid(write(tmp_path / "odd.nii", image))
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -237,6 +254,8 @@ def test_codings_of_labels(tmp_path, values, right):
     ("extremes", "expected"),
     [
         ((-1000, 400), (-1250, 250)),
+        (ct_extremes(np.array([-2000.0, -1000, 400])), (-1250, 250)),
+        (ct_extremes(np.array([-2000.0, 0, 3071])), None),
         ((-3024, 3000), (-1250, 250)),
         ((0, 255), (0, 255)),
         ((3, 200), (0, 255)),

@@ -55,7 +55,7 @@ def _check(arguments: argparse.Namespace) -> int:
     usable = [item for item in report.items if not report.is_damaged(item)]
     if usable:
         sheet = arguments.sheet or f"{arguments.name}_contact_sheet.png"
-        print(f"contact sheet: {write_contact_sheet(sheet, report.task, usable)}")
+        print(f"contact sheet: {write_contact_sheet(sheet, report.task, usable, mask_codes=arguments.mask_codes)}")
     return 1 if report.problems else 0
 
 

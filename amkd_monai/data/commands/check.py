@@ -26,7 +26,7 @@ from amkd_monai.files.names import (
     some,
 )
 from amkd_monai.files.pictures import level_problem, opened, read_picture
-from amkd_monai.files.volumes import ct_range, grey_levels, read_label_volume, read_volume
+from amkd_monai.files.volumes import ct_extremes, ct_range, grey_levels, read_label_volume, read_volume
 from amkd_monai.tasks import Task, get_task
 from amkd_monai.terminal import progress
 
@@ -78,7 +78,7 @@ def _value_problem(volume: np.ndarray, task: Task) -> str:
     if task.values != "ct":
         return level_problem(grey_levels(volume))
     try:
-        low, high = ct_range(float(volume.min()), float(volume.max()), -1250.0, 250.0)
+        low, high = ct_range(*ct_extremes(volume), -1250.0, 250.0)
     except ValueError as error:
         return str(error)
     return level_problem((volume - low) / (high - low))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amkd_monai.data.splits import Item
-from amkd_monai.files.masks import IGNORED, read_mask
+from amkd_monai.files.masks import IGNORED, MaskCodes, read_mask
 from amkd_monai.files.names import label_files
 from amkd_monai.files.pictures import read_picture
 from amkd_monai.files.volumes import grey_levels, middle_slice, read_label_volume, read_volume
@@ -25,7 +25,13 @@ CAPTION_HEIGHT = 30
 
 
 def write_contact_sheet(
-    path: str | Path, task: Task, items: Sequence[Item], count: int = 30, columns: int = 6, side: int = 200
+    path: str | Path,
+    task: Task,
+    items: Sequence[Item],
+    count: int = 30,
+    columns: int = 6,
+    side: int = 200,
+    mask_codes: MaskCodes | None = None,
 ) -> Path:
     """Draw evenly spaced items.
 
@@ -36,6 +42,7 @@ def write_contact_sheet(
         count: thumbnails at most.
         columns: thumbnails in a row.
         side: longest side of a thumbnail in pixels.
+        mask_codes: what the values of masks mean; None takes the task's rule.
 
     Returns:
         The path.
@@ -53,7 +60,7 @@ def write_contact_sheet(
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     for number, item in enumerate(chosen):
         left, top = number % columns * (side + 8) + 4, number // columns * (side + CAPTION_HEIGHT + 8) + 4
-        picture, mask = _load(item, task)
+        picture, mask = _load(item, task, task.mask_codes if mask_codes is None else mask_codes)
         scale = side / max(picture.size)
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         thumbnail = picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
@@ -68,19 +75,19 @@ def write_contact_sheet(
     return path
 
 
-def _load(item: Item, task: Task) -> tuple[Image.Image, np.ndarray | None]:
+def _load(item: Item, task: Task, codes: MaskCodes) -> tuple[Image.Image, np.ndarray | None]:
     """The picture, or a slice of the volume, and where its mask (H, W) has foreground."""
     from PIL import Image
 
     files, classes = label_files(item), len(task.classes)
     if task.dimensions == 2:
         picture = Image.fromarray(read_picture(item["image"]))
-        mask = read_mask(files, item["image"], classes, task.mask_codes) if files else None
+        mask = read_mask(files, item["image"], classes, codes) if files else None
         return picture, None if mask is None else (mask > 0) & (mask != IGNORED)
     volume, grid = read_volume(item["image"])
     label = np.zeros(volume.shape, np.uint8)
     if files:
-        label, _ = read_label_volume(files[0], grid, classes, task.mask_codes)
+        label, _ = read_label_volume(files[0], grid, classes, codes)
     plane, outline = middle_slice(grey_levels(volume), label * (label != IGNORED), int(np.argmin(volume.shape)))
     return Image.fromarray(plane).convert("RGB"), outline > 0 if files else None
 

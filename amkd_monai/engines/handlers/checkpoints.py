@@ -14,9 +14,9 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from amkd_monai.atomic import atomic_path
-from amkd_monai.engines.runs import is_true
+from amkd_monai.engines.runs import is_true, record_weights
 from amkd_monai.networks.initial import initialised
-from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
+from amkd_monai.weights import CheckpointError, file_sha256, load_state_dict, load_strict
 
 logger = logging.getLogger("amkd_monai")
 
@@ -60,7 +60,9 @@ class BestStudent:
         if value > self.best:
             self.best = value
             if _is_main_process():
-                save_atomically({k: v.detach().cpu() for k, v in self.student.state_dict().items()}, self.path)
+                with atomic_path(self.path) as temporary:
+                    torch.save({k: v.detach().cpu() for k, v in self.student.state_dict().items()}, temporary)
+                    record_weights(self.path.parent, file_sha256(temporary))
 
     def state_dict(self) -> dict[str, float]:
         """Return the best value, for resuming."""
