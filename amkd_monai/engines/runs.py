@@ -654,12 +654,13 @@ def start_evaluation(
     if idist.get_rank() != 0:
         return
     hold(folder)
+    metrics, student = read_json(folder / "metrics.json"), Path(ckpt_dir) / STUDENT
     if record is None:
-        if _run_of(folder):
-            raise ValueError(f"{folder} holds the results of another run: give an --output_dir of its own.")
+        scored = metrics.get("student_sha256")
+        if scored and student.is_file() and file_sha256(student) != scored:
+            raise ValueError(f"{folder} holds the figures of another student: give an --output_dir of its own.")
         return
     run, own = _run_of(folder), "" if is_true(other_data) else record["run"]
-    metrics = read_json(folder / "metrics.json")
     scored, split = metrics.get("data", {}).get("split_hash"), getattr(data, "hash", None)
     if (run and run != own) or (metrics.get("run") or record["run"]) != record["run"]:
         raise ValueError(

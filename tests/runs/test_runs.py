@@ -253,6 +253,46 @@ def test_another_bundle_or_task_is_refused(trained, tmp_path):
     assert "kvasir_seg" in text and (trained / "models" / "model.pt").is_file()
 
 
+def test_a_foreign_model_beside_a_record_is_refused(trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    state = torch.load(copy / "models" / "model.pt", weights_only=True)
+    first = next(iter(state))
+    torch.save({**state, first: state[first] + 1}, copy / "models" / "model.pt")
+    before = snapshot(copy)
+    for names in (("train", "evaluate"), ("inference",)):
+        assert str(copy / "models" / "model.pt") in refusal(built, "kvasir_seg", names, **places(copy))
+    assert snapshot(copy) == before
+
+
+def test_a_student_without_a_record_does_not_write_over_a_recorded_run(trained, tmp_path):
+    (tmp_path / "models").mkdir()
+    state = torch.load(trained / "models" / "model.pt", weights_only=True)
+    first = next(iter(state))
+    torch.save({**state, first: state[first] + 1}, tmp_path / "models" / "model.pt")
+    before = snapshot(trained / "eval")
+    given = {"output_dir": str(trained / "eval"), "image_size": SIZE, "split_seed": 3}
+    text = refusal(built, "kvasir_seg", ("train", "evaluate"), **places(tmp_path, **given))
+    assert str(trained / "eval") in text and snapshot(trained / "eval") == before
+
+
+def test_a_copied_run_is_evaluated_in_its_own_folder(trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    before = snapshot(trained / "eval")
+    made = built("kvasir_seg", ("train", "evaluate"), **places(copy, output_dir=str(copy / "eval")))
+    assert made.parser.get_parsed_content("output_dir") == str(copy / "eval")
+    made.run()
+    assert snapshot(trained / "eval") == before
+
+
+@pytest.mark.parametrize("name", ["output_dir", "ckpt_dir", "dataset_dir"])
+def test_an_empty_place_is_refused(name, tmp_path):
+    assert name in refusal(built, "kvasir_seg", ("train",), **{"ckpt_dir": str(tmp_path), name: ""})
+
+
+def test_the_purpose_of_a_config_is_no_option(trained):
+    assert "purpose" in refusal(commanded, "kvasir_seg", ("train", "evaluate"), **places(trained, purpose="training"))
+
+
 def test_real_data_are_never_replaced_by_phantoms_nor_the_other_way_round(trained, polyps, tmp_path, monkeypatch):
     copy = shutil.copytree(trained, tmp_path / "trained")
     record = read_json(copy / "models" / "student.json")
@@ -392,6 +432,7 @@ def test_figures_of_another_student_are_not_quoted(trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     record = read_json(copy / "models" / "student.json")
     record["output_dir"] = str(copy / "eval")
+    del record["weights"]  # as an earlier version wrote it
     (copy / "models" / "student.json").write_text(json.dumps(record))
     state = torch.load(copy / "models" / "model.pt", weights_only=True)
     torch.save(
