@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc import locate
@@ -116,8 +116,10 @@ def check(purpose: str) -> None:
     if workflow is None:
         return
     parser, (content, given) = workflow.parser, _given(workflow)
-    for key in given:
+    for key, value in given.items():
         _check_option(key, content)
+        for name in value if isinstance(value, dict) and _names_in(key) else ():
+            _check_option(f"{key}#{name}", content)
     if given.get("purpose", "serving") != "serving":
         raise ValueError("purpose is not an option: it says what a config does.")
     expand(parser)
@@ -173,7 +175,10 @@ def _check_option(key: str, content: Mapping[str, Any]) -> None:
                     return
                 names = [*names, *accepted]
             elif depth and not any(isinstance(v, dict) and "_target_" in v for v in at.values()):
-                return
+                known = _names_in(key.split("#")[0]) if depth == 1 else []
+                if not known or part in known:
+                    return
+                names = known
         elif isinstance(at, list) and not (part.isdecimal() and int(part) < len(at)):
             names = [str(number) for number in range(len(at))]
         elif isinstance(at, (dict, list)):
@@ -186,6 +191,24 @@ def _check_option(key: str, content: Mapping[str, Any]) -> None:
         meant = "#".join(filter(None, (above, nearest[0]))) if nearest else ""
         hint = f"did you mean --{meant}?" if meant else "see the top of the config for its options."
         raise ValueError(f"There is no option --{key} in this config: {hint}")
+
+
+def _names_in(section: str) -> list[str]:
+    """Options of a section of plain data that would be read only after the teachers have run; none where it is free."""
+    if section not in ("losses", "contrastive", "kd_temperature", "loss_strength", "admission"):
+        return []
+    from amkd_monai.distillation import contrastive, distiller
+
+    def arguments(schedule: Callable[..., float]) -> list[str]:
+        return [name for name in inspect.signature(schedule).parameters if name != "progress"]
+
+    return {
+        "losses": list(distiller.LOSSES),
+        "contrastive": list(contrastive.OPTIONS),
+        "kd_temperature": arguments(distiller.kd_temperature),
+        "loss_strength": arguments(distiller.distillation_strength),
+        "admission": ["mode", "features", "margin", "folds", "epochs"],
+    }[section]
 
 
 def _arguments(target: str) -> list[str] | None:

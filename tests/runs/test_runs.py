@@ -111,7 +111,9 @@ def test_a_misspelled_option_is_refused_with_the_nearest_name(bundle, names, bui
     meant = {"ckpt_dirs": "ckpt_dir", "num_worker": "num_workers"}
     if names[0] == "train":
         meant |= {"max_epoch": "max_epochs", "init_part": "init_parts", "train#traner": "train#trainer"}
-        meant |= {"recipe#learning_rat": "recipe#learning_rate"}
+        meant |= {"recipe#learning_rat": "recipe#learning_rate", "losses#outptu": "losses#output"}
+        meant |= {"contrastive#temperatur": "contrastive#temperature", "admission#fold": "admission#folds"}
+        meant |= {"kd_temperature#strt": "kd_temperature#start", "loss_strength#warmupp": "loss_strength#warmup"}
         if bundle != SHARED:
             meant |= {"label": "labelled"}
     for wrong, right in meant.items():
