@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -49,6 +50,34 @@ class Recipe:
     min_steps: int = 1
     batch_dice: bool = False
     augmentation: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse values that no training can have.
+
+        Raises:
+            ValueError: one is out of range, or no number.
+        """
+        part = self.foreground_fraction
+        ranges = {
+            "batch_size": (1, math.inf),
+            "learning_rate": (1e-12, math.inf),
+            "encoder_learning_rate": (0, math.inf),
+            "weight_decay": (0, math.inf),
+            "warmup_steps": (0, math.inf),
+            "labelled_fraction": (1e-12, 1),
+            "min_steps": (1, math.inf),
+            **({} if part is None else {"foreground_fraction": (0, 1)}),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            whole = name in ("batch_size", "warmup_steps", "min_steps")
+            number = isinstance(value, int) or (isinstance(value, float) and not whole and math.isfinite(value))
+            if not number or isinstance(value, bool) or not low <= value <= high:
+                above = "above 0" if 0 < low < 1 else f"of at least {low}"
+                upper = "" if high == math.inf else f", at most {high}"
+                raise ValueError(
+                    f"recipe#{name} is {value!r}: give a {'whole ' if whole else ''}number {above}{upper}."
+                )
 
     def describe(self) -> dict[str, Any]:
         """Return the recipe as plain data."""

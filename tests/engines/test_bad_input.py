@@ -109,6 +109,25 @@ def test_wrong_teachers(tmp_path, polyps, teacher, words):
     assert words in sentence("kvasir_seg", tmp_path, polyps, teachers=[teacher])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", -0.1),
+        ("learning_rate", "nan"),
+        ("weight_decay", -1),
+        ("batch_size", 0),
+        ("batch_size", 2.5),
+        ("min_steps", -1),
+        ("labelled_fraction", 2),
+        ("learning_rate", "much"),
+    ],
+)
+def test_values_that_no_training_can_have(tmp_path, polyps, name, value):
+    text = sentence("kvasir_seg", tmp_path, polyps, **{f"recipe#{name}": value})
+    assert f"recipe#{name}" in text and str(value) in text
+    assert not (tmp_path / "models" / "model.pt").exists()
+
+
 def test_wrong_and_truncated_checkpoints(tmp_path, polyps):
     import torch
 
