@@ -124,6 +124,8 @@ def check(purpose: str) -> None:
         raise ValueError("purpose is not an option: it says what a config does.")
     expand(parser)
     parser["bundle_root"] = parser.get_parsed_content("bundle_root")  # while the workflow is on the stack
+    if purpose in ("training", "serving"):
+        _check_length(parser.config)
     if purpose != "training":
         adopt(parser, purpose, given)
 
@@ -191,6 +193,19 @@ def _check_option(key: str, content: Mapping[str, Any]) -> None:
         meant = "#".join(filter(None, (above, nearest[0]))) if nearest else ""
         hint = f"did you mean --{meant}?" if meant else "see the top of the config for its options."
         raise ValueError(f"There is no option --{key} in this config: {hint}")
+
+
+def _check_length(config: Mapping[str, Any]) -> None:
+    """Refuse a training that would end without a student: one is kept when it is validated."""
+    for name in ("max_epochs", "val_interval"):
+        value = config.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}: give a whole number above 0.")
+    if config.get("val_interval", 1) > config.get("max_epochs", 1):
+        raise ValueError(
+            f"val_interval is {config['val_interval']}, above max_epochs, {config['max_epochs']}: the student would "
+            "never be validated, so none would be kept."
+        )
 
 
 def _names_in(section: str) -> list[str]:

@@ -291,6 +291,15 @@ def test_an_empty_place_is_refused(name, tmp_path):
     assert name in refusal(built, "kvasir_seg", ("train",), **{"ckpt_dir": str(tmp_path), name: ""})
 
 
+@pytest.mark.parametrize(
+    "values", [{"max_epochs": 0}, {"max_epochs": "many"}, {"max_epochs": 1.5}, {"val_interval": 99}]
+)
+@pytest.mark.parametrize("bundle", ["kvasir_seg", SHARED])
+def test_a_training_that_would_keep_no_student_is_refused(bundle, values, tmp_path):
+    text = refusal(built, bundle, ("train",), ckpt_dir=str(tmp_path), **values)
+    assert next(iter(values)) in text and not list(tmp_path.iterdir())
+
+
 def test_the_purpose_of_a_config_is_no_option(trained):
     assert "purpose" in refusal(commanded, "kvasir_seg", ("train", "evaluate"), **places(trained, purpose="training"))
 
