@@ -67,7 +67,7 @@ def test_transforms_without_counterpart():
     with pytest.raises(ValueError, match="mode 'nearest'"):
         preprocessing("Resized", {"keys": "image", "spatial_size": (4, 4), "mode": "nearest"})
     with pytest.raises(ValueError, match="cannot be exported"):
-        postprocessing({"_target_": "amkd_monai.data.transforms.CtWindowd", "keys": "pred"})
+        postprocessing({"_target_": "amkd_monai.data.transforms.CtWindowd", "keys": "pred"}, dimensions=3)
 
 
 def test_what_a_format_may_cost():
