@@ -101,29 +101,18 @@ class LoadMaskd(MapTransform):
         return result
 
 
-class LoadVolumed(MapTransform):
+class LoadVolumed(LoadMaskd):
     """Load NIfTI volumes (1, X, Y, Z), float32, in the order of the image's file, with affines in mm.
 
     Labels become class indices, 255 where there is no label, on the grid of the image.
 
     Args:
-        keys: of the files.
+        keys: of the files; give both keys, or that of the image.
         allow_missing_keys: whether a key may be absent.
         image_key: the key that is an image; every other key is a label of it.
         classes: number of classes of labels, background included.
         codes: what the values of labels mean, see :func:`amkd_monai.files.masks.decode`.
     """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        allow_missing_keys: bool = True,
-        image_key: str = "image",
-        classes: int = 2,
-        codes: MaskCodes = "auto",
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.image_key, self.classes, self.codes = image_key, classes, codes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace each key's path by the volume."""

@@ -91,17 +91,19 @@ def decode(values: np.ndarray, classes: int = 2, codes: MaskCodes = "auto") -> n
     if classes != 2:
         raise ValueError(f"mask_codes '{codes}' is for two classes, the task has {classes}: use indices")
     if codes == "threshold":
-        if len(found) == 2 and _grey(found, found).max() <= OPAQUE:
+        if len(found) == 2 and _grey(found).max() <= OPAQUE:
             raise ValueError(
                 f"holds the values {found[0]:g} and {found[1]:g} alone, both in the lower half of the scale"
             )
-        return (_grey(values, found) > OPAQUE).astype(np.uint8)
+        return (_grey(values) > OPAQUE).astype(np.uint8)
     if codes == "nonzero" and found[0] > 0 and len(found) > 1:
         raise ValueError("holds several values but no 0, so that everything would be foreground")
     return (values == 0 if codes == "inverted" else values != 0).astype(np.uint8)
 
 
 def _mapped(values: np.ndarray, found: np.ndarray, codes: Mapping[str, int | str], classes: int) -> np.ndarray:
+    if odd := [i for i in codes.values() if i != "ignore" and not str(i).isdecimal()]:
+        raise ValueError(f'mask_codes names {odd[0]!r}: give a class index or "ignore"')
     table = {float(value): IGNORED if index == "ignore" else int(index) for value, index in codes.items()}
     if wrong := [index for index in table.values() if index != IGNORED and not 0 <= index < classes]:
         raise ValueError(f"mask_codes names the class {wrong[0]}; the task has the classes 0 to {classes - 1}")
@@ -127,12 +129,12 @@ def _guessed(values: np.ndarray, found: np.ndarray, classes: int) -> str:
         return "nonzero"
     small = [value for value in found.tolist() if value not in (0, IGNORED)]
     coded = values.dtype.kind != "f" and small and max(small) < LARGEST_INDEX
-    if len(found) > 1 and not coded and _is_grey_scale(_grey(values, found)):
+    if len(found) > 1 and not coded and _is_grey_scale(_grey(values)):
         return "threshold"
     raise ValueError(f"holds the value(s) {listed}, which can mean several things for {classes} classes: {HOW}")
 
 
-def _grey(values: np.ndarray, found: np.ndarray) -> np.ndarray:
+def _grey(values: np.ndarray) -> np.ndarray:
     return values if values.dtype == np.uint8 else eight_bits(values)
 
 
@@ -248,12 +250,7 @@ def read_mask(
         with opened(file) as stored:
             tag, stored = orientation(stored), upright(stored)
         try:
-            values = _values(stored, codes)
-            mask = decode(values, classes, codes)
-            if codes == "auto":
-                check_plausible(mask)
-            if used is not None:
-                used.add(coding(values))
+            mask = decode_plausible(_values(stored, codes), classes, codes, used)
         except ValueError as error:
             raise ValueError(f"Mask {file} cannot be used: it {error}.") from error
         if frame is not None:
@@ -268,6 +265,20 @@ def read_mask(
             result = np.where(classes_of[0] > 0, classes_of[0], np.where(classes_of[1] > 0, classes_of[1], unknown))
     assert result is not None
     return result
+
+
+def decode_plausible(values: np.ndarray, classes: int, codes: MaskCodes, used: set[str] | None) -> np.ndarray:
+    """As :func:`decode`; a guess is checked, and ``used`` gets the coding, see :func:`coding_problem`.
+
+    Raises:
+        ValueError: values that the codes do not explain, or a mask that looks inverted.
+    """
+    mask = decode(values, classes, codes)
+    if codes == "auto":
+        check_plausible(mask)
+    if used is not None:
+        used.add(coding(values))
+    return mask
 
 
 def check_plausible(mask: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from amkd_monai.atomic import atomic_path
-from amkd_monai.files.masks import MaskCodes, check_plausible, coding, decode
+from amkd_monai.files.masks import MaskCodes, decode_plausible
 from amkd_monai.files.names import MARK, has_suffix
 from amkd_monai.files.pictures import DAMAGED
 
@@ -270,11 +270,7 @@ def read_label_volume(
     try:
         if image is not None and (problem := grid_problem(image, grid)):
             raise ValueError(f"{problem}: save it on the grid of its image")
-        mask = decode(array, classes, codes)
-        if codes == "auto":
-            check_plausible(mask)
-        if used is not None:
-            used.add(coding(array))
+        mask = decode_plausible(array, classes, codes, used)
     except ValueError as error:
         raise ValueError(f"Label {file} cannot be used: it {str(error).removeprefix('it ')}.") from error
     if image is None:

@@ -139,7 +139,7 @@ def test_a_given_rule_reads_them(tmp_path, name, codes, expected):
 
 def test_a_rule_that_does_not_explain_a_value_is_refused(tmp_path):
     grey(DISC * 7).save(tmp_path / "seven.png")
-    for codes in ("indices", "one_based", {"0": 0, "1": 1}, {"0": 0, "7": 5}, "guess"):
+    for codes in ("indices", "one_based", {"0": 0, "1": 1}, {"0": 0, "7": 5}, {"0": 0, "7": 1.5}, "guess"):
         with pytest.raises(ValueError, match=r"seven\.png|guess"):
             read_mask([tmp_path / "seven.png"], codes=codes)
 
