@@ -222,7 +222,7 @@ def _predict_one(predictor: Predictor, item: Input, folder: Path, rows: list[lis
     if predictor.config["dimensions"] == 3:
         volume, grid = read_volume(item.path, item.slices)
         mask = predictor.mask(volume[None], grid)
-        write_mask_volume(file_of(folder, f"{item.id}_mask.nii.gz"), mask, grid, None if item.slices else item.path)
+        write_mask_volume(file_of(folder, f"{item.id}_mask.nii.gz"), mask, grid)
         grey, outline = (np.rot90(plane) for plane in middle_slice(grey_levels(volume), mask))
         outputs.write_overlay(file_of(folder, f"{item.id}_overlay.png"), np.repeat(grey[..., None], 3, -1), outline)
         return

@@ -29,7 +29,7 @@ def write_mask(mask: np.ndarray, image: str | Path) -> Path:
     handle, name = tempfile.mkstemp(prefix="mask-", suffix=VOLUME_SUFFIXES[0] if is_volume else ".png")
     os.close(handle)
     if is_volume:
-        write_mask_volume(Path(name), mask, volume_grid(image), image)
+        write_mask_volume(Path(name), mask, volume_grid(image))
     else:
         Image.fromarray(mask).save(name)
     return Path(name)

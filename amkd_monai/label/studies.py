@@ -22,7 +22,7 @@ from monailabel.interfaces.exception import ImageNotFoundException
 from amkd_monai.atomic import atomic_write_bytes
 from amkd_monai.files.masks import read_mask
 from amkd_monai.files.names import VOLUME_SUFFIXES, has_suffix
-from amkd_monai.files.pictures import picture_size
+from amkd_monai.files.pictures import picture_frame
 from amkd_monai.files.volumes import read_label_volume, volume_grid
 from amkd_monai.label.requests import answerable
 
@@ -157,7 +157,7 @@ def _check_image(file: Path) -> None:
     if has_suffix(file, VOLUME_SUFFIXES):
         volume_grid(file)
     else:
-        picture_size(file)
+        picture_frame(file)
 
 
 def _plain_name(name: str) -> None:

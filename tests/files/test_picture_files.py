@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from amkd_monai.files.pictures import UNDONE, eight_bits, picture_size, read_picture, turned, write_png
+from amkd_monai.files.pictures import UNDONE, eight_bits, picture_frame, read_picture, turned, write_png
 
 SIZE = (40, 56)
 
@@ -34,7 +34,7 @@ def test_every_exif_orientation_is_shown_upright(tmp_path, orientation, suffix):
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     found = read_picture(path)
     np.testing.assert_array_equal(found, expected)
-    assert picture_size(path) == (expected.shape[1], expected.shape[0])
+    assert picture_frame(path) == ((expected.shape[1], expected.shape[0]), orientation)
     if suffix == "png":
         np.testing.assert_array_equal(found, turned(scene(), orientation))
     small = read_picture(path, (20, 24))
