@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from amkd_monai.data.transforms import CtWindowd
@@ -38,13 +38,6 @@ _DISC = (
     "(m.double().mean(1) > {part}, m.double().mean(0) > {part}))"
     "(torch.as_tensor(v).amax(0) > {level} * max(float(v.max()), 1e-6))"
 )
-
-
-def _load_rgb(p: Mapping[str, Any]) -> Translated:
-    reader = {"reader": "PILReader", "reverse_indexing": False, "converter": _RGB}
-    return [{"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True, **reader}], []
-
-
 _MILLIMETRES = (
     "$lambda v: (lambda m, a: (np.testing.assert_equal([v.ndim, bool(v.isfinite().all())], [4, True], 'no volume'), "
     "np.testing.assert_array_less(0, int(m['sform_code']) + int(m['qform_code']), 'no orientation'), "
@@ -55,90 +48,20 @@ _MILLIMETRES = (
 )
 """Affines in mm, as ``files.volumes.volume_grid`` gives them, after the checks that MONAI's reader leaves out."""
 
-
-def _load_volume(p: Mapping[str, Any]) -> Translated:
-    reader = {"reader": "NibabelReader", "squeeze_non_spatial_dims": True}
-    load = {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True, **reader}
-    return [load, {"_target_": "Lambdad", "keys": "image", "func": _MILLIMETRES}], []
-
-
-def _crop_fundus(p: Mapping[str, Any]) -> Translated:
-    select = _DISC.format(level=BACKGROUND_LEVEL, part=LEAST_PART)
-    crop = {"_target_": "CropForegroundd", "keys": "image", "source_key": "image", "select_fn": select}
-    square = {"_target_": "Lambdad", "keys": "image", "func": _SQUARE}
-    step = {"step": "crop_disc", "background_level": BACKGROUND_LEVEL, "least_part": LEAST_PART}
-    return [crop, square], [step]
-
-
-def _neighbours(p: Mapping[str, Any]) -> Translated:
-    return [{"_target_": "Lambdad", "keys": "image", "func": _NEIGHBOURS}], [{"step": "neighbours"}]
-
-
-def _ct_window(p: Mapping[str, Any]) -> Translated:
-    window = CtWindowd(**p)
-    low, high = float(window.low), float(window.high)
-    hu, levels, shares = f"({low}, {high})", "(0, 255)", "(0, 1)"
-    auto = (
-        f"{hu} if v[v >= {LOWEST_AIR}].min() <= {HIGHEST_MINIMUM} else "
-        f"[e for e in ({shares}, {levels}) if v.min() >= 0 and {BRIGHTEST} * e[1] <= v.max() <= e[1]][0]"
-    )
-    ends = {"hu": hu, "levels": levels, "shares": shares, "auto": auto}[window.values]
-    function = f"$lambda v: (lambda e: ((v - e[0]) / (e[1] - e[0])).clip(0, 1))({ends})"
-    return [{"_target_": "Lambdad", "keys": "image", "func": function}], [
-        {"step": "ct_window", "low": low, "high": high, "values": window.values}
-    ]
-
-
-def _orientation(p: Mapping[str, Any]) -> Translated:
-    _expect(p, "Orientationd", labels=None)
-    return [{"_target_": "Orientationd", **p}], [{"step": "orientation", "axes": p["axcodes"]}]
-
-
-def _scale(p: Mapping[str, Any]) -> Translated:
-    _expect(p, "ScaleIntensityRanged", b_min=0.0, b_max=1.0, clip=True)
-    return [{"_target_": "ScaleIntensityRanged", **p}], [{"step": "scale", "low": p["a_min"], "high": p["a_max"]}]
-
-
-def _percentiles(p: Mapping[str, Any]) -> Translated:
-    _expect(p, "ScaleIntensityRangePercentilesd", b_min=0.0, b_max=1.0, clip=True)
-    step = {"step": "scale_percentiles", "lower": p["lower"], "upper": p["upper"]}
-    return [{"_target_": "ScaleIntensityRangePercentilesd", **p}], [step]
-
-
-def _resized(p: Mapping[str, Any]) -> Translated:
-    _expect(p, "Resized", mode="bilinear")
-    step = {"step": "resize", "size": list(p["spatial_size"]), "anti_aliasing": bool(p.get("anti_aliasing", False))}
-    return [{"_target_": "Resized", **p}], [step]
-
-
-def _spacing(p: Mapping[str, Any]) -> Translated:
-    _expect(p, "Spacingd", mode="bilinear")
-    return [{"_target_": "Spacingd", **p}], [{"step": "spacing", "pixdim": list(p["pixdim"])}]
-
-
-def _cropped(p: Mapping[str, Any]) -> Translated:
-    return [{"_target_": "CenterSpatialCropd", **p}], [{"step": "crop", "size": list(p["roi_size"])}]
-
-
-def _padded(p: Mapping[str, Any]) -> Translated:
-    return [{"_target_": "SpatialPadd", **p}], [{"step": "pad", "size": list(p["spatial_size"])}]
-
-
-PREPROCESSING: dict[str, Callable[[Mapping[str, Any]], Translated]] = {
-    "amkd_monai.data.transforms.load_rgb": _load_rgb,
-    "amkd_monai.data.transforms.load_volume": _load_volume,
-    "amkd_monai.data.transforms.NeighbourSlicesd": _neighbours,
-    "amkd_monai.data.transforms.CropFundusd": _crop_fundus,
-    "amkd_monai.data.transforms.CtWindowd": _ct_window,
-    "Orientationd": _orientation,
-    "ScaleIntensityRanged": _scale,
-    "ScaleIntensityRangePercentilesd": _percentiles,
-    "Resized": _resized,
-    "Spacingd": _spacing,
-    "CenterSpatialCropd": _cropped,
-    "SpatialPadd": _padded,
+REPEATED: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
+    "Orientationd": ("orientation", {"axes": "axcodes"}, {"labels": None}),
+    "ScaleIntensityRanged": ("scale", {"low": "a_min", "high": "a_max"}, {"b_min": 0.0, "b_max": 1.0, "clip": True}),
+    "ScaleIntensityRangePercentilesd": (
+        "scale_percentiles",
+        {"lower": "lower", "upper": "upper"},
+        {"b_min": 0.0, "b_max": 1.0, "clip": True},
+    ),
+    "Resized": ("resize", {"size": "spatial_size", "anti_aliasing": "anti_aliasing"}, {"mode": "bilinear"}),
+    "Spacingd": ("spacing", {"pixdim": "pixdim"}, {"mode": "bilinear"}),
+    "CenterSpatialCropd": ("crop", {"size": "roi_size"}, {}),
+    "SpatialPadd": ("pad", {"size": "spatial_size"}, {}),
 }
-"""By ``_target_``; each takes the settings of a transform."""
+"""MONAI's transforms that stay: the step, its settings by those of the transform, and the values that others need."""
 
 
 def preprocessing(target: str, settings: Mapping[str, Any]) -> Translated:
@@ -147,10 +70,52 @@ def preprocessing(target: str, settings: Mapping[str, Any]) -> Translated:
     Raises:
         ValueError: a transform, or a setting of it, that prediction cannot repeat.
     """
-    if target not in PREPROCESSING:
-        known = ", ".join(name.rsplit(".", 1)[-1] for name in PREPROCESSING)
-        raise ValueError(f"The preprocessing holds {target}, which cannot be exported: use {known}.")
-    return PREPROCESSING[target](settings)
+    name = target.removeprefix("amkd_monai.data.transforms.")
+    if name in REPEATED:
+        step, of_transform, needed = REPEATED[name]
+        for key, value in needed.items():
+            if settings.get(key) != value:
+                raise ValueError(
+                    f"The preprocessing has {name} with {key} {settings.get(key)!r}, which cannot be exported: use "
+                    f"{value!r}."
+                )
+        repeated = {ours: settings.get(theirs, False) for ours, theirs in of_transform.items()}
+        return [{"_target_": name, **settings}], [{"step": step, **repeated}]
+    if name == "load_rgb":
+        return [_loading("PILReader", reverse_indexing=False, converter=_RGB)], []
+    if name == "load_volume":
+        return [_loading("NibabelReader", squeeze_non_spatial_dims=True), _changing(_MILLIMETRES)], []
+    if name == "NeighbourSlicesd":
+        return [_changing(_NEIGHBOURS)], [{"step": "neighbours"}]
+    if name == "CropFundusd":
+        select = _DISC.format(level=BACKGROUND_LEVEL, part=LEAST_PART)
+        crop = {"_target_": "CropForegroundd", "keys": "image", "source_key": "image", "select_fn": select}
+        levels = {"background_level": BACKGROUND_LEVEL, "least_part": LEAST_PART}
+        return [crop, _changing(_SQUARE)], [{"step": "crop_disc", **levels}]
+    if name == "CtWindowd":
+        window = CtWindowd(**settings)
+        ends: Config = {"low": float(window.low), "high": float(window.high), "values": window.values}
+        return [_changing(_windowed(**ends))], [{"step": "ct_window", **ends}]
+    known = ", ".join([*REPEATED, "load_rgb", "load_volume", "NeighbourSlicesd", "CropFundusd", "CtWindowd"])
+    raise ValueError(f"The preprocessing holds {target}, which cannot be exported: use {known}.")
+
+
+def _loading(reader: str, **options: Any) -> Config:
+    return {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True, "reader": reader, **options}
+
+
+def _changing(function: str) -> Config:
+    return {"_target_": "Lambdad", "keys": "image", "func": function}
+
+
+def _windowed(low: float, high: float, values: str) -> str:
+    """``files.volumes.ct_range`` in one expression."""
+    ends = {"hu": f"({low}, {high})", "levels": "(0, 255)", "shares": "(0, 1)"}
+    auto = (
+        f"{ends['hu']} if v[v >= {LOWEST_AIR}].min() <= {HIGHEST_MINIMUM} else [e for e in ((0, 1), (0, 255)) "
+        f"if v.min() >= 0 and {BRIGHTEST} * e[1] <= v.max() <= e[1]][0]"
+    )
+    return f"$lambda v: (lambda e: ((v - e[0]) / (e[1] - e[0])).clip(0, 1))({ends.get(values, auto)})"
 
 
 def postprocessing(transform: Mapping[str, Any], dimensions: int) -> list[Config]:
@@ -161,30 +126,15 @@ def postprocessing(transform: Mapping[str, Any], dimensions: int) -> list[Config
     """
     target = str(transform["_target_"])
     if target == "amkd_monai.data.transforms.SaveMaskd":
-        keys = {"keys": transform["keys"]}
         save = {
-            "_target_": "SaveImaged",
-            **keys,
-            "output_dir": transform["output_dir"],
-            "output_postfix": "mask",
-            "output_ext": ".png" if dimensions == 2 else ".nii.gz",
-            "output_dtype": "$torch.uint8",
-            "resample": False,
-            "separate_folder": False,
-            "print_log": False,
+            **{"_target_": "SaveImaged", "keys": transform["keys"], "output_dir": transform["output_dir"]},
+            **{"output_postfix": "mask", "output_ext": ".png" if dimensions == 2 else ".nii.gz"},
+            **{"output_dtype": "$torch.uint8", "resample": False, "separate_folder": False, "print_log": False},
         }
         if dimensions == 3:
             return [save]
-        return [{"_target_": "Transposed", **keys, "indices": [0, 2, 1]}, {**save, "scale": 255}]
+        turned = {"_target_": "Transposed", "keys": transform["keys"], "indices": [0, 2, 1]}
+        return [turned, {**save, "scale": 255}]
     if "amkd_monai" in str(transform):
         raise ValueError(f"The postprocessing holds {target}, which cannot be exported: use MONAI's own transforms.")
     return [dict(transform)]
-
-
-def _expect(settings: Mapping[str, Any], name: str, **wanted: Any) -> None:
-    for key, value in wanted.items():
-        if settings.get(key) != value:
-            raise ValueError(
-                f"The preprocessing has {name} with {key} {settings.get(key)!r}, which cannot be exported: "
-                f"use {value!r}."
-            )

@@ -12,8 +12,7 @@ from helpers import ROOT, shared_data
 from PIL import Image
 
 from amkd_monai.__main__ import main
-from amkd_monai.data.commands.check import check_data
-from amkd_monai.data.commands.contact_sheet import ORANGE, write_contact_sheet
+from amkd_monai.data.commands.check import ORANGE, check_data, write_contact_sheet
 from amkd_monai.data.phantoms import write_busi, write_covid_volumes, write_kvasir_seg, write_msd_heart
 from amkd_monai.tasks import Task
 
@@ -173,7 +172,7 @@ def test_the_sheet_outlines_masks_in_pictures_and_volumes(root, tmp_path):
     for task, folder in (("kvasir_seg", root), ("msd_heart", write_msd_heart(tmp_path, cases=2, shape=(12, 40, 44)))):
         report = check_data(task, folder)
         path = write_contact_sheet(tmp_path / f"{task}.png", report.task, report.items, count=2, columns=2)
-        sheet = np.asarray(Image.open(path))
+        sheet = np.asarray(Image.open(path).convert("RGB"))
         assert sheet.shape[1] == 2 * 208
         assert (sheet == ORANGE).all(axis=2).sum() > 50
     with pytest.raises(ValueError, match="no image to draw"):
@@ -184,7 +183,7 @@ def test_an_empty_mask_has_no_outline(tmp_path):
     root = write_busi(tmp_path, count=3, size=(60, 90))
     report = check_data("busi", root)
     normal = [item for item in report.items if item["class"] == "normal"]
-    sheet = np.asarray(Image.open(write_contact_sheet(tmp_path / "sheet.png", report.task, normal)))
+    sheet = np.asarray(Image.open(write_contact_sheet(tmp_path / "sheet.png", report.task, normal)).convert("RGB"))
     assert not (sheet == ORANGE).all(axis=2).any()
 
 

@@ -37,8 +37,7 @@ def _codes(text: str) -> str | dict[str, int | str]:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from amkd_monai.data.commands.check import check_data
-    from amkd_monai.data.commands.contact_sheet import write_contact_sheet
+    from amkd_monai.data.commands.check import check_data, write_contact_sheet
     from amkd_monai.data.datalist import resolve_dataset_dir
 
     root, _ = resolve_dataset_dir(arguments.name, arguments.dataset_dir, arguments.cache_dir)
