@@ -20,8 +20,7 @@ from amkd_monai.files.pictures import DAMAGED, level_problem
 
 logger = logging.getLogger("amkd_monai")
 
-UNREADABLE = (*DAMAGED, RuntimeError)
-"""What transforms raise for files that cannot be used; MONAI and torch (out of memory) raise RuntimeError."""
+UNREADABLE = (*DAMAGED, RuntimeError)  # MONAI and torch (out of memory) raise RuntimeError
 
 
 class BadSampleError(ValueError):
@@ -37,11 +36,7 @@ class Unusable:
 
 
 def read_item(item: Mapping[str, Any], transform: Callable) -> dict[str, Any]:
-    """Apply a transform chain to an item.
-
-    Raises:
-        BadSampleError: its files cannot be read, do not belong together, or show nothing.
-    """
+    """Apply a transform chain to an item; files that cannot be used or show nothing are a BadSampleError."""
     if problem := item.get("problem"):
         raise BadSampleError(problem)
     files = [str(item["image"]), *label_files(item)]

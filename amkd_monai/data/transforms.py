@@ -19,16 +19,15 @@ from amkd_monai.files.names import expanded, file_id, file_of
 from amkd_monai.files.pictures import read_picture, write_png
 from amkd_monai.files.steps import disc_box, squared
 
-FILENAME = "filename_or_obj"
+FILENAME = "filename_or_obj"  # keys of meta data: the file, and how the values of a mask were coded
 CODING = "mask_coding"
-"""Keys of meta data: the file; how the values of a mask were coded, where that was guessed."""
 
 
 def _loaded(array: np.ndarray, file: Any, affine: np.ndarray | None = None) -> MetaTensor:
-    """Values (C, ...) with MONAI's meta data."""
+    """Values (C, ...) as float32 with MONAI's meta data."""
     meta = {FILENAME: str(file), "spatial_shape": np.array(array.shape[1:]), "original_channel_dim": 0}
     matrix = torch.eye(3 if array.ndim == 3 else 4, dtype=torch.float64) if affine is None else torch.as_tensor(affine)
-    values = torch.from_numpy(np.ascontiguousarray(array))
+    values = torch.from_numpy(np.ascontiguousarray(array).astype(np.float32, copy=False))
     return MetaTensor(values, matrix, {**meta, "original_affine": matrix.clone()})
 
 
@@ -68,7 +67,7 @@ class LoadPictured(_PerKey):
         self.size = None if size is None else (int(size[0]), int(size[1]))
 
     def _changed(self, file: Any, data: Mapping[Hashable, Any]) -> MetaTensor:
-        return _loaded(read_picture(file, self.size).transpose(2, 0, 1).astype(np.float32), file)
+        return _loaded(read_picture(file, self.size).transpose(2, 0, 1), file)
 
 
 class LoadMaskd(_PerKey):
@@ -96,7 +95,7 @@ class LoadMaskd(_PerKey):
     def _changed(self, value: Any, data: Mapping[Hashable, Any]) -> MetaTensor:
         files, used = [str(file) for file in ensure_tuple(value)], set[str]()
         mask = read_mask(files, _file_of(data, self.image_key), self.classes, self.codes, used)
-        loaded = _loaded(mask[None].astype(np.float32), files[0])
+        loaded = _loaded(mask[None], files[0])
         loaded.meta[CODING] = sorted(used)
         return loaded
 
@@ -104,14 +103,8 @@ class LoadMaskd(_PerKey):
 class LoadVolumed(LoadMaskd):
     """Load NIfTI volumes (1, X, Y, Z), float32, in the order of the image's file, with affines in mm.
 
-    Labels become class indices, 255 where there is no label, on the grid of the image.
-
-    Args:
-        keys: of the files; give both keys, or that of the image.
-        allow_missing_keys: whether a key may be absent.
-        image_key: the key that is an image; every other key is a label of it.
-        classes: number of classes of labels, background included.
-        codes: what the values of labels mean, see :func:`amkd_monai.files.masks.decode`.
+    Arguments are those of :class:`LoadMaskd`: ``image_key`` is the image, every other key a label of it, which becomes
+    class indices on the grid of the image, 255 where there is no label.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -125,7 +118,7 @@ class LoadVolumed(LoadMaskd):
                 result[key] = _loaded(array[None], file, grid.affine)
             else:
                 array, grid = volumes.read_label_volume(file, grid, self.classes, self.codes, used)
-                result[key] = _loaded(array[None].astype(np.float32), file, grid.affine)
+                result[key] = _loaded(array[None], file, grid.affine)
                 result[key].meta[CODING] = sorted(used)
         return result
 

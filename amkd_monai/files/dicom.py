@@ -18,10 +18,8 @@ from amkd_monai.files.volumes import AFFINE_TOLERANCE, Grid, affine_problem
 
 logger = logging.getLogger("amkd_monai")
 
-SPACING_TOLERANCE = 0.02
-"""Largest difference between two distances of slices, as a part of the distance."""
-TILT = 1e-2
-"""Largest part of a slice distance that may lie within the plane of the slices."""
+SPACING_TOLERANCE = 0.02  # largest difference between two distances of slices, as a part of the distance
+TILT = 1e-2  # largest part of a slice distance that may lie within the plane of the slices
 
 _TAGS = {
     "series": "0020|000e", "position": "0020|0032", "orientation": "0020|0037", "spacing": "0028|0030",
@@ -53,9 +51,6 @@ def find_series(folder: Path) -> list[list[Slice]]:
 
     Files that are not DICOM images are left out and counted, and so are single slices of another direction or size
     (localizers) next to a volume. A series of several directions becomes several volumes.
-
-    Raises:
-        ValueError: there are DICOM files and SimpleITK is not installed.
     """
     groups: defaultdict[str, list[list[Slice]]] = defaultdict(list)
     foreign, damaged = [], []
@@ -122,10 +117,8 @@ def read_series(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, Grid
     """Read one volume of :func:`find_series` from ``folder``: values (X, Y, Z), float32, and their grid.
 
     Modality values count (``RescaleSlope`` and ``RescaleIntercept``, such as Hounsfield units); what is stored
-    inverted (``MONOCHROME1``) is turned, except in CT, whose values have a unit.
-
-    Raises:
-        ValueError: the slices are no whole volume of equal distances, or cannot be read.
+    inverted (``MONOCHROME1``) is turned, except in CT, whose values have a unit. Slices that are no whole volume of
+    equal distances, or cannot be read, are a ValueError.
     """
     from SimpleITK import GetArrayFromImage
 

@@ -16,14 +16,10 @@ logger = logging.getLogger("amkd_monai")
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
-UNREAD_SUFFIXES = (".gif", ".hdr", ".img", ".jp2", ".mgz", ".mha", ".mhd", ".nrrd", ".webp")
-"""Image formats that are not read; such files are named when they are left out."""
+UNREAD_SUFFIXES = (".gif", ".hdr", ".img", ".jp2", ".mgz", ".mha", ".mhd", ".nrrd", ".webp")  # named when left out
 
-MARK = "amkd_monai prediction"
-"""Stands in every file that a prediction writes, so that it is never taken for an image."""
-
-_DERIVED = re.compile(r"(?P<image>.+?)_(mask(_\d+)?|overlay|segmentation|superpixels)")
-"""Names of files that lie next to an image and belong to it."""
+MARK = "amkd_monai prediction"  # stands in every file that a prediction writes, so that it is no image to predict
+_DERIVED = re.compile(r"(?P<image>.+?)_(mask(_\d+)?|overlay|segmentation|superpixels)")  # belong to an image
 
 
 class DataProblems(ValueError):
@@ -79,16 +75,13 @@ def image_files(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> Ite
 def files_by_id(
     folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES, ending: str = "", beside: Sequence[str] = ()
 ) -> dict[str, Path]:
-    """Map id to file, sorted by id.
+    """Map id to file, sorted by id; two files with one id are a ValueError.
 
     Args:
         folder: where to look, not below.
         suffixes: the kinds of file.
         ending: what the names end with before the suffix, e.g. ``_mask``; it is not part of the id.
         beside: endings of ids that mark files next to the images, such as ``_superpixels``.
-
-    Raises:
-        ValueError: two files have one id.
     """
     files: dict[str, Path] = {}
     for file in image_files(folder, suffixes):
@@ -159,10 +152,8 @@ def read_text(path: Path) -> str:
 def read_table(path: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
     """Read a label table, {id: row}, where the first of ``columns`` holds the id.
 
-    Columns are separated by comma, semicolon or tab; the case of their names does not matter.
-
-    Raises:
-        ValueError: columns are missing, a cell of them is empty, an id comes twice, or there is no row.
+    Columns are separated by comma, semicolon or tab; the case of their names does not matter. Missing columns or cells,
+    an id that comes twice and an empty table are a ValueError.
     """
     text = read_text(path).lstrip("\r\n")
     if text.lower().startswith("sep="):  # written by Excel

@@ -14,31 +14,21 @@ from PIL import Image, ImageOps, PngImagePlugin
 from amkd_monai.atomic import atomic_path
 from amkd_monai.files.names import MARK
 
-FULL_SCALES = (255, 4095, 65535)
-"""White of grey pictures of more than 8 bits: the smallest of these that holds the picture's brightest level."""
-FEWEST_LEVELS = 16
-"""A picture of no more different levels than this, out of 256, is black, white or scaled wrongly."""
+FULL_SCALES = (255, 4095, 65535)  # white of grey pictures: the smallest that holds the brightest level
+FEWEST_LEVELS = 16  # of 256; a picture with no more is black, white or scaled wrongly
 OPAQUE = 127
 ORIENTATION = 0x0112
-UNDONE = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
-"""The EXIF orientation that undoes another one."""
-LATE_TAGS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
-"""Chunks of a PNG that may state its orientation behind the pixels, where Pillow finds them after decoding only."""
+UNDONE = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # the EXIF orientation that undoes another one
+LATE_TAGS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # of a PNG, possibly behind its pixels
 DAMAGED = (
     *(OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, ArithmeticError),
     *(NotImplementedError, MemoryError, struct.error, zlib.error),
-)
-"""What Pillow and nibabel raise for damaged files."""
+)  # what Pillow and nibabel raise for damaged files
 
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
-    """Open a picture of one page.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: whatever else goes wrong in the block, in one sentence that names the file.
-    """
+    """Open a picture of one page; what goes wrong in the block is a ValueError that names the file."""
     try:
         with Image.open(path) as image:
             if image.format != "MPO" and (pages := getattr(image, "n_frames", 1)) > 1:
@@ -56,7 +46,7 @@ def frame(image: Image.Image) -> tuple[tuple[int, int], int]:
     tags, size = getattr(image, "tag_v2", None), image.size
     if tags is not None:  # Pillow 11 turns the size of a TIFF
         size = tags[256], tags[257]
-    elif image.format == "PNG" and "exif" not in image.info:  # the method of PNG decodes all pixels
+    elif image.format == "PNG" and "exif" not in image.info:  # its getexif decodes all pixels
         content = Path(image.filename).read_bytes()  # type: ignore[attr-defined]
         tags = image.getexif() if any(tag in content for tag in LATE_TAGS) else {}
     else:
@@ -97,10 +87,7 @@ def eight_bits(levels: np.ndarray) -> np.ndarray:
     """Scale grey levels (H, W) of 16 or 32 bits or floating point to 0 to 255, uint8.
 
     Floating point up to 1 is a share of white. Otherwise white is the smallest of ``FULL_SCALES`` that is not below the
-    brightest level.
-
-    Raises:
-        ValueError: negative or non-finite levels, or some above 65535.
+    brightest level. Levels that are negative, not finite or above 65535 are a ValueError.
     """
     if not np.isfinite(levels).all() or levels.min() < 0:
         raise ValueError("it holds levels that are negative or not finite")
@@ -141,23 +128,18 @@ def level_problem(levels: np.ndarray) -> str:
 def read_picture(path: str | Path, size: Sequence[int] | None = None) -> np.ndarray:
     """Read a picture of any mode as RGB (H, W, 3), uint8, upright as viewers show it.
 
-    Args:
-        path: the file.
-        size: (H, W) to resize to while decoding: a JPEG is decoded at the smallest of its own scales that is not below
-            it, then resized with anti-aliasing.
-
-    Raises:
-        ValueError: it cannot be read, or has almost no levels.
+    With a ``size`` (H, W), a JPEG is decoded at the smallest of its own scales that is not below it, then resized with
+    anti-aliasing. A picture that cannot be read or has almost no levels is a ValueError.
     """
     with opened(path) as image:
         if size is not None:
             size = int(size[0]), int(size[1])
             image.draft("RGB", size if frame(image)[1] >= 5 else size[::-1])
         rgb = to_rgb(upright(image))
-    pixels = np.asarray(rgb)
-    if problem := level_problem(pixels):
+    sample = np.asarray(rgb.resize((64, 64), Image.Resampling.NEAREST))  # settles most cases without a copy
+    if level_problem(sample) and (problem := level_problem(np.asarray(rgb))):
         raise ValueError(f"{path} cannot be used: {problem}.")
-    return pixels if size is None else np.asarray(rgb.resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=2.0))
+    return np.asarray(rgb if size is None else rgb.resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=2.0))
 
 
 def write_png(path: Path, picture: np.ndarray | Image.Image) -> None:

@@ -17,14 +17,10 @@ from amkd_monai.files.volumes import Grid, ct_range
 Inverse = Callable[[np.ndarray], np.ndarray]
 Stepped = tuple[np.ndarray, Inverse | None]
 
-SPACING_TOLERANCE = 1e-3
-"""Voxel sizes (mm) closer than this count as equal, as in MONAI."""
-TRUNCATED = 4.0
-"""Standard deviations at which MONAI cuts a Gaussian."""
-BACKGROUND_LEVEL = 0.06
-"""Part of the brightest level up to which a pixel counts as border: JPEG noise there stays below."""
-LEAST_PART = 0.02
-"""Part of a row or column that must be brighter for it to belong to the disc: dust and text don't."""
+SPACING_TOLERANCE = 1e-3  # voxel sizes (mm) closer than this count as equal, as in MONAI
+TRUNCATED = 4.0  # standard deviations at which MONAI cuts a Gaussian
+BACKGROUND_LEVEL = 0.06  # part of the brightest level up to which a pixel is border: JPEG noise there stays below
+LEAST_PART = 0.02  # part of a row or column that must be brighter to belong to the disc: dust and text are not
 
 
 def _interpolation(place: np.ndarray, size: int) -> np.ndarray:

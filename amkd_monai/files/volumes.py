@@ -26,21 +26,14 @@ from amkd_monai.files.pictures import DAMAGED
 logger = logging.getLogger("amkd_monai")
 
 MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
-SMALLEST_VOXEL, LARGEST_VOXEL = 1e-3, 100.0
-"""Voxel sizes (mm) outside of these are a mistake of units."""
-DECIMALS = 6
-"""Of voxel sizes (mm); headers hold 32 bits, whose noise can change the rounded size of a resampled volume."""
-ORTHOGONAL = 1e-3
-"""Largest cosine between two axes that resampling takes for a right angle."""
-AFFINE_TOLERANCE = 1e-2
-"""Largest difference (mm) between the affines of a label and its volume; tools write them in 32 bits."""
-CORNER_TOLERANCE = 0.1
-"""Largest difference, in voxels, between the corners of a label and those of its volume."""
+SMALLEST_VOXEL, LARGEST_VOXEL = 1e-3, 100.0  # mm; other sizes are a mistake of units
+DECIMALS = 6  # of voxel sizes (mm); the noise of 32 bits can change the rounded size of a resampled volume
+ORTHOGONAL = 1e-3  # largest cosine between two axes that resampling takes for a right angle
+AFFINE_TOLERANCE = 1e-2  # largest difference (mm) between affines of a label and its volume, stored in 32 bits
+CORNER_TOLERANCE = 0.1  # largest distance, in voxels, between the corners of a label and of its volume
 CT_VALUES = ("auto", "hu", "levels", "shares")
-LOWEST_AIR, HIGHEST_MINIMUM = -1100.0, -200.0
-"""HU; every CT holds air or fat between these. What lies below is padding."""
-BRIGHTEST = 0.75
-"""Part of the scale that a windowed volume reaches at least."""
+LOWEST_AIR, HIGHEST_MINIMUM = -1100.0, -200.0  # HU; every CT holds air or fat between them, below is padding
+BRIGHTEST = 0.75  # part of the scale that a windowed volume reaches at least
 AXES = ("left to right", "posterior to anterior", "inferior to superior")
 _GEOMETRY = (
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
@@ -110,7 +103,6 @@ def volume_grid(file: str | Path) -> Grid:
     Units of metres and microns become mm. Axes of length 1 after the third are dropped.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file is damaged, no NIfTI volume of 3 axes and one real number per voxel, or does not say where
             its voxels lie.
     """
@@ -205,11 +197,7 @@ def _grid(file: Path, header: Any) -> Grid:
 
 
 def check_grid(file: str | Path, label: Grid, image: Grid) -> None:
-    """Check that a label lies on the grid of its image; the array orders may differ.
-
-    Raises:
-        ValueError: shape, voxel size, directions or origin differ; by how much and along which axis.
-    """
+    """Raise a ValueError with the figure and axis if a label lies on another grid than its image, in any order."""
     a, b = image.reordered("RAS"), label.reordered("RAS")
     corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * [*(np.array(a.shape) - 1), 1]
     farthest = np.abs((corners @ (b.affine - a.affine).T)[:, :3]).max(axis=0)
@@ -241,12 +229,8 @@ def read_label_volume(
 ) -> tuple[np.ndarray, Grid]:
     """Read a label volume as class indices (X, Y, Z), uint8, 255 where there is no label, and their grid.
 
-    Args:
-        file: NIfTI file.
-        image: grid of the image, whose array order the label gets; None keeps the order of the file.
-        classes: number of classes, background included.
-        codes: see :func:`amkd_monai.files.masks.decode`.
-        used: gets how the file is coded, see :func:`amkd_monai.files.masks.coding_problem`.
+    The label gets the array order of its ``image``; the last arguments are as for
+    :func:`amkd_monai.files.masks.read_mask`.
 
     Raises:
         ValueError: it cannot be read, lies on another grid, or holds values that the codes do not explain.
@@ -296,17 +280,10 @@ def grey_levels(volume: np.ndarray, percentiles: Sequence[float] = (0.5, 99.5)) 
 
 
 def ct_range(volume: np.ndarray, low: float, high: float, values: str = "auto") -> tuple[float, float]:
-    """The values of a CT that become 0 and 1.
+    """The values of a CT of any shape that become 0 and 1, for a window from ``low`` to ``high`` HU.
 
-    Args:
-        volume: of any shape.
-        low: lower end of the window in HU.
-        high: upper end in HU.
-        values: what the volume holds: ``hu``, ``levels`` (windowed before, 0 to 255) or ``shares`` (windowed before, 0
-            to 1); ``auto`` takes the only one that fits.
-
-    Raises:
-        ValueError: the values fit none of them, as Hounsfield units with an offset of 1024 do.
+    ``values`` says what the volume holds: ``hu``, ``levels`` (windowed before, 0 to 255) or ``shares`` (windowed
+    before, 0 to 1). ``auto`` takes the only one that fits; none, as for an offset of 1024, is a ValueError.
     """
     if values not in CT_VALUES:
         raise ValueError(f"CT values are '{values}': use one of {', '.join(CT_VALUES)}.")

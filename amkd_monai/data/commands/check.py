@@ -23,8 +23,7 @@ from amkd_monai.files.pictures import level_problem, opened, read_picture
 from amkd_monai.tasks import Task, get_task
 from amkd_monai.terminal import progress
 
-ORANGE = (230, 159, 0)
-"""Of the Okabe-Ito palette; with its black border it is seen on any background and by colour-blind readers."""
+ORANGE = (230, 159, 0)  # Okabe-Ito; with a black border it shows on any background and to colour-blind readers
 
 
 @dataclass
