@@ -57,10 +57,11 @@ test: $(INSTALLED) $(LABEL_INSTALLED) ## run the test suite, the MONAI Label ser
 	$(VPYTHON) -m pytest -n 2 --dist loadfile --ignore tests/export
 	$(VPYTHON) -m pytest tests/export
 
-check: $(INSTALLED) ## format check, lint, types
+check: $(INSTALLED) ## format check, lint, types, layers of the package
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	PYTHONPATH=. $(VENV)/bin/lint-imports
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(INSTALLED) ## build the documentation site into build/site, warnings are errors

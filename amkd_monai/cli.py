@@ -230,10 +230,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
     names = chosen_formats(arguments.formats)
     from amkd_monai.export.bundle import Options, export_bundle
-    from amkd_monai.export.source import open_source
+    from amkd_monai.export.source import Source
 
     options = Options(names, arguments.accept_loss, arguments.cases, arguments.calibration)
-    written = export_bundle(open_source(arguments.bundle, settings, arguments.overlay), to, options)
+    written = export_bundle(Source(arguments.bundle, settings, arguments.overlay), to, options)
     print(f"exported to {written}; card: {written / 'docs' / 'README.md'}")
     return 0
 
