@@ -107,7 +107,7 @@ def model_card(source: Source, facts: dict[str, Any], name: str) -> str:
         name: of the exported bundle's folder.
     """
     unknown = "not recorded: the run left no run.json"
-    distillation = source.record.get("distillation", {})
+    recorded, distillation = source.record.get("data", {}), source.record.get("distillation", {})
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
     environment.filters["number"] = _number
     return environment.from_string(CARD.read_text(encoding="utf-8")).render(
@@ -118,7 +118,8 @@ def model_card(source: Source, facts: dict[str, Any], name: str) -> str:
         is_phantom=source.data.is_phantom,
         no_teachers="none: trained with labels alone" if "distillation" in source.record else unknown,
         parameters=sum(p.numel() for p in source.student.parameters()),
-        recorded={"counts": {}, **source.record.get("data", {})},
+        recorded=recorded,
+        samples=", ".join(f"{k} {v}" for k, v in recorded.get("counts", {}).items()) or unknown,
         summary=source.metrics.get("summary", {"metrics": {}}),
         table=format_cells(facts),
         teachers=distillation.get("teachers", []) if isinstance(distillation, dict) else [],
