@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=amkd_monai.__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], text: str, to: Any = commands) -> CommandParser:
+    def add(name: str, run: Callable[[argparse.Namespace], int | None], text: str, to: Any = commands) -> CommandParser:
         command: CommandParser = to.add_parser(name, help=text)
         command.set_defaults(run=run)
         return command
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(arguments, name, str(Path(value).expanduser()))
     set_verbosity(getattr(arguments, "verbosity", "normal"))
     try:
-        return int(arguments.run(arguments))
+        return arguments.run(arguments) or 0
     except (ValueError, OSError, RuntimeError) as error:
         logger.debug("The command ended with an error.", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
@@ -167,14 +167,13 @@ def _codes(text: str) -> str | dict[str, int | str]:
     return json.loads(text) if text.startswith("{") else text
 
 
-def _teachers(arguments: argparse.Namespace) -> int:
+def _teachers(arguments: argparse.Namespace) -> None:
     from amkd_monai.teachers.catalogue import format_catalogue
 
     print(format_catalogue(arguments.weights_dir))
-    return 0
 
 
-def _fetch(arguments: argparse.Namespace) -> int:
+def _fetch(arguments: argparse.Namespace) -> None:
     from amkd_monai.teachers.catalogue import entry
 
     teacher = entry(arguments.teacher)
@@ -183,10 +182,9 @@ def _fetch(arguments: argparse.Namespace) -> int:
     from amkd_monai.checkpoints.find import fetch
 
     print(f"{fetch(teacher.hub, teacher.hub_files)} (licence: {teacher.licence})")
-    return 0
 
 
-def _compare(arguments: argparse.Namespace) -> int:
+def _compare(arguments: argparse.Namespace) -> None:
     from amkd_monai.metrics.compare import compare_runs, evaluated_task, format_comparison
 
     reference = Path(arguments.reference) / "per_case.csv"
@@ -195,7 +193,6 @@ def _compare(arguments: argparse.Namespace) -> int:
     rows = compare_runs(reference, others, arguments.metric, task)
     title = task.name if task is not None and task.is_classification else arguments.metric or "dice"
     print(format_comparison(rows, f"{title}, compared with {arguments.reference}"))
-    return 0
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
@@ -214,15 +211,14 @@ def _data_check(arguments: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
-def _data_fetch(arguments: argparse.Namespace) -> int:
+def _data_fetch(arguments: argparse.Namespace) -> None:
     from amkd_monai.data.commands.fetch import SOURCES, fetch, steps
 
     folder = fetch(arguments.name, arguments.to)
     print(f"{folder} is complete. Terms: {SOURCES[arguments.name].terms}" if folder else steps(arguments.name))
-    return 0
 
 
-def _export(arguments: argparse.Namespace) -> int:
+def _export(arguments: argparse.Namespace) -> None:
     settings, to = settings_of(arguments.set), Path(arguments.to)
     if to.exists():
         raise FileExistsError(f"{to} is there already: remove it or give another folder.")
@@ -235,7 +231,6 @@ def _export(arguments: argparse.Namespace) -> int:
     options = Options(names, arguments.accept_loss, arguments.cases, arguments.calibration)
     written = export_bundle(Source(arguments.bundle, settings, arguments.overlay), to, options)
     print(f"exported to {written}; card: {written / 'docs' / 'README.md'}")
-    return 0
 
 
 def _predict(arguments: argparse.Namespace) -> int:
@@ -244,25 +239,22 @@ def _predict(arguments: argparse.Namespace) -> int:
     return predict(arguments.model, arguments.input, arguments.output, arguments.int8, arguments.threads)
 
 
-def _label(arguments: argparse.Namespace) -> int:
+def _label(arguments: argparse.Namespace) -> None:
     from amkd_monai.label.server import serve
 
     serve(arguments.bundles, arguments.studies, arguments.host, arguments.port, arguments.work)
-    return 0
 
 
-def _report(arguments: argparse.Namespace) -> int:
+def _report(arguments: argparse.Namespace) -> None:
     from amkd_monai.report.page import write_report
 
     print(write_report(arguments.runs, arguments.output))
-    return 0
 
 
-def _cache_status(arguments: argparse.Namespace) -> int:
+def _cache_status(arguments: argparse.Namespace) -> None:
     from amkd_monai.cache.inventory import find_stores, format_stores
 
     print(format_stores(find_stores(arguments.folder), arguments.folder))
-    return 0
 
 
 def _cache_verify(arguments: argparse.Namespace) -> int:
@@ -286,7 +278,7 @@ def _cache_verify(arguments: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _cache_prune(arguments: argparse.Namespace) -> int:
+def _cache_prune(arguments: argparse.Namespace) -> None:
     from amkd_monai.cache.inventory import find_stores, prune, useless
 
     found = find_stores(arguments.folder)
@@ -298,17 +290,15 @@ def _cache_prune(arguments: argparse.Namespace) -> int:
         prune(reasons)
     freed = sum(entry.size for entry in removed) / 1e6
     print(f"{len(reasons)} of {len(found)} stores {'would be' if arguments.dry_run else 'are'} removed, {freed:.1f} MB")
-    return 0
 
 
-def _cache_export(arguments: argparse.Namespace) -> int:
+def _cache_export(arguments: argparse.Namespace) -> None:
     from amkd_monai.cache.store import export_store
 
     print(f"exported to {export_store(arguments.store, arguments.to)}")
-    return 0
 
 
-def _cache_build(arguments: argparse.Namespace) -> int:
+def _cache_build(arguments: argparse.Namespace) -> None:
     from amkd_monai.cache.parts import Part
 
     part = Part.from_environment() if arguments.shard is None else Part.parse(arguments.shard)
@@ -319,4 +309,3 @@ def _cache_build(arguments: argparse.Namespace) -> int:
     for directory in build_cache(arguments.bundle, settings, arguments.config, part, arguments.batch_size):
         print(directory)
     print(f"peak memory of this process: {own_peak():.0f} MB", file=sys.stderr)
-    return 0
