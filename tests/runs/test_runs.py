@@ -645,11 +645,11 @@ def test_opening_a_bundle_starts_no_teacher(bundle, tmp_path, monkeypatch):
             if names != ("train",):
                 made.parser.get_parsed_content("preprocessing" if "preprocessing" in made.parser else "output_dir")
     assert not touched and not list(tmp_path.iterdir())
-    from amkd_monai.export.source import open_source
+    from amkd_monai.export.source import Source
 
     if bundle != SHARED:
         with pytest.raises(CheckpointError):
-            open_source(ROOT / "bundles" / bundle, {"ckpt_dir": str(tmp_path)})
+            Source(ROOT / "bundles" / bundle, {"ckpt_dir": str(tmp_path)})
     assert not touched
 
 
