@@ -100,7 +100,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
     part = Part.from_environment() if arguments.shard is None else Part.parse(arguments.shard)
     settings = settings_of(arguments.set)
-    from amkd_monai.engines.build_cache import build_cache
+    from amkd_monai.engines.prepare import build_cache
     from amkd_monai.memory import own_peak
 
     for directory in build_cache(arguments.bundle, settings, arguments.config, part, arguments.batch_size):
