@@ -23,7 +23,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
     teacher = entry(arguments.teacher)
     if not teacher.hub:
         raise ValueError(f"{teacher.name} cannot be fetched from here: get it by hand ({teacher.source}).")
-    from amkd_monai.checkpoints.find import fetch
+    from amkd_monai.teachers.catalogue import fetch
 
     print(f"{fetch(teacher.hub, teacher.hub_files)} (licence: {teacher.licence})")
     return 0

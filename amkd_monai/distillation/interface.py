@@ -39,12 +39,12 @@ class TeacherTarget:
     """
 
     name: str
-    grid: tuple[int, int, int] | None
-    mean: Tensor | None
-    std: Tensor | None
-    logits: tuple[int, int, int] | None
-    admitted: bool
-    mean_error: float | None
+    grid: tuple[int, ...] | None = None
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    logits: tuple[int, ...] | None = None
+    admitted: bool = False
+    mean_error: float | None = None
     score: float | None = None
     covariance: Tensor | None = None
     kind: str = ""

@@ -16,7 +16,7 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
-from torch import Tensor, nn
+from torch import nn
 
 from amkd_monai.cache import probes
 from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers
@@ -43,11 +43,11 @@ class CacheOptions:
     Attributes:
         cache_dir: folder of all stores.
         device: where teachers run.
-        views: stored views of every training image (:mod:`amkd_monai.cache.views`).
+        views: stored views of every training image (:mod:`amkd_monai.cache.views`); with several, the student is shown
+            exactly these, and no other geometric change.
         dtype: of feature maps, ``float16`` or ``int8``.
         weights_dir: folder searched first for the weights of foundation teachers.
-        batch_size: images per forward, halved when memory runs out; None for
-            :data:`amkd_monai.cache.build.BATCH_SIZE` of the device.
+        batch_size: images per forward of a teacher, halved when memory runs out; None for 4 on a CPU, 64 on a GPU.
     """
 
     cache_dir: str
@@ -168,12 +168,10 @@ def prepare_teachers(
             Dice or skill, beats the undistilled student's; ``all``; ``none``), ``features`` (``all``: also those of
             teachers that are not admitted; ``admitted``), ``margin`` (of the score), ``folds`` and ``epochs`` of the
             student's cross-fitting.
-        weights_dir: folder searched first for the weights of foundation teachers.
-        views: stored views of every training image; with several, the student is shown exactly these, and no other
-            geometric change.
-        cache_dtype: of stored feature maps, ``float16`` or ``int8``.
-        teacher_batch_size: images per forward of a teacher, halved when memory runs out; None for 4 on a CPU, 64 on a
-            GPU.
+        weights_dir: as in :class:`CacheOptions`.
+        views: likewise.
+        cache_dtype: likewise.
+        teacher_batch_size: likewise.
 
     Raises:
         ValueError: unknown kinds or options.
@@ -237,114 +235,90 @@ class _Preparation:
 
     def scored_teacher(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, admission.AnswerScore | None]:
         """Compute a teacher's features and answers, and score the answers; one teacher is in memory at a time."""
-        name, kind = str(description["name"]), str(description["kind"])
-        record: dict[str, Any] = {"name": name, "kind": kind}
-        features: FeatureStore | None = None
-        answers: FeatureStore | None = None
-        mean: Tensor | None = None
-        std: Tensor | None = None
-        if kind in CROSS_FITTED_KINDS:
-            folds = int(description.get("folds", self.folds))
-            answers, validation = self._cross_fitted(description, folds)
-            record |= {"fingerprint": answers.directory.name, "answers": f"cross-fitted in {folds} folds"}
-        else:
-            teacher, outputs, validation = cache_image_teacher(description, self.train, self.validation, self.options)
-            record |= {
-                "fingerprint": teacher.fingerprint,
-                "licence": teacher.licence,
-                "random_weights": teacher.is_random,
-                "weights": teacher.weights_file,
-                "stored": {
-                    "views": outputs.views,
-                    "dtype": self.options.dtype,
-                    "bytes_per_image": round(bytes_per_image(outputs)),
-                },
-            }
-            if teacher.is_random:
-                logger.warning("The teacher '%s' has RANDOM weights: this run is a test, not a result.", name)
-            if "grid" in outputs.arrays:
-                features = outputs
-                mean, std = probes.channel_statistics(features)
-            maps = "logits" in outputs.arrays and len(outputs.arrays["logits"].shape) == 3  # not one vector per image
-            if maps and description.get("own_answers", True):
-                record["answers"], answers = "its own", outputs
-            elif features is not None and mean is not None and std is not None:
-                record["answers"] = f"linear probe, cross-fitted in {self.folds} folds"
-                answers, validation = self._probed(name, teacher.fingerprint, features, mean, std, validation)
-        temperature, score = 1.0, None
-        if answers is not None:
-            self._check_shape(name, answers)
-            temperature = _temperature(validation, self.validation)
-            score = admission.score_answers(answers, self.train, temperature)
-            record |= {**score.record(), "calibration_temperature": round(temperature, 3)}
-        target = TeacherTarget(
-            name,
-            grid=_shape(features, "grid"),
-            mean=mean,
-            std=std,
-            logits=_shape(answers, "logits"),
-            admitted=False,
-            mean_error=None if score is None else score.cross_entropy,
-            score=None if score is None else score.value,
-            kind=kind,
-            fingerprint=str(record["fingerprint"]),
-            features=features,
-            answers=answers,
-            temperature=temperature,
-            record=record,
-        )
-        return target, score
-
-    def _check_shape(self, name: str, answers: FeatureStore) -> None:
-        """Refuse answers of another kind than the labels, or with another number of classes."""
-        classes, *size = answers.arrays["logits"].shape
+        crossed = description["kind"] in CROSS_FITTED_KINDS
+        target, of_validation = self._cross_fitted(description) if crossed else self._image_teacher(description)
+        if target.answers is None:
+            return target, None
+        classes, *size = shape = target.answers.arrays["logits"].shape
         single = self.train.classes is not None
         if classes != self.train.num_classes or (size == [1, 1]) != single:
             raise ValueError(
-                f"The teacher '{name}' gives logits of shape {(classes, *size)}, the task asks for "
+                f"The teacher '{target.name}' gives logits of shape {shape}, the task asks for "
                 f"{'one answer per image' if single else 'a map of answers'} with {self.train.num_classes} classes: "
                 "give a teacher of this task, set its `own_answers` to false, or drop it."
             )
+        temperature = _temperature(of_validation, self.validation)
+        score = admission.score_answers(target.answers, self.train, temperature)
+        record = {**target.record, **score.record(), "calibration_temperature": round(temperature, 3)}
+        figures: dict[str, Any] = {"mean_error": score.cross_entropy, "score": score.value, "temperature": temperature}
+        return replace(target, logits=shape, record=record, **figures), score
+
+    def _image_teacher(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, FeatureStore]:
+        """A teacher that answers image by image, and the store of its answers to the validation section."""
+        teacher, outputs, of_validation = cache_image_teacher(description, self.train, self.validation, self.options)
+        if teacher.is_random:
+            logger.warning("The teacher '%s' has RANDOM weights: this run is a test, not a result.", teacher.name)
+        record: dict[str, Any] = {
+            "name": teacher.name,
+            "kind": description["kind"],
+            "fingerprint": teacher.fingerprint,
+            "licence": teacher.licence,
+            "random_weights": teacher.is_random,
+            "weights": teacher.weights_file,
+            "stored": {
+                "views": outputs.views,
+                "dtype": self.options.dtype,
+                "bytes_per_image": round(bytes_per_image(outputs)),
+            },
+        }
+        target = TeacherTarget(teacher.name, kind=record["kind"], fingerprint=record["fingerprint"], record=record)
+        if "grid" in outputs.arrays:
+            mean, std = probes.channel_statistics(outputs)
+            target = replace(target, grid=outputs.arrays["grid"].shape, mean=mean, std=std, features=outputs)
+        maps = "logits" in outputs.arrays and len(outputs.arrays["logits"].shape) == 3  # not one vector per image
+        if maps and description.get("own_answers", True):
+            record["answers"] = "its own"
+            return replace(target, answers=outputs), of_validation
+        if target.features is not None:
+            record["answers"] = f"linear probe, cross-fitted in {self.folds} folds"
+            answers, of_validation = self._probed(target, outputs, of_validation)
+            return replace(target, answers=answers), of_validation
+        return target, of_validation
 
     def _probed(
-        self,
-        name: str,
-        fingerprint: str,
-        features: FeatureStore,
-        mean: Tensor,
-        std: Tensor,
-        of_validation: FeatureStore,
+        self, teacher: TeacherTarget, features: FeatureStore, of_validation: FeatureStore
     ) -> tuple[FeatureStore, FeatureStore]:
         """The answers of cross-fitted linear probes on a teacher's features, for both sections."""
         array, size = "grid", (features.arrays["grid"].shape[1], features.arrays["grid"].shape[2])
         if self.train.classes is not None:  # one answer per image, from the teacher's pooled vector
             array, size = "pooled", (1, 1)
-            mean, std = probes.channel_statistics(features, array)
         key = {
             "probe": f"linear-1-{array}",
-            "teacher": fingerprint,
+            "teacher": teacher.fingerprint,
             "folds": self.folds,
             "seed": self.seed,
             "labels": self.train.hashes,
             "labelled": np.flatnonzero(self.train.has_label).tolist(),
         }
         train, validation = (
-            answers_store(name, {**key, "of": section}, dataset, size, self.options.cache_dir)
+            answers_store(teacher.name, {**key, "of": section}, dataset, size, self.options.cache_dir)
             for section, dataset in (("train", self.train), ("validation", self.validation))
         )
         if not (train.is_complete and validation.is_complete):
+            mean, std = probes.channel_statistics(features, array)
             logits, fitted = probes.cross_fit_probes(features, self.train, mean, std, self.folds, self.seed, array)
             keep_answers(train, logits)
             rows = np.arange(len(self.validation))
             keep_answers(validation, probes.answer(of_validation, rows, mean, std, fitted, array))
         return train, validation
 
-    def _cross_fitted(self, description: Mapping[str, Any], folds: int) -> tuple[FeatureStore, FeatureStore]:
-        """The answers of a specialist that is trained on the training split in folds, for both sections."""
-        name, network, device = str(description["name"]), description.get("network"), self.options.device
+    def _cross_fitted(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, FeatureStore]:
+        """A specialist that is trained on the training split in folds, and its answers to the validation section."""
+        name, kind, network = str(description["name"]), str(description["kind"]), description.get("network")
+        folds, device = int(description.get("folds", self.folds)), self.options.device
         if not isinstance(network, nn.Module):
             raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
-        if description["kind"] == "crossfit_volume_specialist":
+        if kind == "crossfit_volume_specialist":
             if self.train.classes is not None:
                 raise ValueError(
                     f"The teacher '{name}' answers volumes with masks, this task asks for classes: drop it."
@@ -356,10 +330,13 @@ class _Preparation:
             epochs = int(description.get("epochs", self.epochs))
             method = crossfit.of_students(self.recipe, epochs, self.seed, device, name)
         sections = (self.train, self.validation)
-        train, validation = crossfit.cross_fit(
+        answers, of_validation = crossfit.cross_fit(
             name, network, sections, method, folds, self.seed, self.options.cache_dir
         )
-        return train, validation
+        record = {"name": name, "kind": kind, "answers": f"cross-fitted in {folds} folds"}
+        record["fingerprint"] = answers.directory.name
+        target = TeacherTarget(name, kind=kind, fingerprint=answers.directory.name, answers=answers, record=record)
+        return target, of_validation
 
     def student_score(self, folds: int, epochs: int, goal: float) -> tuple[admission.AnswerScore, int]:
         """Cross-fit the undistilled student with the run's own recipe; return its score and the length in epochs.
@@ -386,10 +363,3 @@ def _temperature(answers: FeatureStore, dataset: DecodedDataset) -> float:
     _, height, width = answers.arrays["logits"].shape
     targets = probes.cell_targets(dataset, rows, dataset.num_classes, (height, width))
     return probes.calibration_temperature(torch.from_numpy(answers.read("logits", rows)).float(), targets)
-
-
-def _shape(store: FeatureStore | None, array: str) -> tuple[int, int, int] | None:
-    if store is None:
-        return None
-    channels, height, width = store.arrays[array].shape
-    return channels, height, width

@@ -9,21 +9,32 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
+from PIL import Image
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
 
-from amkd_monai.checkpoints.signatures import RETFOUND, RETFOUND_DINO, RETFOUND_TUNED
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid
-from amkd_monai.teachers.images import centre_crop, each_image, imagenet_normalised, squash
-from amkd_monai.teachers.official import OfficialWeights, fixed_initialisation, read_official
-from amkd_monai.teachers.vit import patches_per_side, pooled_patches, resample_positions
+from amkd_monai.teachers.official import (
+    OfficialWeights,
+    each_image,
+    fixed_initialisation,
+    imagenet_normalised,
+    patches_per_side,
+    pooled_patches,
+    read_official,
+    squash,
+)
 from amkd_monai.weights import CheckpointError, load_strict
 
 VARIANTS = ("mae_natureCFP", "mae_natureOCT", "mae_meh", "mae_shanghai", "dinov2_meh", "dinov2_shanghai")
 """Official files are called ``RETFound_<variant>.pth``."""
 
 PRETRAINING_ONLY = ("decoder_", "mask_token", "dino_head.", "ibot_head.")
-"""Prefixes of what an official file holds beside the encoder."""
+"""Prefixes of what an official file holds besides the encoder."""
 
 
 class RETFoundTeacher(Teacher):
@@ -41,9 +52,7 @@ class RETFoundTeacher(Teacher):
             grid covers the whole image: what a mask task needs.
         fc_norm_applications: 2 repeats upstream's double normalisation before the head, for files fine-tuned with it.
         grid_limit: feature maps are area-pooled down to at most this many cells a side.
-        embed_dim: width; smaller ones are for tests.
-        depth: number of blocks.
-        num_heads: attention heads.
+        embed_dim, depth, num_heads: size of the network; smaller ones are for tests.
         precision: ``float32`` or ``bfloat16`` (autocast).
         licence: licence of the weights.
 
@@ -77,12 +86,14 @@ class RETFoundTeacher(Teacher):
         self.image_size, self.framing, self.grid_limit = image_size, framing, grid_limit
         self.fc_norm_applications = fc_norm_applications
         side = patches_per_side(name, image_size, 14 if self.is_dino else 16)
-        official = self._read(weights)
-        self.is_random = official is None
-        state = {} if official is None else official.state
-        classes = (
-            official.shape("head.weight", 2, "(classes, channels)")[0] if official and "head.weight" in state else 0
-        )
+        official = read_official(f"retfound_{variant}", weights)
+        self.is_random, classes, state = official is None, 0, {} if official is None else official.state
+        if official is not None:
+            _check_modality(official.path, variant)
+            for key in list(state):
+                state[key.removeprefix("backbone.")] = state.pop(key)
+            if "head.weight" in state:
+                classes = official.shape("head.weight", 2, "(classes, channels)")[0]
         with fixed_initialisation():
             self.network: nn.Module = timm.create_model(
                 "vit_large_patch14_dinov2" if self.is_dino else "vit_large_patch16_224",
@@ -95,31 +106,12 @@ class RETFoundTeacher(Teacher):
             )
         if official is not None:
             if "pos_embed" in state:
-                layout = "(1, 1 + n * n, channels) positions of n x n patches"
-                batch, tokens, _ = official.shape("pos_embed", 3, layout)
-                if batch != 1 or round((tokens - 1) ** 0.5) ** 2 != tokens - 1 or tokens < 2:
-                    raise official.misshapen("pos_embed", layout)
-                state["pos_embed"] = resample_positions(state["pos_embed"], side)
+                _check_positions(official)
+                # as upstream: without timm's anti-aliasing
+                state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [side, side], antialias=False)
             load_strict(self.network, state, official.path, allow_unexpected=PRETRAINING_ONLY)
             self.came_from(official.path)
         self.freeze()
-
-    def _read(self, weights: str | Path | None) -> OfficialWeights | None:
-        """Read the file and bring its keys to timm's names."""
-        accepted = {RETFOUND_DINO} if self.is_dino else {RETFOUND, RETFOUND_TUNED}
-        wanted = f"RETFound's '{self.variant}' (or another `variant`)"
-        official = read_official(f"retfound_{self.variant}", weights, wanted, accepted)
-        if official is None:
-            return None
-        words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", official.path.name)}
-        is_oct = "OCT" in self.variant
-        if ("cfp" if is_oct else "oct") in words:  # the layouts are the same
-            raise CheckpointError(
-                f"{official.path} is named as RETFound's file for {'fundus photographs' if is_oct else 'OCT'}, but the "
-                f"variant is '{self.variant}': give that file, or its own `variant`."
-            )
-        state = {key.removeprefix("backbone."): value for key, value in official.state.items()}
-        return OfficialWeights(state, official.path)
 
     def preprocessing(self) -> dict[str, Any]:
         """Return size, framing and what is read from the network."""
@@ -135,11 +127,15 @@ class RETFoundTeacher(Teacher):
 
     def prepare(self, image: Tensor) -> Tensor:
         """Return the network's input (B, 3, S, S) for images (B, 3, H, W), RGB in [0, 1]."""
-        size = self.image_size
-        fraction = 224 / 256 if size <= 224 else 1.0
-        if self.framing == "crop":
-            return imagenet_normalised(each_image(image, lambda pixels: centre_crop(pixels, size, fraction)))
-        return imagenet_normalised(each_image(image, lambda pixels: squash(pixels, size)))
+
+        def framed(pixels: np.ndarray) -> np.ndarray:
+            if self.framing == "squash":
+                return squash(pixels, self.image_size)
+            short = int(self.image_size / (224 / 256)) if self.image_size <= 224 else self.image_size
+            resized = TF.resize(Image.fromarray(pixels), [short], InterpolationMode.BICUBIC)
+            return np.asarray(TF.center_crop(resized, [self.image_size]))
+
+        return imagenet_normalised(each_image(image, framed))
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return grid (B, C, h, w), pooled (B, C) and, for a fine-tuned file, logits (B, classes)."""
@@ -159,3 +155,21 @@ class RETFoundTeacher(Teacher):
             twice = self.fc_norm_applications == 2
             logits = network.head(network.fc_norm(pooled) if twice else pooled)
         return TeacherFeatures(grid=pool_to_grid(grid, self.grid_limit), pooled=pooled, logits=logits)
+
+
+def _check_modality(path: Path, variant: str) -> None:
+    """Refuse a file that is named for the other modality: the layouts are the same."""
+    words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", path.name)}
+    is_oct = "OCT" in variant
+    if ("cfp" if is_oct else "oct") in words:
+        raise CheckpointError(
+            f"{path} is named as RETFound's file for {'fundus photographs' if is_oct else 'OCT'}, but the variant is "
+            f"'{variant}': give that file, or its own `variant`."
+        )
+
+
+def _check_positions(official: OfficialWeights) -> None:
+    layout = "(1, 1 + n * n, channels) positions of n x n patches"
+    batch, tokens, _ = official.shape("pos_embed", 3, layout)
+    if batch != 1 or round((tokens - 1) ** 0.5) ** 2 != tokens - 1 or tokens < 2:
+        raise official.misshapen("pos_embed", layout)

@@ -24,9 +24,6 @@ class StudentTeacher(Teacher):
         image_size: side in pixels to which images are squashed; None takes them as they come.
         grid_limit: feature maps are area-pooled down to at most this many cells a side.
         licence: licence of the weights; that of the data and teachers that the student was trained with.
-
-    Raises:
-        CheckpointError: weights that are missing or do not fit.
     """
 
     def __init__(
@@ -55,6 +52,5 @@ class StudentTeacher(Teacher):
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return the map at stride 16 (B, C, h, w) and the pooled last map (B, C') of an image (B, 3, H, W)."""
-        size = (self.image_size, self.image_size) if self.image_size else None
-        levels = self.network.features(resize(image, size))
+        levels = self.network.features(resize(image, self.image_size))
         return TeacherFeatures(grid=pool_to_grid(levels[16], self.grid_limit), pooled=levels[32].mean((2, 3)))

@@ -72,8 +72,7 @@ class TimmTeacher(Teacher):
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return the grid (B, C, h, w) and the pooled vector (B, C') of an image (B, 3, H, W), RGB in [0, 1]."""
-        size = (self.image_size, self.image_size) if self.image_size else None
-        normalised = (resize(image, size) - self.mean) / self.std
+        normalised = (resize(image, self.image_size) - self.mean) / self.std
         final, maps = self.network.forward_intermediates(normalised, indices=[self.stage], output_fmt="NCHW")
         pooled = self.network.forward_head(final, pre_logits=True)
         return TeacherFeatures(grid=pool_to_grid(maps[0], self.grid_limit), pooled=pooled)

@@ -6,7 +6,7 @@ import torch
 from helpers import shared_data
 from PIL import Image
 
-from amkd_monai.teachers.biomedparse.preprocessing import to_pixels
+from amkd_monai.teachers.biomedparse import to_pixels
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]) * 255, np.array([0.229, 0.224, 0.225]) * 255
 

@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from reference.biomedparse_fill import filled
 
-from amkd_monai.teachers.biomedparse.mask_decoder import _outside
-from amkd_monai.teachers.biomedparse.network import BiomedParse, Sizes
-from amkd_monai.teachers.biomedparse.preprocessing import to_pixels
-from amkd_monai.teachers.biomedparse.teacher import BiomedParseTeacher
+from amkd_monai.teachers.biomedparse import BiomedParseTeacher, to_pixels
+from amkd_monai.teachers.biomedparse_network import BiomedParse, Sizes, _outside
 from amkd_monai.teachers.registry import build_teacher
 from amkd_monai.weights import file_sha256
 

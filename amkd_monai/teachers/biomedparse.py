@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from amkd_monai.checkpoints.signatures import BIOMEDPARSE
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, binary_to_two_class, pool_to_grid
-from amkd_monai.teachers.biomedparse.checkpoint import load_official
-from amkd_monai.teachers.biomedparse.network import BiomedParse, Sizes
-from amkd_monai.teachers.biomedparse.preprocessing import MULTIPLE, to_pixels
-from amkd_monai.teachers.biomedparse.tokens import Vocabulary, check_ids
-from amkd_monai.teachers.official import fixed_initialisation, read_official
+from amkd_monai.teachers.biomedparse_network import CONTEXT, UNUSED, VOCABULARY, BiomedParse, Sizes
+from amkd_monai.teachers.official import each_image, fixed_initialisation, imagenet_normalised, read_official, squash
+from amkd_monai.weights import load_strict
 
 STRIDES = (4, 8, 16, 32)
-MASK_STRIDE = 4
+MULTIPLE = 32
+START, END = VOCABULARY - 2, VOCABULARY - 1
 
 
 class BiomedParseTeacher(Teacher):
@@ -31,9 +30,8 @@ class BiomedParseTeacher(Teacher):
         name: name of the teacher in a run.
         weights: ``biomedparse_v1.pt`` or a file of its layout, a folder with it, None to search for it, or ``random``
             (marks the run as a test).
-        prompts: one text per foreground class, in the order of the task's classes.
+        prompts: one text per foreground class, in the order of the task's classes; needs ``open_clip_torch``.
         token_ids: CLIP's ids of the prompts instead, each from 49406 to 49407.
-        vocabulary: CLIP's merge list, needed for ``prompts`` unless ``open_clip_torch`` is installed.
         image_size: side in pixels to which images are squashed; 1024 is what the network was trained for. None takes
             them as they come.
         stride: stride of the feature map wanted: 4, 8, 16 or 32.
@@ -54,7 +52,6 @@ class BiomedParseTeacher(Teacher):
         weights: str | Path | None = None,
         prompts: Sequence[str] | None = None,
         token_ids: Sequence[Sequence[int]] | None = None,
-        vocabulary: str | Path | None = None,
         image_size: int | None = 1024,
         stride: int = 32,
         grid_limit: int = 16,
@@ -70,7 +67,12 @@ class BiomedParseTeacher(Teacher):
             raise ValueError(f"The teacher '{name}' has no map of stride {stride}: use one of {STRIDES}.")
         if images_at_once < 1:
             raise ValueError(f"The teacher '{name}' has images_at_once {images_at_once}: give 1 or more.")
-        self.token_ids = self._ids(prompts, token_ids, vocabulary)
+        if isinstance(prompts, str) or bool(prompts) == bool(token_ids):
+            raise ValueError(
+                f"The teacher '{name}' needs a list of `prompts` or of `token_ids`, one for each foreground class."
+            )
+        found = tokenised(prompts) if prompts else token_ids or ()
+        self.token_ids = [_checked(ids, number) for number, ids in enumerate(found, start=1)]
         self.image_size, self.stride, self.grid_limit = image_size, stride, grid_limit
         self.images_at_once = images_at_once
         try:
@@ -78,29 +80,14 @@ class BiomedParseTeacher(Teacher):
         except TypeError as error:
             known = ", ".join(field.name for field in dataclasses.fields(Sizes))
             raise ValueError(f"The teacher '{name}' has unknown sizes {dict(sizes or {})}: use {known}.") from error
-        official = read_official("biomedparse", weights, "BiomedParse v1 (biomedparse_v1.pt)", {BIOMEDPARSE})
+        official = read_official("biomedparse", weights)
         with fixed_initialisation():
             self.network = BiomedParse(self.sizes)
         self.is_random = official is None
         if official is not None:
-            load_official(self.network, official.state, official.path)
+            load_strict(self.network, official.state, official.path, allow_unexpected=UNUSED)
             self.came_from(official.path)
         self.freeze()
-
-    def _ids(
-        self,
-        prompts: Sequence[str] | None,
-        token_ids: Sequence[Sequence[int]] | None,
-        vocabulary: str | Path | None,
-    ) -> list[list[int]]:
-        if isinstance(prompts, str) or not (prompts or token_ids) or (prompts and token_ids):
-            raise ValueError(
-                f"The teacher '{self.name}' needs a list of `prompts` or of `token_ids`, one for each foreground class."
-            )
-        if token_ids:
-            return [check_ids(ids, str(number)) for number, ids in enumerate(token_ids, start=1)]
-        words = Vocabulary(vocabulary)
-        return [words.tokenise(prompt) for prompt in prompts or ()]
 
     def preprocessing(self) -> dict[str, Any]:
         """Return size, statistics, prompts and what is read out."""
@@ -117,21 +104,56 @@ class BiomedParseTeacher(Teacher):
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return grid (B, C, h, w), pooled vector (B, C') and logits (B, 1 + prompts, S/4, S/4) of (B, 3, H, W)."""
         prompts = [self.network.read(torch.tensor(ids, device=image.device)) for ids in self.token_ids]
-        parts = [self._look(images, prompts) for images in image.split(self.images_at_once)]
+        parts = [self._outputs(images, prompts) for images in image.split(self.images_at_once)]
         grids, pooled, logits = (torch.cat(values) for values in zip(*parts, strict=True))
         return TeacherFeatures(grid=grids, pooled=pooled, logits=logits)
 
-    def _look(self, image: Tensor, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Answer for a few images (B, 3, H, W) and all prompts, each (1, T, C)."""
+    def _outputs(self, image: Tensor, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Grid, pooled vector and logits of a few images (B, 3, H, W) for all prompts, each (1, T, C)."""
         with self.autocast(image):
             maps, features = self.network.look(to_pixels(image, self.image_size))
         masks = torch.cat([self.network.segment(features, words) for words in prompts], dim=1)
         height, width = (self.image_size or side for side in image.shape[-2:])
 
-        def cut(grid: Tensor, stride: int) -> Tensor:  # to the part that is no padding
+        def cut(grid: Tensor, stride: int) -> Tensor:  # to the part that is not padding
             return grid[..., : -(-height // stride), : -(-width // stride)]
 
-        masks = cut(masks, MASK_STRIDE)
+        masks = cut(masks, STRIDES[0])
         logits = torch.cat([binary_to_two_class(masks[:, :1]), masks[:, 1:]], dim=1)
         grid = cut(maps[STRIDES.index(self.stride)], self.stride)
         return pool_to_grid(grid, self.grid_limit), cut(maps[-1], STRIDES[-1]).mean((2, 3)), logits
+
+
+def to_pixels(image: Tensor, size: int | None) -> Tensor:
+    """Return normalised pixels (B, 3, S, S) of images (B, 3, H, W), RGB in [0, 1].
+
+    Without a size the images keep their own and are padded with zeros after normalising, right and below, to
+    multiples of 32.
+    """
+    pixels = imagenet_normalised(each_image(image, lambda one: one if size is None else squash(one, size)))
+    height, width = pixels.shape[-2:]
+    return F.pad(pixels, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
+
+
+def tokenised(prompts: Sequence[str]) -> list[list[int]]:
+    """Return CLIP's token ids of prompts, from the start to the end token; nothing is downloaded."""
+    try:
+        from open_clip.tokenizer import SimpleTokenizer
+    except ImportError as error:
+        raise ValueError(
+            "BiomedParse's prompts need CLIP's vocabulary, which is not installed: run `pip install open_clip_torch`, "
+            "or give `token_ids`."
+        ) from error
+    words = SimpleTokenizer()
+    return [[START, *words.encode(prompt), END] for prompt in prompts]
+
+
+def _checked(ids: Sequence[int], number: int) -> list[int]:
+    """Return a prompt's ids up to the first end token; the padding after it has no effect."""
+    kept = list(ids[: ids.index(END) + 1]) if isinstance(ids, Sequence) and END in ids else []
+    if not 3 <= len(kept) <= CONTEXT or kept[0] != START or not all(0 <= i < START for i in kept[1:-1]):
+        raise ValueError(
+            f"The prompt {number} has token ids that are not of its kind: give {START}, then 1 to {CONTEXT - 2} ids "
+            f"of word pieces below {START}, then {END}."
+        )
+    return kept
