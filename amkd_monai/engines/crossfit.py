@@ -38,11 +38,11 @@ PATCHES_PER_STEP = 2
 
 @dataclass(frozen=True)
 class Method:
-    """How the copies of a network are trained and asked.
+    """How the copies of a network are trained on samples of a dataset, and how they answer them.
 
     Attributes:
-        fit: trains a network on some samples of a dataset (network, dataset, indices, fold).
-        predict: answers samples (network, dataset, n indices) with logits (n, classes, h, w).
+        fit: (network, dataset, indices, fold).
+        predict: (network, dataset, n indices), returns logits (n, classes, h, w).
         key: what the answers depend on besides network, folds and seed.
     """
 
@@ -72,18 +72,8 @@ def cross_fit(
 
     Unlabelled samples and those of further sections, which no copy has seen, are answered by the mean probability of
     all copies. A finished result is read from its stores; a finished fold of an interrupted one is not trained again.
-
-    Args:
-        name: of the stores.
-        network: initial network; it is copied, never changed.
-        sections: the training split, and the validation split if it is to be answered.
-        method: how copies are trained and asked.
-        folds: number of folds by group.
-        seed: of the folds.
-        cache_dir: folder of the stores.
-
-    Returns:
-        The store of answers to each section.
+    Returns the store of answers to each section: the training split, and the validation split if it is to be answered.
+    ``network`` is copied, never changed; ``seed`` is that of the folds by group.
     """
     train, size = sections[0], answer_size(sections[0])
     network_key = {"network": state_hash(network.state_dict()), "folds": folds, "seed": seed, "labels": train.hashes}

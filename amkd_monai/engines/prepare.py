@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,41 +37,26 @@ from amkd_monai.teachers.registry import CROSS_FITTED_KINDS, build_teacher, vali
 logger = logging.getLogger("amkd_monai")
 
 
-@dataclass(frozen=True)
-class CacheOptions:
-    """How stores are built.
-
-    Attributes:
-        cache_dir: folder of all stores.
-        device: where teachers run.
-        views: stored views of every training image (:mod:`amkd_monai.cache.views`); with several, the student is shown
-            exactly these, and no other geometric change.
-        dtype: of feature maps, ``float16`` or ``int8``.
-        weights_dir: folder searched first for the weights of foundation teachers.
-        batch_size: images per forward of a teacher, halved when memory runs out; None for 4 on a CPU, 64 on a GPU.
-    """
-
-    cache_dir: str
-    device: torch.device | str = "cpu"
-    views: int = 1
-    dtype: str = "float16"
-    weights_dir: str | None = None
-    batch_size: int | None = None
-
-
 def cache_image_teacher(
     description: Mapping[str, Any],
     train: DecodedDataset,
     validation: DecodedDataset,
-    options: CacheOptions,
+    cache_dir: str,
+    device: torch.device | str,
+    views: int,
+    cache_dtype: str,
+    weights_dir: str | None,
+    batch_size: int | None = None,
     part: Part = EVERYTHING,
 ) -> tuple[Teacher, FeatureStore, FeatureStore]:
-    """Build an image teacher and its stores of the training and the validation section, the latter of one view."""
-    teacher, where = build_teacher(description, options.weights_dir), (options.cache_dir, options.device)
-    with_views = ((train, options.views), (validation, 1))
+    """Build an image teacher and its stores of the training and the validation section, the latter of one view.
+
+    The arguments are those of :func:`prepare_teachers`; ``part`` is what this process computes.
+    """
+    teacher = build_teacher(description, weights_dir)
     outputs, of_validation = (
-        cache_teacher(teacher, dataset, *where, options.batch_size, views, options.dtype, part, description)
-        for dataset, views in with_views
+        cache_teacher(teacher, dataset, cache_dir, device, batch_size, stored, cache_dtype, part, description)
+        for dataset, stored in ((train, views), (validation, 1))
     )
     return teacher, outputs, of_validation
 
@@ -94,7 +80,7 @@ def build_cache(
         settings: top-level settings that the run changes, such as ``dataset_dir`` or ``views``.
         configs: further config files on top of ``train.json``.
         part: what this process computes.
-        batch_size: as in :class:`CacheOptions`.
+        batch_size: images per forward of a teacher, as ``teacher_batch_size`` of :func:`prepare_teachers`.
 
     Raises:
         ValueError: not a training bundle, or an unknown setting.
@@ -111,22 +97,14 @@ def build_cache(
     for key, value in {"bundle_root": str(bundle), "device": own, **settings}.items():
         parser[key] = value
     expand(parser)
-    names = (
-        "train#dataset",
-        "validation_data",
-        "teachers",
-        "cache_dir",
-        "device",
-        "views",
-        "cache_dtype",
-        "weights_dir",
-    )
-    train, validation, teachers, *options = (parser.get_parsed_content(name) for name in names)
+    data = ("train#dataset", "validation_data", "teachers")
+    names = ("cache_dir", "device", "views", "cache_dtype", "weights_dir")
+    train, validation, teachers = (parser.get_parsed_content(name) for name in data)
+    options = {name: parser.get_parsed_content(name) for name in names}
     validate_descriptions(teachers)
-    stored = replace(CacheOptions(*options), batch_size=batch_size)
     stores: list[FeatureStore] = []
     for description in image_teachers(teachers):
-        stores += cache_image_teacher(description, train, validation, stored, part)[1:]
+        stores += cache_image_teacher(description, train, validation, batch_size=batch_size, part=part, **options)[1:]
     return [store.directory for store in stores]
 
 
@@ -168,10 +146,12 @@ def prepare_teachers(
             Dice or skill, beats the undistilled student's; ``all``; ``none``), ``features`` (``all``: also those of
             teachers that are not admitted; ``admitted``), ``margin`` (of the score), ``folds`` and ``epochs`` of the
             student's cross-fitting.
-        weights_dir: as in :class:`CacheOptions`.
-        views: likewise.
-        cache_dtype: likewise.
-        teacher_batch_size: likewise.
+        weights_dir: folder searched first for the weights of foundation teachers.
+        views: stored views of every training image (:mod:`amkd_monai.cache.views`); with several, the student is shown
+            exactly these, and no other geometric change.
+        cache_dtype: of stored feature maps, ``float16`` or ``int8``.
+        teacher_batch_size: images per forward of a teacher, halved when memory runs out; None for 4 on a CPU, 64 on a
+            GPU.
 
     Raises:
         ValueError: unknown kinds or options.
@@ -186,11 +166,21 @@ def prepare_teachers(
             f"{', '.join(admission.MODES)}), features (all or admitted), margin, folds, epochs."
         )
     validate_descriptions(teachers)
-    stores = CacheOptions(cache_dir, device, views, cache_dtype, weights_dir, teacher_batch_size)
-    preparation = _Preparation(train, validation, student, recipe, epochs, stores, seed, folds)
+    cached = partial(
+        cache_image_teacher,
+        train=train,
+        validation=validation,
+        cache_dir=cache_dir,
+        device=device,
+        views=views,
+        cache_dtype=cache_dtype,
+        weights_dir=weights_dir,
+        batch_size=teacher_batch_size,
+    )
+    preparation = _Preparation(train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
     if idist.get_world_size() > 1:
         for description in image_teachers(teachers):
-            cache_image_teacher(description, train, validation, stores, Part(idist.get_rank(), idist.get_world_size()))
+            cached(description, part=Part(idist.get_rank(), idist.get_world_size()))
         idist.barrier()
     with idist.one_rank_first():
         scored = [preparation.scored_teacher(description) for description in teachers]
@@ -222,16 +212,18 @@ def prepare_teachers(
 
 @dataclass(frozen=True)
 class _Preparation:
-    """What the steps of the preparation share; the fields are arguments of :func:`prepare_teachers`."""
+    """What the steps of the preparation share: arguments of :func:`prepare_teachers`, and how to cache a teacher."""
 
     train: DecodedDataset
     validation: DecodedDataset
     student: nn.Module
     recipe: Recipe
     epochs: int
-    options: CacheOptions
+    cache_dir: str
+    device: torch.device | str
     seed: int
     folds: int
+    cached: Callable[..., tuple[Teacher, FeatureStore, FeatureStore]]
 
     def scored_teacher(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, admission.AnswerScore | None]:
         """Compute a teacher's features and answers, and score the answers; one teacher is in memory at a time."""
@@ -255,9 +247,10 @@ class _Preparation:
 
     def _image_teacher(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, FeatureStore]:
         """A teacher that answers image by image, and the store of its answers to the validation section."""
-        teacher, outputs, of_validation = cache_image_teacher(description, self.train, self.validation, self.options)
+        teacher, outputs, of_validation = self.cached(description)
         if teacher.is_random:
             logger.warning("The teacher '%s' has RANDOM weights: this run is a test, not a result.", teacher.name)
+        grid = outputs.arrays.get("grid")
         record: dict[str, Any] = {
             "name": teacher.name,
             "kind": description["kind"],
@@ -267,14 +260,14 @@ class _Preparation:
             "weights": teacher.weights_file,
             "stored": {
                 "views": outputs.views,
-                "dtype": self.options.dtype,
+                "dtype": "float16" if grid is None else grid.dtype,
                 "bytes_per_image": round(bytes_per_image(outputs)),
             },
         }
         target = TeacherTarget(teacher.name, kind=record["kind"], fingerprint=record["fingerprint"], record=record)
-        if "grid" in outputs.arrays:
+        if grid is not None:
             mean, std = probes.channel_statistics(outputs)
-            target = replace(target, grid=outputs.arrays["grid"].shape, mean=mean, std=std, features=outputs)
+            target = replace(target, grid=grid.shape, mean=mean, std=std, features=outputs)
         maps = "logits" in outputs.arrays and len(outputs.arrays["logits"].shape) == 3  # not one vector per image
         if maps and description.get("own_answers", True):
             record["answers"] = "its own"
@@ -301,7 +294,7 @@ class _Preparation:
             "labelled": np.flatnonzero(self.train.has_label).tolist(),
         }
         train, validation = (
-            answers_store(teacher.name, {**key, "of": section}, dataset, size, self.options.cache_dir)
+            answers_store(teacher.name, {**key, "of": section}, dataset, size, self.cache_dir)
             for section, dataset in (("train", self.train), ("validation", self.validation))
         )
         if not (train.is_complete and validation.is_complete):
@@ -315,7 +308,7 @@ class _Preparation:
     def _cross_fitted(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, FeatureStore]:
         """A specialist that is trained on the training split in folds, and its answers to the validation section."""
         name, kind, network = str(description["name"]), str(description["kind"]), description.get("network")
-        folds, device = int(description.get("folds", self.folds)), self.options.device
+        folds, device = int(description.get("folds", self.folds)), self.device
         if not isinstance(network, nn.Module):
             raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
         if kind == "crossfit_volume_specialist":
@@ -330,9 +323,7 @@ class _Preparation:
             epochs = int(description.get("epochs", self.epochs))
             method = crossfit.of_students(self.recipe, epochs, self.seed, device, name)
         sections = (self.train, self.validation)
-        answers, of_validation = crossfit.cross_fit(
-            name, network, sections, method, folds, self.seed, self.options.cache_dir
-        )
+        answers, of_validation = crossfit.cross_fit(name, network, sections, method, folds, self.seed, self.cache_dir)
         record = {"name": name, "kind": kind, "answers": f"cross-fitted in {folds} folds"}
         record["fingerprint"] = answers.directory.name
         target = TeacherTarget(name, kind=kind, fingerprint=answers.directory.name, answers=answers, record=record)
@@ -345,9 +336,9 @@ class _Preparation:
         best teacher's score less the margin), the whole length would decide alike.
         """
         for length in dict.fromkeys((max(1, epochs // 4), epochs)):
-            method = crossfit.of_students(self.recipe, length, self.seed, self.options.device, "undistilled student")
+            method = crossfit.of_students(self.recipe, length, self.seed, self.device, "undistilled student")
             (answers,) = crossfit.cross_fit(
-                "student", self.student, (self.train,), method, folds, self.seed, self.options.cache_dir
+                "student", self.student, (self.train,), method, folds, self.seed, self.cache_dir
             )
             # Dice of masks knows no temperature; the likelihood of classes does, and teachers are calibrated for it.
             temperature = 1.0 if self.train.classes is None else _temperature(answers, self.train)

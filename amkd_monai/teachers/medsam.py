@@ -10,22 +10,21 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from skimage.transform import resize
 from torch import Tensor, nn
 
-from amkd_monai.teachers.base import Teacher, TeacherFeatures, binary_to_two_class, pool_to_grid
+from amkd_monai.teachers.base import TeacherFeatures, binary_to_two_class, pool_to_grid
 from amkd_monai.teachers.official import (
+    OfficialTeacher,
     OfficialWeights,
     each_image,
     fixed_initialisation,
-    patches_per_side,
     read_official,
 )
-from amkd_monai.weights import CheckpointError, load_strict
+from amkd_monai.weights import CheckpointError
 
 logger = logging.getLogger("amkd_monai")
 
@@ -65,28 +64,25 @@ _RENAMES = (
 """Hugging Face's names of SAM's tensors (``transformers.SamModel``) and segment-anything's, applied in this order."""
 
 
-class MedSAMTeacher(Teacher):
+class MedSAMTeacher(OfficialTeacher):
     """MedSAM's image embedding as the grid and, if a prompt policy is set, its mask as logits.
 
     Args:
-        name: name of the teacher in a run.
-        weights: ``medsam_vit_b.pth`` or Hugging Face's layout of it, a folder with it, None to search for it, or
-            ``random`` (marks the run as a test).
+        weights: ``medsam_vit_b.pth`` or Hugging Face's layout of it.
         prompt: ``none`` gives features alone; ``whole_image`` prompts with a box around the image; ``label_box`` with
             the box of the label's foreground (the whole image where there is no label), so that its answers know the
             label and admission by score does not say how well it would do without.
-        image_size: side of the network's input; 1024 is the only one that official files know.
-        grid_limit: the embedding is area-pooled down to at most this many cells a side (64 keeps all of it).
+        image_size: official files know 1024 alone.
+        grid_limit: 64 keeps the whole embedding.
         embed_dim, depth, num_heads, global_blocks: size of the image encoder, and its blocks that attend to the whole
             image; smaller ones are for tests.
         prompt_dim: channels of the embedding, a multiple of 16.
-        precision: ``float32`` or ``bfloat16`` (autocast of the image encoder).
-        licence: licence of the weights.
-
-    Raises:
-        ValueError: an option that is not understood, or segment-anything is not installed.
-        CheckpointError: weights that are missing or do not fit.
+        precision: of the image encoder.
     """
+
+    resize = "scikit-image bicubic spline, anti-aliased, squashed, 8 bit"
+    normalisation = "minimum to maximum of the image"
+    settings = ("prompt",)
 
     def __init__(
         self,
@@ -108,13 +104,13 @@ class MedSAMTeacher(Teacher):
             raise ValueError(f"The teacher '{name}' has the prompt '{prompt}': use one of {', '.join(PROMPTS)}.")
         self.prompt, self.image_size, self.grid_limit = prompt, image_size, grid_limit
         self.uses_labels = prompt == "label_box"
-        side = patches_per_side(name, image_size, PATCH)
+        side = self.patches(PATCH)
         official = read_official("medsam", weights)
-        self.is_random = official is None
         with fixed_initialisation():
             self.network = _build_sam(image_size, embed_dim, depth, num_heads, tuple(global_blocks), prompt_dim)
+        state, key = {} if official is None else official.state, "image_encoder.pos_embed"
         if official is not None:
-            state, path, key = official.state, official.path, "image_encoder.pos_embed"
+            path = official.path
             if "vision_encoder.pos_embed" in state:
                 state = from_hugging_face(state, path)
             if key in state:
@@ -124,20 +120,7 @@ class MedSAMTeacher(Teacher):
                         f"{path} is for images of {trained * PATCH} pixels, not {image_size}: leave out `image_size`, "
                         "images of any size are resized to it."
                     )
-            load_strict(self.network, state, path)
-            self.came_from(path)
-        self.freeze()
-
-    def preprocessing(self) -> dict[str, Any]:
-        """Return size, filter, scaling and prompt."""
-        return {
-            "image_size": self.image_size,
-            "resize": "scikit-image bicubic spline, anti-aliased, squashed, 8 bit",
-            "normalisation": "minimum to maximum of the image",
-            "prompt": self.prompt,
-            "grid_limit": self.grid_limit,
-            "precision": self.precision,
-        }
+        self.fill(official, state)
 
     def prepare(self, image: Tensor) -> Tensor:
         """Return the network's input (B, 3, S, S) in [0, 1] for images (B, 3, H, W), RGB in [0, 1]."""

@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 
+from amkd_monai.teachers.base import Teacher
 from amkd_monai.teachers.catalogue import entry, find_weights, weights_folders
-from amkd_monai.weights import CheckpointError, load_state_dict
+from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
 
 SIGNATURES = (
     ("LiteMedSAM (TinyViT encoder)", "", r"image_encoder\.layers\."),
@@ -122,13 +124,6 @@ def fixed_initialisation(seed: int = 0) -> Iterator[None]:
         yield
 
 
-def patches_per_side(teacher: str, image_size: int, patch: int) -> int:
-    """Return ``image_size / patch``, which must be a whole number."""
-    if image_size < patch or image_size % patch:
-        raise ValueError(f"The teacher '{teacher}' has image_size {image_size}: use a positive multiple of {patch}.")
-    return image_size // patch
-
-
 def pooled_patches(grid: Tensor) -> Tensor:
     """Mean of the raw patch tokens (B, C, h, w), then a LayerNorm without weights: (B, C).
 
@@ -163,3 +158,49 @@ def squash(pixels: np.ndarray, size: int) -> np.ndarray:
 def imagenet_normalised(pixels: Tensor) -> Tensor:
     """Scale (B, 3, h, w) from [0, 255] to [0, 1], subtract ImageNet's mean, divide by its standard deviation."""
     return normalize(pixels / 255, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
+
+
+class OfficialTeacher(Teacher):
+    """A foundation teacher: a network of fixed input size, filled from an official weight file.
+
+    The default preprocessing is that of most authors: 8-bit RGB, squashed to a square, ImageNet's statistics.
+
+    Attributes:
+        image_size: side of the network's input in pixels.
+        resize: how images get that size; part of the fingerprint, like ``normalisation`` and what ``settings`` names.
+        settings: further attributes on which the outputs depend.
+    """
+
+    image_size: int
+    grid_limit: int
+    network: nn.Module
+    resize = "Pillow bicubic, squashed"
+    normalisation = "ImageNet"
+    settings: tuple[str, ...] = ()
+
+    def patches(self, size: int) -> int:
+        """Return the number of patches of a size along a side of the input."""
+        if self.image_size < size or self.image_size % size:
+            raise ValueError(
+                f"The teacher '{self.name}' has image_size {self.image_size}: use a positive multiple of {size}."
+            )
+        return self.image_size // size
+
+    def fill(
+        self, official: OfficialWeights | None, state: Mapping[str, Tensor], surplus: Collection[str] = ()
+    ) -> None:
+        """Load a file's weights, whose keys may begin with ``surplus`` in excess, or mark random ones; freeze them."""
+        self.is_random = official is None
+        if official is not None:
+            load_strict(self.network, state, official.path, surplus)
+            self.came_from(official.path)
+        self.freeze()
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Return size, filter, statistics and what is read from the network."""
+        names = ("image_size", "resize", "normalisation", "grid_limit", "precision", *self.settings)
+        return {name: getattr(self, name) for name in names}
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """Return the network's input (B, 3, S, S) for images (B, 3, H, W), RGB in [0, 1]."""
+        return imagenet_normalised(each_image(image, lambda pixels: squash(pixels, self.image_size)))

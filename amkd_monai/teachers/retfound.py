@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import timm
@@ -17,18 +16,17 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid
+from amkd_monai.teachers.base import TeacherFeatures, pool_to_grid
 from amkd_monai.teachers.official import (
+    OfficialTeacher,
     OfficialWeights,
     each_image,
     fixed_initialisation,
     imagenet_normalised,
-    patches_per_side,
     pooled_patches,
     read_official,
-    squash,
 )
-from amkd_monai.weights import CheckpointError, load_strict
+from amkd_monai.weights import CheckpointError
 
 VARIANTS = ("mae_natureCFP", "mae_natureOCT", "mae_meh", "mae_shanghai", "dinov2_meh", "dinov2_shanghai")
 """Official files are called ``RETFound_<variant>.pth``."""
@@ -37,29 +35,22 @@ PRETRAINING_ONLY = ("decoder_", "mask_token", "dino_head.", "ibot_head.")
 """Prefixes of what an official file holds besides the encoder."""
 
 
-class RETFoundTeacher(Teacher):
+class RETFoundTeacher(OfficialTeacher):
     """RETFound's encoder: raw patch tokens of the last block as the grid, their normed mean as the pooled vector.
 
     A DINOv2 file gives normed patch tokens and the normed class token instead. A fine-tuned file (with a head) also
     gives class logits (B, num_classes).
 
     Args:
-        name: name of the teacher in a run.
-        weights: weight file, a folder with it, None to search for it, or ``random`` (marks the run as a test).
         variant: which pretraining the file is of, one of :data:`VARIANTS`.
-        image_size: side of the network's input in pixels; position embeddings are resized as upstream does.
+        image_size: position embeddings are resized to it as upstream does.
         framing: ``crop`` as the authors do (the grid then covers the centre of the image alone), or ``squash``, whose
             grid covers the whole image: what a mask task needs.
         fc_norm_applications: 2 repeats upstream's double normalisation before the head, for files fine-tuned with it.
-        grid_limit: feature maps are area-pooled down to at most this many cells a side.
         embed_dim, depth, num_heads: size of the network; smaller ones are for tests.
-        precision: ``float32`` or ``bfloat16`` (autocast).
-        licence: licence of the weights.
-
-    Raises:
-        ValueError: an option that is not understood.
-        CheckpointError: weights that are missing or do not fit.
     """
+
+    settings = ("variant", "fc_norm_applications")
 
     def __init__(
         self,
@@ -85,9 +76,9 @@ class RETFoundTeacher(Teacher):
         self.variant, self.is_dino = variant, variant.startswith("dinov2")
         self.image_size, self.framing, self.grid_limit = image_size, framing, grid_limit
         self.fc_norm_applications = fc_norm_applications
-        side = patches_per_side(name, image_size, 14 if self.is_dino else 16)
+        self.resize, side = f"Pillow bicubic, {framing}", self.patches(14 if self.is_dino else 16)
         official = read_official(f"retfound_{variant}", weights)
-        self.is_random, classes, state = official is None, 0, {} if official is None else official.state
+        classes, state = 0, {} if official is None else official.state
         if official is not None:
             _check_modality(official.path, variant)
             for key in list(state):
@@ -104,38 +95,23 @@ class RETFoundTeacher(Teacher):
                 depth=depth,
                 num_heads=num_heads,
             )
-        if official is not None:
-            if "pos_embed" in state:
-                _check_positions(official)
-                # as upstream: without timm's anti-aliasing
-                state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [side, side], antialias=False)
-            load_strict(self.network, state, official.path, allow_unexpected=PRETRAINING_ONLY)
-            self.came_from(official.path)
-        self.freeze()
-
-    def preprocessing(self) -> dict[str, Any]:
-        """Return size, framing and what is read from the network."""
-        return {
-            "image_size": self.image_size,
-            "resize": f"Pillow bicubic, {self.framing}",
-            "normalisation": "ImageNet",
-            "variant": self.variant,
-            "fc_norm_applications": self.fc_norm_applications,
-            "grid_limit": self.grid_limit,
-            "precision": self.precision,
-        }
+        if official is not None and "pos_embed" in state:
+            _check_positions(official)
+            # as upstream: without timm's anti-aliasing
+            state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [side, side], antialias=False)
+        self.fill(official, state, PRETRAINING_ONLY)
 
     def prepare(self, image: Tensor) -> Tensor:
         """Return the network's input (B, 3, S, S) for images (B, 3, H, W), RGB in [0, 1]."""
+        if self.framing == "squash":
+            return super().prepare(image)
 
-        def framed(pixels: np.ndarray) -> np.ndarray:
-            if self.framing == "squash":
-                return squash(pixels, self.image_size)
+        def cropped(pixels: np.ndarray) -> np.ndarray:
             short = int(self.image_size / (224 / 256)) if self.image_size <= 224 else self.image_size
             resized = TF.resize(Image.fromarray(pixels), [short], InterpolationMode.BICUBIC)
             return np.asarray(TF.center_crop(resized, [self.image_size]))
 
-        return imagenet_normalised(each_image(image, framed))
+        return imagenet_normalised(each_image(image, cropped))
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return grid (B, C, h, w), pooled (B, C) and, for a fine-tuned file, logits (B, classes)."""

@@ -38,18 +38,11 @@ class SpecialistTeacher(Teacher):
     trained on the run's own images must be cross-fitted, see ``amkd_monai.engines.crossfit``).
 
     Args:
-        name: name of the teacher in a run.
         path: ``.ts`` or ``.pt2`` file taking (B, 3, S, S), RGB in [0, 1].
-        image_size: side in pixels to which images are squashed; None takes them as they come.
-        grid_limit: feature maps are area-pooled down to at most this many cells a side.
-        licence: licence of the weights.
+        image_size: None takes images as they come.
         mean: subtracted per channel before the network, in [0, 1] units.
         std: divides per channel.
         answers: ``masks`` for logits (B, classes, h, w), ``classes`` for logits (B, classes), one answer per image.
-
-    Raises:
-        ValueError: ``answers`` is something else.
-        CheckpointError: the file is missing, damaged or of another format.
     """
 
     def __init__(

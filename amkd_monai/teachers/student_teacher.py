@@ -17,12 +17,10 @@ class StudentTeacher(Teacher):
     """The encoder of a student of this project, shared or of one task; it gives features, no answers of its own.
 
     Args:
-        name: name of the teacher in a run.
         weights: flat state dict, e.g. ``bundles/multitask/models/model.pt``.
         model: timm name of its encoder.
         task: whose batch norms are taken where a shared student has them per data set; None takes the first task's.
-        image_size: side in pixels to which images are squashed; None takes them as they come.
-        grid_limit: feature maps are area-pooled down to at most this many cells a side.
+        image_size: None takes images as they come.
         licence: licence of the weights; that of the data and teachers that the student was trained with.
     """
 

@@ -17,18 +17,10 @@ class TimmTeacher(Teacher):
     """A frozen timm encoder: the feature map of one stage and the pooled vector before the classifier.
 
     Args:
-        name: name of the teacher in a run.
         model: timm name, for example ``tf_efficientnet_lite2`` or ``vit_base_patch16_224``.
         weights: ``packaged``, a checkpoint file with timm's keys, or ``random`` (marks the run as a test).
-        image_size: side in pixels to which images are squashed; None takes the network's fixed size if it has one,
-            else the images as they come.
+        image_size: None takes the network's fixed size if it has one, else the images as they come.
         stride: stride of the feature map wanted (the nearest stage at or below it is taken).
-        grid_limit: feature maps are area-pooled down to at most this many cells a side.
-        licence: licence of the weights.
-
-    Raises:
-        ValueError: unknown timm name.
-        CheckpointError: weights that are missing or do not fit.
     """
 
     def __init__(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -17,45 +16,34 @@ import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
-from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid
+from amkd_monai.teachers.base import TeacherFeatures, pool_to_grid
 from amkd_monai.teachers.official import (
+    OfficialTeacher,
     OfficialWeights,
-    each_image,
     fixed_initialisation,
     imagenet_normalised,
-    patches_per_side,
     pooled_patches,
     read_official,
-    squash,
 )
-from amkd_monai.weights import load_strict
 
 TABLE = "relative_position_bias_table"
 PATCH = 16
 POOLED_SIZES = (1, 2, 3, 6)
 
 
-class USFMTeacher(Teacher):
+class USFMTeacher(OfficialTeacher):
     """USFM's encoder: raw patch tokens of the last block as the grid, their normed mean as the pooled vector.
 
     A UPerNet file (fine-tuned with the authors' code) also gives mask logits at a quarter of the input's size.
 
     Args:
-        name: name of the teacher in a run.
-        weights: weight file, a folder with it, None to search for it, or ``random`` (marks the run as a test).
-        image_size: side of the network's input in pixels; None takes the size the file was trained for. Other sizes
-            resize the tables of relative positions.
+        image_size: None takes the size the file was trained for; others resize the tables of relative positions.
         num_classes: classes of a random UPerNet; a file decides by itself whether it has a head.
         taps: the blocks (from 0) whose outputs a UPerNet reads.
-        grid_limit: feature maps are area-pooled down to at most this many cells a side.
         embed_dim, depth, num_heads: size of the network; smaller ones are for tests.
-        precision: ``float32`` or ``bfloat16`` (autocast).
-        licence: licence of the weights.
-
-    Raises:
-        ValueError: a size that is not a multiple of 16.
-        CheckpointError: weights that are missing or do not fit.
     """
+
+    settings = ("taps",)
 
     def __init__(
         self,
@@ -74,7 +62,7 @@ class USFMTeacher(Teacher):
         super().__init__(name, licence, precision)
         self.taps, self.grid_limit = list(taps), grid_limit
         official = read_official("usfm", weights)
-        self.is_random, trained, width, shared = official is None, 14, embed_dim, True
+        trained, width, shared = 14, embed_dim, True
         state = {} if official is None else official.state
         tables = [key for key in state if key.endswith(TABLE)]
         if official is not None:
@@ -83,7 +71,7 @@ class USFMTeacher(Teacher):
             if (head := "decode_head.conv_seg.weight") in state:
                 num_classes, width, *_ = official.shape(head, 4, "(classes, channels, 1, 1)")
         self.image_size = image_size or trained * PATCH
-        side = patches_per_side(name, self.image_size, PATCH)
+        side = self.patches(PATCH)
         with fixed_initialisation():
             backbone: nn.Module = timm.create_model(
                 "beit_base_patch16_224",
@@ -100,6 +88,7 @@ class USFMTeacher(Teacher):
             if num_classes:
                 backbone.norm = nn.Identity()
                 add_pyramid(backbone, embed_dim)
+                self.resize = "bilinear, squashed"  # its authors' segmentation code does not smooth
                 self.network["decode_head"] = UPerHead(embed_dim, width, num_classes)
         if official is not None:
             for key in tables:
@@ -107,29 +96,14 @@ class USFMTeacher(Teacher):
                 state[key] = resize_rel_pos_bias_table(state[key], (side, side), (rows, state[key].shape[1]))
             state = state if num_classes else {f"backbone.{k}": v for k, v in state.items()}
             state = {k: v for k, v in state.items() if not k.endswith("relative_position_index")}
-            load_strict(self.network, state, official.path, ("backbone.mask_token", "auxiliary_head."))
-            self.came_from(official.path)
-        self.freeze()
-
-    def preprocessing(self) -> dict[str, Any]:
-        """Return size, filter and what is read from the network."""
-        return {
-            "image_size": self.image_size,
-            "resize": "bilinear, squashed" if "decode_head" in self.network else "Pillow bicubic, squashed",
-            "normalisation": "ImageNet",
-            "taps": self.taps,
-            "grid_limit": self.grid_limit,
-            "precision": self.precision,
-        }
+        self.fill(official, state, ("backbone.mask_token", "auxiliary_head."))
 
     def prepare(self, image: Tensor) -> Tensor:
         """Return the network's input (B, 3, S, S) for images (B, 3, H, W), RGB in [0, 1]."""
-        size = self.image_size
-        if "decode_head" in self.network:  # its authors' segmentation code resizes without anti-aliasing
-            levels = (image.clamp(0, 1) * 255).round()
-            resized = F.interpolate(levels, size=(size, size), mode="bilinear", align_corners=False)
-            return imagenet_normalised(resized.round())
-        return imagenet_normalised(each_image(image, lambda pixels: squash(pixels, size)))
+        if "decode_head" not in self.network:
+            return super().prepare(image)
+        levels, size = (image.clamp(0, 1) * 255).round(), (self.image_size, self.image_size)
+        return imagenet_normalised(F.interpolate(levels, size=size, mode="bilinear", align_corners=False).round())
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return grid (B, C, h, w), pooled (B, C) and, for a UPerNet, logits (B, classes, S/4, S/4)."""

@@ -10,12 +10,16 @@ from reference.biomedparse_fill import GOLDEN, KEYS, filled, gap, image_a, toler
 from torch import nn
 
 from amkd_monai.teachers import biomedparse_network
-from amkd_monai.teachers.biomedparse import to_pixels
 from amkd_monai.teachers.biomedparse_network import UNUSED, BiomedParse, Sizes
+from amkd_monai.teachers.official import each_image, imagenet_normalised, squash
 from amkd_monai.weights import load_strict
 
 IDS = torch.tensor(GOLDEN["token_ids"][0])
 IMAGE = torch.from_numpy(image_a()).permute(2, 0, 1)[None] / 255  # (H, W, 3) -> (1, 3, H, W)
+
+
+def to_pixels(image):
+    return imagenet_normalised(each_image(image, lambda pixels: squash(pixels, 256)))
 
 
 def fits(name, value):
@@ -45,7 +49,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def pixels():
-    return to_pixels(IMAGE, None)
+    return to_pixels(IMAGE)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +149,7 @@ class TestMistakesAreSeen:
         assert fits("res2", self.first_map(network, pixels))
 
     def test_bgr(self, network):
-        pixels = to_pixels(IMAGE.flip(1), None)
+        pixels = to_pixels(IMAGE.flip(1))
         assert not fits("pixels", pixels)
         assert not fits("res2", self.first_map(network, pixels))
 
@@ -196,7 +200,12 @@ class TestMistakesAreSeen:
     def test_words_without_position(self, network, image, words):
         layers = network.sem_seg_head["predictor"].transformer_self_attention_layers
         unplaced = torch.cat([torch.ones(101, 1), torch.zeros(words.shape[1], 1)])
-        with hooked(layers, lambda _, args: (args[0], args[1] * unplaced)):
+
+        def unplace(_, args):
+            tokens, position = args[0], args[1] * unplaced
+            return tokens, position, tokens + position, tokens
+
+        with hooked(layers, unplace):
             values = decoded(network, image[1], words)
         assert not fits("pred_captions", values["pred_captions"])
         assert not fits("mask_logits_matched", values["mask_logits_matched"])
