@@ -179,7 +179,7 @@ def _fetch(arguments: argparse.Namespace) -> None:
     teacher = entry(arguments.teacher)
     if not teacher.hub:
         raise ValueError(f"{teacher.name} cannot be fetched from here: get it by hand ({teacher.source}).")
-    from amkd_monai.checkpoints.find import fetch
+    from amkd_monai.teachers.catalogue import fetch
 
     print(f"{fetch(teacher.hub, teacher.hub_files)} (licence: {teacher.licence})")
 
@@ -303,7 +303,7 @@ def _cache_build(arguments: argparse.Namespace) -> None:
 
     part = Part.from_environment() if arguments.shard is None else Part.parse(arguments.shard)
     settings = settings_of(arguments.set)
-    from amkd_monai.engines.build_cache import build_cache
+    from amkd_monai.engines.prepare import build_cache
     from amkd_monai.memory import own_peak
 
     for directory in build_cache(arguments.bundle, settings, arguments.config, part, arguments.batch_size):

@@ -663,7 +663,7 @@ def test_evaluation_and_export_start_no_teacher(trained, tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("a teacher was built")
 
-    monkeypatch.setattr("amkd_monai.engines.build_cache.build_teacher", never)
+    monkeypatch.setattr("amkd_monai.engines.prepare.build_teacher", never)
     monkeypatch.setattr("amkd_monai.engines.prepare.prepare_teachers", never)
     teachers = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
     made = built("kvasir_seg", ("train", "evaluate"), **places(trained), teachers=teachers)

@@ -87,7 +87,7 @@ class RunRecord:
                 figures = step_figures(of_task, engine.teachers_of(task))
                 values |= {f"{task}/{name}": value for name, value in figures.items()}
         else:
-            values = step_figures(result, [s.spec.name for s in engine.targets.sources] if engine.targets else [])
+            values = step_figures(result, [t.name for t in engine.targets.teachers] if engine.targets else [])
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
