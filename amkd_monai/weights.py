@@ -26,6 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from amkd_monai.data.content import file_sha256
+
 logger = logging.getLogger("amkd_monai")
 
 CONTAINERS = (
@@ -120,12 +122,6 @@ PACKAGED: dict[str, PackagedWeights] = {
         "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
     ),
 }
-
-
-def file_sha256(path: str | Path) -> str:
-    """Return the hexadecimal SHA-256 digest of a file."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:

@@ -60,11 +60,12 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
-    from amkd_monai.data.commands.fetch import SOURCES, fetch, steps
+    from amkd_monai.data.commands.fetch import fetch, steps
+    from amkd_monai.data.datasets import get_task
 
-    folder = fetch(arguments.name, arguments.to)
-    if folder is None:
+    folder, source = fetch(arguments.name, arguments.to), get_task(arguments.name).source
+    if folder is None or source is None:
         print(steps(arguments.name))
     else:
-        print(f"{folder} is complete. Terms: {SOURCES[arguments.name].terms}")
+        print(f"{folder} is complete. Terms: {source.terms}")
     return 0

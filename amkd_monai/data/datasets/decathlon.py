@@ -1,0 +1,95 @@
+"""Layout of the Medical Segmentation Decathlon: `dataset.json`, `imagesTr/`, `labelsTr/`, `imagesTs/`.
+
+Source: Antonelli et al., "The Medical Segmentation Decathlon", Nature Communications 2022,
+http://medicaldecathlon.com. Archives hold macOS `._*.nii.gz` files next to the volumes. In Task02_Heart two training
+images (la_005, la_026) were seen to be byte-identical while their labels differ.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from amkd_monai.data.datasets.base import Layout
+from amkd_monai.data.duplicates import group_identical_images
+from amkd_monai.data.layout import check_layout, mark_problem, volume_problem
+from amkd_monai.data.splits import Item
+from amkd_monai.files.names import VOLUME_SUFFIXES, file_id, read_text
+
+logger = logging.getLogger("amkd_monai")
+
+
+@dataclass(frozen=True)
+class Decathlon(Layout):
+    """One task of the decathlon; 20 labelled hearts are too few for one fixed test section.
+
+    Attributes:
+        title: name of the data set in messages.
+        classes: names of the labels, in lower case.
+        validation_fraction: see :class:`Layout`; small, as labelled volumes are few.
+    """
+
+    title: str
+    classes: tuple[str, ...]
+    validation_fraction: float | None = 0.1
+
+    expected = "dataset.json with the folders imagesTr/ and labelsTr/ beside it"
+    predict_in = ("imagesTs", "imagesTr")  # read, as the "test" list of dataset.json may be empty
+    suffixes = VOLUME_SUFFIXES
+
+    def find_items(self, root: str | Path, cache_dir: str | Path | None = None) -> list[Item]:
+        """List the training volumes and labels that `dataset.json` names, sorted by id.
+
+        Byte-identical images share a group, any other volume is its own group.
+
+        Raises:
+            FileNotFoundError: `root` does not have the layout, or a listed file is missing.
+            ValueError: a `dataset.json` that cannot be used, or two volumes with one id.
+        """
+        root, file = Path(root), Path(root) / "dataset.json"
+        parts = ("imagesTr", "labelsTr", "imagesTs")
+        check_layout(root, self.title, self.expected, _has_layout, parts, _only_json_is_missing)
+        items: dict[str, Item] = {}
+        for entry in self._training_list(file):
+            image, label = (root / entry[key].replace("\\", "/") for key in ("image", "label"))
+            if image.name.startswith("."):
+                continue
+            if missing := [path for path in (image, label) if not path.is_file()]:
+                raise FileNotFoundError(f"{missing[0]} is listed in {file} but missing: unpack the archive again.")
+            name = file_id(image)
+            if name in items:
+                raise ValueError(f"{file} lists the volume '{name}' twice: keep one entry.")
+            items[name] = {"image": str(image), "label": str(label), "id": name, "group": name}
+            mark_problem(items[name], volume_problem(image, [label]))
+        return group_identical_images(items.values())
+
+    def _training_list(self, file: Path) -> list[dict[str, str]]:
+        """Read the entries with "image" and "label"; labels of another task of the decathlon are announced."""
+        try:
+            content = json.loads(read_text(file))
+        except ValueError as error:
+            raise ValueError(f"{file} is not valid JSON: copy it again from the archive.") from error
+        entries = content.get("training") if isinstance(content, dict) else None
+        if not entries or not all(
+            isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("image", "label"))
+            for entry in entries
+        ):
+            raise ValueError(
+                f'{file} has no list "training" of entries with "image" and "label": copy it again from the archive.'
+            )
+        labels = content.get("labels")
+        found = tuple(str(labels[key]).lower() for key in sorted(labels)) if isinstance(labels, dict) else self.classes
+        if found != self.classes:
+            logger.warning("%s names the classes %s, %s expects %s.", file, found, self.title, self.classes)
+        return entries
+
+
+def _has_layout(folder: Path) -> bool:
+    return (folder / "dataset.json").is_file()
+
+
+def _only_json_is_missing(root: Path) -> str:
+    alone = (root / "imagesTr").is_dir() and (root / "labelsTr").is_dir()
+    return "dataset.json alone is missing, copy it from the archive" if alone else ""
