@@ -36,16 +36,8 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = None) -> list[str]:
     """Hash many files; a file whose path, size and time of change are in ``memo`` is not read again.
 
-    Args:
-        paths: the files.
-        memo: JSON file that keeps the hashes between runs, to save time: a damaged one is rebuilt, one that cannot be
-            written is announced and left alone. None reads every file.
-
-    Returns:
-        One SHA-256 per path.
-
-    Raises:
-        OSError: a file of ``paths`` is missing or cannot be read.
+    The memo, a JSON file, only saves time: a damaged one is rebuilt, one that cannot be written is announced and left
+    alone. None reads every file.
     """
     known = {} if memo is None else read_memo(memo, _is_entry)
     entries = dict(known)

@@ -55,8 +55,7 @@ class Datalist:
     @property
     def sections(self) -> dict[str, list[Item]]:
         """The sections by name."""
-        names = ("train", "validation", "test", "unlabelled")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("train", "validation", "test", "unlabelled")}
 
     def checked(self, on_bad_sample: str) -> Datalist:
         """Return the same.
@@ -72,7 +71,7 @@ class Datalist:
     @property
     def hash(self) -> str:
         """SHA-256 of ids and groups per section, independent of paths."""
-        return hash_of_split(self.train, self.validation, self.test, self.unlabelled)
+        return hash_of_split(**self.sections)
 
     @property
     def is_phantom(self) -> bool:
@@ -100,11 +99,7 @@ class Datalist:
 
 
 def stand_in_note(folder: str | Path) -> str:
-    """Return the first line of a data set's ``STAND-IN.txt``, empty if there is no such file.
-
-    Raises:
-        ValueError: the first line is empty, or the file is not text.
-    """
+    """Return the first line of a data set's ``STAND-IN.txt``, empty if there is no such file."""
     marker = Path(folder) / STAND_IN_MARKER
     if not marker.is_file():
         return ""
@@ -125,7 +120,6 @@ def find_dataset_dir(task: str, dataset_dir: str | Path | None = None) -> tuple[
 
     Raises:
         FileNotFoundError: the argument or the environment names a folder that is not there.
-        ValueError: unknown task.
     """
     folder = get_task(task).folder
     if dataset_dir:
@@ -219,12 +213,7 @@ def datalist(
 def find_items(
     task: str, root: Path, cache_dir: str | Path | None = None, options: Mapping[str, Any] | None = None
 ) -> list[Item]:
-    """List the items of a data set with options of its own.
-
-    Raises:
-        ValueError: the data set has no such option, or contradicts itself.
-        FileNotFoundError: no such layout.
-    """
+    """List the items of a data set with options of its own, see :class:`amkd_monai.data.datasets.Layout`."""
     find = get_task(task).layout.find_items
     known = inspect.signature(find).parameters.keys() - {"root", "cache_dir"}
     if unknown := set(options or {}) - known:
@@ -233,10 +222,6 @@ def find_items(
 
 
 def inference_datalist(task: str, dataset_dir: str | Path | None = None, cache_dir: str | Path = "data") -> list[Item]:
-    """List the images to predict, {"image", "id"}: those of an official layout, or of a plain folder.
-
-    Raises:
-        FileNotFoundError: there is no such folder or no image in it.
-    """
+    """List the images to predict, {"image", "id"}: those of an official layout, or of a plain folder."""
     root, _ = resolve_dataset_dir(task, dataset_dir, cache_dir)
     return get_task(task).layout.inference_items(root)

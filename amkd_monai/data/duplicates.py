@@ -114,15 +114,12 @@ def clusters(count: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
 def group_near_duplicates(
     items: Sequence[Item], distance: int = NEAR, cache_dir: str | Path | None = None
 ) -> list[Item]:
-    """Give near-duplicate images one common group, the ids joined by "+"; every other image is its own group.
+    """Give near-duplicate pictures one common group, the ids joined by "+"; return copies of the items in their order.
 
     Args:
         items: items with pictures.
         distance: bits in which two hashes of one group differ at most; 0 joins equal hashes only.
         cache_dir: see :func:`perceptual_hashes`.
-
-    Returns:
-        Copies of the items in their order.
     """
     pairs = near_duplicates([item["image"] for item in items], distance, cache_dir)
     grouped = list(items)

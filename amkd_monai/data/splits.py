@@ -49,30 +49,25 @@ def random_split(items: Iterable[Item], fractions: Sequence[float] = (0.7, 0.15,
 
     Groups go, largest first, to the section that misses most items; groups of one size are shuffled. Every section with
     a fraction above zero gets at least one group. Where labels are classes, every class is split by itself, the rarest
-    first.
-
-    Raises:
-        ValueError: not three shares of sum 1, a repeated id, or fewer groups than sections.
+    first. Fractions that are not three shares of sum 1, a repeated id, or fewer groups than sections are a ValueError.
     """
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(
-            f"Split fractions {tuple(fractions)} are not usable: give three shares (train, validation, test) "
-            "of at least 0 with the sum 1."
-        )
+        raise ValueError(f"Split fractions {tuple(fractions)} are not usable: give three shares from 0 on of sum 1.")
     items = _sorted_by_id(items)
-    sizes = Counter(item["group"] for item in items)
+    groups = [item["group"] for item in items]
+    sizes = Counter(groups)
     empty = {section for section, fraction in enumerate(fractions) if fraction > 0}
     if len(sizes) < len(empty):
         raise ValueError(
-            f"{len(sizes)} group(s) cannot fill {len(empty)} sections of a split: add images of more patients, "
-            "or set a fraction to 0."
+            f"{len(sizes)} group(s) cannot fill {len(empty)} sections of a split: add images of more patients or set a "
+            "fraction to 0."
         )
     strata = _strata(items)
-    totals = Counter(strata[item["group"]] for item in items)
+    totals = Counter(strata[group] for group in groups)
     missing = {stratum: [fraction * n for fraction in fractions] for stratum, n in totals.items()}
     open_sections = sorted(empty)
     section_of: dict[str, int] = {}
-    for group in _in_order(sizes, strata, seed):
+    for group in _in_order(groups, strata, seed):
         candidates = sorted(empty) if len(sizes) - len(section_of) <= len(empty) else open_sections
         missing_here = missing[strata[group]]
         section = max(candidates, key=lambda candidate: missing_here[candidate])
@@ -105,27 +100,19 @@ def k_fold(
     """Cross-validation: test is one fold, validation a part of the rest (one group at least), by whole groups.
 
     Where labels are classes, folds have about equal numbers of each class. With fewer groups than folds there are as
-    many folds as groups.
-
-    Raises:
-        ValueError: a repeated id, no such fold, a fraction not between 0 and 1, or fewer than 3 groups.
+    many folds as groups. A repeated id, fewer than 3 groups or an unknown fold is a ValueError.
     """
-    if not 0 < validation_fraction < 1:
-        raise ValueError(f"The validation fraction {validation_fraction} must lie between 0 and 1.")
     items = _sorted_by_id(items)
     groups = [item["group"] for item in items]
     if len(set(groups)) < 3:
-        raise ValueError(
-            f"{len(set(groups))} group(s) cannot fill train, validation and test: cross-validation needs at "
-            "least 3 groups."
-        )
+        raise ValueError(f"{len(set(groups))} group(s) cannot fill train, validation and test: at least 3 are needed.")
     strata = _strata(items)
     fold_of_item = fold_of_groups(groups, folds, seed, [strata[group] for group in groups])
     used_folds = int(fold_of_item.max()) + 1
     if not 0 <= fold < used_folds:
         raise ValueError(f"There is no fold {fold}: choose one from 0 to {used_folds - 1}.")
-    rest = [item for item, index in zip(items, fold_of_item, strict=True) if index != fold]
     test = [item for item, index in zip(items, fold_of_item, strict=True) if index == fold]
+    rest = [item for item, index in zip(items, fold_of_item, strict=True) if index != fold]
     if len({item["group"] for item in rest}) < 2:
         raise ValueError(f"Fold {fold} leaves one group for train and validation: use more folds.")
     train, validation, _ = random_split(rest, (1 - validation_fraction, validation_fraction, 0), seed)
@@ -145,9 +132,6 @@ def fold_of_groups(
 
     Returns:
         Fold index of each sample, int64 (N,).
-
-    Raises:
-        ValueError: fewer than 2 folds or fewer than 2 groups.
     """
     sizes = Counter(groups)
     if folds < 2:
@@ -159,7 +143,7 @@ def fold_of_groups(
     of_stratum = {stratum: [0] * used for stratum in strata.values()}
     samples_in_fold = [0] * used
     fold_of: dict[str, int] = {}
-    for group in _in_order(sizes, strata, seed):
+    for group in _in_order(groups, strata, seed):
         own = of_stratum[strata[group]]
         fold = min(range(used), key=lambda k: (own[k], samples_in_fold[k]))
         fold_of[group] = fold
@@ -222,11 +206,9 @@ def _shuffled(groups: Iterable[str], seed: int) -> list[str]:
     return [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
 
 
-def _in_order(sizes: Counter[str], strata: dict[str, str], seed: int) -> list[str]:
+def _in_order(groups: Sequence[str], strata: dict[str, str], seed: int) -> list[str]:
     """Groups of the stratum with fewest items first, within it the largest first, those of one size shuffled."""
-    count: Counter[str] = Counter()
-    for group, size in sizes.items():
-        count[strata[group]] += size
+    sizes, count = Counter(groups), Counter(strata[group] for group in groups)
     return sorted(_shuffled(sizes, seed), key=lambda group: (count[strata[group]], strata[group], -sizes[group]))
 
 

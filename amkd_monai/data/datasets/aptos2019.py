@@ -44,20 +44,12 @@ class Aptos2019(Layout):
     """The sections of the layout if it has them, otherwise folds stratified by grade."""
 
     title = "APTOS 2019"
-    expected = (
-        "train.csv (id_code,diagnosis) with train_images/<id_code>.png, three such tables, or one folder per grade"
-    )
+    expected = "train.csv (id_code,diagnosis) with train_images/<id_code>.png, three such tables, or a folder per grade"
     predict_in = tuple(f"{name}{inner}" for names in FOLDERS.values() for name in names for inner in (f"/{name}", ""))
     validation_fraction = 0.2
 
     def find_items(self, root: str | Path, cache_dir: str | Path | None = None) -> list[Item]:
-        """List all graded images, sorted by id; byte-identical images share a group, conflicts are announced.
-
-        Raises:
-            FileNotFoundError: `root` does not have the layout, or a table names ids without an image.
-            ValueError: a table lacks columns or holds something that is not a grade, an image is in no table, or an id
-                comes twice.
-        """
+        """List all graded images, sorted by id; byte-identical images share a group, conflicts are announced."""
         root = Path(root)
         check_layout(root, self.title, self.expected, _has_layout, [n for names in FOLDERS.values() for n in names])
         tables = {name: table for name, names in TABLES.items() if (table := _first(root, names)) is not None}

@@ -48,9 +48,6 @@ class Busi(Layout):
             cache_dir: keeps perceptual hashes.
             normals: keep the images without a lesion, whose masks are empty.
             duplicate_distance: see `amkd_monai.data.duplicates.group_near_duplicates`.
-
-        Raises:
-            FileNotFoundError: `root` does not have the layout, or images lack a mask, or masks an image.
         """
         root = Path(root)
         check_layout(root, self.title, self.expected, _has_layout, CLASSES)

@@ -40,14 +40,7 @@ class Decathlon(Layout):
     suffixes = VOLUME_SUFFIXES
 
     def find_items(self, root: str | Path, cache_dir: str | Path | None = None) -> list[Item]:
-        """List the training volumes and labels that `dataset.json` names, sorted by id.
-
-        Byte-identical images share a group, any other volume is its own group.
-
-        Raises:
-            FileNotFoundError: `root` does not have the layout, or a listed file is missing.
-            ValueError: a `dataset.json` that cannot be used, or two volumes with one id.
-        """
+        """List the volumes and labels that `dataset.json` names, sorted by id; byte-identical images share a group."""
         root, file = Path(root), Path(root) / "dataset.json"
         parts = ("imagesTr", "labelsTr", "imagesTs")
         check_layout(root, self.title, self.expected, _has_layout, parts, _only_json_is_missing)

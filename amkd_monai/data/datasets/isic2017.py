@@ -46,13 +46,7 @@ class Isic2017(Layout):
     validation_fraction = 0.2
 
     def find_items(self, root: str | Path, cache_dir: str | Path | None = None) -> list[Item]:
-        """List all labelled images, sorted by id; byte-identical images share a group.
-
-        Raises:
-            FileNotFoundError: `root` does not have the layout, or an image or a label has no partner.
-            ValueError: a table lacks columns, holds row numbers for ids, or labels that are not 0.0 or 1.0 or both 1.0;
-                or an image is in no table.
-        """
+        """List all labelled images, sorted by id; byte-identical images share a group, conflicts are announced."""
         root = Path(root)
         check_layout(
             root, self.title, self.expected, _has_layout, [f"ISIC-2017_{name}_Data" for name in OFFICIAL.values()]

@@ -53,11 +53,7 @@ class Pairs(Layout):
             cache_dir: keeps perceptual hashes.
             folders: the folder of images and that of masks, relative to ``root``; they may be one folder.
             mask_ending: what the names of masks end with before the suffix, e.g. ``_mask``.
-            duplicate_distance: replaces the attribute.
-
-        Raises:
-            FileNotFoundError: ``root`` does not have the layout, or an image or mask has no partner.
-            ValueError: two images have one id, or ``duplicate_distance`` is given for volumes.
+            duplicate_distance: replaces the attribute; of pictures only.
         """
         root = Path(root)
         if folders is None and self._has(root, self.official.values()):
@@ -119,12 +115,7 @@ class Pairs(Layout):
         return fixed_split(train, test, how.fractions, how.seed) if test else super().split(root, items, how)
 
     def _listed(self, root: Path, items: list[Item]) -> list[Item]:
-        """Return the items that the file lists name, with their sections; all items if there are no lists.
-
-        Raises:
-            FileNotFoundError: only one of the two lists is there.
-            ValueError: a list is empty or names an unknown id, or both name the same id.
-        """
+        """Return the items that the file lists name, with their sections; all items if there are no lists."""
         lists = [root / name for name in self.file_lists or ()]
         absent = [file for file in lists if not file.is_file()]
         if len(absent) == len(lists):
