@@ -184,70 +184,47 @@ def ultrasound_image(
 def covid(folder: Path, count: int = 40, size: tuple[int, int] = (140, 220), seed: int = 0) -> None:
     """Write CT slices in a lung window as `images/<N>.jpg` and `masks/<N>.png`; a tenth of them without infection."""
     for index in range(count):
-        grey, mask = _ct_slice(np.random.default_rng([seed, index]), size, infected=index % 10 != 9)
-        _save(grey, folder / "images" / f"{index}.jpg", quality=95)
-        _save(mask.astype(np.uint8) * 255, folder / "masks" / f"{index}.png")
-
-
-def _ct_slice(rng: np.random.Generator, size: tuple[int, int], infected: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Paint one slice; vessels, the heart and gravity's haze at the back are as bright as the infection."""
-    shape = height, width = _sides(rng, size)
-    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    wobble = 0.03 * _smooth_noise(rng, shape, (6, 6))
-    body = np.hypot(x / 0.95, y / 0.90) + wobble < 1
-    grey = np.where(body, 0.72, 0.02)
-    bone = np.abs(np.hypot(x / 0.86, y / 0.80) - 1) < 0.025
-    grey[bone & (np.sin(14 * np.arctan2(y, x) + rng.uniform(0, 6)) > 0.2)] = 1.0
-    grey[np.hypot(x / 0.11, (y - 0.62) / 0.13) < 1] = 0.95  # the spine
-
-    lungs = np.zeros(shape, bool)
-    for side in (-1, 1):
-        center = side * rng.uniform(0.40, 0.44), rng.uniform(-0.08, 0.05)
-        radii = rng.uniform((0.29, 0.5), (0.36, 0.62))
-        lungs |= np.hypot((x - center[0]) / radii[0], (y - center[1]) / radii[1]) + wobble < 1
-    lungs &= ~(np.hypot((x - rng.uniform(-0.12, 0.15)) / 0.26, (y + 0.18) / 0.34) < 1)  # the heart
-    vessels = np.exp(-((_smooth_noise(rng, shape, (16, 20)) / 0.07) ** 2)) * (_smooth_noise(rng, shape, (8, 8)) > 0.3)
-    haze = 0.10 * np.clip(y, 0, 1)
-    lung = 0.14 + haze + 0.03 * _smooth_noise(rng, shape, (20, 24)) + 0.42 * _blur(vessels, 0.7)
-    grey = np.where(lungs, lung, grey)
-
-    mask = np.zeros(shape, bool)
-    rows, columns = lungs.nonzero()
-    for _ in range(rng.integers(1, 5) if infected else 0):
-        pick = rng.integers(len(rows))
-        center = x[0, columns[pick]], y[rows[pick], 0]
-        distance = np.hypot(x - center[0], y - center[1]) / rng.uniform(0.14, 0.32)
-        patch = (distance + 0.25 * _smooth_noise(rng, shape, (9, 9)) < 1) & lungs
-        soft = _blur(patch.astype(float), 1.0)
-        texture = rng.uniform(0.34, 0.62) + 0.05 * _smooth_noise(rng, shape, (30, 30))
-        grey = np.where(lungs, np.maximum(grey, grey * (1 - soft) + texture * soft), grey)
-        mask |= patch
-    return _levels(_blur(grey, 0.6) + 0.025 * rng.standard_normal(shape)), mask
+        rng = np.random.default_rng([seed, index])
+        height, width = _sides(rng, size)
+        hu, mask = _chest(rng, (width, height, 1), infected=index % 10 != 9)
+        _save(_levels((hu[..., 0].T + 1250) / 1500), folder / "images" / f"{index}.jpg", quality=95)
+        _save(mask[..., 0].T * 255, folder / "masks" / f"{index}.png")
 
 
 def covid_volumes(folder: Path, cases: int = 8, shape: tuple[int, int, int] = (88, 72, 14), seed: int = 0) -> None:
     """Write CT volumes in HU as `COVID-19-CT-Seg_20cases/case_<N>.nii.gz` with masks in `Infection_Mask/`."""
     affine = np.diag([-4.0, -4.0, 8.0, 1.0])  # array axes run to the left, to the back, upwards; 4 x 4 x 8 mm
     for case in range(cases):
-        volume, mask = _ct_volume(np.random.default_rng([seed, case]), shape)
+        volume, mask = _chest(np.random.default_rng([seed, case]), shape)
         _save_volume(volume, affine, folder / "COVID-19-CT-Seg_20cases" / f"case_{case + 1:03d}.nii.gz")
         _save_volume(mask, affine, folder / "Infection_Mask" / f"case_{case + 1:03d}.nii.gz")
 
 
-def _ct_volume(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a chest with infected patches that run through several slices: HU int16 and mask, both (X, Y, Z)."""
-    x, y, z = np.meshgrid(*(np.linspace(-1, 1, length) for length in shape), indexing="ij")
+def _chest(
+    rng: np.random.Generator, shape: tuple[int, int, int], infected: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a chest with infected patches that run through several slices: HU int16 and mask, both (X, Y, Z).
+
+    Vessels, the heart and gravity's haze at the back are as bright as the infection.
+    """
+    axes = [np.linspace(-1, 1, length) if length > 1 else np.zeros(1) for length in shape]
+    x, y, z = np.meshgrid(*axes, indexing="ij")
     noise = _smooth_noise(rng, shape, (7, 7, 5))
-    hu = np.where(np.hypot(x / 0.95, y / 0.9) < 1, 40.0, -1000.0)
+    hu = np.where(np.hypot(x / rng.uniform(0.8, 0.97), y / rng.uniform(0.8, 0.97)) + 0.03 * noise < 1, 40.0, -1000.0)
     hu[np.hypot(x / 0.11, (y - 0.62) / 0.13) < 1] = 350  # the spine
-    narrow = 1 - 0.35 * np.abs(z)  # lungs narrow towards both ends
-    sides = [np.hypot((x - side * 0.42) / (0.33 * narrow), y / (0.6 * narrow)) + 0.03 * noise < 1 for side in (-1, 1)]
-    lungs = (sides[0] | sides[1]) & ~(np.hypot((x - 0.1) / 0.26, (y + 0.18) / 0.34) < 1)
+    lungs = np.zeros(shape, bool)
+    for side in (-1, 1):
+        radii = rng.uniform((0.25, 0.45), (0.33, 0.62))[:, None, None, None] * (
+            1 - 0.35 * np.abs(z)
+        )  # narrow at both ends
+        center = side * rng.uniform(0.36, 0.44), rng.uniform(-0.1, 0.1)
+        lungs |= np.hypot((x - center[0]) / radii[0], (y - center[1]) / radii[1]) + 0.06 * noise < 1
+    lungs &= np.hypot((x - rng.uniform(-0.15, 0.2)) / 0.26, (y + 0.18) / rng.uniform(0.28, 0.4)) > 1  # the heart
     vessels = np.exp(-((_smooth_noise(rng, shape, (16, 14, 5)) / 0.08) ** 2))
     hu = np.where(lungs, -840 + 110 * np.clip(y, 0, 1) + 450 * vessels * (noise > 0.3), hu)
     mask = np.zeros(shape, bool)
     places = np.argwhere(lungs)
-    for _ in range(rng.integers(2, 5)):
+    for _ in range(rng.integers(2, 5) if infected else 0):
         center = tuple(places[rng.integers(len(places))])
         offset = [(axis - axis[center]) / radius for axis, radius in ((x, 0.24), (y, 0.24), (z, 0.4))]
         patch = (np.linalg.norm(offset, axis=0) + 0.2 * noise < 1) & lungs
@@ -381,16 +358,8 @@ def msd_heart(folder: Path, cases: int = 8, shape: tuple[int, int, int] = (20, 9
         if index < cases:
             _save_volume(label, affine, folder / "labelsTr" / name)
     content = {
-        "name": "LeftAtrium",
         "description": "Left atrium segmentation: generated phantoms, no patient data",
-        "tensorImageSize": "3D",
-        "reference": "amkd_monai.data.phantoms",
-        "licence": "CC0",
-        "relase": "1.0 04/05/2018",  # misspelt in the official file too
-        "modality": {"0": "MRI"},
         "labels": {"0": "background", "1": "left atrium"},
-        "numTraining": cases,
-        "numTest": 2,
         "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names[:cases]],
         "test": [f"./imagesTs/{name}" for name in names[cases:]],
     }
