@@ -1,21 +1,20 @@
 """Augmentation per batch, on tensors: parameters are sampled apart from applying them, so that they can be replayed.
 
 One affine matrix per sample warps image, label and cached teacher maps alike. Warping is exact for labels and logits;
-for feature maps it depends on the change (:meth:`Augmentation.validity`). An un-warped map would be wrong.
+for feature maps it depends on the change (:meth:`Augmentation.check_features`). An un-warped map would be wrong.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Validity = Literal["exact", "approximate", "invalid"]
-VALIDITIES: tuple[Validity, ...] = ("exact", "approximate", "invalid")
+VALIDITIES = ("exact", "approximate", "invalid")
+"""What warping makes of a cached feature map."""
 
 LARGEST_APPROXIMATE = {"rotation": 0.6, "scale": 0.5, "shift": 0.5, "flip_height": 1.0, "flip_width": 1.0}
 """Largest geometric changes of which warped feature maps are an approximation.
@@ -50,26 +49,16 @@ class Augmentation:
     colour: float = 0.0
     gamma: float = 0.0
 
-    def validity(self) -> dict[str, Validity]:
-        """Return for each geometric change what warping makes of a cached feature map.
+    def check_features(self, accepted: str) -> None:
+        """Refuse geometric changes that make warped cached feature maps worse than ``accepted``, one of ``VALIDITIES``.
 
         Photometric changes touch the student's image alone.
         """
-        sizes = {name: float(getattr(self, name)) for name in LARGEST_APPROXIMATE}
-        return {
-            name: "exact" if size == 0 else "approximate" if size <= LARGEST_APPROXIMATE[name] else "invalid"
-            for name, size in sizes.items()
-        }
-
-    def check_features(self, accepted: str) -> None:
-        """Refuse changes that make cached feature maps worse than ``accepted``, one of ``VALIDITIES``.
-
-        Raises:
-            ValueError: a change is worse, or ``accepted`` is none of these.
-        """
         if accepted not in VALIDITIES:
             raise ValueError(f"`warped_features` is '{accepted}': use one of {', '.join(VALIDITIES)}.")
-        for name, validity in self.validity().items():
+        for name, largest in LARGEST_APPROXIMATE.items():
+            size = float(getattr(self, name))
+            validity = "exact" if size == 0 else "approximate" if size <= largest else "invalid"
             if VALIDITIES.index(validity) > VALIDITIES.index(accepted):
                 raise ValueError(
                     f"The augmentation's {name} of {getattr(self, name)} makes cached teacher features {validity}: "

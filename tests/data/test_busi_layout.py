@@ -89,7 +89,7 @@ def test_an_image_without_mask_and_a_mask_without_image_are_named(root):
     with pytest.raises(FileNotFoundError, match=r"malignant \(2\) in .*malignant lack\(s\) a mask"):
         find_items(root)
     (root / "malignant" / "malignant (2).png").rename(root / "malignant" / "malignant (2)_mask.png")
-    with pytest.raises(FileNotFoundError, match=r"malignant \(2\) in .*malignant lack\(s\) an image"):
+    with pytest.raises(FileNotFoundError, match=r"malignant \(2\) in .*malignant lack\(s\) a image"):
         find_items(root)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from amkd_monai.data.datasets.base import Layout
 from amkd_monai.data.duplicates import group_near_duplicates
-from amkd_monai.data.layout import check_layout, mark_problem, picture_problem, plain_items
+from amkd_monai.data.layout import check_layout, check_partners, mark_problem, picture_problem, plain_items
 from amkd_monai.data.splits import Item
 from amkd_monai.files.names import file_id, image_files, natural, some
 
@@ -54,14 +54,8 @@ class Busi(Layout):
         items: list[Item] = []
         for name in CLASSES if normals else CLASSES[:2]:
             images, masks = _files(root / name) if (root / name).is_dir() else ({}, {})
-            for alone, missing in (
-                (images.keys() - masks.keys(), "a mask"),
-                (masks.keys() - images.keys(), "an image"),
-            ):
-                if alone:
-                    raise FileNotFoundError(
-                        f"{some(alone)} in {root / name} lack(s) {missing}: add the missing file(s) or remove these."
-                    )
+            check_partners(images.keys() - masks.keys(), images, "mask", {})
+            check_partners(masks.keys() - images.keys(), {n: files[0] for n, files in masks.items()}, "image", {})
             for number, image in images.items():
                 files = sorted(masks[number], key=lambda file: natural(file.name))
                 label = [str(file) for file in files] if len(files) > 1 else str(files[0])

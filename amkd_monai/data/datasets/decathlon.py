@@ -44,9 +44,21 @@ class Decathlon(Layout):
         root, file = Path(root), Path(root) / "dataset.json"
         parts = ("imagesTr", "labelsTr", "imagesTs")
         check_layout(root, self.title, self.expected, _has_layout, parts, _only_json_is_missing)
+        try:
+            content = json.loads(read_text(file))
+            listed = [
+                [root / entry[key].replace("\\", "/") for key in ("image", "label")] for entry in content["training"]
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f'{file} is not JSON with a list "training" of "image" and "label": copy it again from the archive.'
+            ) from error
+        labels = content.get("labels", {})
+        found = tuple(str(labels[key]).lower() for key in sorted(labels)) or self.classes
+        if found != self.classes:  # all tasks of the decathlon share one layout
+            logger.warning("%s names the classes %s, %s expects %s.", file, found, self.title, self.classes)
         items: dict[str, Item] = {}
-        for entry in self._training_list(file):
-            image, label = (root / entry[key].replace("\\", "/") for key in ("image", "label"))
+        for image, label in listed:
             if image.name.startswith("."):
                 continue
             if missing := [path for path in (image, label) if not path.is_file()]:
@@ -56,27 +68,9 @@ class Decathlon(Layout):
                 raise ValueError(f"{file} lists the volume '{name}' twice: keep one entry.")
             items[name] = {"image": str(image), "label": str(label), "id": name, "group": name}
             mark_problem(items[name], volume_problem(image, [label]))
+        if not items:
+            raise ValueError(f'The list "training" of {file} is empty: copy it again from the archive.')
         return group_identical_images(items.values())
-
-    def _training_list(self, file: Path) -> list[dict[str, str]]:
-        """Read the entries with "image" and "label"; labels of another task of the decathlon are announced."""
-        try:
-            content = json.loads(read_text(file))
-        except ValueError as error:
-            raise ValueError(f"{file} is not valid JSON: copy it again from the archive.") from error
-        entries = content.get("training") if isinstance(content, dict) else None
-        if not entries or not all(
-            isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("image", "label"))
-            for entry in entries
-        ):
-            raise ValueError(
-                f'{file} has no list "training" of entries with "image" and "label": copy it again from the archive.'
-            )
-        labels = content.get("labels")
-        found = tuple(str(labels[key]).lower() for key in sorted(labels)) if isinstance(labels, dict) else self.classes
-        if found != self.classes:
-            logger.warning("%s names the classes %s, %s expects %s.", file, found, self.title, self.classes)
-        return entries
 
 
 def _has_layout(folder: Path) -> bool:

@@ -48,9 +48,7 @@ class Isic2017(Layout):
     def find_items(self, root: str | Path, cache_dir: str | Path | None = None) -> list[Item]:
         """List all labelled images, sorted by id; byte-identical images share a group, conflicts are announced."""
         root = Path(root)
-        check_layout(
-            root, self.title, self.expected, _has_layout, [f"ISIC-2017_{name}_Data" for name in OFFICIAL.values()]
-        )
+        check_layout(root, self.title, self.expected, _has_layout, self.predict_in)
         items: list[Item] = []
         for section, name in OFFICIAL.items():
             folder = _image_folder(root, name)
