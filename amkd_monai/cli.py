@@ -212,10 +212,11 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
 
 def _data_fetch(arguments: argparse.Namespace) -> None:
-    from amkd_monai.data.commands.fetch import SOURCES, fetch, steps
+    from amkd_monai.data.commands.fetch import fetch, steps
+    from amkd_monai.data.datasets import get_task
 
-    folder = fetch(arguments.name, arguments.to)
-    print(f"{folder} is complete. Terms: {SOURCES[arguments.name].terms}" if folder else steps(arguments.name))
+    folder, source = fetch(arguments.name, arguments.to), get_task(arguments.name).source
+    print(f"{folder} is complete. Terms: {source.terms}" if folder and source else steps(arguments.name))
 
 
 def _export(arguments: argparse.Namespace) -> None:
