@@ -48,20 +48,18 @@ _MILLIMETRES = (
 )
 """Affines in mm, as ``files.volumes.volume_grid`` gives them, after the checks that MONAI's reader leaves out."""
 
-REPEATED: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
-    "Orientationd": ("orientation", {"axes": "axcodes"}, {"labels": None}),
-    "ScaleIntensityRanged": ("scale", {"low": "a_min", "high": "a_max"}, {"b_min": 0.0, "b_max": 1.0, "clip": True}),
-    "ScaleIntensityRangePercentilesd": (
-        "scale_percentiles",
-        {"lower": "lower", "upper": "upper"},
-        {"b_min": 0.0, "b_max": 1.0, "clip": True},
-    ),
-    "Resized": ("resize", {"size": "spatial_size", "anti_aliasing": "anti_aliasing"}, {"mode": "bilinear"}),
-    "Spacingd": ("spacing", {"pixdim": "pixdim"}, {"mode": "bilinear"}),
-    "CenterSpatialCropd": ("crop", {"size": "roi_size"}, {}),
-    "SpatialPadd": ("pad", {"size": "spatial_size"}, {}),
+_UNIT_RANGE = {"b_min": 0.0, "b_max": 1.0, "clip": True}
+_LINEAR = {"mode": "bilinear"}
+OF_MONAI: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "Orientationd": ("orientation", {"labels": None}, {"axes": "axcodes"}),
+    "ScaleIntensityRanged": ("scale", _UNIT_RANGE, {"low": "a_min", "high": "a_max"}),
+    "ScaleIntensityRangePercentilesd": ("scale_percentiles", _UNIT_RANGE, {"lower": "lower", "upper": "upper"}),
+    "Resized": ("resize", _LINEAR, {"size": "spatial_size", "anti_aliasing": "anti_aliasing"}),
+    "Spacingd": ("spacing", _LINEAR, {"pixdim": "pixdim"}),
+    "CenterSpatialCropd": ("crop", {}, {"size": "roi_size"}),
+    "SpatialPadd": ("pad", {}, {"size": "spatial_size"}),
 }
-"""MONAI's transforms that stay: the step, its settings by those of the transform, and the values that others need."""
+"""MONAI's transforms by ``_target_``: the step, settings that must have a value, and the settings of the step."""
 
 
 def preprocessing(target: str, settings: Mapping[str, Any]) -> Translated:
@@ -71,16 +69,16 @@ def preprocessing(target: str, settings: Mapping[str, Any]) -> Translated:
         ValueError: a transform, or a setting of it, that prediction cannot repeat.
     """
     name = target.removeprefix("amkd_monai.data.transforms.")
-    if name in REPEATED:
-        step, of_transform, needed = REPEATED[name]
-        for key, value in needed.items():
+    if name in OF_MONAI:
+        step, required, keys = OF_MONAI[name]
+        for key, value in required.items():
             if settings.get(key) != value:
                 raise ValueError(
                     f"The preprocessing has {name} with {key} {settings.get(key)!r}, which cannot be exported: use "
                     f"{value!r}."
                 )
-        repeated = {ours: settings.get(theirs, False) for ours, theirs in of_transform.items()}
-        return [{"_target_": name, **settings}], [{"step": step, **repeated}]
+        given = {"anti_aliasing": False, **settings}
+        return [{"_target_": name, **settings}], [{"step": step, **{key: given[of] for key, of in keys.items()}}]
     if name == "load_rgb":
         return [_loading("PILReader", reverse_indexing=False, converter=_RGB)], []
     if name == "load_volume":
@@ -96,7 +94,7 @@ def preprocessing(target: str, settings: Mapping[str, Any]) -> Translated:
         window = CtWindowd(**settings)
         ends: Config = {"low": float(window.low), "high": float(window.high), "values": window.values}
         return [_changing(_windowed(**ends))], [{"step": "ct_window", **ends}]
-    known = ", ".join([*REPEATED, "load_rgb", "load_volume", "NeighbourSlicesd", "CropFundusd", "CtWindowd"])
+    known = ", ".join([*OF_MONAI, "load_rgb", "load_volume", "NeighbourSlicesd", "CropFundusd", "CtWindowd"])
     raise ValueError(f"The preprocessing holds {target}, which cannot be exported: use {known}.")
 
 
@@ -119,7 +117,7 @@ def _windowed(low: float, high: float, values: str) -> str:
 
 
 def postprocessing(transform: Mapping[str, Any], dimensions: int) -> list[Config]:
-    """Translate one transform of an answer about an image of 2 or 3 dimensions.
+    """Translate one transform of an answer for an image of 2 or 3 dimensions.
 
     Raises:
         ValueError: a transform of this package that has no counterpart in MONAI.

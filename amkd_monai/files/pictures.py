@@ -17,7 +17,7 @@ from amkd_monai.files.names import MARK
 FULL_SCALES = (255, 4095, 65535)  # white of grey pictures: the smallest that holds the brightest level
 FEWEST_LEVELS = 16  # of 256; a picture with no more is black, white or scaled wrongly
 OPAQUE = 127
-ORIENTATION = 0x0112
+ORIENTATION, PHOTOMETRIC = 0x0112, 0x0106  # tags
 UNDONE = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # the EXIF orientation that undoes another one
 LATE_TAGS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # of a PNG, possibly behind its pixels
 DAMAGED = (
@@ -33,6 +33,8 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             if image.format != "MPO" and (pages := getattr(image, "n_frames", 1)) > 1:
                 raise ValueError(f"it has {pages} pages, of which only one could be read; save each as a file")
+            if image.mode[0] in "IF" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:
+                raise ValueError("its white is 0 (MinIsWhite), which only 8 bits may have; save it with black as 0")
             yield image
     except FileNotFoundError:
         raise

@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from amkd_monai.data.content import content_hashes
-from amkd_monai.data.datalist import MODULES, find_items
+from amkd_monai.content import content_hashes
+from amkd_monai.data.datalist import find_items, stand_in_note
+from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.data.duplicates import NEAR, clusters, near_duplicates
 from amkd_monai.data.splits import Item, SplitOptions
-from amkd_monai.data.stand_in import stand_in_note
 from amkd_monai.files import names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
 from amkd_monai.files.names import label_files, natural, some
 from amkd_monai.files.pictures import level_problem, opened, read_picture
-from amkd_monai.tasks import Task, get_task
 from amkd_monai.terminal import progress
 
 ORANGE = (230, 159, 0)  # Okabe-Ito; with a black border it shows on any background and to colour-blind readers
@@ -72,7 +71,7 @@ def check_data(
     What is wrong with the data is in the report and raises nothing; an unknown task is a ValueError.
 
     Args:
-        task: a key of ``amkd_monai.tasks.TASKS``.
+        task: a key of ``amkd_monai.data.datasets.TASKS``.
         root: the data set's folder.
         cache_dir: keeps hashes between checks and trainings.
         options: further options of the data set's ``find_items``.
@@ -244,7 +243,7 @@ def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[I
 
 def _describe_split(report: DataReport, found: list[list[Item]], fold: int, seed: int) -> None:
     try:
-        sections = MODULES[report.task.name].split(report.root, report.items, SplitOptions(fold=fold, seed=seed))
+        sections = report.task.layout.split(report.root, report.items, SplitOptions(fold=fold, seed=seed))
     except (OSError, ValueError) as error:
         report.problems.append(f"The data cannot be split: {error}")
         return
