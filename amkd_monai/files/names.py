@@ -16,6 +16,7 @@ logger = logging.getLogger("amkd_monai")
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
+SUFFIXES = (*PICTURE_SUFFIXES, *VOLUME_SUFFIXES)
 UNREAD_SUFFIXES = (".gif", ".hdr", ".img", ".jp2", ".mgz", ".mha", ".mhd", ".nrrd", ".webp")  # named when left out
 
 MARK = "amkd_monai prediction"  # stands in every file that a prediction writes, so that it is no image to predict

@@ -165,9 +165,10 @@ def test_what_is_no_volume_or_lies_nowhere_is_refused_by_name(tmp_path, name):
 
 def test_axes_of_length_1_and_names_in_capitals_and_other_byte_orders_are_read(tmp_path):
     write(tmp_path / "one.nii.gz", nibabel.Nifti1Image(VOLUME[..., None], AFFINE))
-    (tmp_path / "one.nii.gz").rename(tmp_path / "ONE.NII.GZ")
+    for name in ("ONE.NII.GZ", "Mixed.Nii.Gz"):
+        (tmp_path / name).write_bytes((tmp_path / "one.nii.gz").read_bytes())
     big = nibabel.Nifti1Image(VOLUME.astype(">i2"), AFFINE, nibabel.Nifti1Header(endianness=">"))
-    for path in (tmp_path / "ONE.NII.GZ", write(tmp_path / "big.nii", big)):
+    for path in (tmp_path / "ONE.NII.GZ", tmp_path / "Mixed.Nii.Gz", write(tmp_path / "big.nii", big)):
         np.testing.assert_array_equal(read_volume(path)[0], VOLUME)
 
 
@@ -180,6 +181,7 @@ def test_damaged_files_are_refused_by_name(tmp_path):
         "packed.nii": whole,
         "text.nii.gz": b"text",
         "no.nii": b"",
+        "pair.nii": plain[:344] + b"ni1\0" + plain[348:352],
     }
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)

@@ -95,13 +95,9 @@ def check_data(
     sizes, modes, shares, codings = [], [], {}, set[str]()
     for item in progress(report.items, desc="check files", delay=1):
         try:
-            if problem := item.get("problem"):
-                raise ValueError(problem)
             image, mask, mode = _read(item, report.task, codes, codings)
             sizes.append(image.shape[1::-1] if report.task.dimensions == 2 else image.shape)
             modes.append(mode)
-            if problem := "" if report.task.dimensions == 2 else _value_problem(image, report.task):
-                raise ValueError(f"{item['image']} cannot be used: {problem}.")
             if mask is not None:
                 shares[item["id"]] = float(mask.mean())
         except (ValueError, OSError, MemoryError) as error:
@@ -130,29 +126,25 @@ def _read(
 ) -> tuple[np.ndarray, np.ndarray | None, str]:
     """Picture (H, W, 3) or volume (X, Y, Z), where its mask has foreground, and its mode or the order of its axes."""
     files, classes, mask = label_files(item), len(task.classes), None
+    if problem := item.get("problem"):
+        raise ValueError(problem)
     if task.dimensions == 2:
-        with opened(item["image"]) as opened_image:
-            mode = opened_image.mode
+        with opened(item["image"]) as picture:
+            mode = picture.mode
         image = read_picture(item["image"])
         if files:
             mask = read_mask(files, item["image"], classes, codes, codings)
     else:
         image, grid = volumes.read_volume(item["image"])
-        mode = grid.axes
+        mode, scaled = grid.axes, None
+        if task.values == "ct":
+            low, high = volumes.ct_range(image, -1250.0, 250.0)
+            scaled = (image - low) / (high - low)
+        if problem := level_problem(volumes.grey_levels(image) if scaled is None else scaled):
+            raise ValueError(problem)
         if files:
             mask, _ = volumes.read_label_volume(files[0], grid, classes, codes, codings)
     return image, None if mask is None else (mask > 0) & (mask != IGNORED), mode
-
-
-def _value_problem(volume: np.ndarray, task: Task) -> str:
-    """Say what is wrong with the values of a volume after the task's scaling; empty if nothing is."""
-    if task.values != "ct":
-        return level_problem(volumes.grey_levels(volume))
-    try:
-        low, high = volumes.ct_range(volume, -1250.0, 250.0)
-    except ValueError as error:
-        return str(error)
-    return level_problem((volume - low) / (high - low))
 
 
 def _naming(files: Sequence[str | Path], error: Exception) -> str:
@@ -162,19 +154,10 @@ def _naming(files: Sequence[str | Path], error: Exception) -> str:
 def _describe_others(report: DataReport) -> None:
     """Count the files that no item names, and read them; name dead links."""
     known = {str(f) for item in report.items for f in (item["image"], *label_files(item))}
-    others, dead = [], []
-    for file in sorted(report.root.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(report.root).parts)
-        if (
-            hidden
-            or str(file) in known
-            or not names.has_suffix(file, (*names.PICTURE_SUFFIXES, *names.VOLUME_SUFFIXES))
-        ):
-            continue
-        if file.is_file():
-            others.append(file)
-        elif file.is_symlink():
-            dead.append(names.file_id(file))
+    found = (file for file in sorted(report.root.rglob("*")) if names.has_suffix(file, names.SUFFIXES))
+    visible = [file for file in found if not any(p.startswith(".") for p in file.relative_to(report.root).parts)]
+    others = [file for file in visible if file.is_file() and str(file) not in known]
+    dead = [names.file_id(file) for file in visible if file.is_symlink() and not file.is_file()]
     report.facts.append(
         f"{len(known) + len(others)} image files, {len(others)} of no item; {len(report.damaged)} damaged item(s)"
     )
