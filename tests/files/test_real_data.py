@@ -22,7 +22,7 @@ def test_real_files_stored_otherwise_are_read_alike():
     ("task", "folder", "allowed"),
     [
         ("kvasir_seg", "Kvasir-SEG", ("look alike",)),
-        ("busi", "BUSI/Dataset_BUSI_with_GT", ("look alike",)),
+        ("busi", "BUSI/Dataset_BUSI_with_GT", ()),
         ("covid", "COVID/COVID-SemiSeg", ("look alike",)),
         ("isic2017_lesion", "ISIC2017", ()),
         ("msd_heart", "MSD-Heart/Task02_Heart_half", ()),
