@@ -30,7 +30,7 @@ def check_layout(
 
     Args:
         root: the folder that was given.
-        name: name of the data set.
+        name: of the data set.
         layout: what is expected, in words.
         has_layout: whether a folder has it.
         parts: names of the folders inside the right one.
@@ -122,13 +122,7 @@ def plain_items(
 ) -> list[Item]:
     """List what is to be predicted: the images of the first folder that has any, as items with "image" and "id".
 
-    Args:
-        folders: where to look, the folder that was given last.
-        what: what the files are, in words.
-        suffixes: the kinds of file.
-
-    Raises:
-        FileNotFoundError: there is no such folder or no image in it.
+    The folder that the user gave is the last one; no image in any of them is a FileNotFoundError.
     """
     for folder in folders:
         if folder.is_dir() and (files := images_to_predict(folder, suffixes)):
