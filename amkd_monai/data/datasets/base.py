@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from amkd_monai.data.layout import SECTIONS, given_sections, plain_items
-from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, k_fold, random_split
+from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, fixed_split, k_fold, random_split
 from amkd_monai.files.names import PICTURE_SUFFIXES
 
 logger = logging.getLogger("amkd_monai")
@@ -47,12 +47,20 @@ class Layout:
         return plain_items([Path(root) / name for name in (*self.predict_in, ".")], what, self.suffixes)
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
-        """Keep the official sections if all three are there, else cross-validate or split at random."""
-        if {item.get("section") for item in items} == set(SECTIONS):
-            return given_sections(items)
-        items = [{key: value for key, value in item.items() if key != "section"} for item in items]
+        """Keep official sections (of train and test alone, validation is taken from train), else draw them."""
+        members = {name: [i for i in items if i.get("section") == name] for name in SECTIONS}
+        if all(members.values()):
+            return given_sections([item for section in members.values() for item in section])
+        if members["train"] and members["test"]:
+            train, test = _without_sections(members["train"]), _without_sections(members["test"])
+            return fixed_split(train, test, how.fractions, how.seed)
+        items = _without_sections(items)
         if self.validation_fraction is None:
             logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
             return random_split(items, how.fractions, how.seed)
         logger.info("No official split in %s: fold %d of %d.", root, how.fold, how.folds)
         return k_fold(items, how.folds, how.fold, self.validation_fraction, how.seed)
+
+
+def _without_sections(items: list[Item]) -> list[Item]:
+    return [{key: value for key, value in item.items() if key != "section"} for item in items]

@@ -10,7 +10,7 @@ from pathlib import Path
 from amkd_monai.data.datasets.base import Layout
 from amkd_monai.data.duplicates import group_identical_images, group_near_duplicates
 from amkd_monai.data.layout import check_layout, named_folders, pair, picture_problem, volume_problem
-from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, fixed_split
+from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
 from amkd_monai.files.names import PICTURE_SUFFIXES, files_by_id, has_suffix, natural, read_text, some
 
 logger = logging.getLogger("amkd_monai")
@@ -56,7 +56,7 @@ class Pairs(Layout):
             duplicate_distance: replaces the attribute; of pictures only.
         """
         root = Path(root)
-        if folders is None and self._has(root, self.official.values()):
+        if folders is None and _all_there(root, self.official.values()):
             items = [
                 {**item, "section": section}
                 for section, names in self.official.items()
@@ -69,7 +69,7 @@ class Pairs(Layout):
             if folders is None:
                 parts = {Path(name).parts[0] for names in (*self.folders, *self.official.values()) for name in names}
                 check_layout(root, self.title, self.expected, self._has_layout, sorted(parts), self._volumes_hint)
-                folders = next(names for names in self.folders if self._has(root, [names]))
+                folders = next(names for names in self.folders if _all_there(root, [names]))
             items = self._pairs(root, folders, mask_ending)
         distance = self.duplicate_distance if duplicate_distance is None else duplicate_distance
         if distance is None:
@@ -90,29 +90,15 @@ class Pairs(Layout):
         return pair(found, labels, picture_problem if self.suffixes == PICTURE_SUFFIXES else volume_problem)
 
     def _has_layout(self, root: Path) -> bool:
-        return self._has(root, self.official.values()) or any(self._has(root, [names]) for names in self.folders)
-
-    def _has(self, root: Path, pairs: Collection[tuple[str, str]]) -> bool:
-        return bool(pairs) and all((root / name).is_dir() for names in pairs for name in names)
+        return any(_all_there(root, pairs) for pairs in (self.official.values(), *([names] for names in self.folders)))
 
     def _volumes_hint(self, root: Path) -> str:
         volumes = self.suffixes == PICTURE_SUFFIXES and (any(root.glob("*.nii*")) or any(root.glob("*/*.nii*")))
         return "it holds volumes, use a task for volumes such as covid_volumes" if volumes else ""
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
-        """Keep the given test section, where there is one, and take validation from train; else split at random."""
-        items = self._listed(Path(root), items)
-        train, test = (
-            [
-                {key: value for key, value in item.items() if key != "section"}
-                for item in items
-                if item["section"] == name
-            ]
-            if all("section" in item for item in items)
-            else []
-            for name in ("train", "test")
-        )
-        return fixed_split(train, test, how.fractions, how.seed) if test else super().split(root, items, how)
+        """Split by the file lists, where they are, else as :class:`Layout` does."""
+        return super().split(root, self._listed(Path(root), items), how)
 
     def _listed(self, root: Path, items: list[Item]) -> list[Item]:
         """Return the items that the file lists name, with their sections; all items if there are no lists."""
@@ -131,6 +117,10 @@ class Pairs(Layout):
         if unlisted := known.keys() - train - test:
             logger.warning("Left out, as they stand in neither file list in %s: %s.", root, some(unlisted))
         return [{**known[name], "section": s} for s, names in (("train", train), ("test", test)) for name in names]
+
+
+def _all_there(root: Path, pairs: Collection[tuple[str, str]]) -> bool:
+    return bool(pairs) and all((root / name).is_dir() for names in pairs for name in names)
 
 
 def _read_ids(file: Path, known: Collection[str]) -> set[str]:
