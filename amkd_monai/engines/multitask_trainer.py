@@ -75,7 +75,7 @@ class MultiTaskTrainer(DistillationTrainer):
     def teachers_of(self, task: str) -> list[str]:
         """Names of the teachers of a task, in the order of their weights."""
         targets = self.task_targets[task]
-        return [] if targets is None else [spec.name for spec in targets.specs]
+        return [] if targets is None else [teacher.name for teacher in targets.teachers]
 
     def _iteration(self, engine: Engine, batchdata: dict[str, dict[str, Any]]) -> dict[str, Any]:
         self.network.warm = self.state.iteration > self.norm_warmup_steps

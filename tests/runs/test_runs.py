@@ -645,11 +645,11 @@ def test_opening_a_bundle_starts_no_teacher(bundle, tmp_path, monkeypatch):
             if names != ("train",):
                 made.parser.get_parsed_content("preprocessing" if "preprocessing" in made.parser else "output_dir")
     assert not touched and not list(tmp_path.iterdir())
-    from amkd_monai.export.source import open_source
+    from amkd_monai.export.source import Source
 
     if bundle != SHARED:
         with pytest.raises(CheckpointError):
-            open_source(ROOT / "bundles" / bundle, {"ckpt_dir": str(tmp_path)})
+            Source(ROOT / "bundles" / bundle, {"ckpt_dir": str(tmp_path)})
     assert not touched
 
 
@@ -663,7 +663,7 @@ def test_evaluation_and_export_start_no_teacher(trained, tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("a teacher was built")
 
-    monkeypatch.setattr("amkd_monai.engines.build_cache.build_teacher", never)
+    monkeypatch.setattr("amkd_monai.engines.prepare.build_teacher", never)
     monkeypatch.setattr("amkd_monai.engines.prepare.prepare_teachers", never)
     teachers = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
     made = built("kvasir_seg", ("train", "evaluate"), **places(trained), teachers=teachers)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from amkd_monai.__main__ import main
-from amkd_monai.checkpoints.find import find_weights
-from amkd_monai.teachers.catalogue import CATALOGUE, entry, status
+from amkd_monai.teachers.catalogue import CATALOGUE, CatalogueEntry, entry, find_weights, status
 
 
 @pytest.fixture
@@ -25,7 +24,8 @@ def places(tmp_path, monkeypatch):
 
 
 def find(argument):
-    return find_weights(("a.pth", "b.pth"), argument, "owner/name", ("a.pth",))
+    teacher = CatalogueEntry("x", "x", ("a.pth", "b.pth"), "", "", hub="owner/name", hub_files=("a.pth",))
+    return find_weights(teacher, argument)
 
 
 def test_the_first_place_that_has_a_file_wins(places):
