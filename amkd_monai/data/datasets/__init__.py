@@ -14,7 +14,6 @@ from amkd_monai.data.datasets.busi import Busi
 from amkd_monai.data.datasets.decathlon import Decathlon
 from amkd_monai.data.datasets.pairs import Pairs
 from amkd_monai.data.duplicates import NEAR
-from amkd_monai.files.names import VOLUME_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ TASKS: dict[str, Task] = {
                     ("images", "masks"),
                 ),
                 predict_in=("COVID-19-CT-Seg_20cases", "imagesTr", "images"),
-                suffixes=VOLUME_SUFFIXES,
+                volumes=True,
             ),
             phantom=phantoms.covid_volumes,
             source=Source(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from amkd_monai.data.layout import SECTIONS, given_sections, plain_items
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, fixed_split, k_fold, random_split
-from amkd_monai.files.names import PICTURE_SUFFIXES
+from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES
 
 logger = logging.getLogger("amkd_monai")
 
@@ -25,7 +25,7 @@ class Layout:
         title: name of the data set in messages.
         expected: the layout in words.
         predict_in: folders that may hold the images to predict; the data set's own folder is looked at last.
-        suffixes: of image files.
+        volumes: images are NIfTI volumes, not pictures.
         validation_fraction: part of the items outside the test fold that validates, where a data set without sections
             of its own is cross-validated; None: it is split at random.
     """
@@ -34,8 +34,13 @@ class Layout:
     title: str
     expected: str
     predict_in: Sequence[str] = ()
-    suffixes: Sequence[str] = PICTURE_SUFFIXES
+    volumes: bool = False
     validation_fraction: float | None = None
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Suffixes of image files."""
+        return VOLUME_SUFFIXES if self.volumes else PICTURE_SUFFIXES
 
     def inference_items(self, root: str | Path) -> list[Item]:
         """List the images to predict, {"image", "id"}: those of an official layout, else the folder's own files.
@@ -43,8 +48,8 @@ class Layout:
         Raises:
             FileNotFoundError: there is no such folder or no image in it.
         """
-        what = "images" if self.suffixes == PICTURE_SUFFIXES else "volumes"
-        return plain_items([Path(root) / name for name in (*self.predict_in, ".")], what, self.suffixes)
+        folders = [Path(root) / name for name in (*self.predict_in, ".")]
+        return plain_items(folders, "volumes" if self.volumes else "images", self.suffixes)
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
         """Keep official sections (of train and test alone, validation is taken from train), else draw them."""

@@ -21,7 +21,7 @@ class Pairs(Layout):
     """Images and masks of the same names in two folders.
 
     Attributes:
-        title, expected, predict_in, suffixes: see :class:`Layout`.
+        title, expected, predict_in, volumes: see :class:`Layout`.
         folders: names of the two folders, images and masks; the first two that are there are taken.
         official: the two folders of the sections "train" and "test", which are looked for before ``folders``.
         file_lists: files of ids, training and test, which fix the sections if they are there.
@@ -36,7 +36,7 @@ class Pairs(Layout):
     file_lists: tuple[str, str] | None = None
     duplicate_distance: int | None = None
     predict_in: Sequence[str] = ("images",)
-    suffixes: Sequence[str] = PICTURE_SUFFIXES
+    volumes: bool = False
 
     def find_items(
         self,
@@ -74,10 +74,10 @@ class Pairs(Layout):
         distance = self.duplicate_distance if duplicate_distance is None else duplicate_distance
         if distance is None:
             items = group_identical_images(items)
-        elif self.suffixes == PICTURE_SUFFIXES:
-            items = group_near_duplicates(items, distance, cache_dir)
-        else:
+        elif self.volumes:
             raise ValueError("duplicate_distance compares pictures, not volumes: leave it out.")
+        else:
+            items = group_near_duplicates(items, distance, cache_dir)
         return sorted(items, key=lambda item: natural(item["id"]))
 
     def _pairs(self, root: Path, folders: Sequence[str], ending: str) -> list[Item]:
@@ -87,13 +87,13 @@ class Pairs(Layout):
             found = {name: file for name, file in found.items() if not name.endswith(ending)}
         if not found:
             raise FileNotFoundError(f"No images in {images}: expected {self.expected}.")
-        return pair(found, labels, picture_problem if self.suffixes == PICTURE_SUFFIXES else volume_problem)
+        return pair(found, labels, volume_problem if self.volumes else picture_problem)
 
     def _has_layout(self, root: Path) -> bool:
         return any(_all_there(root, pairs) for pairs in (self.official.values(), *([names] for names in self.folders)))
 
     def _volumes_hint(self, root: Path) -> str:
-        volumes = self.suffixes == PICTURE_SUFFIXES and (any(root.glob("*.nii*")) or any(root.glob("*/*.nii*")))
+        volumes = not self.volumes and (any(root.glob("*.nii*")) or any(root.glob("*/*.nii*")))
         return "it holds volumes, use a task for volumes such as covid_volumes" if volumes else ""
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
