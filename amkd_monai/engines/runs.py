@@ -31,11 +31,11 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from amkd_monai.atomic import atomic_write_json
-from amkd_monai.data.content import file_sha256, fingerprint
+from amkd_monai.content import file_sha256, fingerprint
 from amkd_monai.data.datalist import Datalist, find_dataset_dir
+from amkd_monai.data.datasets import get_task
 from amkd_monai.files.names import label_files, some
 from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS
-from amkd_monai.tasks import get_task
 from amkd_monai.weights import CheckpointError
 
 logger = logging.getLogger("amkd_monai")
