@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from amkd_monai.data.layout import SECTIONS, given_sections, plain_items
-from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, fixed_split, k_fold, random_split
+from amkd_monai.data.layout import given_sections, plain_items
+from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, k_fold, random_split
 from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES
 
 logger = logging.getLogger("amkd_monai")
@@ -43,29 +43,21 @@ class Layout:
         return VOLUME_SUFFIXES if self.volumes else PICTURE_SUFFIXES
 
     def inference_items(self, root: str | Path) -> list[Item]:
-        """List the images to predict, {"image", "id"}: those of an official layout, else the folder's own files.
-
-        Raises:
-            FileNotFoundError: there is no such folder or no image in it.
-        """
+        """List the images to predict, {"image", "id"}: those of an official layout, else the folder's own files."""
         folders = [Path(root) / name for name in (*self.predict_in, ".")]
         return plain_items(folders, "volumes" if self.volumes else "images", self.suffixes)
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
         """Keep official sections (of train and test alone, validation is taken from train), else draw them."""
-        members = {name: [i for i in items if i.get("section") == name] for name in SECTIONS}
-        if all(members.values()):
-            return given_sections([item for section in members.values() for item in section])
-        if members["train"] and members["test"]:
-            train, test = _without_sections(members["train"]), _without_sections(members["test"])
-            return fixed_split(train, test, how.fractions, how.seed)
-        items = _without_sections(items)
+        if {"train", "test"} <= {item.get("section") for item in items}:
+            train, validation, test = given_sections([item for item in items if "section" in item])
+            if not validation:
+                share = how.fractions[0] / (how.fractions[0] + how.fractions[1])
+                train, validation, _ = random_split(train, (share, 1 - share, 0), how.seed)
+            return train, validation, test
+        items = [{key: value for key, value in item.items() if key != "section"} for item in items]
         if self.validation_fraction is None:
             logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
             return random_split(items, how.fractions, how.seed)
         logger.info("No official split in %s: fold %d of %d.", root, how.fold, how.folds)
         return k_fold(items, how.folds, how.fold, self.validation_fraction, how.seed)
-
-
-def _without_sections(items: list[Item]) -> list[Item]:
-    return [{key: value for key, value in item.items() if key != "section"} for item in items]
