@@ -214,19 +214,18 @@ def _chest(
     hu[np.hypot(x / 0.11, (y - 0.62) / 0.13) < 1] = 350  # the spine
     lungs = np.zeros(shape, bool)
     for side in (-1, 1):
-        radii = rng.uniform((0.25, 0.45), (0.33, 0.62))[:, None, None, None] * (
-            1 - 0.35 * np.abs(z)
-        )  # narrow at both ends
+        taper = 1 - 0.35 * np.abs(z)  # narrow at both ends
+        width, depth = rng.uniform(0.25, 0.33) * taper, rng.uniform(0.45, 0.62) * taper
         center = side * rng.uniform(0.36, 0.44), rng.uniform(-0.1, 0.1)
-        lungs |= np.hypot((x - center[0]) / radii[0], (y - center[1]) / radii[1]) + 0.06 * noise < 1
+        lungs |= np.hypot((x - center[0]) / width, (y - center[1]) / depth) + 0.06 * noise < 1
     lungs &= np.hypot((x - rng.uniform(-0.15, 0.2)) / 0.26, (y + 0.18) / rng.uniform(0.28, 0.4)) > 1  # the heart
     vessels = np.exp(-((_smooth_noise(rng, shape, (16, 14, 5)) / 0.08) ** 2))
     hu = np.where(lungs, -840 + 110 * np.clip(y, 0, 1) + 450 * vessels * (noise > 0.3), hu)
     mask = np.zeros(shape, bool)
     places = np.argwhere(lungs)
     for _ in range(rng.integers(2, 5) if infected else 0):
-        center = tuple(places[rng.integers(len(places))])
-        offset = [(axis - axis[center]) / radius for axis, radius in ((x, 0.24), (y, 0.24), (z, 0.4))]
+        middle = tuple(places[rng.integers(len(places))])
+        offset = [(axis - axis[middle]) / radius for axis, radius in ((x, 0.24), (y, 0.24), (z, 0.4))]
         patch = (np.linalg.norm(offset, axis=0) + 0.2 * noise < 1) & lungs
         hu = np.where(patch, np.maximum(hu, rng.uniform(-620, -250)), hu)
         mask |= patch

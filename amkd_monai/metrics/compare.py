@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.files.names import some
 from amkd_monai.metrics.classification import class_metrics, delong_test, labels_and_probabilities, positive_classes
 from amkd_monai.metrics.statistics import (
@@ -21,7 +22,6 @@ from amkd_monai.metrics.statistics import (
     resampled,
 )
 from amkd_monai.metrics.summary import Row, read_case_csv
-from amkd_monai.tasks import Task, get_task
 from amkd_monai.terminal import align
 
 Key = tuple[str, ...]

@@ -14,8 +14,8 @@ from helpers import shared_data
 from PIL import Image
 
 from amkd_monai.data.datalist import inference_datalist
+from amkd_monai.data.datasets import TASKS
 from amkd_monai.files.names import file_id
-from amkd_monai.tasks import TASKS
 
 SHORT = {"mode": "cross_fit", "folds": 2, "epochs": 1}
 """Admission by a student that learns for one epoch: the same code in a third of the time."""

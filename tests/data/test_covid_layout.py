@@ -7,10 +7,9 @@ import pytest
 from helpers import shared_data
 from PIL import Image
 
-from amkd_monai.data.datasets import get_task
+from amkd_monai.data.datasets import TASKS, get_task
 from amkd_monai.data.splits import SplitOptions
 from amkd_monai.files.masks import read_mask
-from amkd_monai.tasks import TASKS
 
 LAYOUT = get_task("covid").layout
 find_items, inference_items, split = LAYOUT.find_items, LAYOUT.inference_items, LAYOUT.split

@@ -13,9 +13,9 @@ from helpers import ROOT
 from ignite.engine import Events
 from toy_task import TASK, write
 
+from amkd_monai.data.datasets import TASKS, get_task
 from amkd_monai.engines.task_bundles import teachers_of
 from amkd_monai.errors import root_cause
-from amkd_monai.tasks import TASKS, get_task
 
 TEACHER = {"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}
 PAIR = ["kvasir_seg", "aptos2019"]

@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from amkd_monai.atomic import atomic_write_json
-from amkd_monai.data.content import file_sha256
+from amkd_monai.content import file_sha256
 from amkd_monai.data.datasets import get_task
 from amkd_monai.terminal import is_quiet, progress
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from amkd_monai.atomic import atomic_write_json
 from amkd_monai.cache.probes import calibration_temperature
+from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.engines.runs import read_json
 from amkd_monai.metrics.classification import class_metrics, class_row
 from amkd_monai.metrics.segmentation import METRICS, STATUSES, case_metrics
 from amkd_monai.metrics.summary import Row, format_table, jsonable, summarise, summarise_classes, write_case_csv
-from amkd_monai.tasks import Task, get_task
 
 logger = logging.getLogger("amkd_monai")
 
