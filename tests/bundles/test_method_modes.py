@@ -14,11 +14,6 @@ TEACHER = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
 ALL_LOSSES = {"output": 1.0, "feature": 0.2, "reconstruction": 0.2, "contrastive": 0.1}
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def history_of(folder):
     return list(csv.DictReader((folder / "eval" / "history.csv").open()))
 
@@ -74,7 +69,7 @@ def test_a_run_with_every_loss_trains_and_records(options, tmp_path, cache):
 
 @pytest.mark.parametrize("bundle", ["kvasir_seg", "msd_heart", "aptos2019"])
 def test_the_published_system_runs_as_a_preset(bundle, tmp_path, cache):
-    values = settings(bundle, tmp_path, cache, teachers=TEACHER, max_epochs=2)
+    values = settings(bundle, tmp_path, cache, teachers=TEACHER, **{"recipe#min_steps": 4})
     run(bundle, ("train", "paper"), values)
     rows = history_of(tmp_path)
     assert all(0 < float(row["weight_task"]) < 1 for row in rows)
