@@ -179,7 +179,7 @@ def _fetch(arguments: argparse.Namespace) -> None:
     teacher = entry(arguments.teacher)
     if not teacher.hub:
         raise ValueError(f"{teacher.name} cannot be fetched from here: get it by hand ({teacher.source}).")
-    from amkd_monai.checkpoints.find import fetch
+    from amkd_monai.teachers.catalogue import fetch
 
     print(f"{fetch(teacher.hub, teacher.hub_files)} (licence: {teacher.licence})")
 
@@ -212,10 +212,11 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
 
 def _data_fetch(arguments: argparse.Namespace) -> None:
-    from amkd_monai.data.commands.fetch import SOURCES, fetch, steps
+    from amkd_monai.data.commands.fetch import fetch, steps
+    from amkd_monai.data.datasets import get_task
 
-    folder = fetch(arguments.name, arguments.to)
-    print(f"{folder} is complete. Terms: {SOURCES[arguments.name].terms}" if folder else steps(arguments.name))
+    folder, source = fetch(arguments.name, arguments.to), get_task(arguments.name).source
+    print(f"{folder} is complete. Terms: {source.terms}" if folder and source else steps(arguments.name))
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -303,7 +304,7 @@ def _cache_build(arguments: argparse.Namespace) -> None:
 
     part = Part.from_environment() if arguments.shard is None else Part.parse(arguments.shard)
     settings = settings_of(arguments.set)
-    from amkd_monai.engines.build_cache import build_cache
+    from amkd_monai.engines.prepare import build_cache
     from amkd_monai.memory import own_peak
 
     for directory in build_cache(arguments.bundle, settings, arguments.config, part, arguments.batch_size):

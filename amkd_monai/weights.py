@@ -26,6 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from amkd_monai.content import file_sha256
+
 logger = logging.getLogger("amkd_monai")
 
 CONTAINERS = (
@@ -106,12 +108,6 @@ PACKAGED = {
     )
 }
 """By timm's name of the encoder."""
-
-
-def file_sha256(path: str | Path) -> str:
-    """Return the hexadecimal SHA-256 digest of a file."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
