@@ -54,22 +54,23 @@ def predict(
     images = find_images(names.expanded(source), predictor.config["dimensions"])
     folder = names.expanded(output)
     folder.mkdir(parents=True, exist_ok=True)
+    refused: tuple[type[Exception], ...] = (ValueError, OSError, MemoryError, *_refusals())
     rows = []
     failed = 0
     for image in progress(images, desc="predict"):
         try:
             if row := _predict_one(predictor, image, folder):
                 rows.append(row)
-        except (ValueError, OSError, MemoryError, *_refusals()) as error:
+        except refused as error:
             failed += 1
             reason = " ".join(str(error).split()) or "it does not fit into memory"
             place = "" if str(image.path) in reason else f"{image.path} cannot be predicted: "
             tqdm.write(f"error: {place}{reason}", file=sys.stderr)
     if rows:
         columns = ["p_" + name.lower().replace(" ", "_") for name in predictor.config["classes"]]
-        with atomic_path(folder / "predictions.csv") as temporary:
-            with temporary.open("w", newline="", encoding="utf-8") as stream:
-                csv.writer(stream, lineterminator="\n").writerows([["id", "class", *columns], *rows])
+        table = folder / "predictions.csv"
+        with atomic_path(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream, lineterminator="\n").writerows([["id", "class", *columns], *rows])
     print(f"{len(images) - failed} of {len(images)} predicted, answers in {folder}")
     return 1 if failed else 0
 
