@@ -15,7 +15,7 @@ from tqdm import tqdm
 from amkd_monai.atomic import atomic_path
 from amkd_monai.export.runners import runner
 from amkd_monai.files import names
-from amkd_monai.files.dicom import Slice, find_series
+from amkd_monai.files.dicom import Slice, find_series, read_series
 from amkd_monai.files.pictures import level_problem, read_picture, write_png
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
 from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, read_volume, write_mask_volume
@@ -207,7 +207,7 @@ def _predict_one(predictor: Predictor, image: Input, folder: Path) -> list[str]:
     """Write the files of one answer; return the row of ``predictions.csv``, empty for masks."""
     overlay = names.file_of(folder, f"{image.id}_overlay.png")
     if predictor.config["dimensions"] == 3:
-        volume, grid = read_volume(image.path, image.slices)
+        volume, grid = read_series(image.path, image.slices) if image.slices else read_volume(image.path)
         mask, file = predictor.mask(volume[None], grid), names.file_of(folder, f"{image.id}_mask.nii.gz")
         write_mask_volume(file, mask, grid, None if image.slices else image.path)
         grey, outline = (np.rot90(plane) for plane in middle_slice(grey_levels(volume), mask))
