@@ -171,7 +171,10 @@ def read_series(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, Grid
     grid = Grid((*planes[0].shape, len(planes)), affine)
     if problem := affine_problem(affine):
         raise ValueError(f"{folder}: the DICOM series {problem}.")
-    return np.stack(planes, axis=2), grid
+    array = np.stack(planes, axis=2)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{folder} holds values that are not finite: replace the file.")
+    return array, grid
 
 
 def _in_units(plane: np.ndarray, item: Slice) -> np.ndarray:

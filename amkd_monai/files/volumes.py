@@ -181,12 +181,8 @@ def _is_whole(file: Path, length: int) -> bool:
         return sum(len(block) for block in iter(lambda: stream.read(2**22), b"")) >= length
 
 
-def read_volume(source: str | Path, slices: Sequence[Any] = ()) -> tuple[np.ndarray, Grid]:
-    """Read a volume in the order of its file.
-
-    Args:
-        source: NIfTI file, or folder of a DICOM series.
-        slices: of the series, see :func:`amkd_monai.files.dicom.find_series`; none for NIfTI.
+def read_volume(source: str | Path) -> tuple[np.ndarray, Grid]:
+    """Read a NIfTI volume in the order of its file.
 
     Returns:
         Values (X, Y, Z), float32, and their grid.
@@ -194,12 +190,7 @@ def read_volume(source: str | Path, slices: Sequence[Any] = ()) -> tuple[np.ndar
     Raises:
         ValueError: it cannot be read, holds values that are not finite, or its geometry cannot be used.
     """
-    if slices:
-        from amkd_monai.files.dicom import read_series
-
-        array, grid = read_series(Path(source), slices)
-    else:
-        array, grid = _voxels(Path(source), np.float32)
+    array, grid = _voxels(Path(source), np.float32)
     if not np.isfinite(array).all():
         raise ValueError(f"{source} holds values that are not finite: replace the file.")
     return array, grid
