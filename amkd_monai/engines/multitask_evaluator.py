@@ -11,7 +11,7 @@ from ignite.engine import Engine
 from ignite.metrics import Average
 from monai.engines import Evaluator
 
-from amkd_monai.tasks import Task
+from amkd_monai.data.datasets import Task
 
 MEAN = "mean_over_tasks"
 

@@ -13,7 +13,7 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
 
 from amkd_monai.data.augment import Augmentation
-from amkd_monai.data.task_sampling import MultiTaskLoader
+from amkd_monai.data.sampling import MultiTaskLoader
 from amkd_monai.distillation.interface import DistillationOutput
 from amkd_monai.distillation.loss_gate import LossGate
 from amkd_monai.distillation.multitask import MultiTaskDistiller, mean_over_processes
