@@ -1,10 +1,10 @@
-"""What goes into a distiller and what comes out of it."""
+"""What goes into a distiller and what comes out of it; classes that are chosen by name."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ class TeacherSpec:
 
 @dataclass
 class DistillationOutput:
-    """What a forward of the distiller gives.
+    """Result of a forward of the distiller.
 
     Attributes:
         total: the loss to minimise, a scalar.
@@ -66,12 +66,12 @@ class Batch:
     Attributes:
         image: (B, 3, H, W) in [0, 1].
         label: class indices, masks (B, 1, H, W) or one class per image (B,); rows without a label may hold anything.
-        has_label: boolean (B,); best on the host, from where no step need wait for the device to say who is labelled.
+        has_label: boolean (B,); best on the host, so that no step waits for the device to say who is labelled.
         teachers: {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}; where an image has one class, answers
             have one cell, (B, classes, 1, 1).
         index: position of each sample in the training dataset (B,); contrastive distillation needs it.
-        available: boolean (B, K), False where a teacher says nothing about a sample (its rows may hold anything);
-            None where every teacher speaks about every sample.
+        available: boolean (B, K), False where a teacher does not cover a sample (its rows may hold anything);
+            None if every teacher covers every sample.
         task: number of the data set that the whole batch comes from, for the gate network's task embedding.
         known: ``has_label`` on the device of the images (B,).
         rows: indices of the labelled samples there, None where all are labelled.
@@ -102,22 +102,18 @@ class Batch:
         return self.label[:, None, None, None] if self.label.ndim == 1 else self.label
 
 
-def mode_class(
-    what: str, mode: str, known: Mapping[str, type], base: type, arguments: tuple[Any, ...], options: Mapping[str, Any]
-) -> Any:
-    """Return the class that is chosen by name, or by its dotted path.
+def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any], arguments: int = 0) -> None:
+    """Raise a ValueError for options that a function or class does not take after its first ``arguments``."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*[None] * arguments, **options)
+    except TypeError as error:
+        takes = ", ".join(list(signature.parameters)[arguments:]) or "none"
+        raise ValueError(f"The {what} has options that do not fit ({error}): it takes {takes}.") from error
 
-    Args:
-        what: name of the choice, for errors.
-        mode: the name or path.
-        known: {name: class}.
-        base: what the class must derive from.
-        arguments: that it will be called with.
-        options: likewise, by name.
 
-    Raises:
-        ValueError: there is no such class, or it does not take the options.
-    """
+def mode_class(what: str, mode: str, known: Mapping[str, type], base: type) -> Any:
+    """Return the class derived from ``base`` that is chosen by name or by its dotted path, or raise a ValueError."""
     module, _, name = mode.rpartition(".")
     try:
         chosen = known[mode] if mode in known else getattr(importlib.import_module(module or "."), name)
@@ -129,10 +125,4 @@ def mode_class(
         raise ValueError(
             f"The {what} '{mode}' is no {base.__name__}: derive it from {base.__module__}.{base.__name__}."
         )
-    signature = inspect.signature(chosen)
-    try:
-        signature.bind(*arguments, **options)
-    except TypeError as error:
-        takes = ", ".join(list(signature.parameters)[len(arguments) :]) or "none"
-        raise ValueError(f"The {what} '{mode}' has options that do not fit ({error}): it takes {takes}.") from error
     return chosen

@@ -150,11 +150,11 @@ def main() -> None:
     """Train, draw, and print a table."""
     torch.set_num_threads(1)
     rcParams.update({"svg.hashsalt": "amkd_monai", "svg.fonttype": "none"})  # the same file from the same run; small
-    by_seed = {gate: [train(seed, gate, loss_priors=HEAVY) for seed in range(SEEDS)] for gate in TEACHER_GATES}
+    by_seed = {gate: [train(seed, gate, losses=HEAVY) for seed in range(SEEDS)] for gate in TEACHER_GATES}
     errors = {"no distillation": [train(seed, distil=False).error for seed in range(SEEDS)]}
     errors |= {gate: [run.error for run in runs] for gate, runs in by_seed.items()}
     losses = {
-        gate: train(0, loss_gate=gate, loss_priors=PRIORS, return_code="learned", scale_steps=30) for gate in LOSS_GATES
+        gate: train(0, loss_gate=gate, losses=PRIORS, return_code="learned", scale_steps=30) for gate in LOSS_GATES
     }
     pictures = {
         "teachers": draw_teachers({gate: runs[0] for gate, runs in by_seed.items()}),

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from amkd_monai.distillation.alignment import Alignment, ChannelNorm, MeanStdStandardiser, pool_finer, to_grid
+from amkd_monai.distillation.alignment import Alignment, ChannelNorm, Standardiser, pool_finer, to_grid
 
 
 def features(size=(16, 24), seed=0):
@@ -59,7 +59,7 @@ def test_levels_that_were_pooled_once_for_several_teachers_give_the_same():
 
 def test_standardised_features_have_mean_zero_and_deviation_one():
     x = torch.randn(50, 3, 4, 5) * torch.tensor([0.1, 5, 1.0]).view(3, 1, 1) + 3
-    standardise = MeanStdStandardiser(x.mean((0, 2, 3)), x.std((0, 2, 3), unbiased=False))
+    standardise = Standardiser(x.mean((0, 2, 3)), x.std((0, 2, 3), unbiased=False))
     y = standardise(x.half())
     assert y.dtype == torch.float32
     torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(3), atol=0.02, rtol=0)
@@ -68,7 +68,7 @@ def test_standardised_features_have_mean_zero_and_deviation_one():
 
 
 def test_a_channel_that_never_changes_stays_finite():
-    standardise = MeanStdStandardiser(torch.tensor([2.0]), torch.tensor([0.0]))
+    standardise = Standardiser(torch.tensor([2.0]), torch.tensor([0.0]))
     assert torch.equal(standardise(torch.full((1, 1, 2, 2), 2.0)), torch.zeros(1, 1, 2, 2))
 
 
@@ -84,14 +84,3 @@ def test_it_learns_to_imitate_a_projection():
         loss.backward()
         optimiser.step()
     assert float(loss.detach()) < 0.1 * float(target.var())
-
-
-def test_the_covariance_after_standardising_is_that_of_the_standardised_features():
-    x = torch.randn((400, 3), generator=torch.Generator().manual_seed(0)) @ torch.tensor(
-        [[1.0, 2, 0], [0, 1, 0], [0, 3, 9]]
-    )
-    standardise = MeanStdStandardiser(x.mean(0), x.std(0, unbiased=False))
-    measured = torch.cov(standardise(x[:, :, None, None])[:, :, 0, 0].T, correction=0).double()
-    torch.testing.assert_close(
-        standardise.covariance_after(torch.cov(x.T, correction=0)), measured, atol=1e-4, rtol=1e-4
-    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_problem import make_batch, make_distiller, spec
 
-from amkd_monai.distillation.distiller import DEFAULT_LOSSES, Distiller
+from amkd_monai.distillation.distiller import DistillationConfig, distillation_strength, kd_temperature
 from amkd_monai.distillation.gates import LearnedGate
 from amkd_monai.distillation.loss_gate import AgreementLossGate
 
@@ -61,7 +61,9 @@ def test_by_default_the_gates_learn_and_nothing_else_is_built():
 @pytest.mark.parametrize("bundle", sorted(path.parent.parent.name for path in BUNDLES.glob("*/configs/train.json")))
 def test_a_bundle_has_the_defaults_of_the_distiller(bundle):
     config = json.loads((BUNDLES / bundle / "configs" / "train.json").read_text())
-    defaults = inspect.signature(Distiller).parameters
-    for key in ("gate", "loss_gate", "return_code", "code_channels", "standardisation"):
-        assert config[key] == defaults[key].default, key
-    assert config["losses"] == DEFAULT_LOSSES
+    defaults = DistillationConfig()
+    for key in ("gate", "gate_options", "losses", "loss_gate", "loss_gate_options", "return_code", "code_channels"):
+        assert config[key] == getattr(defaults, key), key
+    for key, schedule in (("kd_temperature", kd_temperature), ("loss_strength", distillation_strength)):
+        arguments = inspect.signature(schedule).parameters.values()
+        assert config[key] == {p.name: p.default for p in arguments if p.name != "progress"}

@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_problem import generator, make_batch, make_distiller, spec, student_gradient
+from toy_problem import GATES, generator, make_batch, make_distiller, spec, student_gradient
 
 from amkd_monai.distillation.gates import (
     GateNetwork,
@@ -23,7 +23,7 @@ def probabilities(seed=0, shape=(2, 4, 3, 5)):
 
 
 def learned(specs=THREE, **options):
-    return make_distiller(specs, gate="learned", **{"strength": CONSTANT, **options})
+    return make_distiller(specs, gate="learned", **{"loss_strength": CONSTANT, **options})
 
 
 def test_the_gate_loss_equals_a_numpy_reference():
@@ -157,7 +157,7 @@ def test_without_labels_the_weights_come_from_the_network_alone():
 
 
 def test_the_published_gate_is_trained_by_the_losses_it_weighs():
-    distiller = make_distiller(THREE, gate="paper", strength=CONSTANT)
+    distiller = make_distiller(THREE, gate="paper", loss_strength=CONSTANT)
     batch = make_batch(THREE, 3)
     out = distiller(batch)
     assert "gate" not in out.losses and "gate_auc" not in out.figures
@@ -173,7 +173,7 @@ def test_the_published_gate_is_trained_by_the_losses_it_weighs():
     batch=st.integers(1, 5),
     count=st.integers(1, 8),
     size=st.tuples(st.integers(17, 50), st.integers(17, 50)),
-    gate=st.sampled_from(["learned", "paper", "reliability", "camkd", "entropy", "fixed", "best_single", "uniform"]),
+    gate=st.sampled_from(GATES),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
@@ -184,7 +184,7 @@ def test_teachers_may_be_missing_for_any_sample(batch, count, size, gate, dtype,
     for k, s in enumerate(specs):
         for maps in data.teachers[s.name].values():
             maps[~data.available[:, k]] = torch.nan  # rows that don't count may hold anything
-    distiller = make_distiller(specs, gate=gate, return_code="learned", loss_priors={"output": 1, "reconstruction": 1})
+    distiller = make_distiller(specs, gate=gate, return_code="learned", losses={"output": 1, "reconstruction": 1})
     out = distiller(data, progress=0.5)
     for name, weights in out.teacher_weights.items():
         assert weights.shape == (batch, count) and torch.isfinite(weights).all()

@@ -5,19 +5,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_problem import GATES, make_batch, make_distiller, spec
 
-from amkd_monai.distillation import baselines, gates
+from amkd_monai.distillation import DistillationConfig, gates
 from amkd_monai.distillation.losses import one_hot_area, soft_cross_entropy
 
 PRIOR = 0.65
 FLOOR = 0.1
 
 
-def weights_of(mode, errors, available, entropies=None, scores=None, **options):
+def weights_of(mode, errors, available, scores=None, **options):
     """Weights that a gate gives for errors (B, K, h, w)."""
     scores = [0.5] * errors.shape[1] if scores is None else scores
     specs = [spec(f"t{k}", score=score) for k, score in enumerate(scores)]
-    gate = gates.make_gate(mode, gates.GateSetup(specs, PRIOR, 0), options)
-    return gate.weights(gates.GateReading(errors, entropies), available)
+    gate = DistillationConfig(gate=mode, gate_options=options).make_gate(specs, PRIOR, 0)
+    return gate.weights(gates.GateReading(errors), available)
 
 
 def errors_of(answers, label):
@@ -140,7 +140,7 @@ def test_weights_are_bounded_finite_and_without_gradient(
     options = {"floor": floor} if mode == "reliability" else {}
     if mode == "fixed":
         options["weights"] = {f"t{k}": 1.0 for k in range(teachers)}
-    weights = weights_of(mode, errors, available, errors.detach().float(), **options)
+    weights = weights_of(mode, errors, available, **options)
     assert weights.shape == errors.shape and not weights.requires_grad and torch.isfinite(weights).all()
     assert (weights.sum(1) <= 1 + 0.02).all() and (weights >= 0).all()
     assert (weights[~available] == 0).all()
@@ -173,34 +173,16 @@ def test_a_gate_of_ones_own_is_reached_by_its_dotted_path():
         assert all(word in str(error.value) for word in words) and str(error.value).endswith(".")
 
 
-def test_camkd_equals_a_numpy_reference():
-    errors = torch.rand((2, 3, 4, 5), generator=torch.Generator().manual_seed(0)) * 3
-    e = np.exp(errors.double().numpy())
-    expected = (1 - e / e.sum(1, keepdims=True)) / 2
-    np.testing.assert_allclose(baselines.camkd(errors, torch.ones(2, 3)).numpy(), expected, rtol=1e-5)
-    alone = baselines.camkd(errors, torch.tensor([[0, 1, 0], [0, 0, 0]]))[:, :, 0, 0]
-    assert torch.equal(alone, torch.tensor([[0, 1.0, 0], [0, 0, 0]]))
-
-
-def test_entropy_weights_equal_a_numpy_reference():
-    entropies = torch.rand((2, 3, 4, 5), generator=torch.Generator().manual_seed(0)) + 0.1
-    h = entropies.double().numpy()
-    expected = (1 - h / h.sum(1, keepdims=True)) / 2
-    np.testing.assert_allclose(baselines.entropy_weights(entropies, torch.ones(2, 3)).numpy(), expected, rtol=1e-4)
-    one_out = baselines.entropy_weights(entropies, torch.tensor([[1, 1, 0]] * 2))
-    torch.testing.assert_close(one_out.sum(1), torch.ones(2, 4, 5))
-    assert (one_out[:, 2] == 0).all()
-
-
 def test_given_weights_are_shared_among_those_available():
     available = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 0]])
-    got = baselines.fixed(torch.zeros(3, 3, 2, 2), available, [2.0, 1.0, 1.0])[:, :, 1, 1]
+    weights = {"t0": 2.0, "t1": 1.0, "t2": 1.0}
+    got = weights_of("fixed", torch.zeros(3, 3, 2, 2), available, weights=weights)[:, :, 1, 1]
     torch.testing.assert_close(got, torch.tensor([[0.5, 0.25, 0.25], [0, 0.5, 0.5], [1, 0, 0]]))
 
 
 def test_the_best_available_teacher_gets_all():
     available = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
-    got = baselines.best_single(torch.zeros(4, 3, 2, 2), available, [None, 0.7, 0.9])[:, :, 0, 0]
+    got = weights_of("best_single", torch.zeros(4, 3, 2, 2), available, [None, 0.7, 0.9])[:, :, 0, 0]
     torch.testing.assert_close(got, torch.tensor([[0, 0, 1.0], [0, 1, 0], [0, 0, 0], [0, 0, 0]]))
 
 

@@ -3,7 +3,7 @@ import torch
 from toy_problem import make_batch, make_distiller, spec
 
 from amkd_monai.distillation.deferred import INTERVAL
-from amkd_monai.distillation.loss_gate import SharedGradients, norms
+from amkd_monai.distillation.loss_gate import SharedGradients
 
 TWO = [spec("a"), spec("b")]
 
@@ -17,7 +17,6 @@ def test_gradients_are_those_of_the_mean_losses():
     found = SharedGradients(every=1)(losses_of(x), ("task", "output", "aside"), x)
     assert found["task"].tolist() == [1.0] * 4 and found["output"].tolist() == [-1.0, -2.0, -3.0, -4.0]
     assert found["aside"].tolist() == [0.0] * 4 and not any(g.requires_grad for g in found.values())
-    assert norms(found) == pytest.approx({"gradient_task": 2.0, "gradient_output": 30**0.5, "gradient_aside": 0.0})
 
 
 def test_measuring_leaves_the_graph_and_the_gradients_alone():

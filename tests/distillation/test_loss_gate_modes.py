@@ -3,8 +3,9 @@ import pytest
 import torch
 from toy_problem import LOSS_GATES
 
-from amkd_monai.distillation.baselines import FixedLossGate, PaperLossGate, UncertaintyLossGate
-from amkd_monai.distillation.loss_gate import AgreementLossGate, SharedGradients, make_loss_gate
+from amkd_monai.distillation import DistillationConfig
+from amkd_monai.distillation.baselines import FixedLossGate, PaperLossGate
+from amkd_monai.distillation.loss_gate import AgreementLossGate, SharedGradients
 
 PRIORS = {"output": 1.0, "feature": 0.25}
 
@@ -94,25 +95,9 @@ def test_the_state_comes_back_bit_for_bit():
 
 
 def test_fixed_weights_are_the_priors_times_strength():
-    gate = make_loss_gate("fixed", PRIORS, 4)
+    gate = DistillationConfig(loss_gate="fixed").make_loss_gate(PRIORS, 4)
     assert type(gate) is FixedLossGate
     assert gate.weights(0.5) == {"task": 1.0, "output": 0.5, "feature": 0.125}
-
-
-def test_uncertainty_weights_are_learned_and_bounded():
-    gate = UncertaintyLossGate(PRIORS)
-    optimiser = torch.optim.SGD(gate.parameters(), 0.2)
-    large = {"output": 5.0, "feature": 0.0}
-    for _ in range(300):
-        w = gate.weights(1.0)
-        loss = sum(w[n] * v for n, v in large.items()) + gate.penalty(1.0).sum()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    w = gate.weights(1.0)
-    assert w["task"] == 1.0
-    assert float(w["output"].detach()) == pytest.approx(1 / 5, rel=1e-2)  # the optimum of w L - log w
-    assert float(w["feature"].detach()) <= 0.25 * np.exp(4) * 1.001  # a loss of 0 can't run away
 
 
 def test_the_published_gate_equals_its_formula_and_gives_way_to_the_smallest_loss():
@@ -129,24 +114,15 @@ def test_the_published_gate_equals_its_formula_and_gives_way_to_the_smallest_los
         loss.backward()
         optimiser.step()
     assert float(w["task"].detach()) < 0.05  # why it is not the default
-    with pytest.raises(ValueError, match="features"):
-        gate.weights(1.0)
 
 
 @pytest.mark.parametrize("mode", LOSS_GATES)
 def test_every_mode_is_made_by_name_and_without_losses_the_task_stands_alone(mode):
-    gate = make_loss_gate(mode, PRIORS, 4)
+    config = DistillationConfig(loss_gate=mode, losses=PRIORS)
+    gate = config.make_loss_gate(PRIORS, 4)
     w = gate.weights(0.5, torch.randn(2, 4, 1, 1))
     assert set(w) == {"task", "output", "feature"}
     assert mode == "paper" or w["task"] == 1.0
-    empty = make_loss_gate(mode, {}, 0)
+    empty = config.make_loss_gate({}, 0)
     empty.observe({"task": torch.ones(1)})
-    assert empty.weights(0.5) == {"task": 1.0} and empty.penalty(1.0) is None
-
-
-def test_unknown_modes_and_options_are_named():
-    for mode, options, words in (("oracle", {}, LOSS_GATES), ("agreement", {"tau": 1}, ("tau", "temperature"))):
-        with pytest.raises(ValueError) as error:
-            make_loss_gate(mode, PRIORS, 4, options=options)
-        text = str(error.value)
-        assert text.endswith(".") and "\n" not in text and all(word in text for word in words)
+    assert empty.weights(0.5) == {"task": 1.0}

@@ -5,18 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_problem import generator
 
-from amkd_monai.distillation.baselines import PcaCode
-from amkd_monai.distillation.return_decoder import LearnedCode, make_code, reconstruction_loss
+from amkd_monai.distillation.alignment import LearnedCode
+from amkd_monai.distillation.losses import reconstruction_loss
 
 
 def maps(channels=6, batch=3, size=(4, 5), seed=0):
     """Correlated features (B, C, h, w) of mean about 0."""
     mix = torch.randn((channels, channels), generator=generator(7)) / channels**0.5
     return torch.einsum("cd,bdhw->bchw", mix, torch.randn((batch, channels, *size), generator=generator(seed)))
-
-
-def covariance_of(x):
-    return torch.cov(x.permute(1, 0, 2, 3).flatten(1), correction=0)
 
 
 def test_the_reconstruction_loss_equals_a_reference():
@@ -73,43 +69,17 @@ def test_a_learned_code_comes_to_hold_the_features():
     assert code.encode(target).var() > 1e-3  # not collapsed
 
 
-def test_a_full_pca_code_is_exact_and_a_short_one_is_the_best_linear():
-    x = maps(batch=40)
-    x = x - x.mean((0, 2, 3), keepdim=True)
-    full = PcaCode(covariance_of(x), 6)
-    torch.testing.assert_close(full.decode_frozen(full.encode(x)), x, atol=1e-5, rtol=1e-4)
-    short = PcaCode(covariance_of(x), 2)
-    lost = (short.decode_frozen(short.encode(x)) - x).square().sum(1).mean()
-    expected = np.linalg.eigvalsh(covariance_of(x).numpy())[:4].sum()
-    assert float(lost) == pytest.approx(float(expected), rel=1e-3)
-    assert float(short.encode(x).var((0, 2, 3)).mean()) == pytest.approx(1, rel=1e-2)
-    assert not list(short.parameters()) and short.autoencoder_loss(x) is None
-    assert set(short.state_dict()) == {"basis", "scale"}
-
-
-def test_a_code_is_never_larger_than_the_features():
-    assert make_code("learned", 6, 64, None).code_channels == 6
-    assert make_code("pca", 6, 4, torch.eye(6)).encode(maps()).shape == (3, 4, 4, 5)
-
-
-def test_the_covariance_is_asked_for():
-    with pytest.raises(ValueError, match="'pca' needs the covariance") as error:
-        make_code("pca", 6, 4, None)
-    assert str(error.value).endswith(".")
-
-
 @settings(max_examples=20, deadline=None, database=None)
 @given(
     batch=st.integers(1, 5),
     channels=st.integers(1, 9),
     code=st.integers(1, 12),
     size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
-    mode=st.sampled_from(["learned", "pca"]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
-def test_any_size_goes_there_and_back(batch, channels, code, size, mode, dtype):
+def test_any_size_goes_there_and_back(batch, channels, code, size, dtype):
     x = maps(channels, batch, size).to(dtype).float()
-    built = make_code(mode, channels, code, torch.eye(channels))
+    built = LearnedCode(channels, code)
     restored = built.decode_frozen(built.encode(x))
     assert restored.shape == x.shape and torch.isfinite(restored).all()
     loss = reconstruction_loss(restored.to(dtype), x.to(dtype))
