@@ -15,7 +15,7 @@ LABEL_INSTALLED := $(LABEL_VENV)/.installed
 SITE_PACKAGES   := import sysconfig; print(sysconfig.get_path("purelib"))
 
 .DEFAULT_GOAL := help
-.PHONY: help install label-env demo test check docs format bench clean
+.PHONY: help install label-env demo test check bundles docs format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,10 +57,14 @@ test: $(INSTALLED) $(LABEL_INSTALLED) ## run the test suite, the MONAI Label ser
 	$(VPYTHON) -m pytest -n 2 --dist loadfile --ignore tests/export
 	$(VPYTHON) -m pytest tests/export
 
-check: $(INSTALLED) ## format check, lint, types
+bundles: $(INSTALLED) ## write the configs of all bundles from bundles/source
+	$(VPYTHON) bundles/source/build.py
+
+check: $(INSTALLED) ## format check, lint, types, bundles as their source says
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VPYTHON) bundles/source/build.py --check
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(INSTALLED) ## build the documentation site into build/site, warnings are errors
