@@ -100,6 +100,11 @@ class DistillationConfig:
         check_options(f"teacher gate '{self.gate}'", self._gate_class, own, 1)
         check_options(f"loss gate '{self.loss_gate}'", self._loss_gate_class, self.loss_gate_options, 3)
 
+    def facts(self, **further: Any) -> dict[str, Any]:
+        """What a run record and the check of a resumed run say of the method: gate, losses, all the rest."""
+        rest = {name: value for name, value in vars(self).items() if name not in ("gate", "losses")}
+        return {"gate": self.gate, "losses": dict(self.losses), "method": rest | further}
+
     @property
     def _gate_class(self) -> type[TeacherGate]:
         return mode_class("teacher gate", self.gate, {**gates.GATES, **baselines.GATES}, TeacherGate)
@@ -163,14 +168,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the losses of a batch are computed from.
-
-    Attributes:
-        batch: the batch; logits: the student's (B, C, H, W); view: its shared map (B, C', h, w).
-        pairs: {teacher: pair}; answers: {teacher: logits (B, C, h, w)}.
-        reading: of the gate.
-        temperature: KD temperature.
-    """
+    """Input of the losses of a batch: student logits (B, C, H, W), its shared map (B, C', h, w), pairs and answers."""
 
     batch: Batch
     logits: Tensor
@@ -212,15 +210,11 @@ class Distiller(nn.Module):
         samples: SampleTable | None = None,
         batch_dice: bool = False,
         class_weights: Tensor | None = None,
-        **knobs: Any,
     ) -> None:
         super().__init__()
         self.student, self.teachers, self.batch_dice = student, list(teachers), batch_dice
         self.register_buffer("class_weights", class_weights, persistent=False)
-        if knobs.pop("standardisation", "mean_std") != "mean_std":
-            raise ValueError("There is no standardisation but 'mean_std': leave it out.")
-        names = {"loss_priors": "losses", "temperature": "kd_temperature", "strength": "loss_strength"}
-        self.config = config or DistillationConfig(**{names.get(name, name): value for name, value in knobs.items()})
+        self.config = config or DistillationConfig()
         self.faults, self._until_read = Faults(), 0
         self.loss_priors = self.config.priors(self.teachers, samples)
         channels = {stride: student.channels_at(stride) for stride in STUDENT_STRIDES} if self.teachers else {}
@@ -249,12 +243,7 @@ class Distiller(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith("student.")}
 
     def forward(self, batch: Batch, progress: float = 0.0) -> DistillationOutput:
-        """Compute all losses of a batch at ``progress`` in [0, 1] of the run.
-
-        Raises:
-            ValueError: the batch holds no labelled sample, or the targets of a teacher are missing; or, in this step or
-                one before, a label is out of range or the targets of a teacher are not finite.
-        """
+        """Compute all losses of a batch at ``progress`` in [0, 1] of the run."""
         if batch.rows is not None and not len(batch.rows):
             raise ValueError("The batch holds no labelled sample: the task loss needs at least one.")
         levels = self.student.encode(batch.image)

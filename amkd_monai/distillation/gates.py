@@ -156,12 +156,7 @@ class GateSetup:
 
 @dataclass(frozen=True)
 class GateReading:
-    """Measurements of a gate on a batch.
-
-    Attributes:
-        errors: cross entropy of each teacher against the label (B, K, h, w), nats.
-        scores: of a gate network (B, K or K + 1, h, w).
-    """
+    """Errors of the teachers against the label (B, K, h, w), nats, and scores of a gate network (B, K or K + 1, h, w)."""
 
     errors: Tensor
     scores: Tensor | None = None
@@ -212,7 +207,7 @@ class TeacherGate(nn.Module):
             answers: {teacher: logits (B, classes, h, w)} of those that answer.
             classes: number of classes.
             features: student map (B, C, h, w).
-            cosines: {teacher: similarity with the student (B, h, w)} where features are compared, if the gate looks.
+            cosines: {teacher: cosine with the student (B, h, w)} where features are compared, if the gate looks.
         """
         scores = None
         if self.looks:

@@ -41,7 +41,7 @@ class MultiTaskDistiller(nn.Module):
                     part[name] = one(part[name], name)
             gate = distiller.teacher_gate
             if gate.network is not None:
-                gate.network = one(gate.network, type(gate), *(t.name for t in gate.teachers))  # type: ignore[assignment]
+                gate.network = one(gate.network, type(gate), *(t.name for t in gate.teachers))
 
     def train(self, mode: bool = True) -> MultiTaskDistiller:
         """Switch to training; frozen batch norms stay in evaluation mode."""

@@ -26,8 +26,8 @@ sys.path.insert(0, str(DOCS.parent / "tests" / "distillation"))
 import planted_problem as problem  # noqa: E402
 from toy_problem import generator  # noqa: E402
 
-TEACHER_GATES = ("uniform", "camkd", "entropy", "paper", "reliability", "learned")
-LOSS_GATES = ("fixed", "scaled", "agreement", "uncertainty", "paper")
+TEACHER_GATES = ("uniform", "paper", "reliability", "learned")
+LOSS_GATES = ("fixed", "scaled", "agreement", "paper")
 LOSSES = ("output", "feature", "reconstruction")
 PRIORS = {"output": 1.0, "feature": 0.2, "reconstruction": 0.2}
 KINDS = ("images of kind A", "images of kind B")

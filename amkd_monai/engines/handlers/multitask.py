@@ -1,4 +1,4 @@
-"""What a run on several tasks writes beside each task's own report: who teaches what, and what sharing brought."""
+"""What a run on several tasks writes next to each task's own report: who teaches what, and what sharing brought."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch.distributed as dist
+import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
 from amkd_monai.atomic import atomic_write_bytes
@@ -18,20 +18,11 @@ from amkd_monai.tasks import Task
 
 logger = logging.getLogger("amkd_monai")
 
-_CELL = 90, 26
-"""Width and height of a cell of the heat map, px."""
-
 
 class TeachingMap:
-    """Write the mean weight of each teacher on each task: ``teachers.csv`` and ``teachers.svg``.
+    """Write the mean weight of each teacher on each task, in the last epoch that drew it: ``teachers.csv``, ``.svg``.
 
-    Of each task it is that of the last epoch that drew the task.
-
-    Attach to the trainer after the run record.
-
-    Args:
-        run_record: whose history is read.
-        output_dir: folder of the files.
+    Attach to the trainer after the run record, whose history is read.
     """
 
     def __init__(self, run_record: RunRecord, output_dir: str | Path) -> None:
@@ -49,7 +40,7 @@ class TeachingMap:
             loss, _, teacher = figure.partition("_")
             if teacher:
                 weights[task, loss, teacher] = value
-        if not weights or (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0):
+        if not weights or idist.get_rank() != 0:
             return
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -63,21 +54,17 @@ def heat_map(weights: Mapping[tuple[str, str, str], float]) -> str:
     """Return an SVG of weights {(task, loss, teacher): weight}: a row per task and loss, darker where it is larger."""
     rows = list(dict.fromkeys((task, loss) for task, loss, _ in weights))
     columns = list(dict.fromkeys(teacher for *_, teacher in weights))
-    wide, high = _CELL
-    left, top = 210, 40
+    wide, high, left, top = 90, 26, 210, 40  # px of a cell, and of the names
     size = f'width="{left + wide * len(columns)}" height="{top + high * len(rows)}"'
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">']
     parts += [f'<text x="{left + wide * k + 4}" y="{top - 8}">{name}</text>' for k, name in enumerate(columns)]
-    for r, (task, loss) in enumerate(rows):
-        y = top + high * r
-        parts.append(f'<text x="4" y="{y + 17}">{task}, {loss}</text>')
-        for k, teacher in enumerate(columns):
-            value = weights.get((task, loss, teacher))
-            if value is not None:
-                shade, ink = round(255 * (1 - min(1.0, value))), "white" if value > 0.5 else "black"
-                place = f'x="{left + wide * k}" y="{y}" width="{wide}" height="{high}"'
-                parts.append(f'<rect {place} fill="rgb({shade},{shade},255)" stroke="white"/>')
-                parts.append(f'<text x="{left + wide * k + 28}" y="{y + 17}" fill="{ink}">{value:.3f}</text>')
+    parts += [f'<text x="4" y="{top + high * r + 17}">{", ".join(row)}</text>' for r, row in enumerate(rows)]
+    for (task, loss, teacher), value in weights.items():
+        x, y = left + wide * columns.index(teacher), top + high * rows.index((task, loss))
+        shade, ink = round(255 * (1 - min(1.0, value))), "white" if value > 0.5 else "black"
+        box = f'x="{x}" y="{y}" width="{wide}" height="{high}"'
+        parts.append(f'<rect {box} fill="rgb({shade},{shade},255)" stroke="white"/>')
+        parts.append(f'<text x="{x + 28}" y="{y + 17}" fill="{ink}">{value:.3f}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 
@@ -103,7 +90,7 @@ class TransferReport:
 
     def __call__(self, engine: Engine) -> None:
         """Write and log."""
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        if idist.get_rank() != 0:
             return
         rows = transfer_rows({task: self.output_dir / task for task in self.tasks}, self.tasks, self.runs)
         atomic_write_bytes(self.output_dir / "transfer.csv", transfer_csv(rows).encode())

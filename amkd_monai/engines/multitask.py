@@ -1,13 +1,16 @@
-"""The trainer of a shared student: each step takes one micro-batch from each of several tasks."""
+"""Trainer and evaluator of a shared student: each step takes one micro-batch from each of several tasks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ignite.distributed as idist
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine
+from ignite.metrics import Average
+from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from amkd_monai.distillation.loss_gate import LossGate
 from amkd_monai.distillation.multitask import MultiTaskDistiller, mean_over_processes
 from amkd_monai.engines.targets import TeacherTargets
 from amkd_monai.engines.trainer import DistillationTrainer, distillation_batch
+from amkd_monai.tasks import Task
 
 
 class MultiTaskTrainer(DistillationTrainer):
@@ -28,19 +32,8 @@ class MultiTaskTrainer(DistillationTrainer):
     the optimiser. Under torch.distributed gradients, running statistics and loss scales are averaged over the
     processes once per step.
 
-    Args:
-        device: where to train.
-        max_epochs: length of the run.
-        train_data_loader: steps of several tasks.
-        network: the distiller of all tasks.
-        optimizer: over the distiller's parameters.
-        targets: {task: teachers' targets}.
-        augmentations: {task: random changes}.
-        numbers: {task: number} for the gate's task embedding.
-        norm_warmup_steps: steps after which shared batch norms keep their running statistics.
-        seed: seed of the run.
-        amp: bfloat16 autocast of the student's forward (GPU).
-        train_handlers: as in MONAI.
+    As :class:`DistillationTrainer`, but with ``targets`` and ``augmentations`` by task, ``numbers`` of the tasks for
+    the gate's task embedding, and ``norm_warmup_steps`` after which shared batch norms keep their running statistics.
     """
 
     network: MultiTaskDistiller
@@ -70,7 +63,7 @@ class MultiTaskTrainer(DistillationTrainer):
 
     def _start_epoch(self) -> None:
         self.data_loader.set_epoch(self.state.epoch)
-        self._seed_epoch(dist.get_rank() if dist.is_available() and dist.is_initialized() else 0)
+        self._seed_epoch(idist.get_rank())
 
     def teachers_of(self, task: str) -> list[str]:
         """Names of the teachers of a task, in the order of their weights."""
@@ -82,49 +75,73 @@ class MultiTaskTrainer(DistillationTrainer):
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         results: dict[str, DistillationOutput] = {}
-        total = torch.zeros((), device=self.state.device)
+        device, total = self.state.device, torch.zeros((), device=self.state.device)
         for task, data in batchdata.items():
-            result = self._micro_batch(task, data)
+            augment, number = self.augmentations[task], self.numbers[task]
+            batch = distillation_batch(data, self.task_targets[task], augment, self.generator, device, number)
+            with torch.autocast(batch.image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+                result: DistillationOutput = self.network(task, batch, progress=self.progress)
+            self._check(result, f" of '{task}'")
+            (result.total / self.data_loader.per_step).backward()
             total += result.total.detach() / len(batchdata)
             result.total, result.logits = result.total.detach(), result.logits[:0].detach()  # frees the graph
             result.losses = {name: loss.detach() for name, loss in result.losses.items()}
             results[task] = result
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
-        average_gradients(self.network)
+        if idist.get_world_size() > 1:
+            _average([p.grad for p in self.network.parameters() if p.grad is not None])  # the same in every process
         self.optimizer.step()
-        average_statistics(self.network)
+        if idist.get_world_size() > 1:  # what training measures: statistics of batch norms, scales of losses
+            owners = [m for m in self.network.modules() if isinstance(m, (nn.BatchNorm2d, LossGate))]
+            _average([b for m in owners for b in m.buffers(recurse=False) if b.is_floating_point()])
         self.state.distillation = results
         engine.state.output = {Keys.LOSS: total}
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return engine.state.output
 
-    def _micro_batch(self, task: str, data: dict[str, Any]) -> DistillationOutput:
-        """Forward and backward of one task's part of the step."""
-        device, generator = self.state.device, self.generator
-        augment, number = self.augmentations[task], self.numbers[task]
-        batch = distillation_batch(data, self.task_targets[task], augment, generator, device, number)
-        with torch.autocast(batch.image.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            result: DistillationOutput = self.network(task, batch, progress=self.progress)
-        self._check(result, f" of '{task}'")
-        (result.total / self.data_loader.per_step).backward()
-        return result
-
-
-def average_gradients(module: nn.Module) -> None:
-    """Average the gradients over all processes; every process has them for the same parameters."""
-    if dist.is_available() and dist.is_initialized():
-        _average([p.grad for p in module.parameters() if p.grad is not None])
-
 
 @torch.no_grad()
-def average_statistics(module: nn.Module) -> None:
-    """Average what training measures: the running statistics of batch norms and the scales of losses."""
-    if dist.is_available() and dist.is_initialized():
-        owners = [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, LossGate))]
-        _average([b for m in owners for b in m.buffers(recurse=False) if b.is_floating_point()])
-
-
 def _average(tensors: Sequence[Tensor]) -> None:
+    """Average tensors over all processes, in place and in one message."""
     flat = mean_over_processes(torch.cat([t.detach().flatten() for t in tensors]))
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+class MultiTaskEvaluator(Evaluator):
+    """Run the evaluators of all tasks, each over its view of the student, one after another.
+
+    ``state.metrics`` gets ``mean_over_tasks``, the mean of the tasks' key metrics (higher is better), and every task's
+    own metrics as ``<task>/<metric>``.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        evaluators: Mapping[str, Evaluator],
+        tasks: Mapping[str, Task],
+        val_handlers: Sequence | None = None,
+    ) -> None:
+        self.evaluators, self.tasks = dict(evaluators), dict(tasks)
+        super().__init__(
+            device,
+            list(self.evaluators),
+            key_val_metric={"mean_over_tasks": Average(output_transform=lambda output: output["value"])},
+            val_handlers=val_handlers,
+            decollate=False,
+        )
+
+    def _iteration(self, engine: Engine, batchdata: str) -> dict[str, Any]:
+        evaluator, task = self.evaluators[batchdata], self.tasks[batchdata]
+        evaluator.run(self.state.epoch)
+        found = evaluator.state.metrics
+        reported = task.primary_metric if task.is_classification else f"{task.primary_metric}_mean"
+        name = evaluator.state.key_metric_name or reported  # an evaluation has a case report in place of a key metric
+        value = float(found[name])
+        if math.isnan(value):
+            raise ValueError(
+                f"The section of '{batchdata}' gives no {name}: it needs labelled cases of at least two classes, or "
+                "with foreground; change its split."
+            )
+        engine.state.metrics |= {f"{batchdata}/{k}": v for k, v in found.items() if isinstance(v, (int, float))}
+        return {"task": batchdata, "value": value}
