@@ -16,8 +16,8 @@ from torch import Tensor
 from amkd_monai.cache.parts import EVERYTHING, Part, build_missing
 from amkd_monai.cache.store import NAME, ArraySpec, FeatureStore, StoreError, store_directory
 from amkd_monai.cache.views import MATRIX, view_matrix, view_set
+from amkd_monai.content import fingerprint
 from amkd_monai.data.augment import warp
-from amkd_monai.data.content import fingerprint
 from amkd_monai.data.decoded import DecodedDataset, DecodedImages
 from amkd_monai.memory import own_peak
 from amkd_monai.teachers.base import Teacher

@@ -31,7 +31,7 @@ import numpy as np
 
 from amkd_monai import __version__
 from amkd_monai.atomic import TEMPORARY_MARK, atomic_folder, atomic_path, atomic_write_bytes, exclusive_lock
-from amkd_monai.data.content import fingerprint
+from amkd_monai.content import fingerprint
 
 logger = logging.getLogger("amkd_monai")
 

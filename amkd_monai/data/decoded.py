@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from amkd_monai.atomic import atomic_folder, atomic_write_json, exclusive_lock
-from amkd_monai.data.content import content_hashes, fingerprint
+from amkd_monai.content import content_hashes, fingerprint
 from amkd_monai.data.describe import describe
 from amkd_monai.data.readable import BadSampleError, check_axes, joined_codings, read_item, stored_axes
 from amkd_monai.files.masks import IGNORED as UNLABELLED

@@ -17,7 +17,7 @@ from amkd_monai.distillation.alignment import Alignment, LearnedCode, Standardis
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
 from amkd_monai.distillation.deferred import INTERVAL, Faults
 from amkd_monai.distillation.gates import GateReading, GateSetup, TeacherGate
-from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherSpec, check_options, mode_class
+from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherTarget, check_options, mode_class
 from amkd_monai.distillation.loss_gate import LossGate, ScaledLossGate, SharedGradients
 
 logger = logging.getLogger("amkd_monai")
@@ -113,7 +113,7 @@ class DistillationConfig:
     def _loss_gate_class(self) -> type[LossGate]:
         return mode_class("loss gate", self.loss_gate, {**loss_gate.LOSS_GATES, **baselines.LOSS_GATES}, LossGate)
 
-    def make_gate(self, teachers: Sequence[TeacherSpec], prior_entropy: float, channels: int) -> TeacherGate:
+    def make_gate(self, teachers: Sequence[TeacherTarget], prior_entropy: float, channels: int) -> TeacherGate:
         """Return the teacher gate; ``prior_entropy`` in nats, ``channels`` of the student map that it may look at."""
         options = dict(self.gate_options)
         return self._gate_class(GateSetup(teachers, prior_entropy, channels, options.pop("tasks", 1)), **options)
@@ -127,7 +127,7 @@ class DistillationConfig:
             gate.served = sum(priors.values()) / sum(self.losses.values())
         return gate
 
-    def priors(self, teachers: Sequence[TeacherSpec], samples: SampleTable | None) -> dict[str, float]:
+    def priors(self, teachers: Sequence[TeacherTarget], samples: SampleTable | None) -> dict[str, float]:
         """Return the importance of each loss, 0 where no teacher can serve it; empty without teachers."""
         if not teachers:
             return {}
@@ -204,7 +204,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teachers: Sequence[TeacherSpec] = (),
+        teachers: Sequence[TeacherTarget] = (),
         prior_entropy: float = 0.69,
         config: DistillationConfig | None = None,
         samples: SampleTable | None = None,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from amkd_monai.distillation import losses
 from amkd_monai.distillation.alignment import ChannelNorm, pool_finer, to_grid
-from amkd_monai.distillation.interface import Batch, TeacherSpec
+from amkd_monai.distillation.interface import Batch, TeacherTarget
 
 TASK_EMBEDDING = 8
 UNUSABLE = -1e9
@@ -148,7 +148,7 @@ def agreement_auc(target: Tensor, predicted: Tensor) -> Tensor:
 class GateSetup:
     """What every gate is told: the K teachers, the entropy of the label prior (nats), channels of the student map."""
 
-    teachers: Sequence[TeacherSpec]
+    teachers: Sequence[TeacherTarget]
     prior_entropy: float
     channels: int
     tasks: int = 1
@@ -156,7 +156,7 @@ class GateSetup:
 
 @dataclass(frozen=True)
 class GateReading:
-    """Errors of the teachers against the label (B, K, h, w), nats, and scores of a gate network (B, K or K + 1, h, w)."""
+    """Errors of the teachers against the label (B, K, h, w), nats, and scores of a network (B, K or K + 1, h, w)."""
 
     errors: Tensor
     scores: Tensor | None = None

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
-import torch.distributed as dist
 from monai.optimizers import WarmupCosineSchedule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -17,6 +17,18 @@ from torch.utils.data import DataLoader
 from amkd_monai.data.augment import Augmentation
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.sampling import BatchSampler
+
+_RANGES = {
+    "batch_size": (1, math.inf),
+    "learning_rate": (1e-12, math.inf),
+    "encoder_learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "labelled_fraction": (1e-12, 1),
+    "foreground_fraction": (0, 1),
+    "min_steps": (1, math.inf),
+}
+_WHOLE = ("batch_size", "warmup_steps", "min_steps")
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,9 @@ class Recipe:
         min_steps: steps that an epoch has at least, for few samples.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
         augmentation: options of :class:`amkd_monai.data.augment.Augmentation`.
+
+    Raises:
+        ValueError: a value is out of range, or not a number.
     """
 
     batch_size: int = 8
@@ -52,31 +67,14 @@ class Recipe:
     augmentation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse values that no training can have.
-
-        Raises:
-            ValueError: one is out of range, or no number.
-        """
-        part = self.foreground_fraction
-        ranges = {
-            "batch_size": (1, math.inf),
-            "learning_rate": (1e-12, math.inf),
-            "encoder_learning_rate": (0, math.inf),
-            "weight_decay": (0, math.inf),
-            "warmup_steps": (0, math.inf),
-            "labelled_fraction": (1e-12, 1),
-            "min_steps": (1, math.inf),
-            **({} if part is None else {"foreground_fraction": (0, 1)}),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            whole = name in ("batch_size", "warmup_steps", "min_steps")
+        for name, (low, high) in _RANGES.items():
+            value, whole = getattr(self, name), name in _WHOLE
+            if name == "foreground_fraction" and value is None:
+                continue
             number = isinstance(value, int) or (isinstance(value, float) and not whole and math.isfinite(value))
             if not number or isinstance(value, bool) or not low <= value <= high:
-                above = "above 0" if 0 < low < 1 else f"of at least {low}"
-                upper = "" if high == math.inf else f", at most {high}"
                 raise ValueError(
-                    f"recipe#{name} is {value!r}: give a {'whole ' if whole else ''}number {above}{upper}."
+                    f"recipe#{name} is {value!r}: give a {'whole ' if whole else ''}number from {low} to {high}."
                 )
 
     def describe(self) -> dict[str, Any]:
@@ -84,7 +82,7 @@ class Recipe:
         return asdict(self)
 
     def augment(self) -> Augmentation:
-        """Return the augmentation's ranges."""
+        """Return the augmentation."""
         return Augmentation(**self.augmentation)
 
     def loader(
@@ -106,7 +104,6 @@ class Recipe:
             distributed: False draws everything in this process even under torch.distributed.
             num_workers: loader processes; 0 is fastest for memory-mapped data.
         """
-        parallel = distributed and dist.is_available() and dist.is_initialized()
         sampler = BatchSampler(
             dataset.has_label,
             dataset.has_foreground,
@@ -119,8 +116,8 @@ class Recipe:
             class_balance=self.class_balance,
             indices=indices,
             min_steps=self.min_steps,
-            rank=dist.get_rank() if parallel else 0,
-            world_size=dist.get_world_size() if parallel else 1,
+            rank=idist.get_rank() if distributed else 0,
+            world_size=idist.get_world_size() if distributed else 1,
         )
         return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers)
 
@@ -140,20 +137,13 @@ class Recipe:
 
     def optimizer(self, distiller: nn.Module) -> torch.optim.Optimizer:
         """Return AdamW with the encoder's own learning rate and no decay on biases and norms."""
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in distiller.named_parameters():
             if parameter.requires_grad:
-                key = ("student.encoder." in name, parameter.ndim > 1)
-                groups.setdefault(key, []).append(parameter)
+                rate = self.encoder_learning_rate if "student.encoder." in name else self.learning_rate
+                groups.setdefault((rate, self.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
         return torch.optim.AdamW(
-            [
-                {
-                    "params": parameters,
-                    "lr": self.encoder_learning_rate if encoder else self.learning_rate,
-                    "weight_decay": self.weight_decay if decays else 0.0,
-                }
-                for (encoder, decays), parameters in groups.items()
-            ]
+            [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
         )
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> WarmupCosineSchedule:

@@ -31,10 +31,12 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from amkd_monai.atomic import atomic_write_json
+from amkd_monai.content import file_sha256, fingerprint
 from amkd_monai.data.datalist import Datalist, find_dataset_dir
+from amkd_monai.data.datasets import get_task
+from amkd_monai.files.names import label_files, some
 from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS
-from amkd_monai.tasks import get_task
-from amkd_monai.weights import CheckpointError, file_sha256
+from amkd_monai.weights import CheckpointError
 
 logger = logging.getLogger("amkd_monai")
 
@@ -44,21 +46,15 @@ STUDENT = "model.pt"
 CHECKPOINT = "distillation.pt"
 PREVIOUS = "previous"
 LOCK = ".running"
+OVERRIDDEN = "overridden"
 PLACES = ["bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "cache_dir", "weights_dir", "init_from", "resume_dir"]
 RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html", "teachers.csv", "teachers.svg"]
-RESULTS += [
-    "masks",
-    "predictions.csv",
-    "transfer.csv",
-    TEACHERS,
-    FEATURES,
-    PREVIEWS,
-    "split_*.json",
-    "events.out.tfevents.*",
-]
+RESULTS += ["masks", "predictions.csv", "transfer.csv", "split_*.json", "events.out.tfevents.*"]
+RESULTS += [TEACHERS, FEATURES, PREVIEWS]
 """What a run leaves in its output folder."""
 
 _NOT_OF_A_STUDENT = {"task", "split_hash", "seed", "device", "encoder_weights", "settings", *PLACES}
+_NOT_OF_A_TRAINING = {"split_hash", "device", "resume", "num_workers", "on_bad_sample", *PLACES}
 _OF_LABELS = ("codes", "classes")
 """Options of transforms that load an image and its label, which only the label depends on."""
 _NOT_OF_A_NETWORK = ("weights", "seed", "drop_path", "dropout")
@@ -78,9 +74,9 @@ def _stack() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _caller(kind: type[T]) -> T | None:
-    """The innermost object of a kind one of whose methods is running."""
-    return next((f.f_locals["self"] for f in _stack() if isinstance(f.f_locals.get("self"), kind)), None)
+def _callers(kind: type[T]) -> Iterator[T]:
+    """The objects of a kind one of whose methods is running, innermost first."""
+    return (f.f_locals["self"] for f in _stack() if isinstance(f.f_locals.get("self"), kind))
 
 
 def bundle_root(name: str) -> str:
@@ -89,7 +85,7 @@ def bundle_root(name: str) -> str:
     Args:
         name: folder below ``bundles/``, for a parser that read its config without MONAI's commands.
     """
-    workflow = _caller(ConfigWorkflow)
+    workflow = next(_callers(ConfigWorkflow), None)
     if workflow is not None:
         folder = Path(workflow.config_root_path)
     else:
@@ -102,7 +98,7 @@ def bundle_root(name: str) -> str:
 
 
 def check(purpose: str) -> None:
-    """Refuse options that do not exist, then take the student's settings from its record.
+    """Refuse options that do not exist and bad values, then take the student's settings from its record.
 
     Call it first in ``initialize``; it starts nothing and reads a few small files.
 
@@ -110,9 +106,10 @@ def check(purpose: str) -> None:
         purpose: ``training``, or one of :func:`adopt`.
 
     Raises:
-        ValueError: an unknown option, or one that differs from what the student was trained with.
+        ValueError: an unknown option, a bad value, an option that differs from what the student was trained with, or
+            one that changes how a run is scored in the run's own folder.
     """
-    workflow = _caller(ConfigWorkflow)
+    workflow = next(_callers(ConfigWorkflow), None)
     if workflow is None:
         return
     parser, (content, given) = workflow.parser, _given(workflow)
@@ -121,13 +118,19 @@ def check(purpose: str) -> None:
         for name in value if isinstance(value, dict) and _names_in(key) else ():
             _check_option(f"{key}#{name}", content)
     if given.get("purpose", "serving") != "serving":
-        raise ValueError("purpose is not an option: it says what a config does.")
+        raise ValueError("purpose cannot be set: it says what a config does.")
     expand(parser)
     parser["bundle_root"] = parser.get_parsed_content("bundle_root")  # while the workflow is on the stack
-    if purpose in ("training", "serving"):
-        _check_length(parser.config)
+    _check_values(parser, purpose in ("training", "serving"))
     if purpose != "training":
         adopt(parser, purpose, given)
+    if purpose == "evaluation":
+        parser[OVERRIDDEN] = _overridden(parser.config, Path(workflow.config_root_path))
+        if parser[OVERRIDDEN] and "output_dir" not in given:
+            raise ValueError(
+                f"{', '.join(parser[OVERRIDDEN])} changes what is scored or how: give these figures an --output_dir of "
+                "their own, or leave it out."
+            )
 
 
 def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -165,7 +168,7 @@ def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_option(key: str, content: Mapping[str, Any]) -> None:
-    """Refuse an option that names nothing in the configs; what lies in plain data is judged by whatever reads it."""
+    """Refuse an option that names nothing in the configs; what lies in plain data is judged by what reads it."""
     at: Any = content
     for depth, part in enumerate(key.split("#")):
         names: list[str]
@@ -189,19 +192,25 @@ def _check_option(key: str, content: Mapping[str, Any]) -> None:
         else:
             return
         above = "#".join(key.split("#")[:depth])
-        nearest = difflib.get_close_matches(part, [n for n in names if not n.startswith("_")], 1, cutoff=0.5)
-        meant = "#".join(filter(None, (above, nearest[0]))) if nearest else ""
+        below = [f"{name}#{part}" for name, value in content.items() if isinstance(value, dict) and part in value]
+        nearest = below if below and not depth else difflib.get_close_matches(part, names, 1, cutoff=0.5)
+        meant = "#".join(filter(None, (above, nearest[0]))) if nearest and nearest[0][0] != "_" else ""
         hint = f"did you mean --{meant}?" if meant else "see the top of the config for its options."
         raise ValueError(f"There is no option --{key} in this config: {hint}")
 
 
-def _check_length(config: Mapping[str, Any]) -> None:
-    """Refuse a training that would end without a student: one is kept when it is validated."""
-    for name in ("max_epochs", "val_interval"):
-        value = config.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} is {value!r}: give a whole number above 0.")
-    if config.get("val_interval", 1) > config.get("max_epochs", 1):
+def _check_values(parser: ConfigParser, trains: bool) -> None:
+    """Refuse numbers that end a run late or without a student, and make words of switches true or false."""
+    config = parser.config
+    least = {"seed": 0, "num_workers": 0, **({"max_epochs": 1, "val_interval": 1, "patience": 1} if trains else {})}
+    for name, low in least.items():
+        value = config.get(name, low)
+        if not (_is_expression(value) or (isinstance(value, int) and not isinstance(value, bool) and value >= low)):
+            raise ValueError(f"{name} is {value!r}: give a whole number of at least {low}.")
+    for name in ("amp", "resume", "other_data"):
+        if name in config and not _is_expression(config[name]):
+            parser[name] = is_true(config[name], name)
+    if trains and config.get("val_interval", 1) > config.get("max_epochs", 1):
         raise ValueError(
             f"val_interval is {config['val_interval']}, above max_epochs, {config['max_epochs']}: the student would "
             "never be validated, so none would be kept."
@@ -227,16 +236,14 @@ def _names_in(section: str) -> list[str]:
 
 
 def _arguments(target: str) -> list[str] | None:
-    """Names of the arguments of what a config builds; None where all are taken or it is MONAI's to find."""
+    """Names of the arguments of what a config builds; None where all are taken or MONAI finds it."""
     found = locate(target) if "." in target else None
-    if found is None:
-        return None
     try:
-        parameters = inspect.signature(found).parameters  # type: ignore[arg-type]
+        parameters = inspect.signature(found).parameters if found is not None else {}  # type: ignore[arg-type]
     except ValueError:  # of some built-in functions
         return None
     open_end = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return None if open_end else list(parameters)
+    return None if open_end or found is None else list(parameters)
 
 
 def expand(parser: ConfigParser) -> None:
@@ -273,40 +280,40 @@ class Identity:
         """Name of the run, 32 hexadecimal digits."""
         return str(self.record["run"])
 
+    @idist.one_rank_only()
     def claim(self, keep: bool = False) -> None:
         """Make the folders this run's: set aside what an earlier run left there, and write the record.
 
         Args:
             keep: the student that lies there is this run's own start.
         """
-        if idist.get_rank() != 0:
-            return
         hold(*self.places.values())
+        contents = {}
+        for folder, data in self.datalists.items():
+            contents[folder] = _contents([*data.validation, *data.test])
+            if self.resume:
+                _refuse_changed(self.record, folder, contents[folder])
         if not (keep or self.resume):
             _set_aside(self.places, self.datalists)
         for folder, data in self.datalists.items():
             data.write_split(self.places["output_dir"] / folder)
+        self.record["contents"] = contents
         atomic_write_json(self.places["ckpt_dir"] / RECORD, self.record)
 
 
 def identity(datalist: Datalist) -> Identity:
     """Describe the run of the config that is being read: its data, split, input, preprocessing, network and classes."""
-    parser = _caller(ConfigParser)
-    assert parser is not None, "called from a config"
-    found = Identity({}, _places(parser), {"": datalist})
-    data = datalist.describe()
-    found.record = {
-        **_head(parser),
+    parser = next(_callers(ConfigParser))
+    facts = {
         "task": datalist.task.name,
         "classes": list(datalist.task.classes),
-        "data": {**data, "root": str(datalist.root.resolve())},
+        "data": {**datalist.describe(), "root": str(datalist.root.resolve())},
         "split": _settings(parser.config, "datalist"),
         "settings": _settings(parser.config, "train#preprocessing", "validate#preprocessing", "network_def"),
         "network": _network(parser.config),
         "preprocessing": image_steps(parser, "validate#preprocessing"),
-        **_tail(found.places),
     }
-    return found
+    return _identity(parser, facts, {"": datalist})
 
 
 def shared_identity(tasks: Mapping[str, Identity], settings: Sequence[str]) -> Identity:
@@ -316,33 +323,24 @@ def shared_identity(tasks: Mapping[str, Identity], settings: Sequence[str]) -> I
         tasks: identity of each task's bundle.
         settings: top-level settings that the student depends on.
     """
-    parser = _caller(ConfigParser)
-    assert parser is not None, "called from a config"
-    found = Identity({}, _places(parser), {name: data for name, i in tasks.items() for data in i.datalists.values()})
-    left = ("version", "run", "bundle", "output_dir", "versions")
-    found.record = {
-        **_head(parser),
+    parser = next(_callers(ConfigParser))
+    left = ("version", "run", "bundle", "output_dir", "versions", "training")
+    facts = {
         "tasks": {name: {k: v for k, v in i.record.items() if k not in left} for name, i in tasks.items()},
         "settings": {key: parser.config[key] for key in settings},
-        **_tail(found.places),
     }
-    return found
+    return _identity(parser, facts, {name: data for name, i in tasks.items() for data in i.datalists.values()})
 
 
-def _head(parser: ConfigParser) -> dict[str, Any]:
-    root = Path(parser.get_parsed_content("bundle_root"))
-    return {"version": VERSION, "run": uuid.uuid4().hex, "bundle": root.resolve().name}
-
-
-def _tail(places: Mapping[str, Path]) -> dict[str, Any]:
+def _identity(parser: ConfigParser, facts: Mapping[str, Any], data: dict[str, Datalist]) -> Identity:
     from amkd_monai.engines.handlers.run_record import versions
 
-    return {"output_dir": str(places["output_dir"]), "versions": versions()}
-
-
-def _places(parser: ConfigParser) -> dict[str, Path]:
-    names = ("output_dir", "ckpt_dir", "resume_dir")
-    return {name: Path(parser.get_parsed_content(name)).expanduser().resolve() for name in names}
+    root, names = Path(parser.get_parsed_content("bundle_root")), ("output_dir", "ckpt_dir", "resume_dir")
+    places = {name: Path(parser.get_parsed_content(name)).expanduser().resolve() for name in names}
+    record = {"version": VERSION, "run": uuid.uuid4().hex, "bundle": root.resolve().name, **facts}
+    record["training"] = _settings(parser.config, "training", without=_NOT_OF_A_TRAINING)
+    record |= {"output_dir": str(places["output_dir"]), "versions": versions()}
+    return Identity(record, places, data)
 
 
 def _references(value: Any) -> set[str]:
@@ -351,32 +349,36 @@ def _references(value: Any) -> set[str]:
         value = list(value.values())
     if isinstance(value, list):
         return set().union(*map(_references, value))
-    if not (isinstance(value, str) and value[:1] in ("$", "@")):
-        return set()
-    return {name.replace("::", "#") for name in _REFERENCE.findall(value)}
+    return {name.replace("::", "#") for name in _REFERENCE.findall(value)} if _is_expression(value) else set()
 
 
-def _settings(config: Mapping[str, Any], *roots: str) -> dict[str, Any]:
-    """Plain top-level settings that parts of a config depend on, at any remove."""
+def _is_expression(value: Any) -> bool:
+    return isinstance(value, str) and value[:1] in ("$", "@")
+
+
+def _is_plain(value: Any) -> bool:
+    return not (_is_expression(value) or _references(value) or (isinstance(value, Mapping) and "_target_" in value))
+
+
+def _reached(config: Mapping[str, Any], roots: Sequence[str], without: set[str]) -> dict[str, Any]:
+    """Content of parts of a config and of all that they refer to, at any remove, by id."""
     found: dict[str, Any] = {}
-    waiting, seen = list(roots), set(_NOT_OF_A_STUDENT)
+    waiting = list(roots)
     while waiting:
-        if (name := waiting.pop()) in seen:
+        if (name := waiting.pop()) in found or name in without:
             continue
-        seen.add(name)
         value: Any = config
         for part in name.split("#"):
             value = value.get(part) if isinstance(value, Mapping) else None
+        found[name] = value
         waiting += _references(value)
-        if name in config and name not in roots and _plain_setting(value):
-            found[name] = value
-    return {name: found[name] for name in sorted(found)}
+    return found
 
 
-def _plain_setting(value: Any) -> bool:
-    return not (_references(value) or (isinstance(value, str) and value[:1] == "$")) and not (
-        isinstance(value, Mapping) and "_target_" in value
-    )
+def _settings(config: Mapping[str, Any], *roots: str, without: set[str] = _NOT_OF_A_STUDENT) -> dict[str, Any]:
+    """Plain top-level settings that parts of a config depend on."""
+    found = sorted(_reached(config, roots, without).items())
+    return {name: value for name, value in found if name in config and name not in roots and _is_plain(value)}
 
 
 def _network(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -386,7 +388,7 @@ def _network(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in definition.items() if isinstance(definition, Mapping) else ():
         if isinstance(value, str) and value.startswith("@"):
             value = config.get(value[1:])
-        if key not in _NOT_OF_A_NETWORK and not (isinstance(value, str) and value[:1] in ("$", "@")):
+        if key not in _NOT_OF_A_NETWORK and not _is_expression(value):
             found[key] = value
     return found
 
@@ -414,13 +416,33 @@ def image_steps(parser: ConfigParser, place: str) -> list[dict[str, Any]]:
             value = parser.get_parsed_content(f"{place}#transforms#{number}#{key}")
             one_each = isinstance(value, (list, tuple)) and len(value) == len(keys) > 1
             step[key] = value[keys.index("image")] if one_each else value
-        steps.append(_plain({key: step[key] for key in sorted(step)}))
+        steps.append(_as_json({key: step[key] for key in sorted(step)}))
     return steps
 
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
+
+
+def _contents(items: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Fingerprint of the files (and class) of each case by its id; a file is read once, about 1 s per GB."""
+    found = {}
+    for item in items:
+        files = [Path(file) for file in (*label_files({"label": item["image"]}), *label_files(item))]
+        hashes = [file_sha256(file) if file.is_file() else "missing" for file in files]
+        named = label_files(item)
+        found[str(item["id"])] = fingerprint(hashes, None if named else str(item.get("label")))[:16]
+    return found
+
+
+def _refuse_changed(record: Mapping[str, Any], folder: str, contents: Mapping[str, str]) -> None:
+    """Refuse cases whose files are not those of the training."""
+    known = record.get("contents", {}).get(folder, {})
+    if changed := [name for name, digest in contents.items() if known.get(name, digest) != digest]:
+        raise ValueError(
+            f"The files of {len(changed)} case(s) have changed since the training ({some(changed)}): restore them, or "
+            "train again."
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- its use
@@ -437,19 +459,13 @@ def read_record(ckpt_dir: str | Path) -> dict[str, Any] | None:
         return None
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8-sig"))
-        version = record["version"]
-        parts = ("tasks",) if "tasks" in record else ("data", "split")
-        if version == VERSION and not (
-            all(isinstance(record[part], dict) for part in ("settings", *parts))
-            and all(isinstance(record[part], str) for part in ("run", "bundle", "output_dir"))
-        ):
-            raise TypeError("incomplete")
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged: restore it, or train again.") from error
-    if version != VERSION:
-        raise CheckpointError(
-            f"{file} is of version {version}, this package reads {VERSION}: use the one that wrote it."
-        )
+        parts = ("settings", "tasks") if "tasks" in record else ("settings", "data", "split")
+        sound = record["version"] == VERSION and all(isinstance(record[part], dict) for part in parts)
+        sound = sound and all(isinstance(record[part], str) for part in ("run", "bundle", "output_dir"))
+    except (ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{file} is damaged, or of another version of this package: restore it, or train again.")
     return record
 
 
@@ -482,20 +498,20 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
         CheckpointError: the record is damaged.
     """
     ckpt_dir = Path(parser.get_parsed_content("ckpt_dir"))
-    record = read_record(ckpt_dir)
-    if record is None:
-        if (ckpt_dir / STUDENT).is_file():
-            _adopt_run_record(parser, ckpt_dir, purpose, given)
-        return {}
-    config, student, scored = parser.config, ckpt_dir / STUDENT, purpose in ("evaluation", "export")
+    record, config, student = read_record(ckpt_dir), parser.config, ckpt_dir / STUDENT
+    scored = purpose in ("evaluation", "export")
     other = purpose == "evaluation" and is_true(config.get("other_data"))
+    if record is None:
+        if student.is_file():
+            _adopt_run_record(parser, student, scored and not other, given)
+        return {}
     weights = record.get("weights")
     if purpose != "serving" and weights and student.is_file() and file_sha256(student) not in weights:
         raise ValueError(
             f"{student} is not the student that {RECORD} beside it describes: restore the file of that run, or take "
             f"{RECORD} away."
         )
-    entries = record.get("tasks")
+    entries, network, own = record.get("tasks"), record.get("network", {}), _network(config)
     asked, known = config.get("task"), list(entries) if entries else [record["task"]]
     if bool(entries) != ("task_set" in config or "entry" in config) or (asked is not None and asked not in known):
         raise ValueError(
@@ -506,13 +522,11 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
     wanted = {key: value for key, value in record["settings"].items() if key != "tasks"}
     if not entries and scored and not other:
         wanted |= record["split"]
-    network, own = record.get("network", {}), _network(config)
     if network and network["_target_"] != own.get("_target_"):  # a class of the user's own
         wanted["network_def"] = network
-    elif network:
-        wanted |= {f"network_def#{key}": value for key, value in network.items() if own.get(key) != value}
+    wanted |= {f"network_def#{k}": v for k, v in network.items() if "network_def" not in wanted and own.get(k) != v}
     for key, value in wanted.items():
-        if key.split("#")[0] in config and _plain(parser.get(key)) != value:
+        if key.split("#")[0] in config and _as_json(parser.get(key)) != value:
             if any(_overlap(key, name) for name in given):
                 raise ValueError(
                     f"{key} is {_shown(parser.get(key))}, but the student {student} was trained with {_shown(value)}: "
@@ -520,17 +534,19 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
                 )
             parser[key] = value
             logger.info("%s is %s, as the student %s was trained with", key, _shown(value), student)
-    if scored:
-        results = Path(record["output_dir"])
-        own = _run_of(Path(parser.get_parsed_content("output_dir"))) == record["run"]
-        if "output_dir" not in given and not own and _run_of(results) == record["run"] and not other:
-            parser["output_dir"] = str(results)
+    if scored and not other and "output_dir" not in given and _run_of(Path(record["output_dir"])) == record["run"]:
+        copied = _run_of(Path(parser.get_parsed_content("output_dir"))) == record["run"]
+        parser["output_dir"] = config["output_dir"] if copied else record["output_dir"]
     if entries:
         _adopt_tasks(parser, record, given)
         return record
     _check_steps(parser, record, student)
     if other:
-        _check_other(parser, record, given)
+        folder = given.get("dataset_dir")
+        if not folder or not given.get("output_dir"):
+            raise ValueError("other_data needs --dataset_dir and an --output_dir of its own.")
+        if Path(folder).expanduser().resolve() == Path(record["data"]["root"]):
+            raise ValueError(f"{folder} holds the data that the student was trained on: leave --other_data out.")
     elif purpose != "serving":
         _adopt_data(parser, record["data"], given)
         if scored and "split_hash" in config:
@@ -539,7 +555,6 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
 
 
 def _adopt_data(parser: ConfigParser, data: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Use the run's data where none were given."""
     if not given.get("dataset_dir") and (root := _data_root(data)):
         parser["dataset_dir"] = root
 
@@ -560,7 +575,7 @@ def _data_root(data: Mapping[str, Any]) -> str | None:
 
 
 def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """The same for a shared student: each task's entry, data and split, or one task's settings for inference.
+    """Take each task's entry, data and split of a shared student, or one task's settings for inference.
 
     Heads that the run carried on from an earlier student are not in its record, and their entries are not checked.
     """
@@ -569,7 +584,7 @@ def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping
         task, entry = parser.config["task"], dict(parser.config["entry"])
         settings = {k: v for k, v in entries[task]["settings"].items() if k not in ("encoder", "mask_codes")}
         for key, value in settings.items():
-            if _plain(entry.get(key, value)) != value:
+            if _as_json(entry.get(key, value)) != value:
                 raise ValueError(f"{key} is {_shown(entry[key])}, but {task} was trained with {_shown(value)}.")
         parser["entry"] = {**entry, **settings}
         return
@@ -578,58 +593,78 @@ def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping
         parser["only"] = list(entries)
     tasks = {name: dict(entry) for name, entry in parser.config["tasks"].items()}
     for name, of_task in entries.items():
-        entry, then = tasks.get(name, trained[name]), {**trained[name]}
+        entry, then = tasks.get(name, trained[name]), trained[name]
         for key in (entry.keys() | then.keys()) - {"dataset_dir"}:
-            if named and _plain(entry.get(key)) != then.get(key):
+            if named and _as_json(entry.get(key)) != then.get(key):
                 raise ValueError(
                     f"tasks#{name}#{key} is {_shown(entry.get(key))}, but the student was trained with "
                     f"{_shown(then.get(key))}: leave --tasks out, or give another --ckpt_dir."
                 )
-        chosen = name in (given.get("only") or entries)
         place = entry.get("dataset_dir") if named else None
-        if place is None and chosen and not given.get("dataset_dir"):
+        if place is None and name in (given.get("only") or entries) and not given.get("dataset_dir"):
             place = _data_root(of_task["data"])
         tasks[name] = {**then, "dataset_dir": place, "split_hash": of_task["data"]["split_hash"]}
     parser["tasks"] = tasks
 
 
-def _adopt_run_record(parser: ConfigParser, ckpt_dir: Path, purpose: str, given: Mapping[str, Any]) -> None:
+def _adopt_run_record(parser: ConfigParser, student: Path, scored: bool, given: Mapping[str, Any]) -> None:
     """A student without a record: its data and split are checked by ``run.json`` if that is there."""
     unchecked = "image size, preprocessing, axes, classes and network"
-    if purpose in ("evaluation", "export") and not is_true(parser.config.get("other_data")):
+    if scored:
         data = read_json(Path(parser.get_parsed_content("output_dir")) / "run.json").get("data")
         if data is None:
             unchecked = f"data, split, {unchecked}"
         else:
             parser["split_hash"] = data["split_hash"]
             _adopt_data(parser, data, given)
-    logger.warning("There is no %s in %s: %s of the student could not be checked.", RECORD, ckpt_dir, unchecked)
+    logger.warning("There is no %s for %s: %s could not be checked.", RECORD, student, unchecked)
 
 
 def _check_steps(parser: ConfigParser, record: Mapping[str, Any], student: Path) -> None:
     place = "preprocessing" if "preprocessing" in parser.config else "validate#preprocessing"
-    now, then = image_steps(parser, place), record["preprocessing"]
     if record["classes"] != list(get_task(record["task"]).classes):
         raise ValueError(
             f"The student {student} was trained for the classes {', '.join(record['classes'])}: train again."
         )
-    if now != then:
-        at = next(
-            (i for i, pair in enumerate(zip(now, then, strict=False)) if pair[0] != pair[1]), min(len(now), len(then))
-        )
-        found, trained = (_shown(steps[at]) if at < len(steps) else "nothing" for steps in (now, then))
-        raise ValueError(
-            f"{place} does {found} where the student {student} was trained with {trained}: restore the preprocessing "
-            "of its training."
-        )
+    for now, then in itertools.zip_longest(image_steps(parser, place), record["preprocessing"]):
+        if now != then:
+            raise ValueError(
+                f"{place} does {_shown(now or 'nothing')} where the student {student} was trained with "
+                f"{_shown(then or 'nothing')}: restore the preprocessing of its training."
+            )
 
 
-def _check_other(parser: ConfigParser, record: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    folder, trained = given.get("dataset_dir"), record["data"]["root"]
-    if not folder or not given.get("output_dir"):
-        raise ValueError("other_data needs --dataset_dir and an --output_dir of its own.")
-    if Path(folder).expanduser().resolve() == Path(trained):
-        raise ValueError(f"{folder} holds the data that the student was trained on: leave --other_data out.")
+def _overridden(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What the scores of an evaluation depend on and is not as in the bundle's own configs, by option.
+
+    Plain settings are compared with the student's record instead.
+    """
+    handlers = [h for h in config["validate"]["handlers"] or () if "tracking_uri" not in h]
+    now = {**config, "validate": {**config["validate"], "handlers": handlers}}
+    overlays = [file.stem.removesuffix("_evaluate") for file in folder.glob("*_evaluate.json")]
+    chains = [("train", "evaluate"), *(("train", name, "evaluate", f"{name}_evaluate") for name in overlays)]
+    found = []
+    for chain in chains:
+        own = ConfigParser()
+        own.read_config([str(file) for name in chain if (file := folder / f"{name}.json").is_file()])
+        own.resolve_macro_and_relative_ids()
+        found.append(dict(_differences(now, own.config)))
+    return min(found, key=len)
+
+
+def _differences(now: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    without = _NOT_OF_A_STUDENT | {"network_def"}
+    there = _reached(own, ["run"], without)
+    for name, value in _reached(now, ["run"], without).items():
+        before = there.get(name)
+        if value == before or (_is_plain(value) and _is_plain(before)):
+            continue
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            yield from (
+                (f"{name}#{k}", value.get(k)) for k in value.keys() | before.keys() if value.get(k) != before.get(k)
+            )
+        else:
+            yield name, value
 
 
 def start(found: Identity, resume: bool | str = False) -> None:
@@ -643,32 +678,40 @@ def start(found: Identity, resume: bool | str = False) -> None:
     found.resume = is_true(resume)
     if idist.get_rank() == 0:
         hold(*found.places.values())
-    folder = found.places["ckpt_dir"]
+    folder, results = found.places["ckpt_dir"], found.places["output_dir"]
     old = read_record(folder)
     if found.resume:
         checkpoint = found.places["resume_dir"] / CHECKPOINT
         if not checkpoint.is_file():
             raise CheckpointError(f"There is nothing to resume at {checkpoint}: start without --resume.")
         if old is not None:
-            _check_same(found.record, old, checkpoint)
+            before, now = _as_json(_core(old)), _as_json(_core(found.record))
+            refuse_another({**now, **before}, now, checkpoint)
             found.record = {**old, "output_dir": found.record["output_dir"]}
-        results = found.places["output_dir"]
-        if (run := _run_of(results)) and old is not None and run != old["run"]:
-            raise ValueError(f"{results} holds the results of another run: give the --output_dir of the one resumed.")
+            if _run_of(results) not in ("", old["run"]):
+                raise ValueError(
+                    f"{results} holds the results of another run: give the --output_dir of the one resumed."
+                )
     elif old is not None and old.get("task") != found.record.get("task"):
         raise ValueError(
             f"{folder} holds a student of the bundle {old['bundle']}: give a --ckpt_dir of this run, or remove it."
         )
 
 
-def _check_same(new: Mapping[str, Any], old: Mapping[str, Any], checkpoint: Path) -> None:
-    def core(record: Mapping[str, Any]) -> dict[str, Any]:
-        inner = {key: value for part in ("settings", "split") for key, value in record.get(part, {}).items()}
-        kept = {key: record.get(key) for key in ("classes", "network", "preprocessing")}
-        tasks = {name: core(of_task) for name, of_task in record.get("tasks", {}).items()}
-        return {**inner, "split_hash": record.get("data", {}).get("split_hash"), **kept, "parts": tasks}
+def _core(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to be resumed."""
+    inner = {key: value for part in ("settings", "split", "training") for key, value in record.get(part, {}).items()}
+    kept = {key: record.get(key) for key in ("classes", "network", "preprocessing")}
+    tasks = {name: _core(of_task) for name, of_task in record.get("tasks", {}).items()}
+    return {**inner, "split_hash": record.get("data", {}).get("split_hash"), **kept, "parts": tasks}
 
-    before, now = _plain(core(old)), _plain(core(new))
+
+def refuse_another(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuse to resume a run with other settings.
+
+    Raises:
+        CheckpointError: a value of ``now`` is not that of ``before``.
+    """
     if differing := [key for key in now if now[key] != before.get(key)]:
         raise CheckpointError(
             f"{checkpoint} belongs to a run with another {', '.join(differing)}: repeat its settings, or start "
@@ -685,28 +728,39 @@ def start_evaluation(
     """Start an evaluation: lock its folder, and refuse to write over the figures of another run or of other data.
 
     Raises:
-        TimeoutError: another run works in the folder.
-        ValueError: the folder holds another run, or figures of other data.
+        TimeoutError: another run works in the folder, or the training of the student still runs.
+        ValueError: the folder holds another run or other figures, or files of the test section have changed.
     """
-    folder, record = Path(output_dir), read_record(ckpt_dir)
+    folder, record, student = Path(output_dir), read_record(ckpt_dir), Path(ckpt_dir) / STUDENT
     if idist.get_rank() != 0:
         return
+    if os.access(ckpt_dir, os.W_OK):
+        end(*hold(Path(ckpt_dir)))
     hold(folder)
-    metrics, student = read_json(folder / "metrics.json"), Path(ckpt_dir) / STUDENT
+    metrics, changed = read_json(folder / "metrics.json"), _recorded_overrides()
     if record is None:
         scored = metrics.get("student_sha256")
         if scored and student.is_file() and file_sha256(student) != scored:
             raise ValueError(f"{folder} holds the figures of another student: give an --output_dir of its own.")
         return
-    run, own = _run_of(folder), "" if is_true(other_data) else record["run"]
+    run, own = _run_of(folder), "" if is_true(other_data) or changed else record["run"]
     scored, split = metrics.get("data", {}).get("split_hash"), getattr(data, "hash", None)
     if (run and run != own) or (metrics.get("run") or record["run"]) != record["run"]:
         raise ValueError(
-            f"{folder} holds the results of another run than the student in {ckpt_dir}: give its --ckpt_dir, or an "
-            "--output_dir of its own."
+            f"{folder} holds the results of another run than the student in {ckpt_dir}, or of its training: give its "
+            "--ckpt_dir, or an --output_dir of its own."
         )
-    if scored and split and scored != split:
-        raise ValueError(f"{folder} holds figures of other data ({scored[:12]}, not {split[:12]}): give --output_dir.")
+    if (scored and split and scored != split) or (metrics and metrics.get(OVERRIDDEN, {}) != changed):
+        raise ValueError(f"{folder} holds figures of other data or options: give an --output_dir of its own.")
+    if not is_true(other_data):
+        for name, of_task in ({"": data} if isinstance(data, Datalist) else data).items():
+            _refuse_changed(record, name, _contents(of_task.test))
+
+
+def _recorded_overrides() -> dict[str, Any]:
+    """What :func:`check` found overridden in the evaluation that is running."""
+    configs = (parser.config for parser in _callers(ConfigParser))
+    return next((config[OVERRIDDEN] for config in configs if OVERRIDDEN in config), {})
 
 
 def evaluated(data: Datalist, ckpt_dir: str | Path, skipped: Sequence[Mapping[str, str]] = ()) -> dict[str, Any]:
@@ -718,10 +772,10 @@ def evaluated(data: Datalist, ckpt_dir: str | Path, skipped: Sequence[Mapping[st
         skipped: see :class:`amkd_monai.data.readable.ReadableLoader`; filled while the evaluation runs.
     """
     student = Path(ckpt_dir) / STUDENT
-    record = read_record(ckpt_dir) or {}
-    digest = file_sha256(student) if student.is_file() else None
-    described = {"data": data.describe(), "skipped_samples": skipped}
-    return {**described, "student": str(student), "student_sha256": digest, "run": record.get("run")}
+    facts: dict[str, Any] = {"data": data.describe(), "skipped_samples": skipped, "student": str(student)}
+    facts["student_sha256"] = file_sha256(student) if student.is_file() else None
+    changed = _recorded_overrides()
+    return {**facts, "run": (read_record(ckpt_dir) or {}).get("run"), **({OVERRIDDEN: changed} if changed else {})}
 
 
 def end(*folders: str | Path | Identity) -> None:
@@ -735,8 +789,11 @@ def end(*folders: str | Path | Identity) -> None:
 # ----------------------------------------------------------------------------------------------------- folders
 
 
-def hold(*folders: Path) -> None:
+def hold(*folders: Path) -> list[Path]:
     """Lock folders for this process; the kernel frees the locks of a process that is killed.
+
+    Returns:
+        Those that were not locked by this process before.
 
     Raises:
         TimeoutError: another process works in one of them.
@@ -759,6 +816,7 @@ def hold(*folders: Path) -> None:
             continue
         _locks[folder] = lock
         taken.append(folder)
+    return taken
 
 
 def _set_aside(places: Mapping[str, Path], tasks: Mapping[str, Any]) -> None:
@@ -770,20 +828,14 @@ def _set_aside(places: Mapping[str, Path], tasks: Mapping[str, Any]) -> None:
     files = [(b, f) for b, f in files if not ("tfevents" in f.name and f".{os.getpid()}." in f.name)]  # this run's
     if not files:
         return
-    old = (read_record(student) or {}).get("run") or _run_of(results) or f"{files[0][1].stat().st_mtime_ns:x}"
+    old = ((read_record(student) or {}).get("run") or _run_of(results) or f"{files[0][1].stat().st_mtime_ns:x}")[:12]
     for base, file in files:
-        folder = next(
-            f
-            for n in itertools.count()
-            if not (f := base / PREVIOUS / _numbered(old[:12], n) / file.relative_to(base)).exists()
-        )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        file.rename(folder)
-    logger.info("what an earlier run left is now in %s", student / PREVIOUS / old[:12])
-
-
-def _numbered(name: str, number: int) -> str:
-    return f"{name}-{number}" if number else name
+        names = itertools.chain([old], (f"{old}-{number}" for number in itertools.count(1)))
+        targets = (base / PREVIOUS / name / file.relative_to(base) for name in names)
+        target = next(path for path in targets if not path.exists())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(target)
+    logger.info("what an earlier run left is now in %s", student / PREVIOUS / old)
 
 
 def _run_of(folder: Path) -> str:
@@ -809,7 +861,7 @@ def _overlap(key: str, name: str) -> bool:
     return key == name or key.startswith(f"{name}#") or name.startswith(f"{key}#")
 
 
-def is_true(flag: bool | str | None) -> bool:
+def is_true(flag: bool | str | None, name: str = "A switch") -> bool:
     """Understand what a command line gives for a switch.
 
     Raises:
@@ -817,7 +869,7 @@ def is_true(flag: bool | str | None) -> bool:
     """
     words = {"true": True, "1": True, "false": False, "0": False, "none": False}
     if str(flag).lower() not in words:
-        raise ValueError(f"A switch is true or false, not '{flag}'.")
+        raise ValueError(f"{name} is {flag!r}: give true or false.")
     return words[str(flag).lower()]
 
 

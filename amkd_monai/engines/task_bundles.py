@@ -11,10 +11,10 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from amkd_monai.data.datalist import find_dataset_dir
+from amkd_monai.data.datasets import get_task
 from amkd_monai.engines.runs import expand
 from amkd_monai.errors import EXPECTED, is_own, root_cause
 from amkd_monai.networks.shared_student import Head, SharedStudent
-from amkd_monai.tasks import get_task
 from amkd_monai.teachers.registry import CROSS_FITTED_KINDS
 
 logger = logging.getLogger("amkd_monai")

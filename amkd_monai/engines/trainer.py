@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from amkd_monai.data.augment import Augmentation, warp
 from amkd_monai.data.sampling import BatchSampler
+from amkd_monai.distillation.deferred import INTERVAL, Faults
 from amkd_monai.distillation.distiller import Batch, DistillationOutput, Distiller
 from amkd_monai.engines.targets import TeacherTargets
 
@@ -25,9 +26,9 @@ from amkd_monai.engines.targets import TeacherTargets
 class DistillationTrainer(SupervisedTrainer):
     """Train a student through a :class:`~amkd_monai.distillation.Distiller`.
 
-    What is random in an epoch depends on seed and epoch alone, so a resumed run repeats an uninterrupted one.
-    ``state.output`` holds image, label and pred of the labelled rows, the total ``loss`` and every loss by name;
-    ``state.distillation`` holds the last :class:`~amkd_monai.distillation.DistillationOutput`.
+    All randomness of an epoch depends on seed and epoch alone, so a resumed run repeats an uninterrupted one.
+    ``state.output`` holds image, label and pred of the labelled rows and the total ``loss``; ``state.distillation``
+    the last :class:`~amkd_monai.distillation.DistillationOutput`. Parameters that are not listed are MONAI's.
 
     Args:
         device: where to train.
@@ -42,14 +43,10 @@ class DistillationTrainer(SupervisedTrainer):
             (:meth:`~amkd_monai.data.augment.Augmentation.check_features`).
         seed: seed of the run.
         amp: bfloat16 autocast of the student's forward (GPU).
-        inferer: as in MONAI's trainer, like all that follow.
-        postprocessing: of predictions and labels.
-        key_train_metric: the metric to watch.
-        additional_metrics: further metrics.
-        train_handlers: what happens beside the loop.
 
     Raises:
-        ValueError: the augmentation makes less of cached features than ``warped_features`` accepts.
+        ValueError: the augmentation makes less of cached features than ``warped_features`` accepts, or in training a
+            loss is not finite.
     """
 
     def __init__(
@@ -76,6 +73,7 @@ class DistillationTrainer(SupervisedTrainer):
             self.augmentation.check_features(warped_features)
         self.seed = seed
         self.generator = torch.Generator()
+        self.faults = Faults()
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -99,10 +97,9 @@ class DistillationTrainer(SupervisedTrainer):
 
     def _start_epoch(self) -> None:
         sampler = self.data_loader.batch_sampler
-        rank = sampler.rank if isinstance(sampler, BatchSampler) else 0
         if isinstance(sampler, BatchSampler):
             sampler.set_epoch(self.state.epoch)
-        self._seed_epoch(rank)
+        self._seed_epoch(sampler.rank if isinstance(sampler, BatchSampler) else 0)
 
     def _seed_epoch(self, rank: int) -> None:
         """Make all that is random in this epoch follow from the seed, the epoch and the process."""
@@ -143,18 +140,18 @@ class DistillationTrainer(SupervisedTrainer):
         return engine.state.output
 
     def _check(self, result: DistillationOutput, of: str = "") -> None:
-        """Refuse a loss that is not finite; ``of`` names the task where there are several."""
-        finite = bool(torch.isfinite(result.total))
-        if not finite or self.state.iteration % (self.state.epoch_length or 1) == 0:  # before anything is kept
+        """Note a loss that is not finite; refuse it once in an interval, and before anything is kept."""
+        fault = ~torch.isfinite(result.total.detach())
+        step = torch.full_like(fault, self.state.iteration, dtype=torch.long)
+        sentence = (
+            f"The loss{of} is not finite in step {{}}: lower the learning rate; the checkpoints of earlier epochs "
+        )
+        self.faults.note(f"{sentence}are kept.", fault, step)
+        if self.state.iteration % INTERVAL == 0 or self.state.iteration % (self.state.epoch_length or 1) == 0:
             for module in self.network.modules():
                 if isinstance(module, Distiller):
                     module.faults.read()
-        if not finite:
-            bad = [name for name, loss in result.losses.items() if not bool(torch.isfinite(loss).all())]
-            raise FloatingPointError(
-                f"The loss{of} is not finite in epoch {self.state.epoch}, step {self.state.iteration} "
-                f"({', '.join(bad)}): lower the learning rate; the checkpoints of earlier epochs are kept."
-            )
+            self.faults.read()
 
 
 def distillation_batch(

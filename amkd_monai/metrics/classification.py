@@ -1,9 +1,9 @@
 """Metrics of classes, which of them a task is scored by, and the row of a case.
 
-Everywhere ``label`` (N,) holds class indices, ``probabilities`` (N, C) sum to 1 per case, ``positive`` (N,) is
-boolean and ``score`` (N,) is higher for what is more likely positive. A metric that a set of cases does not define is
-NaN. Written in NumPy because bootstraps call it thousands of times: kappa, areas and accuracy of 2,000 resamples of 600
-cases take 3 s, with scikit-learn 52 s (the tests compare the values). No maintained package has DeLong's test.
+``label`` (N,) holds class indices, ``probabilities`` (N, C) sum to 1 per case, ``positive`` (N,) is boolean and
+``score`` (N,) is higher for what is more likely positive. A metric that is undefined on a set of cases is NaN. Written
+in NumPy for the bootstrap: kappa, areas and accuracy of 2,000 resamples of 600 cases take 3 s, with scikit-learn 52 s
+(the tests compare the values). No maintained package has DeLong's test.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from amkd_monai.tasks import Task
+from amkd_monai.data.datasets import Task
 
 RELIABILITY_BINS = 15
 SENSITIVITIES = (82, 95)
@@ -29,20 +29,14 @@ Metric = Callable[[NDArray[np.int64], NDArray[np.float64]], float]
 
 def confusion_matrix(label: ArrayLike, predicted: ArrayLike, classes: int) -> NDArray[np.int64]:
     """Count cases by true class (rows) and predicted class (columns), (C, C)."""
-    true, answer = np.asarray(label, int), np.asarray(predicted, int)
-    return np.bincount(true * classes + answer, minlength=classes * classes).reshape(classes, classes)
+    pair = np.asarray(label, int) * classes + np.asarray(predicted, int)
+    return np.bincount(pair, minlength=classes * classes).reshape(classes, classes)
 
 
 def quadratic_weighted_kappa(label: ArrayLike, predicted: ArrayLike, classes: int) -> float:
     """Cohen's kappa with quadratic weights (Cohen, 1968): 1 for agreement, 0 for chance.
 
-    Args:
-        label: true grades (N,).
-        predicted: predicted grades (N,).
-        classes: number of grades C.
-
-    Returns:
-        At most 1; NaN where all cases have one and the same true and predicted grade.
+    NaN if all cases have the same true and predicted grade.
     """
     observed = confusion_matrix(label, predicted, classes).astype(float)
     grades = np.arange(classes)
@@ -53,7 +47,7 @@ def quadratic_weighted_kappa(label: ArrayLike, predicted: ArrayLike, classes: in
 
 
 def auroc(positive: ArrayLike, score: ArrayLike) -> float:
-    """Area under the ROC curve by ranks (Mann-Whitney), ties count half; NaN unless both kinds are there."""
+    """Area under the ROC curve by ranks (Mann-Whitney), ties count half; NaN without positive or negative cases."""
     is_positive = np.asarray(positive, bool)
     n, m = int(is_positive.sum()), int((~is_positive).sum())
     if n == 0 or m == 0:
@@ -63,35 +57,33 @@ def auroc(positive: ArrayLike, score: ArrayLike) -> float:
 
 
 def macro_auroc(label: ArrayLike, probabilities: ArrayLike) -> float:
-    """Mean over the classes of the area of one against the rest; classes that don't occur are left out."""
+    """Mean one-against-rest area over the classes that occur."""
     true, p = np.asarray(label, int), np.asarray(probabilities, float)
-    areas = [auroc(true == c, p[:, c]) for c in range(p.shape[1])]
-    known = [a for a in areas if not math.isnan(a)]
+    known = [area for c in range(p.shape[1]) if not math.isnan(area := auroc(true == c, p[:, c]))]
     return math.fsum(known) / len(known) if known else math.nan
 
 
 def balanced_accuracy(label: ArrayLike, predicted: ArrayLike) -> float:
-    """Mean over the classes that occur of the part recognised."""
+    """Mean recall over the classes that occur."""
     true, answer = np.asarray(label, int), np.asarray(predicted, int)
     return float(np.mean([(answer[true == c] == c).mean() for c in np.unique(true)]))
 
 
 def sensitivity(positive: ArrayLike, called: ArrayLike) -> float:
-    """Part of the positive cases that is called positive; NaN without a positive case."""
+    """Fraction of the positive cases that is called positive; NaN without a positive case."""
     is_positive, answer = np.asarray(positive, bool), np.asarray(called, bool)
     return float(answer[is_positive].mean()) if is_positive.any() else math.nan
 
 
 def specificity(positive: ArrayLike, called: ArrayLike) -> float:
-    """Part of the negative cases that is called negative; NaN without a negative case."""
+    """Fraction of the negative cases that is called negative; NaN without a negative case."""
     return sensitivity(~np.asarray(positive, bool), ~np.asarray(called, bool))
 
 
 def specificity_at_sensitivity(positive: ArrayLike, score: ArrayLike, wanted: float) -> float:
     """Specificity of the strictest threshold (score >= threshold) whose sensitivity is at least ``wanted``.
 
-    Returns:
-        In [0, 1]; NaN unless both kinds are there.
+    NaN without positive or negative cases.
     """
     is_positive, s = np.asarray(positive, bool), np.asarray(score, float)
     if is_positive.all() or not is_positive.any():
@@ -102,7 +94,7 @@ def specificity_at_sensitivity(positive: ArrayLike, score: ArrayLike, wanted: fl
 
 
 def brier(label: ArrayLike, probabilities: ArrayLike) -> float:
-    """Mean over cases of the squared distance between probabilities and truth, summed over the classes: 0 to 2."""
+    """Mean squared distance between probabilities and truth, summed over the classes: 0 to 2."""
     true, p = np.asarray(label, int), np.asarray(probabilities, float)
     return float(np.square(p - np.eye(p.shape[1])[true]).sum(1).mean())
 
@@ -110,11 +102,11 @@ def brier(label: ArrayLike, probabilities: ArrayLike) -> float:
 def reliability_table(
     label: ArrayLike, probabilities: ArrayLike, bins: int = RELIABILITY_BINS
 ) -> list[dict[str, float]]:
-    """How often the predicted class is right, by how sure the answer is; bins of equal width, empty ones left out.
+    """Accuracy by confidence, in bins of equal width without the empty ones.
 
     Returns:
         Rows with ``low`` and ``high`` (the bin (low, high] of the largest probability), ``count``, ``confidence``
-        (mean of it) and ``accuracy``.
+        (its mean) and ``accuracy``.
     """
     true, p = np.asarray(label, int), np.asarray(probabilities, float)
     sure, right = p.max(1), p.argmax(1) == true
@@ -122,15 +114,8 @@ def reliability_table(
     rows = []
     for k in np.unique(place):
         inside = place == k
-        rows.append(
-            {
-                "low": float(k / bins),
-                "high": float((k + 1) / bins),
-                "count": int(inside.sum()),
-                "confidence": float(sure[inside].mean()),
-                "accuracy": float(right[inside].mean()),
-            }
-        )
+        row = {"low": float(k / bins), "high": float((k + 1) / bins), "count": int(inside.sum())}
+        rows.append(row | {"confidence": float(sure[inside].mean()), "accuracy": float(right[inside].mean())})
     return rows
 
 
@@ -142,17 +127,10 @@ def expected_calibration_error(label: ArrayLike, probabilities: ArrayLike, bins:
 
 
 def delong(positive: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Areas under the ROC curves of several scores on the same cases, and their covariance.
+    """Areas (K,) under the ROC curves of K scores (N,) on the same cases, and their covariance (K, K).
 
     DeLong, DeLong and Clarke-Pearson, Biometrics 44, 1988, by mid-ranks (Sun and Xu, IEEE Signal Processing Letters
     21, 2014).
-
-    Args:
-        positive: (N,).
-        scores: K vectors (N,).
-
-    Returns:
-        Areas (K,) and covariance (K, K).
 
     Raises:
         ValueError: fewer than two positive or two negative cases.
@@ -172,19 +150,14 @@ def delong(positive: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[NDArray[np
 
 
 def delong_test(positive: ArrayLike, a: ArrayLike, b: ArrayLike) -> tuple[float, float, float, float]:
-    """Compare the areas of two scores on the same cases.
-
-    Args:
-        positive: (N,).
-        a: score of the first method (N,).
-        b: score of the second method on the same cases (N,).
+    """Compare the areas of two scores (N,) on the same cases.
 
     Returns:
         Difference of the areas (a - b), bounds of its 95 % interval, and the two-sided p value: 1 where both rank all
         pairs alike.
 
     Raises:
-        ValueError: as in :py:func:`delong`.
+        ValueError: fewer than two positive or two negative cases.
     """
     areas, covariance = delong(positive, (a, b))
     difference = float(areas[0] - areas[1])
@@ -197,7 +170,7 @@ def delong_test(positive: ArrayLike, a: ArrayLike, b: ArrayLike) -> tuple[float,
 
 
 def slug(name: str) -> str:
-    """A class name as part of a column's name."""
+    """Return a class name as part of a column's name."""
     return name.lower().replace(" ", "_")
 
 
@@ -254,7 +227,7 @@ def class_row(task: Task, case: str, label: int | None, probabilities: ArrayLike
     """One case as a row: ``id``, ``class`` and ``label`` (where it is known), ``prediction``, ``p_<class>``.
 
     Raises:
-        ValueError: the probabilities are not one per class with sum 1, or there is no such class.
+        ValueError: the probabilities are not one per class with sum 1, or the label is not a class of the task.
     """
     p = np.asarray(probabilities, dtype=float)
     if p.shape != (len(task.classes),) or not np.isfinite(p).all() or abs(p.sum() - 1) > 1e-3 or (p < 0).any():
@@ -262,7 +235,7 @@ def class_row(task: Task, case: str, label: int | None, probabilities: ArrayLike
     row: dict[str, Any] = {"id": case}
     if label is not None:
         if not 0 <= label < len(task.classes):
-            raise ValueError(f"the label {label} is no class of {task.name}.")
+            raise ValueError(f"the label {label} is not a class of {task.name}.")
         row |= {"class": task.classes[label], "label": label}
     row["prediction"] = int(p.argmax())
     return row | {f"p_{slug(name)}": float(v) for name, v in zip(task.classes, p, strict=True)}
@@ -271,7 +244,7 @@ def class_row(task: Task, case: str, label: int | None, probabilities: ArrayLike
 def labels_and_probabilities(
     task: Task, rows: Sequence[dict[str, Any]]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """True classes (N,) and probabilities (N, C) of rows.
+    """True classes (N,) and probabilities (N, C) of case rows.
 
     Raises:
         ValueError: there is no row, or a column is missing.

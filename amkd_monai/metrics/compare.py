@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from amkd_monai.data.datasets import Task, get_task
+from amkd_monai.files.names import some
 from amkd_monai.metrics.classification import class_metrics, delong_test, labels_and_probabilities, positive_classes
 from amkd_monai.metrics.statistics import (
     bootstrap_p,
@@ -20,14 +22,10 @@ from amkd_monai.metrics.statistics import (
     resampled,
 )
 from amkd_monai.metrics.summary import Row, read_case_csv
-from amkd_monai.tasks import Task, get_task
 from amkd_monai.terminal import align
 
-IDS_SHOWN = 5
-"""How many ids an error message spells out."""
-
 Key = tuple[str, ...]
-"""Of a row in a case file: its id, and for masks its class."""
+"""Key of a row in a case file: its id, and for masks its class."""
 
 
 def evaluated_task(metrics_json: str | Path) -> Task | None:
@@ -79,14 +77,18 @@ def compare_runs(
         raise ValueError(
             f"There is no metric '{metric}' for {classes.name}: use one of {', '.join(class_metrics(classes))}."
         )
-    metric = metric or (None if classes else "dice")
-    columns = ("id", "label") if classes else ("id", "class", str(metric))
-    key = ("id",) if classes else ("id", "class")
+    if classes is None:
+        metric = metric or "dice"
+    columns, key = (("id", "label"), ("id",)) if classes else (("id", "class", str(metric)), ("id", "class"))
     reference = _load(reference_csv, columns, key)
     rows: list[dict[str, Any]] = []
     for name, path in other_csvs.items():
         other = _load(path, columns, key)
-        _check_same_cases(reference, other, name)
+        if unpaired := reference.keys() ^ other.keys():
+            raise ValueError(
+                f"Cannot pair the run '{name}' with the reference, {len(unpaired)} case(s) are only in one of them: "
+                f"{some(map(' '.join, unpaired))}."
+            )
         if classes is not None:
             found = _compare_classes(other, reference, metric, classes, name)
         else:
@@ -117,11 +119,10 @@ def _compare_masks(other: Mapping[Key, Row], reference: Mapping[Key, Row], metri
         a, b = (np.array([float(of[key][metric]) for key in keys]) for of in (other, reference))
         paired = ~(np.isnan(a) | np.isnan(b))
         a, b = a[paired], b[paired]
-        means = {key: float(x.mean()) if len(x) else math.nan for key, x in (("reference_mean", b), ("mean", a))}
-        counts = {"n": len(a), "left_out": int((~paired).sum())}
-        estimate = dict(zip(("difference", "ci_low", "ci_high"), paired_bootstrap_ci(a, b), strict=True))
-        test = {"p": paired_wilcoxon(a, b), "test": "Wilcoxon"}
-        rows.append({"class": name, "metric": metric, **counts, **means, **estimate, **test})
+        row = {"class": name, "metric": metric, "n": len(a), "left_out": int((~paired).sum())}
+        row |= {key: float(x.mean()) if len(x) else math.nan for key, x in (("reference_mean", b), ("mean", a))}
+        row |= dict(zip(("difference", "ci_low", "ci_high"), paired_bootstrap_ci(a, b), strict=True))
+        rows.append(row | {"p": paired_wilcoxon(a, b), "test": "Wilcoxon"})
     return rows
 
 
@@ -132,21 +133,22 @@ def _compare_classes(
     ids = sorted(reference)
     (label, p), (expected, q) = (labels_and_probabilities(task, [of[i] for i in ids]) for of in (other, reference))
     if (label != expected).any():
-        wrong = [i[0] for i, same in zip(ids, label == expected, strict=True) if not same]
-        raise ValueError(f"The run '{run}' has other labels than the reference for {', '.join(wrong[:IDS_SHOWN])}.")
+        wrong = some(ids[i][0] for i in np.flatnonzero(label != expected))
+        raise ValueError(f"The run '{run}' has other labels than the reference for {wrong}.")
     masks, metrics, rows = positive_classes(task), class_metrics(task), []
     for name in [metric] if metric else [task.primary_metric, *(f"{problem}_auc" for problem in masks)]:
         mean, reference_mean = metrics[name](label, p), metrics[name](label, q)
         mask = masks.get(name.removesuffix("_auc")) if name.endswith("_auc") else None
         if mask is not None and min(mask[label].sum(), (~mask[label]).sum()) >= 2:
+            test = "DeLong"
             difference, low, high, chance = delong_test(mask[label], p[:, mask].sum(1), q[:, mask].sum(1))
         else:
-            mask = None
+            test = "bootstrap"
             drawn = np.array([metrics[name](label[i], p[i]) - metrics[name](label[i], q[i]) for i in resampled(len(p))])
             difference, (low, high), chance = mean - reference_mean, interval(drawn), bootstrap_p(drawn)
         row = {"class": name, "metric": name, "n": len(label), "left_out": 0, "reference_mean": reference_mean}
-        row |= {"mean": mean, "difference": difference, "ci_low": low, "ci_high": high, "p": chance}
-        rows.append(row | {"test": "bootstrap" if mask is None else "DeLong"})
+        row |= {"mean": mean, "difference": difference, "ci_low": low, "ci_high": high, "p": chance, "test": test}
+        rows.append(row)
     return rows
 
 
@@ -158,27 +160,8 @@ def _load(path: str | Path, columns: Sequence[str], key: Sequence[str]) -> dict[
             raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(row)}.")
         named = tuple(str(row[column]) for column in key)
         if named in found:
-            raise ValueError(f"{path} has two rows for the case {_shown(named)}.")
+            raise ValueError(f"{path} has two rows for the case {' '.join(named)}.")
         found[named] = row
     if not found:
         raise ValueError(f"{path} holds no cases.")
     return found
-
-
-def _check_same_cases(reference: Mapping[Key, Row], other: Mapping[Key, Row], name: str) -> None:
-    only = sorted(reference.keys() - other.keys()), sorted(other.keys() - reference.keys())
-    if any(only):
-        raise ValueError(
-            f"Cannot pair the run {name!r} with the reference: {_listed(only[0])} only in the reference, "
-            f"{_listed(only[1])} only in {name!r}."
-        )
-
-
-def _listed(keys: Sequence[Key]) -> str:
-    shown = ", ".join(_shown(key) for key in keys[:IDS_SHOWN])
-    more = ", ..." if len(keys) > IDS_SHOWN else ""
-    return f"{len(keys)} case{'' if len(keys) == 1 else 's'}" + (f" ({shown}{more})" if keys else "")
-
-
-def _shown(key: Key) -> str:
-    return f"{key[0]} ({key[1]})" if len(key) > 1 else key[0]

@@ -30,8 +30,8 @@ def case_metrics(
     A class missing from the reference has no Dice: the row is NaN and its ``status`` says whether the
     prediction was rightly empty (``empty_both``) or not (``false_positive``). A class that is in the
     reference but not in the prediction is ``missed``: Dice, IoU and NSD are 0 and HD95, infinite, is recorded
-    as NaN. Whoever aggregates the rows must therefore report the status counts next to the means (Maier-Hein
-    et al., "Metrics reloaded", Nature Methods 2024).
+    as NaN. Means over rows are therefore reported with the status counts (Maier-Hein et al., "Metrics
+    reloaded", Nature Methods 2024).
 
     A surface is the set of foreground pixels (voxels) with a background neighbour across a face, where
     outside the image is background; distances run between pixel centres. NSD is the fraction of both surfaces
@@ -48,34 +48,34 @@ def case_metrics(
         class_names: names of the foreground classes 1, 2, ...; ``class_1`` and so on when left out.
 
     Returns:
-        Rows with the keys ``class``, ``label``, ``status``, ``dice``, ``iou``, ``nsd``, ``hd95``,
-        ``pred_volume`` and ``reference_volume`` (both in the unit of ``spacing`` to the power of the number
-        of axes).
+        Rows with ``class``, ``label``, ``status``, ``dice``, ``iou``, ``nsd``, ``hd95``, ``pred_volume`` and
+        ``reference_volume`` (unit of ``spacing`` to the power of the number of axes).
 
     Raises:
-        ValueError: if shapes differ, a label is not an integer of [0, num_classes), or spacing, tolerance or
-            names do not fit.
+        ValueError: shapes differ, a label is not an integer of [0, num_classes), or spacing or tolerance do not fit.
     """
-    names = _check_arguments(pred, reference, num_classes, spacing, nsd_tolerance, class_names)
-    pred = _label_map(pred, "pred", num_classes)
-    reference = _label_map(reference, "reference", num_classes)
-    pred, reference = _crop_to_foreground((pred > 0) | (reference > 0), pred, reference)
-    voxel = math.prod(float(s) for s in spacing)
+    if pred.shape != reference.shape or pred.ndim not in (2, 3) or pred.numel() == 0:
+        raise ValueError(
+            f"pred and reference must be one non-empty (H, W) or (D, H, W), got shapes {tuple(pred.shape)} and "
+            f"{tuple(reference.shape)}."
+        )
+    if len(spacing) != pred.ndim or not all(math.isfinite(s) and s > 0 for s in spacing):
+        raise ValueError(f"spacing must be {pred.ndim} positive numbers, one per axis, got {list(spacing)}.")
+    if not (math.isfinite(nsd_tolerance) and nsd_tolerance >= 0):
+        raise ValueError(f"nsd_tolerance must be finite and not negative, got {nsd_tolerance}.")
+    names = class_names or [f"class_{label}" for label in range(1, num_classes)]
+    pred, reference = _label_map(pred, "pred", num_classes), _label_map(reference, "reference", num_classes)
+    pred, reference = _crop_to_foreground(pred, reference)
+    found = zip(range(1, num_classes), names, strict=True)
     return [
-        {
-            "class": name,
-            "label": label,
-            **_class_row(pred == label, reference == label, spacing, voxel, nsd_tolerance),
-        }
-        for label, name in enumerate(names, start=1)
+        {"class": name, "label": label, **_class_row(pred == label, reference == label, spacing, nsd_tolerance)}
+        for label, name in found
     ]
 
 
-def _class_row(
-    pred: Tensor, reference: Tensor, spacing: Sequence[float], voxel: float, tolerance: float
-) -> dict[str, Any]:
+def _class_row(pred: Tensor, reference: Tensor, spacing: Sequence[float], tolerance: float) -> dict[str, Any]:
     """Status, metrics and volumes of one class from two boolean masks of shape (H, W) or (D, H, W)."""
-    n_pred, n_reference = int(pred.sum()), int(reference.sum())
+    n_pred, n_reference, voxel = int(pred.sum()), int(reference.sum()), math.prod(float(s) for s in spacing)
     row: dict[str, Any] = {"status": "ok", **dict.fromkeys(METRICS, math.nan)}
     if n_reference == 0:
         row["status"] = "false_positive" if n_pred else "empty_both"
@@ -85,40 +85,29 @@ def _class_row(
         overlap = int((pred & reference).sum())
         row["dice"] = 2 * overlap / (n_pred + n_reference)
         row["iou"] = overlap / (n_pred + n_reference - overlap)
-        row["nsd"], row["hd95"] = _surface_metrics(pred, reference, spacing, tolerance)
+        # cropping changes no value: outside the array is background, as it is outside the joint bounding box
+        y_pred, y = (mask[None, None].cpu() for mask in _crop_to_foreground(pred, reference))  # (1, 1, ...)
+        options: dict[str, Any] = {"include_background": True, "spacing": [float(s) for s in spacing]}
+        row["nsd"] = float(compute_surface_dice(y_pred, y, class_thresholds=[tolerance], **options))
+        row["hd95"] = float(compute_hausdorff_distance(y_pred, y, percentile=95, **options))
     return row | {"pred_volume": n_pred * voxel, "reference_volume": n_reference * voxel}
 
 
-def _surface_metrics(
-    pred: Tensor, reference: Tensor, spacing: Sequence[float], tolerance: float
-) -> tuple[float, float]:
-    """NSD and HD95 of two non-empty boolean masks.
-
-    Cropping changes no value: the surface treats what is outside an array as background, and outside the
-    joint bounding box there is only background.
-    """
-    pred, reference = _crop_to_foreground(pred | reference, pred, reference)
-    y_pred, y = pred[None, None].cpu(), reference[None, None].cpu()  # (H, W) or (D, H, W) -> (1, 1, ...)
-    size = [float(s) for s in spacing]
-    nsd = compute_surface_dice(y_pred, y, class_thresholds=[tolerance], include_background=True, spacing=size)
-    hd95 = compute_hausdorff_distance(y_pred, y, include_background=True, percentile=95, spacing=size)
-    return float(nsd), float(hd95)
-
-
-def _crop_to_foreground(foreground: Tensor, *arrays: Tensor) -> list[Tensor]:
-    """Cut arrays to the bounding box of a boolean mask; where the mask is empty, to nothing."""
+def _crop_to_foreground(pred: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut both maps to the joint bounding box of their foreground; to nothing where there is none."""
+    foreground = (pred > 0) | (reference > 0)
     box = []
     for axis in range(foreground.ndim):
         others = [other for other in range(foreground.ndim) if other != axis]
         inside = foreground.any(dim=others).nonzero().flatten()
         box.append(slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(0, 0))
-    return [array[tuple(box)] for array in arrays]
+    return pred[tuple(box)], reference[tuple(box)]
 
 
 def _label_map(array: Tensor, name: str, num_classes: int) -> Tensor:
     """The array as a plain integer tensor, after checking that its labels lie in [0, num_classes)."""
-    array = torch.as_tensor(array).detach()
-    if hasattr(array, "as_tensor"):  # MetaTensor: its bookkeeping is not needed, and slows every operation
+    array = array.detach()
+    if hasattr(array, "as_tensor"):  # the bookkeeping of a MetaTensor slows every operation
         array = array.as_tensor()
     if not array.is_floating_point():
         array = array.to(torch.int64)
@@ -130,29 +119,3 @@ def _label_map(array: Tensor, name: str, num_classes: int) -> Tensor:
             f"{name} holds labels from {low:g} to {high:g}, but {num_classes} classes allow 0 to {num_classes - 1}."
         )
     return array.to(torch.int16)
-
-
-def _check_arguments(
-    pred: Tensor,
-    reference: Tensor,
-    num_classes: int,
-    spacing: Sequence[float],
-    tolerance: float,
-    class_names: Sequence[str] | None,
-) -> list[str]:
-    """Check everything but the label values and return the names of the foreground classes."""
-    if tuple(pred.shape) != tuple(reference.shape):
-        raise ValueError(f"pred has shape {tuple(pred.shape)} but reference has shape {tuple(reference.shape)}.")
-    if pred.ndim not in (2, 3) or pred.numel() == 0:
-        raise ValueError(f"A label map must be a non-empty (H, W) or (D, H, W), got shape {tuple(pred.shape)}.")
-    if num_classes < 2:
-        raise ValueError(f"num_classes counts the background and must be 2 or more, got {num_classes}.")
-    if len(spacing) != pred.ndim or not all(math.isfinite(s) and s > 0 for s in spacing):
-        raise ValueError(f"spacing must be {pred.ndim} positive numbers, one per axis, got {list(spacing)}.")
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(f"nsd_tolerance must be finite and not negative, got {tolerance}.")
-    if class_names is None:
-        return [f"class_{label}" for label in range(1, num_classes)]
-    if len(class_names) != num_classes - 1 or len(set(class_names)) != len(class_names):
-        raise ValueError(f"class_names must be {num_classes - 1} different names, got {list(class_names)}.")
-    return list(class_names)

@@ -1,7 +1,7 @@
 """Confidence intervals over cases and seeds, and paired tests.
 
 SciPy does what it can. It has neither Holm's adjustment nor the bootstrap that crosses seeds with cases; metrics of a
-whole set of cases are resampled by :py:func:`resampled`, with which the same draws serve all metrics.
+whole set of cases are resampled by :py:func:`resampled`, so that the same draws serve all metrics.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def bootstrap_ci(
         ``(mean, low, high)``; all NaN without a value, NaN bounds with a single one.
 
     Raises:
-        ValueError: if values are not one-dimensional, one is infinite, or confidence or resamples are out of
-            range.
+        ValueError: values are not one-dimensional, one is infinite, or the confidence is out of range.
     """
-    _check_bootstrap(confidence, resamples)
-    x = _vector(values, "values")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}.")
+    x = _vector(values)
     x = x[~np.isnan(x)]
     if len(x) < 2:
         return (float(x[0]) if len(x) else np.nan), np.nan, np.nan
@@ -57,68 +57,38 @@ def bootstrap_ci(
 def paired_bootstrap_ci(
     a: ArrayLike, b: ArrayLike, confidence: float = 0.95, resamples: int = 10000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Mean difference ``a - b`` over the same cases with its percentile bootstrap interval.
-
-    Args:
-        a: metric of each case under the first method, shape (N,).
-        b: metric of the same cases, in the same order, under the second method, shape (N,).
-        confidence: as in :py:func:`bootstrap_ci`.
-        resamples: as in :py:func:`bootstrap_ci`.
-        seed: as in :py:func:`bootstrap_ci`.
-
-    Returns:
-        ``(mean difference, low, high)``; a pair with a NaN on either side is left out.
-
-    Raises:
-        ValueError: if the lengths differ, or as in :py:func:`bootstrap_ci`.
-    """
+    """Mean difference ``a - b`` (N,) over the same cases with its interval, as :py:func:`bootstrap_ci` gives it."""
     return bootstrap_ci(_differences(a, b), confidence, resamples, seed)
 
 
 def paired_wilcoxon(a: ArrayLike, b: ArrayLike) -> float:
-    """Two-sided p value of the Wilcoxon signed-rank test on paired cases.
+    """Two-sided p value of the Wilcoxon signed-rank test on metrics (N,) of the same cases.
 
-    Args:
-        a: metric of each case under the first method, shape (N,).
-        b: metric of the same cases, in the same order, under the second method, shape (N,).
-
-    Returns:
-        The p value; 1 where no case differs, NaN where no pair is left after leaving out those with a NaN.
-
-    Raises:
-        ValueError: if the lengths differ or a value is infinite.
+    1 where no case differs, NaN without a pair; pairs with a NaN are left out.
     """
     difference = _differences(a, b)
     difference = difference[~np.isnan(difference)]
     if len(difference) == 0:
         return np.nan
-    if not difference.any():
-        return 1.0
-    return float(stats.wilcoxon(difference).pvalue)
+    return float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p values for multiple comparisons (Holm, Scand. J. Statist. 6, 1979: step-down Bonferroni).
+    """Adjust the p values of one family of tests (Holm, Scand. J. Statist. 6, 1979: step-down Bonferroni).
 
-    Args:
-        p_values: p values of one family of tests; NaN (a test that could not be made) stays NaN and does not
-            count.
-
-    Returns:
-        Adjusted p values in the given order; a test is significant at level alpha if its value is <= alpha.
+    NaN (a test that could not be made) stays NaN and does not count.
 
     Raises:
-        ValueError: if a value lies outside [0, 1].
+        ValueError: a value lies outside [0, 1].
     """
-    p = _vector(p_values, "p_values")
+    p = _vector(p_values)
     made = np.flatnonzero(~np.isnan(p))
     if ((p[made] < 0) | (p[made] > 1)).any():
         raise ValueError(f"p_values must lie in [0, 1], got {p.tolist()}.")
     order = made[np.argsort(p[made], kind="stable")]
     factors = np.arange(len(order), 0, -1)
-    adjusted = p.copy()
-    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(factors * p[order]))
-    return [float(value) for value in adjusted]
+    p[order] = np.minimum(1.0, np.maximum.accumulate(factors * p[order]))
+    return [float(value) for value in p]
 
 
 def seed_and_case_ci(
@@ -142,9 +112,8 @@ def seed_and_case_ci(
         seed only cases are resampled.
 
     Raises:
-        ValueError: if the matrix is not two-dimensional, holds an infinity, or as in :py:func:`bootstrap_ci`.
+        ValueError: the matrix is not two-dimensional or holds an infinity.
     """
-    _check_bootstrap(confidence, resamples)
     values = np.asarray(matrix, dtype=np.float64)
     if values.ndim != 2:
         raise ValueError(f"matrix must have the shape (seeds, cases), got {values.shape}.")
@@ -152,11 +121,11 @@ def seed_and_case_ci(
         raise ValueError("matrix holds an infinite value: record it as NaN and count it.")
     present = ~np.isnan(values)
     values, present = values[:, present.any(axis=0)], present[:, present.any(axis=0)]
-    if values.shape[1] == 0:
+    n_seeds, n_cases = values.shape
+    if n_cases == 0:
         return np.nan, np.nan, np.nan
     filled = np.where(present, values, 0.0)
     mean = float(filled.sum() / present.sum())
-    n_seeds, n_cases = values.shape
     if n_cases < 2:
         return mean, np.nan, np.nan
     rng = np.random.default_rng(seed)
@@ -195,25 +164,17 @@ def bootstrap_p(differences: NDArray[np.float64]) -> float:
 
 
 def _differences(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
-    """``a - b`` of two vectors of equal length."""
-    x, y = _vector(a, "a"), _vector(b, "b")
+    x, y = _vector(a), _vector(b)
     if len(x) != len(y):
         raise ValueError(f"Paired values must have equal lengths, got {len(x)} and {len(y)}.")
     return x - y
 
 
-def _vector(values: ArrayLike, name: str) -> NDArray[np.float64]:
-    """The values as a float vector without infinities."""
-    x = np.asarray(values, dtype=np.float64)
+def _vector(values: ArrayLike) -> NDArray[np.float64]:
+    """A copy of the values as a float vector without infinities."""
+    x = np.array(values, dtype=np.float64)
     if x.ndim != 1:
-        raise ValueError(f"{name} must be one-dimensional, got shape {x.shape}.")
+        raise ValueError(f"Values must be one-dimensional, got shape {x.shape}.")
     if np.isinf(x).any():
-        raise ValueError(f"{name} holds an infinite value: record it as NaN and count it.")
+        raise ValueError("There is an infinite value: record it as NaN and count it.")
     return x
-
-
-def _check_bootstrap(confidence: float, resamples: int) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}.")
-    if resamples < 1:
-        raise ValueError(f"resamples must be 1 or more, got {resamples}.")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from amkd_monai.atomic import atomic_write_bytes
+from amkd_monai.data.datasets import Task
 from amkd_monai.files.names import file_of
 from amkd_monai.metrics.classification import (
     class_metrics,
@@ -22,7 +23,6 @@ from amkd_monai.metrics.classification import (
     reliability_table,
 )
 from amkd_monai.metrics.statistics import bootstrap_ci, interval, resampled
-from amkd_monai.tasks import Task
 from amkd_monai.terminal import align
 
 TEXT_COLUMNS = ("id", "group", "class", "status")
@@ -31,7 +31,7 @@ TEXT_COLUMNS = ("id", "group", "class", "status")
 PREVIEWS = "previews"
 """Folder of the small copies of the cases of a run."""
 TEACHERS = "teachers.npz"
-"""File of what the teachers of a run answer for a few training images."""
+"""File with the teacher outputs of a run for a few training images."""
 FEATURES = "features.npz"
 """File of the pooled features of a run's training images."""
 
@@ -61,22 +61,16 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str] = ("dice", "iou", "nsd
         classes ``classes``: the same for each of them.
 
     Raises:
-        ValueError: if a row has no id or lacks a metric, or if a class of a case comes twice.
+        ValueError: a class of a case comes twice.
     """
-    seen: set[tuple[Any, Any]] = set()
-    for number, row in enumerate(rows):
-        missing = [key for key in ("id", "status", *metrics) if key not in row]
-        if missing:
-            raise ValueError(f"Row {number} lacks {', '.join(missing)}.")
-        key = (row["id"], row.get("class"))
-        if key in seen:
-            raise ValueError(f"Case {key[0]!r} has two rows for the class {key[1]!r}.")
-        seen.add(key)
+    seen = Counter((row["id"], row["class"]) for row in rows)
+    if twice := [key for key, count in seen.items() if count > 1]:
+        raise ValueError(f"Case {twice[0][0]!r} has two rows for the class {twice[0][1]!r}.")
     summary = _summarise_rows(rows, metrics)
-    classes = list(dict.fromkeys(row.get("class") for row in rows))
+    classes = list(dict.fromkeys(row["class"] for row in rows))
     if len(classes) > 1:
         summary["classes"] = {
-            name: _summarise_rows([row for row in rows if row.get("class") == name], metrics) for name in classes
+            name: _summarise_rows([row for row in rows if row["class"] == name], metrics) for name in classes
         }
     return summary
 
@@ -136,7 +130,7 @@ def format_table(summary: Mapping[str, Any], title: str) -> str:
         for metric, v in block["metrics"].items():
             bounds = f"[{_number(v['ci_low'])}, {_number(v['ci_high'])}]"
             others = (_number(v["median"]), str(v["n"])) if masks else ()
-            lines.append((f"{name} {metric}" if name else metric, _number(v[value]), bounds, *others))
+            lines.append((f"{name} {metric}".strip(), _number(v[value]), bounds, *others))
     counted = ", ".join(f"{name} {count}" for name, count in summary[counts].items())
     table = [f"{title} ({summary['cases']} cases; {counted})", align(lines)]
     if empty := summary.get("empty_references"):
@@ -150,60 +144,49 @@ def _number(value: float) -> str:
 
 
 def write_case_csv(path: str | Path, rows: Sequence[Row]) -> None:
-    """Write case rows as CSV (UTF-8, atomic); floats keep every digit and NaN is an empty cell.
-
-    Args:
-        path: file to write.
-        rows: rows that all have the same keys, which become the header.
+    """Write rows as CSV (UTF-8, atomic); floats keep every digit, NaN and missing values are empty cells.
 
     Raises:
-        ValueError: if there are no rows or their keys differ.
+        ValueError: there are no rows.
     """
     if not rows:
         raise ValueError(f"There are no cases to write to {path}.")
-    header = list(rows[0])
     text = io.StringIO()
-    writer = csv.DictWriter(text, header, lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
-    for number, row in enumerate(rows):
-        if set(row) != set(header):
-            raise ValueError(f"Row {number} has the columns {sorted(row)}, but row 0 has {sorted(header)}.")
+    for row in rows:
         writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
-    atomic_write_bytes(Path(path), text.getvalue().encode())
+    atomic_write_bytes(path, text.getvalue().encode())
 
 
 def read_case_csv(path: str | Path) -> list[Row]:
     """Read what :py:func:`write_case_csv` wrote: text in ``TEXT_COLUMNS``, else numbers, NaN if empty.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a row is cut short or a number cannot be read.
+        FileNotFoundError: there is no such file.
+        ValueError: a row is cut short or a number cannot be read.
     """
     rows = []
     with Path(path).open(newline="", encoding="utf-8") as file:
         for number, raw in enumerate(csv.DictReader(file), start=2):
             if None in raw or None in raw.values():
                 raise ValueError(f"{path}, line {number} does not have as many cells as the header.")
-            rows.append(
-                {key: value if key in TEXT_COLUMNS else _parse(value, path, number, key) for key, value in raw.items()}
-            )
+            try:
+                rows.append({key: text if key in TEXT_COLUMNS else _parse(text) for key, text in raw.items()})
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}.") from error
     return rows
 
 
-def _parse(text: str, path: str | Path, line: int, column: str) -> int | float:
-    if not text:
-        return math.nan
-    try:
-        return int(text) if text.lstrip("-").isdigit() else float(text)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {line}, column {column}: {text!r} is not a number.") from error
+def _parse(text: str) -> int | float:
+    return int(text) if text.lstrip("-").isdigit() else float(text or math.nan)
 
 
 def jsonable(obj: Any) -> Any:
     """A copy that strict JSON can hold: NaN and infinities become null, numpy values and paths plain ones.
 
     Raises:
-        TypeError: if a value is of a type that JSON has no form for.
+        TypeError: a value is of a type that JSON has no form for.
     """
     if isinstance(obj, np.ndarray | np.generic):
         obj = obj.tolist()

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from amkd_monai.data.datasets import Task
 from amkd_monai.metrics.compare import compare_runs
 from amkd_monai.metrics.statistics import holm
-from amkd_monai.tasks import Task
 from amkd_monai.terminal import align
 
 SCORE = ["value", "ci_low", "ci_high"]

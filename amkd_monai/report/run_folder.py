@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from amkd_monai.data.datasets import TASKS, Task
 from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS, preview_file, read_case_csv
-from amkd_monai.tasks import TASKS, Task
 
 
 @dataclass(frozen=True)

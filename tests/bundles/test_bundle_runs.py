@@ -14,8 +14,8 @@ from helpers import shared_data
 from PIL import Image
 
 from amkd_monai.data.datalist import inference_datalist
+from amkd_monai.data.datasets import TASKS
 from amkd_monai.files.names import file_id
-from amkd_monai.tasks import TASKS
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from bundle_runs import read_json, run, settings, workflow
 from helpers import shared_data
 from ignite.engine import Events
 
+from amkd_monai.data.datasets import get_task
 from amkd_monai.metrics.summary import read_case_csv
-from amkd_monai.tasks import get_task
 
 BUNDLES = ("aptos2019", "isic2017")
 REAL = {"aptos2019": "APTOS2019_standin_IDRiD", "isic2017": "ISIC2017"}

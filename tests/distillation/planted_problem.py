@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from toy_problem import generator, make_distiller
 
-from amkd_monai.distillation import Batch, TeacherSpec
+from amkd_monai.distillation import Batch, TeacherTarget
 
 NAMES = ("expert_a", "expert_b", "constant", "noise")
 GRID = (4, 4)
@@ -68,7 +68,7 @@ def make(data, gate, distil=True, seed=0, **options):
     for name in NAMES if distil else ():
         maps = data.teachers[name]["grid"]
         mean, std = maps.mean((0, 2, 3)), maps.std((0, 2, 3))
-        specs.append(TeacherSpec(name, (6, *GRID), mean, std, (2, *GRID), True, 1.0, 0.5))
+        specs.append(TeacherTarget(name, (6, *GRID), mean, std, (2, *GRID), True, 1.0, 0.5))
     defaults = {"loss_gate": "fixed", "loss_strength": {"warmup": 0.0, "decay": 0.0, "end": 1.0}}
     return make_distiller(specs, seed, prior_entropy=PRIOR_ENTROPY, gate=gate, **{**defaults, **options})
 

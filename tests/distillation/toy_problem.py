@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from amkd_monai.distillation import Batch, DistillationConfig, Distiller, TeacherSpec, baselines, gates, loss_gate
+from amkd_monai.distillation import Batch, DistillationConfig, Distiller, TeacherTarget, baselines, gates, loss_gate
 
 CLASSES = 2
 GATES = (*gates.GATES, *baselines.GATES)
@@ -57,7 +57,7 @@ class ToyStudent(nn.Module):
 
 def spec(name="t", grid=(12, 4, 4), logits=(CLASSES, 8, 8), admitted=True, mean_error=0.3, score=0.7):
     channels = grid[0] if grid else 0
-    return TeacherSpec(
+    return TeacherTarget(
         name,
         grid,
         torch.full((channels,), 0.5) if grid else None,

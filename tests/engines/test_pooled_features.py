@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from amkd_monai.engines.handlers.pooled_features import MOST, PooledFeatures, student_vectors
+from amkd_monai.engines.handlers.pictures import MOST, PooledFeatures, student_vectors
 
 
 class Samples:

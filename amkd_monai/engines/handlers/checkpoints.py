@@ -1,4 +1,4 @@
-"""Checkpoints: the best student alone, and everything that a killed run needs to go on."""
+"""Checkpoints: the best student alone, and everything that a killed run needs to go on; early stopping."""
 
 from __future__ import annotations
 
@@ -8,27 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from torch import nn
 
 from amkd_monai.atomic import atomic_path
-from amkd_monai.engines.runs import is_true, record_weights
+from amkd_monai.engines.runs import is_true, record_weights, refuse_another
 from amkd_monai.networks.initial import initialised
 from amkd_monai.weights import CheckpointError, file_sha256, load_state_dict, load_strict
 
 logger = logging.getLogger("amkd_monai")
-
-
-def _is_main_process() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-
-
-def save_atomically(content: Any, path: str | Path) -> None:
-    """``torch.save`` that leaves the old file or the new one, never half of one."""
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
 
 
 class BestStudent:
@@ -59,7 +49,7 @@ class BestStudent:
             )
         if value > self.best:
             self.best = value
-            if _is_main_process():
+            if idist.get_rank() == 0:
                 with atomic_path(self.path) as temporary:
                     torch.save({k: v.detach().cpu() for k, v in self.student.state_dict().items()}, temporary)
                     record_weights(self.path.parent, file_sha256(temporary))
@@ -88,7 +78,7 @@ class ResumeCheckpoint:
         identity: what must be the same for the states to fit (split, seed, teachers); compared on resuming.
 
     Raises:
-        CheckpointError: asked to resume where there is no checkpoint, or one of another run.
+        CheckpointError: there is no checkpoint to resume from, or it belongs to another run.
     """
 
     def __init__(
@@ -109,13 +99,18 @@ class ResumeCheckpoint:
     def attach(self, engine: Engine) -> None:
         """Check what is to be resumed; restore when the run starts, save at the end of every epoch."""
         if self.resume:
-            self._state = self._read()
+            if not self.path.is_file():
+                raise CheckpointError(f"There is nothing to resume at {self.path}: start without --resume.")
+            try:
+                self._state = torch.load(self.path, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, OSError) as error:
+                raise CheckpointError(f"{self.path} is damaged: start without --resume.") from error
+            refuse_another(self._state["identity"], self.identity, self.path)
         engine.add_event_handler(Events.STARTED, self._restore)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
 
+    @idist.one_rank_only()
     def _save(self, engine: Engine) -> None:
-        if not _is_main_process():
-            return
         state: dict[str, Any] = {
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
@@ -126,22 +121,8 @@ class ResumeCheckpoint:
         if self.evaluator is not None:
             best, epoch = self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch
             state["best"] = [float(best), int(epoch)]
-        save_atomically(state, self.path)
-
-    def _read(self) -> dict[str, Any]:
-        if not self.path.is_file():
-            raise CheckpointError(f"There is nothing to resume at {self.path}: start without --resume.")
-        try:
-            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError) as error:
-            raise CheckpointError(f"{self.path} is damaged: start without --resume.") from error
-        differing = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
-        if differing:
-            raise CheckpointError(
-                f"{self.path} belongs to a run with another {', '.join(differing)}: repeat its settings, or "
-                "start without --resume."
-            )
-        return state
+        with atomic_path(self.path) as temporary:
+            torch.save(state, temporary)
 
     def _restore(self, engine: Engine) -> None:
         if self._state is None:
@@ -157,7 +138,9 @@ class ResumeCheckpoint:
 
 
 class LoadStudent:
-    """Load a trained student before an evaluation or inference.
+    """Load a trained student, strictly, before an evaluation or inference.
+
+    MONAI's ``CheckpointLoader`` loads with ``weights_only=False``, which runs code that a file holds.
 
     Args:
         student: network to fill.
@@ -176,10 +159,47 @@ class LoadStudent:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Load strictly, without unpickling code."""
+        """Load the file."""
         if not self.path.is_file():
             raise CheckpointError(f"There is no trained student at {self.path}: run `training` first.")
         if self.task is not None:
             initialised(self.student, self.path, self.task)
         else:
             load_strict(self.student, load_state_dict(self.path), self.path)
+
+
+class EarlyStopping:
+    """End the training when the evaluator's best epoch lies at least ``patience`` epochs back.
+
+    The state is the evaluator's, which is saved and resumed with the run; MONAI's ``EarlyStopHandler`` would count
+    from 0 after resuming. Attach to the trainer.
+
+    Args:
+        evaluator: its ``best_metric_epoch`` decides.
+        patience: epochs without a new best.
+    """
+
+    def __init__(self, evaluator: Engine, patience: int) -> None:
+        self.evaluator, self.patience = evaluator, patience
+
+    def attach(self, engine: Engine) -> None:
+        """Check at the end of every epoch."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Terminate the trainer if it is time."""
+        best = self.evaluator.state.best_metric_epoch
+        if best > 0 and engine.state.epoch - best >= self.patience:
+            logger.info("no better validation since epoch %d: stopped after epoch %d", best, engine.state.epoch)
+            engine.terminate()
+
+
+class Attach:
+    """Attach a handler that is defined elsewhere in a config, so that a list of handlers stays a literal list."""
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
+
+    def attach(self, engine: Engine) -> None:
+        """Attach it."""
+        self.handler.attach(engine)

@@ -12,9 +12,9 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
 from amkd_monai.atomic import atomic_write_bytes
+from amkd_monai.data.datasets import Task
 from amkd_monai.engines.handlers.run_record import RunRecord
 from amkd_monai.metrics.transfer import format_transfer, transfer_csv, transfer_rows
-from amkd_monai.tasks import Task
 
 logger = logging.getLogger("amkd_monai")
 

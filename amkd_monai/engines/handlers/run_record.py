@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
-import io
 import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ignite.distributed as idist
 import psutil
-import torch.distributed as dist
 from ignite.engine import Engine, Events
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 import amkd_monai
-from amkd_monai.atomic import atomic_write_bytes, atomic_write_json
+from amkd_monai.atomic import atomic_write_json
 from amkd_monai.distillation.interface import DistillationOutput
 from amkd_monai.memory import own_peak
+from amkd_monai.metrics.summary import jsonable, write_case_csv
 
 if TYPE_CHECKING:
     from amkd_monai.engines.runs import Identity
 
-VERSIONED = ("torch", "monai", "pytorch-ignite", "timm", "numpy")
-
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide a result."""
-    found = {name: importlib.metadata.version(name) for name in VERSIONED}
+    found = {name: importlib.metadata.version(name) for name in ("torch", "monai", "pytorch-ignite", "timm", "numpy")}
     return {"python": platform.python_version(), "amkd_monai": amkd_monai.__version__, **found}
 
 
@@ -38,7 +37,8 @@ class RunRecord:
     """Write ``run.json`` when a training starts and ends and after every epoch, and what happened in the epoch.
 
     The means over an epoch's steps and the validation become a row of ``history.csv``, the scalars ``epoch/...`` of
-    TensorBoard, and, each figure's last known value, ``latest`` in ``run.json``.
+    TensorBoard, and, each figure's last known value, ``latest`` in ``run.json``. Steps are read from the device at the
+    end of the epoch, so that none of them waits for it.
 
     Attach to the trainer, after the validation handler.
 
@@ -59,8 +59,7 @@ class RunRecord:
         self.output_dir, self.facts, self.evaluator = Path(output_dir), dict(facts), evaluator
         self.identity = identity
         self.rows: list[dict[str, float]] = []
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
+        self.steps: list[tuple[Tensor, dict[str, tuple[DistillationOutput, list[str]]]]] = []
         self.started = 0.0
         self.board: SummaryWriter | None = None
 
@@ -75,42 +74,38 @@ class RunRecord:
         self.started = time.time()
         if self.identity is not None:  # a student that this process has validated is where the run starts from
             self.identity.claim(keep=self.evaluator is not None and self.evaluator.state.best_metric_epoch > 0)
-        if self._main():
+        if idist.get_rank() == 0:
             self.board = SummaryWriter(str(self.output_dir))
         self._write(engine, "running")
 
     def _collect(self, engine: Engine) -> None:
         result = engine.state.distillation
         if isinstance(result, Mapping):  # a step of several tasks
-            values = {"loss_total": float(engine.state.output["loss"])}
-            for task, of_task in result.items():
-                figures = step_figures(of_task, engine.teachers_of(task))
-                values |= {f"{task}/{name}": value for name, value in figures.items()}
+            parts = {f"{task}/": (_kept(of_task), engine.teachers_of(task)) for task, of_task in result.items()}
         else:
-            values = step_figures(result, [s.spec.name for s in engine.targets.sources] if engine.targets else [])
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
+            parts = {"": (_kept(result), [t.name for t in engine.targets.teachers] if engine.targets else [])}
+        self.steps.append((engine.state.output["loss"], parts))
 
     def _epoch(self, engine: Engine) -> None:
         row: dict[str, float] = {"epoch": engine.state.epoch, "learning_rate": engine.optimizer.param_groups[0]["lr"]}
-        row.update({name: total / self.counts[name] for name, total in self.sums.items()})
+        figures: dict[str, list[float]] = {}
+        for total, parts in self.steps:
+            step = {"loss_total": float(total)}
+            for prefix, part in parts.items():
+                step |= {f"{prefix}{name}": value for name, value in step_figures(*part).items()}
+            for name, value in step.items():
+                figures.setdefault(name, []).append(value)
+        row |= {name: sum(values) / len(values) for name, values in figures.items()}
         if self.evaluator is not None and self.evaluator.state.epoch == engine.state.epoch:
             row.update({k: float(v) for k, v in self.evaluator.state.metrics.items()})
         self.rows.append(row)
-        self.sums, self.counts = {}, {}
-        if self._main():
-            columns = list(dict.fromkeys(k for r in self.rows for k in r))
-            text = io.StringIO()
-            writer = csv.DictWriter(text, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-            atomic_write_bytes(self.output_dir / "history.csv", text.getvalue().encode())
-            self._write(engine, "running")
+        self.steps = []
         if self.board is not None:
+            write_case_csv(self.output_dir / "history.csv", self.rows)
             for name in row.keys() - {"epoch"}:
                 self.board.add_scalar(f"epoch/{name}", row[name], engine.state.epoch)
             self.board.flush()
+        self._write(engine, "running")
 
     def _complete(self, engine: Engine) -> None:
         self._write(engine, "completed")
@@ -122,12 +117,8 @@ class RunRecord:
         """The last known value of each column of the history; not every epoch knows all."""
         return {column: value for row in self.rows for column, value in row.items()}
 
-    def _main(self) -> bool:
-        return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-
+    @idist.one_rank_only()
     def _write(self, engine: Engine, status: str) -> None:
-        if not self._main():
-            return
         record = {
             "status": status,
             **({} if self.identity is None else {"run": self.identity.run}),
@@ -140,7 +131,7 @@ class RunRecord:
             "seconds": round(time.time() - self.started, 1),
             "cpu_seconds": round(time.process_time(), 1),
             "peak_rss_mb": round(own_peak()),
-            "latest": {name: value if math.isfinite(value) else None for name, value in self.latest.items()},
+            "latest": jsonable(self.latest),
         }
         if self.evaluator is not None:
             best, epoch = self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch
@@ -160,15 +151,23 @@ class RunRecord:
         self.rows = [dict(row) for row in state["rows"]]
 
 
+def _kept(result: DistillationOutput) -> DistillationOutput:
+    """Means of a step, still on the device, without its graph and maps."""
+    losses = {name: loss.detach().mean() for name, loss in result.losses.items()}
+    weights = {name: weight.mean(0) for name, weight in result.teacher_weights.items()}
+    logits = result.logits[:0].detach()
+    return replace(result, total=result.total.detach(), losses=losses, teacher_weights=weights, logits=logits)
+
+
 def step_figures(result: DistillationOutput, teachers: Sequence[str]) -> dict[str, float]:
     """Return what is recorded of a step: losses, their weights, and the mean weight of each teacher by name."""
-    values = {"loss_total": float(result.total.detach())}
+    values = {"loss_total": float(result.total)}
     for name, loss in result.losses.items():
-        values[f"loss_{name}"] = float(loss.detach().mean())
+        values[f"loss_{name}"] = float(loss)
         values[f"weight_{name}"] = float(result.loss_weights[name])
         values[f"weighted_{name}"] = values[f"loss_{name}"] * values[f"weight_{name}"]
     for name, weights in result.teacher_weights.items():
-        mean = weights.mean(0).tolist()
+        mean = weights.tolist()
         values |= {f"teacher_{name}_{teacher}": value for teacher, value in zip(teachers, mean, strict=True)}
         values[f"effective_teachers_{name}"] = effective_number(mean)
     return values | {name: float(value) for name, value in result.figures.items()}
@@ -177,8 +176,7 @@ def step_figures(result: DistillationOutput, teachers: Sequence[str]) -> dict[st
 def effective_number(weights: Sequence[float]) -> float:
     """Effective number of teachers, exp of the entropy of their shares: 1 if one has all weight, K if all have equal.
 
-    Args:
-        weights: K weights >= 0, not necessarily with sum 1; all 0 gives 0.
+    All weights 0 give 0; weights need not sum to 1.
     """
     total = sum(weights)
     shares = [w / total for w in weights if w > 0]

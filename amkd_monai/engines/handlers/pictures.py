@@ -1,0 +1,222 @@
+"""Handlers that keep small copies of cases, teacher outputs and features for the report."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.utils import CommonKeys
+from monai.visualize import GradCAM
+from torch import Tensor, nn
+
+from amkd_monai.atomic import atomic_path
+from amkd_monai.data.datasets import get_task
+from amkd_monai.data.decoded import UNLABELLED, DecodedImages
+from amkd_monai.distillation import Batch
+from amkd_monai.engines.handlers.reports import identify
+from amkd_monai.files.pictures import read_picture
+from amkd_monai.files.volumes import grey_levels, read_volume
+from amkd_monai.metrics.summary import FEATURES, TEACHERS, preview_file
+
+SIDE = 256
+"""Longest side of a preview in pixels."""
+SLICES = 24
+"""Slices kept of a volume."""
+SAMPLES = 6
+"""Training images kept with the teacher outputs."""
+MOST = 300
+"""Training images of which pooled features are kept, evenly spaced."""
+BATCH = 16
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+class CasePreviews:
+    """Write ``previews/<case>.npz`` for each case of an evaluation.
+
+    Masks: ``image`` (S, h, w, 3) uint8, ``reference`` and ``prediction`` (S, h, w) uint8, S = 1 for an image and evenly
+    spaced slices along the last axis for a volume; of a volume also ``plane0`` to ``plane2`` (h, w, 3) with
+    ``reference0``, ``prediction0`` and so on, through the centre of the reference. Classes: ``image`` (1, h, w, 3) and
+    ``cam`` (1, h, w) uint8, the Grad-CAM of the predicted class (Selvaraju et al., ICCV 2017), from MONAI.
+
+    Attach to the evaluator that gets the case report.
+
+    Args:
+        task: name of the task.
+        output_dir: folder of the report.
+        student: network of a classification task, for Grad-CAM; None leaves it out.
+    """
+
+    def __init__(self, task: str, output_dir: str | Path, student: nn.Module | None = None) -> None:
+        self.task, self.output_dir, self.student = get_task(task), Path(output_dir), student
+        self.camera: GradCAM | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handler."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
+
+    def _write(self, engine: Engine) -> None:
+        for item, source in zip(engine.state.output, engine.state.batch, strict=True):
+            case, filename = identify({**source, **item})
+            if self.task.is_classification:
+                arrays = self._class_preview(item)
+            else:
+                masks = [np.asarray(item[k][0]).astype(np.uint8) for k in (CommonKeys.LABEL, CommonKeys.PRED)]
+                if self.task.dimensions == 2:
+                    three = zip(("image", "reference", "prediction"), (read_picture(filename), *masks), strict=True)
+                    arrays = {name: _small(array[None]) for name, array in three}
+                else:
+                    arrays = _volume_preview(filename, *masks)
+            _save(preview_file(self.output_dir, case), arrays)
+
+    def _class_preview(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        image = torch.as_tensor(item[CommonKeys.IMAGE]).float()
+        arrays = {"image": _small(_byte(image.permute(1, 2, 0))[None])}
+        if self.student is not None:
+            if self.camera is None:  # a copy, since its hooks stay; made now, since the weights are loaded by now
+                name = str(self.student.encoder.feature_info.module_name(-1))  # module of the coarsest map
+                modules = dict(self.student.named_modules())
+                layer = next(n for n in (f"encoder.{name}", f"encoder.{name.replace('.', '_')}") if n in modules)
+                self.camera = GradCAM(copy.deepcopy(self.student).eval(), layer)
+            predicted = int(torch.as_tensor(item[CommonKeys.PRED]).argmax())
+            with torch.enable_grad():
+                heat = self.camera(image[None].to(next(self.student.parameters()).device), class_idx=predicted)
+            arrays["cam"] = _small((heat[0].detach().cpu().numpy() * 255).astype(np.uint8))
+        return arrays
+
+
+def _volume_preview(filename: str, reference: np.ndarray, prediction: np.ndarray) -> dict[str, np.ndarray]:
+    grey = grey_levels(read_volume(filename)[0])
+    inside = np.argwhere(reference if reference.any() else np.ones_like(reference))
+    centre, first, last = inside.mean(0).round().astype(int), inside[:, 2].min(), inside[:, 2].max()
+    chosen = np.unique(np.linspace(max(first - 2, 0), min(last + 2, grey.shape[2] - 1), SLICES).round().astype(int))
+    arrays: dict[str, np.ndarray] = {}
+    for name, volume in (("image", grey), ("reference", reference), ("prediction", prediction)):
+        parts = {name: _small(np.moveaxis(volume[..., chosen], 2, 0))}
+        for axis in range(3):
+            plane = "plane" if name == "image" else name
+            parts[f"{plane}{axis}"] = _small(np.take(volume, centre[axis], axis)[None])[0]
+        arrays |= {k: np.repeat(a[..., None], 3, -1) if name == "image" else a for k, a in parts.items()}
+    return arrays
+
+
+def _small(array: np.ndarray) -> np.ndarray:
+    """Take every n-th pixel (S, H, W[, 3]) so that no side is longer than ``SIDE``."""
+    step = -(-max(array.shape[1:3]) // SIDE)
+    return array[:, ::step, ::step]
+
+
+def _byte(values: Tensor) -> np.ndarray:
+    return (values.float() * 255).round().clamp(0, 255).byte().cpu().numpy()
+
+
+class TeacherPictures:
+    """Write ``teachers.npz`` when a training with teachers ends.
+
+    Six labelled training samples without augmentation: ``image`` (N, H, W, 3), ``label`` and ``student`` (N, H, W),
+    ``answer_<teacher>`` (N, h, w) where it has outputs, ``weight_<teacher>`` (N, h, w); all uint8 with 255 for 1.
+    Outputs are probabilities of foreground, or of the true class (one cell); weights are the gate's, over all teachers.
+
+    Args:
+        output_dir: folder of the run.
+    """
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.path = Path(output_dir) / TEACHERS
+
+    def attach(self, engine: Engine) -> None:
+        """Follow the trainer."""
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    @idist.one_rank_only()
+    @torch.no_grad()
+    def _write(self, engine: Engine) -> None:
+        if engine.targets is None:
+            return
+        dataset, device = engine.data_loader.dataset, engine.state.device
+        distiller = getattr(engine.network, "module", engine.network)
+        wanted = np.flatnonzero(dataset.has_label & (dataset.has_foreground | (dataset.classes is not None)))
+        if not len(wanted):
+            wanted = np.flatnonzero(dataset.has_label)
+        indices = np.unique(wanted[np.linspace(0, len(wanted) - 1, SAMPLES).round().astype(int)]).tolist()
+        items = [dataset[i] for i in indices]
+        label = torch.stack([item["label"] for item in items]).long().to(device)
+        image = torch.stack([item["image"] for item in items])
+        targets = engine.targets.read(indices, device)
+        known = torch.ones(len(indices), dtype=torch.bool, device=device)
+        batch = Batch(image.to(device).float() / 255, label, known, targets, torch.tensor(indices, device=device))
+        was_training = distiller.training
+        distiller.eval()
+        logits, answers, weights = distiller.teacher_maps(batch)
+        distiller.train(was_training)
+        classes = label if label.ndim == 1 else None
+        shown = batch.label_map[:, 0] > 0 if classes is None else torch.ones_like(batch.label_map[:, 0])
+        arrays = {"image": image.permute(0, 2, 3, 1).numpy(), "label": _byte(shown), "student": _shown(logits, classes)}
+        for k, spec in enumerate(distiller.teachers):
+            arrays[f"weight_{spec.name}"] = _byte(weights[:, k])
+            if spec.name in answers:
+                arrays[f"answer_{spec.name}"] = _shown(answers[spec.name], classes)
+        arrays["ids"] = np.array([item["id"] for item in items])
+        _save(self.path, arrays)
+
+
+def _shown(logits: Tensor, classes: Tensor | None) -> np.ndarray:
+    """Probability of foreground (N, h, w), or of the true class."""
+    p = logits.softmax(1)
+    return _byte(1 - p[:, 0] if classes is None else p[torch.arange(len(p)), classes])
+
+
+class PooledFeatures:
+    """Write ``features.npz`` when a training ends.
+
+    Of at most 300 labelled training samples without augmentation: ``student`` (N, C) float32, the mean over the cells
+    of its coarsest feature map after the last step; ``teacher_<name>`` (N, C') float32, the mean over the cells of the
+    cached map of each teacher whose features are distilled; ``value`` (N,) float32, the class, or the fraction of the
+    pixels that is foreground.
+
+    Args:
+        output_dir: folder of the run.
+        student: the network, which has ``encode``.
+    """
+
+    def __init__(self, output_dir: str | Path, student: nn.Module) -> None:
+        self.path, self.student = Path(output_dir) / FEATURES, student
+
+    def attach(self, engine: Engine) -> None:
+        """Follow the trainer."""
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    @idist.one_rank_only()
+    def _write(self, engine: Engine) -> None:
+        dataset = engine.data_loader.dataset
+        known = np.flatnonzero(dataset.has_label)
+        indices = known[np.linspace(0, len(known) - 1, min(MOST, len(known))).round().astype(int)].tolist()
+        labels = [np.asarray(dataset.labels[i]) for i in indices]
+        value = [x if x.ndim == 0 else ((x > 0) & (x != UNLABELLED)).mean() for x in labels]
+        arrays = {"student": student_vectors(self.student, dataset, indices), "value": np.array(value, np.float32)}
+        if engine.targets is not None:
+            arrays |= {f"teacher_{name}": vectors for name, vectors in engine.targets.pooled(indices).items()}
+        _save(self.path, arrays)
+
+
+@torch.no_grad()
+def student_vectors(student: nn.Module, dataset: DecodedImages, indices: list[int]) -> np.ndarray:
+    """Mean over the cells of the coarsest feature map of each sample, (N, C) float32; the student's mode is kept."""
+    device, was_training = next(student.parameters()).device, student.training
+    student.eval()
+    parts = []
+    for start in range(0, len(indices), BATCH):
+        image = torch.stack([dataset[i]["image"] for i in indices[start : start + BATCH]])
+        levels = student.encode(image.to(device).float() / 255)
+        parts.append(levels[-1].float().mean((2, 3)).cpu().numpy())  # (B, C, h, w) -> (B, C)
+    student.train(was_training)
+    return np.concatenate(parts)

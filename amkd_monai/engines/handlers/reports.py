@@ -1,0 +1,342 @@
+"""Handlers of evaluations: score every case, write the report, calibrate a class student."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ignite.engine import Engine, Events
+from ignite.metrics import EpochMetric
+from monai.data.utils import affine_to_spacing
+from monai.handlers import MLFlowHandler
+from monai.utils import CommonKeys, ImageMetaKey
+from torch import Tensor, nn
+
+from amkd_monai.atomic import atomic_write_json
+from amkd_monai.cache.probes import calibration_temperature
+from amkd_monai.data.datasets import Task, get_task
+from amkd_monai.engines.runs import read_json
+from amkd_monai.metrics.classification import class_metrics, class_row
+from amkd_monai.metrics.segmentation import METRICS, STATUSES, case_metrics
+from amkd_monai.metrics.summary import Row, format_table, jsonable, summarise, summarise_classes, write_case_csv
+
+logger = logging.getLogger("amkd_monai")
+
+AFFINE_TOLERANCE = 1e-3
+"""Largest difference (mm) between the affines of a prediction and its label on one grid."""
+
+
+class CaseReport:
+    """Score each case; when the run ends, write and log the report.
+
+    Attach it to an evaluator whose output is, after decollating and postprocessing, a list of dicts with ``pred`` and
+    ``label``. Masks: label maps of shape (1, H, W) or (1, H, W, D) of the size the image has on disk (``Invertd``
+    undoes resizing, ``AsDiscreted(argmax=True)`` makes the map). Classes: probabilities (C,) and a class.
+
+    ``per_case.csv`` gets the rows of :py:func:`~amkd_monai.metrics.segmentation.case_metrics` or
+    :py:func:`~amkd_monai.metrics.classification.class_row`, with the ``id`` first (of the batch item, or else the name
+    of its image file); ``metrics.json`` the task, the ``facts`` and the summary. ``engine.state.metrics`` gets
+    ``dice_mean``, ``dice_ci_low`` and so on, ``cases_missed`` etc. with the number of rows of each status and
+    ``false_positive_rate`` where a reference is empty; of classes ``<metric>``, ``<metric>_ci_low`` and
+    ``<metric>_ci_high``. Under torch.distributed the cases of all ranks are gathered, repeated ones counted once, and
+    rank 0 writes.
+
+    Args:
+        task: name of the task, which gives classes, dimensions, NSD tolerance and unit.
+        output_dir: folder of the report, made if it is missing.
+        spacing_from_meta: take the voxel size (mm) of volumes from the affine of the label; if False
+            distances are in voxels. Distances in 2D images are always in pixels.
+        facts: further content of ``metrics.json``, see :py:func:`amkd_monai.engines.runs.evaluated`.
+
+    Raises:
+        ValueError: a case has no id, or its prediction is of the wrong shape or on another grid than its label; two
+            files have the same id; some cases could not be used and the folder holds the figures of all.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        output_dir: str | Path,
+        spacing_from_meta: bool = True,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.task, self.output_dir, self.facts = get_task(task), Path(output_dir), dict(facts or {})
+        self.in_mm = spacing_from_meta and self.task.dimensions == 3
+        self.unit = self.task.unit if self.in_mm or self.task.dimensions == 2 else "voxels"
+        self._cases: dict[tuple[str, str], list[Row]] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handler with an evaluator."""
+        engine.add_event_handler(Events.STARTED, lambda _: self._cases.clear())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.COMPLETED, self._report)
+
+    def _collect(self, engine: Engine) -> None:
+        output, batch = engine.state.output, engine.state.batch
+        if not isinstance(output, list):
+            raise TypeError("CaseReport needs a list of dicts: run the evaluator with decollate=True.")
+        sources = batch if isinstance(batch, list) and len(batch) == len(output) else [{}] * len(output)
+        for item, source in zip(output, sources, strict=True):
+            key = case, _ = identify({**source, **item})
+            if key in self._cases:
+                logger.info("The case %s came again and is counted once.", case)
+                continue
+            try:
+                rows = [_class_row(self.task, case, item)] if self.task.is_classification else self._mask_rows(item)
+            except ValueError as error:
+                raise ValueError(f"Case {case}: {error}") from error
+            self._cases[key] = [{"id": case, **row} for row in rows]
+
+    def _mask_rows(self, item: Mapping[str, Any]) -> list[Row]:
+        task, pred, label = self.task, item[CommonKeys.PRED], item[CommonKeys.LABEL]
+        for name, array in (("pred", pred), ("label", label)):
+            if array.ndim != task.dimensions + 1 or array.shape[0] != 1:
+                raise ValueError(
+                    f"'{name}' must be one label map of shape (1, ...) with {task.dimensions} axes, got shape "
+                    f"{tuple(array.shape)}."
+                )
+        spacing = _voxel_size(pred, label) if self.in_mm else [1.0] * task.dimensions
+        return case_metrics(pred[0], label[0], len(task.classes), spacing, task.nsd_tolerance, task.classes[1:])
+
+    def _report(self, engine: Engine) -> None:
+        cases = {key: rows for of_rank in reversed(idist.all_gather(self._cases)) for key, rows in of_rank.items()}
+        rows = [row for key in sorted(cases) for row in cases[key]]
+        flat: dict[str, float] = {}
+        described: dict[str, Any]
+        if self.task.is_classification:
+            summary = summarise_classes(rows, self.task)
+            title, described = self.task.name, {"primary_metric": self.task.primary_metric}
+            for name, values in summary["metrics"].items():
+                flat |= {
+                    name: values["value"],
+                    f"{name}_ci_low": values["ci_low"],
+                    f"{name}_ci_high": values["ci_high"],
+                }
+        else:
+            summary = summarise(rows, METRICS)
+            title = f"{self.task.name}, HD95 in {self.unit}"
+            described = {"unit": self.unit, "nsd_tolerance": self.task.nsd_tolerance}
+            for metric, values in summary["metrics"].items():
+                flat |= {f"{metric}_{name}": value for name, value in values.items()}
+            flat |= {f"cases_{status}": summary["status"].get(status, 0) for status in STATUSES}
+            if summary["empty_references"]:
+                flat["false_positive_rate"] = summary["false_positive_rate"]
+        engine.state.metrics |= flat
+        if idist.get_rank() == 0:
+            self._write(rows, {"task": self.task.name, **described, "summary": summary})
+            logger.info("%s", format_table(summary, title))
+
+    def _write(self, rows: Sequence[Row], report: Mapping[str, Any]) -> None:
+        file, skipped = self.output_dir / "metrics.json", self.facts.get("skipped_samples")
+        if skipped:
+            old = read_json(file)
+            same = old.get("student_sha256") == self.facts.get("student_sha256")
+            if old and same and not old.get("skipped_samples"):
+                raise ValueError(
+                    f"{file} holds the figures of all cases and is kept, {len(skipped)} case(s) could not be used now: "
+                    f"{skipped[0]['reason']} Restore the files, or give an --output_dir of its own."
+                )
+        write_case_csv(self.output_dir / "per_case.csv", rows)
+        atomic_write_json(file, jsonable({**self.facts, **report}))
+
+
+ClassReport = CaseReport
+"""Name of the report in the configs of classification bundles."""
+
+
+def identify(item: Mapping[str, Any]) -> tuple[str, str]:
+    """Id and image file of a case; the id may be the name of the file, the file may be unknown."""
+    filename = getattr(item.get(CommonKeys.IMAGE), "meta", {}).get(ImageMetaKey.FILENAME_OR_OBJ)
+    case = item.get("id")
+    if case is None and filename is None:
+        raise ValueError("A case has neither an 'id' nor a file name in the meta data of its image.")
+    if case is None:
+        case = PurePath(str(filename).removesuffix(".gz")).stem  # volume.nii.gz -> volume
+    return str(case), str(filename)
+
+
+def _voxel_size(pred: Tensor, label: Tensor) -> list[float]:
+    """Voxel size (mm) along the axes of a label (1, H, W, D), whose grid the prediction must share."""
+    affine = getattr(label, "affine", None)
+    if affine is None:
+        raise ValueError("the label has no affine: load it with LoadImaged or set spacing_from_meta to False.")
+    other = getattr(pred, "affine", affine)
+    if not torch.allclose(other.to(affine), affine, rtol=0, atol=AFFINE_TOLERANCE):
+        raise ValueError("prediction and label lie on different grids: invert the transforms of the prediction.")
+    return [float(size) for size in affine_to_spacing(affine, r=3)]
+
+
+def _class_row(task: Task, case: str, item: Mapping[str, Any], labelled: bool = True) -> Row:
+    label = int(torch.as_tensor(item[CommonKeys.LABEL])) if labelled else None
+    probabilities = torch.as_tensor(item[CommonKeys.PRED]).detach().cpu()
+    return class_row(task, case, label, np.asarray(probabilities, dtype=float))
+
+
+class ClassPredictions:
+    """Write the class probabilities of every image to ``predictions.csv`` when the engine ends.
+
+    Args:
+        task: name of the task.
+        output_dir: folder of the file.
+    """
+
+    def __init__(self, task: str, output_dir: str | Path) -> None:
+        self.task, self.path = get_task(task), Path(output_dir) / "predictions.csv"
+        self.rows: list[Row] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handler with an evaluator whose decollated output has ``pred`` (C,), probabilities."""
+        engine.add_event_handler(Events.STARTED, lambda _: self.rows.clear())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _collect(self, engine: Engine) -> None:
+        for item, source in zip(engine.state.output, engine.state.batch, strict=True):
+            case, _ = identify({**source, **item})
+            row = _class_row(self.task, case, item, labelled=False)
+            self.rows.append({"id": case, "class": self.task.classes[row["prediction"]], **row})
+
+    @idist.one_rank_only()
+    def _write(self, engine: Engine) -> None:
+        write_case_csv(self.path, self.rows)
+
+
+class ClassScore(EpochMetric):
+    """A metric of a classification task over all cases of an epoch, as an ignite metric.
+
+    Args:
+        task: name of the task.
+        metric: name of the metric; None takes the task's primary one.
+
+    Raises:
+        ValueError: no such task or metric.
+    """
+
+    def __init__(self, task: str, metric: str | None = None) -> None:
+        metrics, name = class_metrics(get_task(task)), metric or get_task(task).primary_metric
+        if name not in metrics:
+            raise ValueError(f"There is no metric '{name}' for {task}: use one of {', '.join(metrics)}.")
+
+        def compute(pred: Tensor, label: Tensor) -> float:
+            return metrics[name](label.numpy().astype(int), pred.numpy().astype(float))
+
+        super().__init__(compute, output_transform=_stack, check_compute_fn=False)
+
+
+def _stack(output: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Probabilities (B, C) and classes (B,) of decollated items."""
+    pred = torch.stack([torch.as_tensor(item[CommonKeys.PRED]).float().cpu() for item in output])
+    label = torch.stack([torch.as_tensor(item[CommonKeys.LABEL]).long().cpu().reshape(()) for item in output])
+    return pred.as_subclass(Tensor), label.as_subclass(Tensor)
+
+
+class FitTemperature:
+    """Calibrate a student on validation: one temperature that minimises the cross entropy (Guo et al., 2017).
+
+    Attach to the validation evaluator, before the handler that saves the student: the temperature is a buffer of the
+    student and is saved with it. Validation itself runs at temperature 1, so a value never depends on an earlier epoch.
+
+    Args:
+        student: network with a buffer ``temperature``.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self.student = student
+        self.outputs: list[tuple[Tensor, Tensor]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handler."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: self.outputs.append(_stack(e.state.output)))
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._fit)
+
+    def _start(self, engine: Engine) -> None:
+        self.outputs = []
+        self.student.temperature.fill_(1.0)
+
+    def _fit(self, engine: Engine) -> None:
+        p, label = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
+        logits = p.clamp_min(1e-12).log()  # logits up to a constant per case
+        with torch.enable_grad():
+            fitted = calibration_temperature(logits, F.one_hot(label, p.shape[1]).float())
+        self.student.temperature.fill_(fitted)
+        engine.state.metrics["temperature"] = fitted
+
+
+class EmptyReferences:
+    """Report how often foreground is predicted where the reference is empty.
+
+    MONAI's mean Dice leaves cases with an empty reference out, which would hide their errors. ``engine.state.metrics``
+    gets ``val_false_positive_rate``, the share of these cases with a predicted foreground, and
+    ``val_empty_references``, their number; nothing if there is no such case. Attach before handlers that log metrics,
+    to an evaluator whose output is a list of dicts with one-hot ``pred`` and ``label``, (C, ...), background first.
+    """
+
+    def __init__(self) -> None:
+        self._predicted: list[bool] = []
+        self._cases = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handler."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._report)
+
+    def _reset(self, engine: Engine) -> None:
+        self._predicted, self._cases = [], 0
+
+    def _collect(self, engine: Engine) -> None:
+        for case in engine.state.output:
+            self._cases += 1
+            if not (case[CommonKeys.LABEL][1:] > 0).any():
+                self._predicted.append(bool((case[CommonKeys.PRED][1:] > 0).any()))
+
+    def _report(self, engine: Engine) -> None:
+        if self._cases and len(self._predicted) == self._cases:
+            raise ValueError(
+                f"All {self._cases} validation cases have an empty reference, so Dice cannot choose the best student: "
+                "change the split, or check that the masks are read right (`python -m amkd_monai data check`)."
+            )
+        if self._predicted:
+            engine.state.metrics["val_false_positive_rate"] = sum(self._predicted) / len(self._predicted)
+            engine.state.metrics["val_empty_references"] = len(self._predicted)
+
+
+class WriteReport:
+    """Write ``report.html`` next to the results of an evaluation. Attach it after the case report.
+
+    Args:
+        output_dir: folder of the run.
+    """
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.output_dir = Path(output_dir)
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handler."""
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _write(self, engine: Engine) -> None:
+        idist.barrier()
+        if idist.get_rank() == 0:
+            from amkd_monai.report.page import write_report
+
+            logger.info("report: %s", write_report([self.output_dir], self.output_dir / "report.html"))
+
+
+class TrackEvaluation(MLFlowHandler):
+    """MONAI's handler for evaluations whose metrics are complete when they end, as the case report's are.
+
+    Attach it after the handlers that write the ``artifacts``. Options are those of MONAI's handler.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handler; metrics are logged before MONAI's own handlers close the run."""
+        engine.add_event_handler(Events.COMPLETED, self.epoch_completed)
+        super().attach(engine)
