@@ -23,7 +23,7 @@ class StoredTeacher:
         fault: why it cannot be opened.
         size: bytes of all its files.
         modified: when it was made, seconds since the epoch.
-        state: ``complete``, ``incomplete (3 of 8 shards)`` or ``damaged``; ``building`` while it is held.
+        state: ``complete``, ``incomplete (3 of 8 shards)`` or ``damaged``.
     """
 
     directory: Path
@@ -57,27 +57,13 @@ def _found(file: Path) -> StoredTeacher:
     try:
         store = FeatureStore.open(directory)
         there, shards = len(store.written()), len(store.shards)
-        unfinished = "building" if _is_held(directory) else "incomplete"
-        state = "complete" if there == shards else f"{unfinished} ({there} of {shards} shards)"
+        state = "complete" if there == shards else f"incomplete ({there} of {shards} shards)"
     except StoreError as error:
         fault = str(error)
     for path in directory.iterdir():
         with contextlib.suppress(FileNotFoundError):  # a temporary file of a builder
             size += path.stat().st_size
     return StoredTeacher(directory, store, fault, size, file.stat().st_mtime, state)
-
-
-def _is_held(directory: Path) -> bool:
-    """Whether a process holds a store; one that cannot be written is not being built."""
-    try:
-        if (directory / LOCK).exists():
-            with exclusive_lock(directory / LOCK):
-                pass
-    except TimeoutError:
-        return True
-    except OSError:
-        pass
-    return False
 
 
 def format_stores(found: Sequence[StoredTeacher], folder: str | Path) -> str:
