@@ -136,7 +136,7 @@ def cache_teacher(
         batch_size: images per forward, halved when memory runs out; None for :data:`BATCH_SIZE` of the device.
         views: stored views of every image (:func:`amkd_monai.cache.views.view_set`).
         dtype: of feature maps, ``float16``, or ``int8`` with a scale per image and channel; the rest is float16.
-        part: what this process computes; with other parts the store may be incomplete on return.
+        part: what this process computes; with several parts the store may be incomplete on return.
         description: from which the teacher was built; kept with the store, so that it can be verified.
 
     Raises:

@@ -47,19 +47,8 @@ def contrastive_loss(similar: Tensor, own: Tensor, eligible: Tensor, temperature
 class ContrastiveDistillation(Counter):
     """Heads from the pooled student map to each teacher's pooled standardised vectors, and the negatives.
 
-    The vectors of all samples are on the device, and negatives are drawn from them in every step.
-    The table is not part of the state; the temperature and the count of steps are.
-
-    Args:
-        channels: of the student map.
-        samples: the training dataset.
-        temperature: of the softmax, where it starts.
-        learnable: whether the temperature is trained.
-        negatives: per sample at most.
-        seed: of the draws.
-
-    Raises:
-        ValueError: a temperature out of range, or vectors that are not finite.
+    The vectors of all samples are on the device, and up to ``negatives`` of them are drawn for each sample in every
+    step. The table is not part of the state; the temperature, trained if ``learnable``, and the count of steps are.
     """
 
     def __init__(
@@ -95,11 +84,10 @@ class ContrastiveDistillation(Counter):
         return self.log_temperature.exp().clamp(COOLEST, WARMEST)
 
     def forward(self, features: Tensor, index: Tensor | None) -> dict[str, Tensor]:
-        """Compute the loss of each teacher, {teacher: (B,)}; when a step was counted, other negatives are drawn.
+        """Compute the loss of each teacher, {teacher: (B,)}, of a student map (B, C, h, w).
 
-        Args:
-            features: student map (B, C, h, w).
-            index: position of each sample in the training dataset (B,).
+        ``index`` is the position of each sample in the training dataset (B,). When a step was counted, other negatives
+        are drawn.
         """
         if index is None:
             raise ValueError("Contrastive distillation needs the index of each sample: give the batch its index.")

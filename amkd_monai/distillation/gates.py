@@ -200,14 +200,9 @@ class TeacherGate(nn.Module):
         features: Tensor,
         cosines: Mapping[str, Tensor],
     ) -> GateReading:
-        """Look at a batch before its weights are asked for.
+        """Look at a batch: at answers {teacher: logits (B, classes, h, w)} and, if the gate looks, at the student.
 
-        Args:
-            batch: the batch.
-            answers: {teacher: logits (B, classes, h, w)} of those that answer.
-            classes: number of classes.
-            features: student map (B, C, h, w).
-            cosines: {teacher: cosine with the student (B, h, w)} where features are compared, if the gate looks.
+        That is its map (B, C, h, w) and {teacher: cosine (B, h, w)} of those whose features are compared.
         """
         scores = None
         if self.looks:

@@ -29,18 +29,8 @@ _dice, _batch_dice = DiceLoss(**_DICE_OPTIONS), DiceLoss(**_DICE_OPTIONS, batch=
 def task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False, class_weights: Tensor | None = None) -> Tensor:
     """The supervised loss per sample: cross entropy of classes, :func:`segmentation_task_loss` of masks.
 
-    Args:
-        logits: (B, C) or (B, C, H, W).
-        label: class indices in 0 to C - 1 (:func:`note_classes`), (B,) or (B, 1, H, W).
-        batch_dice: of masks, pool overlaps over the batch.
-        class_weights: (C,) factors of the classes of images. Not normalised; pass weights that average 1 over the
-            samples.
-
-    Returns:
-        (B,), cross entropies in nats.
-
-    Raises:
-        ValueError: logits of masks meet labels of images, or the other way round.
+    Logits (B, C) or (B, C, H, W) meet class indices in 0 to C - 1, (B,) or (B, 1, H, W); the result is (B,), in nats.
+    ``class_weights`` (C,), for classes of images, are not normalised; pass weights that average 1 over the samples.
     """
     if logits.ndim == 4:
         return segmentation_task_loss(logits, label, batch_dice)
@@ -94,10 +84,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 def feature_loss(aligned: Tensor, target: Tensor, similar: Tensor | None = None) -> Tensor:
     """Half cosine distance, half smooth L1, per location (B, h, w) (UNIC and DUNE use this pair).
 
-    Args:
-        aligned: student features projected to the teacher's space (B, C, h, w).
-        target: standardised teacher features (B, C, h, w); no gradient flows into them.
-        similar: their cosine (B, h, w) with its gradient, where it is known already.
+    Of student features projected to the teacher's space and standardised teacher features (B, C, h, w), into which no
+    gradient flows; ``similar`` is their cosine (B, h, w) with its gradient, where it is known already.
     """
     aligned, target = aligned.float(), target.detach().float()
     similar = cosine(aligned, target) if similar is None else similar

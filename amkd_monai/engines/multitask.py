@@ -156,13 +156,9 @@ class MultiTaskEvaluator(Evaluator):
 class TransferReport:
     """Compare the shared student's evaluation with other runs: ``transfer.csv``, and a table in the log.
 
-    Attach to the evaluator of all tasks.
-
-    Args:
-        output_dir: folder that holds a folder per task.
-        tasks: {task: what is asked}.
-        runs: {label: folder of another run, with ``{task}`` in it}, such as the undistilled and the distilled students
-            of single data sets, fine-tuned students, or the shared student before it learned more; None leaves one out.
+    Attach to the evaluator of all tasks; ``output_dir`` holds a folder per task. ``runs`` are {label: folder of another
+    run, with ``{task}`` in it}, such as the undistilled and the distilled students of single data sets, fine-tuned
+    students, or the shared student before it learned more; None leaves one out.
     """
 
     def __init__(self, output_dir: str | Path, tasks: Mapping[str, Task], runs: Mapping[str, str | None]) -> None:
