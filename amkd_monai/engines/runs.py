@@ -51,7 +51,7 @@ PREVIOUS = "previous"
 LOCK = ".running"
 OVERRIDDEN = "overridden"
 PLACES = ["bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "cache_dir", "weights_dir", "init_from", "resume_dir"]
-RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html", "teachers.csv", "teachers.svg"]
+RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html"]
 RESULTS += ["masks", "predictions.csv", "transfer.csv", "split_*.json", "events.out.tfevents.*"]
 RESULTS += [TEACHERS, FEATURES, PREVIEWS]
 """What a run leaves in its output folder."""

@@ -39,8 +39,8 @@ def check_epochs(folder, rows, latest):
     "options",
     [
         {"gate": "learned", "return_code": "learned", "losses": ALL_LOSSES, "loss_gate": "agreement"},
-        {"gate": "camkd", "return_code": "pca", "losses": ALL_LOSSES},
-        {"gate": "reliability", "return_code": "pca", "losses": ALL_LOSSES, "views": 2, "cache_dtype": "int8"},
+        {"gate": "uniform", "return_code": "learned", "losses": ALL_LOSSES},
+        {"gate": "reliability", "return_code": "learned", "losses": ALL_LOSSES, "views": 2, "cache_dtype": "int8"},
     ],
     ids=["learned", "training-free", "views"],
 )
@@ -106,7 +106,7 @@ def test_a_broken_off_run_resumes_to_the_same_student(tmp_path, cache):
 def test_an_unknown_mode_is_refused_in_one_sentence(tmp_path, cache):
     from amkd_monai.errors import root_cause
 
-    for options in ({"loss_gate": "oracle"}, {"return_code": "oracle"}, {"standardisation": "oracle"}):
+    for options in ({"loss_gate": "oracle"}, {"return_code": "oracle"}, {"gate_options": {"oracle": 1}}):
         with pytest.raises(RuntimeError) as caught:
             run("kvasir_seg", ("train",), small(tmp_path, cache, **options))
         text = str(root_cause(caught.value))

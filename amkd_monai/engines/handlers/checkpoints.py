@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,10 @@ class ResumeCheckpoint:
         self.path, self.objects, self.evaluator = Path(path), dict(objects), evaluator
         self.resume = is_true(resume)
         self.distiller = distiller.module if hasattr(distiller, "module") else distiller
-        self.identity = {k: str(v) for k, v in (identity or {}).items()}
+        self.identity: dict[str, str] = {}
+        for name, value in (identity or {}).items():  # fields of an object one by one, so that the refusal names them
+            parts = {f"{name}#{k}": v for k, v in vars(value).items()} if is_dataclass(value) else {name: value}
+            self.identity |= {k: str(v) for k, v in parts.items()}
         self._state: dict[str, Any] | None = None
 
     def attach(self, engine: Engine) -> None:
