@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from amkd_monai.metrics.statistics import (
     paired_wilcoxon,
     resampled,
 )
-from amkd_monai.metrics.summary import Row, read_case_csv
+from amkd_monai.metrics.summary import Row, read_case_csv, read_json
 from amkd_monai.tasks import Task, get_task
 from amkd_monai.terminal import align
 
@@ -32,15 +31,10 @@ def evaluated_task(metrics_json: str | Path) -> Task | None:
     """Return the task of an evaluated run, from its ``metrics.json``; None where that file is missing.
 
     Raises:
-        ValueError: the file is not a report, or names an unknown task.
+        ValueError: the file is damaged, or names an unknown task.
     """
-    path = Path(metrics_json)
-    if not path.is_file():
-        return None
-    try:
-        return get_task(json.loads(path.read_text(encoding="utf-8"))["task"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the report of an evaluation: evaluate that run again.") from error
+    report = read_json(metrics_json)
+    return get_task(str(report.get("task"))) if report else None
 
 
 def compare_runs(
