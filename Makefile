@@ -60,10 +60,11 @@ test: $(INSTALLED) $(LABEL_INSTALLED) ## run the test suite, the MONAI Label ser
 bundles: $(INSTALLED) ## write the configs of all bundles from bundles/source
 	$(VPYTHON) bundles/source/build.py
 
-check: $(INSTALLED) ## format check, lint, types, bundles as their source says
+check: $(INSTALLED) ## format check, lint, types, layers of the package, bundles as their source says
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	PYTHONPATH=. $(VENV)/bin/lint-imports
 	$(VPYTHON) bundles/source/build.py --check
 
 docs: export NO_MKDOCS_2_WARNING = 1

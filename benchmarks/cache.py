@@ -27,9 +27,8 @@ from amkd_monai.cache.inventory import bytes_per_image
 from amkd_monai.cache.shards import ArraySpec, shard_bytes
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.augment import Augmentation, warp
+from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import DecodedDataset
-from amkd_monai.data.kvasir_seg import find_items
-from amkd_monai.data.phantoms import write_kvasir_seg
 from amkd_monai.teachers.registry import build_teacher
 
 GRIDS = {"medsam": (256, 16, 16), "retfound": (1024, 14, 14), "usfm": (768, 14, 14), "biomedparse": (1536, 16, 16)}
@@ -148,7 +147,8 @@ def seconds(work: Any) -> float:
 
 def building(folder: Path, rounds: int) -> Row:
     """Building a store against the teacher's forwards alone, over the same images in the same batches."""
-    items = find_items(write_kvasir_seg(folder, count=32, size=(240, 360)))
+    polyps = get_task("kvasir_seg")
+    items = polyps.layout.find_items(polyps.write_phantom(folder, count=32, size=(240, 360)))
     dataset = DecodedDataset(items, _chain(), folder / "cache")
     teacher = build_teacher({"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"})
     turn, at_once = iter(range(10_000)), BATCH_SIZE["cpu"]

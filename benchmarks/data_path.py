@@ -31,9 +31,8 @@ from paired import Row, paired, print_table
 from PIL import Image
 
 from amkd_monai.data.augment import Augmentation, warp
+from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import DecodedDataset
-from amkd_monai.data.kvasir_seg import find_items
-from amkd_monai.data.phantoms import write_kvasir_seg
 from amkd_monai.data.transforms import load_mask, load_rgb
 
 LIMIT = 1 / 3
@@ -57,7 +56,8 @@ def chain(size: tuple[int, int]) -> Compose:
 
 def training(folder: Path, rounds: int) -> Row:
     """Batches of augmented images and masks."""
-    items = find_items(write_kvasir_seg(folder, count=COUNT, size=(240, 360)))
+    polyps = get_task("kvasir_seg")
+    items = polyps.layout.find_items(polyps.write_phantom(folder, count=COUNT, size=(240, 360)))
     decoded = DecodedDataset(items, chain((SIDE, SIDE)), folder / "cache")
     loader = DataLoader(decoded, batch_size=BATCH, shuffle=True)
     augmentation = Augmentation(0.5, 0.25, 0.05, flip_height=True, flip_width=True, gain=0.2, offset=0.1, gamma=0.4)

@@ -33,7 +33,7 @@ class InTheLoop(TeacherTargets):
     """Targets whose teacher is asked about the augmented images of each step; its answers come from a stored probe."""
 
     def __init__(self, stored: TeacherTargets, teacher: Teacher, dataset: Any) -> None:
-        super().__init__(stored.sources, stored.prior_entropy, stored.record, stored.groups, stored.classes)
+        super().__init__(stored.teachers, stored.prior_entropy, stored.record, stored.groups, stored.classes)
         self.teacher, self.dataset, self.at_once = teacher, dataset, Batches()
 
     def read(self, indices: Any, device: Any, theta: Any = None, views: Any = None) -> dict[str, Any]:

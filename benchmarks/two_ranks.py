@@ -32,9 +32,8 @@ def build(folder: Path, rounds: int) -> dict[str, list[float]]:
 
     from amkd_monai.cache.build import cache_teacher
     from amkd_monai.cache.parts import EVERYTHING, Part
+    from amkd_monai.data.datasets import get_task
     from amkd_monai.data.decoded import DecodedDataset
-    from amkd_monai.data.kvasir_seg import find_items
-    from amkd_monai.data.phantoms import write_kvasir_seg
     from amkd_monai.memory import own_peak
     from amkd_monai.teachers.registry import build_teacher
 
@@ -42,8 +41,9 @@ def build(folder: Path, rounds: int) -> dict[str, list[float]]:
     logging.disable(logging.WARNING)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
+    polyps = get_task("kvasir_seg")
     dataset = DecodedDataset(
-        find_items(write_kvasir_seg(folder / str(rank), count=COUNT, size=(240, 360))),
+        polyps.layout.find_items(polyps.write_phantom(folder / str(rank), count=COUNT, size=(240, 360))),
         chain((256, 256)),
         folder / "cache",
     )

@@ -1,4 +1,3 @@
-import dataclasses
 import pickle
 from pathlib import Path
 
@@ -57,7 +56,7 @@ def test_remapped_weights_recognise_a_cat():
 
 
 def test_a_packaged_file_with_another_digest_is_refused(monkeypatch):
-    entry = dataclasses.replace(weights.PACKAGED["tf_efficientnet_lite0"], sha256="0" * 64)
+    entry = weights.PACKAGED["tf_efficientnet_lite0"]._replace(sha256="0" * 64)
     monkeypatch.setitem(weights.PACKAGED, "tf_efficientnet_lite0", entry)
     with pytest.raises(CheckpointError) as error:
         packaged_file("tf_efficientnet_lite0")
@@ -65,7 +64,7 @@ def test_a_packaged_file_with_another_digest_is_refused(monkeypatch):
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
-    entry = dataclasses.replace(weights.PACKAGED["tf_efficientnet_lite0"], distribution="no-such-distribution")
+    entry = weights.PACKAGED["tf_efficientnet_lite0"]._replace(distribution="no-such-distribution")
     monkeypatch.setitem(weights.PACKAGED, "tf_efficientnet_lite0", entry)
     with pytest.raises(CheckpointError) as error:
         packaged_file("tf_efficientnet_lite0")

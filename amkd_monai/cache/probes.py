@@ -1,13 +1,13 @@
-"""Probe heads: what a frozen teacher's features say about the labels, asked without cheating.
+"""Linear probes on a frozen teacher's cached features, and statistics of features.
 
 A probe is a linear classifier of grid cells (a 1x1 convolution), or of whole images by their pooled vectors, which are
-treated as maps of one cell. It is cross-fitted: each image is answered by a
-probe that has seen no image of its group, so that its answers are as good as they would be on new images.
+treated as maps of one cell. It is cross-fitted: each image is answered by a probe that has seen no image of its group,
+so that its answers are as good as they would be on new images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,30 +47,32 @@ def cell_targets(dataset: DecodedDataset, indices: np.ndarray, classes: int, siz
     return torch.cat(parts)
 
 
-def fit_probe(features: Tensor, targets: Tensor, steps: int = 40, weight_decay: float = WEIGHT_DECAY) -> LinearProbe:
-    """Fit multinomial logistic regression on cells by L-BFGS.
+def _minimise(parameters: list[Tensor], loss: Callable[[], Tensor], steps: int, history: int) -> None:
+    """Minimise a loss by L-BFGS in at most ``steps`` iterations."""
+    optimiser = torch.optim.LBFGS(parameters, max_iter=steps, history_size=history, line_search_fn="strong_wolfe")
 
-    Args:
-        features: standardised (N, C, h, w).
-        targets: class fractions (N, classes, h, w).
-        steps: iterations at most.
-        weight_decay: L2 penalty.
-    """
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimiser.step(closure)
+
+
+def fit_probe(features: Tensor, targets: Tensor, steps: int = 40, weight_decay: float = WEIGHT_DECAY) -> LinearProbe:
+    """Fit multinomial logistic regression of class fractions (N, classes, h, w) on standardised (N, C, h, w)."""
     x = features.permute(0, 2, 3, 1).flatten(0, 2)  # (N, C, h, w) -> (cells, C)
     y = targets.permute(0, 2, 3, 1).flatten(0, 2)
     classes = y.shape[1]
     weight = torch.zeros(classes, x.shape[1], requires_grad=True)
     bias = y.mean(0).clamp_min(1e-4).log().requires_grad_(True)
-    optimiser = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        loss = -(y * F.log_softmax(F.linear(x, weight, bias), dim=1)).sum(1).mean()
-        loss = loss + weight_decay * weight.square().sum()
-        loss.backward()
-        return loss
+    def loss() -> Tensor:
+        fit = -(y * F.log_softmax(F.linear(x, weight, bias), dim=1)).sum(1).mean()
+        return fit + weight_decay * weight.square().sum()
 
-    optimiser.step(closure)
+    _minimise([weight, bias], loss, steps, 10)
     return LinearProbe(weight.detach(), bias.detach())
 
 
@@ -89,16 +91,13 @@ def cross_fit_probes(
         store: features of the training dataset.
         dataset: the training dataset; unlabelled samples are answered by the mean of all probes.
         mean: (C,) of the features over the training split.
-        std: (C,), likewise.
+        std: likewise.
         folds: number of folds by group.
         seed: of the folds.
         array: the store's features to answer from, ``grid`` or ``pooled``.
 
     Returns:
         Logits (N, classes, h, w) float32, out of fold for labelled samples, and the probes of all folds.
-
-    Raises:
-        ValueError: fewer than two labelled groups.
     """
     labelled = np.flatnonzero(dataset.has_label)
     classes = dataset.labels[labelled] if dataset.labels.ndim == 1 else None
@@ -141,10 +140,7 @@ def standardised(store: FeatureStore, indices: np.ndarray, mean: Tensor, std: Te
 
 
 def _read_maps(store: FeatureStore, array: str, indices: np.ndarray | range) -> np.ndarray:
-    """Read features as maps (N, C, h, w); a vector (C,) per sample becomes a map of one cell.
-
-    A teacher without pooled vectors is given the mean over its cells.
-    """
+    """Read features as maps (N, C, h, w), vectors (C,) as maps of one cell; pooled vectors may be means of the grid."""
     if array == "pooled" and array not in store.arrays:
         return store.read("grid", indices).astype(np.float32).mean((2, 3), keepdims=True)
     values = store.read(array, indices)
@@ -166,15 +162,11 @@ def channel_statistics(store: FeatureStore, array: str = "grid") -> tuple[Tensor
 
 def channel_covariance(store: FeatureStore) -> Tensor:
     """Covariance (C, C) of the cached features over all samples and cells."""
-    count = 0
-    channels = store.arrays["grid"].shape[0]
-    total, products = np.zeros(channels), np.zeros((channels, channels))
+    count, total, products = 0, np.zeros(()), np.zeros(())
     for start in range(0, len(store), 64):
-        batch = store.read("grid", range(start, min(start + 64, len(store)))).astype(np.float64)
+        batch = _read_maps(store, "grid", range(start, min(start + 64, len(store)))).astype(np.float64)
         cells = batch.transpose(0, 2, 3, 1).reshape(-1, batch.shape[1])  # (B, C, h, w) -> (cells, C)
-        count += len(cells)
-        total += cells.sum(0)
-        products += cells.T @ cells
+        count, total, products = count + len(cells), total + cells.sum(0), products + cells.T @ cells
     mean = total / count
     return torch.from_numpy(products / count - np.outer(mean, mean)).float()
 
@@ -197,13 +189,9 @@ def calibration_temperature(logits: Tensor, targets: Tensor) -> float:
         targets: class fractions (N, classes, h, w).
     """
     log_temperature = torch.zeros((), requires_grad=True)
-    optimiser = torch.optim.LBFGS([log_temperature], max_iter=50, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        loss = -(targets * F.log_softmax(logits / log_temperature.exp(), dim=1)).sum(1).mean()
-        loss.backward()
-        return loss
+    def loss() -> Tensor:
+        return -(targets * F.log_softmax(logits / log_temperature.exp(), dim=1)).sum(1).mean()
 
-    optimiser.step(closure)
+    _minimise([log_temperature], loss, 50, 100)
     return float(log_temperature.detach().exp().clamp(0.25, 8.0))

@@ -1,21 +1,20 @@
 """Augmentation per batch, on tensors: parameters are sampled apart from applying them, so that they can be replayed.
 
 One affine matrix per sample warps image, label and cached teacher maps alike. Warping is exact for labels and logits;
-what it is for feature maps depends on the change (:meth:`Augmentation.validity`). An un-warped map would be wrong.
+for feature maps it depends on the change (:meth:`Augmentation.check_features`). An un-warped map would be wrong.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Validity = Literal["exact", "approximate", "invalid"]
-VALIDITIES: tuple[Validity, ...] = ("exact", "approximate", "invalid")
+VALIDITIES = ("exact", "approximate", "invalid")
+"""What warping makes of a cached feature map."""
 
 LARGEST_APPROXIMATE = {"rotation": 0.6, "scale": 0.5, "shift": 0.5, "flip_height": 1.0, "flip_width": 1.0}
 """Largest geometric changes of which warped feature maps are an approximation.
@@ -50,29 +49,16 @@ class Augmentation:
     colour: float = 0.0
     gamma: float = 0.0
 
-    def validity(self) -> dict[str, Validity]:
-        """Say of each geometric change what warping makes of a cached feature map.
-
-        Photometric changes are not among them: they touch the student's image alone.
-        """
-        sizes = {name: float(getattr(self, name)) for name in LARGEST_APPROXIMATE}
-        return {
-            name: "exact" if size == 0 else "approximate" if size <= LARGEST_APPROXIMATE[name] else "invalid"
-            for name, size in sizes.items()
-        }
-
     def check_features(self, accepted: str) -> None:
-        """Refuse changes that make less of cached feature maps than is accepted.
+        """Refuse geometric changes that make warped cached feature maps worse than ``accepted``, one of ``VALIDITIES``.
 
-        Args:
-            accepted: the worst acceptable of ``exact``, ``approximate`` and ``invalid``.
-
-        Raises:
-            ValueError: a change is worse, or ``accepted`` is none of these.
+        Photometric changes touch the student's image alone.
         """
         if accepted not in VALIDITIES:
             raise ValueError(f"`warped_features` is '{accepted}': use one of {', '.join(VALIDITIES)}.")
-        for name, validity in self.validity().items():
+        for name, largest in LARGEST_APPROXIMATE.items():
+            size = float(getattr(self, name))
+            validity = "exact" if size == 0 else "approximate" if size <= largest else "invalid"
             if VALIDITIES.index(validity) > VALIDITIES.index(accepted):
                 raise ValueError(
                     f"The augmentation's {name} of {getattr(self, name)} makes cached teacher features {validity}: "
@@ -86,8 +72,7 @@ class Augmentation:
             return (torch.rand(batch, generator=generator) * 2 - 1) * limit
 
         def sign(wanted: bool) -> Tensor:
-            flips = (torch.rand(batch, generator=generator) < 0.5).float() * (1.0 if wanted else 0.0)
-            return 1 - 2 * flips
+            return 1 - 2 * (torch.rand(batch, generator=generator) < 0.5).float() * float(wanted)
 
         angle, zoom = uniform(self.rotation), torch.exp(uniform(math.log1p(self.scale)))
         shift_x, shift_y = uniform(2 * self.shift), uniform(2 * self.shift)
@@ -102,8 +87,7 @@ class Augmentation:
 
     def photometric(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """Change gamma, gain, offset and colour of an image (B, 3, H, W) in [0, 1]; a teacher never sees this."""
-        batch = image.shape[0]
-        draw = torch.rand((batch, 6), generator=generator).to(image.device) * 2 - 1
+        draw = torch.rand((image.shape[0], 6), generator=generator).to(image.device) * 2 - 1
         gain = 1 + self.gain * draw[:, 0, None] + self.colour * draw[:, 1:4]  # (B, 3)
         gamma = torch.exp(draw[:, 5] * math.log1p(self.gamma))
         image = image.clamp_min(0) ** gamma[:, None, None, None]
@@ -113,8 +97,8 @@ class Augmentation:
 def warp(maps: Tensor, theta: Tensor, mode: str = "bilinear") -> Tensor:
     """Warp maps (B, C, h, w) of any size by the affine matrices (B, 2, 3) of :meth:`Augmentation.sample`.
 
-    Beyond the border the image is mirrored, alike at every resolution. A single cell (h = w = 1) says something of the
-    whole image and passes through.
+    Beyond the border the image is mirrored, alike at every resolution. A single cell (h = w = 1) describes the whole
+    image and passes through.
     """
     if tuple(maps.shape[-2:]) == (1, 1):
         return maps

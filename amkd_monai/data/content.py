@@ -1,4 +1,4 @@
-"""Hashes of image files and of settings, so that nothing computed from other ones is ever used."""
+"""Hashes of files and of settings, so that nothing computed from other ones is ever used."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,7 @@ logger = logging.getLogger("amkd_monai")
 
 
 def fingerprint(*parts: Any) -> str:
-    """Hash settings: JSON-able values, in which the order of a dict's keys does not matter.
-
-    Returns:
-        SHA-256 as 64 hexadecimal digits.
+    """SHA-256 (64 hexadecimal digits) of settings: JSON-able values, the keys of dicts in any order.
 
     Raises:
         TypeError: a part holds something that JSON cannot express.
@@ -30,37 +27,19 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def content_hash(path: str | os.PathLike[str]) -> str:
-    """Hash the bytes of a file without holding it in memory.
-
-    Args:
-        path: the file.
-
-    Returns:
-        SHA-256 as 64 hexadecimal digits.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-    """
-    with Path(path).open("rb", buffering=0) as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (64 hexadecimal digits) of a file, which is not held in memory."""
+    with Path(path).open("rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = None) -> list[str]:
     """Hash many files; a file whose path, size and time of change are in ``memo`` is not read again.
 
-    Args:
-        paths: the files.
-        memo: JSON file that keeps the hashes between runs. It only saves time: a damaged one is rebuilt, one
-            that cannot be written is announced and left alone. ``None`` reads every file.
-
-    Returns:
-        One SHA-256 per path, in the order of ``paths``.
-
-    Raises:
-        OSError: a file of ``paths`` is missing or cannot be read.
+    The memo, a JSON file, only saves time: a damaged one is rebuilt, one that cannot be written is announced and left
+    alone. None reads every file.
     """
-    known = _read_memo(memo) if memo is not None else {}
+    known = {} if memo is None else read_memo(memo, _is_entry)
     entries = dict(known)
     hashes = []
     for path in progress(paths, desc="hash files", delay=1):
@@ -69,7 +48,7 @@ def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = 
         entry = known.get(str(absolute))
         if entry is None or entry[:2] != [status.st_size, status.st_mtime_ns]:
             # The status is from before the read: a file changed meanwhile is read again next time.
-            entry = [status.st_size, status.st_mtime_ns, content_hash(absolute)]
+            entry = [status.st_size, status.st_mtime_ns, file_sha256(absolute)]
         entries[str(absolute)] = entry
         hashes.append(str(entry[2]))
     if memo is not None and entries != known:
@@ -80,24 +59,20 @@ def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = 
     return hashes
 
 
-def _read_memo(memo: Path) -> dict[str, list[int | str]]:
+def read_memo(memo: Path, is_entry: Callable[[Any], bool]) -> dict[str, Any]:
+    """Read a JSON object that only saves time: {} where it is missing or, with a warning, damaged."""
     try:
         entries = json.loads(memo.read_bytes())
+        if not isinstance(entries, dict) or not all(map(is_entry, entries.values())):
+            raise ValueError("it does not hold hashes of images")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         logger.warning("%s is not readable (%s) and is built again", memo, error)
-        return {}
-    if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
-        logger.warning("%s does not hold hashes of images and is built again", memo)
         return {}
     return entries
 
 
 def _is_entry(entry: object) -> bool:
     """Whether ``entry`` is ``[size in bytes, time of change in ns, sha256]``."""
-    return (
-        isinstance(entry, list)
-        and [type(value) for value in entry] == [int, int, str]
-        and len(entry[2]) == hashlib.sha256().digest_size * 2
-    )
+    return isinstance(entry, list) and [*map(type, entry)] == [int, int, str] and len(entry[2]) == 64

@@ -8,41 +8,19 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from amkd_monai.atomic import atomic_write_json, exclusive_lock
-from amkd_monai.data import (
-    aptos2019,
-    busi,
-    covid,
-    covid_volumes,
-    isic2017,
-    isic2017_lesion,
-    kvasir_seg,
-    msd_heart,
-)
-from amkd_monai.data.phantoms import write_phantom
-from amkd_monai.data.phantoms.tools import is_phantom
+from amkd_monai.data.datasets import Task, get_task
+from amkd_monai.data.phantoms import is_phantom
 from amkd_monai.data.splits import Item, SplitOptions, few_labels
 from amkd_monai.data.splits import split_hash as hash_of_split
-from amkd_monai.data.stand_in import stand_in_note
 from amkd_monai.files.names import DataProblems
-from amkd_monai.tasks import Task, get_task
 
 logger = logging.getLogger("amkd_monai")
 
-MODULES: dict[str, ModuleType] = {
-    "aptos2019": aptos2019,
-    "busi": busi,
-    "covid": covid,
-    "covid_volumes": covid_volumes,
-    "isic2017": isic2017,
-    "isic2017_lesion": isic2017_lesion,
-    "kvasir_seg": kvasir_seg,
-    "msd_heart": msd_heart,
-}
-"""Each data set's module has ``find_items``, ``split`` and ``inference_items``."""
+STAND_IN_MARKER = "STAND-IN.txt"
+"""File in a data set's folder whose first line says which data these are and what they stand in for."""
 
 PHANTOM_NOTICE = """
 ==================================================================================================
@@ -62,7 +40,7 @@ class Datalist:
         source: how it was found: "argument", "environment", "data folder" or "phantoms".
         train, validation, test: items with "image", "label", "id", "group".
         unlabelled: items without "label"; they take part in distillation only.
-        stand_in: what the data are and what they stand in for, to be said beside every result; empty if they do not.
+        stand_in: what the data are and what they stand in for, shown with every result; empty if they do not.
     """
 
     task: Task
@@ -77,18 +55,13 @@ class Datalist:
     @property
     def sections(self) -> dict[str, list[Item]]:
         """The sections by name."""
-        return {
-            "train": self.train,
-            "validation": self.validation,
-            "test": self.test,
-            "unlabelled": self.unlabelled,
-        }
+        return {name: getattr(self, name) for name in ("train", "validation", "test", "unlabelled")}
 
     def checked(self, on_bad_sample: str) -> Datalist:
-        """Return the same, after a look at what the layout found wrong in any section.
+        """Return the same.
 
         Raises:
-            DataProblems: items cannot be used, and ``on_bad_sample`` is "stop".
+            DataProblems: the layout found items of any section unusable, and ``on_bad_sample`` is "stop".
         """
         problems = [item["problem"] for items in self.sections.values() for item in items if "problem" in item]
         if problems and on_bad_sample == "stop":
@@ -97,8 +70,8 @@ class Datalist:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over who is where, whatever the paths."""
-        return hash_of_split(self.train, self.validation, self.test, self.unlabelled)
+        """SHA-256 of ids and groups per section, independent of paths."""
+        return hash_of_split(**self.sections)
 
     @property
     def is_phantom(self) -> bool:
@@ -106,7 +79,7 @@ class Datalist:
         return is_phantom(self.root)
 
     def write_split(self, folder: str | Path) -> None:
-        """Write who is in which section to ``split_<task>_<hash>.json``."""
+        """Write ids and groups of each section to ``split_<task>_<hash>.json``."""
         members = {n: [[i["id"], i["group"]] for i in items] for n, items in self.sections.items()}
         path = Path(folder) / f"split_{self.task.name}_{self.hash[:12]}.json"
         atomic_write_json(path, {"task": self.task.name, "hash": self.hash, **members})
@@ -125,34 +98,28 @@ class Datalist:
         }
 
 
-def resolve_dataset_dir(
-    task: str, dataset_dir: str | Path | None = None, cache_dir: str | Path = "data"
-) -> tuple[Path, str]:
-    """Find a data set: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``, else phantoms, loudly.
-
-    Returns:
-        The folder and how it was found.
-
-    Raises:
-        FileNotFoundError: the argument names a folder that is not there; it is never replaced by phantoms.
-        ValueError: unknown task.
-    """
-    folder = get_task(task).folder
-    if found := find_dataset_dir(task, dataset_dir):
-        return found
-    phantoms = Path(cache_dir) / "phantoms"
-    with exclusive_lock(phantoms / f"{folder}.lock", wait_s=600):
-        written = write_phantom(task, phantoms)
-    logger.warning(PHANTOM_NOTICE.format(task=task, root=written, folder=folder))
-    return written, "phantoms"
+def stand_in_note(folder: str | Path) -> str:
+    """Return the first line of a data set's ``STAND-IN.txt``, empty if there is no such file."""
+    marker = Path(folder) / STAND_IN_MARKER
+    if not marker.is_file():
+        return ""
+    try:
+        note = marker.read_text(encoding="utf-8").partition("\n")[0].strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{marker} is not text ({error}): write one line that says what the data are.") from error
+    if not note:
+        raise ValueError(f"{marker} has no first line: write there what the data are and what they stand in for.")
+    return note
 
 
 def find_dataset_dir(task: str, dataset_dir: str | Path | None = None) -> tuple[Path, str] | None:
-    """Find a data set as :func:`resolve_dataset_dir` does; None where only phantoms are left.
+    """Find a data set: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``.
+
+    Returns:
+        The folder and how it was found; None where only phantoms are left.
 
     Raises:
         FileNotFoundError: the argument or the environment names a folder that is not there.
-        ValueError: unknown task.
     """
     folder = get_task(task).folder
     if dataset_dir:
@@ -160,16 +127,29 @@ def find_dataset_dir(task: str, dataset_dir: str | Path | None = None) -> tuple[
         if not given.is_dir():
             raise FileNotFoundError(f"There is no folder {given}: correct dataset_dir, or leave it out for phantoms.")
         return given, "argument"
-    if root := os.environ.get("AMKD_DATA_ROOT"):
-        root = str(Path(root).expanduser())
-        if not Path(root := str(Path(root).expanduser())).is_dir():
+    if variable := os.environ.get("AMKD_DATA_ROOT"):
+        root = Path(variable).expanduser()
+        if not root.is_dir():
             raise FileNotFoundError(f"AMKD_DATA_ROOT names {root}, which is not there: correct or unset it.")
-        if (Path(root) / folder).is_dir():
-            return Path(root) / folder, "environment"
+        if (root / folder).is_dir():
+            return root / folder, "environment"
         logger.warning("There is no folder %s in AMKD_DATA_ROOT=%s.", folder, root)
     if (Path("data") / folder).is_dir():
         return Path("data") / folder, "data folder"
     return None
+
+
+def resolve_dataset_dir(
+    task: str, dataset_dir: str | Path | None = None, cache_dir: str | Path = "data"
+) -> tuple[Path, str]:
+    """Find a data set as :func:`find_dataset_dir` does, else write phantoms into ``cache_dir``, loudly."""
+    if found := find_dataset_dir(task, dataset_dir):
+        return found
+    chosen, phantoms = get_task(task), Path(cache_dir) / "phantoms"
+    with exclusive_lock(phantoms / f"{chosen.folder}.lock", wait_s=600):
+        written = chosen.write_phantom(phantoms)
+    logger.warning(PHANTOM_NOTICE.format(task=task, root=written, folder=chosen.folder))
+    return written, "phantoms"
 
 
 def datalist(
@@ -188,7 +168,7 @@ def datalist(
     """Find, check and split a data set.
 
     Args:
-        task: a key of ``amkd_monai.tasks.TASKS``.
+        task: a key of ``amkd_monai.data.datasets.TASKS``.
         dataset_dir: the data set's folder; None searches for it.
         cache_dir: where phantoms are made if there are no data.
         seed: seed of the split.
@@ -198,17 +178,16 @@ def datalist(
         labelled: keep only so many training items labelled; the others become unlabelled.
         split_hash: refuse any other split than the one of this hash.
         options: further options of the data set's ``find_items``, e.g. ``{"normals": False}``.
-        stand_in: where other data stand in for the data set, which they are; None takes the first line of
-            ``STAND-IN.txt`` in the folder, if it is there.
+        stand_in: what the data are and what they stand in for; None reads ``STAND-IN.txt`` in the folder.
 
     Raises:
         FileNotFoundError: no such folder or layout.
         ValueError: a data set that contradicts itself, a section that is empty, or another split than ``split_hash``.
     """
     root, source = resolve_dataset_dir(task, dataset_dir, cache_dir)
-    module = MODULES[task]
     items = find_items(task, root, cache_dir, options)
-    train, validation, test = module.split(root, items, SplitOptions(tuple(fractions), folds, fold, seed))
+    how = SplitOptions(tuple(fractions), folds, fold, seed)
+    train, validation, test = get_task(task).layout.split(root, items, how)
     for name, section in (("train", train), ("validation", validation)):
         if not section:
             raise ValueError(f"The {name} section of {root} is empty ({len(items)} items in all): change the split.")
@@ -217,7 +196,11 @@ def datalist(
         train, unlabelled = few_labels(train, labelled, seed)
     stand_in = stand_in or stand_in_note(root)
     result = Datalist(get_task(task), root, source, train, validation, test, unlabelled, stand_in)
-    _check_groups(result)
+    seen: dict[str, str] = {}
+    for name, section in result.sections.items():
+        for group in {item["group"] for item in section}:
+            if name != (other := seen.setdefault(group, name)):
+                raise ValueError(f"The group '{group}' is in the sections {other} and {name}: change the split.")
     if split_hash is not None and result.hash != split_hash:
         raise ValueError(
             f"The data in {root} are split otherwise than those of the run (split {result.hash[:12]}, not "
@@ -230,36 +213,15 @@ def datalist(
 def find_items(
     task: str, root: Path, cache_dir: str | Path | None = None, options: Mapping[str, Any] | None = None
 ) -> list[Item]:
-    """List the items of a data set with options of its own.
-
-    Raises:
-        ValueError: the data set has no such option, or contradicts itself.
-        FileNotFoundError: no such layout.
-    """
-    find = MODULES[task].find_items
-    known = inspect.signature(find).parameters.keys() - {"root"}
+    """List the items of a data set with options of its own, see :class:`amkd_monai.data.datasets.Layout`."""
+    find = get_task(task).layout.find_items
+    known = inspect.signature(find).parameters.keys() - {"root", "cache_dir"}
     if unknown := set(options or {}) - known:
         raise ValueError(f"{task} has no data option {min(unknown)}: it has {', '.join(sorted(known)) or 'none'}.")
-    kept = {"cache_dir": cache_dir} if "cache_dir" in known else {}
-    items: list[Item] = find(root, **kept, **(options or {}))
-    return items
-
-
-def _check_groups(result: Datalist) -> None:
-    seen: dict[str, str] = {}
-    for name, items in result.sections.items():
-        for group in {item["group"] for item in items}:
-            other = seen.setdefault(group, name)
-            if name != other:
-                raise ValueError(f"The group '{group}' is in the sections {other} and {name}: change the split.")
+    return find(root, cache_dir, **(options or {}))
 
 
 def inference_datalist(task: str, dataset_dir: str | Path | None = None, cache_dir: str | Path = "data") -> list[Item]:
-    """List the images to predict, {"image", "id"}: an official layout's, or those of a plain folder.
-
-    Raises:
-        FileNotFoundError: there is no such folder or no image in it.
-    """
+    """List the images to predict, {"image", "id"}: those of an official layout, or of a plain folder."""
     root, _ = resolve_dataset_dir(task, dataset_dir, cache_dir)
-    items: list[Item] = MODULES[task].inference_items(root)
-    return items
+    return get_task(task).layout.inference_items(root)

@@ -1,6 +1,6 @@
 """Describe a transform chain, so that what was decoded with another chain is never used.
 
-MONAI's ``pickle_hashing`` serves less: it cannot pickle lambdas, and random states and caches change its result.
+Own code, as MONAI's ``pickle_hashing`` cannot pickle lambdas, and random states and caches change its result.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ _DEEPEST = 60
 def describe(value: Any, _above: tuple[int, ...] = ()) -> Any:
     """Return a JSON-able description of a transform: class names and options, recursively.
 
-    Functions are described by module, name, bytecode and what they have captured, arrays by their values; random
-    states are left out. The description changes when an option changes, and does not depend on addresses or the
-    process.
+    Functions are described by module, name, bytecode and what they have captured, arrays by their values; random states
+    are left out. The description changes with any option and does not depend on addresses or the process.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)

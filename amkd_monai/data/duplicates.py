@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from amkd_monai.atomic import atomic_write_json
-from amkd_monai.data.content import content_hashes
+from amkd_monai.data.content import content_hashes, file_sha256, read_memo
 from amkd_monai.data.splits import Item
 from amkd_monai.files.pictures import opened, to_rgb, upright
 from amkd_monai.terminal import progress
@@ -27,32 +27,22 @@ NEAR = 32
 text, other brightness or JPEG quality differ by up to 28 bits, different pictures of one kind by 36 or more."""
 
 
-_UNREADABLE = (OSError, SyntaxError, ValueError)
-
-
 def group_identical_images(items: Iterable[Item]) -> list[Item]:
-    """Give items whose image files are byte-identical one common group, their ids joined by "+".
+    """Give byte-identical images one common group, their ids joined by "+"; return copies of the items, sorted by id.
 
     Only files of equal size are read, so this costs one `stat` per image on a data set without duplicates.
-
-    Args:
-        items: items in which each item is its own group.
-
-    Returns:
-        Copies of the items, sorted by id.
     """
     ordered = sorted(items, key=lambda item: item["id"])
-    sizes = {item["id"]: Path(item["image"]).stat().st_size for item in ordered}
-    items_of_size = Counter(sizes.values())
-    ids_of_content: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
-    content_of_id = {}
-    for item in ordered:
-        size = sizes[item["id"]]
-        shared_size = items_of_size[size] > 1
-        content = (size, hashlib.sha256(Path(item["image"]).read_bytes()).hexdigest() if shared_size else "")
-        content_of_id[item["id"]] = content
-        ids_of_content[content].append(item["id"])
-    return [{**item, "group": "+".join(ids_of_content[content_of_id[item["id"]]])} for item in ordered]
+    sizes = [Path(item["image"]).stat().st_size for item in ordered]
+    shared = Counter(sizes)
+    contents = [
+        (size, file_sha256(item["image"]) if shared[size] > 1 else item["id"])
+        for size, item in zip(sizes, ordered, strict=True)
+    ]
+    ids = defaultdict(list)
+    for item, content in zip(ordered, contents, strict=True):
+        ids[content].append(item["id"])
+    return [{**item, "group": "+".join(ids[content])} for item, content in zip(ordered, contents, strict=True)]
 
 
 def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None) -> tuple[np.ndarray, list[int]]:
@@ -67,12 +57,12 @@ def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None)
     """
     memo = None if cache_dir is None else Path(cache_dir) / f"perceptual_hashes_{HASH_SIZE}.json"
     contents = content_hashes(paths, None if cache_dir is None else Path(cache_dir) / "content_hashes.json")
-    known = _read_memo(memo)
+    known = {} if memo is None else read_memo(memo, lambda v: isinstance(v, str) and len(v) == HASH_SIZE**2 // 4)
     missing = {content: path for content, path in zip(contents, paths, strict=True) if content not in known}
     for content, path in progress(missing.items(), desc="compare images", delay=1):
         try:
             known[content] = _hash(path)
-        except _UNREADABLE as error:
+        except (OSError, SyntaxError, ValueError) as error:
             logger.warning("%s cannot be read (%s) and is compared with no other image", path, error)
     if memo is not None and missing.keys() & known.keys():
         atomic_write_json(memo, known, indent=None)
@@ -100,21 +90,6 @@ def near_duplicates(
     return [(indices[i], indices[j]) for i, j in near_pairs(hashes, distance)]
 
 
-def _read_memo(memo: Path | None) -> dict[str, str]:
-    if memo is None or not memo.is_file():
-        return {}
-    try:
-        known = json.loads(memo.read_bytes())
-    except (OSError, ValueError) as error:
-        logger.warning("%s is not readable (%s) and is built again", memo, error)
-        return {}
-    digits = HASH_SIZE**2 // 4
-    if not isinstance(known, dict) or not all(isinstance(v, str) and len(v) == digits for v in known.values()):
-        logger.warning("%s does not hold hashes of images and is built again", memo)
-        return {}
-    return known
-
-
 def near_pairs(hashes: np.ndarray, distance: int = NEAR) -> list[tuple[int, int]]:
     """Return the pairs (i < j) of hashes (N, bits) that differ in at most ``distance`` bits."""
     signs = hashes.astype(np.float32) * 2 - 1
@@ -126,37 +101,25 @@ def near_pairs(hashes: np.ndarray, distance: int = NEAR) -> list[tuple[int, int]
     return pairs
 
 
-def clusters(count: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
+def clusters(count: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Join pairs to clusters: indices 0 to ``count`` - 1, each in one sorted cluster, clusters sorted."""
-    parent = list(range(count))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = parent[parent[index]]
-            index = parent[index]
-        return index
-
-    for first, second in pairs:
-        low, high = sorted((root(first), root(second)))
-        parent[high] = low
-    members: defaultdict[int, list[int]] = defaultdict(list)
-    for index in range(count):
-        members[root(index)].append(index)
+    rows, columns = np.array(pairs, dtype=int).reshape(-1, 2).T
+    links = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(count, count))
+    members = defaultdict(list)
+    for index, label in enumerate(connected_components(links, directed=False)[1]):
+        members[label].append(index)
     return sorted(members.values())
 
 
 def group_near_duplicates(
     items: Sequence[Item], distance: int = NEAR, cache_dir: str | Path | None = None
 ) -> list[Item]:
-    """Give near-duplicate images one common group, the ids joined by "+"; every other image is its own group.
+    """Give near-duplicate pictures one common group, the ids joined by "+"; return copies of the items in their order.
 
     Args:
         items: items with pictures.
         distance: bits in which two hashes of one group differ at most; 0 joins equal hashes only.
         cache_dir: see :func:`perceptual_hashes`.
-
-    Returns:
-        Copies of the items in their order.
     """
     pairs = near_duplicates([item["image"] for item in items], distance, cache_dir)
     grouped = list(items)

@@ -1,8 +1,8 @@
 """Splits that never cut a group (a patient, a volume, a cluster of duplicates).
 
-A datalist item is a dict with "image", "id", "group" and, where it is known, "label". Every function sorts
-by id or group before it draws, so a result depends on ids, groups and seed only: not on the order of a folder
-listing, not on the machine.
+An item is a dict with "image", "id", "group" and, where it is known, "label". Every function sorts by id or group
+before it draws, so a result depends on ids, groups and seed only. Own code: scikit-learn's group splitters do not
+balance three sections by size and class, and the hash of a split is a promise beyond its versions.
 """
 
 from __future__ import annotations
@@ -45,70 +45,48 @@ DEFAULT_SPLIT = SplitOptions()
 
 
 def random_split(items: Iterable[Item], fractions: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0) -> Sections:
-    """Split items at random into train, validation and test, by whole groups.
+    """Split items at random into train, validation and test, each sorted by id, by whole groups.
 
-    Groups go, largest first, to the section that misses most items; groups of one size are shuffled. Every
-    section with a fraction above zero gets at least one group. Where labels are classes, every class is split
-    by itself, the rarest first.
-
-    Args:
-        items: datalist items with "id" and "group".
-        fractions: shares of train, validation and test; their sum is 1.
-        seed: seed of the shuffle.
-
-    Returns:
-        Train, validation and test items, each sorted by id.
-
-    Raises:
-        ValueError: bad fractions, a repeated id, or fewer groups than sections.
+    Groups go, largest first, to the section that misses most items; groups of one size are shuffled. Every section with
+    a fraction above zero gets at least one group. Where labels are classes, every class is split by itself, the rarest
+    first. Fractions that are not three shares of sum 1, a repeated id, or fewer groups than sections are a ValueError.
     """
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(
-            f"Split fractions {tuple(fractions)} are not usable: give three shares (train, validation, test) "
-            "of at least 0 with the sum 1."
-        )
+        raise ValueError(f"Split fractions {tuple(fractions)} are not usable: give three shares from 0 on of sum 1.")
     items = _sorted_by_id(items)
-    sizes = Counter(item["group"] for item in items)
-    wanted = sum(fraction > 0 for fraction in fractions)
-    if len(sizes) < wanted:
+    groups = [item["group"] for item in items]
+    sizes = Counter(groups)
+    empty = {section for section, fraction in enumerate(fractions) if fraction > 0}
+    if len(sizes) < len(empty):
         raise ValueError(
-            f"{len(sizes)} group(s) cannot fill {wanted} sections of a split: add images of more patients, "
-            "or set a fraction to 0."
+            f"{len(sizes)} group(s) cannot fill {len(empty)} sections of a split: add images of more patients or set a "
+            "fraction to 0."
         )
     strata = _strata(items)
-    missing = {s: [fraction * n for fraction in fractions] for s, n in _items_per_stratum(sizes, strata).items()}
-    empty = {section for section, fraction in enumerate(fractions) if fraction > 0}
+    totals = Counter(strata[group] for group in groups)
+    missing = {stratum: [fraction * n for fraction in fractions] for stratum, n in totals.items()}
     open_sections = sorted(empty)
     section_of: dict[str, int] = {}
-    for group in _rarest_stratum_first(sizes, strata, seed):
-        groups_left = len(sizes) - len(section_of)
-        candidates = sorted(empty) if groups_left <= len(empty) else open_sections
-        wanted_here = missing[strata[group]]
-        section = max(candidates, key=lambda candidate: wanted_here[candidate])
+    for group in _in_order(groups, strata, seed):
+        candidates = sorted(empty) if len(sizes) - len(section_of) <= len(empty) else open_sections
+        missing_here = missing[strata[group]]
+        section = max(candidates, key=lambda candidate: missing_here[candidate])
         section_of[group] = section
-        wanted_here[section] -= sizes[group]
+        missing_here[section] -= sizes[group]
         empty.discard(section)
     train, validation, test = ([item for item in items if section_of[item["group"]] == section] for section in range(3))
     return train, validation, test
 
 
 def fixed_split(train: Iterable[Item], test: Iterable[Item], fractions: Sequence[float], seed: int = 0) -> Sections:
-    """Split where the test section is given: validation is taken from the training items.
+    """Keep a given test section and take validation from train, in the ratio of the first two fractions.
 
-    Args:
-        train: items of the given training section.
-        test: items of the given test section; training items of their groups are left out, loudly.
-        fractions: shares of train, validation and test; only the ratio of the first two counts.
-        seed: seed of the choice of validation groups.
-
-    Returns:
-        Train, validation and test items, each sorted by id.
+    Training items of a group that the test section has are left out, loudly.
     """
     test = _sorted_by_id(test)
     test_groups = {item["group"] for item in test}
     train = _sorted_by_id(train)
-    leaking = [item["id"] for item in train if item["group"] in test_groups]
-    if leaking:
+    if leaking := [item["id"] for item in train if item["group"] in test_groups]:
         logger.warning("Left out of train, as their images are also in the test section: %s.", ", ".join(leaking))
     share = fractions[0] / (fractions[0] + fractions[1])
     rest = [item for item in train if item["group"] not in test_groups]
@@ -119,41 +97,22 @@ def fixed_split(train: Iterable[Item], test: Iterable[Item], fractions: Sequence
 def k_fold(
     items: Iterable[Item], folds: int = 5, fold: int = 0, validation_fraction: float = 0.2, seed: int = 0
 ) -> Sections:
-    """Cross-validation split: test is one fold, validation a part of the rest, by whole groups.
+    """Cross-validation: test is one fold, validation a part of the rest (one group at least), by whole groups.
 
-    Where labels are classes, folds have about equal numbers of each class.
-    With fewer groups than folds there are as many folds as groups.
-
-    Args:
-        items: datalist items with "id" and "group".
-        folds: number of folds, at least 2.
-        fold: index of the fold that becomes the test section.
-        validation_fraction: share of the items outside the fold that is used for validation; one group at
-            least.
-        seed: seed of the folds and of the choice of validation groups.
-
-    Returns:
-        Train, validation and test items, each sorted by id.
-
-    Raises:
-        ValueError: a repeated id, no such fold, a fraction not between 0 and 1, or fewer than 3 groups.
+    Where labels are classes, folds have about equal numbers of each class. With fewer groups than folds there are as
+    many folds as groups. A repeated id, fewer than 3 groups or an unknown fold is a ValueError.
     """
-    if not 0 < validation_fraction < 1:
-        raise ValueError(f"The validation fraction {validation_fraction} must lie between 0 and 1.")
     items = _sorted_by_id(items)
     groups = [item["group"] for item in items]
     if len(set(groups)) < 3:
-        raise ValueError(
-            f"{len(set(groups))} group(s) cannot fill train, validation and test: cross-validation needs at "
-            "least 3 groups."
-        )
+        raise ValueError(f"{len(set(groups))} group(s) cannot fill train, validation and test: at least 3 are needed.")
     strata = _strata(items)
     fold_of_item = fold_of_groups(groups, folds, seed, [strata[group] for group in groups])
     used_folds = int(fold_of_item.max()) + 1
     if not 0 <= fold < used_folds:
         raise ValueError(f"There is no fold {fold}: choose one from 0 to {used_folds - 1}.")
-    rest = [item for item, index in zip(items, fold_of_item, strict=True) if index != fold]
     test = [item for item, index in zip(items, fold_of_item, strict=True) if index == fold]
+    rest = [item for item, index in zip(items, fold_of_item, strict=True) if index != fold]
     if len({item["group"] for item in rest}) < 2:
         raise ValueError(f"Fold {fold} leaves one group for train and validation: use more folds.")
     train, validation, _ = random_split(rest, (1 - validation_fraction, validation_fraction, 0), seed)
@@ -172,10 +131,7 @@ def fold_of_groups(
         classes: class of each sample; folds then have about equal numbers of each class.
 
     Returns:
-        Fold index of each sample, int64 of shape `(len(groups),)`.
-
-    Raises:
-        ValueError: fewer than 2 folds or fewer than 2 groups.
+        Fold index of each sample, int64 (N,).
     """
     sizes = Counter(groups)
     if folds < 2:
@@ -187,7 +143,7 @@ def fold_of_groups(
     of_stratum = {stratum: [0] * used for stratum in strata.values()}
     samples_in_fold = [0] * used
     fold_of: dict[str, int] = {}
-    for group in _rarest_stratum_first(sizes, strata, seed):
+    for group in _in_order(groups, strata, seed):
         own = of_stratum[strata[group]]
         fold = min(range(used), key=lambda k: (own[k], samples_in_fold[k]))
         fold_of[group] = fold
@@ -197,22 +153,14 @@ def fold_of_groups(
 
 
 def few_labels(train: Iterable[Item], count: int, seed: int = 0) -> tuple[list[Item], list[Item]]:
-    """Keep `count` training items labelled; the others lose their "label".
+    """Keep ``count`` training items labelled; return them and the others without "label", each sorted by id.
 
-    Whole groups are kept, in shuffled order, as long as they fit into `count`, so fewer items than `count`
-    stay labelled when groups are large. With groups of one item the labelled sets of one seed are nested:
-    those of 12 lie within those of 24.
-
-    Args:
-        train: labelled items.
-        count: number of items that stay labelled.
-        seed: seed of the shuffle.
-
-    Returns:
-        Labelled items and unlabelled items (copies without "label"), each sorted by id.
+    Whole groups are kept, in shuffled order, as long as they fit, so fewer items than ``count`` stay labelled when
+    groups are large. With groups of one item the labelled sets of one seed are nested: those of 12 lie within those
+    of 24.
 
     Raises:
-        ValueError: `count` is not between 1 and the number of items, or no group is that small.
+        ValueError: ``count`` is not between 1 and the number of items, or no group is that small.
     """
     train = _sorted_by_id(train)
     if not 1 <= count <= len(train):
@@ -229,21 +177,15 @@ def few_labels(train: Iterable[Item], count: int, seed: int = 0) -> tuple[list[I
             f"Cannot keep {count} items labelled without cutting a group: the smallest group has "
             f"{min(sizes.values())} items."
         )
-    labelled = [item for item in train if item["group"] in kept]
-    unlabelled = [
-        {key: value for key, value in item.items() if key != "label"} for item in train if item["group"] not in kept
-    ]
-    return labelled, unlabelled
+    rest = [item for item in train if item["group"] not in kept]
+    unlabelled = [{key: value for key, value in item.items() if key != "label"} for item in rest]
+    return [item for item in train if item["group"] in kept], unlabelled
 
 
 def split_hash(
     train: Iterable[Item], validation: Iterable[Item], test: Iterable[Item], unlabelled: Iterable[Item]
 ) -> str:
-    """SHA-256 of who is where: ids and groups per section, whatever the order, whatever the paths.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """SHA-256 (64 hexadecimal digits) of ids and groups per section, independent of order and paths."""
     sections = {"train": train, "validation": validation, "test": test, "unlabelled": unlabelled}
     members = {name: sorted([item["id"], item["group"]] for item in items) for name, items in sections.items()}
     return hashlib.sha256(json.dumps(members, sort_keys=True).encode()).hexdigest()
@@ -264,6 +206,12 @@ def _shuffled(groups: Iterable[str], seed: int) -> list[str]:
     return [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
 
 
+def _in_order(groups: Sequence[str], strata: dict[str, str], seed: int) -> list[str]:
+    """Groups of the stratum with fewest items first, within it the largest first, those of one size shuffled."""
+    sizes, count = Counter(groups), Counter(strata[group] for group in groups)
+    return sorted(_shuffled(sizes, seed), key=lambda group: (count[strata[group]], strata[group], -sizes[group]))
+
+
 def _strata(items: Iterable[Item]) -> dict[str, str]:
     """The class of each group: the label where it is one, else the item's "class"; "" where there is neither."""
     return _majority(
@@ -277,21 +225,3 @@ def _majority(samples: Iterable[tuple[str, str]]) -> dict[str, str]:
     for group, label in samples:
         counts[group][label] += 1
     return {group: min(found, key=lambda c: (-found[c], c)) for group, found in counts.items()}
-
-
-def _items_per_stratum(sizes: Counter[str], strata: dict[str, str]) -> Counter[str]:
-    count: Counter[str] = Counter()
-    for group, size in sizes.items():
-        count[strata[group]] += size
-    return count
-
-
-def _rarest_stratum_first(sizes: Counter[str], strata: dict[str, str], seed: int) -> list[str]:
-    """Groups by stratum, the one with fewest items first, and within it the largest group first."""
-    count = _items_per_stratum(sizes, strata)
-    return sorted(_largest_first(sizes, seed), key=lambda group: (count[strata[group]], strata[group]))
-
-
-def _largest_first(sizes: Counter[str], seed: int) -> list[str]:
-    """Shuffle groups, then sort them by size, largest first (the sort keeps shuffled order among equals)."""
-    return sorted(_shuffled(sizes, seed), key=lambda group: -sizes[group])

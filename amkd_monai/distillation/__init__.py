@@ -2,6 +2,6 @@
 
 from amkd_monai.distillation.contrastive import SampleTable
 from amkd_monai.distillation.distiller import Distiller
-from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherSpec
+from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherSpec, TeacherTarget
 
-__all__ = ["Batch", "DistillationOutput", "Distiller", "SampleTable", "TeacherSpec"]
+__all__ = ["Batch", "DistillationOutput", "Distiller", "SampleTable", "TeacherSpec", "TeacherTarget"]

@@ -6,14 +6,20 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from amkd_monai.cache.store import FeatureStore
+
 
 @dataclass(frozen=True)
-class TeacherSpec:
-    """What the distiller must know of a teacher before it sees its targets.
+class TeacherTarget:
+    """A teacher in a run: what it teaches, how good it is, and the stores that hold its targets.
+
+    The preparation (:mod:`amkd_monai.engines.prepare`) makes it of a description; the distiller and
+    :class:`~amkd_monai.engines.targets.TeacherTargets` read it.
 
     Attributes:
         name: key of its targets in a batch.
@@ -22,19 +28,34 @@ class TeacherSpec:
         logits: (classes, h, w) of its own answer or its probe's, h = w = 1 for classes of images; None without.
         admitted: whether its answers are distilled (they beat the undistilled student); features always are.
         mean_error: mean cross entropy of its answers over the labelled training samples, nats; used without a label.
-        score: cross-fitted score of its answers, higher is better; None if it gives none. Used by ``best_single``.
+        score: cross-fitted score of its answers, higher is better; None if it gives none.
         covariance: (C, C) of its features over the training split; needed by the PCA code and by standardisers.
+        kind: that of its description.
+        fingerprint: hash of the weights and the preprocessing, or of the cross-fitting.
+        features: store with ``grid``, or None.
+        answers: store with ``logits``, or None.
+        temperature: calibration temperature by which the stored logits are divided, fitted on the validation split.
+        record: facts for ``run.json``; nothing reads them back.
     """
 
     name: str
-    grid: tuple[int, int, int] | None
-    mean: Tensor | None
-    std: Tensor | None
-    logits: tuple[int, int, int] | None
-    admitted: bool
-    mean_error: float | None
+    grid: tuple[int, ...] | None = None
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    logits: tuple[int, ...] | None = None
+    admitted: bool = False
+    mean_error: float | None = None
     score: float | None = None
     covariance: Tensor | None = None
+    kind: str = ""
+    fingerprint: str = ""
+    features: FeatureStore | None = None
+    answers: FeatureStore | None = None
+    temperature: float = 1.0
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+TeacherSpec = TeacherTarget
 
 
 @dataclass

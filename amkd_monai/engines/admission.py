@@ -1,8 +1,8 @@
-"""Is a teacher's answer worth learning from? Scores that decide, and are recorded."""
+"""Whether a teacher's answers are worth distilling: their scores, and the decision."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,20 +27,14 @@ class AnswerScore:
         value: the score that decides, higher is better: for masks the mean Dice over cases (images or volumes) and
             foreground classes, cases without foreground left out; for classes of images the skill.
         cross_entropy: mean over grid cells or images, nats.
-        further: other figures worth recording, by name: ``volume_ratio`` (predicted by true foreground, over all
-            cases), ``macro_auroc``.
+        further: ``volume_ratio`` (predicted by true foreground, over all cases) of masks, ``macro_auroc`` of classes.
         name: of the score, ``dice`` or ``skill``.
     """
 
     value: float
     cross_entropy: float
-    further: dict[str, float]
+    further: dict[str, float] = field(default_factory=dict)
     name: str = "dice"
-
-    @property
-    def dice(self) -> float:
-        """The score of answers that are masks."""
-        return self.value
 
     def record(self) -> dict[str, float]:
         """All figures by name, rounded."""
@@ -50,74 +44,55 @@ class AnswerScore:
 
 @torch.inference_mode()
 def score_answers(store: FeatureStore, dataset: DecodedDataset, temperature: float = 1.0) -> AnswerScore:
-    """Score cached answers against the labels: masks at the decoded size by Dice, classes of images by their skill.
+    """Score cached answers (``logits`` (N, classes, h, w)) against the labels.
 
-    Args:
-        store: ``logits`` (N, classes, h, w) of the dataset.
-        dataset: its labels.
-        temperature: divides the logits (for the cross entropy; Dice does not depend on it).
+    Masks are scored at the decoded size by Dice, classes of images by their skill 1 - CE / H (McFadden's pseudo R^2):
+    0 for an answer that knows only the class frequencies, whose entropy is H, and 1 for the truth. That is the
+    log-likelihood on a scale that does not depend on the data set. ``temperature`` divides the logits.
     """
+    labelled = np.flatnonzero(dataset.has_label)
     if dataset.classes is not None:
-        return _score_classes(store, dataset, dataset.classes, temperature)
-    classes = dataset.num_classes
+        classes = dataset.classes[labelled]
+        logits = torch.from_numpy(store.read("logits", labelled)).float()[:, :, 0, 0] / temperature
+        cross_entropy = float(F.cross_entropy(logits, torch.from_numpy(classes)))
+        skill = 1 - cross_entropy / max(prior_entropy(dataset), 1e-6)
+        auroc = macro_auroc(classes, logits.softmax(1).numpy())
+        return AnswerScore(skill, cross_entropy, {"macro_auroc": auroc}, "skill")
     overlap: dict[str, np.ndarray] = {}
     errors: list[float] = []
-    labelled = np.flatnonzero(dataset.has_label)
     for start in range(0, len(labelled), 32):
         rows = labelled[start : start + 32]
         logits = torch.from_numpy(store.read("logits", rows)).float() / temperature
         label = torch.from_numpy(np.stack([dataset.labels[i] for i in rows]))
-        size = (logits.shape[-2], logits.shape[-1])
-        target = one_hot_area(label, classes, size)
+        target = one_hot_area(label, dataset.num_classes, (logits.shape[-2], logits.shape[-1]))
         errors += soft_cross_entropy(target, logits.log_softmax(1)).flatten(1).mean(1).tolist()
         answer = F.interpolate(logits, size=label.shape[-2:], mode="bilinear").argmax(1)
         for row, predicted, true in zip(rows, answer, label[:, 0], strict=True):
-            sums = overlap.setdefault(dataset.cases[row], np.zeros((classes - 1, 3)))
-            for c in range(1, classes):
+            sums = overlap.setdefault(dataset.cases[row], np.zeros((dataset.num_classes - 1, 3)))
+            for c in range(1, dataset.num_classes):
                 p, t = (predicted == c) & (true != UNLABELLED), true == c
                 sums[c - 1] += [float((p & t).sum()), float(p.sum()), float(t.sum())]
-    table = np.stack(list(overlap.values()))  # (cases, classes - 1, 3)
-    both, predicted_sum, true_sum = table[..., 0], table[..., 1], table[..., 2]
+    both, predicted_sum, true_sum = np.moveaxis(np.stack(list(overlap.values())), -1, 0)  # each (cases, classes - 1)
     valid = true_sum > 0
     dice = 2 * both[valid] / (predicted_sum + true_sum)[valid]
-    ratio = predicted_sum.sum() / max(1.0, true_sum.sum())
-    further = {"volume_ratio": float(ratio)}
-    return AnswerScore(float(dice.mean()) if valid.any() else 0.0, float(np.mean(errors)), further)
-
-
-def _score_classes(
-    store: FeatureStore, dataset: DecodedDataset, classes: np.ndarray, temperature: float
-) -> AnswerScore:
-    """Skill 1 - CE / H (McFadden's pseudo R^2): 0 for an answer that knows only the class frequencies, 1 for the truth.
-
-    H is the entropy of the frequencies. It is the log-likelihood on a scale that does not depend on the data set.
-    """
-    rows = np.flatnonzero(dataset.has_label)
-    logits = torch.from_numpy(store.read("logits", rows)).float()[:, :, 0, 0] / temperature
-    true = torch.from_numpy(classes[rows])
-    cross_entropy = float(F.cross_entropy(logits, true))
-    skill = 1 - cross_entropy / max(prior_entropy(dataset), 1e-6)
-    further = {"macro_auroc": macro_auroc(classes[rows], logits.softmax(1).numpy())}
-    return AnswerScore(skill, cross_entropy, further, "skill")
+    ratio = float(predicted_sum.sum() / max(1.0, true_sum.sum()))
+    return AnswerScore(float(dice.mean()) if valid.any() else 0.0, float(np.mean(errors)), {"volume_ratio": ratio})
 
 
 def decide(
     score: AnswerScore | None, student: AnswerScore | None, mode: str, margin: float, kind: str
 ) -> tuple[bool, str]:
-    """Decide whether a teacher's answers are distilled.
+    """Decide whether a teacher's answers are distilled, and say why, with both scores.
 
     Answers about whole images must beat the student's likelihood without ranking the cases worse: a cautious teacher
     that tells the classes apart less well than its student is not one to learn from.
 
     Args:
         score: of the teacher's answers; None if it gives none.
-        student: of the undistilled student; None where it was not asked.
+        student: of the undistilled student; None where it was not trained.
         mode: one of ``MODES``.
         margin: by which the teacher must beat the student.
         kind: of the teacher.
-
-    Returns:
-        The decision, and why, in words that name both scores.
     """
     if score is None:
         return False, "it gives no answers"
@@ -136,13 +111,9 @@ def decide(
 
 
 def prior_entropy(dataset: DecodedDataset) -> float:
-    """Entropy in nats of the class frequencies over all labelled pixels or images.
-
-    It is the error of an answer that knows nothing else.
-    """
-    rows = np.flatnonzero(dataset.has_label)
+    """Entropy in nats of the class frequencies over all labelled pixels or images: the error of a constant answer."""
     counts = np.zeros(dataset.num_classes)
-    for i in rows:
+    for i in np.flatnonzero(dataset.has_label):
         counts += np.bincount(dataset.labels[i].ravel(), minlength=dataset.num_classes)[: dataset.num_classes]
     frequency = (counts / counts.sum()).clip(1e-12)
     return float(-(frequency * np.log(frequency)).sum())

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from ignite.engine import Events
 from monai.handlers import LrScheduleHandler
-from torch import nn
+from monai.inferers import sliding_window_inference
+from monai.losses import DiceCELoss
+from monai.transforms import Compose, RandCropByPosNegLabeld, RandScaleIntensityd, RandShiftIntensityd, SpatialPadd
+from torch import Tensor, nn
 
 from amkd_monai.atomic import atomic_path
 from amkd_monai.cache.build import answers_store, images_of, keep_answers
@@ -18,7 +23,7 @@ from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.splits import fold_of_groups
 from amkd_monai.distillation import Distiller
-from amkd_monai.distillation.losses import area_logits, as_map
+from amkd_monai.distillation.losses import area_logits, as_map, without_unlabelled
 from amkd_monai.engines.recipe import Recipe
 from amkd_monai.engines.trainer import DistillationTrainer
 from amkd_monai.terminal import progress
@@ -28,13 +33,88 @@ logger = logging.getLogger("amkd_monai")
 
 ANSWER_STRIDE = 4
 """Cross-fitted networks' answers are kept at a quarter of the image's side."""
-
-Fit = Callable[[nn.Module, DecodedDataset, np.ndarray, int], None]
-Predict = Callable[[nn.Module, DecodedDataset, np.ndarray], np.ndarray]
+PATCHES_PER_STEP = 2
 
 
-def fit_student(recipe: Recipe, epochs: int, seed: int, device: torch.device | str, title: str) -> Fit:
-    """Return a function that trains a student on some samples, supervised, with the run's own recipe."""
+@dataclass(frozen=True)
+class Method:
+    """How the copies of a network are trained on samples of a dataset, and how they answer them.
+
+    Attributes:
+        fit: (network, dataset, indices, fold).
+        predict: (network, dataset, n indices), returns logits (n, classes, h, w).
+        key: what the answers depend on besides network, folds and seed.
+    """
+
+    fit: Callable[[nn.Module, DecodedDataset, np.ndarray, int], None]
+    predict: Callable[[nn.Module, DecodedDataset, np.ndarray], np.ndarray]
+    key: dict[str, Any]
+
+
+def answer_size(dataset: DecodedDataset) -> tuple[int, int]:
+    """Grid (h, w) at which cross-fitted answers are kept: one cell where an image has one class."""
+    if dataset.classes is not None:
+        return 1, 1
+    height, width = dataset.images.shape[-2:]
+    return height // ANSWER_STRIDE, width // ANSWER_STRIDE
+
+
+def cross_fit(
+    name: str,
+    network: nn.Module,
+    sections: Sequence[DecodedDataset],
+    method: Method,
+    folds: int,
+    seed: int,
+    cache_dir: str,
+) -> list[FeatureStore]:
+    """Train one copy of a network per fold; answer each fold by the copy that has not seen it.
+
+    Unlabelled samples and those of further sections, which no copy has seen, are answered by the mean probability of
+    all copies. A finished result is read from its stores; a finished fold of an interrupted one is not trained again.
+    Returns the store of answers to each section: the training split, and the validation split if it is to be answered.
+    ``network`` is copied, never changed; ``seed`` is that of the folds by group.
+    """
+    train, size = sections[0], answer_size(sections[0])
+    network_key = {"network": state_hash(network.state_dict()), "folds": folds, "seed": seed, "labels": train.hashes}
+    stores = [
+        answers_store(name, {**method.key, **network_key, "of": of}, dataset, size, cache_dir)
+        for of, dataset in zip(("train", "validation"), sections, strict=False)
+    ]
+    if all(store.is_complete for store in stores):
+        return stores
+    labelled, unlabelled = np.flatnonzero(train.has_label), np.flatnonzero(~train.has_label)
+    classes = None if train.classes is None else train.classes[labelled]
+    fold = fold_of_groups([train.groups[i] for i in labelled], folds, seed, classes)
+    count = int(fold.max()) + 1
+    logits = np.zeros((len(train), train.num_classes, *size), dtype=np.float32)
+    unseen = [(train, unlabelled), *((dataset, np.arange(len(dataset))) for dataset in sections[1:])]
+    means = [np.zeros((len(rows), *logits.shape[1:]), dtype=np.float32) for _, rows in unseen]
+    trained = [stores[0].directory.with_name(f"{stores[0].directory.name}-fold{k}.pt") for k in range(count)]
+    for k in range(count):
+        copied = copy.deepcopy(network)
+        logger.info("cross-fitting %s: fold %d of %d", name, k + 1, count)
+        if trained[k].is_file():  # left by a run that was interrupted in a later fold
+            load_strict(copied, load_state_dict(trained[k]), trained[k])
+        else:
+            method.fit(copied, train, np.concatenate([labelled[fold != k], unlabelled]), k)
+            with atomic_path(trained[k]) as temporary:
+                torch.save(copied.state_dict(), temporary)
+        held_out = labelled[fold == k]
+        logits[held_out] = method.predict(copied, train, held_out)
+        for mean, (dataset, rows) in zip(means, unseen, strict=True):
+            if len(rows):
+                mean += torch.from_numpy(method.predict(copied, dataset, rows)).softmax(1).numpy() / count
+    logits[unlabelled], *others = (np.log(mean.clip(1e-7)) for mean in means)
+    for store, answers in zip(stores, (logits, *others), strict=True):
+        keep_answers(store, answers)
+    for path in trained:
+        path.unlink(missing_ok=True)
+    return stores
+
+
+def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | str, title: str) -> Method:
+    """Train students, supervised, with the run's own recipe; answers (n, classes, H / 4, W / 4), or one per image."""
 
     def fit(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray, fold: int) -> None:
         weights = recipe.class_weights(dataset)
@@ -56,105 +136,78 @@ def fit_student(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
         )
         trainer.logger.setLevel(logging.WARNING)
         with progress(total=epochs * len(loader), desc=f"cross-fit {title}, fold {fold + 1}") as bar:
-            from ignite.engine import Events
-
             trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: bar.update(1))
             trainer.run()
 
-    return fit
+    @torch.inference_mode()
+    def predict(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray) -> np.ndarray:
+        where = next(network.parameters()).device
+        network.eval()
+        parts = []
+        for start in range(0, len(indices), 16):
+            images = torch.cat([images_of(dataset, [i], where) for i in indices[start : start + 16]])
+            parts.append(area_logits(as_map(network(images)), answer_size(dataset)).cpu().numpy())
+        return np.concatenate(parts)
+
+    return Method(fit, predict, {"recipe": recipe.describe(), "epochs": epochs})
 
 
-@torch.inference_mode()
-def predict_student(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray) -> np.ndarray:
-    """Answer samples with a student: logits (N, classes, H / 4, W / 4), or (N, classes, 1, 1) for classes of images."""
-    device = next(network.parameters()).device
-    network.eval()
-    size = answer_size(dataset)
-    parts = []
-    for start in range(0, len(indices), 16):
-        images = torch.cat([images_of(dataset, range(i, i + 1), device) for i in indices[start : start + 16]])
-        parts.append(area_logits(as_map(network(images)), size).cpu().numpy())
-    return np.concatenate(parts)
+def of_volumes(
+    patch_size: Sequence[int], steps: int, learning_rate: float, seed: int, device: torch.device | str
+) -> Method:
+    """Train 3D networks on patches of whole volumes; a slice's answer is (classes, H / 4, W / 4) of its volume's."""
+    kind = torch.device(device).type
+
+    def fit(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray, fold: int) -> None:
+        keys = ["image", "label"]
+        patches = Compose(
+            [
+                SpatialPadd(keys, patch_size),
+                RandCropByPosNegLabeld(keys, "label", patch_size, pos=2, neg=1, num_samples=PATCHES_PER_STEP),
+                RandScaleIntensityd("image", 0.15, 1.0),
+                RandShiftIntensityd("image", 0.1, prob=1.0),
+            ]
+        )
+        patches.set_random_state(seed + fold)
+        volumes = [(image, label) for _, image, label in _volumes(dataset, indices[dataset.has_label[indices]])]
+        network.to(device, memory_format=torch.channels_last_3d).train()
+        loss_function = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-4)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+        rng = np.random.default_rng([seed, fold])
+        for _ in progress(range(steps), desc=f"volume specialist, fold {fold + 1}"):
+            image, label = volumes[rng.integers(len(volumes))]
+            batch = patches({"image": image, "label": label})
+            x, y = (torch.stack([p[key] for p in batch]).as_subclass(Tensor).to(device) for key in keys)
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(kind, dtype=torch.bfloat16):
+                logits = network(x.contiguous(memory_format=torch.channels_last_3d))
+            loss_function(*without_unlabelled(logits.float(), y)).backward()
+            optimizer.step()
+            scheduler.step()
+
+    @torch.inference_mode()
+    def predict(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray) -> np.ndarray:
+        network.eval()
+        answers: dict[int, np.ndarray] = {}
+        for rows, image, _ in _volumes(dataset, indices):
+            with torch.autocast(kind, dtype=torch.bfloat16):
+                logits = sliding_window_inference(image[None].to(device), patch_size, 2, network, overlap=0.25)
+            slices = logits[0].float().transpose(0, 1)  # (C, D, H, W) -> (D, C, H, W)
+            slices = nn.functional.adaptive_avg_pool2d(slices, answer_size(dataset)).cpu().numpy()
+            answers.update(zip(rows.tolist(), slices, strict=True))
+        return np.stack([answers[int(i)] for i in indices])
+
+    return Method(fit, predict, {"volume": [patch_size, steps, learning_rate]})
 
 
-def answer_size(dataset: DecodedDataset) -> tuple[int, int]:
-    """Grid (h, w) at which cross-fitted answers are kept: one cell where an image has one class."""
-    if dataset.classes is not None:
-        return 1, 1
-    height, width = dataset.images.shape[-2:]
-    return height // ANSWER_STRIDE, width // ANSWER_STRIDE
-
-
-def cross_fit(
-    name: str,
-    network: nn.Module,
-    train: DecodedDataset,
-    validation: DecodedDataset | None,
-    fit: Fit,
-    predict: Predict,
-    key: dict[str, Any],
-    folds: int,
-    seed: int,
-    cache_dir: str,
-) -> tuple[FeatureStore, FeatureStore | None]:
-    """Train one copy of a network per fold; answer each fold by the copy that has not seen it.
-
-    Unlabelled and validation samples, seen by no copy, are answered by the mean probability of all.
-
-    Args:
-        name: of the stores.
-        network: initial network; it is copied, never changed.
-        train: training split.
-        validation: validation split, or None.
-        fit: trains a network on sample indices.
-        predict: gives logits (n, classes, h, w) for sample indices.
-        key: what the result depends on besides network, folds and seed.
-        folds: number of folds by group.
-        seed: of the folds.
-        cache_dir: folder of the stores; a finished result is read from there, and so is each finished fold.
-
-    Returns:
-        The stores of answers to the training and the validation split.
-    """
-    key = {**key, "network": state_hash(network.state_dict()), "folds": folds, "seed": seed, "labels": train.hashes}
-    size = answer_size(train)
-    stores = [answers_store(name, {**key, "of": "train"}, train, size, cache_dir)]
-    if validation is not None:
-        stores.append(answers_store(name, {**key, "of": "validation"}, validation, size, cache_dir))
-    if not all(store.is_complete for store in stores):
-        labelled = np.flatnonzero(train.has_label)
-        unlabelled = np.flatnonzero(~train.has_label)
-        classes = None if train.classes is None else train.classes[labelled]
-        fold = fold_of_groups([train.groups[i] for i in labelled], folds, seed, classes)
-        answers = np.zeros((len(train), train.num_classes, *size), dtype=np.float32)
-        others = np.zeros((len(unlabelled), *answers.shape[1:]), dtype=np.float32)
-        outside = None if validation is None else np.zeros((len(validation), *answers.shape[1:]), dtype=np.float32)
-        count = int(fold.max()) + 1
-        trained = [stores[0].directory.with_name(f"{stores[0].directory.name}-fold{k}.pt") for k in range(count)]
-        for k in range(count):
-            copied = copy.deepcopy(network)
-            logger.info("cross-fitting %s: fold %d of %d", name, k + 1, count)
-            if trained[k].is_file():  # left by a run that was interrupted in a later fold
-                load_strict(copied, load_state_dict(trained[k]), trained[k])
-            else:
-                fit(copied, train, np.concatenate([labelled[fold != k], unlabelled]), k)
-                with atomic_path(trained[k]) as temporary:
-                    torch.save(copied.state_dict(), temporary)
-            held_out = labelled[fold == k]
-            answers[held_out] = predict(copied, train, held_out)
-            if len(unlabelled):
-                others += _softmax(predict(copied, train, unlabelled)) / count
-            if validation is not None and outside is not None:
-                outside += _softmax(predict(copied, validation, np.arange(len(validation)))) / count
-        if len(unlabelled):
-            answers[unlabelled] = np.log(others.clip(1e-7))
-        keep_answers(stores[0], answers)
-        if outside is not None:
-            keep_answers(stores[1], np.log(outside.clip(1e-7)))
-        for path in trained:
-            path.unlink(missing_ok=True)
-    return stores[0], stores[1] if validation is not None else None
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(logits).softmax(1).numpy()
+def _volumes(dataset: DecodedDataset, indices: np.ndarray) -> Sequence[tuple[np.ndarray, Tensor, Tensor]]:
+    """The volumes to which samples belong: indices of all slices, image (1, D, H, W) in [0, 1] and label."""
+    found = []
+    for case in dict.fromkeys(dataset.cases[i] for i in indices):
+        rows = np.flatnonzero(np.asarray(dataset.cases) == case)
+        image, label = (
+            torch.from_numpy(np.array(a[rows[0] : rows[-1] + 1, 0])) for a in (dataset.images, dataset.labels)
+        )
+        found.append((rows, image.float()[None] / 255, label.long()[None]))
+    return found

@@ -13,7 +13,7 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
 
 from amkd_monai.data.augment import Augmentation
-from amkd_monai.data.task_sampling import MultiTaskLoader
+from amkd_monai.data.sampling import MultiTaskLoader
 from amkd_monai.distillation.interface import DistillationOutput
 from amkd_monai.distillation.loss_gate import LossGate
 from amkd_monai.distillation.multitask import MultiTaskDistiller, mean_over_processes
@@ -75,7 +75,7 @@ class MultiTaskTrainer(DistillationTrainer):
     def teachers_of(self, task: str) -> list[str]:
         """Names of the teachers of a task, in the order of their weights."""
         targets = self.task_targets[task]
-        return [] if targets is None else [spec.name for spec in targets.specs]
+        return [] if targets is None else [teacher.name for teacher in targets.teachers]
 
     def _iteration(self, engine: Engine, batchdata: dict[str, dict[str, Any]]) -> dict[str, Any]:
         self.network.warm = self.state.iteration > self.norm_warmup_steps

@@ -1,26 +1,111 @@
-"""Prepare a run: do what is still missing, in order: teacher cache, probes, cross-fitting, admission."""
+"""Prepare a run: compute what its teachers' targets still lack, in order: cache, probes, cross-fitting, admission.
+
+Every step keeps its result in a store that is named by all it depends on; a second run finds it there.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
+import numpy as np
 import torch
-import torch.distributed as dist
+from monai.bundle import ConfigParser
 from torch import nn
 
-from amkd_monai.cache.parts import Part
+from amkd_monai.cache import probes
+from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers
+from amkd_monai.cache.inventory import bytes_per_image
+from amkd_monai.cache.parts import EVERYTHING, Part
+from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset
-from amkd_monai.engines import admission
-from amkd_monai.engines.build_cache import CacheOptions, cache_image_teacher, image_teachers
-from amkd_monai.engines.candidates import Candidate, Preparation, source_of
+from amkd_monai.distillation import TeacherTarget
+from amkd_monai.engines import admission, crossfit
 from amkd_monai.engines.recipe import Recipe
+from amkd_monai.engines.runs import expand
 from amkd_monai.engines.targets import TeacherTargets
 from amkd_monai.memory import own_peak
-from amkd_monai.teachers.registry import validate_descriptions
+from amkd_monai.teachers.base import Teacher
+from amkd_monai.teachers.registry import CROSS_FITTED_KINDS, build_teacher, validate_descriptions
 
 logger = logging.getLogger("amkd_monai")
+
+
+def cache_image_teacher(
+    description: Mapping[str, Any],
+    train: DecodedDataset,
+    validation: DecodedDataset,
+    cache_dir: str,
+    device: torch.device | str,
+    views: int,
+    cache_dtype: str,
+    weights_dir: str | None,
+    batch_size: int | None = None,
+    part: Part = EVERYTHING,
+) -> tuple[Teacher, FeatureStore, FeatureStore]:
+    """Build an image teacher and its stores of the training and the validation section, the latter of one view.
+
+    The arguments are those of :func:`prepare_teachers`; ``part`` is what this process computes.
+    """
+    teacher = build_teacher(description, weights_dir)
+    outputs, of_validation = (
+        cache_teacher(teacher, dataset, cache_dir, device, batch_size, stored, cache_dtype, part, description)
+        for dataset, stored in ((train, views), (validation, 1))
+    )
+    return teacher, outputs, of_validation
+
+
+def image_teachers(descriptions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The teachers whose outputs for an image do not depend on the run, so that they can be computed ahead of it."""
+    return [description for description in descriptions if description["kind"] not in CROSS_FITTED_KINDS]
+
+
+def build_cache(
+    bundle: str | Path,
+    settings: Mapping[str, Any],
+    configs: Sequence[str] = (),
+    part: Part = EVERYTHING,
+    batch_size: int | None = None,
+) -> list[Path]:
+    """Build the stores that a bundle's training will ask for, and return their folders.
+
+    Args:
+        bundle: folder with ``configs/train.json``.
+        settings: top-level settings that the run changes, such as ``dataset_dir`` or ``views``.
+        configs: further config files on top of ``train.json``.
+        part: what this process computes.
+        batch_size: images per forward of a teacher, as ``teacher_batch_size`` of :func:`prepare_teachers`.
+
+    Raises:
+        ValueError: not a training bundle, or an unknown setting.
+    """
+    bundle = Path(bundle).expanduser()
+    config = bundle / "configs" / "train.json"
+    if not config.is_file():
+        raise ValueError(f"{bundle} is no training bundle, it lacks configs/train.json: give a folder of bundles/.")
+    parser = ConfigParser()
+    parser.read_config([str(config), *configs])
+    if unknown := [key for key in settings if key not in parser.config]:
+        raise ValueError(f"{bundle} has no setting '{unknown[0]}': use a top-level name of its train.json.")
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    for key, value in {"bundle_root": str(bundle), "device": own, **settings}.items():
+        parser[key] = value
+    expand(parser)
+    data = ("train#dataset", "validation_data", "teachers")
+    names = ("cache_dir", "device", "views", "cache_dtype", "weights_dir")
+    train, validation, teachers = (parser.get_parsed_content(name) for name in data)
+    options = {name: parser.get_parsed_content(name) for name in names}
+    validate_descriptions(teachers)
+    stores: list[FeatureStore] = []
+    for description in image_teachers(teachers):
+        stores += cache_image_teacher(description, train, validation, batch_size=batch_size, part=part, **options)[1:]
+    return [store.directory for store in stores]
 
 
 def prepare_teachers(
@@ -42,12 +127,12 @@ def prepare_teachers(
 ) -> TeacherTargets:
     """Return the targets of all teachers, computing what is still missing.
 
-    Under torch.distributed all processes run image teachers, each over its part of the images; the rest is computed
-    by the first one while the others wait, then read.
+    Under torch.distributed all processes run image teachers, each over its part of the images; the first one computes
+    the rest, then the others read it.
 
     Args:
-        teachers: descriptions (``amkd_monai.teachers.registry``); an empty list means no distillation. One with
-            ``own_answers`` False teaches its features, which a probe answers from: its answers are of another task.
+        teachers: descriptions (:mod:`amkd_monai.teachers.registry`); an empty list means no distillation. A teacher
+            with ``own_answers`` False answers another task: a probe on its features answers in its place.
         train: decoded training split, unlabelled samples included.
         validation: decoded validation split: fits the calibration temperatures.
         student: the undistilled student as it starts; copied, never changed.
@@ -62,8 +147,8 @@ def prepare_teachers(
             teachers that are not admitted; ``admitted``), ``margin`` (of the score), ``folds`` and ``epochs`` of the
             student's cross-fitting.
         weights_dir: folder searched first for the weights of foundation teachers.
-        views: stored views of every training image; with several, the student is shown exactly these, and no other
-            geometric change.
+        views: stored views of every training image (:mod:`amkd_monai.cache.views`); with several, the student is shown
+            exactly these, and no other geometric change.
         cache_dtype: of stored feature maps, ``float16`` or ``int8``.
         teacher_batch_size: images per forward of a teacher, halved when memory runs out; None for 4 on a CPU, 64 on a
             GPU.
@@ -72,60 +157,200 @@ def prepare_teachers(
         ValueError: unknown kinds or options.
         CheckpointError: a teacher's weights are missing or wrong.
     """
-    options = _options(admission_options or {}, epochs)
-    validate_descriptions(teachers)
-    stores = CacheOptions(cache_dir, device, views, cache_dtype, weights_dir, teacher_batch_size)
-    preparation = Preparation(train, validation, student, recipe, epochs, stores, seed, folds)
-    parallel = dist.is_available() and dist.is_initialized()
-    if parallel:
-        for description in image_teachers(teachers):
-            cache_image_teacher(description, train, validation, stores, Part(dist.get_rank(), dist.get_world_size()))
-        dist.barrier()
-    if parallel and dist.get_rank() != 0:
-        dist.barrier()
-    candidates = [preparation.candidate(description) for description in teachers]
-    record: dict[str, Any] = {"admission": dict(options)}
-    student_score: admission.AnswerScore | None = None
-    if options["mode"] == "cross_fit" and any(c.score is not None for c in candidates):
-        best = max(c.score.value for c in candidates if c.score is not None) - float(options["margin"])
-        student_score, length = preparation.student_score(int(options["folds"]), int(options["epochs"] or epochs), best)
-        record |= {f"undistilled_student_{name}": value for name, value in student_score.record().items()}
-        record["undistilled_student_epochs"] = length
-    sources = []
-    for candidate in candidates:
-        admitted = _admit(candidate, student_score, options)
-        if admitted or options["features"] == "all":
-            sources.append(source_of(candidate, admitted))
-    record["teachers"] = [c.record for c in candidates]
-    record["preparation_peak_rss_mb"] = round(own_peak())
-    if candidates and not sources:
-        logger.warning("No teacher is admitted, and features are of admitted ones only: this run distils nothing.")
-    if parallel and dist.get_rank() == 0:
-        dist.barrier()
-    return TeacherTargets(sources, admission.prior_entropy(train), record, train.groups, train.classes)
-
-
-def _options(given: Mapping[str, Any], epochs: int) -> dict[str, Any]:
-    """Complete the options of admission, or say what is wrong with them."""
-    options = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": 3, "epochs": epochs}
-    unknown = set(given) - set(options)
-    options |= given
+    options: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": 3, "epochs": epochs}
+    unknown = set(admission_options or {}) - set(options)
+    options |= admission_options or {}
     if unknown or options["mode"] not in admission.MODES or options["features"] not in ("all", "admitted"):
         raise ValueError(
-            f"The admission options {dict(given)} are not understood: use mode (one of {', '.join(admission.MODES)}), "
-            "features (all or admitted), margin, folds, epochs."
+            f"The admission options {admission_options} are not understood: use mode (one of "
+            f"{', '.join(admission.MODES)}), features (all or admitted), margin, folds, epochs."
         )
-    return options
-
-
-def _admit(candidate: Candidate, student: admission.AnswerScore | None, options: Mapping[str, Any]) -> bool:
-    """Decide whether a teacher's answers are distilled; log and record the decision with both scores."""
-    record = candidate.record
-    admitted, why = admission.decide(
-        candidate.score, student, str(options["mode"]), float(options["margin"]), str(record["kind"])
+    validate_descriptions(teachers)
+    cached = partial(
+        cache_image_teacher,
+        train=train,
+        validation=validation,
+        cache_dir=cache_dir,
+        device=device,
+        views=views,
+        cache_dtype=cache_dtype,
+        weights_dir=weights_dir,
+        batch_size=teacher_batch_size,
     )
-    record["outputs_admitted"], record["admission_reason"] = admitted, why
-    record["features_admitted"] = candidate.features is not None and (admitted or options["features"] == "all")
-    taught = [part for part in ("outputs", "features") if record[f"{part}_admitted"]]
-    logger.info("teacher %s teaches %s (%s)", record["name"], " and ".join(taught) or "nothing", why)
-    return admitted
+    preparation = _Preparation(train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
+    if idist.get_world_size() > 1:
+        for description in image_teachers(teachers):
+            cached(description, part=Part(idist.get_rank(), idist.get_world_size()))
+        idist.barrier()
+    with idist.one_rank_first():
+        scored = [preparation.scored_teacher(description) for description in teachers]
+        record: dict[str, Any] = {"admission": options}
+        own: admission.AnswerScore | None = None
+        margin, values = float(options["margin"]), [score.value for _, score in scored if score is not None]
+        if options["mode"] == "cross_fit" and values:
+            length = int(options["epochs"] or epochs)
+            own, length = preparation.student_score(int(options["folds"]), length, max(values) - margin)
+            record |= {f"undistilled_student_{name}": value for name, value in own.record().items()}
+            record["undistilled_student_epochs"] = length
+    taught, facts = [], []
+    for teacher, score in scored:
+        admitted, why = admission.decide(score, own, options["mode"], margin, teacher.kind)
+        distilled = admitted or options["features"] == "all"
+        parts = {"outputs": admitted, "features": distilled and teacher.features is not None}
+        decision = {"outputs_admitted": admitted, "admission_reason": why, "features_admitted": parts["features"]}
+        named = " and ".join(part for part, is_taught in parts.items() if is_taught)
+        logger.info("teacher %s teaches %s (%s)", teacher.name, named or "nothing", why)
+        teacher = replace(teacher, admitted=admitted, record={**teacher.record, **decision})
+        facts.append(teacher.record)
+        if distilled:
+            taught.append(teacher)
+    record |= {"teachers": facts, "preparation_peak_rss_mb": round(own_peak())}
+    if scored and not taught:
+        logger.warning("No teacher is admitted, and features are of admitted ones only: this run distils nothing.")
+    return TeacherTargets(taught, admission.prior_entropy(train), record, train.groups, train.classes)
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """What the steps of the preparation share: arguments of :func:`prepare_teachers`, and how to cache a teacher."""
+
+    train: DecodedDataset
+    validation: DecodedDataset
+    student: nn.Module
+    recipe: Recipe
+    epochs: int
+    cache_dir: str
+    device: torch.device | str
+    seed: int
+    folds: int
+    cached: Callable[..., tuple[Teacher, FeatureStore, FeatureStore]]
+
+    def scored_teacher(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, admission.AnswerScore | None]:
+        """Compute a teacher's features and answers, and score the answers; one teacher is in memory at a time."""
+        crossed = description["kind"] in CROSS_FITTED_KINDS
+        target, of_validation = self._cross_fitted(description) if crossed else self._image_teacher(description)
+        if target.answers is None:
+            return target, None
+        classes, *size = shape = target.answers.arrays["logits"].shape
+        single = self.train.classes is not None
+        if classes != self.train.num_classes or (size == [1, 1]) != single:
+            raise ValueError(
+                f"The teacher '{target.name}' gives logits of shape {shape}, the task asks for "
+                f"{'one answer per image' if single else 'a map of answers'} with {self.train.num_classes} classes: "
+                "give a teacher of this task, set its `own_answers` to false, or drop it."
+            )
+        temperature = _temperature(of_validation, self.validation)
+        score = admission.score_answers(target.answers, self.train, temperature)
+        record = {**target.record, **score.record(), "calibration_temperature": round(temperature, 3)}
+        figures: dict[str, Any] = {"mean_error": score.cross_entropy, "score": score.value, "temperature": temperature}
+        return replace(target, logits=shape, record=record, **figures), score
+
+    def _image_teacher(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, FeatureStore]:
+        """A teacher that answers image by image, and the store of its answers to the validation section."""
+        teacher, outputs, of_validation = self.cached(description)
+        if teacher.is_random:
+            logger.warning("The teacher '%s' has RANDOM weights: this run is a test, not a result.", teacher.name)
+        grid = outputs.arrays.get("grid")
+        record: dict[str, Any] = {
+            "name": teacher.name,
+            "kind": description["kind"],
+            "fingerprint": teacher.fingerprint,
+            "licence": teacher.licence,
+            "random_weights": teacher.is_random,
+            "weights": teacher.weights_file,
+            "stored": {
+                "views": outputs.views,
+                "dtype": "float16" if grid is None else grid.dtype,
+                "bytes_per_image": round(bytes_per_image(outputs)),
+            },
+        }
+        target = TeacherTarget(teacher.name, kind=record["kind"], fingerprint=record["fingerprint"], record=record)
+        if grid is not None:
+            mean, std = probes.channel_statistics(outputs)
+            target = replace(target, grid=grid.shape, mean=mean, std=std, features=outputs)
+        maps = "logits" in outputs.arrays and len(outputs.arrays["logits"].shape) == 3  # not one vector per image
+        if maps and description.get("own_answers", True):
+            record["answers"] = "its own"
+            return replace(target, answers=outputs), of_validation
+        if target.features is not None:
+            record["answers"] = f"linear probe, cross-fitted in {self.folds} folds"
+            answers, of_validation = self._probed(target, outputs, of_validation)
+            return replace(target, answers=answers), of_validation
+        return target, of_validation
+
+    def _probed(
+        self, teacher: TeacherTarget, features: FeatureStore, of_validation: FeatureStore
+    ) -> tuple[FeatureStore, FeatureStore]:
+        """The answers of cross-fitted linear probes on a teacher's features, for both sections."""
+        array, size = "grid", (features.arrays["grid"].shape[1], features.arrays["grid"].shape[2])
+        if self.train.classes is not None:  # one answer per image, from the teacher's pooled vector
+            array, size = "pooled", (1, 1)
+        key = {
+            "probe": f"linear-1-{array}",
+            "teacher": teacher.fingerprint,
+            "folds": self.folds,
+            "seed": self.seed,
+            "labels": self.train.hashes,
+            "labelled": np.flatnonzero(self.train.has_label).tolist(),
+        }
+        train, validation = (
+            answers_store(teacher.name, {**key, "of": section}, dataset, size, self.cache_dir)
+            for section, dataset in (("train", self.train), ("validation", self.validation))
+        )
+        if not (train.is_complete and validation.is_complete):
+            mean, std = probes.channel_statistics(features, array)
+            logits, fitted = probes.cross_fit_probes(features, self.train, mean, std, self.folds, self.seed, array)
+            keep_answers(train, logits)
+            rows = np.arange(len(self.validation))
+            keep_answers(validation, probes.answer(of_validation, rows, mean, std, fitted, array))
+        return train, validation
+
+    def _cross_fitted(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, FeatureStore]:
+        """A specialist that is trained on the training split in folds, and its answers to the validation section."""
+        name, kind, network = str(description["name"]), str(description["kind"]), description.get("network")
+        folds, device = int(description.get("folds", self.folds)), self.device
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
+        if kind == "crossfit_volume_specialist":
+            if self.train.classes is not None:
+                raise ValueError(
+                    f"The teacher '{name}' answers volumes with masks, this task asks for classes: drop it."
+                )
+            patch = tuple(int(n) for n in description.get("patch_size", (64, 64, 64)))
+            steps, rate = int(description.get("steps", 300)), float(description.get("learning_rate", 2e-3))
+            method = crossfit.of_volumes(patch, steps, rate, self.seed, device)
+        else:
+            epochs = int(description.get("epochs", self.epochs))
+            method = crossfit.of_students(self.recipe, epochs, self.seed, device, name)
+        sections = (self.train, self.validation)
+        answers, of_validation = crossfit.cross_fit(name, network, sections, method, folds, self.seed, self.cache_dir)
+        record = {"name": name, "kind": kind, "answers": f"cross-fitted in {folds} folds"}
+        record["fingerprint"] = answers.directory.name
+        target = TeacherTarget(name, kind=kind, fingerprint=answers.directory.name, answers=answers, record=record)
+        return target, of_validation
+
+    def student_score(self, folds: int, epochs: int, goal: float) -> tuple[admission.AnswerScore, int]:
+        """Cross-fit the undistilled student with the run's own recipe; return its score and the length in epochs.
+
+        A quarter of the length comes first: where the student is ahead of every teacher by then (above ``goal``, the
+        best teacher's score less the margin), the whole length would decide alike.
+        """
+        for length in dict.fromkeys((max(1, epochs // 4), epochs)):
+            method = crossfit.of_students(self.recipe, length, self.seed, self.device, "undistilled student")
+            (answers,) = crossfit.cross_fit(
+                "student", self.student, (self.train,), method, folds, self.seed, self.cache_dir
+            )
+            # Dice of masks knows no temperature; the likelihood of classes does, and teachers are calibrated for it.
+            temperature = 1.0 if self.train.classes is None else _temperature(answers, self.train)
+            score = admission.score_answers(answers, self.train, temperature)
+            if score.value > goal:
+                break
+        return score, length
+
+
+def _temperature(answers: FeatureStore, dataset: DecodedDataset) -> float:
+    """Calibration temperature of cached answers on a dataset's labels."""
+    rows = np.flatnonzero(dataset.has_label)
+    _, height, width = answers.arrays["logits"].shape
+    targets = probes.cell_targets(dataset, rows, dataset.num_classes, (height, width))
+    return probes.calibration_temperature(torch.from_numpy(answers.read("logits", rows)).float(), targets)

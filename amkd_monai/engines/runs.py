@@ -31,12 +31,12 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from amkd_monai.atomic import atomic_write_json
-from amkd_monai.data.content import content_hash, fingerprint
+from amkd_monai.data.content import file_sha256, fingerprint
 from amkd_monai.data.datalist import Datalist, find_dataset_dir
 from amkd_monai.files.names import label_files, some
 from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS, read_json
 from amkd_monai.tasks import get_task
-from amkd_monai.weights import CheckpointError, file_sha256
+from amkd_monai.weights import CheckpointError
 
 logger = logging.getLogger("amkd_monai")
 
@@ -406,7 +406,7 @@ def _contents(items: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     found = {}
     for item in items:
         files = [Path(file) for file in (*label_files({"label": item["image"]}), *label_files(item))]
-        hashes = [content_hash(file) if file.is_file() else "missing" for file in files]
+        hashes = [file_sha256(file) if file.is_file() else "missing" for file in files]
         named = label_files(item)
         found[str(item["id"])] = fingerprint(hashes, None if named else str(item.get("label")))[:16]
     return found

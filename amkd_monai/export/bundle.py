@@ -1,35 +1,40 @@
-"""Write the student-only bundle: everything is made beside its place and appears only when it is complete."""
+"""Write the student-only bundle, each format compared with the student: answers, metric, size, latency, memory.
+
+Everything is written to a temporary folder and appears only when it is complete.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import math
-import re
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import amkd_monai
-from amkd_monai.atomic import atomic_folder
-from amkd_monai.export import check, formats
-from amkd_monai.export.card import model_card
-from amkd_monai.export.memory import peak_memory
-from amkd_monai.export.runners import runner, torch_runner
-from amkd_monai.export.source import Source, spread
-from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES
-from amkd_monai.terminal import progress
+from amkd_monai import __version__
+from amkd_monai.atomic import atomic_folder, atomic_write_json
+from amkd_monai.export import card, formats
+from amkd_monai.export.runners import Runner, peak_memory, runner, torch_runner
+from amkd_monai.export.source import Case, Source, spread
+from amkd_monai.files.masks import IGNORED
+from amkd_monai.files.steps import softmax
+from amkd_monai.metrics.classification import macro_auroc
+from amkd_monai.tasks import Task
+from amkd_monai.terminal import align, progress
 from amkd_monai.weights import file_sha256
 
-PREDICT_VERSION = 2
-"""Of ``configs/predict.json``."""
 CALIBRATION_SLICES = 8
 """Slices taken from each volume to calibrate 8 bits."""
+TOLERANCE = 1e-4
+"""Largest difference of a probability between the student and a float format."""
+LARGEST_LOSS = 0.005
+"""Dice (half a point) or AUC that 8 bits may cost."""
+REPEATS = 20
 
 
 @dataclass(frozen=True)
@@ -49,193 +54,156 @@ class Options:
     calibration: int = 32
 
 
-def export_bundle(source: Source, to: str | Path, options: Options, say: Callable[[str], None] = print) -> Path:
-    """Export a student.
+@dataclass(frozen=True)
+class Row:
+    """What was measured about one format.
 
-    Args:
-        source: the opened training bundle.
-        to: folder to make.
-        options: how.
-        say: gets the table and remarks.
+    Attributes:
+        name: of the format; ``eager`` is the student itself.
+        megabytes: size of the file.
+        p50, p95: latency of one image, ms.
+        memory: peak of a fresh process that answers one image, MB; None for the student itself.
+        difference: largest difference of a probability from the student's.
+        metric: mean Dice over cases with foreground, or macro AUC; None where the cases do not define it.
+    """
+
+    name: str
+    megabytes: float
+    p50: float
+    p95: float
+    memory: float | None
+    difference: float
+    metric: float | None
+
+
+def export_bundle(source: Source, to: str | Path, options: Options) -> Path:
+    """Export a student to a new folder and print how each format compares with it.
 
     Raises:
         ValueError: a format does not answer as the student does.
-        FileExistsError: ``to`` is there already.
+        FileExistsError: ``to`` exists.
     """
     to = Path(to)
-    with atomic_folder(to) as partial:
-        for folder in ("configs", "docs", "models"):
-            (partial / folder).mkdir()
-        facts = _write_models(source, partial / "models", options, say)
-        _write_texts(source, partial, to.name, facts)
-        _write_digests(partial)
+    with atomic_folder(to) as folder:
+        facts = _write_models(source, folder / "models", options)
+        for name, content in card.configs(source, facts).items():
+            atomic_write_json(folder / "configs" / f"{name}.json", content)
+        atomic_write_json(folder / "docs" / "export.json", facts)
+        (folder / "docs" / "README.md").write_text(card.model_card(source, facts, to.name), encoding="utf-8")
+        origin = f"Student exported from the bundle {source.bundle.resolve().name} by amkd_monai {__version__}."
+        changelog = f"# Changelog\n\n## {source.metadata['version']}\n\n{origin}\n"
+        (folder / "CHANGELOG.md").write_text(changelog, encoding="utf-8")
+        for place in ("LICENSE", "docs/data_license.txt", "configs/logging.conf"):
+            shutil.copyfile(source.bundle / place, folder / place)
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        lines = [f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
+        (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
     return to
 
 
-def _write_models(source: Source, folder: Path, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
-    """Write and check every format; return what is to be told about it."""
-    chosen = spread(source.validation, options.cases)
-    cases = [source.case(item) for item in chosen]
+def _write_models(source: Source, folder: Path, options: Options) -> dict[str, Any]:
+    """Write and check every format; return the content of ``export.json``."""
+    folder.mkdir()
+    cases = [source.case(item) for item in spread(source.data.validation, options.cases)]
     formats.check_size(options.formats, cases[0].batch.shape[-2:])
     run = torch_runner(source.student)
-    expected = [check.probabilities(run, case) for case in cases]
+    expected = [_probabilities(run, case) for case in cases]
     torch.save(source.state, folder / "model.pt")
     size = (folder / "model.pt").stat().st_size
-    student = check.measure("eager", run, size, math.nan, cases, expected, source.task)
-    rows = [student]
-    calibration = spread(source.train, options.calibration) if any(map(formats.is_int8, options.formats)) else []
-    batches: list[np.ndarray] = []
+    rows = [_measure("eager", run, size, None, cases, expected, source.task)]
+    calibration = spread(source.data.train, options.calibration) if any(map(formats.is_int8, options.formats)) else []
+    slices: list[np.ndarray] = []
     for item in calibration:
         batch = source.case(item).batch
-        batches += [
-            batch[i : i + 1] for i in np.linspace(0, len(batch) - 1, min(len(batch), CALIBRATION_SLICES), dtype=int)
-        ]
+        chosen = np.linspace(0, len(batch) - 1, min(len(batch), CALIBRATION_SLICES), dtype=int)
+        slices += [batch[i : i + 1] for i in chosen]
     image, threads = np.ascontiguousarray(cases[0].batch[:1]), torch.get_num_threads()
     for name in progress(options.formats, desc="export"):
-        path = formats.write(name, source.student, torch.from_numpy(image), folder, batches)
+        path = formats.write(name, source.student, torch.from_numpy(image), folder, slices)
         size, memory = formats.file_size(path), peak_memory(name, path, image, threads)
-        run = runner(name, path, threads)
-        rows.append(check.measure(name, run, size, memory, cases, expected, source.task))
-    say(check.format_rows(rows, source.task, threads))
-    remarks = [remark for row in rows[1:] if (remark := check.judge(row, student, options.accept_loss))]
-    for remark in remarks:
-        say(remark)
-    return {
-        "formats": [row.as_json() for row in rows],
+        rows.append(_measure(name, runner(name, path, threads), size, memory, cases, expected, source.task))
+    facts = {
+        "formats": [asdict(row) for row in rows],
         "threads": threads,
         "metric": "macro_auroc" if source.task.is_classification else "dice",
         "validation_cases": [case.id for case in cases],
         "calibration_images": [str(item["id"]) for item in calibration],
-        "remarks": remarks,
         "input_shape": list(cases[0].batch.shape[1:]),
     }
+    print(align(card.format_cells(facts)), f"(one image, CPU, threads: {threads})", sep="\n")
+    facts["remarks"] = [r for row in rows[1:] if (r := judge(row, rows[0], options.accept_loss))]
+    for remark in facts["remarks"]:
+        print(remark)
+    return facts
 
 
-def _write_texts(source: Source, folder: Path, name: str, facts: dict[str, Any]) -> None:
-    _dump(folder / "configs" / "inference.json", inference_config(source))
-    _dump(folder / "configs" / "metadata.json", metadata(source, facts))
-    _dump(folder / "configs" / "predict.json", predict_config(source, facts))
-    _dump(folder / "docs" / "export.json", facts)
-    (folder / "docs" / "README.md").write_text(model_card(source, facts, name, image_text(source)), encoding="utf-8")
-    version = source.metadata["version"]
-    (folder / "CHANGELOG.md").write_text(
-        f"# Changelog\n\n## {version}\n\nStudent exported from the bundle {source.bundle.resolve().name} by amkd_monai "
-        f"{amkd_monai.__version__}.\n",
-        encoding="utf-8",
-    )
-    for place in ("LICENSE", "docs/data_license.txt", "configs/logging.conf"):
-        shutil.copyfile(source.bundle / place, folder / place)
+def _probabilities(run: Runner, case: Case) -> np.ndarray:
+    """Probabilities of a case: (B, C, H, W), or (1, C)."""
+    parts = [case.batch[i : i + card.BATCH] for i in range(0, len(case.batch), card.BATCH)]
+    return softmax(np.concatenate([run(part) for part in parts]), 1)
 
 
-def _write_digests(folder: Path) -> None:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    lines = [f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
-    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+def _measure(
+    name: str,
+    run: Runner,
+    size: int,
+    memory: float | None,
+    cases: Sequence[Case],
+    expected: Sequence[np.ndarray],
+    task: Task,
+) -> Row:
+    """Measure a format of ``size`` bytes against the student's probabilities, ``expected``."""
+    answers = [_probabilities(run, case) for case in cases]
+    difference = max(float(np.abs(a - e).max()) for a, e in zip(answers, expected, strict=True))
+    image, times = np.ascontiguousarray(cases[0].batch[:1]), []
+    for _ in range(3 + REPEATS):
+        start = time.perf_counter()
+        run(image)
+        times.append((time.perf_counter() - start) * 1e3)
+    p50, p95 = map(float, np.percentile(times[3:], (50, 95)))  # the first are a warm-up
+    metric = _score(answers, cases, task)
+    return Row(name, size / 1e6, p50, p95, memory, difference, None if math.isnan(metric) else metric)
 
 
-def _dump(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _score(answers: Sequence[np.ndarray], cases: Sequence[Case], task: Task) -> float:
+    """Macro AUC of the probabilities, or the mean Dice of cases, at the network's resolution."""
+    if task.is_classification:
+        return macro_auroc([int(case.label) for case in cases], np.concatenate(answers))
+    values = []
+    for answer, case in zip(answers, cases, strict=True):
+        found = answer.argmax(1)
+        dices = []
+        for label in range(1, len(task.classes)):
+            a, b = (found == label) & (case.label != IGNORED), case.label == label
+            if b.any():
+                dices.append(2 * np.logical_and(a, b).sum() / (a.sum() + b.sum()))
+        if dices:
+            values.append(float(np.mean(dices)))
+    return float(np.mean(values)) if values else math.nan
 
 
-def inference_config(source: Source) -> dict[str, Any]:
-    """``inference.json``: MONAI and TorchScript alone."""
-    suffixes = list(PICTURE_SUFFIXES if source.task.dimensions == 2 else VOLUME_SUFFIXES)
-    config: dict[str, Any] = {
-        "imports": [
-            "$import os",
-            "$import glob",
-            "$import numpy as np",
-            "$import torch",
-            "$from PIL import Image",
-            "$from PIL import ImageOps",
-        ],
-        "bundle_root": ".",
-        "dataset_dir": "$@bundle_root + '/data'",
-        "output_dir": "$@bundle_root + '/eval'",
-        "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
-        "suffixes": suffixes,
-        "datalist": "$[{'image': p} for p in sorted(glob.glob(os.path.join(glob.escape(@dataset_dir), '*'))) "
-        "if p.lower().endswith(tuple(@suffixes)) and os.path.isfile(p) "
-        "and not os.path.basename(p).split('.')[0].endswith(('_mask', '_overlay'))]",
-        "network_def": "$torch.jit.load(@bundle_root + '/models/model.ts', map_location=@device)",
-        "network": "$@network_def.to(@device).eval()",
-        "preprocessing": {"_target_": "Compose", "transforms": source.transforms},
-        "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
-        "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
-        "inferer": source.inferer,
-        "postprocessing": {"_target_": "Compose", "transforms": source.postprocessing},
-        "handlers": [],
-        "evaluator": {
-            "_target_": "SupervisedEvaluator",
-            "device": "@device",
-            "val_data_loader": "@dataloader",
-            "network": "@network",
-            "inferer": "@inferer",
-            "postprocessing": "@postprocessing",
-            "val_handlers": "@handlers",
-        },
-        "run": ["$@evaluator.run()"],
-    }
-    if source.task.is_classification:
-        saver = {
-            "_target_": "ClassificationSaver",
-            "output_dir": "@output_dir",
-            "filename": "predictions.csv",
-            "batch_transform": "$lambda batch: [item['image'].meta for item in batch]",
-            "output_transform": "$lambda output: [item['pred'] for item in output]",
-        }
-        config["handlers"] = [saver]
-    return config
+def judge(row: Row, student: Row, accept_loss: bool) -> str:
+    """Return a remark on what a format costs, empty if it costs nothing.
 
-
-def predict_config(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
-    """``predict.json``: all that prediction by ONNX Runtime needs to know."""
-    written = {row["name"] for row in facts["formats"]}
-    labels = [t for t in source.postprocessing if t["_target_"] == "KeepLargestConnectedComponentd"]
-    return {
-        "version": PREDICT_VERSION,
-        "task": source.task.name,
-        "kind": source.task.kind,
-        "dimensions": source.task.dimensions,
-        "classes": list(source.task.classes),
-        "models": {name: f"models/{formats.FORMATS[name]}" for name in ("onnx", "ort-int8") if name in written},
-        "steps": source.steps,
-        "largest_component": [label for t in labels for label in t["applied_labels"]],
-        "batch_size": check.BATCH,
-    }
-
-
-def image_text(source: Source) -> str:
-    """What an image is and how it is prepared, sizes as they are in this student's preprocessing."""
-    text = [part for part in source.metadata["image_classes"].split(", ") if not re.search(r"\d x \d", part)]
-    words = {"Resized": "resized to", "CenterSpatialCropd": "centre-cropped to", "SpatialPadd": "padded to"}
-    for step in source.image_steps:
-        name = step["transform"]
-        if name == "Spacingd":
-            text.append(f"resampled to {_times(step['pixdim'])} mm")
-        elif name in words:
-            text.append(f"{words[name]} {_times(step['roi_size' if 'roi_size' in step else 'spatial_size'])}")
-    return ", ".join(text)
-
-
-def _times(numbers: Sequence[float]) -> str:
-    return " x ".join("any" if n == -1 else f"{n:g}" for n in numbers)
-
-
-def metadata(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
-    """``metadata.json``: the training bundle's, with what was measured and without the packages of training."""
-    values = source.metrics.get("summary", {}).get("metrics", {})
-    measured = {name: value.get("mean", value.get("value")) for name, value in values.items()}
-    result = {**source.metadata, "image_classes": image_text(source)}
-    result["eval_metrics"] = {name: value for name, value in measured.items() if value is not None}
-    reader = "pillow" if source.task.dimensions == 2 else "nibabel"
-    needed = ("pytorch-ignite", reader, *(("scikit-image",) if source.task.dimensions == 3 else ()))
-    result["required_packages_version"] = {name: importlib.metadata.version(name) for name in needed}
-    for key, package in (("monai_version", "monai"), ("pytorch_version", "torch"), ("numpy_version", "numpy")):
-        result[key] = importlib.metadata.version(package).split("+")[0]
-    formats_of_network = json.loads(json.dumps(result["network_data_format"]))
-    formats_of_network["inputs"]["image"]["spatial_shape"] = facts["input_shape"][1:]
-    if not source.task.is_classification:
-        formats_of_network["outputs"]["pred"]["spatial_shape"] = facts["input_shape"][1:]
-    result["network_data_format"] = formats_of_network
-    return result
+    Raises:
+        ValueError: a float format differs from the student, or 8 bits lose too much and that is not accepted.
+    """
+    is_int8 = formats.is_int8(row.name)
+    tolerance = 1.0 if is_int8 else TOLERANCE  # 1: not a number is refused for 8 bits too
+    if not row.difference <= tolerance:
+        raise ValueError(
+            f"The format {row.name} differs from the PyTorch student by {row.difference:.2g} in a probability, more "
+            f"than {tolerance:g}: nothing was exported; leave it out with --formats."
+        )
+    if not is_int8:
+        return ""
+    if row.metric is None or student.metric is None:
+        what = "cannot be judged on these cases"
+    elif (loss := student.metric - row.metric) > LARGEST_LOSS:
+        what = f"loses {loss:.4f} of {student.metric:.4f}"
+    else:
+        return ""
+    remark = f"The format {row.name} {what} (at most {LARGEST_LOSS:g} Dice or AUC is allowed)"
+    if not accept_loss:
+        raise ValueError(f"{remark}: nothing was exported; add --accept-loss, or leave it out with --formats.")
+    return f"{remark}, accepted by --accept-loss."

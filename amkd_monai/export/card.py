@@ -1,156 +1,132 @@
-"""The model card of an exported student, from what its run recorded."""
+"""What an exported bundle says about its student: its configs and its model card, from what the run recorded."""
 
 from __future__ import annotations
 
+import copy
+import importlib.metadata
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+
+from amkd_monai.export.formats import FORMATS
 from amkd_monai.export.source import Source
+from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES
 
-_UNKNOWN = "not recorded: the run left no run.json"
+PREDICT_VERSION = 2
+"""Of ``configs/predict.json``."""
+BATCH = 8
+"""Pictures, or slices of a volume, that a network takes at once."""
+INFERENCE, CARD = (Path(__file__).with_name(name) for name in ("inference.json", "card.md"))
+"""Config of a bundle that needs MONAI and TorchScript alone, and template of the model card."""
 
 
-def model_card(source: Source, facts: dict[str, Any], name: str, images: str) -> str:
+def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the contents of ``configs/`` by name; ``facts`` is the content of ``docs/export.json``."""
+    inference = json.loads(INFERENCE.read_text(encoding="utf-8"))
+    inference["suffixes"] = list(PICTURE_SUFFIXES if source.task.dimensions == 2 else VOLUME_SUFFIXES)
+    inference["preprocessing"]["transforms"] = source.transforms
+    inference["inferer"] = source.inferer
+    inference["postprocessing"]["transforms"] = source.postprocessing
+    if not source.task.is_classification:
+        inference["handlers"] = []  # masks are saved by the postprocessing
+    written = {row["name"] for row in facts["formats"]}
+    parts = [t["applied_labels"] for t in source.postprocessing if t["_target_"] == "KeepLargestConnectedComponentd"]
+    predict = {
+        "version": PREDICT_VERSION,
+        "task": source.task.name,
+        "kind": source.task.kind,
+        "dimensions": source.task.dimensions,
+        "classes": list(source.task.classes),
+        "models": {name: f"models/{FORMATS[name]}" for name in ("onnx", "ort-int8") if name in written},
+        "steps": source.steps,
+        "largest_component": [label for labels in parts for label in labels],
+        "batch_size": BATCH,
+    }
+    return {"inference": inference, "metadata": _metadata(source, facts), "predict": predict}
+
+
+def _metadata(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
+    """``metadata.json``: the training bundle's, with what was measured and without the packages of training."""
+    values = source.metrics.get("summary", {}).get("metrics", {})
+    measured = {name: value.get("mean", value.get("value")) for name, value in values.items()}
+    reader = ["pillow"] if source.task.dimensions == 2 else ["nibabel", "scikit-image"]
+    version = importlib.metadata.version
+    result = copy.deepcopy(source.metadata) | {
+        "image_classes": image_text(source),
+        "eval_metrics": {name: value for name, value in measured.items() if value is not None},
+        "required_packages_version": {name: version(name) for name in ("pytorch-ignite", *reader)},
+    }
+    for key, package in (("monai_version", "monai"), ("pytorch_version", "torch"), ("numpy_version", "numpy")):
+        result[key] = version(package).split("+")[0]
+    shape, formats = facts["input_shape"][1:], result["network_data_format"]
+    formats["inputs"]["image"]["spatial_shape"] = shape
+    if not source.task.is_classification:
+        formats["outputs"]["pred"]["spatial_shape"] = shape
+    return result
+
+
+def image_text(source: Source) -> str:
+    """Describe an image and its preparation, with the sizes of this student's preprocessing."""
+    text = [part for part in source.metadata["image_classes"].split(", ") if not re.search(r"\d x \d", part)]
+    words = {
+        "Spacingd": ("resampled to", "pixdim", " mm"),
+        "Resized": ("resized to", "spatial_size", ""),
+        "CenterSpatialCropd": ("centre-cropped to", "roi_size", ""),
+        "SpatialPadd": ("padded to", "spatial_size", ""),
+    }
+    for step in source.image_steps:
+        if step["transform"] in words:
+            verb, key, unit = words[step["transform"]]
+            sizes = " x ".join("any" if n == -1 else f"{n:g}" for n in step[key])
+            text.append(f"{verb} {sizes}{unit}")
+    return ", ".join(text)
+
+
+def format_cells(facts: dict[str, Any]) -> list[Sequence[str]]:
+    """Return the table of formats, header first."""
+    metric = {"macro_auroc": "macro AUC", "dice": "Dice"}[facts["metric"]]
+    cells: list[Sequence[str]] = [("format", "MB", "p50 ms", "p95 ms", "peak MB", "max difference", metric)]
+    for row in facts["formats"]:
+        sizes = [_number(row[key], 1) for key in ("megabytes", "p50", "p95")]
+        cells.append(
+            [row["name"], *sizes, _number(row["memory"], 0), f"{row['difference']:.1e}", _number(row["metric"])]
+        )
+    return cells
+
+
+def model_card(source: Source, facts: dict[str, Any], name: str) -> str:
     """Return ``docs/README.md``.
 
     Args:
         source: the opened training bundle.
-        facts: what was measured at the export.
+        facts: content of ``docs/export.json``.
         name: of the exported bundle's folder.
-        images: what an image is and how it is prepared.
     """
-    about = source.metadata
-    notice = (
-        "\n**This student was trained on generated phantoms: a demonstration, not a result.**\n"
-        if source.is_phantom
-        else ""
+    unknown = "not recorded: the run left no run.json"
+    recorded, distillation = source.record.get("data", {}), source.record.get("distillation", {})
+    environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
+    environment.filters["number"] = _number
+    return environment.from_string(CARD.read_text(encoding="utf-8")).render(
+        about=source.metadata,
+        facts=facts,
+        name=name,
+        images=image_text(source),
+        is_phantom=source.data.is_phantom,
+        no_teachers="none: trained with labels alone" if "distillation" in source.record else unknown,
+        parameters=sum(p.numel() for p in source.student.parameters()),
+        recorded=recorded,
+        samples=", ".join(f"{k} {v}" for k, v in recorded.get("counts", {}).items()) or unknown,
+        summary=source.metrics.get("summary", {"metrics": {}}),
+        table=format_cells(facts),
+        teachers=distillation.get("teachers", []) if isinstance(distillation, dict) else [],
+        temperature=float(source.state["temperature"]) if "temperature" in source.state else None,
+        unknown=unknown,
+        unscored=source.unscored,
     )
-    if note := source.record.get("data", {}).get("stand_in"):
-        notice += f"\n**This student was trained on data that stand in for others: {note}**\n"
-    return f"""# {about["name"]}
-
-{about["description"]}
-{notice}
-**Research only. NOT FOR CLINICAL USE.**
-
-## Model Description
-
-- Task: {about["task"]}
-- Input: {images}
-- Output: {about["pred_classes"]}
-- Parameters: {sum(p.numel() for p in source.student.parameters()):,}
-- Calibration: {_calibration(source)}
-
-## Data
-
-- Source: {about["data_source"]}
-- Samples: {_samples(source)}
-- Hash of the split: {source.record.get("data", {}).get("split_hash", _UNKNOWN)}
-- Licences of data and packaged weights: `data_license.txt`. \
-A student may be used only as the licences of its data and of its teachers allow.
-
-### Teachers
-
-{_teachers(source)}
-
-## Performance
-
-{_performance(source)}
-
-### Formats
-
-{_formats(facts, source.task.is_classification)}
-
-## Use
-
-```bash
-python -m monai.bundle run --config_file {name}/configs/inference.json --bundle_root {name} \\
-  --dataset_dir IMAGES --output_dir OUT
-python -m amkd_monai predict --model {name} IMAGES --output OUT    # ONNX Runtime, without torch
-```
-
-The first command needs MONAI alone. The ONNX file takes `image`, \
-float32 in [0, 1], (B, 3, H, W), height and width divisible \
-by 32, and gives logits `pred`.
-
-## Intended Use
-
-{about["intended_use"]} For comparison and further research on data like those it was trained on.
-
-## Limitations
-
-- One data source; other devices, hospitals and populations have not been looked at.
-- The answer outside its kind of image is arbitrary, and nothing warns of it.
-- It has not been validated for clinical use and must not be used for diagnosis or treatment.
-
-## References
-
-{chr(10).join(f"- {line}" for line in about["references"])}
-
-## License
-
-The files of this bundle are under Apache-2.0, see `LICENSE`; the weights are bound \
-by the terms of data and teachers as well.
-"""
-
-
-def _calibration(source: Source) -> str:
-    if "temperature" not in source.state:
-        return "the probabilities of the mask are not calibrated"
-    ece = source.metrics.get("summary", {}).get("metrics", {}).get("ece")
-    said = f"logits are divided by a temperature of {float(source.state['temperature']):.3f}, fitted on validation"
-    return said + (f"; expected calibration error on test {_interval(ece, 'value')}" if ece else "")
-
-
-def _samples(source: Source) -> str:
-    counts = source.record.get("data", {}).get("counts")
-    return ", ".join(f"{k} {v}" for k, v in counts.items()) if counts else _UNKNOWN
-
-
-def _teachers(source: Source) -> str:
-    distillation = source.record.get("distillation")
-    if distillation is None:
-        return f"- {_UNKNOWN}"
-    teachers = distillation.get("teachers", []) if isinstance(distillation, dict) else []
-    lines = [
-        f"- {t['name']} ({t.get('kind', 'unknown kind')}): licence {t.get('licence') or 'not stated'}" for t in teachers
-    ]
-    return "\n".join(lines) or "- none: trained with labels alone"
-
-
-def _performance(source: Source) -> str:
-    summary = source.metrics.get("summary")
-    if not summary:
-        return f"Not evaluated: {source.unscored or 'the run has no metrics.json'}."
-    lines = ["| metric | value | 95 % interval |", "| --- | --- | --- |"]
-    for name, value in summary["metrics"].items():
-        key = "mean" if "mean" in value else "value"
-        cells = [_number(value.get(k)) for k in (key, "ci_low", "ci_high")]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} to {cells[2]} |")
-    return f"Test section, {summary['cases']} cases, bootstrap over cases:\n\n" + "\n".join(lines)
-
-
-def _formats(facts: dict[str, Any], is_classification: bool) -> str:
-    metric = "macro AUC" if is_classification else "Dice"
-    lines = [
-        f"Against the PyTorch student (eager) on {len(facts['validation_cases'])} validation images, at the network's "
-        f"resolution; latency of one image on the CPU, threads: {facts['threads']}; peak memory of a fresh "
-        "process that answers one image.",
-        "",
-        f"| format | MB | p50 ms | p95 ms | peak MB | largest difference of a probability | {metric} |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in facts["formats"]:
-        sizes = " | ".join(f"{row[key]:.1f}" for key in ("megabytes", "p50", "p95"))
-        memory = _number(row["memory"], 0)
-        lines.append(f"| {row['name']} | {sizes} | {memory} | {row['difference']:.1e} | {_number(row['metric'])} |")
-    if facts["calibration_images"]:
-        count = len(facts["calibration_images"])
-        lines += ["", f"8 bits were calibrated on {count} training images, named in `export.json`."]
-    return "\n".join(lines + [f"\n{remark}" for remark in facts["remarks"]])
-
-
-def _interval(value: dict[str, Any], key: str) -> str:
-    return f"{_number(value.get(key))} ({_number(value.get('ci_low'))} to {_number(value.get('ci_high'))})"
 
 
 def _number(value: float | None, digits: int = 4) -> str:

@@ -1,4 +1,4 @@
-"""Write the student in each format, and run what was written."""
+"""Write the student in each format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMATS = {
     "openvino": "model.xml",
     "openvino-int8": "model_int8.xml",
 }
-"""File in ``models/`` by format; OpenVINO keeps the weights beside its file, as ``.bin``."""
+"""File in ``models/`` by format; OpenVINO keeps the weights next to its file, as ``.bin``."""
 MADE_FROM = {"ort-int8": "onnx", "openvino": "onnx", "openvino-int8": "ort-int8"}
 """Formats that are made from another one."""
 STRIDE = 32
@@ -40,17 +40,12 @@ def chosen_formats(text: str) -> list[str]:
     for name in names:
         if name not in FORMATS:
             raise ValueError(f"Unknown format '{name}': use some of {', '.join(FORMATS)}.")
-        for package in _packages(name):
+        packages = () if name in ("ts", "pt2") else ("onnx", "onnxruntime", "openvino")
+        for package in packages if name.startswith("openvino") else packages[:2]:
             if importlib.util.find_spec(package) is None:
                 extra = "openvino" if package == "openvino" else "export"
                 raise ValueError(f"The format {name} needs {package}: run `pip install 'amkd_monai[{extra}]'`.")
     return [name for name in FORMATS if name in names or name == "ts"]
-
-
-def _packages(name: str) -> tuple[str, ...]:
-    if name in ("ts", "pt2"):
-        return ()
-    return ("onnx", "onnxruntime", "openvino") if name.startswith("openvino") else ("onnx", "onnxruntime")
 
 
 def is_int8(name: str) -> bool:
@@ -89,13 +84,6 @@ def with_fixed_padding(student: nn.Module) -> nn.Module:
     return result.eval()
 
 
-def write_torchscript(student: nn.Module, path: Path) -> None:
-    """Write TorchScript; it takes any size."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.script(student).save(str(path))
-
-
 def write_pt2(student: nn.Module, example: torch.Tensor, path: Path) -> None:
     """Write an exported program of dynamic batch, height and width."""
     dim = torch.export.Dim
@@ -126,14 +114,9 @@ def write_onnx(student: nn.Module, example: torch.Tensor, path: Path) -> None:
 
 
 def write_int8(onnx_file: Path, batches: Iterable[np.ndarray], path: Path) -> None:
-    """Quantise ONNX to 8 bits by ONNX Runtime: static, QDQ, weights per channel.
+    """Quantise ONNX to 8 bits by ONNX Runtime, calibrated on ``batches`` (B, 3, H, W): static, QDQ, per channel.
 
     The first convolution stays in floats: it costs next to no time, and its error would go through all others.
-
-    Args:
-        onnx_file: the float network.
-        batches: calibration input (B, 3, H, W).
-        path: file to write.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -170,35 +153,31 @@ def write_int8(onnx_file: Path, batches: Iterable[np.ndarray], path: Path) -> No
         root.setLevel(level)
 
 
-def write_openvino(onnx_file: Path, path: Path) -> None:
-    """Convert ONNX to OpenVINO's IR with weights of 32 bits; what was quantised stays so."""
-    import openvino
-
-    openvino.save_model(openvino.Core().read_model(onnx_file), path, compress_to_fp16=False)
-
-
 def write(name: str, student: nn.Module, example: torch.Tensor, folder: Path, calibration: Sequence[Any]) -> Path:
-    """Write one format into a folder and return the file; ``calibration`` serves the formats of 8 bits alone.
+    """Write one format into a folder and return the file; ``calibration`` is used by the formats of 8 bits alone.
 
-    The format it is made from is taken from the folder, or else written for the time.
+    Uses the source format (:data:`MADE_FROM`) in ``folder`` if present; otherwise writes it to a temporary directory.
     """
     path = folder / FORMATS[name]
     if name == "ts":
-        write_torchscript(student, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.script(student).save(str(path))  # takes any size
     elif name == "pt2":
         write_pt2(student, example, path)
     elif name == "onnx":
         write_onnx(student, example, path)
     else:
         with tempfile.TemporaryDirectory() as temporary:
-            origin = MADE_FROM[name]
-            given = folder / FORMATS[origin]
+            given = folder / FORMATS[MADE_FROM[name]]
             if not given.is_file():
-                given = write(origin, student, example, Path(temporary), calibration)
+                given = write(MADE_FROM[name], student, example, Path(temporary), calibration)
             if name == "ort-int8":
                 write_int8(given, calibration, path)
             else:
-                write_openvino(given, path)
+                import openvino
+
+                openvino.save_model(openvino.Core().read_model(given), path, compress_to_fp16=False)
     return path
 
 

@@ -1,4 +1,4 @@
-"""Predict by ONNX Runtime alone: neither torch nor MONAI is imported, so that it starts at once."""
+"""Predict by ONNX Runtime alone, without importing torch or MONAI."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import numpy as np
 from tqdm import tqdm
 
 from amkd_monai.atomic import atomic_path
-from amkd_monai.export import outputs
 from amkd_monai.files.dicom import Slice, find_series
 from amkd_monai.files.names import (
     PICTURE_SUFFIXES,
@@ -31,6 +30,13 @@ from amkd_monai.files.pictures import level_problem, read_picture, write_png
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
 from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, read_volume, write_mask_volume
 from amkd_monai.terminal import progress
+
+COLOUR, OPACITY = np.array((255.0, 64.0, 0.0), np.float32), 0.35
+"""Of masks in overlays."""
+CAPTION_SCALE = 16
+"""A captioned picture's width in heights of its letters."""
+CAPTIONED_WIDTH = 320
+"""Pixels; narrower pictures are enlarged, so that a caption can be read."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +230,7 @@ def _predict_one(predictor: Predictor, item: Input, folder: Path, rows: list[lis
         mask = predictor.mask(volume[None], grid)
         write_mask_volume(file_of(folder, f"{item.id}_mask.nii.gz"), mask, grid, None if item.slices else item.path)
         grey, outline = (np.rot90(plane) for plane in middle_slice(grey_levels(volume), mask))
-        outputs.write_overlay(file_of(folder, f"{item.id}_overlay.png"), np.repeat(grey[..., None], 3, -1), outline)
+        write_overlay(file_of(folder, f"{item.id}_overlay.png"), np.repeat(grey[..., None], 3, -1), outline)
         return
     picture = read_picture(item.path)
     image = picture.transpose(2, 0, 1).astype(np.float32)
@@ -232,15 +238,41 @@ def _predict_one(predictor: Predictor, item: Input, folder: Path, rows: list[lis
         answer = predictor.classes(image)
         found = predictor.config["classes"][int(answer.argmax())]
         rows.append([item.id, found, *(f"{v:.6f}" for v in answer)])
-        outputs.write_captioned(file_of(folder, f"{item.id}_overlay.png"), picture, f"{found}  {answer.max():.2f}")
+        write_captioned(file_of(folder, f"{item.id}_overlay.png"), picture, f"{found}  {answer.max():.2f}")
         return
     mask = predictor.mask(image)
     write_png(file_of(folder, f"{item.id}_mask.png"), (mask > 0).astype(np.uint8) * 255)
-    outputs.write_overlay(file_of(folder, f"{item.id}_overlay.png"), picture, mask)
+    write_overlay(file_of(folder, f"{item.id}_overlay.png"), picture, mask)
 
 
 def _write_rows(path: Path, classes: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     columns = ["p_" + name.lower().replace(" ", "_") for name in classes]
-    with atomic_path(path) as temporary, Path(temporary).open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerows([["id", "class", *columns], *rows])
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, lineterminator="\n").writerows([["id", "class", *columns], *rows])
+
+
+def write_overlay(path: Path, image: np.ndarray, mask: np.ndarray) -> None:
+    """Write an image (H, W, 3), levels 0 to 255, with its mask (H, W) tinted and outlined."""
+    inside = mask > 0
+    core = np.pad(inside, 1, mode="edge")
+    core = core[:-2, 1:-1] & core[2:, 1:-1] & core[1:-1, :-2] & core[1:-1, 2:]
+    opacity = np.where(inside & ~core, 1.0, np.where(inside, OPACITY, 0.0)).astype(np.float32)[..., None]
+    picture = image * (1 - opacity) + COLOUR * opacity
+    write_png(path, picture.round().clip(0, 255).astype(np.uint8))
+
+
+def write_captioned(path: Path, image: np.ndarray, caption: str) -> None:
+    """Write an image (H, W, 3), uint8, above a band with one line of text that fits its width."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.fromarray(image)
+    factor = -(-CAPTIONED_WIDTH // picture.width)
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    height = picture.width / CAPTION_SCALE
+    length = ImageFont.load_default(height).getlength(caption)
+    font = ImageFont.load_default(height * min(1.0, (picture.width - height) / length))
+    result = Image.new("RGB", (picture.width, picture.height + round(1.8 * height)))
+    result.paste(picture)
+    place = (height / 2, picture.height + 0.9 * height)
+    ImageDraw.Draw(result).text(place, caption, (255, 255, 255), font, anchor="lm")
+    write_png(path, result)

@@ -1,13 +1,21 @@
-"""Open a written network for answers on the CPU; only the runtime of its format is imported."""
+"""Open a written network for answers on the CPU; only the runtime of its format is imported.
+
+``python -m amkd_monai.export.runners FORMAT FILE IMAGE.npy THREADS`` answers one image and prints its peak memory.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from amkd_monai.memory import own_peak
 
 if TYPE_CHECKING:
     import torch
@@ -17,34 +25,26 @@ Runner = Callable[[np.ndarray], np.ndarray]
 
 
 def runner(name: str, path: Path, threads: int) -> Runner:
-    """Open a file of the format ``name`` for so many threads; what runs on torch has torch's own."""
+    """Open a file of the format ``name`` for so many threads; torch's formats use torch's own number."""
     if name in ("onnx", "ort-int8"):
-        return _onnxruntime(path, threads)
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return lambda batch: session.run(None, {"image": batch})[0]
     if name in ("openvino", "openvino-int8"):
-        return _openvino(path, threads)
+        import openvino
+
+        # Without the hint, a CPU that has bfloat16 computes in it, and probabilities move by some hundredths.
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+        request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+        return lambda batch: request.infer([batch])[0]
     import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch_runner(torch.jit.load(str(path)) if name == "ts" else torch.export.load(str(path)).module())
-
-
-def _onnxruntime(path: Path, threads: int) -> Runner:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda batch: session.run(None, {"image": batch})[0]
-
-
-def _openvino(path: Path, threads: int) -> Runner:
-    import openvino
-
-    # Without the hint, a CPU that has bfloat16 computes in it, and probabilities move by some hundredths.
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
-    return lambda batch: request.infer([batch])[0]
 
 
 def torch_runner(network: Callable[[torch.Tensor], torch.Tensor]) -> Runner:
@@ -56,3 +56,28 @@ def torch_runner(network: Callable[[torch.Tensor], torch.Tensor]) -> Runner:
             return network(torch.from_numpy(batch)).numpy()
 
     return run
+
+
+def peak_memory(name: str, path: Path, image: np.ndarray, threads: int) -> float:
+    """Run one image (1, 3, H, W) through a written format in a process of its own.
+
+    Returns:
+        Largest resident memory of that process, the interpreter and the runtime included, MB.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        array = Path(folder) / "image.npy"
+        np.save(array, image)
+        command = [sys.executable, "-m", __name__, name, str(path), str(array), str(threads)]
+        ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode:
+        reason = (ended.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise RuntimeError(f"The format {name} does not run in a fresh process: {reason}.")
+    return float(ended.stdout)
+
+
+if __name__ == "__main__":
+    runner(sys.argv[1], Path(sys.argv[2]), int(sys.argv[4]))(np.load(sys.argv[3]))
+    print(own_peak())

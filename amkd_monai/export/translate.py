@@ -89,56 +89,27 @@ def _ct_window(p: Mapping[str, Any]) -> Translated:
     ]
 
 
-def _orientation(p: Mapping[str, Any]) -> Translated:
-    _expect(p, "Orientationd", labels=None)
-    return [{"_target_": "Orientationd", **p}], [{"step": "orientation", "axes": p["axcodes"]}]
-
-
-def _scale(p: Mapping[str, Any]) -> Translated:
-    _expect(p, "ScaleIntensityRanged", b_min=0.0, b_max=1.0, clip=True)
-    return [{"_target_": "ScaleIntensityRanged", **p}], [{"step": "scale", "low": p["a_min"], "high": p["a_max"]}]
-
-
-def _percentiles(p: Mapping[str, Any]) -> Translated:
-    _expect(p, "ScaleIntensityRangePercentilesd", b_min=0.0, b_max=1.0, clip=True)
-    step = {"step": "scale_percentiles", "lower": p["lower"], "upper": p["upper"]}
-    return [{"_target_": "ScaleIntensityRangePercentilesd", **p}], [step]
-
-
-def _resized(p: Mapping[str, Any]) -> Translated:
-    _expect(p, "Resized", mode="bilinear")
-    step = {"step": "resize", "size": list(p["spatial_size"]), "anti_aliasing": bool(p.get("anti_aliasing", False))}
-    return [{"_target_": "Resized", **p}], [step]
-
-
-def _spacing(p: Mapping[str, Any]) -> Translated:
-    _expect(p, "Spacingd", mode="bilinear")
-    return [{"_target_": "Spacingd", **p}], [{"step": "spacing", "pixdim": list(p["pixdim"])}]
-
-
-def _cropped(p: Mapping[str, Any]) -> Translated:
-    return [{"_target_": "CenterSpatialCropd", **p}], [{"step": "crop", "size": list(p["roi_size"])}]
-
-
-def _padded(p: Mapping[str, Any]) -> Translated:
-    return [{"_target_": "SpatialPadd", **p}], [{"step": "pad", "size": list(p["spatial_size"])}]
-
-
 PREPROCESSING: dict[str, Callable[[Mapping[str, Any]], Translated]] = {
     "amkd_monai.data.transforms.load_rgb": _load_rgb,
     "amkd_monai.data.transforms.load_volume": _load_volume,
     "amkd_monai.data.transforms.NeighbourSlicesd": _neighbours,
     "amkd_monai.data.transforms.CropFundusd": _crop_fundus,
     "amkd_monai.data.transforms.CtWindowd": _ct_window,
-    "Orientationd": _orientation,
-    "ScaleIntensityRanged": _scale,
-    "ScaleIntensityRangePercentilesd": _percentiles,
-    "Resized": _resized,
-    "Spacingd": _spacing,
-    "CenterSpatialCropd": _cropped,
-    "SpatialPadd": _padded,
 }
-"""By ``_target_``; each takes the settings of a transform."""
+"""This package's transforms by ``_target_``; each takes the settings of a transform."""
+
+_UNIT_RANGE = {"b_min": 0.0, "b_max": 1.0, "clip": True}
+_LINEAR = {"mode": "bilinear"}
+OF_MONAI: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "Orientationd": ("orientation", {"labels": None}, {"axes": "axcodes"}),
+    "ScaleIntensityRanged": ("scale", _UNIT_RANGE, {"low": "a_min", "high": "a_max"}),
+    "ScaleIntensityRangePercentilesd": ("scale_percentiles", _UNIT_RANGE, {"lower": "lower", "upper": "upper"}),
+    "Resized": ("resize", _LINEAR, {"size": "spatial_size", "anti_aliasing": "anti_aliasing"}),
+    "Spacingd": ("spacing", _LINEAR, {"pixdim": "pixdim"}),
+    "CenterSpatialCropd": ("crop", {}, {"size": "roi_size"}),
+    "SpatialPadd": ("pad", {}, {"size": "spatial_size"}),
+}
+"""MONAI's transforms by ``_target_``: the step, settings that must have a value, and the settings of the step."""
 
 
 def preprocessing(target: str, settings: Mapping[str, Any]) -> Translated:
@@ -147,14 +118,24 @@ def preprocessing(target: str, settings: Mapping[str, Any]) -> Translated:
     Raises:
         ValueError: a transform, or a setting of it, that prediction cannot repeat.
     """
-    if target not in PREPROCESSING:
-        known = ", ".join(name.rsplit(".", 1)[-1] for name in PREPROCESSING)
+    if target in PREPROCESSING:
+        return PREPROCESSING[target](settings)
+    if target not in OF_MONAI:
+        known = ", ".join(name.rsplit(".", 1)[-1] for name in (*PREPROCESSING, *OF_MONAI))
         raise ValueError(f"The preprocessing holds {target}, which cannot be exported: use {known}.")
-    return PREPROCESSING[target](settings)
+    name, required, keys = OF_MONAI[target]
+    for key, value in required.items():
+        if settings.get(key) != value:
+            raise ValueError(
+                f"The preprocessing has {target} with {key} {settings.get(key)!r}, which cannot be exported: use "
+                f"{value!r}."
+            )
+    given = {"anti_aliasing": False, **settings}
+    return [{"_target_": target, **settings}], [{"step": name, **{key: given[of] for key, of in keys.items()}}]
 
 
 def postprocessing(transform: Mapping[str, Any], dimensions: int) -> list[Config]:
-    """Translate one transform of an answer about an image of 2 or 3 dimensions.
+    """Translate one transform of an answer for an image of 2 or 3 dimensions.
 
     Raises:
         ValueError: a transform of this package that has no counterpart in MONAI.
@@ -179,12 +160,3 @@ def postprocessing(transform: Mapping[str, Any], dimensions: int) -> list[Config
     if "amkd_monai" in str(transform):
         raise ValueError(f"The postprocessing holds {target}, which cannot be exported: use MONAI's own transforms.")
     return [dict(transform)]
-
-
-def _expect(settings: Mapping[str, Any], name: str, **wanted: Any) -> None:
-    for key, value in wanted.items():
-        if settings.get(key) != value:
-            raise ValueError(
-                f"The preprocessing has {name} with {key} {settings.get(key)!r}, which cannot be exported: "
-                f"use {value!r}."
-            )

@@ -6,31 +6,35 @@ import json
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.exception import ImageNotFoundException
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
-from monailabel.interfaces.tasks.infer_v2 import InferTask
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
-from amkd_monai.label.active import MostUncertain, ScoreUncertainty, UncertaintyScores
+from amkd_monai.atomic import atomic_write_json
 from amkd_monai.label.fine_tune import FineTune
-from amkd_monai.label.infer import StudentInferTask, SuitableImages
-from amkd_monai.label.requests import answerable
-from amkd_monai.label.student import ServedStudent
+from amkd_monai.label.student import ServedStudent, write_mask
 from amkd_monai.label.studies import Studies
+
+BUDGET_S = 10.0
+"""How long a client that asks for the next image waits, at most, for images to be scored."""
 
 
 class StudentApp(MONAILabelApp):
     """Students of trained bundles.
 
     Args:
-        app_dir: folder made by :func:`amkd_monai.label.workplace.prepare`.
+        app_dir: folder made by :func:`amkd_monai.label.server.prepare`.
         studies: folder of images, or address of a DICOMweb server.
         conf: further settings of MONAI Label.
     """
@@ -39,17 +43,9 @@ class StudentApp(MONAILabelApp):
         self.work = Path(app_dir)
         names = json.loads((self.work / "models.json").read_text(encoding="utf-8"))
         self.students = {name: ServedStudent(self.work / "model" / name) for name in names}
-        self.scores = {
-            name: UncertaintyScores(student, student.bundle / "uncertainty.json")
-            for name, student in self.students.items()
-        }
-        super().__init__(
-            app_dir=app_dir,
-            studies=studies,
-            conf=conf,
-            name="amkd_monai",
-            description="Distilled students. Research only, not for clinical use.",
-        )
+        self.scores = {f"uncertainty_{name}": UncertaintyScores(student) for name, student in self.students.items()}
+        description = "Distilled students. Research only, not for clinical use."
+        super().__init__(app_dir=app_dir, studies=studies, conf=conf, name="amkd_monai", description=description)
 
     def init_datastore(self) -> Datastore:
         """Open the studies; see :class:`amkd_monai.label.studies.Studies`."""
@@ -62,13 +58,7 @@ class StudentApp(MONAILabelApp):
 
     def init_infers(self) -> dict[str, InferTask]:
         """Each student as a model."""
-        return {
-            name: StudentInferTask(
-                student,
-                json.loads((student.bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))["description"],
-            )
-            for name, student in self.students.items()
-        }
+        return {name: StudentInferTask(student) for name, student in self.students.items()}
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """Fine-tuning of each student."""
@@ -76,12 +66,11 @@ class StudentApp(MONAILabelApp):
 
     def init_strategies(self) -> dict[str, Strategy]:
         """MONAI Label's own ``random``, and ``uncertainty_<model>``."""
-        own = {f"uncertainty_{name}": MostUncertain(scores) for name, scores in self.scores.items()}
-        return {**own, **super().init_strategies()}
+        return {**{n: MostUncertain(scores) for n, scores in self.scores.items()}, **super().init_strategies()}
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         """``uncertainty_<model>``."""
-        return {f"uncertainty_{name}": ScoreUncertainty(scores) for name, scores in self.scores.items()}
+        return {name: ScoreUncertainty(scores) for name, scores in self.scores.items()}
 
     def init_batch_infer(self) -> BatchInferTask:
         """Inference on the images that the model takes."""
@@ -91,21 +80,26 @@ class StudentApp(MONAILabelApp):
         """Refuse a model that is not served before a process is started for it; a bundle needs no path of its own.
 
         Raises:
-            MONAILabelException: no such model.
+            ValueError: no such model.
         """
-        with answerable():
-            if model is not None and model not in self.students:
-                raise ValueError(f"There is no model '{model}': this server has {', '.join(self.students)}.")
+        if model is not None and model not in self.students:
+            raise ValueError(f"There is no model '{model}': this server has {', '.join(self.students)}.")
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        """Run a model on an image of the studies, or on an uploaded file."""
+        """Run a model on an image of the studies, or on an uploaded file; no other file of the machine is read.
+
+        Raises:
+            ValueError: no such model, or the image cannot be used.
+            ImageNotFoundException: no such image.
+        """
         self.bundle_path(request.get("model"))
         image = str(request.get("image"))
-        if not self._is_upload(image) and not (datastore or self.datastore()).get_image_uri(image):
+        uploads = [tempfile.gettempdir(), *([self._sessions.store_path] if self._sessions else [])]
+        real = Path(os.path.realpath(image))
+        is_upload = real.exists() and any(real.is_relative_to(os.path.realpath(folder)) for folder in uploads)
+        if not is_upload and not (datastore or self.datastore()).get_image_uri(image):
             raise ImageNotFoundException(f"There is no image '{image}' in the studies.")
-        with answerable():
-            result: dict[str, Any] = super().infer(request, datastore)
-            return result
+        return dict(super().infer(request, datastore))
 
     def check_training(self, model: str | None, params: dict[str, Any] | None) -> None:
         """Refuse a training that cannot work before a process is started for it.
@@ -115,47 +109,138 @@ class StudentApp(MONAILabelApp):
             params: options; see :meth:`amkd_monai.label.fine_tune.FineTune.config`.
 
         Raises:
-            MONAILabelException: no such model, an option that cannot be used, or too few labels.
+            ValueError: no such model, an option that cannot be used, or too few labels.
         """
         self.bundle_path(model)
+        own = params or {}
         for name in [model] if model else self._trainers:
-            own = params or {}
-            with answerable():
-                self._trainers[name].check(own if model else {**own.get(name, {}), **own}, self.datastore())
+            self._trainers[name].check(own if model else {**own.get(name, {}), **own}, self.datastore())
 
     def upload_model(self, model: str, file: BinaryIO) -> dict[str, Any]:
         """Replace a student by an uploaded file that fits its network; the one before is kept.
 
         Raises:
-            MONAILabelException: no such model, or the file does not fit.
+            ValueError: no such model.
+            CheckpointError: the file does not fit.
         """
         self.bundle_path(model)
-        with tempfile.NamedTemporaryFile() as copy, answerable():
+        with tempfile.NamedTemporaryFile() as copy:
             shutil.copyfileobj(file, copy)
             copy.flush()
             self.students[model].replace(Path(copy.name))
         return dict(self.model_info(model))
 
-    def train(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Fine-tune a model."""
-        with answerable():
-            result: dict[str, Any] = super().train(request)
-            return result
 
-    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Choose the next image to label."""
-        with answerable():
-            result: dict[str, Any] = super().next_sample(request)
-            return result
+class StudentInferTask(InferTask):
+    """One student as a model of the server.
 
-    def scoring(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        """Score images."""
-        with answerable():
-            result: dict[str, Any] = super().scoring(request, datastore)
-            return result
+    Segmentation gives a file with class indices on the grid of the image, classification JSON without a file.
+    """
 
-    def _is_upload(self, image: str) -> bool:
-        """Whether this is a file that the server itself stored, not any file of the machine."""
-        folders = [tempfile.gettempdir(), *([self._sessions.store_path] if self._sessions else [])]
-        real = os.path.realpath(image)
-        return Path(real).exists() and any(Path(real).is_relative_to(os.path.realpath(f)) for f in folders)
+    def __init__(self, student: ServedStudent) -> None:
+        task, metadata = student.task, student.bundle / "configs" / "metadata.json"
+        self.student = student
+        super().__init__(
+            type=InferType.CLASSIFICATION if task.is_classification else InferType.SEGMENTATION,
+            labels={name: index for index, name in enumerate(task.classes) if task.is_classification or index},
+            dimension=task.dimensions,
+            description=json.loads(metadata.read_text(encoding="utf-8"))["description"],
+        )
+
+    def is_valid(self) -> bool:
+        """Return True: a bundle that cannot be opened stops the start of the server instead."""
+        return True
+
+    def get_path(self, validate: bool = True) -> str | None:
+        """Return the file of weights."""
+        return str(self.student.model) if self.student.model.is_file() or not validate else None
+
+    def __call__(self, request: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        """Answer for the file ``request["image"]``: the mask file, which the caller removes, or None; and JSON."""
+        start = time.perf_counter()
+        answer = self.student.answer(request["image"]).numpy()
+        file, facts = None, {"label_names": self.labels}
+        if self.student.task.is_classification:
+            scores = zip(self.student.task.classes, answer, strict=True)
+            facts["prediction"] = [{"idx": i, "label": n, "score": float(p)} for i, (n, p) in enumerate(scores)]
+            facts["class"] = self.student.task.classes[int(answer.argmax())]
+        else:
+            file = str(write_mask(answer, request["image"]))
+        return file, {**facts, "latencies": {"total": round(time.perf_counter() - start, 3)}}
+
+
+class SuitableImages(BatchInferTask):
+    """Inference on all images of the studies that the model takes: a folder may hold pictures and volumes."""
+
+    def __init__(self, students: dict[str, ServedStudent]) -> None:
+        self.students = students
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore, infer: Callable) -> dict[str, Any]:
+        """Answer for each image; without a GPU on the CPU, where MONAI Label would look for a first GPU."""
+        several = bool(request.get("multi_gpu", True)) and torch.cuda.is_available()
+        return dict(super().__call__({**request, "multi_gpu": several}, datastore, infer))
+
+    def get_images(self, request: dict[str, Any], datastore: Datastore) -> list[str]:
+        """Return the ids of suitable images."""
+        student = self.students[request["model"]]
+        return [i for i in super().get_images(request, datastore) if student.takes(datastore.get_image_uri(i))]
+
+
+class UncertaintyScores:
+    """Uncertainty of unlabelled images, kept in ``uncertainty.json`` of the bundle until the student changes.
+
+    The datastore is not written, so that no label is lost to a second process.
+    """
+
+    def __init__(self, student: ServedStudent) -> None:
+        self.student, self.file = student, student.bundle / "uncertainty.json"
+
+    def update(self, datastore: Datastore, budget_s: float | None = None) -> dict[str, float]:
+        """Score unlabelled images that have no score yet; return the scores by image id.
+
+        Args:
+            datastore: of the images.
+            budget_s: start no further image after so many seconds; the first one is always scored.
+        """
+        images = {image: datastore.get_image_uri(image) for image in sorted(datastore.get_unlabeled_images())}
+        suitable = {image: file for image, file in images.items() if self.student.takes(file)}
+        identity = self.student.identity()
+        known: dict[str, float] = {}
+        if self.file.is_file():
+            content = json.loads(self.file.read_text(encoding="utf-8"))
+            known = content["scores"] if content["student"] == identity else {}
+        scores = {image: known[image] for image in suitable if image in known}
+        start = time.monotonic()
+        for image in suitable.keys() - scores.keys():
+            if budget_s is not None and scores and time.monotonic() - start > budget_s:
+                break
+            scores[image] = self.student.uncertainty(suitable[image])
+        if scores != known:
+            atomic_write_json(self.file, {"student": identity, "scores": scores})
+        return scores
+
+
+class MostUncertain(Strategy):
+    """Give the unlabelled image with the highest uncertainty."""
+
+    def __init__(self, scores: UncertaintyScores) -> None:
+        super().__init__(f"The image that {scores.student.bundle.name} is least sure about")
+        self.scores = scores
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
+        """Return the id and its uncertainty, or None if every image has a label."""
+        scores = self.scores.update(datastore, BUDGET_S)
+        image = max(sorted(scores), key=scores.__getitem__, default=None)
+        return None if image is None else {"id": image, "uncertainty": scores[image]}
+
+
+class ScoreUncertainty(ScoringMethod):
+    """Score all unlabelled images."""
+
+    def __init__(self, scores: UncertaintyScores) -> None:
+        super().__init__(f"How unsure {scores.student.bundle.name} is about each unlabelled image")
+        self.scores = scores
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Return the scores by image id."""
+        return {"uncertainty": self.scores.update(datastore)}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import shutil
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list, name_to_device
 
-from amkd_monai.atomic import atomic_write_json
+from amkd_monai.atomic import TEMPORARY_MARK, atomic_write_json
 from amkd_monai.data.datalist import Datalist
 from amkd_monai.engines.runs import RECORD
 from amkd_monai.errors import report_plainly
-from amkd_monai.label.saved_labels import saved_labels
+from amkd_monai.files.names import file_id
 from amkd_monai.label.student import ServedStudent
+from amkd_monai.label.studies import read_class
 from amkd_monai.weights import load_state_dict, load_strict, state_hash
 
 OF_THE_SERVER = {"model", "gpus", "local_rank", "client_id"}
@@ -34,14 +37,14 @@ STEPS = 4
 class FineTune(TrainTask):
     """Train a student further; the result replaces it only if it is better on the labels held out.
 
-    With ``teachers`` "none" training is supervised. With "bundle" the teachers of ``train.json`` teach their features,
-    on the images without labels too; what they say is cached. A run works in ``training/``, which the next one empties;
-    only a better student leaves it, so that a run may be killed at any moment. The student before is kept as
-    ``models/previous.pt``.
+    With ``teachers`` "none" training is supervised. With "bundle" the student is also distilled from the teachers of
+    ``train.json``, on the images without labels too; their outputs are cached. A run works in ``training/``, which the
+    next one empties; only a better student leaves it, so that a run may be killed at any moment. The student before is
+    kept as ``models/previous.pt``.
 
     Args:
         student: the opened bundle.
-        cache: folder for decoded images and teachers' targets.
+        cache: folder for decoded images and teacher outputs.
     """
 
     def __init__(self, student: ServedStudent, cache: Path) -> None:
@@ -78,18 +81,18 @@ class FineTune(TrainTask):
             close = difflib.get_close_matches(key, defaults, 1)
             hint = f"did you mean {close[0]}?" if close else f"use {', '.join(defaults)}."
             raise ValueError(f"Fine-tuning has no option '{key}': {hint}")
-        options = {key: _chosen(request.get(key, default)) for key, default in defaults.items()}
+        options = {key: request.get(key, default) for key, default in defaults.items()}
+        options = {k: v[0] if isinstance(v, list) and v else v for k, v in options.items()}  # choices sent back as such
         options["max_epochs"] = _positive("max_epochs", options["max_epochs"], int)
-        options["learning_rate_scale"] = _positive("learning_rate_scale", options["learning_rate_scale"], float)
-        options["val_split"] = _positive("val_split", options["val_split"], float)
+        for key in ("learning_rate_scale", "val_split"):
+            options[key] = _positive(key, options[key], float)
         if options["teachers"] not in ("none", "bundle"):
             raise ValueError(f"teachers is '{options['teachers']}': use none or bundle.")
         try:
             torch.device(name_to_device(str(options["device"])))
         except RuntimeError as error:
             raise ValueError(f"device is '{options['device']}': use one of {', '.join(device_list())}.") from error
-        distilled = options["teachers"] == "bundle"
-        return options, saved_labels(self.student, datastore, options["val_split"], with_unlabelled=distilled)
+        return options, saved_labels(self.student, datastore, options["val_split"], options["teachers"] == "bundle")
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Train, and return the metric of the held-out labels before and at the best epoch.
@@ -100,22 +103,25 @@ class FineTune(TrainTask):
         report_plainly()
         start = time.monotonic()
         options, data = self.check(request, datastore)
-        if self._training.exists():
-            shutil.rmtree(self._training)
-        self.student.remove_leftovers()
-        self.student.copy_record(self._training / "models")
+        student, models = self.student, self._training / "models"
+        shutil.rmtree(self._training, ignore_errors=True)
+        for file in student.model.parent.glob(f".*{TEMPORARY_MARK}*"):  # left by a process that was killed
+            file.unlink()
+        models.mkdir(parents=True)
+        if (record := student.model.with_name(RECORD)).is_file():
+            shutil.copyfile(record, models / RECORD)
         workflow = self._workflow(data, options)
         parser = workflow.parser
-        load_strict(parser.get_parsed_content("network"), load_state_dict(self.student.model), self.student.model)
+        load_strict(parser.get_parsed_content("network"), load_state_dict(student.model), student.model)
         best = parser.get_parsed_content("best_student")
         parser.get_parsed_content("validate#evaluator").run()  # the student as it is: the value to beat
         before = best.best
         workflow.run()
         workflow.finalize()
-        is_better, trained = best.best > before, self._training / "models" / "model.pt"
+        is_better = best.best > before
         result = {
-            "model": self.student.bundle.name,
-            "student": state_hash(load_state_dict(trained)) if is_better else self.student.identity(),
+            "model": student.bundle.name,
+            "student": state_hash(load_state_dict(models / "model.pt")) if is_better else student.identity(),
             "train": len(data.train),
             "validation": len(data.validation),
             "unlabelled": len(data.unlabelled),
@@ -125,22 +131,23 @@ class FineTune(TrainTask):
             "best_metric": best.best,
             "total_time": round(time.monotonic() - start, 1),
         }
-        atomic_write_json(self._record, result)  # says nothing until its student is there
+        atomic_write_json(self._record, result)  # ignored until its student is there
         if is_better:
-            self.student.replace(trained, trained.with_name(RECORD))
+            student.replace(models / "model.pt", models / RECORD)
         return result
 
     def _workflow(self, data: Datalist, options: dict[str, Any]) -> ConfigWorkflow:
-        folder = self.student.bundle
-        config = json.loads((folder / "configs" / "train.json").read_text(encoding="utf-8"))
+        folder, models = self.student.bundle, str(self._training / "models")
+        file = folder / "configs" / "train.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
         scale, recipe = options["learning_rate_scale"], config["recipe"]
         values = {
             "bundle_root": str(folder),
             "purpose": "serving",
             "output_dir": str(self._training / "eval"),
-            "ckpt_dir": str(self._training / "models"),
+            "ckpt_dir": models,
             "cache_dir": str(self.cache),
-            "resume_dir": str(self._training / "models"),
+            "resume_dir": models,
             "device": name_to_device(options["device"]),
             "datalist": data,
             "max_epochs": options["max_epochs"],
@@ -153,15 +160,59 @@ class FineTune(TrainTask):
             "recipe#learning_rate": recipe["learning_rate"] * scale,
             "recipe#encoder_learning_rate": recipe["encoder_learning_rate"] * scale,
         }
-        workflow = ConfigWorkflow(
-            workflow_type="train",
-            config_file=str(folder / "configs" / "train.json"),
-            meta_file=str(folder / "configs" / "metadata.json"),
-            logging_file=False,
-            **values,
-        )
+        meta = str(folder / "configs" / "metadata.json")
+        workflow = ConfigWorkflow(str(file), meta, logging_file=False, workflow_type="train", **values)
         workflow.initialize()
         return workflow
+
+
+def saved_labels(
+    student: ServedStudent, datastore: Datastore, validation_part: float, with_unlabelled: bool
+) -> Datalist:
+    """List the images with a final label that a student can learn from, each its own group.
+
+    Which ones are held out depends on their names alone, so that an image keeps its section when labels are added, up
+    to the rounding of the part; with classes, each class is split by itself.
+
+    Args:
+        student: whose kind of image and label counts.
+        datastore: of images and labels.
+        validation_part: part of the labelled images that is held out.
+        with_unlabelled: list the images without a label too; teachers can use them.
+
+    Raises:
+        ValueError: too few labels to train and to hold one out.
+    """
+    task = student.task
+    if validation_part >= 1:
+        raise ValueError(f"val_split is {validation_part}: give a part between 0 and 1.")
+    items = []
+    for entry in datastore.datalist():
+        image, label = entry["image"], entry["label"]
+        if not student.takes(image) or label.endswith(".json") != task.is_classification:
+            continue  # of another model
+        if not task.is_classification:
+            items.append(_item(image, label=label))
+        elif (name := read_class(Path(label))) in task.classes:
+            items.append(_item(image, label=task.classes.index(name)))
+    by_class = defaultdict(list)
+    for item in sorted(items, key=lambda item: hashlib.sha256(item["id"].encode()).digest()):
+        by_class[item["label"] if task.is_classification else None].append(item)
+    train, validation = [], []
+    for members in by_class.values():
+        held_out = max(1, round(validation_part * len(members))) if len(members) > 1 else 0
+        validation += members[:held_out]
+        train += members[held_out:]
+    if not validation or (task.is_classification and len({item["label"] for item in validation}) < 2):
+        needed = "two images of each of two classes" if task.is_classification else "two"
+        raise ValueError(f"{len(items)} final label(s) for {task.name} are too few: save {needed} at least.")
+    images = sorted(datastore.get_unlabeled_images()) if with_unlabelled else ()
+    unlabelled = [_item(file) for file in map(datastore.get_image_uri, images) if student.takes(file)]
+    return Datalist(task, Path(items[0]["image"]).parent, "saved labels", train, validation, [], unlabelled)
+
+
+def _item(image: str, **label: Any) -> dict[str, Any]:
+    return {"image": image, "id": file_id(Path(image)), "group": file_id(Path(image)), **label}
 
 
 def _positive(name: str, value: Any, kind: type[int] | type[float]) -> Any:
@@ -177,8 +228,3 @@ def _positive(name: str, value: Any, kind: type[int] | type[float]) -> Any:
     except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(f"{name} is {value!r}: give a {'whole ' if kind is int else ''}number above 0.")
-
-
-def _chosen(value: Any) -> Any:
-    """The option itself, or the first of the choices that a client sent back untouched."""
-    return value[0] if isinstance(value, list) and value else value

@@ -1,35 +1,85 @@
-"""The web server: MONAI Label's own, with errors as JSON, for this machine alone unless told otherwise."""
+"""Start MONAI Label's server on copies of trained bundles: fine-tuning never changes the bundles themselves.
+
+In the work folder, ``main.py`` is what MONAI Label looks for, ``model/<name>`` are the copies, ``cache`` holds decoded
+images and teacher outputs, ``logs`` what the server logs.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import logging
 import os
+import shutil
+import socket
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from amkd_monai.atomic import atomic_path, atomic_write_bytes, atomic_write_json, exclusive_lock
+from amkd_monai.weights import file_sha256
 
+logger = logging.getLogger("amkd_monai")
+
+CONFIGS = ("metadata.json", "inference.json", "train.json")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SERVER = "AMKD_LABEL_SERVER"
 """Environment variable with the server's process id, for the trainers that it starts."""
 
-WARNING = (
-    "WARNING: {host} is reachable from outside this machine. Whoever reaches it can read the studies, save labels and "
-    "replace models."
-)
+MAIN = b"""\"\"\"What MONAI Label starts; written by amkd_monai.\"\"\"
+
+from amkd_monai.label.server import end_with_server
+
+end_with_server()
+
+from amkd_monai.label.app import StudentApp
+
+__all__ = ["StudentApp"]
+"""
 
 
-def serve(work: Path, studies: str, host: str, port: int) -> None:
-    """Start the server; returns when it is stopped.
+def serve(bundles: Sequence[str], studies: str, host: str, port: int, work: str | Path) -> None:
+    """Serve trained bundles; returns when the server is stopped.
 
     Args:
-        work: folder made by :func:`amkd_monai.label.workplace.prepare`.
-        studies: folder of images, or address of a DICOMweb server.
+        bundles: names in ``bundles/``, or folders.
+        studies: folder of images, or http(s) address of a DICOMweb server.
         host: address to listen on.
         port: port to listen on.
+        work: folder for copies, caches and logs, made if it is missing; one server works in it.
+
+    Raises:
+        FileNotFoundError: a bundle or the studies do not exist.
+        RuntimeError: MONAI Label is not installed, or the port is taken.
+        TimeoutError: another server works in ``work``.
     """
+    found, work = find_bundles(bundles), Path(work).resolve()
+    if not studies.startswith(("http://", "https://")) and not Path(studies).is_dir():
+        raise FileNotFoundError(f"There is no folder {studies}: give --studies a folder of images.")
+    if importlib.util.find_spec("monailabel") is None:
+        raise RuntimeError(
+            "MONAI Label is not installed in this environment: run `make label-env`, then start this command with "
+            ".venv-label/bin/python."
+        )
+    try:
+        with socket.create_server((host, port)):  # ten seconds of imports come before the server's own attempt
+            pass
+    except (OSError, OverflowError) as error:
+        raise RuntimeError(f"Port {port} of {host} cannot be used ({error}): give another --port or --host.") from error
+    with exclusive_lock(work / ".lock"):
+        prepare(found, work)
+        _start(work, studies, host, port)
+
+
+def _start(work: Path, studies: str, host: str, port: int) -> None:
     if host not in LOOPBACK:
-        print(WARNING.format(host=host), flush=True)
-    # Read by MONAI Label when it is imported: no process that scores images after each request, no files elsewhere.
+        print(
+            f"WARNING: {host} is reachable from outside this machine. Whoever reaches it can read the studies, save "
+            "labels and replace models.",
+            flush=True,
+        )
+    # MONAI Label reads these when it is imported: no process that scores images after each request, no files elsewhere.
     os.environ.setdefault("MONAI_LABEL_AUTO_UPDATE_SCORING", "false")
     os.environ.setdefault("MONAI_LABEL_SESSION_PATH", str(work / "sessions"))
     from monailabel.main import Main
@@ -62,3 +112,51 @@ def end_with_server() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="end with server", daemon=True).start()
+
+
+def find_bundles(names: Sequence[str]) -> dict[str, Path]:
+    """Find trained bundles by name in ``bundles/`` or by folder; return the folders by the name of the model.
+
+    Raises:
+        FileNotFoundError: no such bundle, or it is not trained.
+        ValueError: two of one name.
+    """
+    found: dict[str, Path] = {}
+    for name in names:
+        folder = next((f for f in (Path("bundles") / name, Path(name)) if (f / "configs").is_dir()), None)
+        if folder is None:
+            known = ", ".join(sorted(path.parent.name for path in Path("bundles").glob("*/configs"))) or "none here"
+            raise FileNotFoundError(f"There is no bundle '{name}': give a folder or one of bundles/ ({known}).")
+        folder = folder.resolve()
+        for config in CONFIGS:
+            if not (folder / "configs" / config).is_file():
+                raise FileNotFoundError(f"{folder} is no training bundle, it lacks configs/{config}: give another.")
+        if not (model := folder / "models" / "model.pt").is_file():
+            raise FileNotFoundError(f"There is no trained student at {model}: train the bundle, or put one there.")
+        if folder.name in found:
+            raise ValueError(f"Two bundles are called '{folder.name}': rename one of the folders.")
+        found[folder.name] = folder
+    return found
+
+
+def prepare(bundles: Mapping[str, Path], work: Path) -> None:
+    """Copy bundles into the work folder; a student that was fine-tuned there stays.
+
+    Configs are copied every time, a student only if there is none yet. A warning is logged where the bundle's own
+    student is not the one that was copied.
+    """
+    for name, source in bundles.items():
+        target = work / "model" / name
+        shutil.copytree(source / "configs", target / "configs", dirs_exist_ok=True)
+        origin = {"student": file_sha256(source / "models" / "model.pt")}
+        record = target / "origin.json"
+        if not (target / "models" / "model.pt").is_file():
+            for file in ("student.json", "model.pt"):  # the weights last: their existence says that the copy is whole
+                if (source / "models" / file).is_file():
+                    with atomic_path(target / "models" / file) as temporary:
+                        shutil.copyfile(source / "models" / file, temporary)
+            atomic_write_json(record, origin)
+        elif json.loads(record.read_text(encoding="utf-8")) != origin:
+            logger.warning("%s has a new student; remove %s to serve that one.", source, target)
+    atomic_write_json(work / "models.json", list(bundles))
+    atomic_write_bytes(work / "main.py", MAIN)

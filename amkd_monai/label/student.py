@@ -1,23 +1,30 @@
-"""A trained bundle opened for serving: an image file in, the bundle's own answer out."""
+"""A trained bundle opened for serving: an image file in, the bundle's own answer out, and how sure it is."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import math
+import os
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.transforms import Activationsd, Compose
+from PIL import Image
+from torch import Tensor
 
-from amkd_monai.atomic import TEMPORARY_MARK, atomic_path
+from amkd_monai.atomic import atomic_path
 from amkd_monai.data.readable import read_item
 from amkd_monai.data.transforms import SaveMaskd
 from amkd_monai.engines import runs
 from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES, has_suffix
-from amkd_monai.label.uncertainty import class_uncertainty, mask_uncertainty
+from amkd_monai.files.volumes import volume_grid, write_mask_volume
 from amkd_monai.tasks import get_task
 from amkd_monai.weights import load_state_dict, load_strict, state_hash
 
@@ -32,8 +39,9 @@ class ServedStudent:
         bundle: folder of the bundle.
 
     Attributes:
-        task: what is asked.
+        task: of the bundle.
         model: the file of weights.
+        suffixes: the kinds of file it takes.
     """
 
     def __init__(self, bundle: Path) -> None:
@@ -43,6 +51,7 @@ class ServedStudent:
         parser["bundle_root"] = str(self.bundle)
         runs.adopt(parser, "serving", {})
         self.task = get_task(parser.get_parsed_content("task"))
+        self.suffixes = PICTURE_SUFFIXES if self.task.dimensions == 2 else VOLUME_SUFFIXES
         self.device: torch.device = parser.get_parsed_content("device")
         self._network = parser.get_parsed_content("network").eval()
         self._inferer = parser.get_parsed_content("inferer")
@@ -52,29 +61,15 @@ class ServedStudent:
         self._activation: Activationsd = after[0]
         self._after = Compose(after[1 : ends[0]] if ends else after[1:])
         self._loaded: tuple[int, int] | None = None
-        self._known: tuple[tuple[int, int], str] | None = None
         self._lock = threading.Lock()
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """The kinds of file it takes."""
-        return PICTURE_SUFFIXES if self.task.dimensions == 2 else VOLUME_SUFFIXES
 
     def takes(self, image: str | Path) -> bool:
         """Whether a file is of the right kind, by its name."""
         return has_suffix(image, self.suffixes)
 
     def identity(self) -> str:
-        """SHA-256 of the weights that lie there now."""
-        stamp = self._stamp()
-        if self._known is None or self._known[0] != stamp:
-            self._known = stamp, state_hash(load_state_dict(self.model))
-        return self._known[1]
-
-    def remove_leftovers(self) -> None:
-        """Remove what a process that was killed while it replaced the weights has left beside them."""
-        for file in self.model.parent.glob(f".*{TEMPORARY_MARK}*"):
-            file.unlink()
+        """SHA-256 of the current weights."""
+        return _hash_of(self.model, self._stamp())
 
     def replace(self, file: Path, record: Path | None = None) -> None:
         """Serve the weights of a file from now on, and keep those before as ``models/previous.pt``.
@@ -93,13 +88,7 @@ class ServedStudent:
                 with atomic_path(self.model.with_name(name)) as temporary:
                     shutil.copyfile(source, temporary)
 
-    def copy_record(self, folder: Path) -> None:
-        """Put the record of the student's run into a folder in which it is trained further."""
-        folder.mkdir(parents=True, exist_ok=True)
-        if (record := self.model.with_name(runs.RECORD)).is_file():
-            shutil.copyfile(record, folder / runs.RECORD)
-
-    def answer(self, image: str | Path) -> torch.Tensor:
+    def answer(self, image: str | Path) -> Tensor:
         """Answer as offline inference does.
 
         Returns:
@@ -108,37 +97,72 @@ class ServedStudent:
         Raises:
             ValueError: the file is of another kind, or damaged.
         """
-        data = self._probabilities(image)
-        result: torch.Tensor = torch.as_tensor(self._after(data)["pred"]).cpu()
+        result = torch.as_tensor(self._after(self._probabilities(image))["pred"]).cpu()
         return result if self.task.is_classification else result[0]
 
     def uncertainty(self, image: str | Path) -> float:
-        """How unsure the student is about an image, 0 (sure) to 1; see :mod:`amkd_monai.label.uncertainty`."""
+        """Uncertainty of the student about an image, 0 (sure) to 1."""
         pred = self._probabilities(image)["pred"]
         return class_uncertainty(pred) if self.task.is_classification else mask_uncertainty(pred)
 
     @torch.no_grad()
     def _probabilities(self, image: str | Path) -> dict[str, Any]:
-        data = self._read(image)
+        if not self.takes(image):
+            kind = "pictures" if self.task.dimensions == 2 else "volumes"
+            raise ValueError(f"The model for {self.task.name} takes {kind} ({', '.join(self.suffixes)}), not {image}.")
+        data = read_item({"image": str(image)}, self._before)
         batch = data["image"].as_tensor()[None].to(self.device)
         with self._lock:  # one image at a time: memory for one, and no change of weights meanwhile
-            data["pred"] = self._inferer(batch, self._current())[0].cpu()
+            if (stamp := self._stamp()) != self._loaded:
+                load_strict(self._network, load_state_dict(self.model), self.model)
+                self._loaded = stamp
+            data["pred"] = self._inferer(batch, self._network)[0].cpu()
         return dict(self._activation(data))
-
-    def _read(self, image: str | Path) -> dict[str, Any]:
-        kind = "pictures" if self.task.dimensions == 2 else "volumes"
-        if not self.takes(image):
-            raise ValueError(f"The model for {self.task.name} takes {kind} ({', '.join(self.suffixes)}), not {image}.")
-        return read_item({"image": str(image)}, self._before)
-
-    def _current(self) -> torch.nn.Module:
-        """The network with the weights that lie there now; the caller holds the lock."""
-        stamp = self._stamp()
-        if stamp != self._loaded:
-            load_strict(self._network, load_state_dict(self.model), self.model)
-            self._loaded = stamp
-        return self._network
 
     def _stamp(self) -> tuple[int, int]:
         found = self.model.stat()
         return found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_of(model: Path, stamp: tuple[int, int]) -> str:
+    return state_hash(load_state_dict(model))
+
+
+def mask_uncertainty(probabilities: Tensor) -> float:
+    """One minus the Soft Dice Confidence, the Dice that the probabilities themselves predict for the mask.
+
+    For each foreground class, ``1 - 2 sum(p m) / (sum(p) + sum(m))`` with probability p and mask m; the mean of the
+    classes. An image on which nothing is found has 1: it is worth a look.
+
+    Source: Borges et al., "Soft Dice Confidence", 2024, https://arxiv.org/abs/2402.10665.
+
+    Args:
+        probabilities: (C, H, W) or (C, D, H, W), softmax; channel 0 is background.
+    """
+    answer = probabilities.argmax(0)
+    values = []
+    for index in range(1, len(probabilities)):
+        probability, mask = probabilities[index].double(), (answer == index).double()
+        values.append(1 - 2 * (probability * mask).sum() / (probability.sum() + mask.sum()).clamp_min(1e-12))
+    return float(torch.stack(values).mean())
+
+
+def class_uncertainty(probabilities: Tensor) -> float:
+    """Entropy of class probabilities (C,) as a part of its largest value, ln C: 0 (sure) to 1."""
+    p = probabilities.double()
+    return float(-torch.xlogy(p, p).sum() / math.log(len(p)))
+
+
+def write_mask(mask: np.ndarray, image: str | Path) -> Path:
+    """Write a label map (H, W) or (D, H, W), uint8, to a new temporary file, which the caller removes.
+
+    The mask of a volume is NIfTI with the affine of the file ``image``, the mask of a picture is PNG.
+    """
+    handle, name = tempfile.mkstemp(prefix="mask-", suffix=VOLUME_SUFFIXES[0] if mask.ndim == 3 else ".png")
+    os.close(handle)
+    if mask.ndim == 3:
+        write_mask_volume(Path(name), mask, volume_grid(image), image)
+    else:
+        Image.fromarray(mask).save(name)
+    return Path(name)

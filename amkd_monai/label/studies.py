@@ -24,7 +24,6 @@ from amkd_monai.files.masks import read_mask
 from amkd_monai.files.names import VOLUME_SUFFIXES, has_suffix
 from amkd_monai.files.pictures import picture_size
 from amkd_monai.files.volumes import read_label_volume, volume_grid
-from amkd_monai.label.requests import answerable
 
 logger = logging.getLogger("amkd_monai")
 
@@ -55,11 +54,12 @@ class Studies(LocalDatastore):
         """Add an image; a file that cannot be read, a name with a folder in it, or one that exists is refused."""
         file, info = Path(image_filename), dict(image_info or {})
         overwrites = info.pop("overwrite", False) is True
-        with self._changing, answerable():
-            _plain_name(image_id)
+        with self._changing:
+            if Path(image_id).name != image_id or image_id.startswith("."):
+                raise ValueError(f"'{image_id}' cannot be the name of an image: use one without a folder.")
             if not file.name.lower().endswith(self._suffixes):
                 raise ValueError(f"'{file.name}' is of no kind that the models take: {', '.join(self._suffixes)}.")
-            _check_image(file)
+            (volume_grid if has_suffix(file, VOLUME_SUFFIXES) else picture_size)(file)  # refuses what cannot be read
             if existing := self._files_of(image_id, self._to_id(file.name)[1]):
                 if filecmp.cmp(existing[0], file, shallow=False):
                     return image_id
@@ -109,17 +109,15 @@ class Studies(LocalDatastore):
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """Save a label: a mask on the image's grid, or ``{"class": name}`` as JSON."""
-        with answerable():
-            if label_tag not in (DefaultLabelTag.FINAL.value, DefaultLabelTag.ORIGINAL.value):
-                raise ValueError(f"There is no tag '{label_tag}': use final or original.")
+        if label_tag not in (DefaultLabelTag.FINAL.value, DefaultLabelTag.ORIGINAL.value):
+            raise ValueError(f"There is no tag '{label_tag}': use final or original.")
         image = self.get_image_uri(image_id)
         if not image:
             raise ImageNotFoundException(f"There is no image '{image_id}' in the studies.")
-        with answerable():
-            try:
-                self._check_label(Path(image), Path(label_filename))
-            except ValueError as error:
-                raise ValueError(f"The label for {image_id} is refused: {error}") from error
+        try:
+            self._check_label(Path(image), Path(label_filename))
+        except ValueError as error:
+            raise ValueError(f"The label for {image_id} is refused: {error}") from error
         with self._changing:
             known = self._datastore.objects[image_id].labels.get(label_tag)
             suffixes = {self._to_id(Path(label_filename).name)[1], *([known.ext] if known else [])}
@@ -151,15 +149,3 @@ def read_class(label: Path) -> str:
         return str(json.loads(label.read_text(encoding="utf-8"))["class"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError('a class label must be JSON such as {"class": "melanoma"}.') from error
-
-
-def _check_image(file: Path) -> None:
-    if has_suffix(file, VOLUME_SUFFIXES):
-        volume_grid(file)
-    else:
-        picture_size(file)
-
-
-def _plain_name(name: str) -> None:
-    if Path(name).name != name or name.startswith("."):
-        raise ValueError(f"'{name}' cannot be the name of an image: use one without a folder.")

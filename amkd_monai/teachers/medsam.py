@@ -5,52 +5,84 @@ Ma et al., Segment anything in medical images, Nature Communications 2024.
 
 from __future__ import annotations
 
+import logging
+import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from skimage.transform import resize
-from torch import Tensor
+from torch import Tensor, nn
 
-from amkd_monai.checkpoints.signatures import MEDSAM, MEDSAM_HUB
-from amkd_monai.teachers.base import Teacher, TeacherFeatures, binary_to_two_class, pool_to_grid
-from amkd_monai.teachers.images import each_image
-from amkd_monai.teachers.medsam_keys import from_hugging_face
-from amkd_monai.teachers.medsam_network import PATCH, build_sam
-from amkd_monai.teachers.official import OfficialWeights, fixed_initialisation, read_official
-from amkd_monai.teachers.vit import patches_per_side
-from amkd_monai.weights import CheckpointError, load_strict
+from amkd_monai.teachers.base import TeacherFeatures, binary_to_two_class, pool_to_grid
+from amkd_monai.teachers.official import (
+    OfficialTeacher,
+    OfficialWeights,
+    each_image,
+    fixed_initialisation,
+    read_official,
+)
+from amkd_monai.weights import CheckpointError
+
+logger = logging.getLogger("amkd_monai")
 
 PROMPTS = ("none", "whole_image", "label_box")
+PATCH = 16
 NO_OBJECT = -10.0
-"""Foreground logit where the label is empty: there is no box to ask with, and no object."""
+"""Foreground logit where the label is empty: there is no box to prompt with, and no object."""
+
+GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+_TIED = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
+"""One tensor under two names; a file in Hugging Face's layout may hold either or both."""
+
+_MLP = r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))"
+_RENAMES = (
+    (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
+    (r"^vision_encoder\.", "image_encoder."),
+    (r"^(image_encoder\.patch_embed)\.projection\.", r"\1.proj."),
+    (r"^(image_encoder\.neck)\.conv1\.", r"\1.0."),
+    (r"^(image_encoder\.neck)\.layer_norm1\.", r"\1.1."),
+    (r"^(image_encoder\.neck)\.conv2\.", r"\1.2."),
+    (r"^(image_encoder\.neck)\.layer_norm2\.", r"\1.3."),
+    (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
+    (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
+    (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),
+    (r"^prompt_encoder\.mask_embed\.conv2\.", "prompt_encoder.mask_downscaling.3."),
+    (r"^prompt_encoder\.mask_embed\.layer_norm2\.", "prompt_encoder.mask_downscaling.4."),
+    (r"^prompt_encoder\.mask_embed\.conv3\.", "prompt_encoder.mask_downscaling.6."),
+    (r"^mask_decoder\.upscale_conv1\.", "mask_decoder.output_upscaling.0."),
+    (r"^mask_decoder\.upscale_layer_norm\.", "mask_decoder.output_upscaling.1."),
+    (r"^mask_decoder\.upscale_conv2\.", "mask_decoder.output_upscaling.3."),
+    (_MLP + r"\.layers\.0\.", r"\1.layers.1."),
+    (_MLP + r"\.proj_in\.", r"\1.layers.0."),
+    (_MLP + r"\.proj_out\.", r"\1.layers.2."),
+    (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
+    (r"\.layer_norm(\d)\.", r".norm\1."),
+)
+"""Hugging Face's names of SAM's tensors (``transformers.SamModel``) and segment-anything's, applied in this order."""
 
 
-class MedSAMTeacher(Teacher):
+class MedSAMTeacher(OfficialTeacher):
     """MedSAM's image embedding as the grid and, if a prompt policy is set, its mask as logits.
 
     Args:
-        name: name of the teacher in a run.
-        weights: ``medsam_vit_b.pth`` or Hugging Face's layout of it, a folder with it, None to search for it, or
-            ``random`` (marks the run as a test).
-        prompt: ``none`` gives features alone; ``whole_image`` asks with a box around the image; ``label_box`` asks
-            with the box of the label's foreground (the whole image where there is no label), so that its answers know
-            the label and admission by score does not say how well it would do without.
-        image_size: side of the network's input; 1024 is the only one that official files know.
-        grid_limit: the embedding is area-pooled down to at most this many cells a side (64 keeps all of it).
-        embed_dim: width of the image encoder; smaller ones are for tests.
-        depth: number of its blocks.
-        num_heads: its attention heads.
-        global_blocks: its blocks that attend to the whole image.
+        weights: ``medsam_vit_b.pth`` or Hugging Face's layout of it.
+        prompt: ``none`` gives features alone; ``whole_image`` prompts with a box around the image; ``label_box`` with
+            the box of the label's foreground (the whole image where there is no label), so that its answers know the
+            label and admission by score does not say how well it would do without.
+        image_size: official files know 1024 alone.
+        grid_limit: 64 keeps the whole embedding.
+        embed_dim, depth, num_heads, global_blocks: size of the image encoder, and its blocks that attend to the whole
+            image; smaller ones are for tests.
         prompt_dim: channels of the embedding, a multiple of 16.
-        precision: ``float32`` or ``bfloat16`` (autocast of the image encoder).
-        licence: licence of the weights.
-
-    Raises:
-        ValueError: an option that is not understood, or segment-anything is not installed.
-        CheckpointError: weights that are missing or do not fit.
+        precision: of the image encoder.
     """
+
+    resize = "scikit-image bicubic spline, anti-aliased, squashed, 8 bit"
+    normalisation = "minimum to maximum of the image"
+    settings = ("prompt",)
 
     def __init__(
         self,
@@ -72,39 +104,23 @@ class MedSAMTeacher(Teacher):
             raise ValueError(f"The teacher '{name}' has the prompt '{prompt}': use one of {', '.join(PROMPTS)}.")
         self.prompt, self.image_size, self.grid_limit = prompt, image_size, grid_limit
         self.uses_labels = prompt == "label_box"
-        side = patches_per_side(name, image_size, PATCH)
-        official = read_official("medsam", weights, "MedSAM (medsam_vit_b.pth)", {MEDSAM, MEDSAM_HUB})
-        self.is_random = official is None
+        side = self.patches(PATCH)
+        official = read_official("medsam", weights)
         with fixed_initialisation():
-            self.network = build_sam(image_size, embed_dim, depth, num_heads, tuple(global_blocks), prompt_dim)
+            self.network = _build_sam(image_size, embed_dim, depth, num_heads, tuple(global_blocks), prompt_dim)
+        state, key = {} if official is None else official.state, "image_encoder.pos_embed"
         if official is not None:
-            self._load(official, side)
-        self.freeze()
-
-    def _load(self, official: OfficialWeights, side: int) -> None:
-        state, path = official.state, official.path
-        if "vision_encoder.pos_embed" in state:
-            state = from_hugging_face(state, path)
-        key = "image_encoder.pos_embed"
-        trained = OfficialWeights(state, path).shape(key, 4, "(1, n, n, channels)")[1] if key in state else side
-        if trained != side:
-            raise CheckpointError(
-                f"{path} is for images of {trained * PATCH} pixels, not {self.image_size}: leave out `image_size`, "
-                "images of any size are resized to it."
-            )
-        load_strict(self.network, state, path)
-        self.came_from(path)
-
-    def preprocessing(self) -> dict[str, Any]:
-        """Return size, filter, scaling and prompt."""
-        return {
-            "image_size": self.image_size,
-            "resize": "scikit-image bicubic spline, anti-aliased, squashed, 8 bit",
-            "normalisation": "minimum to maximum of the image",
-            "prompt": self.prompt,
-            "grid_limit": self.grid_limit,
-            "precision": self.precision,
-        }
+            path = official.path
+            if "vision_encoder.pos_embed" in state:
+                state = from_hugging_face(state, path)
+            if key in state:
+                trained = OfficialWeights(state, path).shape(key, 4, "(1, n, n, channels)")[1]
+                if trained != side:
+                    raise CheckpointError(
+                        f"{path} is for images of {trained * PATCH} pixels, not {image_size}: leave out `image_size`, "
+                        "images of any size are resized to it."
+                    )
+        self.fill(official, state)
 
     def prepare(self, image: Tensor) -> Tensor:
         """Return the network's input (B, 3, S, S) in [0, 1] for images (B, 3, H, W), RGB in [0, 1]."""
@@ -125,34 +141,28 @@ class MedSAMTeacher(Teacher):
         if self.prompt != "label_box":
             return boxes
         if label is None:
-            raise ValueError(f"The teacher '{self.name}' asks with boxes of labels: call it with the label.")
+            raise ValueError(f"The teacher '{self.name}' prompts with boxes of labels: call it with the label.")
         scale = whole[2:].repeat(2) / torch.tensor([width, height, width, height], device=image.device)
-        for i, mask in enumerate(label[:, 0]):
+        for box, mask in zip(boxes, label[:, 0], strict=True):
             if bool((mask == 255).all()):  # unlabelled
                 continue
             rows, columns = torch.nonzero((mask > 0) & (mask != 255), as_tuple=True)
-            if len(rows) == 0:
-                boxes[i] = torch.nan
-                continue
-            boxes[i] = torch.stack([columns.min(), rows.min(), columns.max(), rows.max()]) * scale
+            if len(rows):
+                box[:] = torch.stack([columns.min(), rows.min(), columns.max(), rows.max()]) * scale
+            else:
+                box[:] = torch.nan
         return boxes
 
     def answer(self, embedding: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Return mask logits (B, 1, 4h, 4w) and predicted overlap (B, 1) for embeddings (B, C, h, w), one box each."""
         encoder, decoder = self.network["prompt_encoder"], self.network["mask_decoder"]
-        answers = []
+        masks, overlaps = [], []
         for one, box in zip(embedding.split(1), boxes, strict=True):  # the decoder takes prompts of one image
             sparse, dense = encoder(points=None, boxes=box.view(1, 1, 4), masks=None)
-            answers.append(
-                decoder(
-                    image_embeddings=one,
-                    image_pe=encoder.get_dense_pe(),
-                    sparse_prompt_embeddings=sparse,
-                    dense_prompt_embeddings=dense,
-                    multimask_output=False,
-                )
-            )
-        return torch.cat([mask for mask, _ in answers]), torch.cat([overlap for _, overlap in answers])
+            mask, overlap = decoder(one, encoder.get_dense_pe(), sparse, dense, multimask_output=False)
+            masks.append(mask)
+            overlaps.append(overlap)
+        return torch.cat(masks), torch.cat(overlaps)
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> TeacherFeatures:
         """Return grid (B, C, h, w), pooled (B, C) and, with a prompt, two-class logits (B, 2, S/4, S/4).
@@ -170,3 +180,48 @@ class MedSAMTeacher(Teacher):
             mask, _ = self.answer(embedding, boxes.nan_to_num(0.0))
             logits = binary_to_two_class(torch.where(has_box.view(-1, 1, 1, 1), mask, NO_OBJECT))
         return TeacherFeatures(pool_to_grid(embedding, self.grid_limit), embedding.mean((2, 3)), logits)
+
+
+def _build_sam(
+    image_size: int, embed_dim: int, depth: int, num_heads: int, global_blocks: tuple[int, ...], prompt_dim: int
+) -> nn.ModuleDict:
+    """Return SAM's three parts, from the segment-anything package, without weights."""
+    try:
+        from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
+    except ImportError as error:
+        raise ValueError("MedSAM needs the package segment-anything: run `pip install segment-anything`.") from error
+    side = image_size // PATCH
+    image_encoder = ImageEncoderViT(
+        img_size=image_size,
+        patch_size=PATCH,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        out_chans=prompt_dim,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=14,
+        global_attn_indexes=global_blocks,
+    )
+    prompt_encoder = PromptEncoder(prompt_dim, (side, side), (image_size, image_size), mask_in_chans=16)
+    transformer = TwoWayTransformer(depth=2, embedding_dim=prompt_dim, mlp_dim=2048, num_heads=8)
+    mask_decoder = MaskDecoder(transformer_dim=prompt_dim, transformer=transformer)
+    return nn.ModuleDict(
+        {"image_encoder": image_encoder, "prompt_encoder": prompt_encoder, "mask_decoder": mask_decoder}
+    )
+
+
+def from_hugging_face(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """Rename a state dict of ``transformers.SamModel`` to segment-anything's names; ``source`` stands in a warning."""
+    renamed = {}
+    for key, value in state.items():
+        if key not in _TIED:
+            for pattern, replacement in _RENAMES:
+                key = re.sub(pattern, replacement, key)
+            renamed[key] = value
+    copies = [state[key] for key in _TIED if key in state]
+    if copies:
+        renamed[GAUSSIAN] = copies[0]
+    if len(copies) == 2 and not torch.equal(*copies):
+        logger.warning("%s holds two different position matrices; %s is used.", source, _TIED[0])
+    return renamed

@@ -23,12 +23,12 @@ KINDS: dict[str, str] = {
     "medsam": "amkd_monai.teachers.medsam.MedSAMTeacher",
     "retfound": "amkd_monai.teachers.retfound.RETFoundTeacher",
     "usfm": "amkd_monai.teachers.usfm.USFMTeacher",
-    "biomedparse": "amkd_monai.teachers.biomedparse.teacher.BiomedParseTeacher",
+    "biomedparse": "amkd_monai.teachers.biomedparse.BiomedParseTeacher",
 }
 """Teachers that answer image by image. To add one: one file with a ``Teacher``, and a line here or its path as kind."""
 
 CROSS_FITTED_KINDS = ("crossfit_specialist", "crossfit_volume_specialist")
-"""Teachers that are trained on the run's own training split, in folds (``amkd_monai.engines``)."""
+"""Teachers that are trained on the run's own training split, in folds (:mod:`amkd_monai.engines.crossfit`)."""
 
 
 def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
@@ -67,7 +67,7 @@ def teacher_class(kind: str) -> type[Teacher]:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"The kind '{kind}' cannot be imported ({error}): check its path and PYTHONPATH.") from error
     if not (inspect.isclass(found) and issubclass(found, Teacher)):
-        raise ValueError(f"The kind '{kind}' is no Teacher: derive it from amkd_monai.teachers.base.Teacher.")
+        raise ValueError(f"The kind '{kind}' is not a Teacher: derive it from amkd_monai.teachers.base.Teacher.")
     return found
 
 
@@ -75,7 +75,7 @@ def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None
     """Build one frozen teacher from its description.
 
     Args:
-        description: ``name``, ``kind`` and the options of the kind; ``own_answers`` is the preparation's.
+        description: ``name``, ``kind`` and the options of the kind; the preparation reads ``own_answers``.
         weights_dir: folder searched first where the kind has official weights and the description names none.
 
     Raises:
@@ -83,19 +83,18 @@ def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None
         CheckpointError: weights that are missing or do not fit.
     """
     validate_descriptions([description])
-    if description["kind"] in CROSS_FITTED_KINDS:
+    name, kind = description["name"], description["kind"]
+    if kind in CROSS_FITTED_KINDS:
         raise ValueError(
-            f"The teacher '{description['name']}' of the kind '{description['kind']}' is trained on a run's own "
-            "images, in folds: list it in `teachers` of a run (amkd_monai.engines.prepare)."
+            f"The teacher '{name}' of the kind '{kind}' is trained on a run's own images, in folds: list it in "
+            "`teachers` of a run (amkd_monai.engines.prepare)."
         )
     options = {k: v for k, v in description.items() if k not in ("kind", "own_answers")}
-    if weights_dir is not None and any(e.key and e.kind == description["kind"] for e in CATALOGUE):
+    if weights_dir is not None and any(e.key and e.kind == kind for e in CATALOGUE):
         options.setdefault("weights", weights_dir)
-    chosen = teacher_class(description["kind"])
+    chosen = teacher_class(kind)
     try:
         inspect.signature(chosen).bind(**options)
     except TypeError as error:
-        raise ValueError(
-            f"The teacher '{description['name']}' has options that do not fit its kind: {error}."
-        ) from error
+        raise ValueError(f"The teacher '{name}' has options that do not fit its kind: {error}.") from error
     return chosen(**options)

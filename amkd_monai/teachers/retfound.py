@@ -7,50 +7,50 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import timm
+from PIL import Image
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
 
-from amkd_monai.checkpoints.signatures import RETFOUND, RETFOUND_DINO, RETFOUND_TUNED
-from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid
-from amkd_monai.teachers.images import centre_crop, each_image, imagenet_normalised, squash
-from amkd_monai.teachers.official import OfficialWeights, fixed_initialisation, read_official
-from amkd_monai.teachers.vit import patches_per_side, pooled_patches, resample_positions
-from amkd_monai.weights import CheckpointError, load_strict
+from amkd_monai.teachers.base import TeacherFeatures, pool_to_grid
+from amkd_monai.teachers.official import (
+    OfficialTeacher,
+    OfficialWeights,
+    each_image,
+    fixed_initialisation,
+    imagenet_normalised,
+    pooled_patches,
+    read_official,
+)
+from amkd_monai.weights import CheckpointError
 
 VARIANTS = ("mae_natureCFP", "mae_natureOCT", "mae_meh", "mae_shanghai", "dinov2_meh", "dinov2_shanghai")
 """Official files are called ``RETFound_<variant>.pth``."""
 
 PRETRAINING_ONLY = ("decoder_", "mask_token", "dino_head.", "ibot_head.")
-"""Prefixes of what an official file holds beside the encoder."""
+"""Prefixes of what an official file holds besides the encoder."""
 
 
-class RETFoundTeacher(Teacher):
+class RETFoundTeacher(OfficialTeacher):
     """RETFound's encoder: raw patch tokens of the last block as the grid, their normed mean as the pooled vector.
 
     A DINOv2 file gives normed patch tokens and the normed class token instead. A fine-tuned file (with a head) also
     gives class logits (B, num_classes).
 
     Args:
-        name: name of the teacher in a run.
-        weights: weight file, a folder with it, None to search for it, or ``random`` (marks the run as a test).
         variant: which pretraining the file is of, one of :data:`VARIANTS`.
-        image_size: side of the network's input in pixels; position embeddings are resized as upstream does.
+        image_size: position embeddings are resized to it as upstream does.
         framing: ``crop`` as the authors do (the grid then covers the centre of the image alone), or ``squash``, whose
             grid covers the whole image: what a mask task needs.
         fc_norm_applications: 2 repeats upstream's double normalisation before the head, for files fine-tuned with it.
-        grid_limit: feature maps are area-pooled down to at most this many cells a side.
-        embed_dim: width; smaller ones are for tests.
-        depth: number of blocks.
-        num_heads: attention heads.
-        precision: ``float32`` or ``bfloat16`` (autocast).
-        licence: licence of the weights.
-
-    Raises:
-        ValueError: an option that is not understood.
-        CheckpointError: weights that are missing or do not fit.
+        embed_dim, depth, num_heads: size of the network; smaller ones are for tests.
     """
+
+    settings = ("variant", "fc_norm_applications")
 
     def __init__(
         self,
@@ -76,13 +76,15 @@ class RETFoundTeacher(Teacher):
         self.variant, self.is_dino = variant, variant.startswith("dinov2")
         self.image_size, self.framing, self.grid_limit = image_size, framing, grid_limit
         self.fc_norm_applications = fc_norm_applications
-        side = patches_per_side(name, image_size, 14 if self.is_dino else 16)
-        official = self._read(weights)
-        self.is_random = official is None
-        state = {} if official is None else official.state
-        classes = (
-            official.shape("head.weight", 2, "(classes, channels)")[0] if official and "head.weight" in state else 0
-        )
+        self.resize, side = f"Pillow bicubic, {framing}", self.patches(14 if self.is_dino else 16)
+        official = read_official(f"retfound_{variant}", weights)
+        classes, state = 0, {} if official is None else official.state
+        if official is not None:
+            _check_modality(official.path, variant)
+            for key in list(state):
+                state[key.removeprefix("backbone.")] = state.pop(key)
+            if "head.weight" in state:
+                classes = official.shape("head.weight", 2, "(classes, channels)")[0]
         with fixed_initialisation():
             self.network: nn.Module = timm.create_model(
                 "vit_large_patch14_dinov2" if self.is_dino else "vit_large_patch16_224",
@@ -93,53 +95,23 @@ class RETFoundTeacher(Teacher):
                 depth=depth,
                 num_heads=num_heads,
             )
-        if official is not None:
-            if "pos_embed" in state:
-                layout = "(1, 1 + n * n, channels) positions of n x n patches"
-                batch, tokens, _ = official.shape("pos_embed", 3, layout)
-                if batch != 1 or round((tokens - 1) ** 0.5) ** 2 != tokens - 1 or tokens < 2:
-                    raise official.misshapen("pos_embed", layout)
-                state["pos_embed"] = resample_positions(state["pos_embed"], side)
-            load_strict(self.network, state, official.path, allow_unexpected=PRETRAINING_ONLY)
-            self.came_from(official.path)
-        self.freeze()
-
-    def _read(self, weights: str | Path | None) -> OfficialWeights | None:
-        """Read the file and bring its keys to timm's names."""
-        accepted = {RETFOUND_DINO} if self.is_dino else {RETFOUND, RETFOUND_TUNED}
-        wanted = f"RETFound's '{self.variant}' (or another `variant`)"
-        official = read_official(f"retfound_{self.variant}", weights, wanted, accepted)
-        if official is None:
-            return None
-        words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", official.path.name)}
-        is_oct = "OCT" in self.variant
-        if ("cfp" if is_oct else "oct") in words:  # the layouts are the same
-            raise CheckpointError(
-                f"{official.path} is named as RETFound's file for {'fundus photographs' if is_oct else 'OCT'}, but the "
-                f"variant is '{self.variant}': give that file, or its own `variant`."
-            )
-        state = {key.removeprefix("backbone."): value for key, value in official.state.items()}
-        return OfficialWeights(state, official.path)
-
-    def preprocessing(self) -> dict[str, Any]:
-        """Return size, framing and what is read from the network."""
-        return {
-            "image_size": self.image_size,
-            "resize": f"Pillow bicubic, {self.framing}",
-            "normalisation": "ImageNet",
-            "variant": self.variant,
-            "fc_norm_applications": self.fc_norm_applications,
-            "grid_limit": self.grid_limit,
-            "precision": self.precision,
-        }
+        if official is not None and "pos_embed" in state:
+            _check_positions(official)
+            # as upstream: without timm's anti-aliasing
+            state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [side, side], antialias=False)
+        self.fill(official, state, PRETRAINING_ONLY)
 
     def prepare(self, image: Tensor) -> Tensor:
         """Return the network's input (B, 3, S, S) for images (B, 3, H, W), RGB in [0, 1]."""
-        size = self.image_size
-        fraction = 224 / 256 if size <= 224 else 1.0
-        if self.framing == "crop":
-            return imagenet_normalised(each_image(image, lambda pixels: centre_crop(pixels, size, fraction)))
-        return imagenet_normalised(each_image(image, lambda pixels: squash(pixels, size)))
+        if self.framing == "squash":
+            return super().prepare(image)
+
+        def cropped(pixels: np.ndarray) -> np.ndarray:
+            short = int(self.image_size / (224 / 256)) if self.image_size <= 224 else self.image_size
+            resized = TF.resize(Image.fromarray(pixels), [short], InterpolationMode.BICUBIC)
+            return np.asarray(TF.center_crop(resized, [self.image_size]))
+
+        return imagenet_normalised(each_image(image, cropped))
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return grid (B, C, h, w), pooled (B, C) and, for a fine-tuned file, logits (B, classes)."""
@@ -159,3 +131,21 @@ class RETFoundTeacher(Teacher):
             twice = self.fc_norm_applications == 2
             logits = network.head(network.fc_norm(pooled) if twice else pooled)
         return TeacherFeatures(grid=pool_to_grid(grid, self.grid_limit), pooled=pooled, logits=logits)
+
+
+def _check_modality(path: Path, variant: str) -> None:
+    """Refuse a file that is named for the other modality: the layouts are the same."""
+    words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", path.name)}
+    is_oct = "OCT" in variant
+    if ("cfp" if is_oct else "oct") in words:
+        raise CheckpointError(
+            f"{path} is named as RETFound's file for {'fundus photographs' if is_oct else 'OCT'}, but the variant is "
+            f"'{variant}': give that file, or its own `variant`."
+        )
+
+
+def _check_positions(official: OfficialWeights) -> None:
+    layout = "(1, 1 + n * n, channels) positions of n x n patches"
+    batch, tokens, _ = official.shape("pos_embed", 3, layout)
+    if batch != 1 or round((tokens - 1) ** 0.5) ** 2 != tokens - 1 or tokens < 2:
+        raise official.misshapen("pos_embed", layout)

@@ -14,11 +14,7 @@ from amkd_monai.weights import DAMAGE_ERRORS, CheckpointError, file_sha256
 
 
 def load_network_file(path: str | Path) -> nn.Module:
-    """Load a network from a ``.ts`` (TorchScript) or ``.pt2`` (torch.export) file; neither holds Python code.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, or of another format.
-    """
+    """Load a network from a ``.ts`` (TorchScript) or ``.pt2`` (torch.export) file; neither holds Python code."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"There is no network file at {path}: give the path of a .ts or .pt2 file.")
@@ -26,7 +22,7 @@ def load_network_file(path: str | Path) -> nn.Module:
         if path.suffix == ".pt2":
             return torch.export.load(path).module()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # TorchScript's end: .pt2 is accepted beside it
+            warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated; .pt2 is accepted too
             return torch.jit.load(path, map_location="cpu")
     except DAMAGE_ERRORS as error:
         raise CheckpointError(
@@ -42,18 +38,11 @@ class SpecialistTeacher(Teacher):
     trained on the run's own images must be cross-fitted, see ``amkd_monai.engines.crossfit``).
 
     Args:
-        name: name of the teacher in a run.
         path: ``.ts`` or ``.pt2`` file taking (B, 3, S, S), RGB in [0, 1].
-        image_size: side in pixels to which images are squashed; None takes them as they come.
-        grid_limit: feature maps are area-pooled down to at most this many cells a side.
-        licence: licence of the weights.
+        image_size: None takes images as they come.
         mean: subtracted per channel before the network, in [0, 1] units.
         std: divides per channel.
         answers: ``masks`` for logits (B, classes, h, w), ``classes`` for logits (B, classes), one answer per image.
-
-    Raises:
-        ValueError: ``answers`` is something else.
-        CheckpointError: the file is missing, damaged or of another format.
     """
 
     def __init__(
@@ -103,21 +92,17 @@ class SpecialistTeacher(Teacher):
 
         Answers that are classes of images are maps of one cell, h = w = 1.
         """
-        size = (self.image_size, self.image_size) if self.image_size else None
-        output = self.network((resize(image, size) - self.mean) / self.std)
+        output = self.network((resize(image, self.image_size) - self.mean) / self.std)
         logits, grid = output if isinstance(output, (tuple, list)) else (output, None)
-        if self.answers == "classes":
-            if logits.ndim != 2:
-                raise ValueError(
-                    f"The specialist '{self.name}' gave logits of shape {tuple(logits.shape)}; a class teacher must "
-                    "give (B, classes)."
-                )
-            logits = logits[:, :, None, None]  # (B, classes) -> (B, classes, 1, 1), a map of one cell
-        elif logits.ndim != 4:
-            raise ValueError(
-                f"The specialist '{self.name}' gave logits of shape {tuple(logits.shape)}; a mask teacher must give "
-                "(B, classes, h, w)."
+        of_images = self.answers == "classes"
+        if logits.ndim != (2 if of_images else 4):
+            wanted = (
+                "a class teacher must give (B, classes)" if of_images else "a mask teacher must give (B, classes, h, w)"
             )
+            raise ValueError(
+                f"The specialist '{self.name}' gave logits of shape {tuple(logits.shape)}; {wanted}: see `answers`."
+            )
+        logits = logits[:, :, None, None] if of_images else logits  # (B, classes) -> a map of one cell
         logits = binary_to_two_class(logits) if logits.shape[1] == 1 else logits
         if grid is None:
             return TeacherFeatures(logits=logits)

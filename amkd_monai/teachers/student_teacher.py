@@ -17,16 +17,11 @@ class StudentTeacher(Teacher):
     """The encoder of a student of this project, shared or of one task; it gives features, no answers of its own.
 
     Args:
-        name: name of the teacher in a run.
         weights: flat state dict, e.g. ``bundles/multitask/models/model.pt``.
         model: timm name of its encoder.
         task: whose batch norms are taken where a shared student has them per data set; None takes the first task's.
-        image_size: side in pixels to which images are squashed; None takes them as they come.
-        grid_limit: feature maps are area-pooled down to at most this many cells a side.
+        image_size: None takes images as they come.
         licence: licence of the weights; that of the data and teachers that the student was trained with.
-
-    Raises:
-        CheckpointError: weights that are missing or do not fit.
     """
 
     def __init__(
@@ -55,6 +50,5 @@ class StudentTeacher(Teacher):
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return the map at stride 16 (B, C, h, w) and the pooled last map (B, C') of an image (B, 3, H, W)."""
-        size = (self.image_size, self.image_size) if self.image_size else None
-        levels = self.network.features(resize(image, size))
+        levels = self.network.features(resize(image, self.image_size))
         return TeacherFeatures(grid=pool_to_grid(levels[16], self.grid_limit), pooled=levels[32].mean((2, 3)))

@@ -17,18 +17,10 @@ class TimmTeacher(Teacher):
     """A frozen timm encoder: the feature map of one stage and the pooled vector before the classifier.
 
     Args:
-        name: name of the teacher in a run.
         model: timm name, for example ``tf_efficientnet_lite2`` or ``vit_base_patch16_224``.
         weights: ``packaged``, a checkpoint file with timm's keys, or ``random`` (marks the run as a test).
-        image_size: side in pixels to which images are squashed; None takes the network's fixed size if it has one,
-            else the images as they come.
+        image_size: None takes the network's fixed size if it has one, else the images as they come.
         stride: stride of the feature map wanted (the nearest stage at or below it is taken).
-        grid_limit: feature maps are area-pooled down to at most this many cells a side.
-        licence: licence of the weights.
-
-    Raises:
-        ValueError: unknown timm name.
-        CheckpointError: weights that are missing or do not fit.
     """
 
     def __init__(
@@ -72,8 +64,7 @@ class TimmTeacher(Teacher):
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return the grid (B, C, h, w) and the pooled vector (B, C') of an image (B, 3, H, W), RGB in [0, 1]."""
-        size = (self.image_size, self.image_size) if self.image_size else None
-        normalised = (resize(image, size) - self.mean) / self.std
+        normalised = (resize(image, self.image_size) - self.mean) / self.std
         final, maps = self.network.forward_intermediates(normalised, indices=[self.stage], output_fmt="NCHW")
         pooled = self.network.forward_head(final, pre_logits=True)
         return TeacherFeatures(grid=pool_to_grid(maps[0], self.grid_limit), pooled=pooled)

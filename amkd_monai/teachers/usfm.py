@@ -1,53 +1,49 @@
 """USFM: a BEiT-B for ultrasound images, pretrained by masked image modelling, and its UPerNet segmentation networks.
 
 Jiao et al., USFM: A universal ultrasound foundation model generalized to tasks and organs, Medical Image Analysis 2024.
+Xiao et al., Unified Perceptual Parsing for Scene Understanding, ECCV 2018 (UPerNet; keys in mmsegmentation's layout).
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
-from amkd_monai.checkpoints.signatures import USFM, USFM_UPERNET
-from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid
-from amkd_monai.teachers.images import each_image, imagenet_normalised, squash
-from amkd_monai.teachers.official import OfficialWeights, fixed_initialisation, read_official
-from amkd_monai.teachers.upernet import UPerHead, add_pyramid, pyramid
-from amkd_monai.teachers.vit import patches_per_side, pooled_patches
-from amkd_monai.weights import load_strict
+from amkd_monai.teachers.base import TeacherFeatures, pool_to_grid
+from amkd_monai.teachers.official import (
+    OfficialTeacher,
+    OfficialWeights,
+    fixed_initialisation,
+    imagenet_normalised,
+    pooled_patches,
+    read_official,
+)
 
 TABLE = "relative_position_bias_table"
 PATCH = 16
+POOLED_SIZES = (1, 2, 3, 6)
 
 
-class USFMTeacher(Teacher):
+class USFMTeacher(OfficialTeacher):
     """USFM's encoder: raw patch tokens of the last block as the grid, their normed mean as the pooled vector.
 
     A UPerNet file (fine-tuned with the authors' code) also gives mask logits at a quarter of the input's size.
 
     Args:
-        name: name of the teacher in a run.
-        weights: weight file, a folder with it, None to search for it, or ``random`` (marks the run as a test).
-        image_size: side of the network's input in pixels; None takes the size the file was trained for. Other sizes
-            resize the tables of relative positions.
+        image_size: None takes the size the file was trained for; others resize the tables of relative positions.
         num_classes: classes of a random UPerNet; a file decides by itself whether it has a head.
         taps: the blocks (from 0) whose outputs a UPerNet reads.
-        grid_limit: feature maps are area-pooled down to at most this many cells a side.
-        embed_dim: width; smaller ones are for tests.
-        depth: number of blocks.
-        num_heads: attention heads.
-        precision: ``float32`` or ``bfloat16`` (autocast).
-        licence: licence of the weights.
-
-    Raises:
-        ValueError: a size that is no multiple of 16.
-        CheckpointError: weights that are missing or do not fit.
+        embed_dim, depth, num_heads: size of the network; smaller ones are for tests.
     """
+
+    settings = ("taps",)
 
     def __init__(
         self,
@@ -65,15 +61,17 @@ class USFMTeacher(Teacher):
     ) -> None:
         super().__init__(name, licence, precision)
         self.taps, self.grid_limit = list(taps), grid_limit
-        official = read_official("usfm", weights, "USFM (USFM_latest.pth, or its UPerNet)", {USFM, USFM_UPERNET})
-        self.is_random = official is None
+        official = read_official("usfm", weights)
+        trained, width, shared = 14, embed_dim, True
         state = {} if official is None else official.state
-        sides = {_side(official, k) for k in state if k.endswith(TABLE)} if official else set()
-        trained = max(sides, default=14)
+        tables = [key for key in state if key.endswith(TABLE)]
+        if official is not None:
+            trained = max((_side(official, key) for key in tables), default=trained)
+            shared, num_classes = any(key.endswith(f"rel_pos_bias.{TABLE}") for key in tables), 0
+            if (head := "decode_head.conv_seg.weight") in state:
+                num_classes, width, *_ = official.shape(head, 4, "(classes, channels, 1, 1)")
         self.image_size = image_size or trained * PATCH
-        side = patches_per_side(name, self.image_size, PATCH)
-        segments = num_classes > 0 if official is None else "decode_head.conv_seg.weight" in state
-        shared = official is None or any(k.endswith(f"rel_pos_bias.{TABLE}") for k in state)
+        side = self.patches(PATCH)
         with fixed_initialisation():
             backbone: nn.Module = timm.create_model(
                 "beit_base_patch16_224",
@@ -87,40 +85,25 @@ class USFMTeacher(Teacher):
                 num_heads=num_heads,
             )
             self.network = nn.ModuleDict({"backbone": backbone})
-            if segments:
-                classes, width = (num_classes, embed_dim) if official is None else _head_size(official)
+            if num_classes:
                 backbone.norm = nn.Identity()
                 add_pyramid(backbone, embed_dim)
-                self.network["decode_head"] = UPerHead(embed_dim, width, classes)
+                self.resize = "bilinear, squashed"  # its authors' segmentation code does not smooth
+                self.network["decode_head"] = UPerHead(embed_dim, width, num_classes)
         if official is not None:
-            for key in [k for k in state if k.endswith(TABLE)]:
-                heads, rows = state[key].shape[1], (2 * side - 1) ** 2 + 3
-                state[key] = resize_rel_pos_bias_table(state[key], (side, side), (rows, heads))
-            state = state if segments else {f"backbone.{k}": v for k, v in state.items()}
+            for key in tables:
+                rows = (2 * side - 1) ** 2 + 3
+                state[key] = resize_rel_pos_bias_table(state[key], (side, side), (rows, state[key].shape[1]))
+            state = state if num_classes else {f"backbone.{k}": v for k, v in state.items()}
             state = {k: v for k, v in state.items() if not k.endswith("relative_position_index")}
-            load_strict(self.network, state, official.path, ("backbone.mask_token", "auxiliary_head."))
-            self.came_from(official.path)
-        self.freeze()
-
-    def preprocessing(self) -> dict[str, Any]:
-        """Return size, filter and what is read from the network."""
-        return {
-            "image_size": self.image_size,
-            "resize": "bilinear, squashed" if "decode_head" in self.network else "Pillow bicubic, squashed",
-            "normalisation": "ImageNet",
-            "taps": self.taps,
-            "grid_limit": self.grid_limit,
-            "precision": self.precision,
-        }
+        self.fill(official, state, ("backbone.mask_token", "auxiliary_head."))
 
     def prepare(self, image: Tensor) -> Tensor:
         """Return the network's input (B, 3, S, S) for images (B, 3, H, W), RGB in [0, 1]."""
-        size = self.image_size
-        if "decode_head" in self.network:  # its authors' segmentation code resizes without anti-aliasing
-            levels = (image.clamp(0, 1) * 255).round()
-            resized = F.interpolate(levels, size=(size, size), mode="bilinear", align_corners=False)
-            return imagenet_normalised(resized.round())
-        return imagenet_normalised(each_image(image, lambda pixels: squash(pixels, size)))
+        if "decode_head" not in self.network:
+            return super().prepare(image)
+        levels, size = (image.clamp(0, 1) * 255).round(), (self.image_size, self.image_size)
+        return imagenet_normalised(F.interpolate(levels, size=size, mode="bilinear", align_corners=False).round())
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return grid (B, C, h, w), pooled (B, C) and, for a UPerNet, logits (B, classes, S/4, S/4)."""
@@ -145,7 +128,51 @@ def _side(official: OfficialWeights, key: str) -> int:
     return side
 
 
-def _head_size(official: OfficialWeights) -> tuple[int, int]:
-    """Return number of classes and channels of a UPerNet file's head."""
-    classes, channels, *_ = official.shape("decode_head.conv_seg.weight", 4, "(classes, channels, 1, 1)")
-    return classes, channels
+def add_pyramid(backbone: nn.Module, channels: int) -> None:
+    """Give a transformer the up-sampling layers ``fpn1`` (x4) and ``fpn2`` (x2) of its two finest maps."""
+    backbone.fpn1 = nn.Sequential(
+        nn.ConvTranspose2d(channels, channels, 2, stride=2),
+        nn.BatchNorm2d(channels),
+        nn.GELU(),
+        nn.ConvTranspose2d(channels, channels, 2, stride=2),
+    )
+    backbone.fpn2 = nn.Sequential(nn.ConvTranspose2d(channels, channels, 2, stride=2))
+
+
+def pyramid(backbone: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
+    """Turn four maps (B, C, h, w) of a backbone with :func:`add_pyramid` into strides 4, 8, 16, 32 (patch 16)."""
+    return [backbone.fpn1(maps[0]), backbone.fpn2(maps[1]), maps[2], F.max_pool2d(maps[3], 2)]
+
+
+def _conv(in_channels: int, channels: int, kernel: int) -> nn.Sequential:
+    convolution = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(channels), relu=nn.ReLU()))
+
+
+def _resize(x: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class UPerHead(nn.Module):
+    """Pyramid pooling on the coarsest of four maps, a feature pyramid over all four, one 1x1 classifier."""
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(size), _conv(in_channels, channels, 1)) for size in POOLED_SIZES
+        )
+        self.bottleneck = _conv(in_channels + len(POOLED_SIZES) * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList(_conv(in_channels, channels, 1) for _ in range(3))
+        self.fpn_convs = nn.ModuleList(_conv(channels, channels, 3) for _ in range(3))
+        self.fpn_bottleneck = _conv(4 * channels, channels, 3)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Return logits (B, num_classes, h, w) at the size of the finest of four maps, finest first."""
+        coarsest = maps[-1]
+        scene = [coarsest, *(_resize(module(coarsest), coarsest) for module in self.psp_modules)]
+        levels = [self.bottleneck(torch.cat(scene, dim=1))]
+        for lateral, level in zip(reversed(self.lateral_convs), reversed(maps[:-1]), strict=True):
+            levels.insert(0, lateral(level) + _resize(levels[0], level))
+        fused = [conv(level) for conv, level in zip(self.fpn_convs, levels[:-1], strict=True)] + levels[-1:]
+        return self.conv_seg(self.fpn_bottleneck(torch.cat([_resize(level, fused[0]) for level in fused], dim=1)))

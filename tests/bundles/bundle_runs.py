@@ -13,6 +13,7 @@ from amkd_monai.tasks import TASKS
 
 ALL_BUNDLES = sorted(path.parent.parent.name for path in ROOT.glob("bundles/*/configs/metadata.json"))
 SHARED = "multitask"
+PAPER = ROOT / "bundles" / "paper.json"
 BUNDLES = [name for name in ALL_BUNDLES if name != SHARED]
 SEGMENTATION = [name for name in BUNDLES if TASKS[name].kind == "segmentation"]
 
@@ -54,7 +55,7 @@ def workflow(bundle: str, configs: tuple[str, ...], values: dict[str, Any]) -> C
         values = {k: v for k, v in values.items() if k not in TRAINING_ONLY}
     built = ConfigWorkflow(
         workflow_type="infer" if configs[0] == "inference" else "train",
-        config_file=[str(folder / f"{name}.json") for name in configs],
+        config_file=[str(PAPER if name == "paper" else folder / f"{name}.json") for name in configs],
         meta_file=str(folder / "metadata.json"),
         logging_file=False,
         **values,

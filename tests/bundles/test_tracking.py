@@ -26,7 +26,7 @@ def test_settings_keep_record_tables_student_and_scores(tmp_path):
     assert files == {"run.json", "history.csv", "model.pt"} and training.info.status == "FINISHED"
     assert {"train_loss", "val_dice"} <= training.data.metrics.keys()
 
-    run("kvasir_seg", ("train", "evaluate"), {**values, "tracking": str(CONFIGS / "mlflow_evaluate.json")})
+    run("kvasir_seg", ("train", "evaluate"), {**values, "tracking": str(CONFIGS / "mlflow.json")})
     evaluation, files = recorded(tmp_path / "eval", "kvasir_seg")["eval evaluation"]
     assert files == {"metrics.json", "per_case.csv", "report.html"} and evaluation.info.status == "FINISHED"
     dice = read_json(tmp_path / "eval" / "metrics.json")["summary"]["metrics"]["dice"]["mean"]

@@ -8,16 +8,18 @@ import pytest
 from helpers import shared_data
 from PIL import Image
 
-from amkd_monai.data.aptos2019 import find_items, inference_items, split
-from amkd_monai.data.phantoms import write_aptos2019
+from amkd_monai.data.datasets import get_task
 from amkd_monai.data.splits import SplitOptions
 from amkd_monai.data.transforms import CropFundusd
 from amkd_monai.files.steps import disc_box
 
+LAYOUT = get_task("aptos2019").layout
+find_items, inference_items, split = LAYOUT.find_items, LAYOUT.inference_items, LAYOUT.split
+
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    return write_aptos2019(tmp_path_factory.mktemp("aptos"), count=25, unlabelled=2, height=40)
+    return get_task("aptos2019").write_phantom(tmp_path_factory.mktemp("aptos"), count=25, unlabelled=2, height=40)
 
 
 @pytest.fixture

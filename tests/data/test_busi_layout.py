@@ -8,17 +8,19 @@ from helpers import shared_data
 from PIL import Image
 from toy_images import photo_chain
 
-from amkd_monai.data.busi import find_items, inference_items, split
+from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import BadSampleError, DecodedDataset
-from amkd_monai.data.phantoms import write_busi
 from amkd_monai.data.splits import SplitOptions
 from amkd_monai.files.masks import read_mask
 from amkd_monai.files.names import DataProblems
 
+LAYOUT = get_task("busi").layout
+find_items, inference_items, split = LAYOUT.find_items, LAYOUT.inference_items, LAYOUT.split
+
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    return write_busi(tmp_path_factory.mktemp("busi"), count=3, size=(60, 90))
+    return get_task("busi").write_phantom(tmp_path_factory.mktemp("busi"), count=3, size=(60, 90))
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_an_image_without_mask_and_a_mask_without_image_are_named(root):
     with pytest.raises(FileNotFoundError, match=r"malignant \(2\) in .*malignant lack\(s\) a mask"):
         find_items(root)
     (root / "malignant" / "malignant (2).png").rename(root / "malignant" / "malignant (2)_mask.png")
-    with pytest.raises(FileNotFoundError, match=r"malignant \(2\) in .*malignant lack\(s\) an image"):
+    with pytest.raises(FileNotFoundError, match=r"malignant \(2\) in .*malignant lack\(s\) a image"):
         find_items(root)
 
 

@@ -14,13 +14,12 @@ from PIL import Image
 from amkd_monai.__main__ import main
 from amkd_monai.data.commands.check import check_data
 from amkd_monai.data.commands.contact_sheet import ORANGE, write_contact_sheet
-from amkd_monai.data.phantoms import write_busi, write_covid_volumes, write_kvasir_seg, write_msd_heart
-from amkd_monai.tasks import Task
+from amkd_monai.data.datasets import TASKS, Layout, Task, get_task
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    return write_kvasir_seg(tmp_path_factory.mktemp("kvasir"), count=10, size=(60, 90))
+    return get_task("kvasir_seg").write_phantom(tmp_path_factory.mktemp("kvasir"), count=10, size=(60, 90))
 
 
 @pytest.fixture
@@ -104,26 +103,19 @@ def test_the_wrong_folder_is_one_problem(root):
 
 def test_class_labels_are_counted_and_conflicts_named(tmp_path, monkeypatch):
     """A classification task: the label is a class index."""
-    from amkd_monai.data import datalist as datalists
-    from amkd_monai.data import kvasir_seg
-    from amkd_monai.tasks import TASKS
-
     rng = np.random.default_rng(0)
     for n in range(12):
         Image.fromarray(rng.integers(0, 255, (40, 50), dtype=np.uint8)).save(tmp_path / f"{n}.png")
     shutil.copy(tmp_path / "0.png", tmp_path / "20.png")
 
-    class Grades:
-        @staticmethod
-        def find_items(root):
+    class Grades(Layout):
+        def find_items(self, root, cache_dir=None):
             files = sorted(root.glob("*.png"))
             return [{"image": str(f), "label": int(f.stem) % 3, "id": f.stem, "group": f.stem} for f in files]
 
-        split = staticmethod(kvasir_seg.split)
-
-    task = Task("grades", "classification", 2, ("none", "mild", "severe", "worst"), "fundus", "G", (), "qwk", 0.0, "px")
+    classes = ("none", "mild", "severe", "worst")
+    task = Task("grades", classes, "fundus", "G", (), "classification", layout=Grades())
     monkeypatch.setitem(TASKS, "grades", task)
-    monkeypatch.setitem(datalists.MODULES, "grades", Grades)
     report = check_data("grades", tmp_path)
     assert "classes: severe 5, none 4, mild 4" in str(report)
     assert any("0 and 20 are one image with the labels 0 and 2" in problem for problem in report.problems)
@@ -143,7 +135,7 @@ def spoil_header(path, row):
 
 
 def test_volumes_with_nan_or_a_singular_affine_are_named(tmp_path):
-    root = write_covid_volumes(tmp_path, cases=4, shape=(20, 18, 6))
+    root = get_task("covid_volumes").write_phantom(tmp_path, cases=4, shape=(20, 18, 6))
     images = root / "COVID-19-CT-Seg_20cases"
     volume = nibabel.load(images / "case_002.nii.gz")
     array = volume.get_fdata(dtype=np.float32)
@@ -170,7 +162,10 @@ def test_real_data_have_no_problems(task, parts):
 
 
 def test_the_sheet_outlines_masks_in_pictures_and_volumes(root, tmp_path):
-    for task, folder in (("kvasir_seg", root), ("msd_heart", write_msd_heart(tmp_path, cases=2, shape=(12, 40, 44)))):
+    for task, folder in (
+        ("kvasir_seg", root),
+        ("msd_heart", get_task("msd_heart").write_phantom(tmp_path, cases=2, shape=(12, 40, 44))),
+    ):
         report = check_data(task, folder)
         path = write_contact_sheet(tmp_path / f"{task}.png", report.task, report.items, count=2, columns=2)
         sheet = np.asarray(Image.open(path))
@@ -181,7 +176,7 @@ def test_the_sheet_outlines_masks_in_pictures_and_volumes(root, tmp_path):
 
 
 def test_an_empty_mask_has_no_outline(tmp_path):
-    root = write_busi(tmp_path, count=3, size=(60, 90))
+    root = get_task("busi").write_phantom(tmp_path, count=3, size=(60, 90))
     report = check_data("busi", root)
     normal = [item for item in report.items if item["class"] == "normal"]
     sheet = np.asarray(Image.open(write_contact_sheet(tmp_path / "sheet.png", report.task, normal)))

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from amkd_monai.data import content
-from amkd_monai.data.content import content_hash, content_hashes, fingerprint
+from amkd_monai.data.content import content_hashes, file_sha256, fingerprint
 
 
 @pytest.fixture
@@ -20,13 +20,13 @@ def images(tmp_path):
 def read(monkeypatch):
     """Names of the files that were really read."""
     names = []
-    real = content.content_hash
+    real = content.file_sha256
 
     def spy(path):
         names.append(path.name)
         return real(path)
 
-    monkeypatch.setattr(content, "content_hash", spy)
+    monkeypatch.setattr(content, "file_sha256", spy)
     return names
 
 
@@ -34,7 +34,7 @@ def read(monkeypatch):
 def test_hash_is_sha256_of_the_bytes(tmp_path, size):
     data = bytes(range(256)) * (size // 256 + 1)
     (tmp_path / "image").write_bytes(data[:size])
-    assert content_hash(tmp_path / "image") == hashlib.sha256(data[:size]).hexdigest()
+    assert file_sha256(tmp_path / "image") == hashlib.sha256(data[:size]).hexdigest()
 
 
 def test_a_memo_saves_reading(tmp_path, images, read):

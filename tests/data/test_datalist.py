@@ -3,14 +3,16 @@ import logging
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, shared_data
 
-from amkd_monai.data import datalist as datalists
 from amkd_monai.data import phantoms
 from amkd_monai.data.datalist import Datalist, datalist, inference_datalist, resolve_dataset_dir
+from amkd_monai.data.datasets import get_task
 from amkd_monai.tasks import TASKS
 
 
@@ -18,8 +20,8 @@ from amkd_monai.tasks import TASKS
 def pristine(tmp_path_factory):
     """Small phantoms of both tasks in one folder."""
     root = tmp_path_factory.mktemp("sets")
-    phantoms.write_kvasir_seg(root, count=20, size=(40, 60))
-    phantoms.write_msd_heart(root, cases=5, shape=(6, 20, 24))
+    get_task("kvasir_seg").write_phantom(root, count=20, size=(40, 60))
+    get_task("msd_heart").write_phantom(root, cases=5, shape=(6, 20, 24))
     return root
 
 
@@ -28,9 +30,8 @@ def workplace(tmp_path, monkeypatch, pristine):
     """An empty working folder without data; phantoms are small."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("AMKD_DATA_ROOT", raising=False)
-    monkeypatch.setitem(
-        phantoms.WRITERS, "kvasir_seg", lambda root: phantoms.write_kvasir_seg(root, count=20, size=(40, 60))
-    )
+    small = partial(phantoms.kvasir_seg, count=20, size=(40, 60))
+    monkeypatch.setitem(TASKS, "kvasir_seg", replace(TASKS["kvasir_seg"], phantom=small))
     return tmp_path
 
 
@@ -123,12 +124,12 @@ def test_empty_train_or_validation_is_an_error(pristine):
 
 @pytest.mark.parametrize("other", ["validation", "test"])
 def test_a_group_in_two_sections_is_an_error(pristine, monkeypatch, other):
-    def leaking_split(root, items, how):
+    def leaking_split(layout, root, items, how):
         sections = {"train": items[:10], "validation": items[10:15], "test": items[15:]}
         sections[other] = [{**sections[other][0], "group": items[0]["group"]}, *sections[other][1:]]
         return tuple(sections.values())
 
-    monkeypatch.setattr(datalists.kvasir_seg, "split", leaking_split)
+    monkeypatch.setattr(type(TASKS["kvasir_seg"].layout), "split", leaking_split)
     with pytest.raises(ValueError, match=rf"'phantom_000' is in the sections train and {other}"):
         datalist("kvasir_seg", str(pristine / "Kvasir-SEG"))
 
@@ -156,7 +157,7 @@ def test_a_stand_in_says_so(pristine, tmp_path):
     assert datalist("kvasir_seg", folder).hash == datalist("kvasir_seg", pristine / "Kvasir-SEG").hash
 
 
-@pytest.mark.parametrize(("content", "words"), [(b"\n", "has no first line"), (b"\xff\xfe", "is no text")])
+@pytest.mark.parametrize(("content", "words"), [(b"\n", "has no first line"), (b"\xff\xfe", "is not text")])
 def test_a_marker_that_says_nothing_is_refused(pristine, tmp_path, content, words):
     folder = shutil.copytree(pristine / "Kvasir-SEG", tmp_path / "Kvasir-SEG")
     (folder / "STAND-IN.txt").write_bytes(content)
@@ -210,15 +211,13 @@ def test_inference_datalist(pristine):
     assert len(inference_datalist("kvasir_seg", str(pristine / "Kvasir-SEG" / "images"))) == 20
 
 
-def test_every_task_has_a_module_and_a_phantom_writer():
-    assert datalists.MODULES.keys() == TASKS.keys() == phantoms.WRITERS.keys()
-    for module in datalists.MODULES.values():
-        assert all(callable(getattr(module, name)) for name in ("find_items", "split", "inference_items"))
+def test_every_task_is_complete():
+    assert all(name == task.name for name, task in TASKS.items())
     for task in TASKS.values():
+        assert callable(task.phantom) and bool(task.source.files) != bool(task.source.steps)
         assert task.is_classification or task.classes[0] == "background"
         assert task.kind in ("segmentation", "classification") and set(task.singled_out) <= set(task.classes)
         assert len(task.prompts) == len(task.classes) - 1
-        assert task.unit == {2: "px", 3: "mm"}[task.dimensions]
 
 
 def test_a_datalist_cannot_be_changed(pristine):

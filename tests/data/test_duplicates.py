@@ -17,7 +17,7 @@ from amkd_monai.data.duplicates import (
     near_pairs,
     perceptual_hashes,
 )
-from amkd_monai.data.phantoms.busi import ultrasound_image
+from amkd_monai.data.phantoms import ultrasound_image
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ import tarfile
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from amkd_monai.__main__ import main
-from amkd_monai.data.commands import fetch as fetching
-from amkd_monai.data.commands.fetch import SOURCES, Source, fetch, unpack
-from amkd_monai.tasks import TASKS
+from amkd_monai.data.commands.fetch import fetch, unpack
+from amkd_monai.data.datasets import TASKS, Source, Task
 
 CONTENT = bytes(range(256)) * 4000
 
@@ -61,6 +61,17 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
+def source(monkeypatch):
+    """Registers a data set "set" of these files, addresses and checksums."""
+
+    def register(*files, inside=False):
+        task = Task("set", (), "", "Set", (), source=Source("CC0.", files, inside))
+        monkeypatch.setitem(TASKS, "set", task)
+
+    return register
+
+
+@pytest.fixture
 def server():
     running = Server()
     thread = threading.Thread(target=running.serve_forever, daemon=True)
@@ -89,165 +100,154 @@ def packed(files, kind="zip"):
     return stream.getvalue()
 
 
-def one_file(server, content, checksum=None):
-    server.files["a.csv"] = content
-    return {"set": Source("Set", "CC0.", ((server.url("a.csv"), checksum),), inside=True)}
-
-
 @pytest.mark.parametrize("retries", [1, 0])
-def test_a_broken_connection_or_a_busy_server_is_tried_again(server, tmp_path, retries):
+def test_a_broken_connection_or_a_busy_server_is_tried_again(server, source, tmp_path, retries):
+    server.files["a.csv"] = CONTENT
+    source((server.url("a.csv"), f"sha256:{sha256(CONTENT)}"), inside=True)
     for fault in ("breaks", "errors"):
         setattr(server, fault, {"breaks": 1, "errors": [503]}[fault])
-        sources = one_file(server, CONTENT, f"sha256:{sha256(CONTENT)}")
         if retries:
-            assert (fetch("set", tmp_path / fault, sources, retries) / "a.csv").read_bytes() == CONTENT
+            assert (fetch("set", tmp_path / fault, retries) / "a.csv").read_bytes() == CONTENT
         else:
             with pytest.raises(OSError, match=r"/a\.csv cannot be fetched"):
-                fetch("set", tmp_path / fault, sources, retries)
+                fetch("set", tmp_path / fault, retries)
             assert not (tmp_path / fault / "Set").exists()
 
 
-def test_an_interrupted_fetch_keeps_the_files_that_are_complete(server, tmp_path):
+def test_an_interrupted_fetch_keeps_the_files_that_are_complete(server, source, tmp_path):
     server.files = {"a.csv": CONTENT}
-    urls = tuple((server.url(name), None) for name in ("a.csv", "b.csv"))
-    sources = {"set": Source("Set", "CC0.", urls, inside=True)}
+    source(*((server.url(name), None) for name in ("a.csv", "b.csv")), inside=True)
     with pytest.raises(OSError, match=r"/b\.csv cannot be fetched .*404"):
-        fetch("set", tmp_path, sources, 0)
+        fetch("set", tmp_path, 0)
     assert not (tmp_path / "Set").exists()
     server.files["b.csv"] = b"b"
-    folder = fetch("set", tmp_path, sources, 0)
+    folder = fetch("set", tmp_path, 0)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {"a.csv": CONTENT, "b.csv": b"b"}
     assert server.asked == ["/a.csv", "/b.csv", "/b.csv"]
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "md5"])
-def test_another_file_than_expected_is_refused_and_removed(server, tmp_path, algorithm):
+def test_another_file_than_expected_is_refused_and_removed(server, source, tmp_path, algorithm):
+    server.files["a.csv"] = CONTENT
+    source((server.url("a.csv"), f"{algorithm}:00"), inside=True)
     with pytest.raises(ValueError, match=r"a\.csv"):
-        fetch("set", tmp_path, one_file(server, CONTENT, f"{algorithm}:00"))
+        fetch("set", tmp_path)
     assert server.asked == ["/a.csv"], "once: it would be the same again"
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
-def test_only_https_is_trusted_also_after_a_redirect(server, tmp_path):
+def test_an_archive_without_a_checksum_is_not_fetched(server, source, tmp_path):
+    source((server.url("a.zip"), None))
+    with pytest.raises(ValueError, match=r"a\.zip has no checksum"):
+        fetch("set", tmp_path)
+    assert server.asked == []
+
+
+def test_only_https_is_trusted_also_after_a_redirect(server, source, tmp_path):
     for url in ("http://example.org/a.zip", "file:///etc/passwd", "ftp://example.org/a"):
+        source((url, "md5:00"))
         with pytest.raises(ValueError, match="is not an https address"):
-            fetch("set", tmp_path, {"set": Source("Set", "CC0.", ((url, None),))}, 0)
+            fetch("set", tmp_path, 0)
+    server.files["a.csv"] = CONTENT
     server.redirect = f"http://{OTHER_LOOPBACK}:{server.server_address[1]}/a.csv"
+    source((server.url("a.csv"), None), inside=True)
     with pytest.raises(ValueError, match="is not an https address"):
-        fetch("set", tmp_path, one_file(server, CONTENT), 0)
+        fetch("set", tmp_path, 0)
     assert not (tmp_path / "Set").exists()
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_a_data_set_is_fetched_unpacked_and_recorded(server, tmp_path, kind):
+def test_a_data_set_is_fetched_unpacked_and_recorded(server, source, tmp_path, kind):
     server.files[f"set.{kind}"] = packed({"Set/images/a.png": b"a", "Set/masks/a.png": b"b"}, kind)
     digest = sha256(server.files[f"set.{kind}"])
-    sources = {"set": Source("Set", "CC0.", ((server.url(f"set.{kind}"), None),))}
-    folder = fetch("set", tmp_path, sources, retries=0)
+    source((server.url(f"set.{kind}"), f"sha256:{digest}"))
+    folder = fetch("set", tmp_path, retries=0)
     assert folder == tmp_path / "Set"
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png")) == ["images/a.png", "masks/a.png"]
     record = json.loads((tmp_path / "Set.source.json").read_text())
     assert record["sha256"] == {server.url(f"set.{kind}"): digest} and record["terms"] == "CC0."
     assert sorted(p.name for p in tmp_path.iterdir()) == ["Set", "Set.source.json"]
     with pytest.raises(FileExistsError, match="Set is there already"):
-        fetch("set", tmp_path, sources)
+        fetch("set", tmp_path)
 
 
-def test_several_files_land_in_one_folder(server, tmp_path):
+def test_several_files_land_in_one_folder(server, source, tmp_path):
     server.files = {"a.zip": packed({"Data/1.jpg": b"1"}), "b.zip": packed({"Truth/1.png": b"2"}), "c.csv": b"id\n"}
-    urls = tuple((server.url(name), f"md5:{hashlib.md5(c).hexdigest()}") for name, c in server.files.items())
-    folder = fetch("set", tmp_path, {"set": Source("Set", "CC0.", urls, inside=True)}, retries=0)
-    assert sorted(p.name for p in folder.iterdir()) == ["Data", "Truth", "c.csv"]
+    source(*((server.url(n), f"md5:{hashlib.md5(c).hexdigest()}") for n, c in server.files.items()), inside=True)
+    assert sorted(p.name for p in fetch("set", tmp_path, retries=0).iterdir()) == ["Data", "Truth", "c.csv"]
 
 
-def test_an_archive_without_the_folder_is_said_and_kept(server, tmp_path):
+def test_an_archive_without_the_folder_is_said_and_kept(server, source, tmp_path):
     server.files["a.zip"] = packed({"Other/1.jpg": b"1"})
-    sources = {"set": Source("Set", "CC0.", ((server.url("a.zip"), None),))}
+    source((server.url("a.zip"), f"sha256:{sha256(server.files['a.zip'])}"))
     for _ in range(2):
         with pytest.raises(ValueError, match=r"hold.* no folder Set"):
-            fetch("set", tmp_path, sources, retries=0)
+            fetch("set", tmp_path, retries=0)
+    assert server.asked == ["/a.zip"]
 
 
-@pytest.mark.parametrize("name", ["../evil", "/tmp/evil_of_a_test", "a/../../evil", "..\\evil", "C:/evil"])
+@pytest.mark.parametrize("name", ["../evil", "/tmp/evil_of_a_test", "a/../../evil"])
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_paths_that_leave_the_folder_are_refused(tmp_path, kind, name):
-    archive = tmp_path / f"a.{kind}"
+def test_nothing_is_written_outside_the_folder(tmp_path, kind, name):
+    archive, place = tmp_path / f"a.{kind}", tmp_path / "out"
     archive.write_bytes(packed({"good": b"1", name: b"2"}, kind))
-    with pytest.raises(ValueError, match="leaves the folder"):
-        unpack(archive, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == [] and not (tmp_path / "evil").exists()
+    place.mkdir()
+    if kind == "tar" and ".." in name:
+        with pytest.raises(ValueError, match=r"a\.tar cannot be unpacked"):
+            unpack(archive, place)
+    else:
+        unpack(archive, place)
+    assert {p.name for p in tmp_path.iterdir()} == {archive.name, "out"} and not Path("/tmp/evil_of_a_test").exists()
 
 
-@pytest.mark.parametrize("kind", ["tar symlink", "tar hard link", "tar device", "zip symlink"])
-def test_links_and_devices_are_refused(tmp_path, kind):
-    archive = tmp_path / "archive"
+@pytest.mark.parametrize("kind", ["tar symlink", "tar device", "zip symlink"])
+def test_links_and_devices_lead_nowhere(tmp_path, kind):
+    archive, place = tmp_path / f"a.{kind[:3]}", tmp_path / "out"
+    place.mkdir()
     if kind.startswith("tar"):
         with tarfile.open(archive, "w") as packed_tar:
             info = tarfile.TarInfo("link")
-            info.type = {"symlink": tarfile.SYMTYPE, "hard link": tarfile.LNKTYPE, "device": tarfile.CHRTYPE}[kind[4:]]
+            info.type = {"symlink": tarfile.SYMTYPE, "device": tarfile.CHRTYPE}[kind[4:]]
             info.linkname = "/etc/passwd"
             packed_tar.addfile(info)
+        with pytest.raises(ValueError, match="cannot be unpacked"):
+            unpack(archive, place)
     else:
         with zipfile.ZipFile(archive, "w") as packed_zip:
             info = zipfile.ZipInfo("link")
             info.external_attr = 0o120777 << 16
             packed_zip.writestr(info, "/etc/passwd")
-    with pytest.raises(ValueError, match="a link or device"):
-        unpack(archive, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_bombs_are_refused(tmp_path, monkeypatch):
-    archive = tmp_path / "bomb.zip"
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed_zip:
-        packed_zip.writestr("zeros", b"\0" * 30_000_000)
-    with pytest.raises(ValueError, match="bytes"):
-        unpack(archive, tmp_path / "out")
-    monkeypatch.setattr(fetching, "MOST_FILES", 10)
-    archive.write_bytes(packed({str(n): b"" for n in range(12)}))
-    with pytest.raises(ValueError, match="10 files"):
-        unpack(archive, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+        unpack(archive, place)
+    assert not any(path.is_symlink() or not path.is_file() for path in place.iterdir())
 
 
 def test_damaged_and_foreign_archives_are_refused(tmp_path):
-    archive = tmp_path / "a.zip"
-    for content in (b"nothing", b"", packed({"a": CONTENT}, "tar")[:5000]):
-        archive.write_bytes(content)
-        with pytest.raises(ValueError, match="fetch it again"):
-            unpack(archive, tmp_path / "out")
-    content = bytearray(packed({"a": CONTENT}))
+    archive, content = tmp_path / "a.zip", bytearray(packed({"a": CONTENT}))
     content[5000] ^= 255
-    archive.write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot be unpacked .*CRC"):
-        unpack(archive, tmp_path / "out")
+    for damaged in (b"nothing", b"", packed({"a": CONTENT}, "tar"), content):
+        archive.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.zip cannot be unpacked"):
+            unpack(archive, tmp_path)
+    archive = tmp_path / "a.tar"
+    archive.write_bytes(packed({"a": CONTENT}, "tar")[:5000])
+    with pytest.raises(ValueError, match=r"a\.tar cannot be unpacked"):
+        unpack(archive, tmp_path)
 
 
-def test_a_name_twice_is_refused(tmp_path):
-    archive = tmp_path / "a.zip"
-    with zipfile.ZipFile(archive, "w") as packed_zip, pytest.warns(UserWarning, match="Duplicate"):
-        packed_zip.writestr("a", b"1")
-        packed_zip.writestr("a", b"2")
-    with pytest.raises(ValueError, match="twice"):
-        unpack(archive, tmp_path / "out")
-
-
-def test_every_task_has_a_source_in_its_folder():
-    assert TASKS.keys() <= SOURCES.keys()
-    for name, source in SOURCES.items():
-        assert name not in TASKS or source.folder == TASKS[name].folder
-        assert bool(source.files) != bool(source.steps), name
-        for url, checksum in source.files:
+def test_addresses_and_checksums_of_the_sources_are_well_formed():
+    for task in TASKS.values():
+        for url, checksum in task.source.files:
             algorithm, _, digest = (checksum or f"md5:{'0' * 32}").partition(":")
             assert url.startswith("https://") and len(digest) == hashlib.new(algorithm).digest_size * 2
+            assert checksum or url.endswith(".csv")
 
 
-def test_the_command(server, tmp_path, capsys, monkeypatch):
+def test_the_command(server, source, tmp_path, capsys):
     assert main(["data", "fetch", "busi", "--to", str(tmp_path)]) == 0
     assert "is not fetched" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
     assert main(["data", "fetch", "liver"]) == 1
-    assert "Unknown data set 'liver'" in capsys.readouterr().err
+    assert "'liver'" in capsys.readouterr().err
     server.files["set.zip"] = packed({"Set/a.png": b"a"})
-    monkeypatch.setitem(fetching.SOURCES, "set", Source("Set", "CC0.", ((server.url("set.zip"), None),)))
+    source((server.url("set.zip"), f"sha256:{sha256(server.files['set.zip'])}"))
     assert main(["data", "fetch", "set", "--to", str(tmp_path)]) == 0
     assert "Set is complete. Terms: CC0." in capsys.readouterr().out

@@ -4,16 +4,16 @@ from collections import Counter
 import pytest
 from helpers import shared_data
 
-from amkd_monai.data import isic2017, isic2017_lesion
-from amkd_monai.data.phantoms import write_isic2017
+from amkd_monai.data.datasets import get_task
 from amkd_monai.data.splits import SplitOptions
 
+isic2017, isic2017_lesion = get_task("isic2017").layout, get_task("isic2017_lesion").layout
 TRAINING = "ISIC-2017_Training_Part3_GroundTruth.csv"
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    return write_isic2017(tmp_path_factory.mktemp("isic"), counts=(15, 6, 6), height=32)
+    return get_task("isic2017").write_phantom(tmp_path_factory.mktemp("isic"), counts=(15, 6, 6), height=32)
 
 
 @pytest.fixture
@@ -105,5 +105,5 @@ def test_the_wrong_level_is_named(pristine):
 def test_an_image_without_its_outline_is_named(root):
     mask = next((root / "ISIC-2017_Training_Part1_GroundTruth").iterdir())
     mask.unlink()
-    with pytest.raises(FileNotFoundError, match=f"lacks the mask.*{mask.stem.removesuffix('_segmentation')}"):
+    with pytest.raises(FileNotFoundError, match=rf"{mask.stem.removesuffix('_segmentation')}.* lack\(s\) a mask"):
         isic2017_lesion.find_items(root)

@@ -6,14 +6,17 @@ import pytest
 from helpers import shared_data
 from PIL import Image
 
-from amkd_monai.data.kvasir_seg import find_items, inference_items, split
-from amkd_monai.data.phantoms import write_kvasir_seg
+from amkd_monai.data.datasets import get_task
 from amkd_monai.data.splits import SplitOptions
+from amkd_monai.files.names import natural
+
+LAYOUT = get_task("kvasir_seg").layout
+find_items, inference_items, split = LAYOUT.find_items, LAYOUT.inference_items, LAYOUT.split
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    return write_kvasir_seg(tmp_path_factory.mktemp("kvasir"), count=8, size=(40, 60))
+    return get_task("kvasir_seg").write_phantom(tmp_path_factory.mktemp("kvasir"), count=8, size=(40, 60))
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def only_problem(root, name):
 def test_real_data_are_paired():
     items = find_items(shared_data("Kvasir-SEG"))
     assert len(items) == 154 and not any("problem" in item for item in items)
-    assert ids(items) == sorted(ids(items))
+    assert ids(items) == sorted(ids(items), key=natural)
     assert all(Path(item["image"]).stem == Path(item["label"]).stem == item["id"] for item in items)
     assert len(inference_items(shared_data("Kvasir-SEG"))) == 154
 

@@ -9,21 +9,22 @@ import pytest
 from helpers import ROOT
 from PIL import Image
 
-from amkd_monai.data import busi, covid, kvasir_seg, msd_heart, phantoms
-from amkd_monai.data.phantoms import kvasir_seg as phantoms_kvasir_seg
-from amkd_monai.data.phantoms import msd_heart as phantoms_msd_heart
+from amkd_monai.data import phantoms
+from amkd_monai.data.datasets import get_task
+from amkd_monai.data.phantoms import PHANTOM_MARKER, is_phantom
 from amkd_monai.files.masks import read_mask
-from amkd_monai.tasks import TASKS
+
+POLYPS = get_task("kvasir_seg")
 
 
 @pytest.fixture(scope="module")
 def kvasir(tmp_path_factory):
-    return phantoms.write_kvasir_seg(tmp_path_factory.mktemp("kvasir"), count=12)
+    return get_task("kvasir_seg").write_phantom(tmp_path_factory.mktemp("kvasir"), count=12)
 
 
 @pytest.fixture(scope="module")
 def heart(tmp_path_factory):
-    return phantoms.write_msd_heart(tmp_path_factory.mktemp("heart"), cases=3)
+    return get_task("msd_heart").write_phantom(tmp_path_factory.mktemp("heart"), cases=3)
 
 
 def load_frame(item):
@@ -45,7 +46,7 @@ def files_of(folder):
 
 
 def test_frames_have_the_official_layout(kvasir):
-    items = kvasir_seg.find_items(kvasir)
+    items = get_task("kvasir_seg").layout.find_items(kvasir)
     assert len(items) == 12
     sizes = set()
     for item in items:
@@ -61,7 +62,7 @@ def test_frames_have_the_official_layout(kvasir):
 
 
 def test_masks_ring_like_the_real_ones(kvasir):
-    for item in kvasir_seg.find_items(kvasir):
+    for item in get_task("kvasir_seg").layout.find_items(kvasir):
         mask = Image.open(item["label"])
         assert (mask.format, mask.mode) == ("JPEG", "RGB")
         values = np.unique(np.asarray(mask))
@@ -70,7 +71,7 @@ def test_masks_ring_like_the_real_ones(kvasir):
 
 def test_no_threshold_finds_the_polyp(kvasir):
     """The best threshold of a colour channel or a colour ratio, found with the answer at hand, stays poor."""
-    frames = [load_frame(item) for item in kvasir_seg.find_items(kvasir)]
+    frames = [load_frame(item) for item in get_task("kvasir_seg").layout.find_items(kvasir)]
     for channel in (
         lambda image: image[..., 0],
         lambda image: image[..., 1],
@@ -88,9 +89,9 @@ def test_no_threshold_finds_the_polyp(kvasir):
 
 
 def test_volumes_have_the_official_layout(heart):
-    items = msd_heart.find_items(heart)
+    items = get_task("msd_heart").layout.find_items(heart)
     assert [item["id"] for item in items] == ["la_001", "la_002", "la_003"]
-    assert [item["id"] for item in msd_heart.inference_items(heart)] == ["la_004", "la_005"]
+    assert [item["id"] for item in get_task("msd_heart").layout.inference_items(heart)] == ["la_004", "la_005"]
     for item in items:
         volume = nibabel.load(item["image"])
         assert volume.get_data_dtype() == np.int16
@@ -98,13 +99,12 @@ def test_volumes_have_the_official_layout(heart):
         assert np.allclose(volume.affine, np.diag([2.5, 2.5, 1.37, 1]))
         assert nibabel.aff2axcodes(volume.affine) == ("R", "A", "S")
     content = json.loads((heart / "dataset.json").read_text())
-    assert (content["numTraining"], content["numTest"]) == (3, 2)
     assert all(entry["image"].startswith("./imagesTr/") for entry in content["training"])
     assert content["test"] == ["./imagesTs/la_004.nii.gz", "./imagesTs/la_005.nii.gz"]
 
 
 def test_left_atrium_is_central_bright_and_not_alone(heart):
-    for item in msd_heart.find_items(heart):
+    for item in get_task("msd_heart").layout.find_items(heart):
         volume, label = load_volume(item["image"]), load_volume(item["label"]) > 0
         assert 0.005 < label.mean() < 0.04
         center = [place.mean() / length for place, length in zip(label.nonzero(), label.shape, strict=True)]
@@ -114,7 +114,10 @@ def test_left_atrium_is_central_bright_and_not_alone(heart):
 
 
 def test_ultrasound_images_have_the_traps_of_the_real_ones(tmp_path):
-    items = {item["id"]: item for item in busi.find_items(phantoms.write_busi(tmp_path, count=3))}
+    items = {
+        item["id"]: item
+        for item in get_task("busi").layout.find_items(get_task("busi").write_phantom(tmp_path, count=3))
+    }
     assert list(items) == [
         *(f"benign ({n})" for n in (1, 2, 3)),
         *(f"malignant ({n})" for n in (1, 2, 3, 4)),
@@ -133,9 +136,8 @@ def test_ultrasound_images_have_the_traps_of_the_real_ones(tmp_path):
 
 @pytest.mark.parametrize("task", ["busi", "covid"])
 def test_no_grey_level_finds_the_target(tmp_path, task):
-    write, module = {"busi": (phantoms.write_busi, busi), "covid": (phantoms.write_covid, covid)}[task]
     scores = []
-    for item in module.find_items(write(tmp_path, count=8)):
+    for item in get_task(task).layout.find_items(get_task(task).write_phantom(tmp_path, count=8)):
         mask = read_mask(item["label"] if isinstance(item["label"], list) else [item["label"]])
         grey = np.asarray(Image.open(item["image"]).convert("L"), dtype=float)
         if mask.any():
@@ -145,84 +147,79 @@ def test_no_grey_level_finds_the_target(tmp_path, task):
 
 
 def test_slices_have_the_layout_of_pairs(tmp_path):
-    items = covid.find_items(phantoms.write_covid(tmp_path, count=10))
+    items = get_task("covid").layout.find_items(get_task("covid").write_phantom(tmp_path, count=10))
     assert [item["id"] for item in items] == [str(n) for n in range(10)]
     empty = [not read_mask([item["label"]]).any() for item in items]
     assert empty == [False] * 9 + [True]
     assert len({item["group"] for item in items}) == 10
 
 
-def test_phantoms_are_deterministic(tmp_path):
-    for write, options in (
-        (phantoms.write_busi, {"count": 2, "size": (60, 90)}),
-        (phantoms.write_covid, {"count": 2, "size": (60, 90)}),
-        (phantoms.write_kvasir_seg, {"count": 2, "size": (40, 60)}),
-        (phantoms.write_msd_heart, {"cases": 1, "shape": (6, 20, 24)}),
-    ):
-        first, again, other = (
-            files_of(write(tmp_path / name, seed=seed, **options)) for name, seed in (("a", 0), ("b", 0), ("c", 1))
-        )
-        assert first == again
-        assert first.keys() == other.keys() and first != other
-
-
-def test_write_phantom_writes_once(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        phantoms.WRITERS, "kvasir_seg", lambda root: phantoms.write_kvasir_seg(root, count=1, size=(40, 60))
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("aptos2019", {"count": 5, "height": 30}),
+        ("busi", {"count": 2, "size": (60, 90)}),
+        ("covid", {"count": 2, "size": (60, 90)}),
+        ("covid_volumes", {"cases": 1, "shape": (20, 18, 6)}),
+        ("isic2017", {"counts": (3, 3, 3), "height": 30}),
+        ("kvasir_seg", {"count": 2, "size": (40, 60)}),
+        ("msd_heart", {"cases": 1, "shape": (6, 20, 24)}),
+    ],
+)
+def test_phantoms_are_deterministic(tmp_path, task, options):
+    first, again, other = (
+        files_of(get_task(task).write_phantom(tmp_path / name, seed=seed, **options))
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
-    folder = phantoms.write_phantom("kvasir_seg", tmp_path)
-    assert folder == tmp_path / "Kvasir-SEG"
-    assert phantoms.is_phantom(folder)
+    assert first == again != other
+
+
+@pytest.mark.parametrize("task", ["aptos2019", "isic2017"])
+def test_every_section_holds_every_class(task, tmp_path):
+    folder, layout = get_task(task).write_phantom(tmp_path), get_task(task).layout
+    sections = layout.split(folder, layout.find_items(folder))
+    classes = set(range(len(get_task(task).classes)))
+    assert all({item["label"] for item in section} == classes for section in sections)
+    if task == "aptos2019":
+        stained = [[] for _ in range(5)]
+        for item in layout.find_items(folder):
+            red, green, _ = np.asarray(Image.open(item["image"]), float).transpose(2, 0, 1)
+            stained[item["label"]].append(np.mean((red > 30) & (green < 0.28 * red)))
+        means = [np.mean(values) for values in stained]
+        assert means[0] < means[1] < means[2] < min(means[3], means[4]), "the load of lesions rises with the grade"
+
+
+def test_phantoms_are_written_once_and_never_replace_other_data(tmp_path):
+    folder = POLYPS.write_phantom(tmp_path, count=1, size=(40, 60))
+    assert folder == tmp_path / "Kvasir-SEG" and is_phantom(folder)
     before = (folder / "images").stat().st_mtime_ns
-    assert phantoms.write_phantom("kvasir_seg", tmp_path) == folder
+    assert POLYPS.write_phantom(tmp_path) == folder
     assert (folder / "images").stat().st_mtime_ns == before
-
-
-def test_phantoms_never_replace_other_data(tmp_path):
-    (tmp_path / "Kvasir-SEG" / "images").mkdir(parents=True)
+    (folder / PHANTOM_MARKER).unlink()
     with pytest.raises(FileExistsError, match="Kvasir-SEG is there already"):
-        phantoms.write_phantom("kvasir_seg", tmp_path)
-    assert not phantoms.is_phantom(tmp_path / "Kvasir-SEG")
-
-
-def test_an_unknown_task_lists_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match=f"Unknown task 'liver': use one of {', '.join(sorted(TASKS))}"):
-        phantoms.write_phantom("liver", tmp_path)
+        POLYPS.write_phantom(tmp_path)
+    assert not is_phantom(folder)
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(phantoms_msd_heart, "_heart_volume", interrupt)
+    monkeypatch.setattr(phantoms, "_heart_volume", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        phantoms.write_msd_heart(tmp_path)
+        get_task("msd_heart").write_phantom(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_run_leaves_no_data_set_and_can_be_repeated(tmp_path):
     """The process dies when everything is written but the last rename."""
     script = (
-        "import os, pathlib, sys; from amkd_monai.data import phantoms;"
+        "import os, pathlib, sys; from amkd_monai.data.datasets import get_task;"
         "pathlib.Path.replace = lambda *_: os.kill(os.getpid(), 9);"
-        "phantoms.write_kvasir_seg(sys.argv[1], count=2, size=(40, 60))"
+        "get_task('kvasir_seg').write_phantom(sys.argv[1], count=2, size=(40, 60))"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "Kvasir-SEG").exists()
     assert all(entry.name.startswith(".") for entry in tmp_path.iterdir())
-    assert len(kvasir_seg.find_items(phantoms.write_kvasir_seg(tmp_path, count=3, size=(40, 60)))) == 3
-
-
-def test_a_second_process_that_was_faster_wins(tmp_path, monkeypatch):
-    paint = phantoms_kvasir_seg._endoscopy_frame
-
-    def race(*arguments):
-        monkeypatch.setattr(phantoms_kvasir_seg, "_endoscopy_frame", paint)
-        phantoms.write_kvasir_seg(tmp_path, count=2, size=(40, 60))
-        return paint(*arguments)
-
-    monkeypatch.setattr(phantoms_kvasir_seg, "_endoscopy_frame", race)
-    folder = phantoms.write_kvasir_seg(tmp_path, count=2, size=(40, 60))
-    assert list(tmp_path.iterdir()) == [folder]
-    assert len(kvasir_seg.find_items(folder)) == 2
+    assert len(POLYPS.layout.find_items(POLYPS.write_phantom(tmp_path, count=3, size=(40, 60)))) == 3

@@ -129,10 +129,10 @@ def test_k_fold_uses_fewer_folds_when_groups_are_few():
 
 
 def test_k_fold_refuses_what_cannot_be_split():
-    with pytest.raises(ValueError, match="at least 3 groups"):
+    with pytest.raises(ValueError, match="at least 3 are needed"):
         k_fold(make_items("aabb"))
-    with pytest.raises(ValueError, match="validation fraction 0 "):
-        k_fold(make_items("abcd"), validation_fraction=0)
+    with pytest.raises(ValueError, match="fractions"):
+        k_fold(make_items("abcd"), validation_fraction=1.2)
     with pytest.raises(ValueError, match="leaves one group for train and validation: use more folds"):
         k_fold(make_items("abc"), folds=2, fold=0)
 
@@ -222,3 +222,44 @@ def test_a_group_of_several_classes_is_not_cut():
     items = [*labelled((10, 10)), {"id": "x", "group": "0-0", "label": 1}]
     fold = fold_of_groups([i["group"] for i in items], 4, classes=[i["label"] for i in items])
     assert fold[-1] == fold[0]
+
+
+def stratified(groups):
+    """Items from (class, size) per group."""
+    return [
+        {"id": f"{g}-{n}", "group": f"g{g}", "class": name}
+        for g, (name, size) in enumerate(groups)
+        for n in range(size)
+    ]
+
+
+def test_single_items_are_dealt_out_evenly():
+    data = stratified([("a", 1)] * 50 + [("b", 1)] * 20 + [("c", 1)] * 10)
+    for fold in range(5):
+        test = k_fold(data, 5, fold)[2]
+        assert Counter(i["class"] for i in test) == {"a": 10, "b": 4, "c": 2}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4)), min_size=12, max_size=60), st.integers(0, 9))
+def test_groups_stay_whole_and_every_item_is_tested_once(groups, seed):
+    data = stratified(groups)
+    tested = []
+    for fold in range(3):
+        sections = k_fold(data, 3, fold, seed=seed)
+        assert all(sections)
+        found = [{item["group"] for item in section} for section in sections]
+        assert not (found[0] & found[1] | found[0] & found[2] | found[1] & found[2])
+        assert sum(map(len, sections)) == len(data)
+        tested += [item["id"] for item in sections[2]]
+        for name, total in Counter(i["class"] for i in data).items():
+            count = sum(item["class"] == name for item in sections[2])
+            assert abs(count - total / 3) <= 6, "a group and a half at most"
+    assert sorted(tested) == sorted(item["id"] for item in data)
+
+
+def test_the_order_of_the_items_does_not_matter_but_the_seed_does():
+    data = stratified([("a", 1), ("b", 2)] * 15)
+    first = k_fold(data, seed=1)
+    assert first == k_fold(data[::-1], seed=1)
+    assert first != k_fold(data, seed=2)

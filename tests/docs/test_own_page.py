@@ -14,7 +14,7 @@ from helpers import ROOT
 from PIL import Image
 
 from amkd_monai.data import datalist
-from amkd_monai.tasks import TASKS
+from amkd_monai.data.datasets import TASKS
 
 PAGE = ROOT / "docs" / "own.md"
 
@@ -27,10 +27,9 @@ def module(name, text):
 
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
-    """Pictures of bright squares, three of each patient, and the page's module and task in their places."""
-    find, describe, _ = blocks(PAGE, "python")
-    monkeypatch.setitem(datalist.MODULES, "cells", module("cells", find))
-    monkeypatch.setitem(TASKS, "cells", module("task", describe).task)
+    """Pictures of bright squares, three of each patient, and the page's task in its place."""
+    monkeypatch.setitem(sys.modules, "cells", ModuleType("cells"))  # dataclasses look their module up
+    monkeypatch.setitem(TASKS, "cells", module("cells", blocks(PAGE, "python")[0]).task)
     for folder in ("images", "masks"):
         (tmp_path / "data" / folder).mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -53,7 +52,7 @@ def test_a_patient_of_the_seventh_data_set_stays_in_one_section(cells):
 
 
 def test_the_seventh_data_set_teaches_a_student_of_ones_own(cells, tmp_path, monkeypatch):
-    student = module("my_student", blocks(PAGE, "python")[2])
+    student = module("my_student", blocks(PAGE, "python")[1])
     monkeypatch.setitem(sys.modules, "my_student", student)
     (overrides,) = map(json.loads, blocks(PAGE, "json"))
     values = settings("kvasir_seg", tmp_path, tmp_path / "cache", task="cells", dataset_dir=str(cells), **overrides)

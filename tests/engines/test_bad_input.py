@@ -11,18 +11,18 @@ import pytest
 from bundle_runs import read_json, run, settings
 from helpers import ROOT
 
-from amkd_monai.data.phantoms import write_kvasir_seg, write_msd_heart
+from amkd_monai.data.datasets import get_task
 from amkd_monai.errors import root_cause
 
 
 @pytest.fixture(scope="module")
 def polyps(tmp_path_factory):
-    return write_kvasir_seg(tmp_path_factory.mktemp("polyps"), count=10, seed=3)
+    return get_task("kvasir_seg").write_phantom(tmp_path_factory.mktemp("polyps"), count=10, seed=3)
 
 
 @pytest.fixture(scope="module")
 def hearts(tmp_path_factory):
-    return write_msd_heart(tmp_path_factory.mktemp("hearts"), cases=4, seed=3)
+    return get_task("msd_heart").write_phantom(tmp_path_factory.mktemp("hearts"), cases=4, seed=3)
 
 
 def sentence(bundle, folder, data, configs=("train",), **overrides):

@@ -43,7 +43,7 @@ def test_a_training_finds_what_was_built_in_parts(tmp_path, teachers, capsys, mo
     monkeypatch.setattr("amkd_monai.teachers.timm_encoder.TimmTeacher.forward", forward)
     values = settings("kvasir_seg", tmp_path / "run", tmp_path, teachers=TEACHERS, admission={"mode": "all"})
     targets = workflow("kvasir_seg", ("train",), values).parser.get_parsed_content("targets")
-    assert str(targets.sources[0].features.directory) in folders
+    assert str(targets.teachers[0].features.directory) in folders
     assert 0 < targets.record["preparation_peak_rss_mb"] <= own_peak() + 1
 
 

@@ -11,9 +11,8 @@ import torch
 from bundle_runs import SHARED, SMALL, read_json, run, settings, workflow
 from helpers import ROOT
 from ignite.engine import Events
-from toy_task import TASK, find_items, inference_items, split, write
+from toy_task import TASK, write
 
-from amkd_monai.data import datalist
 from amkd_monai.engines.task_bundles import teachers_of
 from amkd_monai.errors import root_cause
 from amkd_monai.tasks import TASKS, get_task
@@ -173,11 +172,8 @@ def test_a_run_that_was_killed_resumes_to_the_same_student(tmp_path, cache):
 
 
 def test_a_seventh_data_set_joins_later_and_what_is_forgotten_is_measured(tmp_path, cache, monkeypatch):
-    """An entry and a data module are all that a data set needs; the student that was is one teacher of the new one."""
+    """An entry is all that a data set needs; the previous student is one teacher of the new one."""
     monkeypatch.setitem(TASKS, "discs", TASK)
-    monkeypatch.setitem(
-        datalist.MODULES, "discs", type("module", (), {k: staticmethod(v) for k, v in FUNCTIONS.items()})
-    )
     first, second = tmp_path / "first", tmp_path / "second"
     values = small(first, cache)
     run(SHARED, ("train",), values)
@@ -205,9 +201,6 @@ def test_a_seventh_data_set_joins_later_and_what_is_forgotten_is_measured(tmp_pa
     rows = table(second / "eval" / "transfer.csv")
     assert {r["task"] for r in rows if r["run"] == "before"} == {*PAIR, "mean of 2"}
     assert {r["task"] for r in rows if r["run"] == "shared"} == {*PAIR, "discs"}
-
-
-FUNCTIONS = {"find_items": find_items, "split": split, "inference_items": inference_items}
 
 
 class MasksAndFeatures(torch.nn.Module):

@@ -60,7 +60,7 @@ def prepare(data, teachers, student=None, **options):
 
 def test_targets_match_the_samples(data):
     targets = prepare(data, [LITE1], admission_options={"mode": "all"})
-    (spec,) = targets.specs
+    (spec,) = targets.teachers
     assert spec.admitted and spec.grid == (112, 4, 4) and spec.logits == (2, 4, 4)
     read = targets.read([5, 0, 5], "cpu")["lite1"]
     assert torch.equal(read["grid"][0], read["grid"][2]) and not torch.equal(read["grid"][0], read["grid"][1])
@@ -73,7 +73,7 @@ def test_targets_match_the_samples(data):
 @pytest.mark.parametrize(("mode", "admitted"), [("all", True), ("none", False)])
 def test_admission_can_be_set(data, mode, admitted):
     targets = prepare(data, [LITE1], admission_options={"mode": mode})
-    assert targets.specs[0].admitted is admitted
+    assert targets.teachers[0].admitted is admitted
     assert targets.record["teachers"][0]["outputs_admitted"] is admitted
 
 
@@ -83,7 +83,7 @@ def test_a_teacher_worse_than_the_student_gives_features_only(data):
     teacher = record["teachers"][0]
     assert record["undistilled_student_dice"] > teacher["dice"], "25 epochs beat a 4x4 probe"
     assert record["undistilled_student_epochs"] == 25, "a quarter of the length decides"
-    assert not teacher["outputs_admitted"] and good.specs[0].grid is not None
+    assert not teacher["outputs_admitted"] and good.teachers[0].grid is not None
     assert "does not beat" in teacher["admission_reason"]
 
 
@@ -115,11 +115,11 @@ def test_the_second_call_computes_nothing(data, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(crossfit, "fit_student", lambda *_a, **_k: refuse)
+    monkeypatch.setattr("amkd_monai.engines.crossfit.DistillationTrainer", refuse)
     monkeypatch.setattr("amkd_monai.cache.probes.fit_probe", refuse)
     monkeypatch.setattr("amkd_monai.cache.store.FeatureStore.write_shard", refuse)
     second = prepare(data, [LITE1], epochs=1, admission_options={"folds": 2})
-    assert second.record == first.record
+    assert second.record["teachers"] == first.record["teachers"]
 
 
 def test_the_student_given_is_not_trained(data):
@@ -150,9 +150,8 @@ def test_cross_fitting_never_asks_a_network_about_what_it_has_seen(data):
             assert not network.groups & {dataset.groups[i] for i in indices if dataset.has_label[i]}
         return np.zeros((len(indices), 2, 16, 16), dtype=np.float32)
 
-    stores = crossfit.cross_fit(
-        "memoriser", Memoriser(), train, validation, fit, predict, {"k": 1}, 3, 0, str(folder / "memoriser")
-    )
+    method = crossfit.Method(fit, predict, {"k": 1})
+    stores = crossfit.cross_fit("memoriser", Memoriser(), (train, validation), method, 3, 0, str(folder / "memoriser"))
     assert folds == [0, 1, 2] and all(store.is_complete for store in stores)
 
 
@@ -169,7 +168,7 @@ def test_an_interrupted_cross_fit_keeps_its_finished_folds(data):
     def predict(network, dataset, indices):
         return np.zeros((len(indices), 2, 16, 16), dtype=np.float32)
 
-    arguments = (train, None, fit, predict, {"k": 2}, 3, 0, str(folder / "interrupted"))
+    arguments = ((train,), crossfit.Method(fit, predict, {"k": 2}), 3, 0, str(folder / "interrupted"))
     with pytest.raises(KeyboardInterrupt):
         crossfit.cross_fit("killed", Memoriser(), *arguments)
     crossfit.cross_fit("killed", Memoriser(), *arguments)
@@ -179,7 +178,7 @@ def test_an_interrupted_cross_fit_keeps_its_finished_folds(data):
 def test_a_2d_specialist_is_trained_in_folds(data):
     specialist = {"name": "own", "kind": "crossfit_specialist", "network": Student(seed=5), "epochs": 12, "folds": 2}
     targets = prepare(data, [specialist], admission_options={"mode": "all"})
-    (spec,) = targets.specs
+    (spec,) = targets.teachers
     assert spec.grid is None and spec.logits == (2, 16, 16)
     assert targets.record["teachers"][0]["dice"] > 0.5
 
@@ -193,7 +192,7 @@ def test_a_3d_specialist_answers_slices(tmp_path):
     description = {"name": "segresnet", "kind": "crossfit_volume_specialist", "network": network, "folds": 2}
     description |= {"patch_size": [16, 32, 32], "steps": 30, "learning_rate": 5e-3}
     targets = prepare((train, validation, tmp_path), [description], admission_options={"mode": "all"})
-    assert targets.specs[0].logits == (2, 8, 8)
+    assert targets.teachers[0].logits == (2, 8, 8)
     record = targets.record["teachers"][0]
     assert record["dice"] > 0.5 and 0.3 < record["volume_ratio"] < 3
 
@@ -216,7 +215,7 @@ def test_scores_count_cases_not_pixels(tmp_path):
     answers[0, :, :48, :48] = np.array([-5, 5])[:, None, None]
     store = answers_store("a", {}, dataset, (64, 64), tmp_path)
     keep_answers(store, answers)
-    assert score_answers(store, dataset).dice == pytest.approx(0.5)
+    assert score_answers(store, dataset).value == pytest.approx(0.5)
 
 
 def test_a_complete_cache_is_prepared_without_asking_a_teacher(data, monkeypatch):
@@ -228,7 +227,7 @@ def test_a_complete_cache_is_prepared_without_asking_a_teacher(data, monkeypatch
 
     monkeypatch.setattr("amkd_monai.teachers.timm_encoder.TimmTeacher.forward", forward)
     again = prepare(data, [LITE1], admission_options={"mode": "all"})
-    assert again.record == first.record
+    assert again.record["teachers"] == first.record["teachers"]
     assert first.record["teachers"][0]["stored"] == {
         "views": 1,
         "dtype": "float16",

@@ -81,9 +81,9 @@ def test_a_new_label_makes_a_new_cache_and_a_wrong_one_is_named(tmp_path):
 
 def test_probes_answer_images_by_pooled_vectors_and_know_the_stripes(data):
     targets = prepare(data, [LITE1], admission_options={"mode": "all"})
-    (spec,) = targets.specs
+    (spec,) = targets.teachers
     assert spec.admitted and spec.grid == (112, 4, 4) and spec.logits == (CLASSES, 1, 1)
-    (source,) = targets.sources
+    (source,) = targets.teachers
     score = score_answers(source.answers, data[0], source.temperature)
     assert score.name == "skill" and score.value > 0.3 and score.further["macro_auroc"] > 0.9
     z = torch.from_numpy(source.answers.read("logits", np.arange(27))).float()[:, :, 0, 0] / source.temperature
@@ -113,14 +113,14 @@ def test_admission_is_by_skill_against_the_student(data):
     assert teacher["outputs_admitted"] == (better and ranks)
     assert "Skill" in teacher["admission_reason"] and 0 <= record["undistilled_student_macro_auroc"] <= 1
     strict = prepare(data, [LITE1], admission_options={"folds": 2, "margin": 2.0})
-    assert not strict.specs[0].admitted and strict.specs[0].grid is not None
+    assert not strict.teachers[0].admitted and strict.teachers[0].grid is not None
 
 
 def test_a_specialist_is_cross_fitted_on_classes(data):
     network = ClassStudent("tf_efficientnet_lite1", num_classes=CLASSES)
     description = {"name": "own", "kind": "crossfit_specialist", "network": network, "epochs": 3, "folds": 2}
     targets = prepare(data, [description], admission_options={"mode": "all"})
-    assert targets.specs[0].logits == (CLASSES, 1, 1) and targets.specs[0].grid is None
+    assert targets.teachers[0].logits == (CLASSES, 1, 1) and targets.teachers[0].grid is None
     assert targets.read([0, 29], "cpu")["own"]["logits"].shape == (2, CLASSES, 1, 1)
 
 
@@ -150,7 +150,7 @@ def test_a_mask_specialist_is_refused_for_classes_and_a_class_specialist_accepte
     pooled = {"name": "pooled", "kind": "specialist", "path": str(tmp_path / "pooled.ts"), "answers": "classes"}
     targets = prepare(data, [pooled], admission_options={"mode": "all"})
     image = torch.from_numpy(data[0].image(7)).float() / 255
-    read = targets.read([7], "cpu")["pooled"]["logits"][0, :, 0, 0] * targets.sources[0].temperature
+    read = targets.read([7], "cpu")["pooled"]["logits"][0, :, 0, 0] * targets.teachers[0].temperature
     torch.testing.assert_close(read, image.mean((1, 2)), atol=1e-3, rtol=1e-3)
     dense = {"name": "dense", "kind": "specialist", "path": str(tmp_path / "dense.ts")}
     with pytest.raises(ValueError, match="one answer per image with 3 classes"):
@@ -196,7 +196,7 @@ def test_class_weights_and_balance_come_from_the_labelled_samples(data):
 
 def test_teachers_without_pooled_vectors_are_pooled(data):
     targets = prepare(data, [LITE1], admission_options={"mode": "all"})
-    store = targets.sources[0].features
+    store = targets.teachers[0].features
     del store.arrays["pooled"]
     mean, std = probes.channel_statistics(store, "pooled")
     features = probes.standardised(store, np.arange(5), mean, std, "pooled")

@@ -18,9 +18,9 @@ def grids_of(targets):
 
 def test_covariances_and_scores_come_with_the_teachers(data):  # noqa: F811
     targets = prepare(data, [LITE1], admission_options={"mode": "all"})
-    assert targets.specs_for() == targets.specs_for("learned") == targets.specs
-    assert targets.specs[0].covariance is None and 0 < targets.specs[0].score <= 1
-    assert targets.specs[0].score == pytest.approx(targets.record["teachers"][0]["dice"], abs=1e-4)
+    assert targets.specs_for() == targets.specs_for("learned") == targets.teachers
+    assert targets.teachers[0].covariance is None and 0 < targets.teachers[0].score <= 1
+    assert targets.teachers[0].score == pytest.approx(targets.record["teachers"][0]["dice"], abs=1e-4)
     cells = grids_of(targets).permute(0, 2, 3, 1).flatten(0, 2).double().numpy()  # (N, C, h, w) -> (cells, C)
     for arguments in (("pca", "mean_std"), ("none", "package.Standardiser")):
         (spec,) = targets.specs_for(*arguments)

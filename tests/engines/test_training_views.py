@@ -23,7 +23,7 @@ GEOMETRY = {"rotation": 0.4, "flip_width": True}
 
 def trainer_of(data, targets, augmentation, **options):  # noqa: F811
     recipe = Recipe(batch_size=8, augmentation=augmentation)
-    distiller = Distiller(Student(seed=0), targets.specs)
+    distiller = Distiller(Student(seed=0), targets.teachers)
     loader = recipe.loader(data[0], 0)
     optimizer = recipe.optimizer(distiller)
     return DistillationTrainer(
@@ -48,7 +48,7 @@ def test_image_label_and_maps_of_a_batch_are_one_view(data, several):  # noqa: F
         batch = trainer.prepare_distillation_batch(raw)
         indices = raw["index"].tolist()
         seen |= set(views)
-        store = several.sources[0].features
+        store = several.teachers[0].features
         matrices = store.read(MATRIX, indices, views)
         theta = torch.from_numpy(matrices)
         torch.testing.assert_close(batch.image, warp(raw["image"].float() / 255, theta), atol=1e-6, rtol=0)
@@ -59,14 +59,14 @@ def test_image_label_and_maps_of_a_batch_are_one_view(data, several):  # noqa: F
             said = teacher(batch.image).grid
         assert torch.cosine_similarity(said, stored, dim=1).mean() > 0.9999
         assert torch.equal(torch.from_numpy(ask(teacher, data[0], indices, "cpu", matrices)["grid"]), said)
-        answers = several.sources[0].answers
-        probed = torch.from_numpy(answers.read("logits", indices)).float() / several.sources[0].temperature
+        answers = several.teachers[0].answers
+        probed = torch.from_numpy(answers.read("logits", indices)).float() / several.teachers[0].temperature
         torch.testing.assert_close(batch.teachers["lite1"]["logits"], warp(probed, theta))
     assert seen == {0, 1, 2, 3}
 
 
 def test_all_teachers_saw_the_same_views(data, several):  # noqa: F811
-    first, second = (source.features for source in several.sources)
+    first, second = (source.features for source in several.teachers)
     for view in range(4):
         np.testing.assert_array_equal(first.read(MATRIX, range(12), view), second.read(MATRIX, range(12), view))
     assert several.views == 4 and several.identity[0][1].endswith("4 views")
@@ -74,7 +74,7 @@ def test_all_teachers_saw_the_same_views(data, several):  # noqa: F811
 
 def test_stores_that_hold_different_views_are_refused(data, tmp_path):  # noqa: F811
     targets = prepare(data, [LITE1, LITE2], admission_options={"mode": "none"}, views=2, cache_dir=str(tmp_path))
-    store = targets.sources[1].features
+    store = targets.teachers[1].features
     values = {name: FeatureStore.open(store.directory).read(name, range(12), 1) for name in store.arrays}
     values[MATRIX][3] += 0.1
     store.path(1, 0).unlink()

@@ -1,4 +1,4 @@
-"""A seventh data set: bright discs on noise. What a data module has to offer, and no more."""
+"""A seventh data set: bright discs on noise, in folders of pairs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from amkd_monai.data.splits import random_split
-from amkd_monai.tasks import Task
+from amkd_monai.data.datasets import Task
 
 TASK = Task(
     name="discs",
-    kind="segmentation",
-    dimensions=2,
     classes=("background", "disc"),
     modality="toy",
     folder="Discs",
     prompts=("disc",),
-    primary_metric="dice",
-    nsd_tolerance=2.0,
 )
 
 
@@ -35,18 +30,3 @@ def write(root: Path, count: int = 12) -> Path:
         Image.fromarray(image.astype(np.uint8)).save(root / "images" / f"{i:02d}.png")
         Image.fromarray((255 * disc).astype(np.uint8)).save(root / "masks" / f"{i:02d}.png")
     return root
-
-
-def find_items(root):
-    images = sorted((Path(root) / "images").iterdir())
-    return [
-        {"image": str(p), "label": str(Path(root) / "masks" / p.name), "id": p.stem, "group": p.stem} for p in images
-    ]
-
-
-def split(root, items, how):
-    return random_split(items, how.fractions, how.seed)
-
-
-def inference_items(root):
-    return [{"image": item["image"], "id": item["id"]} for item in find_items(root)]

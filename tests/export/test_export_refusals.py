@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 
 from amkd_monai.__main__ import main
-from amkd_monai.export.check import Row, judge
+from amkd_monai.export.bundle import Row, judge
 from amkd_monai.export.formats import check_size, chosen_formats
 from amkd_monai.export.translate import postprocessing, preprocessing
 
@@ -76,13 +76,15 @@ def test_what_a_format_may_cost():
         judge(Row("onnx", 1.0, 1.0, 1.0, 1.0, 2e-4, 0.9), student, accept_loss=True)
     with pytest.raises(ValueError, match="differs from the PyTorch student"):
         judge(Row("openvino", 1.0, 1.0, 1.0, 1.0, math.nan, 0.9), student, accept_loss=True)
+    with pytest.raises(ValueError, match="differs from the PyTorch student"):
+        judge(Row("ort-int8", 1.0, 1.0, 1.0, 1.0, math.nan, 0.9), student, accept_loss=True)
     assert judge(Row("ort-int8", 1.0, 1.0, 1.0, 1.0, 0.1, 0.896), student, accept_loss=False) == ""
     worse = Row("ort-int8", 1.0, 1.0, 1.0, 1.0, 0.1, 0.89)
     with pytest.raises(ValueError, match="--accept-loss"):
         judge(worse, student, accept_loss=False)
     assert "loses 0.0100 of 0.9000" in judge(worse, student, accept_loss=True)
     assert "openvino-int8 cannot be judged" in judge(
-        Row("openvino-int8", 1.0, 1.0, 1.0, 1.0, 0.1, math.nan), student, accept_loss=True
+        Row("openvino-int8", 1.0, 1.0, 1.0, 1.0, 0.1, None), student, accept_loss=True
     )
 
 

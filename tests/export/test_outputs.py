@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amkd_monai.export.outputs import write_captioned
+from amkd_monai.export.predict import write_captioned
 
 
 @pytest.mark.parametrize(("height", "width"), [(90, 60), (400, 1000)])

@@ -50,9 +50,10 @@ def test_without_monai_label_the_remedy_is_named_and_nothing_is_written(bundle, 
 
 
 def test_a_working_copy_keeps_what_was_trained_in_it(bundle, tmp_path, caplog):
-    from amkd_monai.label.workplace import find_bundles, prepare
+    from amkd_monai.label.server import find_bundles, prepare
 
-    work = prepare(find_bundles([str(bundle)]), tmp_path / "work")
+    work = tmp_path / "work"
+    prepare(find_bundles([str(bundle)]), work)
     copy = work / "model" / "busi" / "models" / "model.pt"
     assert copy.read_bytes() == b"weights"
     copy.write_bytes(b"fine-tuned")

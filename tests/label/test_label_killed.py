@@ -188,7 +188,7 @@ def test_a_model_file_that_does_not_fit_is_refused_and_one_that_fits_keeps_the_o
 def test_a_second_server_in_the_same_folder_is_refused(desk, bundles):
     second = LabelServer([bundles["busi"]], desk.studies, desk.work)
     before = (desk.work / "models.json").read_bytes()
-    with pytest.raises(pytest.fail.Exception, match="Another server works in"):
+    with pytest.raises(pytest.fail.Exception, match="held by another process"):
         second.start()
     assert (desk.work / "models.json").read_bytes() == before and desk.server.get("/info/").status == 200
 

@@ -22,7 +22,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 
 from amkd_monai.__main__ import main
 from amkd_monai.data.datalist import datalist
-from amkd_monai.data.phantoms import write_kvasir_seg
+from amkd_monai.data.datasets import get_task
 from amkd_monai.engines import runs
 from amkd_monai.errors import root_cause
 from amkd_monai.weights import CheckpointError
@@ -67,7 +67,7 @@ def command(*arguments, cwd=ROOT):
 @pytest.fixture(scope="module")
 def polyps(tmp_path_factory):
     """Real files in the official layout, so no phantoms by their mark."""
-    folder = write_kvasir_seg(tmp_path_factory.mktemp("polyps"), count=12, seed=3)
+    folder = get_task("kvasir_seg").write_phantom(tmp_path_factory.mktemp("polyps"), count=12, seed=3)
     for mark in folder.glob("PHANTOM*"):
         mark.unlink()
     return folder
@@ -334,7 +334,7 @@ def test_real_data_are_never_replaced_by_phantoms_nor_the_other_way_round(traine
 
 
 def test_other_data_are_evaluated_on_request_in_a_folder_of_their_own(trained, polyps, tmp_path):
-    other = write_kvasir_seg(tmp_path / "other", count=10, seed=8)
+    other = get_task("kvasir_seg").write_phantom(tmp_path / "other", count=10, seed=8)
     names, before = ("train", "evaluate"), snapshot(trained / "eval")
     assert "dataset_dir" in refusal(built, "kvasir_seg", names, **places(trained, dataset_dir=str(other)))
     asked = places(trained, dataset_dir=str(other), other_data=True)
@@ -347,7 +347,7 @@ def test_other_data_are_evaluated_on_request_in_a_folder_of_their_own(trained, p
     made.run()
     scored = read_json(tmp_path / "scores" / "metrics.json")
     assert scored["data"]["root"] == str(other) and scored["run"] == read_json(trained / "eval" / "run.json")["run"]
-    third = write_kvasir_seg(tmp_path / "third", count=8, seed=9)
+    third = get_task("kvasir_seg").write_phantom(tmp_path / "third", count=8, seed=9)
     again = {**asked, "dataset_dir": str(third), "output_dir": str(tmp_path / "scores")}
     assert "other data" in refusal(commanded, "kvasir_seg", names, **again)
     assert snapshot(trained / "eval") == before
@@ -705,11 +705,11 @@ def test_opening_a_bundle_starts_no_teacher(bundle, tmp_path, monkeypatch):
             if names != ("train",):
                 made.parser.get_parsed_content("preprocessing" if "preprocessing" in made.parser else "output_dir")
     assert not touched and not list(tmp_path.iterdir())
-    from amkd_monai.export.source import open_source
+    from amkd_monai.export.source import Source
 
     if bundle != SHARED:
         with pytest.raises(CheckpointError):
-            open_source(ROOT / "bundles" / bundle, {"ckpt_dir": str(tmp_path)})
+            Source(ROOT / "bundles" / bundle, {"ckpt_dir": str(tmp_path)})
     assert not touched
 
 
@@ -723,7 +723,7 @@ def test_evaluation_and_export_start_no_teacher(trained, tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("a teacher was built")
 
-    monkeypatch.setattr("amkd_monai.engines.build_cache.build_teacher", never)
+    monkeypatch.setattr("amkd_monai.engines.prepare.build_teacher", never)
     monkeypatch.setattr("amkd_monai.engines.prepare.prepare_teachers", never)
     teachers = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
     made = built("kvasir_seg", ("train", "evaluate"), **places(trained), teachers=teachers)

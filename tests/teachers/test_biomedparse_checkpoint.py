@@ -5,9 +5,8 @@ import torch
 from reference.biomedparse_fill import filled
 from safetensors.torch import save_file
 
-from amkd_monai.teachers.biomedparse.backbone import FocalBackbone, official_name
-from amkd_monai.teachers.biomedparse.network import BiomedParse, Sizes
-from amkd_monai.teachers.biomedparse.teacher import BiomedParseTeacher
+from amkd_monai.teachers.biomedparse import BiomedParseTeacher
+from amkd_monai.teachers.biomedparse_network import BiomedParse, FocalBackbone, Sizes, official_name
 from amkd_monai.weights import CheckpointError
 
 SIZES = {"backbone": 8, "depths": [1, 1, 1, 1], "width": 32, "heads": 2, "hidden": 8, "queries": 3}

@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from reference.biomedparse_fill import filled
 
-from amkd_monai.teachers.biomedparse.mask_decoder import _outside
-from amkd_monai.teachers.biomedparse.network import BiomedParse, Sizes
-from amkd_monai.teachers.biomedparse.preprocessing import to_pixels
-from amkd_monai.teachers.biomedparse.teacher import BiomedParseTeacher
+from amkd_monai.teachers.biomedparse import BiomedParseTeacher
+from amkd_monai.teachers.biomedparse_network import BiomedParse, Sizes, _outside
 from amkd_monai.teachers.registry import build_teacher
 from amkd_monai.weights import file_sha256
 
@@ -54,15 +52,6 @@ def test_images_of_any_size_are_squashed(file, height, width):
     assert not features.logits[:, 0].any() and features.logits[:, 1:].std() > 0.1
 
 
-@torch.inference_mode()
-def test_images_as_they_come_keep_their_shape(file):
-    features = teacher(file, image_size=None, stride=8)(pictures(50, 70))
-    assert features.grid.shape == (1, 32, 7, 9)
-    assert features.logits.shape == (1, 2, 13, 18)
-    padded = teacher(file, image_size=None, stride=8)(pictures(64, 96))
-    assert padded.grid.shape == (1, 32, 8, 12) and padded.logits.shape == (1, 2, 16, 24)
-
-
 @pytest.mark.parametrize("stride, channels", [(4, 16), (8, 32), (16, 64), (32, 128)])
 @torch.inference_mode()
 def test_the_grid_is_the_map_of_the_stride_asked_for(file, stride, channels):
@@ -74,13 +63,10 @@ def test_the_grid_is_the_map_of_the_stride_asked_for(file, stride, channels):
 
 @torch.inference_mode()
 def test_a_batch_is_answered_as_its_images_are(file):
-    images = pictures(60, 80, batch=3)
-    one_by_one = teacher(file, [LIVER, VENTRICLE])
-    together = teacher(file, [LIVER, VENTRICLE], images_at_once=3)
-    whole = together(images)
-    assert_same(whole, one_by_one(images))
+    images, model = pictures(60, 80, batch=3), teacher(file, [LIVER, VENTRICLE])
+    whole = model(images)
     for i in range(3):
-        single = one_by_one(images[i : i + 1])
+        single = model(images[i : i + 1])
         torch.testing.assert_close(single.logits[0], whole.logits[i], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(single.pooled[0], whole.pooled[i], rtol=1e-4, atol=1e-4)
 
@@ -107,7 +93,7 @@ def test_a_query_looks_inside_its_mask_or_everywhere():
 def test_two_classes_have_the_probability_of_the_mask(file):
     model = teacher(file)
     images = pictures(96, 96)
-    _, features = model.network.look(to_pixels(images, 96))
+    _, features = model.network.look(model.prepare(images))
     mask = model.network.segment(features, model.network.read(torch.tensor(LIVER)))
     torch.testing.assert_close(model(images).logits.softmax(1)[:, 1:], mask.sigmoid())
 
@@ -154,7 +140,6 @@ def test_random_weights_are_marked_and_files_remembered(file):
 
 def test_the_fingerprint_sees_prompts_size_and_weights(file):
     same = teacher(file).fingerprint
-    assert teacher(file, images_at_once=2).fingerprint == same
     others = [
         teacher(file, [VENTRICLE]),
         teacher(file, image_size=64),
@@ -170,7 +155,6 @@ def test_the_fingerprint_sees_prompts_size_and_weights(file):
     [
         ({"image_size": 100}, "multiple of 32"),
         ({"stride": 12}, "stride 12"),
-        ({"images_at_once": 0}, "images_at_once"),
         ({"precision": "float16"}, "precision"),
         ({"sizes": {"layers": 3}}, "decoder_layers"),
         ({"token_ids": None}, "prompts"),

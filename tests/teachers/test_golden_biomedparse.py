@@ -9,13 +9,17 @@ import torch.nn.functional as F
 from reference.biomedparse_fill import GOLDEN, KEYS, filled, gap, image_a, tolerance
 from torch import nn
 
-from amkd_monai.teachers.biomedparse import mask_decoder, pixel_decoder, text
-from amkd_monai.teachers.biomedparse.checkpoint import UNUSED, load_official
-from amkd_monai.teachers.biomedparse.network import BiomedParse, Sizes
-from amkd_monai.teachers.biomedparse.preprocessing import to_pixels
+from amkd_monai.teachers import biomedparse_network
+from amkd_monai.teachers.biomedparse_network import UNUSED, BiomedParse, Sizes
+from amkd_monai.teachers.official import each_image, imagenet_normalised, squash
+from amkd_monai.weights import load_strict
 
 IDS = torch.tensor(GOLDEN["token_ids"][0])
 IMAGE = torch.from_numpy(image_a()).permute(2, 0, 1)[None] / 255  # (H, W, 3) -> (1, 3, H, W)
+
+
+def to_pixels(image):
+    return imagenet_normalised(each_image(image, lambda pixels: squash(pixels, 256)))
 
 
 def fits(name, value):
@@ -39,13 +43,13 @@ def network():
         for key, shape in KEYS.items()
     }
     full = BiomedParse(Sizes()).requires_grad_(False).eval()
-    load_official(full, state, "the reference state dict")
+    load_strict(full, state, "the reference state dict", allow_unexpected=UNUSED)
     return full
 
 
 @pytest.fixture(scope="module")
 def pixels():
-    return to_pixels(IMAGE, None)
+    return to_pixels(IMAGE)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +149,7 @@ class TestMistakesAreSeen:
         assert fits("res2", self.first_map(network, pixels))
 
     def test_bgr(self, network):
-        pixels = to_pixels(IMAGE.flip(1), None)
+        pixels = to_pixels(IMAGE.flip(1))
         assert not fits("pixels", pixels)
         assert not fits("res2", self.first_map(network, pixels))
 
@@ -167,7 +171,7 @@ class TestMistakesAreSeen:
             assert not fits("res2", self.first_map(network, pixels))
 
     def test_gelu_in_the_text_encoder(self, network):
-        with replaced(text, "quick_gelu", F.gelu):
+        with replaced(biomedparse_network, "quick_gelu", F.gelu):
             words = network.read(IDS)
         assert not fits("grounding_tokens", words[0]) and not fits("class_emb", words[:, -1])
 
@@ -196,13 +200,18 @@ class TestMistakesAreSeen:
     def test_words_without_position(self, network, image, words):
         layers = network.sem_seg_head["predictor"].transformer_self_attention_layers
         unplaced = torch.cat([torch.ones(101, 1), torch.zeros(words.shape[1], 1)])
-        with hooked(layers, lambda _, args: (args[0], args[1] * unplaced)):
+
+        def unplace(_, args):
+            tokens, position = args[0], args[1] * unplaced
+            return tokens, position, tokens + position, tokens
+
+        with hooked(layers, unplace):
             values = decoded(network, image[1], words)
         assert not fits("pred_captions", values["pred_captions"])
         assert not fits("mask_logits_matched", values["mask_logits_matched"])
 
     def test_queries_that_look_everywhere(self, network, image, words):
-        with replaced(mask_decoder, "_outside", lambda _, scale: torch.zeros(1, 101, scale[0, 0].numel()) > 0):
+        with replaced(biomedparse_network, "_outside", lambda _, scale: torch.zeros(1, 101, scale[0, 0].numel()) > 0):
             values = decoded(network, image[1], words)
         assert not fits("mask_logits_matched", values["mask_logits_matched"])
 
@@ -221,6 +230,6 @@ class TestMistakesAreSeen:
         def smooth(x, size, mode):
             return F.interpolate(x, size, mode="bilinear")
 
-        with replaced(pixel_decoder, "F", SimpleNamespace(interpolate=smooth, relu=F.relu)):
+        with replaced(biomedparse_network, "F", SimpleNamespace(interpolate=smooth, relu=F.relu)):
             features = network.sem_seg_head["pixel_decoder"](image[0])
         assert fits("multi_scale_0", features.scales[0]) and not fits("multi_scale_1", features.scales[1])

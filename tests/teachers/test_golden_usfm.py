@@ -5,8 +5,7 @@ import torch
 from reference import fill, synthetic
 from timm.layers import resize_rel_pos_bias_table
 
-from amkd_monai.teachers.upernet import pyramid
-from amkd_monai.teachers.usfm import USFMTeacher
+from amkd_monai.teachers.usfm import USFMTeacher, pyramid
 
 pytestmark = pytest.mark.slow
 TABLE = "rel_pos_bias.relative_position_bias_table"

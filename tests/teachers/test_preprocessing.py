@@ -75,7 +75,7 @@ def test_retfound_resizes_the_shorter_side_and_crops_the_centre(photo, size, sho
     assert_same(teacher.prepare(tensor(photo)), expected.numpy())
 
 
-@pytest.mark.parametrize("which", ["usfm", "retfound"])
+@pytest.mark.parametrize("which", ["usfm", "retfound", "biomedparse"])
 def test_squashed_to_a_square(photo, which):
     expected = imagenet(np.asarray(photo.resize((224, 224), Image.Resampling.BICUBIC)).astype(np.float64))
     assert_same(tiny(which, image_size=224).prepare(tensor(photo)), expected)
@@ -103,7 +103,7 @@ def test_usfm_segmentation_resizes_bilinearly_without_smoothing(photo):
 def test_colours_keep_their_order():
     red = torch.zeros(1, 3, 30, 20)
     red[:, 0] = 1
-    for which in ("retfound", "retfound_dinov2", "usfm", "usfm_upernet"):
+    for which in ("retfound", "retfound_dinov2", "usfm", "usfm_upernet", "biomedparse"):
         prepared = tiny(which).prepare(red)
         np.testing.assert_allclose(prepared[0].mean((1, 2)), (np.array([1, 0, 0]) - MEAN) / STD, atol=1e-5)
     prepared = tiny("medsam").prepare(red)[0]

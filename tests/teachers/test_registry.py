@@ -84,7 +84,7 @@ def test_a_class_of_ones_own_is_a_kind(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     mine = build_teacher({**LITE1, "kind": "own_teachers.Mine"})
     assert type(mine).__name__ == "Mine"
-    for kind, word in (("own_teachers.Other", "no Teacher"), ("own_teachers.Absent", "Absent"), ("absent.X", "absent")):
+    for kind, word in (("own_teachers.Other", "Teacher"), ("own_teachers.Absent", "Absent"), ("absent.X", "absent")):
         with pytest.raises(ValueError) as error:
             build_teacher({**LITE1, "kind": kind})
         assert_one_sentence(error, kind, word)

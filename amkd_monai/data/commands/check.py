@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from amkd_monai.data.content import content_hashes
-from amkd_monai.data.datalist import MODULES, find_items
+from amkd_monai.data.datalist import find_items, stand_in_note
 from amkd_monai.data.duplicates import NEAR, clusters, near_duplicates
 from amkd_monai.data.splits import Item, SplitOptions
-from amkd_monai.data.stand_in import stand_in_note
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
 from amkd_monai.files.names import (
     PICTURE_SUFFIXES,
@@ -269,7 +268,7 @@ def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[i
 
 def _describe_split(report: DataReport, found: list[list[int]], fold: int, seed: int) -> None:
     try:
-        sections = MODULES[report.task.name].split(report.root, report.items, SplitOptions(fold=fold, seed=seed))
+        sections = report.task.layout.split(report.root, report.items, SplitOptions(fold=fold, seed=seed))
     except (OSError, ValueError) as error:
         report.problems.append(f"The data cannot be split: {error}")
         return

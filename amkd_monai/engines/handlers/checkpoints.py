@@ -14,9 +14,10 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from amkd_monai.atomic import atomic_path
+from amkd_monai.data.content import file_sha256
 from amkd_monai.engines.runs import is_true, record_weights, refuse_another
 from amkd_monai.networks.initial import initialised
-from amkd_monai.weights import CheckpointError, file_sha256, load_state_dict, load_strict
+from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
 
 logger = logging.getLogger("amkd_monai")
 

@@ -78,7 +78,7 @@ class RunRecord:
             parts = {f"{task}/": (_kept(of_task), engine.teachers_of(task)) for task, of_task in result.items()}
             self.steps.append((engine.state.output["loss"], parts))
         else:
-            names = [s.spec.name for s in engine.targets.sources] if engine.targets else []
+            names = [t.name for t in engine.targets.teachers] if engine.targets else []
             self.steps.append((result.total.detach(), {"": (_kept(result), names)}))
 
     def _epoch(self, engine: Engine) -> None:

@@ -1,0 +1,312 @@
+"""Command line: ``python -m amkd_monai <command>``. A command imports what it runs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import amkd_monai
+from amkd_monai.terminal import logger, print_any_name, set_verbosity
+
+CACHE = "bundles/.cache"
+SETTING: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Argument parser that adds ``--quiet`` and ``--verbose`` to itself and to all sub-commands."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # no default: the default of a sub-command would replace an option given before its name
+        common: dict[str, Any] = {"action": "store_const", "dest": "verbosity", "default": argparse.SUPPRESS}
+        verbosity = self.add_mutually_exclusive_group()
+        verbosity.add_argument("--quiet", const="quiet", help="results and warnings only, no progress", **common)
+        verbosity.add_argument("--verbose", const="verbose", help="every step, and errors with their trace", **common)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the argument parser of all commands."""
+    top = CommandParser(prog="python -m amkd_monai", description=amkd_monai.__doc__)
+    top.add_argument("--version", action="version", version=amkd_monai.__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int | None], text: str, to: Any = commands) -> CommandParser:
+        command: CommandParser = to.add_parser(name, help=text)
+        command.set_defaults(run=run)
+        return command
+
+    def group(name: str, text: str) -> Any:
+        return commands.add_parser(name, help=text).add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    teachers = add("teachers", _teachers, "which teachers are usable here, and how to get the others")
+    teachers.add_argument("--weights_dir", help="folder of weight files (default: $AMKD_WEIGHTS, then weights/)")
+
+    fetch = add("fetch", _fetch, "download a teacher's weights from the Hugging Face hub")
+    fetch.add_argument("teacher", help="medsam, retfound, retfound_mae_natureOCT, ...")
+
+    compare = add("compare", _compare, "compare evaluated runs, paired by case")
+    compare.add_argument("reference", help="output folder of the reference run (with per_case.csv)")
+    compare.add_argument("runs", nargs="+", help="output folders of the runs to compare with it")
+    compare.add_argument("--metric", help="masks: dice (default), iou, nsd, hd95; classes: one of metrics.json")
+
+    data = group("data", "check a data set, or fetch it")
+    check = add("check", _data_check, "counts, sizes, classes, duplicates, all problems, and a contact sheet", data)
+    check.add_argument("name", help="task, e.g. busi")
+    check.add_argument("--dataset_dir", help="the data set's folder (default: as in a training)")
+    check.add_argument("--cache_dir", default="data", help="keeps hashes; phantoms are made there if there are no data")
+    check.add_argument("--data_options", type=json.loads, help="JSON, as in the bundle: '{\"normals\": false}'")
+    check.add_argument("--fold", type=int, default=0, help="of the split, where the data set is cross-validated")
+    check.add_argument("--split_seed", type=int, default=0, help="of the split")
+    check.add_argument("--mask_codes", type=_codes, help="meaning of mask values, as in the bundle (default: its rule)")
+    check.add_argument("--sheet", help="PNG of thumbnails to write (default: <name>_contact_sheet.png)")
+    fetch_data = add("fetch", _data_fetch, "download a data set, or print how to get it", data)
+    fetch_data.add_argument("name", help="data set, e.g. msd_heart")
+    fetch_data.add_argument("--to", default="data", help="folder in which the data set's folder is made")
+
+    export = add("export", _export, "a trained student alone, in several formats, each checked")
+    export.add_argument("bundle", help="training bundle, such as bundles/kvasir_seg")
+    export.add_argument("--to", required=True, help="folder to make")
+    export.add_argument(
+        "--formats",
+        default="ts,pt2,onnx,ort-int8",
+        help="some of them, or openvino, openvino-int8 (default: %(default)s)",
+    )
+    export.add_argument("--overlay", default="", help="configs the run had on top, such as volumes of bundles/covid")
+    export.add_argument("--accept-loss", action="store_true", help="keep 8 bits whatever they cost")
+    export.add_argument("--cases", type=_positive, default=100, help="validation images to check on, at most")
+    export.add_argument("--calibration", type=_positive, default=32, help="training images for 8 bits, at most")
+    export.add_argument(
+        "--set", help="setting of the run: dataset_dir, ckpt_dir, output_dir, image_size=128", **SETTING
+    )
+
+    predict = add("predict", _predict, "masks or classes by an exported student, without torch")
+    predict.add_argument("input", help="image, volume, folder of them, or folder of a DICOM series")
+    predict.add_argument("--model", required=True, help="folder that export made")
+    predict.add_argument("--output", required=True, help="folder for the answers")
+    predict.add_argument("--int8", action="store_true", help="use the network of 8 bits")
+    predict.add_argument("--threads", type=_positive, help="threads of ONNX Runtime (default: its own choice)")
+
+    label = add("label", _label, "serve trained students to 3D Slicer and OHIF by MONAI Label")
+    label.add_argument("--bundles", nargs="+", required=True, help="names in bundles/, or folders of trained bundles")
+    label.add_argument("--studies", required=True, help="folder of images, or http(s) address of a DICOMweb server")
+    label.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    label.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    label.add_argument("--work", default=".label", help="folder for fine-tuned copies and logs (default: %(default)s)")
+
+    report = add("report", _report, "one HTML page that shows what runs did")
+    report.add_argument("runs", nargs="+", help="output folders of runs of one task; the first is the reference")
+    report.add_argument("--output", default="report.html", help="file to write (default: %(default)s)")
+
+    cache = group("cache", "stored outputs of teachers: list, verify, prune, export, build")
+    status = add("status", _cache_status, "which stores there are, their sizes, complete or not", cache)
+    verify = add("verify", _cache_verify, "check all hashes, and run teachers again on a sample of the images", cache)
+    prune = add("prune", _cache_prune, "remove stores that are damaged, incomplete or stale", cache)
+    for command in (status, verify, prune):
+        command.add_argument("folder", nargs="?", default=CACHE, help="cache_dir, or one store (default: %(default)s)")
+    verify.add_argument("--fraction", type=float, default=0.01, help="of the images (default: %(default)s, at least 1)")
+    verify.add_argument("--device", default="cpu", help="where teachers run (default: %(default)s)")
+    verify.add_argument("--weights_dir", help="folder of weight files")
+    prune.add_argument("--dry_run", action="store_true", help="only list them")
+    publish = add("export", _cache_export, "copy one store for publication, without paths of weights", cache)
+    publish.add_argument("store", help="folder of the store, from `cache status`")
+    publish.add_argument("--to", required=True, help="folder to make")
+    build = add("build", _cache_build, "run the teachers of a bundle, as its training would", cache)
+    build.add_argument("bundle", help="training bundle, such as bundles/kvasir_seg")
+    build.add_argument("--shard", help="compute one part, 1/8 to 8/8 (default: all, or this rank's under torchrun)")
+    build.add_argument("--batch_size", type=int, help="images per forward, halved when memory runs out")
+    build.add_argument("--config", action="append", default=[], help="config on top of train.json, such as teachers")
+    build.add_argument("--set", help="a setting of the run, such as views=4", **SETTING)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; an expected error is printed as one sentence and gives exit code 1."""
+    print_any_name()
+    arguments = parser().parse_args(argv)
+    for name, value in vars(arguments).items():
+        if isinstance(value, str) and value.startswith("~"):  # --option=~/folder, which no shell expands
+            setattr(arguments, name, str(Path(value).expanduser()))
+    set_verbosity(getattr(arguments, "verbosity", "normal"))
+    try:
+        return arguments.run(arguments) or 0
+    except (ValueError, OSError, RuntimeError) as error:
+        logger.debug("The command ended with an error.", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read ``KEY=VALUE`` pairs; a value is JSON, or else text.
+
+    Raises:
+        ValueError: a pair without ``=``.
+    """
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set {pair} is not understood: write --set KEY=VALUE.")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = str(Path(value).expanduser()) if value.startswith("~") else value
+    return settings
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
+def _codes(text: str) -> str | dict[str, int | str]:
+    return json.loads(text) if text.startswith("{") else text
+
+
+def _teachers(arguments: argparse.Namespace) -> None:
+    from amkd_monai.teachers.catalogue import format_catalogue
+
+    print(format_catalogue(arguments.weights_dir))
+
+
+def _fetch(arguments: argparse.Namespace) -> None:
+    from amkd_monai.teachers.catalogue import entry
+
+    teacher = entry(arguments.teacher)
+    if not teacher.hub:
+        raise ValueError(f"{teacher.name} cannot be fetched from here: get it by hand ({teacher.source}).")
+    from amkd_monai.teachers.catalogue import fetch
+
+    print(f"{fetch(teacher.hub, teacher.hub_files)} (licence: {teacher.licence})")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from amkd_monai.metrics.compare import compare_runs, evaluated_task, format_comparison
+
+    reference = Path(arguments.reference) / "per_case.csv"
+    others = {run: Path(run) / "per_case.csv" for run in arguments.runs}
+    task = evaluated_task(Path(arguments.reference) / "metrics.json")
+    rows = compare_runs(reference, others, arguments.metric, task)
+    title = task.name if task is not None and task.is_classification else arguments.metric or "dice"
+    print(format_comparison(rows, f"{title}, compared with {arguments.reference}"))
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    from amkd_monai.data.commands.check import check_data
+    from amkd_monai.data.commands.contact_sheet import write_contact_sheet
+    from amkd_monai.data.datalist import resolve_dataset_dir
+
+    name, codes = arguments.name, arguments.mask_codes
+    root, _ = resolve_dataset_dir(name, arguments.dataset_dir, arguments.cache_dir)
+    options = arguments.data_options, arguments.fold, arguments.split_seed, codes
+    report = check_data(name, root, arguments.cache_dir, *options)
+    print(report)
+    if usable := [item for item in report.items if not report.is_damaged(item)]:
+        sheet = arguments.sheet or f"{name}_contact_sheet.png"
+        print(f"contact sheet: {write_contact_sheet(sheet, report.task, usable, mask_codes=codes)}")
+    return 1 if report.problems else 0
+
+
+def _data_fetch(arguments: argparse.Namespace) -> None:
+    from amkd_monai.data.commands.fetch import fetch, steps
+    from amkd_monai.data.datasets import get_task
+
+    folder, source = fetch(arguments.name, arguments.to), get_task(arguments.name).source
+    print(f"{folder} is complete. Terms: {source.terms}" if folder and source else steps(arguments.name))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    settings, to = settings_of(arguments.set), Path(arguments.to)
+    if to.exists():
+        raise FileExistsError(f"{to} is there already: remove it or give another folder.")
+    from amkd_monai.export.formats import chosen_formats
+
+    names = chosen_formats(arguments.formats)
+    from amkd_monai.export.bundle import Options, export_bundle
+    from amkd_monai.export.source import Source
+
+    options = Options(names, arguments.accept_loss, arguments.cases, arguments.calibration)
+    written = export_bundle(Source(arguments.bundle, settings, arguments.overlay), to, options)
+    print(f"exported to {written}; card: {written / 'docs' / 'README.md'}")
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from amkd_monai.export.predict import predict
+
+    return predict(arguments.model, arguments.input, arguments.output, arguments.int8, arguments.threads)
+
+
+def _label(arguments: argparse.Namespace) -> None:
+    from amkd_monai.label.server import serve
+
+    serve(arguments.bundles, arguments.studies, arguments.host, arguments.port, arguments.work)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from amkd_monai.report.page import write_report
+
+    print(write_report(arguments.runs, arguments.output))
+
+
+def _cache_status(arguments: argparse.Namespace) -> None:
+    from amkd_monai.cache.inventory import find_stores, format_stores
+
+    print(format_stores(find_stores(arguments.folder), arguments.folder))
+
+
+def _cache_verify(arguments: argparse.Namespace) -> int:
+    from amkd_monai.cache.inventory import find_stores
+    from amkd_monai.cache.verify import verify_store
+
+    found = find_stores(arguments.folder)
+    wrong = 0
+    for entry in found:
+        if entry.state == "stale":
+            print(entry.fault)
+            continue
+        faults, how = [entry.fault], "not opened"
+        if entry.store is not None:
+            faults, how = verify_store(entry.store, arguments.fraction, arguments.device, arguments.weights_dir)
+        wrong += bool(faults)
+        print(f"{entry.directory}: {'FAULTY' if faults else 'good'}, {entry.state} ({how})")
+        for fault in faults:
+            print(f"  {fault}")
+    print(f"{len(found)} stores, {wrong} faulty")
+    return 1 if wrong else 0
+
+
+def _cache_prune(arguments: argparse.Namespace) -> None:
+    from amkd_monai.cache.inventory import find_stores, prune, useless
+
+    found = find_stores(arguments.folder)
+    reasons = useless(found)
+    removed = [entry for entry in found if entry.directory in reasons]
+    for entry in removed:
+        print(f"{entry.directory} ({entry.size / 1e6:.1f} MB): {reasons[entry.directory]}")
+    if not arguments.dry_run:
+        prune(reasons)
+    freed = sum(entry.size for entry in removed) / 1e6
+    print(f"{len(reasons)} of {len(found)} stores {'would be' if arguments.dry_run else 'are'} removed, {freed:.1f} MB")
+
+
+def _cache_export(arguments: argparse.Namespace) -> None:
+    from amkd_monai.cache.store import export_store
+
+    print(f"exported to {export_store(arguments.store, arguments.to)}")
+
+
+def _cache_build(arguments: argparse.Namespace) -> None:
+    from amkd_monai.cache.parts import Part
+
+    part = Part.from_environment() if arguments.shard is None else Part.parse(arguments.shard)
+    settings = settings_of(arguments.set)
+    from amkd_monai.engines.prepare import build_cache
+    from amkd_monai.memory import own_peak
+
+    for directory in build_cache(arguments.bundle, settings, arguments.config, part, arguments.batch_size):
+        print(directory)
+    print(f"peak memory of this process: {own_peak():.0f} MB", file=sys.stderr)
