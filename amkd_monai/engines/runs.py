@@ -337,9 +337,12 @@ def _is_expression(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    if not isinstance(value, (str, int, float, list, tuple, Mapping, type(None))):
-        return False  # an object that a program gave
-    return not (_is_expression(value) or _references(value) or (isinstance(value, Mapping) and "_target_" in value))
+    """Whether a piece of config neither refers to anything nor builds an object, nor is one that a program gave."""
+    if isinstance(value, Mapping):
+        return "_target_" not in value and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (str, int, float, type(None))) and not _is_expression(value)
 
 
 def _reached(config: Mapping[str, Any], roots: Sequence[str], without: set[str]) -> dict[str, Any]:
@@ -619,7 +622,7 @@ def _differences(now: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tup
     there = _reached(own, ["run"], without)
     for name, value in _reached(now, ["run"], without).items():
         before = there.get(name)
-        if value == before or (_is_plain(value) and _is_plain(before)):
+        if value == before or ("#" not in name and _is_plain(value) and _is_plain(before)):
             continue
         if isinstance(value, Mapping) and isinstance(before, Mapping):
             yield from (
