@@ -148,18 +148,15 @@ def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
             return content, {k.replace("::", "#"): v for k, v in arguments.items() if k not in own}
     files = sorted(workflow.config_root_path.glob("*.json"), key=lambda f: f.stem not in ("train", "inference"))
     contents = [ConfigParser.load_config_file(file) for file in files if not file.stem.endswith("metadata")]
-    given = {
-        key: value
-        for key, value in parser.config.items()
-        if key != ConfigParser.meta_key and all(value != content.get(key, content) for content in contents)
-    }
     known: dict[str, Any] = {**tracked, **{name.split("#")[0]: None for name in _references(parser.config)}}
     for content in contents:
-        known |= {key: value for key, value in content.items() if "#" not in key}
-        known |= content.get("configs", {})
-    for name, section in parser.config.items():
-        if isinstance(section, dict) and isinstance(of_files := known.get(name), dict):
-            given |= {f"{name}#{key}": value for key, value in section.items() if key not in of_files}
+        known |= {key: value for key, value in content.items() if "#" not in key} | content.get("configs", {})
+    given = {}
+    for key, value in parser.config.items():
+        if key != ConfigParser.meta_key and all(value != content.get(key, content) for content in contents):
+            given[key] = value
+        if isinstance(value, dict) and isinstance(of_files := known.get(key), dict):
+            given |= {f"{key}#{name}": inner for name, inner in value.items() if name not in of_files}
     return known, given
 
 
@@ -167,26 +164,23 @@ def _check_option(key: str, content: Mapping[str, Any]) -> None:
     """Refuse an option that names nothing in the configs; what lies in plain data is judged by what reads it."""
     at: Any = content
     for depth, part in enumerate(key.split("#")):
-        names: list[str]
-        if isinstance(at, dict) and part not in at:
-            names = list(at)
-            if "_target_" in at:
-                accepted = _arguments(at["_target_"])
-                if accepted is None or part in accepted:
-                    return
-                names = [*names, *accepted]
-            elif depth and not any(isinstance(v, dict) and "_target_" in v for v in at.values()):
-                known = _names_in(key.split("#")[0]) if depth == 1 else []
-                if not known or part in known:
-                    return
-                names = known
-        elif isinstance(at, list) and not (part.isdecimal() and int(part) < len(at)):
-            names = [str(number) for number in range(len(at))]
-        elif isinstance(at, (dict, list)):
-            at = at[part] if isinstance(at, dict) else at[int(part)]
-            continue
-        else:
+        if isinstance(at, list):
+            at = {str(number): item for number, item in enumerate(at)}
+        if not isinstance(at, dict):
             return
+        if part in at:
+            at = at[part]
+            continue
+        names: list[str] = list(at)
+        if "_target_" in at:
+            accepted = _arguments(at["_target_"])
+            if accepted is None or part in accepted:
+                return
+            names += accepted
+        elif depth and not any(isinstance(v, dict) and "_target_" in v for v in at.values()):
+            names = _names_in(key.split("#")[0]) if depth == 1 else []
+            if not names or part in names:
+                return
         above = "#".join(key.split("#")[:depth])
         below = [f"{name}#{part}" for name, value in content.items() if isinstance(value, dict) and part in value]
         nearest = below if below and not depth else difflib.get_close_matches(part, names, 1, cutoff=0.5)

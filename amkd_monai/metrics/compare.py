@@ -52,15 +52,14 @@ def compare_runs(
 
     Args:
         reference_csv: case file of the reference run, for example the undistilled student's.
-        other_csvs: name -> case file of each run to compare with it.
+        other_csvs: case file of each run to compare with it, by name.
         metric: what to compare; None takes the Dice of masks, and of classes the primary metric and all single areas.
         task: task of the runs; None if their images have masks.
 
     Returns:
-        One row per run and class (of masks) or metric (of classes): ``name``, ``class`` (where an image has one class,
-        the metric), ``metric``, ``n`` (pairs), ``left_out``, ``reference_mean``, ``mean`` (both over the pairs),
-        ``difference`` (run minus reference) with ``ci_low`` and ``ci_high`` (95 %), ``test`` (which test gave ``p``),
-        ``p`` (two-sided) and ``p_holm``.
+        One row per run and class (of masks) or metric (of classes): ``name``, ``class`` (of classes the metric),
+        ``metric``, ``n`` (pairs), ``left_out``, ``reference_mean``, ``mean`` (both over the pairs), ``difference`` (run
+        minus reference) with ``ci_low`` and ``ci_high`` (95 %), ``test``, its two-sided ``p``, and ``p_holm``.
 
     Raises:
         ValueError: a file lacks the metric, repeats a case, or does not have the cases and labels of the reference; or

@@ -93,11 +93,11 @@ def _trust(runs: Sequence[RunFolder]) -> str | None:
     """Heat map run x teacher of the last epoch's mean weight in the output loss, or the feature loss."""
     table: dict[str, dict[str, float]] = {}
     for run in runs:
-        for loss in ("feature", "output"):  # the output loss where there are both
+        for loss in ("output", "feature"):
             last = {k.split("_", 2)[2]: v[-1] for k, v in run.history.items() if k.startswith(f"teacher_{loss}_")}
             if last:
-                table = {k: v for k, v in table.items() if not k.startswith(f"{run.name} (")}
                 table[f"{run.name} ({run.task.name}, {loss})"] = last
+                break
     columns = list(dict.fromkeys(name for row in table.values() for name in row))
     if not columns:
         return None

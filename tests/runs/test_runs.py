@@ -103,11 +103,11 @@ OVERLAYS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("bundle", "names"), OVERLAYS, ids=lambda value: value if isinstance(value, str) else "+".join(value)
-)
-@pytest.mark.parametrize("build", [built, commanded])
-def test_a_misspelled_option_is_refused_with_the_nearest_name(bundle, names, build, tmp_path):
+BUILDS = [(built, *one) for one in OVERLAYS] + [(commanded, *one) for one in OVERLAYS if one[0] in ("covid", SHARED)]
+
+
+@pytest.mark.parametrize(("build", "bundle", "names"), BUILDS)
+def test_a_misspelled_option_is_refused_with_the_nearest_name(build, bundle, names, tmp_path):
     meant = {"ckpt_dirs": "ckpt_dir", "num_worker": "num_workers"}
     if names[0] == "train":
         meant |= {"max_epoch": "max_epochs", "init_part": "init_parts", "train#traner": "train#trainer"}
@@ -494,6 +494,17 @@ def test_export_takes_the_settings_and_quotes_the_figures_of_this_student(traine
     assert exported(trained, tmp_path / "e", "--set=image_size=160") == 1
     error = capsys.readouterr().err
     assert "160" in error and str(SIZE) in error and not (tmp_path / "e").exists()
+
+
+def test_figures_of_other_data_or_options_are_not_quoted(trained, tmp_path):
+    from amkd_monai.export.source import Source
+
+    for number, change in enumerate(({}, {"overridden": {"validate#inferer": None}}, {"data": {"split_hash": "x"}})):
+        output = shutil.copytree(trained / "eval", tmp_path / str(number))
+        report = read_json(output / "metrics.json")
+        (output / "metrics.json").write_text(json.dumps(report | change))
+        source = Source(ROOT / "bundles" / "kvasir_seg", places(trained, output_dir=str(output)))
+        assert bool(source.metrics) != bool(change) and bool(source.unscored) == bool(change)
 
 
 def test_figures_of_another_student_are_not_quoted(trained, tmp_path):
