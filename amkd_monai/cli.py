@@ -264,9 +264,6 @@ def _cache_verify(arguments: argparse.Namespace) -> int:
     found = find_stores(arguments.folder)
     wrong = 0
     for entry in found:
-        if entry.state == "stale":
-            print(entry.fault)
-            continue
         faults, how = [entry.fault], "not opened"
         if entry.store is not None:
             faults, how = verify_store(entry.store, arguments.fraction, arguments.device, arguments.weights_dir)

@@ -49,7 +49,9 @@ def pictures(files: list[Path], folder: Path) -> dict[str, float]:
         for tag in range(2, 9):
             exif = Image.Exif()
             exif[0x0112] = tag
-            Image.fromarray(np.ascontiguousarray(turned(pixels, UNDONE[tag]))).save(folder / "copy.png", exif=exif, compress_level=1)
+            Image.fromarray(np.ascontiguousarray(turned(pixels, UNDONE[tag]))).save(
+                folder / "copy.png", exif=exif, compress_level=1
+            )
             found = read_picture(folder / "copy.png").astype(int)
             worst[f"EXIF {tag}"] = max(worst.get(f"EXIF {tag}", 0.0), float(np.abs(found - pixels).max()))
     return worst

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from amkd_monai.files.names import file_id, has_suffix, some
-from amkd_monai.files.volumes import AFFINE_TOLERANCE, Grid, affine_problem
+from amkd_monai.files.volumes import AFFINE_TOLERANCE, Grid, affine_problem, is_finite
 
 logger = logging.getLogger("amkd_monai")
 
@@ -133,7 +133,10 @@ def read_series(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, Grid
         planes.append(_in_units(plane.reshape(plane.shape[-2:]), item).T)
     if problem := affine_problem(affine):
         raise ValueError(f"{folder}: the DICOM series {problem}.")
-    return np.stack(planes, axis=2), Grid((*planes[0].shape, len(planes)), affine)
+    array = np.stack(planes, axis=2)
+    if not is_finite(array):
+        raise ValueError(f"{folder} holds values that are not finite: replace the file.")
+    return array, Grid(array.shape, affine)
 
 
 def _in_units(plane: np.ndarray, item: Slice) -> np.ndarray:

@@ -109,22 +109,21 @@ def volume_grid(file: str | Path) -> Grid:
     return _nifti(Path(file))[1]
 
 
-def read_volume(source: str | Path, slices: Sequence[Any] = ()) -> tuple[np.ndarray, Grid]:
-    """Read a volume (X, Y, Z), float32, in the order of its file, and its grid.
+def read_volume(file: str | Path) -> tuple[np.ndarray, Grid]:
+    """Read a NIfTI volume (X, Y, Z), float32, in the order of its file, and its grid.
 
-    The source is a NIfTI file, or the folder of a DICOM series with the slices that
-    :func:`amkd_monai.files.dicom.find_series` found. What cannot be read, is not finite or has a geometry that cannot
-    be used is a ValueError.
+    Raises:
+        ValueError: it cannot be read, holds values that are not finite, or its geometry cannot be used.
     """
-    if slices:
-        from amkd_monai.files.dicom import read_series
-
-        array, grid = read_series(Path(source), slices)
-    else:
-        array, grid = _nifti(Path(source), True, np.float32)
-    if not math.isfinite(float(array.min()) + float(array.max())):
-        raise ValueError(f"{source} holds values that are not finite: replace the file.")
+    array, grid = _nifti(Path(file), True, np.float32)
+    if not is_finite(array):
+        raise ValueError(f"{file} holds values that are not finite: replace the file.")
     return array, grid
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no value is infinite or not a number; no array of the same size is made."""
+    return math.isfinite(float(array.min()) + float(array.max()))
 
 
 class _Refused(ValueError):

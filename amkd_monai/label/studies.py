@@ -140,11 +140,7 @@ class Studies(LocalDatastore):
 
 
 def read_class(label: Path) -> str:
-    """Read the class in a label file ``{"class": name}``.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
+    """Read the class in a label file ``{"class": name}``; raise a ValueError if it holds something else."""
     try:
         return str(json.loads(label.read_text(encoding="utf-8"))["class"])
     except (ValueError, TypeError, KeyError) as error:
