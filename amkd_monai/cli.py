@@ -196,8 +196,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
-    from amkd_monai.data.commands.check import check_data
-    from amkd_monai.data.commands.contact_sheet import write_contact_sheet
+    from amkd_monai.data.commands.check import check_data, write_contact_sheet
     from amkd_monai.data.datalist import resolve_dataset_dir
 
     name, codes = arguments.name, arguments.mask_codes
