@@ -209,7 +209,7 @@ def _predict_one(predictor: Predictor, image: Input, folder: Path) -> list[str]:
     if predictor.config["dimensions"] == 3:
         volume, grid = read_series(image.path, image.slices) if image.slices else read_volume(image.path)
         mask, file = predictor.mask(volume[None], grid), names.file_of(folder, f"{image.id}_mask.nii.gz")
-        write_mask_volume(file, mask, grid, None if image.slices else image.path)
+        write_mask_volume(file, mask, grid)
         grey, outline = (np.rot90(plane) for plane in middle_slice(grey_levels(volume), mask))
         write_overlay(overlay, np.repeat(grey[..., None], 3, -1), outline)
         return []

@@ -107,7 +107,7 @@ def test_two_directions_of_several_slices_are_two_volumes(tmp_path):
                 series(f, keep=[0, 1, 2, 4, 5, 6, 7]),
                 write(f / "x.dcm", STORED[3], (-20, -30, 16.0), number=50),
             )[0],
-            "aside",
+            "in line",
         ),
     ],
 )

@@ -23,19 +23,13 @@ from amkd_monai.metrics.summary import jsonable, write_case_csv
 
 
 class RunRecord:
-    """Write ``run.json`` when a training starts and ends and after every epoch, and what happened in the epoch.
+    """Write ``run.json`` when a training starts and ends and after every epoch, with the facts of the run.
 
     The means over an epoch's steps and the validation become a row of ``history.csv``, the scalars ``epoch/...`` of
     TensorBoard, and, each figure's last known value, ``latest`` in ``run.json``. Steps are read from the device at the
-    end of the epoch, so that none of them waits for it.
+    end of the epoch, so that none of them waits for it. ``identity`` claims its folders before the first step.
 
     Attach to the trainer, after the validation handler.
-
-    Args:
-        output_dir: folder of the files.
-        facts: what to record: data, split, teachers, seed, settings.
-        evaluator: whose metrics enter the history.
-        identity: of the run; its folders are made this run's, and its record is written, before the first step.
     """
 
     def __init__(
@@ -71,9 +65,10 @@ class RunRecord:
         result = engine.state.distillation
         if isinstance(result, Mapping):  # a step of several tasks
             parts = {f"{task}/": (_kept(of_task), engine.teachers_of(task)) for task, of_task in result.items()}
+            self.steps.append((engine.state.output["loss"], parts))
         else:
-            parts = {"": (_kept(result), [t.name for t in engine.targets.teachers] if engine.targets else [])}
-        self.steps.append((engine.state.output["loss"], parts))
+            names = [t.name for t in engine.targets.teachers] if engine.targets else []
+            self.steps.append((result.total.detach(), {"": (_kept(result), names)}))
 
     def _epoch(self, engine: Engine) -> None:
         row: dict[str, float] = {"epoch": engine.state.epoch, "learning_rate": engine.optimizer.param_groups[0]["lr"]}
