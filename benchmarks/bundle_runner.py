@@ -20,7 +20,7 @@ from typing import Any
 
 from tables import Row, plot_masks, table
 
-from amkd_monai.tasks import get_task
+from amkd_monai.data.datasets import get_task
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.metrics.classification import class_metrics, labels_and_probabilities, positive_classes
 from amkd_monai.metrics.statistics import bootstrap_p, holm, interval, paired_wilcoxon, seed_and_case_ci
 from amkd_monai.metrics.summary import read_case_csv
-from amkd_monai.tasks import Task, get_task
 
 RESAMPLES = 2000
 MASK_COLUMNS = ("Dice [95 % CI]", "IoU", "NSD", "HD95", "gain [95 % CI]", "p", "CPU min")

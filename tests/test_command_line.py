@@ -47,7 +47,7 @@ def test_an_unknown_command_is_refused():
 
 
 def test_the_root_cause_is_the_outermost_sentence_of_this_package():
-    from amkd_monai.tasks import get_task
+    from amkd_monai.data.datasets import get_task
 
     def read():
         raise OSError("low-level words")

@@ -12,7 +12,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from amkd_monai.atomic import atomic_write_json
-from amkd_monai.data.content import content_hashes, file_sha256, read_memo
+from amkd_monai.content import content_hashes, file_sha256, read_memo
 from amkd_monai.data.splits import Item
 from amkd_monai.files.pictures import opened, to_rgb, upright
 from amkd_monai.terminal import progress

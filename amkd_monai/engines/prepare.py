@@ -38,7 +38,6 @@ logger = logging.getLogger("amkd_monai")
 
 
 def cache_image_teacher(
-    description: Mapping[str, Any],
     train: DecodedDataset,
     validation: DecodedDataset,
     cache_dir: str,
@@ -46,7 +45,8 @@ def cache_image_teacher(
     views: int,
     cache_dtype: str,
     weights_dir: str | None,
-    batch_size: int | None = None,
+    batch_size: int | None,
+    description: Mapping[str, Any],
     part: Part = EVERYTHING,
 ) -> tuple[Teacher, FeatureStore, FeatureStore]:
     """Build an image teacher and its stores of the training and the validation section, the latter of one view.
@@ -62,7 +62,8 @@ def cache_image_teacher(
 
 
 def image_teachers(descriptions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The teachers whose outputs for an image do not depend on the run, so that they can be computed ahead of it."""
+    """Check all descriptions; return those of teachers whose outputs do not depend on the run."""
+    validate_descriptions(descriptions)
     return [description for description in descriptions if description["kind"] not in CROSS_FITTED_KINDS]
 
 
@@ -97,14 +98,13 @@ def build_cache(
     for key, value in {"bundle_root": str(bundle), "device": own, **settings}.items():
         parser[key] = value
     expand(parser)
-    data = ("train#dataset", "validation_data", "teachers")
     names = ("cache_dir", "device", "views", "cache_dtype", "weights_dir")
-    train, validation, teachers = (parser.get_parsed_content(name) for name in data)
     options = {name: parser.get_parsed_content(name) for name in names}
-    validate_descriptions(teachers)
+    train, validation = (parser.get_parsed_content(name) for name in ("train#dataset", "validation_data"))
+    cached = partial(cache_image_teacher, train, validation, batch_size=batch_size, part=part, **options)
     stores: list[FeatureStore] = []
-    for description in image_teachers(teachers):
-        stores += cache_image_teacher(description, train, validation, batch_size=batch_size, part=part, **options)[1:]
+    for description in image_teachers(parser.get_parsed_content("teachers")):
+        stores += cached(description=description)[1:]
     return [store.directory for store in stores]
 
 
@@ -165,22 +165,13 @@ def prepare_teachers(
             f"The admission options {admission_options} are not understood: use mode (one of "
             f"{', '.join(admission.MODES)}), features (all or admitted), margin, folds, epochs."
         )
-    validate_descriptions(teachers)
-    cached = partial(
-        cache_image_teacher,
-        train=train,
-        validation=validation,
-        cache_dir=cache_dir,
-        device=device,
-        views=views,
-        cache_dtype=cache_dtype,
-        weights_dir=weights_dir,
-        batch_size=teacher_batch_size,
-    )
+    where = (cache_dir, device, views, cache_dtype, weights_dir, teacher_batch_size)
+    cached = partial(cache_image_teacher, train, validation, *where)
     preparation = _Preparation(train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
+    alone = image_teachers(teachers)
     if idist.get_world_size() > 1:
-        for description in image_teachers(teachers):
-            cached(description, part=Part(idist.get_rank(), idist.get_world_size()))
+        for description in alone:
+            cached(description, Part(idist.get_rank(), idist.get_world_size()))
         idist.barrier()
     with idist.one_rank_first():
         scored = [preparation.scored_teacher(description) for description in teachers]

@@ -10,11 +10,13 @@ workflow or parser that is calling them on the stack.
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import inspect
 import itertools
 import json
 import logging
 import os
+import platform
 import re
 import sys
 import uuid
@@ -30,12 +32,13 @@ from filelock import FileLock, Timeout
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
+from amkd_monai import __version__
 from amkd_monai.atomic import atomic_write_json
-from amkd_monai.data.content import file_sha256, fingerprint
+from amkd_monai.content import file_sha256, fingerprint
 from amkd_monai.data.datalist import Datalist, find_dataset_dir
+from amkd_monai.data.datasets import get_task
 from amkd_monai.files.names import label_files, some
 from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS, read_json
-from amkd_monai.tasks import get_task
 from amkd_monai.weights import CheckpointError
 
 logger = logging.getLogger("amkd_monai")
@@ -48,7 +51,7 @@ PREVIOUS = "previous"
 LOCK = ".running"
 OVERRIDDEN = "overridden"
 PLACES = ["bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "cache_dir", "weights_dir", "init_from", "resume_dir"]
-RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html", "teachers.csv", "teachers.svg"]
+RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html"]
 RESULTS += ["masks", "predictions.csv", "transfer.csv", "split_*.json", "events.out.tfevents.*"]
 RESULTS += [TEACHERS, FEATURES, PREVIEWS]
 """What a run leaves in its output folder."""
@@ -306,9 +309,13 @@ def shared_identity(tasks: Mapping[str, Identity], settings: Sequence[str]) -> I
     return _identity(parser, facts, {name: data for name, i in tasks.items() for data in i.datalists.values()})
 
 
-def _identity(parser: ConfigParser, facts: Mapping[str, Any], data: dict[str, Datalist]) -> Identity:
-    from amkd_monai.engines.handlers.run_record import versions
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    found = {name: importlib.metadata.version(name) for name in ("torch", "monai", "pytorch-ignite", "timm", "numpy")}
+    return {"python": platform.python_version(), "amkd_monai": __version__, **found}
 
+
+def _identity(parser: ConfigParser, facts: Mapping[str, Any], data: dict[str, Datalist]) -> Identity:
     root, names = Path(parser.get_parsed_content("bundle_root")), ("output_dir", "ckpt_dir", "resume_dir")
     places = {name: Path(parser.get_parsed_content(name)).expanduser().resolve() for name in names}
     record = {"version": VERSION, "run": uuid.uuid4().hex, "bundle": root.resolve().name, **facts}

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from monai.bundle import ConfigParser
 
+from amkd_monai.data.datasets import get_task
 from amkd_monai.data.readable import read_item
 from amkd_monai.data.splits import Item
 from amkd_monai.engines import runs
 from amkd_monai.export import translate
-from amkd_monai.tasks import get_task
 from amkd_monai.weights import CheckpointError, file_sha256, load_state_dict, load_strict
 
 

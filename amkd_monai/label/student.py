@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from amkd_monai.atomic import atomic_path
+from amkd_monai.data.datasets import get_task
 from amkd_monai.data.readable import read_item
 from amkd_monai.data.transforms import SaveMaskd
 from amkd_monai.engines import runs
 from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES, has_suffix
 from amkd_monai.files.volumes import volume_grid, write_mask_volume
-from amkd_monai.tasks import get_task
 from amkd_monai.weights import load_state_dict, load_strict, state_hash
 
 
@@ -162,7 +162,7 @@ def write_mask(mask: np.ndarray, image: str | Path) -> Path:
     handle, name = tempfile.mkstemp(prefix="mask-", suffix=VOLUME_SUFFIXES[0] if mask.ndim == 3 else ".png")
     os.close(handle)
     if mask.ndim == 3:
-        write_mask_volume(Path(name), mask, volume_grid(image), image)
+        write_mask_volume(Path(name), mask, volume_grid(image))
     else:
         Image.fromarray(mask).save(name)
     return Path(name)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from amkd_monai.tasks import Task
+from amkd_monai.data.datasets import Task
 
 RELIABILITY_BINS = 15
 SENSITIVITIES = (82, 95)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.files.names import some
 from amkd_monai.metrics.classification import class_metrics, delong_test, labels_and_probabilities, positive_classes
 from amkd_monai.metrics.statistics import (
@@ -20,7 +21,6 @@ from amkd_monai.metrics.statistics import (
     resampled,
 )
 from amkd_monai.metrics.summary import Row, read_case_csv, read_json
-from amkd_monai.tasks import Task, get_task
 from amkd_monai.terminal import align
 
 Key = tuple[str, ...]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from amkd_monai.atomic import atomic_write_bytes
+from amkd_monai.data.datasets import Task
 from amkd_monai.files.names import file_of
 from amkd_monai.metrics.classification import (
     class_metrics,
@@ -23,7 +24,6 @@ from amkd_monai.metrics.classification import (
     reliability_table,
 )
 from amkd_monai.metrics.statistics import bootstrap_ci, interval, resampled
-from amkd_monai.tasks import Task
 from amkd_monai.terminal import align
 
 TEXT_COLUMNS = ("id", "group", "class", "status")

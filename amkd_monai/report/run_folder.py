@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from amkd_monai.data.datasets import TASKS, Task
 from amkd_monai.metrics.summary import PREVIEWS, read_case_csv, read_json
-from amkd_monai.tasks import TASKS, Task
 
 
 @dataclass(frozen=True)

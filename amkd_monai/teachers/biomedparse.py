@@ -66,7 +66,7 @@ class BiomedParseTeacher(OfficialTeacher):
         official = read_official("biomedparse", weights)
         with fixed_initialisation():
             self.network = BiomedParse(self.sizes)
-        self.fill(official, official.state if official else {}, UNUSED)
+        self.fill(official, UNUSED)
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return grid (B, C, h, w), pooled vector (B, C') and logits (B, 1 + prompts, S/4, S/4) of (B, 3, H, W)."""

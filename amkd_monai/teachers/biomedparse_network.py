@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,49 +106,25 @@ def _from_official(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
             state[prefix + name] = value[..., None, None] if LINEAR.search(name) else value
 
 
-class _Attention(nn.Module):
-    """Attention of tokens (B, Q, C) to values (B, N, C); ``blocked`` (B, Q, N) is True where one must not attend."""
-
-    def __init__(self, attention: str, width: int, heads: int) -> None:
-        super().__init__()
-        self.attention = attention
-        self.add_module(attention, nn.MultiheadAttention(width, heads, batch_first=True))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(
-        self, tokens: Tensor, position: Tensor, keys: Tensor, values: Tensor, blocked: Tensor | None = None
-    ) -> Tensor:
-        attention = self.get_submodule(self.attention)
-        if blocked is not None:
-            blocked = blocked.repeat_interleave(attention.num_heads, dim=0)  # (B, Q, N) -> (B * heads, Q, N)
-        return self.norm(tokens + attention(tokens + position, keys, values, attn_mask=blocked, need_weights=False)[0])
+def _attended(
+    layers: Iterable[nn.Module],
+    tokens: Tensor,
+    position: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    blocked: Tensor | None = None,
+) -> Tensor:
+    """Attention and norm of tokens (B, Q, C) over values (B, N, C); ``blocked`` (B, Q, N) forbids a token a value."""
+    attention, norm = layers
+    if blocked is not None:
+        blocked = blocked.repeat_interleave(attention.num_heads, dim=0)  # (B, Q, N) -> (B * heads, Q, N)
+    return norm(tokens + attention(tokens + position, keys, values, attn_mask=blocked, need_weights=False)[0])
 
 
-class _FeedForward(nn.Module):
-    """Two linear layers with ReLU on tokens (B, N, C)."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.norm(tokens + self.linear2(F.relu(self.linear1(tokens))))
-
-
-class _EncoderLayer(nn.Module):
-    """Self-attention and feed-forward of tokens (B, N, C), under the names of torch's own encoder layer."""
-
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.self_attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
-        placed = tokens + position
-        tokens = self.norm1(tokens + self.self_attn(placed, placed, tokens, need_weights=False)[0])
-        return self.norm2(tokens + self.linear2(F.relu(self.linear1(tokens))))
+def _fed_forward(layers: Iterable[nn.Module], tokens: Tensor) -> Tensor:
+    """Two linear layers and norm on tokens (B, N, C)."""
+    first, second, norm = layers
+    return norm(tokens + second(F.relu(first(tokens))))
 
 
 def sine_positions(grid: Tensor, channels: int) -> Tensor:
@@ -202,8 +178,8 @@ class PixelDecoder(nn.Module):
         super().__init__()
         width, layers = sizes.width, range(sizes.encoder_layers)
         self.input_proj = nn.Conv2d(channels[-1], width, 1)
-        encoder = {"layers": nn.ModuleList(_EncoderLayer(width, sizes.heads, sizes.hidden) for _ in layers)}
-        self.transformer = nn.ModuleDict({"encoder": nn.ModuleDict(encoder)})
+        encoder = (nn.TransformerEncoderLayer(width, sizes.heads, sizes.hidden, 0.0, batch_first=True) for _ in layers)
+        self.transformer = nn.ModuleDict({"encoder": nn.ModuleDict({"layers": nn.ModuleList(encoder)})})
         self.adapter_1, self.adapter_2, self.adapter_3 = (_NormedConv(c, width, 1) for c in channels[:3])
         self.layer_1, self.layer_2, self.layer_3, self.layer_4 = (_NormedConv(width, width, 3) for _ in range(4))
         self.mask_features = nn.Conv2d(width, width, 3, padding=1)
@@ -213,7 +189,8 @@ class PixelDecoder(nn.Module):
         x = self.input_proj(maps[-1])
         tokens, places = x.flatten(2).transpose(1, 2), sine_positions(x, x.shape[1])  # (B, C, h, w) -> (B, h * w, C)
         for layer in self.transformer["encoder"]["layers"]:
-            tokens = layer(tokens, places)
+            tokens = _attended((layer.self_attn, layer.norm1), tokens, places, tokens + places, tokens)
+            tokens = _fed_forward((layer.linear1, layer.linear2, layer.norm2), tokens)
         encoded = tokens.transpose(1, 2).reshape(x.shape)
         scales = [F.relu(self.layer_4(encoded))]
         finer = ((self.adapter_3, self.layer_3), (self.adapter_2, self.layer_2), (self.adapter_1, self.layer_1))
@@ -282,15 +259,21 @@ class MaskDecoder(nn.Module):
 
     def __init__(self, text: TextEncoder, sizes: Sizes) -> None:
         super().__init__()
-        width, heads, layers = sizes.width, sizes.heads, range(sizes.decoder_layers)
+        width, heads, hidden, layers = sizes.width, sizes.heads, sizes.hidden, range(sizes.decoder_layers)
         self.lang_encoder = text
         self.query_feat, self.query_embed = (nn.Embedding(sizes.queries, width) for _ in range(2))
         self.level_embed = nn.Embedding(LEVELS, width)
-        self.transformer_cross_attention_layers = nn.ModuleList(
-            _Attention("multihead_attn", width, heads) for _ in layers
+
+        def attention_layers(name: str) -> nn.ModuleList:
+            pairs = ((nn.MultiheadAttention(width, heads, batch_first=True), nn.LayerNorm(width)) for _ in layers)
+            return nn.ModuleList(nn.ModuleDict({name: attention, "norm": norm}) for attention, norm in pairs)
+
+        self.transformer_cross_attention_layers = attention_layers("multihead_attn")
+        self.transformer_self_attention_layers = attention_layers("self_attn")
+        parts = ((nn.Linear(width, hidden), nn.Linear(hidden, width), nn.LayerNorm(width)) for _ in layers)
+        self.transformer_ffn_layers = nn.ModuleList(
+            nn.ModuleDict({"linear1": first, "linear2": second, "norm": norm}) for first, second, norm in parts
         )
-        self.transformer_self_attention_layers = nn.ModuleList(_Attention("self_attn", width, heads) for _ in layers)
-        self.transformer_ffn_layers = nn.ModuleList(_FeedForward(width, sizes.hidden) for _ in layers)
         self.decoder_norm = nn.LayerNorm(width)
         self.mask_embed = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(width, width) for _ in range(3))})
         self.class_embed = nn.Parameter(torch.randn(width, width) * 0.02)
@@ -318,13 +301,13 @@ class MaskDecoder(nn.Module):
             strict=True,
         )
         for i, (cross_attention, self_attention, feed_forward) in enumerate(layers):
-            level = i % LEVELS
+            memory, place = memories[i % LEVELS], places[i % LEVELS]
             masks = self.masks(self.decoder_norm(queries), image.mask_features)
-            blocked = _outside(masks, image.scales[level])
-            keys = memories[level] + places[level]
-            queries = cross_attention(queries, query_position, keys, memories[level], blocked)
+            blocked = _outside(masks, image.scales[i % LEVELS])
+            queries = _attended(cross_attention.values(), queries, query_position, memory + place, memory, blocked)
             tokens = torch.cat([queries, words], dim=1)
-            tokens = feed_forward(self_attention(tokens, position, tokens + position, tokens))
+            tokens = _attended(self_attention.values(), tokens, position, tokens + position, tokens)
+            tokens = _fed_forward(feed_forward.values(), tokens)
             queries, words = tokens[:, :size], tokens[:, size:]
         normalised = self.decoder_norm(queries)
         return normalised @ self.class_embed, self.masks(normalised, image.mask_features)

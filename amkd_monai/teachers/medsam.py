@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from amkd_monai.teachers.base import TeacherFeatures, binary_to_two_class, pool_to_grid
 from amkd_monai.teachers.official import (
     OfficialTeacher,
-    OfficialWeights,
     each_image,
     fixed_initialisation,
     read_official,
@@ -106,21 +105,18 @@ class MedSAMTeacher(OfficialTeacher):
         self.uses_labels = prompt == "label_box"
         side = self.patches(PATCH)
         official = read_official("medsam", weights)
+        if "vision_encoder.pos_embed" in official.state:
+            official.state = from_hugging_face(official.state, official.path)
+        if (key := "image_encoder.pos_embed") in official.state:
+            trained = official.shape(key, 4, "(1, n, n, channels)")[1]
+            if trained != side:
+                raise CheckpointError(
+                    f"{official.path} is for images of {trained * PATCH} pixels, not {image_size}: leave out "
+                    "`image_size`, images of any size are resized to it."
+                )
         with fixed_initialisation():
             self.network = _build_sam(image_size, embed_dim, depth, num_heads, tuple(global_blocks), prompt_dim)
-        state, key = {} if official is None else official.state, "image_encoder.pos_embed"
-        if official is not None:
-            path = official.path
-            if "vision_encoder.pos_embed" in state:
-                state = from_hugging_face(state, path)
-            if key in state:
-                trained = OfficialWeights(state, path).shape(key, 4, "(1, n, n, channels)")[1]
-                if trained != side:
-                    raise CheckpointError(
-                        f"{path} is for images of {trained * PATCH} pixels, not {image_size}: leave out `image_size`, "
-                        "images of any size are resized to it."
-                    )
-        self.fill(official, state)
+        self.fill(official)
 
     def prepare(self, image: Tensor) -> Tensor:
         """Return the network's input (B, 3, S, S) in [0, 1] for images (B, 3, H, W), RGB in [0, 1]."""
@@ -211,7 +207,7 @@ def _build_sam(
     )
 
 
-def from_hugging_face(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+def from_hugging_face(state: Mapping[str, Tensor], source: Path | None) -> dict[str, Tensor]:
     """Rename a state dict of ``transformers.SamModel`` to segment-anything's names; ``source`` stands in a warning."""
     renamed = {}
     for key, value in state.items():

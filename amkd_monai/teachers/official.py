@@ -35,27 +35,15 @@ SIGNATURES = (
     ("TinyUSFM", "", r"cls_token .*x192$", r"blocks\.0\.attn\.qkv\.weight "),
     ("a USFM file", "usfm", r".*relative_position_bias_table "),
     ("RETFound's DINOv2 variant, or another DINOv2 file", "retfound_dinov2", r".*blocks\.0\.ls1\.gamma "),
-    (
-        "a fine-tuned RETFound (MAE)",
-        "retfound_mae",
-        r"fc_norm\.weight ",
-        r"head\.weight ",
-        r"blocks\.0\.attn\.qkv\.weight ",
-    ),
-    (
-        "a plain ViT (RETFound's MAE layout)",
-        "retfound_mae",
-        r"cls_token ",
-        r"pos_embed ",
-        r"blocks\.0\.attn\.qkv\.bias ",
-    ),
+    ("a fine-tuned RETFound (MAE)", "retfound_mae", r"fc_norm\.weight ", r"head\.weight ", r"blocks\.0\.attn\."),
+    ("a ViT (RETFound's MAE layout)", "retfound_mae", r"cls_token ", r"pos_embed ", r"blocks\.0\.attn\.qkv\.bias "),
 )
 """What a file seems to be, how the catalogue's keys of the teachers that read it begin, and patterns each of which one
 of its lines "name shape" matches from its start. The first signature that fits wins."""
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """Return the first two entries of the signature that a state dict has, or None."""
+    """Return the first two entries of the signature that fits a state dict, or None."""
     lines = [f"{name} {'x'.join(map(str, value.shape))}" for name, value in state.items()]
     for what, readers, *patterns in SIGNATURES:
         if all(any(re.match(pattern, line) for line in lines) for pattern in patterns):
@@ -63,12 +51,12 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass
 class OfficialWeights:
-    """The flat state dict of a weight file, and the file."""
+    """The flat state dict of a weight file, and the file; both empty for random weights."""
 
     state: dict[str, Tensor]
-    path: Path
+    path: Path | None
 
     def shape(self, key: str, axes: int, layout: str) -> tuple[int, ...]:
         """Return the shape of a tensor that tells the network's size; another number of axes is refused."""
@@ -83,8 +71,8 @@ class OfficialWeights:
         return CheckpointError(f"{self.path} holds '{key}' as {found}, not {layout}: give the authors' own file.")
 
 
-def read_official(key: str, weights: str | Path | None) -> OfficialWeights | None:
-    """Find and read a teacher's weights; None for ``random``.
+def read_official(key: str, weights: str | Path | None) -> OfficialWeights:
+    """Find and read a teacher's weights.
 
     Args:
         key: the teacher's key in the catalogue.
@@ -95,7 +83,7 @@ def read_official(key: str, weights: str | Path | None) -> OfficialWeights | Non
         CheckpointError: the file is missing, damaged, or of another network.
     """
     if str(weights) == "random":
-        return None
+        return OfficialWeights({}, None)
     teacher = entry(key)
     path: Path | None
     if weights is not None and not os.path.isdir(weights):  # noqa: PTH112 - never raises; reading says what is wrong
@@ -186,13 +174,11 @@ class OfficialTeacher(Teacher):
             )
         return self.image_size // size
 
-    def fill(
-        self, official: OfficialWeights | None, state: Mapping[str, Tensor], surplus: Collection[str] = ()
-    ) -> None:
+    def fill(self, official: OfficialWeights, surplus: Collection[str] = ()) -> None:
         """Load a file's weights, whose keys may begin with ``surplus`` in excess, or mark random ones; freeze them."""
-        self.is_random = official is None
-        if official is not None:
-            load_strict(self.network, state, official.path, surplus)
+        self.is_random = official.path is None
+        if official.path is not None:
+            load_strict(self.network, official.state, official.path, surplus)
             self.came_from(official.path)
         self.freeze()
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 KINDS: dict[str, str] = {
     "timm": "amkd_monai.teachers.timm_encoder.TimmTeacher",
     "specialist": "amkd_monai.teachers.specialist.SpecialistTeacher",
-    "student": "amkd_monai.teachers.student_teacher.StudentTeacher",
+    "student": "amkd_monai.teachers.timm_encoder.StudentTeacher",
     "medsam": "amkd_monai.teachers.medsam.MedSAMTeacher",
     "retfound": "amkd_monai.teachers.retfound.RETFoundTeacher",
     "usfm": "amkd_monai.teachers.usfm.USFMTeacher",

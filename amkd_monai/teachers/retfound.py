@@ -78,13 +78,10 @@ class RETFoundTeacher(OfficialTeacher):
         self.fc_norm_applications = fc_norm_applications
         self.resize, side = f"Pillow bicubic, {framing}", self.patches(14 if self.is_dino else 16)
         official = read_official(f"retfound_{variant}", weights)
-        classes, state = 0, {} if official is None else official.state
-        if official is not None:
-            _check_modality(official.path, variant)
-            for key in list(state):
-                state[key.removeprefix("backbone.")] = state.pop(key)
-            if "head.weight" in state:
-                classes = official.shape("head.weight", 2, "(classes, channels)")[0]
+        _check_modality(official.path, variant)
+        official.state = state = {key.removeprefix("backbone."): value for key, value in official.state.items()}
+        head = "head.weight"
+        classes = official.shape(head, 2, "(classes, channels)")[0] if head in state else 0
         with fixed_initialisation():
             self.network: nn.Module = timm.create_model(
                 "vit_large_patch14_dinov2" if self.is_dino else "vit_large_patch16_224",
@@ -95,11 +92,11 @@ class RETFoundTeacher(OfficialTeacher):
                 depth=depth,
                 num_heads=num_heads,
             )
-        if official is not None and "pos_embed" in state:
+        if "pos_embed" in state:
             _check_positions(official)
             # as upstream: without timm's anti-aliasing
             state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [side, side], antialias=False)
-        self.fill(official, state, PRETRAINING_ONLY)
+        self.fill(official, PRETRAINING_ONLY)
 
     def prepare(self, image: Tensor) -> Tensor:
         """Return the network's input (B, 3, S, S) for images (B, 3, H, W), RGB in [0, 1]."""
@@ -133,11 +130,11 @@ class RETFoundTeacher(OfficialTeacher):
         return TeacherFeatures(grid=pool_to_grid(grid, self.grid_limit), pooled=pooled, logits=logits)
 
 
-def _check_modality(path: Path, variant: str) -> None:
+def _check_modality(path: Path | None, variant: str) -> None:
     """Refuse a file that is named for the other modality: the layouts are the same."""
-    words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", path.name)}
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", path.name if path else "")
     is_oct = "OCT" in variant
-    if ("cfp" if is_oct else "oct") in words:
+    if ("cfp" if is_oct else "oct") in map(str.lower, words):
         raise CheckpointError(
             f"{path} is named as RETFound's file for {'fundus photographs' if is_oct else 'OCT'}, but the variant is "
             f"'{variant}': give that file, or its own `variant`."

@@ -62,14 +62,14 @@ class USFMTeacher(OfficialTeacher):
         super().__init__(name, licence, precision)
         self.taps, self.grid_limit = list(taps), grid_limit
         official = read_official("usfm", weights)
-        trained, width, shared = 14, embed_dim, True
-        state = {} if official is None else official.state
+        state, width, head = official.state, embed_dim, "decode_head.conv_seg.weight"
         tables = [key for key in state if key.endswith(TABLE)]
-        if official is not None:
-            trained = max((_side(official, key) for key in tables), default=trained)
-            shared, num_classes = any(key.endswith(f"rel_pos_bias.{TABLE}") for key in tables), 0
-            if (head := "decode_head.conv_seg.weight") in state:
-                num_classes, width, *_ = official.shape(head, 4, "(classes, channels, 1, 1)")
+        trained = max((_side(official, key) for key in tables), default=14)
+        shared = not state or any(key.endswith(f"rel_pos_bias.{TABLE}") for key in tables)
+        if head in state:
+            num_classes, width, *_ = official.shape(head, 4, "(classes, channels, 1, 1)")
+        elif state:
+            num_classes = 0
         self.image_size = image_size or trained * PATCH
         side = self.patches(PATCH)
         with fixed_initialisation():
@@ -90,13 +90,12 @@ class USFMTeacher(OfficialTeacher):
                 add_pyramid(backbone, embed_dim)
                 self.resize = "bilinear, squashed"  # its authors' segmentation code does not smooth
                 self.network["decode_head"] = UPerHead(embed_dim, width, num_classes)
-        if official is not None:
-            for key in tables:
-                rows = (2 * side - 1) ** 2 + 3
-                state[key] = resize_rel_pos_bias_table(state[key], (side, side), (rows, state[key].shape[1]))
-            state = state if num_classes else {f"backbone.{k}": v for k, v in state.items()}
-            state = {k: v for k, v in state.items() if not k.endswith("relative_position_index")}
-        self.fill(official, state, ("backbone.mask_token", "auxiliary_head."))
+        for key in tables:
+            rows = (2 * side - 1) ** 2 + 3
+            state[key] = resize_rel_pos_bias_table(state[key], (side, side), (rows, state[key].shape[1]))
+        prefix = "" if num_classes else "backbone."
+        official.state = {prefix + k: v for k, v in state.items() if not k.endswith("relative_position_index")}
+        self.fill(official, ("backbone.mask_token", "auxiliary_head."))
 
     def prepare(self, image: Tensor) -> Tensor:
         """Return the network's input (B, 3, S, S) for images (B, 3, H, W), RGB in [0, 1]."""

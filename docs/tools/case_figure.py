@@ -21,9 +21,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from amkd_monai.data.datasets import get_task
 from amkd_monai.metrics.summary import preview_file
 from amkd_monai.report.pictures import PREDICTION, REFERENCE, enlarged, outlined
-from amkd_monai.tasks import get_task
 
 TARGET = Path(__file__).resolve().parents[1] / "phantom_cases.jpg"
 

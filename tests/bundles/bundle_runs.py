@@ -9,7 +9,7 @@ from typing import Any
 from helpers import ROOT
 from monai.bundle import ConfigWorkflow
 
-from amkd_monai.tasks import TASKS
+from amkd_monai.data.datasets import TASKS
 
 ALL_BUNDLES = sorted(path.parent.parent.name for path in ROOT.glob("bundles/*/configs/metadata.json"))
 SHARED = "multitask"

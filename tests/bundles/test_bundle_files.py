@@ -12,7 +12,7 @@ import torch
 from bundle_runs import ALL_BUNDLES, BUNDLES, SHARED, settings, workflow
 from helpers import ROOT, shared_data
 
-from amkd_monai.tasks import TASKS
+from amkd_monai.data.datasets import TASKS
 
 
 def test_every_bundle_serves_the_task_of_its_name_and_all_but_one_task_have_a_bundle():

@@ -9,7 +9,7 @@ import pytest
 from bundle_runs import BUNDLES, SHARED, read_json
 from helpers import ROOT
 
-from amkd_monai.tasks import TASKS
+from amkd_monai.data.datasets import TASKS
 
 sys.path.insert(0, str(ROOT / "bundles" / "source"))
 import build

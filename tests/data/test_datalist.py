@@ -12,8 +12,7 @@ from helpers import ROOT, shared_data
 
 from amkd_monai.data import phantoms
 from amkd_monai.data.datalist import Datalist, datalist, inference_datalist, resolve_dataset_dir
-from amkd_monai.data.datasets import get_task
-from amkd_monai.tasks import TASKS
+from amkd_monai.data.datasets import TASKS, get_task
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from PIL import Image
 
 from amkd_monai.__main__ import main
 from amkd_monai.data.datalist import inference_datalist
+from amkd_monai.data.datasets import TASKS
 from amkd_monai.export.runners import runner
 from amkd_monai.files.names import file_id
-from amkd_monai.tasks import TASKS
 
 KINDS = ("kvasir_seg", "aptos2019", "msd_heart", "covid_volumes")
 

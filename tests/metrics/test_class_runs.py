@@ -7,10 +7,10 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from amkd_monai.__main__ import main
+from amkd_monai.data.datasets import get_task
 from amkd_monai.metrics.classification import class_metrics, class_row, delong_test
 from amkd_monai.metrics.compare import compare_runs
 from amkd_monai.metrics.summary import format_table, summarise_classes, write_case_csv
-from amkd_monai.tasks import get_task
 
 ISIC, APTOS = get_task("isic2017"), get_task("aptos2019")
 

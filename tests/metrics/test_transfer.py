@@ -8,10 +8,10 @@ import json
 
 import pytest
 
+from amkd_monai.data.datasets import TASKS
 from amkd_monai.metrics.compare import compare_runs
 from amkd_monai.metrics.summary import summarise, write_case_csv
 from amkd_monai.metrics.transfer import format_transfer, transfer_csv, transfer_rows
-from amkd_monai.tasks import TASKS
 
 MASKS = {name: TASKS[name] for name in ("busi", "covid")}
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).parent
+BLOCK = 2**16
+"""Values made at a time: what stays in the processor's cache is several times faster."""
 KEYS = {key: tuple(shape) for key, shape in json.loads((HERE / "biomedparse.keys.json").read_text()).items()}
 GOLDEN = json.loads((HERE / "biomedparse.goldenA.json").read_text())
 TABLES = (
@@ -48,17 +50,19 @@ def spread(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 
 def filled(key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    count = math.prod(shape)
-    start = (zlib.crc32(key.encode()) << 32) + 0x9E3779B97F4A7C15
-    z = np.arange(count, dtype=np.uint64) + np.uint64(start % 2**64)  # numpy's uint64 arrays wrap around
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    unit = (z >> np.uint64(11)) * 2.0**-52 - 1.0
-    base, scale = spread(key, shape)
-    return torch.from_numpy((base + scale * unit).astype(np.float32).reshape(shape))
+    count, (base, scale) = math.prod(shape), spread(key, shape)
+    first = (zlib.crc32(key.encode()) << 32) + 0x9E3779B97F4A7C15
+    values = np.empty(count, dtype=np.float32)
+    for start in range(0, count, BLOCK):
+        z = np.arange(min(BLOCK, count - start), dtype=np.uint64) + np.uint64((first + start) % 2**64)  # wraps around
+        z ^= z >> np.uint64(30)
+        z *= np.uint64(0xBF58476D1CE4E5B9)
+        z ^= z >> np.uint64(27)
+        z *= np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+        unit = (z >> np.uint64(11)) * 2.0**-52 - 1.0
+        values[start : start + BLOCK] = base + scale * unit
+    return torch.from_numpy(values.reshape(shape))
 
 
 def image_a(height: int = 256, width: int = 256) -> np.ndarray:

@@ -27,11 +27,15 @@ def golden(name):
     return json.loads((FOLDER / f"{name}.goldenA.json").read_text())["outputs"]
 
 
-def uniform(key, count):
-    """Multiples of 2**-23 in [-1, 1), float64."""
+BLOCK = 2**16
+"""Values made at a time: what stays in the processor's cache is several times faster."""
+
+
+def uniform(key, start, count):
+    """Multiples of 2**-23 in [-1, 1), float64: the values of a key from a place on."""
     golden_ratio, crc = 0x9E3779B97F4A7C15, zlib.crc32(key.encode())
     with np.errstate(over="ignore"):
-        state = np.arange(count, dtype=np.uint64)
+        state = np.arange(start, start + count, dtype=np.uint64)
         state *= np.uint64(golden_ratio)
         state += np.uint64((crc * 0xD1B54A32D192ED03 + golden_ratio) & MASK)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -43,20 +47,24 @@ def uniform(key, count):
 
 def tensor(key, shape):
     """The float32 value of one checkpoint entry."""
-    u, last = uniform(key, int(np.prod(shape))), key.split(".")[-1]
-    if last == "running_var":
-        value = 1 + 0.5 * np.abs(u)
-    elif last == "running_mean":
-        value = 0.1 * u
-    elif last in ("gamma", "gamma_1", "gamma_2"):
-        value = 0.5 + 0.25 * u
-    elif len(shape) < 2:
-        value = 0.1 * u + (last == "weight")
-    elif shape[0] == 1:
-        value = 0.5 * u
-    else:
-        value = u * np.sqrt(3 / np.prod(shape[1:]))
-    return value.astype(np.float32).reshape(shape)
+    count, last = int(np.prod(shape)), key.split(".")[-1]
+    values = np.empty(count, dtype=np.float32)
+    for start in range(0, count, BLOCK):
+        u = uniform(key, start, min(BLOCK, count - start))
+        if last == "running_var":
+            value = 1 + 0.5 * np.abs(u)
+        elif last == "running_mean":
+            value = 0.1 * u
+        elif last in ("gamma", "gamma_1", "gamma_2"):
+            value = 0.5 + 0.25 * u
+        elif len(shape) < 2:
+            value = 0.1 * u + (last == "weight")
+        elif shape[0] == 1:
+            value = 0.5 * u
+        else:
+            value = u * np.sqrt(3 / np.prod(shape[1:]))
+        values[start : start + BLOCK] = value
+    return values.reshape(shape)
 
 
 def pattern(size):
@@ -67,7 +75,7 @@ def pattern(size):
 
 def noise(size):
     """Input B, (3, size, size) float64 in [0, 1)."""
-    return (uniform("input-B", 3 * size * size).reshape(3, size, size) + 1) / 2
+    return (uniform("input-B", 0, 3 * size * size).reshape(3, size, size) + 1) / 2
 
 
 def normalised(pixels):

@@ -202,10 +202,11 @@ class TestMistakesAreSeen:
         unplaced = torch.cat([torch.ones(101, 1), torch.zeros(words.shape[1], 1)])
 
         def unplace(_, args):
-            tokens, position = args[0], args[1] * unplaced
-            return tokens, position, tokens + position, tokens
+            placed, _, tokens = args
+            changed = tokens + (placed - tokens) * unplaced
+            return changed, changed, tokens
 
-        with hooked(layers, unplace):
+        with hooked([layer["self_attn"] for layer in layers], unplace):
             values = decoded(network, image[1], words)
         assert not fits("pred_captions", values["pred_captions"])
         assert not fits("mask_logits_matched", values["mask_logits_matched"])
@@ -222,8 +223,8 @@ class TestMistakesAreSeen:
 
     def test_positions_added_to_the_values_of_the_pixel_decoder(self, network, image):
         decoder = network.sem_seg_head["pixel_decoder"]
-        layers = decoder.transformer["encoder"]["layers"][:1]
-        with hooked(layers, lambda _, args: (args[0] + args[1], args[1])):
+        attention = decoder.transformer["encoder"]["layers"][0].self_attn
+        with hooked([attention], lambda _, args: (args[0], args[1], args[1])):
             assert not fits("transformer_encoder_features", decoder(image[0]).encoded)
 
     def test_smooth_upsampling_in_the_pyramid(self, network, image):

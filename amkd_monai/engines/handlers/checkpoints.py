@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from amkd_monai.atomic import atomic_path
-from amkd_monai.data.content import file_sha256
+from amkd_monai.content import file_sha256
 from amkd_monai.engines.runs import is_true, record_weights, refuse_another
 from amkd_monai.networks.initial import initialised
 from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
@@ -90,7 +91,10 @@ class ResumeCheckpoint:
         self.path, self.objects, self.evaluator = Path(path), dict(objects), evaluator
         self.resume = is_true(resume)
         self.distiller = distiller.module if hasattr(distiller, "module") else distiller
-        self.identity = {k: str(v) for k, v in (identity or {}).items()}
+        self.identity: dict[str, str] = {}
+        for name, value in (identity or {}).items():  # fields of an object one by one, so that the refusal names them
+            parts = {f"{name}#{k}": v for k, v in vars(value).items()} if is_dataclass(value) else {name: value}
+            self.identity |= {k: str(v) for k, v in parts.items()}
         self._state: dict[str, Any] | None = None
 
     def attach(self, engine: Engine) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from amkd_monai.atomic import atomic_write_json
 from amkd_monai.cache.probes import calibration_temperature
+from amkd_monai.data.datasets import get_task
 from amkd_monai.metrics.classification import class_metrics, class_row
 from amkd_monai.metrics.segmentation import METRICS, STATUSES, case_metrics
 from amkd_monai.metrics.summary import (
@@ -31,7 +32,6 @@ from amkd_monai.metrics.summary import (
     summarise_classes,
     write_case_csv,
 )
-from amkd_monai.tasks import get_task
 
 logger = logging.getLogger("amkd_monai")
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ignite.distributed as idist
 import psutil
@@ -17,20 +15,11 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-import amkd_monai
 from amkd_monai.atomic import atomic_write_json
 from amkd_monai.distillation.interface import DistillationOutput
+from amkd_monai.engines.runs import Identity, versions
 from amkd_monai.memory import own_peak
 from amkd_monai.metrics.summary import jsonable, write_case_csv
-
-if TYPE_CHECKING:
-    from amkd_monai.engines.runs import Identity
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a result."""
-    found = {name: importlib.metadata.version(name) for name in ("torch", "monai", "pytorch-ignite", "timm", "numpy")}
-    return {"python": platform.python_version(), "amkd_monai": amkd_monai.__version__, **found}
 
 
 class RunRecord:
