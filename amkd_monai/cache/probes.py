@@ -162,11 +162,15 @@ def channel_statistics(store: FeatureStore, array: str = "grid") -> tuple[Tensor
 
 def channel_covariance(store: FeatureStore) -> Tensor:
     """Covariance (C, C) of the cached features over all samples and cells."""
-    count, total, products = 0, np.zeros(()), np.zeros(())
+    count = 0
+    channels = store.arrays["grid"].shape[0]
+    total, products = np.zeros(channels), np.zeros((channels, channels))
     for start in range(0, len(store), 64):
-        batch = _read_maps(store, "grid", range(start, min(start + 64, len(store)))).astype(np.float64)
+        batch = store.read("grid", range(start, min(start + 64, len(store)))).astype(np.float64)
         cells = batch.transpose(0, 2, 3, 1).reshape(-1, batch.shape[1])  # (B, C, h, w) -> (cells, C)
-        count, total, products = count + len(cells), total + cells.sum(0), products + cells.T @ cells
+        count += len(cells)
+        total += cells.sum(0)
+        products += cells.T @ cells
     mean = total / count
     return torch.from_numpy(products / count - np.outer(mean, mean)).float()
 
