@@ -52,10 +52,8 @@ demo: $(INSTALLED) ## train and evaluate the heart bundle on embedded defaults (
 
 test: export OMP_NUM_THREADS = 1
 test: export MKL_NUM_THREADS = 1
-# tests/export has a process of its own: torch's ONNX exporter has died in one that had run hundreds of other tests.
 test: $(INSTALLED) $(LABEL_INSTALLED) ## run the test suite, the MONAI Label server included
-	$(VPYTHON) -m pytest -n 2 --dist loadfile --ignore tests/export
-	$(VPYTHON) -m pytest tests/export
+	$(VPYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bundles: $(INSTALLED) ## write the configs of all bundles from bundles/source
 	$(VPYTHON) bundles/source/build.py

@@ -196,8 +196,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
-    from amkd_monai.data.commands.check import check_data
-    from amkd_monai.data.commands.contact_sheet import write_contact_sheet
+    from amkd_monai.data.commands.check import check_data, write_contact_sheet
     from amkd_monai.data.datalist import resolve_dataset_dir
 
     name, codes = arguments.name, arguments.mask_codes
@@ -265,9 +264,6 @@ def _cache_verify(arguments: argparse.Namespace) -> int:
     found = find_stores(arguments.folder)
     wrong = 0
     for entry in found:
-        if entry.state == "stale":
-            print(entry.fault)
-            continue
         faults, how = [entry.fault], "not opened"
         if entry.store is not None:
             faults, how = verify_store(entry.store, arguments.fraction, arguments.device, arguments.weights_dir)

@@ -24,8 +24,7 @@ from paired import Row, paired, print_table
 
 from amkd_monai.cache.build import BATCH_SIZE, ask, cache_teacher
 from amkd_monai.cache.inventory import bytes_per_image
-from amkd_monai.cache.shards import ArraySpec, shard_bytes
-from amkd_monai.cache.store import FeatureStore
+from amkd_monai.cache.store import ArraySpec, FeatureStore, shard_bytes
 from amkd_monai.data.augment import Augmentation, warp
 from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import DecodedDataset

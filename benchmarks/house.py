@@ -71,7 +71,7 @@ def print_lines() -> None:
 
 def print_imports() -> None:
     """Print modules that one other alone imports, circles, and the layers of pyproject.toml."""
-    graph = grimp.build_graph(PACKAGE.name)
+    graph = grimp.build_graph(PACKAGE.name, exclude_type_checking_imports=True)
     modules = sorted(graph.modules - {PACKAGE.name})
     packages = {m for m in modules if graph.find_children(m)}
     importers = {m: graph.find_modules_that_directly_import(m) for m in modules if m not in packages}

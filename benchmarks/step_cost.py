@@ -28,7 +28,6 @@ from torch import Tensor
 
 from amkd_monai.distillation.distiller import SHARED_STRIDE
 from amkd_monai.distillation.losses import task_loss
-from amkd_monai.distillation.return_decoder import LearnedCode
 from amkd_monai.engines.trainer import DistillationTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +46,6 @@ FULL = {"output": 1.0, "feature": 0.2, "reconstruction": 0.1, "contrastive": 0.1
 SETTINGS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "output + feature, reliability, scaled": {"gate": "reliability", "loss_gate": "scaled"},
-    "all losses, PCA code, learned, agreement": {"losses": FULL, "return_code": "pca"},
     "all losses, learned code, learned, agreement": {"losses": FULL, "return_code": "learned"},
 }
 
@@ -113,8 +111,7 @@ def gates_and_losses(trainer: DistillationTrainer, data: dict[str, Any], rounds:
                 code = distiller.codes[name]
                 code.encode(target)
                 parts.append(code.decode_frozen(aligned).mean())
-                if isinstance(code, LearnedCode):
-                    parts.append(code.decoder(code.encoder(target[..., ::2, ::2])).mean())
+                parts.append(code.decoder(code.encoder(target[..., ::2, ::2])).mean())
         if distiller.contrast is not None:
             pooled = features[SHARED_STRIDE].mean((2, 3))
             parts += [head(pooled).mean() for head in distiller.contrast.heads.values()]

@@ -49,7 +49,9 @@ def pictures(files: list[Path], folder: Path) -> dict[str, float]:
         for tag in range(2, 9):
             exif = Image.Exif()
             exif[0x0112] = tag
-            Image.fromarray(np.ascontiguousarray(turned(pixels, UNDONE[tag]))).save(folder / "copy.png", exif=exif)
+            Image.fromarray(np.ascontiguousarray(turned(pixels, UNDONE[tag]))).save(
+                folder / "copy.png", exif=exif, compress_level=1
+            )
             found = read_picture(folder / "copy.png").astype(int)
             worst[f"EXIF {tag}"] = max(worst.get(f"EXIF {tag}", 0.0), float(np.abs(found - pixels).max()))
     return worst
@@ -83,11 +85,11 @@ def volumes(files: list[Path], folder: Path) -> dict[str, float]:
         upright, image = reorder(array, grid, "RAS"), nibabel.load(file)
         for axes in ORDERS:
             turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(axes))
-            nibabel.save(image.as_reoriented(turn), folder / "copy.nii.gz")
-            found, other = read_volume(folder / "copy.nii.gz")
+            nibabel.save(image.as_reoriented(turn), folder / "copy.nii")
+            found, other = read_volume(folder / "copy.nii")
             away = float(np.abs(reorder(found, other, "RAS") - upright).max())
             if "labels" in file.parent.name:
-                label, _ = read_label_volume(folder / "copy.nii.gz", grid)
+                label, _ = read_label_volume(folder / "copy.nii", grid)
                 away = max(away, float((label != read_label_volume(file)[0]).mean()))
             worst[axes] = max(worst.get(axes, 0.0), away)
     return worst

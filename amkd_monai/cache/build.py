@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +14,7 @@ import torch
 from torch import Tensor
 
 from amkd_monai.cache.parts import EVERYTHING, Part, build_missing
-from amkd_monai.cache.shards import ArraySpec
-from amkd_monai.cache.store import NAME, FeatureStore, StoreError, store_directory
+from amkd_monai.cache.store import NAME, ArraySpec, FeatureStore, StoreError, store_directory
 from amkd_monai.cache.views import MATRIX, view_matrix, view_set
 from amkd_monai.content import fingerprint
 from amkd_monai.data.augment import warp
@@ -31,7 +31,7 @@ BATCH_SIZE = {"cpu": 4, "cuda": 64}
 image in batches of 4, 51 ms in batches of 8 and 87 ms in batches of 16."""
 
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
-"""What plain errors of torch's CPU allocator, of the CUDA runtime, and of cuBLAS and cuDNN say."""
+"""Texts of plain errors of torch's CPU allocator, of the CUDA runtime, and of cuBLAS and cuDNN."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -55,17 +55,9 @@ def ask(
     device: torch.device | str,
     matrices: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Run a teacher on images, or on views of them.
+    """Run a teacher, on ``device``, on B images, or on views of them by matrices (B, 2, 3).
 
-    Args:
-        teacher: frozen teacher on ``device``.
-        dataset: decoded images.
-        indices: B samples.
-        device: where the teacher runs.
-        matrices: (B, 2, 3) of the views; None for the images as they are.
-
-    Returns:
-        ``grid``, ``pooled`` and ``logits``, as far as the teacher gives them, each (B, ...).
+    Returns ``grid``, ``pooled`` and ``logits``, as far as the teacher gives them, each (B, ...).
     """
     inputs = [images_of(dataset, indices, device)]
     if teacher.uses_labels:
@@ -76,8 +68,8 @@ def ask(
         masks = [label for label in inputs[1:] if label.ndim == 4]  # the class of an image has no geometry
         inputs[1:] = [warp(mask.float(), theta, mode="nearest").round().to(mask.dtype) for mask in masks] or inputs[1:]
     with torch.inference_mode():
-        said = teacher(*inputs)
-    found = {"grid": said.grid, "pooled": said.pooled, "logits": said.logits}
+        output = teacher(*inputs)
+    found = {"grid": output.grid, "pooled": output.pooled, "logits": output.logits}
     return {name: value.float().cpu().numpy() for name, value in found.items() if value is not None}
 
 
@@ -99,18 +91,15 @@ class Batches:
     def run(
         self, work: Callable[[Sequence[Item]], Result], items: Sequence[Item]
     ) -> Iterator[tuple[Sequence[Item], Result]]:
-        """Yield batches of the items, in their order, and the result of the work on each.
-
-        Raises:
-            RuntimeError: there is no memory for one item (``torch.OutOfMemoryError``, or the CPU allocator's).
-        """
+        """Yield batches of the items, in their order, and the result of the work on each."""
         first = 0
         while first < len(items):
             batch = items[first : first + self._next]
             try:
                 result = work(batch)
             except (RuntimeError, MemoryError) as error:
-                if len(batch) == 1 or not _is_out_of_memory(error):
+                known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                if len(batch) == 1 or not (known or any(text in str(error) for text in _OUT_OF_MEMORY)):
                     raise
                 self.size = self._next = len(batch) // 2
             else:
@@ -121,11 +110,6 @@ class Batches:
             logger.warning("no memory for %d images at once: now %d", len(batch), self.size)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def cache_teacher(
@@ -141,8 +125,8 @@ def cache_teacher(
 ) -> FeatureStore:
     """Return the store of a teacher's outputs over a dataset, computing only what is still missing.
 
-    Outputs that other stores hold of the same teacher, preprocessing, transforms and images are copied from them.
-    A complete store does not run the teacher at all.
+    Existing stores of the same teacher and preprocessing for a different sample list are looked up first; matching
+    samples are copied from them. A complete store does not run the teacher at all.
 
     Args:
         teacher: frozen teacher.
@@ -152,7 +136,7 @@ def cache_teacher(
         batch_size: images per forward, halved when memory runs out; None for :data:`BATCH_SIZE` of the device.
         views: stored views of every image (:func:`amkd_monai.cache.views.view_set`).
         dtype: of feature maps, ``float16``, or ``int8`` with a scale per image and channel; the rest is float16.
-        part: what this process computes; with other parts the store may be incomplete on return.
+        part: what this process computes; with several parts the store may be incomplete on return.
         description: from which the teacher was built; kept with the store, so that it can be verified.
 
     Raises:
@@ -165,40 +149,20 @@ def cache_teacher(
     about: dict[str, Any] = {"teacher": teacher.fingerprint, "preprocessing": teacher.preprocessing(), "size": size}
     if dtype != "float16":
         about["dtype"] = dtype
-    key = {
-        **about,
-        "views": ["identity", *chosen[1:]],
-        "samples": fingerprint(dataset.ids, dataset.hashes),
-        "decoded": dataset.directory.name,  # covers the transform chain, which the files' hashes don't
-    }
+    key = {**about, "views": ["identity", *chosen[1:]], **_list_key(dataset)}
     directory = store_directory(cache_dir, teacher.name, key)
-    sample_key = fingerprint({**about, "chain": dataset.chain})
-    run = _TeacherRun(teacher, dataset, device, batch_size)
-    earlier = None
+    run = _TeacherRun(teacher, dataset, device, batch_size, directory, fingerprint({**about, "chain": dataset.chain}))
     if (directory / NAME).is_file():
         arrays = FeatureStore.open(directory).arrays
     else:
-        earlier = EarlierStores(directory, sample_key)
-        arrays = dict(earlier.arrays or run.arrays(dtype))
-        arrays.pop(MATRIX, None)
-        if views > 1:
-            arrays[MATRIX] = ArraySpec((2, 3), "float32")
-    store = FeatureStore.create_or_open(
-        directory,
-        key,
-        dataset.ids,
-        dataset.hashes,
-        arrays,
-        views,
-        SHARD_SIZE,
-        view_parameters=chosen,
-        origin={"sample_key": sample_key, "teacher": json.loads(json.dumps(description, default=str))},
-    )
+        arrays = {**run.arrays(dtype), **({MATRIX: ArraySpec((2, 3), "float32")} if views > 1 else {})}
+    origin = {"sample_key": run.sample_key, "teacher": json.loads(json.dumps(description, default=str))}
+    lists = key, dataset.ids, dataset.hashes, arrays, views, SHARD_SIZE
+    store = FeatureStore.create_or_open(directory, *lists, view_parameters=chosen, origin=origin)
     if not store.is_complete:
-        earlier = earlier or EarlierStores(directory, sample_key)
 
         def compute(view: int, shard: int, report: Callable[[int], object]) -> dict[str, np.ndarray]:
-            return _shard(run, store, earlier, view, shard, report)
+            return run.shard(store, view, shard, report)
 
         build_missing(store, compute, part, f"teacher {teacher.name}")
         logger.info(
@@ -208,16 +172,53 @@ def cache_teacher(
     return store
 
 
-class _TeacherRun:
-    """A teacher and the images it runs on; ``images`` counts them."""
+def _list_key(dataset: DecodedDataset) -> dict[str, str]:
+    """The part of a store's key that names its list of images; the folder covers the transform chain, hashes don't."""
+    return {"samples": fingerprint(dataset.ids, dataset.hashes), "decoded": dataset.directory.name}
 
-    def __init__(self, teacher: Teacher, dataset: DecodedDataset, device: torch.device | str, size: int | None) -> None:
+
+class _TeacherRun:
+    """A teacher and the images it runs on; ``images`` counts them.
+
+    ``directory`` is that of the new store, ``sample_key`` the hash of all that an array of one view of one sample
+    depends on besides its id and content hash; stores keep theirs in their origin.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        dataset: DecodedDataset,
+        device: torch.device | str,
+        batch_size: int | None,
+        directory: Path,
+        sample_key: str,
+    ) -> None:
         self.teacher, self.dataset, self.device = teacher, dataset, device
-        self.batches, self.images = Batches(size, device), 0
+        self.directory, self.sample_key = directory, sample_key
+        self.batches, self.images = Batches(batch_size, device), 0
         self._first: dict[str, np.ndarray] | None = None
 
+    @cached_property
+    def earlier(self) -> list[tuple[FeatureStore, dict[tuple[str, str], int]]]:
+        """Existing stores with the same ``sample_key``, and the index of each sample (id, hash) in them."""
+        found, name = [], self.directory.name.rpartition("-")[0]
+        for file in sorted(self.directory.parent.glob(f"*/{NAME}")):
+            if file.parent == self.directory or file.parent.name.rpartition("-")[0] != name:
+                continue
+            try:
+                store = FeatureStore.open(file.parent)
+            except StoreError as error:
+                logger.warning("nothing is copied from an earlier store: %s", error)
+                continue
+            if store.origin.get("sample_key") == self.sample_key:
+                samples = zip(store.sample_ids, store.content_hashes, strict=True)
+                found.append((store, {sample: index for index, sample in enumerate(samples)}))
+        return found
+
     def arrays(self, dtype: str) -> dict[str, ArraySpec]:
-        """What the teacher gives, from its outputs for the first image, which are kept: it runs on no image twice."""
+        """The arrays of an earlier store, or of the first image, whose outputs are kept: no image is run on twice."""
+        if self.earlier:
+            return {name: spec for name, spec in self.earlier[0][0].arrays.items() if name != MATRIX}
         ((_, self._first),) = self.outputs([0])
         kept: dict[str, Any] = {name: dtype if name == "grid" else "float16" for name in self._first}
         return {name: ArraySpec(value.shape[1:], kept[name]) for name, value in self._first.items()}
@@ -240,82 +241,37 @@ class _TeacherRun:
             self.teacher.to(self.device)
         yield from self.batches.run(work, indices)
 
-
-class EarlierStores:
-    """Existing stores of the same teacher and preprocessing for other lists; matching samples are copied from them.
-
-    Args:
-        directory: folder of the new store, ``<teacher>-<key>``.
-        sample_key: hash of all that an array of one view of one sample depends on besides its id and content hash;
-            stores keep theirs in their origin.
-    """
-
-    def __init__(self, directory: Path, sample_key: str) -> None:
-        self._stores: list[tuple[FeatureStore, dict[tuple[str, str], int]]] = []
-        teacher = directory.name.rpartition("-")[0]
-        for file in sorted(directory.parent.glob(f"*/{NAME}")):
-            if file.parent == directory or file.parent.name.rpartition("-")[0] != teacher:
-                continue
-            try:
-                store = FeatureStore.open(file.parent)
-            except StoreError as error:
-                logger.warning("nothing is copied from an earlier store: %s", error)
-                continue
-            if store.origin.get("sample_key") == sample_key:
-                samples = zip(store.sample_ids, store.content_hashes, strict=True)
-                self._stores.append((store, {sample: index for index, sample in enumerate(samples)}))
-
-    @property
-    def arrays(self) -> dict[str, ArraySpec] | None:
-        """The arrays of the first such store; None where there is none."""
-        return self._stores[0][0].arrays if self._stores else None
-
-    def find(self, parameters: Any, sample: tuple[str, str], arrays: list[str]) -> dict[str, np.ndarray] | None:
-        """Read the arrays of one view of a sample.
-
-        Args:
-            parameters: the view's parameters.
-            sample: its id and content hash.
-            arrays: names of the arrays.
-
-        Returns:
-            The arrays (1, *shape), or None where no store holds them undamaged.
-        """
-        for store, index_of in self._stores:
+    def copied(self, parameters: Any, sample: tuple[str, str], names: list[str]) -> dict[str, np.ndarray] | None:
+        """Arrays (1, *shape) of one view of a sample (id, hash) from an earlier store that holds them undamaged."""
+        for store, index_of in self.earlier:
             index = index_of.get(sample)
             if index is None or parameters not in store.view_parameters:
                 continue
             view = store.view_parameters.index(parameters)
             if store.has(view, index // store.shard_size):
                 try:
-                    return {name: store.read(name, [index], view) for name in arrays}
+                    return {name: store.read(name, [index], view) for name in names}
                 except StoreError as error:
                     logger.warning("nothing is copied from it: %s", error)
         return None
 
-
-def _shard(
-    run: _TeacherRun,
-    store: FeatureStore,
-    earlier: EarlierStores,
-    view: int,
-    shard: int,
-    report: Callable[[int], object],
-) -> dict[str, np.ndarray]:
-    """Copy or compute the arrays of one shard."""
-    dataset, samples, parameters = run.dataset, store.samples_of(shard), store.view_parameters[view]
-    names = [name for name in store.arrays if name != MATRIX]
-    size = (dataset.images.shape[-2], dataset.images.shape[-1])
-    matrices = {i: view_matrix(parameters, dataset.ids[i], dataset.hashes[i], size) for i in samples}
-    known = {i: earlier.find(parameters, (dataset.ids[i], dataset.hashes[i]), names) for i in samples}
-    rows = {i: arrays for i, arrays in known.items() if arrays is not None}
-    report(len(rows))
-    missing = [i for i in samples if i not in rows]
-    for batch, found in run.outputs(missing, matrices if view else None):
-        rows |= {i: {name: found[name][k : k + 1] for name in names} for k, i in enumerate(batch)}
-        report(len(batch))
-    values = {name: np.concatenate([rows[i][name] for i in samples]) for name in names}
-    return {**values, MATRIX: np.stack(list(matrices.values()))} if MATRIX in store.arrays else values
+    def shard(
+        self, store: FeatureStore, view: int, shard: int, report: Callable[[int], object]
+    ) -> dict[str, np.ndarray]:
+        """Copy or compute the arrays of one shard."""
+        dataset, samples, parameters = self.dataset, store.samples_of(shard), store.view_parameters[view]
+        names = [name for name in store.arrays if name != MATRIX]
+        size = (dataset.images.shape[-2], dataset.images.shape[-1])
+        matrices = {i: view_matrix(parameters, dataset.ids[i], dataset.hashes[i], size) for i in samples}
+        known = {i: self.copied(parameters, (dataset.ids[i], dataset.hashes[i]), names) for i in samples}
+        rows = {i: arrays for i, arrays in known.items() if arrays is not None}
+        report(len(rows))
+        missing = [i for i in samples if i not in rows]
+        for batch, found in self.outputs(missing, matrices if view else None):
+            rows |= {i: {name: found[name][k : k + 1] for name in names} for k, i in enumerate(batch)}
+            report(len(batch))
+        values = {name: np.concatenate([rows[i][name] for i in samples]) for name in names}
+        return {**values, MATRIX: np.stack(list(matrices.values()))} if MATRIX in store.arrays else values
 
 
 def answers_store(
@@ -325,7 +281,7 @@ def answers_store(
 
     Probes and cross-fitted networks answer this way; see :func:`keep_answers`.
     """
-    key = {**key, "samples": fingerprint(dataset.ids, dataset.hashes), "decoded": dataset.directory.name}
+    key = {**key, **_list_key(dataset)}
     arrays = {"logits": ArraySpec((dataset.num_classes, *size), "float16")}
     directory = store_directory(cache_dir, f"{name}-answers", key)
     return FeatureStore.create_or_open(directory, key, dataset.ids, dataset.hashes, arrays, shard_size=SHARD_SIZE)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from amkd_monai.atomic import exclusive_lock
 from amkd_monai.cache.store import LOCK, NAME, FeatureStore, StoreError
-
-_FORMAT_1 = "manifest.json"  # stands in stores of format 1
+from amkd_monai.terminal import align
 
 
 @dataclass
@@ -19,12 +18,12 @@ class StoredTeacher:
     """One store as found on the disk.
 
     Attributes:
-        directory: its folder, ``<teacher>-<key>``.
+        directory: its folder, ``<teacher>-<key>``; answers of probes and cross-fitted networks end in ``-answers``.
         store: opened; None where it cannot be.
         fault: why it cannot be opened.
         size: bytes of all its files.
         modified: when it was made, seconds since the epoch.
-        state: ``complete``, ``incomplete (3 of 8 shards)``, ``damaged`` or ``stale``; ``building`` while it is held.
+        state: ``complete``, ``incomplete (3 of 8 shards)`` or ``damaged``.
     """
 
     directory: Path
@@ -36,7 +35,7 @@ class StoredTeacher:
 
     @property
     def name(self) -> str:
-        """Name of the teacher; answers of probes and cross-fitted networks end in ``-answers``."""
+        """Name of the teacher."""
         return self.directory.name.rpartition("-")[0]
 
 
@@ -46,68 +45,42 @@ def bytes_per_image(store: FeatureStore) -> int:
 
 
 def find_stores(folder: str | Path) -> list[StoredTeacher]:
-    """Open every store below a folder.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-    """
+    """Open every store below a folder."""
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: give the cache_dir of a run, such as bundles/.cache.")
-    old = [file for file in root.rglob(_FORMAT_1) if b'"committed"' in file.read_bytes()]
-    return [_found(file) for file in sorted({*root.rglob(NAME), *old})]
+    return [_found(file) for file in sorted(root.rglob(NAME))]
 
 
 def _found(file: Path) -> StoredTeacher:
-    directory, store, fault, state = file.parent, None, "", "damaged"
-    if file.name == _FORMAT_1:
-        fault, state = f"{directory}: stale, it has format 1 and nothing reads it", "stale"
-    else:
-        try:
-            store = FeatureStore.open(directory)
-            there, shards = len(store.written()), len(store.shards)
-            unfinished = "building" if _is_held(directory) else "incomplete"
-            state = "complete" if there == shards else f"{unfinished} ({there} of {shards} shards)"
-        except StoreError as error:
-            fault = str(error)
-    size = 0
+    directory, store, fault, state, size = file.parent, None, "", "damaged", 0
+    try:
+        store = FeatureStore.open(directory)
+        there, shards = len(store.written()), len(store.shards)
+        state = "complete" if there == shards else f"incomplete ({there} of {shards} shards)"
+    except StoreError as error:
+        fault = str(error)
     for path in directory.iterdir():
         with contextlib.suppress(FileNotFoundError):  # a temporary file of a builder
             size += path.stat().st_size
     return StoredTeacher(directory, store, fault, size, file.stat().st_mtime, state)
 
 
-def _is_held(directory: Path) -> bool:
-    """Whether a process holds a store; one that cannot be written is not being built."""
-    if not (directory / LOCK).exists():
-        return False
-    try:
-        with exclusive_lock(directory / LOCK):
-            return False
-    except TimeoutError:
-        return True
-    except OSError:
-        return False
-
-
 def format_stores(found: Sequence[StoredTeacher], folder: str | Path) -> str:
     """Table of stores: teacher, images, views, arrays, size, state."""
-    header = ("data set", "teacher", "images", "views", "arrays", "kB/image", "MB", "state", "folder")
-    rows = [header]
+    rows: list[Sequence[str]] = [
+        ("data set", "teacher", "images", "views", "arrays", "kB/image", "MB", "state", "folder")
+    ]
     for entry in found:
-        store, place = entry.store, entry.directory.parent
-        what = ("-",) * 4
+        store, what = entry.store, ("-",) * 4
         if store is not None:
             arrays = (f"{n} {spec.dtype} {'x'.join(map(str, spec.shape))}" for n, spec in store.arrays.items())
             what = (str(len(store)), str(store.views), ", ".join(arrays), f"{bytes_per_image(store) / 1e3:.1f}")
-        size = f"{entry.size / 1e6:.1f}"
-        rows.append((place.name, entry.name, *what, size, entry.state, str(entry.directory.relative_to(folder))))
+        place = str(entry.directory.relative_to(folder))
+        rows.append((entry.directory.parent.name, entry.name, *what, f"{entry.size / 1e6:.1f}", entry.state, place))
     if len(rows) == 1:
         return f"{folder} holds no feature store."
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    faults = [entry.fault for entry in found if entry.fault]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], *faults])
+    return "\n".join([align(rows, left=None, ruled=True), *(entry.fault for entry in found if entry.fault)])
 
 
 def useless(found: Iterable[StoredTeacher]) -> dict[Path, str]:
@@ -125,9 +98,9 @@ def useless(found: Iterable[StoredTeacher]) -> dict[Path, str]:
         elif not (entry.directory.parent / str(entry.store.key.get("decoded")) / "index.json").is_file():
             reasons[entry.directory] = "stale: the decoded images it belongs to are gone"
         else:
-            newer = ((other, change) for other in entries if (change := _superseded(entry, other)))
-            for other, change in newer:
-                reasons[entry.directory] = f"stale: {change} since; {other.directory.name} is newer"
+            for other in entries:
+                if change := _superseded(entry, other):
+                    reasons[entry.directory] = f"stale: {change} since; {other.directory.name} is newer"
     return reasons
 
 
@@ -146,12 +119,7 @@ def _superseded(entry: StoredTeacher, other: StoredTeacher) -> str:
 
 
 def prune(reasons: Iterable[Path]) -> None:
-    """Remove stores.
-
-    Raises:
-        TimeoutError: a process is building one of them.
-        OSError: a folder cannot be removed.
-    """
+    """Remove stores; one that a process is building is refused with a TimeoutError."""
     for directory in reasons:
         with exclusive_lock(directory / LOCK):
             shutil.rmtree(directory)

@@ -1,4 +1,4 @@
-"""Which process computes what of a store: shards are dealt out by their number, so no process has to ask another."""
+"""Which process computes which shards of a store: they are dealt out by number, so that no process asks another."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from amkd_monai.cache.store import FeatureStore, Shard
+from amkd_monai.cache.store import FeatureStore
 from amkd_monai.terminal import progress
 
 LOG_INTERVAL_S = 30.0
 """Seconds between lines of progress where the output is no terminal."""
-
 Compute = Callable[[int, int, Callable[[int], object]], Mapping[str, np.ndarray]]
 """(view, shard, report) -> arrays of that shard; ``report`` is called with each number of images that is done."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of ``count`` equal parts of the work, counted from 0."""
+    """One of ``count`` equal parts of the work, counted from 0: shards are dealt out by their number."""
 
     index: int = 0
     count: int = 1
@@ -35,11 +34,7 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """Read ``3/8``, the third of eight parts.
-
-        Raises:
-            ValueError: the text is of another form, or there is no such part.
-        """
+        """Read ``3/8``, the third of eight parts."""
         if not (found := re.fullmatch(r"(\d+)/(\d+)", text)):
             raise ValueError(f"The part '{text}' is not understood: write 3/8 for the third of eight.")
         return cls(int(found[1]) - 1, int(found[2]))
@@ -48,10 +43,6 @@ class Part:
     def from_environment(cls) -> Part:
         """The part of this process under torchrun (``RANK``, ``WORLD_SIZE``); everything elsewhere."""
         return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-
-    def shards(self, store: FeatureStore) -> list[Shard]:
-        """Pairs (view, shard) of this part, done or not."""
-        return store.shards[self.index :: self.count]
 
 
 EVERYTHING = Part()
@@ -64,22 +55,11 @@ def build_missing(
 
     A process that builds everything holds the store meanwhile, so that a second one waits and then finds it complete.
     Parts hold nothing: they run side by side, on any machines that share the folder.
-
-    Args:
-        store: to complete.
-        compute: gives the arrays of a shard.
-        part: what this process computes.
-        title: of the progress line.
-        wait_s: how long to wait for another process that builds everything.
-
-    Raises:
-        TimeoutError: another process still holds the store after ``wait_s``.
-        OSError: the folder is not writable or the disk is full; what was written before is kept.
     """
     if part.count > 1:
         store.create()
     with store.building(wait_s) if part.count == 1 else nullcontext():
-        own, written = part.shards(store), store.written()
+        own, written = store.shards[part.index :: part.count], store.written()
         missing = [at for at in own if at not in written]
         total, left = (sum(len(store.samples_of(shard)) for _, shard in shards) for shards in (own, missing))
         with progress_line(title, total, total - left) as bar:

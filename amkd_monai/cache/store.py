@@ -6,14 +6,16 @@ A store is one folder::
     v0.s00003.safetensors       view 0, shard 3: every array of its samples, and the hash of the data
     building.lock               held while one process builds the whole store
 
-A shard is written beside its place and renamed, so a shard that exists is complete: a process killed at any moment
-loses at most its current shard, and two processes that write the same one do no harm. The hash of a shard is checked
-when a process first reads it, and by ``cache verify``.
+A shard is written next to its place and renamed, so a shard that exists is complete: a process killed at any moment
+loses at most its current shard, and two processes that write the same one do no harm. Size and header of its file
+follow from what the store holds, but for the SHA-256 of the data, which stands first in the header; so a file that is
+truncated, altered or of another store is found when a process first reads it, and by ``cache verify``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -21,15 +23,14 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from amkd_monai import __version__
-from amkd_monai.atomic import TEMPORARY_MARK, atomic_folder, atomic_write_bytes, exclusive_lock
-from amkd_monai.cache.shards import ArraySpec, check_shard, map_shard, shard_bytes, write_shard_file
+from amkd_monai.atomic import TEMPORARY_MARK, atomic_folder, atomic_path, atomic_write_bytes, exclusive_lock
 from amkd_monai.content import fingerprint
 
 logger = logging.getLogger("amkd_monai")
@@ -40,12 +41,164 @@ LOCK = "building.lock"
 DESCRIPTION = ("key", "arrays", "views", "view_parameters", "shard_size", "sample_ids", "content_hashes")
 _REMEDY = "delete its folder to compute it again"
 _LEFTOVER_S = 3600.0  # a temporary file older than this has no writer any more
+_INT8_LIMIT = 127  # symmetric: -128 is not used
+_SAFETENSORS = {"float32": "F32", "float16": "F16", "int8": "I8"}
+_BEFORE_DIGEST = b'{"__metadata__":{"sha256":"'
+_DIGEST_SIZE = 64
 
 Shard = tuple[int, int]  # (view, shard)
 
 
 class StoreError(RuntimeError):
     """A store that cannot be used as asked; the message says why and what to do."""
+
+
+# ------------------------------------------------------------------------------------------------------- one shard
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One stored array of every sample.
+
+    Args:
+        shape: shape for one sample, ``(C, h, w)`` for a map, ``(C,)`` for a pooled vector.
+        dtype: ``float16`` and ``float32`` are read as stored. ``int8`` keeps one float32 scale per sample and
+            channel (axis 0 of ``shape``) and is read as float32; it needs at least two axes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Literal["float16", "float32", "int8"] = "float16"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+        if self.dtype not in _SAFETENSORS or min(self.shape, default=1) < 1:
+            raise ValueError(f"{self}: use float16, float32 or int8, and at least one value on every axis")
+        if self.dtype == "int8" and len(self.shape) < 2:
+            raise ValueError(f"{self}: int8 has a scale per channel and needs (channels, ...); use float16 here")
+
+    @property
+    def read_dtype(self) -> np.dtype[Any]:
+        """Type of the values a reader gets."""
+        return np.dtype("float32" if self.dtype == "int8" else self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes per sample."""
+        values = int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+        return values + (4 * self.shape[0] if self.dtype == "int8" else 0)
+
+
+def _tensors(arrays: Mapping[str, ArraySpec], n: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Dtype and shape of every tensor of a shard of ``n`` samples, the widest dtype first, so that each is aligned."""
+    found = {name: (np.dtype(spec.dtype).newbyteorder("<"), (n, *spec.shape)) for name, spec in arrays.items()}
+    coded = {name: spec for name, spec in arrays.items() if spec.dtype == "int8"}
+    found |= {f"{name}.scale": (np.dtype("<f4"), (n, spec.shape[0])) for name, spec in coded.items()}
+    return dict(sorted(found.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
+
+
+def _header(arrays: Mapping[str, ArraySpec], n: int, identity: str, digest: str) -> bytes:
+    """What stands in the file of a shard of ``n`` samples before the data."""
+    content: dict[str, Any] = {"__metadata__": {"sha256": digest, "identity": identity}}
+    end = 0
+    for name, (dtype, shape) in _tensors(arrays, n).items():
+        start, end = end, end + dtype.itemsize * int(np.prod(shape))
+        content[name] = {"dtype": _SAFETENSORS[dtype.name], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def shard_bytes(arrays: Mapping[str, ArraySpec], n: int) -> int:
+    """Size of the file of a shard of ``n`` samples."""
+    header = _header(arrays, n, "0" * _DIGEST_SIZE, "0" * _DIGEST_SIZE)
+    return len(header) + n * sum(spec.nbytes for spec in arrays.values())
+
+
+def _encode(array: str, values: np.ndarray, spec: ArraySpec, sample_ids: Sequence[str]) -> list[np.ndarray]:
+    """Values (n, *shape) as stored, and for int8 (symmetric per sample and channel) their scales (n, C)."""
+    expected = (len(sample_ids), *spec.shape)
+    if values.shape != expected or values.dtype.kind not in "fiu":
+        raise ValueError(f"array {array!r} needs numbers of shape {expected}, got {values.dtype} {values.shape}")
+    with np.errstate(over="ignore"):
+        stored = values.astype(spec.read_dtype, copy=False)
+    finite = np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
+    if not finite.all():
+        bad = int(np.argmin(finite))
+        if np.isfinite(values[bad]).all():
+            problem, advice = f"a value beyond {stored.dtype}", "store it as float32 or int8"
+        else:
+            problem, advice = "NaN or infinity", "check that image, or run the teacher in float32"
+        raise ValueError(f"array {array!r} of sample {sample_ids[bad]!r} holds {problem}: {advice}")
+    if spec.dtype != "int8":
+        return [stored]
+    axes = tuple(range(2, stored.ndim))
+    scales = np.maximum(stored.max(axis=axes), -stored.min(axis=axes)) / np.float32(_INT8_LIMIT)
+    scales[scales == 0] = 1  # a channel of zeros
+    codes = np.empty(stored.shape, np.int8)
+    for code, value, scale in zip(codes, stored, scales, strict=True):  # by sample: no second copy of the shard
+        levels = np.rint(value / scale.reshape(-1, *[1] * (value.ndim - 1)))
+        code[...] = np.clip(levels, -_INT8_LIMIT, _INT8_LIMIT)
+    return [codes, scales]
+
+
+def _write_shard(
+    path: Path, arrays: Mapping[str, ArraySpec], values: Mapping[str, np.ndarray], ids: Sequence[str], identity: str
+) -> None:
+    """Check, encode and write all arrays of one shard; the file appears whole or not at all."""
+    if set(values) != set(arrays):
+        raise ValueError(f"the store holds the arrays {sorted(arrays)}, but was given {sorted(values)}")
+    encoded: dict[str, np.ndarray] = {}
+    for name, spec in arrays.items():
+        encoded |= dict(zip((name, f"{name}.scale"), _encode(name, np.asarray(values[name]), spec, ids), strict=False))
+    n, digest, data = len(ids), hashlib.sha256(), []
+    for name, (dtype, _) in _tensors(arrays, n).items():
+        data.append(np.ascontiguousarray(encoded[name], dtype).reshape(-1).view(np.uint8).data)
+        digest.update(data[-1])
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(_header(arrays, n, identity, digest.hexdigest()))
+        for part in data:
+            file.write(part)
+
+
+def _check_shard(path: Path, arrays: Mapping[str, ArraySpec], n: int, identity: str) -> int:
+    """Return where the data of a shard's file begins, bytes; a ValueError if it is damaged or of another store."""
+    with path.open("rb") as file:
+        size, expected = os.fstat(file.fileno()).st_size, shard_bytes(arrays, n)
+        if size != expected:
+            raise ValueError(f"{path} has {size} bytes instead of {expected}")
+        start = 8 + len(_BEFORE_DIGEST)
+        found = file.read(expected - n * sum(spec.nbytes for spec in arrays.values()))
+        digest = found[start : start + _DIGEST_SIZE].decode("ascii", "replace")
+        if found != _header(arrays, n, identity, digest):
+            raise ValueError(f"{path} does not have the header of this shard of this store")
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise ValueError(f"{path} does not have the hash in its header")
+    return len(found)
+
+
+def _map_shard(path: Path, arrays: Mapping[str, ArraySpec], n: int, offset: int) -> dict[str, list[np.ndarray]]:
+    """Map a checked shard of ``n`` samples, whose data begins at ``offset``, into memory.
+
+    Returns for every array its values (n, *shape), and for int8 the scales (n, C, 1, ...), ready to multiply with. They
+    are read-only plain arrays: indexing a ``numpy.memmap`` costs more than reading a small sample.
+    """
+    import torch  # its maps keep no file open, those of Python before 3.13 do: a large store would run out of them
+
+    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    mapped.flags.writeable = False
+    tensors = {}
+    for name, (dtype, shape) in _tensors(arrays, n).items():
+        tensors[name] = np.frombuffer(mapped, dtype, int(np.prod(shape)), offset).reshape(shape)
+        offset += tensors[name].nbytes
+    maps = {}
+    for name, spec in arrays.items():
+        maps[name] = [tensors[name]]
+        if spec.dtype == "int8":
+            maps[name].append(tensors[f"{name}.scale"].reshape(n, spec.shape[0], *[1] * (len(spec.shape) - 1)))
+    return maps
+
+
+# ------------------------------------------------------------------------------------------------------- the store
 
 
 def store_directory(parent: str | os.PathLike[str], name: str, key: Mapping[str, Any]) -> Path:
@@ -104,17 +257,11 @@ class FeatureStore:
             raise ValueError(f"{directory}: needs views, shard_size >= 1 and one of view_parameters per view")
         if not arrays or not all(re.fullmatch(r"[\w-]+", name, re.ASCII) for name in arrays):
             raise ValueError(f"{directory}: name arrays with letters, digits, _ and -, not {list(arrays)}")
-        self._building = False
         self._maps: dict[Shard, dict[str, list[np.ndarray]]] = {}
-        self._bytes: dict[int, int] = {}  # of a shard's file, by its number of samples
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> FeatureStore:
-        """Open a store as whatever its ``store.json`` says it is.
-
-        Raises:
-            StoreError: there is none, or it is damaged or of another format.
-        """
+        """Open a store as its ``store.json`` describes it, or raise a StoreError."""
         path = Path(directory) / NAME
         try:
             content = json.loads(path.read_bytes())
@@ -129,22 +276,27 @@ class FeatureStore:
 
     @classmethod
     def create_or_open(cls, *arguments: Any, **options: Any) -> FeatureStore:
-        """Open a store that has to be as the arguments (those of the class) say; it is made with its first shard.
-
-        Raises:
-            ValueError: arguments that contradict each other.
-            StoreError: the folder holds a store of something else, or a damaged ``store.json``.
-        """
+        """Return a store, which is made with its first shard; one in its folder must be as the arguments say."""
         store = cls(*arguments, **options)
         store._compare()
         return store
+
+    def _compare(self) -> None:
+        """Compare with the store in the folder, if there is one, and take its origin."""
+        if not (self.directory / NAME).is_file():
+            return
+        stored = FeatureStore.open(self.directory)
+        for name in DESCRIPTION:
+            if getattr(stored, name) != getattr(self, name):
+                raise StoreError(f"the store {self.directory} was built with another `{name}`; {_REMEDY}")
+        self.origin = stored.origin
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Maps would be pickled as their content; a copy in another process opens its own, and holds no lock.
-        return {**self.__dict__, "_maps": {}, "_building": False}
+        # Do not pickle memory maps (NumPy would copy their contents); worker processes reopen the files.
+        return {**self.__dict__, "_maps": {}}
 
     @property
     def shards(self) -> list[Shard]:
@@ -155,20 +307,21 @@ class FeatureStore:
         """File of a shard."""
         return self.directory / f"v{view}.s{shard:05d}.safetensors"
 
+    def samples_of(self, shard: int) -> range:
+        """Indices of the samples in a shard; the last shard may be shorter. There is no other: an IndexError."""
+        samples = range(len(self))[shard * self.shard_size : (shard + 1) * self.shard_size]
+        if shard < 0 or not samples:
+            raise IndexError(f"{self.directory} has no shard {shard}: it holds {len(self)} samples")
+        return samples
+
     def written(self) -> set[Shard]:
-        """The shards that are there, by one listing of the folder; a file of another size does not count."""
-        sizes: dict[str, int] = {}
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.directory) as entries:
-            for entry in entries:
-                if entry.name.endswith(".safetensors") and not entry.name.startswith("."):
-                    sizes[entry.name] = entry.stat().st_size
-        return {(v, s) for v, s in self.shards if sizes.get(self.path(v, s).name) == self._bytes_of(s)}
+        """The shards that are there, by one listing of the folder."""
+        names = set(os.listdir(self.directory)) if self.directory.is_dir() else set()  # noqa: PTH208
+        return {(v, s) for v, s in self.shards if f"v{v}.s{s:05d}.safetensors" in names}
 
     def has(self, view: int, shard: int) -> bool:
         """Whether one shard is there, without listing the folder."""
-        with contextlib.suppress(FileNotFoundError):
-            return self.path(view, shard).stat().st_size == self._bytes_of(shard)
-        return False
+        return self.path(view, shard).is_file()
 
     def missing(self) -> list[Shard]:
         """Pairs (view, shard) that are still to be written, view by view."""
@@ -180,39 +333,15 @@ class FeatureStore:
         """Whether every shard of every view is there."""
         return not self.missing()
 
-    def samples_of(self, shard: int) -> range:
-        """Indices of the samples in a shard; the last shard may be shorter.
-
-        Raises:
-            IndexError: there is no such shard.
-        """
-        samples = range(len(self))[shard * self.shard_size : (shard + 1) * self.shard_size]
-        if shard < 0 or not samples:
-            raise IndexError(f"{self.directory} has no shard {shard}: it holds {len(self)} samples")
-        return samples
-
-    def _bytes_of(self, shard: int) -> int:
-        n = len(self.samples_of(shard))
-        if n not in self._bytes:
-            self._bytes[n] = shard_bytes(self.arrays, n)
-        return self._bytes[n]
-
     def read(
         self, array: str, indices: Sequence[int] | np.ndarray, view: int | Sequence[int] | np.ndarray = 0
     ) -> np.ndarray:
-        """Read one array of some samples, in the order asked for.
-
-        Args:
-            array: name of the array.
-            indices: B indices of samples, repeated or not.
-            view: which view, of all samples or of each.
+        """Read one array of B samples, in the order asked for, in one view or in a view for each.
 
         Returns:
             A new array (B, *shape): float16 or float32 as stored, float32 for int8.
 
         Raises:
-            KeyError: there is no such array.
-            IndexError: there is no such sample or view.
             StoreError: a shard is still missing, or its file is damaged, and then removed.
         """
         spec = self.arrays.get(array)
@@ -221,10 +350,8 @@ class FeatureStore:
         views = np.broadcast_to(view, len(indices)).tolist()
         out = np.empty((len(indices), *spec.shape), spec.read_dtype)
         for row, (index, of) in enumerate(zip(indices, views, strict=True)):
-            if not 0 <= of < self.views:
-                raise IndexError(f"{self.directory} has no view {of}: it holds {self.views}")
-            if not 0 <= index < len(self):
-                raise IndexError(f"{self.directory} has no sample {index}: it holds {len(self)}")
+            if not (0 <= of < self.views and 0 <= index < len(self)):
+                raise IndexError(f"{self.directory} has no sample {index} in view {of}: {len(self)} in {self.views}")
             shard, offset = divmod(int(index), self.shard_size)
             values, *scales = (self._maps.get((of, shard)) or self._map(of, shard))[array]
             if scales:
@@ -234,23 +361,25 @@ class FeatureStore:
         return out
 
     def _map(self, view: int, shard: int) -> dict[str, list[np.ndarray]]:
-        path, n = self.path(view, shard), len(self.samples_of(shard))
+        path = self.path(view, shard)
         try:
-            state = _state(path)
-            offset = self._check_shard(view, shard)
-            self._maps[view, shard] = map_shard(path, self.arrays, n, offset)
+            offset = self._check(view, shard)
         except FileNotFoundError as error:
             raise StoreError(
                 f"{self.directory}: view {view} shard {shard} is not computed yet; build it first"
             ) from error
         except ValueError as error:
-            remedy = "it is removed" if _remove(path, state) else "delete it"
+            logger.warning("%s: damaged", error)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            remedy = "delete it" if path.exists() else "it is removed"
             raise StoreError(f"{error}: {remedy}, run again to compute it anew") from error
+        self._maps[view, shard] = _map_shard(path, self.arrays, len(self.samples_of(shard)), offset)
         return self._maps[view, shard]
 
-    def _check_shard(self, view: int, shard: int) -> int:
+    def _check(self, view: int, shard: int) -> int:
         n = len(self.samples_of(shard))
-        return check_shard(self.path(view, shard), self.arrays, n, self._identity(view, shard))
+        return _check_shard(self.path(view, shard), self.arrays, n, self._identity(view, shard))
 
     def _identity(self, view: int, shard: int) -> str:
         samples = self.samples_of(shard)
@@ -262,7 +391,7 @@ class FeatureStore:
         faults = {}
         for at in sorted(self.written()):
             try:
-                self._check_shard(*at)
+                self._check(*at)
             except (ValueError, OSError) as error:
                 faults[at] = str(error)
         return faults
@@ -271,32 +400,14 @@ class FeatureStore:
     def building(self, wait_s: float = 0.0) -> Iterator[None]:
         """Hold the store, so that no other process that holds it computes the same: ask :meth:`missing` inside.
 
-        Args:
-            wait_s: how long to wait for another process that is building.
-
-        Raises:
-            TimeoutError: another process is still building after ``wait_s``.
-            OSError: the folder is not writable or the disk is full.
-            StoreError: another process has made this folder a store of something else.
+        A TimeoutError if another process still holds it after ``wait_s``.
         """
-        if self._building:  # held already
-            yield
-            return
         with exclusive_lock(self.directory / LOCK, wait_s=wait_s):
-            self._building = True
-            try:
-                self.create()
-                yield
-            finally:
-                self._building = False
+            self.create()
+            yield
 
     def create(self) -> None:
-        """Make the folder and its ``store.json``, unless they are there, and remove what killed builders left.
-
-        Raises:
-            OSError: the folder is not writable or the disk is full.
-            StoreError: another process has made this folder a store of something else.
-        """
+        """Make the folder and its ``store.json``, unless they are there, and remove what killed builders left."""
         path = self.directory / NAME
         if not path.is_file():
             made = {"amkd_monai": __version__, "numpy": np.__version__}
@@ -328,8 +439,7 @@ class FeatureStore:
             values: for every array of the store, (n, *shape) with n = ``len(samples_of(shard))``.
 
         Raises:
-            IndexError: there is no such view or shard.
-            ValueError: as :func:`amkd_monai.cache.shards.write_shard_file` says; the sample is named.
+            ValueError: an array is missing, unknown, of a wrong shape or kind, or not finite in the stored dtype.
             OSError: the folder is not writable or the disk is full; no part of the shard is left.
         """
         if not 0 <= view < self.views:
@@ -337,35 +447,10 @@ class FeatureStore:
         ids = [self.sample_ids[index] for index in self.samples_of(shard)]
         if self.has(view, shard):
             return
-        path = self.path(view, shard)
-        if path.exists():
-            logger.warning("%s has not the size of a shard of this store and is computed again", path)
         if not (self.directory / NAME).is_file():
             self.create()
         with _unless_there(lambda: self.has(view, shard)):
-            write_shard_file(path, self.arrays, values, ids, self._identity(view, shard))
-
-    def _compare(self) -> None:
-        """Compare with the store in the folder, if there is one, and take its origin."""
-        if not (self.directory / NAME).is_file():
-            return
-        stored = FeatureStore.open(self.directory)
-        for name in DESCRIPTION:
-            old, new = getattr(stored, name), getattr(self, name)
-            if old == new:
-                continue
-            difference = f"was built with {name} {old}, not {new}"
-            if name == "key":
-                changed = sorted(part for part in {*old, *new} if old.get(part) != new.get(part))
-                difference = f"was computed with another {', '.join(changed)}"
-            elif name == "sample_ids":
-                difference = f"holds another list of samples ({len(old)} stored, {len(new)} asked for)"
-            elif name == "content_hashes":
-                first, *others = [i for i, a, b in zip(self.sample_ids, old, new, strict=True) if a != b]
-                more = f" and {len(others)} more" if others else ""
-                difference = f"is stale: image {first!r}{more} changed since its features were computed"
-            raise StoreError(f"the store {self.directory} {difference}; {_REMEDY}")
-        self.origin = stored.origin
+            _write_shard(self.path(view, shard), self.arrays, values, ids, self._identity(view, shard))
 
 
 @contextlib.contextmanager
@@ -378,35 +463,10 @@ def _unless_there(is_there: Callable[[], bool]) -> Iterator[None]:
             raise
 
 
-def _state(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _remove(path: Path, state: tuple[int, int, int]) -> bool:
-    """Remove a damaged shard unless another process has replaced it; False where that is not allowed."""
-    try:
-        if state == _state(path):
-            path.unlink()
-    except FileNotFoundError:
-        pass
-    except OSError:
-        return False
-    logger.warning("%s is damaged and removed", path)
-    return True
-
-
 def export_store(directory: str | Path, target: str | Path) -> Path:
-    """Copy a complete store for publication; the description of the teacher, with paths of its weights, is left out.
+    """Copy a complete store, after a check of every hash, to a new folder for publication.
 
-    Args:
-        directory: the store; every hash is checked.
-        target: folder to make: itself a store, and plain safetensors files.
-
-    Raises:
-        FileExistsError: ``target`` is there already.
-        StoreError: the store is incomplete or damaged.
-        OSError: ``target`` cannot be written.
+    The copy is itself a store; the description of the teacher, with paths of its weights, is left out.
     """
     store = FeatureStore.open(directory)
     if missing := store.missing():

@@ -8,7 +8,6 @@ from amkd_monai.cache.build import ask
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.cache.views import MATRIX
 from amkd_monai.data.decoded import DecodedImages
-from amkd_monai.teachers.base import Teacher
 from amkd_monai.teachers.registry import build_teacher
 
 LARGEST_DIFFERENCE = 0.045
@@ -18,13 +17,7 @@ LARGEST_DIFFERENCE = 0.045
 def verify_store(
     store: FeatureStore, fraction: float = 0.01, device: str = "cpu", weights_dir: str | None = None
 ) -> tuple[list[str], str]:
-    """Check one store.
-
-    Args:
-        store: opened.
-        fraction: of its samples that the teacher is asked about again, spread over the list; at least one.
-        device: where the teacher runs.
-        weights_dir: folder searched first for the weights of foundation teachers.
+    """Check one store; its teacher runs again on a ``fraction`` of the samples, spread over the list, at least one.
 
     Returns:
         What is wrong, one sentence each, and what was compared or why not.
@@ -38,7 +31,7 @@ def verify_store(
     if not (folder / "index.json").is_file():
         return faults, f"checksums alone: its decoded images, {folder.name}, are gone"
     try:
-        teacher = build_teacher(description, weights_dir)
+        teacher = build_teacher(description, weights_dir).to(device)
     except (ValueError, RuntimeError, OSError) as error:
         return faults, f"checksums alone: its teacher cannot be built here ({error})"
     if teacher.fingerprint != store.key["teacher"]:
@@ -48,21 +41,13 @@ def verify_store(
     samples = [(v, i) for v in range(store.views) for i in spread if (v, i // store.shard_size) in whole]
     decoded = DecodedImages(folder)
     for view, index in samples:
-        faults += _differences(store, teacher.to(device), decoded, view, index, device)
+        matrices = store.read(MATRIX, [index], view) if view else None
+        for name, computed in ask(teacher, decoded, [index], device, matrices).items():
+            stored = store.read(name, [index], view).astype(np.float32)
+            difference = float(np.linalg.norm(stored - computed) / max(float(np.linalg.norm(computed)), 1e-12))
+            if not difference <= LARGEST_DIFFERENCE:
+                faults.append(
+                    f"{name} of image {store.sample_ids[index]!r}, view {view}, differs by {difference:.3f} of its "
+                    "norm from the teacher's output: delete the store's folder to compute it again"
+                )
     return faults, f"checksums, and {len(samples)} of {len(store) * store.views} images computed again"
-
-
-def _differences(
-    store: FeatureStore, teacher: Teacher, decoded: DecodedImages, view: int, index: int, device: str
-) -> list[str]:
-    matrices = store.read(MATRIX, [index], view) if MATRIX in store.arrays and view > 0 else None
-    found = []
-    for name, computed in ask(teacher, decoded, [index], device, matrices).items():
-        stored = store.read(name, [index], view).astype(np.float32)
-        difference = float(np.linalg.norm(stored - computed) / max(float(np.linalg.norm(computed)), 1e-12))
-        if not difference <= LARGEST_DIFFERENCE:
-            found.append(
-                f"{name} of image {store.sample_ids[index]!r}, view {view}, differs by {difference:.3f} of its norm "
-                "from what the teacher says: delete the store's folder to compute it again"
-            )
-    return found

@@ -1,4 +1,4 @@
-"""Views: fixed geometric variants of every image that a teacher is asked about, replayed exactly for the student.
+"""Views: fixed geometric variants of every image that a teacher runs on, replayed exactly for the student.
 
 A view is one affine matrix per sample, drawn from the sample's name and content alone: every teacher sees the same
 views of an image whatever list it stands in. The matrices are stored beside the features.
@@ -23,11 +23,7 @@ LARGEST_ROTATION = 0.26
 
 
 def view_set(views: int) -> list[dict[str, Any]]:
-    """Describe the first ``views`` views: identity, horizontal flip, then random resized crops with mild rotation.
-
-    Raises:
-        ValueError: fewer than one view.
-    """
+    """Describe the first ``views`` views: identity, horizontal flip, then random resized crops with mild rotation."""
     if views < 1:
         raise ValueError(f"`views` is {views}: give the number of stored views of every image, 1 or more.")
     crop: dict[str, Any] = {"view": "crop", "smallest": SMALLEST_CROP, "rotation": LARGEST_ROTATION}
@@ -38,11 +34,7 @@ def view_set(views: int) -> list[dict[str, Any]]:
 def view_matrix(parameters: Mapping[str, Any], sample_id: str, content_hash: str, size: tuple[int, int]) -> np.ndarray:
     """Affine matrix (2, 3) float32 of one view of a sample, in the normalised coordinates of ``affine_grid``.
 
-    Args:
-        parameters: one entry of :func:`view_set`.
-        sample_id: of the sample.
-        content_hash: of the sample.
-        size: (H, W) of the image.
+    ``parameters`` are one entry of :func:`view_set`, ``size`` is (H, W) of the image.
     """
     side, angle, flip, shift = 1.0, 0.0, parameters["view"] == "horizontal_flip", np.zeros(2)
     if parameters["view"] == "crop":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from amkd_monai.atomic import atomic_folder, atomic_write_json, exclusive_lock
 from amkd_monai.content import content_hashes, fingerprint
 from amkd_monai.data.describe import describe
-from amkd_monai.data.readable import BadSampleError, check_axes, joined_codings, read_item, stored_axes
+from amkd_monai.data.readable import Agreement, BadSampleError, check_on_bad_sample, read_item
 from amkd_monai.files.masks import IGNORED as UNLABELLED
 from amkd_monai.files.names import DataProblems, label_files
 from amkd_monai.terminal import progress
@@ -40,15 +41,8 @@ def as_label_maps(labels: np.ndarray, indices: Sequence[int] | np.ndarray) -> np
     return picked[:, None, None, None] if picked.ndim == 1 else picked
 
 
-class Rows:
-    """An ``.npy`` file written row by row: NumPy's header leaves room for the number of rows.
-
-    Args:
-        file: opened for writing.
-
-    Attributes:
-        shape: of a row; empty before the first.
-    """
+class _Rows:
+    """An ``.npy`` file written row by row: NumPy's header leaves room for the number of rows."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.shape, self.count = file, (), 0
@@ -56,10 +50,9 @@ class Rows:
     def append(self, rows: np.ndarray) -> None:
         """Add rows (n, ...) of one shape and type."""
         self.shape, self.count = rows.shape[1:], self.count + len(rows)
+        header = {**np.lib.format.header_data_from_array_1_0(rows), "shape": (self.count, *self.shape)}
         self.file.seek(0)
-        np.lib.format.write_array_header_1_0(
-            self.file, {**np.lib.format.header_data_from_array_1_0(rows), "shape": (self.count, *self.shape)}
-        )
+        np.lib.format.write_array_header_1_0(self.file, header)
         self.file.seek(0, 2)
         self.file.write(np.ascontiguousarray(rows).data)
 
@@ -71,12 +64,10 @@ class DecodedImages(Dataset):
         directory: ``decoded-<key>``.
 
     Attributes:
-        ids: sample ids; for slices ``<case>#<slice>``.
-        cases: case id per sample (image or volume), ``groups``: group per sample.
+        ids, cases, groups, hashes: of each sample; slices are ``<case>#<slice>``.
         has_label, has_foreground: boolean arrays over samples.
         labels: class indices, masks (N, 1, H, W) or one class per image (N,); 255 where there is no label.
         axes: where the axes of volumes point, slices first, such as "RAS"; empty for pictures.
-        hashes: content hash per sample.
         skipped: ids of files that were left out.
 
     Raises:
@@ -92,11 +83,9 @@ class DecodedImages(Dataset):
         self.hashes: list[str] = index["hashes"]
         self.skipped: list[str] = index["skipped"]
         self.axes: str = index["axes"]
-        self.has_label = np.array(index["has_label"], dtype=bool)
-        self.has_foreground = np.array(index["has_foreground"], dtype=bool)
-        self._first, self._last = np.array(index["first"]), np.array(index["last"])
-        self.images = np.load(self.directory / "images.npy", mmap_mode="r")
-        self.labels = np.load(self.directory / "labels.npy", mmap_mode="r")
+        self.has_label, self.has_foreground = (np.array(index[n], bool) for n in ("has_label", "has_foreground"))
+        self._first, self._last = (np.array(index[n]) for n in ("first", "last"))
+        self.images, self.labels = (np.load(self.directory / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -123,8 +112,7 @@ class DecodedDataset(DecodedImages):
     """A dataset whose files are decoded once by a MONAI transform chain and then read from memory maps.
 
     Photographs (3, H, W) are one sample each; volumes (1, D, H, W) give D samples, each slice with its two neighbours
-    as channels. Images leave the chain in [0, 1] and are stored in 256 steps. A label is a mask, or one class per image
-    (an integer in place of a path).
+    as channels. Images are stored in 256 steps.
 
     Args:
         data: datalist items with ``image``, ``id``, ``group`` and, where labelled, ``label``: a path, several paths of
@@ -151,8 +139,7 @@ class DecodedDataset(DecodedImages):
         num_classes: int = 2,
         on_bad_sample: str = "stop",
     ) -> None:
-        if on_bad_sample not in ("stop", "skip"):
-            raise ValueError(f"on_bad_sample must be 'stop' or 'skip', not '{on_bad_sample}'.")
+        check_on_bad_sample(on_bad_sample)
         if not data:
             raise ValueError("The list of images to decode is empty: check dataset_dir and the split.")
         if on_bad_sample == "stop" and (problems := [item["problem"] for item in data if "problem" in item]):
@@ -177,83 +164,77 @@ class DecodedDataset(DecodedImages):
         self.classes = np.where(self.has_label, self.labels.astype(int), -1) if self.classifies else None
 
     def _decode(self, transform: Callable, on_bad_sample: str, hashes: list[list[str]]) -> None:
-        names = ("ids", "cases", "groups", "hashes", "has_label", "has_foreground", "first", "last", "skipped")
-        index: dict[str, Any] = {**{name: [] for name in names}, "axes": ""}
-        codings: set[str] = set()
+        index: defaultdict[str, list[Any]] = defaultdict(list)
+        agreement, skipped = Agreement(), []
         with (
             atomic_folder(self.directory, replace=True) as folder,
             (folder / "images.npy").open("wb") as image_file,
             (folder / "labels.npy").open("wb") as label_file,
         ):
-            images, labels = Rows(image_file), Rows(label_file)
+            images, labels = _Rows(image_file), _Rows(label_file)
             for item, item_hashes in progress(list(zip(self.data, hashes, strict=True)), desc="decode"):
                 try:
                     decoded = read_item(item, transform)
-                    check_axes(axes := stored_axes(decoded["image"]), index["axes"], item["image"])
+                    agreement.check(decoded, item)
                     image, label = self._decode_item(item, decoded, images.shape[-2:])
-                    codings = joined_codings(codings, decoded, item)
-                    index["axes"] = axes
                 except BadSampleError as error:
                     if on_bad_sample == "stop":
                         raise
                     logger.warning("skipped: %s", error)
-                    index["skipped"].append(item["id"])
+                    skipped.append(item["id"])
                     continue
-                first, count = len(index["ids"]), len(image)
-                single = image.shape[1] == 3
-                index["ids"] += [item["id"]] if single else [f"{item['id']}#{i:03d}" for i in range(count)]
-                index["cases"] += [item["id"]] * count
-                index["groups"] += [item.get("group", item["id"])] * count
-                index["hashes"] += ["-".join(h[:16] for h in item_hashes)] * count
-                index["has_label"] += ["label" in item] * count
-                foreground = (label > 0) & (label != UNLABELLED)
-                index["has_foreground"] += [bool(f) for f in foreground.reshape(count, -1).any(1)]
-                index["first"] += [first] * count
-                index["last"] += [first + count - 1] * count
+                count, name = len(image), item["id"]
+                foreground = ((label > 0) & (label != UNLABELLED)).reshape(count, -1).any(1)
+                rows = {
+                    "ids": [name] if image.shape[1] == 3 else [f"{name}#{i:03d}" for i in range(count)],
+                    "cases": [name] * count,
+                    "groups": [item.get("group", name)] * count,
+                    "hashes": ["-".join(h[:16] for h in item_hashes)] * count,
+                    "has_label": ["label" in item] * count,
+                    "has_foreground": foreground.tolist(),
+                    "first": [images.count] * count,
+                    "last": [images.count + count - 1] * count,
+                }
+                for key, values in rows.items():
+                    index[key] += values
                 images.append(image)
                 labels.append(label)
-            if not index["ids"]:
+            if not images.count:
                 raise BadSampleError("No usable image is left: check dataset_dir.")
-            atomic_write_json(folder / "index.json", index)
+            atomic_write_json(folder / "index.json", {**index, "skipped": skipped, "axes": agreement.axes})
 
     def _decode_item(
         self, item: dict[str, Any], decoded: dict[str, Any], size: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Images (N, 3 or 1, H, W) and labels (N, 1, H, W) of what the chain gave for an item, both uint8."""
+        """Images (N, 3 or 1, H, W) and labels (N, 1, H, W) or (N,) of what the chain gave for an item, both uint8."""
         image = np.asarray(decoded["image"], dtype=np.float32)
         image = np.round(image.clip(0, 1) * 255).astype(np.uint8)
         image = image[None] if image.ndim == 3 else image.swapaxes(0, 1)  # (1, D, H, W) -> (D, 1, H, W)
+        last, given = f"{self.num_classes - 1}", "label" in item
         if size and image.shape[-2:] != size:
             raise BadSampleError(
                 f"{item['image']} has the size {image.shape[-2:]} after preprocessing, others {size}: make the "
                 "preprocessing end in one fixed size."
             )
         if self.classifies:
-            return image, self._class_of(item, len(image))
-        label = np.full((len(image), 1, *image.shape[-2:]), UNLABELLED, dtype=np.uint8)
-        if "label" in item:
-            classes = np.asarray(decoded["label"])
-            classes = classes[None] if classes.ndim == 3 else classes.swapaxes(0, 1)
-            if classes.shape != label.shape:
+            label = item.get("label", UNLABELLED)
+            if given and not (_is_class(label) and 0 <= label < self.num_classes):
                 raise BadSampleError(
-                    f"{item['label']} has the size {classes.shape[-2:]}, its image {image.shape[-2:]} after "
-                    "preprocessing: give the mask of this image."
+                    f"{item['image']} has the label {label!r}; the task has classes 0 to {last}: correct its label."
                 )
-            wrong = classes[~np.isin(classes, [*range(self.num_classes), UNLABELLED])]
-            if wrong.size:
-                raise BadSampleError(
-                    f"{item['label']} holds the value {wrong[0]:g}; the task has classes 0 to "
-                    f"{self.num_classes - 1}: correct the mask."
-                )
-            label[:] = classes
-        return image, label
-
-    def _class_of(self, item: dict[str, Any], count: int) -> np.ndarray:
-        """The class of an image, once per sample (count,)."""
-        label = item.get("label", UNLABELLED)
-        if "label" in item and not (_is_class(label) and 0 <= label < self.num_classes):
+            return image, np.full(len(image), label, np.uint8)
+        if not given:
+            return image, np.full((len(image), 1, *image.shape[-2:]), UNLABELLED, np.uint8)
+        classes = np.asarray(decoded["label"])
+        classes = classes[None] if classes.ndim == 3 else classes.swapaxes(0, 1)
+        if classes.shape != (len(image), 1, *image.shape[-2:]):
             raise BadSampleError(
-                f"{item['image']} has the label {label!r}; the task has classes 0 to {self.num_classes - 1}: correct "
-                "its label."
+                f"{item['label']} has the size {classes.shape[-2:]}, its image {image.shape[-2:]} after preprocessing: "
+                "give the mask of this image."
             )
-        return np.full(count, label, dtype=np.uint8)
+        wrong = classes[~np.isin(classes, [*range(self.num_classes), UNLABELLED])]
+        if wrong.size:
+            raise BadSampleError(
+                f"{item['label']} holds the value {wrong[0]:g}; the task has classes 0 to {last}: correct the mask."
+            )
+        return image, classes.astype(np.uint8)

@@ -8,9 +8,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from amkd_monai.data.splits import Item, Sections
+from amkd_monai.files.masks import other_size
 from amkd_monai.files.names import PICTURE_SUFFIXES, images_to_predict, natural, some
-from amkd_monai.files.pictures import opened, orientation, upright_size
-from amkd_monai.files.volumes import grid_problem, volume_grid
+from amkd_monai.files.pictures import picture_frame
+from amkd_monai.files.volumes import check_grid, volume_grid
 
 logger = logging.getLogger("amkd_monai")
 
@@ -25,7 +26,7 @@ def check_layout(
     parts: Sequence[str],
     otherwise: Callable[[Path], str] = lambda root: "",
 ) -> None:
-    """Raise one sentence that names the right folder if ``root`` is one level too high or too low.
+    """Raise a FileNotFoundError that names the right folder if ``root`` is one level too high or too low.
 
     Args:
         root: the folder that was given.
@@ -34,9 +35,6 @@ def check_layout(
         has_layout: whether a folder has it.
         parts: names of the folders inside the right one.
         otherwise: what else may be wrong with ``root``, in words; asked before looking one level below.
-
-    Raises:
-        FileNotFoundError: ``root`` has not the layout.
     """
     if has_layout(root):
         return
@@ -51,12 +49,7 @@ def check_layout(
 
 
 def named_folders(root: Path, folders: Sequence[str]) -> tuple[Path, Path]:
-    """Return the folder of images and that of masks under the names a config gives.
-
-    Raises:
-        ValueError: not two names.
-        FileNotFoundError: no such folder.
-    """
+    """Return the folders of images and of masks under the two names a config gives."""
     if isinstance(folders, str) or len(folders) != 2:
         raise ValueError(f"folders must name two folders, images and masks, not {folders}.")
     for name in folders:
@@ -72,15 +65,8 @@ def pair(
 ) -> list[Item]:
     """Make one item per image and mask of one id; each is its own group.
 
-    An item whose files cannot be read, or do not lie on each other, says so under "problem".
-
-    Args:
-        images: files by id.
-        masks: files by id.
-        problem: says what is wrong with an image and its masks; None looks at pictures.
-
-    Raises:
-        FileNotFoundError: there is no image, or an image or mask has no partner.
+    An item whose files cannot be read, or do not lie on each other, says so under "problem", by the words of
+    ``problem`` (:func:`picture_problem` by default). An image or mask without partner is a FileNotFoundError.
     """
     check_partners(images.keys() - masks.keys(), images, "mask", masks)
     check_partners(masks.keys() - images.keys(), masks, "image", images)
@@ -98,11 +84,7 @@ def mark_problem(item: Item, problem: str) -> None:
 
 
 def check_partners(alone: Iterable[str], files: Mapping[str, Path], partner: str, others: Mapping[str, Path]) -> None:
-    """Raise one sentence about all files without a partner.
-
-    Raises:
-        FileNotFoundError: ``alone`` is not empty.
-    """
+    """Raise a FileNotFoundError about all files without a partner, if there are any."""
     if alone := set(alone):
         folder = files[min(alone)].parent
         beside = f" in {next(iter(others.values())).parent}" if others else ""
@@ -115,18 +97,12 @@ def check_partners(alone: Iterable[str], files: Mapping[str, Path], partner: str
 def picture_problem(image: Path, masks: Sequence[Path]) -> str:
     """Say what is wrong with the headers of a picture and its masks; empty if nothing is."""
     try:
-        with opened(image) as opened_image:
-            size, tag = upright_size(opened_image), orientation(opened_image)
-        for mask in masks:
-            with opened(mask) as opened_mask:
-                found, stored = upright_size(opened_mask), orientation(opened_mask)
-            if found != size and not ((tag >= 5) != (stored >= 5) and found == size[::-1]):
-                return (
-                    f"Mask {mask} is {found[0]}x{found[1]} pixels but its image is {size[0]}x{size[1]}: replace one by "
-                    "the file of the original archive."
-                )
+        (size, tag), *of_masks = map(picture_frame, (image, *masks))
     except ValueError as error:
         return str(error)
+    for mask, (found, own) in zip(masks, of_masks, strict=True):
+        if found != size and not ((tag >= 5) != (own >= 5) and found == size[::-1]):
+            return other_size(mask, found, size)
     return ""
 
 
@@ -135,8 +111,7 @@ def volume_problem(image: Path, masks: Sequence[Path]) -> str:
     try:
         grid = volume_grid(image)
         for mask in masks:
-            if problem := grid_problem(grid, volume_grid(mask)):
-                return f"Label {mask} cannot be used: {problem}; save it on the grid of its image."
+            check_grid(mask, volume_grid(mask), grid)
     except ValueError as error:
         return str(error)
     return ""
@@ -145,18 +120,15 @@ def volume_problem(image: Path, masks: Sequence[Path]) -> str:
 def plain_items(
     folders: Sequence[Path], what: str = "images", suffixes: Sequence[str] = PICTURE_SUFFIXES
 ) -> list[Item]:
-    """List what is to be predicted: the files of the first folder that has any; masks and predictions are no images.
+    """List what is to be predicted: the images of the first folder that has any, as items with "image" and "id".
 
     Args:
         folders: where to look, the folder that was given last.
         what: what the files are, in words.
         suffixes: the kinds of file.
 
-    Returns:
-        Items with "image" and "id", in natural order of the ids.
-
     Raises:
-        FileNotFoundError: there is no such folder or no file in it.
+        FileNotFoundError: there is no such folder or no image in it.
     """
     for folder in folders:
         if folder.is_dir() and (files := images_to_predict(folder, suffixes)):
@@ -169,12 +141,7 @@ def plain_items(
 
 
 def check_ids(rows: Collection[str], images: Collection[str], table: Path, folder: Path) -> None:
-    """Check that a label table and a folder of images name the same cases.
-
-    Raises:
-        FileNotFoundError: an id without image.
-        ValueError: an image without label.
-    """
+    """Refuse an id without image (FileNotFoundError) and an image without label (ValueError)."""
     if lost := set(rows) - set(images):
         raise FileNotFoundError(
             f"{table} names id(s) without an image in {folder}: {some(lost)}; add the image(s) or remove the line(s)."

@@ -61,22 +61,35 @@ def _photograph(rng: np.random.Generator, grade: int, height: int) -> np.ndarray
     shade = 1 - 0.35 * (x**2 + y**2) + 0.10 * _grain(rng, (h, w), h / 8) + 0.03 * _grain(rng, (h, w), 2.0)
     image = base * shade[..., None]
 
-    def spot(centre: tuple[float, float], radius: float, x: np.ndarray = x) -> np.ndarray:
+    def spot(centre: tuple[float, float], radius: float, x: np.ndarray = x, y: np.ndarray = y) -> np.ndarray:
         return np.exp(-((((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / radius**2) ** 2))
 
-    def stain(cover: np.ndarray, colour: tuple[float, float, float], strength: float) -> None:
-        image[...] += strength * cover[..., None] * (np.array(colour) - image)
+    def window(points: np.ndarray, reach: float) -> tuple[slice, slice]:
+        """Rows and columns within `reach` of points (n, 2) as (x, y): what is painted there is invisible beyond."""
+        (left, top), (right, bottom) = points.min(0) - reach, points.max(0) + reach
+        rows, columns = np.searchsorted(y[:, 0], (top, bottom)), np.searchsorted(x[0], (left, right))
+        return slice(*rows), slice(*columns)
+
+    def stain(cover: np.ndarray, colour: tuple[float, float, float], strength: float, part: Any = ...) -> None:
+        image[part] += strength * cover[..., None] * (np.array(colour) - image[part])
+
+    def stain_spot(
+        centre: tuple[float, float], radius: float, colour: tuple[float, float, float], strength: float
+    ) -> None:
+        part = window(np.array([centre]), 3 * radius)
+        stain(spot(centre, radius, x[part], y[part]), colour, strength, part)
 
     def vessel(start: tuple[float, float], end: np.ndarray | tuple[float, float], width: float) -> None:
         """Darken the image along a bent line that gets thinner."""
         begin, finish = np.array(start), np.array(end)
         bend = (begin + finish) / 2 + rng.normal(0, 0.12, 2)
-        cover = np.zeros_like(x)
-        for t in np.linspace(0, 1, 28):
-            px, py = (1 - t) ** 2 * begin + 2 * t * (1 - t) * bend + t**2 * finish
-            reach = width * (1.3 - t)
-            cover = np.maximum(cover, np.exp(-(((x - px) ** 2 + (y - py) ** 2) / (2 * reach**2))))
-        image[...] *= 1 - 0.45 * cover[..., None]
+        t = np.linspace(0, 1, 28)[:, None]
+        points, widths = (1 - t) ** 2 * begin + 2 * t * (1 - t) * bend + t**2 * finish, width * (1.3 - t[:, 0])
+        part = window(points, 9 * widths[0])
+        nearest = np.full(x[part].shape, np.inf)
+        for (px, py), reach in zip(points, widths, strict=True):
+            nearest = np.minimum(nearest, ((x[part] - px) ** 2 + (y[part] - py) ** 2) / (2 * reach**2))
+        image[part] *= 1 - 0.45 * np.exp(-nearest)[..., None]
 
     def places(kind: str) -> list[tuple[float, float]]:
         low, high = FUNDUS_LESIONS[kind][grade]
@@ -92,12 +105,12 @@ def _photograph(rng: np.random.Generator, grade: int, height: int) -> np.ndarray
         for reach in rng.uniform(0.25, 0.95, 4):
             vessel(nerve, (-side * reach, sign * rng.uniform(0.3, 0.9)), 0.018)
     for place in places("microaneurysms"):
-        stain(spot(place, rng.uniform(0.018, 0.026)), (0.30, 0.03, 0.03), 0.9)
+        stain_spot(place, rng.uniform(0.018, 0.026), (0.30, 0.03, 0.03), 0.9)
     for place in places("haemorrhages"):
         blot = spot(x=x * rng.uniform(0.7, 1.3), centre=place, radius=rng.uniform(0.045, 0.09))
         stain(np.clip(blot * (1 + 0.4 * _grain(rng, (h, w), 2.0)), 0, 1), (0.22, 0.02, 0.03), 0.95)
     for place in places("exudates"):
-        stain(spot(place, rng.uniform(0.025, 0.05)), (0.98, 0.90, 0.50), 0.95)
+        stain_spot(place, rng.uniform(0.025, 0.05), (0.98, 0.90, 0.50), 0.95)
     for place in places("new_vessels"):
         for _ in range(6):  # a tuft
             vessel(place, np.array(place) + rng.normal(0, 0.12, 2), 0.012)
@@ -214,18 +227,17 @@ def _chest(
     hu[np.hypot(x / 0.11, (y - 0.62) / 0.13) < 1] = 350  # the spine
     lungs = np.zeros(shape, bool)
     for side in (-1, 1):
-        taper = 1 - 0.35 * np.abs(z)  # narrow at both ends
-        width, depth = rng.uniform(0.25, 0.33) * taper, rng.uniform(0.45, 0.62) * taper
-        center = side * rng.uniform(0.36, 0.44), rng.uniform(-0.1, 0.1)
-        lungs |= np.hypot((x - center[0]) / width, (y - center[1]) / depth) + 0.06 * noise < 1
+        middle, size = (side * rng.uniform(0.36, 0.44), rng.uniform(-0.1, 0.1)), rng.uniform((0.25, 0.45), (0.33, 0.62))
+        distance = np.hypot((x - middle[0]) / size[0], (y - middle[1]) / size[1]) / (1 - 0.35 * np.abs(z))
+        lungs |= distance + 0.06 * noise < 1
     lungs &= np.hypot((x - rng.uniform(-0.15, 0.2)) / 0.26, (y + 0.18) / rng.uniform(0.28, 0.4)) > 1  # the heart
     vessels = np.exp(-((_smooth_noise(rng, shape, (16, 14, 5)) / 0.08) ** 2))
     hu = np.where(lungs, -840 + 110 * np.clip(y, 0, 1) + 450 * vessels * (noise > 0.3), hu)
     mask = np.zeros(shape, bool)
     places = np.argwhere(lungs)
     for _ in range(rng.integers(2, 5) if infected else 0):
-        middle = tuple(places[rng.integers(len(places))])
-        offset = [(axis - axis[middle]) / radius for axis, radius in ((x, 0.24), (y, 0.24), (z, 0.4))]
+        center = tuple(places[rng.integers(len(places))])
+        offset = [(axis - axis[center]) / radius for axis, radius in ((x, 0.24), (y, 0.24), (z, 0.4))]
         patch = (np.linalg.norm(offset, axis=0) + 0.2 * noise < 1) & lungs
         hu = np.where(patch, np.maximum(hu, rng.uniform(-620, -250)), hu)
         mask |= patch

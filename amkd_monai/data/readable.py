@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import nibabel
 import numpy as np
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, MetaTensor, list_data_collate
@@ -19,8 +20,7 @@ from amkd_monai.files.pictures import DAMAGED, level_problem
 
 logger = logging.getLogger("amkd_monai")
 
-UNREADABLE = (*DAMAGED, RuntimeError)
-"""What transforms raise for files that cannot be used; MONAI and torch (out of memory) raise RuntimeError."""
+UNREADABLE = (*DAMAGED, RuntimeError)  # MONAI and torch (out of memory) raise RuntimeError
 
 
 class BadSampleError(ValueError):
@@ -36,21 +36,17 @@ class Unusable:
 
 
 def read_item(item: Mapping[str, Any], transform: Callable) -> dict[str, Any]:
-    """Apply a transform chain to an item.
-
-    Raises:
-        BadSampleError: its files cannot be read, do not belong together, or show nothing.
-    """
+    """Apply a transform chain to an item; files that cannot be used or show nothing are a BadSampleError."""
     if problem := item.get("problem"):
         raise BadSampleError(problem)
-    files = " or ".join((str(item["image"]), *label_files(item)))
+    files = [str(item["image"]), *label_files(item)]
     try:
         data = dict(transform(dict(item)))
     except UNREADABLE as error:
         cause = " ".join(str(root := root_cause(error)).split())
-        if is_own(root) and any(file in cause for file in files.split(" or ")):
+        if is_own(root) and any(file in cause for file in files):
             raise BadSampleError(cause) from error
-        raise BadSampleError(f"{files} cannot be read ({cause[:200]}): replace or remove the file.") from error
+        raise BadSampleError(f"{' or '.join(files)} cannot be read ({cause[:200]}): replace or remove it.") from error
     image = np.asarray(data["image"])
     if not np.isfinite(image).all():
         raise BadSampleError(f"{item['image']} holds values that are not finite: replace or remove the file.")
@@ -59,37 +55,30 @@ def read_item(item: Mapping[str, Any], transform: Callable) -> dict[str, Any]:
     return data
 
 
-def stored_axes(image: Any) -> str:
-    """Where the axes of a volume (C, X, Y, Z) point after its transforms, such as "RAS"; empty for pictures."""
-    import nibabel
+class Agreement:
+    """What all items of a data set share: the meaning of 255 in their masks, and the axes of their volumes.
 
-    if not isinstance(image, MetaTensor) or image.ndim != 4:
-        return ""
-    return "".join(nibabel.aff2axcodes(np.asarray(image.affine)))
-
-
-def check_axes(axes: str, expected: str, file: str) -> None:
-    """Refuse volumes whose slices run through the body in different directions.
-
-    Raises:
-        BadSampleError: the axes differ.
+    Attributes:
+        axes: where the axes of volumes (C, X, Y, Z) point after the transforms, such as "RAS"; empty for pictures.
     """
-    if expected and axes != expected:
-        raise BadSampleError(
-            f"{file} lies in the axes {axes} after preprocessing, others in {expected}: add Orientationd to it."
-        )
 
+    def __init__(self) -> None:
+        self.axes, self._codings = "", set[str]()
 
-def joined_codings(known: set[str], data: Mapping[str, Any], item: Mapping[str, Any]) -> set[str]:
-    """Codings of the masks so far and of a new one, see :func:`amkd_monai.files.masks.coding_problem`.
-
-    Raises:
-        BadSampleError: the new one contradicts them.
-    """
-    joined = known.union(getattr(data.get("label"), "meta", {}).pop("mask_coding", ()))
-    if problem := coding_problem(joined):
-        raise BadSampleError(f"{item['label']}: {problem}")
-    return joined
+    def check(self, data: Mapping[str, Any], item: Mapping[str, Any]) -> None:
+        """Raise BadSampleError if what was read of an item contradicts the items before it."""
+        image, axes = data["image"], ""
+        if isinstance(image, MetaTensor) and image.ndim == 4:
+            axes = "".join(nibabel.aff2axcodes(np.asarray(image.affine)))
+        if self.axes not in ("", axes):
+            raise BadSampleError(
+                f"{item['image']} lies in the axes {axes} after preprocessing, others in {self.axes}: add Orientationd "
+                "to it."
+            )
+        codings = self._codings.union(getattr(data.get("label"), "meta", {}).pop("mask_coding", ()))
+        if problem := coding_problem(codings):
+            raise BadSampleError(f"{item['label']}: {problem}")
+        self.axes, self._codings = axes, codings
 
 
 class ReadableDataset(Dataset):
@@ -104,29 +93,25 @@ class ReadableDataset(Dataset):
     def __init__(self, data: Sequence[Mapping[str, Any]], transform: Callable, keep: bool = False) -> None:
         self.data, self.transform, self.keep = list(data), transform, keep
         self._kept: dict[int, dict[str, Any] | Unusable] = {}
-        self._codings: set[str] = set()
-        self._axes = ""
+        self._agreement = Agreement()
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any] | Unusable:
         """Return what the chain gives, or why it gives nothing."""
-        if index in self._kept:
-            found = self._kept[index]
-            return found if isinstance(found, Unusable) else dict(found)
-        item = self.data[index]
-        result: dict[str, Any] | Unusable
-        try:
-            result = read_item(item, self.transform)
-            check_axes(axes := stored_axes(result["image"]), self._axes, item["image"])
-            self._axes = axes
-            self._codings = joined_codings(self._codings, result, item)
-        except BadSampleError as error:
-            result = Unusable(str(item.get("id", item["image"])), str(error))
+        result = self._kept.get(index) or self._read(self.data[index])
         if self.keep:
             self._kept[index] = result
         return result if isinstance(result, Unusable) else dict(result)
+
+    def _read(self, item: Mapping[str, Any]) -> dict[str, Any] | Unusable:
+        try:
+            data = read_item(item, self.transform)
+            self._agreement.check(data, item)
+        except BadSampleError as error:
+            return Unusable(str(item.get("id", item["image"])), str(error))
+        return data
 
 
 def _collate(batch: list[Any]) -> Any:
@@ -149,8 +134,7 @@ class ReadableLoader(DataLoader):
     """
 
     def __init__(self, dataset: ReadableDataset, on_bad_sample: str = "stop", **options: Any) -> None:
-        if on_bad_sample not in ("stop", "skip"):
-            raise ValueError(f"on_bad_sample must be 'stop' or 'skip', not '{on_bad_sample}'.")
+        check_on_bad_sample(on_bad_sample)
         super().__init__(dataset, batch_size=1, collate_fn=_collate, **options)
         self.on_bad_sample = on_bad_sample
         self.skipped: list[dict[str, str]] = []
@@ -192,3 +176,9 @@ class ReadableLoader(DataLoader):
                 f"{len(self.skipped)} of {len(self.sampler)} item(s) could not be used, the results of the others are "
                 f"written: {self.skipped[0]['reason']} (--on_bad_sample skip accepts this.)"
             )
+
+
+def check_on_bad_sample(value: str) -> None:
+    """Refuse another value than "stop" or "skip"."""
+    if value not in ("stop", "skip"):
+        raise ValueError(f"on_bad_sample must be 'stop' or 'skip', not '{value}'.")

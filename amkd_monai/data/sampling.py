@@ -33,9 +33,6 @@ class BatchSampler(Sampler[list[int]]):
         min_steps: an epoch has at least so many steps.
         rank: this process.
         world_size: number of processes; each takes its own part of the epoch.
-
-    Raises:
-        ValueError: no labelled sample, or a class balance without classes or out of range.
     """
 
     def __init__(
@@ -123,9 +120,6 @@ class MultiTaskLoader:
         tasks_per_step: tasks in a step, at most as many as there are; None takes all of them.
         steps: steps of an epoch; None takes as many as all samples fill.
         seed: seed of the run.
-
-    Raises:
-        ValueError: an exponent or a number out of range.
     """
 
     def __init__(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-
-logger = logging.getLogger("amkd_monai")
 
 Item = dict[str, Any]
 Sections = tuple[list[Item], list[Item], list[Item]]
@@ -76,22 +73,6 @@ def random_split(items: Iterable[Item], fractions: Sequence[float] = (0.7, 0.15,
         empty.discard(section)
     train, validation, test = ([item for item in items if section_of[item["group"]] == section] for section in range(3))
     return train, validation, test
-
-
-def fixed_split(train: Iterable[Item], test: Iterable[Item], fractions: Sequence[float], seed: int = 0) -> Sections:
-    """Keep a given test section and take validation from train, in the ratio of the first two fractions.
-
-    Training items of a group that the test section has are left out, loudly.
-    """
-    test = _sorted_by_id(test)
-    test_groups = {item["group"] for item in test}
-    train = _sorted_by_id(train)
-    if leaking := [item["id"] for item in train if item["group"] in test_groups]:
-        logger.warning("Left out of train, as their images are also in the test section: %s.", ", ".join(leaking))
-    share = fractions[0] / (fractions[0] + fractions[1])
-    rest = [item for item in train if item["group"] not in test_groups]
-    new_train, validation, _ = random_split(rest, (share, 1 - share, 0), seed)
-    return new_train, validation, test
 
 
 def k_fold(

@@ -11,38 +11,46 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from monai.utils import ensure_tuple
-from torch import Tensor
+from monai.utils import convert_to_dst_type, ensure_tuple
 
+from amkd_monai.files import volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, read_mask
 from amkd_monai.files.names import expanded, file_id, file_of
 from amkd_monai.files.pictures import read_picture, write_png
 from amkd_monai.files.steps import disc_box, squared
-from amkd_monai.files.volumes import (
-    CT_VALUES,
-    Grid,
-    ct_extremes,
-    ct_range,
-    read_label_volume,
-    read_volume,
-    write_mask_volume,
-)
 
-FILENAME = "filename_or_obj"
+FILENAME = "filename_or_obj"  # keys of meta data: the file, and how the values of a mask were coded
 CODING = "mask_coding"
-"""Keys of meta data: the file; how the values of a mask were coded, where that was guessed."""
 
 
 def _loaded(array: np.ndarray, file: Any, affine: np.ndarray | None = None) -> MetaTensor:
-    """Values (C, ...) with MONAI's meta data."""
+    """Values (C, ...) as float32 with MONAI's meta data."""
     meta = {FILENAME: str(file), "spatial_shape": np.array(array.shape[1:]), "original_channel_dim": 0}
     matrix = torch.eye(3 if array.ndim == 3 else 4, dtype=torch.float64) if affine is None else torch.as_tensor(affine)
-    return MetaTensor(
-        torch.from_numpy(np.ascontiguousarray(array)), matrix, {**meta, "original_affine": matrix.clone()}
-    )
+    values = torch.from_numpy(np.ascontiguousarray(array).astype(np.float32, copy=False))
+    return MetaTensor(values, matrix, {**meta, "original_affine": matrix.clone()})
 
 
-class LoadPictured(MapTransform):
+def _file_of(data: Mapping[Hashable, Any], key: str) -> Any:
+    """Path of an image, loaded or not; None if there is none."""
+    value = data.get(key)
+    if isinstance(value, MetaTensor):
+        return value.meta.get(FILENAME)
+    return value if isinstance(value, (str, Path)) else None
+
+
+class _PerKey(MapTransform):
+    """A transform that replaces the value of each key by ``_changed(value, data)``."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace the values; the given data stay."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[key] = self._changed(result[key], data)
+        return result
+
+
+class LoadPictured(_PerKey):
     """Load pictures of any mode as RGB (3, H, W), levels 0 to 255, float32, upright; see :mod:`..files.pictures`.
 
     Args:
@@ -58,16 +66,11 @@ class LoadPictured(MapTransform):
         super().__init__(keys, allow_missing_keys)
         self.size = None if size is None else (int(size[0]), int(size[1]))
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Replace each key's path by the picture."""
-        result = dict(data)
-        for key in self.key_iterator(result):
-            picture = read_picture(result[key], self.size)
-            result[key] = _loaded(picture.transpose(2, 0, 1).astype(np.float32), result[key])
-        return result
+    def _changed(self, file: Any, data: Mapping[Hashable, Any]) -> MetaTensor:
+        return _loaded(read_picture(file, self.size).transpose(2, 0, 1), file)
 
 
-class LoadMaskd(MapTransform):
+class LoadMaskd(_PerKey):
     """Load masks of pictures as class indices (1, H, W), float32, 255 where there is no label.
 
     Args:
@@ -89,46 +92,34 @@ class LoadMaskd(MapTransform):
         super().__init__(keys, allow_missing_keys)
         self.image_key, self.classes, self.codes = image_key, classes, codes
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Replace each key's paths by the mask."""
-        result = dict(data)
-        for key in self.key_iterator(result):
-            files = [str(file) for file in ensure_tuple(result[key])]
-            used: set[str] = set()
-            mask = read_mask(files, _file_of(data, self.image_key), self.classes, self.codes, used)
-            result[key] = _loaded(mask[None].astype(np.float32), files[0])
-            result[key].meta[CODING] = sorted(used) if self.codes == "auto" else []
-        return result
+    def _changed(self, value: Any, data: Mapping[Hashable, Any]) -> MetaTensor:
+        files, used = [str(file) for file in ensure_tuple(value)], set[str]()
+        mask = read_mask(files, _file_of(data, self.image_key), self.classes, self.codes, used)
+        loaded = _loaded(mask[None], files[0])
+        loaded.meta[CODING] = sorted(used)
+        return loaded
 
 
 class LoadVolumed(LoadMaskd):
     """Load NIfTI volumes (1, X, Y, Z), float32, in the order of the image's file, with affines in mm.
 
-    Labels become class indices, 255 where there is no label, on the grid of the image.
-
-    Args:
-        keys: of the files; give both keys, or that of the image.
-        allow_missing_keys: whether a key may be absent.
-        image_key: the key that is an image; every other key is a label of it.
-        classes: number of classes of labels, background included.
-        codes: what the values of labels mean, see :func:`amkd_monai.files.masks.decode`.
+    Arguments are those of :class:`LoadMaskd`: ``image_key`` is the image, every other key a label of it, which becomes
+    class indices on the grid of the image, 255 where there is no label.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace each key's path by the volume."""
         result = dict(data)
-        grid: Grid | None = None
+        grid: volumes.Grid | None = None
         for key in sorted(self.key_iterator(result), key=lambda key: key != self.image_key):
-            file = result[key]
+            file, used = result[key], set[str]()
             if key == self.image_key:
-                array, grid = read_volume(file)
+                array, grid = volumes.read_volume(file)
+                result[key] = _loaded(array[None], file, grid.affine)
             else:
-                used: set[str] = set()
-                mask, of_label = read_label_volume(file, grid, self.classes, self.codes, used)
-                array, grid = mask.astype(np.float32), grid or of_label
-            result[key] = _loaded(array[None], file, grid.affine)
-            if key != self.image_key:
-                result[key].meta[CODING] = sorted(used) if self.codes == "auto" else []
+                array, grid = volumes.read_label_volume(file, grid, self.classes, self.codes, used)
+                result[key] = _loaded(array[None], file, grid.affine)
+                result[key].meta[CODING] = sorted(used)
         return result
 
 
@@ -136,15 +127,7 @@ load_rgb, load_mask, load_volume = LoadPictured, LoadMaskd, LoadVolumed
 """The names that configs use."""
 
 
-def _file_of(data: Mapping[Hashable, Any], key: str) -> Any:
-    """Path of an image, loaded or not; None if there is none."""
-    value = data.get(key)
-    if isinstance(value, MetaTensor):
-        return value.meta.get(FILENAME)
-    return value if isinstance(value, (str, Path)) else None
-
-
-class CtWindowd(MapTransform):
+class CtWindowd(_PerKey):
     """Scale a CT to [0, 1] by a window; a CT that was windowed to 0..255 or 0..1 before is scaled from there.
 
     Args:
@@ -155,70 +138,44 @@ class CtWindowd(MapTransform):
     """
 
     def __init__(
-        self, keys: KeysCollection, low: float = -1250.0, high: float = 250.0, values: str = CT_VALUES[0]
+        self, keys: KeysCollection, low: float = -1250.0, high: float = 250.0, values: str = volumes.CT_VALUES[0]
     ) -> None:
         super().__init__(keys)
         self.low, self.high, self.values = low, high, values
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Scale each key's volume."""
-        result = dict(data)
-        for key in self.key_iterator(result):
-            volume = result[key]
-            try:
-                low, high = ct_range(*ct_extremes(np.asarray(volume)), self.low, self.high, self.values)
-            except ValueError as error:
-                raise ValueError(f"{_file_of(data, key) or key}: {error}.") from error
-            result[key] = ((volume - low) / (high - low)).clip(0, 1)
-        return result
+    def _changed(self, volume: Any, data: Mapping[Hashable, Any]) -> Any:
+        try:
+            low, high = volumes.ct_range(np.asarray(volume), self.low, self.high, self.values)
+        except ValueError as error:
+            raise ValueError(f"{getattr(volume, 'meta', {}).get(FILENAME, 'a CT')}: {error}.") from error
+        return ((volume - low) / (high - low)).clip(0, 1)
 
 
-class CropFundusd(MapTransform):
+class CropFundusd(_PerKey):
     """Cut the black borders of (C, H, W) and pad the shorter side with black to a square, so that a disc stays round.
 
     Deterministic: nothing is drawn. The size of the image, which in some data sets tells the camera and so the grade,
     is lost with the borders.
-
-    Args:
-        keys: images, of any range that starts at 0.
-        allow_missing_keys: as in MONAI.
     """
 
     def __init__(self, keys: KeysCollection = "image", allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Replace each key's image by (C, S, S); meta data are kept."""
-        result = dict(data)
-        for key in self.key_iterator(result):
-            image = result[key]
-            pixels = np.asarray(image)
-            rows, columns = disc_box(pixels)
-            square = squared(pixels[:, rows, columns])
-            meta = image.meta if isinstance(image, MetaTensor) else None
-            result[key] = MetaTensor(square, meta=meta) if isinstance(image, Tensor) else square
-        return result
+    def _changed(self, image: Any, data: Mapping[Hashable, Any]) -> Any:
+        pixels = np.asarray(image)
+        rows, columns = disc_box(pixels)
+        return convert_to_dst_type(squared(pixels[:, rows, columns]), image)[0]
 
 
-class NeighbourSlicesd(MapTransform):
+class NeighbourSlicesd(_PerKey):
     """Turn a volume (1, D, H, W) into (3, D, H, W): each slice with its two neighbours as channels (2.5D).
 
     The first and last slice are their own missing neighbour.
     """
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Replace each key's volume; meta data are kept."""
-        result = dict(data)
-        for key in self.key_iterator(result):
-            volume = result[key]
-            index = torch.arange(volume.shape[1])
-            last = volume.shape[1] - 1
-            channels = [volume[0][(index + shift).clamp(0, last)] for shift in (-1, 0, 1)]
-            stacked = torch.stack([torch.as_tensor(np.asarray(c)) for c in channels])
-            meta = volume.meta if isinstance(volume, MetaTensor) else None
-            applied = volume.applied_operations if isinstance(volume, MetaTensor) else None
-            result[key] = MetaTensor(stacked, meta=meta, applied_operations=applied)
-        return result
+    def _changed(self, volume: Any, data: Mapping[Hashable, Any]) -> Any:
+        before, after = (torch.cat(v, 1) for v in ([volume[:, :1], volume[:, :-1]], [volume[:, 1:], volume[:, -1:]]))
+        return torch.cat([before, volume, after], 0)
 
 
 class DropUnlabelledd(MapTransform):
@@ -260,15 +217,13 @@ class SaveMaskd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write each key's map; the data stay."""
-        source = Path(data[self.image_key].meta[FILENAME])
+        source, folder = Path(data[self.image_key].meta[FILENAME]), expanded(self.output_dir)
         name = str(data.get("id") or file_id(source))
+        folder.mkdir(parents=True, exist_ok=True)
         for key in self.key_iterator(data):
             mask = np.asarray(data[key])[0].astype(np.uint8)
-            folder = expanded(self.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
             if mask.ndim == 2:
                 write_png(file_of(folder, f"{name}_mask.png"), (mask > 0).astype(np.uint8) * 255)
             else:
-                affine = np.asarray(data[self.image_key].meta["original_affine"], float)
-                write_mask_volume(file_of(folder, f"{name}_mask.nii.gz"), mask, Grid(mask.shape, affine), source)
+                volumes.write_mask_volume(file_of(folder, f"{name}_mask.nii.gz"), mask, volumes.volume_grid(source))
         return dict(data)

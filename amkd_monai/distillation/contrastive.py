@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,16 +34,10 @@ class SampleTable:
 
 
 def contrastive_loss(similar: Tensor, own: Tensor, eligible: Tensor, temperature: Tensor | float) -> Tensor:
-    """Cross entropy of finding the own teacher vector among the eligible ones (Tian et al., CRD, ICLR 2020).
+    """Cross entropy (B,) of finding the own teacher vector among the eligible ones (Tian et al., CRD, ICLR 2020).
 
-    Args:
-        similar: cosine of each student vector with m teacher vectors (B, m).
-        own: cosine with the own teacher vector (B,).
-        eligible: which of the m are negatives (B, m).
-        temperature: of the softmax.
-
-    Returns:
-        (B,), 0 for a sample without any negative.
+    ``similar`` (B, m) and ``own`` (B,) are cosines of the student's vectors with m teacher vectors and with their own;
+    ``eligible`` (B, m) says which of the m are negatives. A sample without any costs 0.
     """
     negatives = torch.where(eligible, similar.float() / temperature, torch.full_like(similar, -torch.inf))
     scores = torch.cat([own.float()[:, None] / temperature, negatives], dim=1)
@@ -54,40 +47,36 @@ def contrastive_loss(similar: Tensor, own: Tensor, eligible: Tensor, temperature
 class ContrastiveDistillation(Counter):
     """Heads from the pooled student map to each teacher's pooled standardised vectors, and the negatives.
 
-    The vectors of all samples are on the device, and negatives are drawn from them in every step.
-    The table is not part of the state; the temperature and the count of steps are.
-
-    Args:
-        channels: of the student map.
-        samples: the training dataset.
-        options: ``temperature`` (0.07) and whether it is ``learnable`` (True); ``negatives`` per sample at most (1024);
-            ``seed`` of the draws.
-
-    Raises:
-        ValueError: unknown options, a temperature out of range, or vectors that are not finite.
+    The vectors of all samples are on the device, and up to ``negatives`` of them are drawn for each sample in every
+    step. The table is not part of the state; the temperature, trained if ``learnable``, and the count of steps are.
     """
 
-    def __init__(self, channels: int, samples: SampleTable, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        samples: SampleTable,
+        temperature: float = 0.07,
+        learnable: bool = True,
+        negatives: int = 1024,
+        seed: int = 0,
+    ) -> None:
         super().__init__("step")
-        options = dict(options or {})
-        if unknown := set(options) - set(OPTIONS):
-            raise ValueError(f"Unknown contrastive options {sorted(unknown)}: use some of {', '.join(OPTIONS)}.")
-        temperature = float(options.get("temperature", 0.07))
         if not COOLEST <= temperature <= WARMEST:
             raise ValueError(f"The contrastive temperature {temperature} is out of range: use {COOLEST} to {WARMEST}.")
-        self.negatives, self.seed = int(options.get("negatives", 1024)), int(options.get("seed", 0))
+        self.negatives, self.seed = negatives, seed
         self.heads = nn.ModuleDict()
         self.table: dict[str, Tensor] = {}
         for name, vectors in samples.vectors.items():
             if not bool(torch.isfinite(vectors).all()):
                 raise ValueError(f"The teacher '{name}' has pooled features that are not finite: rebuild its cache.")
-            self.table[name] = F.normalize(_standardise(vectors.float()), dim=1)
+            vectors = vectors.float()
+            deviation = vectors.std(0, unbiased=False)
+            deviation = torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation))
+            self.table[name] = F.normalize((vectors - vectors.mean(0)) / deviation, dim=1)
             hidden = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, 128), nn.GELU())
             self.heads[name] = nn.Sequential(*hidden, nn.Linear(128, vectors.shape[1]))
         self.groups, self.classes = samples.groups.long(), samples.classes
-        self.log_temperature = nn.Parameter(
-            torch.tensor(math.log(temperature)), requires_grad=bool(options.get("learnable", True))
-        )
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learnable)
 
     @property
     def temperature(self) -> Tensor:
@@ -95,18 +84,19 @@ class ContrastiveDistillation(Counter):
         return self.log_temperature.exp().clamp(COOLEST, WARMEST)
 
     def forward(self, features: Tensor, index: Tensor | None) -> dict[str, Tensor]:
-        """Compute the loss of each teacher, {teacher: (B,)}; when a step was counted, other negatives are drawn.
+        """Compute the loss of each teacher, {teacher: (B,)}, of a student map (B, C, h, w).
 
-        Args:
-            features: student map (B, C, h, w).
-            index: position of each sample in the training dataset (B,).
-
-        Raises:
-            ValueError: the indices are missing or beyond the dataset.
+        ``index`` is the position of each sample in the training dataset (B,). When a step was counted, other negatives
+        are drawn.
         """
-        index = self._check(index).to(features.device)
-        self._move(features.device)
-        pooled = features.float().mean((2, 3))
+        if index is None:
+            raise ValueError("Contrastive distillation needs the index of each sample: give the batch its index.")
+        device = features.device
+        if self.groups.device != device:
+            self.groups = self.groups.to(device)
+            self.classes = None if self.classes is None else self.classes.to(device)
+            self.table = {name: vectors.to(device) for name, vectors in self.table.items()}
+        index, pooled = index.to(device), features.float().mean((2, 3))
         keep, eligible = self._draw(self.eligible(index))
         out = {}
         for name, head in self.heads.items():
@@ -131,24 +121,3 @@ class ContrastiveDistillation(Counter):
         count = min(self.negatives, eligible.shape[1])
         keep = torch.where(eligible, keys, torch.full_like(keys, -1.0)).topk(count, dim=1).indices
         return keep, eligible.gather(1, keep)
-
-    def _check(self, index: Tensor | None) -> Tensor:
-        if index is None:
-            raise ValueError("Contrastive distillation needs the index of each sample: give the batch its index.")
-        if int(index.min()) < 0 or int(index.max()) >= len(self.groups):
-            raise ValueError(
-                f"A batch holds the sample index {int(index.max())}, the table has {len(self.groups)} samples: "
-                "prepare the targets for this dataset."
-            )
-        return index
-
-    def _move(self, device: torch.device) -> None:
-        if self.groups.device != device:
-            self.groups = self.groups.to(device)
-            self.classes = None if self.classes is None else self.classes.to(device)
-            self.table = {name: vectors.to(device) for name, vectors in self.table.items()}
-
-
-def _standardise(vectors: Tensor) -> Tensor:
-    deviation = vectors.std(0, unbiased=False)
-    return (vectors - vectors.mean(0)) / torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation))

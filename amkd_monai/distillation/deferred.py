@@ -21,23 +21,13 @@ class Faults:
         self.found: dict[str, Tensor] = {}
 
     def note(self, sentence: str, fault: Tensor, value: Tensor | None = None) -> None:
-        """Note whether there is a fault.
-
-        Args:
-            sentence: what :meth:`read` raises; ``{}`` in it stands for the value.
-            fault: boolean, a scalar.
-            value: an integer for the sentence, a scalar.
-        """
+        """Note whether there is a fault (a boolean scalar); ``{}`` in its sentence stands for the integer ``value``."""
         now = torch.stack([fault.long(), fault.long() if value is None else value.long()])
         known = self.found.get(sentence)
         self.found[sentence] = now if known is None else torch.where(known[0] > 0, known, now)
 
     def read(self) -> None:
-        """Forget what was noted.
-
-        Raises:
-            ValueError: a fault was noted, the first one.
-        """
+        """Forget what was noted, and raise the first fault as a ValueError."""
         found, self.found = self.found, {}
         flags = torch.stack(list(found.values())).tolist() if found else []
         for sentence, (fault, value) in zip(found, flags, strict=True):
@@ -46,11 +36,9 @@ class Faults:
 
 
 class Counter(nn.Module):
-    """A module that counts steps in its state, in a buffer ``name``, and on the host, where they are read.
+    """A module that counts steps in a buffer called ``name``, part of its state, and on the host, where they are read.
 
-    Args:
-        name: of the buffer.
-        arguments: of the class beside which it is a base.
+    Further arguments are those of the class that stands next to it as a base.
     """
 
     def __init__(self, name: str, *arguments: Any) -> None:

@@ -5,28 +5,151 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from amkd_monai.distillation import gates, losses, return_decoder
-from amkd_monai.distillation.alignment import Alignment, MeanStdStandardiser, pool_finer
+from amkd_monai.distillation import baselines, gates, loss_gate, losses
+from amkd_monai.distillation.alignment import Alignment, LearnedCode, Standardiser, pool_finer
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
 from amkd_monai.distillation.deferred import INTERVAL, Faults
-from amkd_monai.distillation.gates import GateReading, GateSetup
-from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherSpec, mode_class
-from amkd_monai.distillation.loss_gate import ScaledLossGate, SharedGradients, make_loss_gate, norms
+from amkd_monai.distillation.gates import GateReading, GateSetup, TeacherGate
+from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherTarget, check_options, mode_class
+from amkd_monai.distillation.loss_gate import LossGate, ScaledLossGate, SharedGradients
 
 logger = logging.getLogger("amkd_monai")
 
 DEFAULT_LOSSES = {"output": 1.0, "feature": 0.2}
+RETURN_CODES = ("none", "learned")
 STUDENT_STRIDES = (8, 16)
 """Student levels that are aligned with a teacher (two, summed)."""
 SHARED_STRIDE = 16
 """Student level that gates and contrastive heads see, and where gradients are compared."""
+
+
+def kd_temperature(progress: float, start: float = 2.0, end: float = 2.0, shape: str = "linear") -> float:
+    """KD temperature at ``progress`` in [0, 1], from ``start`` to ``end``, ``linear`` or ``cosine``."""
+    if min(start, end) < 1:
+        raise ValueError(f"The KD temperature runs from {start} to {end}; it must not be below 1.")
+    if shape == "linear":
+        return start + (end - start) * progress
+    if shape == "cosine":
+        return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+    raise ValueError(f"There is no KD temperature schedule '{shape}': use 'linear' or 'cosine'.")
+
+
+def distillation_strength(progress: float, warmup: float = 0.05, decay: float = 0.3, end: float = 0.1) -> float:
+    """The factor beta(t) of all distillation losses: linear warm-up, 1, cosine to ``end``."""
+    if progress < warmup:
+        return progress / warmup
+    if progress <= 1 - decay:
+        return 1.0
+    phase = min(1.0, (progress - (1 - decay)) / decay)
+    return end + (1 - end) * (1 + math.cos(math.pi * phase)) / 2
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """What is distilled and how it is weighed: the settings of a run, under the names they have in ``train.json``.
+
+    Attributes:
+        gate: of the teachers: a name in :data:`gates.GATES` or :data:`baselines.GATES`, or the dotted path of a class.
+        gate_options: of that gate, e.g. ``floor``, ``temperature``; ``tasks``: number of data sets that share it.
+        losses: relative importance of the :data:`LOSSES`; 0 or absence switches one off.
+        loss_gate: a name in :data:`loss_gate.LOSS_GATES` or :data:`baselines.LOSS_GATES`, or a dotted path.
+        loss_gate_options: of that gate.
+        scale_steps: steps over which loss scales are measured before they freeze.
+        return_code: ``none`` compares features directly; ``learned`` compares them in a code, from which they can be
+            reconstructed (:class:`~amkd_monai.distillation.alignment.LearnedCode`).
+        code_channels: size of the code at most.
+        contrastive: options of :class:`~amkd_monai.distillation.contrastive.ContrastiveDistillation`.
+        kd_temperature: options of :func:`kd_temperature`.
+        loss_strength: options of :func:`distillation_strength`.
+
+    Raises:
+        ValueError: an unknown gate, loss, code or option.
+    """
+
+    gate: str = "learned"
+    gate_options: Mapping[str, Any] = field(default_factory=dict)
+    losses: Mapping[str, float] = field(default_factory=DEFAULT_LOSSES.copy)
+    loss_gate: str = "agreement"
+    loss_gate_options: Mapping[str, Any] = field(default_factory=dict)
+    scale_steps: int = 100
+    return_code: str = "none"
+    code_channels: int = 64
+    contrastive: Mapping[str, Any] = field(default_factory=dict)
+    kd_temperature: Mapping[str, Any] = field(default_factory=dict)
+    loss_strength: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.losses) - set(LOSSES):
+            raise ValueError(f"Unknown losses {sorted(unknown)}: use some of {', '.join(LOSSES)}.")
+        if self.return_code not in RETURN_CODES:
+            raise ValueError(f"There is no return code '{self.return_code}': use one of {', '.join(RETURN_CODES)}.")
+        if self.losses.get("reconstruction") and self.return_code == "none":
+            raise ValueError("The loss 'reconstruction' needs a code: set return_code to 'learned'.")
+        check_options("contrastive loss", ContrastiveDistillation, self.contrastive, 2)
+        check_options("KD temperature", kd_temperature, self.kd_temperature, 1)
+        check_options("loss strength", distillation_strength, self.loss_strength, 1)
+        kd_temperature(0.0, **self.kd_temperature)
+        own = {name: value for name, value in self.gate_options.items() if name != "tasks"}
+        check_options(f"teacher gate '{self.gate}'", self._gate_class, own, 1)
+        check_options(f"loss gate '{self.loss_gate}'", self._loss_gate_class, self.loss_gate_options, 3)
+
+    def facts(self, **further: Any) -> dict[str, Any]:
+        """What a run record and the check of a resumed run say of the method: gate, losses, all the rest."""
+        rest = {name: value for name, value in vars(self).items() if name not in ("gate", "losses")}
+        return {"gate": self.gate, "losses": dict(self.losses), "method": rest | further}
+
+    @property
+    def _gate_class(self) -> type[TeacherGate]:
+        return mode_class("teacher gate", self.gate, {**gates.GATES, **baselines.GATES}, TeacherGate)
+
+    @property
+    def _loss_gate_class(self) -> type[LossGate]:
+        return mode_class("loss gate", self.loss_gate, {**loss_gate.LOSS_GATES, **baselines.LOSS_GATES}, LossGate)
+
+    def make_gate(self, teachers: Sequence[TeacherTarget], prior_entropy: float, channels: int) -> TeacherGate:
+        """Return the teacher gate; ``prior_entropy`` in nats, ``channels`` of the student map that it may look at."""
+        options = dict(self.gate_options)
+        return self._gate_class(GateSetup(teachers, prior_entropy, channels, options.pop("tasks", 1)), **options)
+
+    def make_loss_gate(self, priors: Mapping[str, float], channels: int) -> LossGate:
+        """Return the loss gate of losses with ``priors``, which are empty without teachers."""
+        if not any(priors.values()):  # plain supervised training needs no gate
+            return ScaledLossGate(priors, self.scale_steps)
+        gate = self._loss_gate_class(priors, self.scale_steps, channels, **self.loss_gate_options)
+        if isinstance(gate, ScaledLossGate):
+            gate.served = sum(priors.values()) / sum(self.losses.values())
+        return gate
+
+    def priors(self, teachers: Sequence[TeacherTarget], samples: SampleTable | None) -> dict[str, float]:
+        """Return the importance of each loss, 0 where no teacher can serve it; empty without teachers."""
+        if not teachers:
+            return {}
+        if self.losses.get("contrastive") and samples is None:
+            raise ValueError("The loss 'contrastive' needs a table of the training samples: give `samples`.")
+        features = any(t.grid is not None for t in teachers)
+        offered = {
+            "output": any(t.admitted and t.logits is not None for t in teachers),
+            "feature": features,
+            "reconstruction": features,
+            "contrastive": samples is not None and bool(samples.vectors),
+        }
+        chosen = {name: prior if offered[name] else 0.0 for name, prior in self.losses.items()}
+        if not any(chosen.values()):
+            raise ValueError(
+                "No teacher offers what the losses ask for (features or admitted answers): change `losses`, the "
+                "teachers, or use none."
+            )
+        for name, prior in self.losses.items():
+            if prior and not offered[name]:
+                logger.warning("No teacher offers what the loss '%s' asks for: it takes no part in this run.", name)
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -45,14 +168,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the losses of a batch are computed from.
-
-    Attributes:
-        batch: the batch; logits: the student's (B, C, H, W); view: its shared map (B, C', h, w).
-        pairs: {teacher: pair}; answers: {teacher: logits (B, C, h, w)}.
-        reading: of the gate.
-        temperature: KD temperature.
-    """
+    """Input of the losses of a batch: student logits (B, C, H, W), its shared map (B, C', h, w), pairs and answers."""
 
     batch: Batch
     logits: Tensor
@@ -64,7 +180,7 @@ class _Seen:
 
 
 class Distiller(nn.Module):
-    """Student + projections + gates; teachers themselves are never in here, only what they said.
+    """Student + projections + gates; teachers themselves are never in here, only their targets.
 
     Without teachers it is plain supervised training of the student, on the same code path.
 
@@ -76,106 +192,62 @@ class Distiller(nn.Module):
         student: network with ``encode``, ``decode``, ``channels_at`` and ``strides``.
         teachers: what each teacher offers.
         prior_entropy: entropy of the label prior of the training split, nats.
-        gate: mode of :func:`~amkd_monai.distillation.gates.make_gate`.
-        gate_options: of that mode, e.g. ``floor``, ``temperature``.
-        loss_priors: relative importance of the ``LOSSES``; 0 or absence switches one off.
-        scale_steps: steps over which loss scales are measured before they freeze.
-        temperature: ``start``, ``end`` and ``shape`` of the KD temperature.
-        strength: ``warmup``, ``decay`` and ``end`` of beta(t).
+        config: what is distilled and how it is weighed.
+        samples: table of the training dataset, for the contrastive loss.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
         class_weights: (C,) factors of the classes in the task's cross entropy, where an image has one class.
-        loss_gate: mode of :func:`~amkd_monai.distillation.loss_gate.make_loss_gate`.
-        loss_gate_options: of that mode.
-        return_code: ``none`` compares features directly; ``learned`` and ``pca`` compare them in a code, from which
-            they can be reconstructed (:mod:`amkd_monai.distillation.return_decoder`).
-        code_channels: size of the code.
-        standardisation: ``mean_std``, or the dotted path of a class like
-            :class:`~amkd_monai.distillation.alignment.MeanStdStandardiser`.
-        samples: table of the training dataset, for the contrastive loss.
-        contrastive: options of :class:`~amkd_monai.distillation.contrastive.ContrastiveDistillation`.
 
     Raises:
-        ValueError: an unknown mode, loss or option, or no teacher can give any of the losses asked for.
+        ValueError: no teacher can serve any of the losses asked for, or a gate lacks what it needs.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teachers: Sequence[TeacherSpec] = (),
+        teachers: Sequence[TeacherTarget] = (),
         prior_entropy: float = 0.69,
-        gate: str = "learned",
-        gate_options: Mapping[str, Any] | None = None,
-        loss_priors: Mapping[str, float] | None = None,
-        scale_steps: int = 100,
-        temperature: Mapping[str, Any] | None = None,
-        strength: Mapping[str, float] | None = None,
+        config: DistillationConfig | None = None,
+        samples: SampleTable | None = None,
         batch_dice: bool = False,
         class_weights: Tensor | None = None,
-        loss_gate: str = "agreement",
-        loss_gate_options: Mapping[str, Any] | None = None,
-        return_code: str = "none",
-        code_channels: int = 64,
-        standardisation: str = "mean_std",
-        samples: SampleTable | None = None,
-        contrastive: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.student, self.teachers, self.batch_dice = student, list(teachers), batch_dice
         self.register_buffer("class_weights", class_weights, persistent=False)
+        self.config = config or DistillationConfig()
         self.faults, self._until_read = Faults(), 0
-        self.temperature, self.strength = dict(temperature or {}), dict(strength or {})
-        kd_temperature(0.0, **self.temperature)  # a wrong schedule fails here, not in the first step
-        distillation_strength(0.0, **self.strength)
-        if return_code not in return_decoder.MODES:
-            raise ValueError(f"There is no return code '{return_code}': use one of {', '.join(return_decoder.MODES)}.")
-        self.loss_priors = choose_losses(loss_priors, self.teachers, samples, return_code)
+        self.loss_priors = self.config.priors(self.teachers, samples)
         channels = {stride: student.channels_at(stride) for stride in STUDENT_STRIDES} if self.teachers else {}
         self.align, self.standardise, self.codes = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        if self.loss_priors.get("feature") or self.loss_priors.get("reconstruction"):
-            for spec in self.teachers:
-                if spec.grid is not None:
-                    self._compare_features_of(spec, channels, return_code, code_channels, standardisation)
+        compared = self.loss_priors.get("feature") or self.loss_priors.get("reconstruction")
+        for spec in self.teachers if compared else ():
+            if spec.grid is None:
+                continue
+            assert spec.mean is not None and spec.std is not None
+            width = spec.grid[0]
+            if self.config.return_code == "learned":
+                self.codes[spec.name] = LearnedCode(width, min(self.config.code_channels, width))
+                width = self.codes[spec.name].code_channels
+            self.align[spec.name] = Alignment(channels, width)
+            self.standardise[spec.name] = Standardiser(spec.mean, spec.std)
         width = channels.get(SHARED_STRIDE, 0)
-        self.loss_gate = make_loss_gate(loss_gate, self.loss_priors, width, scale_steps, loss_gate_options)
-        if isinstance(self.loss_gate, ScaledLossGate) and self.teachers:
-            asked = DEFAULT_LOSSES if loss_priors is None else loss_priors
-            self.loss_gate.served = sum(self.loss_priors.values()) / sum(asked.values())
+        self.loss_gate = self.config.make_loss_gate(self.loss_priors, width)
         self.gradients = SharedGradients(self.loss_gate.every)
-        self.teacher_gate = gates.make_gate(gate, GateSetup(self.teachers, prior_entropy, width), gate_options)
+        self.teacher_gate = self.config.make_gate(self.teachers, prior_entropy, width)
         self.contrast: ContrastiveDistillation | None = None
         if self.loss_priors.get("contrastive") and samples is not None:
-            self.contrast = ContrastiveDistillation(width, samples, contrastive)
-
-    def _compare_features_of(
-        self, spec: TeacherSpec, channels: Mapping[int, int], code: str, code_channels: int, standardisation: str
-    ) -> None:
-        assert spec.grid is not None and spec.mean is not None and spec.std is not None
-        width = spec.grid[0]
-        known, statistics = {"mean_std": MeanStdStandardiser}, (spec.mean, spec.std, spec.covariance)
-        standardise = mode_class("standardisation", standardisation, known, nn.Module, statistics, {})(*statistics)
-        if code != "none":
-            covariance = None if spec.covariance is None else standardise.covariance_after(spec.covariance)
-            self.codes[spec.name] = return_decoder.make_code(code, width, code_channels, covariance)
-            width = self.codes[spec.name].code_channels
-        self.align[spec.name] = Alignment(channels, width)
-        self.standardise[spec.name] = standardise
+            self.contrast = ContrastiveDistillation(width, samples, **self.config.contrastive)
 
     def distillation_state(self) -> dict[str, Tensor]:
         """Return all state but the student's: projections, standardisers, codes, gates, loss scales."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("student.")}
 
     def forward(self, batch: Batch, progress: float = 0.0) -> DistillationOutput:
-        """Compute all losses of a batch at ``progress`` in [0, 1] of the run.
-
-        Raises:
-            ValueError: the batch holds no labelled sample, or the targets of a teacher are missing; or, in this step or
-                one before, a label is out of range or the targets of a teacher are not finite.
-        """
+        """Compute all losses of a batch at ``progress`` in [0, 1] of the run."""
         if batch.rows is not None and not len(batch.rows):
             raise ValueError("The batch holds no labelled sample: the task loss needs at least one.")
-        size = [int(batch.image.shape[-2]), int(batch.image.shape[-1])]
         levels = self.student.encode(batch.image)
-        logits = self.student.decode(levels, size)
+        logits = self.student.decode(levels, list(batch.image.shape[-2:]))
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
             labelled, label = batch.labelled(logits), batch.labelled(batch.label)
@@ -185,7 +257,6 @@ class Distiller(nn.Module):
             weights: dict[str, Tensor] = {}
             figures: dict[str, float | Tensor] = {}
             view: Tensor | None = None
-            strength = distillation_strength(progress, **self.strength)
             if self.teachers:
                 seen = self._look(batch, levels, losses.as_map(logits), progress)
                 view = seen.view
@@ -197,29 +268,26 @@ class Distiller(nn.Module):
                     shared = levels[self.student.strides.index(SHARED_STRIDE)]
                     gradients = self.gradients(named, ("task", *self.loss_gate.names), shared)
                     self.loss_gate.observe(named, gradients)
-                    figures |= norms(gradients)
+                    figures |= {f"gradient_{name}": gradient.norm() for name, gradient in gradients.items()}
+            strength = distillation_strength(progress, **self.config.loss_strength)
             factors = dict(self.loss_gate.weights(strength, view))
-            if (penalty := self.loss_gate.penalty(strength)) is not None:
-                named["uncertainty"] = penalty
             factors |= {name: 1.0 for name in named if name not in factors}  # losses that train parts of the distiller
             total = torch.stack([_float(factors[name]) * loss.mean() for name, loss in named.items()]).sum()
-        self._read_faults()
+        self._until_read -= 1
+        if not self.training or self._until_read < 0:
+            self._until_read = INTERVAL - 1
+            self.faults.read()
         plain = {name: f.detach() if isinstance(f, Tensor) else f for name, f in factors.items()}
         return DistillationOutput(total, named, plain, weights, logits, figures)
 
     @torch.no_grad()
     def teacher_maps(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """What a batch's teachers say and how far they are trusted, to look at.
-
-        Returns:
-            Student logits (B, C, H, W), answers {teacher: (B, C, h, w)} and weights (B, K, h', w') of the teachers.
-        """
+        """Student logits (B, C, H, W), answers {teacher: (B, C, h, w)} and weights (B, K, h', w') of the teachers."""
         levels = self.student.encode(batch.image)
         logits = losses.as_map(self.student.decode(levels, list(batch.image.shape[-2:])))
         seen = self._look(batch, levels, logits)
         self.faults.read()
-        everyone = self.teacher_gate.everyone(batch)
-        return logits, seen.answers, self.teacher_gate.weights(seen.reading, everyone)
+        return logits, seen.answers, self.teacher_gate.weights(seen.reading, self.teacher_gate.available(batch))
 
     def _look(self, batch: Batch, levels: Sequence[Tensor], logits: Tensor, progress: float = 0.0) -> _Seen:
         """The shared student map, pairs and answers by teacher, and what the gate makes of them."""
@@ -227,11 +295,10 @@ class Distiller(nn.Module):
         features = dict(zip(self.student.strides, maps, strict=True))
         view, pairs = features[SHARED_STRIDE], self._pairs(batch, features)
         answers = {t.name: self._targets(batch, t.name, "logits") for t in self.teachers if t.logits is not None}
-        similar: dict[str, Tensor] = {}
-        if self.teacher_gate.looks:
-            similar = {n: p.similar for n, p in pairs.items()}
+        similar = {n: p.similar for n, p in pairs.items()} if self.teacher_gate.looks else {}
         reading = self.teacher_gate.measure(batch, answers, logits.shape[1], view, similar)
-        return _Seen(batch, logits, view, pairs, answers, reading, kd_temperature(progress, **self.temperature))
+        temperature = kd_temperature(progress, **self.config.kd_temperature)
+        return _Seen(batch, logits, view, pairs, answers, reading, temperature)
 
     def _targets(self, batch: Batch, name: str, kind: str) -> Tensor:
         """Read a teacher's targets; rows for which it is not available become 0."""
@@ -249,14 +316,6 @@ class Distiller(nn.Module):
             ~torch.isfinite(target.sum(dtype=torch.float32)),
         )
         return target
-
-    def _read_faults(self) -> None:
-        """Read what the device noted, in training at intervals only."""
-        if self.training and self._until_read:
-            self._until_read -= 1
-            return
-        self._until_read = INTERVAL - 1
-        self.faults.read()
 
     def _pairs(self, batch: Batch, features: Mapping[int, Tensor]) -> dict[str, _Pair]:
         """Bring student and teachers to common grids and codes, {teacher: pair}; none if no loss compares features."""
@@ -297,13 +356,12 @@ class Distiller(nn.Module):
 
     def _autoencoder(self, batch: Batch, pairs: Mapping[str, _Pair]) -> dict[str, Tensor]:
         """The loss (B,) that trains encoders and decoders of learned codes, the mean over the teachers."""
-        available = self.teacher_gate.everyone(batch)
-        parts = []
-        for k, spec in enumerate(self.teachers):
-            if spec.name in self.codes and spec.name in pairs:
-                loss = self.codes[spec.name].autoencoder_loss(pairs[spec.name].target)
-                if loss is not None:
-                    parts.append(loss.flatten(1).mean(1) * available[:, k])
+        available = self.teacher_gate.available(batch)
+        parts = [
+            self.codes[spec.name].autoencoder_loss(pairs[spec.name].target).flatten(1).mean(1) * available[:, k]
+            for k, spec in enumerate(self.teachers)
+            if spec.name in self.codes
+        ]
         return {"autoencoder": torch.stack(parts).mean(0)} if parts else {}
 
 
@@ -330,10 +388,8 @@ def _feature_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
 
 def _reconstruction_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
     """Distance of the features that the student's code is decoded to from each teacher's (B, h, w)."""
-    return {
-        n: return_decoder.reconstruction_loss(distiller.codes[n].decode_frozen(p.aligned), p.target)
-        for n, p in seen.pairs.items()
-    }
+    restored = {n: distiller.codes[n].decode_frozen(p.aligned) for n, p in seen.pairs.items()}
+    return {n: losses.reconstruction_loss(restored[n], p.target) for n, p in seen.pairs.items()}
 
 
 def _contrastive_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
@@ -352,70 +408,3 @@ LOSSES: dict[str, Callable[[Distiller, _Seen], dict[str, Tensor]]] = {
     "contrastive": _contrastive_maps,
 }
 """Loss by location and teacher, by name: {teacher: (B, h, w)}, of the teachers that serve it."""
-
-
-def choose_losses(
-    asked: Mapping[str, float] | None, teachers: Sequence[TeacherSpec], samples: SampleTable | None, return_code: str
-) -> dict[str, float]:
-    """Return the priors of the losses that the teachers can serve; 0 for the others, nothing without teachers.
-
-    Args:
-        asked: {loss: relative importance}; None takes the defaults.
-        teachers: what each teacher offers.
-        samples: table of the training dataset, for the contrastive loss.
-        return_code: ``none``, or the code that the reconstruction needs.
-
-    Raises:
-        ValueError: an unknown loss, one whose other setting is missing, or no loss is left.
-    """
-    priors = dict(DEFAULT_LOSSES if asked is None else asked)
-    if unknown := set(priors) - set(LOSSES):
-        raise ValueError(f"Unknown losses {sorted(unknown)}: use some of {', '.join(LOSSES)}.")
-    if not teachers:
-        return {}
-    if priors.get("reconstruction") and return_code == "none":
-        raise ValueError("The loss 'reconstruction' needs a code: set return_code to 'learned' or 'pca'.")
-    if priors.get("contrastive") and samples is None:
-        raise ValueError("The loss 'contrastive' needs a table of the training samples: give `samples`.")
-    features = any(t.grid is not None for t in teachers)
-    offered = {
-        "output": any(t.admitted and t.logits is not None for t in teachers),
-        "feature": features,
-        "reconstruction": features,
-        "contrastive": samples is not None and bool(samples.vectors),
-    }
-    chosen = {name: prior if offered[name] else 0.0 for name, prior in priors.items()}
-    if not any(chosen.values()):
-        raise ValueError(
-            "No teacher offers what the losses ask for (features or admitted answers): change `losses`, the "
-            "teachers, or use none."
-        )
-    for name in chosen:
-        if priors[name] and not offered[name]:
-            logger.warning("No teacher offers what the loss '%s' asks for: it takes no part in this run.", name)
-    return chosen
-
-
-def kd_temperature(progress: float, start: float = 2.0, end: float = 2.0, shape: str = "linear") -> float:
-    """KD temperature, from ``start`` to ``end``, ``linear`` or ``cosine``.
-
-    Raises:
-        ValueError: unknown shape, or a temperature below 1.
-    """
-    if min(start, end) < 1:
-        raise ValueError(f"The KD temperature runs from {start} to {end}; it must not be below 1.")
-    if shape == "linear":
-        return start + (end - start) * progress
-    if shape == "cosine":
-        return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
-    raise ValueError(f"There is no KD temperature schedule '{shape}': use 'linear' or 'cosine'.")
-
-
-def distillation_strength(progress: float, warmup: float = 0.05, decay: float = 0.3, end: float = 0.1) -> float:
-    """The factor beta(t) of all distillation losses: linear warm-up, 1, cosine to ``end``."""
-    if progress < warmup:
-        return progress / warmup
-    if progress <= 1 - decay:
-        return 1.0
-    phase = min(1.0, (progress - (1 - decay)) / decay)
-    return end + (1 - end) * (1 + math.cos(math.pi * phase)) / 2

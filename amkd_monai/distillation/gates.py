@@ -8,8 +8,7 @@ predicts reliability from the student's features, so that it needs no label.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from amkd_monai.distillation import losses
 from amkd_monai.distillation.alignment import ChannelNorm, pool_finer, to_grid
-from amkd_monai.distillation.interface import Batch, TeacherSpec, mode_class
+from amkd_monai.distillation.interface import Batch, TeacherTarget
 
 TASK_EMBEDDING = 8
 UNUSABLE = -1e9
@@ -30,16 +29,10 @@ def box_smooth(errors: Tensor) -> Tensor:
 
 
 def reliability(errors: Tensor, prior_entropy: float, available: Tensor, temperature: float = 0.25) -> Tensor:
-    """Softmax of negative errors over the teachers and an abstain slot.
+    """Softmax of negative errors (B, K, h, w), nats, over the available teachers (B, K) and an abstain slot.
 
-    Args:
-        errors: cross entropy of each teacher against the label (B, K, h, w), nats.
-        prior_entropy: entropy of the label prior, nats: the error of a teacher that knows nothing.
-        available: 1 where a teacher may be used (B, K).
-        temperature: of the softmax.
-
-    Returns:
-        (B, K, h, w), >= 0, 0 where not available; the sum over K is below 1, the rest is abstention.
+    The abstention has the entropy of the label prior, nats, as its error: that of a teacher that knows nothing. Returns
+    (B, K, h, w), 0 where not available; the sum over K is below 1, the rest is abstention.
     """
     mask = available[:, :, None, None].to(errors)
     scores = torch.where(mask > 0, -errors.float() / temperature, torch.full_like(errors, -torch.inf))
@@ -71,15 +64,8 @@ class GateNetwork(nn.Module):
     """A multi-layer perceptron, per cell, over features, student-teacher similarity and the task.
 
     Input per location: normalised student features, their mean over the image, the cosine between the aligned student
-    feature and each teacher's target, and an embedding of the data set. Output: one score per slot, plus a bias per
-    data set and slot.
-
-    Args:
-        channels: of the student map.
-        teachers: number K of teachers.
-        slots: K, or K + 1 with a slot for abstention (the last one).
-        tasks: number of data sets.
-        hidden: width of the hidden layer.
+    feature and each teacher's target (0 where there is none), and an embedding of the data set. Output: one score per
+    slot (K teachers, and abstention as the last where ``slots`` is K + 1), plus a bias per data set and slot.
     """
 
     def __init__(self, channels: int, teachers: int, slots: int, tasks: int = 1, hidden: int = 32) -> None:
@@ -93,16 +79,7 @@ class GateNetwork(nn.Module):
         self.layers = nn.Sequential(nn.Linear(2 * channels + teachers + TASK_EMBEDDING, hidden), nn.GELU(), last)
 
     def forward(self, features: Tensor, cosines: Tensor, task: int = 0) -> Tensor:
-        """Return scores (B, slots, h, w).
-
-        Args:
-            features: student map (B, C, h', w'), brought to the grid of ``cosines``.
-            cosines: similarity of student and teachers (B, K, h, w), 0 where there is none.
-            task: number of the data set.
-
-        Raises:
-            ValueError: there is no such data set.
-        """
+        """Return scores (B, slots, h, w) for a student map (B, C, h', w') and cosines with teachers (B, K, h, w)."""
         if not 0 <= task < len(self.bias):
             raise ValueError(
                 f"The gate knows {len(self.bias)} tasks, not task {task}: raise `tasks` in `gate_options`."
@@ -111,7 +88,7 @@ class GateNetwork(nn.Module):
         local = self.norm(pool_finer(features, grid)).movedim(1, -1)  # channels last from here on
         whole, embedding = local.mean((1, 2)), self.task.weight[task]
         first, *others = self.layers
-        # what is the same in all cells is projected once per image, the features at the student's own size
+        # project image-level inputs once per image, and features before they are resized to a finer grid
         parts = first.weight.split([local.shape[-1], whole.shape[-1], cosines.shape[1], len(embedding)], dim=1)
         by_cell = to_grid(F.linear(local, parts[0]).movedim(-1, 1), grid).movedim(1, -1)
         by_image = F.linear(whole, parts[1], first.bias) + F.linear(embedding, parts[3])  # (B, hidden)
@@ -121,31 +98,18 @@ class GateNetwork(nn.Module):
         return (hidden + self.bias[task]).movedim(-1, 1)
 
 
-def gate_probabilities(scores: Tensor, available: Tensor) -> Tensor:
-    """Softmax over the slots that may be used.
-
-    Args:
-        scores: (B, K or K + 1, h, w); a slot beyond the K teachers is the abstention and always there.
-        available: boolean (B, K).
-
-    Returns:
-        Like ``scores``; 0 where not available, all 0 where nothing is.
-    """
-    mask = _usable(scores, available)
-    return torch.softmax(torch.where(mask, scores, UNUSABLE), dim=1) * mask
-
-
 def gate_log_probabilities(scores: Tensor, available: Tensor) -> Tensor:
-    """Logarithm of the softmax over the slots that may be used and the abstention.
+    """Log-softmax of scores (B, K or K + 1, h, w) over the available teachers (B, K) and, if scored, the abstention.
 
-    Args:
-        scores: (B, K + 1, h, w).
-        available: boolean (B, K).
-
-    Returns:
-        Like ``scores``; finite and very low, probability 0, where not available.
+    Finite and very low where a slot may not be used.
     """
     return torch.log_softmax(torch.where(_usable(scores, available), scores, UNUSABLE), dim=1)
+
+
+def gate_probabilities(scores: Tensor, available: Tensor) -> Tensor:
+    """The softmax of :func:`gate_log_probabilities`; 0 where not available, all 0 where nothing is."""
+    mask = _usable(scores, available)
+    return torch.softmax(torch.where(mask, scores, UNUSABLE), dim=1) * mask
 
 
 def _usable(scores: Tensor, available: Tensor) -> Tensor:
@@ -161,27 +125,15 @@ def with_abstention(trusted: Tensor) -> Tensor:
 
 
 def gate_loss(target: Tensor, log_predicted: Tensor) -> Tensor:
-    """KL(sg(r) || g) over the teachers and the abstention, per sample.
-
-    Args:
-        target: reliabilities r and what they leave (B, K + 1, h, w); no gradient flows into them.
-        log_predicted: log g (B, K + 1, h, w).
-
-    Returns:
-        (B,) in nats, zero where both agree.
-    """
+    """KL(sg(r) || g) over the teachers and the abstention per sample (B,), nats, from r and log g (B, K + 1, h, w)."""
     return F.kl_div(log_predicted, target.detach(), reduction="none").sum(1).flatten(1).mean(1)
 
 
 def agreement_auc(target: Tensor, predicted: Tensor) -> Tensor:
-    """How well g finds the slot that the labels trust most: area under the ROC curve over cells and slots.
+    """How well g finds the slot that the labels trust most: area under the ROC curve over cells and slots, a scalar.
 
-    Args:
-        target: reliabilities r and what they leave (B, K + 1, h, w).
-        predicted: g or log g (B, K + 1, h, w).
-
-    Returns:
-        A scalar in [0, 1], 0.5 for a gate that knows nothing; equal values of g count half.
+    ``target`` is r with abstention, ``predicted`` g or log g, both (B, K + 1, h, w). A gate that knows nothing has 0.5;
+    equal values of g count half.
     """
     score = predicted.detach()
     ordered, right = score.flatten().sort().values, score.gather(1, target.argmax(1, keepdim=True)).flatten()
@@ -194,14 +146,9 @@ def agreement_auc(target: Tensor, predicted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GateSetup:
-    """What every gate is told: the K teachers, the entropy of the label prior (nats), sizes.
+    """What every gate is told: the K teachers, the entropy of the label prior (nats), channels of the student map."""
 
-    Attributes:
-        channels: of the student map that a gate may look at.
-        tasks: number of data sets that share the gate.
-    """
-
-    teachers: Sequence[TeacherSpec]
+    teachers: Sequence[TeacherTarget]
     prior_entropy: float
     channels: int
     tasks: int = 1
@@ -209,12 +156,7 @@ class GateSetup:
 
 @dataclass(frozen=True)
 class GateReading:
-    """What a gate measured on a batch.
-
-    Attributes:
-        errors: cross entropy of each teacher against the label (B, K, h, w), nats.
-        scores: what else the gate needs (B, K or more, h, w): of the learned gate the network's scores.
-    """
+    """Errors of the teachers against the label (B, K, h, w), nats, and scores of a network (B, K or K + 1, h, w)."""
 
     errors: Tensor
     scores: Tensor | None = None
@@ -226,11 +168,7 @@ class TeacherGate(nn.Module):
     Call :meth:`measure` once per batch, then :meth:`weights` per loss. A gate of your own derives from this class; its
     dotted path is the mode, and what its constructor takes after ``setup`` are its options.
 
-    Args:
-        setup: what every gate is told.
-
-    Attributes:
-        looks: whether the gate looks at the student: its features, and how similar they are to each teacher's.
+    A gate that ``looks`` sees the student: its features, and how similar they are to each teacher's.
     """
 
     mean_errors: Tensor
@@ -241,25 +179,18 @@ class TeacherGate(nn.Module):
         self.teachers, self.prior_entropy = list(setup.teachers), setup.prior_entropy
         means = [setup.prior_entropy if t.mean_error is None else t.mean_error for t in self.teachers]
         self.register_buffer("mean_errors", torch.tensor(means, dtype=torch.float32), persistent=False)
+        shapes = [s[1:] for t in self.teachers for s in (t.grid, t.logits) if s is not None]
+        self.grid = (min((h for h, _ in shapes), default=1), min((w for _, w in shapes), default=1))
         self._serving: dict[tuple[bool, ...], Tensor] = {}
         self.network: GateNetwork | None = None
 
-    def grid(self) -> tuple[int, int]:
-        """The coarsest grid (h, w) among the teachers' targets."""
-        shapes = [s[1:] for t in self.teachers for s in (t.grid, t.logits) if s is not None]
-        return min(s[0] for s in shapes), min(s[1] for s in shapes)
-
-    def available(self, batch: Batch, use: Sequence[bool]) -> Tensor:
-        """Whether each teacher may be used for each sample (B, K), among those that serve a loss."""
-        device, served = batch.image.device, tuple(use)
+    def available(self, batch: Batch, use: Sequence[bool] | None = None) -> Tensor:
+        """Whether each teacher covers each sample (B, K), among those of ``use`` (by default all)."""
+        device, served = batch.image.device, (True,) * len(self.teachers) if use is None else tuple(use)
         if served not in self._serving or self._serving[served].device != device:
             self._serving[served] = torch.tensor(served, device=device)
         mask = self._serving[served].expand(len(batch.image), -1)
         return mask if batch.available is None else mask & batch.available.to(mask)
-
-    def everyone(self, batch: Batch) -> Tensor:
-        """Whether each teacher says something about each sample (B, K)."""
-        return self.available(batch, [True] * len(self.teachers))
 
     def measure(
         self,
@@ -269,34 +200,18 @@ class TeacherGate(nn.Module):
         features: Tensor,
         cosines: Mapping[str, Tensor],
     ) -> GateReading:
-        """Look at a batch before its weights are asked for.
+        """Look at a batch: at answers {teacher: logits (B, classes, h, w)} and, if the gate looks, at the student.
 
-        Args:
-            batch: the batch.
-            answers: {teacher: logits (B, classes, h, w)} of those that answer.
-            classes: number of classes.
-            features: student map (B, C, h, w).
-            cosines: {teacher: similarity with the student (B, h, w)} where features are compared, if the gate looks.
+        That is its map (B, C, h, w) and {teacher: cosine (B, h, w)} of those whose features are compared.
         """
-        similar = self._similarities(batch, features, cosines) if self.looks else None
-        return GateReading(self._errors(batch, answers, classes), self._scores(batch, answers, features, similar))
-
-    def compare(self, batch: Batch, reading: GateReading) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses that train the gate, {name: (labelled samples,)}, and figures on how good it is, {name: scalar}."""
-        return {}, {}
-
-    def weights(self, reading: GateReading, available: Tensor) -> Tensor:
-        """Weights (B, K, h, w) over the teachers that are available (B, K); 0 for the others."""
-        return self._weigh(reading, available)
-
-    def _weigh(self, reading: GateReading, available: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _scores(
-        self, batch: Batch, answers: Mapping[str, Tensor], features: Tensor, similar: Tensor | None
-    ) -> Tensor | None:
-        """What the gate needs beside the errors; ``similar`` (B, K, h, w) is there if it looks at the student."""
-        return None
+        scores = None
+        if self.looks:
+            nothing, everyone, maps = features.new_zeros((len(features), *self.grid)), self.available(batch), []
+            for k, spec in enumerate(self.teachers):
+                similar = to_grid(cosines.get(spec.name, nothing)[:, None], self.grid)[:, 0]
+                maps.append(similar * everyone[:, k, None, None])
+            scores = self.score(features, torch.stack(maps, dim=1), batch.task)
+        return GateReading(self._errors(batch, answers, classes), scores)
 
     @torch.no_grad()
     def _errors(self, batch: Batch, answers: Mapping[str, Tensor], classes: int) -> Tensor:
@@ -305,34 +220,35 @@ class TeacherGate(nn.Module):
         Without a label a teacher's mean error over the labelled training samples stands in; a teacher that gives no
         answers counts as one that knows nothing.
         """
-        grid, names, label = self.grid(), [t.name for t in self.teachers], batch.label_map
+        names, label = [t.name for t in self.teachers], batch.label_map
         known = label if batch.rows is None else label * batch.known[:, None, None, None]
-        errors = list(self.mean_errors[None, :, None, None].repeat(len(label), 1, *grid).unbind(1))
+        errors = list(self.mean_errors[None, :, None, None].repeat(len(label), 1, *self.grid).unbind(1))
         for size, group in losses.by_size(answers).items():
             log_probabilities = torch.stack(list(group.values())).float().log_softmax(2)  # (teachers, B, classes, h, w)
             areas = losses.class_areas(known, classes, size)
-            measured = losses.area_logits(losses.soft_cross_entropy(areas, log_probabilities), grid)
+            measured = losses.area_logits(losses.soft_cross_entropy(areas, log_probabilities), self.grid)
             for name, error in zip(group, measured, strict=True):
                 k = names.index(name)
                 errors[k] = torch.where(batch.known[:, None, None], error, errors[k])
         return torch.stack(errors, 1)
 
-    def _similarities(self, batch: Batch, features: Tensor, cosines: Mapping[str, Tensor]) -> Tensor:
-        """Similarity of student and teachers on the gate's grid (B, K, h, w), 0 where there is none."""
-        grid, everyone, maps = self.grid(), self.everyone(batch), []
-        for k, spec in enumerate(self.teachers):
-            cosine = cosines.get(spec.name, features.new_zeros((len(features), *grid)))
-            maps.append(to_grid(cosine[:, None], grid)[:, 0] * everyone[:, k, None, None])
-        return torch.stack(maps, dim=1)
+    def score(self, features: Tensor, cosines: Tensor, task: int) -> Tensor:
+        """Scores of a gate that looks (B, K or K + 1, h, w), from student maps (B, C, h', w') and (B, K, h, w)."""
+        raise NotImplementedError
+
+    def compare(self, batch: Batch, reading: GateReading) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses that train the gate, {name: (labelled samples,)}, and figures on how good it is, {name: scalar}."""
+        return {}, {}
+
+    def weights(self, reading: GateReading, available: Tensor) -> Tensor:
+        """Weights (B, K, h, w) over the teachers that are available (B, K); 0 for the others."""
+        raise NotImplementedError
 
 
 class ReliabilityGate(TeacherGate):
-    """Softmax of negative errors against the label, with abstention, and a floor; its weights have no gradient.
+    """Softmax of negative errors against the label, with abstention; its weights have no gradient.
 
-    Args:
-        setup: what every gate is told.
-        floor: part spread evenly over the available teachers, so that none is ever switched off.
-        temperature: of the softmax.
+    The part ``floor`` is spread evenly over the available teachers, so that none is ever switched off.
     """
 
     def __init__(self, setup: GateSetup, floor: float = 0.1, temperature: float = 0.25) -> None:
@@ -343,72 +259,40 @@ class ReliabilityGate(TeacherGate):
         """Reliabilities (B, K, h, w) from errors (B, K, h, w) of the available teachers (B, K)."""
         return reliability(box_smooth(errors), self.prior_entropy, available, self.temperature)
 
-    def _weigh(self, reading: GateReading, available: Tensor) -> Tensor:
+    def weights(self, reading: GateReading, available: Tensor) -> Tensor:
+        """Reliabilities with the floor."""
         return with_floor(self.trusted(reading.errors, available), available, self.floor).detach()
 
 
 class LearnedGate(ReliabilityGate):
-    """Reliability as a network predicts it from the student, trained on labelled samples by a loss of its own.
-
-    Args:
-        setup: what every gate is told.
-        floor: as for :class:`ReliabilityGate`.
-        temperature: as for :class:`ReliabilityGate`.
-        hidden: width of the network's hidden layer.
-    """
+    """Reliability as a network predicts it from the student, trained on labelled samples by a loss of its own."""
 
     looks = True
 
     def __init__(self, setup: GateSetup, floor: float = 0.1, temperature: float = 0.25, hidden: int = 32) -> None:
         super().__init__(setup, floor, temperature)
         if k := len(self.teachers):
-            self.network = GateNetwork(setup.channels, k, k + 1, setup.tasks, int(hidden))
+            self.network = GateNetwork(setup.channels, k, k + 1, setup.tasks, hidden)
 
-    def _scores(
-        self, batch: Batch, answers: Mapping[str, Tensor], features: Tensor, similar: Tensor | None
-    ) -> Tensor | None:
-        assert self.network is not None and similar is not None
-        scores: Tensor = self.network(features.detach(), similar.detach(), batch.task)
-        return scores
+    def score(self, features: Tensor, cosines: Tensor, task: int) -> Tensor:
+        """Scores of the network, without gradient to what it looks at."""
+        assert self.network is not None
+        return self.network(features.detach(), cosines.detach(), task)
 
     def compare(self, batch: Batch, reading: GateReading) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Compare the network with the reliabilities of labelled samples.
-
-        Returns:
-            {"gate": (labelled samples,)}, the loss that trains the network, and {"gate_auc": how well it finds the
-            most reliable slot}, in every second row and column of cells.
-        """
+        """Compare the network with the reliabilities of labelled samples."""
         assert reading.scores is not None
-        everyone = batch.labelled(self.everyone(batch))
+        everyone = batch.labelled(self.available(batch))
         target = with_abstention(self.trusted(batch.labelled(reading.errors), everyone))
         predicted = gate_log_probabilities(batch.labelled(reading.scores), everyone)
         auc = agreement_auc(target[..., ::2, ::2], predicted[..., ::2, ::2])
         return {"gate": gate_loss(target, predicted)}, {"gate_auc": auc}
 
-    def _weigh(self, reading: GateReading, available: Tensor) -> Tensor:
+    def weights(self, reading: GateReading, available: Tensor) -> Tensor:
+        """The predicted reliabilities with the floor."""
         assert reading.scores is not None
         chosen = gate_probabilities(reading.scores, available)
         return with_floor(chosen[:, :-1], available, self.floor).detach()
 
 
 GATES: dict[str, type[TeacherGate]] = {"learned": LearnedGate, "reliability": ReliabilityGate}
-
-
-def make_gate(mode: str, setup: GateSetup, options: Mapping[str, Any] | None = None) -> TeacherGate:
-    """Return a teacher gate.
-
-    Args:
-        mode: one of :data:`GATES`, of :data:`amkd_monai.distillation.baselines.GATES`, or the dotted path of a class.
-        setup: what every gate is told.
-        options: what the gate's class takes; ``tasks`` replaces that of the setup.
-
-    Raises:
-        ValueError: unknown mode or option, or one that the gate needs is missing.
-    """
-    from amkd_monai.distillation import baselines
-
-    options = dict(options or {})
-    setup = replace(setup, tasks=int(options.pop("tasks", setup.tasks)))
-    known = {**GATES, **baselines.GATES}
-    gate: TeacherGate = mode_class("teacher gate", mode, known, TeacherGate, (setup,), options)(setup, **options)
-    return gate

@@ -1,10 +1,10 @@
-"""What goes into a distiller and what comes out of it."""
+"""What goes into a distiller and what comes out of it; classes that are chosen by name."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,6 @@ class TeacherTarget:
         admitted: whether its answers are distilled (they beat the undistilled student); features always are.
         mean_error: mean cross entropy of its answers over the labelled training samples, nats; used without a label.
         score: cross-fitted score of its answers, higher is better; None if it gives none.
-        covariance: (C, C) of its features over the training split; needed by the PCA code and by standardisers.
         kind: that of its description.
         fingerprint: hash of the weights and the preprocessing, or of the cross-fitting.
         features: store with ``grid``, or None.
@@ -46,7 +45,6 @@ class TeacherTarget:
     admitted: bool = False
     mean_error: float | None = None
     score: float | None = None
-    covariance: Tensor | None = None
     kind: str = ""
     fingerprint: str = ""
     features: FeatureStore | None = None
@@ -55,17 +53,14 @@ class TeacherTarget:
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
-TeacherSpec = TeacherTarget
-
-
 @dataclass
 class DistillationOutput:
-    """What a forward of the distiller gives.
+    """Result of a forward of the distiller.
 
     Attributes:
         total: the loss to minimise, a scalar.
-        losses: {name: (B,)}; ``task`` and ``gate`` are (number of labelled samples,). ``gate``, ``autoencoder`` and
-            ``uncertainty`` train parts of the distiller alone and never reach the student.
+        losses: {name: (B,)}; ``task`` and ``gate`` are (number of labelled samples,). ``gate`` and ``autoencoder``
+            train parts of the distiller alone and never reach the student.
         loss_weights: {name: factor} by which each loss entered the total; double scalars where the device knows them.
         teacher_weights: {loss: (B, K)} mean weight of each teacher per sample, without gradient.
         logits: student logits (B, C, H, W), or (B, C) where an image has one class.
@@ -87,12 +82,12 @@ class Batch:
     Attributes:
         image: (B, 3, H, W) in [0, 1].
         label: class indices, masks (B, 1, H, W) or one class per image (B,); rows without a label may hold anything.
-        has_label: boolean (B,); best on the host, from where no step need wait for the device to say who is labelled.
+        has_label: boolean (B,); best on the host, so that no step waits for the device to say who is labelled.
         teachers: {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}; where an image has one class, answers
             have one cell, (B, classes, 1, 1).
         index: position of each sample in the training dataset (B,); contrastive distillation needs it.
-        available: boolean (B, K), False where a teacher says nothing about a sample (its rows may hold anything);
-            None where every teacher speaks about every sample.
+        available: boolean (B, K), False where a teacher does not cover a sample (its rows may hold anything);
+            None if every teacher covers every sample.
         task: number of the data set that the whole batch comes from, for the gate network's task embedding.
         known: ``has_label`` on the device of the images (B,).
         rows: indices of the labelled samples there, None where all are labelled.
@@ -123,22 +118,18 @@ class Batch:
         return self.label[:, None, None, None] if self.label.ndim == 1 else self.label
 
 
-def mode_class(
-    what: str, mode: str, known: Mapping[str, type], base: type, arguments: tuple[Any, ...], options: Mapping[str, Any]
-) -> Any:
-    """Return the class that is chosen by name, or by its dotted path.
+def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any], arguments: int = 0) -> None:
+    """Raise a ValueError for options that a function or class does not take after its first ``arguments``."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*[None] * arguments, **options)
+    except TypeError as error:
+        takes = ", ".join(list(signature.parameters)[arguments:]) or "none"
+        raise ValueError(f"The {what} has options that do not fit ({error}): it takes {takes}.") from error
 
-    Args:
-        what: name of the choice, for errors.
-        mode: the name or path.
-        known: {name: class}.
-        base: what the class must derive from.
-        arguments: that it will be called with.
-        options: likewise, by name.
 
-    Raises:
-        ValueError: there is no such class, or it does not take the options.
-    """
+def mode_class(what: str, mode: str, known: Mapping[str, type], base: type) -> Any:
+    """Return the class derived from ``base`` that is chosen by name or by its dotted path, or raise a ValueError."""
     module, _, name = mode.rpartition(".")
     try:
         chosen = known[mode] if mode in known else getattr(importlib.import_module(module or "."), name)
@@ -150,10 +141,4 @@ def mode_class(
         raise ValueError(
             f"The {what} '{mode}' is no {base.__name__}: derive it from {base.__module__}.{base.__name__}."
         )
-    signature = inspect.signature(chosen)
-    try:
-        signature.bind(*arguments, **options)
-    except TypeError as error:
-        takes = ", ".join(list(signature.parameters)[len(arguments) :]) or "none"
-        raise ValueError(f"The {what} '{mode}' has options that do not fit ({error}): it takes {takes}.") from error
     return chosen

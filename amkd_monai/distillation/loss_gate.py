@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amkd_monai.distillation.deferred import INTERVAL, Counter
-from amkd_monai.distillation.interface import mode_class
 
 logger = logging.getLogger("amkd_monai")
 
 
 class SharedGradients(Counter):
-    """Measure, every ``every`` steps, what each loss asks of the student's shared map.
+    """Measure, every ``every`` steps from the first, what each loss asks of the student's shared map.
 
     Gradients with respect to all parameters would cost several times a step; at one map they cost a part of a step,
     and that only now and then. The steps are counted in the state, so a resumed run measures in the same ones.
-
-    Args:
-        every: steps between two measurements; the first step is measured.
-
-    Raises:
-        ValueError: ``every`` is below 1.
     """
-
-    seen: Tensor
 
     def __init__(self, every: int = INTERVAL) -> None:
         super().__init__("seen")
@@ -38,16 +28,10 @@ class SharedGradients(Counter):
         self.every = every
 
     def forward(self, losses: Mapping[str, Tensor], names: Iterable[str], shared: Tensor) -> dict[str, Tensor]:
-        """Count a step and return its gradients, if it is one of those that are measured.
+        """Count a step and, if it is one of those that are measured, return {name: gradient (B * C * h * w,)}.
 
-        Args:
-            losses: {name: (B,)}.
-            names: of the losses to look at.
-            shared: student map (B, C, h, w).
-
-        Returns:
-            {name: gradient of the mean loss (B * C * h * w,), 0 where it does not depend on the map}; empty in a step
-            that is not measured or where no gradient is asked for. Graph and ``.grad`` stay as they are.
+        Gradients of the mean losses {name: (B,)} of ``names`` at the shared student map (B, C, h, w), 0 where a loss
+        does not depend on it; nothing without autograd. Graph and ``.grad`` stay as they are.
         """
         due = self.steps % self.every == 0
         self.count_step()
@@ -60,11 +44,6 @@ class SharedGradients(Counter):
         return found
 
 
-def norms(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Euclidean norm of each gradient, {"gradient_<loss>": scalar}."""
-    return {f"gradient_{name}": gradient.norm() for name, gradient in gradients.items()}
-
-
 class LossGate(nn.Module):
     """What every loss gate offers.
 
@@ -75,15 +54,9 @@ class LossGate(nn.Module):
         priors: {loss: relative importance}, e.g. {"output": 1.0, "feature": 0.2}; 0 switches a loss off.
         warmup_steps: steps over which the sizes of losses are measured, if they are.
         channels: of the student map that a gate may look at.
-
-    Attributes:
-        every: steps between two measurements of gradients.
-
-    Raises:
-        ValueError: a negative prior.
     """
 
-    every: int = INTERVAL
+    every: int = INTERVAL  # steps between two measurements of gradients
 
     def __init__(self, priors: Mapping[str, float], warmup_steps: int = 100, channels: int = 0) -> None:
         super().__init__()
@@ -93,45 +66,21 @@ class LossGate(nn.Module):
         self.priors = {name: float(priors[name]) for name in self.names}
 
     def observe(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None) -> None:
-        """Learn from a training step.
-
-        Args:
-            losses: {name: (B,)}.
-            gradients: {name: (n,)} of the losses and ``task`` at one student map, in steps in which they are measured.
-        """
+        """Learn from the losses {name: (B,)} of a training step, and from :class:`SharedGradients` where measured."""
 
     def weights(self, strength: float, features: Tensor | None = None) -> Mapping[str, float | Tensor]:
-        """Return the factor of each loss and of ``task``.
-
-        Args:
-            strength: beta(t), the factor of all distillation losses.
-            features: student map (B, C, h, w), for a gate with a network.
-        """
+        """Return the factor of each loss and of ``task``; ``strength`` is beta(t), the map is for a gate's network."""
         raise NotImplementedError
-
-    def penalty(self, strength: float) -> Tensor | None:
-        """A term (1,) that belongs to learned weights and enters the total with factor 1."""
-        return None
 
 
 class ScaledLossGate(Counter, LossGate):
     """L = L_task + beta(t) sum_k v_k L_k / S_k, with scales S_k measured once and then frozen.
 
     S_k is the median of L_k over the first ``warmup_steps`` steps, floored at 1e-3. Because it is frozen, a loss that
-    has been driven to 0 can't raise its own weight. v is the given priors' share,
-    with a floor.
+    has been driven to 0 can't raise its own weight. v is the given priors' share, of which ``floor`` is spread evenly.
 
     ``served`` is the part of the importance asked for that some teacher can serve: where answers are not distilled,
     features keep their small share of the weight instead of inheriting all of it.
-
-    Args:
-        priors: {loss: relative importance}, e.g. {"output": 1.0, "feature": 0.2}; 0 switches a loss off.
-        warmup_steps: steps over which the scales are measured.
-        channels: not used.
-        floor: part of the weight spread evenly over the losses.
-
-    Raises:
-        ValueError: a negative prior.
     """
 
     history: Tensor
@@ -150,7 +99,7 @@ class ScaledLossGate(Counter, LossGate):
 
     @torch.no_grad()
     def observe(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None) -> None:
-        """Take part in measuring the scales; without effect once they are frozen. ``losses``: {name: (B,)}."""
+        """Take part in measuring the scales; without effect once they are frozen."""
         step = self.steps
         if step >= self.history.shape[1]:
             return
@@ -180,15 +129,6 @@ class AgreementLossGate(ScaledLossGate):
     Every ``every`` steps c_k <- memory c_k + (1 - memory) cos(grad L_k, grad L_task), gradients with respect to one
     shared student map (after Du et al., Adapting Auxiliary Losses Using Gradient Similarity, 2018), and
     v = (1 - floor) softmax(log prior + c / temperature) + floor / K. One loss alone keeps v = 1, which is announced.
-
-    Args:
-        priors: {loss: relative importance}.
-        warmup_steps: steps over which the scales are measured.
-        channels: not used.
-        floor: part of the weight spread evenly over the losses.
-        temperature: of the softmax.
-        every: steps between two measurements.
-        memory: how much of c stays at a measurement.
     """
 
     agreement: Tensor
@@ -218,11 +158,10 @@ class AgreementLossGate(ScaledLossGate):
     def observe(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None) -> None:
         """Measure the scales and, where there are gradients, how well they agree."""
         super().observe(losses)
-        gradients = {} if gradients is None else gradients
+        if not gradients:
+            return
         for k, name in enumerate(self.names):
-            gradient = gradients.get(name)
-            if gradient is None:
-                continue
+            gradient = gradients[name]
             cosine = F.cosine_similarity(gradient, gradients["task"], dim=0)
             measured = self.memory * self.agreement[k] + (1 - self.memory) * cosine
             # a loss that is 0 says nothing, and must not gain by it
@@ -237,34 +176,3 @@ class AgreementLossGate(ScaledLossGate):
 
 
 LOSS_GATES: dict[str, type[LossGate]] = {"scaled": ScaledLossGate, "agreement": AgreementLossGate}
-
-
-def make_loss_gate(
-    mode: str,
-    priors: Mapping[str, float],
-    channels: int,
-    warmup_steps: int = 100,
-    options: Mapping[str, Any] | None = None,
-) -> LossGate:
-    """Return a loss gate.
-
-    Args:
-        mode: one of :data:`LOSS_GATES`, of :data:`amkd_monai.distillation.baselines.LOSS_GATES`, or the dotted path of
-            a class.
-        priors: {loss: relative importance}; empty without teachers.
-        channels: of the student map that a gate may look at.
-        warmup_steps: steps over which scales are measured.
-        options: what the gate's class takes beside these.
-
-    Raises:
-        ValueError: unknown mode or option.
-    """
-    from amkd_monai.distillation import baselines
-
-    known = {**LOSS_GATES, **baselines.LOSS_GATES}
-    arguments, options = (priors, warmup_steps, channels), dict(options or {})
-    chosen = mode_class("loss gate", mode, known, LossGate, arguments, options)
-    if not any(priors.values()):  # plain supervised training needs no gate
-        return ScaledLossGate(priors, warmup_steps)
-    gate: LossGate = chosen(*arguments, **options)
-    return gate

@@ -22,38 +22,37 @@ _DICE_OPTIONS = {
 UNLABELLED = 255
 """Class index of pixels without a label: no loss counts them."""
 SURE = 30.0
-"""Logit of background, less that of any other class, that stands in for an answer where there is no label."""
+"""Logit of background, relative to every other class, that replaces an answer where there is no label."""
 _dice, _batch_dice = DiceLoss(**_DICE_OPTIONS), DiceLoss(**_DICE_OPTIONS, batch=True)
 
 
 def task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False, class_weights: Tensor | None = None) -> Tensor:
-    """The task's loss per sample (B,): that of classes for logits (B, C), that of masks for logits (B, C, H, W).
+    """The supervised loss per sample: cross entropy of classes, :func:`segmentation_task_loss` of masks.
 
-    Labels must be in 0 to C - 1 (:func:`note_classes`).
+    Logits (B, C) or (B, C, H, W) meet class indices in 0 to C - 1, (B,) or (B, 1, H, W); the result is (B,), in nats.
+    ``class_weights`` (C,), for classes of images, are not normalised; pass weights that average 1 over the samples.
     """
-    if logits.ndim == 2:
-        return classification_task_loss(logits, label, class_weights)
-    return segmentation_task_loss(logits, label, batch_dice)
-
-
-def classification_task_loss(logits: Tensor, label: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """Cross entropy per sample.
-
-    Args:
-        logits: (B, C).
-        label: class indices (B,), integer.
-        class_weights: (C,) factors of the classes; their scale matters, a mean of 1 over the samples is meant.
-
-    Returns:
-        (B,) in nats, times the weight of the sample's class.
-
-    Raises:
-        ValueError: the labels are no classes of images.
-    """
+    if logits.ndim == 4:
+        return segmentation_task_loss(logits, label, batch_dice)
     if label.ndim != 1:
         raise ValueError("The student answers one class per image, the labels are masks: use a student for masks.")
     weights = None if class_weights is None else class_weights.to(logits).float()
     return F.cross_entropy(logits.float(), label.long(), weight=weights, reduction="none")
+
+
+def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False) -> Tensor:
+    """Mean soft Dice loss of the foreground classes plus mean cross entropy (nats) per sample (B,).
+
+    ``batch_dice`` pools overlaps over the batch, as for slices of volumes, many of which show no foreground; else every
+    image counts alike, as in the per-image metric. Pixels labelled 255 count in neither loss.
+    """
+    if label.ndim != 4:
+        raise ValueError("The student answers masks, the labels are one class per image: use a student for classes.")
+    known = (label != UNLABELLED).flatten(1).sum(1)
+    logits, label = without_unlabelled(logits.float(), label)
+    dice = _batch_dice(logits, label).mean() if batch_dice else _dice(logits, label).flatten(1).mean(1)
+    cross_entropy = F.cross_entropy(logits, label[:, 0].long(), reduction="none").flatten(1).mean(1)
+    return dice + cross_entropy * (label[0].numel() / known.clamp_min(1))
 
 
 def note_classes(faults: Faults, label: Tensor, classes: int) -> None:
@@ -66,11 +65,6 @@ def note_classes(faults: Faults, label: Tensor, classes: int) -> None:
     )
 
 
-def as_map(logits: Tensor) -> Tensor:
-    """Logits as a map (B, C, h, w); one answer per image (B, C) becomes a map of one cell (B, C, 1, 1)."""
-    return logits[:, :, None, None] if logits.ndim == 2 else logits
-
-
 def without_unlabelled(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Make both logits (B, C, ...) and label (B, 1, ...) background where the label is 255: no gradient flows there."""
     ignored = label == UNLABELLED
@@ -78,56 +72,20 @@ def without_unlabelled(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(ignored, sure.view(-1, *[1] * (logits.ndim - 2)), logits), label.masked_fill(ignored, 0)
 
 
-def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False) -> Tensor:
-    """Soft Dice plus cross entropy per sample.
-
-    Args:
-        logits: (B, C, H, W).
-        label: class indices (B, 1, H, W), integer; 255 is no label and counts in neither loss.
-        batch_dice: pool overlaps over the batch, as for slices of volumes, many of which show no foreground; else
-            every image counts alike, as in the per-image metric.
-
-    Returns:
-        (B,): mean soft Dice loss of the foreground classes plus mean cross entropy (nats).
-
-    Raises:
-        ValueError: the labels are no masks.
-    """
-    if label.ndim != 4:
-        raise ValueError("The student answers masks, the labels are one class per image: use a student for classes.")
-    known = (label != UNLABELLED).flatten(1).sum(1)
-    logits, label = without_unlabelled(logits.float(), label)
-    dice = _batch_dice(logits, label).mean() if batch_dice else _dice(logits, label).flatten(1).mean(1)
-    cross_entropy = F.cross_entropy(logits, label[:, 0].long(), reduction="none").flatten(1).mean(1)
-    return dice + cross_entropy * (label[0].numel() / known.clamp_min(1))
-
-
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of two maps over their channels, 0 where one of them is 0.
+    """Cosine (B, h, w) of two maps (B, C, h, w) over their channels, 0 where one of them is 0.
 
     ``F.cosine_similarity`` divides both maps by their norms; this divides the products alone, in fewer passes.
-
-    Args:
-        a: (B, C, h, w), floating point.
-        b: like ``a``.
-
-    Returns:
-        (B, h, w) in [-1, 1].
     """
     norms = a.square().sum(1).clamp_min(1e-16).sqrt() * b.square().sum(1).clamp_min(1e-16).sqrt()
     return (a * b).sum(1) / norms
 
 
 def feature_loss(aligned: Tensor, target: Tensor, similar: Tensor | None = None) -> Tensor:
-    """Half cosine distance, half smooth L1, per location (UNIC and DUNE use this pair).
+    """Half cosine distance, half smooth L1, per location (B, h, w) (UNIC and DUNE use this pair).
 
-    Args:
-        aligned: student features projected to the teacher's space (B, C, h, w).
-        target: standardised teacher features (B, C, h, w); no gradient flows into them.
-        similar: their cosine (B, h, w) with its gradient, where it is known already.
-
-    Returns:
-        (B, h, w), zero for equal inputs.
+    Of student features projected to the teacher's space and standardised teacher features (B, C, h, w), into which no
+    gradient flows; ``similar`` is their cosine (B, h, w) with its gradient, where it is known already.
     """
     aligned, target = aligned.float(), target.detach().float()
     similar = cosine(aligned, target) if similar is None else similar
@@ -136,16 +94,23 @@ def feature_loss(aligned: Tensor, target: Tensor, similar: Tensor | None = None)
     return 0.5 * (1 - similar) + distance.sum(-1) * (0.5 / distance.shape[-1])
 
 
+def reconstruction_loss(restored: Tensor, target: Tensor) -> Tensor:
+    """0.5 MSE + 0.3 L1 + 0.2 (1 - cos) per location (B, h, w) (Liu et al., MultiMedDistill, 2026).
+
+    Of restored and standardised teacher features (B, C, h, w); no gradient flows into the target.
+    """
+    restored, target = restored.float(), target.detach().float()
+    difference = (restored - target).movedim(1, -1)  # (B, C, h, w) -> (B, h, w, C)
+    direction = 1 - cosine(restored, target)
+    magnitude = difference.square().sum(-1) * 0.5 + difference.abs().sum(-1) * 0.3  # sums: see feature_loss
+    return magnitude / difference.shape[-1] + 0.2 * direction
+
+
 def output_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Distillation of class probabilities per location: T^2 KL(teacher || student) (Hinton et al., 2015).
 
-    Args:
-        student_logits: (B, C, h, w).
-        teacher_logits: (B, C, h, w), calibrated, or those of K teachers (K, B, C, h, w); no gradient flows into them.
-        temperature: KD temperature T >= 1.
-
-    Returns:
-        (B, h, w), or (K, B, h, w), in nats, zero for equal logits.
+    Student logits (B, C, h, w) and calibrated teacher logits, those of one or of K teachers ((K,) B, C, h, w), give
+    ((K,) B, h, w) in nats; no gradient flows into the teachers.
     """
     log_student = F.log_softmax(student_logits.float() / temperature, dim=-3)
     log_teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-3)
@@ -158,6 +123,11 @@ def soft_cross_entropy(target: Tensor, log_probabilities: Tensor) -> Tensor:
     return -(target * log_probabilities).sum(-3)
 
 
+def as_map(logits: Tensor) -> Tensor:
+    """Logits as a map (B, C, h, w); one answer per image (B, C) becomes a map of one cell (B, C, 1, 1)."""
+    return logits[:, :, None, None] if logits.ndim == 2 else logits
+
+
 def by_size(maps: Mapping[str, Tensor]) -> dict[tuple[int, int], dict[str, Tensor]]:
     """Group maps {name: (B, C, h, w)} by their grid, {(h, w): {name: map}}: those of one grid are computed together."""
     groups: dict[tuple[int, int], dict[str, Tensor]] = {}
@@ -167,18 +137,10 @@ def by_size(maps: Mapping[str, Tensor]) -> dict[tuple[int, int], dict[str, Tenso
 
 
 def one_hot_area(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
-    """Area fractions of each class in the cells of a coarser grid.
+    """Area fractions (B, C, h, w) of each class in the cells of a coarser grid, after a check of the labels.
 
-    Args:
-        label: class indices (B, 1, H, W), integer; 255 is no label.
-        classes: number of classes C.
-        size: (h, w) of the grid.
-
-    Returns:
-        (B, C, h, w), fractions of the labelled part of a cell: 1 in sum over the classes, 0 where nothing is labelled.
-
-    Raises:
-        ValueError: a label is not in 0 to C - 1.
+    Labels are class indices (B, 1, H, W), 255 for no label; one that is not in 0 to C - 1 is a ValueError. Fractions
+    are those of the labelled part of a cell: 1 in sum over the classes, 0 where nothing is labelled.
     """
     faults = Faults()
     note_classes(faults, label, classes)

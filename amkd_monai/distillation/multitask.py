@@ -4,40 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch.distributed as dist
+import ignite.distributed as idist
 from torch import Tensor, nn
 
-from amkd_monai.distillation.alignment import MeanStdStandardiser
 from amkd_monai.distillation.distiller import Distiller
 from amkd_monai.distillation.interface import Batch, DistillationOutput
 from amkd_monai.distillation.loss_gate import ScaledLossGate
-from amkd_monai.distillation.return_decoder import LearnedCode
-
-TASK = "task"
 
 
 class MultiTaskDistiller(nn.Module):
     """One distiller per task, each over its view of the same student.
 
-    Projections and learned codes of equally named teachers of one shape, and the gate networks of equal lists of
-    teachers, are one module for all tasks, so what is learned about a teacher on one data set serves the others.
-    Projections stay apart where the space of their targets is the data set's own (PCA code, your own standardiser).
+    Projections and codes of equally named teachers of one shape, and the gate networks of equal lists of teachers, are
+    one module for all tasks, so that what is learned about a teacher on one data set serves the others.
 
     Args:
         distillers: {task: distiller}, their students views of one shared student.
         scale_steps: steps of a task over which its loss scale is measured before it freezes.
-        freeze_norms: batch norms use and keep their running statistics once :attr:`warm` is set (``shared_frozen``).
-
-    Attributes:
-        warm: whether the warm-up of the batch norms is over.
+        freeze_norms: batch norms use and keep their running statistics once ``warm`` is set (``shared_frozen``).
     """
 
     def __init__(self, distillers: Mapping[str, Distiller], scale_steps: int = 100, freeze_norms: bool = True) -> None:
         super().__init__()
         self.distillers = nn.ModuleDict(distillers)
-        self.scales = nn.ModuleDict({task: ScaledLossGate({TASK: 1.0}, scale_steps) for task in distillers})
+        self.scales = nn.ModuleDict({task: ScaledLossGate({"task": 1.0}, scale_steps) for task in distillers})
         self.freeze_norms, self.warm = freeze_norms, False
-        share_teaching(list(distillers.values()))
+        known: dict[tuple, nn.Module] = {}
+
+        def one(module: nn.Module, *key: object) -> nn.Module:
+            shapes = tuple((name, tuple(value.shape)) for name, value in module.state_dict().items())
+            return known.setdefault((*key, shapes), module)
+
+        for distiller in distillers.values():
+            for part in (distiller.align, distiller.codes):
+                for name in part:
+                    part[name] = one(part[name], name)
+            gate = distiller.teacher_gate
+            if gate.network is not None:
+                gate.network = one(gate.network, type(gate), *(t.name for t in gate.teachers))
 
     def train(self, mode: bool = True) -> MultiTaskDistiller:
         """Switch to training; frozen batch norms stay in evaluation mode."""
@@ -58,39 +62,13 @@ class MultiTaskDistiller(nn.Module):
         result: DistillationOutput = self.distillers[task](batch, progress)
         scale = self.scales[task]
         if self.training and scale.steps < scale.history.shape[1]:
-            scale.observe({TASK: mean_over_processes(result.losses[TASK].detach().mean())})
+            scale.observe({"task": mean_over_processes(result.losses["task"].detach().mean())})
         factor = scale.scale[0].clone()
         result.total = result.total / factor
         result.figures["loss_scale"] = factor
         return result
 
 
-def share_teaching(distillers: list[Distiller]) -> None:
-    """Let distillers use the same projections, learned codes and gate networks where their shapes agree."""
-    known: dict[tuple, nn.Module] = {}
-
-    def one(module: nn.Module, *key: object) -> nn.Module:
-        shapes = tuple((name, tuple(value.shape)) for name, value in module.state_dict().items())
-        return known.setdefault((*key, shapes), module)
-
-    for distiller in distillers:
-        for name in distiller.align:
-            code = dict(distiller.codes.items()).get(name)
-            if isinstance(distiller.standardise[name], MeanStdStandardiser) and (
-                code is None or isinstance(code, LearnedCode)
-            ):
-                distiller.align[name] = one(distiller.align[name], "align", name)
-                if code is not None:
-                    distiller.codes[name] = one(code, "code", name)
-        gate = distiller.teacher_gate
-        if gate.network is not None:
-            gate.network = one(gate.network, "gate", type(gate), *(t.name for t in gate.teachers))
-
-
 def mean_over_processes(value: Tensor) -> Tensor:
     """The mean of a tensor over all processes, the tensor itself where there is one."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    value = value.clone()
-    dist.all_reduce(value)
-    return value / dist.get_world_size()
+    return value if idist.get_world_size() == 1 else idist.all_reduce(value.clone()) / idist.get_world_size()

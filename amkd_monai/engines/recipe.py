@@ -94,14 +94,14 @@ class Recipe:
         distributed: bool = True,
         num_workers: int = 0,
     ) -> DataLoader:
-        """Return the loader of training batches; under torch.distributed each process gets its own part.
+        """Return the loader of training batches.
 
         Args:
             dataset: decoded training data.
             seed: seed of the run.
             use_unlabelled: draw unlabelled samples too.
             indices: restrict to these samples.
-            distributed: False draws everything in this process even under torch.distributed.
+            distributed: give each process of torch.distributed its own part.
             num_workers: loader processes; 0 is fastest for memory-mapped data.
         """
         sampler = BatchSampler(

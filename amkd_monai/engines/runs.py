@@ -10,11 +10,13 @@ workflow or parser that is calling them on the stack.
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import inspect
 import itertools
 import json
 import logging
 import os
+import platform
 import re
 import sys
 import uuid
@@ -30,12 +32,13 @@ from filelock import FileLock, Timeout
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
+from amkd_monai import __version__
 from amkd_monai.atomic import atomic_write_json
 from amkd_monai.content import file_sha256, fingerprint
 from amkd_monai.data.datalist import Datalist, find_dataset_dir
 from amkd_monai.data.datasets import get_task
 from amkd_monai.files.names import label_files, some
-from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS
+from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS, read_json
 from amkd_monai.weights import CheckpointError
 
 logger = logging.getLogger("amkd_monai")
@@ -48,7 +51,7 @@ PREVIOUS = "previous"
 LOCK = ".running"
 OVERRIDDEN = "overridden"
 PLACES = ["bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "cache_dir", "weights_dir", "init_from", "resume_dir"]
-RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html", "teachers.csv", "teachers.svg"]
+RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html"]
 RESULTS += ["masks", "predictions.csv", "transfer.csv", "split_*.json", "events.out.tfevents.*"]
 RESULTS += [TEACHERS, FEATURES, PREVIEWS]
 """What a run leaves in its output folder."""
@@ -62,9 +65,6 @@ _REFERENCE = re.compile(r"@([A-Za-z_](?:\w|#|::)*)")
 _locks: dict[Path, FileLock] = {}
 
 T = TypeVar("T")
-
-
-# ----------------------------------------------------------------------------------------------------- the call
 
 
 def _stack() -> Iterator[FrameType]:
@@ -82,8 +82,7 @@ def _callers(kind: type[T]) -> Iterator[T]:
 def bundle_root(name: str) -> str:
     """Return the folder of the bundle whose config is being read, wherever the command is started.
 
-    Args:
-        name: folder below ``bundles/``, for a parser that read its config without MONAI's commands.
+    ``name`` is the folder below ``bundles/``, for a parser that read its config without MONAI's commands.
     """
     workflow = next(_callers(ConfigWorkflow), None)
     if workflow is not None:
@@ -106,8 +105,8 @@ def check(purpose: str) -> None:
         purpose: ``training``, or one of :func:`adopt`.
 
     Raises:
-        ValueError: an unknown option, a bad value, an option that differs from what the student was trained with, or
-            one that changes how a run is scored in the run's own folder.
+        ValueError: an unknown option, a bad value, one that differs from what the student was trained with, or one that
+            changes how a run is scored in the run's own folder.
     """
     workflow = next(_callers(ConfigWorkflow), None)
     if workflow is None:
@@ -152,18 +151,15 @@ def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
             return content, {k.replace("::", "#"): v for k, v in arguments.items() if k not in own}
     files = sorted(workflow.config_root_path.glob("*.json"), key=lambda f: f.stem not in ("train", "inference"))
     contents = [ConfigParser.load_config_file(file) for file in files if not file.stem.endswith("metadata")]
-    given = {
-        key: value
-        for key, value in parser.config.items()
-        if key != ConfigParser.meta_key and all(value != content.get(key, content) for content in contents)
-    }
     known: dict[str, Any] = {**tracked, **{name.split("#")[0]: None for name in _references(parser.config)}}
     for content in contents:
-        known |= {key: value for key, value in content.items() if "#" not in key}
-        known |= content.get("configs", {})
-    for name, section in parser.config.items():
-        if isinstance(section, dict) and isinstance(of_files := known.get(name), dict):
-            given |= {f"{name}#{key}": value for key, value in section.items() if key not in of_files}
+        known |= {key: value for key, value in content.items() if "#" not in key} | content.get("configs", {})
+    given = {}
+    for key, value in parser.config.items():
+        if key != ConfigParser.meta_key and all(value != content.get(key, content) for content in contents):
+            given[key] = value
+        if isinstance(value, dict) and isinstance(of_files := known.get(key), dict):
+            given |= {f"{key}#{name}": inner for name, inner in value.items() if name not in of_files}
     return known, given
 
 
@@ -171,26 +167,23 @@ def _check_option(key: str, content: Mapping[str, Any]) -> None:
     """Refuse an option that names nothing in the configs; what lies in plain data is judged by what reads it."""
     at: Any = content
     for depth, part in enumerate(key.split("#")):
-        names: list[str]
-        if isinstance(at, dict) and part not in at:
-            names = list(at)
-            if "_target_" in at:
-                accepted = _arguments(at["_target_"])
-                if accepted is None or part in accepted:
-                    return
-                names = [*names, *accepted]
-            elif depth and not any(isinstance(v, dict) and "_target_" in v for v in at.values()):
-                known = _names_in(key.split("#")[0]) if depth == 1 else []
-                if not known or part in known:
-                    return
-                names = known
-        elif isinstance(at, list) and not (part.isdecimal() and int(part) < len(at)):
-            names = [str(number) for number in range(len(at))]
-        elif isinstance(at, (dict, list)):
-            at = at[part] if isinstance(at, dict) else at[int(part)]
-            continue
-        else:
+        if isinstance(at, list):
+            at = {str(number): item for number, item in enumerate(at)}
+        if not isinstance(at, dict):
             return
+        if part in at:
+            at = at[part]
+            continue
+        names: list[str] = list(at)
+        if "_target_" in at:
+            accepted = _arguments(at["_target_"])
+            if accepted is None or part in accepted:
+                return
+            names += accepted
+        elif depth and not any(isinstance(v, dict) and "_target_" in v for v in at.values()):
+            names = _names_in(key.split("#")[0]) if depth == 1 else []
+            if not names or part in names:
+                return
         above = "#".join(key.split("#")[:depth])
         below = [f"{name}#{part}" for name, value in content.items() if isinstance(value, dict) and part in value]
         nearest = below if below and not depth else difflib.get_close_matches(part, names, 1, cutoff=0.5)
@@ -256,18 +249,11 @@ def expand(parser: ConfigParser) -> None:
             parser[key] = str(Path(value).expanduser())
 
 
-# ----------------------------------------------------------------------------------------------------- the record
-
-
 @dataclass
 class Identity:
-    """What a run is about to make a student from.
+    """What a run is about to make a student from: the content of ``student.json``, and its folders.
 
-    Attributes:
-        record: the content of ``student.json``.
-        places: folders of the results, the student and the checkpoint.
-        datalists: data by folder below the output folder, ``""`` for that itself.
-        resume: whether the run goes on with what lies there.
+    ``datalists`` are the data by folder below the output folder, ``""`` for that itself.
     """
 
     record: dict[str, Any]
@@ -282,11 +268,7 @@ class Identity:
 
     @idist.one_rank_only()
     def claim(self, keep: bool = False) -> None:
-        """Make the folders this run's: set aside what an earlier run left there, and write the record.
-
-        Args:
-            keep: the student that lies there is this run's own start.
-        """
+        """Make the folders this run's: set aside what an earlier run left (unless ``keep``), and write the record."""
         hold(*self.places.values())
         contents = {}
         for folder, data in self.datalists.items():
@@ -317,12 +299,7 @@ def identity(datalist: Datalist) -> Identity:
 
 
 def shared_identity(tasks: Mapping[str, Identity], settings: Sequence[str]) -> Identity:
-    """Describe a run on several tasks.
-
-    Args:
-        tasks: identity of each task's bundle.
-        settings: top-level settings that the student depends on.
-    """
+    """Describe a run on several tasks, by the identity of each task's bundle and settings of the shared student."""
     parser = next(_callers(ConfigParser))
     left = ("version", "run", "bundle", "output_dir", "versions", "training")
     facts = {
@@ -332,9 +309,13 @@ def shared_identity(tasks: Mapping[str, Identity], settings: Sequence[str]) -> I
     return _identity(parser, facts, {name: data for name, i in tasks.items() for data in i.datalists.values()})
 
 
-def _identity(parser: ConfigParser, facts: Mapping[str, Any], data: dict[str, Datalist]) -> Identity:
-    from amkd_monai.engines.handlers.run_record import versions
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    found = {name: importlib.metadata.version(name) for name in ("torch", "monai", "pytorch-ignite", "timm", "numpy")}
+    return {"python": platform.python_version(), "amkd_monai": __version__, **found}
 
+
+def _identity(parser: ConfigParser, facts: Mapping[str, Any], data: dict[str, Datalist]) -> Identity:
     root, names = Path(parser.get_parsed_content("bundle_root")), ("output_dir", "ckpt_dir", "resume_dir")
     places = {name: Path(parser.get_parsed_content(name)).expanduser().resolve() for name in names}
     record = {"version": VERSION, "run": uuid.uuid4().hex, "bundle": root.resolve().name, **facts}
@@ -357,7 +338,12 @@ def _is_expression(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    return not (_is_expression(value) or _references(value) or (isinstance(value, Mapping) and "_target_" in value))
+    """Whether a piece of config neither refers to anything nor builds an object, nor is one that a program gave."""
+    if isinstance(value, Mapping):
+        return "_target_" not in value and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (str, int, float, type(None))) and not _is_expression(value)
 
 
 def _reached(config: Mapping[str, Any], roots: Sequence[str], without: set[str]) -> dict[str, Any]:
@@ -394,14 +380,9 @@ def _network(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_steps(parser: ConfigParser, place: str) -> list[dict[str, Any]]:
-    """Describe what a chain of transforms does to the image, label aside.
+    """Describe what the chain of transforms at a place of a config does to the image, label aside.
 
-    Args:
-        parser: of the config.
-        place: the chain in it, such as ``validate#preprocessing``.
-
-    Returns:
-        One dict per transform, ``transform`` and its options.
+    One dict per transform: ``transform`` and its options.
     """
     steps = []
     while isinstance(chain := parser.get(place), str) and chain.startswith("@"):
@@ -445,9 +426,6 @@ def _refuse_changed(record: Mapping[str, Any], folder: str, contents: Mapping[st
         )
 
 
-# ----------------------------------------------------------------------------------------------------- its use
-
-
 def read_record(ckpt_dir: str | Path) -> dict[str, Any] | None:
     """Return what was recorded of the student in a folder; None where there is no record.
 
@@ -470,12 +448,7 @@ def read_record(ckpt_dir: str | Path) -> dict[str, Any] | None:
 
 
 def record_weights(ckpt_dir: Path, digest: str) -> None:
-    """Name the weights that are about to be saved as the run's; those before stay named, should a kill keep them.
-
-    Args:
-        ckpt_dir: folder of the student.
-        digest: SHA-256 of the new file.
-    """
+    """Record the SHA-256 of the weights that are about to be saved; the one before stays, should a kill keep it."""
     if record := read_json(ckpt_dir / RECORD):
         named = [*record.get("weights", [])[-1:], digest]
         atomic_write_json(ckpt_dir / RECORD, {**record, "weights": named})
@@ -488,7 +461,7 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
         parser: of a config with ``ckpt_dir``; changed in place.
         purpose: ``evaluation`` and ``export`` use the run's own data and split, ``inference`` its data if no others are
             given, ``serving`` (answers or further training on a server's images) none of them.
-        given: settings that were given for this command; one that differs from the student's is refused.
+        given: settings of this command; one that differs from the student's is refused.
 
     Returns:
         The record of the student, empty where there is none.
@@ -560,11 +533,7 @@ def _adopt_data(parser: ConfigParser, data: Mapping[str, Any], given: Mapping[st
 
 
 def _data_root(data: Mapping[str, Any]) -> str | None:
-    """Where a run's data lie, None where they must be searched for.
-
-    Raises:
-        ValueError: real data are gone: phantoms would be taken in their place.
-    """
+    """Where a run's data lie, None where they must be searched for; phantoms never replace real data that are gone."""
     if Path(data["root"]).is_dir():
         if data["phantom"]:
             logger.warning("The student was trained on generated PHANTOMS, here are the same: %s", data["root"])
@@ -635,10 +604,7 @@ def _check_steps(parser: ConfigParser, record: Mapping[str, Any], student: Path)
 
 
 def _overridden(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What the scores of an evaluation depend on and is not as in the bundle's own configs, by option.
-
-    Plain settings are compared with the student's record instead.
-    """
+    """Parts of an evaluation that differ from the bundle's own configs; plain settings are compared with the record."""
     handlers = [h for h in config["validate"]["handlers"] or () if "tracking_uri" not in h]
     now = {**config, "validate": {**config["validate"], "handlers": handlers}}
     overlays = [file.stem.removesuffix("_evaluate") for file in folder.glob("*_evaluate.json")]
@@ -657,7 +623,7 @@ def _differences(now: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tup
     there = _reached(own, ["run"], without)
     for name, value in _reached(now, ["run"], without).items():
         before = there.get(name)
-        if value == before or (_is_plain(value) and _is_plain(before)):
+        if value == before or ("#" not in name and _is_plain(value) and _is_plain(before)):
             continue
         if isinstance(value, Mapping) and isinstance(before, Mapping):
             yield from (
@@ -707,11 +673,7 @@ def _core(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_another(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
-    """Refuse to resume a run with other settings.
-
-    Raises:
-        CheckpointError: a value of ``now`` is not that of ``before``.
-    """
+    """Refuse to resume a run with other settings."""
     if differing := [key for key in now if now[key] != before.get(key)]:
         raise CheckpointError(
             f"{checkpoint} belongs to a run with another {', '.join(differing)}: repeat its settings, or start "
@@ -766,10 +728,7 @@ def _recorded_overrides() -> dict[str, Any]:
 def evaluated(data: Datalist, ckpt_dir: str | Path, skipped: Sequence[Mapping[str, str]] = ()) -> dict[str, Any]:
     """Return the facts of a report: the data, which student of which run was scored, and which cases were left out.
 
-    Args:
-        data: of the evaluation.
-        ckpt_dir: folder of the student.
-        skipped: see :class:`amkd_monai.data.readable.ReadableLoader`; filled while the evaluation runs.
+    ``skipped`` is the list of a :class:`amkd_monai.data.readable.ReadableLoader`, filled while the evaluation runs.
     """
     student = Path(ckpt_dir) / STUDENT
     facts: dict[str, Any] = {"data": data.describe(), "skipped_samples": skipped, "student": str(student)}
@@ -786,14 +745,8 @@ def end(*folders: str | Path | Identity) -> None:
                 lock.release()
 
 
-# ----------------------------------------------------------------------------------------------------- folders
-
-
 def hold(*folders: Path) -> list[Path]:
-    """Lock folders for this process; the kernel frees the locks of a process that is killed.
-
-    Returns:
-        Those that were not locked by this process before.
+    """Lock folders for this process and return those that it did not hold; the kernel frees the locks on a kill.
 
     Raises:
         TimeoutError: another process works in one of them.
@@ -842,31 +795,12 @@ def _run_of(folder: Path) -> str:
     return str(read_json(folder / "run.json").get("run") or "")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a file of a run; a missing one is empty.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: restore it, or remove it.") from error
-    return content
-
-
 def _overlap(key: str, name: str) -> bool:
     return key == name or key.startswith(f"{name}#") or name.startswith(f"{key}#")
 
 
 def is_true(flag: bool | str | None, name: str = "A switch") -> bool:
-    """Understand what a command line gives for a switch.
-
-    Raises:
-        ValueError: it is neither true nor false.
-    """
+    """Understand the words of a command line for a switch, and refuse others."""
     words = {"true": True, "1": True, "false": False, "0": False, "none": False}
     if str(flag).lower() not in words:
         raise ValueError(f"{name} is {flag!r}: give true or false.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amkd_monai.cache.build import to_device
-from amkd_monai.cache.probes import channel_covariance, pooled_features
+from amkd_monai.cache.probes import pooled_features
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.cache.views import MATRIX
 from amkd_monai.data.augment import warp
@@ -45,14 +44,6 @@ class TeacherTargets:
 
     def __len__(self) -> int:
         return len(self.teachers)
-
-    def specs_for(self, return_code: str = "none", standardisation: str = "mean_std") -> list[TeacherTarget]:
-        """The teachers, with the covariance of their features where the return code or the standardisation needs it."""
-        if return_code != "pca" and standardisation == "mean_std":
-            return self.teachers
-        return [
-            t if t.features is None else replace(t, covariance=channel_covariance(t.features)) for t in self.teachers
-        ]
 
     def samples_for(self, losses: Mapping[str, float]) -> SampleTable | None:
         """Return the pooled features of all training samples if the contrastive loss is asked for, else None."""

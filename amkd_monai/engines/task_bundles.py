@@ -11,7 +11,7 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from amkd_monai.data.datalist import find_dataset_dir
-from amkd_monai.data.datasets import Task, get_task
+from amkd_monai.data.datasets import get_task
 from amkd_monai.engines.runs import expand
 from amkd_monai.errors import EXPECTED, is_own, root_cause
 from amkd_monai.networks.shared_student import Head, SharedStudent
@@ -21,34 +21,26 @@ logger = logging.getLogger("amkd_monai")
 
 TEACHERS_ON = ("everywhere", "own_domain")
 LOAD = "amkd_monai.engines.handlers.LoadStudent"
-_OF_THE_WHOLE_RUN = (
+_OF_THE_WHOLE_RUN = {
     "@best_student",
     LOAD,
     "ignite.handlers.ProgressBar",
     "StatsHandler",
     "TensorBoardStatsHandler",
-)
+}
 """Handlers of a bundle that act on its own student's file or on logs; the shared run has its own."""
 
 
 class TaskBundle:
-    """One task's bundle, opened.
+    """One task's bundle, opened; whatever its config needs of the student it takes from ``task_view``."""
 
-    Attributes:
-        name: key of the task in the run.
-        number: of the task, for the gate's task embedding.
-        parser: the bundle's config; whatever it needs of the student it takes from ``task_view``.
-    """
-
-    def __init__(self, name: str, number: int, parser: ConfigParser) -> None:
-        self.name, self.number, self.parser = name, number, parser
+    def __init__(self, name: str, parser: ConfigParser) -> None:
+        self.name, self.parser = name, parser
         self.task = get_task(parser.config["task"])
-        network = {
-            k: self.get(f"network_def#{k}") for k in parser.config["network_def"] if k in ("num_classes", "stride")
-        }
+        network = parser.config["network_def"]
+        network = {k: self.get(f"network_def#{k}") for k in ("num_classes", "stride") if k in network}
         self.head = Head(self.task.kind, int(network["num_classes"]), int(network.get("stride", 4)))
-        labels = len(self.task.classes)
-        if self.head.classes != labels:
+        if self.head.classes != (labels := len(self.task.classes)):
             raise ValueError(
                 f"The head of '{name}' has {self.head.classes} classes, its labels have {labels} "
                 f"({', '.join(self.task.classes)}): set network_def#num_classes to {labels}."
@@ -60,11 +52,7 @@ class TaskBundle:
         return self
 
     def get(self, item: str) -> Any:
-        """Return an item of the bundle's config; an expected error is told with the task's name.
-
-        Raises:
-            ValueError: what the item raised.
-        """
+        """Return an item of the bundle's config; an expected error is told with the task's name."""
         try:
             return self.parser.get_parsed_content(item)
         except (RuntimeError, *EXPECTED) as error:
@@ -75,30 +63,13 @@ class TaskBundle:
 
 
 class TaskSet:
-    """The tasks of a run.
+    """The tasks of a run: opened bundles by name, their numbers, and names of tasks that have no data (``missing``)."""
 
-    Args:
-        bundles: opened bundles by name.
-        missing: names of tasks that were asked for and have no data.
-    """
-
-    def __init__(self, bundles: Mapping[str, TaskBundle], missing: Sequence[str] = ()) -> None:
+    def __init__(self, bundles: Mapping[str, TaskBundle], numbers: Mapping[str, int], missing: Sequence[str]) -> None:
         self.bundles, self.missing = dict(bundles), list(missing)
-
-    @property
-    def heads(self) -> dict[str, Head]:
-        """The head of each task."""
-        return {name: bundle.head for name, bundle in self.bundles.items()}
-
-    @property
-    def tasks(self) -> dict[str, Task]:
-        """What each task asks."""
-        return {name: bundle.task for name, bundle in self.bundles.items()}
-
-    @property
-    def numbers(self) -> dict[str, int]:
-        """The number of each task."""
-        return {name: bundle.number for name, bundle in self.bundles.items()}
+        self.numbers = {name: numbers[name] for name in bundles}
+        self.heads = {name: bundle.head for name, bundle in bundles.items()}
+        self.tasks = {name: bundle.task for name, bundle in bundles.items()}
 
     def around(self, student: SharedStudent) -> TaskSet:
         """Give every bundle its view of a student, which is on its device, and return the tasks."""
@@ -116,7 +87,7 @@ def open_tasks(
     bundle_root: str | Path,
     output_dir: str | Path,
     cache_dir: str | Path,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any],
     only: Sequence[str] | None = None,
     dataset_dir: str | Path | None = None,
     teachers_on: str = "everywhere",
@@ -128,7 +99,7 @@ def open_tasks(
 
     Args:
         tasks: {name: {"bundle": name or path of its bundle, and settings of that bundle that this run changes}}.
-        bundle_root: the folder of the shared student's bundle; others lie beside it, or in ``bundles/`` of the current
+        bundle_root: the folder of the shared student's bundle; others lie next to it, or in ``bundles/`` of the current
             folder where it was copied away from them.
         output_dir: each task gets a folder in it.
         cache_dir: likewise; the same as that of the single runs, so that what is decoded and cached is found again.
@@ -137,10 +108,6 @@ def open_tasks(
         dataset_dir: folder that holds the data sets' folders; a task's own ``dataset_dir`` goes first.
         teachers_on: ``everywhere``: a teacher's features are matched on every task; ``own_domain``: on its ``tasks``.
         configs: configs of each bundle, later ones on top.
-
-    Raises:
-        ValueError: an unknown task, setting or choice, two tasks of one data set, or a head that does not fit.
-        FileNotFoundError: a folder that was named is not there.
     """
     if teachers_on not in TEACHERS_ON:
         raise ValueError(f"teachers_on is '{teachers_on}': use one of {', '.join(TEACHERS_ON)}.")
@@ -149,8 +116,8 @@ def open_tasks(
     dataset_dir = Path(dataset_dir).expanduser() if dataset_dir else None
     if dataset_dir and not dataset_dir.is_dir():
         raise FileNotFoundError(f"There is no folder {dataset_dir}: give the folder that holds the data sets' folders.")
-    common = dict(settings or {})
-    common["gate_options"] = {**common.get("gate_options", {}), "tasks": len(tasks)}
+    common = {**settings, "gate_options": {**settings.get("gate_options", {}), "tasks": len(tasks)}}
+    teachers = common.pop("teachers", [])
     parsers: dict[str, ConfigParser] = {}
     seen: dict[str, str] = {}
     found: dict[str, bool] = {}
@@ -158,20 +125,20 @@ def open_tasks(
         parser = parsers[name] = _parser(name, entry, Path(bundle_root), common, configs)
         task = get_task(str(parser.config["task"]))
         if (other := seen.setdefault(task.name, name)) != name:
-            raise ValueError(f"Both '{other}' and '{name}' are the task {task.name}: keep one, or name its own task.")
+            raise ValueError(f"'{other}' and '{name}' are the task {task.name}: keep one, or name its own task.")
         place = parser.config.get("dataset_dir")
         if place is None and dataset_dir and (dataset_dir / task.folder).is_dir():
             place = str(dataset_dir / task.folder)
         found[name] = find_dataset_dir(task.name, place) is not None
         parser["dataset_dir"] = place
         parser["output_dir"], parser["cache_dir"] = f"{output_dir}/{name}", f"{cache_dir}/{task.name}"
-        parser["teachers"] = teachers_of(name, common.get("teachers", []), teachers_on)
+        parser["teachers"] = teachers_of(name, teachers, teachers_on)
     chosen = [name for name in tasks if only is None or name in only]
     missing = [name for name in chosen if not found[name] and any(found[n] for n in chosen)]
     for name in missing:
         logger.warning("NO DATA FOUND for the task '%s': this run goes on without it.", name)
     numbers = {name: number for number, name in enumerate(tasks)}
-    return TaskSet({n: TaskBundle(n, numbers[n], parsers[n]) for n in chosen if n not in missing}, missing)
+    return TaskSet({n: TaskBundle(n, parsers[n]) for n in chosen if n not in missing}, numbers, missing)
 
 
 def teachers_of(task: str, teachers: Sequence[Mapping[str, Any]], teachers_on: str) -> list[dict[str, Any]]:
@@ -189,24 +156,36 @@ def teachers_of(task: str, teachers: Sequence[Mapping[str, Any]], teachers_on: s
     return row
 
 
-def _folder(bundle: str, root: Path) -> Path:
-    """Return a bundle's folder: a path as it is; a name beside the shared student's bundle, else in ``bundles/``."""
-    if "/" in bundle:
-        return Path(bundle)
-    beside = root.resolve().parent / bundle
-    return next((f for f in (beside, Path("bundles") / bundle) if (f / "configs").is_dir()), beside)
+def open_inference(
+    task: str, entry: Mapping[str, Any], bundle_root: str | Path, neck_channels: int, settings: Mapping[str, Any]
+) -> TaskBundle:
+    """Open the inference config of one task's bundle for the shared student's part in it.
+
+    ``entry`` is as in the ``tasks`` of :func:`open_tasks`; ``settings`` are places and the like of the bundle's own
+    inference.
+    """
+    parser = _parser(task, entry, Path(bundle_root), settings, ("inference",))
+    load = {"_target_": LOAD, "student": "@network", "path": "$@ckpt_dir + '/model.pt'", "task": task}
+    parser["handlers"] = [load, *parser["handlers"]]
+    if "neck_channels" in parser.config["network_def"]:
+        parser["network_def"]["neck_channels"] = neck_channels
+    return TaskBundle(task, parser)
 
 
 def _parser(
     name: str, entry: Mapping[str, Any], root: Path, common: Mapping[str, Any], configs: Sequence[str]
 ) -> ConfigParser:
-    folder = _folder(str(entry.get("bundle", name)), root)
+    """Read a bundle's configs, put the settings of the run and of the task's entry on top, and give it the student."""
+    bundle = str(entry.get("bundle", name))
+    folder = Path(bundle) if "/" in bundle else root.resolve().parent / bundle
+    if "/" not in bundle and not (folder / "configs").is_dir() and (Path("bundles") / bundle / "configs").is_dir():
+        folder = Path("bundles") / bundle
     files = [folder / "configs" / f"{config}.json" for config in configs]
     if absent := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(f"The task '{name}' has no {absent[0]}: correct `bundle` in its entry in `tasks`.")
     parser = ConfigParser(globals={"task_view": None})
     parser.read_config([str(file) for file in files])
-    changes = {k: v for k, v in common.items() if k in parser.config and k != "teachers"}
+    changes = {k: v for k, v in common.items() if k in parser.config}
     changes |= {k: v for k, v in entry.items() if k != "bundle"}
     for key, value in changes.items():
         if key.split("#")[0] not in parser.config:
@@ -218,29 +197,5 @@ def _parser(
     expand(parser)
     for section in (parser.config.get("validate", {}), parser.config):  # training configs, or one for inference
         if "handlers" in section:
-            section["handlers"] = [h for h in section["handlers"] if not set(_OF_THE_WHOLE_RUN) & set(h.values())]
+            section["handlers"] = [h for h in section["handlers"] if not _OF_THE_WHOLE_RUN & set(h.values())]
     return parser
-
-
-def open_inference(
-    task: str,
-    entry: Mapping[str, Any],
-    bundle_root: str | Path,
-    neck_channels: int,
-    settings: Mapping[str, Any] | None = None,
-) -> TaskBundle:
-    """Open the inference config of one task's bundle for the shared student's part in it.
-
-    Args:
-        task: name of the task.
-        entry: as in ``tasks``.
-        bundle_root: the folder of the shared student's bundle.
-        neck_channels: of the shared student.
-        settings: places and the like, as of the bundle's own inference.
-    """
-    parser = _parser(task, entry, Path(bundle_root), settings or {}, ("inference",))
-    load = {"_target_": LOAD, "student": "@network", "path": "$@ckpt_dir + '/model.pt'", "task": task}
-    parser["handlers"] = [load, *parser["handlers"]]
-    if "neck_channels" in parser.config["network_def"]:
-        parser["network_def"]["neck_channels"] = neck_channels
-    return TaskBundle(task, 0, parser)

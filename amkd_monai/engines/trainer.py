@@ -31,11 +31,8 @@ class DistillationTrainer(SupervisedTrainer):
     the last :class:`~amkd_monai.distillation.DistillationOutput`. Parameters that are not listed are MONAI's.
 
     Args:
-        device: where to train.
-        max_epochs: length of the run; the progress that drives schedules is measured against it.
         train_data_loader: loader over a :class:`BatchSampler`.
         network: the distiller, or DistributedDataParallel around it.
-        optimizer: over the distiller's parameters.
         targets: teachers' targets by sample index; None for plain supervised training.
         augmentation: random changes of a batch. With several stored views these are the geometric changes, and only
             the photometric ones of the augmentation are made.
@@ -143,10 +140,8 @@ class DistillationTrainer(SupervisedTrainer):
         """Note a loss that is not finite; refuse it once in an interval, and before anything is kept."""
         fault = ~torch.isfinite(result.total.detach())
         step = torch.full_like(fault, self.state.iteration, dtype=torch.long)
-        sentence = (
-            f"The loss{of} is not finite in step {{}}: lower the learning rate; the checkpoints of earlier epochs "
-        )
-        self.faults.note(f"{sentence}are kept.", fault, step)
+        remedy = "lower the learning rate; the checkpoints of earlier epochs are kept."
+        self.faults.note(f"The loss{of} is not finite in step {{}}: {remedy}", fault, step)
         if self.state.iteration % INTERVAL == 0 or self.state.iteration % (self.state.epoch_length or 1) == 0:
             for module in self.network.modules():
                 if isinstance(module, Distiller):
@@ -164,13 +159,7 @@ def distillation_batch(
 ) -> Batch:
     """Bring a loader's batch to the device, read the teachers' targets and augment all alike.
 
-    Args:
-        data: samples of a :class:`~amkd_monai.data.decoded.DecodedDataset`.
-        targets: teachers' targets by sample index; None without teachers.
-        augmentation: random changes.
-        generator: of the changes.
-        device: where to.
-        task: number of the data set.
+    ``data`` holds samples of a :class:`~amkd_monai.data.decoded.DecodedDataset`, ``task`` numbers the data set.
     """
     image = data["image"].to(device).float() / 255
     label = data["label"].to(device)

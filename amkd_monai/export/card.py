@@ -13,11 +13,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from amkd_monai.export.formats import FORMATS
+from amkd_monai.export.predict import VERSION
 from amkd_monai.export.source import Source
 from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES
 
-PREDICT_VERSION = 2
-"""Of ``configs/predict.json``."""
 BATCH = 8
 """Pictures, or slices of a volume, that a network takes at once."""
 INFERENCE, CARD = (Path(__file__).with_name(name) for name in ("inference.json", "card.md"))
@@ -36,7 +35,7 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     written = {row["name"] for row in facts["formats"]}
     parts = [t["applied_labels"] for t in source.postprocessing if t["_target_"] == "KeepLargestConnectedComponentd"]
     predict = {
-        "version": PREDICT_VERSION,
+        "version": VERSION,
         "task": source.task.name,
         "kind": source.task.kind,
         "dimensions": source.task.dimensions,

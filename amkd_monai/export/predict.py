@@ -6,31 +6,23 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from amkd_monai.atomic import atomic_path
-from amkd_monai.files.dicom import Slice, find_series
-from amkd_monai.files.names import (
-    PICTURE_SUFFIXES,
-    VOLUME_SUFFIXES,
-    expanded,
-    file_id,
-    file_of,
-    has_suffix,
-    images_to_predict,
-    is_prediction,
-    printable,
-)
+from amkd_monai.export.runners import runner
+from amkd_monai.files import names
+from amkd_monai.files.dicom import Slice, find_series, read_series
 from amkd_monai.files.pictures import level_problem, read_picture, write_png
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
 from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, read_volume, write_mask_volume
 from amkd_monai.terminal import progress
 
+VERSION = 2
+"""Of ``configs/predict.json``."""
 COLOUR, OPACITY = np.array((255.0, 64.0, 0.0), np.float32), 0.35
 """Of masks in overlays."""
 CAPTION_SCALE = 16
@@ -39,8 +31,51 @@ CAPTIONED_WIDTH = 320
 """Pixels; narrower pictures are enlarged, so that a caption can be read."""
 
 
-@dataclass(frozen=True)
-class Input:
+def predict(
+    model: str | Path, source: str | Path, output: str | Path, int8: bool = False, threads: int | None = None
+) -> int:
+    """Predict an image or a folder; a file that cannot be read is reported and the rest goes on.
+
+    Args:
+        model: exported bundle.
+        source: image, volume, folder of them, or folder of a DICOM series.
+        output: folder for overlays, and masks or ``predictions.csv``.
+        int8: use the network of 8 bits.
+        threads: of ONNX Runtime; None leaves it to choose.
+
+    Returns:
+        Exit code: 1 if any file failed.
+
+    Raises:
+        ValueError: not an exported bundle, or there is nothing to predict.
+        FileNotFoundError: ``source`` does not exist.
+    """
+    predictor = Predictor(names.expanded(model), int8, threads)
+    images = find_images(names.expanded(source), predictor.config["dimensions"])
+    folder = names.expanded(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    refused: tuple[type[Exception], ...] = (ValueError, OSError, MemoryError, *_refusals())
+    rows = []
+    failed = 0
+    for image in progress(images, desc="predict"):
+        try:
+            if row := _predict_one(predictor, image, folder):
+                rows.append(row)
+        except refused as error:
+            failed += 1
+            reason = " ".join(str(error).split()) or "it does not fit into memory"
+            place = "" if str(image.path) in reason else f"{image.path} cannot be predicted: "
+            tqdm.write(f"error: {place}{reason}", file=sys.stderr)
+    if rows:
+        columns = ["p_" + name.lower().replace(" ", "_") for name in predictor.config["classes"]]
+        table = folder / "predictions.csv"
+        with atomic_path(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream, lineterminator="\n").writerows([["id", "class", *columns], *rows])
+    print(f"{len(images) - failed} of {len(images)} predicted, answers in {folder}")
+    return 1 if failed else 0
+
+
+class Input(NamedTuple):
     """One image to predict.
 
     Attributes:
@@ -54,38 +89,36 @@ class Input:
     slices: Sequence[Slice] = ()
 
 
-def find_inputs(path: str | Path, dimensions: int) -> list[Input]:
-    """List the images of a file, a folder, or a folder of DICOM series; masks and predictions are no images.
+def find_images(path: Path, dimensions: int) -> list[Input]:
+    """List the images of a file, a folder, or a folder of DICOM series; masks and predictions are left out.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: no image of this model's kind.
     """
-    path, suffixes = expanded(path), PICTURE_SUFFIXES if dimensions == 2 else VOLUME_SUFFIXES
+    suffixes = names.PICTURE_SUFFIXES if dimensions == 2 else names.VOLUME_SUFFIXES
     kind = "pictures (PNG, JPEG, TIFF, BMP)" if dimensions == 2 else "volumes (NIfTI, or a folder of one DICOM series)"
     if not path.exists():
         raise FileNotFoundError(f"There is nothing at {path}: give an image or a folder.")
     if path.is_file():
-        if not has_suffix(path, suffixes):
+        if not names.has_suffix(path, suffixes):
             raise ValueError(f"{path} does not fit the model: it takes {kind}.")
-        if is_prediction(path):
+        if names.is_prediction(path):
             raise ValueError(f"{path} is a prediction: give the image it was made from.")
-        return [Input(file_id(path), path)]
-    found = [Input(name, file) for name, file in images_to_predict(path, suffixes).items()]
+        return [Input(names.file_id(path), path)]
+    found = {name: Input(name, file) for name, file in names.images_to_predict(path, suffixes).items()}
     if dimensions == 3:
-        names = {item.id for item in found}
         folders = {f.resolve(): f for f in (path, *sorted(f for f in path.iterdir() if f.is_dir()))}
         for resolved, folder in folders.items():
             series = find_series(folder)
             for number, slices in enumerate(series, 1):
-                name = printable(resolved.name) + (f"_{number}" if len(series) > 1 else "")
-                while name in names:
+                name = names.printable(resolved.name) + (f"_{number}" if len(series) > 1 else "")
+                while name in found:
                     name += "_"
-                names.add(name)
-                found.append(Input(name, folder, slices))
+                found[name] = Input(name, folder, slices)
     if not found:
         raise ValueError(f"{path} holds nothing that fits the model: it takes {kind}.")
-    return found
+    return list(found.values())
 
 
 class Predictor:
@@ -100,8 +133,7 @@ class Predictor:
         ValueError: not an exported bundle, or the network is not in it.
     """
 
-    def __init__(self, folder: str | Path, int8: bool = False, threads: int | None = None) -> None:
-        folder = Path(folder)
+    def __init__(self, folder: Path, int8: bool = False, threads: int | None = None) -> None:
         config = folder / "configs" / "predict.json"
         if not config.is_file():
             raise ValueError(f"{folder} is no exported bundle, it lacks configs/predict.json: run `export` first.")
@@ -109,56 +141,43 @@ class Predictor:
             self.config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{config} is not valid JSON: export again.") from error
-        if self.config.get("version") != 2:
+        if self.config.get("version") != VERSION:
             raise ValueError(f"{config} is of another version of amkd_monai: update it, or export again.")
         name = "ort-int8" if int8 else "onnx"
         model = folder / self.config["models"].get(name, "-")
         if not model.is_file():
             raise ValueError(f"{folder} holds no {name} network: export again with --formats {name}.")
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 3
         try:
-            self.session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            self._run = runner(name, model, threads or 0)
         except _refusals() as error:
             raise ValueError(f"{model} cannot be opened by ONNX Runtime: export again.") from error
 
-    @property
-    def is_classification(self) -> bool:
-        """Whether an image has one class."""
-        return bool(self.config["kind"] == "classification")
-
-    def _answer(self, image: np.ndarray, grid: Grid | None) -> tuple[np.ndarray, list[Inverse]]:
-        """Probabilities as the network gives them, (C,), (C, h, w) or (C, d, h, w), and the ways back."""
-        array, inverses = prepare(image, self.config["steps"], grid)
-        if problem := level_problem(array):
-            raise ValueError(problem)
-        volume = array.ndim == 4
-        batch = np.moveaxis(array, 0, 1) if volume else array[None]  # slices are the batch of a volume
-        size = self.config["batch_size"]
-        parts = [batch[i : i + size] for i in range(0, len(batch), size)]
-        run = self.session.run
-        logits = np.concatenate([run(None, {"image": np.ascontiguousarray(p, np.float32)})[0] for p in parts])
-        answer = softmax(logits, 1)
-        return (np.moveaxis(answer, 0, 1) if volume else answer[0]), inverses
-
-    def classes(self, image: np.ndarray) -> np.ndarray:
-        """Probabilities (C,) of the classes of one picture (3, H, W) with levels 0 to 255."""
-        return self._answer(image, None)[0]
-
-    def mask(self, image: np.ndarray, grid: Grid | None = None) -> np.ndarray:
-        """Predict the label map of one image at its own resolution.
+    def probabilities(self, image: np.ndarray, grid: Grid | None = None) -> tuple[np.ndarray, list[Inverse]]:
+        """Return the answer of the network for an image with levels 0 to 255, or for a volume.
 
         Args:
             image: (3, H, W) with levels 0 to 255, or a volume (1, D, H, W).
             grid: of a volume.
 
         Returns:
-            Labels (H, W) or (D, H, W), uint8.
+            (C,), (C, h, w) or (C, d, h, w) at the network's resolution, and the ways back to the image's.
+
+        Raises:
+            ValueError: the image is blank, or its scale is unknown.
         """
-        answer, inverses = self._answer(image, grid)
+        array, inverses = prepare(image, self.config["steps"], grid)
+        if problem := level_problem(array):
+            raise ValueError(problem)
+        is_volume = array.ndim == 4
+        batch = np.moveaxis(array, 0, 1) if is_volume else array[None]  # slices are the batch of a volume
+        size = self.config["batch_size"]
+        parts = [np.ascontiguousarray(batch[i : i + size], np.float32) for i in range(0, len(batch), size)]
+        answer = softmax(np.concatenate([self._run(part) for part in parts]), 1)
+        return (np.moveaxis(answer, 0, 1) if is_volume else answer[0]), inverses
+
+    def mask(self, image: np.ndarray, grid: Grid | None = None) -> np.ndarray:
+        """Predict the label map (H, W) or (D, H, W), uint8, of an image or a volume at its own resolution."""
+        answer, inverses = self.probabilities(image, grid)
         mask = np.zeros(image.shape[1:], np.uint8)
         highest: np.ndarray | None = None
         for label in range(len(answer)):  # one class at a time: a volume's probabilities are large
@@ -176,79 +195,35 @@ class Predictor:
         return mask
 
 
-def predict(
-    model: str | Path, source: str | Path, output: str | Path, int8: bool = False, threads: int | None = None
-) -> int:
-    """Predict an image or a folder; a file that cannot be read is reported and the rest goes on.
-
-    Args:
-        model: exported bundle.
-        source: image, volume, folder of them, or folder of a DICOM series.
-        output: folder for overlays, and masks or ``predictions.csv``.
-        int8: use the network of 8 bits.
-        threads: of ONNX Runtime.
-
-    Returns:
-        Exit code: 1 if any file failed.
-
-    Raises:
-        ValueError: not an exported bundle, or there is nothing to predict.
-        FileNotFoundError: ``source`` does not exist.
-    """
-    predictor = Predictor(expanded(model), int8, threads)
-    items = find_inputs(source, predictor.config["dimensions"])
-    folder = expanded(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows: list[list[Any]] = []
-    failed = 0
-    refused: tuple[type[Exception], ...] = (ValueError, OSError, MemoryError, *_refusals())
-    for item in progress(items, desc="predict"):
-        try:
-            _predict_one(predictor, item, folder, rows)
-        except refused as error:
-            failed += 1
-            reason = " ".join(str(error).split()) or "it does not fit into memory"
-            place = "" if str(item.path) in reason else f"{item.path} cannot be predicted: "
-            tqdm.write(f"error: {place}{reason}", file=sys.stderr)
-    if rows:
-        _write_rows(folder / "predictions.csv", predictor.config["classes"], rows)
-    print(f"{len(items) - failed} of {len(items)} predicted, answers in {folder}")
-    return 1 if failed else 0
-
-
 def _refusals() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises, for example where it gets no memory."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    names = ("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented")
-    return tuple(getattr(state, name) for name in (*names, "RuntimeException"))
+    kinds = ("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented")
+    return tuple(getattr(state, kind) for kind in (*kinds, "RuntimeException"))
 
 
-def _predict_one(predictor: Predictor, item: Input, folder: Path, rows: list[list[Any]]) -> None:
+def _predict_one(predictor: Predictor, image: Input, folder: Path) -> list[str]:
+    """Write the files of one answer; return the row of ``predictions.csv``, empty for masks."""
+    overlay = names.file_of(folder, f"{image.id}_overlay.png")
     if predictor.config["dimensions"] == 3:
-        volume, grid = read_volume(item.path, item.slices)
-        mask = predictor.mask(volume[None], grid)
-        write_mask_volume(file_of(folder, f"{item.id}_mask.nii.gz"), mask, grid, None if item.slices else item.path)
+        volume, grid = read_series(image.path, image.slices) if image.slices else read_volume(image.path)
+        mask, file = predictor.mask(volume[None], grid), names.file_of(folder, f"{image.id}_mask.nii.gz")
+        write_mask_volume(file, mask, grid)
         grey, outline = (np.rot90(plane) for plane in middle_slice(grey_levels(volume), mask))
-        write_overlay(file_of(folder, f"{item.id}_overlay.png"), np.repeat(grey[..., None], 3, -1), outline)
-        return
-    picture = read_picture(item.path)
-    image = picture.transpose(2, 0, 1).astype(np.float32)
-    if predictor.is_classification:
-        answer = predictor.classes(image)
+        write_overlay(overlay, np.repeat(grey[..., None], 3, -1), outline)
+        return []
+    picture = read_picture(image.path)
+    array = picture.transpose(2, 0, 1).astype(np.float32)
+    if predictor.config["kind"] == "classification":
+        answer = predictor.probabilities(array)[0]
         found = predictor.config["classes"][int(answer.argmax())]
-        rows.append([item.id, found, *(f"{v:.6f}" for v in answer)])
-        write_captioned(file_of(folder, f"{item.id}_overlay.png"), picture, f"{found}  {answer.max():.2f}")
-        return
-    mask = predictor.mask(image)
-    write_png(file_of(folder, f"{item.id}_mask.png"), (mask > 0).astype(np.uint8) * 255)
-    write_overlay(file_of(folder, f"{item.id}_overlay.png"), picture, mask)
-
-
-def _write_rows(path: Path, classes: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    columns = ["p_" + name.lower().replace(" ", "_") for name in classes]
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream, lineterminator="\n").writerows([["id", "class", *columns], *rows])
+        write_captioned(overlay, picture, f"{found}  {answer.max():.2f}")
+        return [image.id, found, *(f"{v:.6f}" for v in answer)]
+    mask = predictor.mask(array)
+    write_png(names.file_of(folder, f"{image.id}_mask.png"), (mask > 0).astype(np.uint8) * 255)
+    write_overlay(overlay, picture, mask)
+    return []
 
 
 def write_overlay(path: Path, image: np.ndarray, mask: np.ndarray) -> None:

@@ -31,6 +31,7 @@ def runner(name: str, path: Path, threads: int) -> Runner:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return lambda batch: session.run(None, {"image": batch})[0]
     if name in ("openvino", "openvino-int8"):

@@ -80,6 +80,10 @@ class Source:
         if identity and self.metrics and self.metrics.get("student_sha256") != file_sha256(model):
             self.metrics = {}
             self.unscored = f"the figures in {output.name}/metrics.json are another student's"
+        split = self.metrics.get("data", {}).get("split_hash", self.data.hash)
+        if self.metrics.get(runs.OVERRIDDEN) or split != self.data.hash:
+            self.metrics = {}
+            self.unscored = f"the figures in {output.name}/metrics.json are those of other data or options"
         self.transforms: list[dict[str, Any]] = []
         self.steps: list[dict[str, Any]] = []
         for number, raw in enumerate(inference.config["preprocessing"]["transforms"]):

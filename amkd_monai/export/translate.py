@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from amkd_monai.data.transforms import CtWindowd
@@ -38,13 +38,6 @@ _DISC = (
     "(m.double().mean(1) > {part}, m.double().mean(0) > {part}))"
     "(torch.as_tensor(v).amax(0) > {level} * max(float(v.max()), 1e-6))"
 )
-
-
-def _load_rgb(p: Mapping[str, Any]) -> Translated:
-    reader = {"reader": "PILReader", "reverse_indexing": False, "converter": _RGB}
-    return [{"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True, **reader}], []
-
-
 _MILLIMETRES = (
     "$lambda v: (lambda m, a: (np.testing.assert_equal([v.ndim, bool(v.isfinite().all())], [4, True], 'no volume'), "
     "np.testing.assert_array_less(0, int(m['sform_code']) + int(m['qform_code']), 'no orientation'), "
@@ -54,49 +47,6 @@ _MILLIMETRES = (
     "1.0], dtype=v.affine.dtype)).matmul(v.affine))"
 )
 """Affines in mm, as ``files.volumes.volume_grid`` gives them, after the checks that MONAI's reader leaves out."""
-
-
-def _load_volume(p: Mapping[str, Any]) -> Translated:
-    reader = {"reader": "NibabelReader", "squeeze_non_spatial_dims": True}
-    load = {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True, **reader}
-    return [load, {"_target_": "Lambdad", "keys": "image", "func": _MILLIMETRES}], []
-
-
-def _crop_fundus(p: Mapping[str, Any]) -> Translated:
-    select = _DISC.format(level=BACKGROUND_LEVEL, part=LEAST_PART)
-    crop = {"_target_": "CropForegroundd", "keys": "image", "source_key": "image", "select_fn": select}
-    square = {"_target_": "Lambdad", "keys": "image", "func": _SQUARE}
-    step = {"step": "crop_disc", "background_level": BACKGROUND_LEVEL, "least_part": LEAST_PART}
-    return [crop, square], [step]
-
-
-def _neighbours(p: Mapping[str, Any]) -> Translated:
-    return [{"_target_": "Lambdad", "keys": "image", "func": _NEIGHBOURS}], [{"step": "neighbours"}]
-
-
-def _ct_window(p: Mapping[str, Any]) -> Translated:
-    window = CtWindowd(**p)
-    low, high = float(window.low), float(window.high)
-    hu, levels, shares = f"({low}, {high})", "(0, 255)", "(0, 1)"
-    auto = (
-        f"{hu} if v[v >= {LOWEST_AIR}].min() <= {HIGHEST_MINIMUM} else "
-        f"[e for e in ({shares}, {levels}) if v.min() >= 0 and {BRIGHTEST} * e[1] <= v.max() <= e[1]][0]"
-    )
-    ends = {"hu": hu, "levels": levels, "shares": shares, "auto": auto}[window.values]
-    function = f"$lambda v: (lambda e: ((v - e[0]) / (e[1] - e[0])).clip(0, 1))({ends})"
-    return [{"_target_": "Lambdad", "keys": "image", "func": function}], [
-        {"step": "ct_window", "low": low, "high": high, "values": window.values}
-    ]
-
-
-PREPROCESSING: dict[str, Callable[[Mapping[str, Any]], Translated]] = {
-    "amkd_monai.data.transforms.load_rgb": _load_rgb,
-    "amkd_monai.data.transforms.load_volume": _load_volume,
-    "amkd_monai.data.transforms.NeighbourSlicesd": _neighbours,
-    "amkd_monai.data.transforms.CropFundusd": _crop_fundus,
-    "amkd_monai.data.transforms.CtWindowd": _ct_window,
-}
-"""This package's transforms by ``_target_``; each takes the settings of a transform."""
 
 _UNIT_RANGE = {"b_min": 0.0, "b_max": 1.0, "clip": True}
 _LINEAR = {"mode": "bilinear"}
@@ -118,20 +68,52 @@ def preprocessing(target: str, settings: Mapping[str, Any]) -> Translated:
     Raises:
         ValueError: a transform, or a setting of it, that prediction cannot repeat.
     """
-    if target in PREPROCESSING:
-        return PREPROCESSING[target](settings)
-    if target not in OF_MONAI:
-        known = ", ".join(name.rsplit(".", 1)[-1] for name in (*PREPROCESSING, *OF_MONAI))
-        raise ValueError(f"The preprocessing holds {target}, which cannot be exported: use {known}.")
-    name, required, keys = OF_MONAI[target]
-    for key, value in required.items():
-        if settings.get(key) != value:
-            raise ValueError(
-                f"The preprocessing has {target} with {key} {settings.get(key)!r}, which cannot be exported: use "
-                f"{value!r}."
-            )
-    given = {"anti_aliasing": False, **settings}
-    return [{"_target_": target, **settings}], [{"step": name, **{key: given[of] for key, of in keys.items()}}]
+    name = target.removeprefix("amkd_monai.data.transforms.")
+    if name in OF_MONAI:
+        step, required, keys = OF_MONAI[name]
+        for key, value in required.items():
+            if settings.get(key) != value:
+                raise ValueError(
+                    f"The preprocessing has {name} with {key} {settings.get(key)!r}, which cannot be exported: use "
+                    f"{value!r}."
+                )
+        given = {"anti_aliasing": False, **settings}
+        return [{"_target_": name, **settings}], [{"step": step, **{key: given[of] for key, of in keys.items()}}]
+    if name == "load_rgb":
+        return [_loading("PILReader", reverse_indexing=False, converter=_RGB)], []
+    if name == "load_volume":
+        return [_loading("NibabelReader", squeeze_non_spatial_dims=True), _changing(_MILLIMETRES)], []
+    if name == "NeighbourSlicesd":
+        return [_changing(_NEIGHBOURS)], [{"step": "neighbours"}]
+    if name == "CropFundusd":
+        select = _DISC.format(level=BACKGROUND_LEVEL, part=LEAST_PART)
+        crop = {"_target_": "CropForegroundd", "keys": "image", "source_key": "image", "select_fn": select}
+        levels = {"background_level": BACKGROUND_LEVEL, "least_part": LEAST_PART}
+        return [crop, _changing(_SQUARE)], [{"step": "crop_disc", **levels}]
+    if name == "CtWindowd":
+        window = CtWindowd(**settings)
+        ends: Config = {"low": float(window.low), "high": float(window.high), "values": window.values}
+        return [_changing(_windowed(**ends))], [{"step": "ct_window", **ends}]
+    known = ", ".join([*OF_MONAI, "load_rgb", "load_volume", "NeighbourSlicesd", "CropFundusd", "CtWindowd"])
+    raise ValueError(f"The preprocessing holds {target}, which cannot be exported: use {known}.")
+
+
+def _loading(reader: str, **options: Any) -> Config:
+    return {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True, "reader": reader, **options}
+
+
+def _changing(function: str) -> Config:
+    return {"_target_": "Lambdad", "keys": "image", "func": function}
+
+
+def _windowed(low: float, high: float, values: str) -> str:
+    """``files.volumes.ct_range`` in one expression."""
+    ends = {"hu": f"({low}, {high})", "levels": "(0, 255)", "shares": "(0, 1)"}
+    auto = (
+        f"{ends['hu']} if v[v >= {LOWEST_AIR}].min() <= {HIGHEST_MINIMUM} else [e for e in ((0, 1), (0, 255)) "
+        f"if v.min() >= 0 and {BRIGHTEST} * e[1] <= v.max() <= e[1]][0]"
+    )
+    return f"$lambda v: (lambda e: ((v - e[0]) / (e[1] - e[0])).clip(0, 1))({ends.get(values, auto)})"
 
 
 def postprocessing(transform: Mapping[str, Any], dimensions: int) -> list[Config]:
@@ -142,21 +124,15 @@ def postprocessing(transform: Mapping[str, Any], dimensions: int) -> list[Config
     """
     target = str(transform["_target_"])
     if target == "amkd_monai.data.transforms.SaveMaskd":
-        keys = {"keys": transform["keys"]}
         save = {
-            "_target_": "SaveImaged",
-            **keys,
-            "output_dir": transform["output_dir"],
-            "output_postfix": "mask",
-            "output_ext": ".png" if dimensions == 2 else ".nii.gz",
-            "output_dtype": "$torch.uint8",
-            "resample": False,
-            "separate_folder": False,
-            "print_log": False,
+            **{"_target_": "SaveImaged", "keys": transform["keys"], "output_dir": transform["output_dir"]},
+            **{"output_postfix": "mask", "output_ext": ".png" if dimensions == 2 else ".nii.gz"},
+            **{"output_dtype": "$torch.uint8", "resample": False, "separate_folder": False, "print_log": False},
         }
         if dimensions == 3:
             return [save]
-        return [{"_target_": "Transposed", **keys, "indices": [0, 2, 1]}, {**save, "scale": 255}]
+        turned = {"_target_": "Transposed", "keys": transform["keys"], "indices": [0, 2, 1]}
+        return [turned, {**save, "scale": 255}]
     if "amkd_monai" in str(transform):
         raise ValueError(f"The postprocessing holds {target}, which cannot be exported: use MONAI's own transforms.")
     return [dict(transform)]

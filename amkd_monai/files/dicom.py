@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 
 from amkd_monai.files.names import file_id, has_suffix, some
-from amkd_monai.files.volumes import AFFINE_TOLERANCE, Grid, affine_problem
+from amkd_monai.files.volumes import AFFINE_TOLERANCE, Grid, affine_problem, is_finite
 
 logger = logging.getLogger("amkd_monai")
 
-SPACING_TOLERANCE = 0.02
-"""Largest difference between two distances of slices, as a part of the distance."""
-TILT = 1e-2
-"""Largest part of a slice distance that may lie within the plane of the slices."""
+SPACING_TOLERANCE = 0.02  # largest difference between two distances of slices, as a part of the distance
+TILT = 1e-2  # largest part of a slice distance that may lie within the plane of the slices
 
 _TAGS = {
     "series": "0020|000e", "position": "0020|0032", "orientation": "0020|0037", "spacing": "0028|0030",
@@ -33,7 +31,7 @@ _TAGS = {
 
 @dataclass(frozen=True)
 class Slice:
-    """One file of a series: its tags by name, as text, and the number of its frames."""
+    """One file of a series: its tags by name, as text, and the number of its frames; 0 if it cannot be read."""
 
     file: Path
     tags: dict[str, str]
@@ -49,38 +47,36 @@ class Slice:
 
 
 def find_series(folder: Path) -> list[list[Slice]]:
-    """Find the volumes among the files of a folder, not below it.
+    """Find the slices of each volume among the files of a folder, not below it.
 
-    Files that are no DICOM images are left out and counted, and so are single slices of another direction or size
-    (localizers) beside a volume. A series of several directions becomes several volumes.
-
-    Returns:
-        The slices of each volume; empty if no file is DICOM.
-
-    Raises:
-        ValueError: there are DICOM files and SimpleITK is not installed.
+    Files that are not DICOM images are left out and counted, and so are single slices of another direction or size
+    (localizers) next to a volume. A series of several directions becomes several volumes.
     """
     groups: defaultdict[str, list[list[Slice]]] = defaultdict(list)
-    foreign, damaged, dicom = [], [], 0
-    for file in sorted(folder.iterdir()):
-        if not file.is_file() or file.name.startswith("."):
-            continue
-        found = _read_tags(file) if (marked := _may_be_dicom(file)) else None
-        if found is None and (marked or has_suffix(file.name, [".dcm"])):
-            damaged.append(Slice(file, {}, 0))
-        elif found is None:
+    foreign, damaged = [], []
+    for file in sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")):
+        with file.open("rb") as stream:
+            head = stream.read(132)
+        marked = head[128:] == b"DICM" or (head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) == 132)
+        if not marked and not has_suffix(file.name, [".dcm"]):
             foreign.append(file_id(file))
-        else:
-            dicom += 1
-            planes = groups[found.tags.get("series", "")]
-            plane = next((plane for plane in planes if _in_one_plane(plane[0], found)), None)
-            if plane is None:
-                planes.append(plane := [])
-            plane.append(found)
-    if dicom and foreign:
-        logger.warning(
-            "%d file(s) in %s are no DICOM images and are left out: %s.", len(foreign), folder, some(foreign)
-        )
+            continue
+        try:
+            with _reader(file) as reader:
+                reader.ReadImageInformation()
+        except RuntimeError:
+            damaged.append(Slice(file, {}, 0))
+            continue
+        tags = {name: reader.GetMetaData(tag).strip() for name, tag in _TAGS.items() if reader.HasMetaDataKey(tag)}
+        size = reader.GetSize()
+        found = Slice(file, tags, size[2] if len(size) > 2 else 1)
+        planes = groups[tags.get("series", "")]
+        plane = next((plane for plane in planes if _in_one_plane(plane[0], found)), None)
+        if plane is None:
+            planes.append(plane := [])
+        plane.append(found)
+    if groups and foreign:
+        logger.warning("%d file(s) in %s are not DICOM and are left out: %s.", len(foreign), folder, some(foreign))
     result: list[list[Slice]] = []
     for planes in groups.values():
         kept = [slices for slices in planes if len(slices) > 1] or planes
@@ -98,90 +94,57 @@ def _in_one_plane(a: Slice, b: Slice) -> bool:
     return all(len(x) == len(y) and np.allclose(x, y, rtol=1e-3, atol=1e-3) for x, y in pairs)
 
 
-def _may_be_dicom(file: Path) -> bool:
-    """Whether a file starts as DICOM does: with the mark behind a preamble, or with a tag of the first groups."""
-    with file.open("rb") as stream:
-        head = stream.read(132)
-    return head[128:] == b"DICM" or (head[:1] in (b"\x02", b"\x08") and head[1:2] == b"\x00" and len(head) == 132)
-
-
-def _itk() -> Any:
+@contextmanager
+def _reader(file: Path) -> Iterator[Any]:
+    """SimpleITK's reader of a file; ITK ends the process on names that are not UTF-8, so they get another one."""
     try:
         import SimpleITK
     except ImportError as error:
         raise ValueError("There are DICOM files: run `pip install SimpleITK` to read them.") from error
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    return SimpleITK
-
-
-@contextmanager
-def _for_itk(file: Path) -> Iterator[str]:
-    """A name of the file that ITK can take: it ends the process on bytes that are not UTF-8."""
-    if str(file).isascii():
-        yield str(file)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder) / "slice.dcm"
-        link.symlink_to(file.absolute())
-        yield str(link)
-
-
-def _read_tags(file: Path) -> Slice | None:
-    itk = _itk()
-    reader = itk.ImageFileReader()
+    reader = SimpleITK.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
-    try:
-        with _for_itk(file) as name:
-            reader.SetFileName(name)
-            reader.ReadImageInformation()
-    except RuntimeError:
-        return None
-    tags = {name: reader.GetMetaData(tag).strip() for name, tag in _TAGS.items() if reader.HasMetaDataKey(tag)}
-    size = reader.GetSize()
-    return Slice(file, tags, size[2] if len(size) > 2 else 1)
+    with tempfile.TemporaryDirectory() if not str(file).isascii() else nullcontext() as folder:
+        name = file
+        if folder:
+            name = Path(folder) / "slice.dcm"
+            name.symlink_to(file.absolute())
+        reader.SetFileName(str(name))
+        yield reader
 
 
 def read_series(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, Grid]:
-    """Read one volume of :func:`find_series`, which lies in ``folder``.
+    """Read one volume of :func:`find_series` from ``folder``: values (X, Y, Z), float32, and their grid.
 
     Modality values count (``RescaleSlope`` and ``RescaleIntercept``, such as Hounsfield units); what is stored
-    inverted (``MONOCHROME1``) is turned, except in CT, whose values have a unit.
-
-    Returns:
-        Values (X, Y, Z), float32: along rows, columns and slices; and their grid.
-
-    Raises:
-        ValueError: the slices are no whole volume of equal distances, or cannot be read.
+    inverted (``MONOCHROME1``) is turned, except in CT, whose values have a unit. Slices that are no whole volume of
+    equal distances, or cannot be read, are a ValueError.
     """
-    ordered, affine = _in_order(folder, slices)
-    itk = _itk()
+    from SimpleITK import GetArrayFromImage
+
     planes = []
+    ordered, affine = _in_order(folder, slices)
     for item in ordered:
-        reader = itk.ImageFileReader()
-        reader.SetImageIO("GDCMImageIO")
         try:
-            with _for_itk(item.file) as name:
-                reader.SetFileName(name)
-                plane = itk.GetArrayFromImage(reader.Execute()).astype(np.float32)
+            with _reader(item.file) as reader:
+                plane = GetArrayFromImage(reader.Execute()).astype(np.float32)
         except RuntimeError as error:
-            raise ValueError(
-                f"{item.file} is a DICOM file that cannot be read: replace it by an intact copy."
-            ) from error
+            raise ValueError(f"{item.file} is a DICOM file that cannot be read: replace it.") from error
         planes.append(_in_units(plane.reshape(plane.shape[-2:]), item).T)
-    grid = Grid((*planes[0].shape, len(planes)), affine)
     if problem := affine_problem(affine):
         raise ValueError(f"{folder}: the DICOM series {problem}.")
-    return np.stack(planes, axis=2), grid
+    array = np.stack(planes, axis=2)
+    if not is_finite(array):
+        raise ValueError(f"{folder} holds values that are not finite: replace the file.")
+    return array, Grid(array.shape, affine)
 
 
 def _in_units(plane: np.ndarray, item: Slice) -> np.ndarray:
     """Take back ITK's inversion of MONOCHROME1 where values have a unit: only their display is inverted in CT."""
-    tags = item.tags
-    if tags.get("photometric") != "MONOCHROME1" or not (
-        tags.get("modality") == "CT" or tags.get("rescale_type") == "HU"
-    ):
+    has_unit = item.tags.get("modality") == "CT" or item.tags.get("rescale_type") == "HU"
+    if item.tags.get("photometric") != "MONOCHROME1" or not has_unit:
         return plane
-    highest = -1.0 if tags.get("signed") == "1" else 2.0 ** int(tags.get("bits", "16")) - 1
+    highest = -1.0 if item.tags.get("signed") == "1" else 2.0 ** int(item.tags.get("bits", "16")) - 1
     slope, intercept = (item.numbers(name, 1) or [value] for name, value in (("slope", 1.0), ("intercept", 0.0)))
     return slope[0] * highest + 2 * intercept[0] - plane
 
@@ -194,15 +157,14 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
 
     if unread := [item.file for item in slices if not item.frames]:
         raise refuse(f"of which {len(unread)} cannot be read ({some(map(file_id, unread))})", "replace them")
-    if frames := max(item.frames for item in slices) - 1:
-        raise refuse(f"with {frames + 1} frames in one file", "convert it to NIfTI, for example by dcm2niix")
-    if any(int(item.numbers("samples", 1)[0] if item.numbers("samples", 1) else 1) != 1 for item in slices):
+    if (frames := max(item.frames for item in slices)) > 1:
+        raise refuse(f"with {frames} frames in one file", "convert it to NIfTI, for example by dcm2niix")
+    if any(item.numbers("samples", 1) not in ([], [1.0]) for item in slices):
         raise refuse("in colour", "give a series of grey slices")
     if len({item.tags.get("photometric") for item in slices}) > 1:
         raise refuse("of which some are stored inverted", "give one series at a time")
-    placed = [
-        (item.numbers("position", 3), item.numbers("orientation", 6), item.numbers("spacing", 2)) for item in slices
-    ]
+    tags = (("position", 3), ("orientation", 6), ("spacing", 2))
+    placed = [[item.numbers(*tag) for tag in tags] for item in slices]
     if missing := sum(not all(place) for place in placed):
         raise refuse(f"of which {missing} do not say where they lie", "take them out or convert the series to NIfTI")
     if len(slices) < 2:
@@ -212,26 +174,23 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
         raise refuse("with several directions or pixel sizes", "give one series at a time")
     row, column = orientations[0, :3], orientations[0, 3:]
     normal = np.cross(row, column)
-    place = positions @ normal
-    order = np.argsort(place, kind="stable")
-    place, positions = place[order], positions[order]
-    steps = np.diff(place)
+    order = np.argsort(positions @ normal, kind="stable")
+    positions = positions[order]
+    steps = np.diff(positions @ normal)
     if twice := int((steps < AFFINE_TOLERANCE).sum()):
-        raise refuse(
-            f"of which {twice} lie at the position of another one, as in several time points or echoes",
-            "keep one slice at each position",
-        )
+        reason = f"of which {twice} lie at the position of another one, as in several time points or echoes"
+        raise refuse(reason, "keep one slice at each position")
     step = float(np.median(steps))
-    uneven = np.abs(steps - step) > max(SPACING_TOLERANCE * step, AFFINE_TOLERANCE)
-    if uneven.any():
+    allowed = max(SPACING_TOLERANCE * step, AFFINE_TOLERANCE)
+    if (uneven := np.abs(steps - step) > allowed).any():
         gaps = steps[uneven] / step
         if (np.abs(gaps - gaps.round()) < 0.1).all() and (gaps > 1.5).all():
             raise refuse(f"and {int((gaps.round() - 1).sum())} missing slice(s)", "complete it")
         raise refuse(f"with {int(uneven.sum())} distance(s) other than {step:.3g} mm", "resample it or complete it")
-    along = (positions[-1] - positions[0]) / (len(place) - 1)
-    straight = positions[0] + np.outer(np.arange(len(place)), along)
-    if off := int((np.abs(positions - straight).max(axis=1) > max(SPACING_TOLERANCE * step, AFFINE_TOLERANCE)).sum()):
-        raise refuse(f"of which {off} lie aside of the others", "resample it")
+    along = (positions[-1] - positions[0]) / len(steps)
+    straight = positions[0] + np.outer(np.arange(len(positions)), along)
+    if off := int((np.abs(positions - straight).max(axis=1) > allowed).sum()):
+        raise refuse(f"of which {off} do not lie in line with the others", "resample it")
     drift = np.linalg.norm(along - normal * (along @ normal)) / step
     if drift > TILT:
         raise refuse(f"that lean by {np.degrees(np.arctan(drift)):.1f} degrees (gantry tilt)", "correct the tilt first")

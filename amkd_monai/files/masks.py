@@ -4,130 +4,114 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from amkd_monai.files.pictures import (
     OPAQUE,
     UNDONE,
     eight_bits,
+    frame,
     has_alpha,
     opened,
-    orientation,
+    picture_frame,
     turned,
     upright,
-    upright_size,
 )
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-IGNORED = 255
-"""Class index of pixels without a label: no loss and no metric counts them."""
+IGNORED = 255  # class index of pixels without a label: no loss and no metric counts them
 
 NAMED_CODES = ("auto", "nonzero", "threshold", "indices", "one_based", "inverted")
-MaskCodes = str | Mapping[str, int | str]
-"""One of the names, or {value in the file: class index or "ignore"}."""
+MaskCodes = str | Mapping[str, int | str]  # one of the names, or {value in the file: class index or "ignore"}
 
-DARK, BRIGHT = 64, 192
-"""Grey masks (JPEG, soft edges, probabilities) hold levels below and above these, others only along edges."""
-FLAT = 8
-"""Levels between neighbours (pixels) within an area of one level; edges are steeper."""
-BLOCK = 17
-"""Side (pixels) of the neighbourhood in which something bright explains levels between dark and bright."""
-STRAY = 0.02
-"""Largest share of the foreground that may be of neither."""
-HUE = 0.25
-"""Largest difference of a channel, as a part of the brightest one, within one colour."""
-COLOURED = 64
-"""Channels that differ by more than this are a colour; less is JPEG noise."""
-LARGEST_INDEX = 16
-"""Values below this one are class indices rather than grey levels."""
-LARGEST_SHARE = 0.95
-"""A mask with more foreground than this is implausible, unless its codes are given."""
-
+DARK, BRIGHT = 64, 192  # grey masks (JPEG, soft edges, probabilities) are darker and brighter, but for their edges
+FLAT = 8  # largest step between neighbours within an area of one level; edges are steeper
+BLOCK = 17  # side (pixels) of the neighbourhood in which something bright explains levels between dark and bright
+STRAY = 0.02  # largest share of the foreground that may be neither dark, bright nor edge
+HUE = 0.25  # largest difference of a channel, as a part of the brightest one, within one colour
+COLOURED = 64  # channels that differ by more than this are a colour; less is JPEG noise
+LARGEST_INDEX = 16  # values below it are class indices rather than grey levels
+LARGEST_SHARE = 0.95  # more foreground than this is implausible, unless the codes are given
 HOW = 'say how in `mask_codes`: "nonzero", "threshold", "indices", "one_based", "inverted" or {value: class}'
 
 
 def decode(values: np.ndarray, classes: int = 2, codes: MaskCodes = "auto") -> np.ndarray:
-    """Turn the values of a mask into class indices.
-
-    ``auto`` takes what has one meaning only: class indices from 0 on, with 255 for pixels without a label; for two
-    classes also 0 and one high value (255, 65535), and grey scales of dark and bright (JPEG, soft edges,
-    probabilities), cut in the middle. ``nonzero`` takes whatever is not 0 as foreground (merged classes, instance
-    ids), ``threshold`` what is in the upper half of the scale, ``indices`` the values as they are, ``one_based`` the
-    values less 1, ``inverted`` 0 as foreground and the rest as background.
+    """Turn the values of a mask into class indices of the same shape, uint8; 255 where there is no label.
 
     Args:
         values: of the file (H, W) or (X, Y, Z).
         classes: number of classes, background included.
-        codes: how to read them.
-
-    Returns:
-        Class indices of the shape of ``values``, uint8; 255 where there is no label.
+        codes: ``auto`` takes what has one meaning only: class indices from 0 on, with 255 for pixels without a label;
+            for two classes also 0 and one high value (255, 65535), and grey scales of dark and bright (JPEG, soft
+            edges, probabilities), cut in the middle. ``nonzero`` takes whatever is not 0 as foreground (merged classes,
+            instance ids), ``threshold`` the upper half of the scale, ``indices`` the values as they are, ``one_based``
+            the values less 1, ``inverted`` 0 as foreground; a table maps each value.
 
     Raises:
         ValueError: values that these codes do not explain.
     """
     if isinstance(codes, str) and codes not in NAMED_CODES:
         raise ValueError(f"mask_codes is '{codes}': use one of {', '.join(NAMED_CODES)}, or {{value: class}}.")
-    if not np.isfinite(values).all() or values.min() < 0:
+    if values.dtype not in (np.uint8, np.uint16) and values.min() >= 0 and values.max() < 65536:
+        whole = np.round(values).astype(np.uint16)
+        values = whole if np.abs(values - whole).max() < 1e-3 else values
+    found = _distinct(values)
+    if not np.isfinite(found).all() or found[0] < 0:
         raise ValueError("holds values that are negative or not finite")
-    if values.dtype.kind == "f" and values.max() < 65536 and np.abs(values - np.round(values)).max() < 1e-3:
-        values = np.round(values).astype(np.uint16)
-    small = values.dtype.kind in "bu" and values.dtype.itemsize <= 2
-    found = np.flatnonzero(np.bincount(values.reshape(-1))) if small else np.unique(values)
     if isinstance(codes, Mapping):
         return _mapped(values, found, codes, classes)
     if codes == "auto":
         codes = _guessed(values, found, classes)
-    if codes == "indices" or codes == "one_based":
-        first = 0 if codes == "indices" else 1
+    if codes in ("indices", "one_based"):
+        first = int(codes == "one_based")
         known = np.isin(found, [*range(first, first + classes), IGNORED])
         if not known.all():
             raise ValueError(f"holds the value {found[~known][0]:g}; the task has the classes 0 to {classes - 1}")
-        return np.where(values == IGNORED, IGNORED, values - first).astype(np.uint8)
+        return np.where(values == IGNORED, IGNORED, values - 1).astype(np.uint8) if first else values.astype(np.uint8)
     if classes != 2:
         raise ValueError(f"mask_codes '{codes}' is for two classes, the task has {classes}: use indices")
     if codes == "threshold":
         if len(found) == 2 and _grey(found).max() <= OPAQUE:
-            raise ValueError(
-                f"holds the values {found[0]:g} and {found[1]:g} alone, both in the lower half of the scale"
-            )
+            raise ValueError(f"holds {found[0]:g} and {found[1]:g} alone, both in the lower half of the scale")
         return (_grey(values) > OPAQUE).astype(np.uint8)
     if codes == "nonzero" and found[0] > 0 and len(found) > 1:
         raise ValueError("holds several values but no 0, so that everything would be foreground")
     return (values == 0 if codes == "inverted" else values != 0).astype(np.uint8)
 
 
+def _distinct(values: np.ndarray) -> np.ndarray:
+    """Distinct values, sorted; Pillow counts bytes several times faster than NumPy."""
+    if values.dtype == np.uint8:
+        return np.flatnonzero(Image.fromarray(values.ravel("K").reshape(1, -1)).histogram())
+    return np.flatnonzero(np.bincount(values.ravel("K"))) if values.dtype == np.uint16 else np.unique(values)
+
+
 def _mapped(values: np.ndarray, found: np.ndarray, codes: Mapping[str, int | str], classes: int) -> np.ndarray:
-    if odd := [i for i in codes.values() if i != "ignore" and not str(i).isdecimal()]:
-        raise ValueError(f'mask_codes names {odd[0]!r}: give a class index or "ignore"')
-    table = {float(value): IGNORED if index == "ignore" else int(index) for value, index in codes.items()}
-    if wrong := [index for index in table.values() if index != IGNORED and not 0 <= index < classes]:
-        raise ValueError(f"mask_codes names the class {wrong[0]}; the task has the classes 0 to {classes - 1}")
-    if unknown := [value for value in found if float(value) not in table]:
+    indices = {**{str(index): index for index in range(classes)}, "ignore": IGNORED, str(IGNORED): IGNORED}
+    if wrong := [index for index in codes.values() if str(index) not in indices]:
+        raise ValueError(f'mask_codes names {wrong[0]!r}: give a class from 0 to {classes - 1}, or "ignore"')
+    if unknown := sorted(set(found.tolist()) - set(map(float, codes))):
         raise ValueError(f"holds the value {unknown[0]:g}, which mask_codes does not name")
     result = np.full(values.shape, IGNORED, np.uint8)
-    for value, index in table.items():
-        result[values == value] = index
+    for value, index in codes.items():
+        result[values == float(value)] = indices[str(index)]
     return result
 
 
 def _guessed(values: np.ndarray, found: np.ndarray, classes: int) -> str:
     """The codes of a mask, where its values leave no choice."""
+    held = set(found.tolist())
     listed = ", ".join(f"{value:g}" for value in found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-    indices = set(found.tolist()) <= {*range(classes), IGNORED}
-    if indices and (IGNORED not in found or set(found.tolist()) & {*range(1, classes)}):
-        if classes == 2 and 0 not in found:
+    if held <= {*range(classes), IGNORED} and (IGNORED not in held or held & {*range(1, classes)}):
+        if classes == 2 and 0 not in held:
             raise ValueError(f"holds no 0 but {listed}: {HOW}")
         return "indices"
     if classes > 2:
         raise ValueError(f"holds the value(s) {listed}; the task has the classes 0 to {classes - 1}")
     if len(found) == 2 and found[0] == 0 and found[1] > OPAQUE:
         return "nonzero"
-    small = [value for value in found.tolist() if value not in (0, IGNORED)]
+    small = held - {0, IGNORED}
     coded = values.dtype.kind != "f" and small and max(small) < LARGEST_INDEX
     if len(found) > 1 and not coded and _is_grey_scale(_grey(values)):
         return "threshold"
@@ -142,17 +126,17 @@ def _is_grey_scale(grey: np.ndarray) -> bool:
     """Whether dark and bright levels (H, W), uint8, say what is foreground, and all others lie along edges."""
     if grey.ndim != 2 or grey.min() >= DARK or grey.max() < BRIGHT:
         return False
-    levels = np.flatnonzero(np.bincount(grey.reshape(-1)))
+    levels = _distinct(grey)
     if len(levels) > 2 and np.diff(levels).min() >= LARGEST_INDEX:
         return False  # a few codes
-    step = [np.abs(np.diff(grey.astype(np.int16), axis=axis)) <= FLAT for axis in (0, 1)]
-    flat = step[0][:-1, 1:-1] & step[0][1:, 1:-1] & step[1][1:-1, :-1] & step[1][1:-1, 1:]
+    allowed = STRAY * np.count_nonzero(grey > OPAQUE)
+    down, right = (np.abs(np.diff(grey.astype(np.int16), axis=axis)) <= FLAT for axis in (0, 1))
+    flat = down[:-1, 1:-1] & down[1:, 1:-1] & right[1:-1, :-1] & right[1:-1, 1:]
     middle = (grey > levels[0] + 2 * LARGEST_INDEX) & (grey < BRIGHT)
-    if np.count_nonzero(flat & middle[1:-1, 1:-1]) > STRAY * np.count_nonzero(grey > OPAQUE):
+    if np.count_nonzero(flat & middle[1:-1, 1:-1]) > allowed:
         return False  # an area of a level of its own
     bright = grey >= BRIGHT
     between = (grey > levels[0] + LARGEST_INDEX) & ~bright
-    allowed = STRAY * np.count_nonzero(grey > OPAQUE)
     return bool(np.count_nonzero(between) <= allowed or (between & ~_near(bright, BLOCK)).sum() <= allowed)
 
 
@@ -166,32 +150,28 @@ def _near(inside: np.ndarray, side: int) -> np.ndarray:
 
 def _values(image: Image.Image, codes: MaskCodes) -> np.ndarray:
     """Values (H, W) of an upright mask: levels, indices of a palette, or 0 and 1 for colours and transparency."""
-    if image.mode in ("1", "L") and "transparency" not in image.info:
-        return np.asarray(image, np.uint8)
     if image.mode.startswith(("I", "F")):
-        return np.asarray(image)
-    if image.mode == "P" and "transparency" not in image.info:
-        palette = image.getpalette() or [0, 0, 0]
-        if max(palette[:3]) > COLOURED and codes == "auto":
-            raise ValueError(f"has a palette whose first colour is not black, {HOW}")
         return np.asarray(image)
     if has_alpha(image):
         rgba = np.asarray(image.convert("RGBA"))
         rgb, opaque = rgba[..., :3], _opaque(rgba[..., 3])
         if opaque.any() and not opaque.all() and not rgb[opaque].any():
             if rgb.any():
-                raise ValueError(
-                    "is black where it is opaque and coloured where it is transparent: save it without alpha"
-                )
+                raise ValueError("is black where it is opaque, coloured where it is transparent: save it without alpha")
             return opaque.astype(np.uint8)
         rgb = rgb * opaque[..., None]
+    elif image.mode in ("1", "L"):
+        return np.asarray(image, np.uint8)
+    elif image.mode == "P":
+        if max((image.getpalette() or [0])[:3]) > COLOURED and codes == "auto":
+            raise ValueError(f"has a palette whose first colour is not black, {HOW}")
+        return np.asarray(image)
     else:
         rgb = np.asarray(image.convert("RGB"))
-    highest = rgb.max(axis=2)
-    if (highest - rgb.min(axis=2)).max() <= COLOURED:
-        from PIL import Image as pillow
-
-        return np.asarray(pillow.fromarray(rgb).convert("L"))
+    planes = rgb.transpose(2, 0, 1).copy()  # NumPy is many times slower along a last axis of 3
+    highest = planes.max(axis=0)
+    if (highest - planes.min(axis=0)).max() <= COLOURED:
+        return np.asarray(Image.fromarray(rgb).convert("L"))
     if codes != "auto":
         inside = highest > COLOURED
         if inside.all() and (rgb != rgb[0, 0]).any():
@@ -223,82 +203,52 @@ def read_mask(
     codes: MaskCodes = "auto",
     used: set[str] | None = None,
 ) -> np.ndarray:
-    """Read the masks of one picture and combine them: a later file's classes win over background and no label.
+    """Read the masks of one picture by :func:`decode` as class indices (H, W), uint8; 255 where there is no label.
 
-    Args:
-        files: one mask file or several.
-        image: the picture they belong to. A mask lies on it as viewers show it; where only one of both has an EXIF
-            orientation, the sizes decide whether the mask was drawn on the turned picture.
-        classes: number of classes, background included.
-        codes: see :func:`decode`.
-        used: gets the coding of each file, see :func:`coding_problem`.
-
-    Returns:
-        Class indices (H, W), uint8; 255 where there is no label.
+    A later file's classes win over background and no label. A mask lies on the picture ``image`` as viewers show it;
+    where only one of both has an EXIF orientation, the sizes decide whether the mask was drawn on the turned picture.
+    ``used`` gets how each file is coded, see :func:`coding_problem`.
 
     Raises:
-        ValueError: a file is no picture, has values that the codes do not explain, or another size than the picture.
+        ValueError: a file cannot be read, has values that the codes do not explain, or another size than the picture.
     """
-    if not files:
-        raise ValueError("There is no mask file to read.")
-    frame = None
-    if image is not None:
-        with opened(image) as picture:
-            frame = upright_size(picture), orientation(picture)
-    result: np.ndarray | None = None
+    of_image, result = None if image is None else picture_frame(image), None
     for file in files:
         with opened(file) as stored:
-            tag, stored = orientation(stored), upright(stored)
+            tag, stored = frame(stored)[1], upright(stored)
         try:
             mask = decode_plausible(_values(stored, codes), classes, codes, used)
         except ValueError as error:
             raise ValueError(f"Mask {file} cannot be used: it {error}.") from error
-        if frame is not None:
-            mask = _onto(mask, tag, *frame, file)
+        if of_image is not None:
+            mask = _onto(mask, tag, *of_image, file)
         if result is None:
             result = mask
-        elif mask.shape != result.shape:
+            continue
+        if mask.shape != result.shape:
             raise ValueError(f"Mask {file} has another size than {files[0]}: correct or remove it.")
-        else:
-            classes_of = [np.where(m == IGNORED, 0, m) for m in (mask, result)]
-            unknown = np.where((mask == IGNORED) | (result == IGNORED), IGNORED, 0).astype(np.uint8)
-            result = np.where(classes_of[0] > 0, classes_of[0], np.where(classes_of[1] > 0, classes_of[1], unknown))
+        wins = np.where(mask == IGNORED, result == 0, mask > 0)
+        result = np.where(wins, mask, result)
     assert result is not None
     return result
 
 
 def decode_plausible(values: np.ndarray, classes: int, codes: MaskCodes, used: set[str] | None) -> np.ndarray:
-    """As :func:`decode`; a guess is checked, and ``used`` gets the coding, see :func:`coding_problem`.
-
-    Raises:
-        ValueError: values that the codes do not explain, or a mask that looks inverted.
-    """
+    """As :func:`decode`; a guess must not look inverted, and ``used`` gets how 255 is used."""
     mask = decode(values, classes, codes)
-    if codes == "auto":
-        check_plausible(mask)
-    if used is not None:
-        used.add(coding(values))
-    return mask
-
-
-def check_plausible(mask: np.ndarray) -> None:
-    """Refuse class indices (H, W) or (X, Y, Z) that look inverted.
-
-    Raises:
-        ValueError: nearly everything, or the whole border, is foreground.
-    """
+    if codes != "auto":
+        return mask
     inside = (mask > 0) & (mask != IGNORED)
     inner = inside[tuple(slice(1, -1) if n > 4 else slice(None) for n in inside.shape)]
-    border, on_border = inside.size - inner.size, int(inside.sum()) - int(inner.sum())
+    border, on_border = inside.size - inner.size, np.count_nonzero(inside) - np.count_nonzero(inner)
     if (share := inside.mean()) > LARGEST_SHARE or (border and on_border == border):
         raise ValueError(f"is foreground at {share:.0%} of the image or along its whole border, as if inverted: {HOW}")
-
-
-def coding(values: np.ndarray) -> str:
-    """How foreground is coded: "255" alone, "1 and 255", or other."""
-    if not (values == IGNORED).any():
-        return ""
-    return "1 and 255" if ((values > 0) & (values < LARGEST_INDEX)).any() else "255" if values.max() == 255 else ""
+    if used is not None and (values == 255).any():
+        if ((values > 0) & (values < LARGEST_INDEX)).any():
+            used.add("1 and 255")
+        elif values.max() == 255:
+            used.add("255")
+    return mask
 
 
 def coding_problem(used: set[str]) -> str:
@@ -312,19 +262,22 @@ def _onto(values: np.ndarray, tag: int, size: tuple[int, int], image_tag: int, f
     """Lay an upright mask (H, W) with the EXIF orientation ``tag`` onto a picture of the upright size (W, H)."""
     if tag != 1 and image_tag == 1:  # drawn upright and tagged by mistake, or tagged rightly: the sizes must tell
         raw = turned(values, UNDONE[tag])
-        fits = values.shape[::-1] == size, raw.shape[::-1] == size
-        if all(fits):
+        if raw.shape == values.shape and raw.shape[::-1] == size:
             raise ValueError(
                 f"Mask {file} has an EXIF orientation ({tag}) and its picture has none, so that two positions are "
                 "possible: save the mask without it."
             )
-        values = raw if fits[1] else values
+        values = raw if raw.shape[::-1] == size else values
     elif image_tag != 1 and tag == 1 and values.shape[::-1] != size and values.shape == size:
         values = turned(values, image_tag)  # drawn on the stored pixels
     if values.shape[::-1] != size:
-        width, height = values.shape[::-1]
-        raise ValueError(
-            f"Mask {file} is {width}x{height} pixels but its image is {size[0]}x{size[1]}: replace one by the file of "
-            "the original archive."
-        )
+        raise ValueError(other_size(file, values.shape[::-1], size))
     return values
+
+
+def other_size(file: str | Path, found: Sequence[int], size: Sequence[int]) -> str:
+    """Say that a mask is not of the size (W, H) of its picture."""
+    return (
+        f"Mask {file} is {found[0]}x{found[1]} pixels but its image is {size[0]}x{size[1]}: replace one by the file of "
+        "the original archive."
+    )

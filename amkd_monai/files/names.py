@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,20 +16,15 @@ logger = logging.getLogger("amkd_monai")
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
+SUFFIXES = (*PICTURE_SUFFIXES, *VOLUME_SUFFIXES)
+UNREAD_SUFFIXES = (".gif", ".hdr", ".img", ".jp2", ".mgz", ".mha", ".mhd", ".nrrd", ".webp")  # named when left out
 
-MARK = "amkd_monai prediction"
-"""Stands in every file that a prediction writes, so that it is never taken for an image."""
-
-_DERIVED = re.compile(r"(?P<image>.+?)_(mask(_\d+)?|overlay|segmentation|superpixels)")
-"""Names of files that lie beside an image and belong to it."""
+MARK = "amkd_monai prediction"  # stands in every file that a prediction writes, so that it is no image to predict
+_DERIVED = re.compile(r"(?P<image>.+?)_(mask(_\d+)?|overlay|segmentation|superpixels)")  # belong to an image
 
 
 class DataProblems(ValueError):
-    """Several things are wrong with a data set.
-
-    Attributes:
-        problems: one sentence each.
-    """
+    """Several things are wrong with a data set; ``problems`` holds one sentence each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         more = f" There are {len(problems) - 1} more problems like this: `data check` lists them all."
@@ -46,55 +43,46 @@ def has_suffix(file: str | Path, suffixes: Sequence[str]) -> bool:
 
 
 def file_id(file: Path) -> str:
-    """Return the name without its suffix, ``.nii.gz`` counting as one: `imagesTr/la_003.nii.gz` -> `la_003`.
-
-    Bytes that are not UTF-8 and control characters become ``%XX``, so that every id can be printed and written.
-    """
+    """Return the name without its suffix, ``.nii.gz`` counting as one, in printable form."""
     suffix = next((s for s in VOLUME_SUFFIXES if has_suffix(file.name, [s])), file.suffix)
     return printable(file.name[: len(file.name) - len(suffix)])
 
 
-def file_of(folder: Path, name: str) -> Path:
-    """Return a file of a folder whose name is made from an id, under locales without its letters too."""
-    return folder / os.fsdecode(name.encode())
-
-
 def printable(name: str) -> str:
-    """Return a file name as an id: what cannot be printed becomes ``%XX``."""
+    """Return a file name with ``%XX`` for bytes that are not UTF-8 and for control characters."""
     name = os.fsencode(name).decode("utf-8", "surrogateescape")
     return "".join(f"%{ord(c) & 0xFF:02X}" if "\udc80" <= c <= "\udcff" or c < " " or c == "\x7f" else c for c in name)
 
 
+def file_of(folder: Path, name: str) -> Path:
+    """Return a file of a folder whose name is made from an id, under ASCII locales too."""
+    return folder / os.fsdecode(name.encode())
+
+
 def image_files(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> Iterator[Path]:
-    """Yield a folder's own files with one of the suffixes, sorted; hidden files are left out, dead links are named."""
-    dead = []
-    for file in sorted(folder.iterdir()):
-        if file.name.startswith(".") or not has_suffix(file.name, suffixes):
-            continue
-        if file.is_file():
+    """Yield a folder's own visible files with one of the suffixes, sorted; dead links and unread formats are named."""
+    left: dict[str, list[str]] = {}
+    for file in sorted(file for file in folder.iterdir() if not file.name.startswith(".")):
+        if has_suffix(file.name, UNREAD_SUFFIXES):
+            left.setdefault("file(s) of a format that is not read", []).append(printable(file.name))
+        elif has_suffix(file.name, suffixes) and file.is_file():
             yield file
-        elif file.is_symlink():
-            dead.append(file_id(file))
-    if dead:
-        logger.warning("%d dead link(s) in %s are left out: %s.", len(dead), folder, some(dead))
+        elif has_suffix(file.name, suffixes) and file.is_symlink():
+            left.setdefault("dead link(s)", []).append(file_id(file))
+    for what, names in left.items():
+        logger.warning("%d %s in %s are left out: %s.", len(names), what, folder, some(names))
 
 
 def files_by_id(
     folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES, ending: str = "", beside: Sequence[str] = ()
 ) -> dict[str, Path]:
-    """Map id to file.
+    """Map id to file, sorted by id; two files with one id are a ValueError.
 
     Args:
         folder: where to look, not below.
         suffixes: the kinds of file.
-        ending: what the names end with before the suffix, e.g. ``_mask``; it is no part of the id.
-        beside: endings of ids that mark files beside the images, such as ``_superpixels``.
-
-    Returns:
-        Files sorted by id.
-
-    Raises:
-        ValueError: two files have one id.
+        ending: what the names end with before the suffix, e.g. ``_mask``; it is not part of the id.
+        beside: endings of ids that mark files next to the images, such as ``_superpixels``.
     """
     files: dict[str, Path] = {}
     for file in image_files(folder, suffixes):
@@ -109,42 +97,36 @@ def files_by_id(
 
 
 def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> dict[str, Path]:
-    """Map id to file for the images of a folder, without what belongs to them: masks, overlays, earlier predictions.
+    """Map id to file for the images of a folder, without masks, overlays and earlier predictions.
 
     Two files of one name get ids that keep their suffixes.
     """
     files = list(image_files(folder, suffixes))
-    names = {file_id(file) for file in files}
-    kept = [file for file in files if not _is_derived(file, names)]
+    ids = Counter(map(file_id, files))
+    kept: list[Path] = []
+    for file in files:
+        derived = _DERIVED.fullmatch(file_id(file))
+        if not derived or not (derived["image"] in ids or is_prediction(file)):
+            kept.append(file)
     if len(kept) < len(files):
         logger.info("%d file(s) in %s are masks or predictions and are left out.", len(files) - len(kept), folder)
-    ids = [file_id(file) for file in kept]
+    ids = Counter(map(file_id, kept))
     result: dict[str, Path] = {}
-    for name, file in sorted(zip(ids, kept, strict=True), key=lambda pair: ids.count(pair[0])):
-        name = name if ids.count(name) == 1 else printable(file.name)
+    for file in sorted(kept, key=lambda file: ids[file_id(file)]):
+        name = file_id(file) if ids[file_id(file)] == 1 else printable(file.name)
         while name in result:
             name += "_"
         result[name] = file
     return dict(sorted(result.items()))
 
 
-def _is_derived(file: Path, names: set[str]) -> bool:
-    match = _DERIVED.fullmatch(file_id(file))
-    return match is not None and (match["image"] in names or is_prediction(file))
-
-
 def is_prediction(file: Path) -> bool:
     """Whether a prediction of this package wrote the file, by the mark in it."""
-    if has_suffix(file, VOLUME_SUFFIXES):
-        import gzip
-
-        with (gzip.open if file.name.lower().endswith(".gz") else open)(file) as stream:
-            try:
-                return MARK.encode() in stream.read(348)
-            except (OSError, EOFError):
-                return False
-    with file.open("rb") as stream:
-        return MARK.encode() in stream.read(512)
+    with gzip.open(file) if has_suffix(file, [".gz"]) else file.open("rb") as stream:
+        try:
+            return MARK.encode() in stream.read(512)
+        except (OSError, EOFError):
+            return False
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -159,26 +141,20 @@ def some(names: Iterable[str], limit: int = 5) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Read a text of UTF-8 or, by its byte order mark, UTF-16.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """Read a text in UTF-8 or, by its byte order mark, UTF-16; anything else is a ValueError."""
     content = path.read_bytes()
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text of UTF-8 or UTF-16: save it as UTF-8.") from error
+        raise ValueError(f"{path} is neither UTF-8 nor UTF-16: save it as UTF-8.") from error
 
 
 def read_table(path: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
     """Read a label table, {id: row}, where the first of ``columns`` holds the id.
 
-    Columns are separated by comma, semicolon or tab; upper and lower case of their names count alike.
-
-    Raises:
-        ValueError: columns are missing, a cell of them is empty, an id comes twice, or there is no row.
+    Columns are separated by comma, semicolon or tab; the case of their names does not matter. Missing columns or cells,
+    an id that comes twice and an empty table are a ValueError.
     """
     text = read_text(path).lstrip("\r\n")
     if text.lower().startswith("sep="):  # written by Excel

@@ -31,13 +31,7 @@ BUDGET_S = 10.0
 
 
 class StudentApp(MONAILabelApp):
-    """Students of trained bundles.
-
-    Args:
-        app_dir: folder made by :func:`amkd_monai.label.server.prepare`.
-        studies: folder of images, or address of a DICOMweb server.
-        conf: further settings of MONAI Label.
-    """
+    """Students of the trained bundles that :func:`amkd_monai.label.server.prepare` has copied to ``app_dir``."""
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         self.work = Path(app_dir)
@@ -77,21 +71,12 @@ class StudentApp(MONAILabelApp):
         return SuitableImages(self.students)
 
     def bundle_path(self, model: str | None) -> None:
-        """Refuse a model that is not served before a process is started for it; a bundle needs no path of its own.
-
-        Raises:
-            ValueError: no such model.
-        """
+        """Refuse a model that is not served before a process is started for it; a bundle needs no path of its own."""
         if model is not None and model not in self.students:
             raise ValueError(f"There is no model '{model}': this server has {', '.join(self.students)}.")
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        """Run a model on an image of the studies, or on an uploaded file; no other file of the machine is read.
-
-        Raises:
-            ValueError: no such model, or the image cannot be used.
-            ImageNotFoundException: no such image.
-        """
+        """Run a model on an image of the studies, or on an uploaded file; no other file of the machine is read."""
         self.bundle_path(request.get("model"))
         image = str(request.get("image"))
         uploads = [tempfile.gettempdir(), *([self._sessions.store_path] if self._sessions else [])]
@@ -104,12 +89,7 @@ class StudentApp(MONAILabelApp):
     def check_training(self, model: str | None, params: dict[str, Any] | None) -> None:
         """Refuse a training that cannot work before a process is started for it.
 
-        Args:
-            model: its name, or None for the trainings of all models, whose options ``params`` holds by name.
-            params: options; see :meth:`amkd_monai.label.fine_tune.FineTune.config`.
-
-        Raises:
-            ValueError: no such model, an option that cannot be used, or too few labels.
+        Without a ``model`` all of them are trained, and ``params`` holds the options of each by its name.
         """
         self.bundle_path(model)
         own = params or {}
@@ -117,12 +97,7 @@ class StudentApp(MONAILabelApp):
             self._trainers[name].check(own if model else {**own.get(name, {}), **own}, self.datastore())
 
     def upload_model(self, model: str, file: BinaryIO) -> dict[str, Any]:
-        """Replace a student by an uploaded file that fits its network; the one before is kept.
-
-        Raises:
-            ValueError: no such model.
-            CheckpointError: the file does not fit.
-        """
+        """Replace a student by an uploaded file that fits its network; the one before is kept."""
         self.bundle_path(model)
         with tempfile.NamedTemporaryFile() as copy:
             shutil.copyfileobj(file, copy)
@@ -198,9 +173,7 @@ class UncertaintyScores:
     def update(self, datastore: Datastore, budget_s: float | None = None) -> dict[str, float]:
         """Score unlabelled images that have no score yet; return the scores by image id.
 
-        Args:
-            datastore: of the images.
-            budget_s: start no further image after so many seconds; the first one is always scored.
+        After ``budget_s`` seconds no further image is started; the first one is always scored.
         """
         images = {image: datastore.get_image_uri(image) for image in sorted(datastore.get_unlabeled_images())}
         suitable = {image: file for image, file in images.items() if self.student.takes(file)}

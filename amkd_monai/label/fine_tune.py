@@ -40,11 +40,7 @@ class FineTune(TrainTask):
     With ``teachers`` "none" training is supervised. With "bundle" the student is also distilled from the teachers of
     ``train.json``, on the images without labels too; their outputs are cached. A run works in ``training/``, which the
     next one empties; only a better student leaves it, so that a run may be killed at any moment. The student before is
-    kept as ``models/previous.pt``.
-
-    Args:
-        student: the opened bundle.
-        cache: folder for decoded images and teacher outputs.
+    kept as ``models/previous.pt``. ``cache`` is the folder for decoded images and teacher outputs.
     """
 
     def __init__(self, student: ServedStudent, cache: Path) -> None:
@@ -70,11 +66,7 @@ class FineTune(TrainTask):
         return result if result.get("student") == self.student.identity() else {}
 
     def check(self, request: dict[str, Any], datastore: Datastore) -> tuple[dict[str, Any], Datalist]:
-        """Return the options and the data of a training.
-
-        Raises:
-            ValueError: too few labels, or an option that is unknown or cannot be used.
-        """
+        """Return the options and the data of a training; raise a ValueError for what cannot work."""
         defaults = self.config()
         own = {key for key, value in request.items() if not isinstance(value, dict)}  # a dict: another model's options
         for key in sorted(own - defaults.keys() - OF_THE_SERVER):
@@ -95,11 +87,7 @@ class FineTune(TrainTask):
         return options, saved_labels(self.student, datastore, options["val_split"], options["teachers"] == "bundle")
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """Train, and return the metric of the held-out labels before and at the best epoch.
-
-        Raises:
-            ValueError: too few labels, or an option that cannot be used.
-        """
+        """Train, and return the metric of the held-out labels before and at the best epoch."""
         report_plainly()
         start = time.monotonic()
         options, data = self.check(request, datastore)
@@ -216,11 +204,7 @@ def _item(image: str, **label: Any) -> dict[str, Any]:
 
 
 def _positive(name: str, value: Any, kind: type[int] | type[float]) -> Any:
-    """Return a finite number above 0, whole where ``kind`` is int; clients send numbers as text, too.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """Return a finite number above 0, whole where ``kind`` is int; clients send numbers as text, too."""
     try:
         number = kind(value)
         if not isinstance(value, bool) and math.isfinite(number) and number > 0 and number == float(value):

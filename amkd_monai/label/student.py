@@ -162,7 +162,7 @@ def write_mask(mask: np.ndarray, image: str | Path) -> Path:
     handle, name = tempfile.mkstemp(prefix="mask-", suffix=VOLUME_SUFFIXES[0] if mask.ndim == 3 else ".png")
     os.close(handle)
     if mask.ndim == 3:
-        write_mask_volume(Path(name), mask, volume_grid(image), image)
+        write_mask_volume(Path(name), mask, volume_grid(image))
     else:
         Image.fromarray(mask).save(name)
     return Path(name)

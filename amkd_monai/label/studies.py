@@ -22,7 +22,7 @@ from monailabel.interfaces.exception import ImageNotFoundException
 from amkd_monai.atomic import atomic_write_bytes
 from amkd_monai.files.masks import read_mask
 from amkd_monai.files.names import VOLUME_SUFFIXES, has_suffix
-from amkd_monai.files.pictures import picture_size
+from amkd_monai.files.pictures import picture_frame
 from amkd_monai.files.volumes import read_label_volume, volume_grid
 
 logger = logging.getLogger("amkd_monai")
@@ -59,7 +59,7 @@ class Studies(LocalDatastore):
                 raise ValueError(f"'{image_id}' cannot be the name of an image: use one without a folder.")
             if not file.name.lower().endswith(self._suffixes):
                 raise ValueError(f"'{file.name}' is of no kind that the models take: {', '.join(self._suffixes)}.")
-            (volume_grid if has_suffix(file, VOLUME_SUFFIXES) else picture_size)(file)  # refuses what cannot be read
+            (volume_grid if has_suffix(file, VOLUME_SUFFIXES) else picture_frame)(file)  # refuses what cannot be read
             if existing := self._files_of(image_id, self._to_id(file.name)[1]):
                 if filecmp.cmp(existing[0], file, shallow=False):
                     return image_id
@@ -140,11 +140,7 @@ class Studies(LocalDatastore):
 
 
 def read_class(label: Path) -> str:
-    """Read the class in a label file ``{"class": name}``.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
+    """Read the class in a label file ``{"class": name}``; raise a ValueError if it holds something else."""
     try:
         return str(json.loads(label.read_text(encoding="utf-8"))["class"])
     except (ValueError, TypeError, KeyError) as error:

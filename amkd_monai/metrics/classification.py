@@ -130,10 +130,7 @@ def delong(positive: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[NDArray[np
     """Areas (K,) under the ROC curves of K scores (N,) on the same cases, and their covariance (K, K).
 
     DeLong, DeLong and Clarke-Pearson, Biometrics 44, 1988, by mid-ranks (Sun and Xu, IEEE Signal Processing Letters
-    21, 2014).
-
-    Raises:
-        ValueError: fewer than two positive or two negative cases.
+    21, 2014). Fewer than two positive or two negative cases are refused.
     """
     is_positive = np.asarray(positive, bool)
     s = np.stack([np.asarray(score, float) for score in scores])
@@ -155,9 +152,6 @@ def delong_test(positive: ArrayLike, a: ArrayLike, b: ArrayLike) -> tuple[float,
     Returns:
         Difference of the areas (a - b), bounds of its 95 % interval, and the two-sided p value: 1 where both rank all
         pairs alike.
-
-    Raises:
-        ValueError: fewer than two positive or two negative cases.
     """
     areas, covariance = delong(positive, (a, b))
     difference = float(areas[0] - areas[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from amkd_monai.metrics.statistics import (
     paired_wilcoxon,
     resampled,
 )
-from amkd_monai.metrics.summary import Row, read_case_csv
+from amkd_monai.metrics.summary import Row, read_case_csv, read_json
 from amkd_monai.terminal import align
 
 Key = tuple[str, ...]
@@ -32,15 +31,10 @@ def evaluated_task(metrics_json: str | Path) -> Task | None:
     """Return the task of an evaluated run, from its ``metrics.json``; None where that file is missing.
 
     Raises:
-        ValueError: the file is not a report, or names an unknown task.
+        ValueError: the file is damaged, or names an unknown task.
     """
-    path = Path(metrics_json)
-    if not path.is_file():
-        return None
-    try:
-        return get_task(json.loads(path.read_text(encoding="utf-8"))["task"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the report of an evaluation: evaluate that run again.") from error
+    report = read_json(metrics_json)
+    return get_task(str(report.get("task"))) if report else None
 
 
 def compare_runs(
@@ -58,15 +52,14 @@ def compare_runs(
 
     Args:
         reference_csv: case file of the reference run, for example the undistilled student's.
-        other_csvs: name -> case file of each run to compare with it.
+        other_csvs: case file of each run to compare with it, by name.
         metric: what to compare; None takes the Dice of masks, and of classes the primary metric and all single areas.
         task: task of the runs; None if their images have masks.
 
     Returns:
-        One row per run and class (of masks) or metric (of classes): ``name``, ``class`` (where an image has one class,
-        the metric), ``metric``, ``n`` (pairs), ``left_out``, ``reference_mean``, ``mean`` (both over the pairs),
-        ``difference`` (run minus reference) with ``ci_low`` and ``ci_high`` (95 %), ``test`` (which test gave ``p``),
-        ``p`` (two-sided) and ``p_holm``.
+        One row per run and class (of masks) or metric (of classes): ``name``, ``class`` (of classes the metric),
+        ``metric``, ``n`` (pairs), ``left_out``, ``reference_mean``, ``mean`` (both over the pairs), ``difference`` (run
+        minus reference) with ``ci_low`` and ``ci_high`` (95 %), ``test``, its two-sided ``p``, and ``p_holm``.
 
     Raises:
         ValueError: a file lacks the metric, repeats a case, or does not have the cases and labels of the reference; or

@@ -27,17 +27,15 @@ def case_metrics(
 ) -> list[dict[str, Any]]:
     """Score one case, one row per foreground class.
 
-    A class missing from the reference has no Dice: the row is NaN and its ``status`` says whether the
-    prediction was rightly empty (``empty_both``) or not (``false_positive``). A class that is in the
-    reference but not in the prediction is ``missed``: Dice, IoU and NSD are 0 and HD95, infinite, is recorded
-    as NaN. Means over rows are therefore reported with the status counts (Maier-Hein et al., "Metrics
-    reloaded", Nature Methods 2024).
+    A class missing from the reference has no Dice: the row is NaN and its ``status`` says whether the prediction was
+    rightly empty (``empty_both``) or not (``false_positive``). A class that is in the reference but not in the
+    prediction is ``missed``: Dice, IoU and NSD are 0 and HD95, infinite, is recorded as NaN. Means over rows are
+    therefore reported with the status counts (Maier-Hein et al., "Metrics reloaded", Nature Methods 2024).
 
-    A surface is the set of foreground pixels (voxels) with a background neighbour across a face, where
-    outside the image is background; distances run between pixel centres. NSD is the fraction of both surfaces
-    within the tolerance of the other one, each surface element counting once (not weighted by area). HD95 is
-    the larger of the two directed 95th percentiles. Both come from :py:mod:`monai.metrics` and are always
-    computed on the CPU, so that one implementation makes all reported numbers.
+    A surface is the set of foreground pixels (voxels) with a background neighbour across a face, where outside the
+    image is background; distances run between pixel centres. NSD is the fraction of both surfaces within the tolerance
+    of the other one, each surface element counting once. HD95 is the larger of the two directed 95th percentiles. Both
+    come from :py:mod:`monai.metrics`, always on the CPU.
 
     Args:
         pred: predicted label map, shape (H, W) or (D, H, W) in any axis order, any dtype holding integers.

@@ -99,13 +99,8 @@ def seed_and_case_ci(
     Every seed is scored on the same cases, so rows (seeds) and columns (cases) are resampled independently
     and crossed (Owen, "The pigeonhole bootstrap", Ann. Appl. Stat. 1, 2007). With the usual 3 to 5 seeds the
     part due to seeds is underestimated, by about (S - 1) / S in variance: report the spread over seeds as
-    well. To compare two methods pass the matrix of their differences.
-
-    Args:
-        matrix: metric of each run and case, shape (S, N); NaN entries are left out of every mean.
-        confidence: as in :py:func:`bootstrap_ci`.
-        resamples: as in :py:func:`bootstrap_ci`.
-        seed: seed of the resampling.
+    well. ``matrix`` (S, N) holds the metric of each run and case, or the differences of two methods; NaN entries are
+    left out of every mean. The options are those of :py:func:`bootstrap_ci`.
 
     Returns:
         ``(mean, low, high)``; all NaN without a value, NaN bounds with fewer than two cases. With a single

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import re
 from collections import Counter
@@ -180,6 +181,21 @@ def read_case_csv(path: str | Path) -> list[Row]:
 
 def _parse(text: str) -> int | float:
     return int(text) if text.lstrip("-").isdigit() else float(text or math.nan)
+
+
+def read_json(file: str | Path) -> dict[str, Any]:
+    """Read a JSON file of a run; a missing one is empty.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not Path(file).is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: restore it, or remove it.") from error
+    return content
 
 
 def jsonable(obj: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A shared student beside the students of single data sets: one table, paired by case, losses included."""
+"""A shared student next to the students of single data sets: one table, paired by case, losses included."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from amkd_monai.metrics.compare import compare_runs
 from amkd_monai.metrics.statistics import holm
 from amkd_monai.terminal import align
 
-SCORE = ("value", "ci_low", "ci_high")
-DELTA = ("delta", "delta_ci_low", "delta_ci_high", "p", "p_holm")
+SCORE = ["value", "ci_low", "ci_high"]
+DELTA = ["delta", "delta_ci_low", "delta_ci_high", "p", "p_holm"]
 
 
 def score_of(folder: str | Path, task: Task) -> dict[str, float]:
@@ -33,9 +33,8 @@ def score_of(folder: str | Path, task: Task) -> dict[str, float]:
             raise KeyError(task.name)
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no evaluation of {task.name}: evaluate that run, or correct `compare`.") from error
-    value = metric["value"] if task.is_classification else metric["mean"]
-    found = dict(zip(SCORE, (value, metric["ci_low"], metric["ci_high"]), strict=True))
-    return {name: math.nan if v is None else float(v) for name, v in found.items()}
+    found = (metric["value" if task.is_classification else "mean"], metric["ci_low"], metric["ci_high"])
+    return {name: math.nan if v is None else float(v) for name, v in zip(SCORE, found, strict=True)}
 
 
 def transfer_rows(
@@ -63,19 +62,19 @@ def transfer_rows(
             raise ValueError(f"There is no folder {pattern} for any task: correct `compare#{label}`.")
     for name, folder in shared.items():
         task = tasks[name]
-        rows.append({"task": name, "metric": task.primary_metric, "run": "shared", **score_of(folder, task)})
+        about = {"task": name, "metric": task.primary_metric}
+        rows.append({**about, "run": "shared", **score_of(folder, task)})
         for label, pattern in runs.items():
             other = Path(pattern.format(task=name))
             if not other.is_dir():
                 continue
-            score = score_of(other, task)
+            row = {**about, "run": label, **score_of(other, task)}
             csvs = other / "per_case.csv", {"shared": Path(folder) / "per_case.csv"}
             compared = compare_runs(*csvs, task.primary_metric, task)
             for found in compared:
                 values = (found["difference"], found["ci_low"], found["ci_high"], found["p"])
-                row = {"task": name, "metric": task.primary_metric, "run": label, **score}
-                row |= {"class": found["class"]} if len(compared) > 1 else {}
-                rows.append(row | dict(zip(DELTA, values, strict=False)))
+                own = {"class": found["class"]} if len(compared) > 1 else {}
+                rows.append({**row, **own, **dict(zip(DELTA, values, strict=False))})
     compared_rows = [row for row in rows if "delta" in row]
     for row, adjusted in zip(compared_rows, holm([row["p"] for row in compared_rows]), strict=True):
         row["p_holm"] = adjusted
@@ -88,13 +87,13 @@ def transfer_rows(
 
 def format_transfer(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of :func:`transfer_rows` as a plain-text table."""
-    lines: list[Sequence[str]] = [
-        ("task", "run", "metric", "score [95 % CI]", "shared - run [95 % CI]", "p", "p (Holm)")
-    ]
+    lines = [("task", "run", "metric", "score [95 % CI]", "shared - run [95 % CI]", "p", "p (Holm)")]
     for row in rows:
         task = f"{row['task']} {row['class']}" if "class" in row else row["task"]
-        delta = _interval([row.get(k) for k in DELTA[:3]], "+.4f")
-        score, chances = _interval([row.get(k) for k in SCORE], ".4f"), [_number(row.get(k), ".2g") for k in DELTA[3:]]
+        score, delta = (
+            _interval([row.get(k) for k in names], form) for names, form in ((SCORE, ".4f"), (DELTA, "+.4f"))
+        )
+        chances = (_number(row.get(k), ".2g") for k in ("p", "p_holm"))
         lines.append((task, row["run"], row.get("metric", ""), score, delta, *chances))
     return align(lines)
 
@@ -113,5 +112,5 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _interval(values: Sequence[float | None], form: str) -> str:
-    value, low, high = (_number(v, form) for v in values)
+    value, low, high, *_ = (_number(v, form) for v in values)
     return f"{value} [{low}, {high}]" if low else value

@@ -1,9 +1,8 @@
 """The student networks and the encoders they are built from."""
 
-from amkd_monai.networks.class_student import ClassStudent
 from amkd_monai.networks.encoder import create_encoder, load_encoder_weights
 from amkd_monai.networks.shared_student import Head, SharedStudent
-from amkd_monai.networks.student import EncodedStudent, Student
+from amkd_monai.networks.student import ClassStudent, EncodedStudent, Student
 
 __all__ = [
     "ClassStudent",

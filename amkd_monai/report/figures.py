@@ -7,63 +7,69 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
+MARKERS = "osD^vP*X"
 SIZE = (5.2, 3.2)
-"""Of a figure in inches."""
+"""Size of a figure in inches."""
 
 
-def finish(figure: Figure) -> str:
-    """Return a figure as SVG text without the heads of a file."""
+def _axes(size: tuple[float, float] = SIZE, x: str = "", y: str = "") -> Axes:
+    axes = Figure(figsize=size, layout="constrained").subplots()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return axes
+
+
+def _svg(axes: Axes) -> str:
+    """The axes' figure as SVG text, without XML and DOCTYPE heads."""
     text = io.StringIO()
+    figure: Any = axes.figure
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue().split("?>", 1)[1].split(">", 1)[1].strip()  # without XML and DOCTYPE heads
+    return text.getvalue().split("?>", 1)[1].split(">", 1)[1].strip()
 
 
-def curves(
-    lines: Mapping[str, np.ndarray], epochs: Sequence[float] | np.ndarray, label: str, logarithmic: bool = False
-) -> str:
+def _legend_outside(axes: Axes) -> None:
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+
+
+def curves(lines: Mapping[str, np.ndarray], epochs: np.ndarray, label: str, logarithmic: bool = False) -> str:
     """Lines over epochs; values (epochs,) may hold NaN."""
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.subplots()
+    axes = _axes(x="epoch", y=label)
     for i, (name, values) in enumerate(lines.items()):
         known = ~np.isnan(values)
-        (line,) = axes.plot(np.asarray(epochs)[known], values[known], label=name, color=COLOURS[i % len(COLOURS)])
+        (line,) = axes.plot(epochs[known], values[known], label=name, color=COLOURS[i % len(COLOURS)])
         line.set_linestyle(DASHES[i // len(COLOURS) % len(DASHES)])
         line.set_marker("." if known.sum() < 12 else "")
     if logarithmic:
         axes.set_yscale("log")
-    axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     if len(lines) > 1:
-        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    return finish(figure)
+        _legend_outside(axes)
+    return _svg(axes)
 
 
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], label: str, digits: int = 2) -> str:
     """A table (R, C) of numbers as colours with the numbers in them."""
     width = max(4.0, 1 + 0.08 * max(map(len, rows)) + 0.9 * len(columns))
-    figure = Figure(figsize=(width, 1.3 + 0.5 * len(rows)), layout="constrained")
-    axes = figure.subplots()
+    axes = _axes((width, 1.3 + 0.5 * len(rows)), x=label)
     axes.imshow(values, cmap="cividis", vmin=0, aspect="auto")
-    bright = np.nanmax(values) / 2 if values.size else 0
     for (r, c), value in np.ndenumerate(values):
-        axes.text(c, r, f"{value:.{digits}f}", ha="center", va="center", color="black" if value > bright else "white")
+        ink = "black" if value > np.nanmax(values) / 2 else "white"
+        axes.text(c, r, f"{value:.{digits}f}", ha="center", va="center", color=ink)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), rows)
-    axes.set_xlabel(label)
-    return finish(figure)
+    return _svg(axes)
 
 
 def scatter(groups: Mapping[str, Sequence[float]], label: str) -> str:
     """One column of points per group with its median; for the metric of each case in each run."""
-    figure = Figure(figsize=(1.8 + 1.4 * len(groups), SIZE[1]), layout="constrained")
-    axes = figure.subplots()
+    axes = _axes((1.8 + 1.4 * len(groups), SIZE[1]), y=label)
     for i, values in enumerate(groups.values()):
         known = np.array([v for v in values if not np.isnan(v)])
         if len(known):
@@ -71,42 +77,71 @@ def scatter(groups: Mapping[str, Sequence[float]], label: str) -> str:
             axes.scatter(i + spread, known, s=12, alpha=0.6, color=COLOURS[i % len(COLOURS)])
             axes.hlines(np.median(known), i - 0.3, i + 0.3, color="black")
     axes.set_xticks(range(len(groups)), list(groups), rotation=15, ha="right")
-    axes.set_ylabel(label)
     axes.grid(alpha=0.3, axis="y")
-    return finish(figure)
+    return _svg(axes)
 
 
 def roc(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     """ROC curves, {name: (positive (N,) bool, score (N,))}; those without both kinds of case are left out."""
-    figure = Figure(figsize=(4.6, 3.6), layout="constrained")
-    axes = figure.subplots()
+    from sklearn.metrics import roc_curve
+
+    axes = _axes((4.6, 3.6), x="1 - specificity", y="sensitivity")
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     for i, (name, (positive, score)) in enumerate(lines.items()):
-        if positive.all() or not positive.any():
-            continue
-        order = np.argsort(-score, kind="stable")
-        last = np.r_[np.flatnonzero(np.diff(score[order])), len(order) - 1]  # ties move together
-        hits, alarms = np.cumsum(positive[order])[last], np.cumsum(~positive[order])[last]
-        x, y = np.r_[0, alarms / (~positive).sum()], np.r_[0, hits / positive.sum()]
-        axes.plot(x, y, label=name, color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i // len(COLOURS)])
-    axes.set_xlabel("1 - specificity")
-    axes.set_ylabel("sensitivity")
+        if positive.any() and not positive.all():
+            x, y, _ = roc_curve(positive, score)
+            axes.plot(x, y, label=name, color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i // len(COLOURS)])
     axes.legend(fontsize=8, loc="lower right")
-    return finish(figure)
+    return _svg(axes)
 
 
 def reliability(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How often an answer is right (bars) by how sure it is; on the diagonal it is calibrated."""
-    figure = Figure(figsize=(4.2, 3.6), layout="constrained")
-    axes = figure.subplots()
+    """Accuracy (bars) by confidence; a calibrated student is on the diagonal."""
+    axes = _axes((4.2, 3.6), x="probability of the predicted class", y="accuracy")
+    low, high, accuracy = (np.array([row[key] for row in rows]) for key in ("low", "high", "accuracy"))
+    axes.bar(low, accuracy, high - low, align="edge", color="#56B4E9", edgecolor="white")
     for row in rows:
-        axes.bar(
-            row["low"], row["accuracy"], row["high"] - row["low"], align="edge", color="#56B4E9", edgecolor="white"
-        )
         axes.text((row["low"] + row["high"]) / 2, 0.01, str(row["count"]), ha="center", fontsize=7)
     axes.plot([0, 1], [0, 1], color="black", linewidth=1)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
-    axes.set_xlabel("probability of the predicted class")
-    axes.set_ylabel("part that is right")
-    return finish(figure)
+    return _svg(axes)
+
+
+def plane(vectors: np.ndarray) -> np.ndarray:
+    """Bring vectors (N, C), N >= 5 and not all equal, to a plane (N, 2), the same each time.
+
+    t-SNE (van der Maaten and Hinton, JMLR 2008) on channels of mean 0 and deviation 1. Its perplexity, about the number
+    of neighbours that stay neighbours, is a third of the cases, at most 30.
+    """
+    from sklearn.manifold import TSNE
+    from sklearn.preprocessing import StandardScaler
+
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    scaled = StandardScaler().fit_transform(vectors.astype(np.float64))
+    # exact: for so few cases as fast, and the same whatever the number of threads
+    found: np.ndarray = TSNE(perplexity=perplexity, method="exact", random_state=0).fit_transform(scaled)
+    return found
+
+
+def points(xy: np.ndarray, value: np.ndarray, classes: Sequence[str] | None) -> str:
+    """Points (N, 2) coloured by class, or by the foreground fraction of the image, grey where there is none."""
+    axes = _axes((4.6, 3.4))
+    if classes is not None:
+        for c, name in enumerate(classes):
+            x, y = xy[value == c].T
+            axes.scatter(x, y, s=16, color=COLOURS[c % len(COLOURS)], marker=MARKERS[c % len(MARKERS)], label=name)
+        _legend_outside(axes)
+    else:
+        present = value > 0
+        if not present.all():
+            x, y = xy[~present].T
+            axes.scatter(x, y, s=16, color="#999999", marker="x", label="no foreground")
+            axes.legend(fontsize=8, loc="lower left")
+        if present.any():
+            x, y = xy[present].T
+            dots = axes.scatter(x, y, s=16, c=value[present], cmap="viridis", vmin=0)
+            axes.figure.colorbar(dots, ax=axes, label="foreground fraction")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return _svg(axes)

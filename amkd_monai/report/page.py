@@ -1,19 +1,29 @@
-"""Put the page together."""
+"""From runs to one page: tables, figures and pictures, each a plain value for the template."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 import amkd_monai
 from amkd_monai.atomic import atomic_write_bytes
-from amkd_monai.report import figures, sections
-from amkd_monai.report.feature_map import feature_maps
-from amkd_monai.report.run_folder import RunFolder, read_run
+from amkd_monai.metrics.classification import labels_and_probabilities, positive_classes
+from amkd_monai.metrics.compare import compare_runs
+from amkd_monai.metrics.summary import FEATURES, TEACHERS, preview_file
+from amkd_monai.report import figures, pictures
+from amkd_monai.report.run_folder import RunFolder, read_arrays, read_run
+
+SHOWN = {"worst": 6, "median": 3, "best": 3}
+"""Cases that are shown of a run."""
+FEWEST = 5
+"""Cases below which there is no map of the features."""
+PREFIX = "teacher_"
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
@@ -35,7 +45,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
     tasks = {run.task.name for run in runs}
     if len(tasks) != 1:
         raise ValueError(f"The runs have different tasks ({', '.join(sorted(tasks))}): make one report for each.")
-    comparison, why = sections.comparison(runs)
+    comparison, why = _comparison(runs)
+    dice = {run.name: [float(case["dice"]) for case in run.cases] for run in runs if "dice" in (run.cases or [{}])[0]}
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
         resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     )
@@ -45,8 +56,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
         runs=[_describe(run) for run in runs],
         comparison=comparison,
         why=why,
-        spread=_spread(runs),
-        trust=sections.trust(runs),
+        spread=("Dice", figures.scatter(dice, "Dice")) if dice else None,
+        trust=_trust(runs),
     )
     atomic_write_bytes(Path(output), text.encode())
     return Path(output)
@@ -64,37 +75,244 @@ def _names(folders: Sequence[str | Path]) -> list[str]:
     return [f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
+def _comparison(runs: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], str]:
+    """Rows that compare the first run with the others, and why there are none."""
+    first, *others = runs
+    if not others:
+        return [], ""
+    if any(not run.cases for run in runs):
+        return [], "Runs that were not evaluated cannot be compared."
+    files = {run.name: run.folder / "per_case.csv" for run in others}
+    try:
+        return compare_runs(first.folder / "per_case.csv", files, task=first.task), ""
+    except ValueError as error:
+        return [], f"The runs cannot be compared: {error}"
+
+
+def _trust(runs: Sequence[RunFolder]) -> str | None:
+    """Heat map run x teacher of the last epoch's mean weight in the output loss, or the feature loss."""
+    table: dict[str, dict[str, float]] = {}
+    for run in runs:
+        for loss in ("output", "feature"):
+            last = {k.split("_", 2)[2]: v[-1] for k, v in run.history.items() if k.startswith(f"teacher_{loss}_")}
+            if last:
+                table[f"{run.name} ({run.task.name}, {loss})"] = last
+                break
+    columns = list(dict.fromkeys(name for row in table.values() for name in row))
+    if not columns:
+        return None
+    values = np.array([[row.get(name, math.nan) for name in columns] for row in table.values()])
+    return figures.heat_map(values, list(table), columns, "mean weight in the last epoch")
+
+
 def _describe(run: RunFolder) -> dict[str, Any]:
     columns = [c for c in run.cases[0] if c != "label"] if run.cases else []
-    ranked = sorted(run.cases, key=lambda case: sections.badness(run, case))
-    teacher_columns, teacher_rows = sections.teacher_rows(run)
+    ranked = sorted(run.cases, key=lambda case: _badness(run, case))
+    teacher_columns, teacher_rows = _teacher_rows(run)
     maps, undrawn = feature_maps(run)
+    scores = [
+        (name, _number(v.get("mean", v.get("value"))), f"[{_number(v.get('ci_low'))}, {_number(v.get('ci_high'))}]")
+        for name, v in run.metrics.get("summary", {}).get("metrics", {}).items()
+    ]
     return {
         "name": run.name,
-        "heading": sections.heading(run),
+        "heading": _heading(run),
         "missing": run.missing,
-        "scores": sections.scores(run),
-        "curves": sections.training_figures(run),
-        "class_figures": sections.class_figures(run),
+        "scores": scores,
+        "curves": _training_figures(run),
+        "class_figures": _class_figures(run),
         "feature_maps": maps,
         "undrawn": undrawn,
         "teacher_columns": teacher_columns,
         "teacher_rows": teacher_rows,
-        "shown": sections.chosen_cases(run),
+        "shown": _chosen_cases(run, [case for case in ranked if math.isfinite(_badness(run, case))]),
         "masks": not run.task.is_classification,
         "columns": columns,
         "cases": [[_cell(c, case[c]) for c in columns] for case in ranked],
     }
 
 
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
 def _cell(column: str, value: Any) -> str:
     if column.endswith("_volume"):
         return f"{value:.0f}"
-    return sections.number(value) if isinstance(value, float) else str(value)
+    return _number(value) if isinstance(value, float) else str(value)
 
 
-def _spread(runs: Sequence[RunFolder]) -> tuple[str, str] | None:
-    if runs[0].task.is_classification or not any(run.cases for run in runs):
-        return None
-    values = {run.name: [float(case["dice"]) for case in run.cases] for run in runs if run.cases}
-    return "Dice", figures.scatter(values, "Dice")
+def _heading(run: RunFolder) -> dict[str, Any]:
+    """What ran on what, and the warnings that are shown above every figure."""
+    record, data = run.record, run.record.get("data") or run.metrics.get("data") or {}
+    name = Path(str(data.get("root", "unknown"))).name
+    teachers = _teachers(run)
+    facts = {
+        "task": f"{run.task.name} ({run.task.modality}, {run.task.kind})",
+        "data": name,
+        "images": ", ".join(f"{n} {v}" for n, v in data.get("counts", {}).items()),
+        "split hash": str(data.get("split_hash", ""))[:16],
+        "seed": record.get("seed", ""),
+        "epochs": f"{record['epochs_done']} of {record['max_epochs']}" if "epochs_done" in record else "",
+        "student": f"{record['student_parameters'] / 1e6:.2f} M parameters" if "student_parameters" in record else "",
+        "gate": record.get("gate", "") if teachers else "none: undistilled",
+        "CPU time": f"{record['cpu_seconds'] / 60:.1f} min" if "cpu_seconds" in record else "",
+        "peak memory": f"{record['peak_rss_mb']} MB" if "peak_rss_mb" in record else "",
+        "versions": ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items()),
+    }
+    warnings = []
+    for used in (record.get("data") or {}, run.metrics.get("data") or {}):
+        if used.get("phantom"):
+            warnings.append("PHANTOM DATA: generated images. No figure on this page says anything about patients.")
+        if used.get("stand_in"):
+            warnings.append(f"STAND-IN DATA: {used['stand_in']}")
+    if record.get("is_test"):
+        warnings.append("TEST RUN: a teacher had random weights.")
+    if overridden := run.metrics.get("overridden"):
+        warnings.append(f"Scored otherwise than by the bundle: {', '.join(overridden)}.")
+    shown = {key: value for key, value in facts.items() if value != ""}
+    return {"data": f"Data: {name}", "warnings": list(dict.fromkeys(warnings)), "facts": shown, "teachers": teachers}
+
+
+def _teachers(run: RunFolder) -> list[dict[str, Any]]:
+    distillation = run.record.get("distillation")  # a sentence for an undistilled student
+    return distillation.get("teachers", []) if isinstance(distillation, dict) else []
+
+
+def _training_figures(run: RunFolder) -> list[tuple[str, str]]:
+    """Title and SVG of everything that has a course over epochs."""
+
+    def pick(prefix: str) -> dict[str, np.ndarray]:
+        return {k.removeprefix(prefix): v for k, v in run.history.items() if k.startswith(prefix)}
+
+    validation = {f"val_{k}": v for k, v in pick("val_").items() if k != "empty_references"}
+    weights, gate = pick("weight_"), {k: v for k, v in run.history.items() if k == "gate_auc"}
+    drawn = (
+        ("Validation", validation, "score", False),
+        ("Losses", pick("loss_"), "loss", True),
+        ("Losses as they enter the total", pick("weighted_"), "weight x loss", True),
+        ("Loss weights", weights if len(weights) > 1 else {}, "weight", False),
+        ("Gradient of each loss at the shared student map", pick("gradient_"), "norm", True),
+        ("Weights of the teachers, by loss", pick("teacher_"), "mean weight", False),
+        ("Effective number of teachers", pick("effective_teachers_"), "exp(entropy)", False),
+        ("Learning rate", pick("learning_"), "learning rate", False),
+        ("Agreement of the gate with reliability", gate, "AUC", False),
+    )
+    return [
+        (title, figures.curves(lines, run.history["epoch"], label, logarithmic))
+        for title, lines, label, logarithmic in drawn
+        if lines
+    ]
+
+
+def _class_figures(run: RunFolder) -> list[tuple[str, str]]:
+    """ROC, confusion matrix and reliability diagram of an evaluated classification."""
+    if not run.task.is_classification or not run.cases:
+        return []
+    label, p = labels_and_probabilities(run.task, run.cases)
+    lines = {name: (label == c, p[:, c]) for c, name in enumerate(run.task.classes)}
+    for name, mask in positive_classes(run.task).items():
+        if mask.sum() > 1:  # several classes together, such as referable grades
+            lines[name] = (mask[label], p[:, mask].sum(1))
+    summary, names = run.metrics["summary"], list(run.task.classes)
+    confusion = np.array(summary["confusion"], dtype=float)
+    return [
+        ("ROC", figures.roc(lines)),
+        ("Confusion, true classes by row", figures.heat_map(confusion, names, names, "predicted", digits=0)),
+        ("Reliability", figures.reliability(summary["reliability"])),
+    ]
+
+
+def feature_maps(run: RunFolder) -> tuple[list[tuple[str, str]], list[str]]:
+    """Title and SVG of the feature maps of the student and each teacher, and why others are not drawn.
+
+    Raises:
+        ValueError: the file of the features is damaged or contradicts itself.
+    """
+    arrays, classes = read_arrays(run.folder / FEATURES), run.task.classes if run.task.is_classification else None
+    if arrays is None:
+        return [], [f"There is no map of the features: this run kept none of its training images ({FEATURES})."]
+    vectors = {n.replace("_", " ", 1): a for n, a in arrays.items() if n == "student" or n.startswith(PREFIX)}
+    value = arrays.get("value")
+    if value is None or any(a.ndim != 2 or len(a) != len(value) for a in vectors.values()):
+        raise ValueError(f"{run.folder / FEATURES} does not hold one vector and one value per image: train again.")
+    if classes and not np.isin(value, np.arange(len(classes))).all():
+        raise ValueError(f"{run.folder / FEATURES} holds a class that {run.task.name} does not have: train again.")
+    if len(value) < FEWEST:
+        return [], [f"There is no map of the features: {len(value)} labelled training images are fewer than {FEWEST}."]
+    shown, missing = [], []
+    for name, of in vectors.items():
+        if not np.isfinite(of).all():
+            missing.append(f"The features of {name} are not drawn: some are not finite.")
+        elif not np.ptp(of, axis=0).any():
+            missing.append(f"The features of {name} are not drawn: they are the same for all images.")
+        else:
+            shown.append((name, figures.points(figures.plane(of), value, classes)))
+    undistilled = [teacher["name"] for teacher in _teachers(run) if PREFIX + teacher["name"] not in arrays]
+    return shown, missing + [f"The features of {n} are not drawn: they were not distilled." for n in undistilled]
+
+
+def _badness(run: RunFolder, case: dict[str, Any]) -> float:
+    """Sort key, worst first: Dice, or the probability of the true class; false positives first, empty images last."""
+    if run.task.is_classification:
+        return float(labels_and_probabilities(run.task, [case])[1][0][int(case["label"])])
+    if case["status"] == "empty_both":
+        return math.inf
+    return -1.0 if case["status"] == "false_positive" else float(case["dice"])
+
+
+def _chosen_cases(run: RunFolder, ranked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Worst, median and best cases with their pictures, those that have a preview."""
+    middle = max(0, len(ranked) // 2 - SHOWN["median"] // 2)
+    chosen = [("worst", case) for case in ranked[: SHOWN["worst"]]]
+    chosen += [("median", case) for case in ranked[middle : middle + SHOWN["median"]]]
+    chosen += [("best", case) for case in ranked[-SHOWN["best"] :][::-1]]
+    shown: dict[str, dict[str, Any]] = {}
+    for part, case in chosen:
+        preview = read_arrays(preview_file(run.folder, str(case["id"])))
+        if preview is None or case["id"] in shown:
+            continue
+        if run.task.is_classification:
+            true, predicted = (run.task.classes[int(case[key])] for key in ("label", "prediction"))
+            text = f"true {true}, predicted {predicted}"
+        elif case["status"] == "ok":
+            text = f"Dice {case['dice']:.3f}, HD95 {case['hd95']:.1f} {run.metrics.get('unit', '')}"
+        else:
+            text = str(case["status"]).replace("_", " ")
+        shown[case["id"]] = {"part": part, "id": case["id"], "text": text, **_views(preview)}
+    return list(shown.values())
+
+
+def _views(preview: dict[str, np.ndarray]) -> dict[str, list[str]]:
+    """Pictures of a case, and of a volume its slices."""
+    views, slices = [pictures.enlarged(preview["image"][0])[0]], []
+    if "cam" in preview:
+        views.append(pictures.tinted(preview["image"][0], preview["cam"][0]))
+    elif "prediction" in preview:
+        parts = (preview["image"], preview["reference"], preview["prediction"])
+        slices = [pictures.outlined(*masks) for masks in zip(*parts, strict=True)]
+        if "plane0" not in preview:
+            views, slices = [*views, *slices], []
+        else:
+            planes = [[preview[f"{name}{a}"] for name in ("plane", "reference", "prediction")] for a in range(3)]
+            views = [np.rot90(pictures.outlined(*plane)) for plane in planes]
+    return {
+        "views": [pictures.data_uri(picture) for picture in views],
+        "slices": [pictures.data_uri(np.rot90(picture)) for picture in slices],
+    }
+
+
+def _teacher_rows(run: RunFolder) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of pictures: image with label, student, each teacher's output, each teacher's weight."""
+    arrays = read_arrays(run.folder / TEACHERS)
+    if arrays is None or run.task.is_classification:
+        return [], []
+    answers, weights = ([n for n in arrays if n.startswith(prefix)] for prefix in ("answer_", "weight_"))
+    columns = ["image, label", "student", *(f"output of {n[7:]}" for n in answers)]
+    columns += [f"weight of {n[7:]}" for n in weights]
+    rows = []
+    for i, image in enumerate(arrays["image"]):
+        row = [pictures.outlined(image, arrays["label"][i], None), pictures.tinted(image, arrays["student"][i])]
+        row += [pictures.tinted(image, arrays[name][i]) for name in (*answers, *weights)]
+        rows.append([pictures.data_uri(picture, 70) for picture in row])
+    return columns, rows

@@ -26,8 +26,8 @@ sys.path.insert(0, str(DOCS.parent / "tests" / "distillation"))
 import planted_problem as problem  # noqa: E402
 from toy_problem import generator  # noqa: E402
 
-TEACHER_GATES = ("uniform", "camkd", "entropy", "paper", "reliability", "learned")
-LOSS_GATES = ("fixed", "scaled", "agreement", "uncertainty", "paper")
+TEACHER_GATES = ("uniform", "paper", "reliability", "learned")
+LOSS_GATES = ("fixed", "scaled", "agreement", "paper")
 LOSSES = ("output", "feature", "reconstruction")
 PRIORS = {"output": 1.0, "feature": 0.2, "reconstruction": 0.2}
 KINDS = ("images of kind A", "images of kind B")
@@ -150,11 +150,11 @@ def main() -> None:
     """Train, draw, and print a table."""
     torch.set_num_threads(1)
     rcParams.update({"svg.hashsalt": "amkd_monai", "svg.fonttype": "none"})  # the same file from the same run; small
-    by_seed = {gate: [train(seed, gate, loss_priors=HEAVY) for seed in range(SEEDS)] for gate in TEACHER_GATES}
+    by_seed = {gate: [train(seed, gate, losses=HEAVY) for seed in range(SEEDS)] for gate in TEACHER_GATES}
     errors = {"no distillation": [train(seed, distil=False).error for seed in range(SEEDS)]}
     errors |= {gate: [run.error for run in runs] for gate, runs in by_seed.items()}
     losses = {
-        gate: train(0, loss_gate=gate, loss_priors=PRIORS, return_code="learned", scale_steps=30) for gate in LOSS_GATES
+        gate: train(0, loss_gate=gate, losses=PRIORS, return_code="learned", scale_steps=30) for gate in LOSS_GATES
     }
     pictures = {
         "teachers": draw_teachers({gate: runs[0] for gate, runs in by_seed.items()}),

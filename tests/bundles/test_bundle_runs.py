@@ -17,15 +17,13 @@ from amkd_monai.data.datalist import inference_datalist
 from amkd_monai.data.datasets import TASKS
 from amkd_monai.files.names import file_id
 
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+SHORT = {"mode": "cross_fit", "folds": 2, "epochs": 1}
+"""Admission by a student that learns for one epoch: the same code in a third of the time."""
 
 
 @pytest.mark.parametrize("bundle", SEGMENTATION)
 def test_a_run_on_phantoms_trains_evaluates_and_predicts(bundle, tmp_path, cache):
-    values = settings(bundle, tmp_path, cache, max_epochs=3)
+    values = settings(bundle, tmp_path, cache, admission=SHORT)
     training = workflow(bundle, ("train",), values)
     assert training.check_properties() == []
     training.run()
@@ -37,7 +35,7 @@ def test_a_run_on_phantoms_trains_evaluates_and_predicts(bundle, tmp_path, cache
     assert all(len(t["fingerprint"]) == 64 and t["licence"] == "Apache-2.0" for t in teachers)
     assert record["distillation"]["undistilled_student_dice"] > 0
     history = list(csv.DictReader((tmp_path / "eval" / "history.csv").open()))
-    assert [row["epoch"] for row in history] == ["1", "2", "3"]
+    assert [row["epoch"] for row in history] == ["1", "2"]
     assert float(history[-1]["loss_task"]) < float(history[0]["loss_task"])
     assert float(history[-1]["loss_feature"]) < float(history[0]["loss_feature"])
     assert all(float(row["weight_task"]) == 1 for row in history)
@@ -120,10 +118,10 @@ def test_real_polyps_with_few_labels_learn_from_the_specialist(tmp_path, cache):
         "image_size": 224,
     }
     values = settings("kvasir_seg", tmp_path, cache, dataset_dir=str(data), labelled=12, teachers=[specialist])
-    values |= {"image_size": 128, "max_epochs": 3, "admission": {"mode": "cross_fit", "folds": 2, "epochs": 2}}
+    values |= {"image_size": 96, "max_epochs": 3, "split_fractions": [0.5, 0.15, 0.35], "admission": SHORT}
     run("kvasir_seg", ("train",), values)
     record = read_json(tmp_path / "eval" / "run.json")
-    assert record["labelled_samples"] == 12 and record["training_samples"] == 108
+    assert record["labelled_samples"] == 12 and record["training_samples"] == 77
     (teacher,) = record["distillation"]["teachers"]
     assert teacher["outputs_admitted"] and teacher["dice"] > 0.8, "the specialist knows these polyps"
     assert record["best_validation"]["value"] > 0.4

@@ -15,12 +15,8 @@ from amkd_monai.data.datasets import get_task
 from amkd_monai.metrics.summary import read_case_csv
 
 BUNDLES = ("aptos2019", "isic2017")
+SHORT = {"mode": "cross_fit", "folds": 2, "epochs": 1}
 REAL = {"aptos2019": "APTOS2019_standin_IDRiD", "isic2017": "ISIC2017"}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 def history_of(folder):
@@ -39,7 +35,7 @@ def log_likelihood(rows, temperature=1.0):
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_a_run_on_phantoms_trains_calibrates_evaluates_and_predicts(bundle, tmp_path, cache):
     task = get_task(bundle)
-    values = settings(bundle, tmp_path, cache, max_epochs=4)
+    values = settings(bundle, tmp_path, cache, admission=SHORT)
     training = workflow(bundle, ("train",), values)
     assert training.check_properties() == []
     training.run()
@@ -110,6 +106,7 @@ def test_few_labels_and_every_part_of_the_method_work_and_a_killed_run_resumes_t
     options = {"gate": "learned", "return_code": "learned", "loss_gate": "agreement", "labelled": 30, "max_epochs": 3}
     options["losses"] = {"output": 1.0, "feature": 0.2, "reconstruction": 0.2, "contrastive": 0.1}
     options |= {"admission": {"mode": "all"}, "recipe#class_balance": 0.0, "recipe#class_weighting": 1.0}
+    options |= {"recipe#min_steps": 3}
     options["teachers"] = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run("isic2017", ("train",), settings("isic2017", whole, cache, **options))

@@ -18,12 +18,12 @@ def weights(tmp_path_factory):
     return folder
 
 
-def test_they_distil_into_one_student(tmp_path, weights):
+def test_they_distil_into_one_student(tmp_path, weights, cache):
     teachers = [{"name": which, **options} for which, options in TINY.items() if which != "usfm"]
     teachers[0]["prompt"] = "label_box"
     from_file = {k: v for k, v in TINY["usfm"].items() if k != "weights"}
     teachers.append({"name": "usfm", **from_file})
-    values = settings("kvasir_seg", tmp_path, tmp_path / "cache", teachers=teachers, weights_dir=str(weights))
+    values = settings("kvasir_seg", tmp_path, cache, teachers=teachers, weights_dir=str(weights))
     values |= {"max_epochs": 3, "admission": {"mode": "all"}}
     run("kvasir_seg", ("train",), values)
 
@@ -51,43 +51,43 @@ def test_they_distil_into_one_student(tmp_path, weights):
     assert not any(which in key for key in student for which in TINY)
 
 
-def test_a_run_without_random_teachers_is_no_test(tmp_path, weights):
+def test_a_run_without_random_teachers_is_no_test(tmp_path, weights, cache):
     options = {k: v for k, v in TINY["usfm"].items() if k != "weights"}
     teachers = [{"name": "usfm", **options, "weights": str(weights / "USFM_latest.pth")}]
-    values = settings("kvasir_seg", tmp_path, tmp_path / "cache", teachers=teachers, admission={"mode": "none"})
+    values = settings("kvasir_seg", tmp_path, cache, teachers=teachers, admission={"mode": "none"})
     run("kvasir_seg", ("train",), {**values, "max_epochs": 1})
     assert read_json(tmp_path / "eval" / "run.json")["is_test"] is False
 
 
-def test_missing_weights_end_the_run_in_one_sentence(tmp_path, monkeypatch):
+def test_missing_weights_end_the_run_in_one_sentence(tmp_path, monkeypatch, cache):
     from amkd_monai.errors import root_cause
 
     monkeypatch.delenv("AMKD_WEIGHTS", raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    values = settings("kvasir_seg", tmp_path, tmp_path / "cache", teachers=[{"name": "medsam", "kind": "medsam"}])
+    values = settings("kvasir_seg", tmp_path, cache, teachers=[{"name": "medsam", "kind": "medsam"}])
     with pytest.raises(RuntimeError) as caught:
         run("kvasir_seg", ("train",), {**values, "weights_dir": str(tmp_path)})
     text = str(root_cause(caught.value))
     assert "medsam_vit_b.pth" in text and "python -m amkd_monai fetch medsam" in text and "\n" not in text
 
 
-def test_answers_of_another_task_are_refused(tmp_path):
+def test_answers_of_another_task_are_refused(tmp_path, cache):
     from amkd_monai.errors import root_cause
 
     teachers = [{"name": "organs", **TINY["usfm_upernet"], "num_classes": 5}]
     with pytest.raises(RuntimeError) as caught:
-        run("kvasir_seg", ("train",), settings("kvasir_seg", tmp_path, tmp_path / "cache", teachers=teachers))
+        run("kvasir_seg", ("train",), settings("kvasir_seg", tmp_path, cache, teachers=teachers))
     assert "organs" in str(root_cause(caught.value)) and "5 classes" in str(root_cause(caught.value))
 
 
-def test_an_answer_about_the_whole_image_is_no_mask(tmp_path):
+def test_an_answer_about_the_whole_image_is_no_mask(tmp_path, cache):
     """A fine-tuned RETFound in a mask task teaches features, and a probe answers on its grid."""
     state = {k: v for k, v in official_state("retfound").items() if not k.startswith(("norm.", "mask_", "decoder_"))}
     state |= {"fc_norm.weight": torch.ones(48), "fc_norm.bias": torch.zeros(48)}
     state |= {"head.weight": torch.randn(5, 48), "head.bias": torch.zeros(5)}
     torch.save({"model": state}, tmp_path / "checkpoint-best.pth")
     teachers = [{"name": "aptos", **TINY["retfound"], "weights": str(tmp_path / "checkpoint-best.pth")}]
-    values = settings("kvasir_seg", tmp_path, tmp_path / "cache", teachers=teachers, admission={"mode": "all"})
+    values = settings("kvasir_seg", tmp_path, cache, teachers=teachers, admission={"mode": "all"})
     run("kvasir_seg", ("train",), {**values, "max_epochs": 1})
     (teacher,) = read_json(tmp_path / "eval" / "run.json")["distillation"]["teachers"]
     assert "probe" in teacher["answers"] and not teacher["random_weights"]

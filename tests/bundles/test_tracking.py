@@ -17,10 +17,10 @@ def recorded(folder, experiment):
     return {r.info.run_name: (r, {a.path for a in client.list_artifacts(r.info.run_id)}) for r in runs}
 
 
-def test_settings_keep_record_tables_student_and_scores(tmp_path):
+def test_settings_keep_record_tables_student_and_scores(tmp_path, cache):
     needs("mlflow")
     needs("sqlalchemy")
-    values = settings("kvasir_seg", tmp_path, tmp_path / "cache", teachers=[])
+    values = settings("kvasir_seg", tmp_path, cache, teachers=[])
     run("kvasir_seg", ("train",), {**values, "tracking": str(CONFIGS / "mlflow.json"), "experiment_name": "polyps"})
     training, files = recorded(tmp_path / "eval", "polyps")["eval"]
     assert files == {"run.json", "history.csv", "model.pt"} and training.info.status == "FINISHED"
@@ -33,10 +33,10 @@ def test_settings_keep_record_tables_student_and_scores(tmp_path):
     assert evaluation.data.metrics["dice_mean"] == pytest.approx(dice)
 
 
-def test_monais_own_settings_work_too(tmp_path):
+def test_monais_own_settings_work_too(tmp_path, cache):
     needs("mlflow")
     needs("sqlalchemy")
-    values = settings("kvasir_seg", tmp_path, tmp_path / "cache", teachers=[], max_epochs=1)
+    values = settings("kvasir_seg", tmp_path, cache, teachers=[], max_epochs=1)
     run("kvasir_seg", ("train",), {**values, "tracking": "mlflow"})
     ((training, _),) = recorded(tmp_path / "eval", "monai_experiment").values()
     assert training.info.status == "FINISHED" and "val_dice" in training.data.metrics

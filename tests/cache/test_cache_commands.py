@@ -147,29 +147,10 @@ def test_prune_removes_what_no_run_can_use(items, tmp_path, capsys):
 def test_a_store_that_is_being_built_is_not_pruned(tmp_path, capsys):
     store = toy_store.open_store(tmp_path / "busy-00")
     with store.building():
-        assert "building (0 of 26 shards)" in run(capsys, "status", tmp_path)[1]
         code, _, error = run(capsys, "prune", tmp_path)
         assert code == 1 and str(store.directory / LOCK) in error
     assert (store.directory / "store.json").is_file()
     assert "incomplete (0 of 26 shards)" in run(capsys, "status", tmp_path)[1]
-
-
-def test_a_store_of_format_1_is_stale_and_pruned(tmp_path, capsys):
-    """A file of that name which is no manifest of a store stays, and so does the folder."""
-    old, other = tmp_path / "toy-0123456789abcdef", tmp_path / "notes"
-    for folder, text in ((old, '{"format": 1, "committed": {}}'), (other, "{}")):
-        folder.mkdir()
-        (folder / "manifest.json").write_text(text)
-    (old / "grid.v0.s00000.npy").write_bytes(b"x")
-    kept = toy_store.build(toy_store.open_store(tmp_path / "toy-00", key={"decoded": "decoded-0"}))
-    (tmp_path / "decoded-0").mkdir()
-    (tmp_path / "decoded-0" / "index.json").write_text("{}")
-    assert "stale" in run(capsys, "status", tmp_path)[1]
-    code, out, _ = run(capsys, "verify", tmp_path)
-    assert code == 0 and f"{old}: stale, it has format 1" in out and "2 stores, 0 faulty" in out
-    code, out, _ = run(capsys, "prune", tmp_path)
-    assert code == 0 and "1 of 2 stores are removed" in out and "has format 1" in out
-    assert not old.exists() and other.is_dir() and kept.is_complete
 
 
 def test_export_copies_shards_without_where_the_weights_lay(tmp_path, capsys):

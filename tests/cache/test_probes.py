@@ -5,8 +5,7 @@ from toy_dataset import CountingTeacher, decoded, write_items
 
 from amkd_monai.cache import probes
 from amkd_monai.cache.build import cache_teacher
-from amkd_monai.cache.shards import ArraySpec
-from amkd_monai.cache.store import FeatureStore
+from amkd_monai.cache.store import ArraySpec, FeatureStore
 
 
 def store_of(grid, folder):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from amkd_monai.cache.store import ArraySpec, FeatureStore, StoreError, store_directory
+from amkd_monai.cache.store import ArraySpec, FeatureStore, StoreError, shard_bytes, store_directory
 from amkd_monai.content import fingerprint
 
 N = 11
@@ -226,7 +226,7 @@ def test_a_shard_is_a_plain_safetensors_file(tmp_path):
     codes = found["codes"] * found["codes.scale"][:, :, None, None]
     np.testing.assert_array_equal(codes, store.read("codes", range(8, 11)))
     assert all(value.ctypes.data % value.itemsize == 0 for maps in store._maps[0, 2].values() for value in maps)
-    assert store.path(0, 2).stat().st_size == store._bytes_of(2)
+    assert store.path(0, 2).stat().st_size == shard_bytes(arrays, 3)
 
 
 def test_what_is_read_cannot_be_changed_in_the_store(tmp_path):
@@ -256,7 +256,7 @@ def test_a_store_of_100000_samples_opens_within_a_second_and_200_mb(tmp_path):
     store.create()
     for at in store.shards:
         with store.path(*at).open("wb") as file:
-            file.truncate(store._bytes_of(at[1]))
+            file.truncate(shard_bytes(ARRAYS, len(store.samples_of(at[1]))))
     took = min(opened(tmp_path) for _ in range(3))
     assert took[0] < 1 and took[1] < 200
 

@@ -48,7 +48,7 @@ def edit_description(directory, **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("parts", "wanted"), [(["1/1"], 12), (["1/2", "2/2"], 24)])
-def test_a_store_killed_many_times_equals_an_undisturbed_one(tmp_path, caplog, parts, wanted):
+def test_a_store_killed_many_times_equals_an_undisturbed_one(tmp_path, parts, wanted):
     """One builder of everything, and two that build their parts side by side."""
     expected = files_of(build(open_store(tmp_path / "calm")).directory)
     rng = random.Random(len(parts))
@@ -73,7 +73,6 @@ def test_a_store_killed_many_times_equals_an_undisturbed_one(tmp_path, caplog, p
             directory = tmp_path / f"killed-{kills}"
     assert files_of(build(open_store(directory)).directory) == expected
     assert interrupted >= 6  # kills did hit the middle of the work
-    assert "computed again" not in caplog.text
 
 
 @pytest.mark.slow
@@ -118,35 +117,19 @@ def test_the_hash_of_a_shard_is_read_once_per_process(tmp_path, monkeypatch):
     assert hashed == [str(store.path(0, 0)), str(store.path(0, 1))]
 
 
-def test_a_damaged_shard_is_not_removed_after_another_process_has_replaced_it(tmp_path, monkeypatch):
-    store = build(open_store(tmp_path))
-    path, good = store.path(0, 0), store.path(0, 0).read_bytes()
-    flip_byte(path)
-    real = FeatureStore._check_shard
-
-    def replaced_meanwhile(self, *args, **kwargs):
-        try:
-            return real(self, *args, **kwargs)
-        finally:
-            atomic.atomic_write_bytes(path, good)
-
-    monkeypatch.setattr(FeatureStore, "_check_shard", replaced_meanwhile)
-    with pytest.raises(StoreError, match="run again"):
-        store.read("grid", [0])
-    assert path.read_bytes() == good
-
-
-def test_a_missing_or_short_file_is_found_without_reading(tmp_path, caplog):
+def test_a_missing_file_is_computed_and_a_short_one_is_refused_when_it_is_read(tmp_path):
     store = build(open_store(tmp_path))
     before = files_of(tmp_path)
     store.path(0, 0).unlink()
     os.truncate(store.path(0, 1), 200)
     again = open_store(tmp_path)
-    assert again.missing() == [(0, 0), (0, 1)] and not again.has(0, 1)
+    assert again.missing() == [(0, 0)] and not again.has(0, 0) and again.verify().keys() == {(0, 1)}
     with pytest.raises(StoreError, match="not computed yet"):
         again.read("grid", [0])
+    with pytest.raises(StoreError, match=f"{store.path(0, 1)} has 200 bytes"):
+        again.read("grid", [5])
+    assert again.missing() == [(0, 0), (0, 1)]
     assert files_of(build(again).directory) == before
-    assert str(store.path(0, 1)) in caplog.text and "computed again" in caplog.text
 
 
 @pytest.mark.parametrize("other", ["shard", "view", "store", "images"])
@@ -194,14 +177,12 @@ def test_a_truncated_description_is_refused(tmp_path, share):
     [
         ({"format": 3}, "has format 3, not 2"),
         ({"origin": None}, "is damaged"),
-        ({"shard_size": 5}, "was built with shard_size 5, not 4"),
-        ({"views": 3, "view_parameters": [None] * 3}, "was built with views 3, not 2"),
-        ({"key": {"teacher": "other", "size": 8}}, "was computed with another teacher;"),
-        ({"arrays": {"grid": {"shape": [3, 4, 4], "dtype": "float32"}}}, "was built with arrays"),
-        (
-            {"sample_ids": ["a", "b"], "content_hashes": ["c", "d"]},
-            r"another list of samples \(2 stored, 50 asked for\)",
-        ),
+        ({"shard_size": 5}, "another `shard_size`"),
+        ({"views": 3, "view_parameters": [None] * 3}, "another `views`"),
+        ({"key": {"teacher": "other", "size": 8}}, "another `key`"),
+        ({"arrays": {"grid": {"shape": [3, 4, 4], "dtype": "float32"}}}, "another `arrays`"),
+        ({"sample_ids": ["a", "b"], "content_hashes": ["c", "d"]}, "another `sample_ids`"),
+        ({"content_hashes": [f"new {i}" for i in range(N)]}, "another `content_hashes`"),
         ({"content_hashes": ["a"]}, "is damaged"),
         ({"content_hashes": None}, "is damaged"),
     ],
@@ -224,17 +205,6 @@ def test_a_description_of_the_wrong_structure_cannot_be_opened(tmp_path, entry):
     with pytest.raises(StoreError, match=r"is damaged .*; delete its folder") as caught:
         FeatureStore.open(tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_a_changed_image_is_refused_by_name(tmp_path):
-    build(open_store(tmp_path))
-    hashes = [f"hash of {i}" for i in range(N)]
-    hashes[7] = "new"
-    with pytest.raises(StoreError, match="is stale: image 'case_7' changed since"):
-        open_store(tmp_path, content_hashes=hashes)
-    hashes[9] = "new"
-    with pytest.raises(StoreError, match="image 'case_7' and 1 more changed"):
-        open_store(tmp_path, content_hashes=hashes)
 
 
 def test_a_second_builder_waits_and_a_killed_one_holds_nothing(tmp_path):
@@ -270,9 +240,9 @@ def test_building_sees_what_another_made_of_the_folder(tmp_path):
         assert early.missing() == []
     late = FeatureStore.create_or_open(tmp_path / "x", {"a": 1}, ["s"], ["h"], {"grid": ArraySpec((1,))})
     build(open_store(tmp_path / "x"))
-    with pytest.raises(StoreError, match="was computed with another"), late.building():
+    with pytest.raises(StoreError, match="another `key`"), late.building():
         pass
-    with pytest.raises(StoreError, match="was computed with another"):
+    with pytest.raises(StoreError, match="another `key`"):
         late.create()
     build(open_store(tmp_path / "x"))  # the lock is free
 

@@ -8,8 +8,7 @@ from skimage.data import astronaut
 from toy_dataset import CountingTeacher, decoded, write_items
 
 from amkd_monai.cache.build import ask, cache_teacher
-from amkd_monai.cache.shards import ArraySpec
-from amkd_monai.cache.store import FeatureStore
+from amkd_monai.cache.store import ArraySpec, FeatureStore
 from amkd_monai.cache.verify import verify_store
 from amkd_monai.cache.views import MATRIX, view_matrix, view_set
 from amkd_monai.data.augment import warp

@@ -173,7 +173,7 @@ def test_file_lists_that_leak_or_leave_out_are_announced(root, caplog):
         train, validation, test = split(root, find_items(root))
     assert ids(test) == ["phantom_000"]
     assert sorted(ids(train + validation)) == ["phantom_001", "phantom_002", "phantom_003"]
-    assert "also in the test section: copy." in caplog.text
+    assert "later section: copy." in caplog.text
     assert "neither file list" in caplog.text and "phantom_004, phantom_005" in caplog.text
 
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from toy_problem import ToyStudent, generator
+from toy_problem import generator, make_distiller
 
-from amkd_monai.distillation import Batch, Distiller, TeacherSpec
+from amkd_monai.distillation import Batch, TeacherTarget
 
 NAMES = ("expert_a", "expert_b", "constant", "noise")
 GRID = (4, 4)
@@ -68,14 +68,9 @@ def make(data, gate, distil=True, seed=0, **options):
     for name in NAMES if distil else ():
         maps = data.teachers[name]["grid"]
         mean, std = maps.mean((0, 2, 3)), maps.std((0, 2, 3))
-        specs.append(TeacherSpec(name, (6, *GRID), mean, std, (2, *GRID), True, 1.0, 0.5))
-    torch.manual_seed(seed)
-    defaults = {
-        "loss_gate": "fixed",
-        "loss_priors": {"output": 1.0, "feature": 0.2},
-        "strength": {"warmup": 0.0, "decay": 0.0, "end": 1.0},
-    }
-    return Distiller(ToyStudent(seed), specs, PRIOR_ENTROPY, gate, **{**defaults, **options})
+        specs.append(TeacherTarget(name, (6, *GRID), mean, std, (2, *GRID), True, 1.0, 0.5))
+    defaults = {"loss_gate": "fixed", "loss_strength": {"warmup": 0.0, "decay": 0.0, "end": 1.0}}
+    return make_distiller(specs, seed, prior_entropy=PRIOR_ENTROPY, gate=gate, **{**defaults, **options})
 
 
 def train(distiller, data, steps=150, seed=0, known=None):

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toy_problem import GATES, LOSS_GATES, ToyStudent, generator, make_batch, spec, student_gradient
+from toy_problem import GATES, LOSS_GATES, ToyStudent, generator, make_batch, make_distiller, spec, student_gradient
 
-from amkd_monai.distillation import Distiller, SampleTable, losses
+from amkd_monai.distillation import SampleTable, losses
 
 CLASSES = 3
 TWO = [spec("a", logits=(CLASSES, 1, 1)), spec("b", grid=(5, 3, 3), logits=(CLASSES, 1, 1), mean_error=1.0, score=0.4)]
@@ -29,11 +29,9 @@ class ToyClassStudent(ToyStudent):
 def distiller_of(seed=0, specs=TWO, **options):
     if options.get("gate") == "fixed":
         options.setdefault("gate_options", {"weights": {"a": 1.0, "b": 3.0}})
-    defaults = {"loss_priors": LOSSES, "return_code": "learned", "samples": SAMPLES}
-    defaults["strength"] = {"warmup": 0.0, "decay": 0.0}
-    specs = [type(s)(**{**vars(s), "covariance": torch.eye(s.grid[0])}) for s in specs]
-    torch.manual_seed(seed)
-    return Distiller(ToyClassStudent(seed), specs, prior_entropy=1.1, **{**defaults, **options})
+    defaults = {"losses": LOSSES, "return_code": "learned", "samples": SAMPLES, "student": ToyClassStudent(seed)}
+    defaults |= {"loss_strength": {"warmup": 0.0, "decay": 0.0}, "prior_entropy": 1.1}
+    return make_distiller(specs, seed, **{**defaults, **options})
 
 
 def batch_of(seed=0, has_label=(True, False, True, True)):
@@ -59,7 +57,7 @@ def test_each_loss_under_each_gate_changes_the_update(gate, name):
     alone(batch).losses[name].sum().backward()
     assert alone.student.a.weight.grad.abs().sum() > 1e-7
     with_it = step_of(distiller_of(gate=gate), batch)
-    without = step_of(distiller_of(gate=gate, loss_priors={**LOSSES, name: 0.0}), batch)
+    without = step_of(distiller_of(gate=gate, losses={**LOSSES, name: 0.0}), batch)
     assert (with_it - without).abs().max() > 1e-7
 
 
@@ -68,7 +66,7 @@ def test_each_gate_gives_an_update_of_its_own():
     names = list(updates)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            # two teachers: CA-MKD's weights differ from others', a learned gate starts at equal shares
+            # a learned gate starts at equal shares
             assert (updates[a] - updates[b]).abs().max() > 1e-7, (a, b)
 
 
@@ -95,7 +93,7 @@ def test_weights_are_one_per_image_and_follow_the_label():
 
 def test_output_distillation_is_the_weighted_divergence_of_class_probabilities():
     batch = batch_of()
-    distiller = distiller_of(gate="uniform", temperature={"start": 2.0, "end": 2.0})
+    distiller = distiller_of(gate="uniform", kd_temperature={"start": 2.0, "end": 2.0})
     out = distiller(batch)
     expected = 0.0
     for s in TWO:

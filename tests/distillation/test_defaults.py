@@ -1,14 +1,16 @@
 """What a distiller does by default, and that the plain gates give the same losses as ever: results stay valid."""
 
 import inspect
+import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from toy_problem import make_batch, make_distiller, spec
 
-from amkd_monai.distillation.distiller import DEFAULT_LOSSES, Distiller
+from amkd_monai.distillation.distiller import DistillationConfig, distillation_strength, kd_temperature
 from amkd_monai.distillation.gates import LearnedGate
 from amkd_monai.distillation.loss_gate import AgreementLossGate
 
@@ -61,7 +63,47 @@ def test_by_default_the_gates_learn_and_nothing_else_is_built():
 @pytest.mark.parametrize("bundle", sorted(path.parent.parent.name for path in BUNDLES.glob("*/configs/train.json")))
 def test_a_bundle_has_the_defaults_of_the_distiller(bundle):
     config = json.loads((BUNDLES / bundle / "configs" / "train.json").read_text())
-    defaults = inspect.signature(Distiller).parameters
-    for key in ("gate", "loss_gate", "return_code", "code_channels", "standardisation"):
-        assert config[key] == defaults[key].default, key
-    assert config["losses"] == DEFAULT_LOSSES
+    defaults = DistillationConfig()
+    for key in ("gate", "gate_options", "losses", "loss_gate", "loss_gate_options", "return_code", "code_channels"):
+        assert config[key] == getattr(defaults, key), key
+    for key, schedule in (("kd_temperature", kd_temperature), ("loss_strength", distillation_strength)):
+        arguments = inspect.signature(schedule).parameters.values()
+        assert config[key] == {p.name: p.default for p in arguments if p.name != "progress"}
+
+
+STEPS = [i / 200 for i in range(201)]
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_the_temperature_falls_from_start_to_end(shape):
+    values = [kd_temperature(p, 4.0, 1.0, shape) for p in STEPS]
+    assert values[0] == pytest.approx(4) and values[-1] == pytest.approx(1) and values[100] == pytest.approx(2.5)
+    assert values == sorted(values, reverse=True)
+
+
+def test_the_shapes_differ_where_they_should():
+    assert kd_temperature(0.25, 4.0, 1.0) == pytest.approx(3.25)
+    assert kd_temperature(0.25, 4.0, 1.0, "cosine") == pytest.approx(1 + 1.5 * (1 + math.cos(math.pi / 4)))
+    assert kd_temperature(0.7) == 2.0
+
+
+def test_wrong_temperatures_are_named():
+    with pytest.raises(ValueError, match=r"0\.5"):
+        kd_temperature(0.0, 4.0, 0.5)
+    with pytest.raises(ValueError, match="stairs"):
+        kd_temperature(0.0, shape="stairs")
+
+
+def test_the_strength_warms_up_stays_and_gives_the_task_the_last_word():
+    values = [distillation_strength(p) for p in STEPS]
+    assert values[0] == 0 and distillation_strength(0.025) == pytest.approx(0.5)
+    assert all(v == 1 for p, v in zip(STEPS, values, strict=True) if 0.05 <= p <= 0.7)
+    assert distillation_strength(0.85) == pytest.approx(0.55)
+    assert values[-1] == pytest.approx(0.1)
+    falling = values[140:]
+    assert falling == sorted(falling, reverse=True)
+    assert all(abs(a - b) < 0.11 for a, b in itertools.pairwise(values))  # no jumps
+
+
+def test_a_constant_strength_is_possible():
+    assert {distillation_strength(p, warmup=0.0, decay=0.0) for p in STEPS} == {1.0}

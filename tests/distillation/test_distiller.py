@@ -17,7 +17,7 @@ CONSTANT = {"warmup": 0.0, "decay": 0.0}
 
 
 def distiller_of(specs=TWO, **options):
-    return make_distiller(specs, **{"strength": CONSTANT, "gate": "reliability", "loss_gate": "scaled", **options})
+    return make_distiller(specs, **{"loss_strength": CONSTANT, "gate": "reliability", "loss_gate": "scaled", **options})
 
 
 def after_one_step(distiller, batch):
@@ -55,7 +55,7 @@ def test_the_output_is_shaped_as_documented(gate):
 @pytest.mark.parametrize("name", ["output", "feature"])
 def test_each_loss_alone_reaches_the_student_and_changes_its_step(gate, name):
     batch = make_batch(TWO, 3)
-    distiller = distiller_of(gate=gate, loss_priors={name: 1.0})
+    distiller = distiller_of(gate=gate, losses={name: 1.0})
     distiller(batch).losses[name].sum().backward()
     assert student_gradient(distiller).abs().sum() > 1e-6
     assert distiller.student.a.weight.grad.abs().sum() > 1e-6  # down to the first layer
@@ -68,8 +68,8 @@ def test_each_loss_alone_reaches_the_student_and_changes_its_step(gate, name):
 @pytest.mark.parametrize("name", ["output", "feature"])
 def test_removing_one_of_two_losses_changes_the_step(name):
     batch = make_batch(TWO, 3)
-    both = after_one_step(distiller_of(loss_priors=EVERY_LOSS), batch)
-    without = after_one_step(distiller_of(loss_priors={**EVERY_LOSS, name: 0.0}), batch)
+    both = after_one_step(distiller_of(losses=EVERY_LOSS), batch)
+    without = after_one_step(distiller_of(losses={**EVERY_LOSS, name: 0.0}), batch)
     assert (both - without).abs().max() > 1e-5
 
 
@@ -172,7 +172,10 @@ def test_a_teacher_without_features_gives_answers_only():
 
 def test_the_losses_equal_a_reference_by_hand():
     specs = [spec("a", logits=(2, 8, 8)), spec("b", grid=(5, 4, 4), logits=(2, 8, 8))]
-    batch, distiller = make_batch(specs, 2), distiller_of(specs, gate="uniform", temperature={"start": 4.0, "end": 1.0})
+    batch, distiller = (
+        make_batch(specs, 2),
+        distiller_of(specs, gate="uniform", kd_temperature={"start": 4.0, "end": 1.0}),
+    )
     out = distiller(batch, progress=0.5)
     small = F.adaptive_avg_pool2d(out.logits, (8, 8))
     kl = [losses.output_loss(small, batch.teachers[s.name]["logits"], 2.5).mean((1, 2)) for s in specs]
@@ -276,10 +279,10 @@ def test_unknown_gates_losses_and_schedules_are_named():
         distiller_of(gate="oracle")
     assert_one_sentence(error, "oracle", *GATES)
     with pytest.raises(ValueError) as error:
-        distiller_of(loss_priors={"outputs": 1.0})
+        distiller_of(losses={"outputs": 1.0})
     assert_one_sentence(error, "outputs", "output", "feature")
     with pytest.raises(ValueError, match="stairs"):
-        distiller_of(temperature={"shape": "stairs"})
+        distiller_of(kd_temperature={"shape": "stairs"})
 
 
 @pytest.mark.parametrize(
@@ -293,7 +296,7 @@ def test_unknown_gates_losses_and_schedules_are_named():
 )
 def test_losses_that_no_teacher_can_serve_are_refused(specs, priors):
     with pytest.raises(ValueError) as error:
-        distiller_of(specs, loss_priors=priors)
+        distiller_of(specs, losses=priors)
     assert_one_sentence(error, "losses")
 
 
@@ -379,8 +382,8 @@ def test_a_loss_that_is_not_served_leaves_its_share_to_nobody():
     """Features alone must not inherit the weight of answers that were not admitted: at full weight they do harm."""
     priors = {"output": 1.0, "feature": 0.2}
     expected = 0.2 / 1.2
-    with_answers = make_distiller([spec("a", admitted=True)], loss_priors=priors, loss_gate="scaled")
+    with_answers = make_distiller([spec("a", admitted=True)], losses=priors, loss_gate="scaled")
     assert with_answers.loss_gate.weights(1.0)["feature"] == pytest.approx(expected)
     for gate in ("scaled", "agreement"):
-        features_only = make_distiller([spec("a", admitted=False)], loss_priors=priors, loss_gate=gate)
+        features_only = make_distiller([spec("a", admitted=False)], losses=priors, loss_gate=gate)
         assert features_only.loss_gate.weights(1.0) == pytest.approx({"task": 1.0, "feature": expected})

@@ -14,7 +14,7 @@ def trained(request):
     seen, new = planted(600, seed), planted(200, 100 + seed)
     students = {"none": train(make(seen, "uniform", distil=False, seed=seed), seen, seed=seed)}
     for gate in ("reliability", "learned", "uniform", "paper"):
-        students[gate] = train(make(seen, gate, seed=seed, loss_priors=HEAVY), seen, seed=seed)
+        students[gate] = train(make(seen, gate, seed=seed, losses=HEAVY), seen, seed=seed)
     return students, new
 
 

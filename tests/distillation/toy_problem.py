@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from amkd_monai.distillation import Batch, Distiller, TeacherSpec, baselines, gates, loss_gate
+from amkd_monai.distillation import Batch, DistillationConfig, Distiller, TeacherTarget, baselines, gates, loss_gate
 
 CLASSES = 2
 GATES = (*gates.GATES, *baselines.GATES)
@@ -18,7 +18,7 @@ class FirstTeacherGate(gates.TeacherGate):
         super().__init__(setup)
         self.share = share
 
-    def _weigh(self, reading, available):
+    def weights(self, reading, available):
         first = torch.zeros_like(reading.errors)
         first[:, 0] = self.share * available[:, 0, None, None]
         return first
@@ -57,7 +57,7 @@ class ToyStudent(nn.Module):
 
 def spec(name="t", grid=(12, 4, 4), logits=(CLASSES, 8, 8), admitted=True, mean_error=0.3, score=0.7):
     channels = grid[0] if grid else 0
-    return TeacherSpec(
+    return TeacherTarget(
         name,
         grid,
         torch.full((channels,), 0.5) if grid else None,
@@ -98,11 +98,14 @@ def make_batch(specs, batch=2, size=(64, 64), seed=0, label=None, has_label=None
     return Batch(image, label, known, teachers)
 
 
-def make_distiller(specs, seed=0, **options):
-    if options.get("gate") == "fixed":
-        options.setdefault("gate_options", {"weights": {s.name: 1.0 for s in specs}})
+def make_distiller(specs, seed=0, samples=None, student=None, prior_entropy=0.69, class_weights=None, **settings):
+    """A distiller; ``settings`` are those of its config."""
+    if settings.get("gate") == "fixed":
+        settings.setdefault("gate_options", {"weights": {s.name: 1.0 for s in specs}})
     torch.manual_seed(seed)
-    return Distiller(ToyStudent(seed), specs, **options)
+    config = DistillationConfig(**settings)
+    student = student or ToyStudent(seed)
+    return Distiller(student, specs, prior_entropy, config, samples, class_weights=class_weights)
 
 
 def student_gradient(distiller):

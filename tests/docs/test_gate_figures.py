@@ -22,7 +22,7 @@ def figures(monkeypatch):
 
 
 def test_curves_are_measured_and_drawn(figures, tmp_path):
-    run = figures.train(0, "reliability", return_code="learned", loss_priors=figures.PRIORS)
+    run = figures.train(0, "reliability", return_code="learned", losses=figures.PRIORS)
     weights = np.stack(run.teachers)
     assert run.steps == [0, 6, 12] and weights.shape == (3, 2, 4) and run.error > 0
     assert weights[:, 0].argmax(1).tolist() == [0] * 3 and weights[:, 1].argmax(1).tolist() == [1] * 3

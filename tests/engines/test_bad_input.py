@@ -34,6 +34,12 @@ def sentence(bundle, folder, data, configs=("train",), **overrides):
     return text
 
 
+def torch_load(file):
+    import torch
+
+    return torch.load(file, weights_only=True)
+
+
 def first_training_id(folder):
     (split,) = (folder / "eval").glob("split_*.json")
     return read_json(split)["train"][0][0]
@@ -126,6 +132,14 @@ def test_values_that_no_training_can_have(tmp_path, polyps, name, value):
     text = sentence("kvasir_seg", tmp_path, polyps, **{f"recipe#{name}": value})
     assert f"recipe#{name}" in text and str(value) in text
     assert not (tmp_path / "models" / "model.pt").exists()
+
+
+def test_a_training_that_diverges_ends_before_anything_is_kept(tmp_path, polyps):
+    text = sentence("kvasir_seg", tmp_path, polyps, teachers=[], **{"recipe#learning_rate": 1e30, "max_epochs": 8})
+    assert "not finite in step" in text and "learning rate" in text
+    models = tmp_path / "models"
+    for state in map(torch_load, models.glob("*.pt")):
+        assert all(value.isfinite().all() for value in state.get("distiller", state).values())
 
 
 def test_wrong_and_truncated_checkpoints(tmp_path, polyps):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from helpers import needs
 
-from amkd_monai.files.dicom import find_series
-from amkd_monai.files.volumes import read_volume, reorder
+from amkd_monai.files.dicom import find_series, read_series
+from amkd_monai.files.volumes import reorder
 
 itk = needs("SimpleITK")
 VOLUME = np.random.default_rng(0).integers(0, 900, (14, 17, 8)).astype(np.int16)  # (X, Y, Z) along RAS
@@ -51,7 +51,7 @@ def series(folder, planes=STORED, keep=None, step=2.0, lean=0.0, **options):
 
 def read(folder):
     (slices,) = find_series(folder)
-    return read_volume(folder, slices)
+    return read_series(folder, slices)
 
 
 def right(folder, expected=VOLUME, atol=0.0):
@@ -88,7 +88,7 @@ def test_two_directions_of_several_slices_are_two_volumes(tmp_path):
     found = find_series(folder)
     assert sorted(map(len, found)) == [4, 8]
     for slices in found:
-        assert read_volume(folder, slices)[0].shape[2] == len(slices)
+        assert read_series(folder, slices)[0].shape[2] == len(slices)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_two_directions_of_several_slices_are_two_volumes(tmp_path):
                 series(f, keep=[0, 1, 2, 4, 5, 6, 7]),
                 write(f / "x.dcm", STORED[3], (-20, -30, 16.0), number=50),
             )[0],
-            "aside",
+            "in line",
         ),
     ],
 )

@@ -177,7 +177,7 @@ def test_a_volume_lies_where_itk_says_whatever_its_order(
             assert one_sentence(error, label.name) and mask.mean() > 0.2, error
             return
         np.testing.assert_array_equal(reorder(found, grid, "RAS"), mask)
-        write_mask_volume(out, found, grid, path)
+        write_mask_volume(out, found, grid)
         image = itk.ReadImage(str(out))
         for index in np.argwhere(mask)[:5]:  # each voxel of the mask is where the world has it
             world = (affine @ [*index, 1])[:3]  # ITK knows the unit

@@ -47,6 +47,14 @@ def test_dead_links_are_counted_and_named(tmp_path, caplog):
     assert "1 dead link" in caplog.text and "dead" in caplog.text
 
 
+def test_formats_that_are_not_read_are_named(tmp_path, caplog):
+    for name in ("good.png", "scan.HDR", "scan.img", "photo.webp", "notes.txt"):
+        save(tmp_path / name)
+    assert set(images_to_predict(tmp_path)) == {"good"}
+    assert "3 file(s)" in caplog.text and "scan.HDR" in caplog.text and "photo.webp" in caplog.text
+    assert "notes" not in caplog.text
+
+
 def test_masks_and_predictions_are_no_images(tmp_path):
     for name in ("a", "a_mask", "a_mask_1", "a_overlay", "a_segmentation", "b_superpixels", "face_mask"):
         save(tmp_path / f"{name}.png")

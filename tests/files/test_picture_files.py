@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from amkd_monai.files.pictures import UNDONE, eight_bits, picture_size, read_picture, turned, write_png
+from amkd_monai.files.pictures import UNDONE, eight_bits, picture_frame, read_picture, turned, write_png
 
 SIZE = (40, 56)
 
@@ -34,7 +36,7 @@ def test_every_exif_orientation_is_shown_upright(tmp_path, orientation, suffix):
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     found = read_picture(path)
     np.testing.assert_array_equal(found, expected)
-    assert picture_size(path) == (expected.shape[1], expected.shape[0])
+    assert picture_frame(path) == ((expected.shape[1], expected.shape[0]), orientation)
     if suffix == "png":
         np.testing.assert_array_equal(found, turned(scene(), orientation))
     small = read_picture(path, (20, 24))
@@ -103,6 +105,35 @@ def test_what_has_no_scale_or_no_levels_is_refused_by_name(tmp_path, name, array
     Image.fromarray(array).save(tmp_path / name)
     with pytest.raises(ValueError, match=name):
         read_picture(tmp_path / name)
+
+
+def test_a_deep_tiff_whose_white_is_0_is_refused(tmp_path):
+    photometric, content = b"\x06\x01\x03\x00\x01\x00\x00\x00", {}
+    for name, array in (("deep.tif", scene()[..., 0].astype(np.uint16) * 257), ("flat.tif", scene()[..., 0])):
+        Image.fromarray(array).save(tmp_path / name)
+        content[name] = (tmp_path / name).read_bytes()
+        assert content[name].count(photometric + b"\x01") == 1
+        (tmp_path / name).write_bytes(content[name].replace(photometric + b"\x01", photometric + b"\x00"))
+    with pytest.raises(ValueError, match=r"deep\.tif.*MinIsWhite"):  # Pillow turns 8 bits only
+        read_picture(tmp_path / "deep.tif")
+    np.testing.assert_array_equal(read_picture(tmp_path / "flat.tif")[..., 0], 255 - scene()[..., 0])
+
+
+@pytest.mark.parametrize("chunk", ["eXIf", "tEXt"])
+def test_an_orientation_behind_the_pixels_of_a_png_counts(tmp_path, chunk):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = exif.tobytes()
+    raw = save(tmp_path / "p.png", scene()).read_bytes()
+    if chunk == "tEXt":
+        content = b"Raw profile type exif\0\nexif\n%8d\n%s\n" % (len(content), content.hex().encode())
+    else:
+        content = content.removeprefix(b"Exif\0\0")
+    name = chunk.encode()
+    late = len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")
+    (tmp_path / "p.png").write_bytes(raw[:-12] + late + raw[-12:])
+    assert picture_frame(tmp_path / "p.png") == (SIZE, 6)
+    np.testing.assert_array_equal(read_picture(tmp_path / "p.png"), turned(scene(), 6))
 
 
 def test_several_pages_and_damaged_files_are_refused_by_name(tmp_path):

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from amkd_monai.report.feature_map import feature_maps, plane
+from amkd_monai.report.figures import plane
+from amkd_monai.report.page import feature_maps
 from amkd_monai.report.run_folder import read_run
 
 

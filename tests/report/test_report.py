@@ -96,7 +96,7 @@ def test_teachers_are_shown_with_their_weights(runs):
         assert {"image", "label", "student", "answer_lite1", "weight_lite1", "ids"} == set(kept.files)
         assert 0 < kept["weight_lite1"].mean() <= 255 and kept["student"].std() > 0
     page = Page(runs["polyps"] / "report.html")
-    assert "lite1 says" in page.text and "weight of lite1" in page.text
+    assert "output of lite1" in page.text and "weight of lite1" in page.text
 
 
 def test_features_are_kept_and_drawn_for_the_student_and_each_teacher(runs):

@@ -1,86 +1,28 @@
-"""What a data set holds and what is wrong with it, all at once: `python -m amkd_monai data check`."""
+"""What a data set holds and what is wrong with it, all at once, and a page of thumbnails: `data check`."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from amkd_monai.content import content_hashes
 from amkd_monai.data.datalist import find_items, stand_in_note
 from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.data.duplicates import NEAR, clusters, near_duplicates
 from amkd_monai.data.splits import Item, SplitOptions
+from amkd_monai.files import names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
-from amkd_monai.files.names import (
-    PICTURE_SUFFIXES,
-    VOLUME_SUFFIXES,
-    file_id,
-    has_suffix,
-    label_files,
-    natural,
-    some,
-)
+from amkd_monai.files.names import label_files, natural, some
 from amkd_monai.files.pictures import level_problem, opened, read_picture
-from amkd_monai.files.volumes import ct_extremes, ct_range, grey_levels, read_label_volume, read_volume
 from amkd_monai.terminal import progress
 
-
-@dataclass
-class Finding:
-    """What the files of one item are.
-
-    Attributes:
-        size: (W, H) of a picture, all axes of a volume; empty if it cannot be read.
-        mode: of a picture (L, RGB, ...), or the order of the axes of a volume (RAS, LPS, ...).
-        share: of the foreground; None without a mask.
-        problem: one sentence, empty if there is none.
-    """
-
-    size: tuple[int, ...] = ()
-    mode: str = ""
-    share: float | None = None
-    problem: str = ""
-
-
-def inspect_item(item: Item, task: Task, codes: MaskCodes, used: set[str]) -> Finding:
-    """Read the files of an item as training does; ``used`` gets the coding of its masks."""
-    found, files, classes = Finding(), label_files(item), len(task.classes)
-    try:
-        if problem := item.get("problem"):
-            raise ValueError(problem)
-        if task.dimensions == 2:
-            with opened(item["image"]) as image:
-                found.mode = image.mode
-            pixels = read_picture(item["image"])
-            found.size = pixels.shape[1], pixels.shape[0]
-            mask = read_mask(files, item["image"], classes, codes, used) if files else None
-        else:
-            volume, grid = read_volume(item["image"])
-            found.size, found.mode = grid.shape, grid.axes
-            if problem := _value_problem(volume, task):
-                raise ValueError(f"{item['image']} cannot be used: {problem}.")
-            mask = read_label_volume(files[0], grid, classes, codes, used)[0] if files else None
-        if mask is not None:
-            found.share = float(((mask > 0) & (mask != IGNORED)).mean())
-    except (ValueError, OSError, MemoryError) as error:
-        found.problem = str(error) if str(item["image"]) in str(error) or files else f"{item['image']}: {error}"
-    return found
-
-
-def _value_problem(volume: np.ndarray, task: Task) -> str:
-    """Say what is wrong with the values of a volume after the task's scaling; empty if nothing is."""
-    if task.values != "ct":
-        return level_problem(grey_levels(volume))
-    try:
-        low, high = ct_range(*ct_extremes(volume), -1250.0, 250.0)
-    except ValueError as error:
-        return str(error)
-    return level_problem((volume - low) / (high - low))
+ORANGE = (230, 159, 0)  # Okabe-Ito; with a black border it shows on any background and to colour-blind readers
 
 
 @dataclass
@@ -110,11 +52,9 @@ class DataReport:
     def __str__(self) -> str:
         """Return everything as text."""
         lines = [f"{self.task.name} in {self.root}", *(f"  {fact}" for fact in self.facts)]
-        if self.problems:
-            lines += [f"{len(self.problems)} problem(s):", *(f"  - {problem}" for problem in self.problems)]
-        else:
-            lines.append("no problems")
-        return "\n".join(lines)
+        if not self.problems:
+            return "\n".join([*lines, "no problems"])
+        return "\n".join([*lines, f"{len(self.problems)} problem(s):", *(f"  - {p}" for p in self.problems)])
 
 
 def check_data(
@@ -128,6 +68,8 @@ def check_data(
 ) -> DataReport:
     """Read every file of a data set, list its items, look for duplicates and split it.
 
+    What is wrong with the data is in the report and raises nothing; an unknown task is a ValueError.
+
     Args:
         task: a key of ``amkd_monai.data.datasets.TASKS``.
         root: the data set's folder.
@@ -136,12 +78,6 @@ def check_data(
         fold: of the split.
         seed: of the split.
         mask_codes: what the values of masks mean; None takes the task's rule.
-
-    Returns:
-        Facts and problems; what is wrong with the data raises nothing.
-
-    Raises:
-        ValueError: unknown task.
     """
     report = DataReport(get_task(task), Path(root))
     try:
@@ -155,35 +91,73 @@ def check_data(
         report.problems.append(str(error))
         return report
     report.items = sorted(items, key=lambda item: natural(item["id"]))
-    used: set[str] = set()
     codes = report.task.mask_codes if mask_codes is None else mask_codes
-    findings = [
-        inspect_item(item, report.task, codes, used) for item in progress(report.items, desc="check files", delay=1)
-    ]
-    report.damaged = {i["id"] for i, finding in zip(report.items, findings, strict=True) if finding.problem}
-    report.problems += [finding.problem for finding in findings if finding.problem]
-    if problem := coding_problem(used):
+    sizes, modes, shares, codings = [], [], {}, set[str]()
+    for item in progress(report.items, desc="check files", delay=1):
+        try:
+            image, mask, mode = _read(item, report.task, codes, codings)
+            sizes.append(image.shape[1::-1] if report.task.dimensions == 2 else image.shape)
+            modes.append(mode)
+            if mask is not None:
+                shares[item["id"]] = float(mask.mean())
+        except (ValueError, OSError, MemoryError) as error:
+            report.damaged.add(item["id"])
+            report.problems.append(_naming([item["image"], *label_files(item)], error))
+    if problem := coding_problem(codings):
         report.problems.append(problem)
     _describe_others(report)
-    _describe_files(report, findings)
-    _describe_labels(report, findings)
+    report.facts.append(f"{len(report.items)} items in {len({item['group'] for item in report.items})} groups")
+    if sizes:
+        sizes.sort(key=lambda size: (np.prod(size), size))
+        smallest, median, largest = ("x".join(map(str, sizes[i])) for i in (0, len(sizes) // 2, -1))
+        report.facts.append(
+            f"sizes: smallest {smallest}, median {median}, largest {largest}, {len(set(sizes))} different"
+        )
+        report.facts.append(f"{'modes' if report.task.dimensions == 2 else 'orders of the axes'}: {_counts(modes)}")
+    _describe_classes(report)
+    _describe_masks(report, shares)
     found = _duplicates(report, cache_dir)
     _describe_split(report, found, fold, seed)
     return report
 
 
+def _read(
+    item: Item, task: Task, codes: MaskCodes, codings: set[str] | None = None
+) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """Picture (H, W, 3) or volume (X, Y, Z), where its mask has foreground, and its mode or the order of its axes."""
+    files, classes, mask = label_files(item), len(task.classes), None
+    if problem := item.get("problem"):
+        raise ValueError(problem)
+    if task.dimensions == 2:
+        with opened(item["image"]) as picture:
+            mode = picture.mode
+        image = read_picture(item["image"])
+        if files:
+            mask = read_mask(files, item["image"], classes, codes, codings)
+    else:
+        image, grid = volumes.read_volume(item["image"])
+        mode, scaled = grid.axes, None
+        if task.values == "ct":
+            low, high = volumes.ct_range(image, -1250.0, 250.0)
+            scaled = (image - low) / (high - low)
+        if problem := level_problem(volumes.grey_levels(image) if scaled is None else scaled):
+            raise ValueError(problem)
+        if files:
+            mask, _ = volumes.read_label_volume(files[0], grid, classes, codes, codings)
+    return image, None if mask is None else (mask > 0) & (mask != IGNORED), mode
+
+
+def _naming(files: Sequence[str | Path], error: Exception) -> str:
+    return str(error) if any(str(file) in str(error) for file in files) else f"{files[0]}: {error}"
+
+
 def _describe_others(report: DataReport) -> None:
     """Count the files that no item names, and read them; name dead links."""
     known = {str(f) for item in report.items for f in (item["image"], *label_files(item))}
-    others, dead = [], []
-    for file in sorted(report.root.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(report.root).parts)
-        if hidden or not has_suffix(file.name, (*PICTURE_SUFFIXES, *VOLUME_SUFFIXES)) or str(file) in known:
-            continue
-        if file.is_file():
-            others.append(file)
-        elif file.is_symlink():
-            dead.append(file_id(file))
+    found = (file for file in sorted(report.root.rglob("*")) if names.has_suffix(file, names.SUFFIXES))
+    visible = [file for file in found if not any(p.startswith(".") for p in file.relative_to(report.root).parts)]
+    others = [file for file in visible if file.is_file() and str(file) not in known]
+    dead = [names.file_id(file) for file in visible if file.is_symlink() and not file.is_file()]
     report.facts.append(
         f"{len(known) + len(others)} image files, {len(others)} of no item; {len(report.damaged)} damaged item(s)"
     )
@@ -191,109 +165,148 @@ def _describe_others(report: DataReport) -> None:
         report.problems.append(f"{len(dead)} dead link(s): {some(dead)}; remove them or mend their targets.")
     for file in progress(others, desc="check other files", delay=1):
         try:
-            if has_suffix(file.name, VOLUME_SUFFIXES):
-                read_volume(file)
+            if names.has_suffix(file, names.VOLUME_SUFFIXES):
+                volumes.read_volume(file)
             else:
                 with opened(file) as image:
                     image.load()
         except (ValueError, OSError, MemoryError) as error:
-            report.problems.append(str(error) if str(file) in str(error) else f"{file}: {error}")
+            report.problems.append(_naming([file], error))
 
 
-def _describe_files(report: DataReport, findings: Sequence[Finding]) -> None:
-    known = [finding for finding in findings if finding.size]
-    report.facts.append(f"{len(report.items)} items in {len({item['group'] for item in report.items})} groups")
-    if known:
-        sizes = sorted((finding.size for finding in known), key=lambda size: (np.prod(size), size))
-        words = ["x".join(map(str, size)) for size in (sizes[0], sizes[len(sizes) // 2], sizes[-1])]
-        report.facts.append(
-            f"sizes: smallest {words[0]}, median {words[1]}, largest {words[2]}, {len(set(sizes))} different"
-        )
-        what = "modes" if report.task.dimensions == 2 else "orders of the axes"
-        report.facts.append(f"{what}: {_counts(finding.mode for finding in known)}")
-
-
-def _describe_labels(report: DataReport, findings: Sequence[Finding]) -> None:
-    items, classes = report.items, report.task.classes
-    numbers = [item["label"] for item in items if isinstance(item.get("label"), int)]
-    if numbers:
-        report.facts.append(f"classes: {_counts(classes[n] if 0 <= n < len(classes) else str(n) for n in numbers)}")
-        wrong = sorted({n for n in numbers if not 0 <= n < len(classes)})
+def _describe_classes(report: DataReport) -> None:
+    classes = report.task.classes
+    if counts := _counts(_class_of(item, report.task) for item in report.items):
+        report.facts.append(f"classes: {counts}")
+    if found := {item["label"] for item in report.items if _has_class(item)}:
+        wrong = sorted(found - set(range(len(classes))))
         report.problems += [f"The label {n} is not one of the classes 0 to {len(classes) - 1}." for n in wrong]
-        if missing := set(range(len(classes))) - set(numbers):
-            report.problems.append(f"No image of the class(es) {', '.join(classes[n] for n in sorted(missing))}.")
-    if any("class" in item for item in items):
-        report.facts.append(f"classes: {_counts(item['class'] for item in items if 'class' in item)}")
-    shares = {i["id"]: f.share for i, f in zip(items, findings, strict=True) if f.share is not None and not f.problem}
+        if missing := sorted(set(range(len(classes))) - found):
+            report.problems.append(f"No image of the class(es) {', '.join(classes[n] for n in missing)}.")
+
+
+def _describe_masks(report: DataReport, shares: Mapping[str, float]) -> None:
     if not shares:
         return
     filled = sorted((share, name) for name, share in shares.items() if share)
-    several = sum(len(label_files(item)) > 1 for item in items)
-    report.facts.append(
-        f"masks: {len(shares)}, of which {len(shares) - len(filled)} empty; {several} images with several"
-    )
-    if filled:
-        low, middle, high = np.percentile([share for share, _ in filled], (0, 50, 100))
-        report.facts.append(f"foreground where there is any: {low:.2%} to {high:.2%} of the image, median {middle:.2%}")
-        for what, chosen in (("least", filled[:3]), ("most", filled[:-4:-1])):
-            report.facts.append(f"{what} foreground: {', '.join(f'{name} {share:.2%}' for share, name in chosen)}")
-    else:
+    several = sum(len(label_files(item)) > 1 for item in report.items)
+    empty = len(shares) - len(filled)
+    report.facts.append(f"masks: {len(shares)}, of which {empty} empty; {several} images with several")
+    if not filled:
         report.problems.append("All masks are empty: check that they are the masks of this data set.")
+        return
+    low, middle, high = np.percentile([share for share, _ in filled], (0, 50, 100))
+    report.facts.append(f"foreground where there is any: {low:.2%} to {high:.2%} of the image, median {middle:.2%}")
+    for what, chosen in (("least", filled[:3]), ("most", filled[:-4:-1])):
+        report.facts.append(f"{what} foreground: {', '.join(f'{name} {share:.2%}' for share, name in chosen)}")
 
 
-def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[int]]:
-    """Report copies and near-copies; return the clusters as indices of items."""
-    items = report.items
+def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[Item]]:
+    """Report copies and near-copies; return the clusters."""
+    items, kind, first, pairs = report.items, "byte-identical", dict[str, int](), []
     memo = None if cache_dir is None else Path(cache_dir) / "content_hashes.json"
-    contents = content_hashes([item["image"] for item in items], memo)
-    first: dict[str, int] = {}
-    identical = [(first.setdefault(content, i), i) for i, content in enumerate(contents)]
-    pairs = [pair for pair in identical if pair[0] != pair[1]]
-    near: list[tuple[int, int]] = []
-    if report.task.dimensions == 2:
-        near = near_duplicates([item["image"] for item in items], NEAR, cache_dir)
-    found = [members for members in clusters(len(items), pairs + near) if len(members) > 1]
-    kind = "byte-identical or nearly so" if report.task.dimensions == 2 else "byte-identical"
-    names = [" = ".join(items[i]["id"] for i in members) for members in found]
-    report.facts.append(f"duplicates ({kind}): {len(found)} clusters" + (f": {'; '.join(names)}" if names else ""))
-    for first_index, second in pairs:
-        a, b = items[first_index], items[second]
-        if isinstance(a.get("label"), int) and a["label"] != b["label"]:
+    for i, content in enumerate(content_hashes([item["image"] for item in items], memo)):
+        a, b = items[first.setdefault(content, i)], items[i]
+        if a is b:
+            continue
+        pairs.append((first[content], i))
+        if _has_class(a) and a["label"] != b["label"]:
             report.problems.append(
                 f"{a['id']} and {b['id']} are one image with the labels {a['label']} and {b['label']}: drop both, or "
                 "decide which is right."
             )
+    if report.task.dimensions == 2:
+        kind = "byte-identical or nearly so"
+        pairs += near_duplicates([item["image"] for item in items], NEAR, cache_dir)
+    found = [[items[i] for i in members] for members in clusters(len(items), pairs) if len(members) > 1]
+    listed = "; ".join(" = ".join(item["id"] for item in members) for members in found)
+    report.facts.append(f"duplicates ({kind}): {len(found)} clusters" + (f": {listed}" if found else ""))
     return found
 
 
-def _describe_split(report: DataReport, found: list[list[int]], fold: int, seed: int) -> None:
+def _describe_split(report: DataReport, found: list[list[Item]], fold: int, seed: int) -> None:
     try:
         sections = report.task.layout.split(report.root, report.items, SplitOptions(fold=fold, seed=seed))
     except (OSError, ValueError) as error:
         report.problems.append(f"The data cannot be split: {error}")
         return
-    names = ("train", "validation", "test")
-    place = {item["id"]: name for name, section in zip(names, sections, strict=True) for item in section}
-    for name, section in zip(names, sections, strict=True):
-        label = [item.get("class", item["label"] if isinstance(item.get("label"), int) else None) for item in section]
-        counts = _counts(
-            report.task.classes[n] if isinstance(n, int) and n < len(report.task.classes) else str(n)
-            for n in label
-            if n is not None
-        )
+    place: dict[str, str] = {}
+    for name, section in zip(("train", "validation", "test"), sections, strict=True):
+        place.update({item["id"]: name for item in section})
+        counts = _counts(_class_of(item, report.task) for item in section)
         report.facts.append(f"{name}: {len(section)}" + (f" ({counts})" if counts else ""))
-    left = [item["id"] for item in report.items if item["id"] not in place]
-    if left:
+    if left := [item["id"] for item in report.items if item["id"] not in place]:
         report.facts.append(f"in no section: {some(left)}")
     for members in found:
-        ids = [report.items[i]["id"] for i in members]
-        where = {place[name] for name in ids if name in place}
+        where = {place[item["id"]] for item in members if item["id"] in place}
         if len(where) > 1:
             report.problems.append(
-                f"{', '.join(ids)} look alike and lie in several sections ({', '.join(sorted(where))}): scores would "
-                "be flattered; leave copies out, or use the data option duplicate_distance."
+                f"{', '.join(item['id'] for item in members)} look alike and lie in several sections "
+                f"({', '.join(sorted(where))}): scores would be flattered; leave copies out, or use the data option "
+                "duplicate_distance."
             )
 
 
-def _counts(values: Any) -> str:
-    return ", ".join(f"{name} {count}" for name, count in Counter(values).most_common())
+def _has_class(item: Item) -> bool:
+    return isinstance(item.get("label"), int)
+
+
+def _class_of(item: Item, task: Task) -> str:
+    """Name of an item's class; empty where its label is a mask."""
+    label = item.get("class", item.get("label") if _has_class(item) else "")
+    return task.classes[label] if isinstance(label, int) and 0 <= label < len(task.classes) else str(label)
+
+
+def _counts(names: Iterable[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in Counter(names).most_common() if name)
+
+
+def write_contact_sheet(
+    path: str | Path,
+    task: Task,
+    items: Sequence[Item],
+    count: int = 30,
+    columns: int = 6,
+    mask_codes: MaskCodes | None = None,
+) -> Path:
+    """Draw evenly spaced items with the outlines of their masks, to see at a glance whether labels belong to images.
+
+    Args:
+        path: PNG to write, which is returned.
+        task: tells pictures from volumes (of which the slice with most foreground is shown) and names the classes.
+        items: what to choose from; none is a ValueError.
+        count: thumbnails at most.
+        columns: thumbnails in a row.
+        mask_codes: what the values of masks mean; None takes the task's rule.
+    """
+    from matplotlib.figure import Figure
+
+    if not items:
+        raise ValueError("There is no image to draw: correct the data first.")
+    codes, orange = task.mask_codes if mask_codes is None else mask_codes, [value / 255 for value in ORANGE]
+    chosen = [items[round(i)] for i in np.linspace(0, len(items) - 1, min(count, len(items)))]
+    rows = -(-len(chosen) // columns)
+    figure = Figure((2 * columns, 2.4 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in figure.axes:
+        axes.axis("off")
+    for axes, item in zip(places, chosen, strict=False):
+        image, mask, _ = _read(item, task, codes)
+        if task.dimensions == 3:
+            outline = np.zeros(image.shape, bool) if mask is None else mask
+            image, outline = volumes.middle_slice(volumes.grey_levels(image), outline, int(np.argmin(image.shape)))
+            mask = None if mask is None else outline
+        picture, words = Image.fromarray(image), [_class_of(item, task)]
+        picture.thumbnail((400, 400))
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        if mask is not None:
+            words.append(f"{mask.mean():.1%}" if mask.any() else "empty mask")
+            outline = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))
+            if outline.any() and min(outline.shape) > 1:
+                for width, colour in ((3, "black"), (1.5, orange)):
+                    axes.contour(outline, [0.5], colors=[colour], linewidths=width, antialiased=False)
+        title = f"{item['id'][:28]}\n{', '.join(filter(None, words))}"
+        axes.set_title(title, fontsize=7, parse_math=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=104)
+    return Path(path)

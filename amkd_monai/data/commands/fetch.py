@@ -28,7 +28,7 @@ def steps(name: str) -> str:
 
 
 def fetch(name: str, to: str | Path = "data", retries: int = 4) -> Path | None:
-    """Fetch a data set into a data root, or return None where its terms ask for steps by hand.
+    """Fetch a data set into a data root and return its folder; None where its terms ask for steps by hand.
 
     The folder appears when all files are there, verified and unpacked. Next to it ``<folder>.source.json`` records
     addresses, SHA-256, terms and date. A call after an interrupted one keeps the files that were complete.
@@ -38,12 +38,8 @@ def fetch(name: str, to: str | Path = "data", retries: int = 4) -> Path | None:
         to: the data root.
         retries: further attempts at a file whose download breaks off.
 
-    Returns:
-        The data set's folder.
-
     Raises:
-        ValueError: unknown name, not an HTTPS address, an archive without checksum or that is refused, or a wrong
-            checksum.
+        ValueError: unknown name, not an HTTPS address, an archive without checksum or damaged, or a wrong checksum.
         FileExistsError: the folder is there already.
         OSError: a server cannot be reached.
     """

@@ -14,7 +14,6 @@ from amkd_monai.data.datasets.busi import Busi
 from amkd_monai.data.datasets.decathlon import Decathlon
 from amkd_monai.data.datasets.pairs import Pairs
 from amkd_monai.data.duplicates import NEAR
-from amkd_monai.files.names import VOLUME_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,7 @@ class Task:
     def write_phantom(self, root: str | Path, **options: object) -> Path:
         """Write generated data to ``root/<folder>``, whole or not at all, unless they are there; return that folder.
 
-        Raises:
-            FileNotFoundError: the data set has no generated data.
-            FileExistsError: the folder is there and holds other data.
+        A folder with other data is a FileExistsError.
         """
         target = Path(root) / self.folder
         if self.phantom is None:
@@ -187,7 +184,7 @@ TASKS: dict[str, Task] = {
                     ("images", "masks"),
                 ),
                 predict_in=("COVID-19-CT-Seg_20cases", "imagesTr", "images"),
-                suffixes=VOLUME_SUFFIXES,
+                volumes=True,
             ),
             phantom=phantoms.covid_volumes,
             source=Source(
@@ -281,11 +278,7 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """Return the task called `name`.
-
-    Raises:
-        ValueError: no such task; the message lists the known ones.
-    """
+    """Return the task called `name`; an unknown one is a ValueError that lists the known ones."""
     if name not in TASKS:
         raise ValueError(f"Unknown task '{name}': use one of {', '.join(sorted(TASKS))}.")
     return TASKS[name]

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from amkd_monai.data.layout import SECTIONS, given_sections, plain_items
+from amkd_monai.data.layout import given_sections, plain_items
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, k_fold, random_split
-from amkd_monai.files.names import PICTURE_SUFFIXES
+from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES
 
 logger = logging.getLogger("amkd_monai")
 
@@ -25,7 +25,7 @@ class Layout:
         title: name of the data set in messages.
         expected: the layout in words.
         predict_in: folders that may hold the images to predict; the data set's own folder is looked at last.
-        suffixes: of image files.
+        volumes: images are NIfTI volumes, not pictures.
         validation_fraction: part of the items outside the test fold that validates, where a data set without sections
             of its own is cross-validated; None: it is split at random.
     """
@@ -34,22 +34,27 @@ class Layout:
     title: str
     expected: str
     predict_in: Sequence[str] = ()
-    suffixes: Sequence[str] = PICTURE_SUFFIXES
+    volumes: bool = False
     validation_fraction: float | None = None
 
-    def inference_items(self, root: str | Path) -> list[Item]:
-        """List the images to predict, {"image", "id"}: those of an official layout, else the folder's own files.
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Suffixes of image files."""
+        return VOLUME_SUFFIXES if self.volumes else PICTURE_SUFFIXES
 
-        Raises:
-            FileNotFoundError: there is no such folder or no image in it.
-        """
-        what = "images" if self.suffixes == PICTURE_SUFFIXES else "volumes"
-        return plain_items([Path(root) / name for name in (*self.predict_in, ".")], what, self.suffixes)
+    def inference_items(self, root: str | Path) -> list[Item]:
+        """List the images to predict, {"image", "id"}: those of an official layout, else the folder's own files."""
+        folders = [Path(root) / name for name in (*self.predict_in, ".")]
+        return plain_items(folders, "volumes" if self.volumes else "images", self.suffixes)
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
-        """Keep the official sections if all three are there, else cross-validate or split at random."""
-        if {item.get("section") for item in items} == set(SECTIONS):
-            return given_sections(items)
+        """Keep official sections (of train and test alone, validation is taken from train), else draw them."""
+        if {"train", "test"} <= {item.get("section") for item in items}:
+            train, validation, test = given_sections([item for item in items if "section" in item])
+            if not validation:
+                share = how.fractions[0] / (how.fractions[0] + how.fractions[1])
+                train, validation, _ = random_split(train, (share, 1 - share, 0), how.seed)
+            return train, validation, test
         items = [{key: value for key, value in item.items() if key != "section"} for item in items]
         if self.validation_fraction is None:
             logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))

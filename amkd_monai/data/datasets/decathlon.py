@@ -16,7 +16,7 @@ from amkd_monai.data.datasets.base import Layout
 from amkd_monai.data.duplicates import group_identical_images
 from amkd_monai.data.layout import check_layout, mark_problem, volume_problem
 from amkd_monai.data.splits import Item
-from amkd_monai.files.names import VOLUME_SUFFIXES, file_id, read_text
+from amkd_monai.files.names import file_id, read_text
 
 logger = logging.getLogger("amkd_monai")
 
@@ -37,7 +37,7 @@ class Decathlon(Layout):
 
     expected = "dataset.json with the folders imagesTr/ and labelsTr/ beside it"
     predict_in = ("imagesTs", "imagesTr")  # read, as the "test" list of dataset.json may be empty
-    suffixes = VOLUME_SUFFIXES
+    volumes = True
 
     def find_items(self, root: str | Path, cache_dir: str | Path | None = None) -> list[Item]:
         """List the volumes and labels that `dataset.json` names, sorted by id; byte-identical images share a group."""

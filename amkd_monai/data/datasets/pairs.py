@@ -10,7 +10,7 @@ from pathlib import Path
 from amkd_monai.data.datasets.base import Layout
 from amkd_monai.data.duplicates import group_identical_images, group_near_duplicates
 from amkd_monai.data.layout import check_layout, named_folders, pair, picture_problem, volume_problem
-from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions, fixed_split
+from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
 from amkd_monai.files.names import PICTURE_SUFFIXES, files_by_id, has_suffix, natural, read_text, some
 
 logger = logging.getLogger("amkd_monai")
@@ -21,7 +21,7 @@ class Pairs(Layout):
     """Images and masks of the same names in two folders.
 
     Attributes:
-        title, expected, predict_in, suffixes: see :class:`Layout`.
+        title, expected, predict_in, volumes: see :class:`Layout`.
         folders: names of the two folders, images and masks; the first two that are there are taken.
         official: the two folders of the sections "train" and "test", which are looked for before ``folders``.
         file_lists: files of ids, training and test, which fix the sections if they are there.
@@ -36,7 +36,7 @@ class Pairs(Layout):
     file_lists: tuple[str, str] | None = None
     duplicate_distance: int | None = None
     predict_in: Sequence[str] = ("images",)
-    suffixes: Sequence[str] = PICTURE_SUFFIXES
+    volumes: bool = False
 
     def find_items(
         self,
@@ -56,7 +56,7 @@ class Pairs(Layout):
             duplicate_distance: replaces the attribute; of pictures only.
         """
         root = Path(root)
-        if folders is None and self._has(root, self.official.values()):
+        if folders is None and _all_there(root, self.official.values()):
             items = [
                 {**item, "section": section}
                 for section, names in self.official.items()
@@ -69,15 +69,15 @@ class Pairs(Layout):
             if folders is None:
                 parts = {Path(name).parts[0] for names in (*self.folders, *self.official.values()) for name in names}
                 check_layout(root, self.title, self.expected, self._has_layout, sorted(parts), self._volumes_hint)
-                folders = next(names for names in self.folders if self._has(root, [names]))
+                folders = next(names for names in self.folders if _all_there(root, [names]))
             items = self._pairs(root, folders, mask_ending)
         distance = self.duplicate_distance if duplicate_distance is None else duplicate_distance
         if distance is None:
             items = group_identical_images(items)
-        elif self.suffixes == PICTURE_SUFFIXES:
-            items = group_near_duplicates(items, distance, cache_dir)
-        else:
+        elif self.volumes:
             raise ValueError("duplicate_distance compares pictures, not volumes: leave it out.")
+        else:
+            items = group_near_duplicates(items, distance, cache_dir)
         return sorted(items, key=lambda item: natural(item["id"]))
 
     def _pairs(self, root: Path, folders: Sequence[str], ending: str) -> list[Item]:
@@ -87,32 +87,18 @@ class Pairs(Layout):
             found = {name: file for name, file in found.items() if not name.endswith(ending)}
         if not found:
             raise FileNotFoundError(f"No images in {images}: expected {self.expected}.")
-        return pair(found, labels, picture_problem if self.suffixes == PICTURE_SUFFIXES else volume_problem)
+        return pair(found, labels, volume_problem if self.volumes else picture_problem)
 
     def _has_layout(self, root: Path) -> bool:
-        return self._has(root, self.official.values()) or any(self._has(root, [names]) for names in self.folders)
-
-    def _has(self, root: Path, pairs: Collection[tuple[str, str]]) -> bool:
-        return bool(pairs) and all((root / name).is_dir() for names in pairs for name in names)
+        return any(_all_there(root, pairs) for pairs in (self.official.values(), *([names] for names in self.folders)))
 
     def _volumes_hint(self, root: Path) -> str:
-        volumes = self.suffixes == PICTURE_SUFFIXES and (any(root.glob("*.nii*")) or any(root.glob("*/*.nii*")))
+        volumes = not self.volumes and (any(root.glob("*.nii*")) or any(root.glob("*/*.nii*")))
         return "it holds volumes, use a task for volumes such as covid_volumes" if volumes else ""
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
-        """Keep the given test section, where there is one, and take validation from train; else split at random."""
-        items = self._listed(Path(root), items)
-        train, test = (
-            [
-                {key: value for key, value in item.items() if key != "section"}
-                for item in items
-                if item["section"] == name
-            ]
-            if all("section" in item for item in items)
-            else []
-            for name in ("train", "test")
-        )
-        return fixed_split(train, test, how.fractions, how.seed) if test else super().split(root, items, how)
+        """Split by the file lists, where they are, else as :class:`Layout` does."""
+        return super().split(root, self._listed(Path(root), items), how)
 
     def _listed(self, root: Path, items: list[Item]) -> list[Item]:
         """Return the items that the file lists name, with their sections; all items if there are no lists."""
@@ -131,6 +117,10 @@ class Pairs(Layout):
         if unlisted := known.keys() - train - test:
             logger.warning("Left out, as they stand in neither file list in %s: %s.", root, some(unlisted))
         return [{**known[name], "section": s} for s, names in (("train", train), ("test", test)) for name in names]
+
+
+def _all_there(root: Path, pairs: Collection[tuple[str, str]]) -> bool:
+    return bool(pairs) and all((root / name).is_dir() for names in pairs for name in names)
 
 
 def _read_ids(file: Path, known: Collection[str]) -> set[str]:

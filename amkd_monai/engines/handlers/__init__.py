@@ -1,7 +1,6 @@
 """Ignite handlers: what happens besides the training and evaluation loops."""
 
 from amkd_monai.engines.handlers.checkpoints import Attach, BestStudent, EarlyStopping, LoadStudent, ResumeCheckpoint
-from amkd_monai.engines.handlers.multitask import TeachingMap, TransferReport
 from amkd_monai.engines.handlers.pictures import CasePreviews, PooledFeatures, TeacherPictures
 from amkd_monai.engines.handlers.reports import (
     CaseReport,
@@ -31,8 +30,6 @@ __all__ = [
     "ResumeCheckpoint",
     "RunRecord",
     "TeacherPictures",
-    "TeachingMap",
     "TrackEvaluation",
-    "TransferReport",
     "WriteReport",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from amkd_monai.atomic import atomic_path
+from amkd_monai.content import file_sha256
 from amkd_monai.engines.runs import is_true, record_weights, refuse_another
 from amkd_monai.networks.initial import initialised
-from amkd_monai.weights import CheckpointError, file_sha256, load_state_dict, load_strict
+from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
 
 logger = logging.getLogger("amkd_monai")
 
@@ -24,11 +26,7 @@ logger = logging.getLogger("amkd_monai")
 class BestStudent:
     """Save the student's flat state dict whenever the key metric of validation is the best so far.
 
-    Attach to the evaluator. The file loads with ``weights_only=True``.
-
-    Args:
-        student: the student (not its distiller).
-        path: file to write, e.g. ``models/model.pt``.
+    Attach to the evaluator. The file, e.g. ``models/model.pt``, loads with ``weights_only=True``.
     """
 
     def __init__(self, student: nn.Module, path: str | Path) -> None:
@@ -71,10 +69,10 @@ class ResumeCheckpoint:
 
     Args:
         path: file to write, e.g. ``models/distillation.pt``.
-        distiller: student and distillation state (a DistributedDataParallel wrapper is looked through).
+        distiller: student and distillation state, or DistributedDataParallel around them.
         objects: further objects with ``state_dict`` and ``load_state_dict``: optimizer, scheduler, handlers.
         evaluator: its best metric and epoch are kept too.
-        resume: continue from ``path``; False starts afresh (the words ``true`` and ``false`` are understood).
+        resume: continue from ``path``.
         identity: what must be the same for the states to fit (split, seed, teachers); compared on resuming.
 
     Raises:
@@ -93,7 +91,10 @@ class ResumeCheckpoint:
         self.path, self.objects, self.evaluator = Path(path), dict(objects), evaluator
         self.resume = is_true(resume)
         self.distiller = distiller.module if hasattr(distiller, "module") else distiller
-        self.identity = {k: str(v) for k, v in (identity or {}).items()}
+        self.identity: dict[str, str] = {}
+        for name, value in (identity or {}).items():  # fields of an object one by one, so that the refusal names them
+            parts = {f"{name}#{k}": v for k, v in vars(value).items()} if is_dataclass(value) else {name: value}
+            self.identity |= {k: str(v) for k, v in parts.items()}
         self._state: dict[str, Any] | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -138,14 +139,9 @@ class ResumeCheckpoint:
 
 
 class LoadStudent:
-    """Load a trained student, strictly, before an evaluation or inference.
+    """Load a trained student, strictly, before an evaluation or inference; of a shared student the ``task``'s part.
 
     MONAI's ``CheckpointLoader`` loads with ``weights_only=False``, which runs code that a file holds.
-
-    Args:
-        student: network to fill.
-        path: flat state dict, e.g. ``models/model.pt``.
-        task: the file is a shared student's, of which this task's part is taken.
 
     Raises:
         CheckpointError: there is no such file, or it is another network's.
@@ -173,10 +169,6 @@ class EarlyStopping:
 
     The state is the evaluator's, which is saved and resumed with the run; MONAI's ``EarlyStopHandler`` would count
     from 0 after resuming. Attach to the trainer.
-
-    Args:
-        evaluator: its ``best_metric_epoch`` decides.
-        patience: epochs without a new best.
     """
 
     def __init__(self, evaluator: Engine, patience: int) -> None:

@@ -46,14 +46,8 @@ class CasePreviews:
     Masks: ``image`` (S, h, w, 3) uint8, ``reference`` and ``prediction`` (S, h, w) uint8, S = 1 for an image and evenly
     spaced slices along the last axis for a volume; of a volume also ``plane0`` to ``plane2`` (h, w, 3) with
     ``reference0``, ``prediction0`` and so on, through the centre of the reference. Classes: ``image`` (1, h, w, 3) and
-    ``cam`` (1, h, w) uint8, the Grad-CAM of the predicted class (Selvaraju et al., ICCV 2017), from MONAI.
-
-    Attach to the evaluator that gets the case report.
-
-    Args:
-        task: name of the task.
-        output_dir: folder of the report.
-        student: network of a classification task, for Grad-CAM; None leaves it out.
+    ``cam`` (1, h, w) uint8, the Grad-CAM of the predicted class (Selvaraju et al., ICCV 2017), where the student is
+    given. Attach to the evaluator that gets the case report.
     """
 
     def __init__(self, task: str, output_dir: str | Path, student: nn.Module | None = None) -> None:
@@ -125,9 +119,6 @@ class TeacherPictures:
     Six labelled training samples without augmentation: ``image`` (N, H, W, 3), ``label`` and ``student`` (N, H, W),
     ``answer_<teacher>`` (N, h, w) where it has outputs, ``weight_<teacher>`` (N, h, w); all uint8 with 255 for 1.
     Outputs are probabilities of foreground, or of the true class (one cell); weights are the gate's, over all teachers.
-
-    Args:
-        output_dir: folder of the run.
     """
 
     def __init__(self, output_dir: str | Path) -> None:
@@ -182,10 +173,6 @@ class PooledFeatures:
     of its coarsest feature map after the last step; ``teacher_<name>`` (N, C') float32, the mean over the cells of the
     cached map of each teacher whose features are distilled; ``value`` (N,) float32, the class, or the fraction of the
     pixels that is foreground.
-
-    Args:
-        output_dir: folder of the run.
-        student: the network, which has ``encode``.
     """
 
     def __init__(self, output_dir: str | Path, student: nn.Module) -> None:

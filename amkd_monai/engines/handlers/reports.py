@@ -20,11 +20,18 @@ from torch import Tensor, nn
 
 from amkd_monai.atomic import atomic_write_json
 from amkd_monai.cache.probes import calibration_temperature
-from amkd_monai.data.datasets import Task, get_task
-from amkd_monai.engines.runs import read_json
+from amkd_monai.data.datasets import get_task
 from amkd_monai.metrics.classification import class_metrics, class_row
 from amkd_monai.metrics.segmentation import METRICS, STATUSES, case_metrics
-from amkd_monai.metrics.summary import Row, format_table, jsonable, summarise, summarise_classes, write_case_csv
+from amkd_monai.metrics.summary import (
+    Row,
+    format_table,
+    jsonable,
+    read_json,
+    summarise,
+    summarise_classes,
+    write_case_csv,
+)
 
 logger = logging.getLogger("amkd_monai")
 
@@ -49,7 +56,7 @@ class CaseReport:
 
     Args:
         task: name of the task, which gives classes, dimensions, NSD tolerance and unit.
-        output_dir: folder of the report, made if it is missing.
+        output_dir: folder of the report.
         spacing_from_meta: take the voxel size (mm) of volumes from the affine of the label; if False
             distances are in voxels. Distances in 2D images are always in pixels.
         facts: further content of ``metrics.json``, see :py:func:`amkd_monai.engines.runs.evaluated`.
@@ -88,13 +95,14 @@ class CaseReport:
                 logger.info("The case %s came again and is counted once.", case)
                 continue
             try:
-                rows = [_class_row(self.task, case, item)] if self.task.is_classification else self._mask_rows(item)
+                self._cases[key] = [{"id": case, **row} for row in self._rows(item, case)]
             except ValueError as error:
                 raise ValueError(f"Case {case}: {error}") from error
-            self._cases[key] = [{"id": case, **row} for row in rows]
 
-    def _mask_rows(self, item: Mapping[str, Any]) -> list[Row]:
+    def _rows(self, item: Mapping[str, Any], case: str) -> list[Row]:
         task, pred, label = self.task, item[CommonKeys.PRED], item[CommonKeys.LABEL]
+        if task.is_classification:
+            return [class_row(task, case, int(torch.as_tensor(label)), _probabilities(pred))]
         for name, array in (("pred", pred), ("label", label)):
             if array.ndim != task.dimensions + 1 or array.shape[0] != 1:
                 raise ValueError(
@@ -104,9 +112,12 @@ class CaseReport:
         spacing = _voxel_size(pred, label) if self.in_mm else [1.0] * task.dimensions
         return case_metrics(pred[0], label[0], len(task.classes), spacing, task.nsd_tolerance, task.classes[1:])
 
-    def _report(self, engine: Engine) -> None:
+    def _gathered(self) -> list[Row]:
         cases = {key: rows for of_rank in reversed(idist.all_gather(self._cases)) for key, rows in of_rank.items()}
-        rows = [row for key in sorted(cases) for row in cases[key]]
+        return [row for key in sorted(cases) for row in cases[key]]
+
+    def _report(self, engine: Engine) -> None:
+        rows = self._gathered()
         flat: dict[str, float] = {}
         described: dict[str, Any]
         if self.task.is_classification:
@@ -172,47 +183,25 @@ def _voxel_size(pred: Tensor, label: Tensor) -> list[float]:
     return [float(size) for size in affine_to_spacing(affine, r=3)]
 
 
-def _class_row(task: Task, case: str, item: Mapping[str, Any], labelled: bool = True) -> Row:
-    label = int(torch.as_tensor(item[CommonKeys.LABEL])) if labelled else None
-    probabilities = torch.as_tensor(item[CommonKeys.PRED]).detach().cpu()
-    return class_row(task, case, label, np.asarray(probabilities, dtype=float))
+def _probabilities(pred: Any) -> np.ndarray:
+    return np.asarray(torch.as_tensor(pred).detach().cpu(), dtype=float)
 
 
-class ClassPredictions:
-    """Write the class probabilities of every image to ``predictions.csv`` when the engine ends.
+class ClassPredictions(CaseReport):
+    """Write the class probabilities (``pred``) of every image to ``predictions.csv`` when the engine ends."""
 
-    Args:
-        task: name of the task.
-        output_dir: folder of the file.
-    """
+    def _rows(self, item: Mapping[str, Any], case: str) -> list[Row]:
+        row = class_row(self.task, case, None, _probabilities(item[CommonKeys.PRED]))
+        return [{"id": case, "class": self.task.classes[row["prediction"]], **row}]
 
-    def __init__(self, task: str, output_dir: str | Path) -> None:
-        self.task, self.path = get_task(task), Path(output_dir) / "predictions.csv"
-        self.rows: list[Row] = []
-
-    def attach(self, engine: Engine) -> None:
-        """Register the handler with an evaluator whose decollated output has ``pred`` (C,), probabilities."""
-        engine.add_event_handler(Events.STARTED, lambda _: self.rows.clear())
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
-        engine.add_event_handler(Events.COMPLETED, self._write)
-
-    def _collect(self, engine: Engine) -> None:
-        for item, source in zip(engine.state.output, engine.state.batch, strict=True):
-            case, _ = identify({**source, **item})
-            row = _class_row(self.task, case, item, labelled=False)
-            self.rows.append({"id": case, "class": self.task.classes[row["prediction"]], **row})
-
-    @idist.one_rank_only()
-    def _write(self, engine: Engine) -> None:
-        write_case_csv(self.path, self.rows)
+    def _report(self, engine: Engine) -> None:
+        rows = self._gathered()
+        if idist.get_rank() == 0:
+            write_case_csv(self.output_dir / "predictions.csv", rows)
 
 
 class ClassScore(EpochMetric):
-    """A metric of a classification task over all cases of an epoch, as an ignite metric.
-
-    Args:
-        task: name of the task.
-        metric: name of the metric; None takes the task's primary one.
+    """A metric of a classification task over all cases of an epoch, by default the task's primary one.
 
     Raises:
         ValueError: no such task or metric.
@@ -241,9 +230,6 @@ class FitTemperature:
 
     Attach to the validation evaluator, before the handler that saves the student: the temperature is a buffer of the
     student and is saved with it. Validation itself runs at temperature 1, so a value never depends on an earlier epoch.
-
-    Args:
-        student: network with a buffer ``temperature``.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -309,11 +295,7 @@ class EmptyReferences:
 
 
 class WriteReport:
-    """Write ``report.html`` next to the results of an evaluation. Attach it after the case report.
-
-    Args:
-        output_dir: folder of the run.
-    """
+    """Write ``report.html`` next to the results of an evaluation. Attach it after the case report."""
 
     def __init__(self, output_dir: str | Path) -> None:
         self.output_dir = Path(output_dir)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ignite.distributed as idist
 import psutil
@@ -17,36 +15,21 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-import amkd_monai
 from amkd_monai.atomic import atomic_write_json
 from amkd_monai.distillation.interface import DistillationOutput
+from amkd_monai.engines.runs import Identity, versions
 from amkd_monai.memory import own_peak
 from amkd_monai.metrics.summary import jsonable, write_case_csv
 
-if TYPE_CHECKING:
-    from amkd_monai.engines.runs import Identity
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a result."""
-    found = {name: importlib.metadata.version(name) for name in ("torch", "monai", "pytorch-ignite", "timm", "numpy")}
-    return {"python": platform.python_version(), "amkd_monai": amkd_monai.__version__, **found}
-
 
 class RunRecord:
-    """Write ``run.json`` when a training starts and ends and after every epoch, and what happened in the epoch.
+    """Write ``run.json`` when a training starts and ends and after every epoch, with the facts of the run.
 
     The means over an epoch's steps and the validation become a row of ``history.csv``, the scalars ``epoch/...`` of
     TensorBoard, and, each figure's last known value, ``latest`` in ``run.json``. Steps are read from the device at the
-    end of the epoch, so that none of them waits for it.
+    end of the epoch, so that none of them waits for it. ``identity`` claims its folders before the first step.
 
     Attach to the trainer, after the validation handler.
-
-    Args:
-        output_dir: folder of the files.
-        facts: what to record: data, split, teachers, seed, settings.
-        evaluator: whose metrics enter the history.
-        identity: of the run; its folders are made this run's, and its record is written, before the first step.
     """
 
     def __init__(
@@ -82,9 +65,10 @@ class RunRecord:
         result = engine.state.distillation
         if isinstance(result, Mapping):  # a step of several tasks
             parts = {f"{task}/": (_kept(of_task), engine.teachers_of(task)) for task, of_task in result.items()}
+            self.steps.append((engine.state.output["loss"], parts))
         else:
-            parts = {"": (_kept(result), [t.name for t in engine.targets.teachers] if engine.targets else [])}
-        self.steps.append((engine.state.output["loss"], parts))
+            names = [t.name for t in engine.targets.teachers] if engine.targets else []
+            self.steps.append((result.total.detach(), {"": (_kept(result), names)}))
 
     def _epoch(self, engine: Engine) -> None:
         row: dict[str, float] = {"epoch": engine.state.epoch, "learning_rate": engine.optimizer.param_groups[0]["lr"]}

@@ -1,0 +1,178 @@
+"""Training and evaluation of a shared student: each step takes one micro-batch from each of several tasks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from ignite.metrics import Average
+from monai.engines import Evaluator
+from monai.engines.utils import IterationEvents
+from monai.utils.enums import CommonKeys as Keys
+from torch import Tensor, nn
+
+from amkd_monai.atomic import atomic_write_bytes
+from amkd_monai.data.augment import Augmentation
+from amkd_monai.data.datasets import Task
+from amkd_monai.data.sampling import MultiTaskLoader
+from amkd_monai.distillation.interface import DistillationOutput
+from amkd_monai.distillation.loss_gate import LossGate
+from amkd_monai.distillation.multitask import MultiTaskDistiller, mean_over_processes
+from amkd_monai.engines.targets import TeacherTargets
+from amkd_monai.engines.trainer import DistillationTrainer, distillation_batch
+from amkd_monai.metrics.transfer import format_transfer, transfer_csv, transfer_rows
+
+logger = logging.getLogger("amkd_monai")
+
+
+class MultiTaskTrainer(DistillationTrainer):
+    """Train one student on several tasks; memory is that of one micro-batch.
+
+    The gradients of a step's micro-batches are summed, each task's loss on its own scale, then there is one step of
+    the optimiser. Under torch.distributed gradients, running statistics and loss scales are averaged over the
+    processes once per step.
+
+    As :class:`DistillationTrainer`, but with ``targets`` and ``augmentations`` by task, ``numbers`` of the tasks for
+    the gate's task embedding, and ``norm_warmup_steps`` after which shared batch norms keep their running statistics.
+    """
+
+    network: MultiTaskDistiller
+    data_loader: MultiTaskLoader
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        max_epochs: int,
+        train_data_loader: MultiTaskLoader,
+        network: MultiTaskDistiller,
+        optimizer: torch.optim.Optimizer,
+        targets: Mapping[str, TeacherTargets],
+        augmentations: Mapping[str, Augmentation],
+        numbers: Mapping[str, int],
+        norm_warmup_steps: int = 100,
+        seed: int = 0,
+        amp: bool = False,
+        train_handlers: Sequence | None = None,
+    ) -> None:
+        self.task_targets = {task: t if len(t) else None for task, t in targets.items()}
+        self.augmentations, self.numbers = dict(augmentations), dict(numbers)
+        self.norm_warmup_steps = norm_warmup_steps
+        super().__init__(
+            device, max_epochs, train_data_loader, network, optimizer, seed=seed, amp=amp, train_handlers=train_handlers
+        )
+
+    def _start_epoch(self) -> None:
+        self.data_loader.set_epoch(self.state.epoch)
+        self._seed_epoch(idist.get_rank())
+
+    def teachers_of(self, task: str) -> list[str]:
+        """Names of the teachers of a task, in the order of their weights."""
+        targets = self.task_targets[task]
+        return [] if targets is None else [teacher.name for teacher in targets.teachers]
+
+    def _iteration(self, engine: Engine, batchdata: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        self.network.warm = self.state.iteration > self.norm_warmup_steps
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        results: dict[str, DistillationOutput] = {}
+        device, total = self.state.device, torch.zeros((), device=self.state.device)
+        for task, data in batchdata.items():
+            augment, number = self.augmentations[task], self.numbers[task]
+            batch = distillation_batch(data, self.task_targets[task], augment, self.generator, device, number)
+            with torch.autocast(batch.image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+                result: DistillationOutput = self.network(task, batch, progress=self.progress)
+            self._check(result, f" of '{task}'")
+            (result.total / self.data_loader.per_step).backward()
+            total += result.total.detach() / len(batchdata)
+            result.total, result.logits = result.total.detach(), result.logits[:0].detach()  # frees the graph
+            result.losses = {name: loss.detach() for name, loss in result.losses.items()}
+            results[task] = result
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        if idist.get_world_size() > 1:
+            _average([p.grad for p in self.network.parameters() if p.grad is not None])  # the same in every process
+        self.optimizer.step()
+        if idist.get_world_size() > 1:  # what training measures: statistics of batch norms, scales of losses
+            owners = [m for m in self.network.modules() if isinstance(m, (nn.BatchNorm2d, LossGate))]
+            _average([b for m in owners for b in m.buffers(recurse=False) if b.is_floating_point()])
+        self.state.distillation = results
+        engine.state.output = {Keys.LOSS: total}
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return engine.state.output
+
+
+@torch.no_grad()
+def _average(tensors: Sequence[Tensor]) -> None:
+    """Average tensors over all processes, in place and in one message."""
+    flat = mean_over_processes(torch.cat([t.detach().flatten() for t in tensors]))
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+class MultiTaskEvaluator(Evaluator):
+    """Run the evaluators of all tasks, each over its view of the student, one after another.
+
+    ``state.metrics`` gets ``mean_over_tasks``, the mean of the tasks' key metrics (higher is better), and every task's
+    own metrics as ``<task>/<metric>``.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        evaluators: Mapping[str, Evaluator],
+        tasks: Mapping[str, Task],
+        val_handlers: Sequence | None = None,
+    ) -> None:
+        self.evaluators, self.tasks = dict(evaluators), dict(tasks)
+        super().__init__(
+            device,
+            list(self.evaluators),
+            key_val_metric={"mean_over_tasks": Average(output_transform=lambda output: output["value"])},
+            val_handlers=val_handlers,
+            decollate=False,
+        )
+
+    def _iteration(self, engine: Engine, batchdata: str) -> dict[str, Any]:
+        evaluator, task = self.evaluators[batchdata], self.tasks[batchdata]
+        evaluator.run(self.state.epoch)
+        found = evaluator.state.metrics
+        reported = task.primary_metric if task.is_classification else f"{task.primary_metric}_mean"
+        name = evaluator.state.key_metric_name or reported  # an evaluation has a case report in place of a key metric
+        value = float(found[name])
+        if math.isnan(value):
+            raise ValueError(
+                f"The section of '{batchdata}' gives no {name}: it needs labelled cases of at least two classes, or "
+                "with foreground; change its split."
+            )
+        engine.state.metrics |= {f"{batchdata}/{k}": v for k, v in found.items() if isinstance(v, (int, float))}
+        return {"task": batchdata, "value": value}
+
+
+class TransferReport:
+    """Compare the shared student's evaluation with other runs: ``transfer.csv``, and a table in the log.
+
+    Attach to the evaluator of all tasks; ``output_dir`` holds a folder per task. ``runs`` are {label: folder of another
+    run, with ``{task}`` in it}, such as the undistilled and the distilled students of single data sets, fine-tuned
+    students, or the shared student before it learned more; None leaves one out.
+    """
+
+    def __init__(self, output_dir: str | Path, tasks: Mapping[str, Task], runs: Mapping[str, str | None]) -> None:
+        self.output_dir, self.tasks = Path(output_dir), dict(tasks)
+        self.runs = {label: pattern for label, pattern in runs.items() if pattern}
+
+    def attach(self, engine: Engine) -> None:
+        """Write when the evaluation ends."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write and log."""
+        if idist.get_rank() != 0:
+            return
+        rows = transfer_rows({task: self.output_dir / task for task in self.tasks}, self.tasks, self.runs)
+        atomic_write_bytes(self.output_dir / "transfer.csv", transfer_csv(rows).encode())
+        logger.info("shared student, compared with other runs\n%s", format_transfer(rows))
