@@ -101,8 +101,8 @@ def main() -> None:
     if check and wrong:
         names = ", ".join(str(path.relative_to(BUNDLES)) for path in wrong)
         sys.exit(
-            f"Not as bundles/source says: {names}. Edit bundles/source, run `make bundles` and remove files that it does "
-            "not write."
+            f"Not as bundles/source says: {names}. Edit bundles/source, run `make bundles` and remove "
+            "files that it does not write."
         )
 
 
