@@ -180,7 +180,7 @@ def _list_key(dataset: DecodedDataset) -> dict[str, str]:
 class _TeacherRun:
     """A teacher and the images it runs on; ``images`` counts them.
 
-    ``directory`` is that of the new store, ``sample_key`` the hash of all that an array of one view of one sample
+    ``directory`` is the folder of the new store, ``sample_key`` the hash of all that an array of one view of one sample
     depends on besides its id and content hash; stores keep theirs in their origin.
     """
 
@@ -226,7 +226,7 @@ class _TeacherRun:
     def outputs(
         self, indices: Sequence[int], matrices: Mapping[int, np.ndarray] | None = None
     ) -> Iterator[tuple[Sequence[int], dict[str, np.ndarray]]]:
-        """Yield B samples at a time and the outputs for them, arrays (B, ...); matrices (2, 3) are those of views."""
+        """Yield B samples at a time and the outputs for them, arrays (B, ...); matrices (2, 3) make views."""
 
         def work(batch: Sequence[int]) -> dict[str, np.ndarray]:
             views = None if matrices is None else np.stack([matrices[i] for i in batch])

@@ -16,7 +16,7 @@ from amkd_monai.cache.store import FeatureStore
 from amkd_monai.terminal import progress
 
 LOG_INTERVAL_S = 30.0
-"""Seconds between lines of progress where the output is no terminal."""
+"""Seconds between lines of progress where the output is not a terminal."""
 Compute = Callable[[int, int, Callable[[int], object]], Mapping[str, np.ndarray]]
 """(view, shard, report) -> arrays of that shard; ``report`` is called with each number of images that is done."""
 

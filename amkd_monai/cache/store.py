@@ -141,63 +141,6 @@ def _encode(array: str, values: np.ndarray, spec: ArraySpec, sample_ids: Sequenc
     return [codes, scales]
 
 
-def _write_shard(
-    path: Path, arrays: Mapping[str, ArraySpec], values: Mapping[str, np.ndarray], ids: Sequence[str], identity: str
-) -> None:
-    """Check, encode and write all arrays of one shard; the file appears whole or not at all."""
-    if set(values) != set(arrays):
-        raise ValueError(f"the store holds the arrays {sorted(arrays)}, but was given {sorted(values)}")
-    encoded: dict[str, np.ndarray] = {}
-    for name, spec in arrays.items():
-        encoded |= dict(zip((name, f"{name}.scale"), _encode(name, np.asarray(values[name]), spec, ids), strict=False))
-    n, digest, data = len(ids), hashlib.sha256(), []
-    for name, (dtype, _) in _tensors(arrays, n).items():
-        data.append(np.ascontiguousarray(encoded[name], dtype).reshape(-1).view(np.uint8).data)
-        digest.update(data[-1])
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(_header(arrays, n, identity, digest.hexdigest()))
-        for part in data:
-            file.write(part)
-
-
-def _check_shard(path: Path, arrays: Mapping[str, ArraySpec], n: int, identity: str) -> int:
-    """Return where the data of a shard's file begins, bytes; a ValueError if it is damaged or of another store."""
-    with path.open("rb") as file:
-        size, expected = os.fstat(file.fileno()).st_size, shard_bytes(arrays, n)
-        if size != expected:
-            raise ValueError(f"{path} has {size} bytes instead of {expected}")
-        start = 8 + len(_BEFORE_DIGEST)
-        found = file.read(expected - n * sum(spec.nbytes for spec in arrays.values()))
-        digest = found[start : start + _DIGEST_SIZE].decode("ascii", "replace")
-        if found != _header(arrays, n, identity, digest):
-            raise ValueError(f"{path} does not have the header of this shard of this store")
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-            raise ValueError(f"{path} does not have the hash in its header")
-    return len(found)
-
-
-def _map_shard(path: Path, arrays: Mapping[str, ArraySpec], n: int, offset: int) -> dict[str, list[np.ndarray]]:
-    """Map a checked shard of ``n`` samples, whose data begins at ``offset``, into memory.
-
-    Returns for every array its values (n, *shape), and for int8 the scales (n, C, 1, ...), ready to multiply with. They
-    are read-only plain arrays: indexing a ``numpy.memmap`` costs more than reading a small sample.
-    """
-    import torch  # its maps keep no file open, those of Python before 3.13 do: a large store would run out of them
-
-    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
-    mapped.flags.writeable = False
-    tensors = {}
-    for name, (dtype, shape) in _tensors(arrays, n).items():
-        tensors[name] = np.frombuffer(mapped, dtype, int(np.prod(shape)), offset).reshape(shape)
-        offset += tensors[name].nbytes
-    maps = {}
-    for name, spec in arrays.items():
-        maps[name] = [tensors[name]]
-        if spec.dtype == "int8":
-            maps[name].append(tensors[f"{name}.scale"].reshape(n, spec.shape[0], *[1] * (len(spec.shape) - 1)))
-    return maps
-
-
 # ------------------------------------------------------------------------------------------------------- the store
 
 
@@ -221,7 +164,7 @@ class FeatureStore:
         views: number of views of every image.
         shard_size: samples per file.
         view_parameters: one JSON-able value per view, from which that view of an image is made again.
-        origin: JSON-able facts that say where the content comes from; a store that is there keeps its own.
+        origin: JSON-able facts about where the content comes from; an existing store keeps its own.
 
     Example::
 
@@ -276,7 +219,7 @@ class FeatureStore:
 
     @classmethod
     def create_or_open(cls, *arguments: Any, **options: Any) -> FeatureStore:
-        """Return a store, which is made with its first shard; one in its folder must be as the arguments say."""
+        """Return a store, which is made with its first shard; an existing one must fit the arguments."""
         store = cls(*arguments, **options)
         store._compare()
         return store
@@ -308,7 +251,7 @@ class FeatureStore:
         return self.directory / f"v{view}.s{shard:05d}.safetensors"
 
     def samples_of(self, shard: int) -> range:
-        """Indices of the samples in a shard; the last shard may be shorter. There is no other: an IndexError."""
+        """Indices of the samples in a shard; the last shard may be shorter."""
         samples = range(len(self))[shard * self.shard_size : (shard + 1) * self.shard_size]
         if shard < 0 or not samples:
             raise IndexError(f"{self.directory} has no shard {shard}: it holds {len(self)} samples")
@@ -361,7 +304,13 @@ class FeatureStore:
         return out
 
     def _map(self, view: int, shard: int) -> dict[str, list[np.ndarray]]:
-        path = self.path(view, shard)
+        """Check a shard and map it into memory: values (n, *shape) by array, and for int8 scales (n, C, 1, ...).
+
+        They are read-only plain arrays: indexing a ``numpy.memmap`` costs more than reading a small sample.
+        """
+        import torch  # its maps keep no file open, those of Python before 3.13 do: a large store would run out of them
+
+        path, n = self.path(view, shard), len(self.samples_of(shard))
         try:
             offset = self._check(view, shard)
         except FileNotFoundError as error:
@@ -374,12 +323,34 @@ class FeatureStore:
                 path.unlink()
             remedy = "delete it" if path.exists() else "it is removed"
             raise StoreError(f"{error}: {remedy}, run again to compute it anew") from error
-        self._maps[view, shard] = _map_shard(path, self.arrays, len(self.samples_of(shard)), offset)
-        return self._maps[view, shard]
+        mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+        mapped.flags.writeable = False
+        tensors = {}
+        for name, (dtype, shape) in _tensors(self.arrays, n).items():
+            tensors[name] = np.frombuffer(mapped, dtype, int(np.prod(shape)), offset).reshape(shape)
+            offset += tensors[name].nbytes
+        maps = {name: [tensors[name]] for name in self.arrays}
+        for name, spec in self.arrays.items():
+            if spec.dtype == "int8":
+                maps[name].append(tensors[f"{name}.scale"].reshape(n, spec.shape[0], *[1] * (len(spec.shape) - 1)))
+        self._maps[view, shard] = maps
+        return maps
 
     def _check(self, view: int, shard: int) -> int:
-        n = len(self.samples_of(shard))
-        return _check_shard(self.path(view, shard), self.arrays, n, self._identity(view, shard))
+        """Return where the data of a shard's file begins, bytes; a ValueError if it is damaged or of another store."""
+        path, n = self.path(view, shard), len(self.samples_of(shard))
+        with path.open("rb") as file:
+            size, expected = os.fstat(file.fileno()).st_size, shard_bytes(self.arrays, n)
+            if size != expected:
+                raise ValueError(f"{path} has {size} bytes instead of {expected}")
+            start = 8 + len(_BEFORE_DIGEST)
+            found = file.read(expected - n * sum(spec.nbytes for spec in self.arrays.values()))
+            digest = found[start : start + _DIGEST_SIZE].decode("ascii", "replace")
+            if found != _header(self.arrays, n, self._identity(view, shard), digest):
+                raise ValueError(f"{path} does not have the header of this shard of this store")
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise ValueError(f"{path} does not have the hash in its header")
+        return len(found)
 
     def _identity(self, view: int, shard: int) -> str:
         samples = self.samples_of(shard)
@@ -447,10 +418,25 @@ class FeatureStore:
         ids = [self.sample_ids[index] for index in self.samples_of(shard)]
         if self.has(view, shard):
             return
+        if set(values) != set(self.arrays):
+            raise ValueError(f"the store holds the arrays {sorted(self.arrays)}, but was given {sorted(values)}")
+        encoded: dict[str, np.ndarray] = {}
+        for name, spec in self.arrays.items():
+            parts = _encode(name, np.asarray(values[name]), spec, ids)
+            encoded |= dict(zip((name, f"{name}.scale"), parts, strict=False))
+        digest, data = hashlib.sha256(), []
+        for name, (dtype, _) in _tensors(self.arrays, len(ids)).items():
+            data.append(np.ascontiguousarray(encoded[name], dtype).reshape(-1).view(np.uint8).data)
+            digest.update(data[-1])
+        header = _header(self.arrays, len(ids), self._identity(view, shard), digest.hexdigest())
         if not (self.directory / NAME).is_file():
             self.create()
-        with _unless_there(lambda: self.has(view, shard)):
-            _write_shard(self.path(view, shard), self.arrays, values, ids, self._identity(view, shard))
+        with (
+            _unless_there(lambda: self.has(view, shard)),
+            atomic_path(self.path(view, shard)) as temporary,
+            temporary.open("wb") as file,
+        ):
+            file.writelines([header, *data])
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Views: fixed geometric variants of every image that a teacher runs on, replayed exactly for the student.
 
 A view is one affine matrix per sample, drawn from the sample's name and content alone: every teacher sees the same
-views of an image whatever list it stands in. The matrices are stored beside the features.
+views of an image whatever list it stands in. The matrices are stored next to the features.
 """
 
 from __future__ import annotations

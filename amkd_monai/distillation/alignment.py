@@ -34,7 +34,7 @@ class Alignment(nn.Module):
 
     The student is resized to the teacher's grid, the teacher's map never is. A finer level is area-pooled before it is
     projected, a coarser one is projected before it is made larger: each is projected where it has fewer cells.
-    ``channels`` are those of the student levels used, by stride, ``out_channels`` those of the teacher.
+    ``channels`` maps the strides of the student levels used to their channels; the teacher has ``out_channels``.
     """
 
     def __init__(self, channels: Mapping[int, int], out_channels: int, hidden: int = 128) -> None:

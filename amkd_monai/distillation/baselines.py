@@ -99,8 +99,8 @@ class FixedLossGate(LossGate):
 class PaperLossGate(LossGate):
     """As published: initial weights times softmax(gate(f) / 2) over all losses and the task, trained end to end.
 
-    It minimises what it weighs, so the weight flows to the smallest loss. ``priors`` are the initial weights of the
-    losses, ``task`` that of the task.
+    It minimises what it weighs, so the weight flows to the smallest loss. ``priors`` and ``task`` are the
+    initial weights of the losses and of the task.
     """
 
     def __init__(

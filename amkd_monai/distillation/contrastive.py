@@ -37,7 +37,7 @@ def contrastive_loss(similar: Tensor, own: Tensor, eligible: Tensor, temperature
     """Cross entropy (B,) of finding the own teacher vector among the eligible ones (Tian et al., CRD, ICLR 2020).
 
     ``similar`` (B, m) and ``own`` (B,) are cosines of the student's vectors with m teacher vectors and with their own;
-    ``eligible`` (B, m) says which of the m are negatives. A sample without any costs 0.
+    ``eligible`` (B, m) marks the negatives among the m. A sample without any costs 0.
     """
     negatives = torch.where(eligible, similar.float() / temperature, torch.full_like(similar, -torch.inf))
     scores = torch.cat([own.float()[:, None] / temperature, negatives], dim=1)

@@ -38,7 +38,7 @@ class Faults:
 class Counter(nn.Module):
     """A module that counts steps in a buffer called ``name``, part of its state, and on the host, where they are read.
 
-    Further arguments are those of the class that stands next to it as a base.
+    Further arguments go to the next base class.
     """
 
     def __init__(self, name: str, *arguments: Any) -> None:

@@ -101,7 +101,7 @@ class DistillationConfig:
         check_options(f"loss gate '{self.loss_gate}'", self._loss_gate_class, self.loss_gate_options, 3)
 
     def facts(self, **further: Any) -> dict[str, Any]:
-        """What a run record and the check of a resumed run say of the method: gate, losses, all the rest."""
+        """JSON-able description of the method for the run record, with ``further`` settings."""
         rest = {name: value for name, value in vars(self).items() if name not in ("gate", "losses")}
         return {"gate": self.gate, "losses": dict(self.losses), "method": rest | further}
 

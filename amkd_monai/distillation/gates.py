@@ -31,7 +31,7 @@ def box_smooth(errors: Tensor) -> Tensor:
 def reliability(errors: Tensor, prior_entropy: float, available: Tensor, temperature: float = 0.25) -> Tensor:
     """Softmax of negative errors (B, K, h, w), nats, over the available teachers (B, K) and an abstain slot.
 
-    The abstention has the entropy of the label prior, nats, as its error: that of a teacher that knows nothing. Returns
+    The error of the abstention is the entropy of the label prior, nats, as of a teacher that knows nothing. Returns
     (B, K, h, w), 0 where not available; the sum over K is below 1, the rest is abstention.
     """
     mask = available[:, :, None, None].to(errors)

@@ -82,7 +82,7 @@ class Batch:
     Attributes:
         image: (B, 3, H, W) in [0, 1].
         label: class indices, masks (B, 1, H, W) or one class per image (B,); rows without a label may hold anything.
-        has_label: boolean (B,); best on the host, so that no step waits for the device to say who is labelled.
+        has_label: boolean (B,); best on the host, so that no step waits for the device.
         teachers: {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}; where an image has one class, answers
             have one cell, (B, classes, 1, 1).
         index: position of each sample in the training dataset (B,); contrastive distillation needs it.

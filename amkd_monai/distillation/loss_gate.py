@@ -79,7 +79,7 @@ class ScaledLossGate(Counter, LossGate):
     S_k is the median of L_k over the first ``warmup_steps`` steps, floored at 1e-3. Because it is frozen, a loss that
     has been driven to 0 can't raise its own weight. v is the given priors' share, of which ``floor`` is spread evenly.
 
-    ``served`` is the part of the importance asked for that some teacher can serve: where answers are not distilled,
+    ``served`` is the part of the requested importance that some teacher can serve: where answers are not distilled,
     features keep their small share of the weight instead of inheriting all of it.
     """
 
@@ -124,7 +124,7 @@ class ScaledLossGate(Counter, LossGate):
 
 
 class AgreementLossGate(ScaledLossGate):
-    """Scales as above; v_k follows how well the gradient of each loss agrees with that of the task.
+    """Scales as above; v_k follows how well the gradient of each loss agrees with the gradient of the task.
 
     Every ``every`` steps c_k <- memory c_k + (1 - memory) cos(grad L_k, grad L_task), gradients with respect to one
     shared student map (after Du et al., Adapting Auxiliary Losses Using Gradient Similarity, 2018), and
@@ -164,7 +164,7 @@ class AgreementLossGate(ScaledLossGate):
             gradient = gradients[name]
             cosine = F.cosine_similarity(gradient, gradients["task"], dim=0)
             measured = self.memory * self.agreement[k] + (1 - self.memory) * cosine
-            # a loss that is 0 says nothing, and must not gain by it
+            # a loss of 0 carries no information and must not gain weight
             self.agreement[k] = torch.where(gradient.any(), measured, self.agreement[k])
 
     def importance(self) -> Mapping[str, float | Tensor]:

@@ -109,8 +109,8 @@ def reconstruction_loss(restored: Tensor, target: Tensor) -> Tensor:
 def output_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Distillation of class probabilities per location: T^2 KL(teacher || student) (Hinton et al., 2015).
 
-    Student logits (B, C, h, w) and calibrated teacher logits, those of one or of K teachers ((K,) B, C, h, w), give
-    ((K,) B, h, w) in nats; no gradient flows into the teachers.
+    Student logits (B, C, h, w) and calibrated logits of one or of K teachers ((K,) B, C, h, w) give ((K,) B, h, w) in
+    nats; no gradient flows into the teachers.
     """
     log_student = F.log_softmax(student_logits.float() / temperature, dim=-3)
     log_teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-3)
@@ -129,7 +129,7 @@ def as_map(logits: Tensor) -> Tensor:
 
 
 def by_size(maps: Mapping[str, Tensor]) -> dict[tuple[int, int], dict[str, Tensor]]:
-    """Group maps {name: (B, C, h, w)} by their grid, {(h, w): {name: map}}: those of one grid are computed together."""
+    """Group maps {name: (B, C, h, w)} by their grid, {(h, w): {name: map}}: maps of one grid are computed together."""
     groups: dict[tuple[int, int], dict[str, Tensor]] = {}
     for name, values in maps.items():
         groups.setdefault((values.shape[-2], values.shape[-1]), {})[name] = values
@@ -140,7 +140,7 @@ def one_hot_area(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
     """Area fractions (B, C, h, w) of each class in the cells of a coarser grid, after a check of the labels.
 
     Labels are class indices (B, 1, H, W), 255 for no label; one that is not in 0 to C - 1 is a ValueError. Fractions
-    are those of the labelled part of a cell: 1 in sum over the classes, 0 where nothing is labelled.
+    refer to the labelled part of a cell: 1 in sum over the classes, 0 where nothing is labelled.
     """
     faults = Faults()
     note_classes(faults, label, classes)

@@ -32,7 +32,7 @@ logger = logging.getLogger("amkd_monai")
 
 
 class MultiTaskTrainer(DistillationTrainer):
-    """Train one student on several tasks; memory is that of one micro-batch.
+    """Train one student on several tasks; memory as for one micro-batch.
 
     The gradients of a step's micro-batches are summed, each task's loss on its own scale, then there is one step of
     the optimiser. Under torch.distributed gradients, running statistics and loss scales are averaged over the

@@ -102,7 +102,7 @@ def open_tasks(
         bundle_root: the folder of the shared student's bundle; others lie next to it, or in ``bundles/`` of the current
             folder where it was copied away from them.
         output_dir: each task gets a folder in it.
-        cache_dir: likewise; the same as that of the single runs, so that what is decoded and cached is found again.
+        cache_dir: likewise; shared with the single runs, so that decoded images and caches are found again.
         settings: settings of all tasks, wherever a bundle has them; ``teachers`` may name their ``tasks``.
         only: names of the tasks of this run; None takes all.
         dataset_dir: folder that holds the data sets' folders; a task's own ``dataset_dir`` goes first.

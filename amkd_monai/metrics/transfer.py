@@ -44,7 +44,7 @@ def transfer_rows(
 
     Args:
         shared: {task: folder of its evaluation by the shared student}.
-        tasks: what is asked.
+        tasks: {task: its description}.
         runs: {label: folder, with ``{task}`` in place of the task's name}. Tasks whose folder is not there are left out
             of that comparison; one of them must be there.
 

@@ -58,7 +58,7 @@ def remap_efficientnet_lite(state: dict[str, Tensor], stage_lengths: list[int]) 
 
 
 def load_encoder_weights(encoder: nn.Module, name: str, weights: str | Path) -> None:
-    """Fill a timm network (whole, or ``features_only``) with ``packaged`` ImageNet weights, or those of a file.
+    """Fill a timm network (whole, or ``features_only``) with ``packaged`` ImageNet weights, or with a file's.
 
     ``random`` leaves it as it is; weights that are unavailable or incompatible are a CheckpointError.
     """

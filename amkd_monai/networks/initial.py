@@ -1,4 +1,4 @@
-"""A student starts from a trained shared one: all of it, or a part that is asked for."""
+"""A student starts from a trained shared student: from all of it or from a part."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def takes_part_of(student: nn.Module, task: str) -> nn.Module:
 def heads_of(state: Mapping[str, Tensor]) -> dict[str, Head]:
     """Return the heads that the state dict of a shared student holds; none for another network's.
 
-    The strides of its heads are not in a state dict: all are given that of the finest level of its neck.
+    The strides of its heads are not in a state dict: all get the stride of the finest level of its neck.
     """
     stride = 2 if "neck.lateral.4.weight" in state else 4
     weights = {k.split(".")[1]: v for k, v in state.items() if k.startswith("heads.") and k.endswith(".weight")}
