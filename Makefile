@@ -78,5 +78,5 @@ bench: $(INSTALLED) ## time a step, a start, the cache and the data path on one 
 	$(VPYTHON) benchmarks/short.py
 
 clean: ## remove build products and tool caches; environments, trained students and teacher caches stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -not -path "./$(LABEL_VENV)/*" -prune -exec rm -rf {} +

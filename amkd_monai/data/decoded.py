@@ -29,12 +29,6 @@ def _is_class(label: Any) -> bool:
     return isinstance(label, (int, np.integer)) and not isinstance(label, bool)
 
 
-def _label_key(item: dict[str, Any], hash_of: dict[str, str]) -> str:
-    """What stands for a label in a cache's name: the hashes of its files, or the class."""
-    label = item.get("label")
-    return f"class {label}" if _is_class(label) else "-".join(hash_of[path] for path in label_files(item))
-
-
 def as_label_maps(labels: np.ndarray, indices: Sequence[int] | np.ndarray) -> np.ndarray:
     """Pick labels, masks (N, 1, H, W) or classes (N,), as maps (n, 1, H, W); a class is a map of one cell."""
     picked = np.stack([labels[i] for i in indices])
@@ -58,10 +52,7 @@ class _Rows:
 
 
 class DecodedImages(Dataset):
-    """What a :class:`DecodedDataset` left in its folder, read without the original files.
-
-    Args:
-        directory: ``decoded-<key>``.
+    """What a :class:`DecodedDataset` left in its folder ``decoded-<key>``, read without the original files.
 
     Attributes:
         ids, cases, groups, hashes: of each sample; slices are ``<case>#<slice>``.
@@ -69,9 +60,6 @@ class DecodedImages(Dataset):
         labels: class indices, masks (N, 1, H, W) or one class per image (N,); 255 where there is no label.
         axes: where the axes of volumes point, slices first, such as "RAS"; empty for pictures.
         skipped: ids of files that were left out.
-
-    Raises:
-        OSError: the folder or one of its files is missing.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -149,7 +137,13 @@ class DecodedDataset(DecodedImages):
         self.classifies = any(_is_class(item.get("label")) for item in self.data)
         paths = [path for item in self.data for path in (item["image"], *label_files(item))]
         by_path = dict(zip(paths, content_hashes(paths, cache_dir / "content_hashes.json"), strict=True))
-        hashes = [[by_path[item["image"]], _label_key(item, by_path)] for item in self.data]
+        labels = [
+            f"class {item['label']}"
+            if _is_class(item.get("label"))
+            else "-".join(by_path[f] for f in label_files(item))
+            for item in self.data
+        ]
+        hashes = [[by_path[item["image"]], label] for item, label in zip(self.data, labels, strict=True)]
         ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
         description = describe(transform)
         self.chain = fingerprint("decoded-4", description)
@@ -210,7 +204,7 @@ class DecodedDataset(DecodedImages):
         image = np.asarray(decoded["image"], dtype=np.float32)
         image = np.round(image.clip(0, 1) * 255).astype(np.uint8)
         image = image[None] if image.ndim == 3 else image.swapaxes(0, 1)  # (1, D, H, W) -> (D, 1, H, W)
-        last, given = f"{self.num_classes - 1}", "label" in item
+        of_task, given = f"the task has classes 0 to {self.num_classes - 1}", "label" in item
         if size and image.shape[-2:] != size:
             raise BadSampleError(
                 f"{item['image']} has the size {image.shape[-2:]} after preprocessing, others {size}: make the "
@@ -219,9 +213,7 @@ class DecodedDataset(DecodedImages):
         if self.classifies:
             label = item.get("label", UNLABELLED)
             if given and not (_is_class(label) and 0 <= label < self.num_classes):
-                raise BadSampleError(
-                    f"{item['image']} has the label {label!r}; the task has classes 0 to {last}: correct its label."
-                )
+                raise BadSampleError(f"{item['image']} has the label {label!r}; {of_task}: correct its label.")
             return image, np.full(len(image), label, np.uint8)
         if not given:
             return image, np.full((len(image), 1, *image.shape[-2:]), UNLABELLED, np.uint8)
@@ -234,7 +226,5 @@ class DecodedDataset(DecodedImages):
             )
         wrong = classes[~np.isin(classes, [*range(self.num_classes), UNLABELLED])]
         if wrong.size:
-            raise BadSampleError(
-                f"{item['label']} holds the value {wrong[0]:g}; the task has classes 0 to {last}: correct the mask."
-            )
+            raise BadSampleError(f"{item['label']} holds the value {wrong[0]:g}; {of_task}: correct the mask.")
         return image, classes.astype(np.uint8)

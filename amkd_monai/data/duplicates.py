@@ -78,8 +78,7 @@ def _hash(path: str) -> str:
         image.draft("L", (8 * HASH_SIZE, 8 * HASH_SIZE))
         shown = upright(image)
     grey = (to_rgb(shown) if shown.mode[0] in "IF" else shown).convert("L")
-    bits = imagehash.phash(grey, hash_size=HASH_SIZE).hash
-    return np.packbits(bits.ravel()).tobytes().hex()
+    return str(imagehash.phash(grey, hash_size=HASH_SIZE))
 
 
 def near_duplicates(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
@@ -27,9 +26,8 @@ class BadSampleError(ValueError):
     """A sample that cannot be used, named with the remedy."""
 
 
-@dataclass(frozen=True)
-class Unusable:
-    """An item that cannot be used: its id, and why in one sentence."""
+class Unusable(NamedTuple):
+    """An item that cannot be used, and why in one sentence."""
 
     id: str
     reason: str
@@ -84,10 +82,8 @@ class Agreement:
 class ReadableDataset(Dataset):
     """Items and their transform chain; an item that cannot be used is an :class:`Unusable`.
 
-    Args:
-        data: items with ``image``, ``id`` and, where labelled, ``label``.
-        transform: deterministic chain.
-        keep: hold what the chain gives in memory after the first time.
+    Items have ``image``, ``id`` and, where labelled, ``label``; with ``keep``, what the deterministic chain gives is
+    held in memory.
     """
 
     def __init__(self, data: Sequence[Mapping[str, Any]], transform: Callable, keep: bool = False) -> None:
@@ -124,11 +120,6 @@ class ReadableLoader(DataLoader):
     Attach it to the engine that uses it: the run ends after the usable items. With
     ``on_bad_sample`` "stop" it then ends with an error that names the others; with "skip" they are only listed.
 
-    Args:
-        dataset: a :class:`ReadableDataset`.
-        on_bad_sample: "stop" or "skip".
-        options: of MONAI's ``DataLoader``, such as ``num_workers`` or ``sampler``.
-
     Attributes:
         skipped: ``{"id": ..., "reason": ...}`` of each item that was passed over.
     """
@@ -149,7 +140,7 @@ class ReadableLoader(DataLoader):
         for batch in super().__iter__():
             if isinstance(batch, Unusable):
                 logger.warning("left out: %s", batch.reason)
-                self.skipped.append({"id": batch.id, "reason": batch.reason})
+                self.skipped.append(batch._asdict())
                 continue
             yield from waiting
             waiting = [batch]

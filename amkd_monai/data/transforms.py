@@ -53,11 +53,8 @@ class _PerKey(MapTransform):
 class LoadPictured(_PerKey):
     """Load pictures of any mode as RGB (3, H, W), levels 0 to 255, float32, upright; see :mod:`..files.pictures`.
 
-    Args:
-        keys: of the files.
-        allow_missing_keys: whether a key may be absent.
-        size: (H, W) to resize to while decoding, many times faster for large JPEGs; ``Invertd`` does not undo it, so it
-            is for chains whose result is not mapped back to the original size.
+    A ``size`` (H, W) is resized to while decoding, many times faster for large JPEGs; ``Invertd`` does not undo it, so
+    it is for chains whose result is not mapped back to the original size.
     """
 
     def __init__(
@@ -73,12 +70,8 @@ class LoadPictured(_PerKey):
 class LoadMaskd(_PerKey):
     """Load masks of pictures as class indices (1, H, W), float32, 255 where there is no label.
 
-    Args:
-        keys: of one file or several, which are combined.
-        allow_missing_keys: whether a key may be absent.
-        image_key: of the picture, a path or loaded from one, on which the mask must lie.
-        classes: number of classes, background included.
-        codes: what the values of the files mean, see :func:`amkd_monai.files.masks.decode`.
+    Several files are combined. ``image_key`` is the picture, a path or loaded from one, on which the mask must lie;
+    ``classes`` and ``codes`` are as for :func:`amkd_monai.files.masks.decode`.
     """
 
     def __init__(
@@ -128,13 +121,9 @@ load_rgb, load_mask, load_volume = LoadPictured, LoadMaskd, LoadVolumed
 
 
 class CtWindowd(_PerKey):
-    """Scale a CT to [0, 1] by a window; a CT that was windowed to 0..255 or 0..1 before is scaled from there.
+    """Scale a CT to [0, 1] by a window in HU, that of lungs by default; see :func:`amkd_monai.files.volumes.ct_range`.
 
-    Args:
-        keys: of the volumes.
-        low: lower end of the window in HU; -1250 for lungs.
-        high: upper end in HU; 250 for lungs.
-        values: what the volumes hold, see :func:`amkd_monai.files.volumes.ct_range`, which refuses what fits nothing.
+    A CT that was windowed to 0..255 or 0..1 before is scaled from there.
     """
 
     def __init__(
@@ -181,8 +170,7 @@ class NeighbourSlicesd(_PerKey):
 class DropUnlabelledd(MapTransform):
     """Make both answer and label background where the label is 255, so that no metric counts these pixels.
 
-    Args:
-        keys: the answer, probabilities (C, ...), and the label, class indices (1, ...), in this order.
+    The keys are the answer, probabilities (C, ...), and the label, class indices (1, ...), in this order.
     """
 
     def __init__(self, keys: KeysCollection = ("pred", "label")) -> None:
@@ -203,12 +191,7 @@ class DropUnlabelledd(MapTransform):
 class SaveMaskd(MapTransform):
     """Write a label map (1, H, W) or (1, X, Y, Z) as ``<id>_mask.png`` (0 and 255) or ``<id>_mask.nii.gz``.
 
-    A volume's mask has the grid, order and header geometry of the image file.
-
-    Args:
-        keys: of the label maps, on the grid of the image file.
-        output_dir: folder of the files.
-        image_key: of the loaded image.
+    The maps lie on the grid of the image file, whose order and header geometry a volume's mask gets.
     """
 
     def __init__(self, keys: KeysCollection, output_dir: str | Path, image_key: str = "image") -> None:

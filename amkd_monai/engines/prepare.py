@@ -89,7 +89,7 @@ def build_cache(
     bundle = Path(bundle).expanduser()
     config = bundle / "configs" / "train.json"
     if not config.is_file():
-        raise ValueError(f"{bundle} is no training bundle, it lacks configs/train.json: give a folder of bundles/.")
+        raise ValueError(f"{bundle} is not a training bundle, it lacks configs/train.json: give a folder of bundles/.")
     parser = ConfigParser()
     parser.read_config([str(config), *configs])
     if unknown := [key for key in settings if key not in parser.config]:

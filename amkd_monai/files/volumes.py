@@ -198,18 +198,13 @@ def check_grid(file: str | Path, label: Grid, image: Grid) -> None:
     corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * [*(np.array(a.shape) - 1), 1]
     farthest = np.abs((corners @ (b.affine - a.affine).T)[:, :3]).max(axis=0)
     allowed = max(AFFINE_TOLERANCE, CORNER_TOLERANCE * min(a.spacing))
-    problems = [
-        *(
-            f"it has {m} voxels from {x}, its image {n}"
-            for x, n, m in zip(AXES, a.shape, b.shape, strict=True)
-            if n != m
-        ),
-        *(
-            f"its voxels measure {m:g} mm from {x}, those of its image {n:g} mm"
-            for x, n, m in zip(AXES, a.spacing, b.spacing, strict=True)
-            if abs(n - m) > max(AFFINE_TOLERANCE, 1e-3 * n)
-        ),
-    ]
+    problems = []
+    for axis, of_image, of_label in zip(AXES, a.shape, b.shape, strict=True):
+        if of_image != of_label:
+            problems.append(f"it has {of_label} voxels from {axis}, its image {of_image}")
+    for axis, size, other in zip(AXES, a.spacing, b.spacing, strict=True):
+        if abs(size - other) > max(AFFINE_TOLERANCE, 1e-3 * size):
+            problems.append(f"its voxels measure {other:g} mm from {axis}, those of its image {size:g} mm")
     if farthest.max() > allowed or np.abs(a.affine - b.affine).max() > AFFINE_TOLERANCE:
         problems.append(f"its voxels lie up to {farthest.max():.3g} mm off, from {AXES[int(farthest.argmax())]}")
     if problems:

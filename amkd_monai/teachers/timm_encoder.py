@@ -1,4 +1,4 @@
-"""Encoders as teachers of features: any timm network, and those of students of this project."""
+"""Encoders as teachers of features: any timm network, and the encoder of a student of this project."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class StudentTeacher(Teacher):
         model: timm name of its encoder.
         task: whose batch norms are taken where a shared student has them per data set; None takes the first task's.
         image_size: None takes images as they come.
-        licence: licence of the weights; that of the data and teachers that the student was trained with.
+        licence: of the weights; it follows from the data and teachers that the student was trained with.
     """
 
     def __init__(

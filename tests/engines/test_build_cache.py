@@ -86,4 +86,4 @@ def test_what_cannot_be_built_is_one_sentence(tmp_path, teachers, capsys, argume
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path, capsys):
     assert main(["cache", "build", str(tmp_path)]) == 1
-    assert "is no training bundle" in capsys.readouterr().err
+    assert "training bundle" in capsys.readouterr().err

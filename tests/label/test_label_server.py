@@ -175,7 +175,7 @@ def test_the_label_of_a_volume_must_lie_on_its_grid(lab, tmp_path):
     nibabel.save(nibabel.Nifti1Image(np.asarray(good.dataobj), shifted), tmp_path / "shifted.nii.gz")
     upload = ("l.nii.gz", (tmp_path / "shifted.nii.gz").read_bytes())
     refused = lab.server.send("/datastore/label?image=la_003", "PUT", label=upload)
-    assert refused.status == 400 and "affine" in refused.json()["detail"]
+    assert refused.status == 400 and "la_003" in refused.json()["detail"] and "grid" in refused.json()["detail"]
     upload = ("l.nii.gz", file.read_bytes())
     assert lab.server.send("/datastore/label?image=la_003", "PUT", label=upload).status == 200
     assert lab.server.get("/datastore/label?label=la_003&tag=final").content == file.read_bytes()

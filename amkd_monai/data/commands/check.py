@@ -27,15 +27,9 @@ ORANGE = (230, 159, 0)  # Okabe-Ito; with a black border it shows on any backgro
 
 @dataclass
 class DataReport:
-    """The result of a check.
+    """The result of a check: facts to read, and problems, one sentence each, to put right before a training.
 
-    Attributes:
-        task: what the data are for.
-        root: the folder.
-        items: the samples; empty if the layout is wrong.
-        facts: lines to read.
-        problems: one sentence each; what must be put right, or known, before a training.
-        damaged: ids of items whose files cannot be read or used.
+    ``items`` is empty if the layout is wrong; ``damaged`` are the ids of items whose files cannot be used.
     """
 
     task: Task
@@ -68,16 +62,9 @@ def check_data(
 ) -> DataReport:
     """Read every file of a data set, list its items, look for duplicates and split it.
 
-    What is wrong with the data is in the report and raises nothing; an unknown task is a ValueError.
-
-    Args:
-        task: a key of ``amkd_monai.data.datasets.TASKS``.
-        root: the data set's folder.
-        cache_dir: keeps hashes between checks and trainings.
-        options: further options of the data set's ``find_items``.
-        fold: of the split.
-        seed: of the split.
-        mask_codes: what the values of masks mean; None takes the task's rule.
+    What is wrong with the data is in the report and raises nothing; an unknown task is a ValueError. ``cache_dir``
+    keeps hashes between checks and trainings, ``options`` are those of the data set's ``find_items``, ``fold`` and
+    ``seed`` those of the split; ``mask_codes`` replaces the task's rule for the values of masks.
     """
     report = DataReport(get_task(task), Path(root))
     try:
@@ -271,13 +258,7 @@ def write_contact_sheet(
 ) -> Path:
     """Draw evenly spaced items with the outlines of their masks, to see at a glance whether labels belong to images.
 
-    Args:
-        path: PNG to write, which is returned.
-        task: tells pictures from volumes (of which the slice with most foreground is shown) and names the classes.
-        items: what to choose from; none is a ValueError.
-        count: thumbnails at most.
-        columns: thumbnails in a row.
-        mask_codes: what the values of masks mean; None takes the task's rule.
+    The PNG has ``count`` thumbnails at most, with ``columns`` in a row; of volumes, the slice with most foreground.
     """
     from matplotlib.figure import Figure
 

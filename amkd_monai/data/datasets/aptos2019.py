@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from amkd_monai.data.datasets.base import Layout
+from amkd_monai.data.datasets.base import Layout, check_ids, report_conflicts
 from amkd_monai.data.duplicates import group_identical_images
-from amkd_monai.data.layout import check_ids, check_layout, report_conflicts
 from amkd_monai.data.splits import Item
 from amkd_monai.files.names import files_by_id, read_table, some
 
@@ -48,10 +47,14 @@ class Aptos2019(Layout):
     predict_in = tuple(f"{name}{inner}" for names in FOLDERS.values() for name in names for inner in (f"/{name}", ""))
     validation_fraction = 0.2
 
+    def is_in(self, folder: Path) -> bool:
+        """Whether there is a table of training images, or folders of grades."""
+        return bool(_first(folder, TABLES["train"]) or _grade_folders(folder) or _section_folders(folder))
+
     def find_items(self, root: str | Path, cache_dir: str | Path | None = None) -> list[Item]:
         """List all graded images, sorted by id; byte-identical images share a group, conflicts are announced."""
         root = Path(root)
-        check_layout(root, self.title, self.expected, _has_layout, [n for names in FOLDERS.values() for n in names])
+        self.check(root)
         tables = {name: table for name, names in TABLES.items() if (table := _first(root, names)) is not None}
         if "validation" in tables and len(tables) == 3:
             items = [{**i, "section": name} for name in tables for i in _table_items(root, tables[name], name)]
@@ -68,10 +71,6 @@ class Aptos2019(Layout):
         grouped = group_identical_images(items)
         report_conflicts(grouped, CLASSES)
         return grouped
-
-
-def _has_layout(root: Path) -> bool:
-    return _first(root, TABLES["train"]) is not None or bool(_grade_folders(root)) or _section_folders(root) is not None
 
 
 def _first(root: Path, names: tuple[str, ...]) -> Path | None:

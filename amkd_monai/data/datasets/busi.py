@@ -12,9 +12,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from amkd_monai.data.datasets.base import Layout
+from amkd_monai.data.datasets.base import Layout, check_partners, checked
 from amkd_monai.data.duplicates import group_near_duplicates
-from amkd_monai.data.layout import check_layout, check_partners, mark_problem, picture_problem, plain_items
 from amkd_monai.data.splits import Item
 from amkd_monai.files.names import file_id, image_files, natural, some
 
@@ -34,6 +33,10 @@ class Busi(Layout):
     expected = "the folders benign/, malignant/ and normal/ with `<class> (N).png` and `<class> (N)_mask.png`"
     validation_fraction = 0.15
 
+    def is_in(self, folder: Path) -> bool:
+        """Whether there are folders of benign and malignant images."""
+        return (folder / "benign").is_dir() and (folder / "malignant").is_dir()
+
     def find_items(
         self,
         root: str | Path,
@@ -50,18 +53,16 @@ class Busi(Layout):
             duplicate_distance: see `amkd_monai.data.duplicates.group_near_duplicates`.
         """
         root = Path(root)
-        check_layout(root, self.title, self.expected, _has_layout, CLASSES)
+        self.check(root)
         items: list[Item] = []
         for name in CLASSES if normals else CLASSES[:2]:
             images, masks = _files(root / name) if (root / name).is_dir() else ({}, {})
-            check_partners(images.keys() - masks.keys(), images, "mask", {})
-            check_partners(masks.keys() - images.keys(), {n: files[0] for n, files in masks.items()}, "image", {})
+            check_partners(images, {number: files[0] for number, files in masks.items()})
             for number, image in images.items():
                 files = sorted(masks[number], key=lambda file: natural(file.name))
                 label = [str(file) for file in files] if len(files) > 1 else str(files[0])
                 item = {"image": str(image), "label": label, "id": number, "group": number, "class": name}
-                mark_problem(item, picture_problem(image, files))
-                items.append(item)
+                items.append(checked(item, image, files))
         if not items:
             raise FileNotFoundError(f"No images in {root}: expected {self.expected}.")
         return group_near_duplicates(sorted(items, key=lambda item: natural(item["id"])), duplicate_distance, cache_dir)
@@ -69,11 +70,7 @@ class Busi(Layout):
     def inference_items(self, root: str | Path) -> list[Item]:
         """List the images of all three folders, without the masks beside them, else the folder's own files."""
         folders = [Path(root) / name for name in CLASSES if (Path(root) / name).is_dir()]
-        return [item for folder in folders or [Path(root)] for item in plain_items((folder,))]
-
-
-def _has_layout(folder: Path) -> bool:
-    return (folder / "benign").is_dir() and (folder / "malignant").is_dir()
+        return [item for folder in folders or [Path(root)] for item in super(Busi, self).inference_items(folder)]
 
 
 def _files(folder: Path) -> tuple[dict[str, Path], dict[str, list[Path]]]:

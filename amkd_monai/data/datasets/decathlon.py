@@ -12,9 +12,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from amkd_monai.data.datasets.base import Layout
+from amkd_monai.data.datasets.base import Layout, checked
 from amkd_monai.data.duplicates import group_identical_images
-from amkd_monai.data.layout import check_layout, mark_problem, volume_problem
 from amkd_monai.data.splits import Item
 from amkd_monai.files.names import file_id, read_text
 
@@ -39,11 +38,19 @@ class Decathlon(Layout):
     predict_in = ("imagesTs", "imagesTr")  # read, as the "test" list of dataset.json may be empty
     volumes = True
 
+    def is_in(self, folder: Path) -> bool:
+        """Whether there is a `dataset.json`."""
+        return (folder / "dataset.json").is_file()
+
+    def hint(self, root: Path) -> str:
+        """Tell that only `dataset.json` is missing."""
+        alone = (root / "imagesTr").is_dir() and (root / "labelsTr").is_dir()
+        return "dataset.json alone is missing, copy it from the archive" if alone else ""
+
     def find_items(self, root: str | Path, cache_dir: str | Path | None = None) -> list[Item]:
         """List the volumes and labels that `dataset.json` names, sorted by id; byte-identical images share a group."""
         root, file = Path(root), Path(root) / "dataset.json"
-        parts = ("imagesTr", "labelsTr", "imagesTs")
-        check_layout(root, self.title, self.expected, _has_layout, parts, _only_json_is_missing)
+        self.check(root)
         try:
             content = json.loads(read_text(file))
             listed = [
@@ -66,17 +73,8 @@ class Decathlon(Layout):
             name = file_id(image)
             if name in items:
                 raise ValueError(f"{file} lists the volume '{name}' twice: keep one entry.")
-            items[name] = {"image": str(image), "label": str(label), "id": name, "group": name}
-            mark_problem(items[name], volume_problem(image, [label]))
+            item = {"image": str(image), "label": str(label), "id": name, "group": name}
+            items[name] = checked(item, image, [label], volumes=True)
         if not items:
             raise ValueError(f'The list "training" of {file} is empty: copy it again from the archive.')
         return group_identical_images(items.values())
-
-
-def _has_layout(folder: Path) -> bool:
-    return (folder / "dataset.json").is_file()
-
-
-def _only_json_is_missing(root: Path) -> str:
-    alone = (root / "imagesTr").is_dir() and (root / "labelsTr").is_dir()
-    return "dataset.json alone is missing, copy it from the archive" if alone else ""

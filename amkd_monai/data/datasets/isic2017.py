@@ -13,9 +13,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from amkd_monai.data.datasets.base import Layout
+from amkd_monai.data.datasets.base import Layout, check_ids, pair, report_conflicts
 from amkd_monai.data.duplicates import group_identical_images
-from amkd_monai.data.layout import check_ids, check_layout, pair, report_conflicts
 from amkd_monai.data.splits import Item
 from amkd_monai.files.names import files_by_id, read_table, some
 
@@ -45,10 +44,14 @@ class Isic2017(Layout):
     )
     validation_fraction = 0.2
 
+    def is_in(self, folder: Path) -> bool:
+        """Whether there are images of an official section."""
+        return any(_image_folder(folder, name) is not None for name in OFFICIAL.values())
+
     def find_items(self, root: str | Path, cache_dir: str | Path | None = None) -> list[Item]:
         """List all labelled images, sorted by id; byte-identical images share a group, conflicts are announced."""
         root = Path(root)
-        check_layout(root, self.title, self.expected, _has_layout, self.predict_in)
+        self.check(root)
         items: list[Item] = []
         for section, name in OFFICIAL.items():
             folder = _image_folder(root, name)
@@ -85,10 +88,6 @@ class Isic2017(Layout):
             )
         check_ids(rows, images, table, folder)
         return [{"image": str(images[i]), "label": _class_of(rows[i], table), "id": i, "group": i} for i in rows]
-
-
-def _has_layout(root: Path) -> bool:
-    return any(_image_folder(root, name) is not None for name in OFFICIAL.values())
 
 
 def _image_folder(root: Path, name: str) -> Path | None:

@@ -7,9 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from amkd_monai.data.datasets.base import Layout
+from amkd_monai.data.datasets.base import Layout, pair
 from amkd_monai.data.duplicates import group_identical_images, group_near_duplicates
-from amkd_monai.data.layout import check_layout, named_folders, pair, picture_problem, volume_problem
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
 from amkd_monai.files.names import PICTURE_SUFFIXES, files_by_id, has_suffix, natural, read_text, some
 
@@ -67,8 +66,7 @@ class Pairs(Layout):
                 raise ValueError(f"{root} has {some(twice)} in both sections: rename one of the two.")
         else:
             if folders is None:
-                parts = {Path(name).parts[0] for names in (*self.folders, *self.official.values()) for name in names}
-                check_layout(root, self.title, self.expected, self._has_layout, sorted(parts), self._volumes_hint)
+                self.check(root)
                 folders = next(names for names in self.folders if _all_there(root, [names]))
             items = self._pairs(root, folders, mask_ending)
         distance = self.duplicate_distance if duplicate_distance is None else duplicate_distance
@@ -81,18 +79,25 @@ class Pairs(Layout):
         return sorted(items, key=lambda item: natural(item["id"]))
 
     def _pairs(self, root: Path, folders: Sequence[str], ending: str) -> list[Item]:
-        images, masks = named_folders(root, folders)
+        if isinstance(folders, str) or len(folders) != 2:
+            raise ValueError(f"folders must name two folders, images and masks, not {folders}.")
+        images, masks = root / folders[0], root / folders[1]
+        for folder in (images, masks):
+            if not folder.is_dir():
+                raise FileNotFoundError(f"There is no folder {folder}: correct `folders` or dataset_dir.")
         found, labels = files_by_id(images, self.suffixes), files_by_id(masks, self.suffixes, ending)
         if images == masks and ending:
             found = {name: file for name, file in found.items() if not name.endswith(ending)}
         if not found:
             raise FileNotFoundError(f"No images in {images}: expected {self.expected}.")
-        return pair(found, labels, volume_problem if self.volumes else picture_problem)
+        return pair(found, labels, self.volumes)
 
-    def _has_layout(self, root: Path) -> bool:
-        return any(_all_there(root, pairs) for pairs in (self.official.values(), *([names] for names in self.folders)))
+    def is_in(self, folder: Path) -> bool:
+        """Whether the folders of images and masks are there."""
+        return any(_all_there(folder, pairs) for pairs in (self.official.values(), *([f] for f in self.folders)))
 
-    def _volumes_hint(self, root: Path) -> str:
+    def hint(self, root: Path) -> str:
+        """Tell that volumes are another task."""
         volumes = not self.volumes and (any(root.glob("*.nii*")) or any(root.glob("*/*.nii*")))
         return "it holds volumes, use a task for volumes such as covid_volumes" if volumes else ""
 

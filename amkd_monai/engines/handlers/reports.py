@@ -117,30 +117,25 @@ class CaseReport:
         return [row for key in sorted(cases) for row in cases[key]]
 
     def _report(self, engine: Engine) -> None:
-        rows = self._gathered()
-        flat: dict[str, float] = {}
-        described: dict[str, Any]
+        rows, title = self._gathered(), self.task.name
+        described: dict[str, Any] = {"task": self.task.name}
         if self.task.is_classification:
             summary = summarise_classes(rows, self.task)
-            title, described = self.task.name, {"primary_metric": self.task.primary_metric}
-            for name, values in summary["metrics"].items():
-                flat |= {
-                    name: values["value"],
-                    f"{name}_ci_low": values["ci_low"],
-                    f"{name}_ci_high": values["ci_high"],
-                }
+            described["primary_metric"] = self.task.primary_metric
         else:
             summary = summarise(rows, METRICS)
-            title = f"{self.task.name}, HD95 in {self.unit}"
-            described = {"unit": self.unit, "nsd_tolerance": self.task.nsd_tolerance}
-            for metric, values in summary["metrics"].items():
-                flat |= {f"{metric}_{name}": value for name, value in values.items()}
+            title += f", HD95 in {self.unit}"
+            described |= {"unit": self.unit, "nsd_tolerance": self.task.nsd_tolerance}
+        flat: dict[str, float] = {}
+        for metric, values in summary["metrics"].items():
+            flat |= {metric if name == "value" else f"{metric}_{name}": value for name, value in values.items()}
+        if "status" in summary:
             flat |= {f"cases_{status}": summary["status"].get(status, 0) for status in STATUSES}
-            if summary["empty_references"]:
-                flat["false_positive_rate"] = summary["false_positive_rate"]
+        if summary.get("empty_references"):
+            flat["false_positive_rate"] = summary["false_positive_rate"]
         engine.state.metrics |= flat
         if idist.get_rank() == 0:
-            self._write(rows, {"task": self.task.name, **described, "summary": summary})
+            self._write(rows, {**described, "summary": summary})
             logger.info("%s", format_table(summary, title))
 
     def _write(self, rows: Sequence[Row], report: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The steps without torch give what MONAI's transforms give."""
+"""Prediction without torch: its steps give what MONAI's transforms give; a class is written so that it can be read."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import CenterSpatialCrop, KeepLargestConnectedComponent, Resize, Spacing, SpatialPad
+from PIL import Image
 
 from amkd_monai.data.transforms import CtWindowd
+from amkd_monai.export.predict import write_captioned
 from amkd_monai.export.translate import preprocessing
 from amkd_monai.files.steps import largest_component, prepare
 from amkd_monai.files.volumes import Grid
@@ -90,3 +92,23 @@ def test_only_the_largest_part_stays():
 def test_an_unknown_step_is_refused():
     with pytest.raises(ValueError, match="no step 'fold'"):
         prepare(np.zeros((3, 4, 4)), [{"step": "fold"}])
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 60), (400, 1000)])
+def test_the_picture_is_whole_and_the_caption_fits_below_it(tmp_path, height, width):
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    bands = {}
+    for caption in ("no DR  0.93", "severe  0.93", "a class whose name is longer than most of the others  0.93"):
+        write_captioned(tmp_path / "x.png", image, caption)
+        written = np.asarray(Image.open(tmp_path / "x.png"), int)
+        factor = written.shape[1] // width
+        picture, band = np.split(written, [height * factor])
+        np.testing.assert_array_equal(picture[::factor, ::factor], image)
+        letters = band.max(-1) > 128
+        columns, rows = np.flatnonzero(letters.any(0)), np.flatnonzero(letters.any(1))
+        assert columns[0] > 0 and columns[-1] < written.shape[1] - 1, "nothing is cut"
+        assert rows[0] > 0 and rows[-1] < len(band) - 1
+        assert len(caption) > 20 or rows[-1] - rows[0] >= 12, "pixels, the height of a letter"
+        bands[caption] = band
+    first, second, _ = bands.values()
+    assert (first != second).any()

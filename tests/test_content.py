@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from amkd_monai import content
 from amkd_monai.content import content_hashes, file_sha256, fingerprint
-from amkd_monai.data import content
 
 
 @pytest.fixture
