@@ -95,7 +95,7 @@ def print_imports() -> None:
 def trip(bundle: str) -> list[str]:
     """Return the modules whose functions run before the second loss of a training on phantoms, in order of first use.
 
-    Within an import nothing counts: the frame of a module is noted until it returns.
+    Nothing counts within an import, that is, from the call of a module's frame to its return.
     """
     from ignite.engine import Events
     from monai.bundle import ConfigParser, ConfigWorkflow
@@ -106,13 +106,14 @@ def trip(bundle: str) -> list[str]:
     importing: list[FrameType] = []
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
-        if frame.f_code.co_name == "<module>":
+        code = frame.f_code
+        if code.co_name == "<module>" and code.co_filename.endswith(".py"):  # not an expression of a config
             if event == "call":
                 importing.append(frame)
-            elif event == "return":
-                importing.pop()
-        elif event == "call" and not importing and frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # no class body
-            files.setdefault(frame.f_code.co_filename)
+            elif event == "return" and frame in importing:
+                del importing[importing.index(frame) :]
+        elif event == "call" and not importing and code.co_flags & inspect.CO_OPTIMIZED:  # no class body
+            files.setdefault(code.co_filename)
 
     configs = ROOT / "bundles" / bundle / "configs"
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +157,9 @@ def main() -> None:
         modules = trip(arguments.bundle)
         besides = [module for module in modules if module.startswith(BESIDES)]
         on_trip = [module for module in modules if module not in besides]
-        print(f"\n{1 + len(on_trip)} files from config to loss, in order of first use: {arguments.bundle}/train.json and")
+        print(
+            f"\n{1 + len(on_trip)} files from config to loss, in order of first use: {arguments.bundle}/train.json and"
+        )
         print("  " + "\n  ".join(on_trip))
         print(f"{len(besides)} more for handlers, the run's record and messages:\n  " + "\n  ".join(besides))
 

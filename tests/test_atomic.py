@@ -13,11 +13,11 @@ import filelock
 import pytest
 
 from amkd_monai import atomic
-from amkd_monai.atomic import atomic_folder, atomic_path, atomic_write_bytes, atomic_write_json, exclusive_lock
+from amkd_monai.storage import atomic_folder, atomic_path, atomic_write_bytes, atomic_write_json, exclusive_lock
 
 HOLD = """
 import sys, time
-from amkd_monai.atomic import exclusive_lock
+from amkd_monai.storage import exclusive_lock
 with exclusive_lock(sys.argv[1]):
     print("holding", flush=True)
     time.sleep(60)

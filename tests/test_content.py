@@ -5,7 +5,7 @@ import os
 import pytest
 
 from amkd_monai import content
-from amkd_monai.content import content_hashes, file_sha256, fingerprint
+from amkd_monai.storage import content_hashes, file_sha256, fingerprint
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from amkd_monai import __version__
-from amkd_monai.atomic import atomic_folder, atomic_write_json
 from amkd_monai.data.datasets import Task
 from amkd_monai.export import card, formats
 from amkd_monai.export.runners import Runner, peak_memory, runner, torch_runner
@@ -25,6 +24,7 @@ from amkd_monai.export.source import Case, Source, spread
 from amkd_monai.files.masks import IGNORED
 from amkd_monai.files.steps import softmax
 from amkd_monai.metrics.classification import macro_auroc
+from amkd_monai.storage import atomic_folder, atomic_write_json
 from amkd_monai.terminal import align, progress
 from amkd_monai.weights import file_sha256
 

@@ -20,7 +20,8 @@ from amkd_monai.metrics.statistics import (
     paired_wilcoxon,
     resampled,
 )
-from amkd_monai.metrics.summary import Row, read_case_csv, read_json
+from amkd_monai.metrics.summary import Row, read_case_csv
+from amkd_monai.storage import read_json
 from amkd_monai.terminal import align
 
 Key = tuple[str, ...]

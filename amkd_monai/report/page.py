@@ -12,12 +12,12 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 import amkd_monai
-from amkd_monai.atomic import atomic_write_bytes
 from amkd_monai.metrics.classification import labels_and_probabilities, positive_classes
 from amkd_monai.metrics.compare import compare_runs
 from amkd_monai.metrics.summary import FEATURES, TEACHERS, preview_file
 from amkd_monai.report import figures, pictures
 from amkd_monai.report.run_folder import RunFolder, read_arrays, read_run
+from amkd_monai.storage import atomic_write_bytes
 
 SHOWN = {"worst": 6, "median": 3, "best": 3}
 """Cases that are shown of a run."""

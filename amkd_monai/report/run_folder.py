@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from amkd_monai.data.datasets import TASKS, Task
-from amkd_monai.metrics.summary import PREVIEWS, read_case_csv, read_json
+from amkd_monai.metrics.summary import PREVIEWS, read_case_csv
+from amkd_monai.storage import read_json
 
 
 @dataclass(frozen=True)

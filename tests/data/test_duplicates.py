@@ -9,7 +9,8 @@ from helpers import shared_data
 from PIL import Image, ImageDraw, ImageEnhance
 
 from amkd_monai.data import duplicates
-from amkd_monai.data.duplicates import (
+from amkd_monai.data.phantoms import ultrasound_image
+from amkd_monai.data.splits import (
     NEAR,
     clusters,
     group_near_duplicates,
@@ -17,7 +18,6 @@ from amkd_monai.data.duplicates import (
     near_pairs,
     perceptual_hashes,
 )
-from amkd_monai.data.phantoms import ultrasound_image
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from PIL import Image
 
 from amkd_monai.__main__ import main
-from amkd_monai.data.readable import BadSampleError
+from amkd_monai.data.decoded import BadSampleError
 from amkd_monai.files.pictures import UNDONE, turned
 from amkd_monai.label.student import ServedStudent
 

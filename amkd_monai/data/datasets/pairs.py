@@ -1,18 +1,195 @@
-"""Folders of pairs: one folder of images and one of masks, with one file of a name in each."""
+"""How the files of a data set lie in its folder: what all layouts share, and folders of images and masks."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from amkd_monai.data.datasets.base import Layout, pair
-from amkd_monai.data.duplicates import group_identical_images, group_near_duplicates
-from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
-from amkd_monai.files.names import PICTURE_SUFFIXES, files_by_id, has_suffix, natural, read_text, some
+from amkd_monai.data.splits import (
+    DEFAULT_SPLIT,
+    Item,
+    Sections,
+    SplitOptions,
+    group_identical_images,
+    group_near_duplicates,
+    k_fold,
+    random_split,
+)
+from amkd_monai.files.masks import other_size
+from amkd_monai.files.names import (
+    PICTURE_SUFFIXES,
+    VOLUME_SUFFIXES,
+    files_by_id,
+    has_suffix,
+    images_to_predict,
+    natural,
+    read_text,
+    some,
+)
+from amkd_monai.files.pictures import picture_frame
+from amkd_monai.files.volumes import check_grid, volume_grid
 
 logger = logging.getLogger("amkd_monai")
+
+SECTIONS = ("train", "validation", "test")
+
+
+class Layout:
+    """How the files of a data set lie in its folder and are divided; a subclass reads one layout.
+
+    ``find_items(root, cache_dir=None, **options)`` lists the labelled items with "image", "label", "id" and "group";
+    "section" is an official one, "problem" says why an item cannot be used. A label is a mask file, several mask files,
+    or a class index. Further parameters are the data set's options. It raises FileNotFoundError or ValueError, one
+    sentence that names the file, where the folder does not have the layout or contradicts itself.
+
+    Attributes:
+        title: name of the data set in messages.
+        expected: the layout in words.
+        predict_in: folders that may hold the images to predict; the data set's own folder is looked at last.
+        volumes: images are NIfTI volumes, not pictures.
+        validation_fraction: part of the items outside the test fold that validates, where a data set without sections
+            of its own is cross-validated; None: it is split at random.
+    """
+
+    find_items: Callable[..., list[Item]]
+    title: str
+    expected: str
+    predict_in: Sequence[str] = ()
+    volumes: bool = False
+    validation_fraction: float | None = None
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder has the layout."""
+        raise NotImplementedError
+
+    def hint(self, root: Path) -> str:
+        """What may be wrong with a folder that does not have the layout, in words."""
+        return ""
+
+    def check(self, root: Path) -> None:
+        """Raise a FileNotFoundError that names the right folder if ``root`` is one level too high or too low."""
+        if self.is_in(root):
+            return
+        fix = f"expected {self.expected}"
+        if self.is_in(root.parent):
+            fix += f"; you are one level too low, use {root.parent}"
+        elif hint := self.hint(root):
+            fix += f"; {hint}"
+        elif root.is_dir() and (below := [child for child in sorted(root.iterdir()) if self.is_in(child)]):
+            fix += f"; you are one level too high, use {below[0]}"
+        raise FileNotFoundError(f"No {self.title} data in {root}: {fix}.")
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Suffixes of image files."""
+        return VOLUME_SUFFIXES if self.volumes else PICTURE_SUFFIXES
+
+    def inference_items(self, root: str | Path) -> list[Item]:
+        """List the images to predict, {"image", "id"}: those of an official layout, else the folder's own files."""
+        for folder in (Path(root) / name for name in (*self.predict_in, ".")):
+            if folder.is_dir() and (files := images_to_predict(folder, self.suffixes)):
+                return [{"image": str(files[name]), "id": name} for name in sorted(files, key=natural)]
+        what, inside = "volumes" if self.volumes else "images", ", ".join(self.predict_in)
+        raise FileNotFoundError(
+            f"No {what} to predict in {root}: expected {' or '.join(self.suffixes)} files in it"
+            + (f" or in its folder {inside}." if inside else ".")
+        )
+
+    def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
+        """Keep official sections (of train and test alone, validation is taken from train), else draw them."""
+        if {"train", "test"} <= {item.get("section") for item in items}:
+            train, validation, test = _official_sections(items)
+            if not validation:
+                share = how.fractions[0] / (how.fractions[0] + how.fractions[1])
+                train, validation, _ = random_split(train, (share, 1 - share, 0), how.seed)
+            return train, validation, test
+        items = [{key: value for key, value in item.items() if key != "section"} for item in items]
+        if self.validation_fraction is None:
+            logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
+            return random_split(items, how.fractions, how.seed)
+        logger.info("No official split in %s: fold %d of %d.", root, how.fold, how.folds)
+        return k_fold(items, how.folds, how.fold, self.validation_fraction, how.seed)
+
+
+def _official_sections(items: Iterable[Item]) -> Sections:
+    """Split items by their "section", which is dropped; a group stays in the latest section that has it.
+
+    What would leak from test into validation or training, or from validation into training, is left out there.
+    """
+    sections: dict[str, list[Item]] = {name: [] for name in SECTIONS}
+    for item in sorted(items, key=lambda item: str(item["id"])):
+        sections[item["section"]].append({key: value for key, value in item.items() if key != "section"})
+    taken: set[str] = set()
+    for name in reversed(SECTIONS):
+        kept = [item for item in sections[name] if item["group"] not in taken]
+        if len(kept) < len(sections[name]):
+            lost = {item["id"] for item in sections[name]} - {item["id"] for item in kept}
+            logger.warning("Left out of %s, as the same images lie in a later section: %s.", name, some(lost))
+        sections[name] = kept
+        taken |= {item["group"] for item in kept}
+    return sections["train"], sections["validation"], sections["test"]
+
+
+def pair(images: Mapping[str, Path], masks: Mapping[str, Path], volumes: bool = False) -> list[Item]:
+    """Make one item per image and mask of one id, each its own group; one without partner is a FileNotFoundError."""
+    check_partners(images, masks)
+    items: list[Item] = [{"image": str(images[i]), "label": str(masks[i]), "id": i, "group": i} for i in images]
+    return [checked(item, images[item["id"]], [masks[item["id"]]], volumes) for item in items]
+
+
+def check_partners(images: Mapping[str, Path], masks: Mapping[str, Path]) -> None:
+    """Raise a FileNotFoundError that names all images without mask, or masks without image, if there are any."""
+    for files, others, partner in ((images, masks, "mask"), (masks, images, "image")):
+        if alone := files.keys() - others.keys():
+            beside = f" in {next(iter(others.values())).parent}" if others else ""
+            raise FileNotFoundError(
+                f"{some(alone)} in {files[min(alone)].parent} lack(s) a {partner} of the same name{beside}: "
+                "add the missing file(s) or remove these."
+            )
+
+
+def checked(item: Item, image: Path, masks: Sequence[Path], volumes: bool = False) -> Item:
+    """Return an item, with what is wrong with the headers of its files, if anything is, under "problem"."""
+    try:
+        if volumes:
+            grid = volume_grid(image)
+            for mask in masks:
+                check_grid(mask, volume_grid(mask), grid)
+        else:
+            (size, tag), *of_masks = map(picture_frame, (image, *masks))
+            for mask, (found, own) in zip(masks, of_masks, strict=True):
+                if found != size and not ((tag >= 5) != (own >= 5) and found == size[::-1]):
+                    raise ValueError(other_size(mask, found, size))
+    except ValueError as error:
+        return {**item, "problem": str(error)}
+    return item
+
+
+def check_ids(rows: Collection[str], images: Collection[str], table: Path, folder: Path) -> None:
+    """Refuse an id without image (FileNotFoundError) and an image without label (ValueError)."""
+    if lost := set(rows) - set(images):
+        raise FileNotFoundError(
+            f"{table} names id(s) without an image in {folder}: {some(lost)}; add the image(s) or remove the line(s)."
+        )
+    if unnamed := set(images) - set(rows):
+        raise ValueError(f"{folder} holds image(s) that {table} does not name: {some(unnamed)}; remove them.")
+
+
+def report_conflicts(items: Iterable[Item], classes: Sequence[str]) -> None:
+    """Warn of identical images with different classes; they stay, in one group."""
+    members: defaultdict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        members[item["group"]].append(item)
+    lines = [
+        ", ".join(f"{item['id']} ({classes[item['label']]})" for item in group)
+        for group in members.values()
+        if len({item["label"] for item in group}) > 1
+    ]
+    if lines:
+        logger.warning("%d group(s) of identical images have conflicting labels: %s.", len(lines), "; ".join(lines))
 
 
 @dataclass(frozen=True)
@@ -25,7 +202,7 @@ class Pairs(Layout):
         official: the two folders of the sections "train" and "test", which are looked for before ``folders``.
         file_lists: files of ids, training and test, which fix the sections if they are there.
         duplicate_distance: bits in which the perceptual hashes of one group differ at most, see
-            :func:`~amkd_monai.data.duplicates.group_near_duplicates`; None: a group has byte-identical images only.
+            :func:`~amkd_monai.data.splits.group_near_duplicates`; None: a group has byte-identical images only.
     """
 
     title: str = "image and mask"
