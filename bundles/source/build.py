@@ -58,9 +58,15 @@ def resolved(node: Any, values: dict[str, Any]) -> Any:
         return elements
     if not isinstance(node, str) or node == ABSENT:
         return node
+
+    def value_of(name: str) -> Any:
+        if name not in values:
+            raise ValueError(f"There is no value <{name}>: add it to `values` of a part, or correct the name.")
+        return resolved(values[name], values)
+
     if whole := NAME.fullmatch(node):
-        return resolved(values[whole[1]], values)
-    return NAME.sub(lambda found: str(resolved(values[found[1]], values)), node)
+        return value_of(whole[1])
+    return NAME.sub(lambda found: str(value_of(found[1])), node)
 
 
 def bundle_files(name: str) -> dict[str, str]:
@@ -94,7 +100,10 @@ def main() -> None:
             path.write_text(text)
     if check and wrong:
         names = ", ".join(str(path.relative_to(BUNDLES)) for path in wrong)
-        sys.exit(f"Not as bundles/source says: {names}. Edit bundles/source and run `make bundles`.")
+        sys.exit(
+            f"Not as bundles/source says: {names}. Edit bundles/source, run `make bundles` and remove "
+            "files that it does not write."
+        )
 
 
 if __name__ == "__main__":

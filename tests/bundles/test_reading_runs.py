@@ -43,18 +43,18 @@ def test_names_of_any_bytes_in_a_home_folder_under_an_ascii_locale(tmp_path):
         file.rename(os.fsdecode(os.fsencode(file.parent) + b"/pati\xebnt\xc3\xbc" + file.name.encode()))
     places = {"HOME": str(tmp_path), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment = {**os.environ, **places, "PYTHONPATH": str(ROOT)}
-    common = ["--dataset_dir", "~/Kvasir-SEG", "--ckpt_dir", "~/models", "--cache_dir", "~/cache"]
     bundle = ROOT / "bundles" / "kvasir_seg" / "configs"
-    train = ["--image_size", "64", "--max_epochs", "1", "--teachers", "[]", "--output_dir", "~/out"]
-    check = ["--dataset_dir=~/Kvasir-SEG", "--cache_dir=~/cache", "--sheet=~/sheet.png"]
-    masks = ["--output_dir", "~/masks"]
-    for command in (
-        ["-m", "amkd_monai", "data", "check", "kvasir_seg", *check],
-        ["-m", "monai.bundle", "run", "training", "--config_file", str(bundle / "train.json"), *common, *train],
-        ["-m", "monai.bundle", "run", "--config_file", str(bundle / "inference.json"), *common, *masks],
-    ):
-        ended = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True)
-        assert ended.returncode == 0, ended.stderr[-2000:].decode(errors="replace")
+    common = {"dataset_dir": "~/Kvasir-SEG", "ckpt_dir": "~/models", "cache_dir": "~/cache"}
+    train = {**common, "image_size": 64, "max_epochs": 1, "teachers": [], "output_dir": "~/out"}
+    check = ["data", "check", "kvasir_seg", "--dataset_dir=~/Kvasir-SEG", "--cache_dir=~/cache", "--sheet=~/sheet.png"]
+    script = (
+        "from amkd_monai.__main__ import main\nfrom monai.bundle import run\n"
+        f"assert main({check}) == 0\n"
+        f"run('training', config_file={str(bundle / 'train.json')!r}, **{train})\n"
+        f"run(config_file={str(bundle / 'inference.json')!r}, **{common | {'output_dir': '~/masks'}})\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True)
+    assert ended.returncode == 0, ended.stderr[-2000:].decode(errors="replace")
     assert (tmp_path / "sheet.png").is_file() and (tmp_path / "out" / "run.json").is_file()
     names = sorted(os.fsencode(file.name) for file in (tmp_path / "masks").iterdir())
     assert names[0] == b"pati%EBnt\xc3\xbc000_mask.png" and len(names) == 24

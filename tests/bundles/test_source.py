@@ -60,7 +60,7 @@ def test_values_fill_texts_keys_and_lists():
     values = {"one": [1, "<two>"], "two": [2], "name": "dice", "none": []}
     parts = {"a": ["<one>", 3, "<none>"], "val_<name>": "<one>", "b": "mean <name>"}
     assert build.resolved(parts, values) == {"a": [1, 2, 3], "val_dice": [1, 2], "b": "mean dice"}
-    with pytest.raises(KeyError, match="three"):
+    with pytest.raises(ValueError, match="<three>"):
         build.resolved({"a": "<three>"}, values)
 
 
