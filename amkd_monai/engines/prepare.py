@@ -225,7 +225,7 @@ class _Preparation:
         single = self.train.classes is not None
         if classes != self.train.num_classes or (size == [1, 1]) != single:
             raise ValueError(
-                f"The teacher '{target.name}' gives logits of shape {shape}, the task asks for "
+                f"The teacher '{target.name}' gives logits of {classes} classes in {size} cells, the task asks for "
                 f"{'one answer per image' if single else 'a map of answers'} with {self.train.num_classes} classes: "
                 "give a teacher of this task, set its `own_answers` to false, or drop it."
             )
