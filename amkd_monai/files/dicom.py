@@ -105,11 +105,11 @@ def _reader(file: Path) -> Iterator[Any]:
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     with tempfile.TemporaryDirectory() if not str(file).isascii() else nullcontext() as folder:
-        name = file
         if folder:
-            name = Path(folder) / "slice.dcm"
-            name.symlink_to(file.absolute())
-        reader.SetFileName(str(name))
+            link = Path(folder) / "slice.dcm"
+            link.symlink_to(file.absolute())
+            file = link
+        reader.SetFileName(str(file))
         yield reader
 
 
@@ -145,8 +145,8 @@ def _in_units(plane: np.ndarray, item: Slice) -> np.ndarray:
     if item.tags.get("photometric") != "MONOCHROME1" or not has_unit:
         return plane
     highest = -1.0 if item.tags.get("signed") == "1" else 2.0 ** int(item.tags.get("bits", "16")) - 1
-    slope, intercept = (item.numbers(name, 1) or [value] for name, value in (("slope", 1.0), ("intercept", 0.0)))
-    return slope[0] * highest + 2 * intercept[0] - plane
+    (slope,), (intercept,) = item.numbers("slope", 1) or [1.0], item.numbers("intercept", 1) or [0.0]
+    return slope * highest + 2 * intercept - plane
 
 
 def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.ndarray]:
@@ -178,8 +178,9 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
     positions = positions[order]
     steps = np.diff(positions @ normal)
     if twice := int((steps < AFFINE_TOLERANCE).sum()):
-        reason = f"of which {twice} lie at the position of another one, as in several time points or echoes"
-        raise refuse(reason, "keep one slice at each position")
+        raise refuse(
+            f"of which {twice} lie at the position of another one (times, echoes)", "keep one at each position"
+        )
     step = float(np.median(steps))
     allowed = max(SPACING_TOLERANCE * step, AFFINE_TOLERANCE)
     if (uneven := np.abs(steps - step) > allowed).any():

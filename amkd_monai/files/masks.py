@@ -8,17 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from amkd_monai.files.pictures import (
-    OPAQUE,
-    UNDONE,
-    eight_bits,
-    frame,
-    has_alpha,
-    opened,
-    picture_frame,
-    turned,
-    upright,
-)
+from amkd_monai.files import pictures
+from amkd_monai.files.names import some
+from amkd_monai.files.pictures import OPAQUE
 
 IGNORED = 255  # class index of pixels without a label: no loss and no metric counts them
 
@@ -102,7 +94,7 @@ def _mapped(values: np.ndarray, found: np.ndarray, codes: Mapping[str, int | str
 def _guessed(values: np.ndarray, found: np.ndarray, classes: int) -> str:
     """The codes of a mask, where its values leave no choice."""
     held = set(found.tolist())
-    listed = ", ".join(f"{value:g}" for value in found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    listed = some(f"{value:g}" for value in found)
     if held <= {*range(classes), IGNORED} and (IGNORED not in held or held & {*range(1, classes)}):
         if classes == 2 and 0 not in held:
             raise ValueError(f"holds no 0 but {listed}: {HOW}")
@@ -119,7 +111,7 @@ def _guessed(values: np.ndarray, found: np.ndarray, classes: int) -> str:
 
 
 def _grey(values: np.ndarray) -> np.ndarray:
-    return values if values.dtype == np.uint8 else eight_bits(values)
+    return values if values.dtype == np.uint8 else pictures.eight_bits(values)
 
 
 def _is_grey_scale(grey: np.ndarray) -> bool:
@@ -137,22 +129,19 @@ def _is_grey_scale(grey: np.ndarray) -> bool:
         return False  # an area of a level of its own
     bright = grey >= BRIGHT
     between = (grey > levels[0] + LARGEST_INDEX) & ~bright
-    return bool(np.count_nonzero(between) <= allowed or (between & ~_near(bright, BLOCK)).sum() <= allowed)
+    if np.count_nonzero(between) <= allowed:
+        return True
+    from scipy.ndimage import maximum_filter  # only here: predicting works without SciPy
 
-
-def _near(inside: np.ndarray, side: int) -> np.ndarray:
-    """Where a square of ``side`` pixels around a pixel (H, W) holds one that is inside; by sums over rectangles."""
-    half = side // 2
-    total = np.pad(inside, ((half + 1, half), (half + 1, half))).cumsum(0, np.int32).cumsum(1)
-    rows = total[side:] - total[:-side]
-    return rows[:, side:] != rows[:, :-side]
+    near = maximum_filter(bright, BLOCK, mode="constant")
+    return bool(np.count_nonzero(between & ~near) <= allowed)
 
 
 def _values(image: Image.Image, codes: MaskCodes) -> np.ndarray:
     """Values (H, W) of an upright mask: levels, indices of a palette, or 0 and 1 for colours and transparency."""
     if image.mode.startswith(("I", "F")):
         return np.asarray(image)
-    if has_alpha(image):
+    if pictures.has_alpha(image):
         rgba = np.asarray(image.convert("RGBA"))
         rgb, opaque = rgba[..., :3], _opaque(rgba[..., 3])
         if opaque.any() and not opaque.all() and not rgb[opaque].any():
@@ -187,10 +176,8 @@ def _values(image: Image.Image, codes: MaskCodes) -> np.ndarray:
 def _opaque(alpha: np.ndarray) -> np.ndarray:
     """Where a mask shows, by its alpha (H, W): everywhere if it is the same everywhere."""
     levels = np.unique(alpha)
-    if len(levels) == 1:
-        return np.ones(alpha.shape, bool)
-    if levels[0] == 0 and len(levels) == 2:
-        return alpha > 0
+    if len(levels) == 1 or (levels[0] == 0 and len(levels) == 2):
+        return alpha >= levels[-1]
     if levels[-1] <= OPAQUE or levels[0] > OPAQUE:
         raise ValueError(f"is transparent by {len(levels)} degrees: save it without alpha")
     return alpha > OPAQUE
@@ -212,24 +199,22 @@ def read_mask(
     Raises:
         ValueError: a file cannot be read, has values that the codes do not explain, or another size than the picture.
     """
-    of_image, result = None if image is None else picture_frame(image), None
+    of_image, result = None if image is None else pictures.picture_frame(image), np.empty(0)
     for file in files:
-        with opened(file) as stored:
-            tag, stored = frame(stored)[1], upright(stored)
+        with pictures.opened(file) as stored:
+            tag, stored = pictures.frame(stored)[1], pictures.upright(stored)
         try:
             mask = decode_plausible(_values(stored, codes), classes, codes, used)
         except ValueError as error:
             raise ValueError(f"Mask {file} cannot be used: it {error}.") from error
         if of_image is not None:
             mask = _onto(mask, tag, *of_image, file)
-        if result is None:
+        if file == files[0]:
             result = mask
-            continue
-        if mask.shape != result.shape:
+        elif mask.shape != result.shape:
             raise ValueError(f"Mask {file} has another size than {files[0]}: correct or remove it.")
-        wins = np.where(mask == IGNORED, result == 0, mask > 0)
-        result = np.where(wins, mask, result)
-    assert result is not None
+        else:
+            result = np.where(np.where(mask == IGNORED, result == 0, mask > 0), mask, result)
     return result
 
 
@@ -261,15 +246,12 @@ def coding_problem(used: set[str]) -> str:
 def _onto(values: np.ndarray, tag: int, size: tuple[int, int], image_tag: int, file: str | Path) -> np.ndarray:
     """Lay an upright mask (H, W) with the EXIF orientation ``tag`` onto a picture of the upright size (W, H)."""
     if tag != 1 and image_tag == 1:  # drawn upright and tagged by mistake, or tagged rightly: the sizes must tell
-        raw = turned(values, UNDONE[tag])
+        raw = pictures.turned(values, pictures.UNDONE[tag])
         if raw.shape == values.shape and raw.shape[::-1] == size:
-            raise ValueError(
-                f"Mask {file} has an EXIF orientation ({tag}) and its picture has none, so that two positions are "
-                "possible: save the mask without it."
-            )
+            raise ValueError(f"Mask {file} has an EXIF orientation ({tag}), its picture has none: save it without one.")
         values = raw if raw.shape[::-1] == size else values
     elif image_tag != 1 and tag == 1 and values.shape[::-1] != size and values.shape == size:
-        values = turned(values, image_tag)  # drawn on the stored pixels
+        values = pictures.turned(values, image_tag)  # drawn on the stored pixels
     if values.shape[::-1] != size:
         raise ValueError(other_size(file, values.shape[::-1], size))
     return values
@@ -277,7 +259,4 @@ def _onto(values: np.ndarray, tag: int, size: tuple[int, int], image_tag: int, f
 
 def other_size(file: str | Path, found: Sequence[int], size: Sequence[int]) -> str:
     """Say that a mask is not of the size (W, H) of its picture."""
-    return (
-        f"Mask {file} is {found[0]}x{found[1]} pixels but its image is {size[0]}x{size[1]}: replace one by the file of "
-        "the original archive."
-    )
+    return f"Mask {file} is {found[0]}x{found[1]} pixels, its image {size[0]}x{size[1]}: use the original files."

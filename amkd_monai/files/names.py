@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 logger = logging.getLogger("amkd_monai")
@@ -54,23 +54,26 @@ def printable(name: str) -> str:
     return "".join(f"%{ord(c) & 0xFF:02X}" if "\udc80" <= c <= "\udcff" or c < " " or c == "\x7f" else c for c in name)
 
 
+def without_suffix(name: str) -> str:
+    """Return an id of a table or list, where it is written with the suffix of its picture, without it."""
+    return Path(name).stem if has_suffix(name, PICTURE_SUFFIXES) else name
+
+
 def file_of(folder: Path, name: str) -> Path:
     """Return a file of a folder whose name is made from an id, under ASCII locales too."""
     return folder / os.fsdecode(name.encode())
 
 
-def image_files(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> Iterator[Path]:
-    """Yield a folder's own visible files with one of the suffixes, sorted; dead links and unread formats are named."""
-    left: dict[str, list[str]] = {}
-    for file in sorted(file for file in folder.iterdir() if not file.name.startswith(".")):
-        if has_suffix(file.name, UNREAD_SUFFIXES):
-            left.setdefault("file(s) of a format that is not read", []).append(printable(file.name))
-        elif has_suffix(file.name, suffixes) and file.is_file():
-            yield file
-        elif has_suffix(file.name, suffixes) and file.is_symlink():
-            left.setdefault("dead link(s)", []).append(file_id(file))
-    for what, names in left.items():
-        logger.warning("%d %s in %s are left out: %s.", len(names), what, folder, some(names))
+def image_files(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> list[Path]:
+    """List a folder's own visible files with one of the suffixes, sorted; dead links and unread formats are named."""
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    wanted = [file for file in files if has_suffix(file, suffixes)]
+    unread = [printable(file.name) for file in files if has_suffix(file, UNREAD_SUFFIXES)]
+    dead = [file_id(file) for file in wanted if file.is_symlink() and not file.is_file()]
+    for what, names in (("file(s) of a format that is not read", unread), ("dead link(s)", dead)):
+        if names:
+            logger.warning("%d %s in %s are left out: %s.", len(names), what, folder, some(names))
+    return [file for file in wanted if file.is_file()]
 
 
 def files_by_id(
@@ -78,11 +81,8 @@ def files_by_id(
 ) -> dict[str, Path]:
     """Map id to file, sorted by id; two files with one id are a ValueError.
 
-    Args:
-        folder: where to look, not below.
-        suffixes: the kinds of file.
-        ending: what the names end with before the suffix, e.g. ``_mask``; it is not part of the id.
-        beside: endings of ids that mark files next to the images, such as ``_superpixels``.
+    Only names with the ``ending`` before the suffix count, e.g. ``_mask``, which is not part of the id; those with an
+    ending in ``beside`` are left out.
     """
     files: dict[str, Path] = {}
     for file in image_files(folder, suffixes):
@@ -101,13 +101,10 @@ def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) 
 
     Two files of one name get ids that keep their suffixes.
     """
-    files = list(image_files(folder, suffixes))
-    ids = Counter(map(file_id, files))
-    kept: list[Path] = []
-    for file in files:
-        derived = _DERIVED.fullmatch(file_id(file))
-        if not derived or not (derived["image"] in ids or is_prediction(file)):
-            kept.append(file)
+    files = image_files(folder, suffixes)
+    stems = {file_id(file) for file in files}
+    derived = [_DERIVED.fullmatch(file_id(file)) for file in files]
+    kept = [f for f, m in zip(files, derived, strict=True) if not m or not (m["image"] in stems or is_prediction(f))]
     if len(kept) < len(files):
         logger.info("%d file(s) in %s are masks or predictions and are left out.", len(files) - len(kept), folder)
     ids = Counter(map(file_id, kept))
@@ -174,9 +171,7 @@ def read_table(path: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
             continue
         if empty := [name for name, cell in cells.items() if not cell]:
             raise ValueError(f"{path}, line {number} has no {', '.join(empty)}: complete or remove the line.")
-        name = cells[columns[0]]
-        if has_suffix(name, PICTURE_SUFFIXES):
-            name = cells[columns[0]] = Path(name).stem
+        name = cells[columns[0]] = without_suffix(cells[columns[0]])
         if name in rows:
             raise ValueError(f"{path}, line {number} repeats the id '{name}': keep one line.")
         rows[name] = cells
@@ -188,6 +183,5 @@ def read_table(path: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
 def label_files(item: Mapping[str, object]) -> list[str]:
     """Return the mask files of an item: one, several (combined by OR), or none where the label is a class."""
     label = item.get("label")
-    if isinstance(label, (str, os.PathLike)):
-        return [str(label)]
-    return [str(file) for file in label] if isinstance(label, (list, tuple)) else []
+    files = [label] if isinstance(label, (str, os.PathLike)) else label
+    return [str(file) for file in files] if isinstance(files, (list, tuple)) else []

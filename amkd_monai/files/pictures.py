@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,8 +53,7 @@ def frame(image: Image.Image) -> tuple[tuple[int, int], int]:
         tags = image.getexif() if any(tag in content for tag in LATE_TAGS) else {}
     else:
         tags = Image.Image.getexif(image)
-    tag = tags.get(ORIENTATION, 1)
-    tag = tag if tag in range(1, 9) else 1
+    tag = int(tags.get(ORIENTATION, 1)) if tags.get(ORIENTATION) in range(1, 9) else 1
     return (size[::-1] if tag >= 5 else size), tag
 
 
@@ -96,9 +95,9 @@ def eight_bits(levels: np.ndarray) -> np.ndarray:
     highest = levels.max()
     if levels.dtype.kind == "f" and highest <= 1:
         return (levels * 255).round().astype(np.uint8)
-    white = next((white for white in FULL_SCALES if highest <= white), 0)
-    if not white:
+    if highest > FULL_SCALES[-1]:
         raise ValueError(f"it holds levels up to {highest:g}, more than 16 bits")
+    white = next(white for white in FULL_SCALES if highest <= white)
     if levels.dtype.kind == "f":
         return (levels * (255 / white)).round().astype(np.uint8)
     return (levels.astype(np.int64) * 255 // white).astype(np.uint8)
@@ -116,18 +115,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def level_problem(levels: np.ndarray) -> str:
     """Say that an image, uint8 or in [0, 1], has almost no levels; empty if it has more, or few pixels."""
-    flat = levels.reshape(-1)
     for sampled in (4_000, 1_000_000):  # the larger sample only decides what the smaller one makes suspicious
-        part = flat[:: max(1, flat.size // sampled)]
+        part = levels.reshape(-1)[:: max(1, levels.size // sampled)]
         if part.dtype != np.uint8:
             part = (part.clip(0, 1) * 255).round().astype(np.uint8)
         found = np.count_nonzero(np.bincount(part))
-        if found > min(FEWEST_LEVELS, flat.size // 64):
+        if found > min(FEWEST_LEVELS, levels.size // 64):
             return ""
     return f"it has only {found} of 256 levels (from {part.min()} to {part.max()}): it is blank or its scale is unknown"
 
 
-def read_picture(path: str | Path, size: Sequence[int] | None = None) -> np.ndarray:
+def read_picture(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """Read a picture of any mode as RGB (H, W, 3), uint8, upright as viewers show it.
 
     With a ``size`` (H, W), a JPEG is decoded at the smallest of its own scales that is not below it, then resized with
@@ -135,7 +133,6 @@ def read_picture(path: str | Path, size: Sequence[int] | None = None) -> np.ndar
     """
     with opened(path) as image:
         if size is not None:
-            size = int(size[0]), int(size[1])
             image.draft("RGB", size if frame(image)[1] >= 5 else size[::-1])
         rgb = to_rgb(upright(image))
     sample = np.asarray(rgb.resize((64, 64), Image.Resampling.NEAREST))  # settles most cases without a copy
@@ -148,6 +145,5 @@ def write_png(path: Path, picture: np.ndarray | Image.Image) -> None:
     """Write levels (H, W) or (H, W, 3), uint8, marked as a prediction."""
     mark = PngImagePlugin.PngInfo()
     mark.add_text("Software", MARK)
-    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=mark)
+        Image.fromarray(np.asarray(picture)).save(temporary, format="PNG", pnginfo=mark)

@@ -140,47 +140,34 @@ def _crop(array: np.ndarray, grid: Grid | None, size: Sequence[int]) -> Stepped:
 def _pad(array: np.ndarray, grid: Grid | None, size: Sequence[int]) -> Stepped:
     inside, widths = [slice(None)], [(0, 0)]
     for n, wanted in zip(array.shape[1:], size, strict=True):
-        before = max(wanted - n, 0) // 2
-        inside.append(slice(before, before + n))
-        widths.append((before, max(wanted - n, 0) - before))
+        missing = max(wanted - n, 0)
+        inside.append(slice(missing // 2, missing // 2 + n))
+        widths.append((missing // 2, missing - missing // 2))
     return np.pad(array, widths), lambda answer: answer[tuple(inside)]
 
 
+# fmt: off
 STEPS: dict[str, Callable[..., Stepped]] = {
-    "scale": _scale,
-    "scale_percentiles": _scale_percentiles,
-    "ct_window": _ct_window,
-    "crop_disc": _crop_disc,
-    "neighbours": _neighbours,
-    "orientation": _orientation,
-    "resize": _resize,
-    "spacing": _spacing,
-    "crop": _crop,
+    "scale": _scale, "scale_percentiles": _scale_percentiles, "ct_window": _ct_window, "crop_disc": _crop_disc,
+    "neighbours": _neighbours, "orientation": _orientation, "resize": _resize, "spacing": _spacing, "crop": _crop,
     "pad": _pad,
 }
+# fmt: on
 """By name, as an exported bundle's ``configs/predict.json`` lists them."""
 
 
 def prepare(
     array: np.ndarray, steps: Sequence[Mapping[str, Any]], grid: Grid | None = None
 ) -> tuple[np.ndarray, list[Inverse]]:
-    """Apply all steps.
+    """Apply steps, given by name under ``step`` with their settings, to (3, H, W), 0 to 255, or a volume (1, D, H, W).
 
-    Args:
-        array: (3, H, W) with levels 0 to 255, or a volume (1, D, H, W).
-        steps: their names under ``step`` and their settings.
-        grid: of a volume.
-
-    Returns:
-        Network input (3, h, w) or (3, d, h, w), and the ways back, first step first.
-
-    Raises:
-        ValueError: a step of another version of this package.
+    Returns the network input (3, h, w) or (3, d, h, w), and the ways back, first step first. A step of another version
+    of this package is a ValueError.
     """
     inverses = []
     for step in steps:
-        name, settings = step["step"], {key: value for key, value in step.items() if key != "step"}
-        if name not in STEPS:
+        settings = dict(step)
+        if (name := settings.pop("step")) not in STEPS:
             raise ValueError(f"There is no step '{name}' in this version: update amkd_monai or export again.")
         array, inverse = STEPS[name](array, grid, **settings)
         if inverse is not None:
@@ -201,7 +188,5 @@ def largest_component(mask: np.ndarray, label: int) -> np.ndarray:
     from scipy import ndimage
 
     parts, count = ndimage.label(mask == label, structure=np.ones((3,) * mask.ndim))
-    if count < 2:
-        return mask
-    largest = 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
+    largest = 1 + int(np.argmax(np.bincount(parts.ravel())[1:])) if count else 0
     return np.where((mask == label) & (parts != largest), 0, mask)

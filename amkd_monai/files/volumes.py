@@ -134,7 +134,10 @@ def _nifti(file: Path, with_voxels: bool = False, dtype: Any = None) -> tuple[np
     """Voxels (X, Y, Z) of a file, an empty array unless they are wanted, and their grid."""
     packed, array = has_suffix(file, [".gz"]), np.empty(0)
     try:
-        with _stream(file, packed, with_voxels) as stream:
+        with file.open("rb") as raw:
+            stream: Any = gzip.GzipFile(fileobj=raw) if packed else raw
+            if packed and with_voxels:  # all at once, which also compares the checksum at the end
+                stream = io.BytesIO(stream.read())
             head, kinds = stream.read(540), (nibabel.Nifti1Image, nibabel.Nifti2Image)
             kind = next((kind for kind in kinds if kind.header_class.may_contain_header(head)), None)
             if kind is None:
@@ -158,12 +161,6 @@ def _nifti(file: Path, with_voxels: bool = False, dtype: Any = None) -> tuple[np
         raise ValueError(f"{file} cannot be read as a NIfTI volume ({error}): replace it by an intact copy.") from error
 
 
-def _stream(file: Path, packed: bool, whole: bool) -> Any:
-    if packed and whole:  # all at once, which also compares the checksum at the end
-        return io.BytesIO(gzip.decompress(file.read_bytes()))
-    return gzip.open(file) if packed else file.open("rb")
-
-
 def _grid(file: Path, header: Any) -> Grid:
     shape, unit = header.get_data_shape(), MILLIMETRES[header.get_xyzt_units()[0]]
     if (dtype := header.get_data_dtype()).kind not in "iufb":
@@ -174,10 +171,7 @@ def _grid(file: Path, header: Any) -> Grid:
         raise _Refused(f"{file} has the shape {'x'.join(map(str, shape))}: give a volume of 3 axes.")
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
     if not (sform or qform):
-        raise _Refused(
-            f"{file} does not say where its axes point (sform and qform are unset): set its orientation, for example "
-            "by converting it again from DICOM."
-        )
+        raise _Refused(f"{file} does not say where its axes point (sform and qform are unset): set its orientation.")
     affine = header.get_best_affine()
     if sform and qform and np.abs(header.get_qform()[:3] - affine[:3]).max() * unit > AFFINE_TOLERANCE:
         logger.warning("%s has an sform and a qform that differ: it is read by the sform, as nibabel does.", file)
@@ -199,11 +193,10 @@ def check_grid(file: str | Path, label: Grid, image: Grid) -> None:
     farthest = np.abs((corners @ (b.affine - a.affine).T)[:, :3]).max(axis=0)
     allowed = max(AFFINE_TOLERANCE, CORNER_TOLERANCE * min(a.spacing))
     problems = []
-    for axis, of_image, of_label in zip(AXES, a.shape, b.shape, strict=True):
-        if of_image != of_label:
-            problems.append(f"it has {of_label} voxels from {axis}, its image {of_image}")
-    for axis, size, other in zip(AXES, a.spacing, b.spacing, strict=True):
-        if abs(size - other) > max(AFFINE_TOLERANCE, 1e-3 * size):
+    for axis, count, n, size, other in zip(AXES, a.shape, b.shape, a.spacing, b.spacing, strict=True):
+        if n != count:
+            problems.append(f"it has {n} voxels from {axis}, its image {count}")
+        elif abs(size - other) > max(AFFINE_TOLERANCE, 1e-3 * size):
             problems.append(f"its voxels measure {other:g} mm from {axis}, those of its image {size:g} mm")
     if farthest.max() > allowed or np.abs(a.affine - b.affine).max() > AFFINE_TOLERANCE:
         problems.append(f"its voxels lie up to {farthest.max():.3g} mm off, from {AXES[int(farthest.argmax())]}")
@@ -290,6 +283,6 @@ def ct_range(volume: np.ndarray, low: float, high: float, values: str = "auto") 
         if lowest >= 0 and BRIGHTEST * ends[name][1] <= highest <= ends[name][1]:
             return ends[name]
     raise ValueError(
-        f"the values {lowest:g} to {highest:g} are neither Hounsfield units of a CT nor windowed to 0..255 or 0..1: "
-        "take off an offset such as 1024, or say what they are (`values` of CtWindowd)"
+        f"the values {lowest:g} to {highest:g} are neither Hounsfield units nor windowed to 0..255 or 0..1: take off "
+        "an offset such as 1024, or say what they are (`values` of CtWindowd)"
     )

@@ -104,6 +104,7 @@ class Task:
         return target
 
 
+_ISIC = "https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_"
 _ISIC_SUMS = {
     "Training_Data.zip": "md5:a14a7e622c67a358797ae59abb8a0b0c",
     "Training_Part1_GroundTruth.zip": "md5:77fdbeb6fbec4139937224416b250f4c",
@@ -115,174 +116,110 @@ _ISIC_SUMS = {
     "Test_v2_Part1_GroundTruth.zip": "md5:b1742de6bd257faca3b2b21a4aa3b781",
     "Test_v2_Part3_GroundTruth.csv": None,
 }
-_ISIC = "https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_"
 _ISIC_SOURCE = Source("CC-0.", tuple((_ISIC + name, checksum) for name, checksum in _ISIC_SUMS.items()), inside=True)
+_TRAINING, _TESTING = "TrainingSet/LungInfection-Train/Doctor-label", "TestingSet/LungInfection-Test"
 
-_SEMISEG = ("TrainingSet/LungInfection-Train/Doctor-label", "TestingSet/LungInfection-Test")
-
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task(
-            name="busi",
-            classes=("background", "lesion"),
-            modality="ultrasound",
-            folder="Dataset_BUSI_with_GT",
-            prompts=("breast lesion in ultrasound",),
-            layout=Busi(),
-            phantom=phantoms.busi,
-            source=Source(
-                "No licence of the data is known.",
-                steps="Download Dataset_BUSI.zip from https://scholar.cu.edu.eg/?q=afahmy/pages/dataset and unpack it; "
-                "it holds Dataset_BUSI_with_GT/.",
-            ),
+# fmt: off
+_TASKS = (
+    Task(
+        name="busi", modality="ultrasound", classes=("background", "lesion"), folder="Dataset_BUSI_with_GT",
+        prompts=("breast lesion in ultrasound",), layout=Busi(), phantom=phantoms.busi,
+        source=Source(
+            "No licence of the data is known.",
+            steps="Download Dataset_BUSI.zip from https://scholar.cu.edu.eg/?q=afahmy/pages/dataset and unpack it; it "
+            "holds Dataset_BUSI_with_GT/.",
         ),
-        Task(
-            # Slices with infection masks: COVID-SemiSeg (Fan et al., "Inf-Net", IEEE TMI 2020, from the slices of
-            # medicalsegmentation.com) or two folders. Slices come without patient ids, so slices of one patient that do
-            # not look alike may lie in several sections. Masks of several classes (ground glass, consolidation,
-            # effusion) are merged.
-            name="covid",
-            classes=("background", "infection"),
-            modality="CT",
-            folder="COVID",
-            prompts=("COVID-19 infection in chest CT",),
-            mask_codes="nonzero",
-            layout=Pairs(
-                title="COVID",
-                expected="the folders of COVID-SemiSeg (TrainingSet/, TestingSet/), or images/ and masks/ with one "
-                "file each per slice",
-                folders=(("images", "masks"), ("frames", "masks")),
-                official={
-                    "train": (f"{_SEMISEG[0]}/Imgs", f"{_SEMISEG[0]}/GT"),
-                    "test": (f"{_SEMISEG[1]}/Imgs", f"{_SEMISEG[1]}/GT"),
-                },
-                duplicate_distance=NEAR,
-                predict_in=(f"{_SEMISEG[1]}/Imgs", "images", "frames", "Imgs"),
-            ),
-            phantom=phantoms.covid,
-            source=Source(
-                "COVID-SemiSeg is for non-commercial use only.",
-                steps="Follow https://github.com/DengPingFan/Inf-Net to COVID-SemiSeg.zip and unpack it as COVID/, so "
-                "that COVID/TrainingSet and COVID/TestingSet are there.",
-            ),
+    ),
+    # Slices with infection masks: COVID-SemiSeg (Fan et al., "Inf-Net", IEEE TMI 2020, from the slices of
+    # medicalsegmentation.com) or two folders. Slices come without patient ids, so slices of one patient that do not
+    # look alike may lie in several sections. Masks of several classes (ground glass, consolidation, effusion) are
+    # merged.
+    Task(
+        name="covid", modality="CT", classes=("background", "infection"), folder="COVID", mask_codes="nonzero",
+        prompts=("COVID-19 infection in chest CT",), phantom=phantoms.covid,
+        layout=Pairs(
+            title="COVID", folders=(("images", "masks"), ("frames", "masks")), duplicate_distance=NEAR,
+            expected="the folders of COVID-SemiSeg (TrainingSet/, TestingSet/), or images/ and masks/ with one file "
+            "each per slice",
+            official={
+                "train": (f"{_TRAINING}/Imgs", f"{_TRAINING}/GT"), "test": (f"{_TESTING}/Imgs", f"{_TESTING}/GT"),
+            },
+            predict_in=(f"{_TESTING}/Imgs", "images", "frames", "Imgs"),
         ),
-        Task(
-            # The 20 cases of Ma et al., https://zenodo.org/records/3757476, or two folders of NIfTI files.
-            name="covid_volumes",
-            dimensions=3,
-            classes=("background", "infection"),
-            modality="CT",
-            folder="COVID-volumes",
-            prompts=("COVID-19 infection in chest CT",),
-            nsd_tolerance=3.0,
-            mask_codes={"0": 0, "1": 1, "2": 1, "3": 1},
-            values="ct",
-            layout=Pairs(
-                title="COVID CT volume",
-                expected="COVID-19-CT-Seg_20cases/ and Infection_Mask/, imagesTr/ and labelsTr/, or images/ and masks/ "
-                "with one NIfTI file each per volume",
-                folders=(
-                    ("COVID-19-CT-Seg_20cases", "Infection_Mask"),
-                    ("imagesTr", "labelsTr"),
-                    ("images", "masks"),
-                ),
-                predict_in=("COVID-19-CT-Seg_20cases", "imagesTr", "images"),
-                volumes=True,
-            ),
-            phantom=phantoms.covid_volumes,
-            source=Source(
-                "See the page for the terms of each of its three sources.",
-                steps="Download COVID-19-CT-Seg_20cases.zip and Infection_Mask.zip from "
-                "https://zenodo.org/records/3757476 and unpack each into a folder of its name in COVID-volumes/.",
-            ),
+        source=Source(
+            "COVID-SemiSeg is for non-commercial use only.",
+            steps="Follow https://github.com/DengPingFan/Inf-Net to COVID-SemiSeg.zip and unpack it as COVID/, so that "
+            "COVID/TrainingSet and COVID/TestingSet are there.",
         ),
-        Task(
-            # Jha et al., "Kvasir-SEG: A Segmented Polyp Dataset", MMM 2020. Masks are RGB JPEGs with values between 0
-            # and 255 around every edge. The authors' later 880/120 split exists as file lists.
-            name="kvasir_seg",
-            classes=("background", "polyp"),
-            modality="endoscopy",
-            folder="Kvasir-SEG",
-            prompts=("polyp in endoscopy",),
-            layout=Pairs(title="Kvasir-SEG", file_lists=("train.txt", "val.txt")),
-            phantom=phantoms.kvasir_seg,
-            source=Source(
-                "Research and education only; anything else needs the owners' permission. Cite Jha et al., MMM 2020.",
-                files=(
-                    (
-                        "https://datasets.simula.no/downloads/kvasir-seg.zip",
-                        "sha256:03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7",
-                    ),
-                ),
-            ),
+    ),
+    # The 20 cases of Ma et al., https://zenodo.org/records/3757476, or two folders of NIfTI files.
+    Task(
+        name="covid_volumes", modality="CT", classes=("background", "infection"), folder="COVID-volumes", dimensions=3,
+        values="ct", prompts=("COVID-19 infection in chest CT",), nsd_tolerance=3.0, phantom=phantoms.covid_volumes,
+        mask_codes={"0": 0, "1": 1, "2": 1, "3": 1},
+        layout=Pairs(
+            title="COVID CT volume", volumes=True,
+            expected="COVID-19-CT-Seg_20cases/ and Infection_Mask/, imagesTr/ and labelsTr/, or images/ and masks/ "
+            "with one NIfTI file each per volume",
+            folders=(("COVID-19-CT-Seg_20cases", "Infection_Mask"), ("imagesTr", "labelsTr"), ("images", "masks")),
+            predict_in=("COVID-19-CT-Seg_20cases", "imagesTr", "images"),
         ),
-        Task(
-            name="msd_heart",
-            dimensions=3,
-            classes=("background", "left atrium"),
-            modality="MRI",
-            folder="Task02_Heart",
-            prompts=("left atrium in cardiac MRI",),
-            values="any",
-            layout=Decathlon("MSD Heart", ("background", "left atrium")),
-            phantom=phantoms.msd_heart,
-            source=Source(
-                "CC-BY-SA 4.0.",
-                files=(
-                    (
-                        "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task02_Heart.tar",
-                        "md5:06ee59366e1e5124267b774dbd654057",
-                    ),
-                ),
-            ),
+        source=Source(
+            "See the page for the terms of each of its three sources.",
+            steps="Download COVID-19-CT-Seg_20cases.zip and Infection_Mask.zip from "
+            "https://zenodo.org/records/3757476 and unpack each into a folder of its name in COVID-volumes/.",
         ),
-        Task(
-            name="aptos2019",
-            kind="classification",
-            classes=aptos2019.CLASSES,
-            modality="fundus photography",
-            folder="aptos2019-blindness-detection",
-            prompts=tuple(f"{grade} diabetic retinopathy" for grade in aptos2019.CLASSES[1:]),
-            primary_metric="qwk",
-            referable_from=2,
-            layout=aptos2019.Aptos2019(),
-            phantom=phantoms.aptos2019,
-            source=Source(
-                "The rules of the competition allow non-commercial and academic use and no passing on.",
-                steps="Accept the rules at https://www.kaggle.com/competitions/aptos2019-blindness-detection, then: "
-                "kaggle competitions download -c aptos2019-blindness-detection, and unpack into a folder of that name.",
-            ),
+    ),
+    # Jha et al., "Kvasir-SEG: A Segmented Polyp Dataset", MMM 2020. Masks are RGB JPEGs with values between 0 and 255
+    # around every edge. The authors' later 880/120 split exists as file lists.
+    Task(
+        name="kvasir_seg", modality="endoscopy", classes=("background", "polyp"), folder="Kvasir-SEG",
+        prompts=("polyp in endoscopy",), phantom=phantoms.kvasir_seg,
+        layout=Pairs(title="Kvasir-SEG", file_lists=("train.txt", "val.txt")),
+        source=Source(
+            "Research and education only; anything else needs the owners' permission. Cite Jha et al., MMM 2020.",
+            files=((
+                "https://datasets.simula.no/downloads/kvasir-seg.zip",
+                "sha256:03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7",
+            ),),
         ),
-        Task(
-            name="isic2017",
-            kind="classification",
-            classes=isic2017.CLASSES,
-            modality="dermoscopy",
-            folder="ISIC2017",
-            prompts=tuple(f"{name} in dermoscopy" for name in isic2017.CLASSES[1:]),
-            primary_metric="mean_auc",
-            singled_out=isic2017.CLASSES[1:],
-            layout=isic2017.Isic2017(),
-            phantom=phantoms.isic2017,
-            source=_ISIC_SOURCE,
+    ),
+    Task(
+        name="msd_heart", modality="MRI", classes=("background", "left atrium"), folder="Task02_Heart", dimensions=3,
+        values="any", prompts=("left atrium in cardiac MRI",), phantom=phantoms.msd_heart,
+        layout=Decathlon("MSD Heart", ("background", "left atrium")),
+        source=Source("CC-BY-SA 4.0.", files=((
+            "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task02_Heart.tar", "md5:06ee59366e1e5124267b774dbd654057",
+        ),)),
+    ),
+    Task(
+        name="aptos2019", kind="classification", modality="fundus photography", classes=aptos2019.CLASSES,
+        folder="aptos2019-blindness-detection", primary_metric="qwk", referable_from=2,
+        prompts=tuple(f"{grade} diabetic retinopathy" for grade in aptos2019.CLASSES[1:]),
+        layout=aptos2019.Aptos2019(), phantom=phantoms.aptos2019,
+        source=Source(
+            "The rules of the competition allow non-commercial and academic use and no passing on.",
+            steps="Accept the rules at https://www.kaggle.com/competitions/aptos2019-blindness-detection, then: kaggle "
+            "competitions download -c aptos2019-blindness-detection, and unpack into a folder of that name.",
         ),
-        Task(
-            name="isic2017_lesion",
-            classes=("background", "lesion"),
-            modality="dermoscopy",
-            folder="ISIC2017",
-            prompts=("skin lesion in dermoscopy",),
-            layout=isic2017.Isic2017(outlines=True),
-            phantom=phantoms.isic2017,
-            source=_ISIC_SOURCE,
-        ),
-    )
-}
+    ),
+    Task(
+        name="isic2017", kind="classification", modality="dermoscopy", classes=isic2017.CLASSES, folder="ISIC2017",
+        prompts=tuple(f"{name} in dermoscopy" for name in isic2017.CLASSES[1:]), primary_metric="mean_auc",
+        singled_out=isic2017.CLASSES[1:], layout=isic2017.Isic2017(), phantom=phantoms.isic2017, source=_ISIC_SOURCE,
+    ),
+    Task(
+        name="isic2017_lesion", modality="dermoscopy", classes=("background", "lesion"), folder="ISIC2017",
+        prompts=("skin lesion in dermoscopy",), layout=isic2017.Isic2017(outlines=True), phantom=phantoms.isic2017,
+        source=_ISIC_SOURCE,
+    ),
+)
+# fmt: on
+TASKS = {task.name: task for task in _TASKS}
 
 
 def get_task(name: str) -> Task:
-    """Return the task called `name`; an unknown one is a ValueError that lists the known ones."""
+    """Return a task; an unknown name is a ValueError that lists the known ones."""
     if name not in TASKS:
         raise ValueError(f"Unknown task '{name}': use one of {', '.join(sorted(TASKS))}.")
     return TASKS[name]
