@@ -204,7 +204,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
     options = arguments.data_options, arguments.fold, arguments.split_seed, codes
     report = check_data(name, root, arguments.cache_dir, *options)
     print(report)
-    if usable := [item for item in report.items if not report.is_damaged(item)]:
+    if usable := [item for item in report.items if item["id"] not in report.damaged]:
         sheet = arguments.sheet or f"{name}_contact_sheet.png"
         print(f"contact sheet: {write_contact_sheet(sheet, report.task, usable, mask_codes=codes)}")
     return 1 if report.problems else 0

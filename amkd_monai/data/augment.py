@@ -4,8 +4,6 @@ One affine matrix per sample warps image, label and cached teacher maps alike. W
 for feature maps it depends on the change (:meth:`Augmentation.check_features`). An un-warped map would be wrong.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -60,10 +58,8 @@ class Augmentation:
             size = float(getattr(self, name))
             validity = "exact" if size == 0 else "approximate" if size <= largest else "invalid"
             if VALIDITIES.index(validity) > VALIDITIES.index(accepted):
-                raise ValueError(
-                    f"The augmentation's {name} of {getattr(self, name)} makes cached teacher features {validity}: "
-                    f"lower it, store `views` instead, or accept it by `warped_features`: '{validity}'."
-                )
+                remedy = f"lower it, store `views` instead, or accept it by `warped_features`: '{validity}'"
+                raise ValueError(f"The augmentation's {name} of {size:g} makes cached features {validity}: {remedy}.")
 
     def sample(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Draw affine matrices (B, 2, 3) in the normalised coordinates of ``affine_grid`` for maps of (H, W)."""

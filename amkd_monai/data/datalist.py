@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,7 @@ from amkd_monai.data.splits import Item, SplitOptions, few_labels
 from amkd_monai.data.splits import split_hash as hash_of_split
 from amkd_monai.files.names import DataProblems
 from amkd_monai.storage import atomic_write_json, exclusive_lock
-
-logger = logging.getLogger("amkd_monai")
+from amkd_monai.terminal import logger
 
 STAND_IN_MARKER = "STAND-IN.txt"
 """File in a data set's folder whose first line says which data these are and what they stand in for."""
@@ -57,11 +55,7 @@ class Datalist:
         return {name: getattr(self, name) for name in ("train", "validation", "test", "unlabelled")}
 
     def checked(self, on_bad_sample: str) -> Datalist:
-        """Return the same.
-
-        Raises:
-            DataProblems: the layout found items of any section unusable, and ``on_bad_sample`` is "stop".
-        """
+        """Return the same; unusable items of any section are DataProblems if ``on_bad_sample`` is "stop"."""
         problems = [item["problem"] for items in self.sections.values() for item in items if "problem" in item]
         if problems and on_bad_sample == "stop":
             raise DataProblems(problems)
@@ -85,16 +79,10 @@ class Datalist:
 
     def describe(self) -> dict[str, Any]:
         """Return facts for a run record."""
-        return {
-            "task": self.task.name,
-            "source": self.source,
-            "root": str(self.root),
-            "phantom": self.is_phantom,
-            "stand_in": self.stand_in,
-            "counts": {name: len(items) for name, items in self.sections.items()},
-            "groups": {name: len({item["group"] for item in items}) for name, items in self.sections.items()},
-            "split_hash": self.hash,
-        }
+        where = {"task": self.task.name, "source": self.source, "root": str(self.root), "phantom": self.is_phantom}
+        counts = {name: len(items) for name, items in self.sections.items()}
+        groups = {name: len({item["group"] for item in items}) for name, items in self.sections.items()}
+        return {**where, "stand_in": self.stand_in, "counts": counts, "groups": groups, "split_hash": self.hash}
 
 
 def stand_in_note(folder: str | Path) -> str:
@@ -112,23 +100,17 @@ def stand_in_note(folder: str | Path) -> str:
 
 
 def find_dataset_dir(task: str, dataset_dir: str | Path | None = None) -> tuple[Path, str] | None:
-    """Find a data set: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``.
+    """Find a data set: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``; None where only phantoms are left.
 
-    Returns:
-        The folder and how it was found; None where only phantoms are left.
-
-    Raises:
-        FileNotFoundError: the argument or the environment names a folder that is not there.
+    Returns the folder and how it was found; a FileNotFoundError names a given folder that is not there.
     """
     folder = get_task(task).folder
     if dataset_dir:
-        given = Path(dataset_dir).expanduser()
-        if not given.is_dir():
+        if not (given := Path(dataset_dir).expanduser()).is_dir():
             raise FileNotFoundError(f"There is no folder {given}: correct dataset_dir, or leave it out for phantoms.")
         return given, "argument"
     if variable := os.environ.get("AMKD_DATA_ROOT"):
-        root = Path(variable).expanduser()
-        if not root.is_dir():
+        if not (root := Path(variable).expanduser()).is_dir():
             raise FileNotFoundError(f"AMKD_DATA_ROOT names {root}, which is not there: correct or unset it.")
         if (root / folder).is_dir():
             return root / folder, "environment"
@@ -185,26 +167,23 @@ def datalist(
     """
     root, source = resolve_dataset_dir(task, dataset_dir, cache_dir)
     items = find_items(task, root, cache_dir, options)
-    how = SplitOptions(tuple(fractions), folds, fold, seed)
-    train, validation, test = get_task(task).layout.split(root, items, how)
+    train, validation, test = get_task(task).layout.split(root, items, SplitOptions(fractions, folds, fold, seed))
     for name, section in (("train", train), ("validation", validation)):
         if not section:
             raise ValueError(f"The {name} section of {root} is empty ({len(items)} items in all): change the split.")
-    unlabelled: list[Item] = []
-    if labelled is not None:
-        train, unlabelled = few_labels(train, labelled, seed)
-    stand_in = stand_in or stand_in_note(root)
-    result = Datalist(get_task(task), root, source, train, validation, test, unlabelled, stand_in)
+    train, unlabelled = (train, []) if labelled is None else few_labels(train, labelled, seed)
+    note = stand_in or stand_in_note(root)
+    result = Datalist(get_task(task), root, source, train, validation, test, unlabelled, note)
     seen: dict[str, str] = {}
     for name, section in result.sections.items():
         for group in {item["group"] for item in section}:
             if name != (other := seen.setdefault(group, name)):
                 raise ValueError(f"The group '{group}' is in the sections {other} and {name}: change the split.")
     if split_hash is not None and result.hash != split_hash:
+        hashes = f"split {result.hash[:12]}, not {split_hash[:12]}"
         raise ValueError(
-            f"The data in {root} are split otherwise than those of the run (split {result.hash[:12]}, not "
-            f"{split_hash[:12]}): give the run's own data and settings, such as dataset_dir; docs/runs.md tells how a "
-            "student is evaluated on other data."
+            f"The data in {root} are split otherwise than those of the run ({hashes}): give its own data and settings, "
+            "such as dataset_dir; docs/runs.md tells how a student is evaluated on other data."
         )
     return result
 

@@ -1,11 +1,8 @@
 """Items read through a transform chain: decoded once to uint8 memory maps, or one by one, bad ones reported."""
 
-from __future__ import annotations
-
 import enum
 import functools
 import json
-import logging
 import math
 import types
 from collections import defaultdict
@@ -20,15 +17,14 @@ from ignite.engine import Engine, Events
 from monai.data import DataLoader, MetaTensor, list_data_collate
 from torch.utils.data import Dataset
 
+from amkd_monai.data.splits import Item
 from amkd_monai.errors import is_own, root_cause
 from amkd_monai.files.masks import IGNORED as UNLABELLED
 from amkd_monai.files.masks import coding_problem
 from amkd_monai.files.names import DataProblems, label_files
 from amkd_monai.files.pictures import DAMAGED, level_problem
 from amkd_monai.storage import atomic_folder, atomic_write_json, content_hashes, exclusive_lock, fingerprint
-from amkd_monai.terminal import progress
-
-logger = logging.getLogger("amkd_monai")
+from amkd_monai.terminal import logger, progress
 
 UNREADABLE = (*DAMAGED, RuntimeError)  # MONAI and torch (out of memory) raise RuntimeError
 
@@ -73,10 +69,7 @@ class Agreement:
         if isinstance(image, MetaTensor) and image.ndim == 4:
             axes = "".join(nibabel.aff2axcodes(np.asarray(image.affine)))
         if self.axes not in ("", axes):
-            raise BadSampleError(
-                f"{item['image']} lies in the axes {axes} after preprocessing, others in {self.axes}: add Orientationd "
-                "to it."
-            )
+            raise BadSampleError(f"{item['image']} lies in the axes {axes}, others in {self.axes}: add Orientationd.")
         codings = self._codings.union(getattr(data.get("label"), "meta", {}).pop("mask_coding", ()))
         if problem := coding_problem(codings):
             raise BadSampleError(f"{item['label']}: {problem}")
@@ -98,6 +91,11 @@ def as_label_maps(labels: np.ndarray, indices: Sequence[int] | np.ndarray) -> np
     """Pick labels, masks (N, 1, H, W) or classes (N,), as maps (n, 1, H, W); a class is a map of one cell."""
     picked = np.stack([labels[i] for i in indices])
     return picked[:, None, None, None] if picked.ndim == 1 else picked
+
+
+def _samples(array: np.ndarray) -> np.ndarray:
+    """Samples (N, C, H, W) of one image (C, H, W) or of the slices of a volume (C, D, H, W)."""
+    return array[None] if array.ndim == 3 else array.swapaxes(0, 1)
 
 
 class _Rows:
@@ -152,13 +150,9 @@ class DecodedImages(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return image (3, H, W) and label (1, H, W) or () as uint8 (255 where unlabelled), id, index, has_label."""
-        return {
-            "image": torch.from_numpy(np.array(self.image(index))),
-            "label": torch.from_numpy(np.array(self.labels[index])),
-            "id": self.ids[index],
-            "index": index,
-            "has_label": bool(self.has_label[index]),
-        }
+        image, label = (torch.from_numpy(np.array(rows)) for rows in (self.image(index), self.labels[index]))
+        known = bool(self.has_label[index])
+        return {"image": image, "label": label, "id": self.ids[index], "index": index, "has_label": known}
 
 
 class DecodedDataset(DecodedImages):
@@ -186,7 +180,7 @@ class DecodedDataset(DecodedImages):
 
     def __init__(
         self,
-        data: Sequence[dict[str, Any]],
+        data: list[Item],
         transform: Callable,
         cache_dir: str | Path,
         num_classes: int = 2,
@@ -202,13 +196,10 @@ class DecodedDataset(DecodedImages):
         self.classifies = any(_is_class(item.get("label")) for item in self.data)
         paths = [path for item in self.data for path in (item["image"], *label_files(item))]
         by_path = dict(zip(paths, content_hashes(paths, cache_dir / "content_hashes.json"), strict=True))
-        labels = [
-            f"class {item['label']}"
-            if _is_class(item.get("label"))
-            else "-".join(by_path[f] for f in label_files(item))
-            for item in self.data
-        ]
-        hashes = [[by_path[item["image"]], label] for item, label in zip(self.data, labels, strict=True)]
+        hashes = []
+        for item in self.data:
+            masks = "-".join(by_path[file] for file in label_files(item))
+            hashes.append([by_path[item["image"]], f"class {item['label']}" if _is_class(item.get("label")) else masks])
         ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
         description = describe(transform)
         self.chain = fingerprint("decoded-4", description)
@@ -244,18 +235,14 @@ class DecodedDataset(DecodedImages):
                     continue
                 count, name = len(image), item["id"]
                 foreground = ((label > 0) & (label != UNLABELLED)).reshape(count, -1).any(1)
-                rows = {
-                    "ids": [name] if image.shape[1] == 3 else [f"{name}#{i:03d}" for i in range(count)],
-                    "cases": [name] * count,
-                    "groups": [item.get("group", name)] * count,
-                    "hashes": ["-".join(h[:16] for h in item_hashes)] * count,
-                    "has_label": ["label" in item] * count,
-                    "has_foreground": foreground.tolist(),
-                    "first": [images.count] * count,
-                    "last": [images.count + count - 1] * count,
-                }
-                for key, values in rows.items():
-                    index[key] += values
+                index["ids"] += [name] if image.shape[1] == 3 else [f"{name}#{i:03d}" for i in range(count)]
+                index["cases"] += [name] * count
+                index["groups"] += [item.get("group", name)] * count
+                index["hashes"] += ["-".join(h[:16] for h in item_hashes)] * count
+                index["has_label"] += ["label" in item] * count
+                index["has_foreground"] += foreground.tolist()
+                index["first"] += [images.count] * count
+                index["last"] += [images.count + count - 1] * count
                 images.append(image)
                 labels.append(label)
             if not images.count:
@@ -266,15 +253,11 @@ class DecodedDataset(DecodedImages):
         self, item: dict[str, Any], decoded: dict[str, Any], size: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Images (N, 3 or 1, H, W) and labels (N, 1, H, W) or (N,) of what the chain gave for an item, both uint8."""
-        image = np.asarray(decoded["image"], dtype=np.float32)
+        image = _samples(np.asarray(decoded["image"], dtype=np.float32))
         image = np.round(image.clip(0, 1) * 255).astype(np.uint8)
-        image = image[None] if image.ndim == 3 else image.swapaxes(0, 1)  # (1, D, H, W) -> (D, 1, H, W)
         of_task, given = f"the task has classes 0 to {self.num_classes - 1}", "label" in item
         if size and image.shape[-2:] != size:
-            raise BadSampleError(
-                f"{item['image']} has the size {image.shape[-2:]} after preprocessing, others {size}: make the "
-                "preprocessing end in one fixed size."
-            )
+            raise BadSampleError(f"{item['image']} has the size {image.shape[-2:]}, others {size}: resize to one size.")
         if self.classifies:
             label = item.get("label", UNLABELLED)
             if given and not (_is_class(label) and 0 <= label < self.num_classes):
@@ -282,13 +265,10 @@ class DecodedDataset(DecodedImages):
             return image, np.full(len(image), label, np.uint8)
         if not given:
             return image, np.full((len(image), 1, *image.shape[-2:]), UNLABELLED, np.uint8)
-        classes = np.asarray(decoded["label"])
-        classes = classes[None] if classes.ndim == 3 else classes.swapaxes(0, 1)
+        classes = _samples(np.asarray(decoded["label"]))
         if classes.shape != (len(image), 1, *image.shape[-2:]):
-            raise BadSampleError(
-                f"{item['label']} has the size {classes.shape[-2:]}, its image {image.shape[-2:]} after preprocessing: "
-                "give the mask of this image."
-            )
+            sizes = f"the size {classes.shape[-2:]}, its image {image.shape[-2:]}"
+            raise BadSampleError(f"{item['label']} has {sizes} after preprocessing: give the mask of this image.")
         wrong = classes[~np.isin(classes, [*range(self.num_classes), UNLABELLED])]
         if wrong.size:
             raise BadSampleError(f"{item['label']} holds the value {wrong[0]:g}; {of_task}: correct the mask.")
@@ -297,8 +277,6 @@ class DecodedDataset(DecodedImages):
 
 _VOLATILE = {"R", "_seed", "_do_transform", "_lazy", "_tracing", "logger"}
 """What MONAI's transforms change when they are used; the options are described, not this."""
-
-_DEEPEST = 60
 
 
 class Unusable(NamedTuple):
@@ -325,18 +303,16 @@ class ReadableDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any] | Unusable:
         """Return what the chain gives, or why it gives nothing."""
-        result = self._kept.get(index) or self._read(self.data[index])
+        item, result = self.data[index], self._kept.get(index)
+        if result is None:
+            try:
+                result = read_item(item, self.transform)
+                self._agreement.check(result, item)
+            except BadSampleError as error:
+                result = Unusable(str(item.get("id", item["image"])), str(error))
         if self.keep:
             self._kept[index] = result
         return result if isinstance(result, Unusable) else dict(result)
-
-    def _read(self, item: Mapping[str, Any]) -> dict[str, Any] | Unusable:
-        try:
-            data = read_item(item, self.transform)
-            self._agreement.check(data, item)
-        except BadSampleError as error:
-            return Unusable(str(item.get("id", item["image"])), str(error))
-        return data
 
 
 def _collate(batch: list[Any]) -> Any:
@@ -380,22 +356,20 @@ class ReadableLoader(DataLoader):
     def attach(self, engine: Engine) -> None:
         """Let an engine end after the usable items."""
 
+        @engine.on(Events.GET_BATCH_COMPLETED)
         def shorten(engine: Engine) -> None:
             engine.state.epoch_length = len(self)
 
+        @engine.on(Events.STARTED)
         def complain_last(engine: Engine) -> None:
             if not engine.has_event_handler(self._complain):  # by now all other handlers are there
                 engine.add_event_handler(Events.COMPLETED, self._complain)
 
-        engine.add_event_handler(Events.GET_BATCH_COMPLETED, shorten)
-        engine.add_event_handler(Events.STARTED, complain_last)
-
     def _complain(self, engine: Engine) -> None:
         if self.skipped and self.on_bad_sample == "stop":
-            raise BadSampleError(
-                f"{len(self.skipped)} of {len(self.sampler)} item(s) could not be used, the results of the others are "
-                f"written: {self.skipped[0]['reason']} (--on_bad_sample skip accepts this.)"
-            )
+            count, reason = f"{len(self.skipped)} of {len(self.sampler)} item(s)", self.skipped[0]["reason"]
+            accept = "the results of the others are written; --on_bad_sample skip accepts this"
+            raise BadSampleError(f"{count} could not be used ({accept}): {reason}")
 
 
 def describe(value: Any, _above: tuple[int, ...] = ()) -> Any:
@@ -408,7 +382,7 @@ def describe(value: Any, _above: tuple[int, ...] = ()) -> Any:
         return str(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if id(value) in _above or len(_above) > _DEEPEST:
+    if id(value) in _above or len(_above) > 60:
         return "..."
     inside = functools.partial(describe, _above=(*_above, id(value)))
     if isinstance(value, enum.Enum):

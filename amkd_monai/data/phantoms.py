@@ -4,18 +4,18 @@ Each function fills an empty folder; all draws come from ``seed``. In every data
 own brightness, so that no threshold finds it.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+Point = tuple[float, float]
 GRADE_SHARES = (0.34, 0.16, 0.24, 0.12, 0.14)
 """Shares of the APTOS grades: rarer where the disease is severe, but enough of each for a short run."""
 FUNDUS_LESIONS = {
@@ -29,18 +29,16 @@ FUNDUS_LESIONS = {
 
 def aptos2019(folder: Path, count: int = 75, unlabelled: int = 6, height: int = 180, seed: int = 0) -> None:
     """Write fundus photographs as `train.csv`, `train_images/`, `test.csv` (no grades) and `test_images/`."""
-    shares = np.round(np.cumsum(GRADE_SHARES) * count).astype(int)
-    grades = np.repeat(np.arange(5), np.diff([0, *shares[:-1], count]))
-    rows: dict[str, list[list[object]]] = {"train": [], "test": []}
+    ends = np.round(np.cumsum(GRADE_SHARES[:-1]) * count).astype(int)
+    rows: list[list[Any]] = []
     for index in range(count + unlabelled):
         rng = np.random.default_rng([seed, index])
+        grade = int(np.searchsorted(ends, index, "right")) if index < count else int(rng.integers(5))
+        rows.append(["".join(rng.choice(list("0123456789abcdef"), 12)), grade])
         section = "train" if index < count else "test"
-        grade = int(grades[index]) if index < count else int(rng.integers(5))
-        name = "".join(rng.choice(list("0123456789abcdef"), 12))
-        _save(_photograph(rng, grade, height), folder / f"{section}_images" / f"{name}.png")
-        rows[section].append([name, grade] if section == "train" else [name])
-    for section, header in (("train", ["id_code", "diagnosis"]), ("test", ["id_code"])):
-        _write_table(folder / f"{section}.csv", header, sorted(rows[section], key=str))
+        _save(_photograph(rng, grade, height), folder / f"{section}_images" / f"{rows[-1][0]}.png")
+    _write_table(folder / "train.csv", ["id_code", "diagnosis"], sorted(rows[:count]))
+    _write_table(folder / "test.csv", ["id_code"], [row[:1] for row in sorted(rows[count:])])
 
 
 def _photograph(rng: np.random.Generator, grade: int, height: int) -> np.ndarray:
@@ -54,25 +52,22 @@ def _photograph(rng: np.random.Generator, grade: int, height: int) -> np.ndarray
     shade = 1 - 0.35 * (x**2 + y**2) + 0.10 * _grain(rng, (h, w), h / 8) + 0.03 * _grain(rng, (h, w), 2.0)
     image = base * shade[..., None]
 
-    def spot(centre: tuple[float, float], radius: float, x: np.ndarray = x, y: np.ndarray = y) -> np.ndarray:
+    def spot(centre: Point, radius: float, x: np.ndarray = x, y: np.ndarray = y) -> np.ndarray:
         return np.exp(-((((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / radius**2) ** 2))
 
     def window(points: np.ndarray, reach: float) -> tuple[slice, slice]:
         """Rows and columns within `reach` of points (n, 2) as (x, y): what is painted there is invisible beyond."""
         (left, top), (right, bottom) = points.min(0) - reach, points.max(0) + reach
-        rows, columns = np.searchsorted(y[:, 0], (top, bottom)), np.searchsorted(x[0], (left, right))
-        return slice(*rows), slice(*columns)
+        return slice(*np.searchsorted(y[:, 0], (top, bottom))), slice(*np.searchsorted(x[0], (left, right)))
 
-    def stain(cover: np.ndarray, colour: tuple[float, float, float], strength: float, part: Any = ...) -> None:
+    def stain(cover: np.ndarray, colour: Sequence[float], strength: float, part: Any = ...) -> None:
         image[part] += strength * cover[..., None] * (np.array(colour) - image[part])
 
-    def stain_spot(
-        centre: tuple[float, float], radius: float, colour: tuple[float, float, float], strength: float
-    ) -> None:
+    def stain_spot(centre: Point, radius: float, colour: Sequence[float], strength: float) -> None:
         part = window(np.array([centre]), 3 * radius)
         stain(spot(centre, radius, x[part], y[part]), colour, strength, part)
 
-    def vessel(start: tuple[float, float], end: np.ndarray | tuple[float, float], width: float) -> None:
+    def vessel(start: Point, end: np.ndarray | Point, width: float) -> None:
         """Darken the image along a bent line that gets thinner."""
         begin, finish = np.array(start), np.array(end)
         bend = (begin + finish) / 2 + rng.normal(0, 0.12, 2)
@@ -84,7 +79,7 @@ def _photograph(rng: np.random.Generator, grade: int, height: int) -> np.ndarray
             nearest = np.minimum(nearest, ((x[part] - px) ** 2 + (y[part] - py) ** 2) / (2 * reach**2))
         image[part] *= 1 - 0.45 * np.exp(-nearest)[..., None]
 
-    def places(kind: str) -> list[tuple[float, float]]:
+    def places(kind: str) -> list[Point]:
         low, high = FUNDUS_LESIONS[kind][grade]
         angle = rng.uniform(0, 2 * np.pi, rng.integers(low, high + 1))
         distance = 0.85 * np.sqrt(rng.uniform(0.02, 1, len(angle)))
@@ -122,12 +117,13 @@ def busi(folder: Path, count: int = 18, size: tuple[int, int] = (130, 210), seed
             rng = np.random.default_rng([seed, kind, index])
             lesions = 2 if (name, index) == ("benign", 0) else int(name != "normal")
             grey, masks = ultrasound_image(rng, size, lesions, malignant=name == "malignant")
+            masks = masks or [np.zeros((*grey.shape, 3), np.uint8)]
             copies = [(index + 1, grey)]
             if (name, index) == ("malignant", 0):
                 copies.append((count + 1, _with_calipers(grey, masks[0])))
             for number, image in copies:
                 _save(np.repeat(image[..., None], 3, axis=2), folder / name / f"{name} ({number}).png")
-                for i, mask in enumerate(masks if name != "normal" else [np.zeros((*grey.shape, 3), np.uint8)]):
+                for i, mask in enumerate(masks):
                     _save(mask, folder / name / f"{name} ({number})_mask{f'_{i}' if i else ''}.png")
 
 
@@ -213,8 +209,7 @@ def _chest(
 
     Vessels, the heart and gravity's haze at the back are as bright as the infection.
     """
-    axes = [np.linspace(-1, 1, length) if length > 1 else np.zeros(1) for length in shape]
-    x, y, z = np.meshgrid(*axes, indexing="ij")
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) if n > 1 else [0.0] for n in shape), indexing="ij")
     noise = _smooth_noise(rng, shape, (7, 7, 5))
     hu = np.where(np.hypot(x / rng.uniform(0.8, 0.97), y / rng.uniform(0.8, 0.97)) + 0.03 * noise < 1, 40.0, -1000.0)
     hu[np.hypot(x / 0.11, (y - 0.62) / 0.13) < 1] = 350  # the spine
@@ -269,11 +264,10 @@ def _skin_lesion(rng: np.random.Generator, kind: str, height: int) -> tuple[np.n
     image = skin * (1 + 0.04 * _grain(rng, (h, w), h / 10) + 0.015 * _grain(rng, (h, w), 1.0))[..., None]
 
     angle = np.arctan2(y, x)
-    ragged = {"nevus": 0.05, "melanoma": 0.20, "keratosis": 0.06}[kind]
+    ragged, soft = {"nevus": (0.05, 3.0), "melanoma": (0.20, 2.0), "keratosis": (0.06, 0.6)}[kind]
     outline = 1 + sum(rng.normal(0, ragged / np.sqrt(n)) * np.cos(n * angle + rng.uniform(0, 6.3)) for n in range(2, 8))
     inside = np.hypot(x, y * rng.uniform(0.9, 1.3)) / (rng.uniform(0.2, 0.33) * outline) < 1
-    softness = {"nevus": 3.0, "melanoma": 2.0, "keratosis": 0.6}[kind] * h / 120
-    cover = gaussian_filter(inside.astype(float), softness)[..., None]
+    cover = gaussian_filter(inside.astype(float), soft * h / 120)[..., None]
 
     brown = np.array([0.48, 0.29, 0.20]) * rng.uniform(0.85, 1.2)
     colour = np.broadcast_to(brown, image.shape) * (1 + 0.05 * _grain(rng, (h, w), 2.0))[..., None]
@@ -284,8 +278,7 @@ def _skin_lesion(rng: np.random.Generator, kind: str, height: int) -> tuple[np.n
     elif kind == "keratosis":  # waxy greyish brown with pale cysts and dark plugs
         colour = np.array([0.55, 0.42, 0.33]) * (1 + 0.14 * _grain(rng, (h, w), 1.6))[..., None]
         for shade, number in ((np.array([0.92, 0.86, 0.74]), 14), (np.array([0.20, 0.14, 0.10]), 12)):
-            dots = np.zeros((h, w))
-            places = np.argwhere(inside)
+            dots, places = np.zeros((h, w)), np.argwhere(inside)
             dots[tuple(places[rng.integers(len(places), size=number)].T)] = 1
             dots = np.clip(gaussian_filter(dots, 1.3) * 12, 0, 1)[..., None]
             colour = colour * (1 - dots) + dots * shade
@@ -311,12 +304,9 @@ def _endoscopy_frame(rng: np.random.Generator, size: tuple[int, int]) -> tuple[n
     shape = height, width = _sides(rng, size)
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     y *= height / width  # one unit is half the width on both axes
-    texture = sum(
-        weight * _smooth_noise(rng, shape, (knots, knots)) for weight, knots in ((0.08, 5), (0.04, 14), (0.025, 45))
-    )
+    texture = sum(part * _smooth_noise(rng, shape, (n, n)) for part, n in ((0.08, 5), (0.04, 14), (0.025, 45)))
     phase = rng.uniform(0, 2 * np.pi)
-    lumen_x, lumen_y = rng.uniform(-0.8, 0.8), rng.uniform(-0.5, 0.5)
-    to_lumen = np.hypot(x - lumen_x, y - lumen_y)
+    to_lumen = np.hypot(x - rng.uniform(-0.8, 0.8), y - rng.uniform(-0.5, 0.5))
     folds = np.sin(9 * (to_lumen + 0.08 * _smooth_noise(rng, shape, (6, 6))) + phase)
     vessels = np.exp(-((_smooth_noise(rng, shape, (12, 12)) / 0.06) ** 2))
     brightness = 0.72 + texture + 0.10 * folds - 0.45 * np.exp(-((to_lumen / 0.22) ** 2)) - 0.06 * vessels
@@ -413,8 +403,6 @@ def _save(array: np.ndarray, path: Path, **options: Any) -> None:
 
 
 def _save_volume(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    import nibabel
-
     path.parent.mkdir(exist_ok=True)
     nibabel.Nifti1Image(array, affine).to_filename(path)
 

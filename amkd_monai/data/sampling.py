@@ -1,7 +1,5 @@
 """Which samples and tasks make up a batch: pure functions of seed and epoch, so that a resumed run draws the same."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -96,10 +94,8 @@ class BatchSampler(Sampler[list[int]]):
             labelled = np.concatenate([_cycle(s[0], int(n), rng) for s, n in zip(self.strata, counts, strict=True)])
             rng.shuffle(labelled)
         others = _cycle(self.unlabelled, total - count, rng)
-        labelled = labelled.reshape(self.steps, self.world_size, -1)[:, self.rank]
-        others = others.reshape(self.steps, self.world_size, -1)[:, self.rank]
-        for step in range(self.steps):
-            yield [int(i) for i in (*labelled[step], *others[step])]
+        parts = [part.reshape(self.steps, self.world_size, -1)[:, self.rank] for part in (labelled, others)]
+        yield from np.concatenate(parts, axis=1).astype(int).tolist()
 
 
 def _cycle(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -150,10 +146,8 @@ class MultiTaskLoader:
     def plan(self) -> list[list[str]]:
         """Return the tasks of every step of the epoch, in the order of the run's tasks."""
         rng, names = np.random.default_rng([self.seed, self.epoch]), list(self.loaders)
-        drawn = [
-            rng.choice(len(names), size=self.per_step, replace=False, p=self.probabilities) for _ in range(self.steps)
-        ]
-        return [[names[i] for i in sorted(step)] for step in drawn]
+        how = {"size": self.per_step, "replace": False, "p": self.probabilities}
+        return [[names[i] for i in sorted(rng.choice(len(names), **how))] for _ in range(self.steps)]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         streams = {task: self._stream(loader) for task, loader in self.loaders.items()}

@@ -5,11 +5,8 @@ before it draws, so a result depends on ids, groups and seed only. Own code: sci
 balance three sections by size and class, and the hash of a split is a promise beyond its versions.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,9 +20,7 @@ from scipy.sparse.csgraph import connected_components
 
 from amkd_monai.files.pictures import opened, to_rgb, upright
 from amkd_monai.storage import atomic_write_json, content_hashes, file_sha256, read_memo
-from amkd_monai.terminal import progress
-
-logger = logging.getLogger("amkd_monai")
+from amkd_monai.terminal import logger, progress
 
 Item = dict[str, Any]
 Sections = tuple[list[Item], list[Item], list[Item]]
@@ -65,20 +60,15 @@ def random_split(items: Iterable[Item], fractions: Sequence[float] = (0.7, 0.15,
     sizes = Counter(groups)
     empty = {section for section, fraction in enumerate(fractions) if fraction > 0}
     if len(sizes) < len(empty):
-        raise ValueError(
-            f"{len(sizes)} group(s) cannot fill {len(empty)} sections of a split: add images of more patients or set a "
-            "fraction to 0."
-        )
+        raise ValueError(f"{len(sizes)} group(s) cannot fill {len(empty)} sections of a split: set a fraction to 0.")
     strata = _strata(items)
     totals = Counter(strata[group] for group in groups)
     missing = {stratum: [fraction * n for fraction in fractions] for stratum, n in totals.items()}
-    open_sections = sorted(empty)
-    section_of: dict[str, int] = {}
+    open_sections, section_of = sorted(empty), dict[str, int]()
     for group in _in_order(groups, strata, seed):
         candidates = sorted(empty) if len(sizes) - len(section_of) <= len(empty) else open_sections
         missing_here = missing[strata[group]]
-        section = max(candidates, key=lambda candidate: missing_here[candidate])
-        section_of[group] = section
+        section = section_of[group] = max(candidates, key=lambda candidate: missing_here[candidate])
         missing_here[section] -= sizes[group]
         empty.discard(section)
     train, validation, test = ([item for item in items if section_of[item["group"]] == section] for section in range(3))
@@ -102,8 +92,7 @@ def k_fold(
     used_folds = int(fold_of_item.max()) + 1
     if not 0 <= fold < used_folds:
         raise ValueError(f"There is no fold {fold}: choose one from 0 to {used_folds - 1}.")
-    test = [item for item, index in zip(items, fold_of_item, strict=True) if index == fold]
-    rest = [item for item, index in zip(items, fold_of_item, strict=True) if index != fold]
+    test, rest = ([items[i] for i in np.flatnonzero(chosen)] for chosen in (fold_of_item == fold, fold_of_item != fold))
     if len({item["group"] for item in rest}) < 2:
         raise ValueError(f"Fold {fold} leaves one group for train and validation: use more folds.")
     train, validation, _ = random_split(rest, (1 - validation_fraction, validation_fraction, 0), seed)
@@ -132,12 +121,10 @@ def fold_of_groups(
     strata = _majority(zip(groups, [""] * len(groups) if classes is None else map(str, classes), strict=True))
     used = min(folds, len(sizes))
     of_stratum = {stratum: [0] * used for stratum in strata.values()}
-    samples_in_fold = [0] * used
-    fold_of: dict[str, int] = {}
+    samples_in_fold, fold_of = [0] * used, dict[str, int]()
     for group in _in_order(groups, strata, seed):
         own = of_stratum[strata[group]]
-        fold = min(range(used), key=lambda k: (own[k], samples_in_fold[k]))
-        fold_of[group] = fold
+        fold = fold_of[group] = min(range(used), key=lambda k: (own[k], samples_in_fold[k]))
         own[fold] += sizes[group]
         samples_in_fold[fold] += sizes[group]
     return np.array([fold_of[group] for group in groups], dtype=np.int64)
@@ -148,36 +135,29 @@ def few_labels(train: Iterable[Item], count: int, seed: int = 0) -> tuple[list[I
 
     Whole groups are kept, in shuffled order, as long as they fit, so fewer items than ``count`` stay labelled when
     groups are large. With groups of one item the labelled sets of one seed are nested: those of 12 lie within those
-    of 24.
-
-    Raises:
-        ValueError: ``count`` is not between 1 and the number of items, or no group is that small.
+    of 24. A ``count`` out of range, or below the smallest group, is a ValueError.
     """
     train = _sorted_by_id(train)
     if not 1 <= count <= len(train):
         raise ValueError(f"Cannot keep {count} of {len(train)} training items labelled: use 1 to {len(train)}.")
-    sizes = Counter(item["group"] for item in train)
-    kept: set[str] = set()
-    room = count
+    sizes, kept, room = Counter(item["group"] for item in train), set[str](), count
     for group in _shuffled(sizes, seed):
         if sizes[group] <= room:
             kept.add(group)
             room -= sizes[group]
     if not kept:
-        raise ValueError(
-            f"Cannot keep {count} items labelled without cutting a group: the smallest group has "
-            f"{min(sizes.values())} items."
-        )
-    rest = [item for item in train if item["group"] not in kept]
-    unlabelled = [{key: value for key, value in item.items() if key != "label"} for item in rest]
-    return [item for item in train if item["group"] in kept], unlabelled
+        raise ValueError(f"{count} labelled items would cut a group: the smallest group has {min(sizes.values())}.")
+    rest = [without(item, "label") for item in train if item["group"] not in kept]
+    return [item for item in train if item["group"] in kept], rest
 
 
-def split_hash(
-    train: Iterable[Item], validation: Iterable[Item], test: Iterable[Item], unlabelled: Iterable[Item]
-) -> str:
+def without(item: Item, key: str) -> Item:
+    """Return a copy of an item without a key."""
+    return {k: v for k, v in item.items() if k != key}
+
+
+def split_hash(**sections: Iterable[Item]) -> str:
     """SHA-256 (64 hexadecimal digits) of ids and groups per section, independent of order and paths."""
-    sections = {"train": train, "validation": validation, "test": test, "unlabelled": unlabelled}
     members = {name: sorted([item["id"], item["group"]] for item in items) for name, items in sections.items()}
     return hashlib.sha256(json.dumps(members, sort_keys=True).encode()).hexdigest()
 
@@ -185,9 +165,8 @@ def split_hash(
 def _sorted_by_id(items: Iterable[Item]) -> list[Item]:
     """Sort items by id; an id that comes twice is refused."""
     ordered = sorted(items, key=lambda item: item["id"])
-    for first, second in pairwise(ordered):
-        if first["id"] == second["id"]:
-            raise ValueError(f"The id '{first['id']}' comes twice in the datalist: ids must be unique.")
+    if twice := [a["id"] for a, b in pairwise(ordered) if a["id"] == b["id"]]:
+        raise ValueError(f"The id '{twice[0]}' comes twice in the datalist: ids must be unique.")
     return ordered
 
 
@@ -203,11 +182,10 @@ def _in_order(groups: Sequence[str], strata: dict[str, str], seed: int) -> list[
     return sorted(_shuffled(sizes, seed), key=lambda group: (count[strata[group]], strata[group], -sizes[group]))
 
 
-def _strata(items: Iterable[Item]) -> dict[str, str]:
+def _strata(items: Sequence[Item]) -> dict[str, str]:
     """The class of each group: the label where it is one, else the item's "class"; "" where there is neither."""
-    return _majority(
-        (i["group"], str(i["label"]) if isinstance(i.get("label"), int) else i.get("class", "")) for i in items
-    )
+    classes = (str(i["label"]) if isinstance(i.get("label"), int) else i.get("class", "") for i in items)
+    return _majority(zip((item["group"] for item in items), classes, strict=True))
 
 
 def _majority(samples: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -218,9 +196,7 @@ def _majority(samples: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {group: min(found, key=lambda c: (-found[c], c)) for group, found in counts.items()}
 
 
-HASH_SIZE = 16
-"""Side of the hash: 256 bits."""
-
+HASH_SIZE = 16  # side of the perceptual hash: 256 bits
 
 NEAR = 32
 """Bits in which near-duplicates differ at most. Measured on the data sets named in the project: copies with calipers,
@@ -234,26 +210,18 @@ def group_identical_images(items: Iterable[Item]) -> list[Item]:
     """
     ordered = sorted(items, key=lambda item: item["id"])
     sizes = [Path(item["image"]).stat().st_size for item in ordered]
-    shared = Counter(sizes)
-    contents = [
-        (size, file_sha256(item["image"]) if shared[size] > 1 else item["id"])
-        for size, item in zip(sizes, ordered, strict=True)
-    ]
-    ids = defaultdict(list)
-    for item, content in zip(ordered, contents, strict=True):
-        ids[content].append(item["id"])
+    shared, ids, contents = Counter(sizes), defaultdict(list), []
+    for item, size in zip(ordered, sizes, strict=True):
+        contents.append(file_sha256(item["image"]) if shared[size] > 1 else item["id"])
+        ids[contents[-1]].append(item["id"])
     return [{**item, "group": "+".join(ids[content])} for item, content in zip(ordered, contents, strict=True)]
 
 
 def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None) -> tuple[np.ndarray, list[int]]:
-    """Hash pictures by their coarse look (`imagehash.phash`).
+    """Hash pictures by their coarse look (`imagehash.phash`): booleans (M, 256) and the indices of the M paths.
 
-    Args:
-        paths: picture files.
-        cache_dir: folder that keeps the hashes by content, so that a picture is decoded once; None keeps nothing.
-
-    Returns:
-        Boolean array (M, 256) and the indices of the M paths; files that cannot be read are announced and left out.
+    ``cache_dir`` keeps the hashes by content, so that a picture is decoded once. Files that cannot be read are
+    announced and left out.
     """
     memo = None if cache_dir is None else Path(cache_dir) / f"perceptual_hashes_{HASH_SIZE}.json"
     contents = content_hashes(paths, None if cache_dir is None else Path(cache_dir) / "content_hashes.json")
@@ -315,15 +283,10 @@ def group_near_duplicates(
 ) -> list[Item]:
     """Give near-duplicate pictures one common group, the ids joined by "+"; return copies of the items in their order.
 
-    Args:
-        items: items with pictures.
-        distance: bits in which two hashes of one group differ at most; 0 joins equal hashes only.
-        cache_dir: see :func:`perceptual_hashes`.
+    ``distance`` is the number of bits in which two hashes of one group differ at most; 0 joins equal hashes only.
     """
     pairs = near_duplicates([item["image"] for item in items], distance, cache_dir)
-    grouped = list(items)
+    groups: dict[int, str] = {}
     for members in clusters(len(items), pairs):
-        name = "+".join(sorted(items[index]["id"] for index in members))
-        for index in members:
-            grouped[index] = {**items[index], "group": name}
-    return grouped
+        groups |= dict.fromkeys(members, "+".join(sorted(items[index]["id"] for index in members)))
+    return [{**item, "group": groups[index]} for index, item in enumerate(items)]

@@ -1,7 +1,5 @@
 """MONAI transforms around the reading and writing of files in :mod:`amkd_monai.files`."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,20 +21,12 @@ FILENAME = "filename_or_obj"  # keys of meta data: the file, and how the values 
 CODING = "mask_coding"
 
 
-def _loaded(array: np.ndarray, file: Any, affine: np.ndarray | None = None) -> MetaTensor:
-    """Values (C, ...) as float32 with MONAI's meta data."""
+def _loaded(array: np.ndarray, file: Any, affine: np.ndarray | None = None, used: set[str] | None = None) -> MetaTensor:
+    """Values (C, ...) as float32 with MONAI's meta data; ``used`` is how the values of a mask are coded."""
+    matrix = torch.as_tensor(np.eye(3) if affine is None else affine)
     meta = {FILENAME: str(file), "spatial_shape": np.array(array.shape[1:]), "original_channel_dim": 0}
-    matrix = torch.eye(3 if array.ndim == 3 else 4, dtype=torch.float64) if affine is None else torch.as_tensor(affine)
-    values = torch.from_numpy(np.ascontiguousarray(array).astype(np.float32, copy=False))
-    return MetaTensor(values, matrix, {**meta, "original_affine": matrix.clone()})
-
-
-def _file_of(data: Mapping[Hashable, Any], key: str) -> Any:
-    """Path of an image, loaded or not; None if there is none."""
-    value = data.get(key)
-    if isinstance(value, MetaTensor):
-        return value.meta.get(FILENAME)
-    return value if isinstance(value, (str, Path)) else None
+    meta |= {"original_affine": matrix.clone()} | ({} if used is None else {CODING: sorted(used)})
+    return MetaTensor(torch.from_numpy(np.ascontiguousarray(array, np.float32)), matrix, meta)
 
 
 class _PerKey(MapTransform):
@@ -86,11 +76,11 @@ class LoadMaskd(_PerKey):
         self.image_key, self.classes, self.codes = image_key, classes, codes
 
     def _changed(self, value: Any, data: Mapping[Hashable, Any]) -> MetaTensor:
-        files, used = [str(file) for file in ensure_tuple(value)], set[str]()
-        mask = read_mask(files, _file_of(data, self.image_key), self.classes, self.codes, used)
-        loaded = _loaded(mask[None], files[0])
-        loaded.meta[CODING] = sorted(used)
-        return loaded
+        files, used, image = [str(file) for file in ensure_tuple(value)], set[str](), data.get(self.image_key)
+        if not isinstance(image, (str, Path)):
+            image = getattr(image, "meta", {}).get(FILENAME)
+        mask = read_mask(files, image, self.classes, self.codes, used)
+        return _loaded(mask[None], files[0], used=used)
 
 
 class LoadVolumed(LoadMaskd):
@@ -105,14 +95,12 @@ class LoadVolumed(LoadMaskd):
         result = dict(data)
         grid: volumes.Grid | None = None
         for key in sorted(self.key_iterator(result), key=lambda key: key != self.image_key):
-            file, used = result[key], set[str]()
-            if key == self.image_key:
+            file, used = result[key], None if key == self.image_key else set[str]()
+            if used is None:
                 array, grid = volumes.read_volume(file)
-                result[key] = _loaded(array[None], file, grid.affine)
             else:
                 array, grid = volumes.read_label_volume(file, grid, self.classes, self.codes, used)
-                result[key] = _loaded(array[None], file, grid.affine)
-                result[key].meta[CODING] = sorted(used)
+            result[key] = _loaded(array[None], file, grid.affine, used)
         return result
 
 
@@ -147,13 +135,9 @@ class CropFundusd(_PerKey):
     is lost with the borders.
     """
 
-    def __init__(self, keys: KeysCollection = "image", allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-
     def _changed(self, image: Any, data: Mapping[Hashable, Any]) -> Any:
         pixels = np.asarray(image)
-        rows, columns = disc_box(pixels)
-        return convert_to_dst_type(squared(pixels[:, rows, columns]), image)[0]
+        return convert_to_dst_type(squared(pixels[:, *disc_box(pixels)]), image)[0]
 
 
 class NeighbourSlicesd(_PerKey):
@@ -172,9 +156,6 @@ class DropUnlabelledd(MapTransform):
 
     The keys are the answer, probabilities (C, ...), and the label, class indices (1, ...), in this order.
     """
-
-    def __init__(self, keys: KeysCollection = ("pred", "label")) -> None:
-        super().__init__(keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace both; data without a label stay."""

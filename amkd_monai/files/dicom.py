@@ -1,8 +1,5 @@
 """DICOM series: which files of a folder are one volume, and whether they are a whole one."""
 
-from __future__ import annotations
-
-import logging
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,8 +12,7 @@ import numpy as np
 
 from amkd_monai.files.names import file_id, has_suffix, some
 from amkd_monai.files.volumes import AFFINE_TOLERANCE, Grid, affine_problem, is_finite
-
-logger = logging.getLogger("amkd_monai")
+from amkd_monai.terminal import logger
 
 SPACING_TOLERANCE = 0.02  # largest difference between two distances of slices, as a part of the distance
 TILT = 1e-2  # largest part of a slice distance that may lie within the plane of the slices
@@ -178,9 +174,7 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
     positions = positions[order]
     steps = np.diff(positions @ normal)
     if twice := int((steps < AFFINE_TOLERANCE).sum()):
-        raise refuse(
-            f"of which {twice} lie at the position of another one (times, echoes)", "keep one at each position"
-        )
+        raise refuse(f"of which {twice} lie where another does (time points, echoes)", "keep one at each position")
     step = float(np.median(steps))
     allowed = max(SPACING_TOLERANCE * step, AFFINE_TOLERANCE)
     if (uneven := np.abs(steps - step) > allowed).any():

@@ -1,7 +1,5 @@
 """What mask files mean: which value is which class, and which pixels are not labelled."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,18 +1,15 @@
 """Which files of a folder are images, what they are called, and how tables and lists are read."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io
-import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-logger = logging.getLogger("amkd_monai")
+from amkd_monai.terminal import logger
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
@@ -154,16 +151,12 @@ def read_table(path: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
     an id that comes twice and an empty table are a ValueError.
     """
     text = read_text(path).lstrip("\r\n")
-    if text.lower().startswith("sep="):  # written by Excel
-        text = text.partition("\n")[2]
     separator = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, delimiter=separator)
     known = {name.lower(): name for name in columns}
     reader.fieldnames = found = [known.get(n.strip().lower(), n.strip()) for n in reader.fieldnames or []]
-    if twice := [name for name in columns if found.count(name) > 1]:
-        raise ValueError(f"{path} has the column {twice[0]} twice: keep one.")
-    if missing := [name for name in columns if name not in found]:
-        raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}: it has {', '.join(found) or 'none'}.")
+    if wrong := [name for name in columns if found.count(name) != 1]:
+        raise ValueError(f"{path} needs the column(s) {', '.join(wrong)} once: it has {', '.join(found) or 'none'}.")
     rows: dict[str, dict[str, str]] = {}
     for number, row in enumerate(reader, start=2):
         cells = {name: (row[name] or "").strip() for name in columns}

@@ -1,7 +1,5 @@
 """Pictures of any mode as RGB of 8 bits, upright as viewers show them."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Each step returns the changed array and the way back for the answer, None where 
 resampling are linear and separable, so each axis has a matrix; the values are those of MONAI's transforms.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -91,8 +89,7 @@ def _ct_window(array: np.ndarray, grid: Grid | None, low: float, high: float, va
 
 
 def _crop_disc(array: np.ndarray, grid: Grid | None, background_level: float, least_part: float) -> Stepped:
-    rows, columns = disc_box(array, background_level, least_part)
-    return squared(array[:, rows, columns]), None
+    return squared(array[:, *disc_box(array, background_level, least_part)]), None
 
 
 def _neighbours(array: np.ndarray, grid: Grid | None) -> Stepped:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +21,7 @@ from amkd_monai.files.masks import MaskCodes, decode_plausible
 from amkd_monai.files.names import MARK, has_suffix
 from amkd_monai.files.pictures import DAMAGED
 from amkd_monai.storage import atomic_write_bytes
-
-logger = logging.getLogger("amkd_monai")
+from amkd_monai.terminal import logger
 
 MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 SMALLEST_VOXEL, LARGEST_VOXEL = 1e-3, 100.0  # mm; other sizes are a mistake of units

@@ -156,7 +156,7 @@ def test_the_sheet_outlines_masks_in_pictures_and_volumes(root, tmp_path):
         ("msd_heart", get_task("msd_heart").write_phantom(tmp_path, cases=2, shape=(12, 40, 44))),
     ):
         report = check_data(task, folder)
-        path = write_contact_sheet(tmp_path / f"{task}.png", report.task, report.items, count=2, columns=2)
+        path = write_contact_sheet(tmp_path / f"{task}.png", report.task, report.items, count=2)
         sheet = np.asarray(Image.open(path).convert("RGB"))
         assert sheet.shape[1] == 2 * 208
         assert (sheet == ORANGE).all(axis=2).sum() > 50

@@ -135,10 +135,3 @@ def test_the_wrong_folder_level_names_the_right_one(root, semiseg):
         find_items(semiseg / "TrainingSet")
     with pytest.raises(FileNotFoundError, match="expected the folders of COVID-SemiSeg"):
         find_items(root / "nowhere")
-
-
-def test_volumes_are_sent_to_their_task(tmp_path):
-    (tmp_path / "Infection_Mask").mkdir()
-    (tmp_path / "Infection_Mask" / "a.nii.gz").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="covid_volumes"):
-        find_items(tmp_path)

@@ -94,7 +94,7 @@ def test_one_level_too_low_names_the_right_folder(root, name):
 
 def test_a_missing_dataset_json_is_an_error(root):
     (root / "dataset.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"dataset\.json alone is missing, copy it from the archive"):
+    with pytest.raises(FileNotFoundError, match=r"expected dataset\.json with"):
         find_items(root)
 
 

@@ -167,22 +167,26 @@ def test_few_labels_refuses_a_count_out_of_range(count):
         few_labels(make_items("abc"), count)
 
 
+def hashed(train, validation, test, unlabelled=()):
+    return split_hash(train=train, validation=validation, test=test, unlabelled=unlabelled)
+
+
 def test_split_hash_equals_a_reference():
     train, validation, test, unlabelled = ([item] for item in make_items("wxyz"))
     text = (
         '{"test": [["002", "y"]], "train": [["000", "w"]], "unlabelled": [["003", "z"]], "validation": [["001", "x"]]}'
     )
-    assert split_hash(train, validation, test, unlabelled) == hashlib.sha256(text.encode()).hexdigest()
+    assert hashed(train, validation, test, unlabelled) == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_split_hash_depends_on_membership_alone():
     train, validation, test = random_split(make_items(map(str, range(20))))
-    expected = split_hash(train, validation, test, [])
+    expected = hashed(train, validation, test, [])
     moved = [{**item, "image": "/elsewhere/" + item["id"]} for item in train]
-    assert split_hash(moved[::-1], validation, test, []) == expected
-    assert split_hash(train[1:], validation, test, train[:1]) != expected
-    assert split_hash(train, test, validation, []) != expected
-    assert split_hash([{**train[0], "group": "other"}, *train[1:]], validation, test, []) != expected
+    assert hashed(moved[::-1], validation, test, []) == expected
+    assert hashed(train[1:], validation, test, train[:1]) != expected
+    assert hashed(train, test, validation, []) != expected
+    assert hashed([{**train[0], "group": "other"}, *train[1:]], validation, test, []) != expected
 
 
 def test_byte_identical_images_share_a_group(tmp_path):

@@ -1,7 +1,5 @@
 """What a data set holds and what is wrong with it, all at once, and a page of thumbnails: `data check`."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,16 +36,11 @@ class DataReport:
     problems: list[str] = field(default_factory=list)
     damaged: set[str] = field(default_factory=set)
 
-    def is_damaged(self, item: Item) -> bool:
-        """Whether a file of the item cannot be used."""
-        return item["id"] in self.damaged
-
     def __str__(self) -> str:
         """Return everything as text."""
         lines = [f"{self.task.name} in {self.root}", *(f"  {fact}" for fact in self.facts)]
-        if not self.problems:
-            return "\n".join([*lines, "no problems"])
-        return "\n".join([*lines, f"{len(self.problems)} problem(s):", *(f"  - {p}" for p in self.problems)])
+        lines.append(f"{len(self.problems)} problem(s):" if self.problems else "no problems")
+        return "\n".join([*lines, *(f"  - {problem}" for problem in self.problems)])
 
 
 def check_data(
@@ -77,33 +70,32 @@ def check_data(
         report.problems.append(str(error))
         return report
     report.items = sorted(items, key=lambda item: natural(item["id"]))
-    codes = report.task.mask_codes if mask_codes is None else mask_codes
+    flat, codes = report.task.dimensions == 2, report.task.mask_codes if mask_codes is None else mask_codes
     sizes, modes, shares, codings = [], [], {}, set[str]()
     for item in progress(report.items, desc="check files", delay=1):
         try:
             image, mask, mode = _read(item, report.task, codes, codings)
-            sizes.append(image.shape[1::-1] if report.task.dimensions == 2 else image.shape)
-            modes.append(mode)
-            if mask is not None:
-                shares[item["id"]] = float(mask.mean())
         except (ValueError, OSError, MemoryError) as error:
             report.damaged.add(item["id"])
             report.problems.append(_naming([item["image"], *label_files(item)], error))
-    if problem := coding_problem(codings):
-        report.problems.append(problem)
+            continue
+        sizes.append(image.shape[1::-1] if flat else image.shape)
+        modes.append(mode)
+        if mask is not None:
+            shares[item["id"]] = float(mask.mean())
+    report.problems += filter(None, [coding_problem(codings)])
     _describe_others(report)
     report.facts.append(f"{len(report.items)} items in {len({item['group'] for item in report.items})} groups")
     if sizes:
         sizes.sort(key=lambda size: (np.prod(size), size))
-        smallest, median, largest = ("x".join(map(str, sizes[i])) for i in (0, len(sizes) // 2, -1))
-        report.facts.append(
-            f"sizes: smallest {smallest}, median {median}, largest {largest}, {len(set(sizes))} different"
-        )
-        report.facts.append(f"{'modes' if report.task.dimensions == 2 else 'orders of the axes'}: {_counts(modes)}")
+        least, median, most = ("x".join(map(str, sizes[i])) for i in (0, len(sizes) // 2, -1))
+        number = len(set(sizes))
+        report.facts.append(f"sizes: smallest {least}, median {median}, largest {most}, {number} different")
+        report.facts.append(f"{'modes' if flat else 'orders of the axes'}: {_counts(modes)}")
     _describe_classes(report)
-    _describe_masks(report, shares)
-    found = _duplicates(report, cache_dir)
-    _describe_split(report, found, fold, seed)
+    if shares:
+        _describe_masks(report, shares)
+    _describe_split(report, _duplicates(report, cache_dir), fold, seed)
     return report
 
 
@@ -122,11 +114,11 @@ def _read(
             mask = read_mask(files, item["image"], classes, codes, codings)
     else:
         image, grid = volumes.read_volume(item["image"])
-        mode, scaled = grid.axes, None
+        mode, scaled = grid.axes, volumes.grey_levels(image)
         if task.values == "ct":
             low, high = volumes.ct_range(image, -1250.0, 250.0)
             scaled = (image - low) / (high - low)
-        if problem := level_problem(volumes.grey_levels(image) if scaled is None else scaled):
+        if problem := level_problem(scaled):
             raise ValueError(problem)
         if files:
             mask, _ = volumes.read_label_volume(files[0], grid, classes, codes, codings)
@@ -144,9 +136,8 @@ def _describe_others(report: DataReport) -> None:
     visible = [file for file in found if not any(p.startswith(".") for p in file.relative_to(report.root).parts)]
     others = [file for file in visible if file.is_file() and str(file) not in known]
     dead = [names.file_id(file) for file in visible if file.is_symlink() and not file.is_file()]
-    report.facts.append(
-        f"{len(known) + len(others)} image files, {len(others)} of no item; {len(report.damaged)} damaged item(s)"
-    )
+    total, damaged = len(known) + len(others), len(report.damaged)
+    report.facts.append(f"{total} image files, {len(others)} of no item; {damaged} damaged item(s)")
     if dead:
         report.problems.append(f"{len(dead)} dead link(s): {some(dead)}; remove them or mend their targets.")
     for file in progress(others, desc="check other files", delay=1):
@@ -172,11 +163,8 @@ def _describe_classes(report: DataReport) -> None:
 
 
 def _describe_masks(report: DataReport, shares: Mapping[str, float]) -> None:
-    if not shares:
-        return
     filled = sorted((share, name) for name, share in shares.items() if share)
-    several = sum(len(label_files(item)) > 1 for item in report.items)
-    empty = len(shares) - len(filled)
+    several, empty = sum(len(label_files(item)) > 1 for item in report.items), len(shares) - len(filled)
     report.facts.append(f"masks: {len(shares)}, of which {empty} empty; {several} images with several")
     if not filled:
         report.problems.append("All masks are empty: check that they are the masks of this data set.")
@@ -197,10 +185,8 @@ def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[I
             continue
         pairs.append((first[content], i))
         if _has_class(a) and a["label"] != b["label"]:
-            report.problems.append(
-                f"{a['id']} and {b['id']} are one image with the labels {a['label']} and {b['label']}: drop both, or "
-                "decide which is right."
-            )
+            of_both = f"{a['id']} and {b['id']} are one image with the labels {a['label']} and {b['label']}"
+            report.problems.append(f"{of_both}: drop both, or decide which is right.")
     if report.task.dimensions == 2:
         kind = "byte-identical or nearly so"
         pairs += near_duplicates([item["image"] for item in items], NEAR, cache_dir)
@@ -212,12 +198,12 @@ def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[I
 
 def _describe_split(report: DataReport, found: list[list[Item]], fold: int, seed: int) -> None:
     try:
-        sections = report.task.layout.split(report.root, report.items, SplitOptions(fold=fold, seed=seed))
+        split = report.task.layout.split(report.root, report.items, SplitOptions(fold=fold, seed=seed))
     except (OSError, ValueError) as error:
         report.problems.append(f"The data cannot be split: {error}")
         return
     place: dict[str, str] = {}
-    for name, section in zip(("train", "validation", "test"), sections, strict=True):
+    for name, section in zip(("train", "validation", "test"), split, strict=True):
         place.update({item["id"]: name for item in section})
         counts = _counts(_class_of(item, report.task) for item in section)
         report.facts.append(f"{name}: {len(section)}" + (f" ({counts})" if counts else ""))
@@ -226,10 +212,10 @@ def _describe_split(report: DataReport, found: list[list[Item]], fold: int, seed
     for members in found:
         where = {place[item["id"]] for item in members if item["id"] in place}
         if len(where) > 1:
+            alike, sections = ", ".join(item["id"] for item in members), ", ".join(sorted(where))
             report.problems.append(
-                f"{', '.join(item['id'] for item in members)} look alike and lie in several sections "
-                f"({', '.join(sorted(where))}): scores would be flattered; leave copies out, or use the data option "
-                "duplicate_distance."
+                f"{alike} look alike and lie in several sections ({sections}): scores would be flattered; leave copies "
+                "out, or use the data option duplicate_distance."
             )
 
 
@@ -248,16 +234,11 @@ def _counts(names: Iterable[str]) -> str:
 
 
 def write_contact_sheet(
-    path: str | Path,
-    task: Task,
-    items: Sequence[Item],
-    count: int = 30,
-    columns: int = 6,
-    mask_codes: MaskCodes | None = None,
+    path: str | Path, task: Task, items: Sequence[Item], count: int = 30, mask_codes: MaskCodes | None = None
 ) -> Path:
-    """Draw evenly spaced items with the outlines of their masks, to see at a glance whether labels belong to images.
+    """Draw at most ``count`` evenly spaced items with the outlines of their masks, to see whether labels fit images.
 
-    The PNG has ``count`` thumbnails at most, with ``columns`` in a row; of volumes, the slice with most foreground.
+    Of a volume, the PNG has the slice with most foreground.
     """
     from matplotlib.figure import Figure
 
@@ -265,6 +246,7 @@ def write_contact_sheet(
         raise ValueError("There is no image to draw: correct the data first.")
     codes, orange = task.mask_codes if mask_codes is None else mask_codes, [value / 255 for value in ORANGE]
     chosen = [items[round(i)] for i in np.linspace(0, len(items) - 1, min(count, len(items)))]
+    columns = min(6, len(chosen))
     rows = -(-len(chosen) // columns)
     figure = Figure((2 * columns, 2.4 * rows), layout="constrained")
     places = figure.subplots(rows, columns, squeeze=False).flat
@@ -285,8 +267,7 @@ def write_contact_sheet(
             if outline.any() and min(outline.shape) > 1:
                 for width, colour in ((3, "black"), (1.5, orange)):
                     axes.contour(outline, [0.5], colors=[colour], linewidths=width, antialiased=False)
-        title = f"{item['id'][:28]}\n{', '.join(filter(None, words))}"
-        axes.set_title(title, fontsize=7, parse_math=False)
+        axes.set_title(f"{item['id'][:28]}\n{', '.join(filter(None, words))}", fontsize=7, parse_math=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=104)
     return Path(path)

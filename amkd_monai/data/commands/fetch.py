@@ -1,7 +1,5 @@
 """Download of the data sets whose terms allow it: pooch fetches the files, and each archive is verified by checksum."""
 
-from __future__ import annotations
-
 import datetime
 import logging
 import shutil
@@ -12,11 +10,10 @@ from pathlib import Path, PurePosixPath
 
 from amkd_monai.data.datasets import get_task
 from amkd_monai.storage import atomic_write_json, file_sha256
-from amkd_monai.terminal import is_quiet, progress
-
-logger = logging.getLogger("amkd_monai")
+from amkd_monai.terminal import is_quiet, logger, progress
 
 TIMEOUT_S = 60
+HEADERS = {"User-Agent": "amkd_monai", "Accept-Encoding": "identity"}
 ARCHIVES = (".zip", ".tar", ".tar.gz")
 
 
@@ -30,12 +27,8 @@ def fetch(name: str, to: str | Path = "data", retries: int = 4) -> Path | None:
     """Fetch a data set into a data root and return its folder; None where its terms ask for steps by hand.
 
     The folder appears when all files are there, verified and unpacked. Next to it ``<folder>.source.json`` records
-    addresses, SHA-256, terms and date. A call after an interrupted one keeps the files that were complete.
-
-    Args:
-        name: a key of ``amkd_monai.data.datasets.TASKS``.
-        to: the data root.
-        retries: further attempts at a file whose download breaks off.
+    addresses, SHA-256, terms and date. A call after an interrupted one keeps the files that were complete; ``retries``
+    are further attempts at a file whose download breaks off.
 
     Raises:
         ValueError: unknown name, not an HTTPS address, an archive without checksum or damaged, or a wrong checksum.
@@ -65,33 +58,24 @@ def fetch(name: str, to: str | Path = "data", retries: int = 4) -> Path | None:
         # without the checksum, as pooch would fetch a file again and again that its owner has changed
         store = pooch.create(downloads, "", registry={file: None}, urls={file: url}, retry_if_failed=retries)
         with progress(desc=file, total=1, unit="B", unit_scale=True) as bar:
-            get = pooch.HTTPDownloader(
-                progressbar=bar,
-                chunk_size=1 << 20,
-                timeout=TIMEOUT_S,
-                headers={"User-Agent": "amkd_monai", "Accept-Encoding": "identity"},
-                hooks={"response": lambda response, **_: _check_address(response.url)},  # redirects too
-            )
+            options = {"progressbar": bar, "chunk_size": 1 << 20, "timeout": TIMEOUT_S, "headers": HEADERS}
+            redirected = {"response": lambda response, **_: _check_address(response.url)}
+            get = pooch.HTTPDownloader(**options, hooks=redirected)
             try:
                 path = Path(store.fetch(file, downloader=get))
             except requests.RequestException as error:
-                raise OSError(
-                    f"{url} cannot be fetched ({error}): run the command again, complete files are kept, or get it by "
-                    f"hand as {downloads / file}."
-                ) from error
+                remedy = f"run the command again, complete files are kept, or get it by hand as {downloads / file}"
+                raise OSError(f"{url} cannot be fetched ({error}): {remedy}.") from error
         digests[url] = file_sha256(path)
-        algorithm, _, expected = (checksum or "").partition(":")
         if checksum is None:
             logger.warning("No checksum of %s is known: its SHA-256 %s is recorded.", url, digests[url])
-        elif pooch.file_hash(path, alg=algorithm) != expected:
+        elif not pooch.hashes.hash_matches(path, checksum):
             path.unlink()
             raise ValueError(f"{url} does not have the checksum {checksum}: it is damaged or its owner has changed it.")
     for url in digests:
         unpack(downloads / PurePosixPath(url).name, place)
     if not (unpacked / task.folder).is_dir():
-        raise ValueError(
-            f"{', '.join(digests)} hold(s) no folder {task.folder}: unpack the files of {downloads} by hand."
-        )
+        raise ValueError(f"{', '.join(digests)} hold(s) no folder {task.folder}: unpack {downloads} by hand.")
     (unpacked / task.folder).rename(folder)
     today = datetime.date.today().isoformat()
     record = {"name": name, "terms": task.source.terms, "sha256": digests, "fetched": today}

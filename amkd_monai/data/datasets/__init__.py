@@ -1,7 +1,5 @@
 """The data sets: what each asks for, how its files lie, where it comes from. This table is the only registration."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

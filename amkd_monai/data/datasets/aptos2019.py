@@ -8,8 +8,6 @@ Source: Kaggle, "APTOS 2019 Blindness Detection", https://www.kaggle.com/c/aptos
 - class folders: `<class>/*.png`, or `train|valid|test/<class>/*.png`.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 
@@ -85,8 +83,7 @@ def _table_items(root: Path, table: Path, section: str) -> list[Item]:
     check_ids(rows, images, table, folder)
     items: list[Item] = []
     for name, row in rows.items():
-        grade = row["diagnosis"].rstrip("0").removesuffix(".") if "." in row["diagnosis"] else row["diagnosis"]
-        if grade not in ("0", "1", "2", "3", "4"):
+        if (grade := row["diagnosis"].removesuffix(".0")) not in ("0", "1", "2", "3", "4"):
             raise ValueError(f"{table} gives '{name}' the diagnosis '{row['diagnosis']}': grades are 0 to 4.")
         items.append({"image": str(images[name]), "label": int(grade), "id": name, "group": name})
     return items

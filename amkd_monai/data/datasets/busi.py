@@ -5,9 +5,6 @@ further masks `_mask_1.png`, `_mask_2.png`, one lesion each. Many images come tw
 (Pawlowska et al. 2023, PMC10293973), so images that look alike share a group. Normal images have empty masks.
 """
 
-from __future__ import annotations
-
-import logging
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -15,12 +12,9 @@ from pathlib import Path
 from amkd_monai.data.datasets.pairs import Layout, check_partners, checked
 from amkd_monai.data.splits import Item, group_near_duplicates
 from amkd_monai.files.names import file_id, image_files, natural, some
-
-logger = logging.getLogger("amkd_monai")
+from amkd_monai.terminal import logger
 
 CLASSES = ("benign", "malignant", "normal")
-SAME_LESION = 64
-"""Bits in which the perceptual hashes of one group differ at most: copies, and frames of one lesion."""
 
 _NAME = re.compile(r"(?P<id>.+ \(\d+\))(?P<mask>_mask(_\d+)?)?")
 
@@ -37,19 +31,12 @@ class Busi(Layout):
         return (folder / "benign").is_dir() and (folder / "malignant").is_dir()
 
     def find_items(
-        self,
-        root: str | Path,
-        cache_dir: str | Path | None = None,
-        normals: bool = True,
-        duplicate_distance: int = SAME_LESION,
+        self, root: str | Path, cache_dir: str | Path | None = None, normals: bool = True, duplicate_distance: int = 64
     ) -> list[Item]:
         """List all images with their masks in natural order; "class" is the folder.
 
-        Args:
-            root: the folder that holds `benign/`, `malignant/` and `normal/`.
-            cache_dir: keeps perceptual hashes.
-            normals: keep the images without a lesion, whose masks are empty.
-            duplicate_distance: see `amkd_monai.data.splits.group_near_duplicates`.
+        ``normals`` keeps the images without a lesion, whose masks are empty. ``duplicate_distance`` is that of
+        `amkd_monai.data.splits.group_near_duplicates`; 64 bits join copies and frames of one lesion.
         """
         root = Path(root)
         self.check(root)
@@ -58,10 +45,10 @@ class Busi(Layout):
             images, masks = _files(root / name) if (root / name).is_dir() else ({}, {})
             check_partners(images, {number: files[0] for number, files in masks.items()})
             for number, image in images.items():
-                files = sorted(masks[number], key=lambda file: natural(file.name))
-                label = [str(file) for file in files] if len(files) > 1 else str(files[0])
+                files = [str(file) for file in sorted(masks[number], key=lambda file: natural(file.name))]
+                label = files if len(files) > 1 else files[0]
                 item = {"image": str(image), "label": label, "id": number, "group": number, "class": name}
-                items.append(checked(item, image, files))
+                items.append(checked(item))
         if not items:
             raise FileNotFoundError(f"No images in {root}: expected {self.expected}.")
         return group_near_duplicates(sorted(items, key=lambda item: natural(item["id"])), duplicate_distance, cache_dir)

@@ -7,8 +7,6 @@ seborrheic_keratosis) with floats, where an image with 0.0, 0.0 is a nevus; and
 `ISIC-2017_<section>_Part1_GroundTruth/<id>_segmentation.png`.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +55,7 @@ class Isic2017(Layout):
             found = self._outlined(root, name, folder) if self.outlines else self._classified(root, name, folder)
             items += [{**item, "section": section} for item in found]
         if not items:
-            raise FileNotFoundError(
-                f"No masks in {root}: expected ISIC-2017_Training_Part1_GroundTruth/*{BESIDE[1]}.png."
-            )
+            raise FileNotFoundError(f"No masks in {root}: expected ISIC-2017_Training_Part1_GroundTruth/.")
         grouped = group_identical_images(items)
         if not self.outlines:
             report_conflicts(grouped, CLASSES)
@@ -81,10 +77,7 @@ class Isic2017(Layout):
             raise FileNotFoundError(f"{missing} is missing: add it, or remove the rest of that section.")
         rows, images = read_table(table, COLUMNS), files_by_id(folder, beside=BESIDE)
         if wrong := [i for i in rows if re.fullmatch(r"ISIC_\d{7}", i) is None]:  # of tables in circulation
-            numbers = " (row numbers)" if all(i.isdigit() for i in wrong) else ""
-            raise ValueError(
-                f"{table} has ids that are not ISIC_ and 7 digits{numbers}: {some(wrong, 3)}; use the official file."
-            )
+            raise ValueError(f"{table} has ids other than ISIC_ and 7 digits ({some(wrong)}): use the official file.")
         check_ids(rows, images, table, folder)
         return [{"image": str(images[i]), "label": _class_of(rows[i], table), "id": i, "group": i} for i in rows]
 

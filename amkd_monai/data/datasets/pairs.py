@@ -1,38 +1,18 @@
 """How the files of a data set lie in its folder: what all layouts share, and folders of images and masks."""
 
-from __future__ import annotations
-
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from amkd_monai.data.splits import (
-    DEFAULT_SPLIT,
-    Item,
-    Sections,
-    SplitOptions,
-    group_identical_images,
-    group_near_duplicates,
-    k_fold,
-    random_split,
-)
+from amkd_monai.data import splits
+from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
+from amkd_monai.files import names
 from amkd_monai.files.masks import other_size
-from amkd_monai.files.names import (
-    PICTURE_SUFFIXES,
-    VOLUME_SUFFIXES,
-    files_by_id,
-    has_suffix,
-    images_to_predict,
-    natural,
-    read_text,
-    some,
-)
+from amkd_monai.files.names import natural, some
 from amkd_monai.files.pictures import picture_frame
 from amkd_monai.files.volumes import check_grid, volume_grid
-
-logger = logging.getLogger("amkd_monai")
+from amkd_monai.terminal import logger
 
 SECTIONS = ("train", "validation", "test")
 
@@ -65,10 +45,6 @@ class Layout:
         """Whether a folder has the layout."""
         raise NotImplementedError
 
-    def hint(self, root: Path) -> str:
-        """What may be wrong with a folder that does not have the layout, in words."""
-        return ""
-
     def check(self, root: Path) -> None:
         """Raise a FileNotFoundError that names the right folder if ``root`` is one level too high or too low."""
         if self.is_in(root):
@@ -76,8 +52,6 @@ class Layout:
         fix = f"expected {self.expected}"
         if self.is_in(root.parent):
             fix += f"; you are one level too low, use {root.parent}"
-        elif hint := self.hint(root):
-            fix += f"; {hint}"
         elif root.is_dir() and (below := [child for child in sorted(root.iterdir()) if self.is_in(child)]):
             fix += f"; you are one level too high, use {below[0]}"
         raise FileNotFoundError(f"No {self.title} data in {root}: {fix}.")
@@ -85,18 +59,15 @@ class Layout:
     @property
     def suffixes(self) -> tuple[str, ...]:
         """Suffixes of image files."""
-        return VOLUME_SUFFIXES if self.volumes else PICTURE_SUFFIXES
+        return names.VOLUME_SUFFIXES if self.volumes else names.PICTURE_SUFFIXES
 
     def inference_items(self, root: str | Path) -> list[Item]:
         """List the images to predict, {"image", "id"}: those of an official layout, else the folder's own files."""
         for folder in (Path(root) / name for name in (*self.predict_in, ".")):
-            if folder.is_dir() and (files := images_to_predict(folder, self.suffixes)):
+            if folder.is_dir() and (files := names.images_to_predict(folder, self.suffixes)):
                 return [{"image": str(files[name]), "id": name} for name in sorted(files, key=natural)]
-        what, inside = "volumes" if self.volumes else "images", ", ".join(self.predict_in)
-        raise FileNotFoundError(
-            f"No {what} to predict in {root}: expected {' or '.join(self.suffixes)} files in it"
-            + (f" or in its folder {inside}." if inside else ".")
-        )
+        what, places = "volumes" if self.volumes else "images", " or ".join(["it", *self.predict_in])
+        raise FileNotFoundError(f"No {what} to predict in {root}: expected {' or '.join(self.suffixes)} in {places}.")
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
         """Keep official sections (of train and test alone, validation is taken from train), else draw them."""
@@ -104,14 +75,14 @@ class Layout:
             train, validation, test = _official_sections(items)
             if not validation:
                 share = how.fractions[0] / (how.fractions[0] + how.fractions[1])
-                train, validation, _ = random_split(train, (share, 1 - share, 0), how.seed)
+                train, validation, _ = splits.random_split(train, (share, 1 - share, 0), how.seed)
             return train, validation, test
-        items = [{key: value for key, value in item.items() if key != "section"} for item in items]
+        items = [splits.without(item, "section") for item in items]
         if self.validation_fraction is None:
             logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
-            return random_split(items, how.fractions, how.seed)
+            return splits.random_split(items, how.fractions, how.seed)
         logger.info("No official split in %s: fold %d of %d.", root, how.fold, how.folds)
-        return k_fold(items, how.folds, how.fold, self.validation_fraction, how.seed)
+        return splits.k_fold(items, how.folds, how.fold, self.validation_fraction, how.seed)
 
 
 def _official_sections(items: Iterable[Item]) -> Sections:
@@ -121,7 +92,7 @@ def _official_sections(items: Iterable[Item]) -> Sections:
     """
     sections: dict[str, list[Item]] = {name: [] for name in SECTIONS}
     for item in sorted(items, key=lambda item: str(item["id"])):
-        sections[item["section"]].append({key: value for key, value in item.items() if key != "section"})
+        sections[item["section"]].append(splits.without(item, "section"))
     taken: set[str] = set()
     for name in reversed(SECTIONS):
         kept = [item for item in sections[name] if item["group"] not in taken]
@@ -137,22 +108,21 @@ def pair(images: Mapping[str, Path], masks: Mapping[str, Path], volumes: bool = 
     """Make one item per image and mask of one id, each its own group; one without partner is a FileNotFoundError."""
     check_partners(images, masks)
     items: list[Item] = [{"image": str(images[i]), "label": str(masks[i]), "id": i, "group": i} for i in images]
-    return [checked(item, images[item["id"]], [masks[item["id"]]], volumes) for item in items]
+    return [checked(item, volumes) for item in items]
 
 
 def check_partners(images: Mapping[str, Path], masks: Mapping[str, Path]) -> None:
     """Raise a FileNotFoundError that names all images without mask, or masks without image, if there are any."""
     for files, others, partner in ((images, masks, "mask"), (masks, images, "image")):
         if alone := files.keys() - others.keys():
-            beside = f" in {next(iter(others.values())).parent}" if others else ""
-            raise FileNotFoundError(
-                f"{some(alone)} in {files[min(alone)].parent} lack(s) a {partner} of the same name{beside}: "
-                "add the missing file(s) or remove these."
-            )
+            place = f" in {next(iter(others.values())).parent}" if others else ""
+            where = f"{some(alone)} in {files[min(alone)].parent}"
+            raise FileNotFoundError(f"{where} lack(s) a {partner} of the same name{place}: add it or remove these.")
 
 
-def checked(item: Item, image: Path, masks: Sequence[Path], volumes: bool = False) -> Item:
+def checked(item: Item, volumes: bool = False) -> Item:
     """Return an item, with what is wrong with the headers of its files, if anything is, under "problem"."""
+    image, masks = item["image"], names.label_files(item)
     try:
         if volumes:
             grid = volume_grid(image)
@@ -171,9 +141,7 @@ def checked(item: Item, image: Path, masks: Sequence[Path], volumes: bool = Fals
 def check_ids(rows: Collection[str], images: Collection[str], table: Path, folder: Path) -> None:
     """Refuse an id without image (FileNotFoundError) and an image without label (ValueError)."""
     if lost := set(rows) - set(images):
-        raise FileNotFoundError(
-            f"{table} names id(s) without an image in {folder}: {some(lost)}; add the image(s) or remove the line(s)."
-        )
+        raise FileNotFoundError(f"{table} names id(s) without an image in {folder}: {some(lost)}; remove the line(s).")
     if unnamed := set(images) - set(rows):
         raise ValueError(f"{folder} holds image(s) that {table} does not name: {some(unnamed)}; remove them.")
 
@@ -183,13 +151,10 @@ def report_conflicts(items: Iterable[Item], classes: Sequence[str]) -> None:
     members: defaultdict[str, list[Item]] = defaultdict(list)
     for item in items:
         members[item["group"]].append(item)
-    lines = [
-        ", ".join(f"{item['id']} ({classes[item['label']]})" for item in group)
-        for group in members.values()
-        if len({item["label"] for item in group}) > 1
-    ]
-    if lines:
-        logger.warning("%d group(s) of identical images have conflicting labels: %s.", len(lines), "; ".join(lines))
+    groups = [group for group in members.values() if len({item["label"] for item in group}) > 1]
+    listed = "; ".join(", ".join(f"{item['id']} ({classes[item['label']]})" for item in group) for group in groups)
+    if groups:
+        logger.warning("%d group(s) of identical images have conflicting labels: %s.", len(groups), listed)
 
 
 @dataclass(frozen=True)
@@ -233,26 +198,22 @@ class Pairs(Layout):
         """
         root = Path(root)
         if folders is None and _all_there(root, self.official.values()):
-            items = [
-                {**item, "section": section}
-                for section, names in self.official.items()
-                for item in self._pairs(root, names, mask_ending)
-            ]
-            ids = [item["id"] for item in items]
-            if twice := {name for name in ids if ids.count(name) > 1}:
+            parts = {section: self._pairs(root, pair, mask_ending) for section, pair in self.official.items()}
+            items = [{**item, "section": section} for section, part in parts.items() for item in part]
+            if twice := set.intersection(*({item["id"] for item in part} for part in parts.values())):
                 raise ValueError(f"{root} has {some(twice)} in both sections: rename one of the two.")
         else:
             if folders is None:
                 self.check(root)
-                folders = next(names for names in self.folders if _all_there(root, [names]))
+                folders = next(pair for pair in self.folders if _all_there(root, [pair]))
             items = self._pairs(root, folders, mask_ending)
         distance = self.duplicate_distance if duplicate_distance is None else duplicate_distance
         if distance is None:
-            items = group_identical_images(items)
+            items = splits.group_identical_images(items)
         elif self.volumes:
             raise ValueError("duplicate_distance compares pictures, not volumes: leave it out.")
         else:
-            items = group_near_duplicates(items, distance, cache_dir)
+            items = splits.group_near_duplicates(items, distance, cache_dir)
         return sorted(items, key=lambda item: natural(item["id"]))
 
     def _pairs(self, root: Path, folders: Sequence[str], ending: str) -> list[Item]:
@@ -262,53 +223,42 @@ class Pairs(Layout):
         for folder in (images, masks):
             if not folder.is_dir():
                 raise FileNotFoundError(f"There is no folder {folder}: correct `folders` or dataset_dir.")
-        found, labels = files_by_id(images, self.suffixes), files_by_id(masks, self.suffixes, ending)
-        if images == masks and ending:
-            found = {name: file for name, file in found.items() if not name.endswith(ending)}
+        beside = [ending] if images == masks and ending else []
+        found = names.files_by_id(images, self.suffixes, beside=beside)
         if not found:
             raise FileNotFoundError(f"No images in {images}: expected {self.expected}.")
-        return pair(found, labels, self.volumes)
+        return pair(found, names.files_by_id(masks, self.suffixes, ending), self.volumes)
 
     def is_in(self, folder: Path) -> bool:
         """Whether the folders of images and masks are there."""
-        return any(_all_there(folder, pairs) for pairs in (self.official.values(), *([f] for f in self.folders)))
-
-    def hint(self, root: Path) -> str:
-        """Tell that volumes are another task."""
-        volumes = not self.volumes and (any(root.glob("*.nii*")) or any(root.glob("*/*.nii*")))
-        return "it holds volumes, use a task for volumes such as covid_volumes" if volumes else ""
+        return any(_all_there(folder, pairs) for pairs in (self.official.values(), *([pair] for pair in self.folders)))
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
-        """Split by the file lists, where they are, else as :class:`Layout` does."""
-        return super().split(root, self._listed(Path(root), items), how)
-
-    def _listed(self, root: Path, items: list[Item]) -> list[Item]:
-        """Return the items that the file lists name, with their sections; all items if there are no lists."""
+        """Split by the file lists, where they are, else as :class:`Layout` does; what they do not name is left out."""
         lists = [root / name for name in self.file_lists or ()]
         absent = [file for file in lists if not file.is_file()]
         if len(absent) == len(lists):
-            return items
+            return super().split(root, items, how)
         if absent:
-            raise FileNotFoundError(
-                f"File list {absent[0]} is missing: give both {' and '.join(file.name for file in lists)}, or none."
-            )
+            pair = " and ".join(file.name for file in lists)
+            raise FileNotFoundError(f"File list {absent[0]} is missing: give both {pair}, or none.")
         known = {item["id"]: item for item in items}
         train, test = (_read_ids(file, known) for file in lists)
         if both := train & test:
             raise ValueError(f"{some(both)} stand(s) in both {lists[0]} and {lists[1]}: keep each id in one list.")
         if unlisted := known.keys() - train - test:
             logger.warning("Left out, as they stand in neither file list in %s: %s.", root, some(unlisted))
-        return [{**known[name], "section": s} for s, names in (("train", train), ("test", test)) for name in names]
+        listed = [{**known[i], "section": s} for s, ids in (("train", train), ("test", test)) for i in ids]
+        return super().split(root, listed, how)
 
 
 def _all_there(root: Path, pairs: Collection[tuple[str, str]]) -> bool:
-    return bool(pairs) and all((root / name).is_dir() for names in pairs for name in names)
+    return bool(pairs) and all((root / name).is_dir() for pair in pairs for name in pair)
 
 
 def _read_ids(file: Path, known: Collection[str]) -> set[str]:
     """Read one id a line; blank lines are skipped and an image suffix is dropped."""
-    names = (line.strip() for line in read_text(file).splitlines())
-    ids = {Path(name).stem if has_suffix(name, PICTURE_SUFFIXES) else name for name in names if name}
+    ids = {names.without_suffix(line.strip()) for line in names.read_text(file).splitlines() if line.strip()}
     if not ids:
         raise ValueError(f"File list {file} is empty: write one id a line, or remove both lists.")
     if unknown := ids - set(known):
