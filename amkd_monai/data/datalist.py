@@ -12,7 +12,7 @@ from typing import Any
 from amkd_monai.data.datasets import Task, get_task, is_phantom
 from amkd_monai.data.splits import Item, SplitOptions, few_labels
 from amkd_monai.data.splits import split_hash as hash_of_split
-from amkd_monai.files.names import DataProblems
+from amkd_monai.files.names import DataProblems, read_text
 from amkd_monai.storage import atomic_write_json, exclusive_lock
 from amkd_monai.terminal import logger
 
@@ -90,11 +90,7 @@ def stand_in_note(folder: str | Path) -> str:
     marker = Path(folder) / STAND_IN_MARKER
     if not marker.is_file():
         return ""
-    try:
-        note = marker.read_text(encoding="utf-8").partition("\n")[0].strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{marker} is not text ({error}): write one line that says what the data are.") from error
-    if not note:
+    if not (note := read_text(marker).partition("\n")[0].strip()):
         raise ValueError(f"{marker} has no first line: write there what the data are and what they stand in for.")
     return note
 

@@ -76,8 +76,7 @@ class Agreement:
         self.axes, self._codings = axes, codings
 
 
-def check_on_bad_sample(value: str) -> None:
-    """Refuse another value than "stop" or "skip"."""
+def _check_on_bad_sample(value: str) -> None:
     if value not in ("stop", "skip"):
         raise ValueError(f"on_bad_sample must be 'stop' or 'skip', not '{value}'.")
 
@@ -186,13 +185,12 @@ class DecodedDataset(DecodedImages):
         num_classes: int = 2,
         on_bad_sample: str = "stop",
     ) -> None:
-        check_on_bad_sample(on_bad_sample)
+        _check_on_bad_sample(on_bad_sample)
         if not data:
             raise ValueError("The list of images to decode is empty: check dataset_dir and the split.")
         if on_bad_sample == "stop" and (problems := [item["problem"] for item in data if "problem" in item]):
             raise DataProblems(problems)
-        self.data, self.num_classes = list(data), num_classes
-        cache_dir = Path(cache_dir)
+        self.data, self.num_classes, cache_dir = list(data), num_classes, Path(cache_dir)
         self.classifies = any(_is_class(item.get("label")) for item in self.data)
         paths = [path for item in self.data for path in (item["image"], *label_files(item))]
         by_path = dict(zip(paths, content_hashes(paths, cache_dir / "content_hashes.json"), strict=True))
@@ -330,7 +328,7 @@ class ReadableLoader(DataLoader):
     """
 
     def __init__(self, dataset: ReadableDataset, on_bad_sample: str = "stop", **options: Any) -> None:
-        check_on_bad_sample(on_bad_sample)
+        _check_on_bad_sample(on_bad_sample)
         super().__init__(dataset, batch_size=1, collate_fn=_collate, **options)
         self.on_bad_sample = on_bad_sample
         self.skipped: list[dict[str, str]] = []

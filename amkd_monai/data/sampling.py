@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
-PASSES = 1_000
-"""A task's data are gone through at most so often in one epoch; keeps the seeds of epochs and passes apart."""
+PASSES = 1_000  # most passes over a task's data in one epoch; keeps the seeds of epochs and passes apart
 
 
 class BatchSampler(Sampler[list[int]]):

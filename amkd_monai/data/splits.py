@@ -102,16 +102,10 @@ def k_fold(
 def fold_of_groups(
     groups: Sequence[str], folds: int, seed: int = 0, classes: Sequence[int] | Sequence[str] | np.ndarray | None = None
 ) -> np.ndarray:
-    """Assign each sample to a fold so that no group is cut and folds have about equal numbers of samples.
+    """Assign each sample to a fold, int64 (N,), so that no group is cut and folds have about equal sizes.
 
-    Args:
-        groups: group name of each sample.
-        folds: number of folds, at least 2; with fewer groups than folds there are as many folds as groups.
-        seed: seed of the shuffle of groups of one size.
-        classes: class of each sample; folds then have about equal numbers of each class.
-
-    Returns:
-        Fold index of each sample, int64 (N,).
+    With fewer groups than folds there are as many folds as groups. Where ``classes`` are given, one per sample, folds
+    have about equal numbers of each class. The seed shuffles groups of one size.
     """
     sizes = Counter(groups)
     if folds < 2:
@@ -272,10 +266,8 @@ def clusters(count: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Join pairs to clusters: indices 0 to ``count`` - 1, each in one sorted cluster, clusters sorted."""
     rows, columns = np.array(pairs, dtype=int).reshape(-1, 2).T
     links = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(count, count))
-    members = defaultdict(list)
-    for index, label in enumerate(connected_components(links, directed=False)[1]):
-        members[label].append(index)
-    return sorted(members.values())
+    number, labels = connected_components(links, directed=False)
+    return sorted(np.flatnonzero(labels == label).tolist() for label in range(number))
 
 
 def group_near_duplicates(

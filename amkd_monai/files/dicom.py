@@ -84,10 +84,9 @@ def find_series(folder: Path) -> list[list[Slice]]:
 
 def _in_one_plane(a: Slice, b: Slice) -> bool:
     """Whether two slices have one direction, size and pixel size."""
-    if any(a.tags.get(name) != b.tags.get(name) for name in ("rows", "columns")):
-        return False
     pairs = [(a.numbers(*tag), b.numbers(*tag)) for tag in (("orientation", 6), ("spacing", 2))]
-    return all(len(x) == len(y) and np.allclose(x, y, rtol=1e-3, atol=1e-3) for x, y in pairs)
+    same = all(a.tags.get(name) == b.tags.get(name) for name in ("rows", "columns"))
+    return same and all(len(x) == len(y) and np.allclose(x, y, rtol=1e-3, atol=1e-3) for x, y in pairs)
 
 
 @contextmanager

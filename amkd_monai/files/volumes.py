@@ -41,13 +41,7 @@ _GEOMETRY = (
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the voxels of a volume lie.
-
-    Attributes:
-        shape: voxels along the three axes of the array.
-        affine: (4, 4) from voxel indices to mm; x points right, y anterior, z superior (RAS).
-        header: of the NIfTI file with this grid.
-    """
+    """Where the voxels of a volume (X, Y, Z) lie: affine (4, 4) from voxel indices to mm, RAS; header of a NIfTI."""
 
     shape: tuple[int, ...]
     affine: np.ndarray
@@ -96,23 +90,16 @@ def affine_problem(affine: np.ndarray) -> str:
 
 
 def volume_grid(file: str | Path) -> Grid:
-    """Grid of a NIfTI volume from its header, after a check that the file is not cut short.
+    """Grid of a NIfTI volume from its header, in mm; axes of length 1 after the third are dropped.
 
-    Units of metres and microns become mm. Axes of length 1 after the third are dropped.
-
-    Raises:
-        ValueError: the file is damaged, no NIfTI volume of 3 axes and one real number per voxel, or does not say where
-            its voxels lie.
+    A file that is damaged, cut short, no volume of 3 axes and one real number per voxel, or does not say where its
+    voxels lie, is a ValueError.
     """
     return _nifti(Path(file))[1]
 
 
 def read_volume(file: str | Path) -> tuple[np.ndarray, Grid]:
-    """Read a NIfTI volume (X, Y, Z), float32, in the order of its file, and its grid.
-
-    Raises:
-        ValueError: it cannot be read, holds values that are not finite, or its geometry cannot be used.
-    """
+    """Read a NIfTI volume (X, Y, Z), float32, in the order of its file, and its grid, see :func:`volume_grid`."""
     array, grid = _nifti(Path(file), True, np.float32)
     if not is_finite(array):
         raise ValueError(f"{file} holds values that are not finite: replace the file.")

@@ -156,7 +156,7 @@ def test_a_stand_in_says_so(pristine, tmp_path):
     assert datalist("kvasir_seg", folder).hash == datalist("kvasir_seg", pristine / "Kvasir-SEG").hash
 
 
-@pytest.mark.parametrize(("content", "words"), [(b"\n", "has no first line"), (b"\xff\xfe", "is not text")])
+@pytest.mark.parametrize(("content", "words"), [(b"\n", "has no first line"), (b"gr\xfcn", "is neither UTF-8")])
 def test_a_marker_that_says_nothing_is_refused(pristine, tmp_path, content, words):
     folder = shutil.copytree(pristine / "Kvasir-SEG", tmp_path / "Kvasir-SEG")
     (folder / "STAND-IN.txt").write_bytes(content)

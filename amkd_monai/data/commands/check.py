@@ -62,9 +62,6 @@ def check_data(
     try:
         if note := stand_in_note(report.root):
             report.facts.append(f"STAND-IN: {note}")
-    except ValueError as error:
-        report.problems.append(str(error))
-    try:
         items = find_items(task, report.root, cache_dir, options)
     except (OSError, ValueError) as error:
         report.problems.append(str(error))

@@ -101,9 +101,8 @@ def unpack(file: Path, folder: Path) -> None:
             with zipfile.ZipFile(file) as packed:
                 packed.extractall(folder)  # drops what would leave the folder from a path
         elif file.name.endswith(ARCHIVES):
-            with tarfile.open(file) as packed_tar:
-                packed_tar.extractall(folder, filter="data")
+            shutil.unpack_archive(file, folder, filter="data")
         else:
             shutil.copy(file, folder)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, shutil.ReadError, EOFError) as error:
         raise ValueError(f"{file} cannot be unpacked ({error}): remove it and fetch it again.") from error

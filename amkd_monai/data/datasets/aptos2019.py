@@ -48,9 +48,8 @@ class Aptos2019(Layout):
         """Whether there is a table of training images, or folders of grades."""
         return bool(_first(folder, TABLES["train"]) or _grade_folders(folder) or _section_folders(folder))
 
-    def find_items(self, root: str | Path, cache_dir: str | Path | None = None) -> list[Item]:
+    def find_items(self, root: Path, cache_dir: str | Path | None = None) -> list[Item]:
         """List all graded images, sorted by id; byte-identical images share a group, conflicts are announced."""
-        root = Path(root)
         self.check(root)
         tables = {name: table for name, names in TABLES.items() if (table := _first(root, names)) is not None}
         if "validation" in tables and len(tables) == 3:

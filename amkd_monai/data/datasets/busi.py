@@ -31,14 +31,13 @@ class Busi(Layout):
         return (folder / "benign").is_dir() and (folder / "malignant").is_dir()
 
     def find_items(
-        self, root: str | Path, cache_dir: str | Path | None = None, normals: bool = True, duplicate_distance: int = 64
+        self, root: Path, cache_dir: str | Path | None = None, normals: bool = True, duplicate_distance: int = 64
     ) -> list[Item]:
         """List all images with their masks in natural order; "class" is the folder.
 
         ``normals`` keeps the images without a lesion, whose masks are empty. ``duplicate_distance`` is that of
         `amkd_monai.data.splits.group_near_duplicates`; 64 bits join copies and frames of one lesion.
         """
-        root = Path(root)
         self.check(root)
         items: list[Item] = []
         for name in CLASSES if normals else CLASSES[:2]:
@@ -53,10 +52,10 @@ class Busi(Layout):
             raise FileNotFoundError(f"No images in {root}: expected {self.expected}.")
         return group_near_duplicates(sorted(items, key=lambda item: natural(item["id"])), duplicate_distance, cache_dir)
 
-    def inference_items(self, root: str | Path) -> list[Item]:
+    def inference_items(self, root: Path) -> list[Item]:
         """List the images of all three folders, without the masks beside them, else the folder's own files."""
-        folders = [Path(root) / name for name in CLASSES if (Path(root) / name).is_dir()]
-        return [item for folder in folders or [Path(root)] for item in super(Busi, self).inference_items(folder)]
+        folders = [root / name for name in CLASSES if (root / name).is_dir()]
+        return [item for folder in folders or [root] for item in super(Busi, self).inference_items(folder)]
 
 
 def _files(folder: Path) -> tuple[dict[str, Path], dict[str, list[Path]]]:

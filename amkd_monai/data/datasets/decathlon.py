@@ -37,10 +37,10 @@ class Decathlon(Layout):
         """Whether there is a `dataset.json`."""
         return (folder / "dataset.json").is_file()
 
-    def find_items(self, root: str | Path, cache_dir: str | Path | None = None) -> list[Item]:
+    def find_items(self, root: Path, cache_dir: str | Path | None = None) -> list[Item]:
         """List the volumes and labels that `dataset.json` names, sorted by id; byte-identical images share a group."""
-        root, file = Path(root), Path(root) / "dataset.json"
         self.check(root)
+        file = root / "dataset.json"
         try:
             content = json.loads(read_text(file))
             entries = [(entry["image"].replace("\\", "/"), entry["label"]) for entry in content["training"]]

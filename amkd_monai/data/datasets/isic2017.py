@@ -45,9 +45,8 @@ class Isic2017(Layout):
         """Whether there are images of an official section."""
         return any(_image_folder(folder, name) is not None for name in OFFICIAL.values())
 
-    def find_items(self, root: str | Path, cache_dir: str | Path | None = None) -> list[Item]:
+    def find_items(self, root: Path, cache_dir: str | Path | None = None) -> list[Item]:
         """List all labelled images, sorted by id; byte-identical images share a group, conflicts are announced."""
-        root = Path(root)
         self.check(root)
         items: list[Item] = []
         for section, name in OFFICIAL.items():

@@ -61,9 +61,9 @@ class Layout:
         """Suffixes of image files."""
         return names.VOLUME_SUFFIXES if self.volumes else names.PICTURE_SUFFIXES
 
-    def inference_items(self, root: str | Path) -> list[Item]:
+    def inference_items(self, root: Path) -> list[Item]:
         """List the images to predict, {"image", "id"}: those of an official layout, else the folder's own files."""
-        for folder in (Path(root) / name for name in (*self.predict_in, ".")):
+        for folder in (root / name for name in (*self.predict_in, ".")):
             if folder.is_dir() and (files := names.images_to_predict(folder, self.suffixes)):
                 return [{"image": str(files[name]), "id": name} for name in sorted(files, key=natural)]
         what, places = "volumes" if self.volumes else "images", " or ".join(["it", *self.predict_in])
@@ -181,7 +181,7 @@ class Pairs(Layout):
 
     def find_items(
         self,
-        root: str | Path,
+        root: Path,
         cache_dir: str | Path | None = None,
         folders: Sequence[str] | None = None,
         mask_ending: str = "",
@@ -196,7 +196,6 @@ class Pairs(Layout):
             mask_ending: what the names of masks end with before the suffix, e.g. ``_mask``.
             duplicate_distance: replaces the attribute; of pictures only.
         """
-        root = Path(root)
         if folders is None and _all_there(root, self.official.values()):
             parts = {section: self._pairs(root, pair, mask_ending) for section, pair in self.official.items()}
             items = [{**item, "section": section} for section, part in parts.items() for item in part]
