@@ -76,7 +76,7 @@ def row_numbers(root):
     ("spoil", "words"),
     [
         (row_numbers, ("ISIC_ and 7 digits", "official file")),
-        (replace("melanoma,seborrheic_keratosis", "melanoma,sk"), ("lacks the column(s) seborrheic_keratosis",)),
+        (replace("melanoma,seborrheic_keratosis", "melanoma,sk"), ("column(s) seborrheic_keratosis",)),
         (
             replace("ISIC_0000002,1.0,0.0", "ISIC_0000002,1.0,1.0"),
             ("ISIC_0000002", "melanoma and seborrheic keratosis"),
