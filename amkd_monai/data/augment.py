@@ -55,11 +55,11 @@ class Augmentation:
         if accepted not in VALIDITIES:
             raise ValueError(f"`warped_features` is '{accepted}': use one of {', '.join(VALIDITIES)}.")
         for name, largest in LARGEST_APPROXIMATE.items():
-            size = float(getattr(self, name))
-            validity = "exact" if size == 0 else "approximate" if size <= largest else "invalid"
+            value = getattr(self, name)
+            validity = "exact" if value == 0 else "approximate" if value <= largest else "invalid"
             if VALIDITIES.index(validity) > VALIDITIES.index(accepted):
                 remedy = f"lower it, store `views` instead, or accept it by `warped_features`: '{validity}'"
-                raise ValueError(f"The augmentation's {name} of {size:g} makes cached features {validity}: {remedy}.")
+                raise ValueError(f"The {name} of {value} makes cached teacher features {validity}: {remedy}.")
 
     def sample(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Draw affine matrices (B, 2, 3) in the normalised coordinates of ``affine_grid`` for maps of (H, W)."""

@@ -376,10 +376,8 @@ def describe(value: Any, _above: tuple[int, ...] = ()) -> Any:
     Functions are described by module, name, bytecode and what they have captured, arrays by their values; random states
     are left out. The description changes with any option and does not depend on addresses or the process.
     """
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
+    if value is None or isinstance(value, (int, float, str)):
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
     if id(value) in _above or len(_above) > 60:
         return "..."
     inside = functools.partial(describe, _above=(*_above, id(value)))
