@@ -225,7 +225,7 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
     for name in ("volume_size", "spacing"):
         value = config.get(name)
         if not (value is None or _is_expression(value) or _is_triple(value)):
-            raise ValueError(f"{name} is {value!r}: give three numbers above 0.")
+            raise ValueError(f"{name} is {value!r}: give three numbers.")
     codes = config.get("mask_codes", "auto")
     if not (codes in NAMED_CODES or isinstance(codes, dict) or _is_expression(codes)):
         raise ValueError(f"mask_codes is {codes!r}: use one of {', '.join(NAMED_CODES)}, or {{value: class}}.")
@@ -248,7 +248,7 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
 
 def _is_triple(value: Any) -> bool:
     numbers = value if isinstance(value, (list, tuple)) else ()
-    return len(numbers) == 3 and all(isinstance(number, (int, float)) and number > 0 for number in numbers)
+    return len(numbers) == 3 and all(isinstance(number, (int, float)) for number in numbers)
 
 
 def _names_in(section: str) -> list[str]:
