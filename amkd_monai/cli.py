@@ -200,7 +200,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
-    from amkd_monai.data.commands.check import check_data, write_contact_sheet
+    from amkd_monai.data.check import check_data, write_contact_sheet
     from amkd_monai.data.datalist import resolve_dataset_dir
 
     name, codes = arguments.name, arguments.mask_codes
@@ -215,8 +215,8 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
 
 def _data_fetch(arguments: argparse.Namespace) -> None:
-    from amkd_monai.data.commands.fetch import fetch, steps
     from amkd_monai.data.datasets import get_task
+    from amkd_monai.data.fetch import fetch, steps
 
     folder, source = fetch(arguments.name, arguments.to), get_task(arguments.name).source
     print(f"{folder} is complete. Terms: {source.terms}" if folder and source else steps(arguments.name))
@@ -300,7 +300,7 @@ def _cache_export(arguments: argparse.Namespace) -> None:
 
 
 def _cache_build(arguments: argparse.Namespace) -> None:
-    from amkd_monai.cache.parts import Part
+    from amkd_monai.cache.build import Part
 
     part = Part.from_environment() if arguments.shard is None else Part.parse(arguments.shard)
     settings = settings_of(arguments.set)

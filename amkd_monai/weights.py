@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from amkd_monai.content import file_sha256
+from amkd_monai.storage import file_sha256
 
 logger = logging.getLogger("amkd_monai")
 

@@ -23,12 +23,11 @@ from monai.transforms import Transform
 from paired import Row, paired, print_table
 
 from amkd_monai.cache.build import BATCH_SIZE, ask, cache_teacher
-from amkd_monai.cache.inventory import bytes_per_image
 from amkd_monai.cache.store import ArraySpec, FeatureStore, shard_bytes
 from amkd_monai.data.augment import Augmentation, warp
 from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import DecodedDataset
-from amkd_monai.teachers.registry import build_teacher
+from amkd_monai.teachers.base import build_teacher
 
 GRIDS = {"medsam": (256, 16, 16), "retfound": (1024, 14, 14), "usfm": (768, 14, 14), "biomedparse": (1536, 16, 16)}
 """Feature maps at the default ``grid_limit`` of 16."""
@@ -83,7 +82,7 @@ def sizes(folder: Path) -> list[Row]:
     """Megabytes per image of all four teachers."""
     rows = [Row("stored answer of BiomedParse, 2 x 256 x 256, float16", "MB/image", [2 * float(np.prod(ANSWER)) / 1e6])]
     for dtype, limit in LARGEST_SIZE.items():
-        size = sum(bytes_per_image(filled(folder, name, dtype, 128)) for name in GRIDS) / 1e6
+        size = sum(filled(folder, name, dtype, 128).bytes_per_image for name in GRIDS) / 1e6
         rows.append(Row(f"stored features of four foundation teachers, {dtype}", "MB/image", [size], limit=limit))
     return rows
 

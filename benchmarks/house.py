@@ -3,10 +3,10 @@
     python benchmarks/house.py             # lines and imports: seconds
     python benchmarks/house.py --trip      # two steps of a training on phantoms as well: about a minute
 
-Lines of code are lines with a token that is no comment or docstring. The trip counts modules of the package, other
-than `__init__`, of which a function runs between the reading of a bundle's train.json and the second loss of its
-training: data set, decoding, a teacher with its cache, probe and admission, batch, student and distiller. What runs at
-import does not count, nor do functions that dataclasses generate; handlers, the record of the run and messages are
+Lines of code are lines with a token that is no comment or docstring. The trip counts files of the package of which a
+function runs between the reading of a bundle's train.json and the second loss of its training: data set, decoding, a
+teacher with its cache, probe and admission, batch, student and distiller. The phantoms are written before. What runs
+at import does not count, nor do functions that dataclasses generate; handlers, the record of the run and messages are
 counted on their own."""
 
 from __future__ import annotations
@@ -92,20 +92,34 @@ def print_imports() -> None:
     )
 
 
-def trip(bundle: str) -> set[str]:
-    """Return the modules whose functions run before the second loss of a training on phantoms."""
-    from ignite.engine import Events
-    from monai.bundle import ConfigWorkflow
+def trip(bundle: str) -> list[str]:
+    """Return the modules whose functions run before the second loss of a training on phantoms, in order of first use.
 
-    files: set[str] = set()
+    Nothing counts within an import, that is, from the call of a module's frame to its return.
+    """
+    from ignite.engine import Events
+    from monai.bundle import ConfigParser, ConfigWorkflow
+
+    from amkd_monai.data.datalist import resolve_dataset_dir
+
+    files: dict[str, None] = {}
+    importing: list[FrameType] = []
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call" and frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # neither modules nor class bodies
-            files.add(frame.f_code.co_filename)
+        code = frame.f_code
+        if code.co_name == "<module>" and code.co_filename.endswith(".py"):  # not an expression of a config
+            if event == "call":
+                importing.append(frame)
+            elif event == "return" and frame in importing:
+                del importing[importing.index(frame) :]
+        elif event == "call" and not importing and code.co_flags & inspect.CO_OPTIMIZED:  # no class body
+            files.setdefault(code.co_filename)
 
     configs = ROOT / "bundles" / bundle / "configs"
     with tempfile.TemporaryDirectory() as folder:
         places = {f"{name}_dir": f"{folder}/{name}" for name in ("output", "ckpt", "cache")}
+        task = ConfigParser.load_config_file(configs / "train.json")["task"]
+        data, _ = resolve_dataset_dir(task, cache_dir=folder)
         sys.setprofile(note)
         workflow = ConfigWorkflow(
             str(configs / "train.json"),
@@ -113,6 +127,7 @@ def trip(bundle: str) -> set[str]:
             logging_file=False,
             workflow_type="train",
             bundle_root=str(configs.parent),
+            dataset_dir=str(data),
             **places,
             **SMALL,
         )
@@ -126,7 +141,7 @@ def trip(bundle: str) -> set[str]:
         finally:
             sys.setprofile(None)
     inside = [Path(file) for file in files if Path(file).is_relative_to(PACKAGE)]
-    return {".".join(file.relative_to(PACKAGE).with_suffix("").parts) for file in inside if file.stem != "__init__"}
+    return [".".join(file.relative_to(PACKAGE).with_suffix("").parts) for file in inside]
 
 
 def main() -> None:
@@ -140,10 +155,13 @@ def main() -> None:
     if arguments.trip:
         logging.disable(logging.WARNING)
         modules = trip(arguments.bundle)
-        besides = {module for module in modules if module.startswith(BESIDES)}
-        print(f"\n{1 + len(modules - besides)} files from config to loss: train.json of {arguments.bundle} and")
-        print("  " + "\n  ".join(sorted(modules - besides)))
-        print(f"{len(besides)} more for handlers, the run's record and messages:\n  " + "\n  ".join(sorted(besides)))
+        besides = [module for module in modules if module.startswith(BESIDES)]
+        on_trip = [module for module in modules if module not in besides]
+        print(
+            f"\n{1 + len(on_trip)} files from config to loss, in order of first use: {arguments.bundle}/train.json and"
+        )
+        print("  " + "\n  ".join(on_trip))
+        print(f"{len(besides)} more for handlers, the run's record and messages:\n  " + "\n  ".join(besides))
 
 
 if __name__ == "__main__":

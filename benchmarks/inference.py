@@ -32,7 +32,7 @@ from amkd_monai.__main__ import main as amkd_monai
 from amkd_monai.data.datalist import inference_datalist
 from amkd_monai.export.formats import FORMATS
 from amkd_monai.export.runners import Runner, runner, torch_runner
-from amkd_monai.teachers.registry import build_teacher
+from amkd_monai.teachers.base import build_teacher
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "kvasir_seg"
 EXPORTED = ("ts", "onnx", "ort-int8", "openvino", "openvino-int8")

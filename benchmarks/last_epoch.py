@@ -19,8 +19,8 @@ from ablation import FOLDER, heart, polyps, write_planted
 from bundle_runner import ROOT, Job, call, commands, is_finished, main, options
 from results import SETTINGS
 
-from amkd_monai.atomic import atomic_path
 from amkd_monai.engines.runs import record_weights
+from amkd_monai.storage import atomic_path
 from amkd_monai.weights import file_sha256
 
 STUDENT = "student."

@@ -18,10 +18,8 @@ from step_cost import TEACHERS, batches, block, build
 
 from amkd_monai.cache.build import Batches, images_of
 from amkd_monai.data.augment import warp
-from amkd_monai.engines.targets import TeacherTargets
-from amkd_monai.engines.trainer import DistillationTrainer
-from amkd_monai.teachers.base import Teacher
-from amkd_monai.teachers.registry import build_teacher
+from amkd_monai.engines.trainer import DistillationTrainer, TeacherTargets
+from amkd_monai.teachers.base import Teacher, build_teacher
 
 SIDE, BATCH, STEPS = 256, 4, 4
 MEDSAM = {"name": "medsam", "kind": "medsam", "weights": "random"}

@@ -30,7 +30,7 @@ def measure(name: str, images: int, device: str) -> dict[str, float | str]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from amkd_monai.memory import own_peak
-    from amkd_monai.teachers.registry import build_teacher
+    from amkd_monai.teachers.base import build_teacher
 
     def clock() -> float:
         if device == "cpu":

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from amkd_monai import weights
-from amkd_monai.networks.encoder import create_encoder, load_encoder_weights
+from amkd_monai.networks.student import create_encoder, load_encoder_weights
 from amkd_monai.weights import CheckpointError, file_sha256, load_state_dict, load_strict, packaged_file, state_hash
 
 CAT_CLASSES = range(281, 286)

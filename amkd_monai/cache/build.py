@@ -1,10 +1,15 @@
-"""Run a frozen teacher once over a dataset and keep its outputs."""
+"""Run a frozen teacher once over a dataset and keep its outputs: views, shards, batches."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,15 +17,112 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from amkd_monai.cache.parts import EVERYTHING, Part, build_missing
 from amkd_monai.cache.store import NAME, ArraySpec, FeatureStore, StoreError, store_directory
-from amkd_monai.cache.views import MATRIX, view_matrix, view_set
-from amkd_monai.content import fingerprint
 from amkd_monai.data.augment import warp
 from amkd_monai.data.decoded import DecodedDataset, DecodedImages
 from amkd_monai.memory import own_peak
+from amkd_monai.storage import fingerprint
 from amkd_monai.teachers.base import Teacher
+from amkd_monai.terminal import progress
+
+MATRIX = "view"
+"""Name of the stored array with the matrices (2, 3) of a store of several views."""
+
+SMALLEST_CROP = 0.7
+"""Smallest side of a random crop, as a part of the image's side."""
+LARGEST_ROTATION = 0.26
+"""Largest rotation of a random crop, radians: 15 degrees."""
+
+
+def view_set(views: int) -> list[dict[str, Any]]:
+    """Describe the first ``views`` views: identity, horizontal flip, then random resized crops with mild rotation."""
+    if views < 1:
+        raise ValueError(f"`views` is {views}: give the number of stored views of every image, 1 or more.")
+    crop: dict[str, Any] = {"view": "crop", "smallest": SMALLEST_CROP, "rotation": LARGEST_ROTATION}
+    crops = [{**crop, "number": number} for number in range(2, views)]
+    return [*({"view": name} for name in ("identity", "horizontal_flip")), *crops][:views]
+
+
+def view_matrix(parameters: Mapping[str, Any], sample_id: str, content_hash: str, size: tuple[int, int]) -> np.ndarray:
+    """Affine matrix (2, 3) float32 of one view of a sample, in the normalised coordinates of ``affine_grid``.
+
+    ``parameters`` are one entry of :func:`view_set`, ``size`` is (H, W) of the image.
+    """
+    side, angle, flip, shift = 1.0, 0.0, parameters["view"] == "horizontal_flip", np.zeros(2)
+    if parameters["view"] == "crop":
+        name = json.dumps([dict(parameters), sample_id, content_hash], sort_keys=True)
+        rng = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
+        side, angle = rng.uniform(parameters["smallest"], 1), rng.uniform(-1, 1) * parameters["rotation"]
+        flip, shift = rng.random() < 0.5, rng.uniform(side - 1, 1 - side, size=2)
+    (height, width), mirror = size, -1.0 if flip else 1.0
+    cos, sin = side * np.cos(angle), side * np.sin(angle)
+    rows = [[cos * mirror, -sin * height / width, shift[0]], [sin * mirror * width / height, cos, shift[1]]]
+    return np.asarray(rows, np.float32)
+
+
+LOG_INTERVAL_S = 30.0
+"""Seconds between lines of progress where the output is not a terminal."""
+Compute = Callable[[int, int, Callable[[int], object]], Mapping[str, np.ndarray]]
+"""(view, shard, report) -> arrays of that shard; ``report`` is called with each number of images that is done."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of ``count`` equal parts of the work, counted from 0: shards are dealt out by their number."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"Part {self.index + 1}/{self.count} does not exist: give 1/N to N/N.")
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Read ``3/8``, the third of eight parts."""
+        if not (found := re.fullmatch(r"(\d+)/(\d+)", text)):
+            raise ValueError(f"The part '{text}' is not understood: write 3/8 for the third of eight.")
+        return cls(int(found[1]) - 1, int(found[2]))
+
+    @classmethod
+    def from_environment(cls) -> Part:
+        """The part of this process under torchrun (``RANK``, ``WORLD_SIZE``); everything elsewhere."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+EVERYTHING = Part()
+
+
+def build_missing(
+    store: FeatureStore, compute: Compute, part: Part = EVERYTHING, title: str = "", wait_s: float = 3600.0
+) -> None:
+    """Compute and write the missing shards of a part, with progress, rate and time left.
+
+    A process that builds everything holds the store meanwhile, so that a second one waits and then finds it complete.
+    Parts hold nothing: they run side by side, on any machines that share the folder.
+    """
+    if part.count > 1:
+        store.create()
+    with store.building(wait_s) if part.count == 1 else nullcontext():
+        own, written = store.shards[part.index :: part.count], store.written()
+        missing = [at for at in own if at not in written]
+        total, left = (sum(len(store.samples_of(shard)) for _, shard in shards) for shards in (own, missing))
+        with progress_line(title, total, total - left) as bar:
+            for view, shard in missing:
+                if store.has(view, shard):  # another process was faster
+                    bar.update(len(store.samples_of(shard)))
+                else:
+                    store.write_shard(view, shard, compute(view, shard, bar.update))
+        store.tidy()
+
+
+def progress_line(title: str, total: int, done: int) -> tqdm:
+    """A progress line with rate and time left: live on a terminal, else now and then."""
+    interval: dict[str, Any] = {} if os.isatty(2) else {"mininterval": LOG_INTERVAL_S, "maxinterval": LOG_INTERVAL_S}
+    return progress(total=total, initial=done, desc=title, unit="image", disable=False, **interval)
+
 
 logger = logging.getLogger("amkd_monai")
 
@@ -134,7 +236,7 @@ def cache_teacher(
         cache_dir: folder of the stores.
         device: where the teacher runs.
         batch_size: images per forward, halved when memory runs out; None for :data:`BATCH_SIZE` of the device.
-        views: stored views of every image (:func:`amkd_monai.cache.views.view_set`).
+        views: stored views of every image (:func:`amkd_monai.cache.build.view_set`).
         dtype: of feature maps, ``float16``, or ``int8`` with a scale per image and channel; the rest is float16.
         part: what this process computes; with several parts the store may be incomplete on return.
         description: from which the teacher was built; kept with the store, so that it can be verified.

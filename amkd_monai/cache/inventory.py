@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from amkd_monai.atomic import exclusive_lock
 from amkd_monai.cache.store import LOCK, NAME, FeatureStore, StoreError
+from amkd_monai.storage import exclusive_lock
 from amkd_monai.terminal import align
 
 
@@ -37,11 +37,6 @@ class StoredTeacher:
     def name(self) -> str:
         """Name of the teacher."""
         return self.directory.name.rpartition("-")[0]
-
-
-def bytes_per_image(store: FeatureStore) -> int:
-    """Stored bytes per image over all views."""
-    return store.views * sum(spec.nbytes for spec in store.arrays.values())
 
 
 def find_stores(folder: str | Path) -> list[StoredTeacher]:
@@ -75,7 +70,7 @@ def format_stores(found: Sequence[StoredTeacher], folder: str | Path) -> str:
         store, what = entry.store, ("-",) * 4
         if store is not None:
             arrays = (f"{n} {spec.dtype} {'x'.join(map(str, spec.shape))}" for n, spec in store.arrays.items())
-            what = (str(len(store)), str(store.views), ", ".join(arrays), f"{bytes_per_image(store) / 1e3:.1f}")
+            what = (str(len(store)), str(store.views), ", ".join(arrays), f"{store.bytes_per_image / 1e3:.1f}")
         place = str(entry.directory.relative_to(folder))
         rows.append((entry.directory.parent.name, entry.name, *what, f"{entry.size / 1e6:.1f}", entry.state, place))
     if len(rows) == 1:

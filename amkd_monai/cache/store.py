@@ -30,8 +30,14 @@ from typing import Any, Literal
 import numpy as np
 
 from amkd_monai import __version__
-from amkd_monai.atomic import TEMPORARY_MARK, atomic_folder, atomic_path, atomic_write_bytes, exclusive_lock
-from amkd_monai.content import fingerprint
+from amkd_monai.storage import (
+    TEMPORARY_MARK,
+    atomic_folder,
+    atomic_path,
+    atomic_write_bytes,
+    exclusive_lock,
+    fingerprint,
+)
 
 logger = logging.getLogger("amkd_monai")
 
@@ -240,6 +246,11 @@ class FeatureStore:
     def __getstate__(self) -> dict[str, Any]:
         # Do not pickle memory maps (NumPy would copy their contents); worker processes reopen the files.
         return {**self.__dict__, "_maps": {}}
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Stored bytes per image over all views."""
+        return self.views * sum(spec.nbytes for spec in self.arrays.values())
 
     @property
     def shards(self) -> list[Shard]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from amkd_monai.cache.build import ask
+from amkd_monai.cache.build import MATRIX, ask
 from amkd_monai.cache.store import FeatureStore
-from amkd_monai.cache.views import MATRIX
 from amkd_monai.data.decoded import DecodedImages
-from amkd_monai.teachers.registry import build_teacher
+from amkd_monai.teachers.base import build_teacher
 
 LARGEST_DIFFERENCE = 0.045
 """Largest relative difference of an array that passes, |stored - computed| / |computed|: a cosine of about 0.999."""

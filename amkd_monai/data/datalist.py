@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amkd_monai.atomic import atomic_write_json, exclusive_lock
-from amkd_monai.data.datasets import Task, get_task
-from amkd_monai.data.phantoms import is_phantom
+from amkd_monai.data.datasets import Task, get_task, is_phantom
 from amkd_monai.data.splits import Item, SplitOptions, few_labels
 from amkd_monai.data.splits import split_hash as hash_of_split
 from amkd_monai.files.names import DataProblems
+from amkd_monai.storage import atomic_write_json, exclusive_lock
 
 logger = logging.getLogger("amkd_monai")
 

@@ -1,27 +1,92 @@
-"""Images and volumes decoded once to uint8 memory maps, read as 2D or 2.5D samples."""
+"""Items read through a transform chain: decoded once to uint8 memory maps, or one by one, bad ones reported."""
 
 from __future__ import annotations
 
+import enum
+import functools
 import json
 import logging
+import math
+import types
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import nibabel
 import numpy as np
 import torch
+from ignite.engine import Engine, Events
+from monai.data import DataLoader, MetaTensor, list_data_collate
 from torch.utils.data import Dataset
 
-from amkd_monai.atomic import atomic_folder, atomic_write_json, exclusive_lock
-from amkd_monai.content import content_hashes, fingerprint
-from amkd_monai.data.describe import describe
-from amkd_monai.data.readable import Agreement, BadSampleError, check_on_bad_sample, read_item
+from amkd_monai.errors import is_own, root_cause
 from amkd_monai.files.masks import IGNORED as UNLABELLED
+from amkd_monai.files.masks import coding_problem
 from amkd_monai.files.names import DataProblems, label_files
+from amkd_monai.files.pictures import DAMAGED, level_problem
+from amkd_monai.storage import atomic_folder, atomic_write_json, content_hashes, exclusive_lock, fingerprint
 from amkd_monai.terminal import progress
 
 logger = logging.getLogger("amkd_monai")
+
+UNREADABLE = (*DAMAGED, RuntimeError)  # MONAI and torch (out of memory) raise RuntimeError
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be used, named with the remedy."""
+
+
+def read_item(item: Mapping[str, Any], transform: Callable) -> dict[str, Any]:
+    """Apply a transform chain to an item; files that cannot be used or show nothing are a BadSampleError."""
+    if problem := item.get("problem"):
+        raise BadSampleError(problem)
+    files = [str(item["image"]), *label_files(item)]
+    try:
+        data = dict(transform(dict(item)))
+    except UNREADABLE as error:
+        cause = " ".join(str(root := root_cause(error)).split())
+        if is_own(root) and any(file in cause for file in files):
+            raise BadSampleError(cause) from error
+        raise BadSampleError(f"{' or '.join(files)} cannot be read ({cause[:200]}): replace or remove it.") from error
+    image = np.asarray(data["image"])
+    if not np.isfinite(image).all():
+        raise BadSampleError(f"{item['image']} holds values that are not finite: replace or remove the file.")
+    if problem := level_problem(image):
+        raise BadSampleError(f"{item['image']} cannot be used: {problem}.")
+    return data
+
+
+class Agreement:
+    """What all items of a data set share: the meaning of 255 in their masks, and the axes of their volumes.
+
+    Attributes:
+        axes: where the axes of volumes (C, X, Y, Z) point after the transforms, such as "RAS"; empty for pictures.
+    """
+
+    def __init__(self) -> None:
+        self.axes, self._codings = "", set[str]()
+
+    def check(self, data: Mapping[str, Any], item: Mapping[str, Any]) -> None:
+        """Raise BadSampleError if what was read of an item contradicts the items before it."""
+        image, axes = data["image"], ""
+        if isinstance(image, MetaTensor) and image.ndim == 4:
+            axes = "".join(nibabel.aff2axcodes(np.asarray(image.affine)))
+        if self.axes not in ("", axes):
+            raise BadSampleError(
+                f"{item['image']} lies in the axes {axes} after preprocessing, others in {self.axes}: add Orientationd "
+                "to it."
+            )
+        codings = self._codings.union(getattr(data.get("label"), "meta", {}).pop("mask_coding", ()))
+        if problem := coding_problem(codings):
+            raise BadSampleError(f"{item['label']}: {problem}")
+        self.axes, self._codings = axes, codings
+
+
+def check_on_bad_sample(value: str) -> None:
+    """Refuse another value than "stop" or "skip"."""
+    if value not in ("stop", "skip"):
+        raise ValueError(f"on_bad_sample must be 'stop' or 'skip', not '{value}'.")
 
 
 def _is_class(label: Any) -> bool:
@@ -228,3 +293,148 @@ class DecodedDataset(DecodedImages):
         if wrong.size:
             raise BadSampleError(f"{item['label']} holds the value {wrong[0]:g}; {of_task}: correct the mask.")
         return image, classes.astype(np.uint8)
+
+
+_VOLATILE = {"R", "_seed", "_do_transform", "_lazy", "_tracing", "logger"}
+"""What MONAI's transforms change when they are used; the options are described, not this."""
+
+_DEEPEST = 60
+
+
+class Unusable(NamedTuple):
+    """An item that cannot be used, and why in one sentence."""
+
+    id: str
+    reason: str
+
+
+class ReadableDataset(Dataset):
+    """Items and their transform chain; an item that cannot be used is an :class:`Unusable`.
+
+    Items have ``image``, ``id`` and, where labelled, ``label``; with ``keep``, what the deterministic chain gives is
+    held in memory.
+    """
+
+    def __init__(self, data: Sequence[Mapping[str, Any]], transform: Callable, keep: bool = False) -> None:
+        self.data, self.transform, self.keep = list(data), transform, keep
+        self._kept: dict[int, dict[str, Any] | Unusable] = {}
+        self._agreement = Agreement()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | Unusable:
+        """Return what the chain gives, or why it gives nothing."""
+        result = self._kept.get(index) or self._read(self.data[index])
+        if self.keep:
+            self._kept[index] = result
+        return result if isinstance(result, Unusable) else dict(result)
+
+    def _read(self, item: Mapping[str, Any]) -> dict[str, Any] | Unusable:
+        try:
+            data = read_item(item, self.transform)
+            self._agreement.check(data, item)
+        except BadSampleError as error:
+            return Unusable(str(item.get("id", item["image"])), str(error))
+        return data
+
+
+def _collate(batch: list[Any]) -> Any:
+    return batch[0] if isinstance(batch[0], Unusable) else list_data_collate(batch)
+
+
+class ReadableLoader(DataLoader):
+    """Loads one item at a time and passes over those that cannot be used.
+
+    Attach it to the engine that uses it: the run ends after the usable items. With
+    ``on_bad_sample`` "stop" it then ends with an error that names the others; with "skip" they are only listed.
+
+    Attributes:
+        skipped: ``{"id": ..., "reason": ...}`` of each item that was passed over.
+    """
+
+    def __init__(self, dataset: ReadableDataset, on_bad_sample: str = "stop", **options: Any) -> None:
+        check_on_bad_sample(on_bad_sample)
+        super().__init__(dataset, batch_size=1, collate_fn=_collate, **options)
+        self.on_bad_sample = on_bad_sample
+        self.skipped: list[dict[str, str]] = []
+
+    def __len__(self) -> int:
+        return len(self.sampler) - len(self.skipped)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield usable batches, each when the next one is known, so that the length is right at the last."""
+        self.skipped.clear()
+        waiting: list[Any] = []
+        for batch in super().__iter__():
+            if isinstance(batch, Unusable):
+                logger.warning("left out: %s", batch.reason)
+                self.skipped.append(batch._asdict())
+                continue
+            yield from waiting
+            waiting = [batch]
+        if not waiting and self.skipped:
+            raise BadSampleError(f"No file could be used. {self.skipped[0]['reason']}")
+        yield from waiting
+
+    def attach(self, engine: Engine) -> None:
+        """Let an engine end after the usable items."""
+
+        def shorten(engine: Engine) -> None:
+            engine.state.epoch_length = len(self)
+
+        def complain_last(engine: Engine) -> None:
+            if not engine.has_event_handler(self._complain):  # by now all other handlers are there
+                engine.add_event_handler(Events.COMPLETED, self._complain)
+
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, shorten)
+        engine.add_event_handler(Events.STARTED, complain_last)
+
+    def _complain(self, engine: Engine) -> None:
+        if self.skipped and self.on_bad_sample == "stop":
+            raise BadSampleError(
+                f"{len(self.skipped)} of {len(self.sampler)} item(s) could not be used, the results of the others are "
+                f"written: {self.skipped[0]['reason']} (--on_bad_sample skip accepts this.)"
+            )
+
+
+def describe(value: Any, _above: tuple[int, ...] = ()) -> Any:
+    """Return a JSON-able description of a transform: class names and options, recursively.
+
+    Functions are described by module, name, bytecode and what they have captured, arrays by their values; random states
+    are left out. The description changes with any option and does not depend on addresses or the process.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if id(value) in _above or len(_above) > _DEEPEST:
+        return "..."
+    inside = functools.partial(describe, _above=(*_above, id(value)))
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, (np.ndarray, torch.Tensor, np.generic)):
+        return inside(np.asarray(value).tolist())
+    if isinstance(value, (torch.dtype, torch.device, np.dtype, Path)):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): inside(v) for k, v in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((inside(v) for v in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [inside(v) for v in value]
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, functools.partial):
+        return {"partial": inside(value.func), "args": inside(value.args), "keywords": inside(value.keywords)}
+    if isinstance(value, types.MethodType):
+        return {"method": inside(value.__func__), "of": inside(value.__self__)}
+    if isinstance(value, types.CodeType):
+        return [value.co_code.hex(), list(value.co_names), inside(value.co_consts)]
+    if isinstance(value, types.FunctionType):
+        captured = [cell.cell_contents for cell in value.__closure__ or ()]
+        name = f"{value.__module__}.{value.__qualname__}"
+        return [name, inside(value.__code__), inside([value.__defaults__, value.__kwdefaults__, captured])]
+    state = {k: v for k, v in getattr(value, "__dict__", {}).items() if k not in _VOLATILE}
+    name = getattr(value, "__name__", "") if callable(value) else ""  # built-in functions differ by name alone
+    return {"class": f"{type(value).__module__}.{type(value).__qualname__}", "name": str(name), **inside(state)}

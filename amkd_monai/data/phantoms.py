@@ -16,8 +16,6 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-PHANTOM_MARKER = "PHANTOM.txt"
-
 GRADE_SHARES = (0.34, 0.16, 0.24, 0.12, 0.14)
 """Shares of the APTOS grades: rarer where the disease is severe, but enough of each for a short run."""
 FUNDUS_LESIONS = {
@@ -27,11 +25,6 @@ FUNDUS_LESIONS = {
     "new_vessels": ((0, 0), (0, 0), (0, 0), (0, 0), (3, 5)),
 }
 """Fewest and most lesions of a kind by grade."""
-
-
-def is_phantom(folder: str | Path) -> bool:
-    """Whether a data set folder holds generated data."""
-    return (Path(folder) / PHANTOM_MARKER).is_file()
 
 
 def aptos2019(folder: Path, count: int = 75, unlabelled: int = 6, height: int = 180, seed: int = 0) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amkd_monai.distillation.deferred import Counter
+from amkd_monai.distillation.interface import Counter
 
 OPTIONS = ("temperature", "learnable", "negatives", "seed")
 COOLEST, WARMEST = 0.03, 0.3

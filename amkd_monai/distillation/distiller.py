@@ -6,18 +6,25 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from amkd_monai.distillation import baselines, gates, loss_gate, losses
-from amkd_monai.distillation.alignment import Alignment, LearnedCode, Standardiser, pool_finer
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
-from amkd_monai.distillation.deferred import INTERVAL, Faults
 from amkd_monai.distillation.gates import GateReading, GateSetup, TeacherGate
-from amkd_monai.distillation.interface import Batch, DistillationOutput, TeacherTarget, check_options, mode_class
+from amkd_monai.distillation.interface import (
+    INTERVAL,
+    Batch,
+    DistillationOutput,
+    Faults,
+    TeacherTarget,
+    check_options,
+    mode_class,
+)
 from amkd_monai.distillation.loss_gate import LossGate, ScaledLossGate, SharedGradients
 
 logger = logging.getLogger("amkd_monai")
@@ -51,6 +58,78 @@ def distillation_strength(progress: float, warmup: float = 0.05, decay: float = 
     return end + (1 - end) * (1 + math.cos(math.pi * phase)) / 2
 
 
+def _two_layers(channels: int, hidden: int, out_channels: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels, hidden, 1), nn.GELU(), nn.Conv2d(hidden, out_channels, 1)]
+
+
+class Alignment(nn.Module):
+    """Sum over student levels of LayerNorm, 1x1, GELU, 1x1, at the teacher's grid.
+
+    The student is resized to the teacher's grid, the teacher's map never is. A finer level is area-pooled before it is
+    projected, a coarser one is projected before it is made larger: each is projected where it has fewer cells.
+    ``channels`` maps the strides of the student levels used to their channels; the teacher has ``out_channels``.
+    """
+
+    def __init__(self, channels: Mapping[int, int], out_channels: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.levels = nn.ModuleDict(
+            {
+                str(stride): nn.Sequential(gates.ChannelNorm(count), *_two_layers(count, hidden, out_channels))
+                for stride, count in channels.items()
+            }
+        )
+
+    def forward(self, features: Mapping[int, Tensor], size: tuple[int, int]) -> Tensor:
+        """Project {stride: (B, C, H / stride, W / stride)}, pooled or not, to a grid (h, w): (B, C', h, w)."""
+        projected = (project(losses.pool_finer(features[int(s)], size)) for s, project in self.levels.items())
+        return reduce(torch.add, (losses.to_grid(level, size) for level in projected))
+
+
+class Standardiser(nn.Module):
+    """Fixed affine standardisation per channel, t' = (t - mean) / std, by statistics (C,) of the training split."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("std", torch.where(std > 1e-6, std, torch.ones_like(std)).float())  # a constant channel
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Standardise a map (B, C, h, w)."""
+        return (features.float() - self.mean[:, None, None]) / self.std[:, None, None]
+
+
+class LearnedCode(nn.Module):
+    """The return path of a teacher's features: an encoder C -> m and its mirror m -> C, two 1x1 convolutions each."""
+
+    def __init__(self, channels: int, code_channels: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.code_channels = code_channels
+        self.encoder = nn.Sequential(*_two_layers(channels, hidden, code_channels))
+        self.decoder = nn.Sequential(*_two_layers(code_channels, hidden, channels))
+
+    @torch.no_grad()
+    def encode(self, target: Tensor) -> Tensor:
+        """Code (B, m, h, w), without gradient, of standardised features (B, C, h, w)."""
+        return self.encoder(target)
+
+    def autoencoder_loss(self, target: Tensor) -> Tensor:
+        """Reconstruction of features (B, C, h, w) from their own code; trains encoder and decoder alone.
+
+        Both treat all cells alike and augmentation moves the image under the grid, so every second row and column of
+        cells is enough: a quarter of the work. Returns (B, ceil(h / 2), ceil(w / 2)).
+        """
+        cells = target.detach()[..., ::2, ::2].contiguous(memory_format=torch.channels_last)
+        return losses.reconstruction_loss(self.decoder(self.encoder(cells)), cells)
+
+    def decode_frozen(self, code: Tensor) -> Tensor:
+        """Features (B, C, h, w) from a code; gradient flows to the code, none to the decoder."""
+        frozen = {name: value.detach() for name, value in self.decoder.named_parameters()}
+        return functional_call(self.decoder, frozen, (code,))
+
+
 @dataclass(frozen=True)
 class DistillationConfig:
     """What is distilled and how it is weighed: the settings of a run, under the names they have in ``train.json``.
@@ -63,7 +142,7 @@ class DistillationConfig:
         loss_gate_options: of that gate.
         scale_steps: steps over which loss scales are measured before they freeze.
         return_code: ``none`` compares features directly; ``learned`` compares them in a code, from which they can be
-            reconstructed (:class:`~amkd_monai.distillation.alignment.LearnedCode`).
+            reconstructed (:class:`LearnedCode`).
         code_channels: size of the code at most.
         contrastive: options of :class:`~amkd_monai.distillation.contrastive.ContrastiveDistillation`.
         kd_temperature: options of :func:`kd_temperature`.
@@ -328,7 +407,7 @@ class Distiller(nn.Module):
             target = target.contiguous(memory_format=torch.channels_last)  # like the student's maps: no reordering
             size = (target.shape[-2], target.shape[-1])
             if size not in pooled:
-                pooled[size] = {stride: pool_finer(features[stride], size) for stride in STUDENT_STRIDES}
+                pooled[size] = {stride: losses.pool_finer(features[stride], size) for stride in STUDENT_STRIDES}
             aligned = align(pooled[size], size)
             goal = self.codes[name].encode(target) if name in self.codes else target
             pairs[name] = _Pair(aligned, goal, target)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amkd_monai.distillation import losses
-from amkd_monai.distillation.alignment import ChannelNorm, pool_finer, to_grid
 from amkd_monai.distillation.interface import Batch, TeacherTarget
+from amkd_monai.distillation.losses import pool_finer, to_grid
 
 TASK_EMBEDDING = 8
 UNUSABLE = -1e9
@@ -58,6 +58,18 @@ def to_size(weights: Tensor, size: tuple[int, int]) -> Tensor:
     if size == (1, 1):
         return weights.mean((1, 2), keepdim=True)
     return F.interpolate(weights[:, None], size=size, mode="nearest")[:, 0]
+
+
+class ChannelNorm(nn.Module):
+    """Layer normalisation over the channels of a map (B, C, h, w)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each location over its channels."""
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, h, w) -> (B, h, w, C) and back
 
 
 class GateNetwork(nn.Module):

@@ -1,4 +1,4 @@
-"""What goes into a distiller and what comes out of it; classes that are chosen by name."""
+"""What goes into a distiller and what comes out of it, and what its parts share: faults, counters, classes by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from amkd_monai.cache.store import FeatureStore
@@ -19,7 +20,7 @@ class TeacherTarget:
     """A teacher in a run: what it teaches, how good it is, and the stores that hold its targets.
 
     The preparation (:mod:`amkd_monai.engines.prepare`) makes it of a description; the distiller and
-    :class:`~amkd_monai.engines.targets.TeacherTargets` read it.
+    :class:`~amkd_monai.engines.trainer.TeacherTargets` read it.
 
     Attributes:
         name: key of its targets in a batch.
@@ -142,3 +143,59 @@ def mode_class(what: str, mode: str, known: Mapping[str, type], base: type) -> A
             f"The {what} '{mode}' is no {base.__name__}: derive it from {base.__module__}.{base.__name__}."
         )
     return chosen
+
+
+INTERVAL = 50
+"""Training steps between two readings of what the device found, and by default between measurements of gradients."""
+
+
+class Faults:
+    """Faults that the device finds: noted in every step without waiting, raised when they are read.
+
+    Every question to the device (``bool``, ``item``, ``tolist``) makes the host wait until all queued work is done.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+
+    def note(self, sentence: str, fault: Tensor, value: Tensor | None = None) -> None:
+        """Note whether there is a fault (a boolean scalar); ``{}`` in its sentence stands for the integer ``value``."""
+        now = torch.stack([fault.long(), fault.long() if value is None else value.long()])
+        known = self.found.get(sentence)
+        self.found[sentence] = now if known is None else torch.where(known[0] > 0, known, now)
+
+    def read(self) -> None:
+        """Forget what was noted, and raise the first fault as a ValueError."""
+        found, self.found = self.found, {}
+        flags = torch.stack(list(found.values())).tolist() if found else []
+        for sentence, (fault, value) in zip(found, flags, strict=True):
+            if fault:
+                raise ValueError(sentence.replace("{}", str(value)))
+
+
+class Counter(nn.Module):
+    """A module that counts steps in a buffer called ``name``, part of its state, and on the host, where they are read.
+
+    Further arguments go to the next base class.
+    """
+
+    def __init__(self, name: str, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._counter, self._steps = name, 0
+        self.register_buffer(name, torch.zeros((), dtype=torch.long))
+
+    @property
+    def steps(self) -> int:
+        """The steps counted so far."""
+        if self._steps < 0:
+            self._steps = int(self.get_buffer(self._counter))
+        return self._steps
+
+    def count_step(self) -> None:
+        """Count a step."""
+        self._steps = self.steps + 1
+        self.get_buffer(self._counter).add_(1)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        self._steps = -1

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amkd_monai.distillation.deferred import INTERVAL, Counter
+from amkd_monai.distillation.interface import INTERVAL, Counter
 
 logger = logging.getLogger("amkd_monai")
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from monai.losses import DiceLoss
 from torch import Tensor
 
-from amkd_monai.distillation.deferred import Faults
+from amkd_monai.distillation.interface import Faults
 
 _DICE_OPTIONS = {
     "include_background": False,
@@ -162,3 +162,21 @@ def area_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(logits.shape[-2:]) == tuple(size):
         return logits
     return F.adaptive_avg_pool2d(logits.contiguous(), size)  # few channels: slow where they lie side by side
+
+
+def _is_finer(features: Tensor, size: tuple[int, int]) -> bool:
+    return features.shape[-2] >= size[0] and features.shape[-1] >= size[1]
+
+
+def pool_finer(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Area-pool student features (B, C, H, W) that are finer than a grid (h, w); others pass through."""
+    return to_grid(features, size) if _is_finer(features, size) else features
+
+
+def to_grid(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring student features (B, C, H, W) to a grid (h, w): area-pooled down, bilinear up."""
+    if tuple(features.shape[-2:]) == tuple(size):
+        return features
+    if _is_finer(features, size):
+        return F.adaptive_avg_pool2d(features, size)
+    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)

@@ -17,15 +17,14 @@ from monai.losses import DiceCELoss
 from monai.transforms import Compose, RandCropByPosNegLabeld, RandScaleIntensityd, RandShiftIntensityd, SpatialPadd
 from torch import Tensor, nn
 
-from amkd_monai.atomic import atomic_path
 from amkd_monai.cache.build import answers_store, images_of, keep_answers
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.splits import fold_of_groups
 from amkd_monai.distillation import Distiller
 from amkd_monai.distillation.losses import area_logits, as_map, without_unlabelled
-from amkd_monai.engines.recipe import Recipe
-from amkd_monai.engines.trainer import DistillationTrainer
+from amkd_monai.engines.trainer import DistillationTrainer, Recipe
+from amkd_monai.storage import atomic_path
 from amkd_monai.terminal import progress
 from amkd_monai.weights import load_state_dict, load_strict, state_hash
 

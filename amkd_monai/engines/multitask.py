@@ -17,16 +17,15 @@ from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
 
-from amkd_monai.atomic import atomic_write_bytes
 from amkd_monai.data.augment import Augmentation
 from amkd_monai.data.datasets import Task
 from amkd_monai.data.sampling import MultiTaskLoader
 from amkd_monai.distillation.interface import DistillationOutput
 from amkd_monai.distillation.loss_gate import LossGate
 from amkd_monai.distillation.multitask import MultiTaskDistiller, mean_over_processes
-from amkd_monai.engines.targets import TeacherTargets
-from amkd_monai.engines.trainer import DistillationTrainer, distillation_batch
-from amkd_monai.metrics.transfer import format_transfer, transfer_csv, transfer_rows
+from amkd_monai.engines.trainer import DistillationTrainer, TeacherTargets, distillation_batch
+from amkd_monai.metrics.compare import format_transfer, transfer_csv, transfer_rows
+from amkd_monai.storage import atomic_write_bytes
 
 logger = logging.getLogger("amkd_monai")
 

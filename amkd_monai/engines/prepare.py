@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,22 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
+import torch.nn.functional as F
 from monai.bundle import ConfigParser
 from torch import nn
 
 from amkd_monai.cache import probes
-from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers
-from amkd_monai.cache.inventory import bytes_per_image
-from amkd_monai.cache.parts import EVERYTHING, Part
+from amkd_monai.cache.build import EVERYTHING, Part, answers_store, cache_teacher, keep_answers
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.distillation import TeacherTarget
-from amkd_monai.engines import admission, crossfit
-from amkd_monai.engines.recipe import Recipe
+from amkd_monai.distillation.losses import UNLABELLED, one_hot_area, soft_cross_entropy
+from amkd_monai.engines import crossfit
 from amkd_monai.engines.runs import expand
-from amkd_monai.engines.targets import TeacherTargets
+from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
-from amkd_monai.teachers.base import Teacher
-from amkd_monai.teachers.registry import CROSS_FITTED_KINDS, build_teacher, validate_descriptions
+from amkd_monai.metrics.classification import macro_auroc
+from amkd_monai.teachers.base import CROSS_FITTED_KINDS, Teacher, build_teacher, validate_descriptions
 
 logger = logging.getLogger("amkd_monai")
 
@@ -131,7 +130,7 @@ def prepare_teachers(
     the rest, then the others read it.
 
     Args:
-        teachers: descriptions (:mod:`amkd_monai.teachers.registry`); an empty list means no distillation. A teacher
+        teachers: descriptions (:mod:`amkd_monai.teachers.base`); an empty list means no distillation. A teacher
             with ``own_answers`` False answers another task: a probe on its features answers in its place.
         train: decoded training split, unlabelled samples included.
         validation: decoded validation split: fits the calibration temperatures.
@@ -147,7 +146,7 @@ def prepare_teachers(
             teachers that are not admitted; ``admitted``), ``margin`` (of the score), ``folds`` and ``epochs`` of the
             student's cross-fitting.
         weights_dir: folder searched first for the weights of foundation teachers.
-        views: stored views of every training image (:mod:`amkd_monai.cache.views`); with several, the student is shown
+        views: stored views of every training image (:mod:`amkd_monai.cache.build`); with several, the student is shown
             exactly these, and no other geometric change.
         cache_dtype: of stored feature maps, ``float16`` or ``int8``.
         teacher_batch_size: images per forward of a teacher, halved when memory runs out; None for 4 on a CPU, 64 on a
@@ -160,10 +159,10 @@ def prepare_teachers(
     options: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": 3, "epochs": epochs}
     unknown = set(admission_options or {}) - set(options)
     options |= admission_options or {}
-    if unknown or options["mode"] not in admission.MODES or options["features"] not in ("all", "admitted"):
+    if unknown or options["mode"] not in ADMISSION_MODES or options["features"] not in ("all", "admitted"):
         raise ValueError(
             f"The admission options {admission_options} are not understood: use mode (one of "
-            f"{', '.join(admission.MODES)}), features (all or admitted), margin, folds, epochs."
+            f"{', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs."
         )
     where = (cache_dir, device, views, cache_dtype, weights_dir, teacher_batch_size)
     cached = partial(cache_image_teacher, train, validation, *where)
@@ -176,7 +175,7 @@ def prepare_teachers(
     with idist.one_rank_first():
         scored = [preparation.scored_teacher(description) for description in teachers]
         record: dict[str, Any] = {"admission": options}
-        own: admission.AnswerScore | None = None
+        own: AnswerScore | None = None
         margin, values = float(options["margin"]), [score.value for _, score in scored if score is not None]
         if options["mode"] == "cross_fit" and values:
             length = int(options["epochs"] or epochs)
@@ -185,7 +184,7 @@ def prepare_teachers(
             record["undistilled_student_epochs"] = length
     taught, facts = [], []
     for teacher, score in scored:
-        admitted, why = admission.decide(score, own, options["mode"], margin, teacher.kind)
+        admitted, why = decide(score, own, options["mode"], margin, teacher.kind)
         distilled = admitted or options["features"] == "all"
         parts = {"outputs": admitted, "features": distilled and teacher.features is not None}
         decision = {"outputs_admitted": admitted, "admission_reason": why, "features_admitted": parts["features"]}
@@ -198,7 +197,7 @@ def prepare_teachers(
     record |= {"teachers": facts, "preparation_peak_rss_mb": round(own_peak())}
     if scored and not taught:
         logger.warning("No teacher is admitted, and features are of admitted ones only: this run distils nothing.")
-    return TeacherTargets(taught, admission.prior_entropy(train), record, train.groups, train.classes)
+    return TeacherTargets(taught, prior_entropy(train), record, train.groups, train.classes)
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,7 @@ class _Preparation:
     folds: int
     cached: Callable[..., tuple[Teacher, FeatureStore, FeatureStore]]
 
-    def scored_teacher(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, admission.AnswerScore | None]:
+    def scored_teacher(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, AnswerScore | None]:
         """Compute a teacher's features and answers, and score the answers; one teacher is in memory at a time."""
         crossed = description["kind"] in CROSS_FITTED_KINDS
         target, of_validation = self._cross_fitted(description) if crossed else self._image_teacher(description)
@@ -226,12 +225,12 @@ class _Preparation:
         single = self.train.classes is not None
         if classes != self.train.num_classes or (size == [1, 1]) != single:
             raise ValueError(
-                f"The teacher '{target.name}' gives logits of shape {shape}, the task asks for "
+                f"The teacher '{target.name}' gives logits of {classes} classes in {size} cells, the task asks for "
                 f"{'one answer per image' if single else 'a map of answers'} with {self.train.num_classes} classes: "
                 "give a teacher of this task, set its `own_answers` to false, or drop it."
             )
         temperature = _temperature(of_validation, self.validation)
-        score = admission.score_answers(target.answers, self.train, temperature)
+        score = score_answers(target.answers, self.train, temperature)
         record = {**target.record, **score.record(), "calibration_temperature": round(temperature, 3)}
         figures: dict[str, Any] = {"mean_error": score.cross_entropy, "score": score.value, "temperature": temperature}
         return replace(target, logits=shape, record=record, **figures), score
@@ -252,7 +251,7 @@ class _Preparation:
             "stored": {
                 "views": outputs.views,
                 "dtype": "float16" if grid is None else grid.dtype,
-                "bytes_per_image": round(bytes_per_image(outputs)),
+                "bytes_per_image": round(outputs.bytes_per_image),
             },
         }
         target = TeacherTarget(teacher.name, kind=record["kind"], fingerprint=record["fingerprint"], record=record)
@@ -320,7 +319,7 @@ class _Preparation:
         target = TeacherTarget(name, kind=kind, fingerprint=answers.directory.name, answers=answers, record=record)
         return target, of_validation
 
-    def student_score(self, folds: int, epochs: int, goal: float) -> tuple[admission.AnswerScore, int]:
+    def student_score(self, folds: int, epochs: int, goal: float) -> tuple[AnswerScore, int]:
         """Cross-fit the undistilled student with the run's own recipe; return its score and the length in epochs.
 
         A quarter of the length comes first: where the student is ahead of every teacher by then (above ``goal``, the
@@ -333,7 +332,7 @@ class _Preparation:
             )
             # Dice of masks knows no temperature; the likelihood of classes does, and teachers are calibrated for it.
             temperature = 1.0 if self.train.classes is None else _temperature(answers, self.train)
-            score = admission.score_answers(answers, self.train, temperature)
+            score = score_answers(answers, self.train, temperature)
             if score.value > goal:
                 break
         return score, length
@@ -345,3 +344,109 @@ def _temperature(answers: FeatureStore, dataset: DecodedDataset) -> float:
     _, height, width = answers.arrays["logits"].shape
     targets = probes.cell_targets(dataset, rows, dataset.num_classes, (height, width))
     return probes.calibration_temperature(torch.from_numpy(answers.read("logits", rows)).float(), targets)
+
+
+ADMISSION_MODES = ("cross_fit", "all", "none")
+
+VOLUME_RATIO_TOLERANCE = 0.10
+"""A volume teacher that draws more than 10 % too much or too little is not admitted."""
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """How good answers are on the labelled samples.
+
+    Attributes:
+        value: the score that decides, higher is better: for masks the mean Dice over cases (images or volumes) and
+            foreground classes, cases without foreground left out; for classes of images the skill.
+        cross_entropy: mean over grid cells or images, nats.
+        further: ``volume_ratio`` (predicted by true foreground, over all cases) of masks, ``macro_auroc`` of classes.
+        name: of the score, ``dice`` or ``skill``.
+    """
+
+    value: float
+    cross_entropy: float
+    further: dict[str, float] = field(default_factory=dict)
+    name: str = "dice"
+
+    def record(self) -> dict[str, float]:
+        """All figures by name, rounded."""
+        figures = {self.name: self.value, "cross_entropy": self.cross_entropy, **self.further}
+        return {name: round(value, 4) for name, value in figures.items()}
+
+
+@torch.inference_mode()
+def score_answers(store: FeatureStore, dataset: DecodedDataset, temperature: float = 1.0) -> AnswerScore:
+    """Score cached answers (``logits`` (N, classes, h, w)) against the labels.
+
+    Masks are scored at the decoded size by Dice, classes of images by their skill 1 - CE / H (McFadden's pseudo R^2):
+    0 for an answer that knows only the class frequencies, whose entropy is H, and 1 for the truth. That is the
+    log-likelihood on a scale that does not depend on the data set. ``temperature`` divides the logits.
+    """
+    labelled = np.flatnonzero(dataset.has_label)
+    if dataset.classes is not None:
+        classes = dataset.classes[labelled]
+        logits = torch.from_numpy(store.read("logits", labelled)).float()[:, :, 0, 0] / temperature
+        cross_entropy = float(F.cross_entropy(logits, torch.from_numpy(classes)))
+        skill = 1 - cross_entropy / max(prior_entropy(dataset), 1e-6)
+        auroc = macro_auroc(classes, logits.softmax(1).numpy())
+        return AnswerScore(skill, cross_entropy, {"macro_auroc": auroc}, "skill")
+    overlap: dict[str, np.ndarray] = {}
+    errors: list[float] = []
+    for start in range(0, len(labelled), 32):
+        rows = labelled[start : start + 32]
+        logits = torch.from_numpy(store.read("logits", rows)).float() / temperature
+        label = torch.from_numpy(np.stack([dataset.labels[i] for i in rows]))
+        target = one_hot_area(label, dataset.num_classes, (logits.shape[-2], logits.shape[-1]))
+        errors += soft_cross_entropy(target, logits.log_softmax(1)).flatten(1).mean(1).tolist()
+        answer = F.interpolate(logits, size=label.shape[-2:], mode="bilinear").argmax(1)
+        for row, predicted, true in zip(rows, answer, label[:, 0], strict=True):
+            sums = overlap.setdefault(dataset.cases[row], np.zeros((dataset.num_classes - 1, 3)))
+            for c in range(1, dataset.num_classes):
+                p, t = (predicted == c) & (true != UNLABELLED), true == c
+                sums[c - 1] += [float((p & t).sum()), float(p.sum()), float(t.sum())]
+    both, predicted_sum, true_sum = np.moveaxis(np.stack(list(overlap.values())), -1, 0)  # each (cases, classes - 1)
+    valid = true_sum > 0
+    dice = 2 * both[valid] / (predicted_sum + true_sum)[valid]
+    ratio = float(predicted_sum.sum() / max(1.0, true_sum.sum()))
+    return AnswerScore(float(dice.mean()) if valid.any() else 0.0, float(np.mean(errors)), {"volume_ratio": ratio})
+
+
+def decide(
+    score: AnswerScore | None, student: AnswerScore | None, mode: str, margin: float, kind: str
+) -> tuple[bool, str]:
+    """Decide whether a teacher's answers are distilled, and say why, with both scores.
+
+    Answers about whole images must beat the student's likelihood without ranking the cases worse: a cautious teacher
+    that tells the classes apart less well than its student is not one to learn from.
+
+    Args:
+        score: of the teacher's answers; None if it gives none.
+        student: of the undistilled student; None where it was not trained.
+        mode: one of ``ADMISSION_MODES``.
+        margin: by which the teacher must beat the student.
+        kind: of the teacher.
+    """
+    if score is None:
+        return False, "it gives no answers"
+    if mode != "cross_fit" or student is None:
+        return mode == "all", f"admission is set to '{mode}'"
+    measure = f"{score.name.capitalize()} {score.value:.3f}"
+    if score.value < student.value + margin:
+        return False, f"its {measure} does not beat the undistilled student's {student.value:.3f}"
+    ranking, own = score.further.get("macro_auroc"), student.further.get("macro_auroc")
+    if ranking is not None and own is not None and ranking < own:
+        return False, f"its {measure} is better, but its macro AUROC {ranking:.3f} is below the student's {own:.3f}"
+    ratio = score.further.get("volume_ratio", 1.0)
+    if kind == "crossfit_volume_specialist" and abs(ratio - 1) > VOLUME_RATIO_TOLERANCE:
+        return False, f"its volumes are {ratio:.2f} times the true ones"
+    return True, f"its {measure} beats the undistilled student's {student.value:.3f}"
+
+
+def prior_entropy(dataset: DecodedDataset) -> float:
+    """Entropy in nats of the class frequencies over all labelled pixels or images: the error of a constant answer."""
+    counts = np.zeros(dataset.num_classes)
+    for i in np.flatnonzero(dataset.has_label):
+        counts += np.bincount(dataset.labels[i].ravel(), minlength=dataset.num_classes)[: dataset.num_classes]
+    frequency = (counts / counts.sum()).clip(1e-12)
+    return float(-(frequency * np.log(frequency)).sum())

@@ -34,13 +34,12 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, MERGE_KEY
 
 from amkd_monai import __version__
-from amkd_monai.atomic import atomic_write_json
-from amkd_monai.content import file_sha256, fingerprint
 from amkd_monai.data.datalist import Datalist, find_dataset_dir
 from amkd_monai.data.datasets import get_task
 from amkd_monai.files.masks import NAMED_CODES
 from amkd_monai.files.names import label_files, some
-from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS, read_json
+from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS
+from amkd_monai.storage import atomic_write_json, file_sha256, fingerprint, read_json
 from amkd_monai.weights import CheckpointError
 
 logger = logging.getLogger("amkd_monai")
@@ -789,7 +788,7 @@ def _recorded_overrides() -> dict[str, Any]:
 def evaluated(data: Datalist, ckpt_dir: str | Path, skipped: Sequence[Mapping[str, str]] = ()) -> dict[str, Any]:
     """Return the facts of a report: the data, which student of which run was scored, and which cases were left out.
 
-    ``skipped`` is the list of a :class:`amkd_monai.data.readable.ReadableLoader`, filled while the evaluation runs.
+    ``skipped`` is the list of a :class:`amkd_monai.data.decoded.ReadableLoader`, filled while the evaluation runs.
     """
     student = Path(ckpt_dir) / STUDENT
     facts: dict[str, Any] = {"data": data.describe(), "skipped_samples": skipped, "student": str(student)}

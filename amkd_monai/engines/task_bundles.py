@@ -15,7 +15,7 @@ from amkd_monai.data.datasets import get_task
 from amkd_monai.engines.runs import expand
 from amkd_monai.errors import EXPECTED, is_own, root_cause
 from amkd_monai.networks.shared_student import Head, SharedStudent
-from amkd_monai.teachers.registry import CROSS_FITTED_KINDS
+from amkd_monai.teachers.base import CROSS_FITTED_KINDS
 
 logger = logging.getLogger("amkd_monai")
 

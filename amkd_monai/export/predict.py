@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from amkd_monai.atomic import atomic_path
 from amkd_monai.export.runners import runner
 from amkd_monai.files import names
 from amkd_monai.files.dicom import Slice, find_series, read_series
 from amkd_monai.files.pictures import level_problem, read_picture, write_png
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
 from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, read_volume, write_mask_volume
+from amkd_monai.storage import atomic_path
 from amkd_monai.terminal import progress
 
 VERSION = 2

@@ -10,7 +10,7 @@ import numpy as np
 from monai.bundle import ConfigParser
 
 from amkd_monai.data.datasets import get_task
-from amkd_monai.data.readable import read_item
+from amkd_monai.data.decoded import read_item
 from amkd_monai.data.splits import Item
 from amkd_monai.engines import runs
 from amkd_monai.export import translate

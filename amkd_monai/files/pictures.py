@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
-from amkd_monai.atomic import atomic_path
 from amkd_monai.files.names import MARK
+from amkd_monai.storage import atomic_path
 
 FULL_SCALES = (255, 4095, 65535)  # white of grey pictures: the smallest that holds the brightest level
 FEWEST_LEVELS = 16  # of 256; a picture with no more is black, white or scaled wrongly

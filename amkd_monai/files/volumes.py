@@ -18,10 +18,10 @@ from nibabel import orientations
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from amkd_monai.atomic import atomic_write_bytes
 from amkd_monai.files.masks import MaskCodes, decode_plausible
 from amkd_monai.files.names import MARK, has_suffix
 from amkd_monai.files.pictures import DAMAGED
+from amkd_monai.storage import atomic_write_bytes
 
 logger = logging.getLogger("amkd_monai")
 

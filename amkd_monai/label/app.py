@@ -21,10 +21,10 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
-from amkd_monai.atomic import atomic_write_json
 from amkd_monai.label.fine_tune import FineTune
 from amkd_monai.label.student import ServedStudent, write_mask
 from amkd_monai.label.studies import Studies
+from amkd_monai.storage import atomic_write_json
 
 BUDGET_S = 10.0
 """How long a client that asks for the next image waits, at most, for images to be scored."""

@@ -18,13 +18,13 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list, name_to_device
 
-from amkd_monai.atomic import TEMPORARY_MARK, atomic_write_json
 from amkd_monai.data.datalist import Datalist
 from amkd_monai.engines.runs import RECORD
 from amkd_monai.errors import report_plainly
 from amkd_monai.files.names import file_id
 from amkd_monai.label.student import ServedStudent
 from amkd_monai.label.studies import read_class
+from amkd_monai.storage import TEMPORARY_MARK, atomic_write_json
 from amkd_monai.weights import load_state_dict, load_strict, state_hash
 
 OF_THE_SERVER = {"model", "gpus", "local_rank", "client_id"}

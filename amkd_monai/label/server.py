@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from amkd_monai.atomic import atomic_path, atomic_write_bytes, atomic_write_json, exclusive_lock
+from amkd_monai.storage import atomic_path, atomic_write_bytes, atomic_write_json, exclusive_lock
 from amkd_monai.weights import file_sha256
 
 logger = logging.getLogger("amkd_monai")

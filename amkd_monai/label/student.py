@@ -19,13 +19,13 @@ from monai.transforms import Activationsd, Compose
 from PIL import Image
 from torch import Tensor
 
-from amkd_monai.atomic import atomic_path
 from amkd_monai.data.datasets import get_task
-from amkd_monai.data.readable import read_item
+from amkd_monai.data.decoded import read_item
 from amkd_monai.data.transforms import SaveMaskd
 from amkd_monai.engines import runs
 from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES, has_suffix
 from amkd_monai.files.volumes import volume_grid, write_mask_volume
+from amkd_monai.storage import atomic_path
 from amkd_monai.weights import load_state_dict, load_strict, state_hash
 
 

@@ -19,11 +19,11 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException
 
-from amkd_monai.atomic import atomic_write_bytes
 from amkd_monai.files.masks import read_mask
 from amkd_monai.files.names import VOLUME_SUFFIXES, has_suffix
 from amkd_monai.files.pictures import picture_frame
 from amkd_monai.files.volumes import read_label_volume, volume_grid
+from amkd_monai.storage import atomic_write_bytes
 
 logger = logging.getLogger("amkd_monai")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 from collections import Counter
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from amkd_monai.atomic import atomic_write_bytes
 from amkd_monai.data.datasets import Task
 from amkd_monai.files.names import file_of
 from amkd_monai.metrics.classification import (
@@ -24,6 +22,7 @@ from amkd_monai.metrics.classification import (
     reliability_table,
 )
 from amkd_monai.metrics.statistics import bootstrap_ci, interval, resampled
+from amkd_monai.storage import atomic_write_bytes
 from amkd_monai.terminal import align
 
 TEXT_COLUMNS = ("id", "group", "class", "status")
@@ -181,39 +180,3 @@ def read_case_csv(path: str | Path) -> list[Row]:
 
 def _parse(text: str) -> int | float:
     return int(text) if text.lstrip("-").isdigit() else float(text or math.nan)
-
-
-def read_json(file: str | Path) -> dict[str, Any]:
-    """Read a JSON file of a run; a missing one is empty.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    if not Path(file).is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: restore it, or remove it.") from error
-    return content
-
-
-def jsonable(obj: Any) -> Any:
-    """A copy that strict JSON can hold: NaN and infinities become null, numpy values and paths plain ones.
-
-    Raises:
-        TypeError: a value is of a type that JSON has no form for.
-    """
-    if isinstance(obj, np.ndarray | np.generic):
-        obj = obj.tolist()
-    if obj is None or isinstance(obj, str | bool | int):
-        return obj
-    if isinstance(obj, float):
-        return obj if math.isfinite(obj) else None
-    if isinstance(obj, Path):
-        return str(obj)
-    if isinstance(obj, Mapping):
-        return {str(key): jsonable(value) for key, value in obj.items()}
-    if isinstance(obj, list | tuple):
-        return [jsonable(value) for value in obj]
-    raise TypeError(f"Cannot write a {type(obj).__name__} as JSON: {obj!r}.")

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amkd_monai.networks.encoder import create_encoder, load_encoder_weights
-from amkd_monai.networks.initial import heads_of, state_of_task
-from amkd_monai.networks.student import EncodedStudent, feature_encoder
+from amkd_monai.networks.shared_student import heads_of, state_of_task
+from amkd_monai.networks.student import EncodedStudent, create_encoder, feature_encoder, load_encoder_weights
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid, resize
 from amkd_monai.weights import PACKAGED, load_state_dict, load_strict, packaged_file
 

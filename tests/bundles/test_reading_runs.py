@@ -12,7 +12,7 @@ from bundle_runs import read_json, run, settings
 from helpers import ROOT
 from PIL import Image
 
-from amkd_monai.data.readable import BadSampleError
+from amkd_monai.data.decoded import BadSampleError
 
 
 def polyps(folder, count=24, size=(64, 96), coding=lambda mask: mask * 255):

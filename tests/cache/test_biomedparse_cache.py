@@ -8,7 +8,7 @@ from PIL import Image
 from toy_dataset import decoded
 
 from amkd_monai.cache.build import cache_teacher
-from amkd_monai.teachers.registry import build_teacher
+from amkd_monai.teachers.base import build_teacher
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from amkd_monai.cache.store import ArraySpec, FeatureStore, StoreError, shard_bytes, store_directory
-from amkd_monai.content import fingerprint
+from amkd_monai.storage import fingerprint
 
 N = 11
 KEY = {"teacher": "vit-abc", "preprocessing": {"size": [224, 224]}}

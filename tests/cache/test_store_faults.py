@@ -16,7 +16,7 @@ import pytest
 import toy_store
 from toy_store import SHARDS, N, build, features, open_store
 
-from amkd_monai import atomic
+from amkd_monai import storage
 from amkd_monai.cache.store import LOCK, ArraySpec, FeatureStore, StoreError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,7 +252,7 @@ def test_leftovers_of_a_killed_builder_are_removed(tmp_path):
     store = open_store(tmp_path)
     store.write_shard(0, 0, features(0, range(4)))
     done, young, old, description = (
-        tmp_path / f".{stem}{atomic.TEMPORARY_MARK}1-aa.{suffix}"
+        tmp_path / f".{stem}{storage.TEMPORARY_MARK}1-aa.{suffix}"
         for stem, suffix in (("v0.s00000", "safetensors"), *[("v0.s00001", "safetensors")] * 2, ("store", "json"))
     )
     old = old.with_name(old.name.replace("aa", "bb"))

@@ -7,12 +7,11 @@ from PIL import Image
 from skimage.data import astronaut
 from toy_dataset import CountingTeacher, decoded, write_items
 
-from amkd_monai.cache.build import ask, cache_teacher
+from amkd_monai.cache.build import MATRIX, ask, cache_teacher, view_matrix, view_set
 from amkd_monai.cache.store import ArraySpec, FeatureStore
 from amkd_monai.cache.verify import verify_store
-from amkd_monai.cache.views import MATRIX, view_matrix, view_set
 from amkd_monai.data.augment import warp
-from amkd_monai.teachers.registry import build_teacher
+from amkd_monai.teachers.base import build_teacher
 
 LITE0 = {"name": "lite0", "kind": "timm", "model": "tf_efficientnet_lite0"}
 VIEWS = 4

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from amkd_monai.cache.parts import EVERYTHING, Part, build_missing
+from amkd_monai.cache.build import EVERYTHING, Part, build_missing
 from amkd_monai.cache.store import ArraySpec, FeatureStore
 
 N = 50

@@ -11,14 +11,14 @@ import torch
 from monai.transforms import Compose, Lambdad, RandFlipd, ScaleIntensityRanged
 from toy_images import photo_chain, volume_chain, write_photo
 
-from amkd_monai.data.describe import describe
+from amkd_monai.data.decoded import describe
 from amkd_monai.data.transforms import load_mask
 
 OTHER_PROCESS = """
 import json, sys
 from test_describe import nested_chain
 from toy_images import photo_chain
-from amkd_monai.data.describe import describe
+from amkd_monai.data.decoded import describe
 print(json.dumps(describe(photo_chain())) + json.dumps(describe(nested_chain())))
 """
 

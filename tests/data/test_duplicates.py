@@ -8,8 +8,9 @@ import pytest
 from helpers import shared_data
 from PIL import Image, ImageDraw, ImageEnhance
 
-from amkd_monai.data import duplicates
-from amkd_monai.data.duplicates import (
+from amkd_monai.data import splits
+from amkd_monai.data.phantoms import ultrasound_image
+from amkd_monai.data.splits import (
     NEAR,
     clusters,
     group_near_duplicates,
@@ -17,7 +18,6 @@ from amkd_monai.data.duplicates import (
     near_pairs,
     perceptual_hashes,
 )
-from amkd_monai.data.phantoms import ultrasound_image
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_hashes_are_kept_by_content(pictures, tmp_path, monkeypatch):
     pictures[0].save(path)
     first, _ = perceptual_hashes([str(path)], tmp_path / "cache")
     path.rename(tmp_path / "moved.png")
-    monkeypatch.setattr(duplicates, "_hash", lambda path: pytest.fail("decoded again"))
+    monkeypatch.setattr(splits, "_hash", lambda path: pytest.fail("decoded again"))
     np.testing.assert_array_equal(perceptual_hashes([str(tmp_path / "moved.png")], tmp_path / "cache")[0], first)
     monkeypatch.undo()
     pictures[1].save(tmp_path / "moved.png")

@@ -10,8 +10,7 @@ from helpers import ROOT
 from PIL import Image
 
 from amkd_monai.data import phantoms
-from amkd_monai.data.datasets import get_task
-from amkd_monai.data.phantoms import PHANTOM_MARKER, is_phantom
+from amkd_monai.data.datasets import PHANTOM_MARKER, get_task, is_phantom
 from amkd_monai.files.masks import read_mask
 
 POLYPS = get_task("kvasir_seg")

@@ -11,7 +11,7 @@ from monai.engines import SupervisedEvaluator
 from monai.transforms import Compose, Orientationd, ScaleIntensityRanged
 from toy_images import write_photo
 
-from amkd_monai.data.readable import BadSampleError, ReadableDataset, ReadableLoader
+from amkd_monai.data.decoded import BadSampleError, ReadableDataset, ReadableLoader
 from amkd_monai.data.transforms import LoadMaskd, LoadPictured, LoadVolumed
 
 CHAIN = Compose([LoadPictured("image"), LoadMaskd("label"), ScaleIntensityRanged("image", 0, 255, 0, 1)])

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amkd_monai.data.duplicates import group_identical_images
 from amkd_monai.data.splits import (
     few_labels,
     fold_of_groups,
+    group_identical_images,
     k_fold,
     random_split,
     split_hash,

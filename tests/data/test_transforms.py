@@ -5,7 +5,7 @@ import torch
 from monai.data import MetaTensor
 from PIL import Image
 
-from amkd_monai.data.describe import describe
+from amkd_monai.data.decoded import describe
 from amkd_monai.data.transforms import CtWindowd, NeighbourSlicesd, SaveMaskd, load_mask, load_rgb, load_volume
 from amkd_monai.files import pictures
 

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from torch import nn
 from toy_problem import generator
 
-from amkd_monai.distillation.alignment import Alignment, ChannelNorm, LearnedCode, Standardiser, pool_finer, to_grid
-from amkd_monai.distillation.losses import reconstruction_loss
+from amkd_monai.distillation.distiller import Alignment, LearnedCode, Standardiser
+from amkd_monai.distillation.gates import ChannelNorm
+from amkd_monai.distillation.losses import pool_finer, reconstruction_loss, to_grid
 
 
 def features(size=(16, 24), seed=0):

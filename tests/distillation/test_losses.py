@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amkd_monai.distillation import losses
-from amkd_monai.distillation.deferred import Faults
+from amkd_monai.distillation.interface import Faults
 
 SHAPE = (3, 4, 5, 7)
 

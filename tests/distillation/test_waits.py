@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_problem import make_batch, make_distiller, spec
 
-from amkd_monai.distillation.deferred import INTERVAL, Faults
+from amkd_monai.distillation.interface import INTERVAL, Faults
 
 TWO = [spec("a"), spec("b", grid=(5, 3, 3), logits=(2, 4, 4))]
 READERS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__")

@@ -10,7 +10,7 @@ from command_check import all_options, check
 from doc_blocks import PAGES, block_commands, blocks, inline_commands, inline_options, words
 from helpers import ROOT
 
-from amkd_monai.teachers.registry import KINDS, teacher_class, validate_descriptions
+from amkd_monai.teachers.base import KINDS, teacher_class, validate_descriptions
 
 WITH = {language: [p for p in PAGES if blocks(p, language)] for language in ("python", "json", "bash")}
 OF_BENCHMARKS = {"shared", "table"}

@@ -10,9 +10,8 @@ from torch import nn
 
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.engines import crossfit
-from amkd_monai.engines.admission import prior_entropy, score_answers
-from amkd_monai.engines.prepare import prepare_teachers
-from amkd_monai.engines.recipe import Recipe
+from amkd_monai.engines.prepare import prepare_teachers, prior_entropy, score_answers
+from amkd_monai.engines.trainer import Recipe
 from amkd_monai.networks import Student
 
 LITE1 = {"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}

@@ -10,10 +10,8 @@ from torch import nn
 from amkd_monai.cache import probes
 from amkd_monai.data.decoded import BadSampleError, DecodedDataset
 from amkd_monai.distillation import Distiller
-from amkd_monai.engines.admission import AnswerScore, decide, prior_entropy, score_answers
-from amkd_monai.engines.prepare import prepare_teachers
-from amkd_monai.engines.recipe import Recipe
-from amkd_monai.engines.trainer import DistillationTrainer
+from amkd_monai.engines.prepare import AnswerScore, decide, prepare_teachers, prior_entropy, score_answers
+from amkd_monai.engines.trainer import DistillationTrainer, Recipe
 from amkd_monai.metrics.classification import macro_auroc
 from amkd_monai.networks import ClassStudent
 

@@ -7,15 +7,13 @@ import pytest
 import torch
 from test_prepare import LITE1, data, prepare  # noqa: F401 (a fixture)
 
-from amkd_monai.cache.build import ask
+from amkd_monai.cache.build import MATRIX, ask
 from amkd_monai.cache.store import FeatureStore
-from amkd_monai.cache.views import MATRIX
 from amkd_monai.data.augment import warp
 from amkd_monai.distillation import Distiller
-from amkd_monai.engines.recipe import Recipe
-from amkd_monai.engines.trainer import DistillationTrainer
+from amkd_monai.engines.trainer import DistillationTrainer, Recipe
 from amkd_monai.networks import Student
-from amkd_monai.teachers.registry import build_teacher
+from amkd_monai.teachers.base import build_teacher
 
 LITE2 = {"name": "lite2", "kind": "timm", "model": "tf_efficientnet_lite2"}
 GEOMETRY = {"rotation": 0.4, "flip_width": True}

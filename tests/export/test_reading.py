@@ -15,7 +15,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from PIL import Image
 
 from amkd_monai.__main__ import main
-from amkd_monai.data.readable import BadSampleError
+from amkd_monai.data.decoded import BadSampleError
 from amkd_monai.files.pictures import UNDONE, turned
 from amkd_monai.label.student import ServedStudent
 
@@ -125,7 +125,8 @@ def test_an_evaluation_does_not_depend_on_the_order_of_the_files(exported, tmp_p
             target.write_bytes(file.read_bytes())
     for name, root in (("before", data), ("after", other)):
         values = settings("msd_heart", folder, folder / "cache", teachers=[], dataset_dir=str(root), **HEART)
-        run("msd_heart", ("train", "evaluate"), {**values, "output_dir": str(tmp_path / name)})
+        values |= {"output_dir": str(tmp_path / name), "other_data": name == "after"}
+        run("msd_heart", ("train", "evaluate"), values)
     rows = [list(csv.DictReader((tmp_path / name / "per_case.csv").open())) for name in ("before", "after")]
     assert len(rows[0]) == len(rows[1]) > 0
     for before, after in zip(*rows, strict=True):

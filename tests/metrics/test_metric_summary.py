@@ -9,7 +9,8 @@ import torch
 
 from amkd_monai.metrics.segmentation import case_metrics
 from amkd_monai.metrics.statistics import bootstrap_ci
-from amkd_monai.metrics.summary import format_table, jsonable, read_case_csv, summarise, write_case_csv
+from amkd_monai.metrics.summary import format_table, read_case_csv, summarise, write_case_csv
+from amkd_monai.storage import jsonable
 
 
 def row(case, dice, status="ok", name="polyp", **more):

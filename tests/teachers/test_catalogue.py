@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from amkd_monai.__main__ import main
-from amkd_monai.teachers import catalogue, registry
+from amkd_monai.teachers import base, catalogue
 
 HELP = """
 import runpy, sys
@@ -48,7 +48,7 @@ def test_exit_codes(capsys, tmp_path):
 
 def test_every_kind_can_be_had_and_is_listed():
     kinds = {entry.kind for entry in catalogue.CATALOGUE if entry.kind}
-    assert kinds == {*registry.KINDS, *registry.CROSS_FITTED_KINDS}
+    assert kinds == {*base.KINDS, *base.CROSS_FITTED_KINDS}
 
 
 def test_every_teacher_has_a_licence_and_a_source():

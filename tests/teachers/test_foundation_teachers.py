@@ -4,7 +4,7 @@ import pytest
 import torch
 from teachers.tiny_teachers import TINY, official_state, tiny
 
-from amkd_monai.teachers.registry import build_teacher
+from amkd_monai.teachers.base import build_teacher
 from amkd_monai.weights import CheckpointError, file_sha256
 
 

@@ -13,7 +13,7 @@ from monai.transforms import Compose, Resized, ScaleIntensityRanged
 from amkd_monai.cache.build import cache_teacher
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.transforms import load_rgb
-from amkd_monai.teachers.registry import build_teacher
+from amkd_monai.teachers.base import build_teacher
 
 pytestmark = pytest.mark.slow
 LIMIT_MB = 4500

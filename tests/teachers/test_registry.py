@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from amkd_monai.teachers.base import Teacher
-from amkd_monai.teachers.registry import CROSS_FITTED_KINDS, KINDS, build_teacher, validate_descriptions
+from amkd_monai.teachers.base import CROSS_FITTED_KINDS, KINDS, Teacher, build_teacher, validate_descriptions
 from amkd_monai.teachers.timm_encoder import TimmTeacher
 from amkd_monai.weights import CheckpointError
 

@@ -11,8 +11,8 @@ import torch
 from reference import fill
 from teachers.tiny_teachers import TINY, official_state
 
+from amkd_monai.teachers.base import build_teacher
 from amkd_monai.teachers.official import recognise
-from amkd_monai.teachers.registry import build_teacher
 from amkd_monai.weights import CheckpointError, load_state_dict
 
 

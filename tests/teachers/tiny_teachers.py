@@ -2,7 +2,7 @@
 
 import torch
 
-from amkd_monai.teachers.registry import build_teacher
+from amkd_monai.teachers.base import build_teacher
 
 VIT = {"embed_dim": 48, "depth": 4, "num_heads": 4, "weights": "random"}
 TINY = {

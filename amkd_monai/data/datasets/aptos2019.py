@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from amkd_monai.data.datasets.base import Layout, check_ids, report_conflicts
-from amkd_monai.data.duplicates import group_identical_images
-from amkd_monai.data.splits import Item
+from amkd_monai.data.datasets.layout import Layout, check_ids, report_conflicts
+from amkd_monai.data.splits import Item, group_identical_images
 from amkd_monai.files.names import files_by_id, read_table, some
 
 CLASSES = ("no DR", "mild", "moderate", "severe", "proliferative")

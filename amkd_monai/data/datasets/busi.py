@@ -12,9 +12,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from amkd_monai.data.datasets.base import Layout, check_partners, checked
-from amkd_monai.data.duplicates import group_near_duplicates
-from amkd_monai.data.splits import Item
+from amkd_monai.data.datasets.layout import Layout, check_partners, checked
+from amkd_monai.data.splits import Item, group_near_duplicates
 from amkd_monai.files.names import file_id, image_files, natural, some
 
 logger = logging.getLogger("amkd_monai")
@@ -50,7 +49,7 @@ class Busi(Layout):
             root: the folder that holds `benign/`, `malignant/` and `normal/`.
             cache_dir: keeps perceptual hashes.
             normals: keep the images without a lesion, whose masks are empty.
-            duplicate_distance: see `amkd_monai.data.duplicates.group_near_duplicates`.
+            duplicate_distance: see `amkd_monai.data.splits.group_near_duplicates`.
         """
         root = Path(root)
         self.check(root)

@@ -12,9 +12,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from amkd_monai.data.datasets.base import Layout, checked
-from amkd_monai.data.duplicates import group_identical_images
-from amkd_monai.data.splits import Item
+from amkd_monai.data.datasets.layout import Layout, checked
+from amkd_monai.data.splits import Item, group_identical_images
 from amkd_monai.files.names import file_id, read_text
 
 logger = logging.getLogger("amkd_monai")

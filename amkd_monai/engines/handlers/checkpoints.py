@@ -14,10 +14,9 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from amkd_monai.atomic import atomic_path
-from amkd_monai.content import file_sha256
 from amkd_monai.engines.runs import is_true, record_weights, refuse_another
-from amkd_monai.networks.initial import initialised
+from amkd_monai.networks.shared_student import initialised
+from amkd_monai.storage import atomic_path, file_sha256
 from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
 
 logger = logging.getLogger("amkd_monai")

@@ -15,7 +15,6 @@ from monai.utils import CommonKeys
 from monai.visualize import GradCAM
 from torch import Tensor, nn
 
-from amkd_monai.atomic import atomic_path
 from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import UNLABELLED, DecodedImages
 from amkd_monai.distillation import Batch
@@ -23,6 +22,7 @@ from amkd_monai.engines.handlers.reports import identify
 from amkd_monai.files.pictures import read_picture
 from amkd_monai.files.volumes import grey_levels, read_volume
 from amkd_monai.metrics.summary import FEATURES, TEACHERS, preview_file
+from amkd_monai.storage import atomic_path
 
 SIDE = 256
 """Longest side of a preview in pixels."""

@@ -18,20 +18,12 @@ from monai.handlers import MLFlowHandler
 from monai.utils import CommonKeys, ImageMetaKey
 from torch import Tensor, nn
 
-from amkd_monai.atomic import atomic_write_json
 from amkd_monai.cache.probes import calibration_temperature
 from amkd_monai.data.datasets import get_task
 from amkd_monai.metrics.classification import class_metrics, class_row
 from amkd_monai.metrics.segmentation import METRICS, STATUSES, case_metrics
-from amkd_monai.metrics.summary import (
-    Row,
-    format_table,
-    jsonable,
-    read_json,
-    summarise,
-    summarise_classes,
-    write_case_csv,
-)
+from amkd_monai.metrics.summary import Row, format_table, summarise, summarise_classes, write_case_csv
+from amkd_monai.storage import atomic_write_json, jsonable, read_json
 
 logger = logging.getLogger("amkd_monai")
 

@@ -12,14 +12,18 @@ from typing import Any
 import ignite.distributed as idist
 import psutil
 from ignite.engine import Engine, Events
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from amkd_monai.atomic import atomic_write_json
+from amkd_monai.data.datalist import Datalist
+from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.distillation import DistillationConfig
 from amkd_monai.distillation.interface import DistillationOutput
 from amkd_monai.engines.runs import Identity, versions
+from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
-from amkd_monai.metrics.summary import jsonable, write_case_csv
+from amkd_monai.metrics.summary import write_case_csv
+from amkd_monai.storage import atomic_write_json, jsonable
 
 
 class RunRecord:
@@ -165,3 +169,47 @@ def effective_number(weights: Sequence[float]) -> float:
     total = sum(weights)
     shares = [w / total for w in weights if w > 0]
     return math.exp(-sum(p * math.log(p) for p in shares)) if shares else 0.0
+
+
+def run_facts(
+    datalist: Datalist,
+    targets: TeacherTargets,
+    recipe: Recipe,
+    train: DecodedDataset,
+    validation: DecodedDataset,
+    student: nn.Module,
+    distillation: DistillationConfig,
+    method: Mapping[str, Any],
+    **settings: Any,
+) -> dict[str, Any]:
+    """Return the JSON-able facts of a run: data and split, teachers, method, recipe, student and settings.
+
+    ``is_test`` marks a run with a teacher of random weights: its scores mean nothing.
+    """
+    teachers = targets.record["teachers"]
+    return {
+        "is_test": any(teacher.get("random_weights") for teacher in teachers),
+        "data": datalist.describe(),
+        "skipped_samples": {"train": train.skipped, "validation": validation.skipped},
+        "training_samples": len(train),
+        "labelled_samples": int(train.has_label.sum()),
+        "distillation": targets.record if teachers else "none: the undistilled student",
+        **distillation.facts(**method),
+        **settings,
+        "recipe": recipe.describe(),
+        "student_parameters": sum(p.numel() for p in student.parameters()),
+    }
+
+
+def shared_facts(
+    tasks: Mapping[str, Mapping[str, Any]],
+    missing: Sequence[str],
+    distillation: DistillationConfig,
+    method: Mapping[str, Any],
+    **settings: Any,
+) -> dict[str, Any]:
+    """Return the JSON-able facts of a run on several tasks: each task's facts, missing tasks, method and settings."""
+    settings = {**distillation.facts(**method), **settings}
+    is_test = any(facts["is_test"] for facts in tasks.values())
+    phantom = any(facts["data"]["phantom"] for facts in tasks.values())
+    return {"is_test": is_test, "phantom": phantom, "missing_tasks": list(missing), **settings, "tasks": dict(tasks)}

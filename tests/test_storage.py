@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -12,12 +13,21 @@ from pathlib import Path
 import filelock
 import pytest
 
-from amkd_monai import atomic
-from amkd_monai.atomic import atomic_folder, atomic_path, atomic_write_bytes, atomic_write_json, exclusive_lock
+from amkd_monai import storage
+from amkd_monai.storage import (
+    atomic_folder,
+    atomic_path,
+    atomic_write_bytes,
+    atomic_write_json,
+    content_hashes,
+    exclusive_lock,
+    file_sha256,
+    fingerprint,
+)
 
 HOLD = """
 import sys, time
-from amkd_monai.atomic import exclusive_lock
+from amkd_monai.storage import exclusive_lock
 with exclusive_lock(sys.argv[1]):
     print("holding", flush=True)
     time.sleep(60)
@@ -44,7 +54,7 @@ def test_what_json_cannot_express_leaves_the_old_file(tmp_path, value):
 def test_the_temporary_path_keeps_folder_and_suffix(tmp_path):
     with atomic_path(tmp_path / "model.ts.npy") as temporary:
         assert temporary.parent == tmp_path and temporary.suffix == ".npy"
-        assert atomic.TEMPORARY_MARK in temporary.name
+        assert storage.TEMPORARY_MARK in temporary.name
         temporary.write_text("x")
         assert not (tmp_path / "model.ts.npy").exists()
     assert (tmp_path / "model.ts.npy").read_text() == "x"
@@ -106,11 +116,11 @@ def test_data_is_flushed_before_the_rename_and_the_folder_after(tmp_path, monkey
 def test_a_folder_appears_whole(tmp_path, replace):
     target = tmp_path / "new" / "bundle"
     if replace:
-        for half in (target, target.with_name(f".bundle{atomic.TEMPORARY_MARK}1-aa")):
+        for half in (target, target.with_name(f".bundle{storage.TEMPORARY_MARK}1-aa")):
             half.mkdir(parents=True)
             (half / "half").write_text("of a killed run")
     with atomic_folder(target, replace=replace) as folder:
-        assert folder.parent == target.parent and atomic.TEMPORARY_MARK in folder.name
+        assert folder.parent == target.parent and storage.TEMPORARY_MARK in folder.name
         (folder / "inside").mkdir()
         (folder / "inside" / "file").write_text("x")
         assert not (target / "inside").exists()
@@ -205,7 +215,7 @@ def test_a_lock_is_held_by_one_thread_at_a_time(tmp_path):
 
 def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
     path = tmp_path / "lock"
-    environment = {**os.environ, "PYTHONPATH": str(Path(atomic.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(storage.__file__).parents[1])}
     command = [sys.executable, "-c", HOLD, str(path)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
@@ -253,3 +263,100 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
     sentence = f"cannot write {tmp_path / 'lock'}: the folder is not writable"
     with pytest.raises(PermissionError, match=sentence), exclusive_lock(tmp_path / "lock"):
         pass
+
+
+@pytest.fixture
+def images(tmp_path):
+    paths = [tmp_path / f"{name}.png" for name in ("a", "b", "ç")]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number]) * 100)
+    return paths
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Names of the files that were really read."""
+    names = []
+    real = storage.file_sha256
+
+    def spy(path):
+        names.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(storage, "file_sha256", spy)
+    return names
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) * 2 + 3])
+def test_hash_is_sha256_of_the_bytes(tmp_path, size):
+    data = bytes(range(256)) * (size // 256 + 1)
+    (tmp_path / "image").write_bytes(data[:size])
+    assert file_sha256(tmp_path / "image") == hashlib.sha256(data[:size]).hexdigest()
+
+
+def test_a_memo_saves_reading(tmp_path, images, read):
+    memo = tmp_path / "memo" / "hashes.json"
+    first = content_hashes(images, memo)
+    assert first == [hashlib.sha256(path.read_bytes()).hexdigest() for path in images] and len(read) == 3
+    read.clear()
+    assert content_hashes(images[::-1], memo) == first[::-1] and read == []
+
+
+@pytest.mark.parametrize("data", [b"z" * 100, b"z" * 101], ids=["same size", "other size"])
+def test_a_changed_file_is_read_again(tmp_path, images, read, data):
+    memo = tmp_path / "hashes.json"
+    first = content_hashes(images, memo)
+    read.clear()
+    images[1].write_bytes(data)
+    os.utime(images[1], ns=(1, images[1].stat().st_mtime_ns + (len(data) == 100)))
+    assert content_hashes(images, memo) == [first[0], hashlib.sha256(data).hexdigest(), first[2]]
+    assert read == ["b.png"]
+
+
+def test_the_memo_keeps_files_of_other_calls(tmp_path, images, read):
+    memo = tmp_path / "hashes.json"
+    content_hashes(images[:2], memo)
+    content_hashes(images[2:], memo)
+    read.clear()
+    content_hashes(images, memo)
+    assert read == []
+
+
+def test_without_a_memo_every_file_is_read(images, read):
+    content_hashes(images)
+    content_hashes(images)
+    assert len(read) == 6
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"a', b"\xff\xfe", b"[]", b'{"a": [1, 2]}', b'{"a": [1, 2, "short"]}'])
+def test_a_damaged_memo_is_announced_and_rebuilt(tmp_path, images, read, caplog, damage):
+    memo = tmp_path / "hashes.json"
+    memo.write_bytes(damage)
+    expected = content_hashes(images)
+    assert content_hashes(images, memo) == expected
+    assert "built again" in caplog.text
+    read.clear()
+    assert content_hashes(images, memo) == expected and read == []
+
+
+def test_a_memo_that_cannot_be_written_is_announced(tmp_path, images, monkeypatch, caplog):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source))
+
+    monkeypatch.setattr(os, "replace", full)
+    assert len(content_hashes(images, tmp_path / "hashes.json")) == 3
+    assert "the disk is full" in caplog.text and not (tmp_path / "hashes.json").exists()
+
+
+def test_a_missing_file_is_an_error(tmp_path, images):
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        content_hashes([*images, tmp_path / "gone.png"], tmp_path / "hashes.json")
+
+
+def test_fingerprint_depends_on_values_only():
+    assert fingerprint({"a": 1, "b": (2, 3)}) == fingerprint({"b": [2, 3], "a": 1}) != fingerprint({"a": 1})
+    assert fingerprint("a", "b") != fingerprint("ab") != fingerprint(["ab"]) and len(fingerprint()) == 64
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        fingerprint(float("nan"))
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        fingerprint(object())

@@ -10,9 +10,8 @@ import urllib.parse
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from amkd_monai.atomic import atomic_write_json
-from amkd_monai.content import file_sha256
 from amkd_monai.data.datasets import get_task
+from amkd_monai.storage import atomic_write_json, file_sha256
 from amkd_monai.terminal import is_quiet, progress
 
 logger = logging.getLogger("amkd_monai")

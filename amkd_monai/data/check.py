@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from amkd_monai.content import content_hashes
 from amkd_monai.data.datalist import find_items, stand_in_note
 from amkd_monai.data.datasets import Task, get_task
-from amkd_monai.data.duplicates import NEAR, clusters, near_duplicates
-from amkd_monai.data.splits import Item, SplitOptions
+from amkd_monai.data.splits import NEAR, Item, SplitOptions, clusters, near_duplicates
 from amkd_monai.files import names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
 from amkd_monai.files.names import label_files, natural, some
 from amkd_monai.files.pictures import level_problem, opened, read_picture
+from amkd_monai.storage import content_hashes
 from amkd_monai.terminal import progress
 
 ORANGE = (230, 159, 0)  # Okabe-Ito; with a black border it shows on any background and to colour-blind readers
