@@ -720,8 +720,12 @@ def start(found: Identity, resume: bool | str = False) -> None:
         raise ValueError(
             f"{folder} holds a student of the bundle {old['bundle']}: give a --ckpt_dir of this run, or remove it."
         )
-    elif (run := read_json(results / "run.json")) and run.get("data", {}).get("task") != found.record.get("task"):
+    elif _task_of(read_json(results / "run.json"), found.record.get("task")) != found.record.get("task"):
         raise ValueError(f"{results} holds the results of another bundle: give an --output_dir of this run.")
+
+
+def _task_of(run: Mapping[str, Any], unknown: str | None) -> str | None:
+    return run.get("data", {}).get("task", None if "tasks" in run else unknown)
 
 
 def _core(record: Mapping[str, Any]) -> dict[str, Any]:
