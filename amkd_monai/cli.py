@@ -300,7 +300,7 @@ def _cache_export(arguments: argparse.Namespace) -> None:
 
 
 def _cache_build(arguments: argparse.Namespace) -> None:
-    from amkd_monai.cache.build import Part
+    from amkd_monai.cache.store import Part
 
     part = Part.from_environment() if arguments.shard is None else Part.parse(arguments.shard)
     settings = settings_of(arguments.set)
