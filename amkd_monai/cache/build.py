@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,9 +95,7 @@ class Part:
 EVERYTHING = Part()
 
 
-def build_missing(
-    store: FeatureStore, compute: Compute, part: Part = EVERYTHING, title: str = "", wait_s: float = 3600.0
-) -> None:
+def build_missing(store: FeatureStore, compute: Compute, part: Part = EVERYTHING, title: str = "") -> None:
     """Compute and write the missing shards of a part, with progress, rate and time left.
 
     A process that builds everything holds the store meanwhile, so that a second one waits and then finds it complete.
@@ -105,7 +103,7 @@ def build_missing(
     """
     if part.count > 1:
         store.create()
-    with store.building(wait_s) if part.count == 1 else nullcontext():
+    with store.building(wait_s=3600) if part.count == 1 else nullcontext():
         own, written = store.shards[part.index :: part.count], store.written()
         missing = [at for at in own if at not in written]
         total, left = (sum(len(store.samples_of(shard)) for _, shard in shards) for shards in (own, missing))
@@ -171,7 +169,7 @@ def ask(
         inputs[1:] = [warp(mask.float(), theta, mode="nearest").round().to(mask.dtype) for mask in masks] or inputs[1:]
     with torch.inference_mode():
         output = teacher(*inputs)
-    found = {"grid": output.grid, "pooled": output.pooled, "logits": output.logits}
+    found = {name: getattr(output, name) for name in ("grid", "pooled", "logits")}
     return {name: value.float().cpu().numpy() for name, value in found.items() if value is not None}
 
 
@@ -262,11 +260,7 @@ def cache_teacher(
     lists = key, dataset.ids, dataset.hashes, arrays, views, SHARD_SIZE
     store = FeatureStore.create_or_open(directory, *lists, view_parameters=chosen, origin=origin)
     if not store.is_complete:
-
-        def compute(view: int, shard: int, report: Callable[[int], object]) -> dict[str, np.ndarray]:
-            return run.shard(store, view, shard, report)
-
-        build_missing(store, compute, part, f"teacher {teacher.name}")
+        build_missing(store, partial(run.shard, store), part, f"teacher {teacher.name}")
         logger.info(
             "teacher %s ran on %d images, %d at once; peak memory of the process so far %.0f MB",
             *(teacher.name, run.images, run.batches.size, own_peak()),
@@ -322,8 +316,8 @@ class _TeacherRun:
         if self.earlier:
             return {name: spec for name, spec in self.earlier[0][0].arrays.items() if name != MATRIX}
         ((_, self._first),) = self.outputs([0])
-        kept: dict[str, Any] = {name: dtype if name == "grid" else "float16" for name in self._first}
-        return {name: ArraySpec(value.shape[1:], kept[name]) for name, value in self._first.items()}
+        kept: dict[str, Any] = {"grid": dtype}
+        return {name: ArraySpec(value.shape[1:], kept.get(name, "float16")) for name, value in self._first.items()}
 
     def outputs(
         self, indices: Sequence[int], matrices: Mapping[int, np.ndarray] | None = None
@@ -347,10 +341,8 @@ class _TeacherRun:
         """Arrays (1, *shape) of one view of a sample (id, hash) from an earlier store that holds them undamaged."""
         for store, index_of in self.earlier:
             index = index_of.get(sample)
-            if index is None or parameters not in store.view_parameters:
-                continue
-            view = store.view_parameters.index(parameters)
-            if store.has(view, index // store.shard_size):
+            view = store.view_parameters.index(parameters) if parameters in store.view_parameters else None
+            if index is not None and view is not None and store.has(view, index // store.shard_size):
                 try:
                     return {name: store.read(name, [index], view) for name in names}
                 except StoreError as error:
@@ -363,9 +355,9 @@ class _TeacherRun:
         """Copy or compute the arrays of one shard."""
         dataset, samples, parameters = self.dataset, store.samples_of(shard), store.view_parameters[view]
         names = [name for name in store.arrays if name != MATRIX]
-        size = (dataset.images.shape[-2], dataset.images.shape[-1])
-        matrices = {i: view_matrix(parameters, dataset.ids[i], dataset.hashes[i], size) for i in samples}
-        known = {i: self.copied(parameters, (dataset.ids[i], dataset.hashes[i]), names) for i in samples}
+        size, of = dataset.images.shape[-2:], {i: (dataset.ids[i], dataset.hashes[i]) for i in samples}
+        matrices = {i: view_matrix(parameters, *sample, size) for i, sample in of.items()}
+        known = {i: self.copied(parameters, sample, names) for i, sample in of.items()}
         rows = {i: arrays for i, arrays in known.items() if arrays is not None}
         report(len(rows))
         missing = [i for i in samples if i not in rows]

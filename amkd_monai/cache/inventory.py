@@ -44,28 +44,25 @@ def find_stores(folder: str | Path) -> list[StoredTeacher]:
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: give the cache_dir of a run, such as bundles/.cache.")
-    return [_found(file) for file in sorted(root.rglob(NAME))]
-
-
-def _found(file: Path) -> StoredTeacher:
-    directory, store, fault, state, size = file.parent, None, "", "damaged", 0
-    try:
-        store = FeatureStore.open(directory)
-        there, shards = len(store.written()), len(store.shards)
-        state = "complete" if there == shards else f"incomplete ({there} of {shards} shards)"
-    except StoreError as error:
-        fault = str(error)
-    for path in directory.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a temporary file of a builder
-            size += path.stat().st_size
-    return StoredTeacher(directory, store, fault, size, file.stat().st_mtime, state)
+    found = []
+    for file in sorted(root.rglob(NAME)):
+        entry = StoredTeacher(file.parent, None, "", 0, file.stat().st_mtime, "damaged")
+        try:
+            entry.store = store = FeatureStore.open(file.parent)
+            there, shards = len(store.written()), len(store.shards)
+            entry.state = "complete" if there == shards else f"incomplete ({there} of {shards} shards)"
+        except StoreError as error:
+            entry.fault = str(error)
+        for path in file.parent.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a temporary file of a builder
+                entry.size += path.stat().st_size
+        found.append(entry)
+    return found
 
 
 def format_stores(found: Sequence[StoredTeacher], folder: str | Path) -> str:
     """Table of stores: teacher, images, views, arrays, size, state."""
-    rows: list[Sequence[str]] = [
-        ("data set", "teacher", "images", "views", "arrays", "kB/image", "MB", "state", "folder")
-    ]
+    rows = [("data set", "teacher", "images", "views", "arrays", "kB/image", "MB", "state", "folder")]
     for entry in found:
         store, what = entry.store, ("-",) * 4
         if store is not None:

@@ -130,11 +130,10 @@ def _encode(array: str, values: np.ndarray, spec: ArraySpec, sample_ids: Sequenc
     finite = np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
     if not finite.all():
         bad = int(np.argmin(finite))
+        problem = "NaN or infinity: check that image, or run the teacher in float32"
         if np.isfinite(values[bad]).all():
-            problem, advice = f"a value beyond {stored.dtype}", "store it as float32 or int8"
-        else:
-            problem, advice = "NaN or infinity", "check that image, or run the teacher in float32"
-        raise ValueError(f"array {array!r} of sample {sample_ids[bad]!r} holds {problem}: {advice}")
+            problem = f"a value beyond {stored.dtype}: store it as float32 or int8"
+        raise ValueError(f"array {array!r} of sample {sample_ids[bad]!r} holds {problem}")
     if spec.dtype != "int8":
         return [stored]
     axes = tuple(range(2, stored.ndim))
@@ -325,9 +324,8 @@ class FeatureStore:
         try:
             offset = self._check(view, shard)
         except FileNotFoundError as error:
-            raise StoreError(
-                f"{self.directory}: view {view} shard {shard} is not computed yet; build it first"
-            ) from error
+            missing = f"view {view} shard {shard} is not computed yet; build it first"
+            raise StoreError(f"{self.directory}: {missing}") from error
         except ValueError as error:
             logger.warning("%s: damaged", error)
             with contextlib.suppress(OSError):
@@ -415,10 +413,7 @@ class FeatureStore:
     def write_shard(self, view: int, shard: int, values: Mapping[str, np.ndarray]) -> None:
         """Store all arrays of one shard; it exists for readers once this returns. A shard that is there stays.
 
-        Args:
-            view: which view.
-            shard: which shard.
-            values: for every array of the store, (n, *shape) with n = ``len(samples_of(shard))``.
+        ``values`` are (n, *shape) for every array of the store, with n = ``len(samples_of(shard))``.
 
         Raises:
             ValueError: an array is missing, unknown, of a wrong shape or kind, or not finite in the stored dtype.

@@ -13,9 +13,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
-from monai.inferers import Inferer
 from monai.optimizers import WarmupCosineSchedule
-from monai.transforms import Transform
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -80,14 +78,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
-            value, whole = getattr(self, name), name in _WHOLE
+            value, whole = getattr(self, name), "whole " if name in _WHOLE else ""
             if name == "foreground_fraction" and value is None:
                 continue
             number = isinstance(value, int) or (isinstance(value, float) and not whole and math.isfinite(value))
             if not number or isinstance(value, bool) or not low <= value <= high:
-                raise ValueError(
-                    f"recipe#{name} is {value!r}: give a {'whole ' if whole else ''}number from {low} to {high}."
-                )
+                raise ValueError(f"recipe#{name} is {value!r}: give a {whole}number from {low} to {high}.")
 
     def describe(self) -> dict[str, Any]:
         """Return the recipe as plain data."""
@@ -106,31 +102,16 @@ class Recipe:
         distributed: bool = True,
         num_workers: int = 0,
     ) -> DataLoader:
-        """Return the loader of training batches.
+        """Return the loader of training batches; options as of :class:`BatchSampler`.
 
-        Args:
-            dataset: decoded training data.
-            seed: seed of the run.
-            use_unlabelled: draw unlabelled samples too.
-            indices: restrict to these samples.
-            distributed: give each process of torch.distributed its own part.
-            num_workers: loader processes; 0 is fastest for memory-mapped data.
+        ``distributed`` gives each process of torch.distributed its own part; 0 workers are fastest for mapped data.
         """
-        sampler = BatchSampler(
-            dataset.has_label,
-            dataset.has_foreground,
-            self.batch_size,
-            seed=seed,
-            use_unlabelled=use_unlabelled,
-            labelled_fraction=self.labelled_fraction,
-            foreground_fraction=self.foreground_fraction,
-            classes=dataset.classes,
-            class_balance=self.class_balance,
-            indices=indices,
-            min_steps=self.min_steps,
-            rank=idist.get_rank() if distributed else 0,
-            world_size=idist.get_world_size() if distributed else 1,
-        )
+        own = ("labelled_fraction", "foreground_fraction", "class_balance", "min_steps")
+        options: dict[str, Any] = {name: getattr(self, name) for name in own}
+        options |= {"use_unlabelled": use_unlabelled, "classes": dataset.classes, "indices": indices}
+        if distributed:
+            options |= {"rank": idist.get_rank(), "world_size": idist.get_world_size()}
+        sampler = BatchSampler(dataset.has_label, dataset.has_foreground, self.batch_size, seed, **options)
         return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers)
 
     def class_weights(self, dataset: DecodedDataset) -> Tensor | None:
@@ -171,8 +152,8 @@ class TeacherTargets:
         teachers: those that teach.
         prior_entropy: entropy of the label prior of the training split, nats.
         record: facts for the run record; its ``teachers`` also describe those that teach nothing.
-        groups: group of each training sample; samples of one group are never contrasts of each other.
-        classes: class of each training sample, -1 where unknown; nor are samples of one class. None for masks.
+        groups: group of each training sample, as in :class:`~amkd_monai.distillation.SampleTable`.
+        classes: class of each training sample, -1 where unknown; None for masks.
     """
 
     def __init__(
@@ -223,13 +204,11 @@ class TeacherTargets:
             ValueError: two stores hold different views of one image.
         """
         several = [store for store in self._stores if store.views > 1]
-        first, *others = (store.read(MATRIX, indices, views) for store in several)
-        for store, matrices in zip(several[1:], others, strict=True):
-            if not np.allclose(first, matrices, atol=1e-6):
-                raise ValueError(
-                    f"{store.directory} and {several[0].directory} hold different views of one image: delete the older "
-                    "one to build it again."
-                )
+        first = several[0].read(MATRIX, indices, views)
+        for store in several[1:]:
+            if not np.allclose(first, store.read(MATRIX, indices, views), atol=1e-6):
+                both = f"{store.directory} and {several[0].directory}"
+                raise ValueError(f"{both} hold different views of one image: delete the older one to build it again.")
         return torch.from_numpy(first)
 
     def read(
@@ -270,7 +249,7 @@ class DistillationTrainer(SupervisedTrainer):
 
     All randomness of an epoch depends on seed and epoch alone, so a resumed run repeats an uninterrupted one.
     ``state.output`` holds image, label and pred of the labelled rows and the total ``loss``; ``state.distillation``
-    the last :class:`~amkd_monai.distillation.DistillationOutput`. Parameters that are not listed are MONAI's.
+    the last :class:`~amkd_monai.distillation.DistillationOutput`. Further ``options`` are MONAI's.
 
     Args:
         train_data_loader: loader over a :class:`BatchSampler`.
@@ -300,35 +279,16 @@ class DistillationTrainer(SupervisedTrainer):
         warped_features: str = "approximate",
         seed: int = 0,
         amp: bool = False,
-        inferer: Inferer | None = None,
-        postprocessing: Transform | None = None,
-        key_train_metric: dict | None = None,
-        additional_metrics: dict | None = None,
-        train_handlers: Sequence | None = None,
+        **options: Any,
     ) -> None:
         self.targets = targets if targets is not None and len(targets) else None
         self.augmentation = augmentation or Augmentation()
         if self.targets is not None and self.targets.has_features and self.targets.views == 1:
             self.augmentation.check_features(warped_features)
-        self.seed = seed
-        self.generator = torch.Generator()
-        self.faults = Faults()
-        super().__init__(
-            device=device,
-            max_epochs=max_epochs,
-            train_data_loader=train_data_loader,
-            network=network,
-            optimizer=optimizer,
-            loss_function=nn.Identity(),  # the distiller computes the loss
-            inferer=inferer,
-            postprocessing=postprocessing,
-            key_train_metric=key_train_metric,
-            additional_metrics=additional_metrics,
-            train_handlers=train_handlers,
-            amp=amp,
-            decollate=postprocessing is not None,
-            optim_set_to_none=True,
-        )
+        self.seed, self.generator, self.faults = seed, torch.Generator(), Faults()
+        loss = nn.Identity()  # the distiller computes it
+        options |= {"amp": amp, "decollate": options.get("postprocessing") is not None, "optim_set_to_none": True}
+        super().__init__(device, max_epochs, train_data_loader, network, optimizer, loss, **options)
         self.state.distillation = None
         if idist.get_rank() > 0:
             self.logger.setLevel("WARNING")
@@ -336,9 +296,8 @@ class DistillationTrainer(SupervisedTrainer):
 
     def _start_epoch(self) -> None:
         sampler = self.data_loader.batch_sampler
-        if isinstance(sampler, BatchSampler):
-            sampler.set_epoch(self.state.epoch)
-        self._seed_epoch(sampler.rank if isinstance(sampler, BatchSampler) else 0)
+        sampler.set_epoch(self.state.epoch)
+        self._seed_epoch(sampler.rank)
 
     def _seed_epoch(self, rank: int) -> None:
         """Make all that is random in this epoch follow from the seed, the epoch and the process."""
