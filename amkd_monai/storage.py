@@ -76,14 +76,8 @@ def atomic_write_json(path: str | os.PathLike[str], obj: Any, *, indent: int | N
 def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """Yield a new empty folder next to ``path``; it becomes ``path`` when the block ends without an error.
 
-    Args:
-        path: final place of the folder; its parent is made if it is missing.
-        replace: for the holder of a lock on ``path``: remove what killed runs left next to it and, just before the
-            rename, the old folder.
-
-    Raises:
-        FileExistsError: ``path`` exists and is not to be replaced.
-        OSError: the folder cannot be made (disk full, not writable).
+    ``replace`` is for the holder of a lock on ``path``: it removes what killed runs left next to it and, just before
+    the rename, the old folder. Without it a ``path`` that exists is a FileExistsError.
     """
     target = Path(path)
     temporary = _temporary(target)
@@ -173,12 +167,7 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def fingerprint(*parts: Any) -> str:
-    """SHA-256 (64 hexadecimal digits) of settings: JSON-able values, the keys of dicts in any order.
-
-    Raises:
-        TypeError: a part holds something that JSON cannot express.
-        ValueError: a part holds NaN or infinity.
-    """
+    """SHA-256 (64 hexadecimal digits) of settings: JSON-able finite values, the keys of dicts in any order."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -196,17 +185,14 @@ def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = 
     alone. None reads every file.
     """
     known = {} if memo is None else read_memo(memo, _is_entry)
-    entries = dict(known)
-    hashes = []
+    entries, hashes = dict(known), []
     for path in progress(paths, desc="hash files", delay=1):
-        absolute = Path(path).absolute()
-        status = absolute.stat()
-        entry = known.get(str(absolute))
-        if entry is None or entry[:2] != [status.st_size, status.st_mtime_ns]:
-            # The status is from before the read: a file changed meanwhile is read again next time.
-            entry = [status.st_size, status.st_mtime_ns, file_sha256(absolute)]
-        entries[str(absolute)] = entry
-        hashes.append(str(entry[2]))
+        name = str(Path(path).absolute())
+        status = os.stat(name)  # before the read: a file changed meanwhile is read again next time  # noqa: PTH116
+        at = [status.st_size, status.st_mtime_ns]
+        if known.get(name, [])[:2] != at:
+            entries[name] = [*at, file_sha256(name)]
+        hashes.append(str(entries[name][2]))
     if memo is not None and entries != known:
         try:
             atomic_write_json(memo, entries, indent=None)
@@ -235,11 +221,7 @@ def _is_entry(entry: object) -> bool:
 
 
 def read_json(file: str | Path) -> dict[str, Any]:
-    """Read a JSON file of a run; a missing one is empty.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Read a JSON file of a run; a missing one is empty, a damaged one a ValueError."""
     if not Path(file).is_file():
         return {}
     try:
@@ -250,11 +232,7 @@ def read_json(file: str | Path) -> dict[str, Any]:
 
 
 def jsonable(obj: Any) -> Any:
-    """A copy that strict JSON can hold: NaN and infinities become null, numpy values and paths plain ones.
-
-    Raises:
-        TypeError: a value is of a type that JSON has no form for.
-    """
+    """A copy that strict JSON can hold: NaN and infinities become null, numpy values and paths plain ones."""
     if isinstance(obj, np.ndarray | np.generic):
         obj = obj.tolist()
     if obj is None or isinstance(obj, str | bool | int):

@@ -24,7 +24,7 @@ from amkd_monai.data.augment import warp
 from amkd_monai.data.decoded import DecodedDataset, DecodedImages
 from amkd_monai.memory import own_peak
 from amkd_monai.storage import fingerprint
-from amkd_monai.teachers.base import Teacher
+from amkd_monai.teachers.base import Teacher, build_teacher
 from amkd_monai.terminal import progress
 
 MATRIX = "view"
@@ -251,12 +251,13 @@ def cache_teacher(
         about["dtype"] = dtype
     key = {**about, "views": ["identity", *chosen[1:]], **_list_key(dataset)}
     directory = store_directory(cache_dir, teacher.name, key)
-    run = _TeacherRun(teacher, dataset, device, batch_size, directory, fingerprint({**about, "chain": dataset.chain}))
+    sample_key = fingerprint({**about, "chain": dataset.chain})
+    run = _TeacherRun(teacher, dataset, device, Batches(batch_size, device), directory, sample_key)
     if (directory / NAME).is_file():
         arrays = FeatureStore.open(directory).arrays
     else:
         arrays = {**run.arrays(dtype), **({MATRIX: ArraySpec((2, 3), "float32")} if views > 1 else {})}
-    origin = {"sample_key": run.sample_key, "teacher": json.loads(json.dumps(description, default=str))}
+    origin = {"sample_key": sample_key, "teacher": json.loads(json.dumps(description, default=str))}
     lists = key, dataset.ids, dataset.hashes, arrays, views, SHARD_SIZE
     store = FeatureStore.create_or_open(directory, *lists, view_parameters=chosen, origin=origin)
     if not store.is_complete:
@@ -273,6 +274,7 @@ def _list_key(dataset: DecodedDataset) -> dict[str, str]:
     return {"samples": fingerprint(dataset.ids, dataset.hashes), "decoded": dataset.directory.name}
 
 
+@dataclass
 class _TeacherRun:
     """A teacher and the images it runs on; ``images`` counts them.
 
@@ -280,19 +282,14 @@ class _TeacherRun:
     depends on besides its id and content hash; stores keep theirs in their origin.
     """
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        dataset: DecodedDataset,
-        device: torch.device | str,
-        batch_size: int | None,
-        directory: Path,
-        sample_key: str,
-    ) -> None:
-        self.teacher, self.dataset, self.device = teacher, dataset, device
-        self.directory, self.sample_key = directory, sample_key
-        self.batches, self.images = Batches(batch_size, device), 0
-        self._first: dict[str, np.ndarray] | None = None
+    teacher: Teacher
+    dataset: DecodedDataset
+    device: torch.device | str
+    batches: Batches
+    directory: Path
+    sample_key: str
+    images: int = 0
+    _first: dict[str, np.ndarray] | None = None
 
     @cached_property
     def earlier(self) -> list[tuple[FeatureStore, dict[tuple[str, str], int]]]:
@@ -308,7 +305,7 @@ class _TeacherRun:
                 continue
             if store.origin.get("sample_key") == self.sample_key:
                 samples = zip(store.sample_ids, store.content_hashes, strict=True)
-                found.append((store, {sample: index for index, sample in enumerate(samples)}))
+                found.append((store, dict(zip(samples, range(len(store)), strict=True))))
         return found
 
     def arrays(self, dtype: str) -> dict[str, ArraySpec]:
@@ -386,3 +383,45 @@ def keep_answers(store: FeatureStore, logits: np.ndarray) -> None:
     with store.building(wait_s=600):
         for view, shard in store.missing():
             store.write_shard(view, shard, {"logits": logits[np.asarray(store.samples_of(shard))]})
+
+
+LARGEST_DIFFERENCE = 0.045
+"""Largest relative difference of an array that passes, |stored - computed| / |computed|: a cosine of about 0.999."""
+
+
+def verify_store(
+    store: FeatureStore, fraction: float = 0.01, device: str = "cpu", weights_dir: str | None = None
+) -> tuple[list[str], str]:
+    """Check one store; its teacher runs again on a ``fraction`` of the samples, spread over the list, at least one.
+
+    Returns:
+        What is wrong, one sentence each, and what was compared or why not.
+    """
+    damaged = store.verify()
+    faults = [f"{fault}: delete it to compute it anew" for fault in damaged.values()]
+    description, folder = store.origin.get("teacher"), store.directory.parent / str(store.key.get("decoded"))
+    if description is None:
+        return faults, "checksums alone: how its teacher is built is not recorded"
+    if not (folder / "index.json").is_file():
+        return faults, f"checksums alone: its decoded images, {folder.name}, are gone"
+    try:
+        teacher = build_teacher(description, weights_dir).to(device)
+    except (ValueError, RuntimeError, OSError) as error:
+        return faults, f"checksums alone: its teacher cannot be built here ({error})"
+    if teacher.fingerprint != store.key["teacher"]:
+        return [*faults, "stale: the weights or the preprocessing of its teacher changed since"], "checksums"
+    spread = np.linspace(0, len(store) - 1, max(1, round(len(store) * fraction))).round().astype(int).tolist()
+    whole = store.written() - set(damaged)
+    samples = [(v, i) for v in range(store.views) for i in spread if (v, i // store.shard_size) in whole]
+    decoded = DecodedImages(folder)
+    for view, index in samples:
+        matrices = store.read(MATRIX, [index], view) if view else None
+        for name, computed in ask(teacher, decoded, [index], device, matrices).items():
+            stored = store.read(name, [index], view).astype(np.float32)
+            difference = float(np.linalg.norm(stored - computed) / max(float(np.linalg.norm(computed)), 1e-12))
+            if not difference <= LARGEST_DIFFERENCE:
+                faults.append(
+                    f"{name} of image {store.sample_ids[index]!r}, view {view}, differs by {difference:.3f} of its "
+                    "norm from the teacher's output: delete the store's folder to compute it again"
+                )
+    return faults, f"checksums, and {len(samples)} of {len(store) * store.views} images computed again"

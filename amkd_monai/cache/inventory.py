@@ -15,23 +15,14 @@ from amkd_monai.terminal import align
 
 @dataclass
 class StoredTeacher:
-    """One store as found on the disk.
-
-    Attributes:
-        directory: its folder, ``<teacher>-<key>``; answers of probes and cross-fitted networks end in ``-answers``.
-        store: opened; None where it cannot be.
-        fault: why it cannot be opened.
-        size: bytes of all its files.
-        modified: when it was made, seconds since the epoch.
-        state: ``complete``, ``incomplete (3 of 8 shards)`` or ``damaged``.
-    """
+    """One store as found on the disk, in ``<teacher>-<key>``; the store is None where it cannot be opened."""
 
     directory: Path
     store: FeatureStore | None
     fault: str
-    size: int
-    modified: float
-    state: str
+    size: int  # bytes of all its files
+    modified: float  # seconds since the epoch
+    state: str  # complete, incomplete (3 of 8 shards) or damaged
 
     @property
     def name(self) -> str:
@@ -83,10 +74,8 @@ def useless(found: Iterable[StoredTeacher]) -> dict[Path, str]:
     """
     entries, reasons = list(found), {}
     for entry in entries:
-        if entry.store is None:
-            reasons[entry.directory] = entry.fault
-        elif entry.state != "complete":
-            reasons[entry.directory] = entry.state
+        if entry.store is None or entry.state != "complete":
+            reasons[entry.directory] = entry.fault or entry.state
         elif not (entry.directory.parent / str(entry.store.key.get("decoded")) / "index.json").is_file():
             reasons[entry.directory] = "stale: the decoded images it belongs to are gone"
         else:

@@ -157,8 +157,7 @@ def store_directory(parent: str | os.PathLike[str], name: str, key: Mapping[str,
 class FeatureStore:
     """Arrays of a fixed, ordered list of samples in memory-mapped shards; made by :meth:`create_or_open`.
 
-    Opening reads no shard. Reading needs no write access and may happen while other processes build. Features are best
-    read in the main process: worker processes only add copies.
+    Opening reads no shard. Reading needs no write access and may happen while other processes build.
 
     Args:
         directory: folder of this store, from :func:`store_directory`.
@@ -297,8 +296,7 @@ class FeatureStore:
         Raises:
             StoreError: a shard is still missing, or its file is damaged, and then removed.
         """
-        spec = self.arrays.get(array)
-        if spec is None:
+        if (spec := self.arrays.get(array)) is None:
             raise KeyError(f"{self.directory} has no array {array!r}, only {', '.join(self.arrays)}")
         views = np.broadcast_to(view, len(indices)).tolist()
         out = np.empty((len(indices), *spec.shape), spec.read_dtype)

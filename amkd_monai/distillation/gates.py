@@ -147,7 +147,7 @@ def agreement_auc(target: Tensor, predicted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GateSetup:
-    """What every gate is told: the K teachers, the entropy of the label prior (nats), channels of the student map."""
+    """What every gate gets: the K teachers, the entropy of the label prior (nats), channels of the student map."""
 
     teachers: Sequence[TeacherTarget]
     prior_entropy: float

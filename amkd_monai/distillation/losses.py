@@ -132,11 +132,7 @@ def by_size(maps: Mapping[str, Tensor]) -> dict[tuple[int, int], dict[str, Tenso
 
 
 def one_hot_area(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
-    """Area fractions (B, C, h, w) of each class in the cells of a coarser grid, after a check of the labels.
-
-    Labels are class indices (B, 1, H, W), 255 for no label; one that is not in 0 to C - 1 is a ValueError. Fractions
-    refer to the labelled part of a cell: 1 in sum over the classes, 0 where nothing is labelled.
-    """
+    """As :func:`class_areas`, after a check: a label that is not in 0 to C - 1, or 255, is a ValueError."""
     faults = Faults()
     note_classes(faults, label, classes)
     faults.read()
@@ -144,7 +140,10 @@ def one_hot_area(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
 
 
 def class_areas(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
-    """As :func:`one_hot_area`, for labels that are known to be in 0 to C - 1."""
+    """Area fractions (B, C, h, w) of each class in the cells of a coarser grid, of labels (B, 1, H, W) in 0 to C - 1.
+
+    Fractions refer to the labelled part of a cell (label not 255): 1 in sum, 0 where nothing is labelled.
+    """
     one_hot = label == torch.arange(1, classes, device=label.device)[:, None, None]  # (B, 1, H, W) -> (B, C - 1, H, W)
     area = F.adaptive_avg_pool2d(one_hot.float(), size)
     known = F.adaptive_avg_pool2d((label != UNLABELLED).float(), size)

@@ -177,10 +177,9 @@ class TeacherTargets:
         """Return the pooled features of all training samples if the contrastive loss is asked for, else None."""
         if not losses.get("contrastive") or not self.teachers:
             return None
-        numbers = {group: i for i, group in enumerate(dict.fromkeys(self.groups))}
+        groups = torch.from_numpy(np.unique(self.groups, return_inverse=True)[1]).long()
         vectors = {t.name: pooled_features(t.features) for t in self.teachers if t.features is not None}
-        classes = None if self.classes is None else torch.from_numpy(self.classes).long()
-        return SampleTable(vectors, torch.tensor([numbers[group] for group in self.groups], dtype=torch.long), classes)
+        return SampleTable(vectors, groups, None if self.classes is None else torch.from_numpy(self.classes).long())
 
     def pooled(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """Mean over the cells of the cached features of some samples, {teacher: (N, C) float32}."""
@@ -191,11 +190,6 @@ class TeacherTargets:
         """Name, fingerprint and admission of each teacher: what must be equal for a run to be resumed."""
         variant = f", {self.views} views" if self.views > 1 else ""
         return [(t.name, t.fingerprint + variant, t.admitted) for t in self.teachers]
-
-    @property
-    def has_features(self) -> bool:
-        """Whether some teacher's feature maps are distilled."""
-        return any(t.features is not None for t in self.teachers)
 
     def view_matrices(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         """Affine matrices (B, 2, 3) that turn the image of a sample into the view of it that the teachers saw.
@@ -283,7 +277,8 @@ class DistillationTrainer(SupervisedTrainer):
     ) -> None:
         self.targets = targets if targets is not None and len(targets) else None
         self.augmentation = augmentation or Augmentation()
-        if self.targets is not None and self.targets.has_features and self.targets.views == 1:
+        teachers = [] if self.targets is None or self.targets.views > 1 else self.targets.teachers
+        if any(teacher.features is not None for teacher in teachers):
             self.augmentation.check_features(warped_features)
         self.seed, self.generator, self.faults = seed, torch.Generator(), Faults()
         loss = nn.Identity()  # the distiller computes it
@@ -364,13 +359,12 @@ def distillation_batch(
     """
     image = data["image"].to(device).float() / 255
     label = data["label"].to(device)
-    indices, size = data["index"].tolist(), (image.shape[-2], image.shape[-1])
-    views: list[int] | None = None
+    indices, views = data["index"].tolist(), None
     if targets is not None and targets.views > 1:  # the student is shown what is stored
         views = torch.randint(targets.views, (len(image),), generator=generator).tolist()
         theta = targets.view_matrices(indices, views).to(device)
     else:
-        theta = augmentation.sample(len(image), size, generator).to(device)
+        theta = augmentation.sample(len(image), image.shape[-2:], generator).to(device)
     teachers = targets.read(indices, device, theta, views) if targets is not None else {}
     image = augmentation.photometric(warp(image, theta), generator)
     label = label.long() if label.ndim == 1 else warp(label.float(), theta, mode="nearest").round().long()

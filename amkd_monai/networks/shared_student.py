@@ -228,25 +228,18 @@ def state_of_task(state: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:
     """Return the part of a shared student's state that is one task's, under the names of a student of its own."""
     own: dict[str, Tensor] = {}
     for key, value in state.items():
-        part, _, rest = key.partition(".")
-        _, _, leaf = rest.partition(".")
+        part, *rest = key.split(".", 2)
         if part in ("encoder", "neck"):
             own[key] = value
-        elif _task_in(key) != task:
-            continue
-        elif part == "heads":
-            own[f"head.{leaf}"] = value
-        elif part == "calibration":
-            own["temperature"] = value
-        else:
-            module, _, tensor = leaf.partition(".")
-            own[f"{module.replace('-', '.')}.{tensor}"] = value
+        elif _task_in(key) == task:
+            leaf = rest[-1].replace("-", ".")
+            own["temperature" if part == "calibration" else f"head.{leaf}" if part == "heads" else leaf] = value
     return own
 
 
 def _task_in(key: str) -> str | None:
-    part, _, rest = key.partition(".")
-    return rest.partition(".")[0] if part in ("heads", "calibration", "norms") else None
+    part, *rest = key.split(".")
+    return rest[0] if part in ("heads", "calibration", "norms") else None
 
 
 def _read_by(student: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
