@@ -43,9 +43,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path next to ``path``; it becomes ``path`` when the block ends without an error.
 
     The folder is made if it is missing. The temporary name keeps the suffix, by which some writers choose the format.
-
-    Raises:
-        OSError: the file cannot be written (disk full, folder not writable); the old file is untouched.
+    If the file cannot be written (an OSError), the old one is untouched.
     """
     target = Path(path)
     temporary = _temporary(target)
@@ -105,11 +103,8 @@ def exclusive_lock(path: str | os.PathLike[str], *, wait_s: float = 0.0) -> Iter
     """Hold the lock file ``path`` for the length of the block; waits up to ``wait_s`` seconds for another owner.
 
     The kernel frees the lock when its process ends, however that ends; the file stays. On a file system without
-    ``flock`` the file itself is the lock: there, delete the file of a killed process by hand.
-
-    Raises:
-        TimeoutError: another process, or another thread of this one, holds the lock.
-        OSError: the lock file cannot be made.
+    ``flock`` the file itself is the lock: there, delete the file of a killed process by hand. A TimeoutError if another
+    process, or another thread of this one, holds the lock.
     """
     lock = Path(path)
     with _one_sentence(lock, lock, lock.parent):
@@ -187,11 +182,11 @@ def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = 
     known = {} if memo is None else read_memo(memo, _is_entry)
     entries, hashes = dict(known), []
     for path in progress(paths, desc="hash files", delay=1):
-        name = str(Path(path).absolute())
-        status = os.stat(name)  # before the read: a file changed meanwhile is read again next time  # noqa: PTH116
+        absolute = Path(path).absolute()
+        status, name = absolute.stat(), str(absolute)  # before the read: a file changed meanwhile is read again later
         at = [status.st_size, status.st_mtime_ns]
         if known.get(name, [])[:2] != at:
-            entries[name] = [*at, file_sha256(name)]
+            entries[name] = [*at, file_sha256(absolute)]
         hashes.append(str(entries[name][2]))
     if memo is not None and entries != known:
         try:

@@ -394,8 +394,7 @@ def verify_store(
 ) -> tuple[list[str], str]:
     """Check one store; its teacher runs again on a ``fraction`` of the samples, spread over the list, at least one.
 
-    Returns:
-        What is wrong, one sentence each, and what was compared or why not.
+    Returns what is wrong, one sentence each, and what was compared or why not.
     """
     damaged = store.verify()
     faults = [f"{fault}: delete it to compute it anew" for fault in damaged.values()]
@@ -420,8 +419,7 @@ def verify_store(
             stored = store.read(name, [index], view).astype(np.float32)
             difference = float(np.linalg.norm(stored - computed) / max(float(np.linalg.norm(computed)), 1e-12))
             if not difference <= LARGEST_DIFFERENCE:
-                faults.append(
-                    f"{name} of image {store.sample_ids[index]!r}, view {view}, differs by {difference:.3f} of its "
-                    "norm from the teacher's output: delete the store's folder to compute it again"
-                )
+                of = f"{name} of image {store.sample_ids[index]!r}, view {view},"
+                remedy = "delete the store's folder to compute it again"
+                faults.append(f"{of} differs by {difference:.3f} of its norm from the teacher's output: {remedy}")
     return faults, f"checksums, and {len(samples)} of {len(store) * store.views} images computed again"

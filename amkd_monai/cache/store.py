@@ -30,14 +30,7 @@ from typing import Any, Literal
 import numpy as np
 
 from amkd_monai import __version__
-from amkd_monai.storage import (
-    TEMPORARY_MARK,
-    atomic_folder,
-    atomic_path,
-    atomic_write_bytes,
-    exclusive_lock,
-    fingerprint,
-)
+from amkd_monai.storage import TEMPORARY_MARK, atomic_folder, atomic_path, exclusive_lock, fingerprint
 
 logger = logging.getLogger("amkd_monai")
 
@@ -288,13 +281,10 @@ class FeatureStore:
     def read(
         self, array: str, indices: Sequence[int] | np.ndarray, view: int | Sequence[int] | np.ndarray = 0
     ) -> np.ndarray:
-        """Read one array of B samples, in the order asked for, in one view or in a view for each.
+        """Read one array of B samples (B, *shape), in the order asked for, in one view or in a view for each.
 
-        Returns:
-            A new array (B, *shape): float16 or float32 as stored, float32 for int8.
-
-        Raises:
-            StoreError: a shard is still missing, or its file is damaged, and then removed.
+        The values are float16 or float32 as stored, float32 for int8. A StoreError where a shard is still missing, or
+        its file is damaged, and then removed.
         """
         if (spec := self.arrays.get(array)) is None:
             raise KeyError(f"{self.directory} has no array {array!r}, only {', '.join(self.arrays)}")
@@ -393,8 +383,8 @@ class FeatureStore:
             content |= {name: getattr(self, name) for name in DESCRIPTION}
             content["arrays"] = {name: asdict(spec) for name, spec in self.arrays.items()}
             lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items())
-            with _unless_there(path.is_file):
-                atomic_write_bytes(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+            with _unless_there(path.is_file), atomic_path(path) as temporary:
+                temporary.write_bytes(("{\n" + ",\n".join(lines) + "\n}\n").encode())
         self._compare()
         self.tidy()
 

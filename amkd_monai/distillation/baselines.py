@@ -17,10 +17,10 @@ from amkd_monai.distillation.loss_gate import LossGate
 
 
 class UniformGate(TeacherGate):
-    """Equal weights."""
+    """Equal weights, 1 / n for the n available teachers."""
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
-        """1 / n for the n available teachers."""
+        """Return the weights."""
         return uniform(reading.errors, available).detach()
 
 

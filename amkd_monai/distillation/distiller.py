@@ -146,9 +146,6 @@ class DistillationConfig:
         contrastive: options of :class:`~amkd_monai.distillation.contrastive.ContrastiveDistillation`.
         kd_temperature: options of :func:`kd_temperature`.
         loss_strength: options of :func:`distillation_strength`.
-
-    Raises:
-        ValueError: an unknown gate, loss, code or option.
     """
 
     gate: str = "learned"
@@ -269,9 +266,6 @@ class Distiller(nn.Module):
         samples: table of the training dataset, for the contrastive loss.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
         class_weights: (C,) factors of the classes in the task's cross entropy, where an image has one class.
-
-    Raises:
-        ValueError: no teacher can serve any of the losses asked for, or a gate lacks what it needs.
     """
 
     def __init__(

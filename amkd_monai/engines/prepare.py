@@ -132,15 +132,10 @@ def prepare_teachers(
             teachers that are not admitted; ``admitted``), ``margin`` (of the score), ``folds`` and ``epochs`` of the
             student's cross-fitting.
         weights_dir: folder searched first for the weights of foundation teachers.
-        views: stored views of every training image (:mod:`amkd_monai.cache.build`); with several, the student is shown
-            exactly these, and no other geometric change.
+        views: stored views of every training image; with several, the student is shown exactly these.
         cache_dtype: of stored feature maps, ``float16`` or ``int8``.
         teacher_batch_size: images per forward of a teacher, halved when memory runs out; None for 4 on a CPU, 64 on a
             GPU.
-
-    Raises:
-        ValueError: unknown kinds or options.
-        CheckpointError: a teacher's weights are missing or wrong.
     """
     known: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": 3, "epochs": epochs}
     options = known | dict(admission_options or {})

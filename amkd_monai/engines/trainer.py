@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 
 from amkd_monai.cache.build import MATRIX, to_device
 from amkd_monai.cache.probes import pooled_features
-from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.augment import Augmentation, warp
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.sampling import BatchSampler
@@ -58,9 +57,6 @@ class Recipe:
         min_steps: steps that an epoch has at least, for few samples.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
         augmentation: options of :class:`amkd_monai.data.augment.Augmentation`.
-
-    Raises:
-        ValueError: a value is out of range, or not a number.
     """
 
     batch_size: int = 8
@@ -115,11 +111,7 @@ class Recipe:
         return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers)
 
     def class_weights(self, dataset: DecodedDataset) -> Tensor | None:
-        """Return the weight of each class in the task's loss (C,), from its labelled samples; None for equal weights.
-
-        Raises:
-            ValueError: labels are masks.
-        """
+        """Return the weights of the classes in the task loss (C,), from labelled samples; None if equal."""
         if self.class_weighting == 0:
             return None
         if dataset.classes is None:
@@ -192,11 +184,7 @@ class TeacherTargets:
         return [(t.name, t.fingerprint + variant, t.admitted) for t in self.teachers]
 
     def view_matrices(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
-        """Affine matrices (B, 2, 3) that turn the image of a sample into the view of it that the teachers saw.
-
-        Raises:
-            ValueError: two stores hold different views of one image.
-        """
+        """Affine matrices (B, 2, 3) that turn the image of a sample into the view of it that the teachers saw."""
         several = [store for store in self._stores if store.views > 1]
         first = several[0].read(MATRIX, indices, views)
         for store in several[1:]:
@@ -214,27 +202,19 @@ class TeacherTargets:
     ) -> dict[str, dict[str, Tensor]]:
         """Return {teacher: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}} as float32, logits calibrated.
 
-        Args:
-            indices: B training samples.
-            device: of the result.
-            theta: (B, 2, 3) by which the images are warped; None for the images as they are.
-            views: the stored view of each sample that ``theta`` stands for: its maps are read as they are, and what is
-                stored for the image alone is warped. None warps everything.
+        ``theta`` (B, 2, 3) warps the images of the B samples. ``views`` are the stored views that ``theta`` stands for:
+        their maps are read as they are, and only what is stored for the image alone is warped.
         """
-
-        def maps(store: FeatureStore, array: str, temperature: float | None = None) -> Tensor:
-            stored = views if store.views > 1 else None
-            values = to_device(store.read(array, indices, 0 if stored is None else stored), device).float()
-            values = values if temperature is None else values / temperature
-            return values if theta is None or stored is not None else warp(values, theta)
-
-        targets: dict[str, dict[str, Tensor]] = {}
+        targets: dict[str, dict[str, Tensor]] = {teacher.name: {} for teacher in self.teachers}
         for teacher in self.teachers:
-            outputs = targets.setdefault(teacher.name, {})
-            if teacher.features is not None:
-                outputs["grid"] = maps(teacher.features, "grid")
-            if teacher.answers is not None:
-                outputs["logits"] = maps(teacher.answers, "logits", teacher.temperature)
+            for array, store in (("grid", teacher.features), ("logits", teacher.answers)):
+                if store is None:
+                    continue
+                stored = views if store.views > 1 else None
+                values = to_device(store.read(array, indices, 0 if stored is None else stored), device).float()
+                values = values / teacher.temperature if array == "logits" else values
+                warped = theta is not None and stored is None
+                targets[teacher.name][array] = warp(values, theta) if warped else values
         return targets
 
 

@@ -48,18 +48,14 @@ class SharedStudent(nn.Module):
 
     Args:
         heads: {task: :class:`Head`, or the same as a dict}.
-        encoder: timm name.
+        encoder: timm name; this and further arguments as of :class:`Student` and :class:`ClassStudent`.
         neck_channels: channels of the feature pyramid.
         weights: of the encoder: ``packaged``, ``random``, or a checkpoint file.
         batch_norm: ``shared_frozen``: all tasks share the batch norms, whose running statistics the trainer freezes
             after warm-up; ``per_dataset``: each task has batch norms of its own, statistics and affine parameters.
         dropout: rate before the linear layer of class heads.
         drop_path: rate of stochastic depth in the encoder.
-        seed: of the initial values that the weights don't give; the global random state is left alone.
-
-    Raises:
-        ValueError: no head, a head or task name that cannot be, or an unknown policy.
-        CheckpointError: encoder weights that are missing or do not fit.
+        seed: of the initial values that the weights don't give.
     """
 
     def __init__(

