@@ -55,10 +55,13 @@ class MultiTaskTrainer(DistillationTrainer):
         augmentations: Mapping[str, Augmentation],
         numbers: Mapping[str, int],
         norm_warmup_steps: int = 100,
-        **options: Any,
+        seed: int = 0,
+        amp: bool = False,
+        train_handlers: Sequence | None = None,
     ) -> None:
         self.task_targets = {task: t if len(t) else None for task, t in targets.items()}
         self.augmentations, self.numbers, self.norm_warmup_steps = dict(augmentations), dict(numbers), norm_warmup_steps
+        options: dict[str, Any] = {"seed": seed, "amp": amp, "train_handlers": train_handlers}
         super().__init__(device, max_epochs, train_data_loader, network, optimizer, **options)
 
     def _start_epoch(self) -> None:

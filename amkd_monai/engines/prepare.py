@@ -49,12 +49,8 @@ def cache_image_teacher(
     ``options`` are those of :func:`~amkd_monai.cache.build.cache_teacher`.
     """
     teacher = build_teacher(description, weights_dir)
-    options["description"] = description
-    return (
-        teacher,
-        cache_teacher(teacher, train, views=views, **options),
-        cache_teacher(teacher, validation, **options),
-    )
+    outputs = cache_teacher(teacher, train, views=views, description=description, **options)
+    return teacher, outputs, cache_teacher(teacher, validation, description=description, **options)
 
 
 def image_teachers(descriptions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -139,12 +135,15 @@ def prepare_teachers(
     """
     known: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": 3, "epochs": epochs}
     options = known | dict(admission_options or {})
-    if len(options) > 5 or options["mode"] not in ADMISSION_MODES or options["features"] not in ("all", "admitted"):
+    if (
+        options.keys() - known.keys()
+        or options["mode"] not in ADMISSION_MODES
+        or options["features"] not in ("all", "admitted")
+    ):
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
         raise ValueError(f"The admission options {admission_options} are not understood: use {use}.")
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
-    how["batch_size"] = teacher_batch_size
-    cached = partial(cache_image_teacher, train, validation, views, weights_dir, **how)
+    cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
     preparation = _Preparation(train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
     alone = image_teachers(teachers)
     if idist.get_world_size() > 1:

@@ -13,7 +13,9 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
+from monai.inferers import Inferer
 from monai.optimizers import WarmupCosineSchedule
+from monai.transforms import Transform
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -223,7 +225,7 @@ class DistillationTrainer(SupervisedTrainer):
 
     All randomness of an epoch depends on seed and epoch alone, so a resumed run repeats an uninterrupted one.
     ``state.output`` holds image, label and pred of the labelled rows and the total ``loss``; ``state.distillation``
-    the last :class:`~amkd_monai.distillation.DistillationOutput`. Further ``options`` are MONAI's.
+    the last :class:`~amkd_monai.distillation.DistillationOutput`. Parameters that are not listed are MONAI's.
 
     Args:
         train_data_loader: loader over a :class:`BatchSampler`.
@@ -253,7 +255,10 @@ class DistillationTrainer(SupervisedTrainer):
         warped_features: str = "approximate",
         seed: int = 0,
         amp: bool = False,
-        **options: Any,
+        inferer: Inferer | None = None,
+        postprocessing: Transform | None = None,
+        key_train_metric: dict | None = None,
+        train_handlers: Sequence | None = None,
     ) -> None:
         self.targets = targets if targets is not None and len(targets) else None
         self.augmentation = augmentation or Augmentation()
@@ -262,7 +267,9 @@ class DistillationTrainer(SupervisedTrainer):
             self.augmentation.check_features(warped_features)
         self.seed, self.generator, self.faults = seed, torch.Generator(), Faults()
         loss = nn.Identity()  # the distiller computes it
-        options |= {"amp": amp, "decollate": options.get("postprocessing") is not None, "optim_set_to_none": True}
+        options: dict[str, Any] = {"inferer": inferer, "postprocessing": postprocessing, "amp": amp}
+        options |= {"key_train_metric": key_train_metric, "train_handlers": train_handlers, "optim_set_to_none": True}
+        options["decollate"] = postprocessing is not None
         super().__init__(device, max_epochs, train_data_loader, network, optimizer, loss, **options)
         self.state.distillation = None
         if idist.get_rank() > 0:
