@@ -21,8 +21,8 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from amkd_monai.cache import probes
-from amkd_monai.cache.build import EVERYTHING, Part, answers_store, cache_teacher, keep_answers
-from amkd_monai.cache.store import FeatureStore
+from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers
+from amkd_monai.cache.store import EVERYTHING, FeatureStore, Part
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.distillation import TeacherTarget
 from amkd_monai.distillation.losses import UNLABELLED, one_hot_area, soft_cross_entropy
@@ -267,7 +267,7 @@ class _Preparation:
             raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
         if kind == "crossfit_volume_specialist":
             if self.train.classes is not None:
-                raise ValueError(f"The teacher '{name}' answers with masks, this task asks for classes: drop it.")
+                raise ValueError(f"The teacher '{name}' answers volumes with masks, not with classes: drop it.")
             patch = tuple(int(n) for n in description.get("patch_size", (64, 64, 64)))
             steps, rate = int(description.get("steps", 300)), float(description.get("learning_rate", 2e-3))
             method = crossfit.of_volumes(patch, steps, rate, self.seed, device)
