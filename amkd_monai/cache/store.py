@@ -502,7 +502,9 @@ class Part:
 EVERYTHING = Part()
 
 
-def build_missing(store: FeatureStore, compute: Compute, part: Part = EVERYTHING, title: str = "") -> None:
+def build_missing(
+    store: FeatureStore, compute: Compute, part: Part = EVERYTHING, title: str = "", wait_s: float = 3600.0
+) -> None:
     """Compute and write the missing shards of a part, with progress, rate and time left.
 
     A process that builds everything holds the store meanwhile, so that a second one waits and then finds it complete.
@@ -510,7 +512,7 @@ def build_missing(store: FeatureStore, compute: Compute, part: Part = EVERYTHING
     """
     if part.count > 1:
         store.create()
-    with store.building(wait_s=3600) if part.count == 1 else nullcontext():
+    with store.building(wait_s) if part.count == 1 else nullcontext():
         own, written = store.shards[part.index :: part.count], store.written()
         missing = [at for at in own if at not in written]
         total, left = (sum(len(store.samples_of(shard)) for _, shard in shards) for shards in (own, missing))
