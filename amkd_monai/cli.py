@@ -262,8 +262,8 @@ def _cache_status(arguments: argparse.Namespace) -> None:
 
 
 def _cache_verify(arguments: argparse.Namespace) -> int:
+    from amkd_monai.cache.build import verify_store
     from amkd_monai.cache.inventory import find_stores
-    from amkd_monai.cache.verify import verify_store
 
     found = find_stores(arguments.folder)
     wrong = 0

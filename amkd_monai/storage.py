@@ -43,9 +43,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path next to ``path``; it becomes ``path`` when the block ends without an error.
 
     The folder is made if it is missing. The temporary name keeps the suffix, by which some writers choose the format.
-
-    Raises:
-        OSError: the file cannot be written (disk full, folder not writable); the old file is untouched.
+    If the file cannot be written (an OSError), the old one is untouched.
     """
     target = Path(path)
     temporary = _temporary(target)
@@ -76,14 +74,8 @@ def atomic_write_json(path: str | os.PathLike[str], obj: Any, *, indent: int | N
 def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """Yield a new empty folder next to ``path``; it becomes ``path`` when the block ends without an error.
 
-    Args:
-        path: final place of the folder; its parent is made if it is missing.
-        replace: for the holder of a lock on ``path``: remove what killed runs left next to it and, just before the
-            rename, the old folder.
-
-    Raises:
-        FileExistsError: ``path`` exists and is not to be replaced.
-        OSError: the folder cannot be made (disk full, not writable).
+    ``replace`` is for the holder of a lock on ``path``: it removes what killed runs left next to it and, just before
+    the rename, the old folder. Without it a ``path`` that exists is a FileExistsError.
     """
     target = Path(path)
     temporary = _temporary(target)
@@ -111,11 +103,8 @@ def exclusive_lock(path: str | os.PathLike[str], *, wait_s: float = 0.0) -> Iter
     """Hold the lock file ``path`` for the length of the block; waits up to ``wait_s`` seconds for another owner.
 
     The kernel frees the lock when its process ends, however that ends; the file stays. On a file system without
-    ``flock`` the file itself is the lock: there, delete the file of a killed process by hand.
-
-    Raises:
-        TimeoutError: another process, or another thread of this one, holds the lock.
-        OSError: the lock file cannot be made.
+    ``flock`` the file itself is the lock: there, delete the file of a killed process by hand. A TimeoutError if another
+    process, or another thread of this one, holds the lock.
     """
     lock = Path(path)
     with _one_sentence(lock, lock, lock.parent):
@@ -173,12 +162,7 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def fingerprint(*parts: Any) -> str:
-    """SHA-256 (64 hexadecimal digits) of settings: JSON-able values, the keys of dicts in any order.
-
-    Raises:
-        TypeError: a part holds something that JSON cannot express.
-        ValueError: a part holds NaN or infinity.
-    """
+    """SHA-256 (64 hexadecimal digits) of settings: JSON-able finite values, the keys of dicts in any order."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -196,17 +180,14 @@ def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = 
     alone. None reads every file.
     """
     known = {} if memo is None else read_memo(memo, _is_entry)
-    entries = dict(known)
-    hashes = []
+    entries, hashes = dict(known), []
     for path in progress(paths, desc="hash files", delay=1):
         absolute = Path(path).absolute()
-        status = absolute.stat()
-        entry = known.get(str(absolute))
-        if entry is None or entry[:2] != [status.st_size, status.st_mtime_ns]:
-            # The status is from before the read: a file changed meanwhile is read again next time.
-            entry = [status.st_size, status.st_mtime_ns, file_sha256(absolute)]
-        entries[str(absolute)] = entry
-        hashes.append(str(entry[2]))
+        status, name = absolute.stat(), str(absolute)  # before the read: a file changed meanwhile is read again later
+        at = [status.st_size, status.st_mtime_ns]
+        if known.get(name, [])[:2] != at:
+            entries[name] = [*at, file_sha256(absolute)]
+        hashes.append(str(entries[name][2]))
     if memo is not None and entries != known:
         try:
             atomic_write_json(memo, entries, indent=None)
@@ -235,11 +216,7 @@ def _is_entry(entry: object) -> bool:
 
 
 def read_json(file: str | Path) -> dict[str, Any]:
-    """Read a JSON file of a run; a missing one is empty.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Read a JSON file of a run; a missing one is empty, a damaged one a ValueError."""
     if not Path(file).is_file():
         return {}
     try:
@@ -250,11 +227,7 @@ def read_json(file: str | Path) -> dict[str, Any]:
 
 
 def jsonable(obj: Any) -> Any:
-    """A copy that strict JSON can hold: NaN and infinities become null, numpy values and paths plain ones.
-
-    Raises:
-        TypeError: a value is of a type that JSON has no form for.
-    """
+    """A copy that strict JSON can hold: NaN and infinities become null, numpy values and paths plain ones."""
     if isinstance(obj, np.ndarray | np.generic):
         obj = obj.tolist()
     if obj is None or isinstance(obj, str | bool | int):

@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from amkd_monai.data.augment import warp
 from amkd_monai.data.decoded import DecodedDataset, DecodedImages
 from amkd_monai.memory import own_peak
 from amkd_monai.storage import fingerprint
-from amkd_monai.teachers.base import Teacher
+from amkd_monai.teachers.base import Teacher, build_teacher
 
 MATRIX = "view"
 """Name of the stored array with the matrices (2, 3) of a store of several views."""
@@ -112,7 +113,7 @@ def ask(
         inputs[1:] = [warp(mask.float(), theta, mode="nearest").round().to(mask.dtype) for mask in masks] or inputs[1:]
     with torch.inference_mode():
         output = teacher(*inputs)
-    found = {"grid": output.grid, "pooled": output.pooled, "logits": output.logits}
+    found = {name: getattr(output, name) for name in ("grid", "pooled", "logits")}
     return {name: value.float().cpu().numpy() for name, value in found.items() if value is not None}
 
 
@@ -194,20 +195,17 @@ def cache_teacher(
         about["dtype"] = dtype
     key = {**about, "views": ["identity", *chosen[1:]], **_list_key(dataset)}
     directory = store_directory(cache_dir, teacher.name, key)
-    run = _TeacherRun(teacher, dataset, device, batch_size, directory, fingerprint({**about, "chain": dataset.chain}))
+    sample_key = fingerprint({**about, "chain": dataset.chain})
+    run = _TeacherRun(teacher, dataset, device, Batches(batch_size, device), directory, sample_key)
     if (directory / NAME).is_file():
         arrays = FeatureStore.open(directory).arrays
     else:
         arrays = {**run.arrays(dtype), **({MATRIX: ArraySpec((2, 3), "float32")} if views > 1 else {})}
-    origin = {"sample_key": run.sample_key, "teacher": json.loads(json.dumps(description, default=str))}
+    origin = {"sample_key": sample_key, "teacher": json.loads(json.dumps(description, default=str))}
     lists = key, dataset.ids, dataset.hashes, arrays, views, SHARD_SIZE
     store = FeatureStore.create_or_open(directory, *lists, view_parameters=chosen, origin=origin)
     if not store.is_complete:
-
-        def compute(view: int, shard: int, report: Callable[[int], object]) -> dict[str, np.ndarray]:
-            return run.shard(store, view, shard, report)
-
-        build_missing(store, compute, part, f"teacher {teacher.name}")
+        build_missing(store, partial(run.shard, store), part, f"teacher {teacher.name}")
         logger.info(
             "teacher %s ran on %d images, %d at once; peak memory of the process so far %.0f MB",
             *(teacher.name, run.images, run.batches.size, own_peak()),
@@ -220,6 +218,7 @@ def _list_key(dataset: DecodedDataset) -> dict[str, str]:
     return {"samples": fingerprint(dataset.ids, dataset.hashes), "decoded": dataset.directory.name}
 
 
+@dataclass
 class _TeacherRun:
     """A teacher and the images it runs on; ``images`` counts them.
 
@@ -227,19 +226,14 @@ class _TeacherRun:
     depends on besides its id and content hash; stores keep theirs in their origin.
     """
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        dataset: DecodedDataset,
-        device: torch.device | str,
-        batch_size: int | None,
-        directory: Path,
-        sample_key: str,
-    ) -> None:
-        self.teacher, self.dataset, self.device = teacher, dataset, device
-        self.directory, self.sample_key = directory, sample_key
-        self.batches, self.images = Batches(batch_size, device), 0
-        self._first: dict[str, np.ndarray] | None = None
+    teacher: Teacher
+    dataset: DecodedDataset
+    device: torch.device | str
+    batches: Batches
+    directory: Path
+    sample_key: str
+    images: int = 0
+    _first: dict[str, np.ndarray] | None = None
 
     @cached_property
     def earlier(self) -> list[tuple[FeatureStore, dict[tuple[str, str], int]]]:
@@ -255,7 +249,7 @@ class _TeacherRun:
                 continue
             if store.origin.get("sample_key") == self.sample_key:
                 samples = zip(store.sample_ids, store.content_hashes, strict=True)
-                found.append((store, {sample: index for index, sample in enumerate(samples)}))
+                found.append((store, dict(zip(samples, range(len(store)), strict=True))))
         return found
 
     def arrays(self, dtype: str) -> dict[str, ArraySpec]:
@@ -263,8 +257,8 @@ class _TeacherRun:
         if self.earlier:
             return {name: spec for name, spec in self.earlier[0][0].arrays.items() if name != MATRIX}
         ((_, self._first),) = self.outputs([0])
-        kept: dict[str, Any] = {name: dtype if name == "grid" else "float16" for name in self._first}
-        return {name: ArraySpec(value.shape[1:], kept[name]) for name, value in self._first.items()}
+        kept: dict[str, Any] = {"grid": dtype}
+        return {name: ArraySpec(value.shape[1:], kept.get(name, "float16")) for name, value in self._first.items()}
 
     def outputs(
         self, indices: Sequence[int], matrices: Mapping[int, np.ndarray] | None = None
@@ -288,10 +282,8 @@ class _TeacherRun:
         """Arrays (1, *shape) of one view of a sample (id, hash) from an earlier store that holds them undamaged."""
         for store, index_of in self.earlier:
             index = index_of.get(sample)
-            if index is None or parameters not in store.view_parameters:
-                continue
-            view = store.view_parameters.index(parameters)
-            if store.has(view, index // store.shard_size):
+            view = store.view_parameters.index(parameters) if parameters in store.view_parameters else None
+            if index is not None and view is not None and store.has(view, index // store.shard_size):
                 try:
                     return {name: store.read(name, [index], view) for name in names}
                 except StoreError as error:
@@ -304,9 +296,9 @@ class _TeacherRun:
         """Copy or compute the arrays of one shard."""
         dataset, samples, parameters = self.dataset, store.samples_of(shard), store.view_parameters[view]
         names = [name for name in store.arrays if name != MATRIX]
-        size = (dataset.images.shape[-2], dataset.images.shape[-1])
-        matrices = {i: view_matrix(parameters, dataset.ids[i], dataset.hashes[i], size) for i in samples}
-        known = {i: self.copied(parameters, (dataset.ids[i], dataset.hashes[i]), names) for i in samples}
+        size, of = dataset.images.shape[-2:], {i: (dataset.ids[i], dataset.hashes[i]) for i in samples}
+        matrices = {i: view_matrix(parameters, *sample, size) for i, sample in of.items()}
+        known = {i: self.copied(parameters, sample, names) for i, sample in of.items()}
         rows = {i: arrays for i, arrays in known.items() if arrays is not None}
         report(len(rows))
         missing = [i for i in samples if i not in rows]
@@ -335,3 +327,43 @@ def keep_answers(store: FeatureStore, logits: np.ndarray) -> None:
     with store.building(wait_s=600):
         for view, shard in store.missing():
             store.write_shard(view, shard, {"logits": logits[np.asarray(store.samples_of(shard))]})
+
+
+LARGEST_DIFFERENCE = 0.045
+"""Largest relative difference of an array that passes, |stored - computed| / |computed|: a cosine of about 0.999."""
+
+
+def verify_store(
+    store: FeatureStore, fraction: float = 0.01, device: str = "cpu", weights_dir: str | None = None
+) -> tuple[list[str], str]:
+    """Check one store; its teacher runs again on a ``fraction`` of the samples, spread over the list, at least one.
+
+    Returns what is wrong, one sentence each, and what was compared or why not.
+    """
+    damaged = store.verify()
+    faults = [f"{fault}: delete it to compute it anew" for fault in damaged.values()]
+    description, folder = store.origin.get("teacher"), store.directory.parent / str(store.key.get("decoded"))
+    if description is None:
+        return faults, "checksums alone: how its teacher is built is not recorded"
+    if not (folder / "index.json").is_file():
+        return faults, f"checksums alone: its decoded images, {folder.name}, are gone"
+    try:
+        teacher = build_teacher(description, weights_dir).to(device)
+    except (ValueError, RuntimeError, OSError) as error:
+        return faults, f"checksums alone: its teacher cannot be built here ({error})"
+    if teacher.fingerprint != store.key["teacher"]:
+        return [*faults, "stale: the weights or the preprocessing of its teacher changed since"], "checksums"
+    spread = np.linspace(0, len(store) - 1, max(1, round(len(store) * fraction))).round().astype(int).tolist()
+    whole = store.written() - set(damaged)
+    samples = [(v, i) for v in range(store.views) for i in spread if (v, i // store.shard_size) in whole]
+    decoded = DecodedImages(folder)
+    for view, index in samples:
+        matrices = store.read(MATRIX, [index], view) if view else None
+        for name, computed in ask(teacher, decoded, [index], device, matrices).items():
+            stored = store.read(name, [index], view).astype(np.float32)
+            difference = float(np.linalg.norm(stored - computed) / max(float(np.linalg.norm(computed)), 1e-12))
+            if not difference <= LARGEST_DIFFERENCE:
+                of = f"{name} of image {store.sample_ids[index]!r}, view {view},"
+                remedy = "delete the store's folder to compute it again"
+                faults.append(f"{of} differs by {difference:.3f} of its norm from the teacher's output: {remedy}")
+    return faults, f"checksums, and {len(samples)} of {len(store) * store.views} images computed again"

@@ -15,23 +15,14 @@ from amkd_monai.terminal import align
 
 @dataclass
 class StoredTeacher:
-    """One store as found on the disk.
-
-    Attributes:
-        directory: its folder, ``<teacher>-<key>``; answers of probes and cross-fitted networks end in ``-answers``.
-        store: opened; None where it cannot be.
-        fault: why it cannot be opened.
-        size: bytes of all its files.
-        modified: when it was made, seconds since the epoch.
-        state: ``complete``, ``incomplete (3 of 8 shards)`` or ``damaged``.
-    """
+    """One store as found on the disk, in ``<teacher>-<key>``; the store is None where it cannot be opened."""
 
     directory: Path
     store: FeatureStore | None
     fault: str
-    size: int
-    modified: float
-    state: str
+    size: int  # bytes of all its files
+    modified: float  # seconds since the epoch
+    state: str  # complete, incomplete (3 of 8 shards) or damaged
 
     @property
     def name(self) -> str:
@@ -44,28 +35,25 @@ def find_stores(folder: str | Path) -> list[StoredTeacher]:
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: give the cache_dir of a run, such as bundles/.cache.")
-    return [_found(file) for file in sorted(root.rglob(NAME))]
-
-
-def _found(file: Path) -> StoredTeacher:
-    directory, store, fault, state, size = file.parent, None, "", "damaged", 0
-    try:
-        store = FeatureStore.open(directory)
-        there, shards = len(store.written()), len(store.shards)
-        state = "complete" if there == shards else f"incomplete ({there} of {shards} shards)"
-    except StoreError as error:
-        fault = str(error)
-    for path in directory.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a temporary file of a builder
-            size += path.stat().st_size
-    return StoredTeacher(directory, store, fault, size, file.stat().st_mtime, state)
+    found = []
+    for file in sorted(root.rglob(NAME)):
+        entry = StoredTeacher(file.parent, None, "", 0, file.stat().st_mtime, "damaged")
+        try:
+            entry.store = store = FeatureStore.open(file.parent)
+            there, shards = len(store.written()), len(store.shards)
+            entry.state = "complete" if there == shards else f"incomplete ({there} of {shards} shards)"
+        except StoreError as error:
+            entry.fault = str(error)
+        for path in file.parent.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a temporary file of a builder
+                entry.size += path.stat().st_size
+        found.append(entry)
+    return found
 
 
 def format_stores(found: Sequence[StoredTeacher], folder: str | Path) -> str:
     """Table of stores: teacher, images, views, arrays, size, state."""
-    rows: list[Sequence[str]] = [
-        ("data set", "teacher", "images", "views", "arrays", "kB/image", "MB", "state", "folder")
-    ]
+    rows = [("data set", "teacher", "images", "views", "arrays", "kB/image", "MB", "state", "folder")]
     for entry in found:
         store, what = entry.store, ("-",) * 4
         if store is not None:
@@ -86,10 +74,8 @@ def useless(found: Iterable[StoredTeacher]) -> dict[Path, str]:
     """
     entries, reasons = list(found), {}
     for entry in entries:
-        if entry.store is None:
-            reasons[entry.directory] = entry.fault
-        elif entry.state != "complete":
-            reasons[entry.directory] = entry.state
+        if entry.store is None or entry.state != "complete":
+            reasons[entry.directory] = entry.fault or entry.state
         elif not (entry.directory.parent / str(entry.store.key.get("decoded")) / "index.json").is_file():
             reasons[entry.directory] = "stale: the decoded images it belongs to are gone"
         else:

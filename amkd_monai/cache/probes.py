@@ -40,11 +40,8 @@ class LinearProbe:
 
 def cell_targets(dataset: DecodedDataset, indices: np.ndarray, classes: int, size: tuple[int, int]) -> Tensor:
     """Area fractions of the classes in grid cells (N, classes, h, w), 0 where nothing is labelled."""
-    parts = []
-    for start in range(0, len(indices), 64):
-        label = torch.from_numpy(as_label_maps(dataset.labels, indices[start : start + 64]))
-        parts.append(one_hot_area(label, classes, size))
-    return torch.cat(parts)
+    batches = (as_label_maps(dataset.labels, indices[start : start + 64]) for start in range(0, len(indices), 64))
+    return torch.cat([one_hot_area(torch.from_numpy(label), classes, size) for label in batches])
 
 
 def _minimise(parameters: list[Tensor], loss: Callable[[], Tensor], steps: int, history: int) -> None:
@@ -85,19 +82,10 @@ def cross_fit_probes(
     seed: int = 0,
     array: str = "grid",
 ) -> tuple[np.ndarray, list[LinearProbe]]:
-    """Answer every training sample by a probe that has not seen its group.
+    """Answer every training sample by a probe that has not seen its group, unlabelled ones by the mean of all probes.
 
-    Args:
-        store: features of the training dataset.
-        dataset: the training dataset; unlabelled samples are answered by the mean of all probes.
-        mean: (C,) of the features over the training split.
-        std: likewise.
-        folds: number of folds by group.
-        seed: of the folds.
-        array: the store's features to answer from, ``grid`` or ``pooled``.
-
-    Returns:
-        Logits (N, classes, h, w) float32, out of fold for labelled samples, and the probes of all folds.
+    ``array`` of the store, ``grid`` or ``pooled``, has features of ``mean`` and ``std`` (C,) over the dataset. Returns
+    logits (N, classes, h, w) float32, out of fold for labelled samples, and the probes of all folds.
     """
     labelled = np.flatnonzero(dataset.has_label)
     classes = dataset.labels[labelled] if dataset.labels.ndim == 1 else None
@@ -114,19 +102,13 @@ def cross_fit_probes(
         probe = fit_probe(features[inside], targets[inside], weight_decay=decay)
         answers[labelled[outside]] = probe(features[torch.from_numpy(outside)]).numpy()
         probes.append(probe)
-    unlabelled = np.flatnonzero(~dataset.has_label)
-    if len(unlabelled):
+    if len(unlabelled := np.flatnonzero(~dataset.has_label)):
         answers[unlabelled] = answer(store, unlabelled, mean, std, probes, array)
     return answers, probes
 
 
 def answer(
-    store: FeatureStore,
-    indices: np.ndarray,
-    mean: Tensor,
-    std: Tensor,
-    probes: list[LinearProbe],
-    array: str = "grid",
+    store: FeatureStore, indices: np.ndarray, mean: Tensor, std: Tensor, probes: list[LinearProbe], array: str = "grid"
 ) -> np.ndarray:
     """Mean answer of several probes as log-probabilities (N, classes, h, w), for samples that none of them has seen."""
     features = standardised(store, indices, mean, std, array)
@@ -151,8 +133,8 @@ def channel_statistics(store: FeatureStore, array: str = "grid") -> tuple[Tensor
     """Mean and standard deviation (C,) of the cached features over all samples and cells."""
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, len(store), 64):
-        batch = _read_maps(store, array, range(start, min(start + 64, len(store)))).astype(np.float64)
-        count += batch.shape[0] * batch.shape[2] * batch.shape[3]
+        batch = _read_maps(store, array, range(len(store))[start : start + 64]).astype(np.float64)
+        count += batch[:, 0].size
         total = total + batch.sum((0, 2, 3))
         squares = squares + np.square(batch).sum((0, 2, 3))
     mean = total / count
@@ -163,19 +145,14 @@ def channel_statistics(store: FeatureStore, array: str = "grid") -> tuple[Tensor
 def pooled_features(store: FeatureStore, indices: Sequence[int] | None = None) -> Tensor:
     """Mean over the cells of the cached features of some samples, of all by default, (N, C) float32."""
     chosen = range(len(store)) if indices is None else indices
-    parts = []
-    for start in range(0, len(chosen), 64):
-        batch = store.read("grid", chosen[start : start + 64])
-        parts.append(torch.from_numpy(batch.astype(np.float32).mean((2, 3))))
-    return torch.cat(parts)
+    batches = (store.read("grid", chosen[start : start + 64]) for start in range(0, len(chosen), 64))
+    return torch.cat([torch.from_numpy(batch.astype(np.float32).mean((2, 3))) for batch in batches])
 
 
 def calibration_temperature(logits: Tensor, targets: Tensor) -> float:
     """Temperature in [0.25, 8] that minimises the cross entropy of softmax(logits / T) (Guo et al., 2017).
 
-    Args:
-        logits: (N, classes, h, w).
-        targets: class fractions (N, classes, h, w).
+    Logits and targets, fractions of the classes, are (N, classes, h, w).
     """
     log_temperature = torch.zeros((), requires_grad=True)
 

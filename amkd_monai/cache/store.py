@@ -32,14 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from amkd_monai import __version__
-from amkd_monai.storage import (
-    TEMPORARY_MARK,
-    atomic_folder,
-    atomic_path,
-    atomic_write_bytes,
-    exclusive_lock,
-    fingerprint,
-)
+from amkd_monai.storage import TEMPORARY_MARK, atomic_folder, atomic_path, exclusive_lock, fingerprint
 from amkd_monai.terminal import progress
 
 logger = logging.getLogger("amkd_monai")
@@ -133,11 +126,10 @@ def _encode(array: str, values: np.ndarray, spec: ArraySpec, sample_ids: Sequenc
     finite = np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
     if not finite.all():
         bad = int(np.argmin(finite))
+        problem = "NaN or infinity: check that image, or run the teacher in float32"
         if np.isfinite(values[bad]).all():
-            problem, advice = f"a value beyond {stored.dtype}", "store it as float32 or int8"
-        else:
-            problem, advice = "NaN or infinity", "check that image, or run the teacher in float32"
-        raise ValueError(f"array {array!r} of sample {sample_ids[bad]!r} holds {problem}: {advice}")
+            problem = f"a value beyond {stored.dtype}: store it as float32 or int8"
+        raise ValueError(f"array {array!r} of sample {sample_ids[bad]!r} holds {problem}")
     if spec.dtype != "int8":
         return [stored]
     axes = tuple(range(2, stored.ndim))
@@ -161,8 +153,7 @@ def store_directory(parent: str | os.PathLike[str], name: str, key: Mapping[str,
 class FeatureStore:
     """Arrays of a fixed, ordered list of samples in memory-mapped shards; made by :meth:`create_or_open`.
 
-    Opening reads no shard. Reading needs no write access and may happen while other processes build. Features are best
-    read in the main process: worker processes only add copies.
+    Opening reads no shard. Reading needs no write access and may happen while other processes build.
 
     Args:
         directory: folder of this store, from :func:`store_directory`.
@@ -293,16 +284,12 @@ class FeatureStore:
     def read(
         self, array: str, indices: Sequence[int] | np.ndarray, view: int | Sequence[int] | np.ndarray = 0
     ) -> np.ndarray:
-        """Read one array of B samples, in the order asked for, in one view or in a view for each.
+        """Read one array of B samples (B, *shape), in the order asked for, in one view or in a view for each.
 
-        Returns:
-            A new array (B, *shape): float16 or float32 as stored, float32 for int8.
-
-        Raises:
-            StoreError: a shard is still missing, or its file is damaged, and then removed.
+        The values are float16 or float32 as stored, float32 for int8. A StoreError where a shard is still missing, or
+        its file is damaged, and then removed.
         """
-        spec = self.arrays.get(array)
-        if spec is None:
+        if (spec := self.arrays.get(array)) is None:
             raise KeyError(f"{self.directory} has no array {array!r}, only {', '.join(self.arrays)}")
         views = np.broadcast_to(view, len(indices)).tolist()
         out = np.empty((len(indices), *spec.shape), spec.read_dtype)
@@ -328,9 +315,8 @@ class FeatureStore:
         try:
             offset = self._check(view, shard)
         except FileNotFoundError as error:
-            raise StoreError(
-                f"{self.directory}: view {view} shard {shard} is not computed yet; build it first"
-            ) from error
+            missing = f"view {view} shard {shard} is not computed yet; build it first"
+            raise StoreError(f"{self.directory}: {missing}") from error
         except ValueError as error:
             logger.warning("%s: damaged", error)
             with contextlib.suppress(OSError):
@@ -400,8 +386,8 @@ class FeatureStore:
             content |= {name: getattr(self, name) for name in DESCRIPTION}
             content["arrays"] = {name: asdict(spec) for name, spec in self.arrays.items()}
             lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items())
-            with _unless_there(path.is_file):
-                atomic_write_bytes(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+            with _unless_there(path.is_file), atomic_path(path) as temporary:
+                temporary.write_bytes(("{\n" + ",\n".join(lines) + "\n}\n").encode())
         self._compare()
         self.tidy()
 
@@ -418,10 +404,7 @@ class FeatureStore:
     def write_shard(self, view: int, shard: int, values: Mapping[str, np.ndarray]) -> None:
         """Store all arrays of one shard; it exists for readers once this returns. A shard that is there stays.
 
-        Args:
-            view: which view.
-            shard: which shard.
-            values: for every array of the store, (n, *shape) with n = ``len(samples_of(shard))``.
+        ``values`` are (n, *shape) for every array of the store, with n = ``len(samples_of(shard))``.
 
         Raises:
             ValueError: an array is missing, unknown, of a wrong shape or kind, or not finite in the stored dtype.

@@ -17,53 +17,45 @@ from amkd_monai.distillation.loss_gate import LossGate
 
 
 class UniformGate(TeacherGate):
-    """Equal weights."""
+    """Equal weights, 1 / n for the n available teachers."""
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
-        """1 / n for the n available teachers."""
+        """Return the weights."""
         return uniform(reading.errors, available).detach()
 
 
 class FixedGate(TeacherGate):
-    """Given weights, {teacher: weight >= 0}; refused with a ValueError if one is missing or all are 0."""
+    """Given weights, {teacher: weight >= 0}; a ValueError if one is missing or all are 0."""
 
     def __init__(self, setup: GateSetup, weights: Mapping[str, float] | None = None) -> None:
         super().__init__(setup)
         names, given = [t.name for t in self.teachers], dict(weights or {})
         if names and (set(given) != set(names) or min(given.values()) < 0 or max(given.values()) <= 0):
-            raise ValueError(
-                f"The teacher gate 'fixed' needs one weight >= 0 for each of {', '.join(names)}, not all 0: give "
-                "them as gate_options.weights."
-            )
+            needed = f"one weight >= 0 for each of {', '.join(names)}, not all 0"
+            raise ValueError(f"The teacher gate 'fixed' needs {needed}: give them as gate_options.weights.")
         self.given = [float(given[name]) for name in names]
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
         """The given weights, shared among the available teachers in proportion."""
-        errors = reading.errors.float()
-        given = torch.tensor(self.given, device=errors.device)[None, :, None, None]
-        masked = given * available[:, :, None, None].to(errors).expand_as(errors)
-        return (masked / masked.sum(1, keepdim=True).clamp_min(1e-12)).detach()
+        masked = torch.tensor(self.given, device=available.device) * available
+        weights = masked / masked.sum(1, keepdim=True).clamp_min(1e-12)
+        return weights[:, :, None, None].expand_as(reading.errors)
 
 
 class BestSingleGate(TeacherGate):
-    """The available teacher of the highest cross-fitted score alone; refused with a ValueError if none has a score."""
+    """The available teacher of the highest cross-fitted score alone; a ValueError if none has a score."""
 
     def __init__(self, setup: GateSetup) -> None:
         super().__init__(setup)
         if self.teachers and all(t.score is None for t in self.teachers):
-            raise ValueError(
-                "The teacher gate 'best_single' needs scores, and no teacher gives answers: use another gate."
-            )
+            raise ValueError("The teacher gate 'best_single' needs scores, no teacher has answers: use another gate.")
         self.scores = [-torch.inf if t.score is None else float(t.score) for t in self.teachers]
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
         """1 for the best available teacher, 0 where none has a score."""
-        errors = reading.errors.float()
-        ranked = torch.tensor(self.scores, device=errors.device).expand(len(errors), -1)
-        ranked = torch.where(available.bool(), ranked, torch.full_like(ranked, -torch.inf))
-        chosen = F.one_hot(ranked.argmax(1), errors.shape[1]).to(errors.dtype)  # (B, K)
-        chosen = chosen * torch.isfinite(ranked.max(1, keepdim=True).values)
-        return chosen[:, :, None, None].expand_as(errors).detach()
+        ranked = torch.where(available.bool(), torch.tensor(self.scores, device=available.device), -torch.inf)  # (B, K)
+        chosen = F.one_hot(ranked.argmax(1), ranked.shape[1]) * torch.isfinite(ranked.max(1, keepdim=True).values)
+        return chosen.float()[:, :, None, None].expand_as(reading.errors)
 
 
 class PaperGate(TeacherGate):
@@ -115,13 +107,8 @@ class PaperLossGate(LossGate):
         assert features is not None
         shares = torch.softmax(self.gate(features.float().mean((2, 3))) / 2, dim=1).mean(0)
         factors = {n: share * self.initial[n] for n, share in zip(self.initial, shares, strict=True)}
-        return {n: f if n == "task" else strength * f for n, f in factors.items()}
+        return {n: factor if n == "task" else strength * factor for n, factor in factors.items()}
 
 
-GATES: dict[str, type[TeacherGate]] = {
-    "uniform": UniformGate,
-    "fixed": FixedGate,
-    "best_single": BestSingleGate,
-    "paper": PaperGate,
-}
-LOSS_GATES: dict[str, type[LossGate]] = {"fixed": FixedLossGate, "paper": PaperLossGate}
+GATES = {"uniform": UniformGate, "fixed": FixedGate, "best_single": BestSingleGate, "paper": PaperGate}
+LOSS_GATES = {"fixed": FixedLossGate, "paper": PaperLossGate}

@@ -39,7 +39,7 @@ def contrastive_loss(similar: Tensor, own: Tensor, eligible: Tensor, temperature
     ``similar`` (B, m) and ``own`` (B,) are cosines of the student's vectors with m teacher vectors and with their own;
     ``eligible`` (B, m) marks the negatives among the m. A sample without any costs 0.
     """
-    negatives = torch.where(eligible, similar.float() / temperature, torch.full_like(similar, -torch.inf))
+    negatives = torch.where(eligible, similar.float() / temperature, -torch.inf)
     scores = torch.cat([own.float()[:, None] / temperature, negatives], dim=1)
     return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device), reduction="none")
 
@@ -71,9 +71,9 @@ class ContrastiveDistillation(Counter):
                 raise ValueError(f"The teacher '{name}' has pooled features that are not finite: rebuild its cache.")
             vectors = vectors.float()
             deviation = vectors.std(0, unbiased=False)
-            deviation = torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation))
+            deviation = torch.where(deviation > 1e-6, deviation, 1)
             self.table[name] = F.normalize((vectors - vectors.mean(0)) / deviation, dim=1)
-            hidden = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, 128), nn.GELU())
+            hidden = nn.LayerNorm(channels), nn.Linear(channels, 128), nn.GELU()
             self.heads[name] = nn.Sequential(*hidden, nn.Linear(128, vectors.shape[1]))
         self.groups, self.classes = samples.groups.long(), samples.classes
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learnable)
@@ -115,9 +115,8 @@ class ContrastiveDistillation(Counter):
         return allowed
 
     def _draw(self, eligible: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw min(negatives, eligible) per row: columns (B, m') and whether each is eligible (B, m')."""
+        """Draw min(negatives, n) samples per row: columns (B, m') and whether each is eligible (B, m')."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.steps)
         keys = torch.rand(eligible.shape, generator=generator).to(eligible.device)
-        count = min(self.negatives, eligible.shape[1])
-        keep = torch.where(eligible, keys, torch.full_like(keys, -1.0)).topk(count, dim=1).indices
+        keep = torch.where(eligible, keys, -1.0).topk(min(self.negatives, eligible.shape[1]), dim=1).indices
         return keep, eligible.gather(1, keep)

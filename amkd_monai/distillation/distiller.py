@@ -72,12 +72,11 @@ class Alignment(nn.Module):
 
     def __init__(self, channels: Mapping[int, int], out_channels: int, hidden: int = 128) -> None:
         super().__init__()
-        self.levels = nn.ModuleDict(
-            {
-                str(stride): nn.Sequential(gates.ChannelNorm(count), *_two_layers(count, hidden, out_channels))
-                for stride, count in channels.items()
-            }
-        )
+        self.levels = nn.ModuleDict()
+        for stride, count in channels.items():
+            self.levels[str(stride)] = nn.Sequential(
+                gates.ChannelNorm(count), *_two_layers(count, hidden, out_channels)
+            )
 
     def forward(self, features: Mapping[int, Tensor], size: tuple[int, int]) -> Tensor:
         """Project {stride: (B, C, H / stride, W / stride)}, pooled or not, to a grid (h, w): (B, C', h, w)."""
@@ -147,9 +146,6 @@ class DistillationConfig:
         contrastive: options of :class:`~amkd_monai.distillation.contrastive.ContrastiveDistillation`.
         kd_temperature: options of :func:`kd_temperature`.
         loss_strength: options of :func:`distillation_strength`.
-
-    Raises:
-        ValueError: an unknown gate, loss, code or option.
     """
 
     gate: str = "learned"
@@ -214,18 +210,13 @@ class DistillationConfig:
             return {}
         if self.losses.get("contrastive") and samples is None:
             raise ValueError("The loss 'contrastive' needs a table of the training samples: give `samples`.")
-        features = any(t.grid is not None for t in teachers)
-        offered = {
-            "output": any(t.admitted and t.logits is not None for t in teachers),
-            "feature": features,
-            "reconstruction": features,
-            "contrastive": samples is not None and bool(samples.vectors),
-        }
+        offered = dict.fromkeys(("feature", "reconstruction"), any(t.grid is not None for t in teachers))
+        offered["output"] = any(t.admitted and t.logits is not None for t in teachers)
+        offered["contrastive"] = samples is not None and bool(samples.vectors)
         chosen = {name: prior if offered[name] else 0.0 for name, prior in self.losses.items()}
         if not any(chosen.values()):
             raise ValueError(
-                "No teacher offers what the losses ask for (features or admitted answers): change `losses`, the "
-                "teachers, or use none."
+                "No teacher has features or admitted answers for the `losses`: change them or the teachers."
             )
         for name, prior in self.losses.items():
             if prior and not offered[name]:
@@ -277,9 +268,6 @@ class Distiller(nn.Module):
         samples: table of the training dataset, for the contrastive loss.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
         class_weights: (C,) factors of the classes in the task's cross entropy, where an image has one class.
-
-    Raises:
-        ValueError: no teacher can serve any of the losses asked for, or a gate lacks what it needs.
     """
 
     def __init__(
@@ -353,7 +341,8 @@ class Distiller(nn.Module):
             strength = distillation_strength(progress, **self.config.loss_strength)
             factors = dict(self.loss_gate.weights(strength, view))
             factors |= {name: 1.0 for name in named if name not in factors}  # losses that train parts of the distiller
-            total = torch.stack([_float(factors[name]) * loss.mean() for name, loss in named.items()]).sum()
+            parts = [torch.as_tensor(factors[name]).float() * loss.mean() for name, loss in named.items()]
+            total = torch.stack(parts).sum()
         self._until_read -= 1
         if not self.training or self._until_read < 0:
             self._until_read = INTERVAL - 1
@@ -383,15 +372,10 @@ class Distiller(nn.Module):
 
     def _targets(self, batch: Batch, name: str, kind: str) -> Tensor:
         """Read a teacher's targets; rows for which it is not available become 0."""
-        try:
-            target = batch.teachers[name][kind]
-        except KeyError:
-            raise ValueError(
-                f"The batch holds no {kind} targets of the teacher '{name}': rebuild the teacher cache."
-            ) from None
+        target = batch.teachers[name][kind]
         if batch.available is not None:
             k = [t.name for t in self.teachers].index(name)
-            target = torch.where(batch.available[:, k, None, None, None].bool(), target, torch.zeros_like(target))
+            target = torch.where(batch.available[:, k, None, None, None].bool(), target, 0)
         self.faults.note(  # the sum is finite where all are, and ten times as quick on a CPU as to look at each
             f"The {kind} targets of the teacher '{name}' are not finite: delete its teacher cache and run again.",
             ~torch.isfinite(target.sum(dtype=torch.float32)),
@@ -408,15 +392,13 @@ class Distiller(nn.Module):
             size = (target.shape[-2], target.shape[-1])
             if size not in pooled:
                 pooled[size] = {stride: losses.pool_finer(features[stride], size) for stride in STUDENT_STRIDES}
-            aligned = align(pooled[size], size)
             goal = self.codes[name].encode(target) if name in self.codes else target
-            pairs[name] = _Pair(aligned, goal, target)
+            pairs[name] = _Pair(align(pooled[size], size), goal, target)
         return pairs
 
     def _distil(self, seen: _Seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Every distillation loss (B,), weighed and summed over the teachers, and their mean weights (B, K)."""
-        found: dict[str, Tensor] = {}
-        weights: dict[str, Tensor] = {}
+        found, weights = {}, {}
         trusted: dict[tuple[bool, ...], Tensor] = {}  # the same for all losses that the same teachers serve
         for name, maps_of in LOSSES.items():
             if not self.loss_priors.get(name):
@@ -426,29 +408,19 @@ class Distiller(nn.Module):
             if serving not in trusted:
                 available = self.teacher_gate.available(seen.batch, serving)
                 trusted[serving] = self.teacher_gate.weights(seen.reading, available)
-            w = trusted[serving]
-            total = seen.logits.new_zeros(len(seen.logits))
+            w, total = trusted[serving], seen.logits.new_zeros(len(seen.logits))
             for k, spec in enumerate(self.teachers):
-                if spec.name in maps:
-                    loss = maps[spec.name]
-                    total = total + (gates.to_size(w[:, k], (loss.shape[-2], loss.shape[-1])) * loss).flatten(1).mean(1)
+                if (loss := maps.get(spec.name)) is not None:
+                    total = total + (gates.to_size(w[:, k], loss.shape[-2:]) * loss).flatten(1).mean(1)
             found[name], weights[name] = total, w.detach().flatten(2).mean(2)
         return found, weights
 
     def _autoencoder(self, batch: Batch, pairs: Mapping[str, _Pair]) -> dict[str, Tensor]:
         """The loss (B,) that trains encoders and decoders of learned codes, the mean over the teachers."""
-        available = self.teacher_gate.available(batch)
-        parts = [
-            self.codes[spec.name].autoencoder_loss(pairs[spec.name].target).flatten(1).mean(1) * available[:, k]
-            for k, spec in enumerate(self.teachers)
-            if spec.name in self.codes
-        ]
+        available = dict(zip((t.name for t in self.teachers), self.teacher_gate.available(batch).T, strict=True))
+        coded = {name: code.autoencoder_loss(pairs[name].target) for name, code in self.codes.items()}
+        parts = [loss.flatten(1).mean(1) * available[name] for name, loss in coded.items()]
         return {"autoencoder": torch.stack(parts).mean(0)} if parts else {}
-
-
-def _float(factor: float | Tensor) -> float | Tensor:
-    """A factor as it enters a product of float32 losses."""
-    return factor.float() if isinstance(factor, Tensor) else factor
 
 
 def _output_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
@@ -456,9 +428,8 @@ def _output_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
     chosen = {t.name: seen.answers[t.name] for t in distiller.teachers if t.admitted and t.logits is not None}
     maps: dict[str, Tensor] = {}
     for size, group in losses.by_size(chosen).items():
-        small = losses.area_logits(seen.logits, size)
-        together = losses.output_loss(small, torch.stack(list(group.values())), seen.temperature)
-        maps |= dict(zip(group, together, strict=True))
+        small, answers = losses.area_logits(seen.logits, size), torch.stack(list(group.values()))
+        maps |= dict(zip(group, losses.output_loss(small, answers, seen.temperature), strict=True))
     return maps
 
 
@@ -469,8 +440,8 @@ def _feature_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
 
 def _reconstruction_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
     """Distance of the features that the student's code is decoded to from each teacher's (B, h, w)."""
-    restored = {n: distiller.codes[n].decode_frozen(p.aligned) for n, p in seen.pairs.items()}
-    return {n: losses.reconstruction_loss(restored[n], p.target) for n, p in seen.pairs.items()}
+    decode = {name: code.decode_frozen for name, code in distiller.codes.items()}
+    return {n: losses.reconstruction_loss(decode[n](p.aligned), p.target) for n, p in seen.pairs.items()}
 
 
 def _contrastive_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:

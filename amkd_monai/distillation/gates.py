@@ -35,7 +35,7 @@ def reliability(errors: Tensor, prior_entropy: float, available: Tensor, tempera
     (B, K, h, w), 0 where not available; the sum over K is below 1, the rest is abstention.
     """
     mask = available[:, :, None, None].to(errors)
-    scores = torch.where(mask > 0, -errors.float() / temperature, torch.full_like(errors, -torch.inf))
+    scores = torch.where(mask > 0, -errors.float() / temperature, -torch.inf)
     abstain = torch.full_like(scores[:, :1], -prior_entropy / temperature)
     return torch.softmax(torch.cat([scores, abstain], dim=1), dim=1)[:, :-1]
 
@@ -44,11 +44,6 @@ def uniform(errors: Tensor, available: Tensor) -> Tensor:
     """Equal weights (B, K, h, w) over the available teachers (B, K); zeros where there is none."""
     mask = available[:, :, None, None].to(errors).expand_as(errors)
     return mask / mask.sum(1, keepdim=True).clamp_min(1)
-
-
-def with_floor(weights: Tensor, available: Tensor, floor: float) -> Tensor:
-    """(1 - floor) w + floor / n for the n available teachers; weights (B, K, h, w), available (B, K)."""
-    return (1 - floor) * weights + floor * uniform(weights, available)
 
 
 def to_size(weights: Tensor, size: tuple[int, int]) -> Tensor:
@@ -93,21 +88,17 @@ class GateNetwork(nn.Module):
     def forward(self, features: Tensor, cosines: Tensor, task: int = 0) -> Tensor:
         """Return scores (B, slots, h, w) for a student map (B, C, h', w') and cosines with teachers (B, K, h, w)."""
         if not 0 <= task < len(self.bias):
-            raise ValueError(
-                f"The gate knows {len(self.bias)} tasks, not task {task}: raise `tasks` in `gate_options`."
-            )
-        grid = (cosines.shape[-2], cosines.shape[-1])
+            raise ValueError(f"The gate has {len(self.bias)} tasks, not task {task}: raise `tasks` in `gate_options`.")
+        grid = cosines.shape[-2:]
         local = self.norm(pool_finer(features, grid)).movedim(1, -1)  # channels last from here on
         whole, embedding = local.mean((1, 2)), self.task.weight[task]
-        first, *others = self.layers
+        first, activation, last = self.layers
         # project image-level inputs once per image, and features before they are resized to a finer grid
         parts = first.weight.split([local.shape[-1], whole.shape[-1], cosines.shape[1], len(embedding)], dim=1)
         by_cell = to_grid(F.linear(local, parts[0]).movedim(-1, 1), grid).movedim(1, -1)
         by_image = F.linear(whole, parts[1], first.bias) + F.linear(embedding, parts[3])  # (B, hidden)
         hidden = by_cell + F.linear(cosines.movedim(1, -1), parts[2]) + by_image[:, None, None]
-        for layer in others:
-            hidden = layer(hidden)
-        return (hidden + self.bias[task]).movedim(-1, 1)
+        return (last(activation(hidden)) + self.bias[task]).movedim(-1, 1)
 
 
 def gate_log_probabilities(scores: Tensor, available: Tensor) -> Tensor:
@@ -149,16 +140,14 @@ def agreement_auc(target: Tensor, predicted: Tensor) -> Tensor:
     """
     score = predicted.detach()
     ordered, right = score.flatten().sort().values, score.gather(1, target.argmax(1, keepdim=True)).flatten()
-    below = torch.searchsorted(ordered, right), torch.searchsorted(ordered, right, right=True)
-    rank = (below[0] + below[1] + 1).double() / 2  # the mean rank of equal values
-    positives = len(right)
-    pairs = positives * (score.numel() - positives)
-    return (rank.sum() - positives * (positives + 1) / 2) / max(1, pairs)
+    below = torch.searchsorted(ordered, right) + torch.searchsorted(ordered, right, right=True)
+    ranks, n = (below + 1).double() / 2, len(right)  # the mean rank of equal values
+    return (ranks.sum() - n * (n + 1) / 2) / max(1, n * (score.numel() - n))
 
 
 @dataclass(frozen=True)
 class GateSetup:
-    """What every gate is told: the K teachers, the entropy of the label prior (nats), channels of the student map."""
+    """What every gate gets: the K teachers, the entropy of the label prior (nats), channels of the student map."""
 
     teachers: Sequence[TeacherTarget]
     prior_entropy: float
@@ -198,19 +187,14 @@ class TeacherGate(nn.Module):
 
     def available(self, batch: Batch, use: Sequence[bool] | None = None) -> Tensor:
         """Whether each teacher covers each sample (B, K), among those of ``use`` (by default all)."""
-        device, served = batch.image.device, (True,) * len(self.teachers) if use is None else tuple(use)
-        if served not in self._serving or self._serving[served].device != device:
-            self._serving[served] = torch.tensor(served, device=device)
+        served = (True,) * len(self.teachers) if use is None else tuple(use)
+        if served not in self._serving or self._serving[served].device != batch.image.device:
+            self._serving[served] = torch.tensor(served, device=batch.image.device)
         mask = self._serving[served].expand(len(batch.image), -1)
         return mask if batch.available is None else mask & batch.available.to(mask)
 
     def measure(
-        self,
-        batch: Batch,
-        answers: Mapping[str, Tensor],
-        classes: int,
-        features: Tensor,
-        cosines: Mapping[str, Tensor],
+        self, batch: Batch, answers: Mapping[str, Tensor], classes: int, features: Tensor, cosines: Mapping[str, Tensor]
     ) -> GateReading:
         """Look at a batch: at answers {teacher: logits (B, classes, h, w)} and, if the gate looks, at the student.
 
@@ -218,11 +202,9 @@ class TeacherGate(nn.Module):
         """
         scores = None
         if self.looks:
-            nothing, everyone, maps = features.new_zeros((len(features), *self.grid)), self.available(batch), []
-            for k, spec in enumerate(self.teachers):
-                similar = to_grid(cosines.get(spec.name, nothing)[:, None], self.grid)[:, 0]
-                maps.append(similar * everyone[:, k, None, None])
-            scores = self.score(features, torch.stack(maps, dim=1), batch.task)
+            nothing = features.new_zeros((len(features), *self.grid))
+            maps = [to_grid(cosines.get(t.name, nothing)[:, None], self.grid) for t in self.teachers]
+            scores = self.score(features, torch.cat(maps, 1) * self.available(batch)[:, :, None, None], batch.task)
         return GateReading(self._errors(batch, answers, classes), scores)
 
     @torch.no_grad()
@@ -232,17 +214,17 @@ class TeacherGate(nn.Module):
         Without a label a teacher's mean error over the labelled training samples stands in; a teacher that gives no
         answers counts as one that knows nothing.
         """
-        names, label = [t.name for t in self.teachers], batch.label_map
+        label = batch.label_map
         known = label if batch.rows is None else label * batch.known[:, None, None, None]
-        errors = list(self.mean_errors[None, :, None, None].repeat(len(label), 1, *self.grid).unbind(1))
+        means = self.mean_errors[None, :, None, None].repeat(len(label), 1, *self.grid).unbind(1)
+        errors = dict(zip((t.name for t in self.teachers), means, strict=True))
         for size, group in losses.by_size(answers).items():
             log_probabilities = torch.stack(list(group.values())).float().log_softmax(2)  # (teachers, B, classes, h, w)
             areas = losses.class_areas(known, classes, size)
             measured = losses.area_logits(losses.soft_cross_entropy(areas, log_probabilities), self.grid)
             for name, error in zip(group, measured, strict=True):
-                k = names.index(name)
-                errors[k] = torch.where(batch.known[:, None, None], error, errors[k])
-        return torch.stack(errors, 1)
+                errors[name] = torch.where(batch.known[:, None, None], error, errors[name])
+        return torch.stack(list(errors.values()), 1)
 
     def score(self, features: Tensor, cosines: Tensor, task: int) -> Tensor:
         """Scores of a gate that looks (B, K or K + 1, h, w), from student maps (B, C, h', w') and (B, K, h, w)."""
@@ -273,7 +255,11 @@ class ReliabilityGate(TeacherGate):
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
         """Reliabilities with the floor."""
-        return with_floor(self.trusted(reading.errors, available), available, self.floor).detach()
+        return self.with_floor(self.trusted(reading.errors, available), available)
+
+    def with_floor(self, weights: Tensor, available: Tensor) -> Tensor:
+        """(1 - floor) w + floor / n for the n available teachers, without gradient."""
+        return ((1 - self.floor) * weights + self.floor * uniform(weights, available)).detach()
 
 
 class LearnedGate(ReliabilityGate):
@@ -303,8 +289,7 @@ class LearnedGate(ReliabilityGate):
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
         """The predicted reliabilities with the floor."""
         assert reading.scores is not None
-        chosen = gate_probabilities(reading.scores, available)
-        return with_floor(chosen[:, :-1], available, self.floor).detach()
+        return self.with_floor(gate_probabilities(reading.scores, available)[:, :-1], available)
 
 
 GATES: dict[str, type[TeacherGate]] = {"learned": LearnedGate, "reliability": ReliabilityGate}

@@ -135,13 +135,10 @@ def mode_class(what: str, mode: str, known: Mapping[str, type], base: type) -> A
     try:
         chosen = known[mode] if mode in known else getattr(importlib.import_module(module or "."), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"There is no {what} '{mode}': use one of {', '.join(known)}, or the dotted path of a class."
-        ) from error
+        others = f"use one of {', '.join(known)}, or the dotted path of a class"
+        raise ValueError(f"There is no {what} '{mode}': {others}.") from error
     if not (inspect.isclass(chosen) and issubclass(chosen, base)):
-        raise ValueError(
-            f"The {what} '{mode}' is no {base.__name__}: derive it from {base.__module__}.{base.__name__}."
-        )
+        raise ValueError(f"The {what} '{mode}' must derive from {base.__module__}.{base.__name__}: change its class.")
     return chosen
 
 

@@ -90,18 +90,15 @@ class ScaledLossGate(Counter, LossGate):
         self, priors: Mapping[str, float], warmup_steps: int = 100, channels: int = 0, floor: float = 0.0
     ) -> None:
         super().__init__("count", priors, warmup_steps, channels)
-        total = sum(priors[name] for name in self.names)
-        n = len(self.names)
-        self.served = 1.0
-        self.share = {name: (1 - floor) * priors[name] / total + floor / n for name in self.names}
+        total, n, self.served = sum(self.priors.values()), len(self.names), 1.0
+        self.share = {name: (1 - floor) * prior / total + floor / n for name, prior in self.priors.items()}
         self.register_buffer("history", torch.zeros(n, warmup_steps))
         self.register_buffer("scale", torch.ones(n))
 
     @torch.no_grad()
     def observe(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None) -> None:
         """Take part in measuring the scales; without effect once they are frozen."""
-        step = self.steps
-        if step >= self.history.shape[1]:
+        if (step := self.steps) >= self.history.shape[1]:
             return
         for k, name in enumerate(self.names):
             self.history[k, step] = losses[name].detach().float().mean()
@@ -145,11 +142,7 @@ class AgreementLossGate(ScaledLossGate):
     ) -> None:
         super().__init__(priors, warmup_steps, channels)
         if len(self.names) == 1:
-            logger.warning(
-                "The loss gate 'agreement' shares weight among losses and has no effect here: '%s' is the only one "
-                "that takes part. Choose more losses, or loss_gate 'scaled'.",
-                self.names[0],
-            )
+            logger.warning("The loss gate 'agreement' has no effect on '%s' alone: choose more losses.", *self.names)
         self.floor, self.temperature, self.every, self.memory = floor, temperature, every, memory
         self.register_buffer("agreement", torch.zeros(len(self.names)))
         self.log_priors: list[float] = torch.tensor([self.priors[name] for name in self.names]).log().tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,19 +12,13 @@ from torch import Tensor
 
 from amkd_monai.distillation.interface import Faults
 
-_DICE_OPTIONS = {
-    "include_background": False,
-    "softmax": True,
-    "to_onehot_y": True,
-    "reduction": "none",
-    "smooth_nr": 1.0,
-    "smooth_dr": 1.0,
-}
+_DICE: dict[str, Any] = {"include_background": False, "softmax": True, "to_onehot_y": True, "reduction": "none"}
+_DICE |= {"smooth_nr": 1.0, "smooth_dr": 1.0}
 UNLABELLED = 255
 """Class index of pixels without a label: no loss counts them."""
 SURE = 30.0
 """Logit of background, relative to every other class, that replaces an answer where there is no label."""
-_dice, _batch_dice = DiceLoss(**_DICE_OPTIONS), DiceLoss(**_DICE_OPTIONS, batch=True)
+_dice, _batch_dice = DiceLoss(**_DICE), DiceLoss(**_DICE, batch=True)
 
 
 def task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False, class_weights: Tensor | None = None) -> Tensor:
@@ -137,11 +132,7 @@ def by_size(maps: Mapping[str, Tensor]) -> dict[tuple[int, int], dict[str, Tenso
 
 
 def one_hot_area(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
-    """Area fractions (B, C, h, w) of each class in the cells of a coarser grid, after a check of the labels.
-
-    Labels are class indices (B, 1, H, W), 255 for no label; one that is not in 0 to C - 1 is a ValueError. Fractions
-    refer to the labelled part of a cell: 1 in sum over the classes, 0 where nothing is labelled.
-    """
+    """As :func:`class_areas`, after a check: a label that is not in 0 to C - 1, or 255, is a ValueError."""
     faults = Faults()
     note_classes(faults, label, classes)
     faults.read()
@@ -149,7 +140,10 @@ def one_hot_area(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
 
 
 def class_areas(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
-    """As :func:`one_hot_area`, for labels that are known to be in 0 to C - 1."""
+    """Area fractions (B, C, h, w) of each class in the cells of a coarser grid, of labels (B, 1, H, W) in 0 to C - 1.
+
+    Fractions refer to the labelled part of a cell (label not 255): 1 in sum, 0 where nothing is labelled.
+    """
     one_hot = label == torch.arange(1, classes, device=label.device)[:, None, None]  # (B, 1, H, W) -> (B, C - 1, H, W)
     area = F.adaptive_avg_pool2d(one_hot.float(), size)
     known = F.adaptive_avg_pool2d((label != UNLABELLED).float(), size)
@@ -164,19 +158,17 @@ def area_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(logits.contiguous(), size)  # few channels: slow where they lie side by side
 
 
-def _is_finer(features: Tensor, size: tuple[int, int]) -> bool:
-    return features.shape[-2] >= size[0] and features.shape[-1] >= size[1]
-
-
 def pool_finer(features: Tensor, size: tuple[int, int]) -> Tensor:
     """Area-pool student features (B, C, H, W) that are finer than a grid (h, w); others pass through."""
-    return to_grid(features, size) if _is_finer(features, size) else features
+    height, width = features.shape[-2:]
+    if (height, width) == tuple(size) or height < size[0] or width < size[1]:
+        return features
+    return F.adaptive_avg_pool2d(features, size)
 
 
 def to_grid(features: Tensor, size: tuple[int, int]) -> Tensor:
     """Bring student features (B, C, H, W) to a grid (h, w): area-pooled down, bilinear up."""
-    if tuple(features.shape[-2:]) == tuple(size):
-        return features
-    if _is_finer(features, size):
-        return F.adaptive_avg_pool2d(features, size)
-    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+    pooled = pool_finer(features, size)
+    if tuple(pooled.shape[-2:]) == tuple(size):
+        return pooled
+    return F.interpolate(pooled, size=size, mode="bilinear", align_corners=False)

@@ -32,7 +32,7 @@ class MultiTaskDistiller(nn.Module):
         known: dict[tuple, nn.Module] = {}
 
         def one(module: nn.Module, *key: object) -> nn.Module:
-            shapes = tuple((name, tuple(value.shape)) for name, value in module.state_dict().items())
+            shapes = tuple((name, value.shape) for name, value in module.state_dict().items())
             return known.setdefault((*key, shapes), module)
 
         for distiller in distillers.values():
@@ -47,10 +47,9 @@ class MultiTaskDistiller(nn.Module):
         """Switch to training; frozen batch norms stay in evaluation mode."""
         super().train(mode)
         if mode and self.freeze_norms and self.warm:
-            for distiller in self.distillers.values():
-                for module in distiller.student.modules():
-                    if isinstance(module, nn.BatchNorm2d):
-                        module.eval()
+            for module in (m for d in self.distillers.values() for m in d.student.modules()):
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         return self
 
     def forward(self, task: str, batch: Batch, progress: float = 0.0) -> DistillationOutput:

@@ -117,22 +117,14 @@ def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
 
     def fit(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray, fold: int) -> None:
         weights = recipe.class_weights(dataset)
-        distiller = Distiller(network, batch_dice=recipe.batch_dice, class_weights=weights).to(
-            device, memory_format=torch.channels_last
-        )
+        distiller = Distiller(network, batch_dice=recipe.batch_dice, class_weights=weights)
+        distiller.to(device, memory_format=torch.channels_last)
         loader = recipe.loader(dataset, seed + fold, indices=indices, distributed=False)
         optimizer = recipe.optimizer(distiller)
         scheduler = recipe.scheduler(optimizer, epochs * len(loader))
-        trainer = DistillationTrainer(
-            device=device,
-            max_epochs=epochs,
-            train_data_loader=loader,
-            network=distiller,
-            optimizer=optimizer,
-            augmentation=recipe.augment(),
-            seed=seed + fold,
-            train_handlers=[LrScheduleHandler(scheduler, print_lr=False, epoch_level=False)],
-        )
+        options: dict[str, Any] = {"augmentation": recipe.augment(), "seed": seed + fold}
+        options["train_handlers"] = [LrScheduleHandler(scheduler, print_lr=False, epoch_level=False)]
+        trainer = DistillationTrainer(device, epochs, loader, distiller, optimizer, **options)
         trainer.logger.setLevel(logging.WARNING)
         with progress(total=epochs * len(loader), desc=f"cross-fit {title}, fold {fold + 1}") as bar:
             trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: bar.update(1))
@@ -142,11 +134,9 @@ def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
     def predict(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray) -> np.ndarray:
         where = next(network.parameters()).device
         network.eval()
-        parts = []
-        for start in range(0, len(indices), 16):
-            images = torch.cat([images_of(dataset, [i], where) for i in indices[start : start + 16]])
-            parts.append(area_logits(as_map(network(images)), answer_size(dataset)).cpu().numpy())
-        return np.concatenate(parts)
+        batches = (indices[start : start + 16].tolist() for start in range(0, len(indices), 16))
+        answers = (as_map(network(images_of(dataset, rows, where))) for rows in batches)
+        return np.concatenate([area_logits(logits, answer_size(dataset)).cpu().numpy() for logits in answers])
 
     return Method(fit, predict, {"recipe": recipe.describe(), "epochs": epochs})
 
@@ -159,14 +149,9 @@ def of_volumes(
 
     def fit(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray, fold: int) -> None:
         keys = ["image", "label"]
-        patches = Compose(
-            [
-                SpatialPadd(keys, patch_size),
-                RandCropByPosNegLabeld(keys, "label", patch_size, pos=2, neg=1, num_samples=PATCHES_PER_STEP),
-                RandScaleIntensityd("image", 0.15, 1.0),
-                RandShiftIntensityd("image", 0.1, prob=1.0),
-            ]
-        )
+        crop = RandCropByPosNegLabeld(keys, "label", patch_size, pos=2, neg=1, num_samples=PATCHES_PER_STEP)
+        light = RandScaleIntensityd("image", 0.15, 1.0), RandShiftIntensityd("image", 0.1, prob=1.0)
+        patches = Compose([SpatialPadd(keys, patch_size), crop, *light])
         patches.set_random_state(seed + fold)
         volumes = [(image, label) for _, image, label in _volumes(dataset, indices[dataset.has_label[indices]])]
         network.to(device, memory_format=torch.channels_last_3d).train()
@@ -205,8 +190,7 @@ def _volumes(dataset: DecodedDataset, indices: np.ndarray) -> Sequence[tuple[np.
     found = []
     for case in dict.fromkeys(dataset.cases[i] for i in indices):
         rows = np.flatnonzero(np.asarray(dataset.cases) == case)
-        image, label = (
-            torch.from_numpy(np.array(a[rows[0] : rows[-1] + 1, 0])) for a in (dataset.images, dataset.labels)
-        )
-        found.append((rows, image.float()[None] / 255, label.long()[None]))
+        slices = (array[rows[0] : rows[-1] + 1, 0] for array in (dataset.images, dataset.labels))
+        image, label = (torch.from_numpy(np.array(part))[None] for part in slices)
+        found.append((rows, image.float() / 255, label.long()))
     return found

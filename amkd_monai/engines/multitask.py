@@ -60,11 +60,9 @@ class MultiTaskTrainer(DistillationTrainer):
         train_handlers: Sequence | None = None,
     ) -> None:
         self.task_targets = {task: t if len(t) else None for task, t in targets.items()}
-        self.augmentations, self.numbers = dict(augmentations), dict(numbers)
-        self.norm_warmup_steps = norm_warmup_steps
-        super().__init__(
-            device, max_epochs, train_data_loader, network, optimizer, seed=seed, amp=amp, train_handlers=train_handlers
-        )
+        self.augmentations, self.numbers, self.norm_warmup_steps = dict(augmentations), dict(numbers), norm_warmup_steps
+        options: dict[str, Any] = {"seed": seed, "amp": amp, "train_handlers": train_handlers}
+        super().__init__(device, max_epochs, train_data_loader, network, optimizer, **options)
 
     def _start_epoch(self) -> None:
         self.data_loader.set_epoch(self.state.epoch)
@@ -128,13 +126,8 @@ class MultiTaskEvaluator(Evaluator):
         val_handlers: Sequence | None = None,
     ) -> None:
         self.evaluators, self.tasks = dict(evaluators), dict(tasks)
-        super().__init__(
-            device,
-            list(self.evaluators),
-            key_val_metric={"mean_over_tasks": Average(output_transform=lambda output: output["value"])},
-            val_handlers=val_handlers,
-            decollate=False,
-        )
+        mean = {"mean_over_tasks": Average(output_transform=lambda output: output["value"])}
+        super().__init__(device, list(self.evaluators), key_val_metric=mean, val_handlers=val_handlers, decollate=False)
 
     def _iteration(self, engine: Engine, batchdata: str) -> dict[str, Any]:
         evaluator, task = self.evaluators[batchdata], self.tasks[batchdata]
@@ -144,10 +137,8 @@ class MultiTaskEvaluator(Evaluator):
         name = evaluator.state.key_metric_name or reported  # an evaluation has a case report in place of a key metric
         value = float(found[name])
         if math.isnan(value):
-            raise ValueError(
-                f"The section of '{batchdata}' gives no {name}: it needs labelled cases of at least two classes, or "
-                "with foreground; change its split."
-            )
+            needs = "it needs labelled cases of at least two classes, or with foreground; change its split"
+            raise ValueError(f"The section of '{batchdata}' gives no {name}: {needs}.")
         engine.state.metrics |= {f"{batchdata}/{k}": v for k, v in found.items() if isinstance(v, (int, float))}
         return {"task": batchdata, "value": value}
 

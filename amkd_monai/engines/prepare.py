@@ -39,25 +39,18 @@ logger = logging.getLogger("amkd_monai")
 def cache_image_teacher(
     train: DecodedDataset,
     validation: DecodedDataset,
-    cache_dir: str,
-    device: torch.device | str,
     views: int,
-    cache_dtype: str,
     weights_dir: str | None,
-    batch_size: int | None,
     description: Mapping[str, Any],
-    part: Part = EVERYTHING,
+    **options: Any,
 ) -> tuple[Teacher, FeatureStore, FeatureStore]:
-    """Build an image teacher and its stores of the training and the validation section, the latter of one view.
+    """Build an image teacher and its stores of the training section and of one view of the validation section.
 
-    The arguments are those of :func:`prepare_teachers`; ``part`` is what this process computes.
+    ``options`` are those of :func:`~amkd_monai.cache.build.cache_teacher`.
     """
     teacher = build_teacher(description, weights_dir)
-    outputs, of_validation = (
-        cache_teacher(teacher, dataset, cache_dir, device, batch_size, stored, cache_dtype, part, description)
-        for dataset, stored in ((train, views), (validation, 1))
-    )
-    return teacher, outputs, of_validation
+    outputs = cache_teacher(teacher, train, views=views, description=description, **options)
+    return teacher, outputs, cache_teacher(teacher, validation, description=description, **options)
 
 
 def image_teachers(descriptions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -75,15 +68,8 @@ def build_cache(
 ) -> list[Path]:
     """Build the stores that a bundle's training will ask for, and return their folders.
 
-    Args:
-        bundle: folder with ``configs/train.json``.
-        settings: top-level settings that the run changes, such as ``dataset_dir`` or ``views``.
-        configs: further config files on top of ``train.json``.
-        part: what this process computes.
-        batch_size: images per forward of a teacher, as ``teacher_batch_size`` of :func:`prepare_teachers`.
-
-    Raises:
-        ValueError: not a training bundle, or an unknown setting.
+    ``settings`` are top-level settings that the run changes, ``configs`` files on top of ``configs/train.json``,
+    ``part`` is what this process computes, ``batch_size`` the ``teacher_batch_size`` of :func:`prepare_teachers`.
     """
     bundle = Path(bundle).expanduser()
     config = bundle / "configs" / "train.json"
@@ -94,17 +80,13 @@ def build_cache(
     if unknown := [key for key in settings if key not in parser.config]:
         raise ValueError(f"{bundle} has no setting '{unknown[0]}': use a top-level name of its train.json.")
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    for key, value in {"bundle_root": str(bundle), "device": own, **settings}.items():
-        parser[key] = value
+    parser.update({"bundle_root": str(bundle), "device": own, **settings})
     expand(parser)
-    names = ("cache_dir", "device", "views", "cache_dtype", "weights_dir")
-    options = {name: parser.get_parsed_content(name) for name in names}
-    train, validation = (parser.get_parsed_content(name) for name in ("train#dataset", "validation_data"))
-    cached = partial(cache_image_teacher, train, validation, batch_size=batch_size, part=part, **options)
-    stores: list[FeatureStore] = []
-    for description in image_teachers(parser.get_parsed_content("teachers")):
-        stores += cached(description=description)[1:]
-    return [store.directory for store in stores]
+    get, names = parser.get_parsed_content, ("train#dataset", "validation_data", "views", "weights_dir")
+    how = {"cache_dir": get("cache_dir"), "device": get("device"), "dtype": get("cache_dtype"), "part": part}
+    cached = partial(cache_image_teacher, *map(get, names), batch_size=batch_size, **how)
+    built = [cached(description=description)[1:] for description in image_teachers(get("teachers"))]
+    return [store.directory for stores in built for store in stores]
 
 
 def prepare_teachers(
@@ -146,31 +128,27 @@ def prepare_teachers(
             teachers that are not admitted; ``admitted``), ``margin`` (of the score), ``folds`` and ``epochs`` of the
             student's cross-fitting.
         weights_dir: folder searched first for the weights of foundation teachers.
-        views: stored views of every training image (:mod:`amkd_monai.cache.build`); with several, the student is shown
-            exactly these, and no other geometric change.
+        views: stored views of every training image; with several, the student is shown exactly these.
         cache_dtype: of stored feature maps, ``float16`` or ``int8``.
         teacher_batch_size: images per forward of a teacher, halved when memory runs out; None for 4 on a CPU, 64 on a
             GPU.
-
-    Raises:
-        ValueError: unknown kinds or options.
-        CheckpointError: a teacher's weights are missing or wrong.
     """
-    options: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": 3, "epochs": epochs}
-    unknown = set(admission_options or {}) - set(options)
-    options |= admission_options or {}
-    if unknown or options["mode"] not in ADMISSION_MODES or options["features"] not in ("all", "admitted"):
-        raise ValueError(
-            f"The admission options {admission_options} are not understood: use mode (one of "
-            f"{', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs."
-        )
-    where = (cache_dir, device, views, cache_dtype, weights_dir, teacher_batch_size)
-    cached = partial(cache_image_teacher, train, validation, *where)
+    known: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": 3, "epochs": epochs}
+    options = known | dict(admission_options or {})
+    if (
+        options.keys() - known.keys()
+        or options["mode"] not in ADMISSION_MODES
+        or options["features"] not in ("all", "admitted")
+    ):
+        use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
+        raise ValueError(f"The admission options {admission_options} are not understood: use {use}.")
+    how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
+    cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
     preparation = _Preparation(train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
     alone = image_teachers(teachers)
     if idist.get_world_size() > 1:
         for description in alone:
-            cached(description, Part(idist.get_rank(), idist.get_world_size()))
+            cached(description=description, part=Part(idist.get_rank(), idist.get_world_size()))
         idist.barrier()
     with idist.one_rank_first():
         scored = [preparation.scored_teacher(description) for description in teachers]
@@ -187,9 +165,9 @@ def prepare_teachers(
         admitted, why = decide(score, own, options["mode"], margin, teacher.kind)
         distilled = admitted or options["features"] == "all"
         parts = {"outputs": admitted, "features": distilled and teacher.features is not None}
-        decision = {"outputs_admitted": admitted, "admission_reason": why, "features_admitted": parts["features"]}
         named = " and ".join(part for part, is_taught in parts.items() if is_taught)
         logger.info("teacher %s teaches %s (%s)", teacher.name, named or "nothing", why)
+        decision = {f"{part}_admitted": is_taught for part, is_taught in parts.items()} | {"admission_reason": why}
         teacher = replace(teacher, admitted=admitted, record={**teacher.record, **decision})
         facts.append(teacher.record)
         if distilled:
@@ -224,10 +202,10 @@ class _Preparation:
         classes, *size = shape = target.answers.arrays["logits"].shape
         single = self.train.classes is not None
         if classes != self.train.num_classes or (size == [1, 1]) != single:
+            needed = f"{'one answer per image' if single else 'a map'} with {self.train.num_classes} classes"
             raise ValueError(
                 f"The teacher '{target.name}' gives logits of {classes} classes in {size} cells, the task asks for "
-                f"{'one answer per image' if single else 'a map of answers'} with {self.train.num_classes} classes: "
-                "give a teacher of this task, set its `own_answers` to false, or drop it."
+                f"{needed}: give a teacher of this task, set its `own_answers` to false, or drop it."
             )
         temperature = _temperature(of_validation, self.validation)
         score = score_answers(target.answers, self.train, temperature)
@@ -241,20 +219,12 @@ class _Preparation:
         if teacher.is_random:
             logger.warning("The teacher '%s' has RANDOM weights: this run is a test, not a result.", teacher.name)
         grid = outputs.arrays.get("grid")
-        record: dict[str, Any] = {
-            "name": teacher.name,
-            "kind": description["kind"],
-            "fingerprint": teacher.fingerprint,
-            "licence": teacher.licence,
-            "random_weights": teacher.is_random,
-            "weights": teacher.weights_file,
-            "stored": {
-                "views": outputs.views,
-                "dtype": "float16" if grid is None else grid.dtype,
-                "bytes_per_image": round(outputs.bytes_per_image),
-            },
-        }
-        target = TeacherTarget(teacher.name, kind=record["kind"], fingerprint=record["fingerprint"], record=record)
+        stored = {"views": outputs.views, "dtype": "float16" if grid is None else grid.dtype}
+        identity = {"kind": description["kind"], "fingerprint": teacher.fingerprint}
+        record: dict[str, Any] = {"name": teacher.name, **identity, "licence": teacher.licence}
+        record |= {"random_weights": teacher.is_random, "weights": teacher.weights_file}
+        record["stored"] = {**stored, "bytes_per_image": round(outputs.bytes_per_image)}
+        target = TeacherTarget(teacher.name, **identity, record=record)
         if grid is not None:
             mean, std = probes.channel_statistics(outputs)
             target = replace(target, grid=grid.shape, mean=mean, std=std, features=outputs)
@@ -275,14 +245,8 @@ class _Preparation:
         array, size = "grid", (features.arrays["grid"].shape[1], features.arrays["grid"].shape[2])
         if self.train.classes is not None:  # one answer per image, from the teacher's pooled vector
             array, size = "pooled", (1, 1)
-        key = {
-            "probe": f"linear-1-{array}",
-            "teacher": teacher.fingerprint,
-            "folds": self.folds,
-            "seed": self.seed,
-            "labels": self.train.hashes,
-            "labelled": np.flatnonzero(self.train.has_label).tolist(),
-        }
+        key = {"probe": f"linear-1-{array}", "teacher": teacher.fingerprint, "folds": self.folds, "seed": self.seed}
+        key |= {"labels": self.train.hashes, "labelled": np.flatnonzero(self.train.has_label).tolist()}
         train, validation = (
             answers_store(teacher.name, {**key, "of": section}, dataset, size, self.cache_dir)
             for section, dataset in (("train", self.train), ("validation", self.validation))
@@ -303,9 +267,7 @@ class _Preparation:
             raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
         if kind == "crossfit_volume_specialist":
             if self.train.classes is not None:
-                raise ValueError(
-                    f"The teacher '{name}' answers volumes with masks, this task asks for classes: drop it."
-                )
+                raise ValueError(f"The teacher '{name}' answers volumes with masks, not with classes: drop it.")
             patch = tuple(int(n) for n in description.get("patch_size", (64, 64, 64)))
             steps, rate = int(description.get("steps", 300)), float(description.get("learning_rate", 2e-3))
             method = crossfit.of_volumes(patch, steps, rate, self.seed, device)
@@ -314,10 +276,9 @@ class _Preparation:
             method = crossfit.of_students(self.recipe, epochs, self.seed, device, name)
         sections = (self.train, self.validation)
         answers, of_validation = crossfit.cross_fit(name, network, sections, method, folds, self.seed, self.cache_dir)
-        record = {"name": name, "kind": kind, "answers": f"cross-fitted in {folds} folds"}
-        record["fingerprint"] = answers.directory.name
-        target = TeacherTarget(name, kind=kind, fingerprint=answers.directory.name, answers=answers, record=record)
-        return target, of_validation
+        identity: dict[str, Any] = {"kind": kind, "fingerprint": answers.directory.name}
+        record = {"name": name, **identity, "answers": f"cross-fitted in {folds} folds"}
+        return TeacherTarget(name, **identity, answers=answers, record=record), of_validation
 
     def student_score(self, folds: int, epochs: int, goal: float) -> tuple[AnswerScore, int]:
         """Cross-fit the undistilled student with the run's own recipe; return its score and the length in epochs.
@@ -327,9 +288,8 @@ class _Preparation:
         """
         for length in dict.fromkeys((max(1, epochs // 4), epochs)):
             method = crossfit.of_students(self.recipe, length, self.seed, self.device, "undistilled student")
-            (answers,) = crossfit.cross_fit(
-                "student", self.student, (self.train,), method, folds, self.seed, self.cache_dir
-            )
+            of_run = ((self.train,), method, folds, self.seed, self.cache_dir)
+            (answers,) = crossfit.cross_fit("student", self.student, *of_run)
             # Dice of masks knows no temperature; the likelihood of classes does, and teachers are calibrated for it.
             temperature = 1.0 if self.train.classes is None else _temperature(answers, self.train)
             score = score_answers(answers, self.train, temperature)
@@ -391,6 +351,7 @@ def score_answers(store: FeatureStore, dataset: DecodedDataset, temperature: flo
         skill = 1 - cross_entropy / max(prior_entropy(dataset), 1e-6)
         auroc = macro_auroc(classes, logits.softmax(1).numpy())
         return AnswerScore(skill, cross_entropy, {"macro_auroc": auroc}, "skill")
+    foreground = torch.arange(1, dataset.num_classes)[:, None, None]
     overlap: dict[str, np.ndarray] = {}
     errors: list[float] = []
     for start in range(0, len(labelled), 32):
@@ -401,10 +362,9 @@ def score_answers(store: FeatureStore, dataset: DecodedDataset, temperature: flo
         errors += soft_cross_entropy(target, logits.log_softmax(1)).flatten(1).mean(1).tolist()
         answer = F.interpolate(logits, size=label.shape[-2:], mode="bilinear").argmax(1)
         for row, predicted, true in zip(rows, answer, label[:, 0], strict=True):
-            sums = overlap.setdefault(dataset.cases[row], np.zeros((dataset.num_classes - 1, 3)))
-            for c in range(1, dataset.num_classes):
-                p, t = (predicted == c) & (true != UNLABELLED), true == c
-                sums[c - 1] += [float((p & t).sum()), float(p.sum()), float(t.sum())]
+            p, t = (predicted == foreground) & (true != UNLABELLED), true == foreground  # (classes - 1, H, W)
+            sums = overlap.setdefault(dataset.cases[row], np.zeros((len(foreground), 3)))
+            sums += torch.stack([p & t, p, t], -1).sum((1, 2)).numpy()
     both, predicted_sum, true_sum = np.moveaxis(np.stack(list(overlap.values())), -1, 0)  # each (cases, classes - 1)
     valid = true_sum > 0
     dice = 2 * both[valid] / (predicted_sum + true_sum)[valid]
@@ -415,17 +375,10 @@ def score_answers(store: FeatureStore, dataset: DecodedDataset, temperature: flo
 def decide(
     score: AnswerScore | None, student: AnswerScore | None, mode: str, margin: float, kind: str
 ) -> tuple[bool, str]:
-    """Decide whether a teacher's answers are distilled, and say why, with both scores.
+    """Decide whether a teacher's answers are distilled, and say why, with its score and the undistilled student's.
 
-    Answers about whole images must beat the student's likelihood without ranking the cases worse: a cautious teacher
-    that tells the classes apart less well than its student is not one to learn from.
-
-    Args:
-        score: of the teacher's answers; None if it gives none.
-        student: of the undistilled student; None where it was not trained.
-        mode: one of ``ADMISSION_MODES``.
-        margin: by which the teacher must beat the student.
-        kind: of the teacher.
+    Answers about whole images must beat the student's likelihood by ``margin`` without ranking the cases worse: a
+    cautious teacher that tells the classes apart less well than its student is not one to learn from.
     """
     if score is None:
         return False, "it gives no answers"

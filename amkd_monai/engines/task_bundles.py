@@ -21,13 +21,7 @@ logger = logging.getLogger("amkd_monai")
 
 TEACHERS_ON = ("everywhere", "own_domain")
 LOAD = "amkd_monai.engines.handlers.LoadStudent"
-_OF_THE_WHOLE_RUN = {
-    "@best_student",
-    LOAD,
-    "ignite.handlers.ProgressBar",
-    "StatsHandler",
-    "TensorBoardStatsHandler",
-}
+_OF_THE_WHOLE_RUN = {"@best_student", LOAD, "ignite.handlers.ProgressBar", "StatsHandler", "TensorBoardStatsHandler"}
 """Handlers of a bundle that act on its own student's file or on logs; the shared run has its own."""
 
 
@@ -41,10 +35,8 @@ class TaskBundle:
         network = {k: self.get(f"network_def#{k}") for k in ("num_classes", "stride") if k in network}
         self.head = Head(self.task.kind, int(network["num_classes"]), int(network.get("stride", 4)))
         if self.head.classes != (labels := len(self.task.classes)):
-            raise ValueError(
-                f"The head of '{name}' has {self.head.classes} classes, its labels have {labels} "
-                f"({', '.join(self.task.classes)}): set network_def#num_classes to {labels}."
-            )
+            has = f"The head of '{name}' has {self.head.classes} classes, its labels have {labels}"
+            raise ValueError(f"{has} ({', '.join(self.task.classes)}): set network_def#num_classes to {labels}.")
 
     def with_student(self, view: nn.Module) -> TaskBundle:
         """Give the bundle its student."""
@@ -101,8 +93,8 @@ def open_tasks(
         tasks: {name: {"bundle": name or path of its bundle, and settings of that bundle that this run changes}}.
         bundle_root: the folder of the shared student's bundle; others lie next to it, or in ``bundles/`` of the current
             folder where it was copied away from them.
-        output_dir: each task gets a folder in it.
-        cache_dir: likewise; shared with the single runs, so that decoded images and caches are found again.
+        output_dir: each task gets a folder in it, as in ``cache_dir``, which single runs share.
+        cache_dir: likewise.
         settings: settings of all tasks, wherever a bundle has them; ``teachers`` may name their ``tasks``.
         only: names of the tasks of this run; None takes all.
         dataset_dir: folder that holds the data sets' folders; a task's own ``dataset_dir`` goes first.
@@ -130,14 +122,13 @@ def open_tasks(
         if place is None and dataset_dir and (dataset_dir / task.folder).is_dir():
             place = str(dataset_dir / task.folder)
         found[name] = find_dataset_dir(task.name, place) is not None
-        parser["dataset_dir"] = place
-        parser["output_dir"], parser["cache_dir"] = f"{output_dir}/{name}", f"{cache_dir}/{task.name}"
-        parser["teachers"] = teachers_of(name, teachers, teachers_on)
+        parser.update({"dataset_dir": place, "teachers": teachers_of(name, teachers, teachers_on)})
+        parser.update({"output_dir": f"{output_dir}/{name}", "cache_dir": f"{cache_dir}/{task.name}"})
     chosen = [name for name in tasks if only is None or name in only]
     missing = [name for name in chosen if not found[name] and any(found[n] for n in chosen)]
     for name in missing:
         logger.warning("NO DATA FOUND for the task '%s': this run goes on without it.", name)
-    numbers = {name: number for number, name in enumerate(tasks)}
+    numbers = dict(zip(tasks, range(len(tasks)), strict=True))
     return TaskSet({n: TaskBundle(n, parsers[n]) for n in chosen if n not in missing}, numbers, missing)
 
 
@@ -177,9 +168,8 @@ def _parser(
 ) -> ConfigParser:
     """Read a bundle's configs, put the settings of the run and of the task's entry on top, and give it the student."""
     bundle = str(entry.get("bundle", name))
-    folder = Path(bundle) if "/" in bundle else root.resolve().parent / bundle
-    if "/" not in bundle and not (folder / "configs").is_dir() and (Path("bundles") / bundle / "configs").is_dir():
-        folder = Path("bundles") / bundle
+    places = [Path(bundle)] if "/" in bundle else [root.resolve().parent / bundle, Path("bundles") / bundle]
+    folder = next((place for place in places if (place / "configs").is_dir()), places[0])
     files = [folder / "configs" / f"{config}.json" for config in configs]
     if absent := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(f"The task '{name}' has no {absent[0]}: correct `bundle` in its entry in `tasks`.")

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 
 from amkd_monai.cache.build import MATRIX, to_device
 from amkd_monai.cache.probes import pooled_features
-from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.augment import Augmentation, warp
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.sampling import BatchSampler
@@ -60,9 +59,6 @@ class Recipe:
         min_steps: steps that an epoch has at least, for few samples.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
         augmentation: options of :class:`amkd_monai.data.augment.Augmentation`.
-
-    Raises:
-        ValueError: a value is out of range, or not a number.
     """
 
     batch_size: int = 8
@@ -80,14 +76,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
-            value, whole = getattr(self, name), name in _WHOLE
+            value, whole = getattr(self, name), "whole " if name in _WHOLE else ""
             if name == "foreground_fraction" and value is None:
                 continue
             number = isinstance(value, int) or (isinstance(value, float) and not whole and math.isfinite(value))
             if not number or isinstance(value, bool) or not low <= value <= high:
-                raise ValueError(
-                    f"recipe#{name} is {value!r}: give a {'whole ' if whole else ''}number from {low} to {high}."
-                )
+                raise ValueError(f"recipe#{name} is {value!r}: give a {whole}number from {low} to {high}.")
 
     def describe(self) -> dict[str, Any]:
         """Return the recipe as plain data."""
@@ -106,39 +100,20 @@ class Recipe:
         distributed: bool = True,
         num_workers: int = 0,
     ) -> DataLoader:
-        """Return the loader of training batches.
+        """Return the loader of training batches; options as of :class:`BatchSampler`.
 
-        Args:
-            dataset: decoded training data.
-            seed: seed of the run.
-            use_unlabelled: draw unlabelled samples too.
-            indices: restrict to these samples.
-            distributed: give each process of torch.distributed its own part.
-            num_workers: loader processes; 0 is fastest for memory-mapped data.
+        ``distributed`` gives each process of torch.distributed its own part; 0 workers are fastest for mapped data.
         """
-        sampler = BatchSampler(
-            dataset.has_label,
-            dataset.has_foreground,
-            self.batch_size,
-            seed=seed,
-            use_unlabelled=use_unlabelled,
-            labelled_fraction=self.labelled_fraction,
-            foreground_fraction=self.foreground_fraction,
-            classes=dataset.classes,
-            class_balance=self.class_balance,
-            indices=indices,
-            min_steps=self.min_steps,
-            rank=idist.get_rank() if distributed else 0,
-            world_size=idist.get_world_size() if distributed else 1,
-        )
+        own = ("labelled_fraction", "foreground_fraction", "class_balance", "min_steps")
+        options: dict[str, Any] = {name: getattr(self, name) for name in own}
+        options |= {"use_unlabelled": use_unlabelled, "classes": dataset.classes, "indices": indices}
+        if distributed:
+            options |= {"rank": idist.get_rank(), "world_size": idist.get_world_size()}
+        sampler = BatchSampler(dataset.has_label, dataset.has_foreground, self.batch_size, seed, **options)
         return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers)
 
     def class_weights(self, dataset: DecodedDataset) -> Tensor | None:
-        """Return the weight of each class in the task's loss (C,), from its labelled samples; None for equal weights.
-
-        Raises:
-            ValueError: labels are masks.
-        """
+        """Return the weights of the classes in the task loss (C,), from labelled samples; None if equal."""
         if self.class_weighting == 0:
             return None
         if dataset.classes is None:
@@ -171,8 +146,8 @@ class TeacherTargets:
         teachers: those that teach.
         prior_entropy: entropy of the label prior of the training split, nats.
         record: facts for the run record; its ``teachers`` also describe those that teach nothing.
-        groups: group of each training sample; samples of one group are never contrasts of each other.
-        classes: class of each training sample, -1 where unknown; nor are samples of one class. None for masks.
+        groups: group of each training sample, as in :class:`~amkd_monai.distillation.SampleTable`.
+        classes: class of each training sample, -1 where unknown; None for masks.
     """
 
     def __init__(
@@ -196,10 +171,9 @@ class TeacherTargets:
         """Return the pooled features of all training samples if the contrastive loss is asked for, else None."""
         if not losses.get("contrastive") or not self.teachers:
             return None
-        numbers = {group: i for i, group in enumerate(dict.fromkeys(self.groups))}
+        groups = torch.from_numpy(np.unique(self.groups, return_inverse=True)[1]).long()
         vectors = {t.name: pooled_features(t.features) for t in self.teachers if t.features is not None}
-        classes = None if self.classes is None else torch.from_numpy(self.classes).long()
-        return SampleTable(vectors, torch.tensor([numbers[group] for group in self.groups], dtype=torch.long), classes)
+        return SampleTable(vectors, groups, None if self.classes is None else torch.from_numpy(self.classes).long())
 
     def pooled(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """Mean over the cells of the cached features of some samples, {teacher: (N, C) float32}."""
@@ -211,25 +185,14 @@ class TeacherTargets:
         variant = f", {self.views} views" if self.views > 1 else ""
         return [(t.name, t.fingerprint + variant, t.admitted) for t in self.teachers]
 
-    @property
-    def has_features(self) -> bool:
-        """Whether some teacher's feature maps are distilled."""
-        return any(t.features is not None for t in self.teachers)
-
     def view_matrices(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
-        """Affine matrices (B, 2, 3) that turn the image of a sample into the view of it that the teachers saw.
-
-        Raises:
-            ValueError: two stores hold different views of one image.
-        """
+        """Affine matrices (B, 2, 3) that turn the image of a sample into the view of it that the teachers saw."""
         several = [store for store in self._stores if store.views > 1]
-        first, *others = (store.read(MATRIX, indices, views) for store in several)
-        for store, matrices in zip(several[1:], others, strict=True):
-            if not np.allclose(first, matrices, atol=1e-6):
-                raise ValueError(
-                    f"{store.directory} and {several[0].directory} hold different views of one image: delete the older "
-                    "one to build it again."
-                )
+        first = several[0].read(MATRIX, indices, views)
+        for store in several[1:]:
+            if not np.allclose(first, store.read(MATRIX, indices, views), atol=1e-6):
+                both = f"{store.directory} and {several[0].directory}"
+                raise ValueError(f"{both} hold different views of one image: delete the older one to build it again.")
         return torch.from_numpy(first)
 
     def read(
@@ -241,27 +204,19 @@ class TeacherTargets:
     ) -> dict[str, dict[str, Tensor]]:
         """Return {teacher: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}} as float32, logits calibrated.
 
-        Args:
-            indices: B training samples.
-            device: of the result.
-            theta: (B, 2, 3) by which the images are warped; None for the images as they are.
-            views: the stored view of each sample that ``theta`` stands for: its maps are read as they are, and what is
-                stored for the image alone is warped. None warps everything.
+        ``theta`` (B, 2, 3) warps the images of the B samples. ``views`` are the stored views that ``theta`` stands for:
+        their maps are read as they are, and only what is stored for the image alone is warped.
         """
-
-        def maps(store: FeatureStore, array: str, temperature: float | None = None) -> Tensor:
-            stored = views if store.views > 1 else None
-            values = to_device(store.read(array, indices, 0 if stored is None else stored), device).float()
-            values = values if temperature is None else values / temperature
-            return values if theta is None or stored is not None else warp(values, theta)
-
-        targets: dict[str, dict[str, Tensor]] = {}
+        targets: dict[str, dict[str, Tensor]] = {teacher.name: {} for teacher in self.teachers}
         for teacher in self.teachers:
-            outputs = targets.setdefault(teacher.name, {})
-            if teacher.features is not None:
-                outputs["grid"] = maps(teacher.features, "grid")
-            if teacher.answers is not None:
-                outputs["logits"] = maps(teacher.answers, "logits", teacher.temperature)
+            for array, store in (("grid", teacher.features), ("logits", teacher.answers)):
+                if store is None:
+                    continue
+                stored = views if store.views > 1 else None
+                values = to_device(store.read(array, indices, 0 if stored is None else stored), device).float()
+                values = values / teacher.temperature if array == "logits" else values
+                warped = theta is not None and stored is None
+                targets[teacher.name][array] = warp(values, theta) if warped else values
         return targets
 
 
@@ -307,26 +262,15 @@ class DistillationTrainer(SupervisedTrainer):
     ) -> None:
         self.targets = targets if targets is not None and len(targets) else None
         self.augmentation = augmentation or Augmentation()
-        if self.targets is not None and self.targets.has_features and self.targets.views == 1:
+        teachers = [] if self.targets is None or self.targets.views > 1 else self.targets.teachers
+        if any(teacher.features is not None for teacher in teachers):
             self.augmentation.check_features(warped_features)
-        self.seed = seed
-        self.generator = torch.Generator()
-        self.faults = Faults()
-        super().__init__(
-            device=device,
-            max_epochs=max_epochs,
-            train_data_loader=train_data_loader,
-            network=network,
-            optimizer=optimizer,
-            loss_function=nn.Identity(),  # the distiller computes the loss
-            inferer=inferer,
-            postprocessing=postprocessing,
-            key_train_metric=key_train_metric,
-            train_handlers=train_handlers,
-            amp=amp,
-            decollate=postprocessing is not None,
-            optim_set_to_none=True,
-        )
+        self.seed, self.generator, self.faults = seed, torch.Generator(), Faults()
+        loss = nn.Identity()  # the distiller computes it
+        options: dict[str, Any] = {"inferer": inferer, "postprocessing": postprocessing, "amp": amp}
+        options |= {"key_train_metric": key_train_metric, "train_handlers": train_handlers, "optim_set_to_none": True}
+        options["decollate"] = postprocessing is not None
+        super().__init__(device, max_epochs, train_data_loader, network, optimizer, loss, **options)
         self.state.distillation = None
         if idist.get_rank() > 0:
             self.logger.setLevel("WARNING")
@@ -334,9 +278,8 @@ class DistillationTrainer(SupervisedTrainer):
 
     def _start_epoch(self) -> None:
         sampler = self.data_loader.batch_sampler
-        if isinstance(sampler, BatchSampler):
-            sampler.set_epoch(self.state.epoch)
-        self._seed_epoch(sampler.rank if isinstance(sampler, BatchSampler) else 0)
+        sampler.set_epoch(self.state.epoch)
+        self._seed_epoch(sampler.rank)
 
     def _seed_epoch(self, rank: int) -> None:
         """Make all that is random in this epoch follow from the seed, the epoch and the process."""
@@ -403,13 +346,12 @@ def distillation_batch(
     """
     image = data["image"].to(device).float() / 255
     label = data["label"].to(device)
-    indices, size = data["index"].tolist(), (image.shape[-2], image.shape[-1])
-    views: list[int] | None = None
+    indices, views = data["index"].tolist(), None
     if targets is not None and targets.views > 1:  # the student is shown what is stored
         views = torch.randint(targets.views, (len(image),), generator=generator).tolist()
         theta = targets.view_matrices(indices, views).to(device)
     else:
-        theta = augmentation.sample(len(image), size, generator).to(device)
+        theta = augmentation.sample(len(image), image.shape[-2:], generator).to(device)
     teachers = targets.read(indices, device, theta, views) if targets is not None else {}
     image = augmentation.photometric(warp(image, theta), generator)
     label = label.long() if label.ndim == 1 else warp(label.float(), theta, mode="nearest").round().long()

