@@ -70,18 +70,13 @@ def parser() -> argparse.ArgumentParser:
     export = add("export", _export, "a trained student alone, in several formats, each checked")
     export.add_argument("bundle", help="training bundle, such as bundles/kvasir_seg")
     export.add_argument("--to", required=True, help="folder to make")
-    export.add_argument(
-        "--formats",
-        default="ts,pt2,onnx,ort-int8",
-        help="some of them, or openvino, openvino-int8 (default: %(default)s)",
-    )
+    formats = "ts,pt2,onnx,ort-int8"
+    export.add_argument("--formats", default=formats, help="some of %(default)s (the default), openvino, openvino-int8")
     export.add_argument("--overlay", default="", help="configs the run had on top, such as volumes of bundles/covid")
     export.add_argument("--accept-loss", action="store_true", help="keep 8 bits whatever they cost")
     export.add_argument("--cases", type=_positive, default=100, help="validation images to check on, at most")
     export.add_argument("--calibration", type=_positive, default=32, help="training images for 8 bits, at most")
-    export.add_argument(
-        "--set", help="setting of the run: dataset_dir, ckpt_dir, output_dir, image_size=128", **SETTING
-    )
+    export.add_argument("--set", help="setting of the run, such as ckpt_dir=FOLDER or image_size=128", **SETTING)
 
     predict = add("predict", _predict, "masks or classes by an exported student, without torch")
     predict.add_argument("input", help="image, volume, folder of them, or folder of a DICOM series")
@@ -225,11 +220,11 @@ def _export(arguments: argparse.Namespace) -> None:
     from amkd_monai.export.formats import chosen_formats
 
     names = chosen_formats(arguments.formats)
-    from amkd_monai.export.bundle import Options, export_bundle
+    from amkd_monai.export.bundle import export_bundle
     from amkd_monai.export.source import Source
 
-    options = Options(names, arguments.accept_loss, arguments.cases, arguments.calibration)
-    written = export_bundle(Source(arguments.bundle, settings, arguments.overlay), to, options)
+    source = Source(arguments.bundle, settings, arguments.overlay)
+    written = export_bundle(source, to, names, arguments.accept_loss, arguments.cases, arguments.calibration)
     print(f"exported to {written}; card: {written / 'docs' / 'README.md'}")
 
 

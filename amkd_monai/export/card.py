@@ -25,21 +25,18 @@ INFERENCE, CARD = (Path(__file__).with_name(name) for name in ("inference.json",
 
 def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the contents of ``configs/`` by name; ``facts`` is the content of ``docs/export.json``."""
-    inference = json.loads(INFERENCE.read_text(encoding="utf-8"))
-    inference["suffixes"] = list(PICTURE_SUFFIXES if source.task.dimensions == 2 else VOLUME_SUFFIXES)
+    inference, task = json.loads(INFERENCE.read_text(encoding="utf-8")), source.task
+    inference["suffixes"] = list(PICTURE_SUFFIXES if task.dimensions == 2 else VOLUME_SUFFIXES)
     inference["preprocessing"]["transforms"] = source.transforms
     inference["inferer"] = source.inferer
     inference["postprocessing"]["transforms"] = source.postprocessing
-    if not source.task.is_classification:
+    if not task.is_classification:
         inference["handlers"] = []  # masks are saved by the postprocessing
     written = {row["name"] for row in facts["formats"]}
     parts = [t["applied_labels"] for t in source.postprocessing if t["_target_"] == "KeepLargestConnectedComponentd"]
     predict = {
         "version": VERSION,
-        "task": source.task.name,
-        "kind": source.task.kind,
-        "dimensions": source.task.dimensions,
-        "classes": list(source.task.classes),
+        **{"task": task.name, "kind": task.kind, "dimensions": task.dimensions, "classes": list(task.classes)},
         "models": {name: f"models/{FORMATS[name]}" for name in ("onnx", "ort-int8") if name in written},
         "steps": source.steps,
         "largest_component": [label for labels in parts for label in labels],
@@ -98,13 +95,7 @@ def format_cells(facts: dict[str, Any]) -> list[Sequence[str]]:
 
 
 def model_card(source: Source, facts: dict[str, Any], name: str) -> str:
-    """Return ``docs/README.md``.
-
-    Args:
-        source: the opened training bundle.
-        facts: content of ``docs/export.json``.
-        name: of the exported bundle's folder.
-    """
+    """Return ``docs/README.md``; ``facts`` is the content of ``docs/export.json``, ``name`` the folder's."""
     unknown = "not recorded: the run left no run.json"
     recorded, distillation = source.record.get("data", {}), source.record.get("distillation", {})
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)

@@ -135,17 +135,12 @@ def mask_uncertainty(probabilities: Tensor) -> float:
     For each foreground class, ``1 - 2 sum(p m) / (sum(p) + sum(m))`` with probability p and mask m; the mean of the
     classes. An image on which nothing is found has 1: it is worth a look.
 
-    Source: Borges et al., "Soft Dice Confidence", 2024, https://arxiv.org/abs/2402.10665.
-
-    Args:
-        probabilities: (C, H, W) or (C, D, H, W), softmax; channel 0 is background.
+    Source: Borges et al., "Soft Dice Confidence", 2024, https://arxiv.org/abs/2402.10665. ``probabilities`` is softmax,
+    (C, H, W) or (C, D, H, W); channel 0 is background.
     """
-    answer = probabilities.argmax(0)
-    values = []
-    for index in range(1, len(probabilities)):
-        probability, mask = probabilities[index].double(), (answer == index).double()
-        values.append(1 - 2 * (probability * mask).sum() / (probability.sum() + mask.sum()).clamp_min(1e-12))
-    return float(torch.stack(values).mean())
+    p = probabilities[1:].double().flatten(1)
+    m = (probabilities.argmax(0).flatten() == torch.arange(1, len(probabilities))[:, None]).double()
+    return float((1 - 2 * (p * m).sum(1) / (p.sum(1) + m.sum(1)).clamp_min(1e-12)).mean())
 
 
 def class_uncertainty(probabilities: Tensor) -> float:

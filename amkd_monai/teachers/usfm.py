@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from amkd_monai.teachers.base import TeacherFeatures, pool_to_grid
 from amkd_monai.teachers.official import (
+    COMMON,
     OfficialTeacher,
     OfficialWeights,
     fixed_initialisation,
@@ -43,7 +44,7 @@ class USFMTeacher(OfficialTeacher):
         embed_dim, depth, num_heads: size of the network; smaller ones are for tests.
     """
 
-    settings = ("taps",)
+    settings = (*COMMON, "taps")
 
     def __init__(
         self,
@@ -101,8 +102,8 @@ class USFMTeacher(OfficialTeacher):
         """Return the network's input (B, 3, S, S) for images (B, 3, H, W), RGB in [0, 1]."""
         if "decode_head" not in self.network:
             return super().prepare(image)
-        levels, size = (image.clamp(0, 1) * 255).round(), (self.image_size, self.image_size)
-        return imagenet_normalised(F.interpolate(levels, size=size, mode="bilinear", align_corners=False).round())
+        levels = _resize((image.clamp(0, 1) * 255).round(), (self.image_size, self.image_size))
+        return imagenet_normalised(levels.round())
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return grid (B, C, h, w), pooled (B, C) and, for a UPerNet, logits (B, classes, S/4, S/4)."""
@@ -148,8 +149,8 @@ def _conv(in_channels: int, channels: int, kernel: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(channels), relu=nn.ReLU()))
 
 
-def _resize(x: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 class UPerHead(nn.Module):
@@ -168,10 +169,10 @@ class UPerHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return logits (B, num_classes, h, w) at the size of the finest of four maps, finest first."""
-        coarsest = maps[-1]
-        scene = [coarsest, *(_resize(module(coarsest), coarsest) for module in self.psp_modules)]
+        scene = [maps[-1], *(_resize(module(maps[-1]), maps[-1].shape[-2:]) for module in self.psp_modules)]
         levels = [self.bottleneck(torch.cat(scene, dim=1))]
         for lateral, level in zip(reversed(self.lateral_convs), reversed(maps[:-1]), strict=True):
-            levels.insert(0, lateral(level) + _resize(levels[0], level))
+            levels.insert(0, lateral(level) + _resize(levels[0], level.shape[-2:]))
         fused = [conv(level) for conv, level in zip(self.fpn_convs, levels[:-1], strict=True)] + levels[-1:]
-        return self.conv_seg(self.fpn_bottleneck(torch.cat([_resize(level, fused[0]) for level in fused], dim=1)))
+        resized = torch.cat([_resize(level, fused[0].shape[-2:]) for level in fused], dim=1)
+        return self.conv_seg(self.fpn_bottleneck(resized))
