@@ -22,7 +22,6 @@ from amkd_monai.weights import file_sha256
 
 logger = logging.getLogger("amkd_monai")
 
-CONFIGS = ("metadata.json", "inference.json", "train.json")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SERVER = "AMKD_LABEL_SERVER"
 """Environment variable with the server's process id, for the trainers that it starts."""
@@ -115,11 +114,9 @@ def find_bundles(names: Sequence[str]) -> dict[str, Path]:
             known = ", ".join(sorted(path.parent.name for path in Path("bundles").glob("*/configs"))) or "none here"
             raise FileNotFoundError(f"There is no bundle '{name}': give a folder or one of bundles/ ({known}).")
         folder = folder.resolve()
-        for config in CONFIGS:
-            if not (folder / "configs" / config).is_file():
-                raise FileNotFoundError(f"{folder} is no training bundle, it lacks configs/{config}: give another.")
-        if not (model := folder / "models" / "model.pt").is_file():
-            raise FileNotFoundError(f"There is no trained student at {model}: train the bundle, or put one there.")
+        for file in (*(f"configs/{name}.json" for name in ("metadata", "inference", "train")), "models/model.pt"):
+            if not (folder / file).is_file():
+                raise FileNotFoundError(f"{folder} lacks {file}: train the bundle, or give another one.")
         if folder.name in found:
             raise ValueError(f"Two bundles are called '{folder.name}': rename one of the folders.")
         found[folder.name] = folder

@@ -35,9 +35,6 @@ class ServedStudent:
     The transforms are given the image file and nothing else: what a server adds to a request never reaches them. The
     weights are read again when ``models/model.pt`` has changed.
 
-    Args:
-        bundle: folder of the bundle.
-
     Attributes:
         task: of the bundle.
         model: the file of weights.

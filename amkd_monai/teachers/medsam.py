@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ logger = logging.getLogger("amkd_monai")
 
 PROMPTS = ("none", "whole_image", "label_box")
 PATCH = 16
+VIT_B = {"embed_dim": 768, "depth": 12, "num_heads": 12, "global_attn_indexes": (2, 5, 8, 11), "out_chans": 256}
 NO_OBJECT = -10.0
 """Foreground logit where the label is empty: there is no box to prompt with, and no object."""
 
@@ -68,9 +70,7 @@ class MedSAMTeacher(OfficialTeacher):
             label and admission by score does not say how well it would do without.
         image_size: official files know 1024 alone.
         grid_limit: 64 keeps the whole embedding.
-        embed_dim, depth, num_heads, global_blocks: size of the image encoder, and its blocks that attend to the whole
-            image; smaller ones are for tests.
-        prompt_dim: channels of the embedding, a multiple of 16.
+        sizes: options of the image encoder other than :data:`VIT_B`, for tests; ``out_chans`` a multiple of 16.
         precision: of the image encoder.
     """
 
@@ -85,11 +85,7 @@ class MedSAMTeacher(OfficialTeacher):
         prompt: str = "none",
         image_size: int = 1024,
         grid_limit: int = 16,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        global_blocks: tuple[int, ...] = (2, 5, 8, 11),
-        prompt_dim: int = 256,
+        sizes: Mapping[str, Any] | None = None,
         precision: str = "float32",
         licence: str = "Apache-2.0",
     ) -> None:
@@ -115,22 +111,13 @@ class MedSAMTeacher(OfficialTeacher):
                     f"{official.path} is for images resized to {trained * PATCH} pixels, not {image_size}: set "
                     f"`image_size` to it."
                 )
+        sizes = {**VIT_B, **(sizes or {})}
+        channels, norm = sizes["out_chans"], partial(nn.LayerNorm, eps=1e-6)
         with fixed_initialisation():
-            encoder = ImageEncoderViT(
-                img_size=image_size,
-                patch_size=PATCH,
-                embed_dim=embed_dim,
-                depth=depth,
-                num_heads=num_heads,
-                out_chans=prompt_dim,
-                norm_layer=partial(nn.LayerNorm, eps=1e-6),
-                use_rel_pos=True,
-                window_size=14,
-                global_attn_indexes=tuple(global_blocks),
-            )
-            prompts = PromptEncoder(prompt_dim, (side, side), (image_size, image_size), mask_in_chans=16)
-            transformer = TwoWayTransformer(depth=2, embedding_dim=prompt_dim, mlp_dim=2048, num_heads=8)
-            decoder = MaskDecoder(transformer_dim=prompt_dim, transformer=transformer)
+            encoder = ImageEncoderViT(image_size, PATCH, norm_layer=norm, use_rel_pos=True, window_size=14, **sizes)
+            prompts = PromptEncoder(channels, (side, side), (image_size, image_size), mask_in_chans=16)
+            transformer = TwoWayTransformer(depth=2, embedding_dim=channels, mlp_dim=2048, num_heads=8)
+            decoder = MaskDecoder(transformer_dim=channels, transformer=transformer)
         self.network = nn.ModuleDict({"image_encoder": encoder, "prompt_encoder": prompts, "mask_decoder": decoder})
         self.fill(official)
 

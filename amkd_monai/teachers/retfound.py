@@ -6,6 +6,7 @@ Zhou et al., A foundation model for generalizable disease detection from retinal
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ class RETFoundTeacher(OfficialTeacher):
         framing: ``crop`` as the authors do (the grid then covers the centre of the image alone), or ``squash``, whose
             grid covers the whole image: what a mask task needs.
         fc_norm_applications: 2 repeats upstream's double normalisation before the head, for files fine-tuned with it.
-        embed_dim, depth, num_heads: size of the network; smaller ones are for tests.
+        sizes: ``embed_dim``, ``depth`` and ``num_heads`` other than the official ones, for tests.
     """
 
     settings = (*COMMON, "variant", "fc_norm_applications")
@@ -61,9 +62,7 @@ class RETFoundTeacher(OfficialTeacher):
         framing: str = "crop",
         fc_norm_applications: int = 1,
         grid_limit: int = 16,
-        embed_dim: int = 1024,
-        depth: int = 24,
-        num_heads: int = 16,
+        sizes: Mapping[str, int] | None = None,
         precision: str = "float32",
         licence: str = "CC BY-NC 4.0",
     ) -> None:
@@ -91,9 +90,7 @@ class RETFoundTeacher(OfficialTeacher):
                 img_size=image_size,
                 num_classes=classes,
                 global_pool="avg" if "fc_norm.weight" in state else "token",
-                embed_dim=embed_dim,
-                depth=depth,
-                num_heads=num_heads,
+                **(sizes or {}),
             )
         if "pos_embed" in state:
             layout = "(1, 1 + n * n, channels) positions of n x n patches"

@@ -7,7 +7,7 @@ Xiao et al., Unified Perceptual Parsing for Scene Understanding, ECCV 2018 (UPer
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
@@ -41,7 +41,7 @@ class USFMTeacher(OfficialTeacher):
         image_size: None takes the size the file was trained for; others resize the tables of relative positions.
         num_classes: classes of a random UPerNet; a file decides by itself whether it has a head.
         taps: the blocks (from 0) whose outputs a UPerNet reads.
-        embed_dim, depth, num_heads: size of the network; smaller ones are for tests.
+        sizes: ``embed_dim``, ``depth`` and ``num_heads`` other than the official ones, for tests.
     """
 
     settings = (*COMMON, "taps")
@@ -54,16 +54,14 @@ class USFMTeacher(OfficialTeacher):
         num_classes: int = 0,
         taps: tuple[int, int, int, int] = (3, 5, 7, 11),
         grid_limit: int = 16,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
+        sizes: Mapping[str, int] | None = None,
         precision: str = "float32",
         licence: str = "CC BY-NC 4.0",
     ) -> None:
         super().__init__(name, licence, precision)
         self.taps, self.grid_limit = list(taps), grid_limit
         official = read_official("usfm", weights)
-        state, width, head = official.state, embed_dim, "decode_head.conv_seg.weight"
+        state, width, head = official.state, 0, "decode_head.conv_seg.weight"
         tables = [key for key in state if key.endswith(TABLE)]
         trained = max((_side(official, key) for key in tables), default=14)
         shared = not state or any(key.endswith(f"rel_pos_bias.{TABLE}") for key in tables)
@@ -81,16 +79,15 @@ class USFMTeacher(OfficialTeacher):
                 global_pool="token",
                 use_shared_rel_pos_bias=shared,
                 use_rel_pos_bias=not shared,
-                embed_dim=embed_dim,
-                depth=depth,
-                num_heads=num_heads,
+                **(sizes or {}),
             )
             self.network = nn.ModuleDict({"backbone": backbone})
             if num_classes:
                 backbone.norm = nn.Identity()
-                add_pyramid(backbone, embed_dim)
+                channels = backbone.embed_dim
+                add_pyramid(backbone, channels)
                 self.resize = "bilinear, squashed"  # its authors' segmentation code does not smooth
-                self.network["decode_head"] = UPerHead(embed_dim, width, num_classes)
+                self.network["decode_head"] = UPerHead(channels, width or channels, num_classes)
         for key in tables:
             rows = (2 * side - 1) ** 2 + 3
             state[key] = resize_rel_pos_bias_table(state[key], (side, side), (rows, state[key].shape[1]))

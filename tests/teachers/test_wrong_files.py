@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from teachers.tiny_teachers import TINY, official_state
+from teachers.tiny_teachers import SIZES, TINY, official_state
 
 from amkd_monai.teachers.base import build_teacher
 from amkd_monai.weights import CheckpointError, load_state_dict
@@ -185,5 +185,5 @@ def test_a_file_that_may_not_be_read_is_named(forbidden, as_nobody):
 
 def test_a_file_that_fits_another_size_of_the_network_is_named(tmp_path):
     torch.save(official_state("retfound"), tmp_path / "weights.pth")
-    assert "missing" in sentence("retfound", tmp_path / "weights.pth", depth=6)
-    assert "another shape" in sentence("retfound", tmp_path / "weights.pth", embed_dim=32)
+    assert "missing" in sentence("retfound", tmp_path / "weights.pth", sizes={**SIZES, "depth": 6})
+    assert "another shape" in sentence("retfound", tmp_path / "weights.pth", sizes={**SIZES, "embed_dim": 32})
