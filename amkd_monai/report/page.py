@@ -1,9 +1,12 @@
-"""From runs to one page: tables, figures and pictures, each a plain value for the template."""
+"""From the files of runs, read without torch, to one page: tables, figures and pictures as values for the template."""
 
 from __future__ import annotations
 
 import math
+import zipfile
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,85 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 import amkd_monai
+from amkd_monai.data.datasets import TASKS, Task
 from amkd_monai.metrics.classification import labels_and_probabilities, positive_classes
 from amkd_monai.metrics.compare import compare_runs
-from amkd_monai.metrics.summary import FEATURES, TEACHERS, preview_file
-from amkd_monai.report import figures, pictures
-from amkd_monai.report.run_folder import RunFolder, read_arrays, read_run
-from amkd_monai.storage import atomic_write_bytes
+from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS, preview_file, read_case_csv
+from amkd_monai.report import figures
+from amkd_monai.storage import atomic_write_bytes, read_json
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run.
+
+    Attributes:
+        name: shown name.
+        folder: where it lies.
+        task: what was asked.
+        record: ``run.json``; empty where missing.
+        metrics: ``metrics.json``; empty where missing.
+        history: columns of ``history.csv`` over epochs, NaN where a column has no value.
+        cases: rows of ``per_case.csv``.
+        missing: what the run lacks, one sentence each.
+    """
+
+    name: str
+    folder: Path
+    task: Task
+    record: dict[str, Any]
+    metrics: dict[str, Any]
+    history: dict[str, np.ndarray]
+    cases: list[dict[str, Any]]
+    missing: list[str]
+
+
+def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
+    """Read a run's output folder.
+
+    Raises:
+        FileNotFoundError: there is neither a run record nor an evaluation.
+        ValueError: a file is damaged, or the task is unknown.
+    """
+    folder = Path(folder)
+    record, metrics = read_json(folder / "run.json"), read_json(folder / "metrics.json")
+    task = metrics.get("task") or record.get("data", {}).get("task")
+    if task is None:
+        raise FileNotFoundError(f"{folder} holds neither run.json nor metrics.json: give the output folder of a run.")
+    if task not in TASKS:
+        raise ValueError(f"{folder} is a run of the unknown task '{task}': use the version that made it.")
+    cases, rows = (
+        read_case_csv(folder / file) if (folder / file).is_file() else [] for file in ("per_case.csv", "history.csv")
+    )
+    missing = []
+    if not metrics or not cases:
+        missing.append("This run was not evaluated: there are no scores and no cases. Run its evaluation.")
+    if not record:
+        missing.append("There is no run record (run.json): what was trained on what is not known here.")
+    elif record.get("status") != "completed":
+        missing.append(f"The training was broken off after epoch {record.get('epochs_done', 0)}: resume it.")
+    if len(rows) < 2:
+        missing.append("The training has one epoch: curves are points." if rows else "There is no history.csv.")
+    if cases and not (folder / PREVIEWS).is_dir():
+        missing.append("No pictures of the cases were kept: evaluate the run again to see them.")
+    history = {column: np.array([row[column] for row in rows], float) for column in (rows[0] if rows else ())}
+    return RunFolder(name or folder.name, folder, TASKS[task], record, metrics, history, cases, missing)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """Read an ``.npz`` file of a run; None where it was not kept.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged ({error}): make the run again.") from error
+
 
 SHOWN = {"worst": 6, "median": 3, "best": 3}
 """Cases that are shown of a run."""
@@ -285,20 +361,20 @@ def _chosen_cases(run: RunFolder, ranked: Sequence[dict[str, Any]]) -> list[dict
 
 def _views(preview: dict[str, np.ndarray]) -> dict[str, list[str]]:
     """Pictures of a case, and of a volume its slices."""
-    views, slices = [pictures.enlarged(preview["image"][0])[0]], []
+    views, slices = [figures.enlarged(preview["image"][0])[0]], []
     if "cam" in preview:
-        views.append(pictures.tinted(preview["image"][0], preview["cam"][0]))
+        views.append(figures.tinted(preview["image"][0], preview["cam"][0]))
     elif "prediction" in preview:
         parts = (preview["image"], preview["reference"], preview["prediction"])
-        slices = [pictures.outlined(*masks) for masks in zip(*parts, strict=True)]
+        slices = [figures.outlined(*masks) for masks in zip(*parts, strict=True)]
         if "plane0" not in preview:
             views, slices = [*views, *slices], []
         else:
             planes = [[preview[f"{name}{a}"] for name in ("plane", "reference", "prediction")] for a in range(3)]
-            views = [np.rot90(pictures.outlined(*plane)) for plane in planes]
+            views = [np.rot90(figures.outlined(*plane)) for plane in planes]
     return {
-        "views": [pictures.data_uri(picture) for picture in views],
-        "slices": [pictures.data_uri(np.rot90(picture)) for picture in slices],
+        "views": [figures.data_uri(picture) for picture in views],
+        "slices": [figures.data_uri(np.rot90(picture)) for picture in slices],
     }
 
 
@@ -312,7 +388,7 @@ def _teacher_rows(run: RunFolder) -> tuple[list[str], list[list[str]]]:
     columns += [f"weight of {n[7:]}" for n in weights]
     rows = []
     for i, image in enumerate(arrays["image"]):
-        row = [pictures.outlined(image, arrays["label"][i], None), pictures.tinted(image, arrays["student"][i])]
-        row += [pictures.tinted(image, arrays[name][i]) for name in (*answers, *weights)]
-        rows.append([pictures.data_uri(picture, 70) for picture in row])
+        row = [figures.outlined(image, arrays["label"][i], None), figures.tinted(image, arrays["student"][i])]
+        row += [figures.tinted(image, arrays[name][i]) for name in (*answers, *weights)]
+        rows.append([figures.data_uri(picture, 70) for picture in row])
     return columns, rows

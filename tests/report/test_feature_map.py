@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from amkd_monai.report.figures import plane
-from amkd_monai.report.page import feature_maps
-from amkd_monai.report.run_folder import read_run
+from amkd_monai.report.page import feature_maps, read_run
 
 
 def groups(count: int, channels: int = 12, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
