@@ -16,31 +16,26 @@ CACHE = "bundles/.cache"
 SETTING: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
 
 
-class CommandParser(argparse.ArgumentParser):
-    """Argument parser that adds ``--quiet`` and ``--verbose`` to itself and to all sub-commands."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        # no default: the default of a sub-command would replace an option given before its name
-        common: dict[str, Any] = {"action": "store_const", "dest": "verbosity", "default": argparse.SUPPRESS}
-        verbosity = self.add_mutually_exclusive_group()
-        verbosity.add_argument("--quiet", const="quiet", help="results and warnings only, no progress", **common)
-        verbosity.add_argument("--verbose", const="verbose", help="every step, and errors with their trace", **common)
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser of all commands."""
-    top = CommandParser(prog="python -m amkd_monai", description=amkd_monai.__doc__)
+    common = argparse.ArgumentParser(add_help=False)
+    verbosity = common.add_mutually_exclusive_group()
+    # no default: the default of a sub-command would replace an option given before its name
+    level: dict[str, Any] = {"action": "store_const", "dest": "verbosity", "default": argparse.SUPPRESS}
+    verbosity.add_argument("--quiet", const="quiet", help="results and warnings only, no progress", **level)
+    verbosity.add_argument("--verbose", const="verbose", help="every step, and errors with their trace", **level)
+    top = argparse.ArgumentParser("python -m amkd_monai", description=amkd_monai.__doc__, parents=[common])
     top.add_argument("--version", action="version", version=amkd_monai.__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int | None], text: str, to: Any = commands) -> CommandParser:
-        command: CommandParser = to.add_parser(name, help=text)
+    def add(name: str, run: Callable[[argparse.Namespace], int | None], text: str, to: Any = commands) -> Any:
+        command = to.add_parser(name, help=text, parents=[common])
         command.set_defaults(run=run)
         return command
 
     def group(name: str, text: str) -> Any:
-        return commands.add_parser(name, help=text).add_subparsers(dest="action", required=True, metavar="ACTION")
+        parent = commands.add_parser(name, help=text, parents=[common])
+        return parent.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     teachers = add("teachers", _teachers, "which teachers are usable here, and how to get the others")
     teachers.add_argument("--weights_dir", help="folder of weight files (default: $AMKD_WEIGHTS, then weights/)")
@@ -169,13 +164,11 @@ def _teachers(arguments: argparse.Namespace) -> None:
 
 
 def _fetch(arguments: argparse.Namespace) -> None:
-    from amkd_monai.teachers.catalogue import entry
+    from amkd_monai.teachers.catalogue import entry, fetch
 
     teacher = entry(arguments.teacher)
     if not teacher.hub:
         raise ValueError(f"{teacher.name} cannot be fetched from here: get it by hand ({teacher.source}).")
-    from amkd_monai.teachers.catalogue import fetch
-
     print(f"{fetch(teacher.hub, teacher.hub_files)} (licence: {teacher.licence})")
 
 

@@ -71,14 +71,9 @@ class ServedStudent:
     def replace(self, file: Path, record: Path | None = None) -> None:
         """Serve the weights of a file from now on, and keep those before as ``models/previous.pt``.
 
-        Args:
-            file: the weights.
-            record: of the run that trained them; None keeps the record that is there.
-
-        Raises:
-            CheckpointError: the file does not fit the network; nothing has changed then.
+        ``record`` is of the run that trained them; without it, the record that is there stays.
         """
-        load_strict(copy.deepcopy(self._network), load_state_dict(file), file)
+        load_strict(copy.deepcopy(self._network), load_state_dict(file), file)  # refuses before anything changes
         copies = {"previous.pt": self.model, self.model.name: file, runs.RECORD: record}
         for name, source in copies.items():
             if source is not None and source.is_file():
@@ -86,14 +81,7 @@ class ServedStudent:
                     shutil.copyfile(source, temporary)
 
     def answer(self, image: str | Path) -> Tensor:
-        """Answer as offline inference does.
-
-        Returns:
-            A label map (H, W) or (D, H, W), uint8, on the grid of the file, or the probability of each class (C,).
-
-        Raises:
-            ValueError: the file is of another kind, or damaged.
-        """
+        """Answer as offline inference does: a label map (H, W) or (D, H, W), uint8, or class probabilities (C,)."""
         result = torch.as_tensor(self._after(self._probabilities(image))["pred"]).cpu()
         return result if self.task.is_classification else result[0]
 
