@@ -56,7 +56,7 @@ def serve(bundles: Sequence[str], studies: str, host: str, port: int, work: str 
     try:
         socket.create_server((host, port)).close()  # ten seconds of imports come before the server's own attempt
     except (OSError, OverflowError) as error:
-        raise RuntimeError(f"Port {port} of {host} cannot be used ({error}): give another --port or --host.") from error
+        raise OSError(f"Port {port} of {host} cannot be used ({error}): give another --port or --host.") from error
     with exclusive_lock(work / ".lock"):
         prepare(found, work)
         _start(work, studies, host, port)

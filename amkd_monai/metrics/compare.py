@@ -66,8 +66,8 @@ def compare_runs(
         minus reference) with ``ci_low`` and ``ci_high`` (95 %), ``test``, its two-sided ``p``, and ``p_holm``.
 
     Raises:
-        ValueError: a file lacks the metric, repeats a case, or does not have the cases and labels of the reference; or
-            the metric is unknown.
+        ValueError: a file lacks the metric, repeats a case, or does not have the cases and labels (of
+            masks: their sizes) of the reference; or the metric is unknown.
     """
     classes = task if task is not None and task.is_classification else None
     if classes is not None and metric not in (None, *class_metrics(classes)):
@@ -85,6 +85,14 @@ def compare_runs(
             raise ValueError(
                 f"Cannot pair the run '{name}' with the reference, {len(unpaired)} case(s) are only in one of them: "
                 f"{some(map(' '.join, unpaired))}."
+            )
+        sizes = (
+            (case, row.get("reference_volume"), other[case].get("reference_volume")) for case, row in reference.items()
+        )
+        if changed := [" ".join(case) for case, now, then in sizes if None not in (now, then) and not _same(now, then)]:
+            raise ValueError(
+                f"The run '{name}' was scored on other labels than the reference, {len(changed)} case(s) differ in "
+                f"size: {some(changed)}. Compare runs on the same data."
             )
         if classes is not None:
             found = _compare_classes(other, reference, metric, classes, name)
@@ -147,6 +155,10 @@ def _compare_classes(
         row |= {"mean": mean, "difference": difference, "ci_low": low, "ci_high": high, "p": chance, "test": test}
         rows.append(row)
     return rows
+
+
+def _same(now: Any, then: Any) -> bool:
+    return bool(np.isclose(float(now), float(then), rtol=1e-3, equal_nan=True))
 
 
 def _load(path: str | Path, columns: Sequence[str], key: Sequence[str]) -> dict[Key, Row]:
