@@ -17,31 +17,26 @@ CACHE = "bundles/.cache"
 SETTING: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
 
 
-class CommandParser(argparse.ArgumentParser):
-    """Argument parser that adds ``--quiet`` and ``--verbose`` to itself and to all sub-commands."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        # no default: the default of a sub-command would replace an option given before its name
-        common: dict[str, Any] = {"action": "store_const", "dest": "verbosity", "default": argparse.SUPPRESS}
-        verbosity = self.add_mutually_exclusive_group()
-        verbosity.add_argument("--quiet", const="quiet", help="results and warnings only, no progress", **common)
-        verbosity.add_argument("--verbose", const="verbose", help="every step, and errors with their trace", **common)
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser of all commands."""
-    top = CommandParser(prog="python -m amkd_monai", description=amkd_monai.__doc__)
+    common = argparse.ArgumentParser(add_help=False)
+    verbosity = common.add_mutually_exclusive_group()
+    # no default: the default of a sub-command would replace an option given before its name
+    level: dict[str, Any] = {"action": "store_const", "dest": "verbosity", "default": argparse.SUPPRESS}
+    verbosity.add_argument("--quiet", const="quiet", help="results and warnings only, no progress", **level)
+    verbosity.add_argument("--verbose", const="verbose", help="every step, and errors with their trace", **level)
+    top = argparse.ArgumentParser("python -m amkd_monai", description=amkd_monai.__doc__, parents=[common])
     top.add_argument("--version", action="version", version=amkd_monai.__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int | None], text: str, to: Any = commands) -> CommandParser:
-        command: CommandParser = to.add_parser(name, help=text)
+    def add(name: str, run: Callable[[argparse.Namespace], int | None], text: str, to: Any = commands) -> Any:
+        command = to.add_parser(name, help=text, parents=[common])
         command.set_defaults(run=run)
         return command
 
     def group(name: str, text: str) -> Any:
-        return commands.add_parser(name, help=text).add_subparsers(dest="action", required=True, metavar="ACTION")
+        parent = commands.add_parser(name, help=text, parents=[common])
+        return parent.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     teachers = add("teachers", _teachers, "which teachers are usable here, and how to get the others")
     teachers.add_argument("--weights_dir", help="folder of weight files (default: $AMKD_WEIGHTS, then weights/)")
@@ -71,18 +66,13 @@ def parser() -> argparse.ArgumentParser:
     export = add("export", _export, "a trained student alone, in several formats, each checked")
     export.add_argument("bundle", help="training bundle, such as bundles/kvasir_seg")
     export.add_argument("--to", required=True, help="folder to make")
-    export.add_argument(
-        "--formats",
-        default="ts,pt2,onnx,ort-int8",
-        help="some of them, or openvino, openvino-int8 (default: %(default)s)",
-    )
+    formats = "ts,pt2,onnx,ort-int8"
+    export.add_argument("--formats", default=formats, help="some of %(default)s (the default), openvino, openvino-int8")
     export.add_argument("--overlay", default="", help="configs the run had on top, such as volumes of bundles/covid")
     export.add_argument("--accept-loss", action="store_true", help="keep 8 bits whatever they cost")
     export.add_argument("--cases", type=_positive, default=100, help="validation images to check on, at most")
     export.add_argument("--calibration", type=_positive, default=32, help="training images for 8 bits, at most")
-    export.add_argument(
-        "--set", help="setting of the run: dataset_dir, ckpt_dir, output_dir, image_size=128", **SETTING
-    )
+    export.add_argument("--set", help="setting of the run, such as ckpt_dir=FOLDER or image_size=128", **SETTING)
 
     predict = add("predict", _predict, "masks or classes by an exported student, without torch")
     predict.add_argument("input", help="image, volume, folder of them, or folder of a DICOM series")
@@ -175,13 +165,11 @@ def _teachers(arguments: argparse.Namespace) -> None:
 
 
 def _fetch(arguments: argparse.Namespace) -> None:
-    from amkd_monai.teachers.catalogue import entry
+    from amkd_monai.teachers.catalogue import entry, fetch
 
     teacher = entry(arguments.teacher)
     if not teacher.hub:
         raise ValueError(f"{teacher.name} cannot be fetched from here: get it by hand ({teacher.source}).")
-    from amkd_monai.teachers.catalogue import fetch
-
     print(f"{fetch(teacher.hub, teacher.hub_files)} (licence: {teacher.licence})")
 
 
@@ -229,11 +217,11 @@ def _export(arguments: argparse.Namespace) -> None:
     from amkd_monai.export.formats import chosen_formats
 
     names = chosen_formats(arguments.formats)
-    from amkd_monai.export.bundle import Options, export_bundle
+    from amkd_monai.export.bundle import export_bundle
     from amkd_monai.export.source import Source
 
-    options = Options(names, arguments.accept_loss, arguments.cases, arguments.calibration)
-    written = export_bundle(Source(arguments.bundle, settings, arguments.overlay), to, options)
+    source = Source(arguments.bundle, settings, arguments.overlay)
+    written = export_bundle(source, to, names, arguments.accept_loss, arguments.cases, arguments.calibration)
     print(f"exported to {written}; card: {written / 'docs' / 'README.md'}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from types import TracebackType
 
 from amkd_monai.terminal import print_any_name
@@ -21,12 +22,9 @@ def root_cause(error: BaseException) -> BaseException:
 
 def is_own(error: BaseException) -> bool:
     """Whether this package's code raised the error, as a sentence for the user."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    raised_in = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     expected = isinstance(error, EXPECTED) or type(error).__module__.startswith("amkd_monai")
-    return expected and raised_in.startswith("amkd_monai")
+    return expected and bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("amkd_monai")
 
 
 def report_plainly() -> None:
@@ -38,8 +36,7 @@ def report_plainly() -> None:
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        cause = root_cause(error)
-        if is_own(cause):
+        if is_own(cause := root_cause(error)):
             print(f"error: {cause}", file=sys.stderr)
         else:
             previous(kind, error, trace)

@@ -45,46 +45,30 @@ REPEATS = 20
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to export.
+class Row:
+    """What was measured about one format."""
 
-    Attributes:
-        formats: as from :py:func:`amkd_monai.export.formats.chosen_formats`.
+    name: str  # ``eager`` is the student itself
+    megabytes: float
+    p50: float  # latency of one image, ms, like ``p95``
+    p95: float
+    memory: float | None  # peak of a fresh process that answers one image, MB; None for the student itself
+    difference: float  # largest, of a probability from the student's
+    metric: float | None  # mean Dice over cases with foreground, or macro AUC; None where the cases do not define it
+
+
+def export_bundle(
+    source: Source, to: str | Path, names: Sequence[str], accept_loss: bool, cases: int, calibration: int
+) -> Path:
+    """Export a student to a new folder and print how each format compares with it.
+
+    Args:
+        source: the opened training bundle.
+        to: new folder.
+        names: formats, as from :py:func:`amkd_monai.export.formats.chosen_formats`.
         accept_loss: keep 8 bits whatever they cost.
         cases: validation images that each format answers, at most.
         calibration: training images that calibrate 8 bits, at most.
-    """
-
-    formats: list[str]
-    accept_loss: bool = False
-    cases: int = 100
-    calibration: int = 32
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured about one format.
-
-    Attributes:
-        name: of the format; ``eager`` is the student itself.
-        megabytes: size of the file.
-        p50, p95: latency of one image, ms.
-        memory: peak of a fresh process that answers one image, MB; None for the student itself.
-        difference: largest difference of a probability from the student's.
-        metric: mean Dice over cases with foreground, or macro AUC; None where the cases do not define it.
-    """
-
-    name: str
-    megabytes: float
-    p50: float
-    p95: float
-    memory: float | None
-    difference: float
-    metric: float | None
-
-
-def export_bundle(source: Source, to: str | Path, options: Options) -> Path:
-    """Export a student to a new folder and print how each format compares with it.
 
     Raises:
         ValueError: a format does not answer as the student does.
@@ -92,7 +76,7 @@ def export_bundle(source: Source, to: str | Path, options: Options) -> Path:
     """
     to = Path(to)
     with atomic_folder(to) as folder:
-        facts = _write_models(source, folder / "models", options)
+        facts = _write_models(source, folder / "models", names, accept_loss, cases, calibration)
         for name, content in configs(source, facts).items():
             atomic_write_json(folder / "configs" / f"{name}.json", content)
         atomic_write_json(folder / "docs" / "export.json", facts)
@@ -108,27 +92,29 @@ def export_bundle(source: Source, to: str | Path, options: Options) -> Path:
     return to
 
 
-def _write_models(source: Source, folder: Path, options: Options) -> dict[str, Any]:
+def _write_models(
+    source: Source, folder: Path, names: Sequence[str], accept_loss: bool, most_cases: int, most_calibration: int
+) -> dict[str, Any]:
     """Write and check every format; return the content of ``export.json``."""
     folder.mkdir()
-    cases = [source.case(item) for item in spread(source.data.validation, options.cases)]
-    formats.check_size(options.formats, cases[0].batch.shape[-2:])
+    cases = [source.case(item) for item in spread(source.data.validation, most_cases)]
+    formats.check_size(names, cases[0].batch.shape[-2:])
     run = torch_runner(source.student)
     expected = [_probabilities(run, case) for case in cases]
     torch.save(source.state, folder / "model.pt")
-    size = (folder / "model.pt").stat().st_size
-    rows = [_measure("eager", run, size, None, cases, expected, source.task)]
-    calibration = spread(source.data.train, options.calibration) if any(map(formats.is_int8, options.formats)) else []
+    rows = [_measure("eager", run, folder / "model.pt", None, cases, expected, source.task)]
+    calibration = spread(source.data.train, most_calibration) if any(map(formats.is_int8, names)) else []
     slices: list[np.ndarray] = []
     for item in calibration:
         batch = source.case(item).batch
-        chosen = np.linspace(0, len(batch) - 1, min(len(batch), CALIBRATION_SLICES), dtype=int)
-        slices += [batch[i : i + 1] for i in chosen]
+        slices += [
+            batch[i : i + 1] for i in np.linspace(0, len(batch) - 1, min(len(batch), CALIBRATION_SLICES), dtype=int)
+        ]
     image, threads = np.ascontiguousarray(cases[0].batch[:1]), torch.get_num_threads()
-    for name in progress(options.formats, desc="export"):
+    for name in progress(names, desc="export"):
         path = formats.write(name, source.student, torch.from_numpy(image), folder, slices)
-        size, memory = formats.file_size(path), peak_memory(name, path, image, threads)
-        rows.append(_measure(name, runner(name, path, threads), size, memory, cases, expected, source.task))
+        memory = peak_memory(name, path, image, threads)
+        rows.append(_measure(name, runner(name, path, threads), path, memory, cases, expected, source.task))
     facts = {
         "formats": [asdict(row) for row in rows],
         "threads": threads,
@@ -138,7 +124,7 @@ def _write_models(source: Source, folder: Path, options: Options) -> dict[str, A
         "input_shape": list(cases[0].batch.shape[1:]),
     }
     print(align(format_cells(facts)), f"(one image, CPU, threads: {threads})", sep="\n")
-    facts["remarks"] = [r for row in rows[1:] if (r := judge(row, rows[0], options.accept_loss))]
+    facts["remarks"] = [r for row in rows[1:] if (r := judge(row, rows[0], accept_loss))]
     for remark in facts["remarks"]:
         print(remark)
     return facts
@@ -151,15 +137,9 @@ def _probabilities(run: Runner, case: Case) -> np.ndarray:
 
 
 def _measure(
-    name: str,
-    run: Runner,
-    size: int,
-    memory: float | None,
-    cases: Sequence[Case],
-    expected: Sequence[np.ndarray],
-    task: Task,
+    name: str, run: Runner, path: Path, memory: float | None, cases: list[Case], expected: list[np.ndarray], task: Task
 ) -> Row:
-    """Measure a format of ``size`` bytes against the student's probabilities, ``expected``."""
+    """Measure a format against the student's probabilities, ``expected``."""
     answers = [_probabilities(run, case) for case in cases]
     difference = max(float(np.abs(a - e).max()) for a, e in zip(answers, expected, strict=True))
     image, times = np.ascontiguousarray(cases[0].batch[:1]), []
@@ -167,26 +147,24 @@ def _measure(
         start = time.perf_counter()
         run(image)
         times.append((time.perf_counter() - start) * 1e3)
-    p50, p95 = map(float, np.percentile(times[3:], (50, 95)))  # the first are a warm-up
-    metric = _score(answers, cases, task)
-    return Row(name, size / 1e6, p50, p95, memory, difference, None if math.isnan(metric) else metric)
+    p50, p95 = np.percentile(times[3:], (50, 95)).tolist()  # the first are a warm-up
+    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]  # OpenVINO keeps weights aside
+    size = sum(file.stat().st_size for file in files) / 1e6
+    return Row(name, size, p50, p95, memory, difference, _score(answers, cases, task))
 
 
-def _score(answers: Sequence[np.ndarray], cases: Sequence[Case], task: Task) -> float:
-    """Macro AUC of the probabilities, or the mean Dice of cases, at the network's resolution."""
+def _score(answers: Sequence[np.ndarray], cases: Sequence[Case], task: Task) -> float | None:
+    """Macro AUC of the probabilities, or the mean Dice of cases, at the network's resolution; None if undefined."""
     if task.is_classification:
-        return macro_auroc([int(case.label) for case in cases], np.concatenate(answers))
+        area = macro_auroc([int(case.label) for case in cases], np.concatenate(answers))
+        return None if math.isnan(area) else area
     values = []
     for answer, case in zip(answers, cases, strict=True):
-        found = answer.argmax(1)
-        dices = []
-        for label in range(1, len(task.classes)):
-            a, b = (found == label) & (case.label != IGNORED), case.label == label
-            if b.any():
-                dices.append(2 * np.logical_and(a, b).sum() / (a.sum() + b.sum()))
-        if dices:
+        found = np.where(case.label == IGNORED, IGNORED, answer.argmax(1))
+        masks = ((found == label, case.label == label) for label in range(1, len(task.classes)))
+        if dices := [2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in masks if b.any()]:
             values.append(float(np.mean(dices)))
-    return float(np.mean(values)) if values else math.nan
+    return float(np.mean(values)) if values else None
 
 
 def judge(row: Row, student: Row, accept_loss: bool) -> str:
@@ -198,10 +176,8 @@ def judge(row: Row, student: Row, accept_loss: bool) -> str:
     is_int8 = formats.is_int8(row.name)
     tolerance = 1.0 if is_int8 else TOLERANCE  # 1: not a number is refused for 8 bits too
     if not row.difference <= tolerance:
-        raise ValueError(
-            f"The format {row.name} differs from the PyTorch student by {row.difference:.2g} in a probability, more "
-            f"than {tolerance:g}: nothing was exported; leave it out with --formats."
-        )
+        difference = f"by {row.difference:.2g} in a probability, more than {tolerance:g}"
+        raise ValueError(f"The format {row.name} differs from the PyTorch student {difference}: use other --formats.")
     if not is_int8:
         return ""
     if row.metric is None or student.metric is None:
@@ -224,21 +200,18 @@ INFERENCE, CARD = (Path(__file__).with_name(name) for name in ("inference.json",
 
 def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the contents of ``configs/`` by name; ``facts`` is the content of ``docs/export.json``."""
-    inference = json.loads(INFERENCE.read_text(encoding="utf-8"))
-    inference["suffixes"] = list(PICTURE_SUFFIXES if source.task.dimensions == 2 else VOLUME_SUFFIXES)
+    inference, task = json.loads(INFERENCE.read_text(encoding="utf-8")), source.task
+    inference["suffixes"] = list(PICTURE_SUFFIXES if task.dimensions == 2 else VOLUME_SUFFIXES)
     inference["preprocessing"]["transforms"] = source.transforms
     inference["inferer"] = source.inferer
     inference["postprocessing"]["transforms"] = source.postprocessing
-    if not source.task.is_classification:
+    if not task.is_classification:
         inference["handlers"] = []  # masks are saved by the postprocessing
     written = {row["name"] for row in facts["formats"]}
     parts = [t["applied_labels"] for t in source.postprocessing if t["_target_"] == "KeepLargestConnectedComponentd"]
     predict = {
         "version": VERSION,
-        "task": source.task.name,
-        "kind": source.task.kind,
-        "dimensions": source.task.dimensions,
-        "classes": list(source.task.classes),
+        **{"task": task.name, "kind": task.kind, "dimensions": task.dimensions, "classes": list(task.classes)},
         "models": {name: f"models/{formats.FORMATS[name]}" for name in ("onnx", "ort-int8") if name in written},
         "steps": source.steps,
         "largest_component": [label for labels in parts for label in labels],
@@ -297,13 +270,7 @@ def format_cells(facts: dict[str, Any]) -> list[Sequence[str]]:
 
 
 def model_card(source: Source, facts: dict[str, Any], name: str) -> str:
-    """Return ``docs/README.md``.
-
-    Args:
-        source: the opened training bundle.
-        facts: content of ``docs/export.json``.
-        name: of the exported bundle's folder.
-    """
+    """Return ``docs/README.md``; ``facts`` is the content of ``docs/export.json``, ``name`` the folder's."""
     unknown = "not recorded: the run left no run.json"
     recorded, distillation = source.record.get("data", {}), source.record.get("distillation", {})
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)

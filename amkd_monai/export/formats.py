@@ -40,10 +40,9 @@ def chosen_formats(text: str) -> list[str]:
     for name in names:
         if name not in FORMATS:
             raise ValueError(f"Unknown format '{name}': use some of {', '.join(FORMATS)}.")
-        packages = () if name in ("ts", "pt2") else ("onnx", "onnxruntime", "openvino")
-        for package in packages if name.startswith("openvino") else packages[:2]:
+        extras = {} if name in ("ts", "pt2") else {"onnx": "export", "onnxruntime": "export"}
+        for package, extra in (extras | ({"openvino": "openvino"} if name.startswith("openvino") else {})).items():
             if importlib.util.find_spec(package) is None:
-                extra = "openvino" if package == "openvino" else "export"
                 raise ValueError(f"The format {name} needs {package}: run `pip install 'amkd_monai[{extra}]'`.")
     return [name for name in FORMATS if name in names or name == "ts"]
 
@@ -61,38 +60,35 @@ def check_size(names: Sequence[str], size: Sequence[int]) -> None:
     """
     others = [name for name in names if name != "ts"]
     if others and any(side % STRIDE for side in size):
-        raise ValueError(
-            f"The student's input is {size[0]} x {size[1]}, but {', '.join(others)} take multiples of {STRIDE} alone: "
-            "train at such a size, or export with --formats ts."
-        )
+        given, names = f"{size[0]} x {size[1]}", ", ".join(others)
+        raise ValueError(f"{names} take multiples of {STRIDE}, but the student's input is {given}: use --formats ts.")
 
 
 def with_fixed_padding(student: nn.Module) -> nn.Module:
     """Copy a network with timm's size-dependent padding replaced by the constant one it is at multiples of 32."""
     result = copy.deepcopy(student).eval()
     for name, module in list(result.named_modules()):
-        if type(module).__name__ != "Conv2dSame":
-            continue
-        kernel, stride = module.kernel_size[0], module.stride[0]
-        conv = nn.Conv2d(
-            module.in_channels, module.out_channels, kernel, stride, groups=module.groups, bias=module.bias is not None
-        )
-        conv.load_state_dict(module.state_dict())
-        total = kernel - stride
-        padding = nn.ZeroPad2d((total // 2, total - total // 2) * 2)
-        result.set_submodule(name, nn.Sequential(padding, conv))
+        if type(module).__name__ == "Conv2dSame":
+            kernel, stride, channels = (
+                module.kernel_size[0],
+                module.stride[0],
+                (module.in_channels, module.out_channels),
+            )
+            conv = nn.Conv2d(*channels, kernel, stride, groups=module.groups, bias=module.bias is not None)
+            conv.load_state_dict(module.state_dict())
+            padding = nn.ZeroPad2d(((kernel - stride) // 2, (kernel - stride + 1) // 2) * 2)
+            result.set_submodule(name, nn.Sequential(padding, conv))
     return result.eval()
 
 
 def write_pt2(student: nn.Module, example: torch.Tensor, path: Path) -> None:
     """Write an exported program of dynamic batch, height and width."""
-    dim = torch.export.Dim
-    height, width = dim("height", min=1, max=128), dim("width", min=1, max=128)
-    axes = {0: dim("batch", min=1, max=1024), 2: STRIDE * height, 3: STRIDE * width}
-    program = torch.export.export(
-        with_fixed_padding(student), (example.repeat(2, 1, 1, 1),), dynamic_shapes={"image": axes}, strict=False
+    batch, height, width = (
+        torch.export.Dim(n, min=1, max=m) for n, m in (("batch", 1024), ("height", 128), ("width", 128))
     )
-    torch.export.save(program, str(path))
+    shapes = {"image": {0: batch, 2: STRIDE * height, 3: STRIDE * width}}
+    network, two = with_fixed_padding(student), example.repeat(2, 1, 1, 1)
+    torch.export.save(torch.export.export(network, (two,), dynamic_shapes=shapes, strict=False), str(path))
 
 
 def write_onnx(student: nn.Module, example: torch.Tensor, path: Path) -> None:
@@ -123,12 +119,10 @@ def write_int8(onnx_file: Path, batches: Iterable[np.ndarray], path: Path) -> No
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc,unused-ignore]
-        def __init__(self) -> None:
-            self.rest = iter(batches)
+        rest = iter([{"image": batch} for batch in batches])
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = next(self.rest, None)
-            return None if batch is None else {"image": batch}
+            return next(self.rest, None)
 
     root = logging.getLogger()
     level = root.level
@@ -179,9 +173,3 @@ def write(name: str, student: nn.Module, example: torch.Tensor, folder: Path, ca
 
                 openvino.save_model(openvino.Core().read_model(given), path, compress_to_fp16=False)
     return path
-
-
-def file_size(path: Path) -> int:
-    """Bytes of a written format."""
-    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
-    return sum(file.stat().st_size for file in files)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -18,7 +17,7 @@ from amkd_monai.files.dicom import Slice, find_series, read_series
 from amkd_monai.files.pictures import level_problem, read_picture, write_png
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
 from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, read_volume, write_mask_volume
-from amkd_monai.storage import atomic_path
+from amkd_monai.storage import atomic_path, read_json
 from amkd_monai.terminal import progress
 
 VERSION = 2
@@ -34,7 +33,7 @@ CAPTIONED_WIDTH = 320
 def predict(
     model: str | Path, source: str | Path, output: str | Path, int8: bool = False, threads: int | None = None
 ) -> int:
-    """Predict an image or a folder; a file that cannot be read is reported and the rest goes on.
+    """Predict an image or a folder; a file that cannot be read is reported, the rest goes on, and 1 is returned.
 
     Args:
         model: exported bundle.
@@ -42,21 +41,13 @@ def predict(
         output: folder for overlays, and masks or ``predictions.csv``.
         int8: use the network of 8 bits.
         threads: of ONNX Runtime; None leaves it to choose.
-
-    Returns:
-        Exit code: 1 if any file failed.
-
-    Raises:
-        ValueError: not an exported bundle, or there is nothing to predict.
-        FileNotFoundError: ``source`` does not exist.
     """
     predictor = Predictor(names.expanded(model), int8, threads)
     images = find_images(names.expanded(source), predictor.config["dimensions"])
     folder = names.expanded(output)
     folder.mkdir(parents=True, exist_ok=True)
     refused: tuple[type[Exception], ...] = (ValueError, OSError, MemoryError, *_refusals())
-    rows = []
-    failed = 0
+    rows, failed = [], 0
     for image in progress(images, desc="predict"):
         try:
             if row := _predict_one(predictor, image, folder):
@@ -76,13 +67,7 @@ def predict(
 
 
 class Input(NamedTuple):
-    """One image to predict.
-
-    Attributes:
-        id: name of the answer's files.
-        path: file, or folder of a DICOM series.
-        slices: of the series; none for files.
-    """
+    """One image: the name of the answer's files, the file or folder, and the slices of a DICOM series."""
 
     id: str
     path: Path
@@ -122,25 +107,13 @@ def find_images(path: Path, dimensions: int) -> list[Input]:
 
 
 class Predictor:
-    """An exported student.
+    """An exported student: the folder that ``python -m amkd_monai export`` made, opened by ONNX Runtime."""
 
-    Args:
-        folder: what ``python -m amkd_monai export`` made.
-        int8: use the network of 8 bits.
-        threads: of ONNX Runtime; None leaves it to choose.
-
-    Raises:
-        ValueError: not an exported bundle, or the network is not in it.
-    """
-
-    def __init__(self, folder: Path, int8: bool = False, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, int8: bool, threads: int | None) -> None:
         config = folder / "configs" / "predict.json"
-        if not config.is_file():
+        self.config = read_json(config)
+        if not self.config:
             raise ValueError(f"{folder} is no exported bundle, it lacks configs/predict.json: run `export` first.")
-        try:
-            self.config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{config} is not valid JSON: export again.") from error
         if self.config.get("version") != VERSION:
             raise ValueError(f"{config} is of another version of amkd_monai: update it, or export again.")
         name = "ort-int8" if int8 else "onnx"
@@ -153,17 +126,10 @@ class Predictor:
             raise ValueError(f"{model} cannot be opened by ONNX Runtime: export again.") from error
 
     def probabilities(self, image: np.ndarray, grid: Grid | None = None) -> tuple[np.ndarray, list[Inverse]]:
-        """Return the answer of the network for an image with levels 0 to 255, or for a volume.
-
-        Args:
-            image: (3, H, W) with levels 0 to 255, or a volume (1, D, H, W).
-            grid: of a volume.
+        """Return the answer for an image (3, H, W) with levels 0 to 255, or for a volume (1, D, H, W) on its grid.
 
         Returns:
             (C,), (C, h, w) or (C, d, h, w) at the network's resolution, and the ways back to the image's.
-
-        Raises:
-            ValueError: the image is blank, or its scale is unknown.
         """
         array, inverses = prepare(image, self.config["steps"], grid)
         if problem := level_problem(array):
@@ -178,18 +144,13 @@ class Predictor:
     def mask(self, image: np.ndarray, grid: Grid | None = None) -> np.ndarray:
         """Predict the label map (H, W) or (D, H, W), uint8, of an image or a volume at its own resolution."""
         answer, inverses = self.probabilities(image, grid)
-        mask = np.zeros(image.shape[1:], np.uint8)
-        highest: np.ndarray | None = None
+        mask, highest = np.zeros(image.shape[1:], np.uint8), np.full(image.shape[1:], -1.0, np.float32)
         for label in range(len(answer)):  # one class at a time: a volume's probabilities are large
             found = answer[label : label + 1]
             for inverse in reversed(inverses):
                 found = inverse(found)
-            if highest is None:
-                highest = found[0]
-                continue
             better = found[0] > highest
-            mask[better] = label
-            highest = np.where(better, found[0], highest)
+            mask[better], highest = label, np.where(better, found[0], highest)
         for label in self.config["largest_component"]:
             mask = largest_component(mask, label).astype(np.uint8)
         return mask

@@ -30,8 +30,7 @@ def runner(name: str, path: Path, threads: int) -> Runner:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return lambda batch: session.run(None, {"image": batch})[0]
     if name in ("openvino", "openvino-int8"):
@@ -60,14 +59,7 @@ def torch_runner(network: Callable[[torch.Tensor], torch.Tensor]) -> Runner:
 
 
 def peak_memory(name: str, path: Path, image: np.ndarray, threads: int) -> float:
-    """Run one image (1, 3, H, W) through a written format in a process of its own.
-
-    Returns:
-        Largest resident memory of that process, the interpreter and the runtime included, MB.
-
-    Raises:
-        RuntimeError: the process failed.
-    """
+    """Largest resident memory, MB, of a fresh process that runs one image (1, 3, H, W) through a written format."""
     with tempfile.TemporaryDirectory() as folder:
         array = Path(folder) / "image.npy"
         np.save(array, image)

@@ -63,11 +63,8 @@ class Source:
             raise ValueError(f"{bundle} has no setting '{unknown[0]}': use a top-level name of its configs.")
         model = Path(training.get_parsed_content("ckpt_dir")) / "model.pt"
         if not model.is_file():
-            raise CheckpointError(
-                f"There is no trained student at {model}: train the bundle, or add --set ckpt_dir=FOLDER."
-            )
-        identity = runs.adopt(training, "export", settings)
-        if identity:
+            raise CheckpointError(f"There is no trained student at {model}: train it, or add --set ckpt_dir=FOLDER.")
+        if identity := runs.adopt(training, "export", settings):
             runs.adopt(inference, "inference", settings)
         self.task = get_task(inference.get_parsed_content("task"))
         self.student, self.state = inference.get_parsed_content("network_def").eval(), load_state_dict(model)
@@ -77,15 +74,13 @@ class Source:
         self.data, self.unscored = training.get_parsed_content("datalist"), ""
         if identity and self.record.get("run") != identity["run"]:
             self.record = {}
-        if identity and self.metrics and self.metrics.get("student_sha256") != file_sha256(model):
-            self.metrics = {}
-            self.unscored = f"the figures in {output.name}/metrics.json are another student's"
         split = self.metrics.get("data", {}).get("split_hash", self.data.hash)
-        if self.metrics.get(runs.OVERRIDDEN) or split != self.data.hash:
-            self.metrics = {}
-            self.unscored = f"the figures in {output.name}/metrics.json are those of other data or options"
-        self.transforms: list[dict[str, Any]] = []
-        self.steps: list[dict[str, Any]] = []
+        of = "other data or options" if self.metrics.get(runs.OVERRIDDEN) or split != self.data.hash else ""
+        if identity and self.metrics and self.metrics.get("student_sha256") != file_sha256(model):
+            of = "another student"
+        if of:
+            self.metrics, self.unscored = {}, f"the figures in {output.name}/metrics.json are for {of}"
+        self.transforms, self.steps = list[dict[str, Any]](), list[dict[str, Any]]()
         for number, raw in enumerate(inference.config["preprocessing"]["transforms"]):
             place = f"preprocessing#transforms#{number}"
             values = {key: _resolved(inference, f"{place}#{key}") for key in raw if not key.startswith("_")}

@@ -72,13 +72,10 @@ def preprocessing(target: str, settings: Mapping[str, Any]) -> Translated:
     if name in OF_MONAI:
         step, required, keys = OF_MONAI[name]
         for key, value in required.items():
-            if settings.get(key) != value:
-                raise ValueError(
-                    f"The preprocessing has {name} with {key} {settings.get(key)!r}, which cannot be exported: use "
-                    f"{value!r}."
-                )
-        given = {"anti_aliasing": False, **settings}
-        return [{"_target_": name, **settings}], [{"step": step, **{key: given[of] for key, of in keys.items()}}]
+            if (given := settings.get(key)) != value:
+                raise ValueError(f"{name} has {key} {given!r}, which cannot be exported: use {value!r}.")
+        values = {"anti_aliasing": False, **settings}
+        return [{"_target_": name, **settings}], [{"step": step, **{key: values[of] for key, of in keys.items()}}]
     if name == "load_rgb":
         return [_loading("PILReader", reverse_indexing=False, converter=_RGB)], []
     if name == "load_volume":

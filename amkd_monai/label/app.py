@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -24,7 +23,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 from amkd_monai.label.fine_tune import FineTune
 from amkd_monai.label.student import ServedStudent, write_mask
 from amkd_monai.label.studies import Studies
-from amkd_monai.storage import atomic_write_json
+from amkd_monai.storage import atomic_write_json, read_json
 
 BUDGET_S = 10.0
 """How long a client that asks for the next image waits, at most, for images to be scored."""
@@ -39,15 +38,15 @@ class StudentApp(MONAILabelApp):
         self.students = {name: ServedStudent(self.work / "model" / name) for name in names}
         self.scores = {f"uncertainty_{name}": UncertaintyScores(student) for name, student in self.students.items()}
         description = "Distilled students. Research only, not for clinical use."
-        super().__init__(app_dir=app_dir, studies=studies, conf=conf, name="amkd_monai", description=description)
+        super().__init__(app_dir, studies, conf, "amkd_monai", description)
 
     def init_datastore(self) -> Datastore:
-        """Open the studies; see :class:`amkd_monai.label.studies.Studies`."""
+        """Open the studies."""
         if self.studies.startswith(("http://", "https://")):
             return super().init_datastore()
         suffixes = {suffix for student in self.students.values() for suffix in student.suffixes}
-        classifying = [student.task for student in self.students.values() if student.task.is_classification]
-        classes = [name for task in classifying for name in task.classes]
+        tasks = (student.task for student in self.students.values())
+        classes = [name for task in tasks if task.is_classification for name in task.classes]
         return Studies(self.studies, sorted(suffixes, key=len, reverse=True), classes)
 
     def init_infers(self) -> dict[str, InferTask]:
@@ -80,8 +79,8 @@ class StudentApp(MONAILabelApp):
         self.bundle_path(request.get("model"))
         image = str(request.get("image"))
         uploads = [tempfile.gettempdir(), *([self._sessions.store_path] if self._sessions else [])]
-        real = Path(os.path.realpath(image))
-        is_upload = real.exists() and any(real.is_relative_to(os.path.realpath(folder)) for folder in uploads)
+        real = Path(image).resolve()
+        is_upload = real.exists() and any(real.is_relative_to(Path(folder).resolve()) for folder in uploads)
         if not is_upload and not (datastore or self.datastore()).get_image_uri(image):
             raise ImageNotFoundException(f"There is no image '{image}' in the studies.")
         return dict(super().infer(request, datastore))
@@ -134,11 +133,11 @@ class StudentInferTask(InferTask):
         """Answer for the file ``request["image"]``: the mask file, which the caller removes, or None; and JSON."""
         start = time.perf_counter()
         answer = self.student.answer(request["image"]).numpy()
-        file, facts = None, {"label_names": self.labels}
-        if self.student.task.is_classification:
-            scores = zip(self.student.task.classes, answer, strict=True)
-            facts["prediction"] = [{"idx": i, "label": n, "score": float(p)} for i, (n, p) in enumerate(scores)]
-            facts["class"] = self.student.task.classes[int(answer.argmax())]
+        file, facts, task = None, {"label_names": self.labels}, self.student.task
+        if task.is_classification:
+            scores = zip(task.classes, answer.tolist(), strict=True)
+            facts["prediction"] = [{"idx": i, "label": n, "score": p} for i, (n, p) in enumerate(scores)]
+            facts["class"] = task.classes[int(answer.argmax())]
         else:
             file = str(write_mask(answer, request["image"]))
         return file, {**facts, "latencies": {"total": round(time.perf_counter() - start, 3)}}
@@ -177,13 +176,9 @@ class UncertaintyScores:
         """
         images = {image: datastore.get_image_uri(image) for image in sorted(datastore.get_unlabeled_images())}
         suitable = {image: file for image, file in images.items() if self.student.takes(file)}
-        identity = self.student.identity()
-        known: dict[str, float] = {}
-        if self.file.is_file():
-            content = json.loads(self.file.read_text(encoding="utf-8"))
-            known = content["scores"] if content["student"] == identity else {}
-        scores = {image: known[image] for image in suitable if image in known}
-        start = time.monotonic()
+        identity, content = self.student.identity(), read_json(self.file)
+        known: dict[str, float] = content["scores"] if content.get("student") == identity else {}
+        scores, start = {image: known[image] for image in suitable if image in known}, time.monotonic()
         for image in suitable.keys() - scores.keys():
             if budget_s is not None and scores and time.monotonic() - start > budget_s:
                 break

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import hashlib
-import json
 import math
 import shutil
 import time
@@ -24,7 +23,7 @@ from amkd_monai.errors import report_plainly
 from amkd_monai.files.names import file_id
 from amkd_monai.label.student import ServedStudent
 from amkd_monai.label.studies import read_class
-from amkd_monai.storage import TEMPORARY_MARK, atomic_write_json
+from amkd_monai.storage import TEMPORARY_MARK, atomic_write_json, read_json
 from amkd_monai.weights import load_state_dict, load_strict, state_hash
 
 OF_THE_SERVER = {"model", "gpus", "local_rank", "client_id"}
@@ -50,34 +49,25 @@ class FineTune(TrainTask):
 
     def config(self) -> dict[str, Any]:
         """Return the options with their defaults; a list offers choices, the first one is the default."""
-        return {
-            "max_epochs": 20,
-            "learning_rate_scale": 0.25,
-            "val_split": 0.2,
-            "teachers": ["none", "bundle"],
-            "device": device_list(),
-        }
+        numbers = {"max_epochs": 20, "learning_rate_scale": 0.25, "val_split": 0.2}
+        return {**numbers, "teachers": ["none", "bundle"], "device": device_list()}
 
     def stats(self) -> dict[str, Any]:
         """Return the result of the last fine-tuning, if the student served is the one that it left."""
-        if not self._record.is_file() or not self.student.model.is_file():
-            return {}
-        result: dict[str, Any] = json.loads(self._record.read_text(encoding="utf-8"))
-        return result if result.get("student") == self.student.identity() else {}
+        result = read_json(self._record)
+        is_present = self.student.model.is_file() and result.get("student") == self.student.identity()
+        return result if is_present else {}
 
     def check(self, request: dict[str, Any], datastore: Datastore) -> tuple[dict[str, Any], Datalist]:
         """Return the options and the data of a training; raise a ValueError for what cannot work."""
         defaults = self.config()
         own = {key for key, value in request.items() if not isinstance(value, dict)}  # a dict: another model's options
         for key in sorted(own - defaults.keys() - OF_THE_SERVER):
-            close = difflib.get_close_matches(key, defaults, 1)
-            hint = f"did you mean {close[0]}?" if close else f"use {', '.join(defaults)}."
-            raise ValueError(f"Fine-tuning has no option '{key}': {hint}")
+            raise ValueError(f"Fine-tuning has no option '{key}': use {', '.join(defaults)}.")
         options = {key: request.get(key, default) for key, default in defaults.items()}
         options = {k: v[0] if isinstance(v, list) and v else v for k, v in options.items()}  # choices sent back as such
-        options["max_epochs"] = _positive("max_epochs", options["max_epochs"], int)
-        for key in ("learning_rate_scale", "val_split"):
-            options[key] = _positive(key, options[key], float)
+        for key, kind in (("max_epochs", int), ("learning_rate_scale", float), ("val_split", float)):
+            options[key] = _positive(key, options[key], kind)
         if options["teachers"] not in ("none", "bundle"):
             raise ValueError(f"teachers is '{options['teachers']}': use none or bundle.")
         try:
@@ -90,8 +80,7 @@ class FineTune(TrainTask):
         """Train, and return the metric of the held-out labels before and at the best epoch."""
         report_plainly()
         start = time.monotonic()
-        options, data = self.check(request, datastore)
-        student, models = self.student, self._training / "models"
+        (options, data), student, models = self.check(request, datastore), self.student, self._training / "models"
         shutil.rmtree(self._training, ignore_errors=True)
         for file in student.model.parent.glob(f".*{TEMPORARY_MARK}*"):  # left by a process that was killed
             file.unlink()
@@ -126,8 +115,8 @@ class FineTune(TrainTask):
 
     def _workflow(self, data: Datalist, options: dict[str, Any]) -> ConfigWorkflow:
         folder, models = self.student.bundle, str(self._training / "models")
-        file = folder / "configs" / "train.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
+        file, meta = (str(folder / "configs" / name) for name in ("train.json", "metadata.json"))
+        config = read_json(Path(file))
         scale, recipe = options["learning_rate_scale"], config["recipe"]
         values = {
             "bundle_root": str(folder),
@@ -148,8 +137,7 @@ class FineTune(TrainTask):
             "recipe#learning_rate": recipe["learning_rate"] * scale,
             "recipe#encoder_learning_rate": recipe["encoder_learning_rate"] * scale,
         }
-        meta = str(folder / "configs" / "metadata.json")
-        workflow = ConfigWorkflow(str(file), meta, logging_file=False, workflow_type="train", **values)
+        workflow = ConfigWorkflow(file, meta, logging_file=False, workflow_type="train", **values)
         workflow.initialize()
         return workflow
 
@@ -160,16 +148,7 @@ def saved_labels(
     """List the images with a final label that a student can learn from, each its own group.
 
     Which ones are held out depends on their names alone, so that an image keeps its section when labels are added, up
-    to the rounding of the part; with classes, each class is split by itself.
-
-    Args:
-        student: whose kind of image and label counts.
-        datastore: of images and labels.
-        validation_part: part of the labelled images that is held out.
-        with_unlabelled: list the images without a label too; teachers can use them.
-
-    Raises:
-        ValueError: too few labels to train and to hold one out.
+    to the rounding of the part; with classes, each class is split by itself. Teachers use images without a label too.
     """
     task = student.task
     if validation_part >= 1:
@@ -205,10 +184,8 @@ def _item(image: str, **label: Any) -> dict[str, Any]:
 
 def _positive(name: str, value: Any, kind: type[int] | type[float]) -> Any:
     """Return a finite number above 0, whole where ``kind`` is int; clients send numbers as text, too."""
-    try:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         number = kind(value)
         if not isinstance(value, bool) and math.isfinite(number) and number > 0 and number == float(value):
             return number
-    except (TypeError, ValueError, OverflowError):
-        pass
     raise ValueError(f"{name} is {value!r}: give a {'whole ' if kind is int else ''}number above 0.")

@@ -22,7 +22,6 @@ from amkd_monai.weights import file_sha256
 
 logger = logging.getLogger("amkd_monai")
 
-CONFIGS = ("metadata.json", "inference.json", "train.json")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SERVER = "AMKD_LABEL_SERVER"
 """Environment variable with the server's process id, for the trainers that it starts."""
@@ -46,26 +45,16 @@ def serve(bundles: Sequence[str], studies: str, host: str, port: int, work: str 
         bundles: names in ``bundles/``, or folders.
         studies: folder of images, or http(s) address of a DICOMweb server.
         host: address to listen on.
-        port: port to listen on.
+        port: to listen on.
         work: folder for copies, caches and logs, made if it is missing; one server works in it.
-
-    Raises:
-        FileNotFoundError: a bundle or the studies do not exist.
-        RuntimeError: MONAI Label is not installed.
-        OSError: the port is taken.
-        TimeoutError: another server works in ``work``.
     """
     found, work = find_bundles(bundles), Path(work).resolve()
     if not studies.startswith(("http://", "https://")) and not Path(studies).is_dir():
         raise FileNotFoundError(f"There is no folder {studies}: give --studies a folder of images.")
     if importlib.util.find_spec("monailabel") is None:
-        raise RuntimeError(
-            "MONAI Label is not installed in this environment: run `make label-env`, then start this command with "
-            ".venv-label/bin/python."
-        )
+        raise RuntimeError("MONAI Label is not installed here: run `make label-env`, then use .venv-label/bin/python.")
     try:
-        with socket.create_server((host, port)):  # ten seconds of imports come before the server's own attempt
-            pass
+        socket.create_server((host, port)).close()  # ten seconds of imports come before the server's own attempt
     except (OSError, OverflowError) as error:
         raise OSError(f"Port {port} of {host} cannot be used ({error}): give another --port or --host.") from error
     with exclusive_lock(work / ".lock"):
@@ -75,11 +64,8 @@ def serve(bundles: Sequence[str], studies: str, host: str, port: int, work: str 
 
 def _start(work: Path, studies: str, host: str, port: int) -> None:
     if host not in LOOPBACK:
-        print(
-            f"WARNING: {host} is reachable from outside this machine. Whoever reaches it can read the studies, save "
-            "labels and replace models.",
-            flush=True,
-        )
+        may = "Whoever reaches it can read the studies, save labels and replace models."
+        print(f"WARNING: {host} is reachable from outside this machine. {may}", flush=True)
     # MONAI Label reads these when it is imported: no process that scores images after each request, no files elsewhere.
     os.environ.setdefault("MONAI_LABEL_AUTO_UPDATE_SCORING", "false")
     os.environ.setdefault("MONAI_LABEL_SESSION_PATH", str(work / "sessions"))
@@ -104,15 +90,14 @@ def end_with_server() -> None:
     What a trainer publishes appears whole or not at all, so that it may end at any moment.
     """
     server = int(os.environ.get(SERVER, os.getpid()))
-    if server == os.getpid():
-        return
 
     def watch() -> None:
         while os.getppid() == server:
             time.sleep(0.2)
         os._exit(1)
 
-    threading.Thread(target=watch, name="end with server", daemon=True).start()
+    if server != os.getpid():
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def find_bundles(names: Sequence[str]) -> dict[str, Path]:
@@ -129,11 +114,9 @@ def find_bundles(names: Sequence[str]) -> dict[str, Path]:
             known = ", ".join(sorted(path.parent.name for path in Path("bundles").glob("*/configs"))) or "none here"
             raise FileNotFoundError(f"There is no bundle '{name}': give a folder or one of bundles/ ({known}).")
         folder = folder.resolve()
-        for config in CONFIGS:
-            if not (folder / "configs" / config).is_file():
-                raise FileNotFoundError(f"{folder} is no training bundle, it lacks configs/{config}: give another.")
-        if not (model := folder / "models" / "model.pt").is_file():
-            raise FileNotFoundError(f"There is no trained student at {model}: train the bundle, or put one there.")
+        for file in (*(f"configs/{name}.json" for name in ("metadata", "inference", "train")), "models/model.pt"):
+            if not (folder / file).is_file():
+                raise FileNotFoundError(f"{folder} lacks {file}: train the bundle, or give another one.")
         if folder.name in found:
             raise ValueError(f"Two bundles are called '{folder.name}': rename one of the folders.")
         found[folder.name] = folder

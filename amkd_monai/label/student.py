@@ -35,9 +35,6 @@ class ServedStudent:
     The transforms are given the image file and nothing else: what a server adds to a request never reaches them. The
     weights are read again when ``models/model.pt`` has changed.
 
-    Args:
-        bundle: folder of the bundle.
-
     Attributes:
         task: of the bundle.
         model: the file of weights.
@@ -74,14 +71,9 @@ class ServedStudent:
     def replace(self, file: Path, record: Path | None = None) -> None:
         """Serve the weights of a file from now on, and keep those before as ``models/previous.pt``.
 
-        Args:
-            file: the weights.
-            record: of the run that trained them; None keeps the record that is there.
-
-        Raises:
-            CheckpointError: the file does not fit the network; nothing has changed then.
+        ``record`` is of the run that trained them; without it, the record that is there stays.
         """
-        load_strict(copy.deepcopy(self._network), load_state_dict(file), file)
+        load_strict(copy.deepcopy(self._network), load_state_dict(file), file)  # refuses before anything changes
         copies = {"previous.pt": self.model, self.model.name: file, runs.RECORD: record}
         for name, source in copies.items():
             if source is not None and source.is_file():
@@ -89,14 +81,7 @@ class ServedStudent:
                     shutil.copyfile(source, temporary)
 
     def answer(self, image: str | Path) -> Tensor:
-        """Answer as offline inference does.
-
-        Returns:
-            A label map (H, W) or (D, H, W), uint8, on the grid of the file, or the probability of each class (C,).
-
-        Raises:
-            ValueError: the file is of another kind, or damaged.
-        """
+        """Answer as offline inference does: a label map (H, W) or (D, H, W), uint8, or class probabilities (C,)."""
         result = torch.as_tensor(self._after(self._probabilities(image))["pred"]).cpu()
         return result if self.task.is_classification else result[0]
 
@@ -135,17 +120,12 @@ def mask_uncertainty(probabilities: Tensor) -> float:
     For each foreground class, ``1 - 2 sum(p m) / (sum(p) + sum(m))`` with probability p and mask m; the mean of the
     classes. An image on which nothing is found has 1: it is worth a look.
 
-    Source: Borges et al., "Soft Dice Confidence", 2024, https://arxiv.org/abs/2402.10665.
-
-    Args:
-        probabilities: (C, H, W) or (C, D, H, W), softmax; channel 0 is background.
+    Source: Borges et al., "Soft Dice Confidence", 2024, https://arxiv.org/abs/2402.10665. ``probabilities`` is softmax,
+    (C, H, W) or (C, D, H, W); channel 0 is background.
     """
-    answer = probabilities.argmax(0)
-    values = []
-    for index in range(1, len(probabilities)):
-        probability, mask = probabilities[index].double(), (answer == index).double()
-        values.append(1 - 2 * (probability * mask).sum() / (probability.sum() + mask.sum()).clamp_min(1e-12))
-    return float(torch.stack(values).mean())
+    p = probabilities[1:].double().flatten(1)
+    m = (probabilities.argmax(0).flatten() == torch.arange(1, len(probabilities))[:, None]).double()
+    return float((1 - 2 * (p * m).sum(1) / (p.sum(1) + m.sum(1)).clamp_min(1e-12)).mean())
 
 
 def class_uncertainty(probabilities: Tensor) -> float:

@@ -33,12 +33,8 @@ class Studies(LocalDatastore):
 
     An image is replaced only if the request says so (``{"overwrite": true}``), a final label by any other one. What is
     replaced is kept in ``replaced/<time>/``, an image together with its labels. Requests run in threads: one at a time
-    changes the lists of images and labels.
-
-    Args:
-        folder: of the images; labels come into its folder ``labels/``.
-        suffixes: kinds of image that the served models take.
-        classes: names of classes that a label may hold.
+    changes the lists of images and labels. ``suffixes`` are the kinds of image that the served models take, ``classes``
+    the names that a label may hold.
     """
 
     def __init__(self, folder: str, suffixes: Sequence[str], classes: Sequence[str]) -> None:
@@ -64,10 +60,8 @@ class Studies(LocalDatastore):
                 if filecmp.cmp(existing[0], file, shallow=False):
                     return image_id
                 if not overwrites:
-                    raise ValueError(
-                        f"There is another image '{image_id}': choose another name, or replace it with the parameter "
-                        '{"overwrite": true}.'
-                    )
+                    remedy = 'choose another name, or replace it with {"overwrite": true}'
+                    raise ValueError(f"There is another image '{image_id}': {remedy}.")
                 self._keep(existing)
                 self.refresh()
             return str(super().add_image(image_id, image_filename, info))
@@ -75,10 +69,9 @@ class Studies(LocalDatastore):
     def _files_of(self, image_id: str, suffix: str) -> list[Path]:
         """The image of this name in the folder, listed or not, those of other suffixes, and its labels."""
         known, folder = self._datastore.objects.get(image_id), Path(self._datastore.image_path())
-        suffixes = [*([known.image.ext] if known else []), suffix, *self._suffixes]
-        files = [folder / f"{image_id}{s}" for s in suffixes]
-        for tag, label in (known.labels if known else {}).items():
-            files.append(Path(self._datastore.label_path(tag)) / f"{image_id}{label.ext}")
+        files = [folder / f"{image_id}{s}" for s in (*([known.image.ext] if known else []), suffix, *self._suffixes)]
+        labels = known.labels.items() if known else ()
+        files += [Path(self._datastore.label_path(tag)) / f"{image_id}{label.ext}" for tag, label in labels]
         return [file for file in dict.fromkeys(files) if file.is_file()]
 
     def _keep(self, files: Sequence[Path]) -> None:

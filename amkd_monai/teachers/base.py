@@ -39,8 +39,8 @@ class TeacherFeatures:
 class Teacher(nn.Module):
     """A frozen network with its own preprocessing.
 
-    A subclass implements :meth:`forward` and :meth:`preprocessing`; this base keeps it in evaluation mode whatever its
-    parent does, takes its parameters out of training, and computes its fingerprint. Options that several kinds share:
+    A subclass implements :meth:`forward`, and ``settings`` or :meth:`preprocessing`; this base keeps it in evaluation
+    mode, takes its parameters out of training, and computes its fingerprint. Options that several kinds share:
     ``weights`` (a weight file, a folder that holds it, None to search for it, or ``random``, which marks the run as a
     test), ``image_size`` (side in pixels to which images are squashed) and ``grid_limit`` (feature maps are area-pooled
     down to at most this many cells a side). Options that are not understood are a ``ValueError``, weights that are
@@ -55,9 +55,11 @@ class Teacher(nn.Module):
         is_random: its weights are random, so the run is a test.
         weights_file: name and SHA-256 of the file its weights came from, or None.
         uses_labels: its forward takes the label (B, 1, H, W) as a second argument.
+        settings: names of the attributes, besides the weights, on which its outputs depend.
     """
 
     uses_labels = False
+    settings: tuple[str, ...] = ()
 
     def __init__(self, name: str, licence: str = "unknown", precision: str = "float32") -> None:
         super().__init__()
@@ -85,8 +87,11 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def preprocessing(self) -> dict[str, Any]:
-        """Return a JSON-able description of how images are prepared; part of the fingerprint."""
-        raise NotImplementedError
+        """Return a JSON-able description of what outputs depend on besides the weights, here ``settings``."""
+        if not self.settings:
+            raise NotImplementedError
+        values = {name: getattr(self, name) for name in self.settings}
+        return {name: v.flatten().tolist() if isinstance(v, Tensor) else v for name, v in values.items()}
 
     @property
     def fingerprint(self) -> str:
@@ -109,10 +114,8 @@ def resize(image: Tensor, size: tuple[int, int] | int | None) -> Tensor:
 
 def pool_to_grid(grid: Tensor, limit: int) -> Tensor:
     """Area-pool a map (B, C, h, w) down to at most ``limit`` cells a side; a map is never up-sampled."""
-    height, width = grid.shape[-2:]
-    if height <= limit and width <= limit:
-        return grid
-    return F.adaptive_avg_pool2d(grid, (min(height, limit), min(width, limit)))
+    size = tuple(min(side, limit) for side in grid.shape[-2:])
+    return grid if size == tuple(grid.shape[-2:]) else F.adaptive_avg_pool2d(grid, size)
 
 
 def binary_to_two_class(logits: Tensor) -> Tensor:
@@ -150,10 +153,7 @@ def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(f'The teacher {dict(description)} has no name: add "name" to its entry in `teachers`.')
         if kind not in KINDS and kind not in CROSS_FITTED_KINDS and "." not in str(kind):
             known = ", ".join((*KINDS, *CROSS_FITTED_KINDS))
-            raise ValueError(
-                f"The teacher '{name}' is of the unknown kind '{kind}': use one of {known}, or the path of your own "
-                "class (module.Class)."
-            )
+            raise ValueError(f"The teacher '{name}' has the unknown kind '{kind}': use {known}, or module.Class.")
         if name in seen:
             raise ValueError(f"Two teachers are named '{name}': give each its own name in `teachers`.")
         seen.add(str(name))
@@ -189,10 +189,7 @@ def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None
     validate_descriptions([description])
     name, kind = description["name"], description["kind"]
     if kind in CROSS_FITTED_KINDS:
-        raise ValueError(
-            f"The teacher '{name}' of the kind '{kind}' is trained on a run's own images, in folds: list it in "
-            "`teachers` of a run (amkd_monai.engines.prepare)."
-        )
+        raise ValueError(f"The {kind} '{name}' is trained on a run's own images: list it in `teachers` of a run.")
     options = {k: v for k, v in description.items() if k not in ("kind", "own_answers")}
     if weights_dir is not None and any(e.key and e.kind == kind for e in CATALOGUE):
         options.setdefault("weights", weights_dir)

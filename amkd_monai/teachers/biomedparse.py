@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from amkd_monai.teachers.base import TeacherFeatures, binary_to_two_class, pool_to_grid
 from amkd_monai.teachers.biomedparse_network import CONTEXT, UNUSED, VOCABULARY, BiomedParse, Sizes
-from amkd_monai.teachers.official import OfficialTeacher, fixed_initialisation, read_official
+from amkd_monai.teachers.official import COMMON, OfficialTeacher, fixed_initialisation, read_official
 
 STRIDES = (4, 8, 16, 32)
 START, END = VOCABULARY - 2, VOCABULARY - 1
@@ -32,7 +31,7 @@ class BiomedParseTeacher(OfficialTeacher):
         precision: of the pixel decoder.
     """
 
-    settings = ("token_ids", "stride")
+    settings = (*COMMON, "token_ids", "stride")
 
     def __init__(
         self,
@@ -54,18 +53,14 @@ class BiomedParseTeacher(OfficialTeacher):
             raise ValueError(f"The teacher '{name}' has no map of stride {stride}: use one of {STRIDES}.")
         if isinstance(prompts, str) or bool(prompts) == bool(token_ids):
             raise ValueError(
-                f"The teacher '{name}' needs a list of `prompts` or of `token_ids`, one for each foreground class."
+                f"The teacher '{name}' needs a list of `prompts` or of `token_ids`, one per foreground class."
             )
-        found = tokenised(prompts) if prompts else token_ids or ()
-        self.token_ids = [_checked(ids, number) for number, ids in enumerate(found, start=1)]
-        try:
-            self.sizes = Sizes(**(sizes or {}))
-        except TypeError as error:
-            known = ", ".join(field.name for field in dataclasses.fields(Sizes))
-            raise ValueError(f"The teacher '{name}' has unknown sizes {dict(sizes or {})}: use {known}.") from error
+        self.token_ids = [
+            _checked(ids, number) for number, ids in enumerate(tokenised(prompts) if prompts else token_ids or (), 1)
+        ]
         official = read_official("biomedparse", weights)
         with fixed_initialisation():
-            self.network = BiomedParse(self.sizes)
+            self.network = BiomedParse(Sizes(**(sizes or {})))
         self.fill(official, UNUSED)
 
     def forward(self, image: Tensor) -> TeacherFeatures:
@@ -88,8 +83,7 @@ def tokenised(prompts: Sequence[str]) -> list[list[int]]:
         from open_clip.tokenizer import SimpleTokenizer
     except ImportError as error:
         raise ValueError(
-            "BiomedParse's prompts need CLIP's vocabulary, which is not installed: run `pip install open_clip_torch`, "
-            "or give `token_ids`."
+            "`prompts` need CLIP's words: run `pip install open_clip_torch` or give `token_ids`."
         ) from error
     words = SimpleTokenizer()
     return [[START, *words.encode(prompt), END] for prompt in prompts]
@@ -99,8 +93,6 @@ def _checked(ids: Sequence[int], number: int) -> list[int]:
     """Return a prompt's ids up to the first end token; the padding after it has no effect."""
     kept = list(ids[: ids.index(END) + 1]) if isinstance(ids, Sequence) and END in ids else []
     if not 3 <= len(kept) <= CONTEXT or kept[0] != START or not all(0 <= i < START for i in kept[1:-1]):
-        raise ValueError(
-            f"The prompt {number} has token ids that are not of its kind: give {START}, then 1 to {CONTEXT - 2} ids "
-            f"of word pieces below {START}, then {END}."
-        )
+        wanted = f"{START}, then 1 to {CONTEXT - 2} ids of word pieces below {START}, then {END}"
+        raise ValueError(f"The prompt {number} has other token ids than CLIP's: give {wanted}.")
     return kept

@@ -107,17 +107,10 @@ def _from_official(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
 
 
 def _attended(
-    layers: Iterable[nn.Module],
-    tokens: Tensor,
-    position: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    blocked: Tensor | None = None,
+    layers: Iterable[nn.Module], tokens: Tensor, position: Tensor, keys: Tensor, values: Tensor, blocked: Any = None
 ) -> Tensor:
-    """Attention and norm of tokens (B, Q, C) over values (B, N, C); ``blocked`` (B, Q, N) forbids a token a value."""
+    """Attention and norm of tokens (B, Q, C) over values (B, N, C); ``blocked`` (B * heads, Q, N) hides values."""
     attention, norm = layers
-    if blocked is not None:
-        blocked = blocked.repeat_interleave(attention.num_heads, dim=0)  # (B, Q, N) -> (B * heads, Q, N)
     return norm(tokens + attention(tokens + position, keys, values, attn_mask=blocked, need_weights=False)[0])
 
 
@@ -141,10 +134,9 @@ def sine_positions(grid: Tensor, channels: int) -> Tensor:
         angle = place[:, None] / period
         return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1)
 
-    height, width = grid.shape[-2:]
-    rows = code(height)[:, None].expand(-1, width, -1)
-    columns = code(width)[None].expand(height, -1, -1)
-    return torch.cat([rows, columns], dim=2).reshape(1, height * width, channels)
+    rows, columns = map(code, grid.shape[-2:])
+    rows, columns = torch.broadcast_tensors(rows[:, None], columns[None])  # (h, w, half) each
+    return torch.cat([rows, columns], dim=2).reshape(1, -1, channels)
 
 
 @dataclass
@@ -195,9 +187,8 @@ class PixelDecoder(nn.Module):
         scales = [F.relu(self.layer_4(encoded))]
         finer = ((self.adapter_3, self.layer_3), (self.adapter_2, self.layer_2), (self.adapter_1, self.layer_1))
         for grid, (adapter, layer) in zip(maps[-2::-1], finer, strict=True):
-            lateral = adapter(grid)
-            above = F.interpolate(scales[-1], size=lateral.shape[-2:], mode="nearest")
-            scales.append(F.relu(layer(lateral + above)))
+            above = F.interpolate(scales[-1], size=grid.shape[-2:], mode="nearest")
+            scales.append(F.relu(layer(adapter(grid) + above)))
         return PixelFeatures(encoded, scales[:LEVELS], self.mask_features(scales[-1]))
 
 
@@ -232,9 +223,8 @@ class _TextTransformer(nn.Module):
         self.ln_final = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, ids: Tensor) -> Tensor:
-        length = ids.shape[1]
-        x = self.token_embedding(ids) + self.positional_embedding[:length]
-        future = torch.ones((length, length), dtype=torch.bool, device=ids.device).triu(1)
+        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+        future = torch.ones((ids.shape[1],) * 2, dtype=torch.bool, device=ids.device).triu(1)
         for block in self.resblocks:
             x = block(x, future)
         return self.ln_final(x)
@@ -260,7 +250,7 @@ class MaskDecoder(nn.Module):
     def __init__(self, text: TextEncoder, sizes: Sizes) -> None:
         super().__init__()
         width, heads, hidden, layers = sizes.width, sizes.heads, sizes.hidden, range(sizes.decoder_layers)
-        self.lang_encoder = text
+        self.lang_encoder, self.heads = text, heads
         self.query_feat, self.query_embed = (nn.Embedding(sizes.queries, width) for _ in range(2))
         self.level_embed = nn.Embedding(LEVELS, width)
 
@@ -291,19 +281,13 @@ class MaskDecoder(nn.Module):
             scale.flatten(2).transpose(1, 2) + level  # (B, C, h, w) -> (B, h * w, C)
             for scale, level in zip(image.scales, self.level_embed.weight, strict=True)
         ]
-        queries = self.query_feat.weight.expand(batch, -1, -1)
-        query_position = self.query_embed.weight.expand(batch, -1, -1)
+        queries, query_position = (e.weight.expand(batch, -1, -1) for e in (self.query_feat, self.query_embed))
         position = torch.cat([query_position, words], dim=1)  # the words' own states are their positions
-        layers = zip(
-            self.transformer_cross_attention_layers,
-            self.transformer_self_attention_layers,
-            self.transformer_ffn_layers,
-            strict=True,
-        )
-        for i, (cross_attention, self_attention, feed_forward) in enumerate(layers):
+        for i, cross_attention in enumerate(self.transformer_cross_attention_layers):
+            self_attention, feed_forward = self.transformer_self_attention_layers[i], self.transformer_ffn_layers[i]
             memory, place = memories[i % LEVELS], places[i % LEVELS]
             masks = self.masks(self.decoder_norm(queries), image.mask_features)
-            blocked = _outside(masks, image.scales[i % LEVELS])
+            blocked = _outside(masks, image.scales[i % LEVELS]).repeat_interleave(self.heads, 0)  # (B * heads, Q, N)
             queries = _attended(cross_attention.values(), queries, query_position, memory + place, memory, blocked)
             tokens = torch.cat([queries, words], dim=1)
             tokens = _attended(self_attention.values(), tokens, position, tokens + position, tokens)
@@ -314,12 +298,8 @@ class MaskDecoder(nn.Module):
 
     def similarity(self, embeddings: Tensor, prompt: Tensor) -> Tensor:
         """Return the similarity (B, Q, P) of query embeddings (B, Q, C) to prompts (P, C)."""
-        scale = self.lang_encoder.logit_scale.exp().clamp(max=100)
-        return scale * (_unit(embeddings) @ _unit(prompt).T)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x / (x.norm(dim=-1, keepdim=True) + 1e-7)
+        embeddings, prompt = (x / (x.norm(dim=-1, keepdim=True) + 1e-7) for x in (embeddings, prompt))
+        return self.lang_encoder.logit_scale.exp().clamp(max=100) * (embeddings @ prompt.T)
 
 
 def _outside(masks: Tensor, scale: Tensor) -> Tensor:

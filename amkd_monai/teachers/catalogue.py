@@ -106,11 +106,12 @@ def entry(key: str) -> CatalogueEntry:
     Raises:
         ValueError: there is no such teacher.
     """
-    named = [e for e in CATALOGUE if e.key and key in (e.key, e.kind)]
-    if not named:
-        known = ", ".join(e.key for e in CATALOGUE if e.key)
-        raise ValueError(f"There is no teacher '{key}' with a weight file of its own: use one of {known}.")
-    return named[0]
+    own = [e for e in CATALOGUE if e.key]
+    for teacher in own:
+        if key in (teacher.key, teacher.kind):
+            return teacher
+    known = ", ".join(e.key for e in own)
+    raise ValueError(f"There is no teacher '{key}' with a weight file of its own: use one of {known}.")
 
 
 def weights_folders(weights_dir: str | Path | None = None) -> list[Path]:
@@ -147,29 +148,22 @@ def fetch(repository: str, files: Sequence[str]) -> Path:
     for file in files:
         try:
             return Path(hf_hub_download(repository, file))
-        except errors.GatedRepoError as error:
-            raise OSError(f"{page} asks for consent: accept its conditions there, then set HF_TOKEN.") from error
         except (errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError) as error:  # the latter: no network
             raise OSError(
-                f"{page} cannot be reached or is closed to you: check the network, HF_HUB_OFFLINE and HF_TOKEN, or "
-                f"copy {file} into weights/."
+                f"{page} cannot be reached or is closed to you: accept its conditions there and set HF_TOKEN, check "
+                f"the network and HF_HUB_OFFLINE, or copy {file} into weights/."
             ) from error
         except errors.EntryNotFoundError:
             continue
     raise OSError(f"{page} has none of {', '.join(files)}: look there for the file's present name.")
 
 
-def _installed(distribution: str) -> bool:
-    try:
-        metadata.distribution(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def status(teacher: CatalogueEntry, weights_dir: str | None = None) -> str:
     """Say whether a teacher is usable here, in a few words."""
-    if not all(_installed(name) for name in (teacher.distribution, teacher.needs) if name):
+    try:
+        for name in filter(None, (teacher.distribution, teacher.needs)):
+            metadata.distribution(name)
+    except metadata.PackageNotFoundError:
         return "package missing"
     if teacher.distribution or not teacher.files or find_weights(teacher, weights_dir):
         return "usable"

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +18,14 @@ from skimage.transform import resize
 from torch import Tensor, nn
 
 from amkd_monai.teachers.base import TeacherFeatures, binary_to_two_class, pool_to_grid
-from amkd_monai.teachers.official import (
-    OfficialTeacher,
-    each_image,
-    fixed_initialisation,
-    read_official,
-)
+from amkd_monai.teachers.official import COMMON, OfficialTeacher, each_image, fixed_initialisation, read_official
 from amkd_monai.weights import CheckpointError
 
 logger = logging.getLogger("amkd_monai")
 
 PROMPTS = ("none", "whole_image", "label_box")
 PATCH = 16
+VIT_B = {"embed_dim": 768, "depth": 12, "num_heads": 12, "global_attn_indexes": (2, 5, 8, 11), "out_chans": 256}
 NO_OBJECT = -10.0
 """Foreground logit where the label is empty: there is no box to prompt with, and no object."""
 
@@ -73,17 +70,13 @@ class MedSAMTeacher(OfficialTeacher):
             label and admission by score does not say how well it would do without.
         image_size: official files know 1024 alone.
         grid_limit: 64 keeps the whole embedding.
-        embed_dim: channels of the image encoder; smaller ones, and fewer of what follows, are for tests.
-        depth: its blocks.
-        num_heads: its heads.
-        global_blocks: its blocks that attend to the whole image.
-        prompt_dim: channels of the embedding, a multiple of 16.
+        sizes: options of the image encoder other than :data:`VIT_B`, for tests; ``out_chans`` a multiple of 16.
         precision: of the image encoder.
     """
 
     resize = "scikit-image bicubic spline, anti-aliased, squashed, 8 bit"
     normalisation = "minimum to maximum of the image"
-    settings = ("prompt",)
+    settings = (*COMMON, "prompt")
 
     def __init__(
         self,
@@ -92,17 +85,19 @@ class MedSAMTeacher(OfficialTeacher):
         prompt: str = "none",
         image_size: int = 1024,
         grid_limit: int = 16,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        global_blocks: tuple[int, ...] = (2, 5, 8, 11),
-        prompt_dim: int = 256,
+        sizes: Mapping[str, Any] | None = None,
         precision: str = "float32",
         licence: str = "Apache-2.0",
     ) -> None:
         super().__init__(name, licence, precision)
         if prompt not in PROMPTS:
             raise ValueError(f"The teacher '{name}' has the prompt '{prompt}': use one of {', '.join(PROMPTS)}.")
+        try:
+            from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
+        except ImportError as error:
+            raise ValueError(
+                "MedSAM needs the package segment-anything: run `pip install segment-anything`."
+            ) from error
         self.prompt, self.image_size, self.grid_limit = prompt, image_size, grid_limit
         self.uses_labels = prompt == "label_box"
         side = self.patches(PATCH)
@@ -113,11 +108,17 @@ class MedSAMTeacher(OfficialTeacher):
             trained = official.shape(key, 4, "(1, n, n, channels)")[1]
             if trained != side:
                 raise CheckpointError(
-                    f"{official.path} is for images of {trained * PATCH} pixels, not {image_size}: leave out "
-                    "`image_size`, images of any size are resized to it."
+                    f"{official.path} is for images resized to {trained * PATCH} pixels, not {image_size}: set "
+                    f"`image_size` to it."
                 )
+        sizes = {**VIT_B, **(sizes or {})}
+        channels, norm = sizes["out_chans"], partial(nn.LayerNorm, eps=1e-6)
         with fixed_initialisation():
-            self.network = _build_sam(image_size, embed_dim, depth, num_heads, tuple(global_blocks), prompt_dim)
+            encoder = ImageEncoderViT(image_size, PATCH, norm_layer=norm, use_rel_pos=True, window_size=14, **sizes)
+            prompts = PromptEncoder(channels, (side, side), (image_size, image_size), mask_in_chans=16)
+            transformer = TwoWayTransformer(depth=2, embedding_dim=channels, mlp_dim=2048, num_heads=8)
+            decoder = MaskDecoder(transformer_dim=channels, transformer=transformer)
+        self.network = nn.ModuleDict({"image_encoder": encoder, "prompt_encoder": prompts, "mask_decoder": decoder})
         self.fill(official)
 
     def prepare(self, image: Tensor) -> Tensor:
@@ -142,12 +143,10 @@ class MedSAMTeacher(OfficialTeacher):
             raise ValueError(f"The teacher '{self.name}' prompts with boxes of labels: call it with the label.")
         scale = whole[2:].repeat(2) / torch.tensor([width, height, width, height], device=image.device)
         for box, mask in zip(boxes, label[:, 0], strict=True):
-            if bool((mask == 255).all()):  # unlabelled
-                continue
             rows, columns = torch.nonzero((mask > 0) & (mask != 255), as_tuple=True)
             if len(rows):
                 box[:] = torch.stack([columns.min(), rows.min(), columns.max(), rows.max()]) * scale
-            else:
+            elif not bool((mask == 255).all()):  # labelled, without an object
                 box[:] = torch.nan
         return boxes
 
@@ -178,35 +177,6 @@ class MedSAMTeacher(OfficialTeacher):
             mask, _ = self.answer(embedding, boxes.nan_to_num(0.0))
             logits = binary_to_two_class(torch.where(has_box.view(-1, 1, 1, 1), mask, NO_OBJECT))
         return TeacherFeatures(pool_to_grid(embedding, self.grid_limit), embedding.mean((2, 3)), logits)
-
-
-def _build_sam(
-    image_size: int, embed_dim: int, depth: int, num_heads: int, global_blocks: tuple[int, ...], prompt_dim: int
-) -> nn.ModuleDict:
-    """Return SAM's three parts, from the segment-anything package, without weights."""
-    try:
-        from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
-    except ImportError as error:
-        raise ValueError("MedSAM needs the package segment-anything: run `pip install segment-anything`.") from error
-    side = image_size // PATCH
-    image_encoder = ImageEncoderViT(
-        img_size=image_size,
-        patch_size=PATCH,
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-        out_chans=prompt_dim,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=14,
-        global_attn_indexes=global_blocks,
-    )
-    prompt_encoder = PromptEncoder(prompt_dim, (side, side), (image_size, image_size), mask_in_chans=16)
-    transformer = TwoWayTransformer(depth=2, embedding_dim=prompt_dim, mlp_dim=2048, num_heads=8)
-    mask_decoder = MaskDecoder(transformer_dim=prompt_dim, transformer=transformer)
-    return nn.ModuleDict(
-        {"image_encoder": image_encoder, "prompt_encoder": prompt_encoder, "mask_decoder": mask_decoder}
-    )
 
 
 def from_hugging_face(state: Mapping[str, Tensor], source: Path | None) -> dict[str, Tensor]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,34 +19,6 @@ from torchvision.transforms.functional import normalize
 from amkd_monai.teachers.base import Teacher
 from amkd_monai.teachers.catalogue import entry, find_weights, weights_folders
 from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
-
-SIGNATURES = (
-    ("LiteMedSAM (TinyViT encoder)", "", r"image_encoder\.layers\."),
-    ("MedSAM2 or SAM 2", "", r"(image_encoder\.trunk|memory_attention|memory_encoder)\."),
-    ("SAM ViT-L", "", r"(image|vision)_encoder\.pos_embed .*x1024$"),
-    ("SAM ViT-H", "", r"(image|vision)_encoder\.pos_embed .*x1280$"),
-    ("a SAM ViT-B or MedSAM file", "medsam", r"image_encoder\.pos_embed "),
-    ("a SAM ViT-B or MedSAM file in Hugging Face's layout", "medsam", r"vision_encoder\.pos_embed "),
-    ("a BiomedParse v1 file", "biomedparse", r".*sem_seg_head\.predictor\.lang_encoder\."),
-    ("BiomedParse v2", "", r"sem_seg_head\."),
-    ("a USFM segmentation network (UPerNet)", "usfm", r"decode_head\.conv_seg\.weight "),
-    ("TinyUSFM", "", r"cls_token .*x192$", r"blocks\.0\.attn\.qkv\.weight "),
-    ("a USFM file", "usfm", r".*relative_position_bias_table "),
-    ("RETFound's DINOv2 variant, or another DINOv2 file", "retfound_dinov2", r".*blocks\.0\.ls1\.gamma "),
-    ("a fine-tuned RETFound (MAE)", "retfound_mae", r"fc_norm\.weight ", r"head\.weight ", r"blocks\.0\.attn\."),
-    ("a ViT (RETFound's MAE layout)", "retfound_mae", r"cls_token ", r"pos_embed ", r"blocks\.0\.attn\.qkv\.bias "),
-)
-"""What a file seems to be, how the catalogue's keys of the teachers that read it begin, and patterns each of which one
-of its lines "name shape" matches from its start. The first signature that fits wins."""
-
-
-def recognise(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """Return the first two entries of the signature that fits a state dict, or None."""
-    lines = [f"{name} {'x'.join(map(str, value.shape))}" for name, value in state.items()]
-    for what, readers, *patterns in SIGNATURES:
-        if all(any(re.match(pattern, line) for line in lines) for pattern in patterns):
-            return what, readers
-    return None
 
 
 @dataclass
@@ -80,28 +50,22 @@ def read_official(key: str, weights: str | Path | None) -> OfficialWeights:
             ``random``.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or of another network.
+        CheckpointError: the file is missing or damaged.
     """
     if str(weights) == "random":
         return OfficialWeights({}, None)
     teacher = entry(key)
-    path: Path | None
-    if weights is not None and not os.path.isdir(weights):  # noqa: PTH112 - never raises; reading says what is wrong
-        path = Path(weights)
-    elif (path := find_weights(teacher, weights)) is None:
+    path: Path | None = Path(weights) if weights is not None else None
+    if path is None or os.path.isdir(path):  # noqa: PTH112 - never raises; reading says what is wrong
+        path = find_weights(teacher, weights)
+    if path is None:
         folders = ", ".join(map(str, weights_folders(weights)))
         fetching = f" or run `python -m amkd_monai fetch {key}`" if teacher.hub else ""
         raise CheckpointError(
             f"The weights of {teacher.name} ({' or '.join(teacher.files)}) are not in {folders} nor in the "
             f"Hugging Face cache: get them ({teacher.source}) and name the file as `weights`{fetching}."
         )
-    state = load_state_dict(path)
-    what, readers = recognise(state) or ("", key)  # what nothing recognises is left to the check of all keys
-    if not readers or not key.startswith(readers):
-        raise CheckpointError(
-            f"{path} looks like {what}, but {teacher.name} ({teacher.files[0]}) is needed: give that file."
-        )
-    return OfficialWeights(state, path)
+    return OfficialWeights(load_state_dict(path), path)
 
 
 @contextlib.contextmanager
@@ -125,12 +89,7 @@ def pooled_patches(grid: Tensor) -> Tensor:
 def each_image(image: Tensor, function: Callable[[np.ndarray], np.ndarray]) -> Tensor:
     """Apply a function of 8-bit pixels, (H, W, 3) uint8 -> (h, w, 3), to every image of a batch.
 
-    Args:
-        image: (B, 3, H, W), RGB in [0, 1]; rounded to 256 steps.
-        function: of the pixels of one image.
-
-    Returns:
-        (B, 3, h, w) float32, in the function's units.
+    ``image`` is (B, 3, H, W), RGB in [0, 1], rounded to 256 steps; the result (B, 3, h, w), in the function's units.
     """
     pixels = (image.detach().clamp(0, 1) * 255).round().byte()
     results = [function(one.permute(1, 2, 0).cpu().numpy()) for one in pixels]  # (3, H, W) -> (H, W, 3)
@@ -148,6 +107,10 @@ def imagenet_normalised(pixels: Tensor) -> Tensor:
     return normalize(pixels / 255, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
 
 
+COMMON = ("image_size", "resize", "normalisation", "grid_limit", "precision")
+"""Settings of all official teachers."""
+
+
 class OfficialTeacher(Teacher):
     """A foundation teacher: a network of fixed input size, filled from an official weight file.
 
@@ -155,8 +118,7 @@ class OfficialTeacher(Teacher):
 
     Attributes:
         image_size: side of the network's input in pixels.
-        resize: how images get that size; part of the fingerprint, like ``normalisation`` and what ``settings`` names.
-        settings: further attributes on which the outputs depend.
+        resize: how images get that size; part of the fingerprint, like ``normalisation``.
     """
 
     image_size: int
@@ -164,14 +126,12 @@ class OfficialTeacher(Teacher):
     network: nn.Module
     resize = "Pillow bicubic, squashed"
     normalisation = "ImageNet"
-    settings: tuple[str, ...] = ()
+    settings: tuple[str, ...] = COMMON
 
     def patches(self, size: int) -> int:
         """Return the number of patches of a size along a side of the input."""
         if self.image_size < size or self.image_size % size:
-            raise ValueError(
-                f"The teacher '{self.name}' has image_size {self.image_size}: use a positive multiple of {size}."
-            )
+            raise ValueError(f"The teacher '{self.name}' has image_size {self.image_size}: use a multiple of {size}.")
         return self.image_size // size
 
     def fill(self, official: OfficialWeights, surplus: Collection[str] = ()) -> None:
@@ -181,11 +141,6 @@ class OfficialTeacher(Teacher):
             load_strict(self.network, official.state, official.path, surplus)
             self.came_from(official.path)
         self.freeze()
-
-    def preprocessing(self) -> dict[str, Any]:
-        """Return size, filter, statistics and what is read from the network."""
-        names = ("image_size", "resize", "normalisation", "grid_limit", "precision", *self.settings)
-        return {name: getattr(self, name) for name in names}
 
     def prepare(self, image: Tensor) -> Tensor:
         """Return the network's input (B, 3, S, S) for images (B, 3, H, W), RGB in [0, 1]."""

@@ -6,6 +6,7 @@ Zhou et al., A foundation model for generalizable disease detection from retinal
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ from torchvision.transforms import functional as TF
 
 from amkd_monai.teachers.base import TeacherFeatures, pool_to_grid
 from amkd_monai.teachers.official import (
+    COMMON,
     OfficialTeacher,
-    OfficialWeights,
     each_image,
     fixed_initialisation,
     imagenet_normalised,
@@ -47,12 +48,10 @@ class RETFoundTeacher(OfficialTeacher):
         framing: ``crop`` as the authors do (the grid then covers the centre of the image alone), or ``squash``, whose
             grid covers the whole image: what a mask task needs.
         fc_norm_applications: 2 repeats upstream's double normalisation before the head, for files fine-tuned with it.
-        embed_dim: channels of the network; smaller ones, and fewer of what follows, are for tests.
-        depth: its blocks.
-        num_heads: its heads.
+        sizes: ``embed_dim``, ``depth`` and ``num_heads`` other than the official ones, for tests.
     """
 
-    settings = ("variant", "fc_norm_applications")
+    settings = (*COMMON, "variant", "fc_norm_applications")
 
     def __init__(
         self,
@@ -63,39 +62,41 @@ class RETFoundTeacher(OfficialTeacher):
         framing: str = "crop",
         fc_norm_applications: int = 1,
         grid_limit: int = 16,
-        embed_dim: int = 1024,
-        depth: int = 24,
-        num_heads: int = 16,
+        sizes: Mapping[str, int] | None = None,
         precision: str = "float32",
         licence: str = "CC BY-NC 4.0",
     ) -> None:
         super().__init__(name, licence, precision)
         if variant not in VARIANTS or framing not in ("crop", "squash") or fc_norm_applications not in (1, 2):
-            raise ValueError(
-                f"The teacher '{name}' has variant '{variant}', framing '{framing}', fc_norm_applications "
-                f"{fc_norm_applications}: use a variant of {', '.join(VARIANTS)}, framing crop or squash, and 1 or 2."
-            )
+            given = f"variant '{variant}', framing '{framing}', fc_norm_applications {fc_norm_applications}"
+            known = f"a variant of {', '.join(VARIANTS)}, framing crop or squash, and 1 or 2"
+            raise ValueError(f"The teacher '{name}' has {given}: use {known}.")
         self.variant, self.is_dino = variant, variant.startswith("dinov2")
         self.image_size, self.framing, self.grid_limit = image_size, framing, grid_limit
         self.fc_norm_applications = fc_norm_applications
         self.resize, side = f"Pillow bicubic, {framing}", self.patches(14 if self.is_dino else 16)
         official = read_official(f"retfound_{variant}", weights)
-        _check_modality(official.path, variant)
+        words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", official.path.name if official.path else "")
+        if (other := "cfp" if "OCT" in variant else "oct") in map(str.lower, words):  # the layouts are the same
+            modality = {"cfp": "fundus photographs", "oct": "OCT"}[other]
+            raise CheckpointError(
+                f"{official.path} is named for {modality}, unlike the variant '{variant}': change one."
+            )
         official.state = state = {key.removeprefix("backbone."): value for key, value in official.state.items()}
-        head = "head.weight"
-        classes = official.shape(head, 2, "(classes, channels)")[0] if head in state else 0
+        classes = official.shape("head.weight", 2, "(classes, channels)")[0] if "head.weight" in state else 0
         with fixed_initialisation():
             self.network: nn.Module = timm.create_model(
                 "vit_large_patch14_dinov2" if self.is_dino else "vit_large_patch16_224",
                 img_size=image_size,
                 num_classes=classes,
                 global_pool="avg" if "fc_norm.weight" in state else "token",
-                embed_dim=embed_dim,
-                depth=depth,
-                num_heads=num_heads,
+                **(sizes or {}),
             )
         if "pos_embed" in state:
-            _check_positions(official)
+            layout = "(1, 1 + n * n, channels) positions of n x n patches"
+            batch, tokens, _ = official.shape("pos_embed", 3, layout)
+            if batch != 1 or round((tokens - 1) ** 0.5) ** 2 != tokens - 1 or tokens < 2:
+                raise official.misshapen("pos_embed", layout)
             # as upstream: without timm's anti-aliasing
             state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [side, side], antialias=False)
         self.fill(official, PRETRAINING_ONLY)
@@ -130,21 +131,3 @@ class RETFoundTeacher(OfficialTeacher):
             twice = self.fc_norm_applications == 2
             logits = network.head(network.fc_norm(pooled) if twice else pooled)
         return TeacherFeatures(grid=pool_to_grid(grid, self.grid_limit), pooled=pooled, logits=logits)
-
-
-def _check_modality(path: Path | None, variant: str) -> None:
-    """Refuse a file that is named for the other modality: the layouts are the same."""
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", path.name if path else "")
-    is_oct = "OCT" in variant
-    if ("cfp" if is_oct else "oct") in map(str.lower, words):
-        raise CheckpointError(
-            f"{path} is named as RETFound's file for {'fundus photographs' if is_oct else 'OCT'}, but the variant is "
-            f"'{variant}': give that file, or its own `variant`."
-        )
-
-
-def _check_positions(official: OfficialWeights) -> None:
-    layout = "(1, 1 + n * n, channels) positions of n x n patches"
-    batch, tokens, _ = official.shape("pos_embed", 3, layout)
-    if batch != 1 or round((tokens - 1) ** 0.5) ** 2 != tokens - 1 or tokens < 2:
-        raise official.misshapen("pos_embed", layout)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, binary_to_two_class, pool_to_grid, resize
-from amkd_monai.weights import DAMAGE_ERRORS, CheckpointError, file_sha256
+from amkd_monai.weights import CheckpointError, file_sha256
 
 
 def load_network_file(path: str | Path) -> nn.Module:
@@ -24,10 +24,9 @@ def load_network_file(path: str | Path) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated; .pt2 is accepted too
             return torch.jit.load(path, map_location="cpu")
-    except DAMAGE_ERRORS as error:
+    except Exception as error:  # which one, depends on where the file is damaged
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is not a whole TorchScript (.ts) or torch.export (.pt2) file: "
-            "obtain or export it again."
+            f"{path} is not a whole TorchScript (.ts) or torch.export (.pt2) file: export it again."
         ) from error
 
 
@@ -45,6 +44,8 @@ class SpecialistTeacher(Teacher):
         answers: ``masks`` for logits (B, classes, h, w), ``classes`` for logits (B, classes), one answer per image.
     """
 
+    settings = ("image_size", "mean", "std", "grid_limit")
+
     def __init__(
         self,
         name: str,
@@ -59,10 +60,8 @@ class SpecialistTeacher(Teacher):
         super().__init__(name, licence)
         if answers not in ("masks", "classes"):
             raise ValueError(f"The specialist '{name}' answers '{answers}': use 'masks' or 'classes'.")
-        self.answers = answers
-        self.network = load_network_file(path)
-        self.file_hash = file_sha256(path)
-        self.image_size, self.grid_limit = image_size, grid_limit
+        self.network, self.file_hash = load_network_file(path), file_sha256(path)
+        self.answers, self.image_size, self.grid_limit = answers, image_size, grid_limit
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -78,14 +77,8 @@ class SpecialistTeacher(Teacher):
 
     def preprocessing(self) -> dict[str, Any]:
         """Return the file's digest, size, statistics and, unless it is masks, what it answers."""
-        return {
-            "file": self.file_hash,
-            "image_size": self.image_size,
-            "mean": self.mean.flatten().tolist(),
-            "std": self.std.flatten().tolist(),
-            "grid_limit": self.grid_limit,
-            **({} if self.answers == "masks" else {"answers": self.answers}),
-        }
+        answers = {} if self.answers == "masks" else {"answers": self.answers}
+        return {"file": self.file_hash, **super().preprocessing(), **answers}
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return logits (B, num_classes, h, w) and, where the file gives one, the feature map of (B, 3, H, W).
@@ -96,12 +89,8 @@ class SpecialistTeacher(Teacher):
         logits, grid = output if isinstance(output, (tuple, list)) else (output, None)
         of_images = self.answers == "classes"
         if logits.ndim != (2 if of_images else 4):
-            wanted = (
-                "a class teacher must give (B, classes)" if of_images else "a mask teacher must give (B, classes, h, w)"
-            )
-            raise ValueError(
-                f"The specialist '{self.name}' gave logits of shape {tuple(logits.shape)}; {wanted}: see `answers`."
-            )
+            given, wanted = tuple(logits.shape), "(B, classes)" if of_images else "(B, classes, h, w)"
+            raise ValueError(f"The specialist '{self.name}' gave logits of shape {given}, not {wanted}: see `answers`.")
         logits = logits[:, :, None, None] if of_images else logits  # (B, classes) -> a map of one cell
         logits = binary_to_two_class(logits) if logits.shape[1] == 1 else logits
         if grid is None:

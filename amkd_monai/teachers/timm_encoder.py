@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,9 @@ class TimmTeacher(Teacher):
         stride: stride of the feature map wanted (the nearest stage at or below it is taken).
     """
 
+    resize = "bilinear, anti-aliased, squashed"
+    settings = ("model", "image_size", "resize", "mean", "std", "stage", "grid_limit")
+
     def __init__(
         self,
         name: str,
@@ -34,8 +36,7 @@ class TimmTeacher(Teacher):
         grid_limit: int = 16,
         licence: str | None = None,
     ) -> None:
-        packaged = PACKAGED.get(model)
-        super().__init__(name, licence or (packaged.licence if packaged else "unknown"))
+        super().__init__(name, licence or (PACKAGED[model].licence if model in PACKAGED else "unknown"))
         self.network = create_encoder(model, num_classes=0)
         load_encoder_weights(self.network, model, weights)
         config = self.network.pretrained_cfg
@@ -50,18 +51,6 @@ class TimmTeacher(Teacher):
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
         self.freeze()
-
-    def preprocessing(self) -> dict[str, Any]:
-        """Return size, statistics, stage and grid."""
-        return {
-            "model": self.model,
-            "image_size": self.image_size,
-            "resize": "bilinear, anti-aliased, squashed",
-            "mean": self.mean.flatten().tolist(),
-            "std": self.std.flatten().tolist(),
-            "stage": self.stage,
-            "grid_limit": self.grid_limit,
-        }
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return the grid (B, C, h, w) and the pooled vector (B, C') of an image (B, 3, H, W), RGB in [0, 1]."""
@@ -82,6 +71,8 @@ class StudentTeacher(Teacher):
         licence: of the weights; it follows from the data and teachers that the student was trained with.
     """
 
+    settings = ("model", "image_size", "grid_limit")
+
     def __init__(
         self,
         name: str,
@@ -101,10 +92,6 @@ class StudentTeacher(Teacher):
         self.came_from(weights)
         self.model, self.image_size, self.grid_limit = model, image_size, grid_limit
         self.freeze()
-
-    def preprocessing(self) -> dict[str, Any]:
-        """Return encoder, size and grid."""
-        return {"model": self.model, "image_size": self.image_size, "grid_limit": self.grid_limit}
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return the map at stride 16 (B, C, h, w) and the pooled last map (B, C') of an image (B, 3, H, W)."""

@@ -7,7 +7,7 @@ Xiao et al., Unified Perceptual Parsing for Scene Understanding, ECCV 2018 (UPer
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from amkd_monai.teachers.base import TeacherFeatures, pool_to_grid
 from amkd_monai.teachers.official import (
+    COMMON,
     OfficialTeacher,
     OfficialWeights,
     fixed_initialisation,
@@ -40,12 +41,10 @@ class USFMTeacher(OfficialTeacher):
         image_size: None takes the size the file was trained for; others resize the tables of relative positions.
         num_classes: classes of a random UPerNet; a file decides by itself whether it has a head.
         taps: the blocks (from 0) whose outputs a UPerNet reads.
-        embed_dim: channels of the network; smaller ones, and fewer of what follows, are for tests.
-        depth: its blocks.
-        num_heads: its heads.
+        sizes: ``embed_dim``, ``depth`` and ``num_heads`` other than the official ones, for tests.
     """
 
-    settings = ("taps",)
+    settings = (*COMMON, "taps")
 
     def __init__(
         self,
@@ -55,16 +54,14 @@ class USFMTeacher(OfficialTeacher):
         num_classes: int = 0,
         taps: tuple[int, int, int, int] = (3, 5, 7, 11),
         grid_limit: int = 16,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
+        sizes: Mapping[str, int] | None = None,
         precision: str = "float32",
         licence: str = "CC BY-NC 4.0",
     ) -> None:
         super().__init__(name, licence, precision)
         self.taps, self.grid_limit = list(taps), grid_limit
         official = read_official("usfm", weights)
-        state, width, head = official.state, embed_dim, "decode_head.conv_seg.weight"
+        state, width, head = official.state, 0, "decode_head.conv_seg.weight"
         tables = [key for key in state if key.endswith(TABLE)]
         trained = max((_side(official, key) for key in tables), default=14)
         shared = not state or any(key.endswith(f"rel_pos_bias.{TABLE}") for key in tables)
@@ -82,16 +79,15 @@ class USFMTeacher(OfficialTeacher):
                 global_pool="token",
                 use_shared_rel_pos_bias=shared,
                 use_rel_pos_bias=not shared,
-                embed_dim=embed_dim,
-                depth=depth,
-                num_heads=num_heads,
+                **(sizes or {}),
             )
             self.network = nn.ModuleDict({"backbone": backbone})
             if num_classes:
                 backbone.norm = nn.Identity()
-                add_pyramid(backbone, embed_dim)
+                channels = backbone.embed_dim
+                add_pyramid(backbone, channels)
                 self.resize = "bilinear, squashed"  # its authors' segmentation code does not smooth
-                self.network["decode_head"] = UPerHead(embed_dim, width, num_classes)
+                self.network["decode_head"] = UPerHead(channels, width or channels, num_classes)
         for key in tables:
             rows = (2 * side - 1) ** 2 + 3
             state[key] = resize_rel_pos_bias_table(state[key], (side, side), (rows, state[key].shape[1]))
@@ -103,8 +99,8 @@ class USFMTeacher(OfficialTeacher):
         """Return the network's input (B, 3, S, S) for images (B, 3, H, W), RGB in [0, 1]."""
         if "decode_head" not in self.network:
             return super().prepare(image)
-        levels, size = (image.clamp(0, 1) * 255).round(), (self.image_size, self.image_size)
-        return imagenet_normalised(F.interpolate(levels, size=size, mode="bilinear", align_corners=False).round())
+        levels = _resize((image.clamp(0, 1) * 255).round(), (self.image_size, self.image_size))
+        return imagenet_normalised(levels.round())
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return grid (B, C, h, w), pooled (B, C) and, for a UPerNet, logits (B, classes, S/4, S/4)."""
@@ -150,8 +146,8 @@ def _conv(in_channels: int, channels: int, kernel: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(channels), relu=nn.ReLU()))
 
 
-def _resize(x: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 class UPerHead(nn.Module):
@@ -170,10 +166,10 @@ class UPerHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return logits (B, num_classes, h, w) at the size of the finest of four maps, finest first."""
-        coarsest = maps[-1]
-        scene = [coarsest, *(_resize(module(coarsest), coarsest) for module in self.psp_modules)]
+        scene = [maps[-1], *(_resize(module(maps[-1]), maps[-1].shape[-2:]) for module in self.psp_modules)]
         levels = [self.bottleneck(torch.cat(scene, dim=1))]
         for lateral, level in zip(reversed(self.lateral_convs), reversed(maps[:-1]), strict=True):
-            levels.insert(0, lateral(level) + _resize(levels[0], level))
+            levels.insert(0, lateral(level) + _resize(levels[0], level.shape[-2:]))
         fused = [conv(level) for conv, level in zip(self.fpn_convs, levels[:-1], strict=True)] + levels[-1:]
-        return self.conv_seg(self.fpn_bottleneck(torch.cat([_resize(level, fused[0]) for level in fused], dim=1)))
+        resized = torch.cat([_resize(level, fused[0].shape[-2:]) for level in fused], dim=1)
+        return self.conv_seg(self.fpn_bottleneck(resized))

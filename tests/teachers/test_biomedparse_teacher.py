@@ -156,7 +156,6 @@ def test_the_fingerprint_sees_prompts_size_and_weights(file):
         ({"image_size": 100}, "multiple of 32"),
         ({"stride": 12}, "stride 12"),
         ({"precision": "float16"}, "precision"),
-        ({"sizes": {"layers": 3}}, "decoder_layers"),
         ({"token_ids": None}, "prompts"),
         ({"token_ids": [[1, 2]]}, "prompt 1"),
         ({"token_ids": LIVER}, "prompt 1"),

@@ -4,16 +4,13 @@ import torch
 
 from amkd_monai.teachers.base import build_teacher
 
-VIT = {"embed_dim": 48, "depth": 4, "num_heads": 4, "weights": "random"}
+SIZES = {"embed_dim": 48, "depth": 4, "num_heads": 4}
+VIT = {"sizes": SIZES, "weights": "random"}
 TINY = {
     "medsam": {
         "kind": "medsam",
         "image_size": 64,
-        "embed_dim": 32,
-        "depth": 2,
-        "num_heads": 2,
-        "global_blocks": [1],
-        "prompt_dim": 32,
+        "sizes": {"embed_dim": 32, "depth": 2, "num_heads": 2, "global_attn_indexes": [1], "out_chans": 32},
         "weights": "random",
     },
     "retfound": {"kind": "retfound", "framing": "squash", "image_size": 64, **VIT},
