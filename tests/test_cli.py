@@ -94,7 +94,7 @@ def test_verbose_shows_where_an_error_came_from(tmp_path, caplog, capsys):
     missing = str(tmp_path / "missing")
     assert main(["report", missing]) == 1 and "Traceback" not in caplog.text
     assert main(["report", missing, "--verbose"]) == 1
-    assert "Traceback" in caplog.text and "run_folder.py" in caplog.text
+    assert "Traceback" in caplog.text and "page.py" in caplog.text
     assert capsys.readouterr().err.count("error: ") == 2
 
 

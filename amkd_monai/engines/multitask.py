@@ -24,7 +24,7 @@ from amkd_monai.distillation.interface import DistillationOutput
 from amkd_monai.distillation.loss_gate import LossGate
 from amkd_monai.distillation.multitask import MultiTaskDistiller, mean_over_processes
 from amkd_monai.engines.trainer import DistillationTrainer, TeacherTargets, distillation_batch
-from amkd_monai.metrics.transfer import format_transfer, transfer_csv, transfer_rows
+from amkd_monai.metrics.compare import format_transfer, transfer_csv, transfer_rows
 from amkd_monai.storage import atomic_write_bytes
 
 logger = logging.getLogger("amkd_monai")

@@ -43,7 +43,7 @@ def tinted(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     from matplotlib import colormaps
 
     image, _ = enlarged(image)
-    size = (image.shape[1], image.shape[0])
-    colour = colormaps["inferno"](np.asarray(Image.fromarray(heat).resize(size, Image.Resampling.NEAREST)) / 255)
+    large = Image.fromarray(heat).resize(image.shape[1::-1], Image.Resampling.NEAREST)
+    colour = colormaps["inferno"](np.asarray(large) / 255)
     mixed = 0.45 * image.mean(-1, keepdims=True) + 0.55 * 255 * colour[..., :3]
     return mixed.round().clip(0, 255).astype(np.uint8)

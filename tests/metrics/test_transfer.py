@@ -9,9 +9,8 @@ import json
 import pytest
 
 from amkd_monai.data.datasets import TASKS
-from amkd_monai.metrics.compare import compare_runs
+from amkd_monai.metrics.compare import compare_runs, format_transfer, transfer_csv, transfer_rows
 from amkd_monai.metrics.summary import summarise, write_case_csv
-from amkd_monai.metrics.transfer import format_transfer, transfer_csv, transfer_rows
 
 MASKS = {name: TASKS[name] for name in ("busi", "covid")}
 
