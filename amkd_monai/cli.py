@@ -196,7 +196,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
-    from amkd_monai.data.commands.check import check_data, write_contact_sheet
+    from amkd_monai.data.check import check_data, write_contact_sheet
     from amkd_monai.data.datalist import resolve_dataset_dir
 
     name, codes = arguments.name, arguments.mask_codes
@@ -211,8 +211,8 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
 
 def _data_fetch(arguments: argparse.Namespace) -> None:
-    from amkd_monai.data.commands.fetch import fetch, steps
     from amkd_monai.data.datasets import get_task
+    from amkd_monai.data.fetch import fetch, steps
 
     folder, source = fetch(arguments.name, arguments.to), get_task(arguments.name).source
     print(f"{folder} is complete. Terms: {source.terms}" if folder and source else steps(arguments.name))

@@ -5,7 +5,11 @@ Everything is written to a temporary folder and appears only when it is complete
 
 from __future__ import annotations
 
+import copy
+import importlib.metadata
+import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -15,13 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import Environment, StrictUndefined
 
 from amkd_monai import __version__
 from amkd_monai.data.datasets import Task
-from amkd_monai.export import card, formats
+from amkd_monai.export import formats
+from amkd_monai.export.predict import VERSION
 from amkd_monai.export.runners import Runner, peak_memory, runner, torch_runner
 from amkd_monai.export.source import Case, Source, spread
 from amkd_monai.files.masks import IGNORED
+from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES
 from amkd_monai.files.steps import softmax
 from amkd_monai.metrics.classification import macro_auroc
 from amkd_monai.storage import atomic_folder, atomic_write_json
@@ -86,10 +93,10 @@ def export_bundle(source: Source, to: str | Path, options: Options) -> Path:
     to = Path(to)
     with atomic_folder(to) as folder:
         facts = _write_models(source, folder / "models", options)
-        for name, content in card.configs(source, facts).items():
+        for name, content in configs(source, facts).items():
             atomic_write_json(folder / "configs" / f"{name}.json", content)
         atomic_write_json(folder / "docs" / "export.json", facts)
-        (folder / "docs" / "README.md").write_text(card.model_card(source, facts, to.name), encoding="utf-8")
+        (folder / "docs" / "README.md").write_text(model_card(source, facts, to.name), encoding="utf-8")
         origin = f"Student exported from the bundle {source.bundle.resolve().name} by amkd_monai {__version__}."
         changelog = f"# Changelog\n\n## {source.metadata['version']}\n\n{origin}\n"
         (folder / "CHANGELOG.md").write_text(changelog, encoding="utf-8")
@@ -130,7 +137,7 @@ def _write_models(source: Source, folder: Path, options: Options) -> dict[str, A
         "calibration_images": [str(item["id"]) for item in calibration],
         "input_shape": list(cases[0].batch.shape[1:]),
     }
-    print(align(card.format_cells(facts)), f"(one image, CPU, threads: {threads})", sep="\n")
+    print(align(format_cells(facts)), f"(one image, CPU, threads: {threads})", sep="\n")
     facts["remarks"] = [r for row in rows[1:] if (r := judge(row, rows[0], options.accept_loss))]
     for remark in facts["remarks"]:
         print(remark)
@@ -139,7 +146,7 @@ def _write_models(source: Source, folder: Path, options: Options) -> dict[str, A
 
 def _probabilities(run: Runner, case: Case) -> np.ndarray:
     """Probabilities of a case: (B, C, H, W), or (1, C)."""
-    parts = [case.batch[i : i + card.BATCH] for i in range(0, len(case.batch), card.BATCH)]
+    parts = [case.batch[i : i + BATCH] for i in range(0, len(case.batch), BATCH)]
     return softmax(np.concatenate([run(part) for part in parts]), 1)
 
 
@@ -207,3 +214,118 @@ def judge(row: Row, student: Row, accept_loss: bool) -> str:
     if not accept_loss:
         raise ValueError(f"{remark}: nothing was exported; add --accept-loss, or leave it out with --formats.")
     return f"{remark}, accepted by --accept-loss."
+
+
+BATCH = 8
+"""Pictures, or slices of a volume, that a network takes at once."""
+INFERENCE, CARD = (Path(__file__).with_name(name) for name in ("inference.json", "card.md"))
+"""Config of a bundle that needs MONAI and TorchScript alone, and template of the model card."""
+
+
+def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the contents of ``configs/`` by name; ``facts`` is the content of ``docs/export.json``."""
+    inference = json.loads(INFERENCE.read_text(encoding="utf-8"))
+    inference["suffixes"] = list(PICTURE_SUFFIXES if source.task.dimensions == 2 else VOLUME_SUFFIXES)
+    inference["preprocessing"]["transforms"] = source.transforms
+    inference["inferer"] = source.inferer
+    inference["postprocessing"]["transforms"] = source.postprocessing
+    if not source.task.is_classification:
+        inference["handlers"] = []  # masks are saved by the postprocessing
+    written = {row["name"] for row in facts["formats"]}
+    parts = [t["applied_labels"] for t in source.postprocessing if t["_target_"] == "KeepLargestConnectedComponentd"]
+    predict = {
+        "version": VERSION,
+        "task": source.task.name,
+        "kind": source.task.kind,
+        "dimensions": source.task.dimensions,
+        "classes": list(source.task.classes),
+        "models": {name: f"models/{formats.FORMATS[name]}" for name in ("onnx", "ort-int8") if name in written},
+        "steps": source.steps,
+        "largest_component": [label for labels in parts for label in labels],
+        "batch_size": BATCH,
+    }
+    return {"inference": inference, "metadata": _metadata(source, facts), "predict": predict}
+
+
+def _metadata(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
+    """``metadata.json``: the training bundle's, with what was measured and without the packages of training."""
+    values = source.metrics.get("summary", {}).get("metrics", {})
+    measured = {name: value.get("mean", value.get("value")) for name, value in values.items()}
+    reader = ["pillow"] if source.task.dimensions == 2 else ["nibabel", "scikit-image"]
+    version = importlib.metadata.version
+    result = copy.deepcopy(source.metadata) | {
+        "image_classes": image_text(source),
+        "eval_metrics": {name: value for name, value in measured.items() if value is not None},
+        "required_packages_version": {name: version(name) for name in ("pytorch-ignite", *reader)},
+    }
+    for key, package in (("monai_version", "monai"), ("pytorch_version", "torch"), ("numpy_version", "numpy")):
+        result[key] = version(package).split("+")[0]
+    shape, formats = facts["input_shape"][1:], result["network_data_format"]
+    formats["inputs"]["image"]["spatial_shape"] = shape
+    if not source.task.is_classification:
+        formats["outputs"]["pred"]["spatial_shape"] = shape
+    return result
+
+
+def image_text(source: Source) -> str:
+    """Describe an image and its preparation, with the sizes of this student's preprocessing."""
+    text = [part for part in source.metadata["image_classes"].split(", ") if not re.search(r"\d x \d", part)]
+    words = {
+        "Spacingd": ("resampled to", "pixdim", " mm"),
+        "Resized": ("resized to", "spatial_size", ""),
+        "CenterSpatialCropd": ("centre-cropped to", "roi_size", ""),
+        "SpatialPadd": ("padded to", "spatial_size", ""),
+    }
+    for step in source.image_steps:
+        if step["transform"] in words:
+            verb, key, unit = words[step["transform"]]
+            sizes = " x ".join("any" if n == -1 else f"{n:g}" for n in step[key])
+            text.append(f"{verb} {sizes}{unit}")
+    return ", ".join(text)
+
+
+def format_cells(facts: dict[str, Any]) -> list[Sequence[str]]:
+    """Return the table of formats, header first."""
+    metric = {"macro_auroc": "macro AUC", "dice": "Dice"}[facts["metric"]]
+    cells: list[Sequence[str]] = [("format", "MB", "p50 ms", "p95 ms", "peak MB", "max difference", metric)]
+    for row in facts["formats"]:
+        sizes = [_number(row[key], 1) for key in ("megabytes", "p50", "p95")]
+        cells.append(
+            [row["name"], *sizes, _number(row["memory"], 0), f"{row['difference']:.1e}", _number(row["metric"])]
+        )
+    return cells
+
+
+def model_card(source: Source, facts: dict[str, Any], name: str) -> str:
+    """Return ``docs/README.md``.
+
+    Args:
+        source: the opened training bundle.
+        facts: content of ``docs/export.json``.
+        name: of the exported bundle's folder.
+    """
+    unknown = "not recorded: the run left no run.json"
+    recorded, distillation = source.record.get("data", {}), source.record.get("distillation", {})
+    environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
+    environment.filters["number"] = _number
+    return environment.from_string(CARD.read_text(encoding="utf-8")).render(
+        about=source.metadata,
+        facts=facts,
+        name=name,
+        images=image_text(source),
+        is_phantom=source.data.is_phantom,
+        no_teachers="none: trained with labels alone" if "distillation" in source.record else unknown,
+        parameters=sum(p.numel() for p in source.student.parameters()),
+        recorded=recorded,
+        samples=", ".join(f"{k} {v}" for k, v in recorded.get("counts", {}).items()) or unknown,
+        summary=source.metrics.get("summary", {"metrics": {}}),
+        table=format_cells(facts),
+        teachers=distillation.get("teachers", []) if isinstance(distillation, dict) else [],
+        temperature=float(source.state["temperature"]) if "temperature" in source.state else None,
+        unknown=unknown,
+        unscored=source.unscored,
+    )
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

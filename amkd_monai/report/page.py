@@ -1,4 +1,4 @@
-"""From runs to one page: tables, figures and pictures, each a plain value for the template."""
+"""From the files of runs, read without torch, to one page: tables, figures and pictures as values for the template."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.metrics.classification import labels_and_probabilities, positive_classes
 from amkd_monai.metrics.compare import compare_runs
 from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS, preview_file, read_case_csv
-from amkd_monai.report import figures, pictures
+from amkd_monai.report import figures
 from amkd_monai.storage import atomic_write_bytes, read_json
 
 SHOWN = {"worst": 6, "median": 3, "best": 3}
@@ -319,18 +319,18 @@ def _chosen_cases(run: RunFolder, ranked: Sequence[dict[str, Any]]) -> list[dict
 
 def _views(preview: dict[str, np.ndarray]) -> dict[str, list[str]]:
     """Pictures of a case, and of a volume its slices."""
-    views, slices = [pictures.enlarged(preview["image"][0])[0]], []
+    views, slices = [figures.enlarged(preview["image"][0])[0]], []
     if "cam" in preview:
-        views.append(pictures.tinted(preview["image"][0], preview["cam"][0]))
+        views.append(figures.tinted(preview["image"][0], preview["cam"][0]))
     elif "prediction" in preview:
         parts = (preview["image"], preview["reference"], preview["prediction"])
-        drawn = [pictures.outlined(*masks) for masks in zip(*parts, strict=True)]
+        drawn = [figures.outlined(*masks) for masks in zip(*parts, strict=True)]
         if "plane0" in preview:
             planes = [[preview[f"{name}{a}"] for name in ("plane", "reference", "prediction")] for a in range(3)]
-            views, slices = [np.rot90(pictures.outlined(*plane)) for plane in planes], list(map(np.rot90, drawn))
+            views, slices = [np.rot90(figures.outlined(*plane)) for plane in planes], list(map(np.rot90, drawn))
         else:
             views += drawn
-    return {"views": list(map(pictures.data_uri, views)), "slices": list(map(pictures.data_uri, slices))}
+    return {"views": list(map(figures.data_uri, views)), "slices": list(map(figures.data_uri, slices))}
 
 
 def _teacher_rows(run: RunFolder) -> tuple[list[str], list[list[str]]]:
@@ -343,7 +343,7 @@ def _teacher_rows(run: RunFolder) -> tuple[list[str], list[list[str]]]:
     maps |= {n: f"weight of {n[7:]}" for n in weights}
     rows = []
     for i, image in enumerate(arrays["image"]):
-        row = [pictures.outlined(image, arrays["label"][i], None)]
-        row += [pictures.tinted(image, arrays[name][i]) for name in maps]
-        rows.append([pictures.data_uri(picture, 70) for picture in row])
+        row = [figures.outlined(image, arrays["label"][i], None)]
+        row += [figures.tinted(image, arrays[name][i]) for name in maps]
+        rows.append([figures.data_uri(picture, 70) for picture in row])
     return ["image, label", *maps.values()], rows

@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 
 from amkd_monai.data.datasets import get_task
 from amkd_monai.metrics.summary import preview_file
-from amkd_monai.report.pictures import PREDICTION, REFERENCE, enlarged, outlined
+from amkd_monai.report.figures import PREDICTION, REFERENCE, enlarged, outlined
 
 TARGET = Path(__file__).resolve().parents[1] / "phantom_cases.jpg"
 

@@ -12,7 +12,7 @@ from helpers import ROOT
 from PIL import Image
 
 from amkd_monai.__main__ import main
-from amkd_monai.data.commands.check import ORANGE, check_data, write_contact_sheet
+from amkd_monai.data.check import ORANGE, check_data, write_contact_sheet
 from amkd_monai.data.datasets import TASKS, Layout, Task, get_task
 
 

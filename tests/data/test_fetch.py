@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from amkd_monai.__main__ import main
-from amkd_monai.data.commands.fetch import fetch, unpack
 from amkd_monai.data.datasets import TASKS, Source, Task
+from amkd_monai.data.fetch import fetch, unpack
 
 CONTENT = bytes(range(256)) * 4000
 

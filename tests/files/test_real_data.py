@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import ROOT, shared_data
 
-from amkd_monai.data.commands.check import check_data
+from amkd_monai.data.check import check_data
 
 
 def test_real_files_stored_otherwise_are_read_alike():

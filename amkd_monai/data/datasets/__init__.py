@@ -10,7 +10,7 @@ from amkd_monai.data import phantoms
 from amkd_monai.data.datasets import aptos2019, isic2017
 from amkd_monai.data.datasets.busi import Busi
 from amkd_monai.data.datasets.decathlon import Decathlon
-from amkd_monai.data.datasets.pairs import Layout, Pairs
+from amkd_monai.data.datasets.layout import Layout, Pairs
 from amkd_monai.data.splits import NEAR
 from amkd_monai.storage import atomic_folder
 

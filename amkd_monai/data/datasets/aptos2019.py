@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from amkd_monai.data.datasets.pairs import Layout, check_ids, report_conflicts
+from amkd_monai.data.datasets.layout import Layout, check_ids, report_conflicts
 from amkd_monai.data.splits import Item, group_identical_images
 from amkd_monai.files.names import files_by_id, read_table, some
 

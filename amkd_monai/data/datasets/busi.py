@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from amkd_monai.data.datasets.pairs import Layout, check_partners, checked
+from amkd_monai.data.datasets.layout import Layout, check_partners, checked
 from amkd_monai.data.splits import Item, group_near_duplicates
 from amkd_monai.files.names import file_id, image_files, natural, some
 

@@ -12,7 +12,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from amkd_monai.data.datasets.pairs import Layout, checked
+from amkd_monai.data.datasets.layout import Layout, checked
 from amkd_monai.data.splits import Item, group_identical_images
 from amkd_monai.files.names import file_id, read_text
 
