@@ -98,9 +98,7 @@ def _crop_to_foreground(pred: Tensor, reference: Tensor) -> tuple[Tensor, Tensor
 
 def _label_map(array: Tensor, name: str, num_classes: int) -> Tensor:
     """The array as a plain integer tensor, after checking that its labels lie in [0, num_classes)."""
-    array = array.detach()
-    if hasattr(array, "as_tensor"):  # the bookkeeping of a MetaTensor slows every operation
-        array = array.as_tensor()
+    array = array.detach().as_subclass(Tensor)  # the bookkeeping of a MetaTensor slows every operation
     if not array.is_floating_point():
         array = array.to(torch.int64)
     elif not torch.equal(array, array.round()):  # NaN differs from itself

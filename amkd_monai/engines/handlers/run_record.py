@@ -63,9 +63,10 @@ class RunRecord(Handler):
         result = engine.state.distillation
         if isinstance(result, Mapping):  # a step of several tasks
             parts = {f"{task}/": (_kept(of_task), engine.teachers_of(task)) for task, of_task in result.items()}
+            self.steps.append((engine.state.output["loss"], parts))
         else:
-            parts = {"": (_kept(result), [t.name for t in engine.targets.teachers] if engine.targets else [])}
-        self.steps.append((engine.state.output["loss"].detach(), parts))
+            names = [t.name for t in engine.targets.teachers] if engine.targets else []
+            self.steps.append((result.total.detach(), {"": (_kept(result), names)}))
 
     def _epoch_completed(self, engine: Engine) -> None:
         row: dict[str, float] = {"epoch": engine.state.epoch, "learning_rate": engine.optimizer.param_groups[0]["lr"]}
