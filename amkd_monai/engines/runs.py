@@ -125,7 +125,7 @@ def check(purpose: str) -> None:
         parser[OVERRIDDEN] = _overridden(parser.config, Path(workflow.config_root_path))
         if parser[OVERRIDDEN] and "output_dir" not in given:
             changed = ", ".join(parser[OVERRIDDEN])
-            raise ValueError(f"{changed} changes how is scored: give an --output_dir of its own, or leave it out.")
+            raise ValueError(f"{changed} changes what is scored or how: give it its own --output_dir, or leave it out.")
 
 
 def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
