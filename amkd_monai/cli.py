@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import amkd_monai
+from amkd_monai.errors import root_cause
 from amkd_monai.terminal import logger, print_any_name, set_verbosity
 
 CACHE = "bundles/.cache"
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments) or 0
     except (ValueError, OSError, RuntimeError) as error:
         logger.debug("The command ended with an error.", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {root_cause(error)}", file=sys.stderr)
         return 1
 
 
@@ -189,6 +190,9 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     reference = Path(arguments.reference) / "per_case.csv"
     others = {run: Path(run) / "per_case.csv" for run in arguments.runs}
+    for file in (reference, *others.values()):
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no {file}: give the output folder of an evaluated run.")
     task = evaluated_task(Path(arguments.reference) / "metrics.json")
     rows = compare_runs(reference, others, arguments.metric, task)
     title = task.name if task is not None and task.is_classification else arguments.metric or "dice"
@@ -296,7 +300,7 @@ def _cache_export(arguments: argparse.Namespace) -> None:
 
 
 def _cache_build(arguments: argparse.Namespace) -> None:
-    from amkd_monai.cache.build import Part
+    from amkd_monai.cache.store import Part
 
     part = Part.from_environment() if arguments.shard is None else Part.parse(arguments.shard)
     settings = settings_of(arguments.set)

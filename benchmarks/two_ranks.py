@@ -30,7 +30,8 @@ def build(folder: Path, rounds: int) -> dict[str, list[float]]:
     import torch.distributed as dist
     from data_path import chain
 
-    from amkd_monai.cache.build import EVERYTHING, Part, cache_teacher
+    from amkd_monai.cache.build import cache_teacher
+    from amkd_monai.cache.store import EVERYTHING, Part
     from amkd_monai.data.datasets import get_task
     from amkd_monai.data.decoded import DecodedDataset
     from amkd_monai.memory import own_peak

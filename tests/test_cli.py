@@ -11,7 +11,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-from amkd_monai.cache.build import progress_line
+from amkd_monai.cache.store import progress_line
 from amkd_monai.cli import main, parser
 from amkd_monai.errors import root_cause
 from amkd_monai.metrics.summary import write_case_csv

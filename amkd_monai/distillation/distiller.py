@@ -167,6 +167,8 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         if unknown := set(self.losses) - set(LOSSES):
             raise ValueError(f"Unknown losses {sorted(unknown)}: use some of {', '.join(LOSSES)}.")
+        if wrong := {name: weight for name, weight in self.losses.items() if not 0 <= weight < float("inf")}:
+            raise ValueError(f"The weights of losses {wrong} are out of range: give numbers from 0 on.")
         if self.return_code not in RETURN_CODES:
             raise ValueError(f"There is no return code '{self.return_code}': use one of {', '.join(RETURN_CODES)}.")
         if self.losses.get("reconstruction") and self.return_code == "none":

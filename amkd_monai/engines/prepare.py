@@ -21,8 +21,8 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from amkd_monai.cache import probes
-from amkd_monai.cache.build import EVERYTHING, Part, answers_store, cache_teacher, keep_answers
-from amkd_monai.cache.store import FeatureStore
+from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers
+from amkd_monai.cache.store import EVERYTHING, FeatureStore, Part
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.distillation import TeacherTarget
 from amkd_monai.distillation.losses import UNLABELLED, one_hot_area, soft_cross_entropy

@@ -28,15 +28,17 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import ignite.distributed as idist
+import torch
 from filelock import FileLock, Timeout
 from monai.bundle import ConfigParser, ConfigWorkflow
-from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
+from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, MERGE_KEY
 from monai.utils import ensure_tuple
 
 from amkd_monai import __version__
 from amkd_monai.data.datalist import Datalist, find_dataset_dir
 from amkd_monai.data.datasets import get_task
 from amkd_monai.distillation import contrastive, distiller
+from amkd_monai.files.masks import NAMED_CODES
 from amkd_monai.files.names import label_files, some
 from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS
 from amkd_monai.storage import atomic_write_json, file_sha256, fingerprint, read_json
@@ -65,6 +67,9 @@ _NOT_OF_A_NETWORK = ("weights", "seed", "drop_path", "dropout")
 _ADMISSION = ("mode", "features", "margin", "folds", "epochs")
 _REFERENCE = re.compile(r"@([A-Za-z_](?:\w|#|::)*)")
 _locks: dict[Path, FileLock] = {}
+
+_WORKFLOW_KEYS = ("imports", "initialize", "run", "finalize", ConfigParser.meta_key)
+"""Keys of a config that MONAI reads."""
 
 T = TypeVar("T")
 
@@ -117,6 +122,7 @@ def check(purpose: str) -> None:
     if given.get("purpose", "serving") != "serving":
         raise ValueError("purpose cannot be set: it says what a config does.")
     expand(parser)
+    given = {**_places(parser), **given}
     parser["bundle_root"] = parser.get_parsed_content("bundle_root")  # while the workflow is on the stack
     _check_values(parser, purpose in ("training", "serving"))
     if purpose != "training":
@@ -137,6 +143,7 @@ def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
     tracked = {key: None for settings in DEFAULT_EXP_MGMT_SETTINGS.values() for key in settings["configs"]}
     if names := next((names for names in _commands() if "workflow_class" in names), None):  # of create_workflow
         arguments, content = names["_args"], ConfigParser.load_config_files(names["config_file"])
+        _check_overlays(names["config_file"], parser.config)
         if tracking := arguments.get("tracking"):
             if not (isinstance(tracking, str) and tracking in DEFAULT_EXP_MGMT_SETTINGS):
                 tracked |= ConfigParser.load_config_files(tracking)["configs"]
@@ -155,6 +162,19 @@ def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
         if isinstance(value, dict) and isinstance(of_files := known.get(key), dict):
             given |= {f"{key}#{name}": inner for name, inner in value.items() if name not in of_files}
     return known, given
+
+
+def _check_overlays(files: str | Sequence[str], config: Mapping[str, Any]) -> None:
+    """Refuse keys of the configs on top that change nothing: those that no config below and no reference has."""
+    files = [files] if isinstance(files, str) else list(files)
+    known = {*ConfigParser.load_config_file(files[0]), *_WORKFLOW_KEYS, *_references(config)}
+    for number in range(1, len(files)):
+        below = ConfigParser.load_config_files(files[:number])
+        for key, value in ConfigParser.load_config_file(files[number]).items():
+            if (name := key.removeprefix(MERGE_KEY)) not in known:
+                _check_option(name, below)
+            for inner in value if isinstance(value, dict) and _names_in(name) else ():
+                _check_option(f"{name}#{inner}", below)
 
 
 def _check_option(key: str, content: Mapping[str, Any]) -> None:
@@ -190,15 +210,36 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
     """Refuse numbers that end a run late or without a student, and make words of switches true or false."""
     config = parser.config
     least = {"seed": 0, "num_workers": 0, **({"max_epochs": 1, "val_interval": 1, "patience": 1} if trains else {})}
+    data = {"image_size": 1, "split_seed": 0, "fold": 0, "folds": 2}
+    least |= {name: low for name, low in data.items() if config.get(name) is not None}
     for name, low in least.items():
         value = config.get(name, low)
         if not (_is_expression(value) or (isinstance(value, int) and not isinstance(value, bool) and value >= low)):
             raise ValueError(f"{name} is {value!r}: give a whole number of at least {low}.")
+    for name in ("volume_size", "spacing"):
+        value = config.get(name)
+        if not (value is None or _is_expression(value) or _is_triple(value)):
+            raise ValueError(f"{name} is {value!r}: give three numbers.")
+    codes = config.get("mask_codes", "auto")
+    if not (codes in NAMED_CODES or isinstance(codes, dict) or _is_expression(codes)):
+        raise ValueError(f"mask_codes is {codes!r}: use one of {', '.join(NAMED_CODES)}, or {{value: class}}.")
+    if isinstance(device := config.get("device"), str) and not _is_expression(device):
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}"
+            ) from error
     for name in ("amp", "resume", "other_data"):
         if name in config and not _is_expression(config[name]):
             parser[name] = is_true(config[name], name)
     if trains and config.get("val_interval", 1) > config.get("max_epochs", 1):
         raise ValueError(f"val_interval is {config['val_interval']}, above max_epochs: no student would be kept.")
+
+
+def _is_triple(value: Any) -> bool:
+    numbers = value if isinstance(value, (list, tuple)) else ()
+    return len(numbers) == 3 and all(isinstance(number, (int, float)) for number in numbers)
 
 
 def _names_in(section: str) -> list[str]:
@@ -228,6 +269,15 @@ def expand(parser: ConfigParser) -> None:
             raise ValueError(f"--{key} is empty: give a folder, or leave it out.")
         if isinstance(value, str) and value.startswith("~"):
             parser[key] = str(Path(value).expanduser())
+        folder = key in ("output_dir", "ckpt_dir", "cache_dir", "resume_dir") and isinstance(value, str)
+        if folder and Path(parser[key]).is_file():
+            raise ValueError(f"{key} is {value}, which is a file: give a folder.")
+
+
+def _places(parser: ConfigParser) -> dict[str, str]:
+    """Data and results that a config names instead of deriving them: as good as given on the command line."""
+    values = {key: parser.config.get(key) for key in ("dataset_dir", "output_dir")}
+    return {key: value for key, value in values.items() if isinstance(value, str) and not _is_expression(value)}
 
 
 @dataclass
@@ -417,6 +467,7 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
             given, ``serving`` (answers or further training on a server's images) none of them.
         given: settings of this command; one that differs from the student's is refused.
     """
+    given = {**_places(parser), **given}
     ckpt_dir = Path(parser.get_parsed_content("ckpt_dir"))
     record, config, student = read_record(ckpt_dir), parser.config, ckpt_dir / STUDENT
     scored = purpose in ("evaluation", "export")
@@ -464,8 +515,16 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
     elif purpose != "serving":
         _adopt_data(parser, record["data"], given)
         if scored and "split_hash" in config:
-            parser["split_hash"] = record["data"]["split_hash"]
+            _adopt_split(parser, record["data"], given)
     return record
+
+
+def _adopt_split(parser: ConfigParser, data: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    if (asked := given.get("split_hash")) and asked != data["split_hash"]:
+        raise ValueError(
+            f"split_hash is {asked}, that of the student's training is {data['split_hash']}: leave it out."
+        )
+    parser["split_hash"] = data["split_hash"]
 
 
 def _adopt_data(parser: ConfigParser, data: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -520,7 +579,7 @@ def _adopt_run_record(parser: ConfigParser, student: Path, scored: bool, given: 
     unchecked = "image size, preprocessing, axes, classes and network"
     run = Path(parser.get_parsed_content("output_dir")) / "run.json"
     if scored and (data := read_json(run).get("data")):
-        parser["split_hash"] = data["split_hash"]
+        _adopt_split(parser, data, given)
         _adopt_data(parser, data, given)
     elif scored:
         unchecked = f"data, split, {unchecked}"
@@ -585,6 +644,12 @@ def start(found: Identity, resume: bool | str = False) -> None:
                 raise ValueError(f"{results} holds another run: give the --output_dir of the one resumed.")
     elif old is not None and old.get("task") != found.record.get("task"):
         raise ValueError(f"{folder} holds a student of the bundle {old['bundle']}: give another --ckpt_dir.")
+    elif _task_of(read_json(results / "run.json"), found.record.get("task")) != found.record.get("task"):
+        raise ValueError(f"{results} holds the results of another bundle: give an --output_dir of this run.")
+
+
+def _task_of(run: Mapping[str, Any], unknown: str | None) -> str | None:
+    return run.get("data", {}).get("task", None if "tasks" in run else unknown)
 
 
 def _core(record: Mapping[str, Any]) -> dict[str, Any]:

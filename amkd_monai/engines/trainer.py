@@ -303,7 +303,6 @@ class DistillationTrainer(SupervisedTrainer):
         inferer: Inferer | None = None,
         postprocessing: Transform | None = None,
         key_train_metric: dict | None = None,
-        additional_metrics: dict | None = None,
         train_handlers: Sequence | None = None,
     ) -> None:
         self.targets = targets if targets is not None and len(targets) else None
@@ -323,7 +322,6 @@ class DistillationTrainer(SupervisedTrainer):
             inferer=inferer,
             postprocessing=postprocessing,
             key_train_metric=key_train_metric,
-            additional_metrics=additional_metrics,
             train_handlers=train_handlers,
             amp=amp,
             decollate=postprocessing is not None,

@@ -52,7 +52,8 @@ def decode(values: np.ndarray, classes: int = 2, codes: MaskCodes = "auto") -> n
         ValueError: values that these codes do not explain.
     """
     if isinstance(codes, str) and codes not in NAMED_CODES:
-        raise ValueError(f"mask_codes is '{codes}': use one of {', '.join(NAMED_CODES)}, or {{value: class}}.")
+        names = ", ".join(NAMED_CODES)
+        raise ValueError(f"is to be read by `mask_codes` {codes!r}, which is none of {names} and no {{value: class}}")
     if values.dtype not in (np.uint8, np.uint16) and values.min() >= 0 and values.max() < 65536:
         whole = np.round(values).astype(np.uint16)
         values = whole if np.abs(values - whole).max() < 1e-3 else values

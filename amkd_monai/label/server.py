@@ -51,7 +51,8 @@ def serve(bundles: Sequence[str], studies: str, host: str, port: int, work: str 
 
     Raises:
         FileNotFoundError: a bundle or the studies do not exist.
-        RuntimeError: MONAI Label is not installed, or the port is taken.
+        RuntimeError: MONAI Label is not installed.
+        OSError: the port is taken.
         TimeoutError: another server works in ``work``.
     """
     found, work = find_bundles(bundles), Path(work).resolve()
@@ -66,7 +67,7 @@ def serve(bundles: Sequence[str], studies: str, host: str, port: int, work: str 
         with socket.create_server((host, port)):  # ten seconds of imports come before the server's own attempt
             pass
     except (OSError, OverflowError) as error:
-        raise RuntimeError(f"Port {port} of {host} cannot be used ({error}): give another --port or --host.") from error
+        raise OSError(f"Port {port} of {host} cannot be used ({error}): give another --port or --host.") from error
     with exclusive_lock(work / ".lock"):
         prepare(found, work)
         _start(work, studies, host, port)

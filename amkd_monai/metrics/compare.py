@@ -19,6 +19,7 @@ from amkd_monai.metrics.summary import Row, read_case_csv
 from amkd_monai.storage import read_json
 from amkd_monai.terminal import align
 
+SIZE = "reference_volume"
 SCORE = ["value", "ci_low", "ci_high"]
 DELTA = ["delta", "delta_ci_low", "delta_ci_high", "p", "p_holm"]
 Key = tuple[str, ...]
@@ -53,8 +54,8 @@ def compare_runs(
         minus reference) with ``ci_low`` and ``ci_high`` (95 %), ``test``, its two-sided ``p``, and ``p_holm``.
 
     Raises:
-        ValueError: a file lacks the metric, repeats a case, or does not have the cases and labels of the reference; or
-            the metric is unknown.
+        ValueError: a file lacks the metric, repeats a case, or does not have the cases and labels (of
+            masks: their sizes) of the reference; or the metric is unknown.
     """
     classes = task if task is not None and task.is_classification else None
     if classes is not None and metric not in (None, *(known := class_metrics(classes))):
@@ -67,6 +68,12 @@ def compare_runs(
         if unpaired := reference.keys() ^ other.keys():
             shown = some(map(" ".join, unpaired))
             raise ValueError(f"{len(unpaired)} case(s) are only in one of '{name}' and the reference: {shown}.")
+        pairs = {case: (row.get(SIZE), other[case].get(SIZE)) for case, row in reference.items()}
+        if changed := [" ".join(case) for case, pair in pairs.items() if None not in pair and not _same(*pair)]:
+            raise ValueError(
+                f"The run '{name}' was scored on other labels than the reference, {len(changed)} case(s) differ in "
+                f"size: {some(changed)}. Compare runs on the same data."
+            )
         if classes is not None:
             found = _compare_classes(other, reference, metric, classes, name)
         else:
@@ -127,6 +134,10 @@ def _compare_classes(
         row |= dict(zip(("difference", "ci_low", "ci_high", "p"), found, strict=True))
         rows.append(row | {"mean": mean, "test": test})
     return rows
+
+
+def _same(now: Any, then: Any) -> bool:
+    return bool(np.isclose(float(now), float(then), rtol=1e-3, equal_nan=True))
 
 
 def _load(path: str | Path, columns: Sequence[str], key: Sequence[str]) -> dict[Key, Row]:

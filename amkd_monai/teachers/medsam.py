@@ -73,8 +73,10 @@ class MedSAMTeacher(OfficialTeacher):
             label and admission by score does not say how well it would do without.
         image_size: official files know 1024 alone.
         grid_limit: 64 keeps the whole embedding.
-        embed_dim, depth, num_heads, global_blocks: size of the image encoder, and its blocks that attend to the whole
-            image; smaller ones are for tests.
+        embed_dim: channels of the image encoder; smaller ones, and fewer of what follows, are for tests.
+        depth: its blocks.
+        num_heads: its heads.
+        global_blocks: its blocks that attend to the whole image.
         prompt_dim: channels of the embedding, a multiple of 16.
         precision: of the image encoder.
     """

@@ -47,7 +47,9 @@ class RETFoundTeacher(OfficialTeacher):
         framing: ``crop`` as the authors do (the grid then covers the centre of the image alone), or ``squash``, whose
             grid covers the whole image: what a mask task needs.
         fc_norm_applications: 2 repeats upstream's double normalisation before the head, for files fine-tuned with it.
-        embed_dim, depth, num_heads: size of the network; smaller ones are for tests.
+        embed_dim: channels of the network; smaller ones, and fewer of what follows, are for tests.
+        depth: its blocks.
+        num_heads: its heads.
     """
 
     settings = ("variant", "fc_norm_applications")

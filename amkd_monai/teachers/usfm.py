@@ -40,7 +40,9 @@ class USFMTeacher(OfficialTeacher):
         image_size: None takes the size the file was trained for; others resize the tables of relative positions.
         num_classes: classes of a random UPerNet; a file decides by itself whether it has a head.
         taps: the blocks (from 0) whose outputs a UPerNet reads.
-        embed_dim, depth, num_heads: size of the network; smaller ones are for tests.
+        embed_dim: channels of the network; smaller ones, and fewer of what follows, are for tests.
+        depth: its blocks.
+        num_heads: its heads.
     """
 
     settings = ("taps",)

@@ -78,10 +78,14 @@ def page_of(file: Path) -> str | None:
 def api_page(package: Path) -> str:
     """Return a page with the docstrings of a package's modules."""
     found = package.glob("*.py") if package == PACKAGE else package.rglob("*.py")
-    modules = sorted(module_name(file) for file in found if not file.name.startswith("_"))
+    modules = sorted(
+        module_name(file)
+        for file in found
+        if not file.name.startswith("_") or (file.parent != package and "\ndef " in file.read_text(encoding="utf-8"))
+    )
     return "\n\n".join([f"# {module_name(package)}", *(f"::: {name}" for name in modules)])
 
 
 def module_name(file: Path) -> str:
     """Return the dotted name of a module's file or a package's folder."""
-    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

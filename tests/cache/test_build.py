@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from toy_dataset import CountingTeacher, decoded, write_items
 
-from amkd_monai.cache.build import Part, answers_store, cache_teacher, images_of, keep_answers, to_device
-from amkd_monai.cache.store import StoreError
+from amkd_monai.cache.build import answers_store, cache_teacher, images_of, keep_answers, to_device
+from amkd_monai.cache.store import Part, StoreError
 
 
 @pytest.fixture

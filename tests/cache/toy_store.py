@@ -5,8 +5,7 @@ import time
 
 import numpy as np
 
-from amkd_monai.cache.build import EVERYTHING, Part, build_missing
-from amkd_monai.cache.store import ArraySpec, FeatureStore
+from amkd_monai.cache.store import EVERYTHING, ArraySpec, FeatureStore, Part, build_missing
 
 N = 50
 SHARDS = 26  # two views of 13

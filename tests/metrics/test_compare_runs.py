@@ -68,6 +68,17 @@ def test_a_run_against_itself(tmp_path):
     assert (row["difference"], row["ci_low"], row["ci_high"], row["p"]) == (0.0, 0.0, 0.0, 1.0)
 
 
+def test_runs_on_other_labels_are_refused(tmp_path):
+    files = [tmp_path / "a.csv", tmp_path / "b.csv", tmp_path / "c.csv"]
+    for file, volume in zip(files, (261.0, 261.01, 317.0), strict=True):  # rounding, another mask
+        row = {"id": "001", "class": "polyp", "status": "ok", "dice": 0.5, "reference_volume": volume}
+        write_case_csv(file, [row, {**row, "id": "002", "reference_volume": 100.0}])
+    (row,) = compare_runs(files[0], {"same": files[1]})
+    assert row["n"] == 2
+    with pytest.raises(ValueError, match=r"other labels.*1 case.*001 polyp"):
+        compare_runs(files[0], {"other": files[2]})
+
+
 def test_errors(tmp_path):
     reference = case_file(tmp_path / "a.csv", BASE[:9])
     fewer = case_file(tmp_path / "b.csv", BASE[:3], names=["case_0", "case_1", "other"])

@@ -128,6 +128,30 @@ def test_options_that_exist_are_accepted_where_the_configs_do_not_list_them():
         make("kvasir_seg", ("train",), **{"recipe#augmentation#colour": 0.1, "train#handlers#0#epoch_level": True})
 
 
+def test_a_config_on_top_with_a_misspelled_option_is_refused(tmp_path):
+    mine = tmp_path / "mine.json"
+    configs = [*files("kvasir_seg", "train"), str(mine)]
+    for key, value, meant in [
+        ("max_epoch", 1, "max_epochs"),
+        ("+teacher", [], "teachers"),
+        ("recipe#learning_rat", 0.1, "recipe#learning_rate"),
+        ("losses", {"outptu": 1}, "losses#output"),
+    ]:
+        mine.write_text(json.dumps({key: value}))
+        assert f"--{meant}?" in refusal(create_workflow, config_file=configs, logging_file=False)
+    mine.write_text(json.dumps({"rate": 0.1, "recipe#learning_rate": "@rate", "teachers": []}))
+    assert (
+        create_workflow(config_file=configs, logging_file=False).parser.get_parsed_content("recipe#learning_rate")
+        == 0.1
+    )
+
+
+def test_the_bundles_own_configs_on_top_are_accepted():
+    for bundle, names in OVERLAYS:
+        if "multi_gpu_train" not in names:  # that starts a process group
+            commanded(bundle, names)
+
+
 @pytest.mark.parametrize("tracking", ["mlflow", files("kvasir_seg", "mlflow")[0]])
 def test_options_of_tracking_are_known_and_misspelled_ones_are_not(tracking, tmp_path):
     given = {"tracking": tracking, "output_dir": str(tmp_path)}
@@ -191,6 +215,7 @@ WRONG = [
     ({"split_fractions": [0.5, 0.25, 0.25]}, ("split_fractions", "0.7")),
     ({"encoder": "tf_efficientnet_lite1"}, ("lite0", "lite1")),
     ({"network_def#stride": 2}, ("stride", "4")),
+    ({"split_hash": "0" * 64}, ("split_hash", "0" * 64)),
 ]
 
 
@@ -254,6 +279,9 @@ def test_another_bundle_or_task_is_refused(trained, tmp_path):
         assert "kvasir_seg" in text and str(trained / "models" / "model.pt") in text
     text = refusal(built, "busi", ("train",), **settings("busi", tmp_path, tmp_path, ckpt_dir=str(trained / "models")))
     assert "kvasir_seg" in text and (trained / "models" / "model.pt").is_file()
+    values = settings("busi", tmp_path, tmp_path, output_dir=str(trained / "eval"), ckpt_dir=str(tmp_path / "models"))
+    text = refusal(built, "busi", ("train",), **values)
+    assert str(trained / "eval") in text and (trained / "eval" / "metrics.json").is_file()
 
 
 def test_a_foreign_model_beside_a_record_is_refused(trained, tmp_path):
@@ -301,6 +329,26 @@ def test_bad_values_are_refused_by_name(bundle, tmp_path):
     for name, value in BAD:
         text = refusal(built, bundle, ("train",), ckpt_dir=str(tmp_path), **{name: value})
         assert name in text and str(value) in text and not list(tmp_path.iterdir())
+
+
+def test_values_that_would_be_read_wrongly_are_refused_by_name(tmp_path):
+    (tmp_path / "model.pt").touch()
+    file = {name: str(tmp_path / "model.pt") for name in ("output_dir", "ckpt_dir")}
+    values = {
+        "image_size": 0,
+        "mask_codes": "treshold",
+        "device": "cuda:99",
+        "teachers": "medsam",
+        "losses#output": -1,
+        **file,
+    }
+    for name, value in values.items():
+        given = {"output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "cache_dir": str(tmp_path), name: value}
+        text = refusal(commanded, "kvasir_seg", ("train",), **given)
+        assert name.split("#")[-1] in text and str(value) in text
+    for name, value in [("volume_size", 64), ("volume_size", [64, 64]), ("spacing", [1, "x", 1]), ("fold", "x")]:
+        text = refusal(commanded, "msd_heart", ("train",), ckpt_dir=str(tmp_path), **{name: value})
+        assert name in text and str(value) in text
 
 
 def test_words_of_a_switch_are_understood():
@@ -385,6 +433,16 @@ def test_a_config_on_top_that_scores_otherwise_needs_a_folder_of_its_own(trained
     configs = [*files("kvasir_seg", "train", "evaluate"), str(tmp_path / "mine.json")]
     text = refusal(create_workflow, config_file=configs, logging_file=False, **places(trained))
     assert "validate#dataset#data" in text
+
+
+def test_places_in_a_config_count_as_given(trained, polyps, tmp_path):
+    other = shutil.copytree(polyps, tmp_path / "new")
+    places_of = {"dataset_dir": str(other), "output_dir": str(tmp_path / "results")}
+    (tmp_path / "mine.json").write_text(json.dumps(places_of))
+    for names in (("train", "evaluate"), ("inference",)):
+        configs = [*files("kvasir_seg", *names), str(tmp_path / "mine.json")]
+        made = create_workflow(config_file=configs, logging_file=False, ckpt_dir=str(trained / "models"))
+        assert {key: made.parser[key] for key in places_of} == places_of
 
 
 def test_changed_files_of_the_test_section_are_refused_by_name(trained, polyps, tmp_path):
@@ -494,6 +552,9 @@ def test_export_takes_the_settings_and_quotes_the_figures_of_this_student(traine
     assert exported(trained, tmp_path / "e", "--set=image_size=160") == 1
     error = capsys.readouterr().err
     assert "160" in error and str(SIZE) in error and not (tmp_path / "e").exists()
+    assert exported(trained, tmp_path / "e", f"--set=dataset_dir={tmp_path}") == 1
+    error = capsys.readouterr().err.strip()
+    assert str(tmp_path) in error and "\n" not in error.split("error: ")[1]
 
 
 def test_figures_of_other_data_or_options_are_not_quoted(trained, tmp_path):
