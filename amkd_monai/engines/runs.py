@@ -32,10 +32,12 @@ import torch
 from filelock import FileLock, Timeout
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, MERGE_KEY
+from monai.utils import ensure_tuple
 
 from amkd_monai import __version__
 from amkd_monai.data.datalist import Datalist, find_dataset_dir
 from amkd_monai.data.datasets import get_task
+from amkd_monai.distillation import contrastive, distiller
 from amkd_monai.files.masks import NAMED_CODES
 from amkd_monai.files.names import label_files, some
 from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS
@@ -59,9 +61,10 @@ RESULTS += [TEACHERS, FEATURES, PREVIEWS]
 
 _NOT_OF_A_STUDENT = {"task", "split_hash", "seed", "device", "encoder_weights", "settings", *PLACES}
 _NOT_OF_A_TRAINING = {"split_hash", "device", "resume", "num_workers", "on_bad_sample", *PLACES}
-_OF_LABELS = ("codes", "classes")
-"""Options of transforms that load an image and its label, which only the label depends on."""
+_NOT_OF_A_STEP = {"_target_", "allow_missing_keys", "codes", "classes"}
+"""Options of transforms that an image does not depend on."""
 _NOT_OF_A_NETWORK = ("weights", "seed", "drop_path", "dropout")
+_ADMISSION = ("mode", "features", "margin", "folds", "epochs")
 _REFERENCE = re.compile(r"@([A-Za-z_](?:\w|#|::)*)")
 _locks: dict[Path, FileLock] = {}
 
@@ -78,6 +81,11 @@ def _stack() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def _commands() -> Iterator[dict[str, Any]]:
+    """Variables of the functions of ``monai.bundle`` that are running, innermost first."""
+    return (f.f_locals for f in _stack() if f.f_globals.get("__name__") == "monai.bundle.scripts")
+
+
 def _callers(kind: type[T]) -> Iterator[T]:
     """The objects of a kind one of whose methods is running, innermost first."""
     return (f.f_locals["self"] for f in _stack() if isinstance(f.f_locals.get("self"), kind))
@@ -88,12 +96,10 @@ def bundle_root(name: str) -> str:
 
     ``name`` is the folder below ``bundles/``, for a parser that read its config without MONAI's commands.
     """
-    workflow = next(_callers(ConfigWorkflow), None)
-    if workflow is not None:
+    if (workflow := next(_callers(ConfigWorkflow), None)) is not None:
         folder = Path(workflow.config_root_path)
     else:
-        commands = (f.f_locals for f in _stack() if f.f_globals.get("__name__") == "monai.bundle.scripts")
-        files = next((file for names in commands if (file := names.get("config_file_"))), None)
+        files = next((file for names in _commands() if (file := names.get("config_file_"))), None)
         if files is None:
             return "." if Path("configs/metadata.json").is_file() else f"bundles/{name}"
         folder = Path(files if isinstance(files, str) else files[0]).parent
@@ -103,17 +109,10 @@ def bundle_root(name: str) -> str:
 def check(purpose: str) -> None:
     """Refuse options that do not exist and bad values, then take the student's settings from its record.
 
-    Call it first in ``initialize``; it starts nothing and reads a few small files.
-
-    Args:
-        purpose: ``training``, or one of :func:`adopt`.
-
-    Raises:
-        ValueError: an unknown option, a bad value, one that differs from what the student was trained with, or one that
-            changes how a run is scored in the run's own folder.
+    Call it first in ``initialize``; it starts nothing and reads a few small files. ``purpose`` is ``training``, or one
+    of :func:`adopt`. Options that change how a run is scored are refused in the run's own folder.
     """
-    workflow = next(_callers(ConfigWorkflow), None)
-    if workflow is None:
+    if (workflow := next(_callers(ConfigWorkflow), None)) is None:
         return
     parser, (content, given) = workflow.parser, _given(workflow)
     for key, value in given.items():
@@ -131,10 +130,8 @@ def check(purpose: str) -> None:
     if purpose == "evaluation":
         parser[OVERRIDDEN] = _overridden(parser.config, Path(workflow.config_root_path))
         if parser[OVERRIDDEN] and "output_dir" not in given:
-            raise ValueError(
-                f"{', '.join(parser[OVERRIDDEN])} changes what is scored or how: give these figures an --output_dir of "
-                "their own, or leave it out."
-            )
+            changed = ", ".join(parser[OVERRIDDEN])
+            raise ValueError(f"{changed} changes what is scored or how: give it its own --output_dir, or leave it out.")
 
 
 def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -144,17 +141,15 @@ def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     parser = workflow.parser
     tracked = {key: None for settings in DEFAULT_EXP_MGMT_SETTINGS.values() for key in settings["configs"]}
-    for frame in _stack():
-        if frame.f_code.co_name == "create_workflow" and frame.f_globals.get("__name__") == "monai.bundle.scripts":
-            arguments = dict(frame.f_locals["_args"])
-            content = ConfigParser.load_config_files(frame.f_locals["config_file"])
-            _check_overlays(frame.f_locals["config_file"], parser.config)
-            if tracking := arguments.get("tracking"):
-                if not (isinstance(tracking, str) and tracking in DEFAULT_EXP_MGMT_SETTINGS):
-                    tracked |= ConfigParser.load_config_files(tracking)["configs"]
-                content |= {key: value for key, value in tracked.items() if key not in content}
-            own = inspect.signature(ConfigWorkflow.__init__).parameters
-            return content, {k.replace("::", "#"): v for k, v in arguments.items() if k not in own}
+    if names := next((names for names in _commands() if "workflow_class" in names), None):  # of create_workflow
+        arguments, content = names["_args"], ConfigParser.load_config_files(names["config_file"])
+        _check_overlays(names["config_file"], parser.config)
+        if tracking := arguments.get("tracking"):
+            if not (isinstance(tracking, str) and tracking in DEFAULT_EXP_MGMT_SETTINGS):
+                tracked |= ConfigParser.load_config_files(tracking)["configs"]
+            content = {**tracked, **content}
+        own = inspect.signature(ConfigWorkflow.__init__).parameters
+        return content, {k.replace("::", "#"): v for k, v in arguments.items() if k not in own}
     files = sorted(workflow.config_root_path.glob("*.json"), key=lambda f: f.stem not in ("train", "inference"))
     contents = [ConfigParser.load_config_file(file) for file in files if not file.stem.endswith("metadata")]
     known: dict[str, Any] = {**tracked, **{name.split("#")[0]: None for name in _references(parser.config)}}
@@ -239,10 +234,7 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
         if name in config and not _is_expression(config[name]):
             parser[name] = is_true(config[name], name)
     if trains and config.get("val_interval", 1) > config.get("max_epochs", 1):
-        raise ValueError(
-            f"val_interval is {config['val_interval']}, above max_epochs, {config['max_epochs']}: the student would "
-            "never be validated, so none would be kept."
-        )
+        raise ValueError(f"val_interval is {config['val_interval']}, above max_epochs: no student would be kept.")
 
 
 def _is_triple(value: Any) -> bool:
@@ -252,38 +244,28 @@ def _is_triple(value: Any) -> bool:
 
 def _names_in(section: str) -> list[str]:
     """Options of a section of plain data that would be read only after the teachers have run; none where it is free."""
-    if section not in ("losses", "contrastive", "kd_temperature", "loss_strength", "admission"):
-        return []
-    from amkd_monai.distillation import contrastive, distiller
-
-    def arguments(schedule: Callable[..., float]) -> list[str]:
-        return [name for name in inspect.signature(schedule).parameters if name != "progress"]
-
-    return {
-        "losses": list(distiller.LOSSES),
-        "contrastive": list(contrastive.OPTIONS),
-        "kd_temperature": arguments(distiller.kd_temperature),
-        "loss_strength": arguments(distiller.distillation_strength),
-        "admission": ["mode", "features", "margin", "folds", "epochs"],
-    }[section]
+    plain = {"losses": distiller.LOSSES, "contrastive": contrastive.OPTIONS, "admission": _ADMISSION}
+    schedules: dict[str, Callable[..., float]]
+    schedules = {"kd_temperature": distiller.kd_temperature, "loss_strength": distiller.distillation_strength}
+    if section in schedules:
+        return [name for name in inspect.signature(schedules[section]).parameters if name != "progress"]
+    return list(plain.get(section, ()))
 
 
 def _arguments(target: str) -> list[str] | None:
     """Names of the arguments of what a config builds; None where all are taken or MONAI finds it."""
-    found = locate(target) if "." in target else None
+    found: Any = locate(target) if "." in target else None
     try:
-        parameters = inspect.signature(found).parameters if found is not None else {}  # type: ignore[arg-type]
-    except ValueError:  # of some built-in functions
+        parameters = inspect.signature(found).parameters
+    except (TypeError, ValueError):  # not found here, or a built-in function
         return None
-    open_end = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return None if open_end or found is None else list(parameters)
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else list(parameters)
 
 
 def expand(parser: ConfigParser) -> None:
     """Expand ``~`` in every place of a config, wherever it was set."""
     for key in PLACES:
-        value = parser.config.get(key)
-        if value == "":
+        if (value := parser.config.get(key)) == "":
             raise ValueError(f"--{key} is empty: give a folder, or leave it out.")
         if isinstance(value, str) and value.startswith("~"):
             parser[key] = str(Path(value).expanduser())
@@ -310,20 +292,13 @@ class Identity:
     datalists: dict[str, Datalist] = field(default_factory=dict)
     resume: bool = False
 
-    @property
-    def run(self) -> str:
-        """Name of the run, 32 hexadecimal digits."""
-        return str(self.record["run"])
-
     @idist.one_rank_only()
     def claim(self, keep: bool = False) -> None:
         """Make the folders this run's: set aside what an earlier run left (unless ``keep``), and write the record."""
         hold(*self.places.values())
-        contents = {}
-        for folder, data in self.datalists.items():
-            contents[folder] = _contents([*data.validation, *data.test])
-            if self.resume:
-                _refuse_changed(self.record, folder, contents[folder])
+        contents = {folder: _contents([*data.validation, *data.test]) for folder, data in self.datalists.items()}
+        for folder, found in contents.items() if self.resume else ():
+            _refuse_changed(self.record, folder, found)
         if not (keep or self.resume):
             _set_aside(self.places, self.datalists)
         for folder, data in self.datalists.items():
@@ -350,12 +325,10 @@ def identity(datalist: Datalist) -> Identity:
 def shared_identity(tasks: Mapping[str, Identity], settings: Sequence[str]) -> Identity:
     """Describe a run on several tasks, by the identity of each task's bundle and settings of the shared student."""
     parser = next(_callers(ConfigParser))
-    left = ("version", "run", "bundle", "output_dir", "versions", "training")
-    facts = {
-        "tasks": {name: {k: v for k, v in i.record.items() if k not in left} for name, i in tasks.items()},
-        "settings": {key: parser.config[key] for key in settings},
-    }
-    return _identity(parser, facts, {name: data for name, i in tasks.items() for data in i.datalists.values()})
+    left = {"version", "run", "bundle", "output_dir", "versions", "training"}
+    records = {name: {k: v for k, v in of.record.items() if k not in left} for name, of in tasks.items()}
+    facts = {"tasks": records, "settings": {key: parser.config[key] for key in settings}}
+    return _identity(parser, facts, {name: data for name, of in tasks.items() for data in of.datalists.values()})
 
 
 def versions() -> dict[str, str]:
@@ -418,35 +391,27 @@ def _settings(config: Mapping[str, Any], *roots: str, without: set[str] = _NOT_O
 
 def _network(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a student's architecture depends on, by the argument of ``network_def``."""
-    definition = config.get("network_def")
-    found = {}
-    for key, value in definition.items() if isinstance(definition, Mapping) else ():
-        if isinstance(value, str) and value.startswith("@"):
-            value = config.get(value[1:])
-        if key not in _NOT_OF_A_NETWORK and not _is_expression(value):
-            found[key] = value
-    return found
+    if not isinstance(definition := config.get("network_def"), Mapping):
+        return {}
+    values = {k: config.get(v[1:]) if isinstance(v, str) and v[:1] == "@" else v for k, v in definition.items()}
+    return {k: v for k, v in values.items() if k not in _NOT_OF_A_NETWORK and not _is_expression(v)}
 
 
 def image_steps(parser: ConfigParser, place: str) -> list[dict[str, Any]]:
-    """Describe what the chain of transforms at a place of a config does to the image, label aside.
-
-    One dict per transform: ``transform`` and its options.
-    """
+    """What the chain of transforms at a place of a config does to the image: per transform its name and options."""
     steps = []
     while isinstance(chain := parser.get(place), str) and chain.startswith("@"):
         place = chain[1:]
     for number, raw in enumerate(parser.get(f"{place}#transforms") or []):
-        keys = parser.get_parsed_content(f"{place}#transforms#{number}#keys") if "keys" in raw else "image"
-        keys = [keys] if isinstance(keys, str) else list(keys)
+        found = {k: parser.get_parsed_content(f"{place}#transforms#{number}#{k}") for k in raw.keys() - _NOT_OF_A_STEP}
+        keys = ensure_tuple(found.pop("keys", "image"))
         if "image" not in keys:
             continue
-        step: dict[str, Any] = {"transform": raw["_target_"].rsplit(".", 1)[-1]}
-        for key in raw.keys() - {"_target_", "keys", "allow_missing_keys", *_OF_LABELS}:
-            value = parser.get_parsed_content(f"{place}#transforms#{number}#{key}")
+        step = {"transform": raw["_target_"].rsplit(".", 1)[-1]}
+        for key, value in found.items():
             one_each = isinstance(value, (list, tuple)) and len(value) == len(keys) > 1
             step[key] = value[keys.index("image")] if one_each else value
-        steps.append(_as_json({key: step[key] for key in sorted(step)}))
+        steps.append(_as_json(dict(sorted(step.items()))))
     return steps
 
 
@@ -458,10 +423,10 @@ def _contents(items: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Fingerprint of the files (and class) of each case by its id; a file is read once, about 1 s per GB."""
     found = {}
     for item in items:
-        files = [Path(file) for file in (*label_files({"label": item["image"]}), *label_files(item))]
+        masks = label_files(item)
+        files = [Path(file) for file in (*label_files({"label": item["image"]}), *masks)]
         hashes = [file_sha256(file) if file.is_file() else "missing" for file in files]
-        named = label_files(item)
-        found[str(item["id"])] = fingerprint(hashes, None if named else str(item.get("label")))[:16]
+        found[str(item["id"])] = fingerprint(hashes, None if masks else str(item.get("label")))[:16]
     return found
 
 
@@ -469,29 +434,19 @@ def _refuse_changed(record: Mapping[str, Any], folder: str, contents: Mapping[st
     """Refuse cases whose files are not those of the training."""
     known = record.get("contents", {}).get(folder, {})
     if changed := [name for name, digest in contents.items() if known.get(name, digest) != digest]:
-        raise ValueError(
-            f"The files of {len(changed)} case(s) have changed since the training ({some(changed)}): restore them, or "
-            "train again."
-        )
+        raise ValueError(f"Files of {len(changed)} case(s) changed since the training: restore {some(changed)}.")
 
 
 def read_record(ckpt_dir: str | Path) -> dict[str, Any] | None:
-    """Return what was recorded of the student in a folder; None where there is no record.
-
-    Raises:
-        CheckpointError: the record is damaged, or of another version.
-    """
+    """Return what was recorded of the student in a folder; None where there is no record."""
     file = Path(ckpt_dir) / RECORD
     if not file.is_file():
         return None
     try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8-sig"))
-        parts = ("settings", "tasks") if "tasks" in record else ("settings", "data", "split")
-        sound = record["version"] == VERSION and all(isinstance(record[part], dict) for part in parts)
-        sound = sound and all(isinstance(record[part], str) for part in ("run", "bundle", "output_dir"))
-    except (ValueError, KeyError, TypeError):
-        sound = False
-    if not sound:
+        record = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or record.get("version") != VERSION:
         raise CheckpointError(f"{file} is damaged, or of another version of this package: restore it, or train again.")
     return record
 
@@ -504,20 +459,13 @@ def record_weights(ckpt_dir: Path, digest: str) -> None:
 
 
 def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the settings that a trained student depends on into a config.
+    """Take the settings that a trained student depends on into a config, and return its record, empty without one.
 
     Args:
         parser: of a config with ``ckpt_dir``; changed in place.
         purpose: ``evaluation`` and ``export`` use the run's own data and split, ``inference`` its data if no others are
             given, ``serving`` (answers or further training on a server's images) none of them.
         given: settings of this command; one that differs from the student's is refused.
-
-    Returns:
-        The record of the student, empty where there is none.
-
-    Raises:
-        ValueError: the student is another task's, a setting differs, or its data are gone.
-        CheckpointError: the record is damaged.
     """
     given = {**_places(parser), **given}
     ckpt_dir = Path(parser.get_parsed_content("ckpt_dir"))
@@ -530,17 +478,13 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
         return {}
     weights = record.get("weights")
     if purpose != "serving" and weights and student.is_file() and file_sha256(student) not in weights:
-        raise ValueError(
-            f"{student} is not the student that {RECORD} beside it describes: restore the file of that run, or take "
-            f"{RECORD} away."
-        )
+        raise ValueError(f"{student} is not the student of the {RECORD} in its folder: restore it, or remove {RECORD}.")
     entries, network, own = record.get("tasks"), record.get("network", {}), _network(config)
     asked, known = config.get("task"), list(entries) if entries else [record["task"]]
     if bool(entries) != ("task_set" in config or "entry" in config) or (asked is not None and asked not in known):
         raise ValueError(
-            f"The student {student} was trained for {', '.join(known)} (bundle {record['bundle']}), "
-            f"this config is for {asked or 'several tasks'}: open its bundle, with the overlay it was trained with, "
-            "or give another --ckpt_dir."
+            f"The student {student} was trained for {', '.join(known)}, this config is for {asked or 'several tasks'}: "
+            f"open the bundle {record['bundle']} with the overlay of its training, or give another --ckpt_dir."
         )
     wanted = {key: value for key, value in record["settings"].items() if key != "tasks"}
     if not entries and scored and not other:
@@ -551,10 +495,8 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
     for key, value in wanted.items():
         if key.split("#")[0] in config and _as_json(parser.get(key)) != value:
             if any(_overlap(key, name) for name in given):
-                raise ValueError(
-                    f"{key} is {_shown(parser.get(key))}, but the student {student} was trained with {_shown(value)}: "
-                    f"leave --{key} out, or give the --ckpt_dir of another student."
-                )
+                was = f"the student {student} was trained with {_shown(value)}"
+                raise ValueError(f"{key} is {_shown(parser.get(key))}, but {was}: leave --{key} out.")
             parser[key] = value
             logger.info("%s is %s, as the student %s was trained with", key, _shown(value), student)
     if scored and not other and "output_dir" not in given and _run_of(Path(record["output_dir"])) == record["run"]:
@@ -623,10 +565,8 @@ def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping
         entry, then = tasks.get(name, trained[name]), trained[name]
         for key in (entry.keys() | then.keys()) - {"dataset_dir"}:
             if named and _as_json(entry.get(key)) != then.get(key):
-                raise ValueError(
-                    f"tasks#{name}#{key} is {_shown(entry.get(key))}, but the student was trained with "
-                    f"{_shown(then.get(key))}: leave --tasks out, or give another --ckpt_dir."
-                )
+                was = f"the student was trained with {_shown(then.get(key))}"
+                raise ValueError(f"tasks#{name}#{key} is {_shown(entry.get(key))}, but {was}: leave --tasks out.")
         place = entry.get("dataset_dir") if named else None
         if place is None and name in (given.get("only") or entries) and not given.get("dataset_dir"):
             place = _data_root(of_task["data"])
@@ -637,28 +577,23 @@ def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping
 def _adopt_run_record(parser: ConfigParser, student: Path, scored: bool, given: Mapping[str, Any]) -> None:
     """A student without a record: its data and split are checked by ``run.json`` if that is there."""
     unchecked = "image size, preprocessing, axes, classes and network"
-    if scored:
-        data = read_json(Path(parser.get_parsed_content("output_dir")) / "run.json").get("data")
-        if data is None:
-            unchecked = f"data, split, {unchecked}"
-        else:
-            _adopt_split(parser, data, given)
-            _adopt_data(parser, data, given)
+    run = Path(parser.get_parsed_content("output_dir")) / "run.json"
+    if scored and (data := read_json(run).get("data")):
+        _adopt_split(parser, data, given)
+        _adopt_data(parser, data, given)
+    elif scored:
+        unchecked = f"data, split, {unchecked}"
     logger.warning("There is no %s for %s: %s could not be checked.", RECORD, student, unchecked)
 
 
 def _check_steps(parser: ConfigParser, record: Mapping[str, Any], student: Path) -> None:
     place = "preprocessing" if "preprocessing" in parser.config else "validate#preprocessing"
     if record["classes"] != list(get_task(record["task"]).classes):
-        raise ValueError(
-            f"The student {student} was trained for the classes {', '.join(record['classes'])}: train again."
-        )
+        raise ValueError(f"{student} was trained for the classes {', '.join(record['classes'])}: train again.")
     for now, then in itertools.zip_longest(image_steps(parser, place), record["preprocessing"]):
         if now != then:
-            raise ValueError(
-                f"{place} does {_shown(now or 'nothing')} where the student {student} was trained with "
-                f"{_shown(then or 'nothing')}: restore the preprocessing of its training."
-            )
+            was = f"the student {student} was trained with {_shown(then or 'nothing')}"
+            raise ValueError(f"{place} does {_shown(now or 'nothing')}, but {was}: restore the preprocessing.")
 
 
 def _overridden(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -684,21 +619,14 @@ def _differences(now: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tup
         if value == before or ("#" not in name and _is_plain(value) and _is_plain(before)):
             continue
         if isinstance(value, Mapping) and isinstance(before, Mapping):
-            yield from (
-                (f"{name}#{k}", value.get(k)) for k in value.keys() | before.keys() if value.get(k) != before.get(k)
-            )
+            differing = (k for k in value.keys() | before.keys() if value.get(k) != before.get(k))
+            yield from ((f"{name}#{k}", value.get(k)) for k in differing)
         else:
             yield name, value
 
 
 def start(found: Identity, resume: bool | str = False) -> None:
-    """Start a training: lock its folders before anything is computed, and refuse those of another bundle.
-
-    Raises:
-        TimeoutError: another run works in one of the folders.
-        ValueError: the folder holds the student of another task, or the results of another run than the one resumed.
-        CheckpointError: there is nothing to resume, or it is another run's.
-    """
+    """Start a training: lock its folders before anything is computed, and refuse those of another bundle or run."""
     found.resume = is_true(resume)
     if idist.get_rank() == 0:
         hold(*found.places.values())
@@ -713,13 +641,9 @@ def start(found: Identity, resume: bool | str = False) -> None:
             refuse_another({**now, **before}, now, checkpoint)
             found.record = {**old, "output_dir": found.record["output_dir"]}
             if _run_of(results) not in ("", old["run"]):
-                raise ValueError(
-                    f"{results} holds the results of another run: give the --output_dir of the one resumed."
-                )
+                raise ValueError(f"{results} holds another run: give the --output_dir of the one resumed.")
     elif old is not None and old.get("task") != found.record.get("task"):
-        raise ValueError(
-            f"{folder} holds a student of the bundle {old['bundle']}: give a --ckpt_dir of this run, or remove it."
-        )
+        raise ValueError(f"{folder} holds a student of the bundle {old['bundle']}: give another --ckpt_dir.")
     elif _task_of(read_json(results / "run.json"), found.record.get("task")) != found.record.get("task"):
         raise ValueError(f"{results} holds the results of another bundle: give an --output_dir of this run.")
 
@@ -739,10 +663,8 @@ def _core(record: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_another(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
     """Refuse to resume a run with other settings."""
     if differing := [key for key in now if now[key] != before.get(key)]:
-        raise CheckpointError(
-            f"{checkpoint} belongs to a run with another {', '.join(differing)}: repeat its settings, or start "
-            "without --resume."
-        )
+        what = ", ".join(differing)
+        raise CheckpointError(f"{checkpoint} is of a run with another {what}: repeat its settings, or do not resume.")
 
 
 def start_evaluation(
@@ -753,9 +675,7 @@ def start_evaluation(
 ) -> None:
     """Start an evaluation: lock its folder, and refuse to write over the figures of another run or of other data.
 
-    Raises:
-        TimeoutError: another run works in the folder, or the training of the student still runs.
-        ValueError: the folder holds another run or other figures, or files of the test section have changed.
+    A student whose training still runs and changed files of the test section are refused too.
     """
     folder, record, student = Path(output_dir), read_record(ckpt_dir), Path(ckpt_dir) / STUDENT
     if idist.get_rank() != 0:
@@ -772,10 +692,7 @@ def start_evaluation(
     run, own = _run_of(folder), "" if is_true(other_data) or changed else record["run"]
     scored, split = metrics.get("data", {}).get("split_hash"), getattr(data, "hash", None)
     if (run and run != own) or (metrics.get("run") or record["run"]) != record["run"]:
-        raise ValueError(
-            f"{folder} holds the results of another run than the student in {ckpt_dir}, or of its training: give its "
-            "--ckpt_dir, or an --output_dir of its own."
-        )
+        raise ValueError(f"{folder} holds another run than that of {ckpt_dir}: give an --output_dir of its own.")
     if (scored and split and scored != split) or (metrics and metrics.get(OVERRIDDEN, {}) != changed):
         raise ValueError(f"{folder} holds figures of other data or options: give an --output_dir of its own.")
     if not is_true(other_data):
@@ -805,16 +722,12 @@ def end(*folders: str | Path | Identity) -> None:
     """Let others use the folders of a run again."""
     for folder in folders:
         for place in folder.places.values() if isinstance(folder, Identity) else [Path(folder).resolve()]:
-            if (lock := _locks.pop(place, None)) is not None:
+            if lock := _locks.pop(place, None):
                 lock.release()
 
 
 def hold(*folders: Path) -> list[Path]:
-    """Lock folders for this process and return those that it did not hold; the kernel frees the locks on a kill.
-
-    Raises:
-        TimeoutError: another process works in one of them.
-    """
+    """Lock folders for this process and return those that it did not hold; the kernel frees the locks on a kill."""
     taken: list[Path] = []
     for folder in dict.fromkeys(f.expanduser().resolve() for f in folders):
         if folder in _locks:
@@ -825,9 +738,7 @@ def hold(*folders: Path) -> list[Path]:
             lock.acquire(blocking=False)
         except Timeout:
             end(*taken)
-            raise TimeoutError(
-                f"Another run works in {folder}: wait for its end, or give another --output_dir and --ckpt_dir."
-            ) from None
+            raise TimeoutError(f"Another run works in {folder}: wait, or give other folders.") from None
         except NotImplementedError:
             logger.warning("The disk of %s knows no locks: a second run in it would not be noticed.", folder)
             continue
@@ -860,15 +771,15 @@ def _run_of(folder: Path) -> str:
 
 
 def _overlap(key: str, name: str) -> bool:
-    return key == name or key.startswith(f"{name}#") or name.startswith(f"{key}#")
+    return f"{key}#".startswith(f"{name}#") or f"{name}#".startswith(f"{key}#")
 
 
 def is_true(flag: bool | str | None, name: str = "A switch") -> bool:
     """Understand the words of a command line for a switch, and refuse others."""
-    words = {"true": True, "1": True, "false": False, "0": False, "none": False}
-    if str(flag).lower() not in words:
+    word = str(flag).lower()
+    if word not in ("true", "1", "false", "0", "none"):
         raise ValueError(f"{name} is {flag!r}: give true or false.")
-    return words[str(flag).lower()]
+    return word in ("true", "1")
 
 
 def _shown(value: Any) -> str:

@@ -23,7 +23,10 @@ RELIABILITY_BINS = 15
 SENSITIVITIES = (82, 95)
 """Sensitivities (%) at which specificity is reported: that of dermatologists, and a strict one."""
 
-Metric = Callable[[NDArray[np.int64], NDArray[np.float64]], float]
+Labels = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Metric = Callable[[Labels, Floats], float]
 """From true classes (N,) and probabilities (N, C)."""
 
 
@@ -41,8 +44,7 @@ def quadratic_weighted_kappa(label: ArrayLike, predicted: ArrayLike, classes: in
     observed = confusion_matrix(label, predicted, classes).astype(float)
     grades = np.arange(classes)
     weight = (grades[:, None] - grades[None, :]) ** 2
-    expected = np.outer(observed.sum(1), observed.sum(0)) / max(observed.sum(), 1)
-    chance = (weight * expected).sum()
+    chance = (weight * (np.outer(observed.sum(1), observed.sum(0)) / max(observed.sum(), 1))).sum()
     return float(1 - (weight * observed).sum() / chance) if chance > 0 else math.nan
 
 
@@ -99,15 +101,13 @@ def brier(label: ArrayLike, probabilities: ArrayLike) -> float:
     return float(np.square(p - np.eye(p.shape[1])[true]).sum(1).mean())
 
 
-def reliability_table(
-    label: ArrayLike, probabilities: ArrayLike, bins: int = RELIABILITY_BINS
-) -> list[dict[str, float]]:
+def reliability_table(label: ArrayLike, probabilities: ArrayLike) -> list[dict[str, float]]:
     """Accuracy by confidence, in bins of equal width without the empty ones.
 
-    Returns:
-        Rows with ``low`` and ``high`` (the bin (low, high] of the largest probability), ``count``, ``confidence``
-        (its mean) and ``accuracy``.
+    Rows hold ``low`` and ``high`` (the bin (low, high] of the largest probability), ``count``, ``confidence`` (its
+    mean) and ``accuracy``.
     """
+    bins = RELIABILITY_BINS
     true, p = np.asarray(label, int), np.asarray(probabilities, float)
     sure, right = p.max(1), p.argmax(1) == true
     place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
@@ -119,14 +119,14 @@ def reliability_table(
     return rows
 
 
-def expected_calibration_error(label: ArrayLike, probabilities: ArrayLike, bins: int = RELIABILITY_BINS) -> float:
+def expected_calibration_error(label: ArrayLike, probabilities: ArrayLike) -> float:
     """Mean over cases of |accuracy - confidence| of their bin (Naeini et al., 2015; Guo et al., 2017)."""
-    rows = reliability_table(label, probabilities, bins)
-    total = sum(row["count"] for row in rows)
-    return math.fsum(row["count"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / total
+    rows = reliability_table(label, probabilities)
+    gaps = math.fsum(row["count"] * abs(row["accuracy"] - row["confidence"]) for row in rows)
+    return gaps / sum(row["count"] for row in rows)
 
 
-def delong(positive: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def delong(positive: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[Floats, Floats]:
     """Areas (K,) under the ROC curves of K scores (N,) on the same cases, and their covariance (K, K).
 
     DeLong, DeLong and Clarke-Pearson, Biometrics 44, 1988, by mid-ranks (Sun and Xu, IEEE Signal Processing Letters
@@ -136,9 +136,7 @@ def delong(positive: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[NDArray[np
     s = np.stack([np.asarray(score, float) for score in scores])
     m, n = int(is_positive.sum()), int((~is_positive).sum())
     if min(m, n) < 2:
-        raise ValueError(
-            f"DeLong's test needs two cases of each kind at least, there are {m} positive and {n} negative."
-        )
+        raise ValueError(f"DeLong's test needs two cases of each kind at least, got {m} positive and {n} negative.")
     everyone = stats.rankdata(s, axis=1)
     of_positive = (everyone[:, is_positive] - stats.rankdata(s[:, is_positive], axis=1)) / n
     of_negative = 1 - (everyone[:, ~is_positive] - stats.rankdata(s[:, ~is_positive], axis=1)) / m
@@ -147,11 +145,9 @@ def delong(positive: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[NDArray[np
 
 
 def delong_test(positive: ArrayLike, a: ArrayLike, b: ArrayLike) -> tuple[float, float, float, float]:
-    """Compare the areas of two scores (N,) on the same cases.
+    """Difference of the areas (a - b) of two scores (N,) on the same cases, bounds of its 95 % interval, two-sided p.
 
-    Returns:
-        Difference of the areas (a - b), bounds of its 95 % interval, and the two-sided p value: 1 where both rank all
-        pairs alike.
+    p is 1 where both rank all pairs alike.
     """
     areas, covariance = delong(positive, (a, b))
     difference = float(areas[0] - areas[1])
@@ -168,14 +164,12 @@ def slug(name: str) -> str:
     return name.lower().replace(" ", "_")
 
 
-def positive_classes(task: Task) -> dict[str, NDArray[np.bool_]]:
+def positive_classes(task: Task) -> dict[str, Mask]:
     """The binary problems of a task by name: which of its classes count as positive, (C,)."""
-    problems = {}
-    if task.referable_from is not None:
-        problems["referable"] = np.arange(len(task.classes)) >= task.referable_from
-    for name in task.singled_out:
-        problems[slug(name)] = np.array([other == name for other in task.classes])
-    return problems
+    single = {slug(name): np.array(task.classes) == name for name in task.singled_out}
+    if task.referable_from is None:
+        return single
+    return {"referable": np.arange(len(task.classes)) >= task.referable_from, **single}
 
 
 def class_metrics(task: Task) -> dict[str, Metric]:
@@ -190,13 +184,14 @@ def class_metrics(task: Task) -> dict[str, Metric]:
         found["qwk"] = lambda y, p: quadratic_weighted_kappa(y, p.argmax(1), classes)
     if task.singled_out:
         masks = [problems[slug(name)] for name in task.singled_out]
-        found["mean_auc"] = lambda y, p: math.fsum(_area(mask, y, p) for mask in masks) / len(masks)
+        found["mean_auc"] = lambda y, p: math.fsum(_of_score(auroc, mask, y, p) for mask in masks) / len(masks)
     for name, mask in problems.items():
-        found[f"{name}_auc"] = partial(_area, mask)
-        found[f"{name}_sensitivity"] = partial(_called, sensitivity, mask)
-        found[f"{name}_specificity"] = partial(_called, specificity, mask)
+        found[f"{name}_auc"] = partial(_of_score, auroc, mask)
+        found[f"{name}_sensitivity"] = partial(_of_call, sensitivity, mask)
+        found[f"{name}_specificity"] = partial(_of_call, specificity, mask)
         for percent in SENSITIVITIES:
-            found[f"{name}_specificity_at_{percent}"] = partial(_specificity_at, percent / 100, mask)
+            at = partial(specificity_at_sensitivity, wanted=percent / 100)
+            found[f"{name}_specificity_at_{percent}"] = partial(_of_score, at, mask)
     found["macro_auroc"] = macro_auroc
     found["balanced_accuracy"] = lambda y, p: balanced_accuracy(y, p.argmax(1))
     found["accuracy"] = lambda y, p: float((p.argmax(1) == y).mean())
@@ -205,23 +200,18 @@ def class_metrics(task: Task) -> dict[str, Metric]:
     return {task.primary_metric: found[task.primary_metric], **found}
 
 
-def _area(mask: NDArray[np.bool_], y: NDArray[np.int64], p: NDArray[np.float64]) -> float:
-    return auroc(mask[y], p[:, mask].sum(1))
+def _of_score(metric: Callable[..., float], positive: Mask, y: Labels, p: Floats) -> float:
+    return metric(positive[y], p[:, positive].sum(1))
 
 
-def _called(part: Callable[..., float], mask: NDArray[np.bool_], y: NDArray[np.int64], p: NDArray[np.float64]) -> float:
-    return part(mask[y], mask[p.argmax(1)])
-
-
-def _specificity_at(wanted: float, mask: NDArray[np.bool_], y: NDArray[np.int64], p: NDArray[np.float64]) -> float:
-    return specificity_at_sensitivity(mask[y], p[:, mask].sum(1), wanted)
+def _of_call(metric: Callable[..., float], positive: Mask, y: Labels, p: Floats) -> float:
+    return metric(positive[y], positive[p.argmax(1)])
 
 
 def class_row(task: Task, case: str, label: int | None, probabilities: ArrayLike) -> dict[str, Any]:
     """One case as a row: ``id``, ``class`` and ``label`` (where it is known), ``prediction``, ``p_<class>``.
 
-    Raises:
-        ValueError: the probabilities are not one per class with sum 1, or the label is not a class of the task.
+    Probabilities that are not one per class with sum 1, and a label that is not a class of the task, are refused.
     """
     p = np.asarray(probabilities, dtype=float)
     if p.shape != (len(task.classes),) or not np.isfinite(p).all() or abs(p.sum() - 1) > 1e-3 or (p < 0).any():
@@ -235,17 +225,10 @@ def class_row(task: Task, case: str, label: int | None, probabilities: ArrayLike
     return row | {f"p_{slug(name)}": float(v) for name, v in zip(task.classes, p, strict=True)}
 
 
-def labels_and_probabilities(
-    task: Task, rows: Sequence[dict[str, Any]]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """True classes (N,) and probabilities (N, C) of case rows.
-
-    Raises:
-        ValueError: there is no row, or a column is missing.
-    """
+def labels_and_probabilities(task: Task, rows: Sequence[dict[str, Any]]) -> tuple[Labels, Floats]:
+    """True classes (N,) and probabilities (N, C) of case rows; a missing column is refused."""
     columns = [f"p_{slug(name)}" for name in task.classes]
     missing = sorted({c for c in ("label", *columns) for row in rows if c not in row})
     if missing or not rows:
         raise ValueError(f"There are no cases of {task.name}, or they lack {', '.join(missing) or 'rows'}.")
-    label = np.array([int(row["label"]) for row in rows])
-    return label, np.array([[float(row[c]) for c in columns] for row in rows])
+    return np.array([int(row["label"]) for row in rows]), np.array([[float(row[c]) for c in columns] for row in rows])

@@ -1,10 +1,9 @@
-"""Paired comparison of runs that were evaluated on the same cases: masks case by case, classes as a set."""
+"""Paired comparison of runs on the same cases: masks case by case, classes as a set; a shared student with others."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,37 +14,26 @@ import numpy as np
 from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.files.names import some
 from amkd_monai.metrics.classification import class_metrics, delong_test, labels_and_probabilities, positive_classes
-from amkd_monai.metrics.statistics import (
-    bootstrap_p,
-    holm,
-    interval,
-    paired_bootstrap_ci,
-    paired_wilcoxon,
-    resampled,
-)
+from amkd_monai.metrics.statistics import bootstrap_p, holm, interval, paired_bootstrap_ci, paired_wilcoxon, resampled
 from amkd_monai.metrics.summary import Row, read_case_csv
 from amkd_monai.storage import read_json
 from amkd_monai.terminal import align
 
+SIZE = "reference_volume"
+SCORE = ["value", "ci_low", "ci_high"]
+DELTA = ["delta", "delta_ci_low", "delta_ci_high", "p", "p_holm"]
 Key = tuple[str, ...]
 """Key of a row in a case file: its id, and for masks its class."""
 
 
 def evaluated_task(metrics_json: str | Path) -> Task | None:
-    """Return the task of an evaluated run, from its ``metrics.json``; None where that file is missing.
-
-    Raises:
-        ValueError: the file is damaged, or names an unknown task.
-    """
+    """Return the task of an evaluated run, from its ``metrics.json``; None where that file is missing."""
     report = read_json(metrics_json)
     return get_task(str(report.get("task"))) if report else None
 
 
 def compare_runs(
-    reference_csv: str | Path,
-    other_csvs: Mapping[str, str | Path],
-    metric: str | None = None,
-    task: Task | None = None,
+    reference_csv: str | Path, other_csvs: Mapping[str, str | Path], metric: str | None = None, task: Task | None = None
 ) -> list[dict[str, Any]]:
     """Compare runs with a reference run on the same cases.
 
@@ -70,26 +58,18 @@ def compare_runs(
             masks: their sizes) of the reference; or the metric is unknown.
     """
     classes = task if task is not None and task.is_classification else None
-    if classes is not None and metric not in (None, *class_metrics(classes)):
-        raise ValueError(
-            f"There is no metric '{metric}' for {classes.name}: use one of {', '.join(class_metrics(classes))}."
-        )
-    if classes is None:
-        metric = metric or "dice"
-    columns, key = (("id", "label"), ("id",)) if classes else (("id", "class", str(metric)), ("id", "class"))
+    if classes is not None and metric not in (None, *(known := class_metrics(classes))):
+        raise ValueError(f"There is no metric '{metric}' for {classes.name}: use one of {', '.join(known)}.")
+    columns, key = (("id", "label"), ("id",)) if classes else (("id", "class", metric or "dice"), ("id", "class"))
     reference = _load(reference_csv, columns, key)
     rows: list[dict[str, Any]] = []
     for name, path in other_csvs.items():
         other = _load(path, columns, key)
         if unpaired := reference.keys() ^ other.keys():
-            raise ValueError(
-                f"Cannot pair the run '{name}' with the reference, {len(unpaired)} case(s) are only in one of them: "
-                f"{some(map(' '.join, unpaired))}."
-            )
-        sizes = (
-            (case, row.get("reference_volume"), other[case].get("reference_volume")) for case, row in reference.items()
-        )
-        if changed := [" ".join(case) for case, now, then in sizes if None not in (now, then) and not _same(now, then)]:
+            shown = some(map(" ".join, unpaired))
+            raise ValueError(f"{len(unpaired)} case(s) are only in one of '{name}' and the reference: {shown}.")
+        pairs = {case: (row.get(SIZE), other[case].get(SIZE)) for case, row in reference.items()}
+        if changed := [" ".join(case) for case, pair in pairs.items() if None not in pair and not _same(*pair)]:
             raise ValueError(
                 f"The run '{name}' was scored on other labels than the reference, {len(changed)} case(s) differ in "
                 f"size: {some(changed)}. Compare runs on the same data."
@@ -97,7 +77,7 @@ def compare_runs(
         if classes is not None:
             found = _compare_classes(other, reference, metric, classes, name)
         else:
-            found = _compare_masks(other, reference, str(metric))
+            found = _compare_masks(other, reference, metric or "dice")
         rows += [{"name": name, **row} for row in found]
     for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = adjusted
@@ -142,18 +122,17 @@ def _compare_classes(
         raise ValueError(f"The run '{run}' has other labels than the reference for {wrong}.")
     masks, metrics, rows = positive_classes(task), class_metrics(task), []
     for name in [metric] if metric else [task.primary_metric, *(f"{problem}_auc" for problem in masks)]:
-        mean, reference_mean = metrics[name](label, p), metrics[name](label, q)
+        of = metrics[name]
+        mean, reference_mean = of(label, p), of(label, q)
         mask = masks.get(name.removesuffix("_auc")) if name.endswith("_auc") else None
         if mask is not None and min(mask[label].sum(), (~mask[label]).sum()) >= 2:
-            test = "DeLong"
-            difference, low, high, chance = delong_test(mask[label], p[:, mask].sum(1), q[:, mask].sum(1))
+            test, found = "DeLong", delong_test(mask[label], p[:, mask].sum(1), q[:, mask].sum(1))
         else:
-            test = "bootstrap"
-            drawn = np.array([metrics[name](label[i], p[i]) - metrics[name](label[i], q[i]) for i in resampled(len(p))])
-            difference, (low, high), chance = mean - reference_mean, interval(drawn), bootstrap_p(drawn)
+            drawn = np.array([of(label[i], p[i]) - of(label[i], q[i]) for i in resampled(len(p))])
+            test, found = "bootstrap", (mean - reference_mean, *interval(drawn), bootstrap_p(drawn))
         row = {"class": name, "metric": name, "n": len(label), "left_out": 0, "reference_mean": reference_mean}
-        row |= {"mean": mean, "difference": difference, "ci_low": low, "ci_high": high, "p": chance, "test": test}
-        rows.append(row)
+        row |= dict(zip(("difference", "ci_low", "ci_high", "p"), found, strict=True))
+        rows.append(row | {"mean": mean, "test": test})
     return rows
 
 
@@ -176,24 +155,13 @@ def _load(path: str | Path, columns: Sequence[str], key: Sequence[str]) -> dict[
     return found
 
 
-SCORE = ["value", "ci_low", "ci_high"]
-DELTA = ["delta", "delta_ci_low", "delta_ci_high", "p", "p_holm"]
-
-
 def score_of(folder: str | Path, task: Task) -> dict[str, float]:
-    """Return the primary metric of an evaluated run: ``value``, ``ci_low``, ``ci_high`` (95 %).
-
-    Raises:
-        ValueError: the folder holds no evaluation of the task.
-    """
+    """Return the primary metric of an evaluated run: ``value``, ``ci_low``, ``ci_high`` (95 %)."""
     path = Path(folder) / "metrics.json"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        metric = report["summary"]["metrics"][task.primary_metric]
-        if report["task"] != task.name:
-            raise KeyError(task.name)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no evaluation of {task.name}: evaluate that run, or correct `compare`.") from error
+    report = read_json(path)
+    if report.get("task") != task.name:
+        raise ValueError(f"{path} is no evaluation of {task.name}: evaluate that run, or correct `compare`.")
+    metric = report["summary"]["metrics"][task.primary_metric]
     found = (metric["value" if task.is_classification else "mean"], metric["ci_low"], metric["ci_high"])
     return {name: math.nan if v is None else float(v) for name, v in zip(SCORE, found, strict=True)}
 
@@ -230,19 +198,18 @@ def transfer_rows(
             if not other.is_dir():
                 continue
             row = {**about, "run": label, **score_of(other, task)}
-            csvs = other / "per_case.csv", {"shared": Path(folder) / "per_case.csv"}
+            csvs = other / "per_case.csv", {"shared": folder / "per_case.csv"}
             compared = compare_runs(*csvs, task.primary_metric, task)
             for found in compared:
-                values = (found["difference"], found["ci_low"], found["ci_high"], found["p"])
                 own = {"class": found["class"]} if len(compared) > 1 else {}
+                values = [found[key] for key in ("difference", "ci_low", "ci_high", "p")]
                 rows.append({**row, **own, **dict(zip(DELTA, values, strict=False))})
     compared_rows = [row for row in rows if "delta" in row]
     for row, adjusted in zip(compared_rows, holm([row["p"] for row in compared_rows]), strict=True):
         row["p_holm"] = adjusted
     for label in runs:
         deltas = [row["delta"] for row in compared_rows if row["run"] == label]
-        if deltas:
-            rows.append({"task": f"mean of {len(deltas)}", "run": label, "delta": math.fsum(deltas) / len(deltas)})
+        rows.append({"task": f"mean of {len(deltas)}", "run": label, "delta": math.fsum(deltas) / len(deltas)})
     return rows
 
 
@@ -251,9 +218,7 @@ def format_transfer(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [("task", "run", "metric", "score [95 % CI]", "shared - run [95 % CI]", "p", "p (Holm)")]
     for row in rows:
         task = f"{row['task']} {row['class']}" if "class" in row else row["task"]
-        score, delta = (
-            _interval([row.get(k) for k in names], form) for names, form in ((SCORE, ".4f"), (DELTA, "+.4f"))
-        )
+        score, delta = _interval(row, SCORE, ".4f"), _interval(row, DELTA, "+.4f")
         chances = (_number(row.get(k), ".2g") for k in ("p", "p_holm"))
         lines.append((task, row["run"], row.get("metric", ""), score, delta, *chances))
     return align(lines)
@@ -272,6 +237,6 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else "-" if math.isnan(value) else format(value, form)
 
 
-def _interval(values: Sequence[float | None], form: str) -> str:
-    value, low, high, *_ = (_number(v, form) for v in values)
+def _interval(row: Mapping[str, Any], names: Sequence[str], form: str) -> str:
+    value, low, high, *_ = (_number(row.get(name), form) for name in names)
     return f"{value} [{low}, {high}]" if low else value

@@ -53,10 +53,8 @@ def case_metrics(
         ValueError: shapes differ, a label is not an integer of [0, num_classes), or spacing or tolerance do not fit.
     """
     if pred.shape != reference.shape or pred.ndim not in (2, 3) or pred.numel() == 0:
-        raise ValueError(
-            f"pred and reference must be one non-empty (H, W) or (D, H, W), got shapes {tuple(pred.shape)} and "
-            f"{tuple(reference.shape)}."
-        )
+        shapes = f"{tuple(pred.shape)} and {tuple(reference.shape)}"
+        raise ValueError(f"pred and reference must be one non-empty (H, W) or (D, H, W), got shapes {shapes}.")
     if len(spacing) != pred.ndim or not all(math.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"spacing must be {pred.ndim} positive numbers, one per axis, got {list(spacing)}.")
     if not (math.isfinite(nsd_tolerance) and nsd_tolerance >= 0):
@@ -64,10 +62,9 @@ def case_metrics(
     names = class_names or [f"class_{label}" for label in range(1, num_classes)]
     pred, reference = _label_map(pred, "pred", num_classes), _label_map(reference, "reference", num_classes)
     pred, reference = _crop_to_foreground(pred, reference)
-    found = zip(range(1, num_classes), names, strict=True)
     return [
         {"class": name, "label": label, **_class_row(pred == label, reference == label, spacing, nsd_tolerance)}
-        for label, name in found
+        for label, name in zip(range(1, num_classes), names, strict=True)
     ]
 
 
@@ -93,20 +90,15 @@ def _class_row(pred: Tensor, reference: Tensor, spacing: Sequence[float], tolera
 
 def _crop_to_foreground(pred: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Cut both maps to the joint bounding box of their foreground; to nothing where there is none."""
-    foreground = (pred > 0) | (reference > 0)
-    box = []
-    for axis in range(foreground.ndim):
-        others = [other for other in range(foreground.ndim) if other != axis]
-        inside = foreground.any(dim=others).nonzero().flatten()
-        box.append(slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(0, 0))
-    return pred[tuple(box)], reference[tuple(box)]
+    inside = ((pred > 0) | (reference > 0)).nonzero()  # (N, axes)
+    low, high = (inside.amin(0), inside.amax(0) + 1) if len(inside) else ([0] * pred.ndim, [0] * pred.ndim)
+    box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    return pred[box], reference[box]
 
 
 def _label_map(array: Tensor, name: str, num_classes: int) -> Tensor:
     """The array as a plain integer tensor, after checking that its labels lie in [0, num_classes)."""
-    array = array.detach()
-    if hasattr(array, "as_tensor"):  # the bookkeeping of a MetaTensor slows every operation
-        array = array.as_tensor()
+    array = array.detach().as_subclass(Tensor)  # the bookkeeping of a MetaTensor slows every operation
     if not array.is_floating_point():
         array = array.to(torch.int64)
     elif not torch.equal(array, array.round()):  # NaN differs from itself

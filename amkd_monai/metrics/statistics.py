@@ -17,48 +17,28 @@ BOOTSTRAP_CHUNK = 4_000_000
 """Number of resampled indices held in memory at a time (32 MB)."""
 RESAMPLES = 2000
 """Bootstrap samples for a metric of a whole set of cases."""
+TAILS = (50 * (1 - 0.95), 100 - 50 * (1 - 0.95))
+"""Percentiles that bound 95 %."""
 
 
-def bootstrap_ci(
-    values: ArrayLike, confidence: float = 0.95, resamples: int = 10000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of a metric with the percentile bootstrap interval over cases (Efron, Ann. Stat. 7, 1979).
+def bootstrap_ci(values: ArrayLike, resamples: int = 10000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of a metric with its 95 % percentile bootstrap interval over cases (Efron, Ann. Stat. 7, 1979).
 
-    Args:
-        values: one value per case, shape (N,); NaN (a case without a value) is left out.
-        confidence: coverage of the interval, in (0, 1).
-        resamples: number of bootstrap samples.
-        seed: seed of the resampling; equal input and seed give equal output.
-
-    Returns:
-        ``(mean, low, high)``; all NaN without a value, NaN bounds with a single one.
-
-    Raises:
-        ValueError: values are not one-dimensional, one is infinite, or the confidence is out of range.
+    ``values`` (N,) hold one value per case; NaN (a case without a value) is left out, an infinite value is refused.
+    Returns ``(mean, low, high)``; all NaN without a value, NaN bounds with a single one.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}.")
     x = _vector(values)
     x = x[~np.isnan(x)]
     if len(x) < 2:
         return (float(x[0]) if len(x) else np.nan), np.nan, np.nan
-    found = stats.bootstrap(
-        (x,),
-        np.mean,
-        n_resamples=resamples,
-        batch=max(1, BOOTSTRAP_CHUNK // len(x)),
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    options = {"n_resamples": resamples, "method": "percentile", "batch": max(1, BOOTSTRAP_CHUNK // len(x))}
+    found = stats.bootstrap((x,), np.mean, rng=np.random.default_rng(seed), **options).confidence_interval
     return float(x.mean()), float(found.low), float(found.high)
 
 
-def paired_bootstrap_ci(
-    a: ArrayLike, b: ArrayLike, confidence: float = 0.95, resamples: int = 10000, seed: int = 0
-) -> tuple[float, float, float]:
+def paired_bootstrap_ci(a: ArrayLike, b: ArrayLike) -> tuple[float, float, float]:
     """Mean difference ``a - b`` (N,) over the same cases with its interval, as :py:func:`bootstrap_ci` gives it."""
-    return bootstrap_ci(_differences(a, b), confidence, resamples, seed)
+    return bootstrap_ci(_differences(a, b))
 
 
 def paired_wilcoxon(a: ArrayLike, b: ArrayLike) -> float:
@@ -76,10 +56,7 @@ def paired_wilcoxon(a: ArrayLike, b: ArrayLike) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust the p values of one family of tests (Holm, Scand. J. Statist. 6, 1979: step-down Bonferroni).
 
-    NaN (a test that could not be made) stays NaN and does not count.
-
-    Raises:
-        ValueError: a value lies outside [0, 1].
+    NaN (a test that could not be made) stays NaN and does not count; a value outside [0, 1] is refused.
     """
     p = _vector(p_values)
     made = np.flatnonzero(~np.isnan(p))
@@ -88,64 +65,47 @@ def holm(p_values: Sequence[float]) -> list[float]:
     order = made[np.argsort(p[made], kind="stable")]
     factors = np.arange(len(order), 0, -1)
     p[order] = np.minimum(1.0, np.maximum.accumulate(factors * p[order]))
-    return [float(value) for value in p]
+    return list(p.tolist())
 
 
-def seed_and_case_ci(
-    matrix: ArrayLike, confidence: float = 0.95, resamples: int = 10000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean over training seeds and cases with an interval that covers both sources of variation.
+def seed_and_case_ci(matrix: ArrayLike) -> tuple[float, float, float]:
+    """Mean over training seeds and cases with a 95 % interval that covers both sources of variation.
 
     Every seed is scored on the same cases, so rows (seeds) and columns (cases) are resampled independently
     and crossed (Owen, "The pigeonhole bootstrap", Ann. Appl. Stat. 1, 2007). With the usual 3 to 5 seeds the
     part due to seeds is underestimated, by about (S - 1) / S in variance: report the spread over seeds as
     well. ``matrix`` (S, N) holds the metric of each run and case, or the differences of two methods; NaN entries are
-    left out of every mean. The options are those of :py:func:`bootstrap_ci`.
-
-    Returns:
-        ``(mean, low, high)``; all NaN without a value, NaN bounds with fewer than two cases. With a single
-        seed only cases are resampled.
-
-    Raises:
-        ValueError: the matrix is not two-dimensional or holds an infinity.
+    left out of every mean. Returns ``(mean, low, high)``; all NaN without a value, NaN bounds with fewer than two
+    cases.
     """
     values = np.asarray(matrix, dtype=np.float64)
-    if values.ndim != 2:
-        raise ValueError(f"matrix must have the shape (seeds, cases), got {values.shape}.")
-    if np.isinf(values).any():
-        raise ValueError("matrix holds an infinite value: record it as NaN and count it.")
+    if values.ndim != 2 or np.isinf(values).any():
+        raise ValueError(f"matrix must have the shape (seeds, cases) and no infinite value, got {values.shape}.")
     present = ~np.isnan(values)
     values, present = values[:, present.any(axis=0)], present[:, present.any(axis=0)]
     n_seeds, n_cases = values.shape
-    if n_cases == 0:
-        return np.nan, np.nan, np.nan
     filled = np.where(present, values, 0.0)
-    mean = float(filled.sum() / present.sum())
     if n_cases < 2:
-        return mean, np.nan, np.nan
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for i in range(resamples):
+        return (float(filled.sum() / present.sum()) if n_cases else np.nan), np.nan, np.nan
+    rng, means = np.random.default_rng(0), np.empty(10000)
+    for i in range(len(means)):
         # how many times each run, shape (S,), and each case, shape (N,), is drawn
         runs = np.bincount(rng.integers(n_seeds, size=n_seeds), minlength=n_seeds)
         cases = np.bincount(rng.integers(n_cases, size=n_cases), minlength=n_cases)
         count = runs @ present @ cases
         means[i] = runs @ filled @ cases / count if count else np.nan
-    return (mean, *interval(means, confidence))
+    return (float(filled.sum() / present.sum()), *interval(means))
 
 
-def resampled(count: int, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
-    """Indices of bootstrap samples of cases (resamples, count)."""
-    return np.random.default_rng(seed).integers(count, size=(resamples, count))
+def resampled(count: int) -> NDArray[np.int64]:
+    """Indices of bootstrap samples of cases (RESAMPLES, count)."""
+    return np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
 
 
-def interval(values: NDArray[np.float64], confidence: float = 0.95) -> tuple[float, float]:
-    """Bounds of the central ``confidence`` range of bootstrap values (resamples,); NaN are left out."""
+def interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Bounds of the central 95 % of bootstrap values (resamples,); NaN are left out."""
     known = values[~np.isnan(values)]
-    if len(known) == 0:
-        return math.nan, math.nan
-    tail = 50.0 * (1.0 - confidence)
-    low, high = np.percentile(known, [tail, 100.0 - tail])
+    low, high = np.percentile(known, TAILS) if len(known) else (math.nan, math.nan)
     return float(low), float(high)
 
 
@@ -168,8 +128,6 @@ def _differences(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
 def _vector(values: ArrayLike) -> NDArray[np.float64]:
     """A copy of the values as a float vector without infinities."""
     x = np.array(values, dtype=np.float64)
-    if x.ndim != 1:
-        raise ValueError(f"Values must be one-dimensional, got shape {x.shape}.")
-    if np.isinf(x).any():
-        raise ValueError("There is an infinite value: record it as NaN and count it.")
+    if x.ndim != 1 or np.isinf(x).any():
+        raise ValueError(f"Values must be one-dimensional, none infinite: got shape {x.shape}.")
     return x

@@ -50,8 +50,8 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str] = ("dice", "iou", "nsd
     out). Cases that have no value are left out of a metric and counted under ``status``.
 
     Args:
-        rows: rows as from :py:func:`~amkd_monai.metrics.segmentation.case_metrics`, each with the ``id`` of
-            its case.
+        rows: of :py:func:`~amkd_monai.metrics.segmentation.case_metrics`, with the ``id`` of the case; a class of a
+            case that comes twice is refused.
         metrics: columns to aggregate.
 
     Returns:
@@ -59,9 +59,6 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str] = ("dice", "iou", "nsd
         defined), ``false_positive_rate`` (share of them where something was predicted, NaN if there are none),
         ``metrics`` (for each metric ``mean``, ``ci_low``, ``ci_high``, ``median``, ``n``), and with several
         classes ``classes``: the same for each of them.
-
-    Raises:
-        ValueError: a class of a case comes twice.
     """
     seen = Counter((row["id"], row["class"]) for row in rows)
     if twice := [key for key, count in seen.items() if count > 1]:
@@ -69,9 +66,8 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str] = ("dice", "iou", "nsd
     summary = _summarise_rows(rows, metrics)
     classes = list(dict.fromkeys(row["class"] for row in rows))
     if len(classes) > 1:
-        summary["classes"] = {
-            name: _summarise_rows([row for row in rows if row["class"] == name], metrics) for name in classes
-        }
+        of_class = {name: [row for row in rows if row["class"] == name] for name in classes}
+        summary["classes"] = {name: _summarise_rows(its_rows, metrics) for name, its_rows in of_class.items()}
     return summary
 
 
@@ -144,11 +140,7 @@ def _number(value: float) -> str:
 
 
 def write_case_csv(path: str | Path, rows: Sequence[Row]) -> None:
-    """Write rows as CSV (UTF-8, atomic); floats keep every digit, NaN and missing values are empty cells.
-
-    Raises:
-        ValueError: there are no rows.
-    """
+    """Write rows as CSV (UTF-8, atomic); floats keep every digit, NaN and missing values are empty cells."""
     if not rows:
         raise ValueError(f"There are no cases to write to {path}.")
     text = io.StringIO()
@@ -162,9 +154,7 @@ def write_case_csv(path: str | Path, rows: Sequence[Row]) -> None:
 def read_case_csv(path: str | Path) -> list[Row]:
     """Read what :py:func:`write_case_csv` wrote: text in ``TEXT_COLUMNS``, else numbers, NaN if empty.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a row is cut short or a number cannot be read.
+    A row that is cut short and a number that cannot be read are refused with their line.
     """
     rows = []
     with Path(path).open(newline="", encoding="utf-8") as file:

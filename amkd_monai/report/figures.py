@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -19,12 +20,13 @@ DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 MARKERS = "osD^vP*X"
 SIZE = (5.2, 3.2)
 """Size of a figure in inches."""
+OUTSIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "frameon": False, "fontsize": 8}
+"""Place of a legend on the right of its figure."""
 
 
-def _axes(size: tuple[float, float] = SIZE, x: str = "", y: str = "") -> Axes:
+def _axes(size: tuple[float, float] = SIZE, **options: Any) -> Axes:
     axes = Figure(figsize=size, layout="constrained").subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set(**options)
     return axes
 
 
@@ -36,31 +38,27 @@ def _svg(axes: Axes) -> str:
     return text.getvalue().split("?>", 1)[1].split(">", 1)[1].strip()
 
 
-def _legend_outside(axes: Axes) -> None:
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-
-
 def curves(lines: Mapping[str, np.ndarray], epochs: np.ndarray, label: str, logarithmic: bool = False) -> str:
     """Lines over epochs; values (epochs,) may hold NaN."""
-    axes = _axes(x="epoch", y=label)
+    axes = _axes(xlabel="epoch", ylabel=label, yscale="log" if logarithmic else "linear")
     for i, (name, values) in enumerate(lines.items()):
         known = ~np.isnan(values)
-        (line,) = axes.plot(epochs[known], values[known], label=name, color=COLOURS[i % len(COLOURS)])
-        line.set_linestyle(DASHES[i // len(COLOURS) % len(DASHES)])
-        line.set_marker("." if known.sum() < 12 else "")
-    if logarithmic:
-        axes.set_yscale("log")
+        style: dict[str, Any] = {
+            "color": COLOURS[i % len(COLOURS)],
+            "linestyle": DASHES[i // len(COLOURS) % len(DASHES)],
+        }
+        axes.plot(epochs[known], values[known], label=name, marker="." if known.sum() < 12 else "", **style)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if len(lines) > 1:
-        _legend_outside(axes)
+        axes.legend(**OUTSIDE)
     return _svg(axes)
 
 
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], label: str, digits: int = 2) -> str:
     """A table (R, C) of numbers as colours with the numbers in them."""
     width = max(4.0, 1 + 0.08 * max(map(len, rows)) + 0.9 * len(columns))
-    axes = _axes((width, 1.3 + 0.5 * len(rows)), x=label)
+    axes = _axes((width, 1.3 + 0.5 * len(rows)), xlabel=label)
     axes.imshow(values, cmap="cividis", vmin=0, aspect="auto")
     for (r, c), value in np.ndenumerate(values):
         ink = "black" if value > np.nanmax(values) / 2 else "white"
@@ -72,7 +70,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], la
 
 def scatter(groups: Mapping[str, Sequence[float]], label: str) -> str:
     """One column of points per group with its median; for the metric of each case in each run."""
-    axes = _axes((1.8 + 1.4 * len(groups), SIZE[1]), y=label)
+    axes = _axes((1.8 + 1.4 * len(groups), SIZE[1]), ylabel=label)
     for i, values in enumerate(groups.values()):
         known = np.array([v for v in values if not np.isnan(v)])
         if len(known):
@@ -88,7 +86,7 @@ def roc(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     """ROC curves, {name: (positive (N,) bool, score (N,))}; those without both kinds of case are left out."""
     from sklearn.metrics import roc_curve
 
-    axes = _axes((4.6, 3.6), x="1 - specificity", y="sensitivity")
+    axes = _axes((4.6, 3.6), xlabel="1 - specificity", ylabel="sensitivity")
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     for i, (name, (positive, score)) in enumerate(lines.items()):
         if positive.any() and not positive.all():
@@ -100,14 +98,13 @@ def roc(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
 
 def reliability(rows: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy (bars) by confidence; a calibrated student is on the diagonal."""
-    axes = _axes((4.2, 3.6), x="probability of the predicted class", y="accuracy")
+    names = {"xlabel": "probability of the predicted class", "ylabel": "accuracy"}
+    axes = _axes((4.2, 3.6), xlim=(0, 1), ylim=(0, 1), **names)
     low, high, accuracy = (np.array([row[key] for row in rows]) for key in ("low", "high", "accuracy"))
     axes.bar(low, accuracy, high - low, align="edge", color="#56B4E9", edgecolor="white")
     for row in rows:
         axes.text((row["low"] + row["high"]) / 2, 0.01, str(row["count"]), ha="center", fontsize=7)
     axes.plot([0, 1], [0, 1], color="black", linewidth=1)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
     return _svg(axes)
 
 
@@ -120,33 +117,28 @@ def plane(vectors: np.ndarray) -> np.ndarray:
     from sklearn.manifold import TSNE
     from sklearn.preprocessing import StandardScaler
 
-    perplexity = min(30.0, (len(vectors) - 1) / 3)
     scaled = StandardScaler().fit_transform(vectors.astype(np.float64))
     # exact: for so few cases as fast, and the same whatever the number of threads
-    found: np.ndarray = TSNE(perplexity=perplexity, method="exact", random_state=0).fit_transform(scaled)
-    return found
+    tsne = TSNE(perplexity=min(30.0, (len(vectors) - 1) / 3), method="exact", random_state=0)
+    return np.asarray(tsne.fit_transform(scaled))
 
 
 def points(xy: np.ndarray, value: np.ndarray, classes: Sequence[str] | None) -> str:
     """Points (N, 2) coloured by class, or by the foreground fraction of the image, grey where there is none."""
-    axes = _axes((4.6, 3.4))
+    axes = _axes((4.6, 3.4), xticks=[], yticks=[])
     if classes is not None:
         for c, name in enumerate(classes):
             x, y = xy[value == c].T
             axes.scatter(x, y, s=16, color=COLOURS[c % len(COLOURS)], marker=MARKERS[c % len(MARKERS)], label=name)
-        _legend_outside(axes)
-    else:
-        present = value > 0
-        if not present.all():
-            x, y = xy[~present].T
-            axes.scatter(x, y, s=16, color="#999999", marker="x", label="no foreground")
-            axes.legend(fontsize=8, loc="lower left")
-        if present.any():
-            x, y = xy[present].T
-            dots = axes.scatter(x, y, s=16, c=value[present], cmap="viridis", vmin=0)
-            axes.figure.colorbar(dots, ax=axes, label="foreground fraction")
-    axes.set_xticks([])
-    axes.set_yticks([])
+        axes.legend(**OUTSIDE)
+        return _svg(axes)
+    present = value > 0
+    if not present.all():
+        axes.scatter(xy[~present, 0], xy[~present, 1], s=16, color="#999999", marker="x", label="no foreground")
+        axes.legend(fontsize=8, loc="lower left")
+    if present.any():
+        dots = axes.scatter(xy[present, 0], xy[present, 1], s=16, c=value[present], cmap="viridis", vmin=0)
+        axes.figure.colorbar(dots, ax=axes, label="foreground fraction")
     return _svg(axes)
 
 
@@ -181,10 +173,8 @@ def enlarged(image: np.ndarray) -> tuple[np.ndarray, int]:
 
 def tinted(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """An image (H, W, 3) in grey with a map (h, w) uint8 over it, dark violet for 0 to yellow for 255."""
-    from matplotlib import colormaps
-
     image, _ = enlarged(image)
-    size = (image.shape[1], image.shape[0])
-    colour = colormaps["inferno"](np.asarray(Image.fromarray(heat).resize(size, Image.Resampling.NEAREST)) / 255)
+    large = Image.fromarray(heat).resize(image.shape[1::-1], Image.Resampling.NEAREST)
+    colour = colormaps["inferno"](np.asarray(large) / 255)
     mixed = 0.45 * image.mean(-1, keepdims=True) + 0.55 * 255 * colour[..., :3]
     return mixed.round().clip(0, 255).astype(np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zipfile
 import zlib
@@ -15,28 +16,23 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 import amkd_monai
-from amkd_monai.data.datasets import TASKS, Task
+from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.metrics.classification import labels_and_probabilities, positive_classes
 from amkd_monai.metrics.compare import compare_runs
 from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS, preview_file, read_case_csv
 from amkd_monai.report import figures
 from amkd_monai.storage import atomic_write_bytes, read_json
 
+SHOWN = {"worst": 6, "median": 3, "best": 3}
+"""Cases that are shown of a run."""
+FEWEST = 5
+"""Cases below which there is no map of the features."""
+PREFIX = "teacher_"
+
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run.
-
-    Attributes:
-        name: shown name.
-        folder: where it lies.
-        task: what was asked.
-        record: ``run.json``; empty where missing.
-        metrics: ``metrics.json``; empty where missing.
-        history: columns of ``history.csv`` over epochs, NaN where a column has no value.
-        cases: rows of ``per_case.csv``.
-        missing: what the run lacks, one sentence each.
-    """
+    """A run's files, empty where missing, ``history`` by column with NaN for no value, and what is missing in words."""
 
     name: str
     folder: Path
@@ -49,19 +45,12 @@ class RunFolder:
 
 
 def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
-    """Read a run's output folder.
-
-    Raises:
-        FileNotFoundError: there is neither a run record nor an evaluation.
-        ValueError: a file is damaged, or the task is unknown.
-    """
+    """Read a run's output folder; one without a run record and evaluation, and a damaged file, are refused."""
     folder = Path(folder)
     record, metrics = read_json(folder / "run.json"), read_json(folder / "metrics.json")
     task = metrics.get("task") or record.get("data", {}).get("task")
     if task is None:
         raise FileNotFoundError(f"{folder} holds neither run.json nor metrics.json: give the output folder of a run.")
-    if task not in TASKS:
-        raise ValueError(f"{folder} is a run of the unknown task '{task}': use the version that made it.")
     cases, rows = (
         read_case_csv(folder / file) if (folder / file).is_file() else [] for file in ("per_case.csv", "history.csv")
     )
@@ -77,15 +66,11 @@ def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
     if cases and not (folder / PREVIEWS).is_dir():
         missing.append("No pictures of the cases were kept: evaluate the run again to see them.")
     history = {column: np.array([row[column] for row in rows], float) for column in (rows[0] if rows else ())}
-    return RunFolder(name or folder.name, folder, TASKS[task], record, metrics, history, cases, missing)
+    return RunFolder(name or folder.name, folder, get_task(task), record, metrics, history, cases, missing)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """Read an ``.npz`` file of a run; None where it was not kept.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Read an ``.npz`` file of a run; None where it was not kept."""
     if not path.is_file():
         return None
     try:
@@ -95,29 +80,13 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
         raise ValueError(f"{path} is damaged ({error}): make the run again.") from error
 
 
-SHOWN = {"worst": 6, "median": 3, "best": 3}
-"""Cases that are shown of a run."""
-FEWEST = 5
-"""Cases below which there is no map of the features."""
-PREFIX = "teacher_"
-
-
 def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
-    """Write one self-contained HTML page about runs; the first is the reference of all comparisons.
+    """Write one self-contained HTML page about the output folders of runs of one task, and return its file.
 
-    Args:
-        folders: output folders of runs of one task.
-        output: file to write.
-
-    Returns:
-        The file.
-
-    Raises:
-        FileNotFoundError: a folder holds no run.
-        ValueError: the runs have different tasks, or a file is damaged.
-        OSError: the page cannot be written.
+    The first run is the reference of all comparisons. Runs of different tasks and damaged files are refused.
     """
-    runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    different = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    runs = [read_run(folder, name) for folder, name in zip(different, _names(different), strict=True)]
     tasks = {run.task.name for run in runs}
     if len(tasks) != 1:
         raise ValueError(f"The runs have different tasks ({', '.join(sorted(tasks))}): make one report for each.")
@@ -139,28 +108,23 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
     return Path(output)
 
 
-def _names(folders: Sequence[str | Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
-    parts = [Path(folder).resolve().parts for folder in folders]
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of different paths that tell the runs apart."""
+    parts = [folder.parts for folder in folders]
     if all(p[-1] == "eval" for p in parts):  # a bundle's own folder of results
         parts = [p[:-1] for p in parts]
-    for count in range(1, max(len(p) for p in parts) + 1):
-        names = ["/".join(p[-count:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{name} ({i + 1})" for i, name in enumerate(names)]
+    ends = (["/".join(p[-count:]) for p in parts] for count in itertools.count(1))
+    return next(names for names in ends if len(set(names)) == len(names))
 
 
 def _comparison(runs: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], str]:
     """Rows that compare the first run with the others, and why there are none."""
     first, *others = runs
-    if not others:
-        return [], ""
-    if any(not run.cases for run in runs):
+    if others and not all(run.cases for run in runs):
         return [], "Runs that were not evaluated cannot be compared."
     files = {run.name: run.folder / "per_case.csv" for run in others}
     try:
-        return compare_runs(first.folder / "per_case.csv", files, task=first.task), ""
+        return compare_runs(first.folder / "per_case.csv", files, task=first.task) if files else [], ""
     except ValueError as error:
         return [], f"The runs cannot be compared: {error}"
 
@@ -174,15 +138,15 @@ def _trust(runs: Sequence[RunFolder]) -> str | None:
             if last:
                 table[f"{run.name} ({run.task.name}, {loss})"] = last
                 break
-    columns = list(dict.fromkeys(name for row in table.values() for name in row))
-    if not columns:
+    if not table:
         return None
+    columns = list(dict.fromkeys(name for row in table.values() for name in row))
     values = np.array([[row.get(name, math.nan) for name in columns] for row in table.values()])
     return figures.heat_map(values, list(table), columns, "mean weight in the last epoch")
 
 
 def _describe(run: RunFolder) -> dict[str, Any]:
-    columns = [c for c in run.cases[0] if c != "label"] if run.cases else []
+    columns = [c for c in (run.cases or [{}])[0] if c != "label"]
     ranked = sorted(run.cases, key=lambda case: _badness(run, case))
     teacher_columns, teacher_rows = _teacher_rows(run)
     maps, undrawn = feature_maps(run)
@@ -229,13 +193,13 @@ def _heading(run: RunFolder) -> dict[str, Any]:
         "images": ", ".join(f"{n} {v}" for n, v in data.get("counts", {}).items()),
         "split hash": str(data.get("split_hash", ""))[:16],
         "seed": record.get("seed", ""),
-        "epochs": f"{record['epochs_done']} of {record['max_epochs']}" if "epochs_done" in record else "",
-        "student": f"{record['student_parameters'] / 1e6:.2f} M parameters" if "student_parameters" in record else "",
         "gate": record.get("gate", "") if teachers else "none: undistilled",
-        "CPU time": f"{record['cpu_seconds'] / 60:.1f} min" if "cpu_seconds" in record else "",
-        "peak memory": f"{record['peak_rss_mb']} MB" if "peak_rss_mb" in record else "",
         "versions": ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items()),
     }
+    if "student_parameters" in record:
+        facts["student"] = f"{record['student_parameters'] / 1e6:.2f} M parameters"
+        facts["epochs"] = f"{record['epochs_done']} of {record['max_epochs']}"
+        facts["CPU time, peak memory"] = f"{record['cpu_seconds'] / 60:.1f} min, {record['peak_rss_mb']} MB"
     warnings = []
     for used in (record.get("data") or {}, run.metrics.get("data") or {}):
         if used.get("phantom"):
@@ -262,7 +226,7 @@ def _training_figures(run: RunFolder) -> list[tuple[str, str]]:
         return {k.removeprefix(prefix): v for k, v in run.history.items() if k.startswith(prefix)}
 
     validation = {f"val_{k}": v for k, v in pick("val_").items() if k != "empty_references"}
-    weights, gate = pick("weight_"), {k: v for k, v in run.history.items() if k == "gate_auc"}
+    weights = pick("weight_")
     drawn = (
         ("Validation", validation, "score", False),
         ("Losses", pick("loss_"), "loss", True),
@@ -272,13 +236,10 @@ def _training_figures(run: RunFolder) -> list[tuple[str, str]]:
         ("Weights of the teachers, by loss", pick("teacher_"), "mean weight", False),
         ("Effective number of teachers", pick("effective_teachers_"), "exp(entropy)", False),
         ("Learning rate", pick("learning_"), "learning rate", False),
-        ("Agreement of the gate with reliability", gate, "AUC", False),
+        ("Agreement of the gate with reliability", pick("gate_auc"), "AUC", False),
     )
-    return [
-        (title, figures.curves(lines, run.history["epoch"], label, logarithmic))
-        for title, lines, label, logarithmic in drawn
-        if lines
-    ]
+    epochs = run.history.get("epoch", np.zeros(0))
+    return [(title, figures.curves(lines, epochs, label, log)) for title, lines, label, log in drawn if lines]
 
 
 def _class_figures(run: RunFolder) -> list[tuple[str, str]]:
@@ -291,7 +252,7 @@ def _class_figures(run: RunFolder) -> list[tuple[str, str]]:
         if mask.sum() > 1:  # several classes together, such as referable grades
             lines[name] = (mask[label], p[:, mask].sum(1))
     summary, names = run.metrics["summary"], list(run.task.classes)
-    confusion = np.array(summary["confusion"], dtype=float)
+    confusion = np.array(summary["confusion"])
     return [
         ("ROC", figures.roc(lines)),
         ("Confusion, true classes by row", figures.heat_map(confusion, names, names, "predicted", digits=0)),
@@ -300,32 +261,30 @@ def _class_figures(run: RunFolder) -> list[tuple[str, str]]:
 
 
 def feature_maps(run: RunFolder) -> tuple[list[tuple[str, str]], list[str]]:
-    """Title and SVG of the feature maps of the student and each teacher, and why others are not drawn.
-
-    Raises:
-        ValueError: the file of the features is damaged or contradicts itself.
-    """
+    """Title and SVG of the feature maps of the student and each teacher, and why others are not drawn."""
     arrays, classes = read_arrays(run.folder / FEATURES), run.task.classes if run.task.is_classification else None
     if arrays is None:
         return [], [f"There is no map of the features: this run kept none of its training images ({FEATURES})."]
     vectors = {n.replace("_", " ", 1): a for n, a in arrays.items() if n == "student" or n.startswith(PREFIX)}
-    value = arrays.get("value")
-    if value is None or any(a.ndim != 2 or len(a) != len(value) for a in vectors.values()):
-        raise ValueError(f"{run.folder / FEATURES} does not hold one vector and one value per image: train again.")
-    if classes and not np.isin(value, np.arange(len(classes))).all():
-        raise ValueError(f"{run.folder / FEATURES} holds a class that {run.task.name} does not have: train again.")
+    value = arrays.get("value", np.zeros(0))
+    unfit = any(a.ndim != 2 or len(a) != len(value) for a in vectors.values())
+    if unfit or (classes and not np.isin(value, np.arange(len(classes))).all()):
+        raise ValueError(
+            f"{run.folder / FEATURES} must hold one vector and one value (of a class) per image: train again."
+        )
     if len(value) < FEWEST:
         return [], [f"There is no map of the features: {len(value)} labelled training images are fewer than {FEWEST}."]
-    shown, missing = [], []
+    shown, missing = [], {}
     for name, of in vectors.items():
         if not np.isfinite(of).all():
-            missing.append(f"The features of {name} are not drawn: some are not finite.")
+            missing[name] = "some are not finite"
         elif not np.ptp(of, axis=0).any():
-            missing.append(f"The features of {name} are not drawn: they are the same for all images.")
+            missing[name] = "they are the same for all images"
         else:
             shown.append((name, figures.points(figures.plane(of), value, classes)))
-    undistilled = [teacher["name"] for teacher in _teachers(run) if PREFIX + teacher["name"] not in arrays]
-    return shown, missing + [f"The features of {n} are not drawn: they were not distilled." for n in undistilled]
+    names = [teacher["name"] for teacher in _teachers(run)]
+    missing |= {name: "they were not distilled" for name in names if PREFIX + name not in arrays}
+    return shown, [f"The features of {name} are not drawn: {why}." for name, why in missing.items()]
 
 
 def _badness(run: RunFolder, case: dict[str, Any]) -> float:
@@ -345,8 +304,7 @@ def _chosen_cases(run: RunFolder, ranked: Sequence[dict[str, Any]]) -> list[dict
     chosen += [("best", case) for case in ranked[-SHOWN["best"] :][::-1]]
     shown: dict[str, dict[str, Any]] = {}
     for part, case in chosen:
-        preview = read_arrays(preview_file(run.folder, str(case["id"])))
-        if preview is None or case["id"] in shown:
+        if case["id"] in shown or (preview := read_arrays(preview_file(run.folder, str(case["id"])))) is None:
             continue
         if run.task.is_classification:
             true, predicted = (run.task.classes[int(case[key])] for key in ("label", "prediction"))
@@ -366,16 +324,13 @@ def _views(preview: dict[str, np.ndarray]) -> dict[str, list[str]]:
         views.append(figures.tinted(preview["image"][0], preview["cam"][0]))
     elif "prediction" in preview:
         parts = (preview["image"], preview["reference"], preview["prediction"])
-        slices = [figures.outlined(*masks) for masks in zip(*parts, strict=True)]
-        if "plane0" not in preview:
-            views, slices = [*views, *slices], []
-        else:
+        drawn = [figures.outlined(*masks) for masks in zip(*parts, strict=True)]
+        if "plane0" in preview:
             planes = [[preview[f"{name}{a}"] for name in ("plane", "reference", "prediction")] for a in range(3)]
-            views = [np.rot90(figures.outlined(*plane)) for plane in planes]
-    return {
-        "views": [figures.data_uri(picture) for picture in views],
-        "slices": [figures.data_uri(np.rot90(picture)) for picture in slices],
-    }
+            views, slices = [np.rot90(figures.outlined(*plane)) for plane in planes], list(map(np.rot90, drawn))
+        else:
+            views += drawn
+    return {"views": list(map(figures.data_uri, views)), "slices": list(map(figures.data_uri, slices))}
 
 
 def _teacher_rows(run: RunFolder) -> tuple[list[str], list[list[str]]]:
@@ -384,11 +339,11 @@ def _teacher_rows(run: RunFolder) -> tuple[list[str], list[list[str]]]:
     if arrays is None or run.task.is_classification:
         return [], []
     answers, weights = ([n for n in arrays if n.startswith(prefix)] for prefix in ("answer_", "weight_"))
-    columns = ["image, label", "student", *(f"output of {n[7:]}" for n in answers)]
-    columns += [f"weight of {n[7:]}" for n in weights]
+    maps = {"student": "student", **{n: f"output of {n[7:]}" for n in answers}}
+    maps |= {n: f"weight of {n[7:]}" for n in weights}
     rows = []
     for i, image in enumerate(arrays["image"]):
-        row = [figures.outlined(image, arrays["label"][i], None), figures.tinted(image, arrays["student"][i])]
-        row += [figures.tinted(image, arrays[name][i]) for name in (*answers, *weights)]
+        row = [figures.outlined(image, arrays["label"][i], None)]
+        row += [figures.tinted(image, arrays[name][i]) for name in maps]
         rows.append([figures.data_uri(picture, 70) for picture in row])
-    return columns, rows
+    return ["image, label", *maps.values()], rows

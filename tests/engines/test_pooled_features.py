@@ -37,7 +37,7 @@ class Toy(nn.Module):
 def finish(folder, count, labels, targets=None, student=None):
     """Let a training of ``count`` samples end; return what was kept."""
     loader = SimpleNamespace(dataset=Samples(count, labels))
-    PooledFeatures(folder / "run", student or Toy())._write(SimpleNamespace(data_loader=loader, targets=targets))
+    PooledFeatures(folder / "run", student or Toy())._completed(SimpleNamespace(data_loader=loader, targets=targets))
     with np.load(folder / "run" / "features.npz") as kept:
         return {name: kept[name] for name in kept.files}
 

@@ -188,14 +188,6 @@ def test_report_of_volumes_in_mm(tmp_path, volumes):
     assert json.loads((tmp_path / "metrics.json").read_text())["unit"] == "mm"
 
 
-def test_report_of_volumes_in_voxels(tmp_path, volumes):
-    for item in volumes:
-        del item["arrays"]
-    evaluate(volumes, CaseReport("msd_heart", tmp_path, spacing_from_meta=False), load())
-    assert [row["hd95"] for row in read_case_csv(tmp_path / "per_case.csv")] == [1.0, 1.0]
-    assert json.loads((tmp_path / "metrics.json").read_text())["unit"] == "voxels"
-
-
 def test_inverted_predictions_lie_on_the_grid_of_the_label(tmp_path, volumes):
     for item in volumes:
         del item["arrays"]

@@ -1,3 +1,4 @@
+# ruff: noqa: F401
 """Ignite handlers: what happens besides the training and evaluation loops."""
 
 from amkd_monai.engines.handlers.checkpoints import Attach, BestStudent, EarlyStopping, LoadStudent, ResumeCheckpoint
@@ -13,23 +14,3 @@ from amkd_monai.engines.handlers.reports import (
     WriteReport,
 )
 from amkd_monai.engines.handlers.run_record import RunRecord
-
-__all__ = [
-    "Attach",
-    "BestStudent",
-    "CasePreviews",
-    "CaseReport",
-    "ClassPredictions",
-    "ClassReport",
-    "ClassScore",
-    "EarlyStopping",
-    "EmptyReferences",
-    "FitTemperature",
-    "LoadStudent",
-    "PooledFeatures",
-    "ResumeCheckpoint",
-    "RunRecord",
-    "TeacherPictures",
-    "TrackEvaluation",
-    "WriteReport",
-]

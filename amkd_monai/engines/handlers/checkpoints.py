@@ -1,4 +1,4 @@
-"""Checkpoints: the best student alone, and everything that a killed run needs to go on; early stopping."""
+"""Checkpoints: the best student alone, and all that a killed run needs to go on; early stopping; base of handlers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,17 @@ from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
 logger = logging.getLogger("amkd_monai")
 
 
-class BestStudent:
+class Handler:
+    """Base of the handlers: ``_started``, ``_epoch_completed`` and so on run at the events of these names."""
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an engine."""
+        for event in Events:
+            if method := getattr(self, f"_{event.name.lower()}", None):
+                engine.add_event_handler(event, method)
+
+
+class BestStudent(Handler):
     """Save the student's flat state dict whenever the key metric of validation is the best so far.
 
     Attach to the evaluator. The file, e.g. ``models/model.pt``, loads with ``weights_only=True``.
@@ -32,18 +42,11 @@ class BestStudent:
         self.student, self.path = student, Path(path)
         self.best = -float("inf")
 
-    def attach(self, engine: Engine) -> None:
-        """Run at the end of every validation."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Compare and save."""
-        value = float(engine.state.metrics[engine.state.key_metric_name])
+    def _epoch_completed(self, engine: Engine) -> None:
+        name = engine.state.key_metric_name
+        value = float(engine.state.metrics[name])
         if math.isnan(value):
-            raise ValueError(
-                f"The validation section gives no {engine.state.key_metric_name}: it needs labelled cases of at least "
-                "two classes, or with foreground; change the split."
-            )
+            raise ValueError(f"Validation gives no {name}: choose a split with two classes, or foreground, there.")
         if value > self.best:
             self.best = value
             if idist.get_rank() == 0:
@@ -60,7 +63,7 @@ class BestStudent:
         self.best = float(state["best"])
 
 
-class ResumeCheckpoint:
+class ResumeCheckpoint(Handler):
     """Save all state at the end of every epoch; with ``resume`` continue from there.
 
     Attach last to the trainer, so that an epoch counts as done only with its validation. A run that is killed within
@@ -73,9 +76,6 @@ class ResumeCheckpoint:
         evaluator: its best metric and epoch are kept too.
         resume: continue from ``path``.
         identity: what must be the same for the states to fit (split, seed, teachers); compared on resuming.
-
-    Raises:
-        CheckpointError: there is no checkpoint to resume from, or it belongs to another run.
     """
 
     def __init__(
@@ -99,18 +99,15 @@ class ResumeCheckpoint:
     def attach(self, engine: Engine) -> None:
         """Check what is to be resumed; restore when the run starts, save at the end of every epoch."""
         if self.resume:
-            if not self.path.is_file():
-                raise CheckpointError(f"There is nothing to resume at {self.path}: start without --resume.")
             try:
                 self._state = torch.load(self.path, map_location="cpu", weights_only=True)
             except (RuntimeError, EOFError, OSError) as error:
-                raise CheckpointError(f"{self.path} is damaged: start without --resume.") from error
+                raise CheckpointError(f"{self.path} is missing or damaged: start without --resume.") from error
             refuse_another(self._state["identity"], self.identity, self.path)
-        engine.add_event_handler(Events.STARTED, self._restore)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+        super().attach(engine)
 
     @idist.one_rank_only()
-    def _save(self, engine: Engine) -> None:
+    def _epoch_completed(self, engine: Engine) -> None:
         state: dict[str, Any] = {
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
@@ -124,7 +121,7 @@ class ResumeCheckpoint:
         with atomic_path(self.path) as temporary:
             torch.save(state, temporary)
 
-    def _restore(self, engine: Engine) -> None:
+    def _started(self, engine: Engine) -> None:
         if self._state is None:
             return
         state, self._state = self._state, None
@@ -137,24 +134,16 @@ class ResumeCheckpoint:
         logger.info("resumed after epoch %d from %s", state["epoch"], self.path)
 
 
-class LoadStudent:
+class LoadStudent(Handler):
     """Load a trained student, strictly, before an evaluation or inference; of a shared student the ``task``'s part.
 
     MONAI's ``CheckpointLoader`` loads with ``weights_only=False``, which runs code that a file holds.
-
-    Raises:
-        CheckpointError: there is no such file, or it is another network's.
     """
 
     def __init__(self, student: nn.Module, path: str | Path, task: str | None = None) -> None:
         self.student, self.path, self.task = student, Path(path), task
 
-    def attach(self, engine: Engine) -> None:
-        """Load when the engine starts."""
-        engine.add_event_handler(Events.STARTED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Load the file."""
+    def _started(self, engine: Engine) -> None:
         if not self.path.is_file():
             raise CheckpointError(f"There is no trained student at {self.path}: run `training` first.")
         if self.task is not None:
@@ -163,7 +152,7 @@ class LoadStudent:
             load_strict(self.student, load_state_dict(self.path), self.path)
 
 
-class EarlyStopping:
+class EarlyStopping(Handler):
     """End the training when the evaluator's best epoch lies at least ``patience`` epochs back.
 
     The state is the evaluator's, which is saved and resumed with the run; MONAI's ``EarlyStopHandler`` would count
@@ -173,12 +162,7 @@ class EarlyStopping:
     def __init__(self, evaluator: Engine, patience: int) -> None:
         self.evaluator, self.patience = evaluator, patience
 
-    def attach(self, engine: Engine) -> None:
-        """Check at the end of every epoch."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Terminate the trainer if it is time."""
+    def _epoch_completed(self, engine: Engine) -> None:
         best = self.evaluator.state.best_metric_epoch
         if best > 0 and engine.state.epoch - best >= self.patience:
             logger.info("no better validation since epoch %d: stopped after epoch %d", best, engine.state.epoch)

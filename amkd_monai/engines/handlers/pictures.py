@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
+from monai.networks import eval_mode
 from monai.utils import CommonKeys
 from monai.visualize import GradCAM
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import UNLABELLED, DecodedImages
 from amkd_monai.distillation import Batch
+from amkd_monai.engines.handlers.checkpoints import Handler
 from amkd_monai.engines.handlers.reports import identify
 from amkd_monai.files.pictures import read_picture
 from amkd_monai.files.volumes import grey_levels, read_volume
@@ -40,7 +43,7 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
-class CasePreviews:
+class CasePreviews(Handler):
     """Write ``previews/<case>.npz`` for each case of an evaluation.
 
     Masks: ``image`` (S, h, w, 3) uint8, ``reference`` and ``prediction`` (S, h, w) uint8, S = 1 for an image and evenly
@@ -54,11 +57,7 @@ class CasePreviews:
         self.task, self.output_dir, self.student = get_task(task), Path(output_dir), student
         self.camera: GradCAM | None = None
 
-    def attach(self, engine: Engine) -> None:
-        """Register the handler."""
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
-
-    def _write(self, engine: Engine) -> None:
+    def _iteration_completed(self, engine: Engine) -> None:
         for item, source in zip(engine.state.output, engine.state.batch, strict=True):
             case, filename = identify({**source, **item})
             if self.task.is_classification:
@@ -66,8 +65,10 @@ class CasePreviews:
             else:
                 masks = [np.asarray(item[k][0]).astype(np.uint8) for k in (CommonKeys.LABEL, CommonKeys.PRED)]
                 if self.task.dimensions == 2:
-                    three = zip(("image", "reference", "prediction"), (read_picture(filename), *masks), strict=True)
-                    arrays = {name: _small(array[None]) for name, array in three}
+                    arrays = dict(
+                        zip(("image", "reference", "prediction"), (read_picture(filename), *masks), strict=True)
+                    )
+                    arrays = {name: _small(array[None]) for name, array in arrays.items()}
                 else:
                     arrays = _volume_preview(filename, *masks)
             _save(preview_file(self.output_dir, case), arrays)
@@ -105,7 +106,7 @@ def _volume_preview(filename: str, reference: np.ndarray, prediction: np.ndarray
 
 def _small(array: np.ndarray) -> np.ndarray:
     """Take every n-th pixel (S, H, W[, 3]) so that no side is longer than ``SIDE``."""
-    step = -(-max(array.shape[1:3]) // SIDE)
+    step = math.ceil(max(array.shape[1:3]) / SIDE)
     return array[:, ::step, ::step]
 
 
@@ -113,7 +114,7 @@ def _byte(values: Tensor) -> np.ndarray:
     return (values.float() * 255).round().clamp(0, 255).byte().cpu().numpy()
 
 
-class TeacherPictures:
+class TeacherPictures(Handler):
     """Write ``teachers.npz`` when a training with teachers ends.
 
     Six labelled training samples without augmentation: ``image`` (N, H, W, 3), ``label`` and ``student`` (N, H, W),
@@ -124,20 +125,14 @@ class TeacherPictures:
     def __init__(self, output_dir: str | Path) -> None:
         self.path = Path(output_dir) / TEACHERS
 
-    def attach(self, engine: Engine) -> None:
-        """Follow the trainer."""
-        engine.add_event_handler(Events.COMPLETED, self._write)
-
     @idist.one_rank_only()
-    @torch.no_grad()
-    def _write(self, engine: Engine) -> None:
+    def _completed(self, engine: Engine) -> None:
         if engine.targets is None:
             return
         dataset, device = engine.data_loader.dataset, engine.state.device
         distiller = getattr(engine.network, "module", engine.network)
-        wanted = np.flatnonzero(dataset.has_label & (dataset.has_foreground | (dataset.classes is not None)))
-        if not len(wanted):
-            wanted = np.flatnonzero(dataset.has_label)
+        shows = dataset.has_label & (dataset.has_foreground | (dataset.classes is not None))
+        wanted = np.flatnonzero(shows if shows.any() else dataset.has_label)
         indices = np.unique(wanted[np.linspace(0, len(wanted) - 1, SAMPLES).round().astype(int)]).tolist()
         items = [dataset[i] for i in indices]
         label = torch.stack([item["label"] for item in items]).long().to(device)
@@ -145,17 +140,13 @@ class TeacherPictures:
         targets = engine.targets.read(indices, device)
         known = torch.ones(len(indices), dtype=torch.bool, device=device)
         batch = Batch(image.to(device).float() / 255, label, known, targets, torch.tensor(indices, device=device))
-        was_training = distiller.training
-        distiller.eval()
-        logits, answers, weights = distiller.teacher_maps(batch)
-        distiller.train(was_training)
+        with eval_mode(distiller):
+            logits, answers, weights = distiller.teacher_maps(batch)
         classes = label if label.ndim == 1 else None
         shown = batch.label_map[:, 0] > 0 if classes is None else torch.ones_like(batch.label_map[:, 0])
         arrays = {"image": image.permute(0, 2, 3, 1).numpy(), "label": _byte(shown), "student": _shown(logits, classes)}
-        for k, spec in enumerate(distiller.teachers):
-            arrays[f"weight_{spec.name}"] = _byte(weights[:, k])
-            if spec.name in answers:
-                arrays[f"answer_{spec.name}"] = _shown(answers[spec.name], classes)
+        arrays |= {f"weight_{t.name}": _byte(weights[:, k]) for k, t in enumerate(distiller.teachers)}
+        arrays |= {f"answer_{name}": _shown(answer, classes) for name, answer in answers.items()}
         arrays["ids"] = np.array([item["id"] for item in items])
         _save(self.path, arrays)
 
@@ -166,7 +157,7 @@ def _shown(logits: Tensor, classes: Tensor | None) -> np.ndarray:
     return _byte(1 - p[:, 0] if classes is None else p[torch.arange(len(p)), classes])
 
 
-class PooledFeatures:
+class PooledFeatures(Handler):
     """Write ``features.npz`` when a training ends.
 
     Of at most 300 labelled training samples without augmentation: ``student`` (N, C) float32, the mean over the cells
@@ -178,12 +169,8 @@ class PooledFeatures:
     def __init__(self, output_dir: str | Path, student: nn.Module) -> None:
         self.path, self.student = Path(output_dir) / FEATURES, student
 
-    def attach(self, engine: Engine) -> None:
-        """Follow the trainer."""
-        engine.add_event_handler(Events.COMPLETED, self._write)
-
     @idist.one_rank_only()
-    def _write(self, engine: Engine) -> None:
+    def _completed(self, engine: Engine) -> None:
         dataset = engine.data_loader.dataset
         known = np.flatnonzero(dataset.has_label)
         indices = known[np.linspace(0, len(known) - 1, min(MOST, len(known))).round().astype(int)].tolist()
@@ -195,15 +182,12 @@ class PooledFeatures:
         _save(self.path, arrays)
 
 
-@torch.no_grad()
 def student_vectors(student: nn.Module, dataset: DecodedImages, indices: list[int]) -> np.ndarray:
     """Mean over the cells of the coarsest feature map of each sample, (N, C) float32; the student's mode is kept."""
-    device, was_training = next(student.parameters()).device, student.training
-    student.eval()
-    parts = []
-    for start in range(0, len(indices), BATCH):
-        image = torch.stack([dataset[i]["image"] for i in indices[start : start + BATCH]])
-        levels = student.encode(image.to(device).float() / 255)
-        parts.append(levels[-1].float().mean((2, 3)).cpu().numpy())  # (B, C, h, w) -> (B, C)
-    student.train(was_training)
+    device, parts = next(student.parameters()).device, []
+    with eval_mode(student):
+        for start in range(0, len(indices), BATCH):
+            image = torch.stack([dataset[i]["image"] for i in indices[start : start + BATCH]])
+            levels = student.encode(image.to(device).float() / 255)
+            parts.append(levels[-1].float().mean((2, 3)).cpu().numpy())  # (B, C, h, w) -> (B, C)
     return np.concatenate(parts)

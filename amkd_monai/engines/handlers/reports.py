@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from amkd_monai.cache.probes import calibration_temperature
 from amkd_monai.data.datasets import get_task
+from amkd_monai.engines.handlers.checkpoints import Handler
 from amkd_monai.metrics.classification import class_metrics, class_row
 from amkd_monai.metrics.segmentation import METRICS, STATUSES, case_metrics
 from amkd_monai.metrics.summary import Row, format_table, summarise, summarise_classes, write_case_csv
@@ -31,7 +32,7 @@ AFFINE_TOLERANCE = 1e-3
 """Largest difference (mm) between the affines of a prediction and its label on one grid."""
 
 
-class CaseReport:
+class CaseReport(Handler):
     """Score each case; when the run ends, write and log the report.
 
     Attach it to an evaluator whose output is, after decollating and postprocessing, a list of dicts with ``pred`` and
@@ -49,8 +50,6 @@ class CaseReport:
     Args:
         task: name of the task, which gives classes, dimensions, NSD tolerance and unit.
         output_dir: folder of the report.
-        spacing_from_meta: take the voxel size (mm) of volumes from the affine of the label; if False
-            distances are in voxels. Distances in 2D images are always in pixels.
         facts: further content of ``metrics.json``, see :py:func:`amkd_monai.engines.runs.evaluated`.
 
     Raises:
@@ -58,25 +57,14 @@ class CaseReport:
             files have the same id; some cases could not be used and the folder holds the figures of all.
     """
 
-    def __init__(
-        self,
-        task: str,
-        output_dir: str | Path,
-        spacing_from_meta: bool = True,
-        facts: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, task: str, output_dir: str | Path, facts: Mapping[str, Any] | None = None) -> None:
         self.task, self.output_dir, self.facts = get_task(task), Path(output_dir), dict(facts or {})
-        self.in_mm = spacing_from_meta and self.task.dimensions == 3
-        self.unit = self.task.unit if self.in_mm or self.task.dimensions == 2 else "voxels"
         self._cases: dict[tuple[str, str], list[Row]] = {}
 
-    def attach(self, engine: Engine) -> None:
-        """Register the handler with an evaluator."""
-        engine.add_event_handler(Events.STARTED, lambda _: self._cases.clear())
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
-        engine.add_event_handler(Events.COMPLETED, self._report)
+    def _started(self, engine: Engine) -> None:
+        self._cases.clear()
 
-    def _collect(self, engine: Engine) -> None:
+    def _iteration_completed(self, engine: Engine) -> None:
         output, batch = engine.state.output, engine.state.batch
         if not isinstance(output, list):
             raise TypeError("CaseReport needs a list of dicts: run the evaluator with decollate=True.")
@@ -97,51 +85,45 @@ class CaseReport:
             return [class_row(task, case, int(torch.as_tensor(label)), _probabilities(pred))]
         for name, array in (("pred", pred), ("label", label)):
             if array.ndim != task.dimensions + 1 or array.shape[0] != 1:
-                raise ValueError(
-                    f"'{name}' must be one label map of shape (1, ...) with {task.dimensions} axes, got shape "
-                    f"{tuple(array.shape)}."
-                )
-        spacing = _voxel_size(pred, label) if self.in_mm else [1.0] * task.dimensions
+                wanted = f"one label map of shape (1, ...) with {task.dimensions} axes"
+                raise ValueError(f"'{name}' must be {wanted}, got shape {tuple(array.shape)}.")
+        spacing = _voxel_size(pred, label) if task.dimensions == 3 else [1.0, 1.0]
         return case_metrics(pred[0], label[0], len(task.classes), spacing, task.nsd_tolerance, task.classes[1:])
 
     def _gathered(self) -> list[Row]:
         cases = {key: rows for of_rank in reversed(idist.all_gather(self._cases)) for key, rows in of_rank.items()}
         return [row for key in sorted(cases) for row in cases[key]]
 
-    def _report(self, engine: Engine) -> None:
-        rows, title = self._gathered(), self.task.name
-        described: dict[str, Any] = {"task": self.task.name}
-        if self.task.is_classification:
-            summary = summarise_classes(rows, self.task)
-            described["primary_metric"] = self.task.primary_metric
+    def _completed(self, engine: Engine) -> None:
+        rows, task, title = self._gathered(), self.task, self.task.name
+        described: dict[str, Any] = {"task": task.name}
+        if task.is_classification:
+            summary = summarise_classes(rows, task)
+            described["primary_metric"] = task.primary_metric
         else:
             summary = summarise(rows, METRICS)
-            title += f", HD95 in {self.unit}"
-            described |= {"unit": self.unit, "nsd_tolerance": self.task.nsd_tolerance}
-        flat: dict[str, float] = {}
+            title += f", HD95 in {task.unit}"
+            described |= {"unit": task.unit, "nsd_tolerance": task.nsd_tolerance}
+        flat = engine.state.metrics
         for metric, values in summary["metrics"].items():
             flat |= {metric if name == "value" else f"{metric}_{name}": value for name, value in values.items()}
         if "status" in summary:
             flat |= {f"cases_{status}": summary["status"].get(status, 0) for status in STATUSES}
         if summary.get("empty_references"):
             flat["false_positive_rate"] = summary["false_positive_rate"]
-        engine.state.metrics |= flat
-        if idist.get_rank() == 0:
-            self._write(rows, {**described, "summary": summary})
-            logger.info("%s", format_table(summary, title))
-
-    def _write(self, rows: Sequence[Row], report: Mapping[str, Any]) -> None:
-        file, skipped = self.output_dir / "metrics.json", self.facts.get("skipped_samples")
-        if skipped:
-            old = read_json(file)
-            same = old.get("student_sha256") == self.facts.get("student_sha256")
-            if old and same and not old.get("skipped_samples"):
-                raise ValueError(
-                    f"{file} holds the figures of all cases and is kept, {len(skipped)} case(s) could not be used now: "
-                    f"{skipped[0]['reason']} Restore the files, or give an --output_dir of its own."
-                )
+        if idist.get_rank() != 0:
+            return
+        file, skipped = self.output_dir / "metrics.json", self.facts.get("skipped_samples", ())
+        old = read_json(file) if skipped else {}
+        same = old.get("student_sha256") == self.facts.get("student_sha256")
+        if old and same and not old.get("skipped_samples"):
+            raise ValueError(
+                f"{file} holds the figures of all cases and is kept, {len(skipped)} case(s) could not be used now: "
+                f"{skipped[0]['reason']} Restore the files, or give an --output_dir of its own."
+            )
         write_case_csv(self.output_dir / "per_case.csv", rows)
-        atomic_write_json(file, jsonable({**self.facts, **report}))
+        atomic_write_json(file, jsonable({**self.facts, **described, "summary": summary}))
+        logger.info("%s", format_table(summary, title))
 
 
 ClassReport = CaseReport
@@ -151,19 +133,18 @@ ClassReport = CaseReport
 def identify(item: Mapping[str, Any]) -> tuple[str, str]:
     """Id and image file of a case; the id may be the name of the file, the file may be unknown."""
     filename = getattr(item.get(CommonKeys.IMAGE), "meta", {}).get(ImageMetaKey.FILENAME_OR_OBJ)
-    case = item.get("id")
-    if case is None and filename is None:
+    if "id" in item:
+        return str(item["id"]), str(filename)
+    if filename is None:
         raise ValueError("A case has neither an 'id' nor a file name in the meta data of its image.")
-    if case is None:
-        case = PurePath(str(filename).removesuffix(".gz")).stem  # volume.nii.gz -> volume
-    return str(case), str(filename)
+    return PurePath(str(filename).removesuffix(".gz")).stem, str(filename)  # volume.nii.gz -> volume
 
 
 def _voxel_size(pred: Tensor, label: Tensor) -> list[float]:
     """Voxel size (mm) along the axes of a label (1, H, W, D), whose grid the prediction must share."""
     affine = getattr(label, "affine", None)
     if affine is None:
-        raise ValueError("the label has no affine: load it with LoadImaged or set spacing_from_meta to False.")
+        raise ValueError("the label has no affine: load it with LoadImaged.")
     other = getattr(pred, "affine", affine)
     if not torch.allclose(other.to(affine), affine, rtol=0, atol=AFFINE_TOLERANCE):
         raise ValueError("prediction and label lie on different grids: invert the transforms of the prediction.")
@@ -181,26 +162,21 @@ class ClassPredictions(CaseReport):
         row = class_row(self.task, case, None, _probabilities(item[CommonKeys.PRED]))
         return [{"id": case, "class": self.task.classes[row["prediction"]], **row}]
 
-    def _report(self, engine: Engine) -> None:
+    def _completed(self, engine: Engine) -> None:
         rows = self._gathered()
         if idist.get_rank() == 0:
             write_case_csv(self.output_dir / "predictions.csv", rows)
 
 
 class ClassScore(EpochMetric):
-    """A metric of a classification task over all cases of an epoch, by default the task's primary one.
+    """The primary metric of a classification task over all cases of an epoch."""
 
-    Raises:
-        ValueError: no such task or metric.
-    """
-
-    def __init__(self, task: str, metric: str | None = None) -> None:
-        metrics, name = class_metrics(get_task(task)), metric or get_task(task).primary_metric
-        if name not in metrics:
-            raise ValueError(f"There is no metric '{name}' for {task}: use one of {', '.join(metrics)}.")
+    def __init__(self, task: str) -> None:
+        described = get_task(task)
+        metric = class_metrics(described)[described.primary_metric]
 
         def compute(pred: Tensor, label: Tensor) -> float:
-            return metrics[name](label.numpy().astype(int), pred.numpy().astype(float))
+            return metric(label.numpy().astype(int), pred.numpy().astype(float))
 
         super().__init__(compute, output_transform=_stack, check_compute_fn=False)
 
@@ -212,7 +188,7 @@ def _stack(output: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
     return pred.as_subclass(Tensor), label.as_subclass(Tensor)
 
 
-class FitTemperature:
+class FitTemperature(Handler):
     """Calibrate a student on validation: one temperature that minimises the cross entropy (Guo et al., 2017).
 
     Attach to the validation evaluator, before the handler that saves the student: the temperature is a buffer of the
@@ -221,19 +197,15 @@ class FitTemperature:
 
     def __init__(self, student: nn.Module) -> None:
         self.student = student
+
+    def _epoch_started(self, engine: Engine) -> None:
         self.outputs: list[tuple[Tensor, Tensor]] = []
-
-    def attach(self, engine: Engine) -> None:
-        """Register the handler."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: self.outputs.append(_stack(e.state.output)))
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._fit)
-
-    def _start(self, engine: Engine) -> None:
-        self.outputs = []
         self.student.temperature.fill_(1.0)
 
-    def _fit(self, engine: Engine) -> None:
+    def _iteration_completed(self, engine: Engine) -> None:
+        self.outputs.append(_stack(engine.state.output))
+
+    def _epoch_completed(self, engine: Engine) -> None:
         p, label = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
         logits = p.clamp_min(1e-12).log()  # logits up to a constant per case
         with torch.enable_grad():
@@ -242,7 +214,7 @@ class FitTemperature:
         engine.state.metrics["temperature"] = fitted
 
 
-class EmptyReferences:
+class EmptyReferences(Handler):
     """Report how often foreground is predicted where the reference is empty.
 
     MONAI's mean Dice leaves cases with an empty reference out, which would hide their errors. ``engine.state.metrics``
@@ -251,47 +223,32 @@ class EmptyReferences:
     to an evaluator whose output is a list of dicts with one-hot ``pred`` and ``label``, (C, ...), background first.
     """
 
-    def __init__(self) -> None:
-        self._predicted: list[bool] = []
-        self._cases = 0
+    def _epoch_started(self, engine: Engine) -> None:
+        self._seen: list[list[bool]] = []
 
-    def attach(self, engine: Engine) -> None:
-        """Register the handler."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._report)
+    def _iteration_completed(self, engine: Engine) -> None:
+        parts = (CommonKeys.LABEL, CommonKeys.PRED)
+        self._seen += [[bool((case[part][1:] > 0).any()) for part in parts] for case in engine.state.output]
 
-    def _reset(self, engine: Engine) -> None:
-        self._predicted, self._cases = [], 0
-
-    def _collect(self, engine: Engine) -> None:
-        for case in engine.state.output:
-            self._cases += 1
-            if not (case[CommonKeys.LABEL][1:] > 0).any():
-                self._predicted.append(bool((case[CommonKeys.PRED][1:] > 0).any()))
-
-    def _report(self, engine: Engine) -> None:
-        if self._cases and len(self._predicted) == self._cases:
+    def _epoch_completed(self, engine: Engine) -> None:
+        wrong = [predicted for present, predicted in self._seen if not present]
+        if wrong and len(wrong) == len(self._seen):
             raise ValueError(
-                f"All {self._cases} validation cases have an empty reference, so Dice cannot choose the best student: "
+                f"All {len(wrong)} validation cases have an empty reference, so Dice cannot choose the best student: "
                 "change the split, or check that the masks are read right (`python -m amkd_monai data check`)."
             )
-        if self._predicted:
-            engine.state.metrics["val_false_positive_rate"] = sum(self._predicted) / len(self._predicted)
-            engine.state.metrics["val_empty_references"] = len(self._predicted)
+        if wrong:
+            metrics = {"val_false_positive_rate": sum(wrong) / len(wrong), "val_empty_references": len(wrong)}
+            engine.state.metrics |= metrics
 
 
-class WriteReport:
+class WriteReport(Handler):
     """Write ``report.html`` next to the results of an evaluation. Attach it after the case report."""
 
     def __init__(self, output_dir: str | Path) -> None:
         self.output_dir = Path(output_dir)
 
-    def attach(self, engine: Engine) -> None:
-        """Register the handler."""
-        engine.add_event_handler(Events.COMPLETED, self._write)
-
-    def _write(self, engine: Engine) -> None:
+    def _completed(self, engine: Engine) -> None:
         idist.barrier()
         if idist.get_rank() == 0:
             from amkd_monai.report.page import write_report

@@ -11,7 +11,7 @@ from typing import Any
 
 import ignite.distributed as idist
 import psutil
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -19,6 +19,7 @@ from amkd_monai.data.datalist import Datalist
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.distillation import DistillationConfig
 from amkd_monai.distillation.interface import DistillationOutput
+from amkd_monai.engines.handlers.checkpoints import Handler
 from amkd_monai.engines.runs import Identity, versions
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
@@ -26,7 +27,7 @@ from amkd_monai.metrics.summary import write_case_csv
 from amkd_monai.storage import atomic_write_json, jsonable
 
 
-class RunRecord:
+class RunRecord(Handler):
     """Write ``run.json`` when a training starts and ends and after every epoch, with the facts of the run.
 
     The means over an epoch's steps and the validation become a row of ``history.csv``, the scalars ``epoch/...`` of
@@ -50,14 +51,7 @@ class RunRecord:
         self.started = 0.0
         self.board: SummaryWriter | None = None
 
-    def attach(self, engine: Engine) -> None:
-        """Follow the trainer."""
-        engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
-        engine.add_event_handler(Events.COMPLETED, self._complete)
-
-    def _start(self, engine: Engine) -> None:
+    def _started(self, engine: Engine) -> None:
         self.started = time.time()
         if self.identity is not None:  # a student that this process has validated is where the run starts from
             self.identity.claim(keep=self.evaluator is not None and self.evaluator.state.best_metric_epoch > 0)
@@ -65,7 +59,7 @@ class RunRecord:
             self.board = SummaryWriter(str(self.output_dir))
         self._write(engine, "running")
 
-    def _collect(self, engine: Engine) -> None:
+    def _iteration_completed(self, engine: Engine) -> None:
         result = engine.state.distillation
         if isinstance(result, Mapping):  # a step of several tasks
             parts = {f"{task}/": (_kept(of_task), engine.teachers_of(task)) for task, of_task in result.items()}
@@ -74,7 +68,7 @@ class RunRecord:
             names = [t.name for t in engine.targets.teachers] if engine.targets else []
             self.steps.append((result.total.detach(), {"": (_kept(result), names)}))
 
-    def _epoch(self, engine: Engine) -> None:
+    def _epoch_completed(self, engine: Engine) -> None:
         row: dict[str, float] = {"epoch": engine.state.epoch, "learning_rate": engine.optimizer.param_groups[0]["lr"]}
         figures: dict[str, list[float]] = {}
         for total, parts in self.steps:
@@ -85,7 +79,7 @@ class RunRecord:
                 figures.setdefault(name, []).append(value)
         row |= {name: sum(values) / len(values) for name, values in figures.items()}
         if self.evaluator is not None and self.evaluator.state.epoch == engine.state.epoch:
-            row.update({k: float(v) for k, v in self.evaluator.state.metrics.items()})
+            row |= {k: float(v) for k, v in self.evaluator.state.metrics.items()}
         self.rows.append(row)
         self.steps = []
         if self.board is not None:
@@ -95,21 +89,16 @@ class RunRecord:
             self.board.flush()
         self._write(engine, "running")
 
-    def _complete(self, engine: Engine) -> None:
+    def _completed(self, engine: Engine) -> None:
         self._write(engine, "completed")
         if self.board is not None:
             self.board.close()
-
-    @property
-    def latest(self) -> dict[str, float]:
-        """The last known value of each column of the history; not every epoch knows all."""
-        return {column: value for row in self.rows for column, value in row.items()}
 
     @idist.one_rank_only()
     def _write(self, engine: Engine, status: str) -> None:
         record = {
             "status": status,
-            **({} if self.identity is None else {"run": self.identity.run}),
+            **({} if self.identity is None else {"run": self.identity.record["run"]}),
             **self.facts,
             "epochs_done": engine.state.epoch,
             "max_epochs": engine.state.max_epochs,
@@ -119,15 +108,12 @@ class RunRecord:
             "seconds": round(time.time() - self.started, 1),
             "cpu_seconds": round(time.process_time(), 1),
             "peak_rss_mb": round(own_peak()),
-            "latest": jsonable(self.latest),
+            "latest": jsonable({column: value for row in self.rows for column, value in row.items()}),
         }
         if self.evaluator is not None:
-            best, epoch = self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch
-            record["best_validation"] = {
-                "metric": self.evaluator.state.key_metric_name,
-                "value": float(best) if epoch > 0 else None,
-                "epoch": int(epoch),
-            }
+            state, epoch = self.evaluator.state, int(self.evaluator.state.best_metric_epoch)
+            best = float(state.best_metric) if epoch > 0 else None
+            record["best_validation"] = {"metric": state.key_metric_name, "value": best, "epoch": epoch}
         atomic_write_json(self.output_dir / "run.json", record)
 
     def state_dict(self) -> dict[str, Any]:
