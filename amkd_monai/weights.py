@@ -204,6 +204,8 @@ def _read(path: Path) -> Any:
             f"{path} is damaged or holds Python objects besides tensors{f' ({found[1]})' if found else ''}, never run "
             "here: save network.state_dict() where it was written, or ask its authors for safetensors."
         ) from error
+    except MemoryError:
+        raise
     except Exception as error:  # which one, depends on where the file is damaged
         if "TorchScript" in str(error):
             raise CheckpointError(f"{path} is a TorchScript program, not weights: save its state dict.") from error

@@ -24,6 +24,8 @@ def load_network_file(path: str | Path) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated; .pt2 is accepted too
             return torch.jit.load(path, map_location="cpu")
+    except MemoryError:
+        raise
     except Exception as error:  # which one, depends on where the file is damaged
         raise CheckpointError(
             f"{path} is not a whole TorchScript (.ts) or torch.export (.pt2) file: export it again."
