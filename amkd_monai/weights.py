@@ -59,7 +59,10 @@ OTHER_KINDS = (
     (rb"PK", "cut off by an interrupted download: obtain the file again"),
     (rb"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull` in its repository"),
     (rb"<[!?a-zA-Z]", "a web page (a download needed a login or confirmation): download it again"),
+    (rb"[{\[]", "JSON text, not a checkpoint: give the file of weights"),
     (rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "a compressed archive: unpack it"),
+    (rb"\x89HDF", "an HDF5 file (Keras): give weights in PyTorch's or safetensors' format"),
+    (rb"[\t\r\n -~]+\Z", "a text file, not a checkpoint: obtain the file again"),
 )
 """How files begin that lie in place of a checkpoint, and what to say; the readers would say only that they cannot."""
 

@@ -341,8 +341,8 @@ class Distiller(nn.Module):
             strength = distillation_strength(progress, **self.config.loss_strength)
             factors = dict(self.loss_gate.weights(strength, view))
             factors |= {name: 1.0 for name in named if name not in factors}  # losses that train parts of the distiller
-            parts = [torch.as_tensor(factors[name]).float() * loss.mean() for name, loss in named.items()]
-            total = torch.stack(parts).sum()
+            single = {name: f.float() if isinstance(f, Tensor) else f for name, f in factors.items()}
+            total = torch.stack([single[name] * loss.mean() for name, loss in named.items()]).sum()
         self._until_read -= 1
         if not self.training or self._until_read < 0:
             self._until_read = INTERVAL - 1
@@ -372,7 +372,9 @@ class Distiller(nn.Module):
 
     def _targets(self, batch: Batch, name: str, kind: str) -> Tensor:
         """Read a teacher's targets; rows for which it is not available become 0."""
-        target = batch.teachers[name][kind]
+        target = batch.teachers.get(name, {}).get(kind)
+        if target is None:
+            raise ValueError(f"The batch holds no {kind} targets of the teacher '{name}': rebuild the teacher cache.")
         if batch.available is not None:
             k = [t.name for t in self.teachers].index(name)
             target = torch.where(batch.available[:, k, None, None, None].bool(), target, 0)

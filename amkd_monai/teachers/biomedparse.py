@@ -12,6 +12,7 @@ from torch import Tensor
 from amkd_monai.teachers.base import TeacherFeatures, binary_to_two_class, pool_to_grid
 from amkd_monai.teachers.biomedparse_network import CONTEXT, UNUSED, VOCABULARY, BiomedParse, Sizes
 from amkd_monai.teachers.official import COMMON, OfficialTeacher, fixed_initialisation, read_official
+from amkd_monai.weights import CheckpointError
 
 STRIDES = (4, 8, 16, 32)
 START, END = VOCABULARY - 2, VOCABULARY - 1
@@ -59,6 +60,8 @@ class BiomedParseTeacher(OfficialTeacher):
             _checked(ids, number) for number, ids in enumerate(tokenised(prompts) if prompts else token_ids or (), 1)
         ]
         official = read_official("biomedparse", weights)
+        if any(".language_encoder." in key for key in official.state):
+            raise CheckpointError(f"{official.path} holds BiomedParse v2, another network: give biomedparse_v1.pt.")
         with fixed_initialisation():
             self.network = BiomedParse(Sizes(**(sizes or {})))
         self.fill(official, UNUSED)

@@ -30,11 +30,11 @@ def test_every_part_of_the_documentation_has_a_page(site):
 
 def test_nothing_is_fetched_when_a_page_is_looked_at(site):
     for page in site.rglob("*.html"):
-        text = page.read_text()
+        text = page.read_text("utf-8")
         assert re.findall(r"<(?:script|img|iframe)[^>]+src=[\"']?(?:https?:)?//", text) == []
         assert re.findall(r"<link[^>]+href=[\"']?(?:https?:)?//[^>]*", text) == []
     for sheet in site.rglob("*.css"):
-        assert re.findall(r"(?:url\([\"']?|@import [\"'])(?:https?:)?//", sheet.read_text()) == []
+        assert re.findall(r"(?:url\([\"']?|@import [\"'])(?:https?:)?//", sheet.read_text("utf-8")) == []
 
 
 def test_docstrings_are_shown_with_shapes_and_without_roles(site):

@@ -153,7 +153,7 @@ def test_a_mask_specialist_is_refused_for_classes_and_a_class_specialist_accepte
     dense = {"name": "dense", "kind": "specialist", "path": str(tmp_path / "dense.ts")}
     with pytest.raises(ValueError, match="one answer per image with 3 classes"):
         prepare(data, [dense])
-    with pytest.raises(ValueError, match=r"a class teacher must give \(B, classes\)"):
+    with pytest.raises(ValueError, match=r"'dense'.*\(B, classes\)"):
         prepare(data, [{**dense, "answers": "classes"}])
 
 

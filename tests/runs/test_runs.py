@@ -767,7 +767,7 @@ def test_opening_a_bundle_starts_no_teacher(bundle, tmp_path, monkeypatch):
     """Nothing that is not a training runs teachers, cross-fits or even makes a network or data."""
     monkeypatch.chdir(tmp_path)
     touched = []
-    for place in ("prepare.prepare_teachers", "build_cache.build_teacher", "crossfit.cross_fit"):
+    for place in ("prepare.prepare_teachers", "prepare.build_teacher", "crossfit.cross_fit"):
         module, name = place.split(".")
         monkeypatch.setattr(f"amkd_monai.engines.{module}.{name}", lambda *_, place=place, **__: touched.append(place))
     given = {"cache_dir": str(tmp_path / "cache"), "ckpt_dir": str(tmp_path / "m"), "output_dir": str(tmp_path / "o")}
