@@ -13,6 +13,7 @@ import importlib.metadata
 import logging
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -65,6 +67,12 @@ OTHER_KINDS = (
     (rb"[\t\r\n -~]+\Z", "a text file, not a checkpoint: obtain the file again"),
 )
 """How files begin that lie in place of a checkpoint, and what to say; the readers would say only that they cannot."""
+
+DAMAGE_ERRORS = (
+    *(AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+    *(SafetensorError, struct.error, zipfile.BadZipFile),
+)
+"""What torch's readers raise on a cut or altered file: it depends on where the damage is."""
 
 
 class CheckpointError(RuntimeError):
@@ -207,9 +215,7 @@ def _read(path: Path) -> Any:
             f"{path} is damaged or holds Python objects besides tensors{f' ({found[1]})' if found else ''}, never run "
             "here: save network.state_dict() where it was written, or ask its authors for safetensors."
         ) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # which one, depends on where the file is damaged
+    except DAMAGE_ERRORS as error:
         if "TorchScript" in str(error):
             raise CheckpointError(f"{path} is a TorchScript program, not weights: save its state dict.") from error
         raise CheckpointError(f"{path} ({size} bytes) is truncated or not a checkpoint: obtain it again.") from error

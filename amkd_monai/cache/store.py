@@ -420,7 +420,7 @@ class FeatureStore:
         encoded: dict[str, np.ndarray] = {}
         for name, spec in self.arrays.items():
             parts = _encode(name, np.asarray(values[name]), spec, ids)
-            encoded |= dict(zip((name, f"{name}.scale"), parts, strict=False))
+            encoded |= dict(zip((name, f"{name}.scale")[: len(parts)], parts, strict=True))
         digest, data = hashlib.sha256(), []
         for name, (dtype, _) in _tensors(self.arrays, len(ids)).items():
             data.append(np.ascontiguousarray(encoded[name], dtype).reshape(-1).view(np.uint8).data)

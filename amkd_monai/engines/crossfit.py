@@ -78,7 +78,7 @@ def cross_fit(
     network_key = {"network": state_hash(network.state_dict()), "folds": folds, "seed": seed, "labels": train.hashes}
     stores = [
         answers_store(name, {**method.key, **network_key, "of": of}, dataset, size, cache_dir)
-        for of, dataset in zip(("train", "validation"), sections, strict=False)
+        for of, dataset in zip(("train", "validation")[: len(sections)], sections, strict=True)
     ]
     if all(store.is_complete for store in stores):
         return stores

@@ -203,7 +203,7 @@ def transfer_rows(
             for found in compared:
                 own = {"class": found["class"]} if len(compared) > 1 else {}
                 values = [found[key] for key in ("difference", "ci_low", "ci_high", "p")]
-                rows.append({**row, **own, **dict(zip(DELTA, values, strict=False))})
+                rows.append({**row, **own, **dict(zip(DELTA[:-1], values, strict=True))})
     compared_rows = [row for row in rows if "delta" in row]
     for row, adjusted in zip(compared_rows, holm([row["p"] for row in compared_rows]), strict=True):
         row["p_holm"] = adjusted

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, binary_to_two_class, pool_to_grid, resize
-from amkd_monai.weights import CheckpointError, file_sha256
+from amkd_monai.weights import DAMAGE_ERRORS, CheckpointError, file_sha256
 
 
 def load_network_file(path: str | Path) -> nn.Module:
@@ -24,9 +24,7 @@ def load_network_file(path: str | Path) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated; .pt2 is accepted too
             return torch.jit.load(path, map_location="cpu")
-    except MemoryError:
-        raise
-    except Exception as error:  # which one, depends on where the file is damaged
+    except DAMAGE_ERRORS as error:
         raise CheckpointError(
             f"{path} is not a whole TorchScript (.ts) or torch.export (.pt2) file: export it again."
         ) from error

@@ -7,7 +7,6 @@ import tarfile
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
@@ -186,18 +185,18 @@ def test_an_archive_without_the_folder_is_said_and_kept(server, source, tmp_path
     assert server.asked == ["/a.zip"]
 
 
-@pytest.mark.parametrize("name", ["../evil", "/tmp/evil_of_a_test", "a/../../evil"])
+@pytest.mark.parametrize("name", ["../evil", "{}/evil", "a/../../evil"])
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_nothing_is_written_outside_the_folder(tmp_path, kind, name):
     archive, place = tmp_path / f"a.{kind}", tmp_path / "out"
-    archive.write_bytes(packed({"good": b"1", name: b"2"}, kind))
+    archive.write_bytes(packed({"good": b"1", name.format(tmp_path): b"2"}, kind))
     place.mkdir()
     if kind == "tar" and ".." in name:
         with pytest.raises(ValueError, match=r"a\.tar cannot be unpacked"):
             unpack(archive, place)
     else:
         unpack(archive, place)
-    assert {p.name for p in tmp_path.iterdir()} == {archive.name, "out"} and not Path("/tmp/evil_of_a_test").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {archive.name, "out"}
 
 
 @pytest.mark.parametrize("kind", ["tar symlink", "tar device", "zip symlink"])
