@@ -81,8 +81,11 @@ def k_fold(
     """Cross-validation: test is one fold, validation a part of the rest (one group at least), by whole groups.
 
     Where labels are classes, folds have about equal numbers of each class. With fewer groups than folds there are as
-    many folds as groups. A repeated id, fewer than 3 groups or an unknown fold is a ValueError.
+    many folds as groups. A repeated id, fewer than 3 groups, an unknown fold or a fraction outside (0, 1) is a
+    ValueError.
     """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"The validation fraction is {validation_fraction}: give one between 0 and 1.")
     items = _sorted_by_id(items)
     groups = [item["group"] for item in items]
     if len(set(groups)) < 3:

@@ -86,11 +86,14 @@ class ContrastiveDistillation(Counter):
     def forward(self, features: Tensor, index: Tensor | None) -> dict[str, Tensor]:
         """Compute the loss of each teacher, {teacher: (B,)}, of a student map (B, C, h, w).
 
-        ``index`` is the position of each sample in the training dataset (B,). When a step was counted, other negatives
-        are drawn.
+        ``index`` is the position of each sample in the training dataset (B,); one that is missing or outside it is a
+        ValueError. When a step was counted, other negatives are drawn.
         """
         if index is None:
             raise ValueError("Contrastive distillation needs the index of each sample: give the batch its index.")
+        low, high, n = int(index.min()), int(index.max()), len(self.groups)
+        if low < 0 or high >= n:
+            raise ValueError(f"A batch has the samples {low} to {high} of {n}: prepare the targets for this dataset.")
         device = features.device
         if self.groups.device != device:
             self.groups = self.groups.to(device)

@@ -50,7 +50,7 @@ def case_metrics(
         ``reference_volume`` (unit of ``spacing`` to the power of the number of axes).
 
     Raises:
-        ValueError: shapes differ, a label is not an integer of [0, num_classes), or spacing or tolerance do not fit.
+        ValueError: shapes differ, a label is not an integer of [0, num_classes), or another argument does not fit.
     """
     if pred.shape != reference.shape or pred.ndim not in (2, 3) or pred.numel() == 0:
         shapes = f"{tuple(pred.shape)} and {tuple(reference.shape)}"
@@ -59,7 +59,9 @@ def case_metrics(
         raise ValueError(f"spacing must be {pred.ndim} positive numbers, one per axis, got {list(spacing)}.")
     if not (math.isfinite(nsd_tolerance) and nsd_tolerance >= 0):
         raise ValueError(f"nsd_tolerance must be finite and not negative, got {nsd_tolerance}.")
-    names = class_names or [f"class_{label}" for label in range(1, num_classes)]
+    names = list(class_names or (f"class_{label}" for label in range(1, num_classes)))
+    if num_classes < 2 or len(set(names)) != num_classes - 1 or len(names) != num_classes - 1:
+        raise ValueError(f"class_names must be one name per foreground class of {num_classes} classes, got {names}.")
     pred, reference = _label_map(pred, "pred", num_classes), _label_map(reference, "reference", num_classes)
     pred, reference = _crop_to_foreground(pred, reference)
     return [

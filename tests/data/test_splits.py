@@ -131,8 +131,9 @@ def test_k_fold_uses_fewer_folds_when_groups_are_few():
 def test_k_fold_refuses_what_cannot_be_split():
     with pytest.raises(ValueError, match="at least 3 are needed"):
         k_fold(make_items("aabb"))
-    with pytest.raises(ValueError, match="fractions"):
-        k_fold(make_items("abcd"), validation_fraction=1.2)
+    for fraction in (0, 1, 1.2):
+        with pytest.raises(ValueError, match=f"validation fraction is {fraction}:"):
+            k_fold(make_items("abcd"), validation_fraction=fraction)
     with pytest.raises(ValueError, match="leaves one group for train and validation: use more folds"):
         k_fold(make_items("abc"), folds=2, fold=0)
 

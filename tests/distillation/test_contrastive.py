@@ -71,6 +71,12 @@ def test_the_own_sample_its_group_and_its_class_are_never_negatives():
         module.count_step()
 
 
+@pytest.mark.parametrize("outside", [-1, 50])
+def test_samples_outside_the_table_are_refused(outside):
+    with pytest.raises(ValueError, match=rf"{outside}.* of 50"):
+        build(table(50))(student_maps(), torch.tensor([1, outside, 3]))
+
+
 def test_each_step_draws_other_negatives_and_a_resumed_run_the_same():
     first, maps, index = build(table(50), negatives=5), student_maps(), torch.tensor([1, 2, 3])
     losses = []

@@ -176,7 +176,9 @@ ZEROS = torch.zeros(4, 4)
         ((ZEROS, ZEROS, 2, (1, 1, 1), 1.0), "spacing must be 2 positive numbers"),
         ((ZEROS, ZEROS, 2, (1, 0), 1.0), "spacing must be"),
         ((ZEROS, ZEROS, 2, (1, 1), -1.0), "nsd_tolerance"),
-        ((ZEROS, ZEROS, 2, (1, 1), 1.0, ["background", "lesion"]), "longer"),
+        ((ZEROS, ZEROS, 1, (1, 1), 1.0), "of 1 classes"),
+        ((ZEROS, ZEROS, 2, (1, 1), 1.0, ["background", "lesion"]), "class_names"),
+        ((ZEROS, ZEROS, 3, (1, 1), 1.0, ["lesion", "lesion"]), "class_names"),
     ],
 )
 def test_errors_are_one_clear_sentence(arguments, message):
