@@ -20,7 +20,7 @@ class UniformGate(TeacherGate):
     """Equal weights, 1 / n for the n available teachers."""
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
-        """Return the weights."""
+        """Weights (B, K, h, w), 0 for a teacher that is not available (B, K)."""
         return uniform(reading.errors, available).detach()
 
 
@@ -36,7 +36,7 @@ class FixedGate(TeacherGate):
         self.given = [float(given[name]) for name in names]
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
-        """The given weights, shared among the available teachers in proportion."""
+        """The given weights (B, K, h, w), shared among the available teachers in proportion."""
         masked = torch.tensor(self.given, device=available.device) * available
         weights = masked / masked.sum(1, keepdim=True).clamp_min(1e-12)
         return weights[:, :, None, None].expand_as(reading.errors)
@@ -52,7 +52,7 @@ class BestSingleGate(TeacherGate):
         self.scores = [-torch.inf if t.score is None else float(t.score) for t in self.teachers]
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
-        """1 for the best available teacher, 0 where none has a score."""
+        """1 for the best available teacher (B, K, h, w), 0 where none has a score."""
         ranked = torch.where(available.bool(), torch.tensor(self.scores, device=available.device), -torch.inf)  # (B, K)
         chosen = F.one_hot(ranked.argmax(1), ranked.shape[1]) * torch.isfinite(ranked.max(1, keepdim=True).values)
         return chosen.float()[:, :, None, None].expand_as(reading.errors)

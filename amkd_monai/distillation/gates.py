@@ -254,7 +254,7 @@ class ReliabilityGate(TeacherGate):
         return reliability(box_smooth(errors), self.prior_entropy, available, self.temperature)
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
-        """Reliabilities with the floor."""
+        """Reliabilities (B, K, h, w) with the floor."""
         return self.with_floor(self.trusted(reading.errors, available), available)
 
     def with_floor(self, weights: Tensor, available: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ class LearnedGate(ReliabilityGate):
         return {"gate": gate_loss(target, predicted)}, {"gate_auc": auc}
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
-        """The predicted reliabilities with the floor."""
+        """The predicted reliabilities (B, K, h, w) with the floor."""
         assert reading.scores is not None
         return self.with_floor(gate_probabilities(reading.scores, available)[:, :-1], available)
 

@@ -132,7 +132,7 @@ def by_size(maps: Mapping[str, Tensor]) -> dict[tuple[int, int], dict[str, Tenso
 
 
 def one_hot_area(label: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
-    """As :func:`class_areas`, after a check: a label that is not in 0 to C - 1, or 255, is a ValueError."""
+    """As :func:`class_areas`, (B, C, h, w); a label (B, 1, H, W) other than 0 to C - 1 or 255 is a ValueError."""
     faults = Faults()
     note_classes(faults, label, classes)
     faults.read()

@@ -112,7 +112,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def level_problem(levels: np.ndarray) -> str:
-    """Say that an image, uint8 or in [0, 1], has almost no levels; empty if it has more, or few pixels."""
+    """Say that an image of any shape, uint8 or in [0, 1], has almost no levels; empty if it has more, or few pixels."""
     for sampled in (4_000, 1_000_000):  # the larger sample only decides what the smaller one makes suspicious
         part = levels.reshape(-1)[:: max(1, levels.size // sampled)]
         if part.dtype != np.uint8:

@@ -175,13 +175,13 @@ def prepare(
 
 
 def softmax(logits: np.ndarray, axis: int) -> np.ndarray:
-    """Probabilities along an axis."""
+    """Probabilities along an axis of logits, of the same shape."""
     exponent = np.exp(logits - logits.max(axis, keepdims=True))
     return exponent / exponent.sum(axis, keepdims=True)
 
 
 def largest_component(mask: np.ndarray, label: int) -> np.ndarray:
-    """Keep only the largest connected part of a label, diagonal neighbours included."""
+    """Keep only the largest connected part of a label of a mask, (H, W) or (X, Y, Z), diagonal neighbours included."""
     from scipy import ndimage
 
     parts, count = ndimage.label(mask == label, structure=np.ones((3,) * mask.ndim))

@@ -243,7 +243,7 @@ def middle_slice(volume: np.ndarray, mask: np.ndarray, axis: int = 2) -> tuple[n
 
 
 def grey_levels(volume: np.ndarray, percentiles: Sequence[float] = (0.5, 99.5)) -> np.ndarray:
-    """Scale a volume to 0 to 255 between two of its percentiles, uint8, to look at."""
+    """Scale a volume (X, Y, Z) to 0 to 255 between two of its percentiles, uint8 of the same shape, to look at."""
     low, high = np.percentile(volume, percentiles)
     return ((volume - low) / max(float(high - low), 1e-6) * 255).clip(0, 255).astype(np.uint8)
 
