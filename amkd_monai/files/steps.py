@@ -143,13 +143,18 @@ def _pad(array: np.ndarray, grid: Grid | None, size: Sequence[int]) -> Stepped:
     return np.pad(array, widths), lambda answer: answer[tuple(inside)]
 
 
-# fmt: off
 STEPS: dict[str, Callable[..., Stepped]] = {
-    "scale": _scale, "scale_percentiles": _scale_percentiles, "ct_window": _ct_window, "crop_disc": _crop_disc,
-    "neighbours": _neighbours, "orientation": _orientation, "resize": _resize, "spacing": _spacing, "crop": _crop,
+    "scale": _scale,
+    "scale_percentiles": _scale_percentiles,
+    "ct_window": _ct_window,
+    "crop_disc": _crop_disc,
+    "neighbours": _neighbours,
+    "orientation": _orientation,
+    "resize": _resize,
+    "spacing": _spacing,
+    "crop": _crop,
     "pad": _pad,
 }
-# fmt: on
 """By name, as an exported bundle's ``configs/predict.json`` lists them."""
 
 

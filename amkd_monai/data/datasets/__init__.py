@@ -117,11 +117,15 @@ _ISIC_SUMS = {
 _ISIC_SOURCE = Source("CC-0.", tuple((_ISIC + name, checksum) for name, checksum in _ISIC_SUMS.items()), inside=True)
 _TRAINING, _TESTING = "TrainingSet/LungInfection-Train/Doctor-label", "TestingSet/LungInfection-Test"
 
-# fmt: off
 _TASKS = (
     Task(
-        name="busi", modality="ultrasound", classes=("background", "lesion"), folder="Dataset_BUSI_with_GT",
-        prompts=("breast lesion in ultrasound",), layout=Busi(), phantom=phantoms.busi,
+        name="busi",
+        modality="ultrasound",
+        classes=("background", "lesion"),
+        folder="Dataset_BUSI_with_GT",
+        prompts=("breast lesion in ultrasound",),
+        layout=Busi(),
+        phantom=phantoms.busi,
         source=Source(
             "No licence of the data is known.",
             steps="Download Dataset_BUSI.zip from https://scholar.cu.edu.eg/?q=afahmy/pages/dataset and unpack it; it "
@@ -133,14 +137,22 @@ _TASKS = (
     # look alike may lie in several sections. Masks of several classes (ground glass, consolidation, effusion) are
     # merged.
     Task(
-        name="covid", modality="CT", classes=("background", "infection"), folder="COVID", mask_codes="nonzero",
-        prompts=("COVID-19 infection in chest CT",), phantom=phantoms.covid,
+        name="covid",
+        modality="CT",
+        classes=("background", "infection"),
+        folder="COVID",
+        mask_codes="nonzero",
+        prompts=("COVID-19 infection in chest CT",),
+        phantom=phantoms.covid,
         layout=Pairs(
-            title="COVID", folders=(("images", "masks"), ("frames", "masks")), duplicate_distance=NEAR,
+            title="COVID",
+            folders=(("images", "masks"), ("frames", "masks")),
+            duplicate_distance=NEAR,
             expected="the folders of COVID-SemiSeg (TrainingSet/, TestingSet/), or images/ and masks/ with one file "
             "each per slice",
             official={
-                "train": (f"{_TRAINING}/Imgs", f"{_TRAINING}/GT"), "test": (f"{_TESTING}/Imgs", f"{_TESTING}/GT"),
+                "train": (f"{_TRAINING}/Imgs", f"{_TRAINING}/GT"),
+                "test": (f"{_TESTING}/Imgs", f"{_TESTING}/GT"),
             },
             predict_in=(f"{_TESTING}/Imgs", "images", "frames", "Imgs"),
         ),
@@ -152,11 +164,19 @@ _TASKS = (
     ),
     # The 20 cases of Ma et al., https://zenodo.org/records/3757476, or two folders of NIfTI files.
     Task(
-        name="covid_volumes", modality="CT", classes=("background", "infection"), folder="COVID-volumes", dimensions=3,
-        values="ct", prompts=("COVID-19 infection in chest CT",), nsd_tolerance=3.0, phantom=phantoms.covid_volumes,
+        name="covid_volumes",
+        modality="CT",
+        classes=("background", "infection"),
+        folder="COVID-volumes",
+        dimensions=3,
+        values="ct",
+        prompts=("COVID-19 infection in chest CT",),
+        nsd_tolerance=3.0,
+        phantom=phantoms.covid_volumes,
         mask_codes={"0": 0, "1": 1, "2": 1, "3": 1},
         layout=Pairs(
-            title="COVID CT volume", volumes=True,
+            title="COVID CT volume",
+            volumes=True,
             expected="COVID-19-CT-Seg_20cases/ and Infection_Mask/, imagesTr/ and labelsTr/, or images/ and masks/ "
             "with one NIfTI file each per volume",
             folders=(("COVID-19-CT-Seg_20cases", "Infection_Mask"), ("imagesTr", "labelsTr"), ("images", "masks")),
@@ -171,30 +191,54 @@ _TASKS = (
     # Jha et al., "Kvasir-SEG: A Segmented Polyp Dataset", MMM 2020. Masks are RGB JPEGs with values between 0 and 255
     # around every edge. The authors' later 880/120 split exists as file lists.
     Task(
-        name="kvasir_seg", modality="endoscopy", classes=("background", "polyp"), folder="Kvasir-SEG",
-        prompts=("polyp in endoscopy",), phantom=phantoms.kvasir_seg,
+        name="kvasir_seg",
+        modality="endoscopy",
+        classes=("background", "polyp"),
+        folder="Kvasir-SEG",
+        prompts=("polyp in endoscopy",),
+        phantom=phantoms.kvasir_seg,
         layout=Pairs(title="Kvasir-SEG", file_lists=("train.txt", "val.txt")),
         source=Source(
             "Research and education only; anything else needs the owners' permission. Cite Jha et al., MMM 2020.",
-            files=((
-                "https://datasets.simula.no/downloads/kvasir-seg.zip",
-                "sha256:03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7",
-            ),),
+            files=(
+                (
+                    "https://datasets.simula.no/downloads/kvasir-seg.zip",
+                    "sha256:03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7",
+                ),
+            ),
         ),
     ),
     Task(
-        name="msd_heart", modality="MRI", classes=("background", "left atrium"), folder="Task02_Heart", dimensions=3,
-        values="any", prompts=("left atrium in cardiac MRI",), phantom=phantoms.msd_heart,
+        name="msd_heart",
+        modality="MRI",
+        classes=("background", "left atrium"),
+        folder="Task02_Heart",
+        dimensions=3,
+        values="any",
+        prompts=("left atrium in cardiac MRI",),
+        phantom=phantoms.msd_heart,
         layout=Decathlon("MSD Heart", ("background", "left atrium")),
-        source=Source("CC-BY-SA 4.0.", files=((
-            "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task02_Heart.tar", "md5:06ee59366e1e5124267b774dbd654057",
-        ),)),
+        source=Source(
+            "CC-BY-SA 4.0.",
+            files=(
+                (
+                    "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task02_Heart.tar",
+                    "md5:06ee59366e1e5124267b774dbd654057",
+                ),
+            ),
+        ),
     ),
     Task(
-        name="aptos2019", kind="classification", modality="fundus photography", classes=aptos2019.CLASSES,
-        folder="aptos2019-blindness-detection", primary_metric="qwk", referable_from=2,
+        name="aptos2019",
+        kind="classification",
+        modality="fundus photography",
+        classes=aptos2019.CLASSES,
+        folder="aptos2019-blindness-detection",
+        primary_metric="qwk",
+        referable_from=2,
         prompts=tuple(f"{grade} diabetic retinopathy" for grade in aptos2019.CLASSES[1:]),
-        layout=aptos2019.Aptos2019(), phantom=phantoms.aptos2019,
+        layout=aptos2019.Aptos2019(),
+        phantom=phantoms.aptos2019,
         source=Source(
             "The rules of the competition allow non-commercial and academic use and no passing on.",
             steps="Accept the rules at https://www.kaggle.com/competitions/aptos2019-blindness-detection, then: kaggle "
@@ -202,17 +246,29 @@ _TASKS = (
         ),
     ),
     Task(
-        name="isic2017", kind="classification", modality="dermoscopy", classes=isic2017.CLASSES, folder="ISIC2017",
-        prompts=tuple(f"{name} in dermoscopy" for name in isic2017.CLASSES[1:]), primary_metric="mean_auc",
-        singled_out=isic2017.CLASSES[1:], layout=isic2017.Isic2017(), phantom=phantoms.isic2017, source=_ISIC_SOURCE,
+        name="isic2017",
+        kind="classification",
+        modality="dermoscopy",
+        classes=isic2017.CLASSES,
+        folder="ISIC2017",
+        prompts=tuple(f"{name} in dermoscopy" for name in isic2017.CLASSES[1:]),
+        primary_metric="mean_auc",
+        singled_out=isic2017.CLASSES[1:],
+        layout=isic2017.Isic2017(),
+        phantom=phantoms.isic2017,
+        source=_ISIC_SOURCE,
     ),
     Task(
-        name="isic2017_lesion", modality="dermoscopy", classes=("background", "lesion"), folder="ISIC2017",
-        prompts=("skin lesion in dermoscopy",), layout=isic2017.Isic2017(outlines=True), phantom=phantoms.isic2017,
+        name="isic2017_lesion",
+        modality="dermoscopy",
+        classes=("background", "lesion"),
+        folder="ISIC2017",
+        prompts=("skin lesion in dermoscopy",),
+        layout=isic2017.Isic2017(outlines=True),
+        phantom=phantoms.isic2017,
         source=_ISIC_SOURCE,
     ),
 )
-# fmt: on
 TASKS = {task.name: task for task in _TASKS}
 
 
