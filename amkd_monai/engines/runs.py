@@ -42,6 +42,7 @@ from amkd_monai.files.masks import NAMED_CODES
 from amkd_monai.files.names import label_files, some
 from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS
 from amkd_monai.storage import atomic_write_json, file_sha256, fingerprint, read_json
+from amkd_monai.teachers.plan import recorded
 from amkd_monai.weights import CheckpointError
 
 logger = logging.getLogger("amkd_monai")
@@ -61,6 +62,7 @@ RESULTS += [TEACHERS, FEATURES, PREVIEWS]
 
 _NOT_OF_A_STUDENT = {"task", "split_hash", "seed", "device", "encoder_weights", "settings", *PLACES}
 _NOT_OF_A_TRAINING = {"split_hash", "device", "resume", "num_workers", "on_bad_sample", *PLACES}
+_NOT_OF_A_TRAINING |= {"teachers", "fallback_teachers"}  # its record holds those that they led to
 _NOT_OF_A_STEP = {"_target_", "allow_missing_keys", "codes", "classes"}
 """Options of transforms that an image does not depend on."""
 _NOT_OF_A_NETWORK = ("weights", "seed", "drop_path", "dropout")
@@ -307,8 +309,11 @@ class Identity:
         atomic_write_json(self.places["ckpt_dir"] / RECORD, self.record)
 
 
-def identity(datalist: Datalist) -> Identity:
-    """Describe the run of the config that is being read: its data, split, input, preprocessing, network and classes."""
+def identity(datalist: Datalist, teachers: Sequence[Mapping[str, Any]] = ()) -> Identity:
+    """Describe the run of the config that is being read: its data, split, input, preprocessing, network and classes.
+
+    ``teachers`` are the descriptions of its teachers, which it records with name and size of their files.
+    """
     parser = next(_callers(ConfigParser))
     facts = {
         "task": datalist.task.name,
@@ -318,6 +323,7 @@ def identity(datalist: Datalist) -> Identity:
         "settings": _settings(parser.config, "train#preprocessing", "validate#preprocessing", "network_def"),
         "network": _network(parser.config),
         "preprocessing": image_steps(parser, "validate#preprocessing"),
+        "teachers": [recorded(teacher, parser.get_parsed_content("weights_dir")) for teacher in teachers],
     }
     return _identity(parser, facts, {"": datalist})
 
@@ -655,7 +661,7 @@ def _task_of(run: Mapping[str, Any], unknown: str | None) -> str | None:
 def _core(record: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
     inner = {key: value for part in ("settings", "split", "training") for key, value in record.get(part, {}).items()}
-    kept = {key: record.get(key) for key in ("classes", "network", "preprocessing")}
+    kept = {key: record.get(key) for key in ("classes", "network", "preprocessing", "teachers")}
     tasks = {name: _core(of_task) for name, of_task in record.get("tasks", {}).items()}
     return {**inner, "split_hash": record.get("data", {}).get("split_hash"), **kept, "parts": tasks}
 

@@ -70,12 +70,14 @@ class Teacher(nn.Module):
         self.weights_file: dict[str, str] | None = None
 
     def came_from(self, path: str | Path) -> None:
-        """Remember the file of the weights for the run record."""
-        self.weights_file = {"file": Path(path).name, "sha256": file_sha256(path)}
+        """Remember the file of the weights for the run record; a network on the meta device holds none of them."""
+        if torch.get_default_device().type != "meta":
+            self.weights_file = {"file": Path(path).name, "sha256": file_sha256(path)}
 
     def autocast(self, image: Tensor) -> AbstractContextManager:
         """Return the context in which the network runs on the device of ``image``."""
-        return torch.autocast(image.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        kind = "cpu" if image.is_meta else image.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def freeze(self) -> Teacher:
         """Take every parameter out of training and switch to evaluation mode."""
@@ -134,8 +136,11 @@ KINDS: dict[str, str] = {
 }
 """Teachers that answer image by image. To add one: one file with a ``Teacher``, and a line here or its path as kind."""
 
-CROSS_FITTED_KINDS = ("crossfit_specialist", "crossfit_volume_specialist")
-"""Teachers that are trained on the run's own training split, in folds (:mod:`amkd_monai.engines.crossfit`)."""
+CROSS_FITTED_KINDS = {
+    "crossfit_specialist": ("network", "folds", "epochs"),
+    "crossfit_volume_specialist": ("network", "folds", "patch_size", "steps", "learning_rate"),
+}
+"""Teachers that are trained on the run's own training split, in folds (:mod:`amkd_monai.engines.crossfit`): options."""
 
 
 def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
@@ -175,8 +180,10 @@ def teacher_class(kind: str) -> type[Teacher]:
     return found
 
 
-def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None) -> Teacher:
-    """Build one frozen teacher from its description.
+def bound(
+    description: Mapping[str, Any], weights_dir: str | None = None
+) -> tuple[type[Teacher] | None, dict[str, Any]]:
+    """Return the class of a teacher and its arguments; None and its options for a cross-fitted one.
 
     Args:
         description: ``name``, ``kind`` and the options of the kind; the preparation reads ``own_answers``.
@@ -184,12 +191,17 @@ def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None
 
     Raises:
         ValueError: unknown kind, or options the kind does not take.
-        CheckpointError: weights that are missing or do not fit.
     """
     validate_descriptions([description])
     name, kind = description["name"], description["kind"]
     if kind in CROSS_FITTED_KINDS:
-        raise ValueError(f"The {kind} '{name}' is trained on a run's own images: list it in `teachers` of a run.")
+        options = {k: v for k, v in description.items() if k not in ("name", "kind")}
+        if unknown := sorted(options.keys() - set(CROSS_FITTED_KINDS[kind])):
+            known = ", ".join(CROSS_FITTED_KINDS[kind])
+            raise ValueError(f"The teacher '{name}' has no option '{unknown[0]}': use {known}.")
+        if not isinstance(options.get("network"), nn.Module):
+            raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
+        return None, options
     options = {k: v for k, v in description.items() if k not in ("kind", "own_answers")}
     if weights_dir is not None and any(e.key and e.kind == kind for e in CATALOGUE):
         options.setdefault("weights", weights_dir)
@@ -198,4 +210,18 @@ def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None
         inspect.signature(chosen).bind(**options)
     except TypeError as error:
         raise ValueError(f"The teacher '{name}' has options that do not fit its kind: {error}.") from error
+    return chosen, options
+
+
+def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None) -> Teacher:
+    """Build one frozen teacher from its description, as :func:`bound` reads it.
+
+    Raises:
+        ValueError: unknown kind, or options the kind does not take.
+        CheckpointError: weights that are missing or do not fit.
+    """
+    chosen, options = bound(description, weights_dir)
+    if chosen is None:
+        kind, name = description["kind"], description["name"]
+        raise ValueError(f"The {kind} '{name}' is trained on a run's own images: list it in `teachers` of a run.")
     return chosen(**options)

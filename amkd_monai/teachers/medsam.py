@@ -137,7 +137,7 @@ class MedSAMTeacher(OfficialTeacher):
         height, width = image.shape[-2:]
         whole = torch.tensor([0, 0, self.image_size, self.image_size], dtype=torch.float32, device=image.device)
         boxes = whole.repeat(len(image), 1)
-        if self.prompt != "label_box":
+        if self.prompt != "label_box" or image.is_meta:
             return boxes
         if label is None:
             raise ValueError(f"The teacher '{self.name}' prompts with boxes of labels: call it with the label.")
