@@ -69,9 +69,8 @@ def choose(
                 described.append(
                     {"name": teacher.key if word == teacher.key else teacher.kind, **options(teacher, task)}
                 )
-                lines.append(
-                    f"{teacher.name} teaches: {file}, licence {teacher.licence}; these images seen in training: {seen(teacher, task)}."
-                )
+                known = f"licence {teacher.licence}; these images seen in training: {seen(teacher, task)}"
+                lines.append(f"{teacher.name} teaches: {file}, {known}.")
         if word == "auto" and not described:
             described += fallback
             places, names = ", ".join(map(str, weights_folders(weights_dir))), " and ".join(named) or "labels alone"
