@@ -149,8 +149,8 @@ def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: no list of descriptions, one without name or kind, an unknown kind, or a name used twice.
     """
-    if isinstance(descriptions, str) or not all(isinstance(description, Mapping) for description in descriptions):
-        raise ValueError(f"teachers is {descriptions!r}: give a list of descriptions, see docs/teachers.md.")
+    if not (isinstance(descriptions, (list, tuple)) and all(isinstance(d, Mapping) for d in descriptions)):
+        raise ValueError(f"teachers is {descriptions!r}: give a word or a list of descriptions, see docs/teachers.md.")
     seen: set[str] = set()
     for description in descriptions:
         name, kind = description.get("name"), description.get("kind")

@@ -50,6 +50,8 @@ def choose(
     lines: list[str] = []
     named = {str(other["name"]): other for other in fallback}
     words = teachers.replace(" ", "").split("+") if isinstance(teachers, str) else teachers
+    if not isinstance(words, (list, tuple)):
+        validate_descriptions(words)
     for word in [] if words == ["none"] else words:
         if not isinstance(word, str) or word in named:
             described.append(named[word] if isinstance(word, str) else word)
