@@ -14,7 +14,6 @@ from amkd_monai.files.masks import IGNORED
 from amkd_monai.metrics.segmentation import METRICS, case_metrics
 from amkd_monai.metrics.summary import Row, format_table, summarise, summarise_classes, write_case_csv
 from amkd_monai.storage import atomic_write_json, jsonable, read_json
-from amkd_monai.terminal import logger
 
 CASES, SEEN_CASES, FIGURES = "per_case.csv", "per_case_seen.csv", "metrics.json"
 
@@ -53,8 +52,8 @@ def figures_of(task: Task, rows: Sequence[Row], seen: Mapping[str, str]) -> dict
     return figures | {"summary": summary(kept)}
 
 
-def write_figures(folder: Path, rows: Sequence[Row], figures: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write the files of an evaluation and log its table.
+def write_figures(folder: Path, rows: Sequence[Row], figures: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Write the files of an evaluation and return its table.
 
     Args:
         folder: for the files.
@@ -73,10 +72,11 @@ def write_figures(folder: Path, rows: Sequence[Row], figures: Mapping[str, Any],
             f"now: {skipped[0]['reason']} Restore the files, or give an --output_dir of its own."
         )
     title = figures["task"] + (f", HD95 in {figures['unit']}" if "unit" in figures else "")
-    logger.info("%s", format_table(figures["summary"], title))
+    tables = [format_table(figures["summary"], title)]
     if seen["cases"]:
         apart = f"{title}: {len(seen['cases'])} case(s) of the student's training, in no figure above"
-        logger.warning("%s", format_table(seen["summary"], apart))
+        tables.append(format_table(seen["summary"], apart))
         write_case_csv(folder / SEEN_CASES, [row for row in rows if row["id"] in seen["cases"]])
     write_case_csv(folder / CASES, [row for row in rows if row["id"] not in seen["cases"]])
     atomic_write_json(folder / FIGURES, jsonable({**facts, **figures}))
+    return "\n".join(tables)

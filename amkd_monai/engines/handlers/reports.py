@@ -106,7 +106,7 @@ class CaseReport(Handler):
         if summary.get("empty_references"):
             flat["false_positive_rate"] = summary["false_positive_rate"]
         if idist.get_rank() == 0:
-            write_figures(self.output_dir, rows, figures, self.facts)
+            logger.info("%s", write_figures(self.output_dir, rows, figures, self.facts))
 
 
 ClassReport = CaseReport
