@@ -62,7 +62,8 @@ def score(
         asked = task_of(task, folders["references"], nsd_tolerance)
     if asked.is_classification:
         raise ValueError(f"{asked.name} has one class per image: `score` compares masks.")
-    pairs, used = paired(*folders.values(), asked.dimensions), {"references": asked.mask_codes, **(codes or {})}
+    pairs = paired(folders["predictions"], folders["references"], asked.dimensions)
+    used = {"references": asked.mask_codes, **(codes or {})}
     rows: list[Row] = []
     problems: list[str] = []
     for case, (made, truth) in progress(pairs.items(), desc="score", delay=1):
