@@ -1,7 +1,5 @@
 """What is known of teachers before they are asked, against what they then do."""
 
-import logging
-
 import pytest
 import torch
 from teachers.tiny_teachers import OFFICIAL, TINY, official_state, tiny, write_official
@@ -98,7 +96,7 @@ def test_answers_must_be_of_the_kind_of_the_task(weights):
 
 def test_a_specialist_is_tried_before_it_is_asked(tmp_path):
     torch.jit.script(nn.Conv2d(3, 4, 1)).save(tmp_path / "four.ts")
-    with pytest.raises(ValueError, match="4 classes.*2 classes"):
+    with pytest.raises(ValueError, match=r"4 classes.*2 classes"):
         check([{"name": "s", "kind": "specialist", "path": str(tmp_path / "four.ts")}], POLYP, False, size=(32, 48))
 
 
@@ -113,5 +111,5 @@ def test_a_file_that_changes_during_the_preparation_is_noticed(tmp_path):
     plans = check([from_file("usfm")], POLYP, False, str(tmp_path))
     refuse_changed(plans)
     torch.save(official_state("usfm") | {"more": torch.ones(3)}, tmp_path / OFFICIAL["usfm"])
-    with pytest.raises(ValueError, match="USFM_latest.pth.*'usfm' changed"):
+    with pytest.raises(ValueError, match=r"USFM_latest\.pth.*'usfm' changed"):
         refuse_changed(plans)
