@@ -24,6 +24,7 @@ from amkd_monai.cache import probes
 from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers
 from amkd_monai.cache.store import EVERYTHING, FeatureStore, Part
 from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.data.unlabelled import look_unlike
 from amkd_monai.distillation import TeacherTarget
 from amkd_monai.distillation.losses import UNLABELLED, one_hot_area, soft_cross_entropy
 from amkd_monai.engines import crossfit
@@ -142,6 +143,8 @@ def prepare_teachers(
     ):
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
         raise ValueError(f"The admission options {admission_options} are not understood: use {use}.")
+    if note := look_unlike(train):
+        logger.warning("%s", note)
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
     cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
     preparation = _Preparation(train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
@@ -152,7 +155,7 @@ def prepare_teachers(
         idist.barrier()
     with idist.one_rank_first():
         scored = [preparation.scored_teacher(description) for description in teachers]
-        record: dict[str, Any] = {"admission": options}
+        record: dict[str, Any] = {"admission": options} | ({"unlabelled_images": note} if note else {})
         own: AnswerScore | None = None
         margin, values = float(options["margin"]), [score.value for _, score in scored if score is not None]
         if options["mode"] == "cross_fit" and values:
