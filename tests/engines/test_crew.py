@@ -201,7 +201,9 @@ def test_views_are_answered_as_they_are_shown_and_mirrored_as_trained(tmp_path):
     options = {"cache_dir": str(tmp_path), "admission_options": {"mode": "all"}}
     targets = prepare_teachers([described], train, train, Threshold(), recipe, 1, **options)
     read = targets.read([2], "cpu", targets.view_matrices([2], [2]), [2])["crew"]["logits"]
-    np.testing.assert_allclose(read * targets.teachers[0].temperature, store.read("logits", [2], 2), rtol=1e-5)
+    np.testing.assert_allclose(
+        read * targets.teachers[0].temperature, targets.teachers[0].answers.read("logits", [2], 2), rtol=1e-5
+    )
     assert targets.views == 3 and targets.record["teachers"][0]["dice"] > 0.5
 
 
