@@ -96,7 +96,7 @@ class CaseReport(Handler):
 
     def _completed(self, engine: Engine) -> None:
         rows, task, title = self._gathered(), self.task, self.task.name
-        described: dict[str, Any] = {"task": task.name}
+        described: dict[str, Any] = dict(task.identity)
         if task.is_classification:
             summary = summarise_classes(rows, task)
             described["primary_metric"] = task.primary_metric
