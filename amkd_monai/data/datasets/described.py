@@ -140,6 +140,10 @@ class Described(Layout):
             if unlabelled:
                 items = [{"image": str(file.parent / e["image"]), "id": _stem(e["image"])} for e in unlabelled]
                 return sorted(_named(items, root), key=lambda item: natural(item["id"]))
+        if (root / "imagesTs").is_dir() and (found := _channels(root / "imagesTs")):
+            if several := [case for case, files in found.items() if len(files) > 1]:
+                raise ValueError(f"{root / 'imagesTs'} has several channels of {several[0]}: give one.")
+            return [{"image": next(iter(found[case].values())), "id": case} for case in sorted(found, key=natural)]
         try:
             return super().inference_items(root)
         except FileNotFoundError:

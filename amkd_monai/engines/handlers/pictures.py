@@ -1,9 +1,8 @@
-"""Handlers that keep small copies of cases, teacher outputs and features for the report."""
+"""Handlers that keep small copies of cases and teacher outputs for the report."""
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,37 +17,20 @@ from monai.visualize import GradCAM
 from torch import Tensor, nn
 
 from amkd_monai.data.datasets import get_task
-from amkd_monai.data.decoded import UNLABELLED, DecodedImages
 from amkd_monai.distillation import Batch
 from amkd_monai.engines.handlers.checkpoints import Handler
 from amkd_monai.engines.handlers.reports import identify
-from amkd_monai.files.pictures import read_picture
-from amkd_monai.files.volumes import grey_levels, read_volume
-from amkd_monai.metrics.summary import FEATURES, TEACHERS, preview_file
-from amkd_monai.storage import atomic_path
+from amkd_monai.metrics.summary import TEACHERS, preview_file
+from amkd_monai.report.previews import mask_preview, save_arrays, small
 
-SIDE = 256
-"""Longest side of a preview in pixels."""
-SLICES = 24
-"""Slices kept of a volume."""
 SAMPLES = 6
 """Training images kept with the teacher outputs."""
-MOST = 300
-"""Training images of which pooled features are kept, evenly spaced."""
-BATCH = 16
-
-
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 class CasePreviews(Handler):
     """Write ``previews/<case>.npz`` for each case of an evaluation.
 
-    Masks: ``image`` (S, h, w, 3) uint8, ``reference`` and ``prediction`` (S, h, w) uint8, S = 1 for an image and evenly
-    spaced slices along the last axis for a volume; of a volume also ``plane0`` to ``plane2`` (h, w, 3) with
-    ``reference0``, ``prediction0`` and so on, through the centre of the reference. Classes: ``image`` (1, h, w, 3) and
+    Masks: see :func:`amkd_monai.report.previews.mask_preview`. Classes: ``image`` (1, h, w, 3) and
     ``cam`` (1, h, w) uint8, the Grad-CAM of the predicted class (Selvaraju et al., ICCV 2017), where the student is
     given. Attach to the evaluator that gets the case report.
     """
@@ -63,19 +45,13 @@ class CasePreviews(Handler):
             if self.task.is_classification:
                 arrays = self._class_preview(item)
             else:
-                masks = [np.asarray(item[k][0]).astype(np.uint8) for k in (CommonKeys.LABEL, CommonKeys.PRED)]
-                if self.task.dimensions == 2:
-                    arrays = dict(
-                        zip(("image", "reference", "prediction"), (read_picture(filename), *masks), strict=True)
-                    )
-                    arrays = {name: _small(array[None]) for name, array in arrays.items()}
-                else:
-                    arrays = _volume_preview(filename, *masks)
-            _save(preview_file(self.output_dir, case), arrays)
+                reference, prediction = (np.asarray(item[k][0]) for k in (CommonKeys.LABEL, CommonKeys.PRED))
+                arrays = mask_preview(filename, reference, prediction)
+            save_arrays(preview_file(self.output_dir, case), arrays)
 
     def _class_preview(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
         image = torch.as_tensor(item[CommonKeys.IMAGE]).float()
-        arrays = {"image": _small(_byte(image.permute(1, 2, 0))[None])}
+        arrays = {"image": small(_byte(image.permute(1, 2, 0))[None])}
         if self.student is not None:
             if self.camera is None:  # a copy, since its hooks stay; made now, since the weights are loaded by now
                 name = str(self.student.encoder.feature_info.module_name(-1))  # module of the coarsest map
@@ -85,29 +61,8 @@ class CasePreviews(Handler):
             predicted = int(torch.as_tensor(item[CommonKeys.PRED]).argmax())
             with torch.enable_grad():
                 heat = self.camera(image[None].to(next(self.student.parameters()).device), class_idx=predicted)
-            arrays["cam"] = _small((heat[0].detach().cpu().numpy() * 255).astype(np.uint8))
+            arrays["cam"] = small((heat[0].detach().cpu().numpy() * 255).astype(np.uint8))
         return arrays
-
-
-def _volume_preview(filename: str, reference: np.ndarray, prediction: np.ndarray) -> dict[str, np.ndarray]:
-    grey = grey_levels(read_volume(filename)[0])
-    inside = np.argwhere(reference if reference.any() else np.ones_like(reference))
-    centre, first, last = inside.mean(0).round().astype(int), inside[:, 2].min(), inside[:, 2].max()
-    chosen = np.unique(np.linspace(max(first - 2, 0), min(last + 2, grey.shape[2] - 1), SLICES).round().astype(int))
-    arrays: dict[str, np.ndarray] = {}
-    for name, volume in (("image", grey), ("reference", reference), ("prediction", prediction)):
-        parts = {name: _small(np.moveaxis(volume[..., chosen], 2, 0))}
-        for axis in range(3):
-            plane = "plane" if name == "image" else name
-            parts[f"{plane}{axis}"] = _small(np.take(volume, centre[axis], axis)[None])[0]
-        arrays |= {k: np.repeat(a[..., None], 3, -1) if name == "image" else a for k, a in parts.items()}
-    return arrays
-
-
-def _small(array: np.ndarray) -> np.ndarray:
-    """Take every n-th pixel (S, H, W[, 3]) so that no side is longer than ``SIDE``."""
-    step = math.ceil(max(array.shape[1:3]) / SIDE)
-    return array[:, ::step, ::step]
 
 
 def _byte(values: Tensor) -> np.ndarray:
@@ -148,46 +103,10 @@ class TeacherPictures(Handler):
         arrays |= {f"weight_{t.name}": _byte(weights[:, k]) for k, t in enumerate(distiller.teachers)}
         arrays |= {f"answer_{name}": _shown(answer, classes) for name, answer in answers.items()}
         arrays["ids"] = np.array([item["id"] for item in items])
-        _save(self.path, arrays)
+        save_arrays(self.path, arrays)
 
 
 def _shown(logits: Tensor, classes: Tensor | None) -> np.ndarray:
     """Probability of foreground (N, h, w), or of the true class."""
     p = logits.softmax(1)
     return _byte(1 - p[:, 0] if classes is None else p[torch.arange(len(p)), classes])
-
-
-class PooledFeatures(Handler):
-    """Write ``features.npz`` when a training ends.
-
-    Of at most 300 labelled training samples without augmentation: ``student`` (N, C) float32, the mean over the cells
-    of its coarsest feature map after the last step; ``teacher_<name>`` (N, C') float32, the mean over the cells of the
-    cached map of each teacher whose features are distilled; ``value`` (N,) float32, the class, or the fraction of the
-    pixels that is foreground.
-    """
-
-    def __init__(self, output_dir: str | Path, student: nn.Module) -> None:
-        self.path, self.student = Path(output_dir) / FEATURES, student
-
-    @idist.one_rank_only()
-    def _completed(self, engine: Engine) -> None:
-        dataset = engine.data_loader.dataset
-        known = np.flatnonzero(dataset.has_label)
-        indices = known[np.linspace(0, len(known) - 1, min(MOST, len(known))).round().astype(int)].tolist()
-        labels = [np.asarray(dataset.labels[i]) for i in indices]
-        value = [x if x.ndim == 0 else ((x > 0) & (x != UNLABELLED)).mean() for x in labels]
-        arrays = {"student": student_vectors(self.student, dataset, indices), "value": np.array(value, np.float32)}
-        if engine.targets is not None:
-            arrays |= {f"teacher_{name}": vectors for name, vectors in engine.targets.pooled(indices).items()}
-        _save(self.path, arrays)
-
-
-def student_vectors(student: nn.Module, dataset: DecodedImages, indices: list[int]) -> np.ndarray:
-    """Mean over the cells of the coarsest feature map of each sample, (N, C) float32; the student's mode is kept."""
-    device, parts = next(student.parameters()).device, []
-    with eval_mode(student):
-        for start in range(0, len(indices), BATCH):
-            image = torch.stack([dataset[i]["image"] for i in indices[start : start + BATCH]])
-            levels = student.encode(image.to(device).float() / 255)
-            parts.append(levels[-1].float().mean((2, 3)).cpu().numpy())  # (B, C, h, w) -> (B, C)
-    return np.concatenate(parts)
