@@ -170,6 +170,7 @@ class DecodedDataset(DecodedImages):
         on_bad_sample: ``stop`` raises on the first unusable file, ``skip`` leaves it out and lists it in ``skipped``.
 
     Attributes:
+        data, transform, on_bad_sample: as given, from which a finer decoding of the same samples is made.
         classes: (N,) class per image, -1 where unknown; None for masks.
         chain: hash of the transform chain, which makes a sample what it is together with its id and content hash.
 
@@ -191,6 +192,7 @@ class DecodedDataset(DecodedImages):
         if on_bad_sample == "stop" and (problems := [item["problem"] for item in data if "problem" in item]):
             raise DataProblems(problems)
         self.data, self.num_classes, cache_dir = list(data), num_classes, Path(cache_dir)
+        self.transform, self.on_bad_sample = transform, on_bad_sample
         self.classifies = any(_is_class(item.get("label")) for item in self.data)
         paths = [p for item in self.data for p in (item["image"], *label_files(item)) if Path(p).is_file()]
         by_path = dict(zip(paths, content_hashes(paths, cache_dir / "content_hashes.json"), strict=True))
