@@ -136,11 +136,11 @@ KINDS: dict[str, str] = {
 }
 """Teachers that answer image by image. To add one: one file with a ``Teacher``, and a line here or its path as kind."""
 
-CROSS_FITTED_KINDS = {
-    "crossfit_specialist": ("network", "folds", "epochs"),
-    "crossfit_volume_specialist": ("network", "folds", "patch_size", "steps", "learning_rate"),
-}
-"""Teachers that are trained on the run's own training split, in folds (:mod:`amkd_monai.engines.crossfit`): options."""
+CROSS_FITTED_KINDS = ("crew", "crossfit_volume_specialist")
+"""Teachers that are trained on the run's own training split, in folds (``crew`` and ``crossfit`` of ``engines``)."""
+
+VOLUME_OPTIONS = ("network", "folds", "patch_size", "steps", "learning_rate")
+"""Options of a ``crossfit_volume_specialist``; those of a crew are checked by itself."""
 
 
 def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
@@ -196,11 +196,12 @@ def bound(
     name, kind = description["name"], description["kind"]
     if kind in CROSS_FITTED_KINDS:
         options = {k: v for k, v in description.items() if k not in ("name", "kind")}
-        if unknown := sorted(options.keys() - set(CROSS_FITTED_KINDS[kind])):
-            known = ", ".join(CROSS_FITTED_KINDS[kind])
-            raise ValueError(f"The teacher '{name}' has no option '{unknown[0]}': use {known}.")
-        if not isinstance(options.get("network"), nn.Module):
-            raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
+        if kind == "crossfit_volume_specialist":
+            if unknown := sorted(options.keys() - set(VOLUME_OPTIONS)):
+                known = ", ".join(VOLUME_OPTIONS)
+                raise ValueError(f"The teacher '{name}' has no option '{unknown[0]}': use {known}.")
+            if not isinstance(options.get("network"), nn.Module):
+                raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
         return None, options
     options = {k: v for k, v in description.items() if k not in ("kind", "own_answers")}
     if weights_dir is not None and any(e.key and e.kind == kind for e in CATALOGUE):

@@ -51,7 +51,7 @@ def choose(
     named = {str(other["name"]): other for other in fallback}
     words = teachers.replace(" ", "").split("+") if isinstance(teachers, str) else teachers
     if not isinstance(words, (list, tuple)):
-        validate_descriptions(words)
+        raise ValueError(f"teachers is {teachers!r}: give a word or a list of descriptions, see docs/teachers.md.")
     for word in [] if words == ["none"] else words:
         if not isinstance(word, str) or word in named:
             described.append(named[word] if isinstance(word, str) else word)

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from amkd_monai.teachers.base import CROSS_FITTED_KINDS, KINDS, Teacher, bound, build_teacher
+from amkd_monai.teachers.base import KINDS, Teacher, bound, build_teacher
 from amkd_monai.teachers.catalogue import FOUNDATION, CatalogueEntry, entry, official_file
 
+VOLUMES = "crossfit_volume_specialist"
 OUTPUTS = ("grid", "pooled", "logits")
 
 
@@ -88,9 +89,8 @@ def plan(description: Mapping[str, Any], weights_dir: str | None = None, size: t
         return _plans[key]
     network: nn.Module | None = None
     shape = None if size is None else (3, *size)
-    if kind in CROSS_FITTED_KINDS:
-        network = copy.deepcopy(options["network"]).cpu().eval()
-        shape = (1, *options.get("patch_size", (64, 64, 64))) if kind == "crossfit_volume_specialist" else shape
+    if kind == VOLUMES:
+        network, shape = copy.deepcopy(options["network"]).cpu().eval(), (1, *options.get("patch_size", (64, 64, 64)))
     elif kind in KINDS:
         with torch.device("cpu" if kind == "specialist" else "meta"):  # a program has its device fixed
             network = build_teacher(description, weights_dir)
@@ -172,10 +172,10 @@ def check(
                 f"The teacher '{name}' prompts for {len(prompts)} classes, {wanted}: give one prompt each."
             )
         found = plan(description, weights_dir, size)
-        if description["kind"] in CROSS_FITTED_KINDS:
-            if single and description["kind"] == "crossfit_volume_specialist":
+        if description["kind"] == VOLUMES:
+            if single:
                 raise ValueError(f"The teacher '{name}' answers volumes with masks, not with classes: drop it.")
-            if (given := found.shapes.get("logits", (len(classes),))[0]) != len(classes):
+            if (given := found.shapes["logits"][0]) != len(classes):
                 raise ValueError(f"The network of '{name}' gives {given} classes, the task has {len(classes)}.")
         elif own and len(found.shapes.get("logits", ())) == 3:
             refuse_other_answers(str(name), found.shapes["logits"], len(classes), single)

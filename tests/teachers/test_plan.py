@@ -76,9 +76,9 @@ WRONG = [
     (described("usfm_upernet", num_classes=5), "5 classes.*2 classes"),
     (described("usfm", image_sise=64), "image_sise"),
     ({"name": "own", "kind": "no.such.Teacher"}, "cannot be imported"),
-    ({"name": "fold", "kind": "crossfit_specialist"}, "needs a network"),
-    ({"name": "fold", "kind": "crossfit_specialist", "network": nn.Identity(), "epoch": 3}, "no option 'epoch'"),
-    ({"name": "fold", "kind": "crossfit_specialist", "network": nn.Conv2d(3, 5, 1)}, "5 classes, the task has 2"),
+    ({"name": "fold", "kind": plan.VOLUMES}, "needs a network"),
+    ({"name": "fold", "kind": plan.VOLUMES, "network": nn.Identity(), "epoch": 3}, "no option 'epoch'"),
+    ({"name": "fold", "kind": plan.VOLUMES, "network": nn.Conv3d(1, 5, 1)}, "5 classes, the task has 2"),
 ]
 
 
