@@ -14,7 +14,7 @@ from amkd_monai.storage import atomic_write_json, fingerprint, logger, read_memo
 from amkd_monai.teachers.base import KINDS, Teacher, TeacherFacts, build_teacher
 from amkd_monai.teachers.catalogue import CATALOGUE, find_weights
 
-MEMO = "teachers.json"
+MEMO = "known_teachers.json"
 """Table beside the cache: what was known of a teacher, by description, and its files with size and time of change."""
 
 
