@@ -21,7 +21,7 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from amkd_monai.cache import probes
-from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers
+from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers, shown_to
 from amkd_monai.cache.store import EVERYTHING, FeatureStore, Part
 from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import DecodedDataset
@@ -34,8 +34,9 @@ from amkd_monai.engines.runs import expand
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import macro_auroc
-from amkd_monai.teachers.base import CROSS_FITTED_KINDS, Teacher, build_teacher, validate_descriptions
+from amkd_monai.teachers.base import CROSS_FITTED_KINDS, TeacherFacts, validate_descriptions
 from amkd_monai.teachers.choice import choose
+from amkd_monai.teachers.known import known_teacher
 from amkd_monai.teachers.plan import check, estimate, refuse_changed, refuse_other_answers
 
 logger = logging.getLogger("amkd_monai")
@@ -47,17 +48,19 @@ def chosen_teachers(
     weights_dir: str | None = None,
     fallback: Sequence[Mapping[str, Any]] = (),
     device: torch.device | str = "cpu",
+    cache_dir: str | None = None,
     foreign: bool = True,
 ) -> list[Mapping[str, Any]]:
     """Return the descriptions of a run's teachers, announced and checked before anything is computed.
 
-    The arguments are those of :func:`~amkd_monai.teachers.choice.choose` and the ``device`` of the teachers.
+    The arguments are those of :func:`~amkd_monai.teachers.choice.choose`, the ``device`` of the teachers and
+    the ``cache_dir`` that keeps what is known of them.
     """
     of_task = get_task(task)
     described, lines = choose(teachers, of_task, weights_dir, fallback, foreign)
     for line in lines:
         logger.info(line)
-    check(described, of_task.classes, of_task.is_classification, weights_dir, device=device)
+    check(described, of_task.classes, of_task.is_classification, weights_dir, device=device, cache_dir=cache_dir)
     return described
 
 
@@ -68,14 +71,14 @@ def cache_image_teacher(
     weights_dir: str | None,
     description: Mapping[str, Any],
     **options: Any,
-) -> tuple[Teacher, FeatureStore, FeatureStore]:
-    """Build an image teacher and its stores of the training section and of one view of the validation section.
+) -> tuple[TeacherFacts, FeatureStore, FeatureStore]:
+    """Build an image teacher's stores of the training section and of one view of the validation section.
 
     ``options`` are those of :func:`~amkd_monai.cache.build.cache_teacher`.
     """
-    teacher = build_teacher(description, weights_dir)
+    teacher = known_teacher(description, weights_dir, options["cache_dir"])
     outputs = cache_teacher(teacher, train, views=views, description=description, **options)
-    return teacher, outputs, cache_teacher(teacher, validation, description=description, **options)
+    return teacher.facts(), outputs, cache_teacher(teacher, validation, description=description, **options)
 
 
 def image_teachers(descriptions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -184,7 +187,7 @@ def prepare_teachers(
     preparation = _Preparation(*shared, {crew.name: crew for crew in crews})
     classes, single = [str(number) for number in range(train.num_classes)], train.classes is not None
     height, width = train.images.shape[-2:]
-    plans = check(teachers, classes, single, weights_dir, (height, width), device)
+    plans = check(teachers, classes, single, weights_dir, (height, width), device, cache_dir)
     if any(found.flops for found in plans):
         images = len(train) * views + len(validation)
         logger.info("teachers take %s, less what is cached", estimate(plans, images, cache_dtype, device))
@@ -234,7 +237,7 @@ class _Preparation:
     device: torch.device | str
     seed: int
     folds: int
-    cached: Callable[..., tuple[Teacher, FeatureStore, FeatureStore]]
+    cached: Callable[..., tuple[TeacherFacts, FeatureStore, FeatureStore]]
     crews: Mapping[str, Crew]
 
     def scored_teacher(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, AnswerScore | None]:
@@ -261,6 +264,7 @@ class _Preparation:
         identity = {"kind": description["kind"], "fingerprint": teacher.fingerprint}
         record: dict[str, Any] = {"name": teacher.name, **identity, "licence": teacher.licence}
         record |= {"random_weights": teacher.is_random, "weights": teacher.weights_file}
+        record["asked_at"] = shown_to(teacher, self.train)[1]
         record["stored"] = {**stored, "bytes_per_image": round(outputs.bytes_per_image)}
         target = TeacherTarget(teacher.name, **identity, record=record)
         if grid is not None:

@@ -6,11 +6,10 @@ A teacher of this package is built on the meta device, from names and shapes alo
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from amkd_monai.storage import atomic_write_json, fingerprint, read_memo
 from amkd_monai.teachers.base import KINDS, Teacher, bound, build_teacher
 from amkd_monai.teachers.catalogue import FOUNDATION, CatalogueEntry, entry, official_file
+from amkd_monai.teachers.known import teacher_key
 
 VOLUMES = "crossfit_volume_specialist"
 OUTPUTS = ("grid", "pooled", "logits")
@@ -64,10 +65,16 @@ class _Largest(TorchDispatchMode):
         return results
 
 
-_plans: dict[str, Plan] = {}
+MEMO = "teacher_plans.json"
+"""Table beside the cache: plans that were made, by all they depend on."""
 
 
-def plan(description: Mapping[str, Any], weights_dir: str | None = None, size: tuple[int, int] | None = None) -> Plan:
+def plan(
+    description: Mapping[str, Any],
+    weights_dir: str | None = None,
+    size: tuple[int, int] | None = None,
+    cache_dir: str | Path | None = None,
+) -> Plan:
     """Build a teacher without its weights, and run it on an image without content.
 
     Of a class of one's own no more is known than that it takes its options.
@@ -76,6 +83,7 @@ def plan(description: Mapping[str, Any], weights_dir: str | None = None, size: t
         description: of the teacher.
         weights_dir: folder searched first for weight files.
         size: (H, W) of the images to come, if known.
+        cache_dir: folder that keeps plans, None for none.
 
     Raises:
         ValueError: options that the kind does not take.
@@ -84,9 +92,11 @@ def plan(description: Mapping[str, Any], weights_dir: str | None = None, size: t
     kind = str(description["kind"])
     _, options = bound(description, weights_dir)
     found = Plan(str(description["name"]), file=stamp(description, weights_dir))
-    key = json.dumps([description, weights_dir, size, found.file], sort_keys=True, default=id)
-    if key in _plans:
-        return _plans[key]
+    memo = Path(cache_dir or "") / MEMO
+    table = read_memo(memo, lambda entry: isinstance(entry, dict)) if cache_dir and kind in KINDS else {}
+    key = fingerprint(teacher_key(description, weights_dir), size, found.file) if kind in KINDS else ""
+    if key in table:
+        return replace(found, **table[key])
     network: nn.Module | None = None
     shape = None if size is None else (3, *size)
     if kind == VOLUMES:
@@ -105,7 +115,9 @@ def plan(description: Mapping[str, Any], weights_dir: str | None = None, size: t
         shapes = {n: tuple(v.shape[1:]) for n, v in values.items() if v is not None}
         memory = sum(w.numel() * w.element_size() for w in weights) + largest.bytes
         found = replace(found, shapes=shapes, flops=counter.get_total_flops(), memory=memory)
-    _plans[key] = found
+    if cache_dir and kind in KINDS:
+        kept = {k: v for k, v in asdict(found).items() if k not in ("name", "file")}
+        atomic_write_json(memo, {**table, key: kept})
     return found
 
 
@@ -147,6 +159,7 @@ def check(
     weights_dir: str | None = None,
     size: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
+    cache_dir: str | Path | None = None,
 ) -> list[Plan]:
     """Refuse what cannot teach a task before any teacher is asked; return the plans of all teachers.
 
@@ -157,6 +170,7 @@ def check(
         weights_dir: folder searched first for weight files.
         size: (H, W) of the images to come, if known.
         device: where teachers will run.
+        cache_dir: folder that keeps plans, None for none.
 
     Raises:
         ValueError: options or answers that do not fit, or a GPU too small.
@@ -171,7 +185,7 @@ def check(
             raise ValueError(
                 f"The teacher '{name}' prompts for {len(prompts)} classes, {wanted}: give one prompt each."
             )
-        found = plan(description, weights_dir, size)
+        found = plan(description, weights_dir, size, cache_dir)
         if description["kind"] == VOLUMES:
             if single:
                 raise ValueError(f"The teacher '{name}' answers volumes with masks, not with classes: drop it.")
