@@ -23,6 +23,7 @@ from amkd_monai.storage import atomic_write_json, fingerprint, read_memo
 from amkd_monai.teachers.base import KINDS, Teacher, bound, build_teacher
 from amkd_monai.teachers.catalogue import FOUNDATION, CatalogueEntry, entry, official_file
 from amkd_monai.teachers.known import teacher_key
+from amkd_monai.teachers.official import fixed_initialisation
 
 VOLUMES = "crossfit_volume_specialist"
 OUTPUTS = ("grid", "pooled", "logits")
@@ -102,7 +103,8 @@ def plan(
     if kind == VOLUMES:
         network, shape = copy.deepcopy(options["network"]).cpu().eval(), (1, *options.get("patch_size", (64, 64, 64)))
     elif kind in KINDS:
-        with torch.device("cpu" if kind == "specialist" else "meta"):  # a program has its device fixed
+        place = "cpu" if kind == "specialist" else "meta"  # a program has its device fixed
+        with torch.device(place), fixed_initialisation():
             network = build_teacher(description, weights_dir)
         if side := network.image_size:
             found, shape = replace(found, image_size=side), (3, side, side)
@@ -231,7 +233,8 @@ def estimate(plans: Sequence[Plan], images: int, dtype: str = "float16", device:
 
 def flops_per_second(device: torch.device | str = "cpu") -> float:
     """Measure what a block of a vision transformer reaches on a device, in less than a second."""
-    block = nn.Sequential(nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768), nn.LayerNorm(768)).to(device)
+    with fixed_initialisation():
+        block = nn.Sequential(nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768), nn.LayerNorm(768)).to(device)
     tokens = torch.zeros(1, 576, 768, device=device)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         block(tokens)

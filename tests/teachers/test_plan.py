@@ -68,7 +68,7 @@ def test_a_file_of_another_network_is_refused_by_its_first_key(tmp_path, weights
     with pytest.raises(CheckpointError, match="web page"):
         check([from_file("medsam")], POLYP, False, str(tmp_path))
     with pytest.raises(CheckpointError, match="no checkpoint"):
-        check([from_file("usfm", weights=str(tmp_path / "gone.pth"))], POLYP, False)
+        check([described("usfm", weights=str(tmp_path / "gone.pth"))], POLYP, False)
 
 
 WRONG = [
