@@ -61,6 +61,7 @@ class SpecialistTeacher(Teacher):
         if answers not in ("masks", "classes"):
             raise ValueError(f"The specialist '{name}' answers '{answers}': use 'masks' or 'classes'.")
         self.network, self.file_hash = load_network_file(path), file_sha256(path)
+        self.came_from(path)
         self.answers, self.grid_limit = answers, grid_limit
         self.set_input(image_size, mean, std)
         self.requires_grad_(False)

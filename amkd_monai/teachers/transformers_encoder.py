@@ -72,7 +72,8 @@ class TransformersTeacher(Teacher):
             raise CheckpointError(f"{folder} lacks {len(lacks)} tensors of {kind} (first: {lacks[0]}): get it anew.")
         if not self.is_random:
             check_finite(self.network.state_dict(), folder)
-            self.came_from(min([*folder.glob("*.safetensors"), *folder.glob("*.bin")]))
+            self.came_from(min([*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]))
+            self.read_from += folder.absolute().glob("*.json")
         self.config = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
         stated = _read_json(folder / "preprocessor_config.json")
         size = stated.get("crop_size") or stated.get("size") or getattr(config, "image_size", None)
