@@ -164,16 +164,21 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} holds no tensors (its entries: {_entries(state)}): give the file of weights.")
     if torch.get_default_device().type == "meta":
         tensors = {name: value.to("meta") for name, value in tensors.items()}
+    check_finite(tensors, path)
+    prefix = _shared_prefix(tensors)
+    return {k.removeprefix(prefix): v for k, v in tensors.items()}
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Refuse NaN and infinity in weights with a :class:`CheckpointError` that names the tensor."""
     for name, value in tensors.items():
         if value.is_meta:
             continue
         exact = value.float() if value.is_floating_point() and value.element_size() == 1 else value
         if (value.is_floating_point() or value.is_complex()) and not exact.isfinite().all():
             raise CheckpointError(
-                f"{path} holds NaN or infinity in '{name}': give weights from before training failed."
+                f"{source} holds NaN or infinity in '{name}': give weights from before training failed."
             )
-    prefix = _shared_prefix(tensors)
-    return {k.removeprefix(prefix): v for k, v in tensors.items()}
 
 
 def _holds_tensors(value: Any) -> bool:

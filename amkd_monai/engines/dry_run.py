@@ -60,7 +60,8 @@ def _row(
     if kind in CROSS_FITTED_KINDS:
         return name, "none", "answers of networks trained in folds", "", "", "", "", "yours", "your training split"
     teacher = build_teacher(description, weights_dir).to(device)
-    image = torch.rand(1, 3, *((found.image_size,) * 2 if found.image_size else size), device=device)
+    sides = (found.image_size,) * 2 if isinstance(found.image_size, int) else found.image_size or size
+    image = torch.rand(1, 3, *sides, device=device)
     inputs = [image, *([torch.zeros_like(image[:, :1]).long()] if teacher.uses_labels else [])]
     start = time.perf_counter()
     with torch.inference_mode():

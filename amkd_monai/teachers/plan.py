@@ -25,6 +25,8 @@ from amkd_monai.teachers.catalogue import FOUNDATION, CatalogueEntry, entry, off
 from amkd_monai.teachers.known import teacher_key
 from amkd_monai.teachers.official import fixed_initialisation
 
+PLANNED = set(KINDS) - {"transformers"}
+"""Kinds that can be built from names and shapes."""
 VOLUMES = "crossfit_volume_specialist"
 OUTPUTS = ("grid", "pooled", "logits")
 
@@ -34,7 +36,7 @@ class Plan:
     """What a teacher needs and gives.
 
     Attributes:
-        image_size: side of its input in pixels, None for images as they come.
+        image_size: of its input in pixels, a side or (H, W); None for images as they come.
         shapes: of its outputs for one image, by name; empty where they depend on the size of images to come.
         flops: floating point operations per image, two per multiply-add.
         memory: bytes that it takes at least: its weights and the largest result of an operation.
@@ -42,7 +44,7 @@ class Plan:
     """
 
     name: str
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     flops: int = 0
     memory: int = 0
@@ -78,7 +80,7 @@ def plan(
 ) -> Plan:
     """Build a teacher without its weights, and run it on an image without content.
 
-    Of a class of one's own no more is known than that it takes its options.
+    Of other kinds than :data:`PLANNED` no more is known than that it takes its options.
 
     Args:
         description: of the teacher.
@@ -94,20 +96,21 @@ def plan(
     _, options = bound(description, weights_dir)
     found = Plan(str(description["name"]), file=stamp(description, weights_dir))
     memo = Path(cache_dir or "") / MEMO
-    table = read_memo(memo, lambda entry: isinstance(entry, dict)) if cache_dir and kind in KINDS else {}
-    key = fingerprint(teacher_key(description, weights_dir), size, found.file) if kind in KINDS else ""
+    table = read_memo(memo, lambda entry: isinstance(entry, dict)) if cache_dir and kind in PLANNED else {}
+    key = fingerprint(teacher_key(description, weights_dir), size, found.file) if kind in PLANNED else ""
     if key in table:
         return replace(found, **table[key])
     network: nn.Module | None = None
     shape = None if size is None else (3, *size)
     if kind == VOLUMES:
         network, shape = copy.deepcopy(options["network"]).cpu().eval(), (1, *options.get("patch_size", (64, 64, 64)))
-    elif kind in KINDS:
+    elif kind in PLANNED:
         place = "cpu" if kind == "specialist" else "meta"  # a program has its device fixed
         with torch.device(place), fixed_initialisation():
             network = build_teacher(description, weights_dir)
-        if side := network.image_size:
-            found, shape = replace(found, image_size=side), (3, side, side)
+        if wanted := network.image_size:
+            sides = (wanted, wanted) if isinstance(wanted, int) else wanted
+            found, shape = replace(found, image_size=wanted), (3, *sides)
     if network is not None and shape is not None:
         weights = list(network.parameters())
         where = weights[0].device if weights else torch.device("cpu")
@@ -117,7 +120,7 @@ def plan(
         shapes = {n: tuple(v.shape[1:]) for n, v in values.items() if v is not None}
         memory = sum(w.numel() * w.element_size() for w in weights) + largest.bytes
         found = replace(found, shapes=shapes, flops=counter.get_total_flops(), memory=memory)
-    if cache_dir and kind in KINDS:
+    if cache_dir and kind in PLANNED:
         kept = {k: v for k, v in asdict(found).items() if k not in ("name", "file")}
         atomic_write_json(memo, {**table, key: kept})
     return found
