@@ -82,8 +82,7 @@ def cache_image_teacher(
 
 
 def image_teachers(descriptions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Check all descriptions; return those of teachers whose outputs do not depend on the run."""
-    validate_descriptions(descriptions)
+    """Return the descriptions of teachers whose outputs do not depend on the run."""
     return [description for description in descriptions if description["kind"] not in CROSS_FITTED_KINDS]
 
 
@@ -180,6 +179,7 @@ def prepare_teachers(
         logger.warning("%s", note)
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
     cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
+    validate_descriptions(teachers)
     alone = image_teachers(teachers)
     where: dict[str, Any] = {"seed": seed, "device": device, "cache_dir": cache_dir}
     crews = [read_crew(d, train, recipe, epochs, views, **where) for d in teachers if d["kind"] == "crew"]

@@ -37,7 +37,7 @@ class Plan:
 
     Attributes:
         image_size: of its input in pixels, a side or (H, W); None for images as they come.
-        shapes: of its outputs for one image, by name; empty where they depend on the size of images to come.
+        shapes: of its outputs for one image, by name; empty for features of images as they come.
         flops: floating point operations per image, two per multiply-add.
         memory: bytes that it takes at least: its weights and the largest result of an operation.
         file: its weight file, with size and time of change.
@@ -78,14 +78,14 @@ def plan(
     size: tuple[int, int] | None = None,
     cache_dir: str | Path | None = None,
 ) -> Plan:
-    """Build a teacher without its weights, and run it on an image without content.
+    """Build a teacher without its weights, and run it on an image without content, if its input's size is known.
 
     Of other kinds than :data:`PLANNED` no more is known than that it takes its options.
 
     Args:
         description: of the teacher.
         weights_dir: folder searched first for weight files.
-        size: (H, W) of the images to come, if known.
+        size: (H, W) of the images to come, if known: where a specialist is tried.
         cache_dir: folder that keeps plans, None for none.
 
     Raises:
@@ -97,6 +97,7 @@ def plan(
     found = Plan(str(description["name"]), file=stamp(description, weights_dir))
     memo = Path(cache_dir or "") / MEMO
     table = read_memo(memo, lambda entry: isinstance(entry, dict)) if cache_dir and kind in PLANNED else {}
+    size = size if kind == "specialist" else None  # others without a size of their own answer nothing
     key = fingerprint(teacher_key(description, weights_dir), size, found.file) if kind in PLANNED else ""
     if key in table:
         return replace(found, **table[key])
@@ -221,7 +222,8 @@ def refuse_other_answers(name: str, shape: Sequence[int], classes: int, single: 
 def refuse_changed(plans: Sequence[Plan]) -> None:
     """Refuse weight files that are no longer those that were checked."""
     for found in plans:
-        if found.file and ((file := Path(found.file[0])).stat().st_size, file.stat().st_mtime_ns) != found.file[1:]:
+        file = Path(found.file[0]) if found.file else None
+        if file and found.file != (file.is_file() and (str(file), file.stat().st_size, file.stat().st_mtime_ns)):
             raise ValueError(f"{file} of the teacher '{found.name}' changed during the preparation: start again.")
 
 
@@ -229,7 +231,7 @@ def estimate(plans: Sequence[Plan], images: int, dtype: str = "float16", device:
     """Say about how long teachers take over a number of images, and how much space their outputs take."""
     speed = flops_per_second(device) if any(found.flops for found in plans) else 1.0
     costs = {found.name: (found.flops * images / speed, found.bytes_per_image(dtype) * images) for found in plans}
-    each = [f"{name} {_duration(s)}, {b / 1e6:.0f} MB" for name, (s, b) in costs.items() if b]
+    each = [f"{name} {_duration(s)}, {b / 1e6:.0f} MB" if b else f"{name} not known" for name, (s, b) in costs.items()]
     seconds, size = (sum(values) for values in zip(*costs.values(), strict=True))
     return f"about {_duration(seconds)} and {size / 1e6:.0f} MB for {images} images ({'; '.join(each)})"
 

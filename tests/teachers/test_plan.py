@@ -28,12 +28,13 @@ def from_file(which, **options):
 @pytest.mark.parametrize("which", [*TINY, "timm"])
 def test_shapes_are_those_of_the_outputs(which):
     lite = {"name": "lite", "kind": "timm", "model": "tf_efficientnet_lite0", "weights": "random"}
-    description = lite if which == "timm" else described(which)
-    found = plan.plan(description, size=(96, 64))
+    assert not plan.plan(lite, size=(96, 64)).shapes, "its features are of images as they come"
+    description = {**lite, "image_size": [96, 64]} if which == "timm" else described(which)
+    found = plan.plan(description)
     outputs = plan.build_teacher(description)(torch.rand(1, 3, 96, 64))
     values = {name: getattr(outputs, name) for name in plan.OUTPUTS}
     assert found.shapes == {name: value.shape[1:] for name, value in values.items() if value is not None}
-    assert found.image_size == (None if which == "timm" else TINY[which]["image_size"])
+    assert found.image_size == ((96, 64) if which == "timm" else TINY[which]["image_size"])
     assert found.bytes_per_image() == 2 * sum(value.numel() for value in values.values() if value is not None)
     if "grid" in found.shapes:
         assert found.bytes_per_image() - found.bytes_per_image("int8") == values["grid"].numel()
