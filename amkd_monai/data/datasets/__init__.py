@@ -1,6 +1,6 @@
 """The data sets: what each asks for, how its files lie, where it comes from. This table is the only registration."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,7 +50,9 @@ class Task:
         kind: what is predicted; "segmentation" is one class index per pixel or voxel, "classification" one per image.
         dimensions: spatial dimensions of an image, 2 or 3.
         primary_metric: the metric that selects the best checkpoint.
-        nsd_tolerance: tolerance of the normalised surface distance, in `unit` (segmentation).
+        nsd_tolerance: tolerance of the normalised surface distance, in `unit` (segmentation); or one for each class of
+            `classes[1:]` and each of `regions`, by name.
+        regions: foreground classes that are also scored together, by name, as {"whole tumour": (1, 2, 3)}.
         referable_from: classes are ordered grades, and this is the first one at which a patient is referred.
         singled_out: classes that are judged one against all others, as in two binary problems.
         mask_codes: what the values of mask files mean, see `amkd_monai.files.masks.decode`.
@@ -68,7 +70,8 @@ class Task:
     kind: str = "segmentation"
     dimensions: int = 2
     primary_metric: str = "dice"
-    nsd_tolerance: float = 2.0
+    nsd_tolerance: float | Mapping[str, float] = 2.0
+    regions: Mapping[str, Sequence[int]] = field(default_factory=dict)
     referable_from: int | None = None
     singled_out: tuple[str, ...] = ()
     mask_codes: str | Mapping[str, int | str] = "auto"
@@ -76,6 +79,16 @@ class Task:
     layout: Layout = field(default_factory=Pairs)
     source: Source | None = None
     phantom: Callable[..., None] | None = None
+
+    def __post_init__(self) -> None:
+        scored, labels = [*self.classes[1:], *self.regions], range(1, len(self.classes))
+        wrong = [name for name, of in self.regions.items() if not of or isinstance(of, str) or not {*of} <= {*labels}]
+        if wrong or len(set(scored)) < len(scored):
+            wanted = f"a name of its own and some of the labels 1 to {len(labels)}"
+            raise ValueError(f"The task '{self.name}' has the regions {dict(self.regions)}: give each {wanted}.")
+        if isinstance(self.nsd_tolerance, Mapping) and {*self.nsd_tolerance} != {*scored}:
+            wanted = f"one number, or one for each of {', '.join(scored)}"
+            raise ValueError(f"nsd_tolerance of the task '{self.name}' is {dict(self.nsd_tolerance)}: give {wanted}.")
 
     @property
     def is_classification(self) -> bool:
