@@ -7,7 +7,7 @@ so that its answers are as good as they would be on new images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,10 +142,10 @@ def channel_statistics(store: FeatureStore, array: str = "grid") -> tuple[Tensor
     return torch.from_numpy(mean).float(), torch.from_numpy(np.where(std > 1e-6, std, 1.0)).float()
 
 
-def pooled_features(store: FeatureStore, indices: Sequence[int] | None = None) -> Tensor:
-    """Mean over the cells of the cached features of some samples, of all by default, (N, C) float32."""
-    chosen = range(len(store)) if indices is None else indices
-    batches = (store.read("grid", chosen[start : start + 64]) for start in range(0, len(chosen), 64))
+def pooled_features(store: FeatureStore) -> Tensor:
+    """Mean over the cells of the cached features of each sample, (N, C) float32."""
+    samples = range(len(store))
+    batches = (store.read("grid", samples[start : start + 64]) for start in range(0, len(store), 64))
     return torch.cat([torch.from_numpy(batch.astype(np.float32).mean((2, 3))) for batch in batches])
 
 

@@ -40,7 +40,7 @@ from amkd_monai.data.datasets import get_task
 from amkd_monai.distillation import contrastive, distiller
 from amkd_monai.files.masks import NAMED_CODES
 from amkd_monai.files.names import label_files, some
-from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS
+from amkd_monai.metrics.summary import PREVIEWS, TEACHERS
 from amkd_monai.storage import atomic_write_json, file_sha256, fingerprint, read_json
 from amkd_monai.weights import CheckpointError
 
@@ -56,7 +56,7 @@ OVERRIDDEN = "overridden"
 PLACES = ["bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "cache_dir", "weights_dir", "init_from", "resume_dir"]
 RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html"]
 RESULTS += ["masks", "predictions.csv", "transfer.csv", "split_*.json", "events.out.tfevents.*"]
-RESULTS += [TEACHERS, FEATURES, PREVIEWS]
+RESULTS += [TEACHERS, PREVIEWS]
 """What a run leaves in its output folder."""
 
 _NOT_OF_A_STUDENT = {"task", "split_hash", "seed", "device", "encoder_weights", "settings", *PLACES}

@@ -175,10 +175,6 @@ class TeacherTargets:
         vectors = {t.name: pooled_features(t.features) for t in self.teachers if t.features is not None}
         return SampleTable(vectors, groups, None if self.classes is None else torch.from_numpy(self.classes).long())
 
-    def pooled(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        """Mean over the cells of the cached features of some samples, {teacher: (N, C) float32}."""
-        return {t.name: pooled_features(t.features, indices).numpy() for t in self.teachers if t.features is not None}
-
     @property
     def identity(self) -> list[tuple[str, str, bool]]:
         """Name, fingerprint and admission of each teacher: what must be equal for a run to be resumed."""

@@ -32,8 +32,6 @@ PREVIEWS = "previews"
 """Folder of the small copies of the cases of a run."""
 TEACHERS = "teachers.npz"
 """File with the teacher outputs of a run for a few training images."""
-FEATURES = "features.npz"
-"""File of the pooled features of a run's training images."""
 
 Row = dict[str, Any]
 

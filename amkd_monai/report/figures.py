@@ -17,7 +17,6 @@ from scipy.ndimage import binary_erosion
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
-MARKERS = "osD^vP*X"
 SIZE = (5.2, 3.2)
 """Size of a figure in inches."""
 OUTSIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "frameon": False, "fontsize": 8}
@@ -105,40 +104,6 @@ def reliability(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         axes.text((row["low"] + row["high"]) / 2, 0.01, str(row["count"]), ha="center", fontsize=7)
     axes.plot([0, 1], [0, 1], color="black", linewidth=1)
-    return _svg(axes)
-
-
-def plane(vectors: np.ndarray) -> np.ndarray:
-    """Bring vectors (N, C), N >= 5 and not all equal, to a plane (N, 2), the same each time.
-
-    t-SNE (van der Maaten and Hinton, JMLR 2008) on channels of mean 0 and deviation 1. Its perplexity, about the number
-    of neighbours that stay neighbours, is a third of the cases, at most 30.
-    """
-    from sklearn.manifold import TSNE
-    from sklearn.preprocessing import StandardScaler
-
-    scaled = StandardScaler().fit_transform(vectors.astype(np.float64))
-    # exact: for so few cases as fast, and the same whatever the number of threads
-    tsne = TSNE(perplexity=min(30.0, (len(vectors) - 1) / 3), method="exact", random_state=0)
-    return np.asarray(tsne.fit_transform(scaled))
-
-
-def points(xy: np.ndarray, value: np.ndarray, classes: Sequence[str] | None) -> str:
-    """Points (N, 2) coloured by class, or by the foreground fraction of the image, grey where there is none."""
-    axes = _axes((4.6, 3.4), xticks=[], yticks=[])
-    if classes is not None:
-        for c, name in enumerate(classes):
-            x, y = xy[value == c].T
-            axes.scatter(x, y, s=16, color=COLOURS[c % len(COLOURS)], marker=MARKERS[c % len(MARKERS)], label=name)
-        axes.legend(**OUTSIDE)
-        return _svg(axes)
-    present = value > 0
-    if not present.all():
-        axes.scatter(xy[~present, 0], xy[~present, 1], s=16, color="#999999", marker="x", label="no foreground")
-        axes.legend(fontsize=8, loc="lower left")
-    if present.any():
-        dots = axes.scatter(xy[present, 0], xy[present, 1], s=16, c=value[present], cmap="viridis", vmin=0)
-        axes.figure.colorbar(dots, ax=axes, label="foreground fraction")
     return _svg(axes)
 
 

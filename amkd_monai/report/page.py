@@ -19,15 +19,12 @@ import amkd_monai
 from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.metrics.classification import labels_and_probabilities, positive_classes
 from amkd_monai.metrics.compare import compare_runs
-from amkd_monai.metrics.summary import FEATURES, PREVIEWS, TEACHERS, preview_file, read_case_csv
+from amkd_monai.metrics.summary import PREVIEWS, TEACHERS, preview_file, read_case_csv
 from amkd_monai.report import figures
 from amkd_monai.storage import atomic_write_bytes, read_json
 
 SHOWN = {"worst": 6, "median": 3, "best": 3}
 """Cases that are shown of a run."""
-FEWEST = 5
-"""Cases below which there is no map of the features."""
-PREFIX = "teacher_"
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,6 @@ def _describe(run: RunFolder) -> dict[str, Any]:
     columns = [c for c in (run.cases or [{}])[0] if c != "label"]
     ranked = sorted(run.cases, key=lambda case: _badness(run, case))
     teacher_columns, teacher_rows = _teacher_rows(run)
-    maps, undrawn = feature_maps(run)
     scores = [
         (name, _number(v.get("mean", v.get("value"))), f"[{_number(v.get('ci_low'))}, {_number(v.get('ci_high'))}]")
         for name, v in run.metrics.get("summary", {}).get("metrics", {}).items()
@@ -161,8 +157,6 @@ def _describe(run: RunFolder) -> dict[str, Any]:
         "scores": scores,
         "curves": _training_figures(run),
         "class_figures": _class_figures(run),
-        "feature_maps": maps,
-        "undrawn": undrawn,
         "teacher_columns": teacher_columns,
         "teacher_rows": teacher_rows,
         "shown": _chosen_cases(run, [case for case in ranked if math.isfinite(_badness(run, case))]),
@@ -258,33 +252,6 @@ def _class_figures(run: RunFolder) -> list[tuple[str, str]]:
         ("Confusion, true classes by row", figures.heat_map(confusion, names, names, "predicted", digits=0)),
         ("Reliability", figures.reliability(summary["reliability"])),
     ]
-
-
-def feature_maps(run: RunFolder) -> tuple[list[tuple[str, str]], list[str]]:
-    """Title and SVG of the feature maps of the student and each teacher, and why others are not drawn."""
-    arrays, classes = read_arrays(run.folder / FEATURES), run.task.classes if run.task.is_classification else None
-    if arrays is None:
-        return [], [f"There is no map of the features: this run kept none of its training images ({FEATURES})."]
-    vectors = {n.replace("_", " ", 1): a for n, a in arrays.items() if n == "student" or n.startswith(PREFIX)}
-    value = arrays.get("value", np.zeros(0))
-    unfit = any(a.ndim != 2 or len(a) != len(value) for a in vectors.values())
-    if unfit or (classes and not np.isin(value, np.arange(len(classes))).all()):
-        raise ValueError(
-            f"{run.folder / FEATURES} must hold one vector and one value (of a class) per image: train again."
-        )
-    if len(value) < FEWEST:
-        return [], [f"There is no map of the features: {len(value)} labelled training images are fewer than {FEWEST}."]
-    shown, missing = [], {}
-    for name, of in vectors.items():
-        if not np.isfinite(of).all():
-            missing[name] = "some are not finite"
-        elif not np.ptp(of, axis=0).any():
-            missing[name] = "they are the same for all images"
-        else:
-            shown.append((name, figures.points(figures.plane(of), value, classes)))
-    names = [teacher["name"] for teacher in _teachers(run)]
-    missing |= {name: "they were not distilled" for name in names if PREFIX + name not in arrays}
-    return shown, [f"The features of {name} are not drawn: {why}." for name, why in missing.items()]
 
 
 def _badness(run: RunFolder, case: dict[str, Any]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from test_prepare import LITE1, data, prepare  # noqa: F401 (a fixture)
@@ -31,13 +30,6 @@ def test_the_table_of_samples_is_made_for_the_contrastive_loss_only(data):  # no
     groups = data[0].groups
     same = [[a == b for b in groups] for a in groups]
     assert (samples.groups[:, None] == samples.groups[None, :]).tolist() == same
-
-
-def test_pooled_features_are_those_of_the_samples_asked_for(data):  # noqa: F811
-    targets = prepare(data, [LITE1], admission_options={"mode": "all"})
-    (pooled,) = targets.pooled([7, 2, 7]).values()
-    np.testing.assert_allclose(pooled, grids_of(targets).mean((2, 3)).numpy()[[7, 2, 7]], atol=1e-3, rtol=1e-3)
-    assert prepare(data, []).pooled([0]) == {}
 
 
 def test_without_teachers_there_is_no_table(data):  # noqa: F811

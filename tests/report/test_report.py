@@ -99,19 +99,6 @@ def test_teachers_are_shown_with_their_weights(runs):
     assert "output of lite1" in page.text and "weight of lite1" in page.text
 
 
-def test_features_are_kept_and_drawn_for_the_student_and_each_teacher(runs):
-    for name, sources in (("polyps", ["student", "teacher lite1"]), ("heart", ["student"]), ("skin", None)):
-        with np.load(runs[name] / "features.npz") as kept:
-            arrays = {n: kept[n] for n in kept.files}
-        value = arrays.pop("value")
-        sources = sources or ["student", "teacher lite1"]
-        assert {n.replace("_", " ", 1) for n in arrays} == set(sources)
-        assert all(a.shape[0] == len(value) >= 5 and a.dtype == np.float32 for a in arrays.values())
-        assert (value == value.round()).all() if name == "skin" else 0 < value.max() < 1
-        labels = [a.get("aria-label", "") for tag, a in Page(runs[name] / "report.html").tags if tag == "div"]
-        assert [x for x in labels if x.startswith("Features of")] == [f"Features of {s} on a plane" for s in sources]
-
-
 def test_runs_side_by_side_are_compared_with_the_first(runs, tmp_path, capsys):
     output = tmp_path / "both.html"
     assert main(["report", str(runs["undistilled"]), str(runs["polyps"]), "--output", str(output)]) == 0

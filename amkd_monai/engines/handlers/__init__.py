@@ -2,7 +2,7 @@
 """Ignite handlers: what happens besides the training and evaluation loops."""
 
 from amkd_monai.engines.handlers.checkpoints import Attach, BestStudent, EarlyStopping, LoadStudent, ResumeCheckpoint
-from amkd_monai.engines.handlers.pictures import CasePreviews, PooledFeatures, TeacherPictures
+from amkd_monai.engines.handlers.pictures import CasePreviews, TeacherPictures
 from amkd_monai.engines.handlers.reports import (
     CaseReport,
     ClassPredictions,

@@ -1,4 +1,4 @@
-"""Handlers that keep small copies of cases, teacher outputs and features for the report."""
+"""Handlers that keep small copies of cases and teacher outputs for the report."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from monai.visualize import GradCAM
 from torch import Tensor, nn
 
 from amkd_monai.data.datasets import get_task
-from amkd_monai.data.decoded import UNLABELLED, DecodedImages
 from amkd_monai.distillation import Batch
 from amkd_monai.engines.handlers.checkpoints import Handler
 from amkd_monai.engines.handlers.reports import identify
 from amkd_monai.files.pictures import read_picture
 from amkd_monai.files.volumes import grey_levels, read_volume
-from amkd_monai.metrics.summary import FEATURES, TEACHERS, preview_file
+from amkd_monai.metrics.summary import TEACHERS, preview_file
 from amkd_monai.storage import atomic_path
 
 SIDE = 256
@@ -33,9 +32,6 @@ SLICES = 24
 """Slices kept of a volume."""
 SAMPLES = 6
 """Training images kept with the teacher outputs."""
-MOST = 300
-"""Training images of which pooled features are kept, evenly spaced."""
-BATCH = 16
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -155,39 +151,3 @@ def _shown(logits: Tensor, classes: Tensor | None) -> np.ndarray:
     """Probability of foreground (N, h, w), or of the true class."""
     p = logits.softmax(1)
     return _byte(1 - p[:, 0] if classes is None else p[torch.arange(len(p)), classes])
-
-
-class PooledFeatures(Handler):
-    """Write ``features.npz`` when a training ends.
-
-    Of at most 300 labelled training samples without augmentation: ``student`` (N, C) float32, the mean over the cells
-    of its coarsest feature map after the last step; ``teacher_<name>`` (N, C') float32, the mean over the cells of the
-    cached map of each teacher whose features are distilled; ``value`` (N,) float32, the class, or the fraction of the
-    pixels that is foreground.
-    """
-
-    def __init__(self, output_dir: str | Path, student: nn.Module) -> None:
-        self.path, self.student = Path(output_dir) / FEATURES, student
-
-    @idist.one_rank_only()
-    def _completed(self, engine: Engine) -> None:
-        dataset = engine.data_loader.dataset
-        known = np.flatnonzero(dataset.has_label)
-        indices = known[np.linspace(0, len(known) - 1, min(MOST, len(known))).round().astype(int)].tolist()
-        labels = [np.asarray(dataset.labels[i]) for i in indices]
-        value = [x if x.ndim == 0 else ((x > 0) & (x != UNLABELLED)).mean() for x in labels]
-        arrays = {"student": student_vectors(self.student, dataset, indices), "value": np.array(value, np.float32)}
-        if engine.targets is not None:
-            arrays |= {f"teacher_{name}": vectors for name, vectors in engine.targets.pooled(indices).items()}
-        _save(self.path, arrays)
-
-
-def student_vectors(student: nn.Module, dataset: DecodedImages, indices: list[int]) -> np.ndarray:
-    """Mean over the cells of the coarsest feature map of each sample, (N, C) float32; the student's mode is kept."""
-    device, parts = next(student.parameters()).device, []
-    with eval_mode(student):
-        for start in range(0, len(indices), BATCH):
-            image = torch.stack([dataset[i]["image"] for i in indices[start : start + BATCH]])
-            levels = student.encode(image.to(device).float() / 255)
-            parts.append(levels[-1].float().mean((2, 3)).cpu().numpy())  # (B, C, h, w) -> (B, C)
-    return np.concatenate(parts)
