@@ -37,10 +37,10 @@ def compare_runs(
 ) -> list[dict[str, Any]]:
     """Compare runs with a reference run on the same cases.
 
-    Masks are compared case by case, class by class and region by region, background left out; pairs where either run has no value (NaN) are left out and
-    counted. Metrics of classes belong to the whole set: a single area under the ROC curve is compared by DeLong's test,
-    any other metric by a paired bootstrap over cases. The p values of all returned rows form one family for the Holm
-    adjustment.
+    Masks are compared case by case, class by class and region by region; background, and pairs where either run has no
+    value (NaN), are left out, the pairs counted. Metrics of classes belong to the whole set: a single area under the
+    ROC curve is compared by DeLong's test, any other metric by a paired bootstrap over cases. The p values of all
+    returned rows form one family for the Holm adjustment.
 
     Args:
         reference_csv: case file of the reference run, for example the undistilled student's.

@@ -79,8 +79,8 @@ def case_metrics(
         for label, name in zip(range(1, num_classes), names, strict=True)
     ]
     for name, members in regions.items():
-        masks = (torch.isin(labels, torch.tensor(members).to(labels)) for labels in (pred, reference))
-        rows.append({"class": name, "label": math.nan, **_class_row(*masks, spacing, tolerances[name])})
+        found, true = (torch.isin(labels, torch.tensor(members).to(labels)) for labels in (pred, reference))
+        rows.append({"class": name, "label": math.nan, **_class_row(found, true, spacing, tolerances[name])})
     if len(names) > 1:
         rows.append({"class": BACKGROUND, "label": 0, **_class_row(*background, spacing, None)})
     return rows

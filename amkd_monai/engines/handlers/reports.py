@@ -89,9 +89,7 @@ class CaseReport(Handler):
                 raise ValueError(f"'{name}' must be {wanted}, got shape {tuple(array.shape)}.")
         spacing = _voxel_size(pred, label) if task.dimensions == 3 else [1.0, 1.0]
         names = task.classes[1:]
-        return case_metrics(
-            pred[0], label[0], len(task.classes), spacing, task.nsd_tolerance, names, task.regions
-        )
+        return case_metrics(pred[0], label[0], len(task.classes), spacing, task.nsd_tolerance, names, task.regions)
 
     def _gathered(self) -> list[Row]:
         cases = {key: rows for of_rank in reversed(idist.all_gather(self._cases)) for key, rows in of_rank.items()}
