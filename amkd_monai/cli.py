@@ -81,6 +81,17 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--int8", action="store_true", help="use the network of 8 bits")
     predict.add_argument("--threads", type=_positive, help="threads of ONNX Runtime (default: its own choice)")
 
+    score = add("score", _score, "masks by any program against references: metrics per case and their mean")
+    score.add_argument("predictions", help="folder of masks")
+    score.add_argument("references", help="folder of the masks that they should be")
+    asked = score.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--task", help="task, e.g. busi, or the file that describes one")
+    asked.add_argument("--classes", help="names of the classes, background first: background,tumour,necrosis")
+    score.add_argument("--output", required=True, help="folder for per_case.csv and metrics.json")
+    score.add_argument("--nsd_tolerance", type=float, help="px or mm (default: the task's, else 2)")
+    for name in ("prediction", "reference"):
+        score.add_argument(f"--{name}_codes", type=_codes, help=f"meaning of the values of {name}s, as mask_codes")
+
     label = add("label", _label, "serve trained students to 3D Slicer and OHIF by MONAI Label")
     label.add_argument("--bundles", nargs="+", required=True, help="names in bundles/, or folders of trained bundles")
     label.add_argument("--studies", required=True, help="folder of images, or http(s) address of a DICOMweb server")
@@ -229,6 +240,15 @@ def _predict(arguments: argparse.Namespace) -> int:
     from amkd_monai.export.predict import predict
 
     return predict(arguments.model, arguments.input, arguments.output, arguments.int8, arguments.threads)
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from amkd_monai.metrics.score import score
+
+    classes = [name.strip() for name in arguments.classes.split(",")] if arguments.classes else arguments.task
+    given = {"predictions": arguments.prediction_codes, "references": arguments.reference_codes}
+    codes = {name: value for name, value in given.items() if value is not None}
+    print(score(arguments.predictions, arguments.references, arguments.output, classes, codes, arguments.nsd_tolerance))
 
 
 def _label(arguments: argparse.Namespace) -> None:

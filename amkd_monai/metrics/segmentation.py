@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from monai.metrics import compute_hausdorff_distance, compute_surface_dice
-from torch import Tensor
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.ndimage import binary_erosion, distance_transform_edt
 
 METRICS = ("dice", "iou", "nsd", "hd95")
 """The metric columns of a case row; all lie in [0, 1] but ``hd95``, which has the unit of the spacing."""
@@ -21,13 +21,14 @@ STATUSES = ("ok", "missed", "false_positive", "empty_both")
 
 
 def case_metrics(
-    pred: Tensor,
-    reference: Tensor,
+    pred: ArrayLike,
+    reference: ArrayLike,
     num_classes: int,
     spacing: Sequence[float],
     nsd_tolerance: float | Mapping[str, float],
     class_names: Sequence[str] | None = None,
     regions: Mapping[str, Sequence[int]] | None = None,
+    known: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
     """Score one case, one row per foreground class and region, and of several foreground classes one of background.
 
@@ -38,8 +39,8 @@ def case_metrics(
 
     A surface is the set of foreground pixels (voxels) with a background neighbour across a face, where outside the
     image is background; distances run between pixel centres. NSD is the fraction of both surfaces within the tolerance
-    of the other one, each surface element counting once. HD95 is the larger of the two directed 95th percentiles. Both
-    come from :py:mod:`monai.metrics`, always on the CPU.
+    of the other one, each surface element counting once. HD95 is the larger of the two directed 95th percentiles. These
+    are the definitions of :py:mod:`monai.metrics`, which needs torch.
 
     Args:
         pred: predicted label map, shape (H, W) or (D, H, W) in any axis order, any dtype holding integers.
@@ -49,6 +50,7 @@ def case_metrics(
         nsd_tolerance: boundary tolerance of the NSD in the unit of ``spacing``; or one for each class and region.
         class_names: names of the foreground classes 1, 2, ...; ``class_1`` and so on when left out.
         regions: foreground labels that are scored together, as one mask, by the region's name.
+        known: where background counts, boolean in the shape of the maps; by default everywhere.
 
     Returns:
         Rows with ``class``, ``label`` (NaN for a region), ``status``, ``dice``, ``iou``, ``nsd``, ``hd95``,
@@ -58,8 +60,9 @@ def case_metrics(
     Raises:
         ValueError: shapes differ, a label is not an integer of [0, num_classes), or another argument does not fit.
     """
-    if pred.shape != reference.shape or pred.ndim not in (2, 3) or pred.numel() == 0:
-        shapes = f"{tuple(pred.shape)} and {tuple(reference.shape)}"
+    pred, reference = np.asarray(pred), np.asarray(reference)
+    if pred.shape != reference.shape or pred.ndim not in (2, 3) or pred.size == 0:
+        shapes = f"{pred.shape} and {reference.shape}"
         raise ValueError(f"pred and reference must be one non-empty (H, W) or (D, H, W), got shapes {shapes}.")
     if len(spacing) != pred.ndim or not all(math.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"spacing must be {pred.ndim} positive numbers, one per axis, got {list(spacing)}.")
@@ -72,21 +75,23 @@ def case_metrics(
     if num_classes < 2 or len(set(names)) != num_classes - 1 or len(names) != num_classes - 1:
         raise ValueError(f"class_names must be one name per foreground class of {num_classes} classes, got {names}.")
     pred, reference = _label_map(pred, "pred", num_classes), _label_map(reference, "reference", num_classes)
-    background = (pred == 0, reference == 0)
+    background = [(labels == 0)[... if known is None else known] for labels in (pred, reference)]
     pred, reference = _crop_to_foreground(pred, reference)
     rows = [
         {"class": name, "label": label, **_class_row(pred == label, reference == label, spacing, tolerances[name])}
         for label, name in zip(range(1, num_classes), names, strict=True)
     ]
     for name, members in regions.items():
-        found, true = (torch.isin(labels, torch.tensor(members).to(labels)) for labels in (pred, reference))
+        found, true = (np.isin(labels, members) for labels in (pred, reference))
         rows.append({"class": name, "label": math.nan, **_class_row(found, true, spacing, tolerances[name])})
     if len(names) > 1:
-        rows.append({"class": BACKGROUND, "label": 0, **_class_row(*background, spacing, None)})
+        rows.append({"class": BACKGROUND, "label": 0, **_class_row(background[0], background[1], spacing, None)})
     return rows
 
 
-def _class_row(pred: Tensor, reference: Tensor, spacing: Sequence[float], tolerance: float | None) -> dict[str, Any]:
+def _class_row(
+    pred: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float | None
+) -> dict[str, Any]:
     """Status, metrics and volumes of one class from two boolean masks of shape (H, W) or (D, H, W).
 
     Without a ``tolerance`` no surfaces are looked at.
@@ -105,31 +110,31 @@ def _class_row(pred: Tensor, reference: Tensor, spacing: Sequence[float], tolera
         row.update(nsd=math.nan, hd95=math.nan)
     elif row["status"] == "ok":
         # cropping changes no value: outside the array is background, as it is outside the joint bounding box
-        y_pred, y = (mask[None, None].cpu() for mask in _crop_to_foreground(pred, reference))  # (1, 1, ...)
-        options: dict[str, Any] = {"include_background": True, "spacing": [float(s) for s in spacing]}
-        row["nsd"] = float(compute_surface_dice(y_pred, y, class_thresholds=[tolerance], **options))
-        row["hd95"] = float(compute_hausdorff_distance(y_pred, y, percentile=95, **options))
+        surfaces = [mask & ~binary_erosion(mask) for mask in _crop_to_foreground(pred, reference)]
+        to = [distance_transform_edt(~surface, sampling=[float(s) for s in spacing]) for surface in surfaces]
+        distances = to[1][surfaces[0]], to[0][surfaces[1]]
+        row["nsd"] = float((np.concatenate(distances) <= tolerance * (1 + 1e-9)).mean())
+        row["hd95"] = float(max(np.percentile(d, 95) for d in distances))
     return row | {"pred_volume": n_pred * voxel, "reference_volume": n_reference * voxel}
 
 
-def _crop_to_foreground(pred: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+def _crop_to_foreground(pred: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Cut both maps to the joint bounding box of their foreground; to nothing where there is none."""
-    inside = ((pred > 0) | (reference > 0)).nonzero()  # (N, axes)
-    low, high = (inside.amin(0), inside.amax(0) + 1) if len(inside) else ([0] * pred.ndim, [0] * pred.ndim)
-    box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
-    return pred[box], reference[box]
+    inside = (pred > 0) | (reference > 0)
+    box = []
+    for axis in range(inside.ndim):
+        filled = np.flatnonzero(inside.any(axis=tuple(other for other in range(inside.ndim) if other != axis)))
+        box.append(slice(filled[0], filled[-1] + 1) if len(filled) else slice(0, 0))
+    return pred[tuple(box)], reference[tuple(box)]
 
 
-def _label_map(array: Tensor, name: str, num_classes: int) -> Tensor:
-    """The array as a plain integer tensor, after checking that its labels lie in [0, num_classes)."""
-    array = array.detach().as_subclass(Tensor)  # the bookkeeping of a MetaTensor slows every operation
-    if not array.is_floating_point():
-        array = array.to(torch.int64)
-    elif not torch.equal(array, array.round()):  # NaN differs from itself
+def _label_map(array: np.ndarray, name: str, num_classes: int) -> np.ndarray:
+    """The array as small integers, after checking that its labels lie in [0, num_classes)."""
+    if array.dtype.kind == "f" and not np.array_equal(array, array.round()):  # NaN differs from itself
         raise ValueError(f"{name} holds values that are not integers: pass a label map, not probabilities.")
-    low, high = (bound.item() for bound in torch.aminmax(array))
+    low, high = array.min(), array.max()
     if low < 0 or high >= num_classes:
         raise ValueError(
             f"{name} holds labels from {low:g} to {high:g}, but {num_classes} classes allow 0 to {num_classes - 1}."
         )
-    return array.to(torch.int16)
+    return array.astype(np.int16)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,30 +21,17 @@ from amkd_monai.data.decoded import UNLABELLED
 from amkd_monai.distillation import Batch
 from amkd_monai.engines.handlers.checkpoints import Handler
 from amkd_monai.engines.handlers.reports import identify
-from amkd_monai.files.pictures import read_picture
-from amkd_monai.files.volumes import grey_levels, read_volume
 from amkd_monai.metrics.summary import TEACHERS, preview_file
-from amkd_monai.storage import atomic_path
+from amkd_monai.report.previews import mask_preview, save_arrays, small
 
-SIDE = 256
-"""Longest side of a preview in pixels."""
-SLICES = 24
-"""Slices kept of a volume."""
 SAMPLES = 6
 """Training images kept with the teacher outputs."""
-
-
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 class CasePreviews(Handler):
     """Write ``previews/<case>.npz`` for each case of an evaluation.
 
-    Masks: ``image`` (S, h, w, 3) uint8, ``reference`` and ``prediction`` (S, h, w) uint8, S = 1 for an image and evenly
-    spaced slices along the last axis for a volume; of a volume also ``plane0`` to ``plane2`` (h, w, 3) with
-    ``reference0``, ``prediction0`` and so on, through the centre of the reference. Classes: ``image`` (1, h, w, 3) and
+    Masks: see :func:`amkd_monai.report.previews.mask_preview`. Classes: ``image`` (1, h, w, 3) and
     ``cam`` (1, h, w) uint8, the Grad-CAM of the predicted class (Selvaraju et al., ICCV 2017), where the student is
     given. Attach to the evaluator that gets the case report.
     """
@@ -60,19 +46,13 @@ class CasePreviews(Handler):
             if self.task.is_classification:
                 arrays = self._class_preview(item)
             else:
-                masks = [np.asarray(item[k][0]).astype(np.uint8) for k in (CommonKeys.LABEL, CommonKeys.PRED)]
-                if self.task.dimensions == 2:
-                    arrays = dict(
-                        zip(("image", "reference", "prediction"), (read_picture(filename), *masks), strict=True)
-                    )
-                    arrays = {name: _small(array[None]) for name, array in arrays.items()}
-                else:
-                    arrays = _volume_preview(filename, *masks)
-            _save(preview_file(self.output_dir, case), arrays)
+                reference, prediction = (np.asarray(item[k][0]) for k in (CommonKeys.LABEL, CommonKeys.PRED))
+                arrays = mask_preview(filename, reference, prediction)
+            save_arrays(preview_file(self.output_dir, case), arrays)
 
     def _class_preview(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
         image = torch.as_tensor(item[CommonKeys.IMAGE]).float()
-        arrays = {"image": _small(_byte(image.permute(1, 2, 0))[None])}
+        arrays = {"image": small(_byte(image.permute(1, 2, 0))[None])}
         if self.student is not None:
             if self.camera is None:  # a copy, since its hooks stay; made now, since the weights are loaded by now
                 name = str(self.student.encoder.feature_info.module_name(-1))  # module of the coarsest map
@@ -82,29 +62,8 @@ class CasePreviews(Handler):
             predicted = int(torch.as_tensor(item[CommonKeys.PRED]).argmax())
             with torch.enable_grad():
                 heat = self.camera(image[None].to(next(self.student.parameters()).device), class_idx=predicted)
-            arrays["cam"] = _small((heat[0].detach().cpu().numpy() * 255).astype(np.uint8))
+            arrays["cam"] = small((heat[0].detach().cpu().numpy() * 255).astype(np.uint8))
         return arrays
-
-
-def _volume_preview(filename: str, reference: np.ndarray, prediction: np.ndarray) -> dict[str, np.ndarray]:
-    grey = grey_levels(read_volume(filename)[0])
-    inside = np.argwhere(reference if reference.any() else np.ones_like(reference))
-    centre, first, last = inside.mean(0).round().astype(int), inside[:, 2].min(), inside[:, 2].max()
-    chosen = np.unique(np.linspace(max(first - 2, 0), min(last + 2, grey.shape[2] - 1), SLICES).round().astype(int))
-    arrays: dict[str, np.ndarray] = {}
-    for name, volume in (("image", grey), ("reference", reference), ("prediction", prediction)):
-        parts = {name: _small(np.moveaxis(volume[..., chosen], 2, 0))}
-        for axis in range(3):
-            plane = "plane" if name == "image" else name
-            parts[f"{plane}{axis}"] = _small(np.take(volume, centre[axis], axis)[None])[0]
-        arrays |= {k: np.repeat(a[..., None], 3, -1) if name == "image" else a for k, a in parts.items()}
-    return arrays
-
-
-def _small(array: np.ndarray) -> np.ndarray:
-    """Take every n-th pixel (S, H, W[, 3]) so that no side is longer than ``SIDE``."""
-    step = math.ceil(max(array.shape[1:3]) / SIDE)
-    return array[:, ::step, ::step]
 
 
 def _byte(values: Tensor) -> np.ndarray:
@@ -147,7 +106,7 @@ class TeacherPictures(Handler):
         arrays |= {f"weight_{t.name}": _byte(weights[:, k]) for k, t in enumerate(distiller.teachers)}
         arrays |= {f"answer_{name}": _shown(answer, classes) for name, answer in answers.items()}
         arrays["ids"] = np.array([item["id"] for item in items])
-        _save(self.path, arrays)
+        save_arrays(self.path, arrays)
 
 
 def _shown(logits: Tensor, classes: Tensor | None) -> np.ndarray:

@@ -22,9 +22,9 @@ from amkd_monai.cache.probes import calibration_temperature
 from amkd_monai.data.datasets import get_task
 from amkd_monai.engines.handlers.checkpoints import Handler
 from amkd_monai.metrics.classification import class_metrics, class_row
-from amkd_monai.metrics.segmentation import METRICS, STATUSES, case_metrics
-from amkd_monai.metrics.summary import Row, format_table, summarise, summarise_classes, write_case_csv
-from amkd_monai.storage import atomic_write_json, jsonable, read_json
+from amkd_monai.metrics.evaluation import figures_of, mask_rows, write_figures
+from amkd_monai.metrics.segmentation import STATUSES
+from amkd_monai.metrics.summary import Row, write_case_csv
 
 logger = logging.getLogger("amkd_monai")
 
@@ -75,7 +75,7 @@ class CaseReport(Handler):
                 logger.info("The case %s came again and is counted once.", case)
                 continue
             try:
-                self._cases[key] = [{"id": case, **row} for row in self._rows(item, case)]
+                self._cases[key] = self._rows(item, case)
             except ValueError as error:
                 raise ValueError(f"Case {case}: {error}") from error
 
@@ -88,43 +88,25 @@ class CaseReport(Handler):
                 wanted = f"one label map of shape (1, ...) with {task.dimensions} axes"
                 raise ValueError(f"'{name}' must be {wanted}, got shape {tuple(array.shape)}.")
         spacing = _voxel_size(pred, label) if task.dimensions == 3 else [1.0, 1.0]
-        names = task.classes[1:]
-        return case_metrics(pred[0], label[0], len(task.classes), spacing, task.nsd_tolerance, names, task.regions)
+        prediction, reference = (torch.as_tensor(m[0]).detach().cpu().numpy() for m in (pred, label))
+        return mask_rows(task, case, prediction, reference, spacing)
 
     def _gathered(self) -> list[Row]:
         cases = {key: rows for of_rank in reversed(idist.all_gather(self._cases)) for key, rows in of_rank.items()}
         return [row for key in sorted(cases) for row in cases[key]]
 
     def _completed(self, engine: Engine) -> None:
-        rows, task, title = self._gathered(), self.task, self.task.name
-        described: dict[str, Any] = {"task": task.name}
-        if task.is_classification:
-            summary = summarise_classes(rows, task)
-            described["primary_metric"] = task.primary_metric
-        else:
-            summary = summarise(rows, METRICS)
-            title += f", HD95 in {task.unit}"
-            described |= {"unit": task.unit, "nsd_tolerance": task.nsd_tolerance}
-        flat = engine.state.metrics
+        rows, flat = self._gathered(), engine.state.metrics
+        figures = figures_of(self.task, rows, self.facts.get("seen", {}))
+        summary = figures["summary"]
         for metric, values in summary["metrics"].items():
             flat |= {metric if name == "value" else f"{metric}_{name}": value for name, value in values.items()}
         if "status" in summary:
             flat |= {f"cases_{status}": summary["status"].get(status, 0) for status in STATUSES}
         if summary.get("empty_references"):
             flat["false_positive_rate"] = summary["false_positive_rate"]
-        if idist.get_rank() != 0:
-            return
-        file, skipped = self.output_dir / "metrics.json", self.facts.get("skipped_samples", ())
-        old = read_json(file) if skipped else {}
-        same = old.get("student_sha256") == self.facts.get("student_sha256")
-        if old and same and not old.get("skipped_samples"):
-            raise ValueError(
-                f"{file} holds the figures of all cases and is kept, {len(skipped)} case(s) could not be used now: "
-                f"{skipped[0]['reason']} Restore the files, or give an --output_dir of its own."
-            )
-        write_case_csv(self.output_dir / "per_case.csv", rows)
-        atomic_write_json(file, jsonable({**self.facts, **described, "summary": summary}))
-        logger.info("%s", format_table(summary, title))
+        if idist.get_rank() == 0:
+            logger.info("%s", write_figures(self.output_dir, rows, figures, self.facts))
 
 
 ClassReport = CaseReport

@@ -1,0 +1,116 @@
+"""Score masks of any program against references: `score`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from amkd_monai.data.datasets import Task, get_task
+from amkd_monai.files import names, volumes
+from amkd_monai.files.masks import MaskCodes, other_size, read_mask
+from amkd_monai.files.names import some
+from amkd_monai.metrics.evaluation import figures_of, mask_rows, write_figures
+from amkd_monai.metrics.summary import Row
+from amkd_monai.terminal import logger, progress
+
+ENDINGS = ("_mask", "_segmentation", "_seg", "_pred", "_prediction")
+"""What the name of a mask may have behind that of its image."""
+
+
+def task_of(classes: Sequence[str], folder: Path, nsd_tolerance: float | None = None) -> Task:
+    """Describe masks of a folder by the names of their classes, background first."""
+    if len(classes) < 2 or len(set(classes)) != len(classes) or not all(classes):
+        raise ValueError(f"The classes are {list(classes)}: give different names, background first.")
+    dimensions = 3 if any(names.has_suffix(file, names.VOLUME_SUFFIXES) for file in folder.iterdir()) else 2
+    task = Task("masks", tuple(classes), "unknown", folder.name, (), dimensions=dimensions)
+    return task if nsd_tolerance is None else replace(task, nsd_tolerance=nsd_tolerance)
+
+
+def score(
+    predictions: str | Path,
+    references: str | Path,
+    output: str | Path,
+    task: str | Sequence[str],
+    codes: Mapping[str, MaskCodes] | None = None,
+    nsd_tolerance: float | None = None,
+) -> str:
+    """Score each mask of a folder against the reference of its name and write what an evaluation leaves.
+
+    Args:
+        predictions: folder of masks, pictures or NIfTI volumes, with class indices, or 0 and another value.
+        references: folder of the masks that they should be.
+        output: folder for ``per_case.csv`` and ``metrics.json``.
+        task: a task, or the names of the classes, background first.
+        codes: meaning of the values of ``predictions`` and ``references``, see :func:`..files.masks.decode`.
+        nsd_tolerance: tolerance of the NSD in pixels or mm, in place of the task's.
+
+    Returns:
+        The table of the figures.
+
+    Raises:
+        ValueError: masks without partner, on another grid than their partner, or with values that no class has.
+    """
+    folders = {"predictions": names.expanded(predictions), "references": names.expanded(references)}
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder} of {name}: give a folder of masks.")
+    if isinstance(task, str):
+        asked = get_task(task)
+        asked = asked if nsd_tolerance is None else replace(asked, nsd_tolerance=nsd_tolerance)
+    else:
+        asked = task_of(task, folders["references"], nsd_tolerance)
+    if asked.is_classification:
+        raise ValueError(f"{asked.name} has one class per image: `score` compares masks.")
+    pairs = paired(folders["predictions"], folders["references"], asked.dimensions)
+    used = {"references": asked.mask_codes, **(codes or {})}
+    rows: list[Row] = []
+    problems: list[str] = []
+    for case, (made, truth) in progress(pairs.items(), desc="score", delay=1):
+        try:
+            rows += _case(asked, case, made, truth, used)
+        except (ValueError, OSError) as error:
+            problems.append(str(error) if any(str(f) in str(error) for f in (made, truth)) else f"{made}: {error}")
+    for problem in problems[1:]:
+        logger.warning("%s", problem)
+    if problems:
+        raise ValueError(f"{len(problems)} of {len(pairs)} masks cannot be scored: {problems[0]}")
+    figures = figures_of(asked, rows, {})
+    facts = {"data": {name: str(folder) for name, folder in folders.items()}, "mask_codes": used}
+    return write_figures(names.expanded(output), rows, figures, facts)
+
+
+def paired(predictions: Path, references: Path, dimensions: int) -> dict[str, tuple[Path, Path]]:
+    """Map the id of each case to its two masks; what has no partner on the other side is named."""
+    made, truth = _masks(predictions, dimensions), _masks(references, dimensions)
+    for files, others, place in ((truth, made, predictions), (made, truth, references)):
+        if alone := files.keys() - others.keys():
+            where = f"{len(alone)} mask(s) of {files[min(alone)].parent} have no partner in {place}"
+            raise FileNotFoundError(f"{where}: {some(alone)}; add or remove them.")
+    return {case: (made[case], truth[case]) for case in sorted(truth, key=names.natural)}
+
+
+def _masks(folder: Path, dimensions: int) -> dict[str, Path]:
+    """Map the id of a case, without an ending, to its mask."""
+    suffixes = names.PICTURE_SUFFIXES if dimensions == 2 else names.VOLUME_SUFFIXES
+    found: dict[str, Path] = {}
+    for name, file in names.files_by_id(folder, suffixes, beside=["_overlay"]).items():
+        case = name.removesuffix(next((ending for ending in ENDINGS if name.endswith(ending)), ""))
+        if (other := found.setdefault(case, file)) is not file:
+            raise ValueError(f"{other} and {file} are both of the case '{case}': keep the masks alone in {folder}.")
+    if not found:
+        raise FileNotFoundError(f"There are no masks ({', '.join(suffixes)}) in {folder}.")
+    return found
+
+
+def _case(task: Task, case: str, made: Path, truth: Path, codes: Mapping[str, MaskCodes]) -> list[Row]:
+    count = len(task.classes)
+    if task.dimensions == 3:
+        reference, grid = volumes.read_label_volume(truth, None, count, codes["references"])
+        found, _ = volumes.read_label_volume(made, grid, count, codes.get("predictions", "auto"))
+        return mask_rows(task, case, found, reference, grid.spacing)
+    reference = read_mask([truth], None, count, codes["references"])
+    found = read_mask([made], None, count, codes.get("predictions", "auto"))
+    if found.shape != reference.shape:
+        raise ValueError(other_size(made, found.shape[::-1], reference.shape[::-1]))
+    return mask_rows(task, case, found, reference, (1.0, 1.0))
