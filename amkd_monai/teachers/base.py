@@ -53,6 +53,7 @@ class Teacher(nn.Module):
 
     Attributes:
         is_random: its weights are random, so the run is a test.
+        num_classes: of the maps that are its own answers, where that is known before it runs.
         weights_file: name and SHA-256 of the file its weights came from, or None.
         uses_labels: its forward takes the label (B, 1, H, W) as a second argument.
         settings: names of the attributes, besides the weights, on which its outputs depend.
@@ -68,6 +69,7 @@ class Teacher(nn.Module):
         self.name, self.licence, self.precision = name, licence, precision
         self.is_random = False
         self.weights_file: dict[str, str] | None = None
+        self.num_classes: int | None = None
 
     def came_from(self, path: str | Path) -> None:
         """Remember the file of the weights for the run record."""
