@@ -200,7 +200,7 @@ def cache_teacher(
     if (directory / NAME).is_file():
         arrays = FeatureStore.open(directory).arrays
     else:
-        arrays = {**run.arrays(dtype), **({MATRIX: ArraySpec((2, 3), "float32")} if views > 1 else {})}
+        arrays = {**run.arrays(dtype), **_matrices(views)}
     origin = {"sample_key": sample_key, "teacher": json.loads(json.dumps(description, default=str))}
     lists = key, dataset.ids, dataset.hashes, arrays, views, SHARD_SIZE
     store = FeatureStore.create_or_open(directory, *lists, view_parameters=chosen, origin=origin)
@@ -310,16 +310,26 @@ class _TeacherRun:
 
 
 def answers_store(
-    name: str, key: Mapping[str, Any], dataset: DecodedDataset, size: tuple[int, int], cache_dir: str | Path
+    name: str,
+    key: Mapping[str, Any],
+    dataset: DecodedDataset,
+    size: tuple[int, int],
+    cache_dir: str | Path,
+    views: int = 1,
 ) -> FeatureStore:
-    """Open the store of answers (N, classes, h, w) that are computed for a whole dataset at once.
+    """Open the store of answers (N, classes, h, w) of probes and cross-fitted networks to views of a dataset.
 
-    Probes and cross-fitted networks answer this way; see :func:`keep_answers`.
+    See :func:`keep_answers` for answers that are computed for a whole dataset at once.
     """
-    key = {**key, **_list_key(dataset)}
-    arrays = {"logits": ArraySpec((dataset.num_classes, *size), "float16")}
+    key = {**key, **({"views": views} if views > 1 else {}), **_list_key(dataset)}
+    arrays = {"logits": ArraySpec((dataset.num_classes, *size), "float16"), **_matrices(views)}
+    lists = key, dataset.ids, dataset.hashes, arrays, views, SHARD_SIZE
     directory = store_directory(cache_dir, f"{name}-answers", key)
-    return FeatureStore.create_or_open(directory, key, dataset.ids, dataset.hashes, arrays, shard_size=SHARD_SIZE)
+    return FeatureStore.create_or_open(directory, *lists, view_parameters=view_set(views) if views > 1 else None)
+
+
+def _matrices(views: int) -> dict[str, ArraySpec]:
+    return {MATRIX: ArraySpec((2, 3), "float32")} if views > 1 else {}
 
 
 def keep_answers(store: FeatureStore, logits: np.ndarray) -> None:

@@ -170,6 +170,7 @@ class DecodedDataset(DecodedImages):
         on_bad_sample: ``stop`` raises on the first unusable file, ``skip`` leaves it out and lists it in ``skipped``.
 
     Attributes:
+        data, transform, on_bad_sample: as given, from which a finer decoding of the same samples is made.
         classes: (N,) class per image, -1 where unknown; None for masks.
         chain: hash of the transform chain, which makes a sample what it is together with its id and content hash.
 
@@ -191,13 +192,15 @@ class DecodedDataset(DecodedImages):
         if on_bad_sample == "stop" and (problems := [item["problem"] for item in data if "problem" in item]):
             raise DataProblems(problems)
         self.data, self.num_classes, cache_dir = list(data), num_classes, Path(cache_dir)
+        self.transform, self.on_bad_sample = transform, on_bad_sample
         self.classifies = any(_is_class(item.get("label")) for item in self.data)
-        paths = [path for item in self.data for path in (item["image"], *label_files(item))]
+        paths = [p for item in self.data for p in (item["image"], *label_files(item)) if Path(p).is_file()]
         by_path = dict(zip(paths, content_hashes(paths, cache_dir / "content_hashes.json"), strict=True))
         hashes = []
         for item in self.data:
-            masks = "-".join(by_path[file] for file in label_files(item))
-            hashes.append([by_path[item["image"]], f"class {item['label']}" if _is_class(item.get("label")) else masks])
+            masks = "-".join(by_path.get(file, "missing") for file in label_files(item))
+            image = by_path.get(item["image"], "missing")
+            hashes.append([image, f"class {item['label']}" if _is_class(item.get("label")) else masks])
         ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
         description = describe(transform)
         self.chain = fingerprint("decoded-4", description)

@@ -24,9 +24,11 @@ from amkd_monai.cache import probes
 from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers
 from amkd_monai.cache.store import EVERYTHING, FeatureStore, Part
 from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.data.unlabelled import look_unlike
 from amkd_monai.distillation import TeacherTarget
 from amkd_monai.distillation.losses import UNLABELLED, one_hot_area, soft_cross_entropy
 from amkd_monai.engines import crossfit
+from amkd_monai.engines.crew import Crew, read_crew
 from amkd_monai.engines.runs import expand
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
@@ -125,7 +127,7 @@ def prepare_teachers(
         cache_dir: folder of all stores.
         device: where teachers and students run.
         seed: of folds and trainings.
-        folds: of probes and cross-fitted specialists.
+        folds: of probes and cross-fitted volume specialists.
         admission_options: ``mode`` (``cross_fit``: a teacher's answers are distilled only if their cross-fitted score,
             Dice or skill, beats the undistilled student's; ``all``; ``none``), ``features`` (``all``: also those of
             teachers that are not admitted; ``admitted``), ``margin`` (of the score), ``folds`` and ``epochs`` of the
@@ -145,17 +147,22 @@ def prepare_teachers(
     ):
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
         raise ValueError(f"The admission options {admission_options} are not understood: use {use}.")
+    if note := look_unlike(train):
+        logger.warning("%s", note)
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
     cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
-    preparation = _Preparation(train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
     alone = image_teachers(teachers)
+    where: dict[str, Any] = {"seed": seed, "device": device, "cache_dir": cache_dir}
+    crews = [read_crew(d, train, recipe, epochs, views, **where) for d in teachers if d["kind"] == "crew"]
+    shared = (train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
+    preparation = _Preparation(*shared, {crew.name: crew for crew in crews})
     if idist.get_world_size() > 1:
         for description in alone:
             cached(description=description, part=Part(idist.get_rank(), idist.get_world_size()))
         idist.barrier()
     with idist.one_rank_first():
         scored = [preparation.scored_teacher(description) for description in teachers]
-        record: dict[str, Any] = {"admission": options}
+        record: dict[str, Any] = {"admission": options} | ({"unlabelled_images": note} if note else {})
         own: AnswerScore | None = None
         margin, values = float(options["margin"]), [score.value for _, score in scored if score is not None]
         if options["mode"] == "cross_fit" and values:
@@ -195,6 +202,7 @@ class _Preparation:
     seed: int
     folds: int
     cached: Callable[..., tuple[Teacher, FeatureStore, FeatureStore]]
+    crews: Mapping[str, Crew]
 
     def scored_teacher(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, AnswerScore | None]:
         """Compute a teacher's features and answers, and score the answers; one teacher is in memory at a time."""
@@ -259,25 +267,28 @@ class _Preparation:
         return train, validation
 
     def _cross_fitted(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, FeatureStore]:
-        """A specialist that is trained on the training split in folds, and its answers to the validation section."""
-        name, kind, network = str(description["name"]), str(description["kind"]), description.get("network")
-        folds, device = int(description.get("folds", self.folds)), self.device
-        if not isinstance(network, nn.Module):
-            raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
-        if kind == "crossfit_volume_specialist":
+        """A crew or a 3D specialist, trained on the training split in folds, and its answers to the validation."""
+        name, kind, sections = str(description["name"]), str(description["kind"]), (self.train, self.validation)
+        if kind == "crew":
+            crew = self.crews[name]
+            answers, of_validation = crew.answers(*sections)
+            facts = crew.facts()
+        else:
+            network, folds = description.get("network"), int(description.get("folds", self.folds))
+            if not isinstance(network, nn.Module):
+                raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
             if self.train.classes is not None:
                 raise ValueError(f"The teacher '{name}' answers volumes with masks, not with classes: drop it.")
             patch = tuple(int(n) for n in description.get("patch_size", (64, 64, 64)))
             steps, rate = int(description.get("steps", 300)), float(description.get("learning_rate", 2e-3))
-            method = crossfit.of_volumes(patch, steps, rate, self.seed, device)
-        else:
-            epochs = int(description.get("epochs", self.epochs))
-            method = crossfit.of_students(self.recipe, epochs, self.seed, device, name)
-        sections = (self.train, self.validation)
-        answers, of_validation = crossfit.cross_fit(name, network, sections, method, folds, self.seed, self.cache_dir)
+            method = crossfit.of_volumes(patch, steps, rate, self.seed, self.device)
+            of_run = (sections, method, folds, self.seed, self.cache_dir)
+            answers, of_validation = crossfit.cross_fit(name, network, *of_run)
+            facts = {"answers": f"cross-fitted in {folds} folds"}
         identity: dict[str, Any] = {"kind": kind, "fingerprint": answers.directory.name}
-        record = {"name": name, **identity, "answers": f"cross-fitted in {folds} folds"}
-        return TeacherTarget(name, **identity, answers=answers, record=record), of_validation
+        return TeacherTarget(
+            name, **identity, answers=answers, record={"name": name, **identity, **facts}
+        ), of_validation
 
     def student_score(self, folds: int, epochs: int, goal: float) -> tuple[AnswerScore, int]:
         """Cross-fit the undistilled student with the run's own recipe; return its score and the length in epochs.
@@ -326,7 +337,7 @@ class AnswerScore:
         value: the score that decides, higher is better: for masks the mean Dice over cases (images or volumes) and
             foreground classes, cases without foreground left out; for classes of images the skill.
         cross_entropy: mean over grid cells or images, nats.
-        further: ``volume_ratio`` of masks (predicted by true volume over all cases, of the foreground class for which it
+        further: ``volume_ratio`` of masks (predicted by true volume over all cases, of the foreground class whose ratio
             is farthest from 1), ``macro_auroc`` of classes.
         name: of the score, ``dice`` or ``skill``.
     """

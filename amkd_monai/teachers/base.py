@@ -136,8 +136,8 @@ KINDS: dict[str, str] = {
 }
 """Teachers that answer image by image. To add one: one file with a ``Teacher``, and a line here or its path as kind."""
 
-CROSS_FITTED_KINDS = ("crossfit_specialist", "crossfit_volume_specialist")
-"""Teachers that are trained on the run's own training split, in folds (:mod:`amkd_monai.engines.crossfit`)."""
+CROSS_FITTED_KINDS = ("crew", "crossfit_volume_specialist")
+"""Teachers that are trained on the run's own training split, in folds (``crew`` and ``crossfit`` of ``engines``)."""
 
 
 def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
