@@ -18,7 +18,7 @@ from amkd_monai.files.names import read_text
 from amkd_monai.storage import atomic_folder
 
 PHANTOM_MARKER = "PHANTOM.txt"
-KINDS = ("segmentation", "classification", "multilabel")
+KINDS = ("segmentation", "classification")
 
 
 def is_phantom(folder: str | Path) -> bool:
@@ -351,6 +351,8 @@ def _described(content: Any, where: str) -> Task:
     if len(values["prompts"]) != len(classes) - 1:
         raise refuse(f"has {len(values['prompts'])} prompts for {len(classes) - 1} classes after the first")
     kind, dimensions = values.get("kind", KINDS[0]), values.get("dimensions", 2)
+    if kind == "multilabel":
+        raise refuse("asks for several findings per picture (multilabel): describe one task of two classes per finding")
     if kind not in KINDS or dimensions not in (2, 3) or (kind != KINDS[0] and dimensions == 3):
         raise refuse(
             f"has the kind {kind!r} in {dimensions!r} dimensions, which must be one of {', '.join(KINDS)} in 2"
@@ -362,4 +364,7 @@ def _described(content: Any, where: str) -> Task:
     if not isinstance(options, Mapping) or not options.keys() <= known:
         raise refuse(f"has a layout that is no object of {', '.join(sorted(known))}")
     layout = Described(title=name, classes=classes, kind=kind, volumes=dimensions == 3, **options)
-    return Task(folder=name, layout=layout, description=dict(content), **values)
+    try:
+        return Task(folder=name, layout=layout, description=dict(content), **values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
