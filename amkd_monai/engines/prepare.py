@@ -21,7 +21,7 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from amkd_monai.cache import probes
-from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers
+from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers, shown_to
 from amkd_monai.cache.store import EVERYTHING, FeatureStore, Part
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.unlabelled import look_unlike
@@ -33,7 +33,8 @@ from amkd_monai.engines.runs import expand
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import macro_auroc
-from amkd_monai.teachers.base import CROSS_FITTED_KINDS, Teacher, build_teacher, validate_descriptions
+from amkd_monai.teachers.base import CROSS_FITTED_KINDS, TeacherFacts, validate_descriptions
+from amkd_monai.teachers.known import known_teacher
 
 logger = logging.getLogger("amkd_monai")
 
@@ -45,17 +46,17 @@ def cache_image_teacher(
     weights_dir: str | None,
     description: Mapping[str, Any],
     **options: Any,
-) -> tuple[Teacher, FeatureStore, FeatureStore]:
-    """Build an image teacher and its stores of the training section and of one view of the validation section.
+) -> tuple[TeacherFacts, FeatureStore, FeatureStore]:
+    """Build an image teacher's stores of the training section and of one view of the validation section.
 
     ``options`` are those of :func:`~amkd_monai.cache.build.cache_teacher`.
     """
-    teacher = build_teacher(description, weights_dir)
-    own = teacher.num_classes if description.get("own_answers", True) else None
+    teacher = known_teacher(description, weights_dir, options["cache_dir"])
+    own = teacher.facts().num_classes if description.get("own_answers", True) else None
     if own is not None and (train.classes is not None or own != train.num_classes):
-        raise ValueError(another_task(teacher.name, f"maps of {own} classes", train))
+        raise ValueError(another_task(teacher.facts().name, f"maps of {own} classes", train))
     outputs = cache_teacher(teacher, train, views=views, description=description, **options)
-    return teacher, outputs, cache_teacher(teacher, validation, description=description, **options)
+    return teacher.facts(), outputs, cache_teacher(teacher, validation, description=description, **options)
 
 
 def image_teachers(descriptions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -201,7 +202,7 @@ class _Preparation:
     device: torch.device | str
     seed: int
     folds: int
-    cached: Callable[..., tuple[Teacher, FeatureStore, FeatureStore]]
+    cached: Callable[..., tuple[TeacherFacts, FeatureStore, FeatureStore]]
     crews: Mapping[str, Crew]
 
     def scored_teacher(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, AnswerScore | None]:
@@ -230,6 +231,7 @@ class _Preparation:
         identity = {"kind": description["kind"], "fingerprint": teacher.fingerprint}
         record: dict[str, Any] = {"name": teacher.name, **identity, "licence": teacher.licence}
         record |= {"random_weights": teacher.is_random, "weights": teacher.weights_file}
+        record["asked_at"] = shown_to(teacher, self.train)[1]
         record["stored"] = {**stored, "bytes_per_image": round(outputs.bytes_per_image)}
         target = TeacherTarget(teacher.name, **identity, record=record)
         if grid is not None:
