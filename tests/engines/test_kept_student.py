@@ -15,7 +15,7 @@ SCORES = [0.1, 0.5, 0.3]
 def run(path, keep="best", decay=0.0, state=None, epochs=3, patience=9):
     """A training whose step n sets the weight to n; returns trainer, weight seen by each validation, and handler."""
     student, seen = nn.Linear(1, 1, bias=False), []
-    evaluator = Engine(lambda engine, _: seen.append(float(student.weight)))
+    evaluator = Engine(lambda engine, _: seen.append(float(student.weight.detach())))
     evaluator.state.key_metric_name, evaluator.state.best_metric_epoch = "score", 0
 
     def step(engine, _):
@@ -37,7 +37,7 @@ def run(path, keep="best", decay=0.0, state=None, epochs=3, patience=9):
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: evaluator.run([0]))
     KeptStudent(student, path, keep).attach(evaluator)
     EarlyStopping(evaluator, patience, keep).attach(trainer)
-    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: seen.append(float(student.weight)))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: seen.append(float(student.weight.detach())))
     trainer.run([0] * 4, max_epochs=epochs)
     return seen, averaged, float(torch.load(path, weights_only=True)["weight"])
 
@@ -53,7 +53,7 @@ def test_patience_ends_a_run_that_keeps_the_best_alone(tmp_path):
 
 
 def test_the_average_of_the_steps_is_validated_and_kept_and_training_goes_on_from_the_last_step(tmp_path):
-    seen, averaged, kept = run(tmp_path / "model.pt", "last", decay=0.5)
+    seen, _, kept = run(tmp_path / "model.pt", "last", decay=0.5)
     value, expected = 0.0, []
     for step in range(1, 13):
         decay = 0.0 if step == 1 else min(0.5, 1 - step ** (-2 / 3))

@@ -143,9 +143,13 @@ def test_a_batch_is_mixed_with_all_that_belongs_to_it(data, several, views):  # 
     first, mixed = (trainer.prepare_distillation_batch(raw) for trainer in (plain, mixing))
     partner = torch.arange(len(first.label)).roll(1)
     assert torch.equal(mixed.other, first.label[partner]) and torch.equal(mixed.label, first.label)
-    torch.testing.assert_close(mixed.image, torch.lerp(first.image, first.image[partner], mixed.share))
+    torch.testing.assert_close(
+        mixed.image, torch.lerp(first.image, first.image[partner], mixed.share), atol=1e-4, rtol=0
+    )
     grid, logits = (first.teachers["lite1"][kind] for kind in ("grid", "logits"))
-    torch.testing.assert_close(mixed.teachers["lite1"]["grid"], torch.lerp(grid, grid[partner], mixed.share))
+    torch.testing.assert_close(
+        mixed.teachers["lite1"]["grid"], torch.lerp(grid, grid[partner], mixed.share), atol=1e-4, rtol=1e-3
+    )
     p = logits.softmax(1)
     said = torch.lerp(p, p[partner], mixed.share)
     torch.testing.assert_close(mixed.teachers["lite1"]["logits"].softmax(1), said, atol=1e-5, rtol=0)
@@ -170,5 +174,5 @@ def test_mixing_and_the_contrast_of_whole_images_are_refused_together(data):  # 
     config, samples = DistillationConfig(losses={"contrastive": 1.0}), targets.samples_for({"contrastive": 1.0})
     distiller, recipe = Distiller(Student(), targets.teachers, config=config, samples=samples), Recipe()
     parts = recipe.loader(data[0], 0), distiller, recipe.optimizer(distiller), targets
-    with pytest.raises(ValueError, match="'contrastive'.*mixup"):
+    with pytest.raises(ValueError, match=r"'contrastive'.*mixup"):
         DistillationTrainer("cpu", 1, *parts, augmentation=Recipe(augmentation={"cutmix": 0.1}).augment())
