@@ -594,7 +594,7 @@ def _check_task(parser: ConfigParser, record: Mapping[str, Any], student: Path, 
     task = get_task(parser.get_parsed_content("task")) if "task" in parser.config else recorded_task(record)
     now, then = (task.description or {}), (record.get("description") or {})
     differing = [key for key in now.keys() | then.keys() if now.get(key) != then.get(key)]
-    if differing := [key for key in differing if data or key != "layout"]:
+    if differing := [key for key in differing if key != "folder" and (data or key != "layout")]:
         what = ", ".join(sorted(differing))
         raise ValueError(f"{student} was trained for a task with another {what}: restore its description.")
     if record["classes"] != list(task.classes):
