@@ -14,7 +14,7 @@ from amkd_monai.errors import root_cause
 from amkd_monai.terminal import logger, print_any_name, set_verbosity
 
 CACHE = "bundles/.cache"
-SETTING: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
+SETTING: dict[str, Any] = {"action": "extend", "nargs": "+", "default": [], "metavar": "KEY=VALUE"}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -161,14 +161,19 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors (its entries: {_entries(state)}): give the file of weights.")
+    check_finite(tensors, path)
+    prefix = _shared_prefix(tensors)
+    return {k.removeprefix(prefix): v for k, v in tensors.items()}
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Refuse NaN and infinity in weights with a :class:`CheckpointError` that names the tensor."""
     for name, value in tensors.items():
         exact = value.float() if value.is_floating_point() and value.element_size() == 1 else value
         if (value.is_floating_point() or value.is_complex()) and not exact.isfinite().all():
             raise CheckpointError(
-                f"{path} holds NaN or infinity in '{name}': give weights from before training failed."
+                f"{source} holds NaN or infinity in '{name}': give weights from before training failed."
             )
-    prefix = _shared_prefix(tensors)
-    return {k.removeprefix(prefix): v for k, v in tensors.items()}
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -120,6 +120,7 @@ class DecodedImages(Dataset):
         ids, cases, groups, hashes: of each sample; slices are ``<case>#<slice>``.
         has_label, has_foreground: boolean arrays over samples.
         labels: class indices, masks (N, 1, H, W) or one class per image (N,); 255 where there is no label.
+        first, last: sample of the first and the last slice of each sample's volume (N,).
         axes: where the axes of volumes point, slices first, such as "RAS"; empty for pictures.
         skipped: ids of files that were left out.
     """
@@ -134,7 +135,7 @@ class DecodedImages(Dataset):
         self.skipped: list[str] = index["skipped"]
         self.axes: str = index["axes"]
         self.has_label, self.has_foreground = (np.array(index[n], bool) for n in ("has_label", "has_foreground"))
-        self._first, self._last = (np.array(index[n]) for n in ("first", "last"))
+        self.first, self.last = (np.array(index[n]) for n in ("first", "last"))
         self.images, self.labels = (np.load(self.directory / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))
 
     def __len__(self) -> int:
@@ -142,10 +143,11 @@ class DecodedImages(Dataset):
 
     def image(self, index: int) -> np.ndarray:
         """Return the image (3, H, W) uint8 of a sample; slices come with their neighbours as channels."""
-        if self.images.shape[1] == 3:
-            return self.images[index]
-        neighbours = np.clip([index - 1, index, index + 1], self._first[index], self._last[index])
-        return self.images[neighbours, 0]
+        return self.images[index] if self.images.shape[1] == 3 else self.images[self.neighbours(index), 0]
+
+    def neighbours(self, index: int) -> np.ndarray:
+        """Return the samples (3,) before, at and after a slice; the ends of a volume are their own neighbours."""
+        return np.clip([index - 1, index, index + 1], self.first[index], self.last[index])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return image (3, H, W) and label (1, H, W) or () as uint8 (255 where unlabelled), id, index, has_label."""

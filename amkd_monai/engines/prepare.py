@@ -21,9 +21,10 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from amkd_monai.cache import probes
-from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers
+from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers, shown_to
 from amkd_monai.cache.store import EVERYTHING, FeatureStore, Part
 from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.data.unlabelled import look_unlike
 from amkd_monai.distillation import TeacherTarget
 from amkd_monai.distillation.losses import UNLABELLED, one_hot_area, soft_cross_entropy
 from amkd_monai.engines import crossfit
@@ -32,7 +33,8 @@ from amkd_monai.engines.runs import expand
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import macro_auroc
-from amkd_monai.teachers.base import CROSS_FITTED_KINDS, Teacher, build_teacher, validate_descriptions
+from amkd_monai.teachers.base import CROSS_FITTED_KINDS, TeacherFacts, validate_descriptions
+from amkd_monai.teachers.known import known_teacher
 
 logger = logging.getLogger("amkd_monai")
 
@@ -44,14 +46,14 @@ def cache_image_teacher(
     weights_dir: str | None,
     description: Mapping[str, Any],
     **options: Any,
-) -> tuple[Teacher, FeatureStore, FeatureStore]:
-    """Build an image teacher and its stores of the training section and of one view of the validation section.
+) -> tuple[TeacherFacts, FeatureStore, FeatureStore]:
+    """Build an image teacher's stores of the training section and of one view of the validation section.
 
     ``options`` are those of :func:`~amkd_monai.cache.build.cache_teacher`.
     """
-    teacher = build_teacher(description, weights_dir)
+    teacher = known_teacher(description, weights_dir, options["cache_dir"])
     outputs = cache_teacher(teacher, train, views=views, description=description, **options)
-    return teacher, outputs, cache_teacher(teacher, validation, description=description, **options)
+    return teacher.facts(), outputs, cache_teacher(teacher, validation, description=description, **options)
 
 
 def image_teachers(descriptions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -143,6 +145,8 @@ def prepare_teachers(
     ):
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
         raise ValueError(f"The admission options {admission_options} are not understood: use {use}.")
+    if note := look_unlike(train):
+        logger.warning("%s", note)
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
     cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
     alone = image_teachers(teachers)
@@ -156,7 +160,7 @@ def prepare_teachers(
         idist.barrier()
     with idist.one_rank_first():
         scored = [preparation.scored_teacher(description) for description in teachers]
-        record: dict[str, Any] = {"admission": options}
+        record: dict[str, Any] = {"admission": options} | ({"unlabelled_images": note} if note else {})
         own: AnswerScore | None = None
         margin, values = float(options["margin"]), [score.value for _, score in scored if score is not None]
         if options["mode"] == "cross_fit" and values:
@@ -195,7 +199,7 @@ class _Preparation:
     device: torch.device | str
     seed: int
     folds: int
-    cached: Callable[..., tuple[Teacher, FeatureStore, FeatureStore]]
+    cached: Callable[..., tuple[TeacherFacts, FeatureStore, FeatureStore]]
     crews: Mapping[str, Crew]
 
     def scored_teacher(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, AnswerScore | None]:
@@ -228,6 +232,7 @@ class _Preparation:
         identity = {"kind": description["kind"], "fingerprint": teacher.fingerprint}
         record: dict[str, Any] = {"name": teacher.name, **identity, "licence": teacher.licence}
         record |= {"random_weights": teacher.is_random, "weights": teacher.weights_file}
+        record["asked_at"] = shown_to(teacher, self.train)[1]
         record["stored"] = {**stored, "bytes_per_image": round(outputs.bytes_per_image)}
         target = TeacherTarget(teacher.name, **identity, record=record)
         if grid is not None:

