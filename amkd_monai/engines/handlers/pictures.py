@@ -100,7 +100,7 @@ class TeacherPictures(Handler):
         with eval_mode(distiller):
             logits, answers, weights = distiller.teacher_maps(batch)
         classes = label if label.ndim == 1 else None
-        shown = torch.ones_like(batch.label_map[:, 0]) if classes is not None else batch.label_map[:, 0]
+        shown = label[:, 0] if classes is None else torch.ones_like(label[:, None, None])
         shown = shown.masked_fill(shown == UNLABELLED, 0).byte().cpu().numpy()
         arrays = {"image": image.permute(0, 2, 3, 1).numpy(), "label": shown, "student": _shown(logits, classes)}
         arrays |= {f"weight_{t.name}": _byte(weights[:, k]) for k, t in enumerate(distiller.teachers)}
