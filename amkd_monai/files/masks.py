@@ -193,7 +193,7 @@ def _opaque(alpha: np.ndarray) -> np.ndarray:
 def raw_mask(file: str | Path) -> np.ndarray:
     """Read the values (H, W) of a mask before any meaning; one that has no values is a ValueError."""
     with pictures.opened(file) as stored:
-        return _values(pictures.upright(stored), "auto")
+        return _values(pictures.upright(stored), 2, "auto")
 
 
 def read_mask(
