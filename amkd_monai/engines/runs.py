@@ -126,6 +126,8 @@ def check(purpose: str) -> None:
     given = {**_places(parser), **given}
     parser["bundle_root"] = parser.get_parsed_content("bundle_root")  # while the workflow is on the stack
     _check_values(parser, purpose in ("training", "serving"))
+    if purpose == "training" and "patience" in given and parser.config.get("keep") == "last":
+        raise ValueError("patience ends a run early, keep 'last' trains it to its end: leave --patience out.")
     if purpose != "training":
         adopt(parser, purpose, given)
     if purpose == "evaluation":
@@ -234,8 +236,13 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
     for name in ("amp", "resume", "other_data"):
         if name in config and not _is_expression(config[name]):
             parser[name] = is_true(config[name], name)
-    if trains and config.get("val_interval", 1) > config.get("max_epochs", 1):
-        raise ValueError(f"val_interval is {config['val_interval']}, above max_epochs: no student would be kept.")
+    epochs, interval, keep = (config.get(name, 1) for name in ("max_epochs", "val_interval", "keep"))
+    if trains and interval > epochs:
+        raise ValueError(f"val_interval is {interval}, above max_epochs: no student would be kept.")
+    if trains and keep not in (1, "best", "last"):
+        raise ValueError(f"keep is {keep!r}: use best or last.")
+    if trains and keep == "last" and epochs % interval:
+        raise ValueError(f"max_epochs is {epochs}, no multiple of val_interval: keep 'last' needs the last epoch's.")
 
 
 def _is_triple(value: Any) -> bool:
