@@ -214,7 +214,7 @@ def _describe_split(report: DataReport, found: list[list[Item]], fold: int, seed
         place.update({item["id"]: name for item in section})
         counts = _counts(_class_of(item, report.task) for item in section)
         held = set[int]().union(*(report.held.get(item["id"], set()) for item in section))
-        if section and (missing := [c for n, c in enumerate(report.task.classes) if n not in held]) and report.held:
+        if held and (missing := [label for n, label in enumerate(report.task.classes) if n not in held]):
             without = f"The {name} section has no {', '.join(missing)}"
             report.problems.append(f"{without}: give more images, or another split (fold, split_seed).")
         report.facts.append(f"{name}: {len(section)}" + (f" ({counts})" if counts else ""))
