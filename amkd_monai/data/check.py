@@ -15,7 +15,7 @@ from amkd_monai.data.splits import NEAR, Item, SplitOptions, clusters, near_dupl
 from amkd_monai.files import names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
 from amkd_monai.files.names import label_files, natural, some
-from amkd_monai.files.pictures import level_problem, opened, read_picture
+from amkd_monai.files.pictures import class_colours, level_problem, opened, read_picture
 from amkd_monai.storage import content_hashes
 from amkd_monai.terminal import progress
 
@@ -26,7 +26,8 @@ ORANGE = (230, 159, 0)  # Okabe-Ito; with a black border it shows on any backgro
 class DataReport:
     """The result of a check: facts to read, and problems, one sentence each, to put right before a training.
 
-    ``items`` is empty if the layout is wrong; ``damaged`` are the ids of items whose files cannot be used.
+    ``items`` is empty if the layout is wrong; ``damaged`` are the ids of items whose files cannot be used,
+    ``held`` the classes in each usable item by its id.
     """
 
     task: Task
@@ -35,6 +36,7 @@ class DataReport:
     facts: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     damaged: set[str] = field(default_factory=set)
+    held: dict[str, set[int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return everything as text."""
@@ -66,6 +68,7 @@ def check_data(
     except (OSError, ValueError) as error:
         report.problems.append(str(error))
         return report
+    report.held = {item["id"]: {item["label"]} for item in items if _has_class(item)}
     report.items = sorted(items, key=lambda item: natural(item["id"]))
     flat, codes = report.task.dimensions == 2, report.task.mask_codes if mask_codes is None else mask_codes
     sizes, modes, shares, codings = [], [], {}, set[str]()
@@ -79,7 +82,8 @@ def check_data(
         sizes.append(image.shape[1::-1] if flat else image.shape)
         modes.append(mode)
         if mask is not None:
-            shares[item["id"]] = float(mask.mean())
+            shares[item["id"]] = float(_inside(mask).mean())
+            report.held[item["id"]] = set(np.unique(mask).tolist())
     report.problems += filter(None, [coding_problem(codings)])
     _describe_others(report)
     report.facts.append(f"{len(report.items)} items in {len({item['group'] for item in report.items})} groups")
@@ -99,7 +103,7 @@ def check_data(
 def _read(
     item: Item, task: Task, codes: MaskCodes, codings: set[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Picture (H, W, 3) or volume (X, Y, Z), where its mask has foreground, and its mode or the order of its axes."""
+    """Picture (H, W, 3) or volume (X, Y, Z), the classes of its mask, and its mode or the order of its axes."""
     files, classes, mask = label_files(item), len(task.classes), None
     if problem := item.get("problem"):
         raise ValueError(problem)
@@ -119,7 +123,12 @@ def _read(
             raise ValueError(problem)
         if files:
             mask, _ = volumes.read_label_volume(files[0], grid, classes, codes, codings)
-    return image, None if mask is None else (mask > 0) & (mask != IGNORED), mode
+    return image, mask, mode
+
+
+def _inside(mask: np.ndarray) -> np.ndarray:
+    """Where a mask of classes has foreground."""
+    return (mask > 0) & (mask != IGNORED)
 
 
 def _naming(files: Sequence[str | Path], error: Exception) -> str:
@@ -204,6 +213,10 @@ def _describe_split(report: DataReport, found: list[list[Item]], fold: int, seed
     for name, section in zip(("train", "validation", "test"), split, strict=True):
         place.update({item["id"]: name for item in section})
         counts = _counts(_class_of(item, report.task) for item in section)
+        held = set[int]().union(*(report.held.get(item["id"], set()) for item in section))
+        if held and (missing := [label for n, label in enumerate(report.task.classes) if n not in held]):
+            without = f"The {name} section has no {', '.join(missing)}"
+            report.problems.append(f"{without}: give more images, or another split (fold, split_seed).")
         report.facts.append(f"{name}: {len(section)}" + (f" ({counts})" if counts else ""))
     if left := [item["id"] for item in report.items if item["id"] not in place]:
         report.facts.append(f"in no section: {some(left)}")
@@ -236,13 +249,16 @@ def write_contact_sheet(
 ) -> Path:
     """Draw at most ``count`` evenly spaced items with the outlines of their masks, to see whether labels fit images.
 
+    Of several foreground classes each has its colour, with a legend.
+
     Of a volume, the PNG has the slice with most foreground.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     if not items:
         raise ValueError("There is no image to draw: correct the data first.")
-    codes, orange = task.mask_codes if mask_codes is None else mask_codes, [value / 255 for value in ORANGE]
+    codes, several = task.mask_codes if mask_codes is None else mask_codes, len(task.classes) > 2
     chosen = [items[round(i)] for i in np.linspace(0, len(items) - 1, min(count, len(items)))]
     columns = min(6, len(chosen))
     rows = -(-len(chosen) // columns)
@@ -253,19 +269,25 @@ def write_contact_sheet(
     for axes, item in zip(places, chosen, strict=False):
         image, mask, _ = _read(item, task, codes)
         if task.dimensions == 3:
-            outline = np.zeros(image.shape, bool) if mask is None else mask
+            outline = np.zeros(image.shape, np.uint8) if mask is None else np.where(mask == IGNORED, 0, mask)
             image, outline = volumes.middle_slice(volumes.grey_levels(image), outline, int(np.argmin(image.shape)))
             mask = None if mask is None else outline
+        mask = None if mask is None else np.where(mask == IGNORED, 0, mask)
         picture, words = Image.fromarray(image), [_class_of(item, task)]
         picture.thumbnail((400, 400))
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
         if mask is not None:
-            words.append(f"{mask.mean():.1%}" if mask.any() else "empty mask")
+            words.append(f"{(mask > 0).mean():.1%}" if mask.any() else "empty mask")
             outline = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))
-            if outline.any() and min(outline.shape) > 1:
-                for width, colour in ((3, "black"), (1.5, orange)):
-                    axes.contour(outline, [0.5], colors=[colour], linewidths=width, antialiased=False)
+            for label in np.unique(outline[outline > 0]) if min(outline.shape) > 1 else ():
+                colour = class_colours(label) / 255 if several else np.array(ORANGE) / 255
+                for width, drawn in ((3, "black"), (1.5, colour)):
+                    axes.contour(outline == label, [0.5], colors=[drawn], linewidths=width, antialiased=False)
         axes.set_title(f"{item['id'][:28]}\n{', '.join(filter(None, words))}", fontsize=7, parse_math=False)
+    if several and not task.is_classification:
+        colours = (class_colours(range(1, len(task.classes))) / 255).tolist()
+        key = [Line2D([], [], color=c, label=name) for c, name in zip(colours, task.classes[1:], strict=True)]
+        figure.legend(handles=key, loc="outside lower center", ncols=4, fontsize=7)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=104)
     return Path(path)

@@ -181,8 +181,8 @@ def prepare_teachers(
     cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
     validate_descriptions(teachers)
     alone = image_teachers(teachers)
-    where: dict[str, Any] = {"seed": seed, "device": device, "cache_dir": cache_dir}
-    crews = [read_crew(d, train, recipe, epochs, views, **where) for d in teachers if d["kind"] == "crew"]
+    of_run: tuple[Any, ...] = (train, recipe, epochs, views, device, cache_dir)
+    crews = [read_crew(description, *of_run) for description in teachers if description["kind"] == "crew"]
     shared = (train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
     preparation = _Preparation(*shared, {crew.name: crew for crew in crews})
     classes, single = [str(number) for number in range(train.num_classes)], train.classes is not None
@@ -361,7 +361,8 @@ class AnswerScore:
         value: the score that decides, higher is better: for masks the mean Dice over cases (images or volumes) and
             foreground classes, cases without foreground left out; for classes of images the skill.
         cross_entropy: mean over grid cells or images, nats.
-        further: ``volume_ratio`` (predicted by true foreground, over all cases) of masks, ``macro_auroc`` of classes.
+        further: ``volume_ratio`` of masks (predicted by true volume over all cases, of the foreground class whose ratio
+            is farthest from 1), ``macro_auroc`` of classes.
         name: of the score, ``dice`` or ``skill``.
     """
 
@@ -409,7 +410,8 @@ def score_answers(store: FeatureStore, dataset: DecodedDataset, temperature: flo
     both, predicted_sum, true_sum = np.moveaxis(np.stack(list(overlap.values())), -1, 0)  # each (cases, classes - 1)
     valid = true_sum > 0
     dice = 2 * both[valid] / (predicted_sum + true_sum)[valid]
-    ratio = float(predicted_sum.sum() / max(1.0, true_sum.sum()))
+    ratios = (predicted_sum.sum(0) / true_sum.sum(0).clip(1))[true_sum.any(0)]
+    ratio = max(ratios.tolist(), key=lambda ratio: abs(ratio - 1), default=0.0)
     return AnswerScore(float(dice.mean()) if valid.any() else 0.0, float(np.mean(errors)), {"volume_ratio": ratio})
 
 

@@ -128,6 +128,8 @@ def check(purpose: str) -> None:
     given = {**_places(parser), **given}
     parser["bundle_root"] = parser.get_parsed_content("bundle_root")  # while the workflow is on the stack
     _check_values(parser, purpose in ("training", "serving"))
+    if purpose == "training" and "patience" in given and parser.config.get("keep") == "last":
+        raise ValueError("patience ends a run early, keep 'last' trains it to its end: leave --patience out.")
     if purpose != "training":
         adopt(parser, purpose, given)
     if purpose == "evaluation":
@@ -236,8 +238,13 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
     for name in ("amp", "resume", "other_data"):
         if name in config and not _is_expression(config[name]):
             parser[name] = is_true(config[name], name)
-    if trains and config.get("val_interval", 1) > config.get("max_epochs", 1):
-        raise ValueError(f"val_interval is {config['val_interval']}, above max_epochs: no student would be kept.")
+    epochs, interval, keep = (config.get(name, 1) for name in ("max_epochs", "val_interval", "keep"))
+    if trains and interval > epochs:
+        raise ValueError(f"val_interval is {interval}, above max_epochs: no student would be kept.")
+    if trains and keep not in (1, "best", "last"):
+        raise ValueError(f"keep is {keep!r}: use best or last.")
+    if trains and keep == "last" and epochs % interval:
+        raise ValueError(f"max_epochs is {epochs}, no multiple of val_interval: keep 'last' needs the last epoch's.")
 
 
 def _is_triple(value: Any) -> bool:
@@ -315,7 +322,10 @@ def identity(datalist: Datalist, teachers: Sequence[Mapping[str, Any]] = ()) -> 
 
     ``teachers`` are the descriptions of its teachers, which it records with name and size of their files.
     """
-    parser = next(_callers(ConfigParser))
+    parser, classes = next(_callers(ConfigParser)), len(datalist.task.classes)
+    if (given := parser.config["network_def"].get("num_classes", classes)) != classes:
+        name, words = datalist.task.name, ", ".join(datalist.task.classes)
+        raise ValueError(f"{name} has {classes} classes ({words}): set network_def#num_classes to it, not {given}.")
     facts = {
         **datalist.task.identity,
         "classes": list(datalist.task.classes),
@@ -601,7 +611,7 @@ def _check_task(parser: ConfigParser, record: Mapping[str, Any], student: Path, 
     task = get_task(parser.get_parsed_content("task")) if "task" in parser.config else recorded_task(record)
     now, then = (task.description or {}), (record.get("description") or {})
     differing = [key for key in now.keys() | then.keys() if now.get(key) != then.get(key)]
-    if differing := [key for key in differing if data or key != "layout"]:
+    if differing := [key for key in differing if key != "folder" and (data or key != "layout")]:
         what = ", ".join(sorted(differing))
         raise ValueError(f"{student} was trained for a task with another {what}: restore its description.")
     if record["classes"] != list(task.classes):

@@ -271,6 +271,8 @@ class DistillationTrainer(SupervisedTrainer):
         teachers = [] if self.targets is None or self.targets.views > 1 else self.targets.teachers
         if any(teacher.features is not None for teacher in teachers):
             self.augmentation.check_features(warped_features)
+        if self.augmentation.mixes and any(getattr(module, "contrast", None) for module in network.modules()):
+            raise ValueError("The loss 'contrastive' compares whole images: leave it out, or mixup and cutmix.")
         self.seed, self.generator, self.faults = seed, torch.Generator(), Faults()
         loss = nn.Identity()  # the distiller computes it
         options: dict[str, Any] = {"inferer": inferer, "postprocessing": postprocessing, "amp": amp}
@@ -361,5 +363,10 @@ def distillation_batch(
     teachers = targets.read(indices, device, theta, views) if targets is not None else {}
     image = augmentation.photometric(warp(image, theta), generator)
     label = label.long() if label.ndim == 1 else warp(label.float(), theta, mode="nearest").round().long()
+    mixed: dict[str, Any] = {}
+    if mixture := augmentation.mixture(data["has_label"], (image.shape[-2], image.shape[-1]), generator, device):
+        image, mix = mixture.maps(image), {"grid": mixture.maps, "logits": mixture.logits}
+        teachers = {name: {kind: mix[kind](values) for kind, values in of.items()} for name, of in teachers.items()}
+        label, mixed["other"], mixed["share"] = mixture.labels(label)
     image = image.contiguous(memory_format=torch.channels_last)
-    return Batch(image, label, data["has_label"], teachers, data["index"].to(device), task=task)
+    return Batch(image, label, data["has_label"], teachers, data["index"].to(device), task=task, **mixed)

@@ -158,8 +158,8 @@ class Teacher(nn.Module):
 
     def facts(self) -> TeacherFacts:
         """Return what is known of the teacher without its network; hashes its weights."""
-        of_weights = self.is_random, self.weights_file
-        return TeacherFacts(self.name, self.licence, self.fingerprint, self.preprocessing(), *of_weights, self.side)
+        rest = self.is_random, self.weights_file, self.side
+        return TeacherFacts(self.name, self.licence, self.fingerprint, self.preprocessing(), *rest)
 
     def ready(self) -> Teacher:
         """Return the teacher itself, which is built."""

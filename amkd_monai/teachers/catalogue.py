@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from amkd_monai.terminal import align, is_quiet
+from amkd_monai.weight_files import CheckpointError, is_file, kind_of_file
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def weights_folders(weights_dir: str | Path | None = None) -> list[Path]:
 def find_weights(teacher: CatalogueEntry, weights_dir: str | Path | None = None) -> Path | None:
     """Return a teacher's weight file: the first in the weights folders, else in the Hugging Face cache, or None."""
     for folder in weights_folders(weights_dir):
-        if found := next((folder / file for file in teacher.files if (folder / file).is_file()), None):
+        if found := next((folder / file for file in teacher.files if is_file(folder / file)), None):
             return found
     if teacher.hub:
         from huggingface_hub import try_to_load_from_cache
@@ -236,13 +237,24 @@ def status(teacher: CatalogueEntry, weights_dir: str | None = None) -> str:
     """Say whether a teacher is usable here, in a few words."""
     if missing_packages(teacher):
         return "package missing"
-    if teacher.distribution or not teacher.files or find_weights(teacher, weights_dir):
+    if teacher.distribution or not teacher.files:
         return "usable"
-    return "weights missing"
+    path = find_weights(teacher, weights_dir)
+    return "weights missing" if path is None else "file unusable" if file_problem(path) else "usable"
+
+
+def file_problem(path: Path) -> str:
+    """Say in one sentence why a file cannot hold weights, or nothing; its header is read, no tensor."""
+    try:
+        return "" if kind_of_file(path) else f"{path} is no checkpoint of PyTorch or safetensors: obtain it again."
+    except CheckpointError as error:
+        return str(error)
 
 
 def format_catalogue(weights_dir: str | None = None) -> str:
     """Return the table that ``python -m amkd_monai teachers`` prints."""
     header = ("teacher", "kind", "status", "licence", "where to get it")
     rows = [header] + [(e.name, e.kind, status(e, weights_dir), e.licence, e.source) for e in CATALOGUE]
-    return align(rows, left=None, ruled=True)
+    found = (find_weights(e, weights_dir) for e in CATALOGUE if not e.distribution)
+    problems = dict.fromkeys(file_problem(path) for path in found if path)  # one file may serve several
+    return "\n".join([align(rows, left=None, ruled=True), *filter(None, problems)])

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, binary_to_two_class, pool_to_grid
+from amkd_monai.weight_files import is_file
 from amkd_monai.weights import DAMAGE_ERRORS, CheckpointError, file_sha256
 
 
 def load_network_file(path: str | Path) -> nn.Module:
     """Load a network from a ``.ts`` (TorchScript) or ``.pt2`` (torch.export) file; neither holds Python code."""
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"There is no network file at {path}: give the path of a .ts or .pt2 file.")
     try:
         if path.suffix == ".pt2":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def local_folder(model: str | Path, download: bool) -> Path:
     """
     from huggingface_hub import errors, snapshot_download
 
-    if Path(model).is_dir():
+    if os.path.isdir(model):  # noqa: PTH112 - never raises
         return Path(model)
     try:
         wanted = ["*.json", "*.safetensors"]

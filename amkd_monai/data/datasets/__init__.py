@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from amkd_monai.files.names import read_text
 from amkd_monai.storage import atomic_folder
 
 PHANTOM_MARKER = "PHANTOM.txt"
-KINDS = ("segmentation", "classification", "multilabel")
+KINDS = ("segmentation", "classification")
 
 
 def is_phantom(folder: str | Path) -> bool:
@@ -56,7 +56,9 @@ class Task:
         kind: what is predicted; "segmentation" is one class index per pixel or voxel, "classification" one per image.
         dimensions: spatial dimensions of an image, 2 or 3.
         primary_metric: the metric that selects the best checkpoint.
-        nsd_tolerance: tolerance of the normalised surface distance, in `unit` (segmentation).
+        nsd_tolerance: tolerance of the normalised surface distance, in `unit` (segmentation); or one for each class of
+            `classes[1:]` and each of `regions`, by name.
+        regions: foreground classes that are also scored together, by name, as {"whole tumour": (1, 2, 3)}.
         referable_from: classes are ordered grades, and this is the first one at which a patient is referred.
         singled_out: classes that are judged one against all others, as in two binary problems.
         mask_codes: what the values of mask files mean, see `amkd_monai.files.masks.decode`.
@@ -79,7 +81,8 @@ class Task:
     kind: str = "segmentation"
     dimensions: int = 2
     primary_metric: str = "dice"
-    nsd_tolerance: float = 2.0
+    nsd_tolerance: float | Mapping[str, float] = 2.0
+    regions: Mapping[str, Sequence[int]] = field(default_factory=dict)
     referable_from: int | None = None
     singled_out: tuple[str, ...] = ()
     mask_codes: str | Mapping[str, int | str] = "auto"
@@ -96,6 +99,16 @@ class Task:
     def identity(self) -> dict[str, Any]:
         """What records of a run hold of the task; :func:`recorded_task` finds it again."""
         return {"task": self.name, **({} if self.description is None else {"description": self.description})}
+
+    def __post_init__(self) -> None:
+        scored, labels = [*self.classes[1:], *self.regions], range(1, len(self.classes))
+        wrong = [name for name, of in self.regions.items() if not of or isinstance(of, str) or not {*of} <= {*labels}]
+        if wrong or len(set(scored)) < len(scored):
+            wanted = f"a name of its own and some of the labels 1 to {len(labels)}"
+            raise ValueError(f"The task '{self.name}' has the regions {dict(self.regions)}: give each {wanted}.")
+        if isinstance(self.nsd_tolerance, Mapping) and {*self.nsd_tolerance} != {*scored}:
+            wanted = f"one number, or one for each of {', '.join(scored)}"
+            raise ValueError(f"nsd_tolerance of the task '{self.name}' is {dict(self.nsd_tolerance)}: give {wanted}.")
 
     @property
     def is_classification(self) -> bool:
@@ -302,13 +315,14 @@ def get_task(task: Named) -> Task:
     """Return a task of `TASKS` by its name, or one that a JSON file (by its path) or its content describes.
 
     The keys of a description are the plain attributes of :class:`Task`, of which ``name`` and ``classes`` are needed,
-    and ``layout``, the attributes of :class:`~amkd_monai.data.datasets.described.Described`. An unknown name and a
-    description that cannot be used are a ValueError, a file that is not there is a FileNotFoundError.
+    ``folder`` (of the data, relative to the file), and ``layout``, the attributes of
+    :class:`~amkd_monai.data.datasets.described.Described`. An unknown name and a description that cannot be used are a
+    ValueError, a file that is not there is a FileNotFoundError.
     """
     if isinstance(task, Task):
         return task
     if isinstance(task, Mapping):
-        return _described(task, "The description of the task")
+        return _described(task, "The description of the task", Path())
     if (name := str(task)) in TASKS:
         return TASKS[name]
     if not name.endswith(".json"):
@@ -320,7 +334,7 @@ def get_task(task: Named) -> Task:
         content = json.loads(read_text(file))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON ({error}): correct it.") from error
-    return _described(content, str(file))
+    return _described(content, str(file), file.parent)
 
 
 def recorded_task(record: Mapping[str, Any]) -> Task:
@@ -328,16 +342,17 @@ def recorded_task(record: Mapping[str, Any]) -> Task:
     return get_task(record.get("description") or str(record.get("task")))
 
 
-def _described(content: Any, where: str) -> Task:
-    """Make the task of a description; ``where`` names it in messages."""
+def _described(content: Any, where: str, base: Path) -> Task:
+    """Make the task of a description, whose folder is relative to ``base``; ``where`` names it in messages."""
 
     def refuse(what: str) -> ValueError:
         return ValueError(f"{where} {what}: correct it.")
 
-    plain = {f.name for f in fields(Task)} - {"folder", "layout", "source", "phantom", "description"}
+    plain = {f.name for f in fields(Task)} - {"layout", "source", "phantom", "description"}
     if not isinstance(content, Mapping) or not {"name", "classes"} <= content.keys() <= plain | {"layout"}:
         raise refuse(f"is no object with name, classes and, at will, {', '.join(sorted(plain - {'name'}))}, layout")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k != "layout"}
+    values["folder"] = str((base / values["folder"]).resolve()) if "folder" in values else values.get("name")
     name, classes = values["name"], values["classes"]
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or name in TASKS:
         raise refuse(f"has the name {name!r}, which must be of letters, digits, _ . - and none of {', '.join(TASKS)}")
@@ -349,6 +364,8 @@ def _described(content: Any, where: str) -> Task:
     if len(values["prompts"]) != len(classes) - 1:
         raise refuse(f"has {len(values['prompts'])} prompts for {len(classes) - 1} classes after the first")
     kind, dimensions = values.get("kind", KINDS[0]), values.get("dimensions", 2)
+    if kind == "multilabel":
+        raise refuse("asks for several findings per picture (multilabel): describe one task of two classes per finding")
     if kind not in KINDS or dimensions not in (2, 3) or (kind != KINDS[0] and dimensions == 3):
         raise refuse(
             f"has the kind {kind!r} in {dimensions!r} dimensions, which must be one of {', '.join(KINDS)} in 2"
@@ -360,4 +377,7 @@ def _described(content: Any, where: str) -> Task:
     if not isinstance(options, Mapping) or not options.keys() <= known:
         raise refuse(f"has a layout that is no object of {', '.join(sorted(known))}")
     layout = Described(title=name, classes=classes, kind=kind, volumes=dimensions == 3, **options)
-    return Task(folder=name, layout=layout, description=dict(content), **values)
+    try:
+        return Task(layout=layout, description=dict(content), **values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
