@@ -242,9 +242,9 @@ _TASKS = (
         values="any",
         prompts=("left atrium in cardiac MRI",),
         phantom=phantoms.msd_heart,
-        # Antonelli et al., "The Medical Segmentation Decathlon", Nature Communications 2022. Two training images (la_005
-        # and la_026) were seen to be byte-identical while their labels differ. 20 labelled hearts are too few for one
-        # fixed test section.
+        # Antonelli et al., "The Medical Segmentation Decathlon", Nature Communications 2022. Two training images
+        # (la_005, la_026) were seen to be byte-identical while their labels differ. 20 labelled hearts are too few for
+        # one fixed test section.
         layout=Described(
             title="MSD Heart",
             classes=("background", "left atrium"),
