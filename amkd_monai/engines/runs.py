@@ -317,7 +317,10 @@ class Identity:
 
 def identity(datalist: Datalist) -> Identity:
     """Describe the run of the config that is being read: its data, split, input, preprocessing, network and classes."""
-    parser = next(_callers(ConfigParser))
+    parser, classes = next(_callers(ConfigParser)), len(datalist.task.classes)
+    if (given := parser.config["network_def"].get("num_classes", classes)) != classes:
+        name, words = datalist.task.name, ", ".join(datalist.task.classes)
+        raise ValueError(f"{name} has {classes} classes ({words}): set network_def#num_classes to it, not {given}.")
     facts = {
         **datalist.task.identity,
         "classes": list(datalist.task.classes),
