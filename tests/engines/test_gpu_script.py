@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 
-import torch
 from helpers import ROOT
 
 
@@ -13,6 +12,7 @@ def test_every_part_runs_at_toy_sizes(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny"])
     import gpu
 
+    subprocess.run(["bash", "-n", "benchmarks/gpu.sh"], cwd=ROOT, check=True)
     assert gpu.main() == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     for word in (*gpu.TINY.teachers, "plain step", "cached step", "reading", "synchronisations", "compiled"):
@@ -21,9 +21,3 @@ def test_every_part_runs_at_toy_sizes(monkeypatch, capsys):
     assert len(figures) >= 4 and min(figures) > 0
     cosines = [float(line.rsplit("| ", 1)[1].strip(" |")) for line in rows if line.startswith(("| retfound", "| usfm"))]
     assert len(cosines) == 2 and 0.99 < min(cosines) < 1
-
-
-def test_the_shell_part_is_sound_and_says_that_there_is_no_gpu():
-    subprocess.run(["bash", "-n", "benchmarks/gpu.sh"], cwd=ROOT, check=True)
-    text = (ROOT / "benchmarks" / "gpu.sh").read_text()
-    assert "benchmarks/gpu.py" in text and "timeout" in text and not torch.cuda.is_initialized()
