@@ -372,16 +372,14 @@ def _described(content: Any, where: str, base: Path) -> Task:
     if kind != KINDS[0]:
         values.setdefault("primary_metric", "macro_auroc")
     options = content.get("layout", {})
-    known = {f.name for f in fields(Described)} - {
-        "title",
-        "classes",
-        "kind",
-        "volumes",
-        "validation_fraction",
-        "expected",
-    }
+    of_the_task = {"title", "classes", "kind", "volumes", "validation_fraction", "expected"}
+    known = {f.name for f in fields(Described)} - of_the_task
     if not isinstance(options, Mapping) or not options.keys() <= known:
         raise refuse(f"has a layout that is no object of {', '.join(sorted(known))}")
+    try:
+        re.compile(str(options.get("groups", "")))
+    except re.error as error:
+        raise refuse(f"has a pattern of groups that is none ({error})") from error
     layout = Described(title=name, classes=classes, kind=kind, volumes=dimensions == 3, **options)
     try:
         return Task(layout=layout, description=dict(content), **values)

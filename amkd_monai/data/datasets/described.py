@@ -59,7 +59,7 @@ class Described(Layout):
         images, labels: the folders of "pairs".
         mask_ending: what the names of masks end with before the suffix, such as ``_mask``.
         file: the datalist or the table.
-        columns: names of the table's columns by "image", "label" (several for several findings), "group", "section".
+        columns: names of the table's columns by "image", "label", "group", "section".
         groups: regular expression of which the first group, in an image's id, is the item's group.
     """
 
@@ -72,7 +72,7 @@ class Described(Layout):
     labels: str = ""
     mask_ending: str = ""
     file: str = ""
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
     groups: str = ""
     validation_fraction: float | None = None
     expected: str = (
@@ -115,7 +115,7 @@ class Described(Layout):
         """
         self.check(root)
         items = [self._completed(item) for item in _named(READERS[self.form_of(root)](self, root), root)]
-        named = [name.lower() for name in names_of_values(root).values()]
+        named = [name.lower() for name in names_of_values(root)[0].values()]
         if self.masks and named and named != [name.lower() for name in self.classes]:
             logger.warning("dataset.json in %s names the classes %s, the task %s.", root, named, list(self.classes))
         if not items:
@@ -192,12 +192,11 @@ class Described(Layout):
                 return file
         return None
 
-    def columns_of(self, table: Path) -> dict[str, list[str]]:
+    def columns_of(self, table: Path) -> dict[str, str]:
         """Return the columns of a table by what they hold: those named, else those of the usual names."""
         header = {name.lower(): name for name in table_rows(table)[0]}
         usual = {what: next((header[n] for n in names if n in header), None) for what, names in COLUMNS.items()}
-        found = {**usual, **self.columns}
-        return {what: [name] if isinstance(name, str) else list(name) for what, name in found.items() if name}
+        return {what: name for what, name in {**usual, **self.columns}.items() if name}
 
     def class_of(self, label: object) -> int | None:
         """Return the class of a label in a table, datalist or folder name, by name or else by value; None without."""
@@ -316,21 +315,15 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
         return
     columns = layout.columns_of(table)
     for row in table_rows(table)[1]:
-        of = {what: [row.get(name, "") for name in names] for what, names in columns.items()}
-        (image,), cells = of["image"], of["label"]
-        label: Any = cells[0] if len(cells) == 1 else [int(float(c)) if c in ZERO_ONE else c for c in cells]
-        item = {"image": str(_found(root, image, IMAGES)), "id": _stem(image)}
-        if not all(cells):
+        of = {what: row.get(name, "") for what, name in columns.items()}
+        image, label = of["image"], of["label"]
+        item = {"image": str(_found(root, image, IMAGES)), "id": _stem(image), "group": of.get("group")}
+        if not label:
             yield {**item, "problem": f"{table} gives '{image}' no label: complete or remove the line."}
             continue
-        if layout.masks:
-            label = str(_found(root, cells[0], LABELS))
-        elif len(cells) > 1 and (wrong := [c for c in cells if c not in ZERO_ONE]):
-            yield {**item, "problem": f"{table} gives '{image}' the value '{wrong[0]}': write 0 or 1."}
-            continue
-        item |= {"label": label, **{k: of[k][0] for k in ("group",) if k in of}}
+        item["label"] = str(_found(root, label, LABELS)) if layout.masks else label
         if "section" in of:
-            found = _section(of["section"][0])
+            found = _section(of["section"])
             item |= {"section": found} if found else {"problem": f"{table} gives '{image}' no known section."}
         yield item
 
@@ -342,7 +335,6 @@ READERS: dict[str, Callable[[Described, Path], Iterator[Item]]] = {
     "classes": _classes,
     "table": _table,
 }
-ZERO_ONE = ("0", "1", "0.0", "1.0")
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -369,14 +361,16 @@ def _entries(file: Path, needed: bool = True) -> list[tuple[str, dict[str, Any]]
     return found if labelled else []
 
 
-def names_of_values(root: Path) -> dict[int, str]:
-    """Names of mask values, sorted, from the ``labels`` of nnU-Net's or the decathlon's dataset.json; {} without."""
+def names_of_values(root: Path) -> tuple[dict[int, str], dict[str, list[int]]]:
+    """Names of mask values, sorted, and regions of several values, by nnU-Net's or the decathlon's dataset.json."""
     file = root / "dataset.json"
     labels = _json(file).get("labels") if file.is_file() else None
     pairs = [(k, v) if str(k).isdecimal() else (v, k) for k, v in labels.items()] if isinstance(labels, dict) else []
-    if any(isinstance(value, list) for value, _ in pairs):
-        return {}
-    return {int(value): str(name) for value, name in sorted(pairs, key=lambda pair: int(pair[0]))}
+    of = [([int(v) for v in value] if isinstance(value, list) else [int(value)], str(name)) for value, name in pairs]
+    single = {values[0]: name for values, name in of if len(values) == 1}
+    regions = {name: values for values, name in of if len(values) > 1}
+    every = sorted({value for values, _ in of for value in values})
+    return {value: single.get(value, f"label {value}") for value in every}, regions
 
 
 def _section(name: str) -> str:
