@@ -176,11 +176,12 @@ class Crew:
     device: torch.device | str
     cache_dir: str
 
-    def facts(self) -> dict[str, Any]:
-        """What the run record tells of the crew."""
+    def facts(self, train: DecodedDataset) -> dict[str, Any]:
+        """What the run record tells of the crew of a training section."""
         mean = f"the mean of {len(self.members)} members over {len(self.mirrors)} mirrored image(s)"
-        seen = {"asked_at": list(self.side), "steps": self.steps, "views": self.views}
-        return {"answers": f"cross-fitted in {self.folds} folds, {mean}", **seen}
+        images = "decoded" if self.side == tuple(train.images.shape[-2:]) else "files"
+        facts = {"steps": self.steps, "views": self.views, "asked_at": {"images": images, "size": list(self.side)}}
+        return {"answers": f"cross-fitted in {self.folds} folds, {mean}", **facts}
 
     def answers(self, train: DecodedDataset, validation: DecodedDataset) -> list[FeatureStore]:
         """Return the stores of answers to both sections, training the members that are still missing.
