@@ -155,7 +155,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Refuse NaN and infinity in weights with a :class:`CheckpointError` that names the tensor."""
+    """Refuse NaN and infinity in weights with a :class:`CheckpointError` that names the tensor; meta has no values."""
     for name, value in tensors.items():
         if value.is_meta:
             continue
