@@ -121,6 +121,7 @@ class DecodedImages(Dataset):
         has_label, has_foreground: boolean arrays over samples.
         labels: class indices, masks (N, 1, H, W) or one class per image (N,); 255 where there is no label.
         axes: where the axes of volumes point, slices first, such as "RAS"; empty for pictures.
+        first, last: of each sample the first and the last one of its case.
         skipped: ids of files that were left out.
     """
 
@@ -134,7 +135,7 @@ class DecodedImages(Dataset):
         self.skipped: list[str] = index["skipped"]
         self.axes: str = index["axes"]
         self.has_label, self.has_foreground = (np.array(index[n], bool) for n in ("has_label", "has_foreground"))
-        self._first, self._last = (np.array(index[n]) for n in ("first", "last"))
+        self.first, self.last = (np.array(index[n]) for n in ("first", "last"))
         self.images, self.labels = (np.load(self.directory / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))
 
     def __len__(self) -> int:
@@ -144,7 +145,7 @@ class DecodedImages(Dataset):
         """Return the image (3, H, W) uint8 of a sample; slices come with their neighbours as channels."""
         if self.images.shape[1] == 3:
             return self.images[index]
-        neighbours = np.clip([index - 1, index, index + 1], self._first[index], self._last[index])
+        neighbours = np.clip([index - 1, index, index + 1], self.first[index], self.last[index])
         return self.images[neighbours, 0]
 
     def __getitem__(self, index: int) -> dict[str, Any]:

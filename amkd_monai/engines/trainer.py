@@ -24,7 +24,7 @@ from amkd_monai.cache.build import MATRIX, to_device
 from amkd_monai.cache.probes import pooled_features
 from amkd_monai.data.augment import Augmentation, warp
 from amkd_monai.data.decoded import DecodedDataset
-from amkd_monai.data.sampling import BatchSampler
+from amkd_monai.data.sampling import BatchSampler, PatchSampler
 from amkd_monai.distillation import SampleTable, TeacherTarget
 from amkd_monai.distillation.distiller import Batch, DistillationOutput, Distiller
 from amkd_monai.distillation.interface import INTERVAL, Faults
@@ -38,8 +38,9 @@ _RANGES = {
     "labelled_fraction": (1e-12, 1),
     "foreground_fraction": (0, 1),
     "min_steps": (1, math.inf),
+    "slices": (1, math.inf),
 }
-_WHOLE = ("batch_size", "warmup_steps", "min_steps")
+_WHOLE = ("batch_size", "warmup_steps", "min_steps", "slices")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Recipe:
         min_steps: steps that an epoch has at least, for few samples.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
         augmentation: options of :class:`amkd_monai.data.augment.Augmentation`.
+        slices: of a patch of a 3D student, which is then what ``batch_size`` counts; 1 for other students.
     """
 
     batch_size: int = 8
@@ -73,6 +75,7 @@ class Recipe:
     min_steps: int = 1
     batch_dice: bool = False
     augmentation: dict[str, Any] = field(default_factory=dict)
+    slices: int = 1
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -89,7 +92,7 @@ class Recipe:
 
     def augment(self) -> Augmentation:
         """Return the augmentation."""
-        return Augmentation(**self.augmentation)
+        return Augmentation(**self.augmentation, together=self.slices)
 
     def loader(
         self,
@@ -109,7 +112,13 @@ class Recipe:
         options |= {"use_unlabelled": use_unlabelled, "classes": dataset.classes, "indices": indices}
         if distributed:
             options |= {"rank": idist.get_rank(), "world_size": idist.get_world_size()}
-        sampler = BatchSampler(dataset.has_label, dataset.has_foreground, self.batch_size, seed, **options)
+        kind: type[BatchSampler] = BatchSampler
+        if self.slices > 1:
+            kind, options = (
+                PatchSampler,
+                {**options, "first": dataset.first, "last": dataset.last, "slices": self.slices},
+            )
+        sampler = kind(dataset.has_label, dataset.has_foreground, self.batch_size, seed, **options)
         return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers)
 
     def class_weights(self, dataset: DecodedDataset) -> Tensor | None:
@@ -261,6 +270,12 @@ class DistillationTrainer(SupervisedTrainer):
         teachers = [] if self.targets is None or self.targets.views > 1 else self.targets.teachers
         if any(teacher.features is not None for teacher in teachers):
             self.augmentation.check_features(warped_features)
+        slices = getattr(getattr(getattr(network, "module", network), "student", None), "slices", 1)
+        if slices != self.augmentation.together:
+            what = f"patches of {self.augmentation.together} slices, the student takes {slices}"
+            raise ValueError(f"The training batches hold {what}: set recipe#slices to {slices}.")
+        if slices > 1 and self.targets is not None and self.targets.views > 1:
+            raise ValueError("A 3D student takes patches whose slices are changed alike: set `views` to 1.")
         self.seed, self.generator, self.faults = seed, torch.Generator(), Faults()
         loss = nn.Identity()  # the distiller computes it
         options: dict[str, Any] = {"inferer": inferer, "postprocessing": postprocessing, "amp": amp}
