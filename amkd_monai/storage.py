@@ -201,7 +201,7 @@ def read_memo(memo: Path, is_entry: Callable[[Any], bool]) -> dict[str, Any]:
     try:
         entries = json.loads(memo.read_bytes())
         if not isinstance(entries, dict) or not all(map(is_entry, entries.values())):
-            raise ValueError("it does not hold hashes of images")
+            raise ValueError("it does not hold what it should")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

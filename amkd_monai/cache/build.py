@@ -27,9 +27,11 @@ from amkd_monai.cache.store import (
 )
 from amkd_monai.data.augment import warp
 from amkd_monai.data.decoded import DecodedDataset, DecodedImages
+from amkd_monai.data.frames import FinerImages
 from amkd_monai.memory import own_peak
-from amkd_monai.storage import fingerprint
-from amkd_monai.teachers.base import Teacher, build_teacher
+from amkd_monai.storage import atomic_path, fingerprint
+from amkd_monai.teachers.base import Teacher, TeacherFacts, build_teacher
+from amkd_monai.teachers.known import KnownTeacher
 
 MATRIX = "view"
 """Name of the stored array with the matrices (2, 3) of a store of several views."""
@@ -98,23 +100,32 @@ def ask(
     indices: Sequence[int],
     device: torch.device | str,
     matrices: np.ndarray | None = None,
+    image: Callable[[int], np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Run a teacher, on ``device``, on B images, or on views of them by matrices (B, 2, 3).
 
+    ``image`` gives the image (3, H', W') uint8 of a sample in place of the data set's, of which only labels are taken.
     Returns ``grid``, ``pooled`` and ``logits``, as far as the teacher gives them, each (B, ...).
     """
-    inputs = [images_of(dataset, indices, device)]
-    if teacher.uses_labels:
-        inputs.append(to_device(np.stack([dataset.labels[i] for i in indices]), device))
-    if matrices is not None:
-        theta = to_device(matrices, device)
-        inputs[0] = warp(inputs[0], theta)
-        masks = [label for label in inputs[1:] if label.ndim == 4]  # the class of an image has no geometry
-        inputs[1:] = [warp(mask.float(), theta, mode="nearest").round().to(mask.dtype) for mask in masks] or inputs[1:]
-    with torch.inference_mode():
-        output = teacher(*inputs)
-    found = {name: getattr(output, name) for name in ("grid", "pooled", "logits")}
-    return {name: value.float().cpu().numpy() for name, value in found.items() if value is not None}
+    images = [(image or dataset.image)(i) for i in indices]
+    alike = len({shown.shape for shown in images}) == 1
+    parts = [range(len(images))] if alike else [range(k, k + 1) for k in range(len(images))]
+    said = []
+    for part in parts:
+        inputs = [to_device(np.stack([images[k] for k in part]), device).float() / 255]
+        if teacher.uses_labels:
+            inputs.append(to_device(np.stack([dataset.labels[indices[k]] for k in part]), device))
+        if matrices is not None:
+            theta = to_device(matrices[part.start : part.stop], device)
+            inputs[0] = warp(inputs[0], theta)
+            masks = [label for label in inputs[1:] if label.ndim == 4]  # the class of an image has no geometry
+            warped = [warp(mask.float(), theta, mode="nearest").round().to(mask.dtype) for mask in masks]
+            inputs[1:] = warped or inputs[1:]
+        with torch.inference_mode():
+            output = teacher(*inputs)
+        found = {name: getattr(output, name) for name in ("grid", "pooled", "logits")}
+        said.append({name: value.float().cpu().numpy() for name, value in found.items() if value is not None})
+    return {name: np.concatenate([one[name] for one in said]) for name in said[0]} if len(said) > 1 else said[0]
 
 
 class Batches:
@@ -157,7 +168,7 @@ class Batches:
 
 
 def cache_teacher(
-    teacher: Teacher,
+    teacher: Teacher | KnownTeacher,
     dataset: DecodedDataset,
     cache_dir: str | Path,
     device: torch.device | str = "cpu",
@@ -170,10 +181,11 @@ def cache_teacher(
     """Return the store of a teacher's outputs over a dataset, computing only what is still missing.
 
     Existing stores of the same teacher and preprocessing for a different sample list are looked up first; matching
-    samples are copied from them. A complete store does not run the teacher at all.
+    samples are copied from them. A complete store does not run the teacher at all, nor build a known one. A teacher of
+    a larger input than the images is shown their files (:class:`~amkd_monai.data.frames.FinerImages`).
 
     Args:
-        teacher: frozen teacher.
+        teacher: frozen teacher, built or known.
         dataset: decoded images; sample i of the store is sample i of the dataset.
         cache_dir: folder of the stores.
         device: where the teacher runs.
@@ -190,27 +202,66 @@ def cache_teacher(
     if dtype not in DTYPES:
         raise ValueError(f"`cache_dtype` is '{dtype}': use one of {', '.join(DTYPES)}.")
     chosen, size = view_set(views), list(dataset.images.shape[-2:])
-    about: dict[str, Any] = {"teacher": teacher.fingerprint, "preprocessing": teacher.preprocessing(), "size": size}
+    facts = teacher.facts()
+    about: dict[str, Any] = {"teacher": facts.fingerprint, "preprocessing": facts.preprocessing, "size": size}
+    finer, asked_at = shown_to(facts, dataset)
+    if finer is not None:
+        about["asked_at"] = asked_at
     if dtype != "float16":
         about["dtype"] = dtype
     key = {**about, "views": ["identity", *chosen[1:]], **_list_key(dataset)}
-    directory = store_directory(cache_dir, teacher.name, key)
+    directory = store_directory(cache_dir, facts.name, key)
     sample_key = fingerprint({**about, "chain": dataset.chain})
-    run = _TeacherRun(teacher, dataset, device, Batches(batch_size, device), directory, sample_key)
+    run = _TeacherRun(teacher, dataset, finer, device, Batches(batch_size, device), directory, sample_key)
     if (directory / NAME).is_file():
         arrays = FeatureStore.open(directory).arrays
     else:
-        arrays = {**run.arrays(dtype), **({MATRIX: ArraySpec((2, 3), "float32")} if views > 1 else {})}
+        arrays = {**run.arrays(dtype), **_matrices(views)}
     origin = {"sample_key": sample_key, "teacher": json.loads(json.dumps(description, default=str))}
     lists = key, dataset.ids, dataset.hashes, arrays, views, SHARD_SIZE
     store = FeatureStore.create_or_open(directory, *lists, view_parameters=chosen, origin=origin)
     if not store.is_complete:
-        build_missing(store, partial(run.shard, store), part, f"teacher {teacher.name}")
+        if "because" in asked_at:
+            logger.warning(
+                "teacher %s sees %d x %d of its %d pixels: %s", facts.name, *size, *list(asked_at.values())[2:]
+            )
+        build_missing(store, partial(run.shard, store), part, f"teacher {facts.name}")
+        if finer is not None:
+            keep_examples(store, finer)
         logger.info(
             "teacher %s ran on %d images, %d at once; peak memory of the process so far %.0f MB",
-            *(teacher.name, run.images, run.batches.size, own_peak()),
+            *(facts.name, run.images, run.batches.size, own_peak()),
         )
     return store
+
+
+def shown_to(facts: TeacherFacts, dataset: DecodedDataset) -> tuple[FinerImages | None, dict[str, Any]]:
+    """Return the finer images that a teacher is shown, None where it is the decoded ones, and their size for records.
+
+    Where the preprocessing is not understood a teacher of a larger input is shown the decoded images; the record says
+    ``because``.
+    """
+    size = list(dataset.images.shape[-2:])
+    if facts.side is None or facts.side <= min(size):
+        return None, {"images": "decoded", "size": size}
+    try:
+        finer = FinerImages(dataset, facts.side)
+    except ValueError as error:
+        return None, {"images": "decoded", "size": size, "wanted": facts.side, "because": str(error)}
+    return finer, {"images": "files", "size": list(finer.size)}
+
+
+EXAMPLES, MOST_EXAMPLES = "asked.npz", 8
+"""File of images that a teacher was shown at finer sampling, kept to ask it again; at most so many, 1 % of all."""
+
+
+def keep_examples(store: FeatureStore, finer: FinerImages) -> None:
+    """Keep some of the images that a teacher was shown, next to what it said, unless they are there."""
+    count = min(MOST_EXAMPLES, max(1, round(len(store) * 0.01)))
+    if not (store.directory / EXAMPLES).is_file():
+        chosen = np.linspace(0, len(store) - 1, count).round().astype(int)
+        with atomic_path(store.directory / EXAMPLES) as file:
+            np.savez_compressed(file, allow_pickle=False, **{str(index): finer.image(index) for index in chosen})
 
 
 def _list_key(dataset: DecodedDataset) -> dict[str, str]:
@@ -226,8 +277,9 @@ class _TeacherRun:
     depends on besides its id and content hash; stores keep theirs in their origin.
     """
 
-    teacher: Teacher
+    teacher: Teacher | KnownTeacher
     dataset: DecodedDataset
+    finer: FinerImages | None
     device: torch.device | str
     batches: Batches
     directory: Path
@@ -267,7 +319,8 @@ class _TeacherRun:
 
         def work(batch: Sequence[int]) -> dict[str, np.ndarray]:
             views = None if matrices is None else np.stack([matrices[i] for i in batch])
-            found = ask(self.teacher, self.dataset, batch, self.device, views)
+            image = None if self.finer is None else self.finer.image
+            found = ask(self.teacher.ready(), self.dataset, batch, self.device, views, image)
             self.images += len(batch)
             return found
 
@@ -275,7 +328,7 @@ class _TeacherRun:
             yield [0], self._first
             indices = [i for i in indices if i != 0]
         if indices:
-            self.teacher.to(self.device)
+            self.teacher.ready().to(self.device)
         yield from self.batches.run(work, indices)
 
     def copied(self, parameters: Any, sample: tuple[str, str], names: list[str]) -> dict[str, np.ndarray] | None:
@@ -310,16 +363,26 @@ class _TeacherRun:
 
 
 def answers_store(
-    name: str, key: Mapping[str, Any], dataset: DecodedDataset, size: tuple[int, int], cache_dir: str | Path
+    name: str,
+    key: Mapping[str, Any],
+    dataset: DecodedDataset,
+    size: tuple[int, int],
+    cache_dir: str | Path,
+    views: int = 1,
 ) -> FeatureStore:
-    """Open the store of answers (N, classes, h, w) that are computed for a whole dataset at once.
+    """Open the store of answers (N, classes, h, w) of probes and cross-fitted networks to views of a dataset.
 
-    Probes and cross-fitted networks answer this way; see :func:`keep_answers`.
+    See :func:`keep_answers` for answers that are computed for a whole dataset at once.
     """
-    key = {**key, **_list_key(dataset)}
-    arrays = {"logits": ArraySpec((dataset.num_classes, *size), "float16")}
+    key = {**key, **({"views": views} if views > 1 else {}), **_list_key(dataset)}
+    arrays = {"logits": ArraySpec((dataset.num_classes, *size), "float16"), **_matrices(views)}
+    lists = key, dataset.ids, dataset.hashes, arrays, views, SHARD_SIZE
     directory = store_directory(cache_dir, f"{name}-answers", key)
-    return FeatureStore.create_or_open(directory, key, dataset.ids, dataset.hashes, arrays, shard_size=SHARD_SIZE)
+    return FeatureStore.create_or_open(directory, *lists, view_parameters=view_set(views) if views > 1 else None)
+
+
+def _matrices(views: int) -> dict[str, ArraySpec]:
+    return {MATRIX: ArraySpec((2, 3), "float32")} if views > 1 else {}
 
 
 def keep_answers(store: FeatureStore, logits: np.ndarray) -> None:
@@ -353,13 +416,21 @@ def verify_store(
         return faults, f"checksums alone: its teacher cannot be built here ({error})"
     if teacher.fingerprint != store.key["teacher"]:
         return [*faults, "stale: the weights or the preprocessing of its teacher changed since"], "checksums"
-    spread = np.linspace(0, len(store) - 1, max(1, round(len(store) * fraction))).round().astype(int).tolist()
+    shown, asked = list(range(len(store))), None
+    if "asked_at" in store.key:
+        if not (file := store.directory / EXAMPLES).is_file():
+            return faults, f"checksums alone: the images it was shown, {EXAMPLES}, are gone"
+        with np.load(file) as kept:
+            asked = {int(index): kept[index] for index in kept.files}
+        shown = sorted(asked)
+    count = min(len(shown), max(1, round(len(store) * fraction)))
+    spread = [shown[i] for i in np.linspace(0, len(shown) - 1, count).round().astype(int)]
     whole = store.written() - set(damaged)
     samples = [(v, i) for v in range(store.views) for i in spread if (v, i // store.shard_size) in whole]
-    decoded = DecodedImages(folder)
+    decoded, image = DecodedImages(folder), None if asked is None else asked.__getitem__
     for view, index in samples:
         matrices = store.read(MATRIX, [index], view) if view else None
-        for name, computed in ask(teacher, decoded, [index], device, matrices).items():
+        for name, computed in ask(teacher, decoded, [index], device, matrices, image).items():
             stored = store.read(name, [index], view).astype(np.float32)
             difference = float(np.linalg.norm(stored - computed) / max(float(np.linalg.norm(computed)), 1e-12))
             if not difference <= LARGEST_DIFFERENCE:

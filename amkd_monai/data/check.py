@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from amkd_monai.data.datalist import find_items, stand_in_note
-from amkd_monai.data.datasets import Task, get_task
+from amkd_monai.data.datasets import Named, Task, get_task
 from amkd_monai.data.splits import NEAR, Item, SplitOptions, clusters, near_duplicates
 from amkd_monai.files import names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
@@ -44,7 +44,7 @@ class DataReport:
 
 
 def check_data(
-    task: str,
+    task: Named,
     root: str | Path,
     cache_dir: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
@@ -174,7 +174,8 @@ def _describe_masks(report: DataReport, shares: Mapping[str, float]) -> None:
 
 def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[Item]]:
     """Report copies and near-copies; return the clusters."""
-    items, kind, first, pairs = report.items, "byte-identical", dict[str, int](), []
+    items, kind = [item for item in report.items if "problem" not in item], "byte-identical"
+    first, pairs = dict[str, int](), []
     memo = None if cache_dir is None else Path(cache_dir) / "content_hashes.json"
     for i, content in enumerate(content_hashes([item["image"] for item in items], memo)):
         a, b = items[first.setdefault(content, i)], items[i]

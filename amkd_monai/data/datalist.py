@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amkd_monai.data.datasets import Task, get_task, is_phantom
-from amkd_monai.data.datasets.layout import Pairs
+from amkd_monai.data.datasets import Named, Task, get_task, is_phantom
+from amkd_monai.data.datasets.described import Described
 from amkd_monai.data.splits import Item, SplitOptions, few_labels, without
 from amkd_monai.data.splits import split_hash as hash_of_split
 from amkd_monai.files.names import DataProblems, read_text, some
@@ -22,7 +22,6 @@ STAND_IN_MARKER = "STAND-IN.txt"
 
 OTHER = "other data"
 """Source of a datalist of :func:`labelled_folder`."""
-COMMON_FOLDERS = (("images", "masks"), ("images", "labels"), ("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))
 
 PHANTOM_NOTICE = """
 ==================================================================================================
@@ -86,7 +85,7 @@ class Datalist:
 
     def describe(self) -> dict[str, Any]:
         """Return facts for a run record."""
-        where = {"task": self.task.name, "source": self.source, "root": str(self.root), "phantom": self.is_phantom}
+        where = {**self.task.identity, "source": self.source, "root": str(self.root), "phantom": self.is_phantom}
         counts = {name: len(items) for name, items in self.sections.items()}
         groups = {name: len({item["group"] for item in items}) for name, items in self.sections.items()}
         return {**where, "stand_in": self.stand_in, "counts": counts, "groups": groups, "split_hash": self.hash}
@@ -102,7 +101,7 @@ def stand_in_note(folder: str | Path) -> str:
     return note
 
 
-def find_dataset_dir(task: str, dataset_dir: str | Path | None = None) -> tuple[Path, str] | None:
+def find_dataset_dir(task: Named, dataset_dir: str | Path | None = None) -> tuple[Path, str] | None:
     """Find a data set: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``; None where only phantoms are left.
 
     Returns the folder and how it was found; a FileNotFoundError names a given folder that is not there.
@@ -124,7 +123,7 @@ def find_dataset_dir(task: str, dataset_dir: str | Path | None = None) -> tuple[
 
 
 def resolve_dataset_dir(
-    task: str, dataset_dir: str | Path | None = None, cache_dir: str | Path = "data"
+    task: Named, dataset_dir: str | Path | None = None, cache_dir: str | Path = "data"
 ) -> tuple[Path, str]:
     """Find a data set as :func:`find_dataset_dir` does, else write phantoms into ``cache_dir``, loudly."""
     if found := find_dataset_dir(task, dataset_dir):
@@ -132,12 +131,12 @@ def resolve_dataset_dir(
     chosen, phantoms = get_task(task), Path(cache_dir) / "phantoms"
     with exclusive_lock(phantoms / f"{chosen.folder}.lock", wait_s=600):
         written = chosen.write_phantom(phantoms)
-    logger.warning(PHANTOM_NOTICE.format(task=task, root=written, folder=chosen.folder))
+    logger.warning(PHANTOM_NOTICE.format(task=chosen.name, root=written, folder=chosen.folder))
     return written, "phantoms"
 
 
 def datalist(
-    task: str,
+    task: Named,
     dataset_dir: str | Path | None = None,
     cache_dir: str | Path = "data",
     seed: int = 0,
@@ -153,7 +152,7 @@ def datalist(
     """Find, check and split a data set.
 
     Args:
-        task: a key of ``amkd_monai.data.datasets.TASKS``.
+        task: its name or the path of its description, see :func:`amkd_monai.data.datasets.get_task`.
         dataset_dir: the data set's folder; None searches for it.
         cache_dir: where phantoms are made if there are no data.
         seed: seed of the split.
@@ -196,7 +195,7 @@ def datalist(
 
 
 def labelled_folder(
-    task: str, folder: str | Path, cache_dir: str | Path | None = None, options: Mapping[str, Any] | None = None
+    task: Named, folder: str | Path, cache_dir: str | Path | None = None, options: Mapping[str, Any] | None = None
 ) -> Datalist:
     """List all that is labelled in a folder, in the layout of the task's data set or in a common one, as test section.
 
@@ -207,8 +206,9 @@ def labelled_folder(
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}: give a folder of labelled data.")
     layout, given = chosen.layout, dict(options or {})
-    if not layout.is_in(root):
-        layout = Pairs("labelled", folders=COMMON_FOLDERS, volumes=chosen.dimensions == 3)
+    named = (getattr(layout, name, "") for name in ("images", "labels", "file"))
+    if not (layout.is_in(root) and all((root / name).exists() for name in named)):
+        layout = Described("labelled", chosen.classes, chosen.kind, chosen.dimensions == 3)
         known = inspect.signature(layout.find_items).parameters
         if unknown := given.keys() - known.keys():
             logger.warning("The option(s) %s of %s do not apply to %s.", some(unknown), chosen.name, root)
@@ -218,17 +218,20 @@ def labelled_folder(
 
 
 def find_items(
-    task: str, root: Path, cache_dir: str | Path | None = None, options: Mapping[str, Any] | None = None
+    task: Named, root: Path, cache_dir: str | Path | None = None, options: Mapping[str, Any] | None = None
 ) -> list[Item]:
     """List the items of a data set with options of its own, see :class:`amkd_monai.data.datasets.Layout`."""
-    find = get_task(task).layout.find_items
+    task = get_task(task)
+    find = task.layout.find_items
     known = inspect.signature(find).parameters.keys() - {"root", "cache_dir"}
     if unknown := set(options or {}) - known:
-        raise ValueError(f"{task} has no data option {min(unknown)}: it has {', '.join(sorted(known)) or 'none'}.")
+        raise ValueError(f"{task.name} has no data option {min(unknown)}: it has {', '.join(sorted(known)) or 'none'}.")
     return find(root, cache_dir, **(options or {}))
 
 
-def inference_datalist(task: str, dataset_dir: str | Path | None = None, cache_dir: str | Path = "data") -> list[Item]:
+def inference_datalist(
+    task: Named, dataset_dir: str | Path | None = None, cache_dir: str | Path = "data"
+) -> list[Item]:
     """List the images to predict, {"image", "id"}: those of an official layout, or of a plain folder."""
     root, _ = resolve_dataset_dir(task, dataset_dir, cache_dir)
     return get_task(task).layout.inference_items(root)

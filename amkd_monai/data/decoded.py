@@ -120,8 +120,8 @@ class DecodedImages(Dataset):
         ids, cases, groups, hashes: of each sample; slices are ``<case>#<slice>``.
         has_label, has_foreground: boolean arrays over samples.
         labels: class indices, masks (N, 1, H, W) or one class per image (N,); 255 where there is no label.
+        first, last: sample of the first and the last slice of each sample's volume (N,).
         axes: where the axes of volumes point, slices first, such as "RAS"; empty for pictures.
-        first, last: of each sample the first and the last one of its case.
         skipped: ids of files that were left out.
     """
 
@@ -143,10 +143,11 @@ class DecodedImages(Dataset):
 
     def image(self, index: int) -> np.ndarray:
         """Return the image (3, H, W) uint8 of a sample; slices come with their neighbours as channels."""
-        if self.images.shape[1] == 3:
-            return self.images[index]
-        neighbours = np.clip([index - 1, index, index + 1], self.first[index], self.last[index])
-        return self.images[neighbours, 0]
+        return self.images[index] if self.images.shape[1] == 3 else self.images[self.neighbours(index), 0]
+
+    def neighbours(self, index: int) -> np.ndarray:
+        """Return the samples (3,) before, at and after a slice; the ends of a volume are their own neighbours."""
+        return np.clip([index - 1, index, index + 1], self.first[index], self.last[index])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return image (3, H, W) and label (1, H, W) or () as uint8 (255 where unlabelled), id, index, has_label."""
@@ -171,6 +172,7 @@ class DecodedDataset(DecodedImages):
         on_bad_sample: ``stop`` raises on the first unusable file, ``skip`` leaves it out and lists it in ``skipped``.
 
     Attributes:
+        data, transform, on_bad_sample: as given, from which a finer decoding of the same samples is made.
         classes: (N,) class per image, -1 where unknown; None for masks.
         chain: hash of the transform chain, which makes a sample what it is together with its id and content hash.
 
@@ -192,13 +194,15 @@ class DecodedDataset(DecodedImages):
         if on_bad_sample == "stop" and (problems := [item["problem"] for item in data if "problem" in item]):
             raise DataProblems(problems)
         self.data, self.num_classes, cache_dir = list(data), num_classes, Path(cache_dir)
+        self.transform, self.on_bad_sample = transform, on_bad_sample
         self.classifies = any(_is_class(item.get("label")) for item in self.data)
-        paths = [path for item in self.data for path in (item["image"], *label_files(item))]
+        paths = [p for item in self.data for p in (item["image"], *label_files(item)) if Path(p).is_file()]
         by_path = dict(zip(paths, content_hashes(paths, cache_dir / "content_hashes.json"), strict=True))
         hashes = []
         for item in self.data:
-            masks = "-".join(by_path[file] for file in label_files(item))
-            hashes.append([by_path[item["image"]], f"class {item['label']}" if _is_class(item.get("label")) else masks])
+            masks = "-".join(by_path.get(file, "missing") for file in label_files(item))
+            image = by_path.get(item["image"], "missing")
+            hashes.append([image, f"class {item['label']}" if _is_class(item.get("label")) else masks])
         ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
         description = describe(transform)
         self.chain = fingerprint("decoded-4", description)

@@ -30,7 +30,9 @@ from monai.transforms import (
 )
 from monai.transforms.traits import LazyTrait
 
+from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.transforms import LoadPictured
+from amkd_monai.storage import file_sha256
 
 INTERPOLATING = (Affined, Resized, Rotated, Spacingd, SpatialResampled, Zoomd)
 """The first of these ends what is done to the file's own samples; from there a chain is an affine map and a shape."""
@@ -70,15 +72,15 @@ class Frame:
             samples = GaussianSmooth(sigma=np.maximum((steps - 1) / 2, 0).tolist())(samples)
         return Frame(samples, matrix, (*self.shape[:-2], *size))
 
-    def read(self, mode: str = "bilinear", slices: range | None = None) -> MetaTensor:
+    def read(self, mode: str = "bilinear", slices: Sequence[int] | None = None) -> MetaTensor:
         """Sample the frame: (C, *shape) float32, 0 beyond the file; of a volume only some ``slices`` if given."""
         source, rank = self.samples.as_tensor().float()[None], len(self.shape)
-        planes = slices or range(self.shape[0]) if rank == 3 else range(1)
+        planes = [0] if rank == 2 else range(self.shape[0]) if slices is None else slices
         shape = (1, *self.shape[1:]) if rank == 3 else self.shape
         parts = []
         for plane in planes:
             matrix = self.matrix.copy()
-            matrix[:, -1] += matrix[:, 0] * plane * (rank == 3)
+            matrix[:, -1] += matrix[:, 0] * plane
             # torch's coordinates: -1 and 1 at the borders of the first and last sample, last axis first
             theta = _normalised(source.shape[2:]) @ matrix @ np.linalg.inv(_normalised(shape))
             theta = np.ascontiguousarray(theta[-2::-1][:, [*range(rank - 1, -1, -1), rank]])
@@ -157,3 +159,55 @@ def finer(transform: Callable, size: tuple[int, int]) -> Compose:
             after = type(steps[first]).__name__
             raise ValueError(f"the preprocessing's {type(step).__name__} comes after {after}: put it before")
     return Compose([*steps[:first], Finer(steps[first:], (int(size[0]), int(size[1])))])
+
+
+class FinerImages:
+    """The images of a decoded data set, read from their files at finer sampling whenever they are asked for.
+
+    Args:
+        dataset: images at the student's size (H, W).
+        side: pixels that the shorter side of the frame is to have; a file of fewer pixels gives fewer.
+
+    Attributes:
+        size: (H', W') of an image, at most; the frame keeps its proportions.
+
+    Raises:
+        ValueError: the preprocessing is not understood (:func:`finer`).
+    """
+
+    def __init__(self, dataset: DecodedDataset, side: int) -> None:
+        height, width = dataset.images.shape[-2:]
+        self.dataset, shorter = dataset, min(height, width)
+        self.size = round(side * height / shorter), round(side * width / shorter)
+        *own, self._finer = finer(dataset.transform, self.size).transforms
+        self._own, self._items = Compose(own), {item["id"]: item for item in dataset.data}
+        self._case = ""
+        self._frame: Frame | None = None
+
+    def image(self, index: int) -> np.ndarray:
+        """Return the image (3, H', W') uint8 of a sample, as :meth:`DecodedImages.image` does at the student's size.
+
+        Raises:
+            ValueError: the file was changed since it was decoded, or its frame is not the one that was decoded.
+        """
+        dataset = self.dataset
+        if self._frame is None or self._case != dataset.cases[index]:
+            self._case, self._frame = dataset.cases[index], self._read(index)
+        if self._frame.shape[-2:] == dataset.images.shape[-2:]:
+            return dataset.image(index)
+        is_volume = len(self._frame.shape) == 3
+        slices = dataset.neighbours(index) - dataset.first[index] if is_volume else None
+        values = np.asarray(self._frame.read(slices=slices))
+        return np.round((values[0] if is_volume else values).clip(0, 1) * 255).astype(np.uint8)
+
+    def _read(self, index: int) -> Frame:
+        dataset, item = self.dataset, self._items[self.dataset.cases[index]]
+        if not file_sha256(item["image"]).startswith(dataset.hashes[index].split("-")[0]):
+            raise ValueError(f"{item['image']} was changed since it was decoded: start again.")
+        frame = self._finer.frame(self._own(dict(item)))
+        count, size = int(dataset.last[index] - dataset.first[index]) + 1, frame.within_file(self.size)
+        decoded = (*([count] if len(frame.shape) == 3 else []), *dataset.images.shape[-2:])
+        if frame.shape != decoded:
+            found = f"its spatial steps are to give {frame.shape}, but gave {decoded}"
+            raise ValueError(f"The preprocessing of {item['image']} is not understood, {found}: use other ones.")
+        return frame if size == decoded[-2:] else frame.at(size, "image" in self._finer.smoothed)

@@ -24,6 +24,7 @@ class BatchSampler(Sampler[list[int]]):
         use_unlabelled: draw unlabelled samples too (of no use without a teacher).
         labelled_fraction: part of a batch that is labelled where there are unlabelled samples.
         foreground_fraction: part of the labelled picks with foreground; None takes them as they come.
+        groups: group per sample; unlabelled ones are drawn so that groups come equally often; None: each its own.
         classes: class per sample, -1 where unknown; None for masks.
         class_balance: 0 draws classes as often as they occur, 1 equally often; between, by n^(1 - class_balance).
         indices: restrict to these samples.
@@ -41,6 +42,7 @@ class BatchSampler(Sampler[list[int]]):
         use_unlabelled: bool = False,
         labelled_fraction: float = 0.5,
         foreground_fraction: float | None = None,
+        groups: Sequence[str] | None = None,
         classes: Sequence[int] | np.ndarray | None = None,
         class_balance: float = 0.0,
         indices: Sequence[int] | np.ndarray | None = None,
@@ -52,6 +54,10 @@ class BatchSampler(Sampler[list[int]]):
         pool = np.arange(len(labelled_mask)) if indices is None else np.asarray(indices, dtype=int)
         self.labelled = pool[labelled_mask[pool]]
         self.unlabelled = pool[~labelled_mask[pool]] if use_unlabelled else pool[:0]
+        by_group: dict[object, list[int]] = {}
+        for i in self.unlabelled:
+            by_group.setdefault(i if groups is None else groups[i], []).append(i)
+        self.unlabelled_groups = [np.array(members) for members in by_group.values()]
         if len(self.labelled) == 0:
             raise ValueError("There is no labelled sample to train on: check the labels and the split.")
         if not 0 <= class_balance <= 1 or (class_balance > 0 and classes is None):
@@ -92,7 +98,10 @@ class BatchSampler(Sampler[list[int]]):
             counts = np.diff([0, *ends[:-1], count])
             labelled = np.concatenate([_cycle(s[0], int(n), rng) for s, n in zip(self.strata, counts, strict=True)])
             rng.shuffle(labelled)
-        others = _cycle(self.unlabelled, total - count, rng)
+        order = _cycle(np.arange(len(self.unlabelled_groups)), total - count, rng)
+        others = np.zeros(len(order), dtype=int)
+        for number, members in enumerate(self.unlabelled_groups):
+            others[order == number] = _cycle(members, int((order == number).sum()), rng)
         parts = [part.reshape(self.steps, self.world_size, -1)[:, self.rank] for part in (labelled, others)]
         yield from np.concatenate(parts, axis=1).astype(int).tolist()
 

@@ -201,17 +201,27 @@ text, other brightness or JPEG quality differ by up to 28 bits, different pictur
 
 
 def group_identical_images(items: Iterable[Item]) -> list[Item]:
-    """Give byte-identical images one common group, their ids joined by "+"; return copies of the items, sorted by id.
+    """Give byte-identical images one common group, see :func:`joined`; return copies of the items, sorted by id.
 
     Only files of equal size are read, so this costs one `stat` per image on a data set without duplicates.
     """
     ordered = sorted(items, key=lambda item: item["id"])
     sizes = [Path(item["image"]).stat().st_size for item in ordered]
-    shared, ids, contents = Counter(sizes), defaultdict(list), []
-    for item, size in zip(ordered, sizes, strict=True):
-        contents.append(file_sha256(item["image"]) if shared[size] > 1 else item["id"])
-        ids[contents[-1]].append(item["id"])
-    return [{**item, "group": "+".join(ids[content])} for item, content in zip(ordered, contents, strict=True)]
+    shared, first, pairs = Counter(sizes), dict[str, int](), []
+    for number, (item, size) in enumerate(zip(ordered, sizes, strict=True)):
+        if shared[size] > 1:
+            pairs.append((first.setdefault(file_sha256(item["image"]), number), number))
+    return joined(ordered, pairs)
+
+
+def joined(items: Sequence[Item], pairs: Sequence[tuple[int, int]]) -> list[Item]:
+    """Return copies of items whose groups are joined where a pair of indices links them, their names by "+"."""
+    first = dict[str, int]()
+    pairs = [*pairs, *((first.setdefault(item["group"], number), number) for number, item in enumerate(items))]
+    groups: dict[int, str] = {}
+    for members in clusters(len(items), pairs):
+        groups |= dict.fromkeys(members, "+".join(sorted({items[index]["group"] for index in members})))
+    return [{**item, "group": groups[index]} for index, item in enumerate(items)]
 
 
 def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None) -> tuple[np.ndarray, list[int]]:
@@ -276,12 +286,8 @@ def clusters(count: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
 def group_near_duplicates(
     items: Sequence[Item], distance: int = NEAR, cache_dir: str | Path | None = None
 ) -> list[Item]:
-    """Give near-duplicate pictures one common group, the ids joined by "+"; return copies of the items in their order.
+    """Give near-duplicate pictures one common group, see :func:`joined`; return copies of the items in their order.
 
     ``distance`` is the number of bits in which two hashes of one group differ at most; 0 joins equal hashes only.
     """
-    pairs = near_duplicates([item["image"] for item in items], distance, cache_dir)
-    groups: dict[int, str] = {}
-    for members in clusters(len(items), pairs):
-        groups |= dict.fromkeys(members, "+".join(sorted(items[index]["id"] for index in members)))
-    return [{**item, "group": groups[index]} for index, item in enumerate(items)]
+    return joined(items, near_duplicates([item["image"] for item in items], distance, cache_dir))

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from monai.handlers import LrScheduleHandler
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
 from monai.transforms import Compose, RandCropByPosNegLabeld, RandScaleIntensityd, RandShiftIntensityd, SpatialPadd
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from amkd_monai.cache.build import answers_store, images_of, keep_answers
@@ -59,6 +61,21 @@ def answer_size(dataset: DecodedDataset) -> tuple[int, int]:
     return height // ANSWER_STRIDE, width // ANSWER_STRIDE
 
 
+def fitted(network: nn.Module, path: Path, method: Method, *where: Any) -> nn.Module:
+    """A trained copy of a network, read from the file that an earlier, perhaps interrupted, call left, or fitted.
+
+    ``where`` are the other arguments of :attr:`Method.fit`.
+    """
+    copied = copy.deepcopy(network)
+    if path.is_file():
+        load_strict(copied, load_state_dict(path), path)
+    else:
+        method.fit(copied, *where)
+        with atomic_path(path) as temporary:
+            torch.save(copied.state_dict(), temporary)
+    return copied
+
+
 def cross_fit(
     name: str,
     network: nn.Module,
@@ -92,14 +109,9 @@ def cross_fit(
     means = [np.zeros((len(rows), *logits.shape[1:]), dtype=np.float32) for _, rows in unseen]
     trained = [stores[0].directory.with_name(f"{stores[0].directory.name}-fold{k}.pt") for k in range(count)]
     for k in range(count):
-        copied = copy.deepcopy(network)
         logger.info("cross-fitting %s: fold %d of %d", name, k + 1, count)
-        if trained[k].is_file():  # left by a run that was interrupted in a later fold
-            load_strict(copied, load_state_dict(trained[k]), trained[k])
-        else:
-            method.fit(copied, train, np.concatenate([labelled[fold != k], unlabelled]), k)
-            with atomic_path(trained[k]) as temporary:
-                torch.save(copied.state_dict(), temporary)
+        rows = np.concatenate([labelled[fold != k], unlabelled])
+        copied = fitted(network, trained[k], method, train, rows, k)
         held_out = labelled[fold == k]
         logits[held_out] = method.predict(copied, train, held_out)
         for mean, (dataset, rows) in zip(means, unseen, strict=True):
@@ -127,9 +139,16 @@ def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
         options["train_handlers"] = [LrScheduleHandler(scheduler, print_lr=False, epoch_level=False)]
         trainer = DistillationTrainer(device, epochs, loader, distiller, optimizer, **options)
         trainer.logger.setLevel(logging.WARNING)
+        average = ModelEmaV3(network, recipe.ema, use_warmup=True) if recipe.ema else None
         with progress(total=epochs * len(loader), desc=f"cross-fit {title}, fold {fold + 1}") as bar:
             trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: bar.update(1))
+            if average is not None:
+                trainer.add_event_handler(
+                    Events.ITERATION_COMPLETED, lambda e: average.update(network, e.state.iteration)
+                )
             trainer.run()
+        if average is not None:
+            network.load_state_dict(average.module.state_dict())
 
     @torch.inference_mode()
     def predict(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray) -> np.ndarray:

@@ -21,17 +21,20 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from amkd_monai.cache import probes
-from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers
+from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers, shown_to
 from amkd_monai.cache.store import EVERYTHING, FeatureStore, Part
 from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.data.unlabelled import look_unlike
 from amkd_monai.distillation import TeacherTarget
 from amkd_monai.distillation.losses import UNLABELLED, one_hot_area, soft_cross_entropy
 from amkd_monai.engines import crossfit
+from amkd_monai.engines.crew import Crew, read_crew
 from amkd_monai.engines.runs import expand
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import macro_auroc
-from amkd_monai.teachers.base import CROSS_FITTED_KINDS, Teacher, build_teacher, validate_descriptions
+from amkd_monai.teachers.base import CROSS_FITTED_KINDS, TeacherFacts, validate_descriptions
+from amkd_monai.teachers.known import known_teacher
 
 logger = logging.getLogger("amkd_monai")
 
@@ -43,14 +46,14 @@ def cache_image_teacher(
     weights_dir: str | None,
     description: Mapping[str, Any],
     **options: Any,
-) -> tuple[Teacher, FeatureStore, FeatureStore]:
-    """Build an image teacher and its stores of the training section and of one view of the validation section.
+) -> tuple[TeacherFacts, FeatureStore, FeatureStore]:
+    """Build an image teacher's stores of the training section and of one view of the validation section.
 
     ``options`` are those of :func:`~amkd_monai.cache.build.cache_teacher`.
     """
-    teacher = build_teacher(description, weights_dir)
+    teacher = known_teacher(description, weights_dir, options["cache_dir"])
     outputs = cache_teacher(teacher, train, views=views, description=description, **options)
-    return teacher, outputs, cache_teacher(teacher, validation, description=description, **options)
+    return teacher.facts(), outputs, cache_teacher(teacher, validation, description=description, **options)
 
 
 def image_teachers(descriptions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -122,7 +125,7 @@ def prepare_teachers(
         cache_dir: folder of all stores.
         device: where teachers and students run.
         seed: of folds and trainings.
-        folds: of probes and cross-fitted specialists.
+        folds: of probes and cross-fitted volume specialists.
         admission_options: ``mode`` (``cross_fit``: a teacher's answers are distilled only if their cross-fitted score,
             Dice or skill, beats the undistilled student's; ``all``; ``none``), ``features`` (``all``: also those of
             teachers that are not admitted; ``admitted``), ``margin`` (of the score), ``folds`` and ``epochs`` of the
@@ -142,17 +145,22 @@ def prepare_teachers(
     ):
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
         raise ValueError(f"The admission options {admission_options} are not understood: use {use}.")
+    if note := look_unlike(train):
+        logger.warning("%s", note)
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
     cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
-    preparation = _Preparation(train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
     alone = image_teachers(teachers)
+    where: dict[str, Any] = {"seed": seed, "device": device, "cache_dir": cache_dir}
+    crews = [read_crew(d, train, recipe, epochs, views, **where) for d in teachers if d["kind"] == "crew"]
+    shared = (train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
+    preparation = _Preparation(*shared, {crew.name: crew for crew in crews})
     if idist.get_world_size() > 1:
         for description in alone:
             cached(description=description, part=Part(idist.get_rank(), idist.get_world_size()))
         idist.barrier()
     with idist.one_rank_first():
         scored = [preparation.scored_teacher(description) for description in teachers]
-        record: dict[str, Any] = {"admission": options}
+        record: dict[str, Any] = {"admission": options} | ({"unlabelled_images": note} if note else {})
         own: AnswerScore | None = None
         margin, values = float(options["margin"]), [score.value for _, score in scored if score is not None]
         if options["mode"] == "cross_fit" and values:
@@ -191,7 +199,8 @@ class _Preparation:
     device: torch.device | str
     seed: int
     folds: int
-    cached: Callable[..., tuple[Teacher, FeatureStore, FeatureStore]]
+    cached: Callable[..., tuple[TeacherFacts, FeatureStore, FeatureStore]]
+    crews: Mapping[str, Crew]
 
     def scored_teacher(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, AnswerScore | None]:
         """Compute a teacher's features and answers, and score the answers; one teacher is in memory at a time."""
@@ -223,6 +232,7 @@ class _Preparation:
         identity = {"kind": description["kind"], "fingerprint": teacher.fingerprint}
         record: dict[str, Any] = {"name": teacher.name, **identity, "licence": teacher.licence}
         record |= {"random_weights": teacher.is_random, "weights": teacher.weights_file}
+        record["asked_at"] = shown_to(teacher, self.train)[1]
         record["stored"] = {**stored, "bytes_per_image": round(outputs.bytes_per_image)}
         target = TeacherTarget(teacher.name, **identity, record=record)
         if grid is not None:
@@ -260,25 +270,28 @@ class _Preparation:
         return train, validation
 
     def _cross_fitted(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, FeatureStore]:
-        """A specialist that is trained on the training split in folds, and its answers to the validation section."""
-        name, kind, network = str(description["name"]), str(description["kind"]), description.get("network")
-        folds, device = int(description.get("folds", self.folds)), self.device
-        if not isinstance(network, nn.Module):
-            raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
-        if kind == "crossfit_volume_specialist":
+        """A crew or a 3D specialist, trained on the training split in folds, and its answers to the validation."""
+        name, kind, sections = str(description["name"]), str(description["kind"]), (self.train, self.validation)
+        if kind == "crew":
+            crew = self.crews[name]
+            answers, of_validation = crew.answers(*sections)
+            facts = crew.facts()
+        else:
+            network, folds = description.get("network"), int(description.get("folds", self.folds))
+            if not isinstance(network, nn.Module):
+                raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
             if self.train.classes is not None:
                 raise ValueError(f"The teacher '{name}' answers volumes with masks, not with classes: drop it.")
             patch = tuple(int(n) for n in description.get("patch_size", (64, 64, 64)))
             steps, rate = int(description.get("steps", 300)), float(description.get("learning_rate", 2e-3))
-            method = crossfit.of_volumes(patch, steps, rate, self.seed, device)
-        else:
-            epochs = int(description.get("epochs", self.epochs))
-            method = crossfit.of_students(self.recipe, epochs, self.seed, device, name)
-        sections = (self.train, self.validation)
-        answers, of_validation = crossfit.cross_fit(name, network, sections, method, folds, self.seed, self.cache_dir)
+            method = crossfit.of_volumes(patch, steps, rate, self.seed, self.device)
+            of_run = (sections, method, folds, self.seed, self.cache_dir)
+            answers, of_validation = crossfit.cross_fit(name, network, *of_run)
+            facts = {"answers": f"cross-fitted in {folds} folds"}
         identity: dict[str, Any] = {"kind": kind, "fingerprint": answers.directory.name}
-        record = {"name": name, **identity, "answers": f"cross-fitted in {folds} folds"}
-        return TeacherTarget(name, **identity, answers=answers, record=record), of_validation
+        return TeacherTarget(
+            name, **identity, answers=answers, record={"name": name, **identity, **facts}
+        ), of_validation
 
     def student_score(self, folds: int, epochs: int, goal: float) -> tuple[AnswerScore, int]:
         """Cross-fit the undistilled student with the run's own recipe; return its score and the length in epochs.

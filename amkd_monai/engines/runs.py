@@ -36,7 +36,7 @@ from monai.utils import ensure_tuple
 
 from amkd_monai import __version__
 from amkd_monai.data.datalist import OTHER, Datalist, find_dataset_dir
-from amkd_monai.data.datasets import get_task
+from amkd_monai.data.datasets import get_task, recorded_task
 from amkd_monai.data.seen import fingerprints, seen_before
 from amkd_monai.distillation import contrastive, distiller
 from amkd_monai.files.masks import NAMED_CODES
@@ -349,7 +349,7 @@ def identity(datalist: Datalist) -> Identity:
     """Describe the run of the config that is being read: its data, split, input, preprocessing, network and classes."""
     parser = next(_callers(ConfigParser))
     facts = {
-        "task": datalist.task.name,
+        **datalist.task.identity,
         "classes": list(datalist.task.classes),
         "data": {**datalist.describe(), "root": str(datalist.root.resolve())},
         "split": _settings(parser.config, "datalist"),
@@ -522,6 +522,8 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
         raise ValueError(f"{student} is not the student of the {RECORD} in its folder: restore it, or remove {RECORD}.")
     entries, network, own = record.get("tasks"), record.get("network", {}), _network(config)
     asked, known = config.get("task"), list(entries) if entries else [record["task"]]
+    if not entries and asked is not None and "entry" not in config:
+        asked = get_task(parser.get_parsed_content("task")).name
     if bool(entries) != ("task_set" in config or "entry" in config) or (asked is not None and asked not in known):
         raise ValueError(
             f"The student {student} was trained for {', '.join(known)}, this config is for {asked or 'several tasks'}: "
@@ -547,6 +549,7 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
     if entries:
         _adopt_tasks(parser, record, given)
         return record
+    _check_task(parser, record, student, data=scored and not other)
     _check_steps(parser, record, student)
     if other:
         if not given.get("output_dir"):
@@ -577,7 +580,7 @@ def _data_root(data: Mapping[str, Any]) -> str | None:
         if data["phantom"]:
             logger.warning("The student was trained on generated PHANTOMS, here are the same: %s", data["root"])
         return str(data["root"])
-    if not data["phantom"] and find_dataset_dir(data["task"]) is None:
+    if not data["phantom"] and find_dataset_dir(recorded_task(data)) is None:
         raise ValueError(f"The run's data were in {data['root']}, which is not there: give --dataset_dir.")
     return None
 
@@ -625,10 +628,20 @@ def _adopt_run_record(parser: ConfigParser, student: Path, scored: bool, given: 
     logger.warning("There is no %s for %s: %s could not be checked.", RECORD, student, unchecked)
 
 
+def _check_task(parser: ConfigParser, record: Mapping[str, Any], student: Path, data: bool) -> None:
+    """Refuse a task that is described otherwise than when the student was trained; the layout counts with its data."""
+    task = get_task(parser.get_parsed_content("task")) if "task" in parser.config else recorded_task(record)
+    now, then = (task.description or {}), (record.get("description") or {})
+    differing = [key for key in now.keys() | then.keys() if now.get(key) != then.get(key)]
+    if differing := [key for key in differing if data or key != "layout"]:
+        what = ", ".join(sorted(differing))
+        raise ValueError(f"{student} was trained for a task with another {what}: restore its description.")
+    if record["classes"] != list(task.classes):
+        raise ValueError(f"{student} was trained for the classes {', '.join(record['classes'])}: train again.")
+
+
 def _check_steps(parser: ConfigParser, record: Mapping[str, Any], student: Path) -> None:
     place = "preprocessing" if "preprocessing" in parser.config else "validate#preprocessing"
-    if record["classes"] != list(get_task(record["task"]).classes):
-        raise ValueError(f"{student} was trained for the classes {', '.join(record['classes'])}: train again.")
     for now, then in itertools.zip_longest(image_steps(parser, place), record["preprocessing"]):
         if now != then:
             was = f"the student {student} was trained with {_shown(then or 'nothing')}"
@@ -694,7 +707,7 @@ def _task_of(run: Mapping[str, Any], unknown: str | None) -> str | None:
 def _core(record: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
     inner = {key: value for part in ("settings", "split", "training") for key, value in record.get(part, {}).items()}
-    kept = {key: record.get(key) for key in ("classes", "network", "preprocessing")}
+    kept = {key: record.get(key) for key in ("classes", "description", "network", "preprocessing")}
     tasks = {name: _core(of_task) for name, of_task in record.get("tasks", {}).items()}
     return {**inner, "split_hash": record.get("data", {}).get("split_hash"), **kept, "parts": tasks}
 

@@ -30,7 +30,7 @@ class TaskBundle:
 
     def __init__(self, name: str, parser: ConfigParser) -> None:
         self.name, self.parser = name, parser
-        self.task = get_task(parser.config["task"])
+        self.task = get_task(parser.get_parsed_content("task"))
         network = parser.config["network_def"]
         network = {k: self.get(f"network_def#{k}") for k in ("num_classes", "stride") if k in network}
         self.head = Head(self.task.kind, int(network["num_classes"]), int(network.get("stride", 4)))
@@ -115,7 +115,7 @@ def open_tasks(
     found: dict[str, bool] = {}
     for name, entry in tasks.items():
         parser = parsers[name] = _parser(name, entry, Path(bundle_root), common, configs)
-        task = get_task(str(parser.config["task"]))
+        task = get_task(parser.get_parsed_content("task"))
         if (other := seen.setdefault(task.name, name)) != name:
             raise ValueError(f"'{other}' and '{name}' are the task {task.name}: keep one, or name its own task.")
         place = parser.config.get("dataset_dir")

@@ -39,6 +39,7 @@ _RANGES = {
     "foreground_fraction": (0, 1),
     "min_steps": (1, math.inf),
     "slices": (1, math.inf),
+    "ema": (0, 0.99999),
 }
 _WHOLE = ("batch_size", "warmup_steps", "min_steps", "slices")
 
@@ -59,6 +60,7 @@ class Recipe:
         class_weighting: weights the task's loss of a class by n^-class_weighting, 1 on average over the samples.
         min_steps: steps that an epoch has at least, for few samples.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
+        ema: decay per step of an average of the student's weights, which takes their place; 0 averages nothing.
         augmentation: options of :class:`amkd_monai.data.augment.Augmentation`.
         slices: of a patch of a 3D student, which is then what ``batch_size`` counts; 1 for other students.
     """
@@ -74,6 +76,7 @@ class Recipe:
     class_weighting: float = 0.0
     min_steps: int = 1
     batch_dice: bool = False
+    ema: float = 0.0
     augmentation: dict[str, Any] = field(default_factory=dict)
     slices: int = 1
 
@@ -109,15 +112,18 @@ class Recipe:
         """
         own = ("labelled_fraction", "foreground_fraction", "class_balance", "min_steps")
         options: dict[str, Any] = {name: getattr(self, name) for name in own}
-        options |= {"use_unlabelled": use_unlabelled, "classes": dataset.classes, "indices": indices}
+        options |= {
+            "use_unlabelled": use_unlabelled,
+            "classes": dataset.classes,
+            "groups": dataset.groups,
+            "indices": indices,
+        }
         if distributed:
             options |= {"rank": idist.get_rank(), "world_size": idist.get_world_size()}
         kind: type[BatchSampler] = BatchSampler
         if self.slices > 1:
-            kind, options = (
-                PatchSampler,
-                {**options, "first": dataset.first, "last": dataset.last, "slices": self.slices},
-            )
+            kind, options = PatchSampler, options | {"first": dataset.first, "last": dataset.last}
+            options["slices"] = self.slices
         sampler = kind(dataset.has_label, dataset.has_foreground, self.batch_size, seed, **options)
         return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers)
 
@@ -172,6 +178,8 @@ class TeacherTargets:
         self._stores = [store for t in teachers for store in (t.features, t.answers) if store is not None]
         self.views = max((store.views for store in self._stores), default=1)
         """Number of stored views of every image."""
+        if len(several := {store.views for store in self._stores if store.views > 1}) > 1:
+            raise ValueError(f"The teachers have {sorted(several)} stored views: give all the same number, or one.")
 
     def __len__(self) -> int:
         return len(self.teachers)

@@ -215,7 +215,8 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     parts = [t["applied_labels"] for t in source.postprocessing if t["_target_"] == "KeepLargestConnectedComponentd"]
     predict = {
         "version": VERSION,
-        **{"task": task.name, "kind": task.kind, "dimensions": task.dimensions, "classes": list(task.classes)},
+        **task.identity,
+        **{"kind": task.kind, "dimensions": task.dimensions, "classes": list(task.classes)},
         "models": {name: f"models/{formats.FORMATS[name]}" for name in ("onnx", "ort-int8") if name in written},
         "steps": source.steps,
         "largest_component": [label for labels in parts for label in labels],

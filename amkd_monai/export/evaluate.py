@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from amkd_monai.data.datalist import labelled_folder
-from amkd_monai.data.datasets import Task, get_task
+from amkd_monai.data.datasets import Task, recorded_task
 from amkd_monai.data.seen import seen_before
 from amkd_monai.data.splits import Item
 from amkd_monai.export.predict import SEEN, Predictor
@@ -53,13 +53,13 @@ def evaluate(
             other data in the folder.
     """
     predictor = Predictor(model, int8, threads)
-    config, task = predictor.config, get_task(predictor.config["task"])
+    config, task = predictor.config, recorded_task(predictor.config)
     if config["classes"] != list(task.classes):
         raise ValueError(
             f"{model} has the classes {', '.join(config['classes'])}, not those of {task.name}: export again."
         )
     codes = config["mask_codes"] if codes is None else codes
-    found = labelled_folder(task.name, data, None, options).checked("stop")
+    found = labelled_folder(task, data, None, options).checked("stop")
     if not (known := read_json(model / SEEN)):
         logger.warning("%s is empty: whether the student has seen images of %s could not be checked.", SEEN, data)
     found.seen.update(seen_before(known, found, seen))

@@ -144,22 +144,31 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is neither UTF-8 nor UTF-16: save it as UTF-8.") from error
 
 
-def read_table(path: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Read a label table, {id: row}, where the first of ``columns`` holds the id.
+def table_rows(path: Path, columns: Sequence[str] = ()) -> tuple[list[str], list[dict[str, str]]]:
+    """Read a table separated by comma, semicolon or tab: names of columns, and rows {name: cell} without blanks.
 
-    Columns are separated by comma, semicolon or tab; the case of their names does not matter. Missing columns or cells,
-    an id that comes twice and an empty table are a ValueError.
+    ``columns`` are written as they stand there, whatever their case in the file.
     """
     text = read_text(path).lstrip("\r\n")
     separator = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, delimiter=separator)
     known = {name.lower(): name for name in columns}
     reader.fieldnames = found = [known.get(n.strip().lower(), n.strip()) for n in reader.fieldnames or []]
+    return found, [{name: (row[name] or "").strip() for name in found} for row in reader]
+
+
+def read_table(path: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Read a label table, {id: row}, where the first of ``columns`` holds the id.
+
+    Columns are separated by comma, semicolon or tab; the case of their names does not matter. Missing columns or cells,
+    an id that comes twice and an empty table are a ValueError.
+    """
+    found, read = table_rows(path, columns)
     if wrong := [name for name in columns if found.count(name) != 1]:
         raise ValueError(f"{path} needs the column(s) {', '.join(wrong)} once: it has {', '.join(found) or 'none'}.")
     rows: dict[str, dict[str, str]] = {}
-    for number, row in enumerate(reader, start=2):
-        cells = {name: (row[name] or "").strip() for name in columns}
+    for number, row in enumerate(read, start=2):
+        cells = {name: row[name] for name in columns}
         if not any(cells.values()):
             continue
         if empty := [name for name, cell in cells.items() if not cell]:
@@ -174,7 +183,7 @@ def read_table(path: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def label_files(item: Mapping[str, object]) -> list[str]:
-    """Return the mask files of an item: one, several (combined by OR), or none where the label is a class."""
+    """Return the mask files of an item: one, several (combined by OR), or none where it is of classes."""
     label = item.get("label")
     files = [label] if isinstance(label, (str, os.PathLike)) else label
-    return [str(file) for file in files] if isinstance(files, (list, tuple)) else []
+    return [str(f) for f in files if isinstance(f, (str, os.PathLike))] if isinstance(files, (list, tuple)) else []

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from amkd_monai.data.datasets import Task, get_task
+from amkd_monai.data.datasets import Task, recorded_task
 from amkd_monai.files.names import some
 from amkd_monai.metrics.classification import class_metrics, delong_test, labels_and_probabilities, positive_classes
 from amkd_monai.metrics.statistics import bootstrap_p, holm, interval, paired_bootstrap_ci, paired_wilcoxon, resampled
@@ -29,7 +29,7 @@ Key = tuple[str, ...]
 def evaluated_task(metrics_json: str | Path) -> Task | None:
     """Return the task of an evaluated run, from its ``metrics.json``; None where that file is missing."""
     report = read_json(metrics_json)
-    return get_task(str(report.get("task"))) if report else None
+    return recorded_task(report) if report else None
 
 
 def compare_runs(

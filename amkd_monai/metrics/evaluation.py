@@ -42,7 +42,7 @@ def figures_of(task: Task, rows: Sequence[Row], seen: Mapping[str, str]) -> dict
     apart, kept = ([row for row in rows if (row["id"] in seen) is which] for which in (True, False))
     if not kept:
         raise ValueError("Every case took part in the student's training: give data of another origin.")
-    figures: dict[str, Any] = {"task": task.name}
+    figures: dict[str, Any] = dict(task.identity)
     if task.is_classification:
         figures["primary_metric"] = task.primary_metric
     else:

@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 import amkd_monai
-from amkd_monai.data.datasets import Task, get_task
+from amkd_monai.data.datasets import Task, recorded_task
 from amkd_monai.metrics.classification import labels_and_probabilities, positive_classes
 from amkd_monai.metrics.compare import compare_runs
 from amkd_monai.metrics.summary import PREVIEWS, TEACHERS, preview_file, read_case_csv
@@ -45,8 +45,8 @@ def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
     """Read a run's output folder; one without a run record and evaluation, and a damaged file, are refused."""
     folder = Path(folder)
     record, metrics = read_json(folder / "run.json"), read_json(folder / "metrics.json")
-    task = metrics.get("task") or record.get("data", {}).get("task")
-    if task is None:
+    known = metrics if "task" in metrics else record.get("data", {})
+    if "task" not in known:
         raise FileNotFoundError(f"{folder} holds neither run.json nor metrics.json: give the output folder of a run.")
     cases, rows = (
         read_case_csv(folder / file) if (folder / file).is_file() else [] for file in ("per_case.csv", "history.csv")
@@ -63,7 +63,7 @@ def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
     if cases and not (folder / PREVIEWS).is_dir():
         missing.append("No pictures of the cases were kept: evaluate the run again to see them.")
     history = {column: np.array([row[column] for row in rows], float) for column in (rows[0] if rows else ())}
-    return RunFolder(name or folder.name, folder, get_task(task), record, metrics, history, cases, missing)
+    return RunFolder(name or folder.name, folder, recorded_task(known), record, metrics, history, cases, missing)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:

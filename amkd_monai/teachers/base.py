@@ -36,6 +36,25 @@ class TeacherFeatures:
     logits: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What is known of a teacher without its network.
+
+    Attributes:
+        fingerprint: SHA-256 over class, weights and preprocessing.
+        preprocessing: JSON-able description of what outputs depend on besides the weights.
+        side: pixels of the shorter side of images at which it sees all it can, None for images as they come.
+    """
+
+    name: str
+    licence: str
+    fingerprint: str
+    preprocessing: dict[str, Any]
+    is_random: bool
+    weights_file: dict[str, str] | None
+    side: int | None
+
+
 class Teacher(nn.Module):
     """A frozen network with its own preprocessing.
 
@@ -54,6 +73,7 @@ class Teacher(nn.Module):
     Attributes:
         is_random: its weights are random, so the run is a test.
         weights_file: name and SHA-256 of the file its weights came from, or None.
+        read_from: paths of such files.
         uses_labels: its forward takes the label (B, 1, H, W) as a second argument.
         settings: names of the attributes, besides the weights, on which its outputs depend.
     """
@@ -68,10 +88,12 @@ class Teacher(nn.Module):
         self.name, self.licence, self.precision = name, licence, precision
         self.is_random = False
         self.weights_file: dict[str, str] | None = None
+        self.read_from: list[Path] = []
 
     def came_from(self, path: str | Path) -> None:
         """Remember the file of the weights for the run record."""
         self.weights_file = {"file": Path(path).name, "sha256": file_sha256(path)}
+        self.read_from.append(Path(path).absolute())
 
     def autocast(self, image: Tensor) -> AbstractContextManager:
         """Return the context in which the network runs on the device of ``image``."""
@@ -98,6 +120,21 @@ class Teacher(nn.Module):
         """SHA-256 over the class, the weights and the preprocessing."""
         facts = [type(self).__name__, state_hash(self.state_dict()), self.preprocessing()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def side(self) -> int | None:
+        """Pixels of the shorter side of images at which the teacher sees all it can: its ``image_size``, if any."""
+        size = getattr(self, "image_size", None)
+        return size if isinstance(size, int) else None
+
+    def facts(self) -> TeacherFacts:
+        """Return what is known of the teacher without its network; hashes its weights."""
+        of_weights = self.is_random, self.weights_file
+        return TeacherFacts(self.name, self.licence, self.fingerprint, self.preprocessing(), *of_weights, self.side)
+
+    def ready(self) -> Teacher:
+        """Return the teacher itself, which is built."""
+        return self
 
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return the features of an image (B, 3, H, W), RGB in [0, 1]."""
@@ -134,8 +171,8 @@ KINDS: dict[str, str] = {
 }
 """Teachers that answer image by image. To add one: one file with a ``Teacher``, and a line here or its path as kind."""
 
-CROSS_FITTED_KINDS = ("crossfit_specialist", "crossfit_volume_specialist")
-"""Teachers that are trained on the run's own training split, in folds (:mod:`amkd_monai.engines.crossfit`)."""
+CROSS_FITTED_KINDS = ("crew", "crossfit_volume_specialist")
+"""Teachers that are trained on the run's own training split, in folds (``crew`` and ``crossfit`` of ``engines``)."""
 
 
 def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:

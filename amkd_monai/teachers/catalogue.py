@@ -58,7 +58,7 @@ CATALOGUE = (
     CatalogueEntry("any timm encoder", "timm", (), "a checkpoint with timm's keys: give its path", "its own"),
     CatalogueEntry("specialist from a file", "specialist", (), "your .ts or .pt2 file: give its path", "its own"),
     CatalogueEntry("a student trained before", "student", (), "the model.pt of a bundle: give its path", "its own"),
-    CatalogueEntry("specialist, 2D", "crossfit_specialist", (), "trained on the training split, in folds", "yours"),
+    CatalogueEntry("crew, 2D", "crew", (), "trained on the training split, in folds", "yours"),
     CatalogueEntry(
         "specialist, 3D", "crossfit_volume_specialist", (), "trained on the training split, in folds", "yours"
     ),

@@ -134,13 +134,13 @@ class MedSAMTeacher(OfficialTeacher):
 
     def boxes(self, image: Tensor, label: Tensor | None) -> Tensor:
         """Return one box (B, 4) per image, x and y of two corners in the network's pixels; NaN where none fits."""
-        height, width = image.shape[-2:]
         whole = torch.tensor([0, 0, self.image_size, self.image_size], dtype=torch.float32, device=image.device)
         boxes = whole.repeat(len(image), 1)
         if self.prompt != "label_box":
             return boxes
         if label is None:
             raise ValueError(f"The teacher '{self.name}' prompts with boxes of labels: call it with the label.")
+        height, width = label.shape[-2:]  # the image may show the same frame in more pixels
         scale = whole[2:].repeat(2) / torch.tensor([width, height, width, height], device=image.device)
         for box, mask in zip(boxes, label[:, 0], strict=True):
             rows, columns = torch.nonzero((mask > 0) & (mask != 255), as_tuple=True)
@@ -166,7 +166,7 @@ class MedSAMTeacher(OfficialTeacher):
 
         Args:
             image: (B, 3, H, W), RGB in [0, 1].
-            label: class indices (B, 1, H, W), 255 where unlabelled; only ``label_box`` reads it.
+            label: class indices (B, 1, h, w) of the same frame, 255 where unlabelled; only ``label_box`` reads it.
         """
         with self.autocast(image):  # one image at a time: global attention takes more than 2 GB at 1024 pixels
             parts = [self.network["image_encoder"](one) for one in self.prepare(image).split(1)]

@@ -101,14 +101,19 @@ class RETFoundTeacher(OfficialTeacher):
             state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [side, side], antialias=False)
         self.fill(official, PRETRAINING_ONLY)
 
+    @property
+    def side(self) -> int:
+        """Pixels of the shorter side of images, of which ``crop`` shows the network a part."""
+        cropped = self.framing == "crop" and self.image_size <= 224
+        return int(self.image_size / (224 / 256)) if cropped else self.image_size
+
     def prepare(self, image: Tensor) -> Tensor:
         """Return the network's input (B, 3, S, S) for images (B, 3, H, W), RGB in [0, 1]."""
         if self.framing == "squash":
             return super().prepare(image)
 
         def cropped(pixels: np.ndarray) -> np.ndarray:
-            short = int(self.image_size / (224 / 256)) if self.image_size <= 224 else self.image_size
-            resized = TF.resize(Image.fromarray(pixels), [short], InterpolationMode.BICUBIC)
+            resized = TF.resize(Image.fromarray(pixels), [self.side], InterpolationMode.BICUBIC)
             return np.asarray(TF.center_crop(resized, [self.image_size]))
 
         return imagenet_normalised(each_image(image, cropped))

@@ -61,6 +61,7 @@ class SpecialistTeacher(Teacher):
         if answers not in ("masks", "classes"):
             raise ValueError(f"The specialist '{name}' answers '{answers}': use 'masks' or 'classes'.")
         self.network, self.file_hash = load_network_file(path), file_sha256(path)
+        self.came_from(path)
         self.answers, self.image_size, self.grid_limit = answers, image_size, grid_limit
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)

@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 import csv
+import re
 
 import pytest
 import torch
-from bundle_runs import read_json, run, settings
-from teachers.tiny_teachers import TINY, official_state
+from bundle_runs import ALL_BUNDLES, SHARED, read_json, run, settings
+from helpers import ROOT
+from teachers.tiny_teachers import OFFICIAL, TINY, official_state, tiny_tasks, write_official
+
+from amkd_monai.data.datasets import TASKS
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A folder with one official file, found by its name."""
-    folder = tmp_path_factory.mktemp("weights")
-    torch.save(official_state("usfm"), folder / "USFM_latest.pth")
-    return folder
+    """A folder with the four official files, found by their names."""
+    return write_official(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.mark.parametrize("bundle", ALL_BUNDLES)
+def test_whoever_copies_four_files_is_taught_by_all_four(bundle, tmp_path, weights, cache, monkeypatch):
+    """The commands of docs/teachers.md, with tiny networks: each data set gets the options that are right for it."""
+    lines = re.search(r"## All four.*?```bash\n(.*?)```", (ROOT / "docs" / "teachers.md").read_text(), re.DOTALL)[1]
+    assert len(lines.splitlines()) <= 10 and all(file in lines for file in OFFICIAL.values())
+    headline = "python -m monai.bundle run training --config_file bundles/busi/configs/train.json"
+    assert headline in lines.splitlines()
+    tiny_tasks(monkeypatch)
+    monkeypatch.setenv("AMKD_WEIGHTS", str(weights))
+    values = settings(bundle, tmp_path, cache / bundle, admission={"mode": "all"})
+    run(bundle, ("train",), {**values, "max_epochs": 1})
+
+    record = read_json(tmp_path / "eval" / "run.json")
+    assert record["status"] == "completed" and not record["is_test"]
+    for name, facts in record["tasks"].items() if bundle == SHARED else [(bundle, record)]:
+        assert facts["teachers"]["asked"] == "auto"
+        chosen = {t["name"]: t for t in facts["teachers"]["chosen"]}
+        assert {n: t["file"] for n, t in chosen.items()} == OFFICIAL
+        recorded = {t["name"]: t for t in facts["distillation"]["teachers"]}
+        assert set(recorded) == set(OFFICIAL) and all(t["features_admitted"] for t in recorded.values())
+        task = TASKS[name]
+        own = set() if task.is_classification else {"biomedparse"}
+        assert {n for n, t in recorded.items() if t["answers"] == "its own"} == own
+        assert chosen["biomedparse"]["prompts"] == ([] if task.is_classification else list(task.prompts))
+        assert chosen["retfound"]["framing"] == ("crop" if name == "aptos2019" else "squash")
+        assert chosen["medsam"]["prompt"] == "none"
 
 
 def test_they_distil_into_one_student(tmp_path, weights, cache):

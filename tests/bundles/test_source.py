@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -9,10 +10,8 @@ import pytest
 from bundle_runs import BUNDLES, SHARED, read_json
 from helpers import ROOT
 
+from amkd_monai.bundles import merge as build
 from amkd_monai.data.datasets import TASKS
-
-sys.path.insert(0, str(ROOT / "bundles" / "source"))
-import build
 
 
 def config(bundle, name):
@@ -21,21 +20,25 @@ def config(bundle, name):
 
 def test_the_bundles_are_as_their_source_says_and_an_edited_one_is_named(tmp_path):
     for name in (*BUNDLES, SHARED):
-        for path, text in build.bundle_files(name).items():
+        own = read_json(ROOT / "bundles" / "source" / f"{name}.json")
+        for path, text in build.bundle_files(name, own, ROOT / "bundles" / "source").items():
             assert (ROOT / "bundles" / name / path).read_text() == text, f"{name}/{path}: run `make bundles`"
     (tmp_path / "LICENSE").write_text("free")
     source = tmp_path / "bundles" / "source"
     source.mkdir(parents=True)
     for name, text in {
         "build.py": (ROOT / "bundles" / "source" / "build.py").read_text(),
-        "logging.conf": "[loggers]",
         "common.json": '{"train": {"a": 1}}',
         "own.json": '{"parts": ["common"], "train": {"b": 2}}',
     }.items():
         (source / name).write_text(text)
 
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
     def built(*options):
-        return subprocess.run([sys.executable, source / "build.py", *options], capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, source / "build.py", *options], capture_output=True, text=True, env=environment
+        )
 
     assert built("--check").returncode == 1 and built().returncode == 0 and built("--check").returncode == 0
     train = tmp_path / "bundles" / "own" / "configs" / "train.json"

@@ -223,7 +223,7 @@ def test_a_teacher_of_one_task_answers_there_and_gives_features_everywhere(tmp_p
 
 
 def test_the_matrix_of_teachers_and_tasks():
-    specialist = {"name": "s", "kind": "crossfit_specialist", "tasks": ["a"]}
+    specialist = {"name": "s", "kind": "crew", "tasks": ["a"]}
     masks = {"name": "m", "kind": "specialist", "tasks": ["a"]}
 
     def row(task, where):

@@ -174,14 +174,6 @@ def test_an_interrupted_cross_fit_keeps_its_finished_folds(data):
     assert fitted == [0, 1, "killed", 2]
 
 
-def test_a_2d_specialist_is_trained_in_folds(data):
-    specialist = {"name": "own", "kind": "crossfit_specialist", "network": Student(seed=5), "epochs": 12, "folds": 2}
-    targets = prepare(data, [specialist], admission_options={"mode": "all"})
-    (spec,) = targets.teachers
-    assert spec.grid is None and spec.logits == (2, 16, 16)
-    assert targets.record["teachers"][0]["dice"] > 0.5
-
-
 def test_a_3d_specialist_answers_slices(tmp_path):
     train = DecodedDataset(discs(tmp_path, 4, size=32, depth=16), load, tmp_path)
     validation = DecodedDataset(discs(tmp_path, 2, size=32, depth=16, seed=1), load, tmp_path)

@@ -114,9 +114,9 @@ def test_admission_is_by_skill_against_the_student(data):
     assert not strict.teachers[0].admitted and strict.teachers[0].grid is not None
 
 
-def test_a_specialist_is_cross_fitted_on_classes(data):
-    network = ClassStudent("tf_efficientnet_lite1", num_classes=CLASSES)
-    description = {"name": "own", "kind": "crossfit_specialist", "network": network, "epochs": 3, "folds": 2}
+def test_a_crew_is_cross_fitted_on_classes(data):
+    members = [{"encoder": "tf_efficientnet_lite1"}]
+    description = {"name": "own", "kind": "crew", "members": members, "image_size": 1, "images": 36, "folds": 2}
     targets = prepare(data, [description], admission_options={"mode": "all"})
     assert targets.teachers[0].logits == (CLASSES, 1, 1) and targets.teachers[0].grid is None
     assert targets.read([0, 29], "cpu")["own"]["logits"].shape == (2, CLASSES, 1, 1)
@@ -126,12 +126,12 @@ def test_a_specialist_is_cross_fitted_on_classes(data):
     ("description", "words"),
     [
         ({"kind": "crossfit_volume_specialist", "network": nn.Identity()}, "answers volumes with masks"),
-        ({"kind": "crossfit_specialist", "network": ClassStudent(num_classes=2, weights="random")}, "classes"),
+        ({"kind": "crew", "members": [ClassStudent(num_classes=2, weights="random")], "image_size": 1}, "classes"),
     ],
 )
 def test_teachers_of_another_task_are_refused(data, description, words):
     with pytest.raises((ValueError, IndexError), match=words):
-        prepare(data, [{"name": "odd", "folds": 2, "epochs": 1, **description}])
+        prepare(data, [{"name": "odd", "folds": 2, **description}])
 
 
 def test_a_mask_specialist_is_refused_for_classes_and_a_class_specialist_accepted(data, tmp_path):

@@ -790,7 +790,7 @@ def test_opening_a_bundle_starts_no_teacher(bundle, tmp_path, monkeypatch):
     """Nothing that is not a training runs teachers, cross-fits or even makes a network or data."""
     monkeypatch.chdir(tmp_path)
     touched = []
-    for place in ("prepare.prepare_teachers", "prepare.build_teacher", "crossfit.cross_fit"):
+    for place in ("prepare.prepare_teachers", "prepare.known_teacher", "crossfit.cross_fit"):
         module, name = place.split(".")
         monkeypatch.setattr(f"amkd_monai.engines.{module}.{name}", lambda *_, place=place, **__: touched.append(place))
     given = {"cache_dir": str(tmp_path / "cache"), "ckpt_dir": str(tmp_path / "m"), "output_dir": str(tmp_path / "o")}
@@ -818,7 +818,7 @@ def test_evaluation_and_export_start_no_teacher(trained, tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("a teacher was built")
 
-    monkeypatch.setattr("amkd_monai.engines.prepare.build_teacher", never)
+    monkeypatch.setattr("amkd_monai.engines.prepare.known_teacher", never)
     monkeypatch.setattr("amkd_monai.engines.prepare.prepare_teachers", never)
     teachers = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
     made = built("kvasir_seg", ("train", "evaluate"), **places(trained), teachers=teachers)

@@ -1,7 +1,10 @@
 """The foundation teachers' own classes at a width and depth that cost nothing."""
 
+import dataclasses
+
 import torch
 
+from amkd_monai.data.datasets import TASKS
 from amkd_monai.teachers.base import build_teacher
 
 SIZES = {"embed_dim": 48, "depth": 4, "num_heads": 4}
@@ -54,3 +57,30 @@ def official_state(which, teacher=None):
     if which == "retfound_dinov2":
         return {f"backbone.{k}": v for k, v in state.items()} | {"backbone.mask_token": torch.zeros(1, 48)}
     return state
+
+
+OFFICIAL = {
+    "medsam": "medsam_vit_b.pth",
+    "usfm": "USFM_latest.pth",
+    "retfound": "RETFound_mae_natureCFP.pth",
+    "biomedparse": "biomedparse_v1.pt",
+}
+"""What the authors call their files."""
+
+
+def write_official(folder):
+    """Write the four files, in the official layouts, into a folder."""
+    folder.mkdir(exist_ok=True)
+    for which, file in OFFICIAL.items():
+        state = official_state(which)
+        torch.save({"model": state} if which == "retfound" else state, folder / file)
+    return folder
+
+
+def tiny_tasks(monkeypatch):
+    """Let all data sets take foundation teachers at tiny widths; everything else is theirs."""
+    sizes = {
+        which: {k: v for k, v in TINY[which].items() if k in ("image_size", "sizes", "taps")} for which in OFFICIAL
+    }
+    for name, task in TASKS.items():
+        monkeypatch.setitem(TASKS, name, dataclasses.replace(task, teacher_options=sizes))

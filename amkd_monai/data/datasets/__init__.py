@@ -1,18 +1,24 @@
 """The data sets: what each asks for, how its files lie, where it comes from. This table is the only registration."""
 
+import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from amkd_monai.data import phantoms
 from amkd_monai.data.datasets import aptos2019, isic2017
 from amkd_monai.data.datasets.busi import Busi
 from amkd_monai.data.datasets.decathlon import Decathlon
+from amkd_monai.data.datasets.described import Described
 from amkd_monai.data.datasets.layout import Layout, Pairs
 from amkd_monai.data.splits import NEAR
+from amkd_monai.files.names import read_text
 from amkd_monai.storage import atomic_folder
 
 PHANTOM_MARKER = "PHANTOM.txt"
+KINDS = ("segmentation", "classification", "multilabel")
 
 
 def is_phantom(folder: str | Path) -> bool:
@@ -58,6 +64,7 @@ class Task:
         layout: finds the items of a folder and splits them.
         source: where the data come from.
         phantom: fills an empty folder with generated data in the layout; None: the data set has none.
+        description: the content of the file that describes the task; None for those of `TASKS`.
     """
 
     name: str
@@ -76,6 +83,12 @@ class Task:
     layout: Layout = field(default_factory=Pairs)
     source: Source | None = None
     phantom: Callable[..., None] | None = None
+    description: Mapping[str, Any] | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What records of a run hold of the task; :func:`recorded_task` finds it again."""
+        return {"task": self.name, **({} if self.description is None else {"description": self.description})}
 
     @property
     def is_classification(self) -> bool:
@@ -270,10 +283,70 @@ _TASKS = (
     ),
 )
 TASKS = {task.name: task for task in _TASKS}
+Named = str | Path | Mapping[str, Any] | Task
+"""A task, or what :func:`get_task` finds it by."""
 
 
-def get_task(name: str) -> Task:
-    """Return a task; an unknown name is a ValueError that lists the known ones."""
-    if name not in TASKS:
-        raise ValueError(f"Unknown task '{name}': use one of {', '.join(sorted(TASKS))}.")
-    return TASKS[name]
+def get_task(task: Named) -> Task:
+    """Return a task of `TASKS` by its name, or one that a JSON file (by its path) or its content describes.
+
+    The keys of a description are the plain attributes of :class:`Task`, of which ``name`` and ``classes`` are needed,
+    and ``layout``, the attributes of :class:`~amkd_monai.data.datasets.described.Described`. An unknown name and a
+    description that cannot be used are a ValueError, a file that is not there is a FileNotFoundError.
+    """
+    if isinstance(task, Task):
+        return task
+    if isinstance(task, Mapping):
+        return _described(task, "The description of the task")
+    if (name := str(task)) in TASKS:
+        return TASKS[name]
+    if not name.endswith(".json"):
+        known = ", ".join(sorted(TASKS))
+        raise ValueError(f"Unknown task '{name}': use one of {known}, or the path of a description (.json).")
+    if not (file := Path(name).expanduser()).is_file():
+        raise FileNotFoundError(f"There is no description of a task at {file}: correct `task`.")
+    try:
+        content = json.loads(read_text(file))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}): correct it.") from error
+    return _described(content, str(file))
+
+
+def recorded_task(record: Mapping[str, Any]) -> Task:
+    """Return the task of a record that holds its :attr:`Task.identity`."""
+    return get_task(record.get("description") or str(record.get("task")))
+
+
+def _described(content: Any, where: str) -> Task:
+    """Make the task of a description; ``where`` names it in messages."""
+
+    def refuse(what: str) -> ValueError:
+        return ValueError(f"{where} {what}: correct it.")
+
+    plain = {f.name for f in fields(Task)} - {"folder", "layout", "source", "phantom", "description"}
+    if not isinstance(content, Mapping) or not {"name", "classes"} <= content.keys() <= plain | {"layout"}:
+        raise refuse(f"is no object with name, classes and, at will, {', '.join(sorted(plain - {'name'}))}, layout")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k != "layout"}
+    name, classes = values["name"], values["classes"]
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or name in TASKS:
+        raise refuse(f"has the name {name!r}, which must be of letters, digits, _ . - and none of {', '.join(TASKS)}")
+    texts = isinstance(classes, tuple) and all(isinstance(c, str) and c for c in classes)
+    if not texts or len(set(classes)) < max(2, len(classes)):
+        raise refuse(f"has the classes {classes!r}, which must be two different names at least")
+    values.setdefault("modality", "image")
+    values.setdefault("prompts", tuple(f"{c} in {values['modality']}" for c in classes[1:]))
+    if len(values["prompts"]) != len(classes) - 1:
+        raise refuse(f"has {len(values['prompts'])} prompts for {len(classes) - 1} classes after the first")
+    kind, dimensions = values.get("kind", KINDS[0]), values.get("dimensions", 2)
+    if kind not in KINDS or dimensions not in (2, 3) or (kind != KINDS[0] and dimensions == 3):
+        raise refuse(
+            f"has the kind {kind!r} in {dimensions!r} dimensions, which must be one of {', '.join(KINDS)} in 2"
+        )
+    if kind != KINDS[0]:
+        values.setdefault("primary_metric", "macro_auroc")
+    options = content.get("layout", {})
+    known = {f.name for f in fields(Described)} - {"title", "classes", "kind", "volumes"}
+    if not isinstance(options, Mapping) or not options.keys() <= known:
+        raise refuse(f"has a layout that is no object of {', '.join(sorted(known))}")
+    layout = Described(title=name, classes=classes, kind=kind, volumes=dimensions == 3, **options)
+    return Task(folder=name, layout=layout, description=dict(content), **values)

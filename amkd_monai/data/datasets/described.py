@@ -1,0 +1,446 @@
+"""The layout of described data: folders of images and masks, datalists, nnU-Net's folders, class folders, tables."""
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from amkd_monai.data import splits
+from amkd_monai.data.datasets.layout import Layout, checked
+from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
+from amkd_monai.files.names import (
+    SUFFIXES,
+    VOLUME_SUFFIXES,
+    file_id,
+    has_suffix,
+    image_files,
+    label_files,
+    natural,
+    read_text,
+    table_rows,
+)
+from amkd_monai.terminal import logger
+
+IMAGES = ("images", "imagesTr", "image", "imgs", "Imgs", "frames")
+LABELS = ("masks", "labels", "labelsTr", "mask", "label", "annotations", "segmentations", "GT")
+ENDINGS = ("", "_mask", "_seg", "_segmentation", "_label", "_labels", "_gt", "-mask", "-seg", "-label")
+SECTIONS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid"),
+    "test": ("test", "testing"),
+}
+"""Names of folders, and of lists and cells in datalists and tables, by section; the case does not matter."""
+COLUMNS = {
+    "image": ("image", "path", "file", "filename", "image_path", "image_id", "id_code", "id"),
+    "label": ("label", "class", "diagnosis", "target", "mask", "mask_path", "segmentation", "label_path"),
+    "group": ("group", "patient", "patient_id", "subject", "subject_id", "case_id"),
+    "section": ("section", "split", "set", "subset"),
+}
+"""Columns of a table by the names they usually have, the image's first."""
+CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+
+
+@dataclass(frozen=True)
+class Described(Layout):
+    """A layout in words; what they leave open is found in the folder.
+
+    Images that cannot be used (without a mask, listed but gone, of another size or number of dimensions, without all
+    channels, of a repeated name) are items with a "problem", so that all of them are named at once.
+
+    Attributes:
+        title, volumes: see :class:`Layout`.
+        classes: names by label value; class folders and tables may use names or values.
+        kind: of the task, see :class:`~amkd_monai.data.datasets.Task`.
+        form: one of `READERS`.
+        images, labels: the folders of "pairs".
+        mask_ending: what the names of masks end with before the suffix, such as ``_mask``.
+        file: the datalist or the table.
+        columns: names of the table's columns by "image", "label" (several for several findings), "group", "section".
+        groups: regular expression of which the first group, in an image's id, is the item's group.
+    """
+
+    title: str = "described"
+    classes: Sequence[str] = ()
+    kind: str = "segmentation"
+    volumes: bool = False
+    form: str = ""
+    images: str = ""
+    labels: str = ""
+    mask_ending: str = ""
+    file: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    groups: str = ""
+
+    expected = (
+        "images/ and masks/ (or labels/), a JSON datalist, nnU-Net's imagesTr/, labelsTr/ and dataset.json, a folder "
+        "per class, or a table (CSV)"
+    )
+    predict_in = ("imagesTs", *IMAGES)
+
+    @property
+    def masks(self) -> bool:
+        """Whether labels are masks."""
+        return self.kind == "segmentation"
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder has one of the forms."""
+        return bool(self.form_of(folder))
+
+    def form_of(self, root: Path) -> str:
+        """Return the form of a folder, "" where it has none."""
+        if self.form:
+            return self.form
+        if (root / "imagesTr").is_dir() and (root / "dataset.json").is_file() and _channels(root / "imagesTr"):
+            return "nnunet"
+        if self.datalist_of(root):
+            return "datalist"
+        if self.masks and any(self.pair_in(folder) for _, folder in _places(root)):
+            return "pairs"
+        if self.table_of(root):
+            return "table"
+        return "classes" if not self.masks and any(_class_images(root)) else ""
+
+    def find_items(
+        self, root: Path, cache_dir: str | Path | None = None, duplicate_distance: int | None = None
+    ) -> list[Item]:
+        """List all labelled images in natural order.
+
+        Args:
+            root: the folder of the data set.
+            cache_dir: keeps perceptual hashes.
+            duplicate_distance: bits in which the perceptual hashes of pictures of one group differ at most; None:
+                byte-identical images alone share a group.
+        """
+        if (form := self.form_of(root)) not in READERS:
+            self.check(root)
+            raise ValueError(f"The form of {self.title} is '{form}': use one of {', '.join(READERS)}.")
+        items = [self._completed(item) for item in _named(READERS[form](self, root), root)]
+        if not items:
+            raise FileNotFoundError(f"No labelled images in {root}: expected {self.expected}.")
+        if any(isinstance(item["image"], list) for item in items):
+            raise ValueError(f"{root} has several channels per image, which no student here takes yet: give one.")
+        usable = [item for item in items if "problem" not in item]
+        if duplicate_distance is None:
+            grouped = splits.group_identical_images(usable)
+        elif self.volumes:
+            raise ValueError("duplicate_distance compares pictures, not volumes: leave it out.")
+        else:
+            grouped = splits.group_near_duplicates(usable, duplicate_distance, cache_dir)
+        others = [item for item in items if "problem" in item]
+        return sorted([*grouped, *others], key=lambda item: natural(item["id"]))
+
+    def inference_items(self, root: Path) -> list[Item]:
+        """List the images to predict: unlabelled ones of a datalist or of the usual folders, else all labelled ones."""
+        if file := self.datalist_of(root):
+            unlabelled = [e for _, e in _entries(file) if "label" not in e]
+            if unlabelled:
+                items = [{"image": str(file.parent / e["image"]), "id": _stem(e["image"])} for e in unlabelled]
+                return sorted(_named(items, root), key=lambda item: natural(item["id"]))
+        if (root / "imagesTs").is_dir() and (found := _channels(root / "imagesTs")):
+            if several := [case for case, files in found.items() if len(files) > 1]:
+                raise ValueError(f"{root / 'imagesTs'} has several channels of {several[0]}: give one.")
+            return [{"image": next(iter(found[case].values())), "id": case} for case in sorted(found, key=natural)]
+        try:
+            return super().inference_items(root)
+        except FileNotFoundError:
+            if not self.form_of(root):
+                raise
+        return [{"image": item["image"], "id": item["id"]} for item in self.find_items(root) if "problem" not in item]
+
+    def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
+        """Keep the sections or folds that the data name; without a test section, it is drawn from the training one."""
+        sections, folds = {i.get("section") for i in items}, {i["fold"] for i in items if "fold" in i}
+        if folds:
+            if how.fold not in folds:
+                raise ValueError(f"There is no fold {how.fold} in {root}: choose one of {sorted(folds)}.")
+            after = sorted(folds)[(sorted(folds).index(how.fold) + 1) % len(folds)]
+            held = {how.fold: "validation"} if "test" in sections else {how.fold: "test", after: "validation"}
+            logger.info("Folds of %s: %s.", root, ", ".join(f"{fold} is {name}" for fold, name in held.items()))
+            items = [{**i, "section": held.get(i["fold"], "train")} if "fold" in i else i for i in items]
+        elif sections == {"train", "validation"}:
+            logger.info("No test section in %s: a part of the training section is it.", root)
+            train = [item for item in items if item["section"] == "train"]
+            drawn = splits.random_split(train, (1 - how.fractions[2], 0, how.fractions[2]), how.seed)[2]
+            ids = {item["id"] for item in drawn}
+            items = [{**item, "section": "test"} if item["id"] in ids else item for item in items]
+        return super().split(root, [splits.without(item, "fold") for item in items], how)
+
+    def pair_in(self, folder: Path) -> tuple[Path, Path] | None:
+        """Return the folders of images and of masks in a folder, None where they are not there."""
+        images, labels = (
+            next((folder / name for name in ([given] if given else usual) if (folder / name).is_dir()), None)
+            for given, usual in ((self.images, IMAGES), (self.labels, LABELS))
+        )
+        return None if images is None or labels is None else (images, labels)
+
+    def datalist_of(self, root: Path) -> Path | None:
+        """Return the datalist in a folder: the file named, else the first JSON with a list "training"."""
+        named = [root / self.file] if self.file.endswith(".json") else sorted(root.glob("*.json"))
+        for file in named if self.form in ("", "datalist") else ():
+            if file.is_file() and isinstance(_json(file).get("training"), list):
+                return file
+        return None
+
+    def table_of(self, root: Path) -> Path | None:
+        """Return the table in a folder: the file named, else the first with a column of images and one of labels."""
+        named = [root / self.file] if self.file else sorted(root.glob("*.[ct]sv"))
+        for file in named:
+            if file.is_file() and {"image", "label"} <= self.columns_of(file).keys():
+                return file
+        return None
+
+    def columns_of(self, table: Path) -> dict[str, list[str]]:
+        """Return the columns of a table by what they hold: those named, else those of the usual names."""
+        header = {name.lower(): name for name in table_rows(table)[0]}
+        usual = {what: next((header[n] for n in names if n in header), None) for what, names in COLUMNS.items()}
+        found = {**usual, **self.columns}
+        return {what: [name] if isinstance(name, str) else list(name) for what, name in found.items() if name}
+
+    def class_of(self, label: object) -> int | None:
+        """Return the class of a label in a table, datalist or folder name, by name or else by value; None without."""
+        names = {_plain(name): number for number, name in enumerate(self.classes)}
+        text = _plain(str(label).strip().removesuffix(".0"))
+        number = names.get(text)
+        if number is None and text.isdecimal() and int(text) < len(names) and not any(map(str.isdecimal, names)):
+            number = int(text)
+        return number
+
+    def _completed(self, item: Item) -> Item:
+        """Return an item with its group, and with the first thing that is wrong with it under "problem"."""
+        item = {**item, "group": item.get("group") or item["id"]}
+        if self.groups:
+            found = re.search(self.groups, item["id"])
+            if found is None or not found.groups():
+                return {"problem": f"The pattern {self.groups} finds no group in the name '{item['id']}'.", **item}
+            item["group"] = found[1]
+        images = item["image"] if isinstance(item["image"], list) else [item["image"]]
+        files = [*images, *(label_files(item) if self.masks else ())]
+        if wrong := [file for file in files if has_suffix(file, VOLUME_SUFFIXES) != self.volumes]:
+            kinds = ("volume", 2) if has_suffix(wrong[0], VOLUME_SUFFIXES) else ("picture", 3)
+            what = f"{wrong[0]} is a {kinds[0]}, but {self.title} has {kinds[1]} dimensions"
+            return {**item, "problem": f"{what}: take it out, or make a task of its own for such files."}
+        if "problem" in item:
+            return item
+        if gone := [file for file in files if not Path(file).is_file()]:
+            return {**item, "problem": f"{gone[0]} is not there: correct its path or remove its case."}
+        if self.kind == "classification":
+            if (label := self.class_of(item["label"])) is None:
+                known = ", ".join(self.classes)
+                return {**item, "problem": f"{images[0]} has the label {item['label']!r}: use one of {known}."}
+            item["label"] = label
+        return item if len(images) > 1 else checked(item, self.volumes)
+
+
+def _pairs(layout: Described, root: Path) -> Iterator[Item]:
+    """Images and masks of one name in two folders, in the data set's folder or in those of sections."""
+    for section, place in _places(root):
+        if (folders := layout.pair_in(place)) is None:
+            continue
+        images, found = image_files(folders[0], SUFFIXES), image_files(folders[1], SUFFIXES)
+        ids, masks = {file_id(image) for image in images}, defaultdict[str, list[str]](list)
+        given = [layout.mask_ending] if layout.mask_ending else ENDINGS
+        ending = max(given, key=lambda end: sum(file_id(mask).removesuffix(end) in ids for mask in found))
+        for mask in found:
+            masks[file_id(mask).removesuffix(ending)].append(str(mask))
+        for image in images:
+            if folders[0] == folders[1] and ending and file_id(image).endswith(ending):
+                continue
+            item, files = {"image": str(image), "id": file_id(image), **section}, masks.get(file_id(image), [])
+            if len(files) == 1:
+                yield {**item, "label": files[0]}
+            elif files:
+                yield {**item, "problem": f"{files[0]} and {files[1]} have the same name: keep one of them."}
+            else:
+                yield {**item, "problem": f"{image} lacks a mask of the same name in {folders[1]}: add it."}
+        for name in masks.keys() - ids if folders[0] != folders[1] else ():
+            problem = f"{masks[name][0]} lacks an image of its name, {folders[0] / name}: add it or remove the mask."
+            yield {"image": str(folders[0] / name), "id": name, **section, "problem": problem}
+
+
+def _datalist(layout: Described, root: Path) -> Iterator[Item]:
+    """The labelled entries of a datalist, with paths relative to it."""
+    if (file := layout.datalist_of(root)) is None:
+        raise FileNotFoundError(f'There is no JSON with a list "training" in {root}: correct `file` of the layout.')
+    sections = {section for section, _ in _entries(file)}
+    for section, entry in _entries(file):
+        if "label" not in entry:
+            if section == "train":
+                yield {"image": str(file.parent / _first(entry["image"])), "id": _stem(entry["image"])} | {
+                    "problem": f"{_first(entry['image'])} has no label in {file}: add it, or remove the entry."
+                }
+            continue
+        image, label = (
+            _resolved(v, file.parent) if k == "image" or layout.masks else v
+            for k, v in ((k, entry[k]) for k in ("image", "label"))
+        )
+        item = {"image": image, "label": label, "id": _stem(entry["image"])}
+        item |= {"section": section} if len(sections) > 1 else {}
+        known = {key: entry[key] for key in ("group", "fold") if key in entry}
+        yield item | known
+
+
+def _nnunet(layout: Described, root: Path) -> Iterator[Item]:
+    """nnU-Net's raw folder: one file per case and channel, such as ``case_0000.nii.gz``, and one label per case."""
+    about = _json(root / "dataset.json")
+    names = about.get("channel_names", about.get("modality", {}))
+    for section, images, labels in (("train", "imagesTr", "labelsTr"), ("test", "imagesTs", "labelsTs")):
+        if not (root / labels).is_dir() or not (root / images).is_dir():
+            continue
+        found, masks = _channels(root / images), {file_id(f): str(f) for f in image_files(root / labels, SUFFIXES)}
+        needed = 1 if all(set(of_case) == {0} for of_case in found.values()) else len(names)
+        for case in sorted(found.keys() | masks.keys()):
+            files = found.get(case, {})
+            item: Item = {"image": [files[c] for c in sorted(files)], "id": case, "section": section}
+            item["image"] = item["image"][0] if len(files) == 1 == needed else item["image"]
+            if missing := [f"{case}_{c:04d}" for c in range(needed) if c not in files]:
+                item["image"] = next(iter(files.values()), str(root / images / case))
+                item["problem"] = f"{root / images} lacks {', '.join(missing)}: add the channel(s), or remove the case."
+            elif case not in masks:
+                item["problem"] = f"{root / labels} lacks a label of the case {case}: add it, or remove its images."
+            yield item | ({"label": masks[case]} if case in masks else {})
+
+
+def _classes(layout: Described, root: Path) -> Iterator[Item]:
+    """A folder of pictures per class, in the data set's folder or in those of sections."""
+    for section, name, file in _class_images(root):
+        yield {"image": str(file), "label": name, "id": file_id(file), **section}
+
+
+def _table(layout: Described, root: Path) -> Iterator[Item]:
+    """The rows of a table; images lie beside it or in one of the usual folders, with or without their suffix."""
+    if (table := layout.table_of(root)) is None:
+        raise FileNotFoundError(f"There is no table with a column of images and one of labels in {root}: name `file`.")
+    columns = layout.columns_of(table)
+    for row in table_rows(table)[1]:
+        of = {what: [row.get(name, "") for name in names] for what, names in columns.items()}
+        (image,), cells = of["image"], of["label"]
+        label: Any = cells[0] if len(cells) == 1 else [int(float(c)) if c in ZERO_ONE else c for c in cells]
+        item = {"image": str(_found(root, image, IMAGES)), "id": _stem(image)}
+        if not all(cells):
+            yield {**item, "problem": f"{table} gives '{image}' no label: complete or remove the line."}
+            continue
+        if layout.masks:
+            label = str(_found(root, cells[0], LABELS))
+        elif len(cells) > 1 and (wrong := [c for c in cells if c not in ZERO_ONE]):
+            yield {**item, "problem": f"{table} gives '{image}' the value '{wrong[0]}': write 0 or 1."}
+            continue
+        item |= {"label": label, **{k: of[k][0] for k in ("group",) if k in of}}
+        if "section" in of:
+            found = _section(of["section"][0])
+            item |= {"section": found} if found else {"problem": f"{table} gives '{image}' no known section."}
+        yield item
+
+
+READERS: dict[str, Callable[[Described, Path], Iterator[Item]]] = {
+    "pairs": _pairs,
+    "datalist": _datalist,
+    "nnunet": _nnunet,
+    "classes": _classes,
+    "table": _table,
+}
+ZERO_ONE = ("0", "1", "0.0", "1.0")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(read_text(file))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}): correct it.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The entries of a datalist with their sections; plain paths have no label."""
+    for key, entries in _json(file).items():
+        if (section := _section(key)) and isinstance(entries, list):
+            for entry in entries:
+                entry = {"image": entry} if isinstance(entry, str) else entry
+                if not isinstance(entry, dict) or not isinstance(entry.get("image"), (str, list)):
+                    raise ValueError(f'{file} has an entry in "{key}" without "image": {entry!r}; correct it.')
+                if not _stem(entry["image"]).startswith("."):  # macOS copies, which archives of the decathlon hold
+                    yield section, entry
+
+
+def _section(name: str) -> str:
+    """The section of a folder, list or cell, "" where its name is none."""
+    return next((section for section, names in SECTIONS.items() if name.strip().lower() in names), "")
+
+
+def _places(root: Path) -> Iterator[tuple[dict[str, str], Path]]:
+    """The folder itself and its folders of sections, with the section of each."""
+    yield {}, root
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        if folder.is_dir() and (section := _section(folder.name)):
+            yield {"section": section}, folder
+
+
+def _class_images(root: Path) -> Iterator[tuple[dict[str, str], str, Path]]:
+    """Section, class and file of each image in a class folder."""
+    for section, place in _places(root):
+        for folder in sorted(place.iterdir()) if place.is_dir() else ():
+            if folder.is_dir() and not folder.name.startswith(".") and not _section(folder.name):
+                for file in image_files(folder, SUFFIXES):
+                    yield section, folder.name, file
+
+
+def _channels(folder: Path) -> dict[str, dict[int, str]]:
+    """The files of each case by channel."""
+    found: defaultdict[str, dict[int, str]] = defaultdict(dict)
+    for file in image_files(folder, SUFFIXES):
+        if match := CHANNEL.fullmatch(file_id(file)):
+            found[match["case"]][int(match["channel"])] = str(file)
+    return dict(found)
+
+
+def _named(items: Iterable[Item], root: Path) -> list[Item]:
+    """Make ids unique: names, else paths; what still has the id of another has a problem."""
+    listed = list(items)
+    paths = [_path_id(_first(item["image"]), root) for item in listed]
+    if len(set(paths)) > len({item["id"] for item in listed}):
+        listed = [{**item, "id": path} for item, path in zip(listed, paths, strict=True)]
+    seen: dict[str, str] = {}
+    result: list[Item] = []
+    for item in listed:
+        image, name = _first(item["image"]), item["id"]
+        if (other := seen.setdefault(name, image)) != image or any(item is r for r in result):
+            while name in seen:
+                name += "'"
+            seen[name] = image
+            problem = f"{other} and {image} have the same name: keep one of them."
+            item = {**item, "id": name, "problem": item.get("problem", problem)}
+        result.append(item)
+    return result
+
+
+def _path_id(image: str, root: Path) -> str:
+    path = Path(os.path.relpath(image, root))
+    return "_".join([*(part for part in path.parts[:-1] if part not in ("..", ".")), file_id(path)])
+
+
+def _first(image: str | list[str]) -> str:
+    return image if isinstance(image, str) else image[0]
+
+
+def _stem(image: str | list[str]) -> str:
+    return file_id(Path(_first(image).replace("\\", "/")))
+
+
+def _resolved(value: Any, base: Path) -> Any:
+    """Paths relative to a folder, in a text or a list; anything else as it is."""
+    if isinstance(value, list):
+        return [_resolved(part, base) for part in value]
+    return str(base / value.replace("\\", "/")) if isinstance(value, str) else value
+
+
+def _found(root: Path, name: str, folders: Sequence[str]) -> Path:
+    """The file of a cell, in the folder itself or one of the usual ones, with its suffix or without."""
+    places = [root / folder / f"{name}{suffix}" for folder in (".", *folders) for suffix in ("", *SUFFIXES)]
+    return next((place for place in places if place.is_file()), root / name)
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum()) or name

@@ -1,0 +1,287 @@
+"""A crew: a deep ensemble of specialists that are larger and finer than the student, trained on the run's own labels.
+
+Every member is trained once per fold without the labels of that fold, and once on all labels. A labelled image is
+answered by the members that have not seen its group, any other by those trained on all labels. An answer is the mean
+probability of the members over mirrored images (Lakshminarayanan et al., Simple and Scalable Predictive Uncertainty
+Estimation using Deep Ensembles, NeurIPS 2017).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from amkd_monai.cache.build import MATRIX, answers_store, images_of, view_matrix
+from amkd_monai.cache.store import FeatureStore, build_missing
+from amkd_monai.data.augment import warp
+from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.data.frames import finer
+from amkd_monai.data.splits import fold_of_groups
+from amkd_monai.distillation.interface import check_options
+from amkd_monai.distillation.losses import area_logits, as_map
+from amkd_monai.engines.crossfit import Method, answer_size, fitted, of_students
+from amkd_monai.engines.trainer import Recipe
+from amkd_monai.networks import ClassStudent, Student
+from amkd_monai.storage import fingerprint
+from amkd_monai.weights import state_hash
+
+logger = logging.getLogger("amkd_monai")
+
+LITE1, LITE2 = ({"encoder": f"tf_efficientnet_lite{number}"} for number in (1, 2))
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {"members": [LITE1], "folds": 2, "image_size": 1.5, "images": 1024},
+    "default": {"members": [LITE1, LITE2], "folds": 3, "image_size": 1.75, "images": 2048},
+    "large": {"members": [LITE1, LITE2, LITE1, LITE2], "folds": 5, "image_size": 2.0, "images": 4096},
+}
+"""Options of a crew by the word for its size; a description may give others in their place."""
+FINEST = 288
+"""Side in pixels up to which a factor makes images finer than the student's."""
+EMA = 0.99
+"""Decay per step of the averaged weights of members."""
+PART_OF_LENGTH = 4
+"""A member sees at least the images of the student's training divided by this."""
+PER_FORWARD = 16
+ANSWER_COST = 0.25
+"""Time to answer an image, as a part of what it takes in a training step."""
+
+
+def read_crew(
+    description: Mapping[str, Any], train: DecodedDataset, recipe: Recipe, epochs: int, views: int, **where: Any
+) -> Crew:
+    """Check the description of a crew and the folds of a training section, and make the members.
+
+    Args:
+        description: ``name``, ``size`` (a key of :data:`SIZES`) and what differs from it: ``members`` (options of the
+            student's class such as ``encoder`` and ``seed``, or networks), ``image_size`` (side in pixels, or a factor
+            of the student's), ``folds``, ``images`` (that a member sees in training, at least), ``flips`` (whether
+            answers are means over the flips of the recipe's augmentation) and ``views``.
+        train: the training section at the student's size.
+        recipe: of the run; the members' weights are averaged.
+        epochs: of the run.
+        views: stored views of every image, unless the description tells.
+        where: ``seed``, ``device`` and ``cache_dir`` of the crew.
+    """
+    name, size = str(description["name"]), str(description.get("size", "default"))
+    if size not in SIZES:
+        raise ValueError(f"The crew '{name}' has the size '{size}': use one of {', '.join(SIZES)}.")
+    options = {**SIZES[size], "flips": True, "views": views}
+    given = {key: value for key, value in description.items() if key not in ("name", "kind", "size")}
+    if unknown := sorted(given.keys() - options.keys()):
+        raise ValueError(f"The crew '{name}' has no option '{unknown[0]}': use size, {', '.join(options)}.")
+    options |= given
+    for key in ("folds", "images", "views"):
+        least = 2 if key == "folds" else 1
+        if not (isinstance(options[key], int) and not isinstance(options[key], bool) and options[key] >= least):
+            raise ValueError(f"The crew '{name}' has {key} {options[key]!r}: give a whole number of at least {least}.")
+    student = Student if train.classes is None else ClassStudent
+    members: list[nn.Module] = []
+    for number, member in enumerate(options["members"]):
+        if isinstance(member, Mapping):
+            member = {"seed": number, **member, "num_classes": train.num_classes}
+            check_options(f"member {number + 1} of the crew '{name}'", student, member)
+            member = student(**member)
+        members.append(member)
+    if not members or not all(isinstance(member, nn.Module) for member in members):
+        raise ValueError(f"The crew '{name}' has members {options['members']}: give options such as encoder and seed.")
+    labelled = int(train.has_label.sum())
+    images = max(options["images"], epochs * labelled // PART_OF_LENGTH)
+    augment = recipe.augment()
+    axes = [axis for axis, wanted in ((-1, augment.flip_width), (-2, augment.flip_height)) if wanted]
+    counts = range(len(axes) + 1) if options["flips"] else (0,)
+    return Crew(
+        name,
+        members,
+        side=_side(name, options["image_size"], (train.images.shape[-2], train.images.shape[-1])),
+        folds=options["folds"],
+        team=_teams(name, train, options["folds"], where["seed"]),
+        mirrors=[mirrored for count in counts for mirrored in itertools.combinations(axes, count)],
+        views=options["views"],
+        recipe=replace(recipe, ema=EMA),
+        steps=-(-max(images, labelled) // recipe.batch_size),
+        **where,
+    )
+
+
+def _side(name: str, asked: Any, student: tuple[int, int]) -> tuple[int, int]:
+    """Size (H, W) of the members' images, of an ``image_size`` and the student's (H, W)."""
+    if isinstance(asked, bool) or not isinstance(asked, (int, float)) or not (asked >= 32 or 1 <= asked <= 4):
+        raise ValueError(f"The crew '{name}' has image_size {asked!r}: give pixels, or a factor from 1 to 4.")
+    factor = asked / max(student) if asked >= 32 else min(asked, max(1.0, FINEST / max(student)))
+    height, width = (round(n * factor) for n in student)
+    return height, width
+
+
+def _teams(name: str, train: DecodedDataset, folds: int, seed: int) -> np.ndarray:
+    """Fold of each sample (N,), ``folds`` without a label; the labels outside every fold show all classes."""
+    labelled = np.flatnonzero(train.has_label)
+    groups = [train.groups[i] for i in labelled]
+    if folds > len(set(groups)):
+        few = f"the training section has {len(set(groups))} labelled groups (patients, volumes)"
+        raise ValueError(f"The crew '{name}' has {folds} folds, but {few}: give fewer folds.")
+    fold = fold_of_groups(groups, folds, seed, None if train.classes is None else train.classes[labelled])
+    counts = (np.bincount(train.labels[i].ravel(), minlength=train.num_classes) for i in labelled)
+    shown = np.stack([count[: train.num_classes] > 0 for count in counts])
+    for k in range(folds):
+        if len(missing := np.flatnonzero(~shown[fold != k].any(0))):
+            lacks = f"no labelled image of class {missing[0]} outside fold {k + 1} of {folds}"
+            raise ValueError(f"The crew '{name}' has {lacks}: label more groups that show it, or drop the crew.")
+    team = np.full(len(train), folds)
+    team[labelled] = fold
+    return team
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Members, and how they are trained and asked; :func:`read_crew` makes it.
+
+    Attributes:
+        members: networks (B, 3, H, W) -> logits as they start; copied, never changed.
+        side: (H, W) of the members' images.
+        team: (N,) fold of each training sample, ``folds`` where it has no label.
+        mirrors: axes over which an image is mirrored for each part of an answer.
+        views: stored views of every training image.
+        steps: of each training.
+    """
+
+    name: str
+    members: Sequence[nn.Module]
+    side: tuple[int, int]
+    folds: int
+    team: np.ndarray
+    mirrors: Sequence[tuple[int, ...]]
+    views: int
+    recipe: Recipe
+    steps: int
+    seed: int
+    device: torch.device | str
+    cache_dir: str
+
+    def facts(self) -> dict[str, Any]:
+        """What the run record tells of the crew."""
+        mean = f"the mean of {len(self.members)} members over {len(self.mirrors)} mirrored image(s)"
+        seen = {"asked_at": list(self.side), "steps": self.steps, "views": self.views}
+        return {"answers": f"cross-fitted in {self.folds} folds, {mean}", **seen}
+
+    def answers(self, train: DecodedDataset, validation: DecodedDataset) -> list[FeatureStore]:
+        """Return the stores of answers to both sections, training the members that are still missing.
+
+        A trained member stays in ``cache_dir``, for every run with the same labels, folds and recipe.
+        """
+        fine, _ = seen = [self._finer(dataset) for dataset in (train, validation)]
+        labelled = np.flatnonzero(self.team < self.folds)
+        labels = fingerprint([(fine.ids[i], fine.hashes[i], int(self.team[i])) for i in labelled])
+        networks = [state_hash(member.state_dict()) for member in self.members]
+        key = {"members": networks, "labels": labels, "chain": fine.chain, **self._method(self.steps).key}
+        key |= {"seed": self.seed}
+        sections, teams = (train, validation), (self.team, np.full(len(validation), self.folds))
+        stores = []
+        for of, dataset, views in (("train", train, self.views), ("validation", validation, 1)):
+            asked = {**key, "mirrors": self.mirrors, "of": of}
+            stores.append(answers_store(self.name, asked, dataset, answer_size(dataset), self.cache_dir, views))
+        if all(store.is_complete for store in stores):
+            return stores
+        with torch.random.fork_rng(devices=[]):  # what follows is the same where the members are trained already
+            trained = self._trained(fine, labelled, key, sum(len(store) * store.views for store in stores))
+        for store, dataset, images, team in zip(stores, sections, seen, teams, strict=True):
+            build_missing(store, partial(self._shard, store, dataset, images, team, trained), title=f"crew {self.name}")
+        return stores
+
+    def _method(self, steps: int) -> Method:
+        return of_students(replace(self.recipe, min_steps=steps), 1, self.seed, self.device, f"crew {self.name}")
+
+    def _finer(self, dataset: DecodedDataset) -> DecodedDataset:
+        """The samples of a dataset as the members see them: the same frame at their size."""
+        if self.side == tuple(dataset.images.shape[-2:]):
+            return dataset
+        try:
+            chain = finer(dataset.transform, self.side)
+        except ValueError as error:
+            raise ValueError(
+                f"The crew '{self.name}' cannot see finer images, {error}: give it image_size 1."
+            ) from error
+        options: dict[str, Any] = {"num_classes": dataset.num_classes, "on_bad_sample": dataset.on_bad_sample}
+        fine = DecodedDataset(dataset.data, chain, dataset.directory.parent, **options)
+        if fine.ids != dataset.ids:
+            raise ValueError(f"The crew '{self.name}' reads other samples than the student: give it image_size 1.")
+        return fine
+
+    def _trained(
+        self, fine: DecodedDataset, labelled: np.ndarray, key: Mapping[str, Any], answers: int
+    ) -> list[list[nn.Module]]:
+        """The members of every fold, then those of all labels: read from ``cache_dir``, or trained."""
+        jobs = list(itertools.product(range(self.folds + 1), range(len(self.members))))
+        paths = [Path(self.cache_dir) / f"{self.name}-member-{fingerprint(key, *job)[:16]}.pt" for job in jobs]
+        left = [m for (_, m), path in zip(jobs, paths, strict=True) if not path.is_file()]
+        seconds = {m: self._seconds(self.members[m], fine, labelled) for m in set(left)}
+        image = sum(seconds.values()) / self.recipe.batch_size * ANSWER_COST * len(self.mirrors)
+        if left:
+            logger.info(
+                "crew %s: %d trainings of %d steps at %d x %d and %d answers, about %.0f minutes here",
+                *(self.name, len(left), self.steps, *self.side, answers),
+                (self.steps * sum(seconds[m] for m in left) + image * answers) / 60,
+            )
+        teams: list[list[nn.Module]] = [[] for _ in range(self.folds + 1)]
+        for number, ((fold, m), path) in enumerate(zip(jobs, paths, strict=True)):
+            if not path.is_file():
+                minutes = self.steps * sum(seconds[n] for n in left) / 60
+                at = (self.name, number + 1, len(jobs), minutes)
+                logger.info("crew %s: training %d of %d; about %.0f minutes of training left", *at)
+                left.pop(0)
+            rows = labelled[self.team[labelled] != fold]
+            member = fitted(self.members[m], path, self._method(self.steps), fine, rows, number)
+            teams[fold].append(member.to(self.device))
+        return teams
+
+    def _seconds(self, member: nn.Module, fine: DecodedDataset, labelled: np.ndarray) -> float:
+        """Seconds of a training step, measured on the second and third one."""
+        taken = []
+        for steps in (1, 3):
+            start, copied = time.monotonic(), copy.deepcopy(member)
+            self._method(steps).fit(copied, fine, labelled[: steps * self.recipe.batch_size], 0)
+            taken.append(time.monotonic() - start)
+        return max(0.0, taken[1] - taken[0]) / 2
+
+    def _shard(
+        self,
+        store: FeatureStore,
+        dataset: DecodedDataset,
+        images: DecodedDataset,
+        team: np.ndarray,
+        trained: Sequence[Sequence[nn.Module]],
+        view: int,
+        shard: int,
+        report: Callable[[int], object],
+    ) -> dict[str, np.ndarray]:
+        """Compute a shard of answers, each by the team of its sample, in the view that the shard is of."""
+        samples, size = np.asarray(store.samples_of(shard)), dataset.images.shape[-2:]
+        of = store.view_parameters[view] or {"view": "identity"}
+        matrices = np.stack([view_matrix(of, dataset.ids[i], dataset.hashes[i], size) for i in samples])
+        values = {"logits": np.empty((len(samples), *store.arrays["logits"].shape), np.float32), MATRIX: matrices}
+        for k in np.unique(team[samples]):
+            own = np.flatnonzero(team[samples] == k)
+            for rows in np.split(own, range(PER_FORWARD, len(own), PER_FORWARD)):
+                image = images_of(images, samples[rows].tolist(), self.device)
+                image = warp(image, torch.from_numpy(matrices[rows])) if view else image
+                values["logits"][rows] = self._ask(trained[k], image, answer_size(dataset)).cpu().numpy()
+                report(len(rows))
+        return {name: values[name] for name in store.arrays}
+
+    @torch.inference_mode()
+    def _ask(self, networks: Sequence[nn.Module], image: Tensor, size: tuple[int, int]) -> Tensor:
+        """Logarithm of the mean probability (B, classes, h, w) of networks for images (B, 3, H, W)."""
+        parts = []
+        for network, axes in itertools.product(networks, self.mirrors):
+            shown = image.flip(axes).contiguous(memory_format=torch.channels_last)
+            parts.append(area_logits(as_map(network.eval()(shown)).flip(axes), size).softmax(1))
+        return torch.stack(parts).mean(0).clamp_min(1e-7).log()

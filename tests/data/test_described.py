@@ -1,0 +1,157 @@
+"""A task that a file describes, and layouts of any folder: each reads what its format says, or names what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from amkd_monai.data.check import check_data
+from amkd_monai.data.datalist import datalist, find_items, inference_datalist
+from amkd_monai.data.datasets import get_task, recorded_task
+from amkd_monai.files.names import DataProblems
+
+CELLS = {"name": "cells", "classes": ["background", "cell", "rim"], "modality": "microscopy"}
+GRADES = {"name": "grades", "classes": ["no finding", "mild", "severe"], "kind": "classification"}
+RNG = np.random.default_rng(0)
+
+
+def picture(file, size=(20, 30)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RNG.integers(0, 255, (*size, 3), dtype=np.uint8)).save(file)
+
+
+def mask(file, values=(1, 2), size=(20, 30)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.zeros(size, np.uint8)
+    levels[2:12, 2:20], levels[4:8, 4:8] = values
+    Image.fromarray(levels).save(file)
+
+
+def volume(file, values=None, shape=(6, 7, 8)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    array = RNG.normal(size=shape).astype(np.float32) if values is None else RNG.choice(values, shape).astype(np.uint8)
+    nib.save(nib.Nifti1Image(array, np.eye(4)), file)
+
+
+def ids(sections):
+    return [[item["id"] for item in section] for section in (sections.train, sections.validation, sections.test)]
+
+
+def test_folders_of_images_and_labels_with_patients_in_the_names(tmp_path):
+    for number in range(12):
+        picture(tmp_path / "images" / f"p{number // 2}_{number}.png")
+        mask(tmp_path / "labels" / f"p{number // 2}_{number}_mask.png")
+    (tmp_path / "task.json").write_text(json.dumps({**CELLS, "layout": {"groups": r"(p\d+)_"}}))
+    found = datalist(tmp_path / "task.json", tmp_path)
+    patients = [{name.split("_")[0] for name in section} for section in ids(found)]
+    assert all(patients) and sum(map(len, patients)) == 6
+    assert found.task.prompts == ("cell in microscopy", "rim in microscopy") and found.task.is_classification is False
+    assert recorded_task(found.describe()) == found.task, "a record alone tells the task"
+
+
+def test_everything_wrong_with_a_folder_is_named_at_once(tmp_path):
+    for number in range(9):
+        picture(tmp_path / "images" / f"{number}.png")
+        mask(tmp_path / "masks" / f"{number}.png")
+    mask(tmp_path / "masks" / "0.png", (1, 7))
+    mask(tmp_path / "masks" / "1.png", size=(20, 31))
+    (tmp_path / "masks" / "2.png").unlink()
+    picture(tmp_path / "images" / "3.jpg")
+    volume(tmp_path / "images" / "4v.nii.gz")
+    mask(tmp_path / "masks" / "alone.png")
+    problems = "\n".join(check_data(CELLS, tmp_path).problems)
+    for file, what in {
+        "masks/0.png": "7", "masks/1.png": "31x20", "images/2.png": "lacks a mask", "images/3.jpg": "images/3.png",
+        "images/4v.nii.gz": "2 dimensions", "masks/alone.png": "lacks an image",
+    }.items():  # fmt: skip
+        assert [line for line in problems.splitlines() if file in line and what in line], (file, problems)
+    with pytest.raises(DataProblems) as refused:
+        datalist(CELLS, tmp_path).checked("stop")
+    assert len(refused.value.problems) == 5, "values are seen where masks are read"
+
+
+def test_a_datalist_with_folds_is_split_by_them_and_absolute_paths_that_are_gone_are_named(tmp_path):
+    entries = []
+    for number in range(8):
+        picture(tmp_path / "data" / f"{number}.png")
+        mask(tmp_path / "data" / f"{number}_m.png")
+        entry = {"image": f"data/{number}.png", "label": f"data/{number}_m.png", "fold": number % 4}
+        entries.append(entry)
+    content = {"training": entries, "testing": [{"image": "data/0.png"}]}
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    assert ids(datalist(CELLS, tmp_path, fold=1)) == [["0", "3", "4", "7"], ["2", "6"], ["1", "5"]]
+    assert [item["id"] for item in inference_datalist(CELLS, tmp_path)] == ["0"]
+    with pytest.raises(ValueError, match="fold 4"):
+        datalist(CELLS, tmp_path, fold=4)
+    entries.append({"image": "/gone/a.png", "label": "/gone/b.png", "fold": 0})
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    assert any("/gone/a.png" in problem for problem in check_data(CELLS, tmp_path).problems)
+    content["testing"] = [{"image": "data/0.png", "label": "data/0_m.png"}]
+    content["training"], content["validation"] = entries[2:8], entries[1:2]
+    for entry in entries:
+        del entry["fold"]
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    assert ids(datalist(CELLS, tmp_path)) == [["2", "3", "4", "5", "6", "7"], ["1"], ["0"]]
+
+
+def test_nnunet_folders_are_read_as_they_are_and_a_missing_channel_is_named(tmp_path):
+    for case in ("a_001", "a_002", "a_003", "a_004"):
+        volume(tmp_path / "imagesTr" / f"{case}_0000.nii.gz")
+        volume(tmp_path / "labelsTr" / f"{case}.nii.gz", [0, 1, 2])
+    about = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "cell": 1, "rim": 2}, "numTraining": 4}
+    (tmp_path / "dataset.json").write_text(json.dumps({**about, "file_ending": ".nii.gz"}))
+    volumes = {**CELLS, "dimensions": 3}
+    items = find_items(volumes, tmp_path)
+    assert [item["id"] for item in items] == ["a_001", "a_002", "a_003", "a_004"]
+    assert items[0]["image"].endswith("a_001_0000.nii.gz") and items[0]["label"].endswith("labelsTr/a_001.nii.gz")
+    volume(tmp_path / "imagesTs" / "b_0000.nii.gz")
+    assert [item["id"] for item in inference_datalist(volumes, tmp_path)] == ["b"]
+    volume(tmp_path / "imagesTr" / "a_001_0001.nii.gz")
+    about["channel_names"]["1"] = "PET"
+    (tmp_path / "dataset.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="several channels"):
+        find_items(volumes, tmp_path)
+
+
+def test_class_folders_and_tables_give_classes_groups_and_sections(tmp_path):
+    folders, table = tmp_path / "folders", tmp_path / "table"
+    rows = ["path,grade,patient,split"]
+    for number in range(18):
+        section, grade = ("train", "val", "test")[number // 3 % 3], GRADES["classes"][number % 3]
+        picture(folders / section / grade.title().replace(" ", "_") / f"{number}.png")
+        picture(table / "images" / f"{number}.png")
+        rows.append(f"{number}.png,{number % 3 if number % 2 else grade},p{number // 9}_{section},{section}")
+    (table / "labels.csv").write_text("\n".join(rows))
+    layout = {"columns": {"label": "grade"}}
+    for root, options in ((folders, {}), (table, layout)):
+        found = datalist({**GRADES, "layout": options}, root)
+        assert all(len(section) == 6 for section in ids(found))
+        assert all(item["label"] == int(item["id"]) % 3 for item in found.train)
+    assert found.train[0]["group"] == "p0_train"
+    (table / "labels.csv").write_text("\n".join([*rows[:-1], "17.png,odd,p,test", "18.png,mild,p,test"]))
+    problems = check_data({**GRADES, "layout": layout}, table).problems
+    assert any("odd" in problem for problem in problems) and any("18.png" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"name": "busi"}, "busi"),
+        ({"classes": ["one"]}, "classes"),
+        ({"kind": "boxes"}, "boxes"),
+        ({"prompts": ["a"]}, "1 prompts for 2"),
+        ({"layout": {"folder": "x"}}, "layout"),
+        ({"spacing": 3}, "primary_metric"),
+    ],
+)
+def test_a_description_that_cannot_be_used_is_refused_with_its_file(change, named, tmp_path):
+    (tmp_path / "task.json").write_text(json.dumps({**CELLS, **change}))
+    with pytest.raises(ValueError, match=named) as refused:
+        get_task(tmp_path / "task.json")
+    assert "task.json" in str(refused.value)
+    with pytest.raises(FileNotFoundError, match=r"gone\.json"):
+        get_task(tmp_path / "gone.json")
