@@ -38,6 +38,7 @@ from amkd_monai import __version__
 from amkd_monai.data.datalist import OTHER, Datalist, find_dataset_dir
 from amkd_monai.data.datasets import get_task, recorded_task
 from amkd_monai.data.seen import fingerprints, seen_before
+from amkd_monai.data.splits import Item
 from amkd_monai.distillation import contrastive, distiller
 from amkd_monai.files.masks import NAMED_CODES
 from amkd_monai.files.names import label_files, some
@@ -171,7 +172,11 @@ def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
     contents = [ConfigParser.load_config_file(file) for file in files if not file.stem.endswith("metadata")]
     known: dict[str, Any] = {**tracked, **{name.split("#")[0]: None for name in _references(parser.config)}}
     for content in contents:
-        known |= {key: value for key, value in content.items() if "#" not in key} | content.get("configs", {})
+        found = {key: value for key, value in content.items() if "#" not in key} | content.get("configs", {})
+        known |= {
+            k: {**known[k], **v} if isinstance(v, dict) and isinstance(known.get(k), dict) else v
+            for k, v in found.items()
+        }
     given = {}
     for key, value in parser.config.items():
         if key != ConfigParser.meta_key and all(value != content.get(key, content) for content in contents):
@@ -303,7 +308,8 @@ def _places(parser: ConfigParser) -> dict[str, str]:
 class Identity:
     """What a run is about to make a student from: the content of ``student.json``, and its folders.
 
-    ``datalists`` are the data by folder below the output folder, ``""`` for that itself; ``init_from`` is the file of
+    ``datalists`` are the data by folder below the output folder, ``""`` for that itself, ``further`` images without
+    labels; ``init_from`` is the file of
     the student that the run starts from.
     """
 
@@ -311,6 +317,7 @@ class Identity:
     places: dict[str, Path]
     datalists: dict[str, Datalist] = field(default_factory=dict)
     resume: bool = False
+    further: dict[str, Sequence[Item]] = field(default_factory=dict)
     cache_dir: str | None = None
     init_from: str | None = None
 
@@ -336,7 +343,8 @@ class Identity:
         """Fingerprints of the images that the student sees, by folder, and of those that it saw in earlier runs."""
         found = {}
         for folder, data in self.datalists.items():
-            sections = {"train": [*data.train, *data.unlabelled], "validation": data.validation}
+            shown = [*data.train, *data.unlabelled, *self.further.get(folder, ())]
+            sections = {"train": shown, "validation": data.validation}
             found[folder] = fingerprints(sections, data.task.dimensions == 3, self.cache_dir)
         for record in earlier:
             for folder, images in record.get("seen", {}).items():
@@ -345,8 +353,11 @@ class Identity:
         return found
 
 
-def identity(datalist: Datalist) -> Identity:
-    """Describe the run of the config that is being read: its data, split, input, preprocessing, network and classes."""
+def identity(datalist: Datalist, further: Sequence[Item] = ()) -> Identity:
+    """Describe the run of the config that is being read: its data, split, input, preprocessing, network and classes.
+
+    ``further`` are images without labels beyond the data set's.
+    """
     parser = next(_callers(ConfigParser))
     facts = {
         **datalist.task.identity,
@@ -357,7 +368,7 @@ def identity(datalist: Datalist) -> Identity:
         "network": _network(parser.config),
         "preprocessing": image_steps(parser, "validate#preprocessing"),
     }
-    return _identity(parser, facts, {"": datalist})
+    return _identity(parser, facts, {"": datalist}, {"": further})
 
 
 def shared_identity(tasks: Mapping[str, Identity], settings: Sequence[str]) -> Identity:
@@ -366,7 +377,8 @@ def shared_identity(tasks: Mapping[str, Identity], settings: Sequence[str]) -> I
     left = {"version", "run", "bundle", "output_dir", "versions", "training"}
     records = {name: {k: v for k, v in of.record.items() if k not in left} for name, of in tasks.items()}
     facts = {"tasks": records, "settings": {key: parser.config[key] for key in settings}}
-    return _identity(parser, facts, {name: data for name, of in tasks.items() for data in of.datalists.values()})
+    data, further = ({name: getattr(of, what)[""] for name, of in tasks.items()} for what in ("datalists", "further"))
+    return _identity(parser, facts, data, further)
 
 
 def versions() -> dict[str, str]:
@@ -375,7 +387,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "amkd_monai": __version__, **found}
 
 
-def _identity(parser: ConfigParser, facts: Mapping[str, Any], data: dict[str, Datalist]) -> Identity:
+def _identity(
+    parser: ConfigParser, facts: Mapping[str, Any], data: dict[str, Datalist], further: dict[str, Any]
+) -> Identity:
     root, names = Path(parser.get_parsed_content("bundle_root")), ("output_dir", "ckpt_dir", "resume_dir")
     places = {name: Path(parser.get_parsed_content(name)).expanduser().resolve() for name in names}
     record = {"version": VERSION, "run": uuid.uuid4().hex, "bundle": root.resolve().name, **facts}
@@ -384,7 +398,7 @@ def _identity(parser: ConfigParser, facts: Mapping[str, Any], data: dict[str, Da
     cache_dir, start = (
         parser.get_parsed_content(k) if k in parser.config else None for k in ("cache_dir", "init_from")
     )
-    return Identity(record, places, data, cache_dir=cache_dir, init_from=start)
+    return Identity(record, places, data, further=further, cache_dir=cache_dir, init_from=start)
 
 
 def _references(value: Any) -> set[str]:
