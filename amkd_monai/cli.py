@@ -14,7 +14,7 @@ from amkd_monai.errors import root_cause
 from amkd_monai.terminal import logger, print_any_name, set_verbosity
 
 CACHE = "bundles/.cache"
-SETTING: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
+SETTING: dict[str, Any] = {"action": "extend", "nargs": "+", "default": [], "metavar": "KEY=VALUE"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,14 +49,23 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs="+", help="output folders of the runs to compare with it")
     compare.add_argument("--metric", help="masks: dice (default), iou, nsd, hd95; classes: one of metrics.json")
 
+    new = add("new", _new, "a bundle for data of your own: looks at the folder and writes the configs")
+    new.add_argument("name", help="of the bundle, such as mybundle")
+    new.add_argument("--data", required=True, help="folder of the data")
+    new.add_argument("--classes", help='names by label value, such as "background,tumour,necrosis"')
+    new.add_argument("--groups", default="", help="what no split cuts: a column, or a pattern such as '(p[0-9]+)_'")
+    new.add_argument("--kind", default="", help="segmentation or classification (default: by the labels)")
+    new.add_argument("--modality", default="", help="how the images were made, such as ultrasound")
+    new.add_argument("--to", default="bundles", help="folder of bundles (default: %(default)s)")
+
     data = group("data", "check a data set, or fetch it")
     check = add("check", _data_check, "counts, sizes, classes, duplicates, all problems, and a contact sheet", data)
-    check.add_argument("name", help="task, e.g. busi")
+    check.add_argument("name", help="task, e.g. busi, or the folder of a bundle")
     check.add_argument("--dataset_dir", help="the data set's folder (default: as in a training)")
     check.add_argument("--cache_dir", default="data", help="keeps hashes; phantoms are made there if there are no data")
     check.add_argument("--data_options", type=json.loads, help="JSON, as in the bundle: '{\"normals\": false}'")
-    check.add_argument("--fold", type=int, default=0, help="of the split, where the data set is cross-validated")
-    check.add_argument("--split_seed", type=int, default=0, help="of the split")
+    check.add_argument("--fold", type=int, help="of the split, where the data set is cross-validated")
+    check.add_argument("--split_seed", type=int, help="of the split")
     check.add_argument("--mask_codes", type=_codes, help="meaning of mask values, as in the bundle (default: its rule)")
     check.add_argument("--sheet", help="PNG of thumbnails to write (default: <name>_contact_sheet.png)")
     fetch_data = add("fetch", _data_fetch, "download a data set, or print how to get it", data)
@@ -208,17 +217,40 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(format_comparison(rows, f"{title}, compared with {arguments.reference}"))
 
 
+def _new(arguments: argparse.Namespace) -> None:
+    from amkd_monai.bundles.new import new_bundle
+
+    classes = [name.strip() for name in arguments.classes.split(",")] if arguments.classes else []
+    how = classes, arguments.groups, arguments.kind, arguments.modality
+    folder, facts = new_bundle(arguments.name, arguments.data, arguments.to, *how)
+    print(
+        *facts,
+        f"{folder} is ready: python -m monai.bundle run training --config_file {folder}/configs/train.json",
+        sep="\n",
+    )
+
+
 def _data_check(arguments: argparse.Namespace) -> int:
     from amkd_monai.data.check import check_data, write_contact_sheet
     from amkd_monai.data.datalist import resolve_dataset_dir
 
-    name, codes = arguments.name, arguments.mask_codes
-    root, _ = resolve_dataset_dir(name, arguments.dataset_dir, arguments.cache_dir)
-    options = arguments.data_options, arguments.fold, arguments.split_seed, codes
-    report = check_data(name, root, arguments.cache_dir, *options)
+    name, config = arguments.name, {}
+    for folder in (Path(name), Path("bundles") / name):
+        if (folder / "configs" / "train.json").is_file():
+            config = json.loads((folder / "configs" / "train.json").read_text(encoding="utf-8"))
+            described = folder / "configs" / "task.json"
+            name = str(described) if described.is_file() else config["task"]
+            break
+    given = {
+        key: getattr(arguments, key) for key in ("dataset_dir", "data_options", "fold", "split_seed", "mask_codes")
+    }
+    how = {key: config.get(key) if value is None else value for key, value in given.items()}
+    root, _ = resolve_dataset_dir(name, how["dataset_dir"], arguments.cache_dir)
+    options, codes = (how["data_options"], how["fold"] or 0, how["split_seed"] or 0), how["mask_codes"]
+    report = check_data(name, root, arguments.cache_dir, *options, codes)
     print(report)
     if usable := [item for item in report.items if item["id"] not in report.damaged]:
-        sheet = arguments.sheet or f"{name}_contact_sheet.png"
+        sheet = arguments.sheet or f"{report.task.name}_contact_sheet.png"
         print(f"contact sheet: {write_contact_sheet(sheet, report.task, usable, mask_codes=codes)}")
     return 1 if report.problems else 0
 

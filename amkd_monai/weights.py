@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from amkd_monai.storage import file_sha256
+from amkd_monai.weight_files import CheckpointError, kind_of_file
 
 logger = logging.getLogger("amkd_monai")
 
@@ -56,27 +57,11 @@ NUMPY_SCALARS = [
 ]
 """What a pickled number of NumPy (1 or 2) is built from: a type and its bytes, no code."""
 
-OTHER_KINDS = (
-    (rb"\Z", "empty, or begins with zeros alone: obtain the file again"),
-    (rb"PK", "cut off by an interrupted download: obtain the file again"),
-    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull` in its repository"),
-    (rb"<[!?a-zA-Z]", "a web page (a download needed a login or confirmation): download it again"),
-    (rb"[{\[]", "JSON text, not a checkpoint: give the file of weights"),
-    (rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "a compressed archive: unpack it"),
-    (rb"\x89HDF", "an HDF5 file (Keras): give weights in PyTorch's or safetensors' format"),
-    (rb"[\t\r\n -~]+\Z", "a text file, not a checkpoint: obtain the file again"),
-)
-"""How files begin that lie in place of a checkpoint, and what to say; the readers would say only that they cannot."""
-
 DAMAGE_ERRORS = (
     *(AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError),
     *(SafetensorError, struct.error, zipfile.BadZipFile),
 )
 """What torch's readers raise on a cut or altered file: it depends on where the damage is."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, unsafe, or does not fit its network."""
 
 
 class PackagedWeights(NamedTuple):
@@ -161,14 +146,19 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors (its entries: {_entries(state)}): give the file of weights.")
+    check_finite(tensors, path)
+    prefix = _shared_prefix(tensors)
+    return {k.removeprefix(prefix): v for k, v in tensors.items()}
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Refuse NaN and infinity in weights with a :class:`CheckpointError` that names the tensor."""
     for name, value in tensors.items():
         exact = value.float() if value.is_floating_point() and value.element_size() == 1 else value
         if (value.is_floating_point() or value.is_complex()) and not exact.isfinite().all():
             raise CheckpointError(
-                f"{path} holds NaN or infinity in '{name}': give weights from before training failed."
+                f"{source} holds NaN or infinity in '{name}': give weights from before training failed."
             )
-    prefix = _shared_prefix(tensors)
-    return {k.removeprefix(prefix): v for k, v in tensors.items()}
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -189,22 +179,9 @@ def _shared_prefix(names: Collection[str]) -> str:
 
 def _read(path: Path) -> Any:
     """Read a file with the reader of its content; nothing in it is executed."""
+    kind, size = kind_of_file(path), path.stat().st_size
     try:
-        if not path.is_file():
-            raise CheckpointError(f"There is no checkpoint at {path}: check the path or obtain the file first.")
-        with path.open("rb") as stream:
-            head = stream.read(512)
-    except PermissionError as error:
-        raise CheckpointError(f"{path} may not be read: change its permissions or those of its folder.") from error
-    size = path.stat().st_size
-    is_safetensors = head[4:9] == b"\0\0\0\0{"  # the length of its header in 8 bytes, then the header
-    if not is_safetensors and not (head.startswith(b"PK") and zipfile.is_zipfile(path)):
-        text = head.removeprefix(b"\xef\xbb\xbf").lstrip(b"\xff\xfe").replace(b"\0", b"").lstrip()  # UTF-8, UTF-16
-        for pattern, reason in OTHER_KINDS:
-            if re.match(pattern, text) or re.match(pattern, head):
-                raise CheckpointError(f"{path} ({size} bytes) is {reason}.")
-    try:
-        if is_safetensors:
+        if kind == "safetensors":
             return load_file(path)
         scripts_leave = torch.serialization.safe_globals([argparse.Namespace, *NUMPY_SCALARS])
         with scripts_leave, path.open("rb") as stream:  # given a name, torch goes by its suffix

@@ -9,6 +9,7 @@ from torch import nn
 
 from amkd_monai import weights
 from amkd_monai.networks.student import create_encoder, load_encoder_weights
+from amkd_monai.teachers.base import build_teacher
 from amkd_monai.weights import CheckpointError, file_sha256, load_state_dict, load_strict, packaged_file, state_hash
 
 CAT_CLASSES = range(281, 286)
@@ -81,6 +82,18 @@ def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointError) as error:
         load_state_dict(tmp_path / "absent.pth")
     assert_one_sentence(error, tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "folder/" * 1000 + "w.pth", "w\0.pth"], ids=["name", "path", "zero byte"])
+def test_what_cannot_be_a_path_is_a_missing_file_to_all_teachers(path):
+    for kind in ("timm", "student", "usfm", "specialist", "transformers"):
+        name = {"specialist": "path", "transformers": "model"}.get(kind, "weights")
+        options = {name: path, **({"model": "resnet18"} if kind == "timm" else {})}
+        with pytest.raises(CheckpointError) as error:
+            build_teacher({"name": "t", "kind": kind, **options})
+        assert_one_sentence(error, "There is no")
+    with pytest.raises(CheckpointError):  # a folder
+        build_teacher({"name": "t", "kind": "usfm"}, path)
 
 
 @pytest.mark.parametrize("page", [b"<!DOCTYPE html><title>log in</title>", b"\n <HTML><body>", b"<html lang='en'>"])

@@ -26,7 +26,8 @@ ORANGE = (230, 159, 0)  # Okabe-Ito; with a black border it shows on any backgro
 class DataReport:
     """The result of a check: facts to read, and problems, one sentence each, to put right before a training.
 
-    ``items`` is empty if the layout is wrong; ``damaged`` are the ids of items whose files cannot be used.
+    ``items`` is empty if the layout is wrong; ``damaged`` are the ids of items whose files cannot be used,
+    ``held`` the classes in each usable item by its id.
     """
 
     task: Task
@@ -35,6 +36,7 @@ class DataReport:
     facts: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     damaged: set[str] = field(default_factory=set)
+    held: dict[str, set[int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return everything as text."""
@@ -66,6 +68,7 @@ def check_data(
     except (OSError, ValueError) as error:
         report.problems.append(str(error))
         return report
+    report.held = {item["id"]: {item["label"]} for item in items if _has_class(item)}
     report.items = sorted(items, key=lambda item: natural(item["id"]))
     flat, codes = report.task.dimensions == 2, report.task.mask_codes if mask_codes is None else mask_codes
     sizes, modes, shares, codings = [], [], {}, set[str]()
@@ -79,7 +82,8 @@ def check_data(
         sizes.append(image.shape[1::-1] if flat else image.shape)
         modes.append(mode)
         if mask is not None:
-            shares[item["id"]] = float(mask.mean())
+            shares[item["id"]] = float(_inside(mask).mean())
+            report.held[item["id"]] = set(np.unique(mask).tolist())
     report.problems += filter(None, [coding_problem(codings)])
     _describe_others(report)
     report.facts.append(f"{len(report.items)} items in {len({item['group'] for item in report.items})} groups")
@@ -99,7 +103,7 @@ def check_data(
 def _read(
     item: Item, task: Task, codes: MaskCodes, codings: set[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Picture (H, W, 3) or volume (X, Y, Z), where its mask has foreground, and its mode or the order of its axes."""
+    """Picture (H, W, 3) or volume (X, Y, Z), the classes of its mask, and its mode or the order of its axes."""
     files, classes, mask = label_files(item), len(task.classes), None
     if problem := item.get("problem"):
         raise ValueError(problem)
@@ -119,7 +123,12 @@ def _read(
             raise ValueError(problem)
         if files:
             mask, _ = volumes.read_label_volume(files[0], grid, classes, codes, codings)
-    return image, None if mask is None else (mask > 0) & (mask != IGNORED), mode
+    return image, mask, mode
+
+
+def _inside(mask: np.ndarray) -> np.ndarray:
+    """Where a mask of classes has foreground."""
+    return (mask > 0) & (mask != IGNORED)
 
 
 def _naming(files: Sequence[str | Path], error: Exception) -> str:
@@ -204,6 +213,10 @@ def _describe_split(report: DataReport, found: list[list[Item]], fold: int, seed
     for name, section in zip(("train", "validation", "test"), split, strict=True):
         place.update({item["id"]: name for item in section})
         counts = _counts(_class_of(item, report.task) for item in section)
+        held = set[int]().union(*(report.held.get(item["id"], set()) for item in section))
+        if section and (missing := [c for n, c in enumerate(report.task.classes) if n not in held]) and report.held:
+            without = f"The {name} section has no {', '.join(missing)}"
+            report.problems.append(f"{without}: give more images, or another split (fold, split_seed).")
         report.facts.append(f"{name}: {len(section)}" + (f" ({counts})" if counts else ""))
     if left := [item["id"] for item in report.items if item["id"] not in place]:
         report.facts.append(f"in no section: {some(left)}")
@@ -253,9 +266,10 @@ def write_contact_sheet(
     for axes, item in zip(places, chosen, strict=False):
         image, mask, _ = _read(item, task, codes)
         if task.dimensions == 3:
-            outline = np.zeros(image.shape, bool) if mask is None else mask
+            outline = np.zeros(image.shape, bool) if mask is None else _inside(mask)
             image, outline = volumes.middle_slice(volumes.grey_levels(image), outline, int(np.argmin(image.shape)))
             mask = None if mask is None else outline
+        mask = None if mask is None else _inside(mask)
         picture, words = Image.fromarray(image), [_class_of(item, task)]
         picture.thumbnail((400, 400))
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255)

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from typing import Any
 
 import torch
@@ -211,7 +211,10 @@ class DistillationConfig:
         if self.losses.get("contrastive") and samples is None:
             raise ValueError("The loss 'contrastive' needs a table of the training samples: give `samples`.")
         offered = dict.fromkeys(("feature", "reconstruction"), any(t.grid is not None for t in teachers))
-        offered["output"] = any(t.admitted and t.logits is not None for t in teachers)
+        admitted = [t.logits for t in teachers if t.admitted and t.logits is not None]
+        offered |= dict.fromkeys(("output", "relation", "standardised"), bool(admitted))
+        if self.losses.get("standardised") and any(shape[0] < 3 for shape in admitted):
+            raise ValueError("The loss 'standardised' compares three classes or more, two are +-1: leave it out.")
         offered["contrastive"] = samples is not None and bool(samples.vectors)
         chosen = {name: prior if offered[name] else 0.0 for name, prior in self.losses.items()}
         if not any(chosen.values()):
@@ -319,10 +322,7 @@ class Distiller(nn.Module):
         logits = self.student.decode(levels, list(batch.image.shape[-2:]))
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
-            labelled, label = batch.labelled(logits), batch.labelled(batch.label)
-            losses.note_classes(self.faults, label, logits.shape[1])
-            label = label.clamp(0, logits.shape[1] - 1)  # indexing by another class would end the process on a GPU
-            named = {"task": losses.task_loss(labelled, label, self.batch_dice, self.class_weights)}
+            named = {"task": batch.by_label(partial(self._task_loss, batch, logits))}
             weights: dict[str, Tensor] = {}
             figures: dict[str, float | Tensor] = {}
             view: Tensor | None = None
@@ -349,6 +349,13 @@ class Distiller(nn.Module):
             self.faults.read()
         plain = {name: f.detach() if isinstance(f, Tensor) else f for name, f in factors.items()}
         return DistillationOutput(total, named, plain, weights, logits, figures)
+
+    def _task_loss(self, batch: Batch, logits: Tensor, label: Tensor) -> Tensor:
+        """The supervised loss of the labelled samples by one label of the batch."""
+        label = batch.labelled(label)
+        losses.note_classes(self.faults, label, logits.shape[1])
+        label = label.clamp(0, logits.shape[1] - 1)  # indexing by another class would end the process on a GPU
+        return losses.task_loss(batch.labelled(logits), label, self.batch_dice, self.class_weights)
 
     @torch.no_grad()
     def teacher_maps(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -425,13 +432,13 @@ class Distiller(nn.Module):
         return {"autoencoder": torch.stack(parts).mean(0)} if parts else {}
 
 
-def _output_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
-    """Divergence from each admitted teacher's answers (B, h, w)."""
+def _answer_maps(compare: Callable[..., Tensor], distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
+    """Distance from each admitted teacher's answers (B, h, w), by one of the losses of answers."""
     chosen = {t.name: seen.answers[t.name] for t in distiller.teachers if t.admitted and t.logits is not None}
     maps: dict[str, Tensor] = {}
     for size, group in losses.by_size(chosen).items():
         small, answers = losses.area_logits(seen.logits, size), torch.stack(list(group.values()))
-        maps |= dict(zip(group, losses.output_loss(small, answers, seen.temperature), strict=True))
+        maps |= dict(zip(group, compare(small, answers, seen.temperature), strict=True))
     return maps
 
 
@@ -456,7 +463,9 @@ def _contrastive_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
 
 
 LOSSES: dict[str, Callable[[Distiller, _Seen], dict[str, Tensor]]] = {
-    "output": _output_maps,
+    "output": partial(_answer_maps, losses.output_loss),
+    "relation": partial(_answer_maps, losses.relation_loss),
+    "standardised": partial(_answer_maps, losses.standardised_loss),
     "feature": _feature_maps,
     "reconstruction": _reconstruction_maps,
     "contrastive": _contrastive_maps,

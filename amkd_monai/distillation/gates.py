@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -214,13 +215,11 @@ class TeacherGate(nn.Module):
         Without a label a teacher's mean error over the labelled training samples stands in; a teacher that gives no
         answers counts as one that knows nothing.
         """
-        label = batch.label_map
-        known = label if batch.rows is None else label * batch.known[:, None, None, None]
-        means = self.mean_errors[None, :, None, None].repeat(len(label), 1, *self.grid).unbind(1)
+        means = self.mean_errors[None, :, None, None].repeat(len(batch.label), 1, *self.grid).unbind(1)
         errors = dict(zip((t.name for t in self.teachers), means, strict=True))
         for size, group in losses.by_size(answers).items():
             log_probabilities = torch.stack(list(group.values())).float().log_softmax(2)  # (teachers, B, classes, h, w)
-            areas = losses.class_areas(known, classes, size)
+            areas = batch.by_label(partial(_areas, batch, classes, size))
             measured = losses.area_logits(losses.soft_cross_entropy(areas, log_probabilities), self.grid)
             for name, error in zip(group, measured, strict=True):
                 errors[name] = torch.where(batch.known[:, None, None], error, errors[name])
@@ -237,6 +236,12 @@ class TeacherGate(nn.Module):
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
         """Weights (B, K, h, w) over the teachers that are available (B, K); 0 for the others."""
         raise NotImplementedError
+
+
+def _areas(batch: Batch, classes: int, size: tuple[int, int], label: Tensor) -> Tensor:
+    """Area fractions (B, classes, h, w) of a label of a batch; those of samples without a label mean nothing."""
+    known = label[:, None, None, None] if label.ndim == 1 else label  # a class is a map of one cell
+    return losses.class_areas(known if batch.rows is None else known * batch.known[:, None, None, None], classes, size)
 
 
 class ReliabilityGate(TeacherGate):

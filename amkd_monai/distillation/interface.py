@@ -90,6 +90,8 @@ class Batch:
         available: boolean (B, K), False where a teacher does not cover a sample (its rows may hold anything);
             None if every teacher covers every sample.
         task: number of the data set that the whole batch comes from, for the gate network's task embedding.
+        other: label of the image that each one is mixed with, as ``label``; None where none counts beside it.
+        share: part that ``other`` has in each image.
         known: ``has_label`` on the device of the images (B,).
         rows: indices of the labelled samples there, None where all are labelled.
     """
@@ -101,6 +103,8 @@ class Batch:
     index: Tensor | None = None
     available: Tensor | None = None
     task: int = 0
+    other: Tensor | None = None
+    share: float = 0.0
     known: Tensor = field(init=False)
     rows: Tensor | None = field(init=False)
 
@@ -113,10 +117,10 @@ class Batch:
         """The rows of values (B, ...) whose samples have a label, the same tensor where all have."""
         return values if self.rows is None else values.index_select(0, self.rows)
 
-    @property
-    def label_map(self) -> Tensor:
-        """The label as a map (B, 1, H, W); a class per image is a map of one cell."""
-        return self.label[:, None, None, None] if self.label.ndim == 1 else self.label
+    def by_label(self, measure: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is measured of the label; of a mixed image the mean over both labels by their shares."""
+        value = measure(self.label)
+        return value if self.other is None else torch.lerp(value, measure(self.other), self.share)
 
 
 def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any], arguments: int = 0) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,31 @@ def output_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     log_teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-3)
     divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(-3)
     return temperature**2 * divergence.clamp_min(0)
+
+
+def standardised(values: Tensor, dims: Sequence[int]) -> Tensor:
+    """Values with mean 0 and deviation 1 over some dimensions, 0 where they are all alike."""
+    centred = values - values.mean(dims, keepdim=True)
+    return centred * (centred.square().mean(dims, keepdim=True) + 1e-6).rsqrt()
+
+
+def standardised_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """As :func:`output_loss`, of logits that are standardised over three classes or more (Sun et al., CVPR 2024)."""
+    student, teacher = (standardised(logits.float(), (-3,)) for logits in (student_logits, teacher_logits))
+    return output_loss(student, teacher, temperature)
+
+
+def relation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 (1 - correlation) of class probabilities, per location (DIST: Huang et al., NeurIPS 2022).
+
+    Shapes as in :func:`output_loss`. For each class the correlation is over the locations of an image, over the images
+    of the batch where they have one cell; that over three classes or more in each location is added. The mean over what
+    is correlated is 1 - Pearson's r: half the squared distance of the standardised probabilities.
+    """
+    student, teacher = ((x.float() / temperature).softmax(-3) for x in (student_logits, teacher_logits.detach()))
+    over = [(-4,) if student.shape[-2:].numel() == 1 else (-2, -1), *([(-3,)] if student.shape[-3] > 2 else [])]
+    squares = [(standardised(student, dims) - standardised(teacher, dims)).square().mean(-3) / 2 for dims in over]
+    return temperature**2 * torch.stack(squares).sum(0)
 
 
 def soft_cross_entropy(target: Tensor, log_probabilities: Tensor) -> Tensor:

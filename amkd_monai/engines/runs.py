@@ -32,6 +32,7 @@ import torch
 from filelock import FileLock, Timeout
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, MERGE_KEY
+from monai.engines import Evaluator
 from monai.utils import ensure_tuple
 
 from amkd_monai import __version__
@@ -143,6 +144,8 @@ def check(purpose: str) -> None:
     given = {**_places(parser), **given}
     parser["bundle_root"] = parser.get_parsed_content("bundle_root")  # while the workflow is on the stack
     _check_values(parser, purpose in ("training", "serving"))
+    if purpose == "training" and "patience" in given and parser.config.get("keep") == "last":
+        raise ValueError("patience ends a run early, keep 'last' trains it to its end: leave --patience out.")
     if purpose != "training":
         adopt(parser, purpose, given)
     if purpose == "evaluation":
@@ -257,8 +260,13 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
     for name in ("amp", "resume"):
         if name in config and not _is_expression(config[name]):
             parser[name] = is_true(config[name], name)
-    if trains and config.get("val_interval", 1) > config.get("max_epochs", 1):
-        raise ValueError(f"val_interval is {config['val_interval']}, above max_epochs: no student would be kept.")
+    epochs, interval, keep = (config.get(name, 1) for name in ("max_epochs", "val_interval", "keep"))
+    if trains and interval > epochs:
+        raise ValueError(f"val_interval is {interval}, above max_epochs: no student would be kept.")
+    if trains and keep not in (1, "best", "last"):
+        raise ValueError(f"keep is {keep!r}: use best or last.")
+    if trains and keep == "last" and epochs % interval:
+        raise ValueError(f"max_epochs is {epochs}, no multiple of val_interval: keep 'last' needs the last epoch's.")
 
 
 def _is_triple(value: Any) -> bool:
@@ -647,7 +655,7 @@ def _check_task(parser: ConfigParser, record: Mapping[str, Any], student: Path, 
     task = get_task(parser.get_parsed_content("task")) if "task" in parser.config else recorded_task(record)
     now, then = (task.description or {}), (record.get("description") or {})
     differing = [key for key in now.keys() | then.keys() if now.get(key) != then.get(key)]
-    if differing := [key for key in differing if data or key != "layout"]:
+    if differing := [key for key in differing if key != "folder" and (data or key != "layout")]:
         what = ", ".join(sorted(differing))
         raise ValueError(f"{student} was trained for a task with another {what}: restore its description.")
     if record["classes"] != list(task.classes):
@@ -812,11 +820,23 @@ def evaluated(data: Datalist, ckpt_dir: str | Path, skipped: Sequence[Mapping[st
 
 
 def end(*folders: str | Path | Identity) -> None:
-    """Let others use the folders of a run again."""
+    """Let others use the folders of a run again, and say where a training left its student."""
     for folder in folders:
+        if isinstance(folder, Identity) and idist.get_rank() == 0:
+            logger.info(
+                "The student is %s, its run record %s. To score it, repeat the command with evaluate.json after "
+                "train.json in --config_file, which also writes report.html.",
+                folder.places["ckpt_dir"] / STUDENT,
+                folder.places["output_dir"] / "run.json",
+            )
         for place in folder.places.values() if isinstance(folder, Identity) else [Path(folder).resolve()]:
             if lock := _locks.pop(place, None):
                 lock.release()
+
+
+def tell_predicted(evaluator: Evaluator, output_dir: str | Path) -> None:
+    """Say how many images were predicted, and where the results are."""
+    logger.info("predicted %d image(s) into %s", len(evaluator.data_loader), Path(output_dir).resolve())
 
 
 def hold(*folders: Path) -> list[Path]:

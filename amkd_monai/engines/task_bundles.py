@@ -21,7 +21,7 @@ logger = logging.getLogger("amkd_monai")
 
 TEACHERS_ON = ("everywhere", "own_domain")
 LOAD = "amkd_monai.engines.handlers.LoadStudent"
-_OF_THE_WHOLE_RUN = {"@best_student", LOAD, "ignite.handlers.ProgressBar", "StatsHandler", "TensorBoardStatsHandler"}
+_OF_THE_WHOLE_RUN = {"@kept_student", LOAD, "ignite.handlers.ProgressBar", "StatsHandler", "TensorBoardStatsHandler"}
 """Handlers of a bundle that act on its own student's file or on logs; the shared run has its own."""
 
 

@@ -282,8 +282,10 @@ class DistillationTrainer(SupervisedTrainer):
         if slices != self.augmentation.together:
             what = f"patches of {self.augmentation.together} slices, the student takes {slices}"
             raise ValueError(f"The training batches hold {what}: set recipe#slices to {slices}.")
-        if slices > 1 and self.targets is not None and self.targets.views > 1:
-            raise ValueError("A 3D student takes patches whose slices are changed alike: set `views` to 1.")
+        if slices > 1 and (self.augmentation.mixes or (self.targets is not None and self.targets.views > 1)):
+            raise ValueError("A 3D student's slices are changed alike: set `views` to 1, and no mixup and cutmix.")
+        if self.augmentation.mixes and any(getattr(module, "contrast", None) for module in network.modules()):
+            raise ValueError("The loss 'contrastive' compares whole images: leave it out, or mixup and cutmix.")
         self.seed, self.generator, self.faults = seed, torch.Generator(), Faults()
         loss = nn.Identity()  # the distiller computes it
         options: dict[str, Any] = {"inferer": inferer, "postprocessing": postprocessing, "amp": amp}
@@ -374,5 +376,10 @@ def distillation_batch(
     teachers = targets.read(indices, device, theta, views) if targets is not None else {}
     image = augmentation.photometric(warp(image, theta), generator)
     label = label.long() if label.ndim == 1 else warp(label.float(), theta, mode="nearest").round().long()
+    mixed: dict[str, Any] = {}
+    if mixture := augmentation.mixture(data["has_label"], (image.shape[-2], image.shape[-1]), generator, device):
+        image, mix = mixture.maps(image), {"grid": mixture.maps, "logits": mixture.logits}
+        teachers = {name: {kind: mix[kind](values) for kind, values in of.items()} for name, of in teachers.items()}
+        label, mixed["other"], mixed["share"] = mixture.labels(label)
     image = image.contiguous(memory_format=torch.channels_last)
-    return Batch(image, label, data["has_label"], teachers, data["index"].to(device), task=task)
+    return Batch(image, label, data["has_label"], teachers, data["index"].to(device), task=task, **mixed)

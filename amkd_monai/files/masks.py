@@ -182,6 +182,12 @@ def _opaque(alpha: np.ndarray) -> np.ndarray:
     return alpha > OPAQUE
 
 
+def raw_mask(file: str | Path) -> np.ndarray:
+    """Read the values (H, W) of a mask before any meaning; one that has no values is a ValueError."""
+    with pictures.opened(file) as stored:
+        return _values(pictures.upright(stored), "auto")
+
+
 def read_mask(
     files: Sequence[str | Path],
     image: str | Path | None = None,

@@ -90,7 +90,7 @@ class FineTune(TrainTask):
         workflow = self._workflow(data, options)
         parser = workflow.parser
         load_strict(parser.get_parsed_content("network"), load_state_dict(student.model), student.model)
-        best = parser.get_parsed_content("best_student")
+        best = parser.get_parsed_content("kept_student")
         parser.get_parsed_content("validate#evaluator").run()  # the student as it is: the value to beat
         before = best.best
         workflow.run()
@@ -129,6 +129,7 @@ class FineTune(TrainTask):
             "datalist": data,
             "max_epochs": options["max_epochs"],
             "val_interval": 1,
+            "keep": "best",
             "teachers": config["teachers"] if options["teachers"] == "bundle" else [],
             "admission": {"mode": "none"},
             "encoder_weights": "random",

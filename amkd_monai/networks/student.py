@@ -22,11 +22,14 @@ _BLOCK |= {"_bn0": "bn1", "_bn1": "bn2", "_bn2": "bn3"}
 
 
 def create_encoder(name: str, **kwargs: object) -> nn.Module:
-    """Create a timm network without weights; a ValueError names similar ones where timm has none of that name."""
+    """Create a timm network without weights; a ValueError names an unknown name, with close ones, or argument."""
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[-1]}*")[:4]) or "see timm.list_models()"
         raise ValueError(f"timm has no encoder '{name}' (close names: {close}): correct the encoder's name.")
-    return timm.create_model(name, pretrained=False, **kwargs)
+    try:
+        return timm.create_model(name, pretrained=False, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"The encoder '{name}' of timm does not take these arguments: {error}.") from error
 
 
 def _timm_key(key: str, places: list[tuple[int, int]]) -> str:

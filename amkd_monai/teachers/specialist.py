@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amkd_monai.teachers.base import Teacher, TeacherFeatures, binary_to_two_class, pool_to_grid, resize
+from amkd_monai.teachers.base import Teacher, TeacherFeatures, binary_to_two_class, pool_to_grid
+from amkd_monai.weight_files import is_file
 from amkd_monai.weights import DAMAGE_ERRORS, CheckpointError, file_sha256
 
 
 def load_network_file(path: str | Path) -> nn.Module:
     """Load a network from a ``.ts`` (TorchScript) or ``.pt2`` (torch.export) file; neither holds Python code."""
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"There is no network file at {path}: give the path of a .ts or .pt2 file.")
     try:
         if path.suffix == ".pt2":
@@ -50,7 +51,7 @@ class SpecialistTeacher(Teacher):
         self,
         name: str,
         path: str | Path,
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
         grid_limit: int = 16,
         licence: str = "unknown",
         mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
@@ -62,9 +63,8 @@ class SpecialistTeacher(Teacher):
             raise ValueError(f"The specialist '{name}' answers '{answers}': use 'masks' or 'classes'.")
         self.network, self.file_hash = load_network_file(path), file_sha256(path)
         self.came_from(path)
-        self.answers, self.image_size, self.grid_limit = answers, image_size, grid_limit
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.answers, self.grid_limit = answers, grid_limit
+        self.set_input(image_size, mean, std)
         self.requires_grad_(False)
         if not str(path).endswith(".pt2"):  # an exported program has its mode fixed
             self.train(False)
@@ -86,7 +86,7 @@ class SpecialistTeacher(Teacher):
 
         Answers that are classes of images are maps of one cell, h = w = 1.
         """
-        output = self.network((resize(image, self.image_size) - self.mean) / self.std)
+        output = self.network(self.prepare(image))
         logits, grid = output if isinstance(output, (tuple, list)) else (output, None)
         of_images = self.answers == "classes"
         if logits.ndim != (2 if of_images else 4):

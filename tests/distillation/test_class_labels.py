@@ -10,7 +10,14 @@ from amkd_monai.distillation import SampleTable, losses
 
 CLASSES = 3
 TWO = [spec("a", logits=(CLASSES, 1, 1)), spec("b", grid=(5, 3, 3), logits=(CLASSES, 1, 1), mean_error=1.0, score=0.4)]
-LOSSES = {"output": 1.0, "feature": 0.2, "reconstruction": 0.2, "contrastive": 0.1}
+LOSSES = {
+    "output": 1.0,
+    "relation": 0.5,
+    "standardised": 0.5,
+    "feature": 0.2,
+    "reconstruction": 0.2,
+    "contrastive": 0.1,
+}
 GROUPS, LABELS = torch.arange(9), torch.arange(9) % CLASSES
 SAMPLES = SampleTable({t: torch.randn((9, 6), generator=generator(3)) for t in "ab"}, GROUPS, LABELS)
 

@@ -9,7 +9,7 @@ from toy_problem import GATES, LOSS_GATES, generator, make_batch, make_distiller
 from amkd_monai.distillation import SampleTable
 
 TWO = [spec("a"), spec("b", grid=(5, 3, 3), logits=(2, 4, 4))]
-LOSSES = {"output": 1.0, "feature": 0.2, "reconstruction": 0.2, "contrastive": 0.1}
+LOSSES = {"output": 1.0, "relation": 0.5, "feature": 0.2, "reconstruction": 0.2, "contrastive": 0.1}
 STRENGTH = {"warmup": 0.0, "decay": 0.0}
 SAMPLES = SampleTable({t: torch.randn((9, 6), generator=generator(3)) for t in "ab"}, torch.arange(9))
 
@@ -143,6 +143,7 @@ def test_it_runs_under_autocast():
         ({"return_code": "oracle"}, ("oracle", "learned")),
         ({"return_code": "none"}, ("reconstruction", "return_code")),
         ({"samples": None}, ("contrastive", "samples")),
+        ({"losses": {"standardised": 1.0}}, ("standardised", "three classes")),
         ({"gate_options": {"tau": 1}}, ("tau", "temperature")),
         ({"loss_gate_options": {"tau": 1}}, ("tau", "temperature")),
         ({"contrastive": {"tau": 0.1}}, ("tau", "negatives")),

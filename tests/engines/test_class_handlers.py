@@ -10,7 +10,7 @@ import torch
 from ignite.engine import Engine
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
-from amkd_monai.engines.handlers import BestStudent, ClassPredictions, ClassReport, ClassScore, FitTemperature
+from amkd_monai.engines.handlers import ClassPredictions, ClassReport, ClassScore, FitTemperature, KeptStudent
 from amkd_monai.metrics.summary import read_case_csv
 from amkd_monai.networks import ClassStudent
 
@@ -61,7 +61,7 @@ def test_the_temperature_is_the_likeliest_one_and_is_saved_with_the_student(tmp_
     FitTemperature(student).attach(engine)
     ClassScore("isic2017").attach(engine, "val_mean_auc")
     engine.state.key_metric_name = "val_mean_auc"
-    BestStudent(student, tmp_path / "model.pt").attach(engine)
+    KeptStudent(student, tmp_path / "model.pt").attach(engine)
     run(engine)
     candidates = np.geomspace(0.25, 8, 400)
     likely = [float(torch.nn.functional.cross_entropy(z / t, label)) for t in candidates]
@@ -76,7 +76,7 @@ def test_a_validation_that_says_nothing_is_refused(tmp_path):
     engine = evaluator(z, torch.zeros(N, dtype=torch.long))
     ClassScore("isic2017").attach(engine, "val_mean_auc")
     engine.state.key_metric_name = "val_mean_auc"
-    BestStudent(ClassStudent(num_classes=3, weights="random"), tmp_path / "model.pt").attach(engine)
+    KeptStudent(ClassStudent(num_classes=3, weights="random"), tmp_path / "model.pt").attach(engine)
     with pytest.raises(ValueError, match="val_mean_auc"):
         run(engine)
 

@@ -26,6 +26,7 @@ class Linear(nn.Module):
         super().__init__()
         self.head = nn.Linear(3 * side * side, 2)
         nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def encode(self, image):
         return [image - 0.5]

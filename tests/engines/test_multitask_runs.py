@@ -61,7 +61,7 @@ def everything(tmp_path_factory, cache):
     evaluator.run(1)
     untrained = dict(evaluator.state.metrics)
     evaluator.state.best_metric, evaluator.state.best_metric_epoch = -1, -1
-    training.parser.get_parsed_content("best_student").best = -1.0
+    training.parser.get_parsed_content("kept_student").best = -1.0
     training.run()
     return folder, values, untrained
 

@@ -323,7 +323,7 @@ def test_an_empty_place_is_refused(name, tmp_path):
 
 
 BAD = [("max_epochs", 0), ("max_epochs", "many"), ("max_epochs", 1.5), ("val_interval", 99), ("patience", 0)]
-BAD += [("seed", "x"), ("seed", -1), ("num_workers", -1), ("amp", "perhaps"), ("resume", "no")]
+BAD += [("seed", "x"), ("seed", -1), ("num_workers", -1), ("amp", "perhaps"), ("resume", "no"), ("keep", "first")]
 
 
 @pytest.mark.parametrize("bundle", ["kvasir_seg", SHARED])
@@ -331,6 +331,9 @@ def test_bad_values_are_refused_by_name(bundle, tmp_path):
     for name, value in BAD:
         text = refusal(built, bundle, ("train",), ckpt_dir=str(tmp_path), **{name: value})
         assert name in text and str(value) in text and not list(tmp_path.iterdir())
+    for wrong in ({"val_interval": 3, "max_epochs": 40}, {"patience": 5}):
+        text = refusal(built, bundle, ("train",), ckpt_dir=str(tmp_path), keep="last", **wrong)
+        assert "'last'" in text and next(iter(wrong)) in text
 
 
 def test_values_that_would_be_read_wrongly_are_refused_by_name(tmp_path):

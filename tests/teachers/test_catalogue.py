@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from amkd_monai.__main__ import main
 from amkd_monai.teachers import base, catalogue
@@ -66,8 +67,15 @@ def test_the_status_says_what_is_missing(tmp_path, monkeypatch):
     assert catalogue.status(missing) == "package missing"
     medsam = by_name["MedSAM"]
     assert catalogue.status(medsam) == "weights missing"
-    (tmp_path / "medsam_vit_b.pth").touch()
-    assert catalogue.status(medsam, str(tmp_path)) == "usable"
+    file = tmp_path / "medsam_vit_b.pth"
+    for content, word in ((b"", "empty"), (b"<html>", "web page"), (bytes(range(200)), "no checkpoint")):
+        file.write_bytes(content)
+        assert catalogue.status(medsam, str(tmp_path)) == "file unusable"
+        (sentence,) = catalogue.format_catalogue(str(tmp_path)).splitlines()[len(catalogue.CATALOGUE) + 2 :]
+        assert str(file) in sentence and word in sentence
+    for old in (False, True):
+        torch.save({"w": torch.zeros(1)}, file, _use_new_zipfile_serialization=not old)
+        assert catalogue.status(medsam, str(tmp_path)) == "usable"
     monkeypatch.setenv("AMKD_WEIGHTS", str(tmp_path))
     assert catalogue.status(medsam) == "usable"
     assert catalogue.status(dataclasses.replace(medsam, needs="no-such-distribution")) == "package missing"

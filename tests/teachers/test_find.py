@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from amkd_monai.__main__ import main
 from amkd_monai.teachers.catalogue import CATALOGUE, CatalogueEntry, entry, find_weights, status
@@ -40,7 +41,7 @@ def test_the_first_place_that_has_a_file_wins(places):
 def test_the_catalogue_says_what_was_found(places, capsys):
     medsam = entry("medsam")
     assert status(medsam, str(places[0])) == "weights missing"
-    (places[0] / "medsam_vit_b.pth").touch()
+    save_file({"w": torch.zeros(1)}, places[0] / "medsam_vit_b.pth")
     assert status(medsam, str(places[0])) == "usable"
     assert main(["teachers", "--weights_dir", str(places[0])]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("MedSAM"))

@@ -10,6 +10,7 @@ from bundle_runs import read_json, run, settings
 from helpers import ROOT
 from monai.networks.nets import DenseNet121
 
+from amkd_monai.teachers.base import build_teacher
 from amkd_monai.teachers.catalogue import CATALOGUE
 from amkd_monai.teachers.retfound import VARIANTS
 
@@ -37,6 +38,19 @@ def test_teachers_of_ones_own_take_few_lines_and_teach(tmp_path, monkeypatch):
     recorded = read_json(tmp_path / "eval" / "run.json")["distillation"]["teachers"]
     assert [t["name"] for t in recorded] == ["convnext", "densenet"]
     assert all(t["outputs_admitted"] and t["weights"]["sha256"] and not t["random_weights"] for t in recorded)
+
+
+def test_medical_encoders_of_timm_are_built_as_shown():
+    """On the meta device: names, options, and the number of tensors that holders of the official files report."""
+    (shown,) = (d["teachers"] for d in map(json.loads, blocks("json")) if "model_args" in str(d))
+    files = [file for entry in CATALOGUE if entry.kind == "timm" and not entry.distribution for file in entry.files]
+    with torch.device("meta"):
+        built = {d["name"]: build_teacher({**d, "weights": "random"}) for d in shown}
+    assert sorted(d["weights"].removeprefix("weights/") for d in shown) == sorted(files)
+    assert {e.licence for e in CATALOGUE if set(e.files) & set(files)} == {d["licence"] for d in shown}
+    assert len(built["panderm"].network.state_dict()) == 186
+    assert built["retfound_green"].network.pos_embed.shape == (1, 28 * 28, 384)
+    assert built["ultrasam"].image_size == 1024 and built["dinov3"].image_size == 256
 
 
 @pytest.mark.parametrize("entry", [e for e in CATALOGUE if e.key], ids=lambda e: e.key)

@@ -1,8 +1,13 @@
+import re
+
 import pytest
+import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from amkd_monai.teachers.timm_encoder import TimmTeacher
+from amkd_monai.teachers.base import resize
+from amkd_monai.teachers.timm_encoder import OPENMMLAB_SAM, TimmTeacher
 from amkd_monai.weights import CheckpointError
 
 
@@ -124,3 +129,155 @@ def test_wrong_options_are_named(tmp_path):
         TimmTeacher("x", "resnet18")
     with pytest.raises(CheckpointError, match=r"absent\.pth"):
         TimmTeacher("x", "resnet18", weights=tmp_path / "absent.pth")
+
+
+TINY_VIT = {"embed_dim": 48, "depth": 2, "num_heads": 2}
+HALF = [0.5, 0.5, 0.5]
+MODERN = {
+    "RETFound-Green": {
+        "model": "vit_small_patch14_reg4_dinov2",
+        "model_args": TINY_VIT,
+        "mean": HALF,
+        "std": HALF,
+        "global_pool": "avg",
+    },
+    "DINOv3 ViT": {"model": "vit_small_patch16_dinov3", "model_args": TINY_VIT},
+    "DINOv3 ConvNeXt": {"model": "convnext_tiny", "model_args": {"depths": [1, 1, 1, 1], "dims": [16, 32, 48, 64]}},
+    "UltraSam": {"model": "samvit_base_patch16", "model_args": {**TINY_VIT, "global_attn_indexes": [1]}},
+    "PanDerm": {
+        "model": "beit_base_patch16_224",
+        "model_args": {**TINY_VIT, "use_abs_pos_emb": True, "use_rel_pos_bias": False, "init_values": 0.1},
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    },
+}
+"""The architectures of today's medical and general encoders, made small."""
+
+
+def modern(which, weights="random", **options):
+    torch.manual_seed(0)
+    return TimmTeacher("t", weights=weights, **{**MODERN[which], **options})
+
+
+@pytest.mark.parametrize("size", [112, (112, 224)], ids=str)
+@pytest.mark.parametrize("which", MODERN)
+def test_a_planted_square_is_where_it_was_planted(which, size):
+    """In the map of any size and of images of another shape; class and register tokens are no cells."""
+    teacher, plain = modern(which, image_size=size, stride=8), image(96, 72, batch=1)
+    planted = plain.clone()
+    planted[:, :, 72:, :18] = 1 - planted[:, :, 72:, :18]
+    grid = teacher(plain).grid
+    assert teacher.image_size == size and grid.shape[-2] <= 14
+    change = (teacher(planted).grid - grid).abs().mean(1)[0]
+    row, column = divmod(int(change.argmax()), change.shape[1])
+    assert row / change.shape[0] >= 0.7 and column / change.shape[1] < 0.25, change
+
+
+@pytest.mark.parametrize("which", MODERN)
+def test_statistics_and_size_reach_the_network(which):
+    teacher, seen = modern(which, image_size=112, interpolation="bicubic"), []
+    first = next(m for m in teacher.network.modules() if isinstance(m, nn.Conv2d))
+    first.register_forward_pre_hook(lambda module, x: seen.append(x[0]))
+    teacher(image())
+    config = timm.get_pretrained_cfg(MODERN[which]["model"])
+    mean, std = MODERN[which].get("mean", config.mean), MODERN[which].get("std", config.std)
+    sized = nn.functional.interpolate(image(), (112, 112), mode="bicubic", antialias=True).clamp(0, 1)
+    expected = (sized - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(seen[0], expected)
+    assert not torch.equal(resize(image(), 112), sized)
+
+
+@pytest.mark.parametrize("which", ["RETFound-Green", "PanDerm"])
+def test_the_files_positions_decide_the_size_and_are_resized_to_another(which, tmp_path):
+    patch = 14 if which == "RETFound-Green" else 16
+    official = timm.create_model(
+        MODERN[which]["model"], num_classes=0, img_size=6 * patch, **MODERN[which]["model_args"]
+    )
+    nn.init.normal_(official.pos_embed)
+    torch.save(official.state_dict(), tmp_path / "weights.pth")
+    teacher = modern(which, tmp_path / "weights.pth")
+    assert teacher.image_size == 6 * patch and torch.equal(teacher.network.pos_embed, official.pos_embed)
+    larger = modern(which, tmp_path / "weights.pth", image_size=[6 * patch, 9 * patch])
+    prefix = 0 if which == "RETFound-Green" else 1
+    expected = resample_abs_pos_embed(official.pos_embed, [6, 9], num_prefix_tokens=prefix)
+    torch.testing.assert_close(larger.network.pos_embed, expected)
+    assert larger.fingerprint != teacher.fingerprint
+    torch.save({**official.state_dict(), "pos_embed": torch.zeros(1, 42, 48)}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match="pos_embed"):
+        modern(which, tmp_path / "weights.pth")
+
+
+def test_the_pooled_vector_is_pooled_as_asked():
+    x, by = image(batch=1), {}
+    for pool in ("avg", "token", "max"):
+        teacher = modern("RETFound-Green", image_size=56, global_pool=pool)
+        by[pool], tokens = teacher(x).pooled, teacher.network.forward_features(teacher.prepare(x))
+        patches = tokens[:, 5:]
+        expected = {"avg": patches.mean(1), "max": patches.amax(1), "token": tokens[:, 0]}[pool]
+        torch.testing.assert_close(by[pool], expected)
+    assert not torch.allclose(by["avg"], by["token"])
+
+
+def test_ultrasams_file_fills_the_image_encoder(tmp_path):
+    """Its image encoder has OpenMMLab's names, beside a decoder; the authors' conversion is undone, name by name."""
+    teacher = modern("UltraSam")
+    state = {key: torch.randn_like(value) for key, value in teacher.network.state_dict().items()}
+    renames = [("blocks.", "layers."), ("patch_embed.proj.", "patch_embed.projection."), ("norm", "ln")]
+    renames += [("neck", "channel_reduction"), ("mlp.fc1", "ffn.layers.0.0"), ("mlp.fc2", "ffn.layers.1")]
+    official = {}
+    for key, value in state.items():
+        for ours, theirs in renames:
+            key = key.replace(ours, theirs)
+        official[f"backbone.{key}"] = value
+    file = {"meta": {"dataset_meta": {}}, "state_dict": official | {"bbox_head.iou_token.weight": torch.zeros(1, 4)}}
+    torch.save(file, tmp_path / "UltraSam.pth")
+    loaded = modern("UltraSam", tmp_path / "UltraSam.pth").network.state_dict()
+    assert len(OPENMMLAB_SAM) == len(renames) and all(torch.equal(loaded[key], state[key]) for key in state)
+    del file["state_dict"]["backbone.layers.1.ln2.bias"]
+    torch.save(file, tmp_path / "UltraSam.pth")
+    with pytest.raises(CheckpointError, match=re.escape("blocks.1.norm2.bias")):
+        modern("UltraSam", tmp_path / "UltraSam.pth")
+
+
+def test_layouts_that_timm_converts_are_converted_and_no_kernel_is_resized(tmp_path):
+    """DINOv2's own file holds a mask token, and a class position in front of the others'."""
+    network = modern("RETFound-Green", image_size=56).network
+    state = {k.replace("reg_token", "register_tokens"): torch.randn_like(v) for k, v in network.state_dict().items()}
+    positions = torch.randn(1, 17, 48)
+    torch.save({**state, "pos_embed": positions, "mask_token": torch.zeros(1, 48)}, tmp_path / "weights.pth")
+    loaded = modern("RETFound-Green", tmp_path / "weights.pth")
+    assert loaded.image_size == 56 and torch.equal(loaded.network.pos_embed, positions[:, 1:])
+    torch.testing.assert_close(loaded.network.cls_token, state["cls_token"] + positions[:, :1])
+    state["patch_embed.proj.weight"] = torch.zeros(48, 3, 16, 16)
+    torch.save({**state, "pos_embed": positions, "mask_token": torch.zeros(1, 48)}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match="another shape"):
+        modern("RETFound-Green", tmp_path / "weights.pth")
+
+
+def test_bfloat16_is_near_and_another_fingerprint():
+    exact, rough = modern("PanDerm"), modern("PanDerm", precision="bfloat16")
+    one, other = exact(image()), rough(image())
+    assert other.grid.dtype == other.pooled.dtype == torch.float32 and not torch.equal(one.grid, other.grid)
+    torch.testing.assert_close(one.grid, other.grid, rtol=0.05, atol=0.05)
+    assert exact.fingerprint != rough.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("which", "options", "word"),
+    [
+        ("RETFound-Green", {"image_size": 100}, "multiples of 14"),
+        ("UltraSam", {"image_size": 100}, "multiples of 16"),
+        ("PanDerm", {"image_size": "224"}, "image_size"),
+        ("PanDerm", {"image_size": 0}, "image_size"),
+        ("PanDerm", {"image_size": [1, 2, 3]}, "image_size"),
+        ("PanDerm", {"interpolation": "nearest"}, "nearest"),
+        ("PanDerm", {"mean": [0.5]}, "mean"),
+        ("PanDerm", {"std": [0.5, 0.5, 0]}, "std"),
+        ("DINOv3 ConvNeXt", {"global_pool": "token"}, "global_pool"),
+        ("PanDerm", {"global_pool": "sum"}, "global_pool"),
+        ("PanDerm", {"model_args": {"no_such": 1}}, "no_such"),
+    ],
+)
+def test_a_wrong_option_of_a_modern_encoder_is_named(which, options, word):
+    with pytest.raises(ValueError, match=word):
+        modern(which, **options)

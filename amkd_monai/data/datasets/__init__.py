@@ -291,13 +291,14 @@ def get_task(task: Named) -> Task:
     """Return a task of `TASKS` by its name, or one that a JSON file (by its path) or its content describes.
 
     The keys of a description are the plain attributes of :class:`Task`, of which ``name`` and ``classes`` are needed,
-    and ``layout``, the attributes of :class:`~amkd_monai.data.datasets.described.Described`. An unknown name and a
-    description that cannot be used are a ValueError, a file that is not there is a FileNotFoundError.
+    ``folder`` (of the data, relative to the file), and ``layout``, the attributes of
+    :class:`~amkd_monai.data.datasets.described.Described`. An unknown name and a description that cannot be used are a
+    ValueError, a file that is not there is a FileNotFoundError.
     """
     if isinstance(task, Task):
         return task
     if isinstance(task, Mapping):
-        return _described(task, "The description of the task")
+        return _described(task, "The description of the task", Path())
     if (name := str(task)) in TASKS:
         return TASKS[name]
     if not name.endswith(".json"):
@@ -309,7 +310,7 @@ def get_task(task: Named) -> Task:
         content = json.loads(read_text(file))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON ({error}): correct it.") from error
-    return _described(content, str(file))
+    return _described(content, str(file), file.parent)
 
 
 def recorded_task(record: Mapping[str, Any]) -> Task:
@@ -317,16 +318,17 @@ def recorded_task(record: Mapping[str, Any]) -> Task:
     return get_task(record.get("description") or str(record.get("task")))
 
 
-def _described(content: Any, where: str) -> Task:
-    """Make the task of a description; ``where`` names it in messages."""
+def _described(content: Any, where: str, base: Path) -> Task:
+    """Make the task of a description, whose folder is relative to ``base``; ``where`` names it in messages."""
 
     def refuse(what: str) -> ValueError:
         return ValueError(f"{where} {what}: correct it.")
 
-    plain = {f.name for f in fields(Task)} - {"folder", "layout", "source", "phantom", "description"}
+    plain = {f.name for f in fields(Task)} - {"layout", "source", "phantom", "description"}
     if not isinstance(content, Mapping) or not {"name", "classes"} <= content.keys() <= plain | {"layout"}:
         raise refuse(f"is no object with name, classes and, at will, {', '.join(sorted(plain - {'name'}))}, layout")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k != "layout"}
+    values["folder"] = str((base / values["folder"]).resolve()) if "folder" in values else values.get("name")
     name, classes = values["name"], values["classes"]
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or name in TASKS:
         raise refuse(f"has the name {name!r}, which must be of letters, digits, _ . - and none of {', '.join(TASKS)}")
@@ -349,4 +351,4 @@ def _described(content: Any, where: str) -> Task:
     if not isinstance(options, Mapping) or not options.keys() <= known:
         raise refuse(f"has a layout that is no object of {', '.join(sorted(known))}")
     layout = Described(title=name, classes=classes, kind=kind, volumes=dimensions == 3, **options)
-    return Task(folder=name, layout=layout, description=dict(content), **values)
+    return Task(layout=layout, description=dict(content), **values)

@@ -1,4 +1,4 @@
-"""Checkpoints: the best student alone, and all that a killed run needs to go on; early stopping; base of handlers."""
+"""Checkpoints: the student that is kept, and all that a killed run needs to go on; early stopping; base of handlers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from amkd_monai.engines.runs import is_true, record_weights, refuse_another
@@ -32,14 +33,14 @@ class Handler:
                 engine.add_event_handler(event, method)
 
 
-class BestStudent(Handler):
-    """Save the student's flat state dict whenever the key metric of validation is the best so far.
+class KeptStudent(Handler):
+    """Save the student's flat state dict after every validation (``keep`` "last"), or after the best so far ("best").
 
     Attach to the evaluator. The file, e.g. ``models/model.pt``, loads with ``weights_only=True``.
     """
 
-    def __init__(self, student: nn.Module, path: str | Path) -> None:
-        self.student, self.path = student, Path(path)
+    def __init__(self, student: nn.Module, path: str | Path, keep: str = "best") -> None:
+        self.student, self.path, self.keep = student, Path(path), keep
         self.best = -float("inf")
 
     def _epoch_completed(self, engine: Engine) -> None:
@@ -47,8 +48,8 @@ class BestStudent(Handler):
         value = float(engine.state.metrics[name])
         if math.isnan(value):
             raise ValueError(f"Validation gives no {name}: choose a split with two classes, or foreground, there.")
-        if value > self.best:
-            self.best = value
+        if value > self.best or self.keep == "last":
+            self.best = max(self.best, value)
             if idist.get_rank() == 0:
                 with atomic_path(self.path) as temporary:
                     torch.save({k: v.detach().cpu() for k, v in self.student.state_dict().items()}, temporary)
@@ -61,6 +62,44 @@ class BestStudent(Handler):
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restore the best value."""
         self.best = float(state["best"])
+
+
+class AveragedStudent(Handler):
+    """Average the student's weights over the steps; the average takes their place while the evaluator runs.
+
+    So it is what validation scores and what is kept. Its decay per step grows to ``decay``; 0 averages nothing.
+    Attach to the trainer, before the handler that validates.
+    """
+
+    def __init__(self, student: nn.Module, evaluator: Engine, decay: float) -> None:
+        self.student, self.steps = student, 0
+        self.average = ModelEmaV3(student, decay, use_warmup=True) if decay else None
+        for event in (Events.STARTED, Events.COMPLETED):
+            evaluator.add_event_handler(event, self._exchange)
+
+    def _iteration_completed(self, engine: Engine) -> None:
+        if self.average is not None:
+            self.steps = engine.state.iteration
+            self.average.update(self.student, self.steps)
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        if self.average is not None and self.steps:
+            pairs = zip(self.student.state_dict().values(), self.average.module.state_dict().values(), strict=True)
+            for own, averaged in pairs:
+                kept = own.clone()
+                own.copy_(averaged)
+                averaged.copy_(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the average, for resuming."""
+        return {} if self.average is None else {"steps": self.steps, "average": self.average.module.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the average."""
+        if self.average is not None:
+            self.steps = state["steps"]
+            self.average.module.load_state_dict(state["average"])
 
 
 class ResumeCheckpoint(Handler):
@@ -153,18 +192,18 @@ class LoadStudent(Handler):
 
 
 class EarlyStopping(Handler):
-    """End the training when the evaluator's best epoch lies at least ``patience`` epochs back.
+    """End a training that keeps its best student when that lies at least ``patience`` epochs back.
 
     The state is the evaluator's, which is saved and resumed with the run; MONAI's ``EarlyStopHandler`` would count
     from 0 after resuming. Attach to the trainer.
     """
 
-    def __init__(self, evaluator: Engine, patience: int) -> None:
-        self.evaluator, self.patience = evaluator, patience
+    def __init__(self, evaluator: Engine, patience: int, keep: str = "best") -> None:
+        self.evaluator, self.patience, self.keep = evaluator, patience, keep
 
     def _epoch_completed(self, engine: Engine) -> None:
         best = self.evaluator.state.best_metric_epoch
-        if best > 0 and engine.state.epoch - best >= self.patience:
+        if self.keep == "best" and best > 0 and engine.state.epoch - best >= self.patience:
             logger.info("no better validation since epoch %d: stopped after epoch %d", best, engine.state.epoch)
             engine.terminate()
 

@@ -101,7 +101,7 @@ class TeacherPictures(Handler):
         with eval_mode(distiller):
             logits, answers, weights = distiller.teacher_maps(batch)
         classes = label if label.ndim == 1 else None
-        shown = batch.label_map[:, 0] > 0 if classes is None else torch.ones_like(batch.label_map[:, 0])
+        shown = label[:, 0] > 0 if classes is None else torch.ones_like(label[:, None, None])
         arrays = {"image": image.permute(0, 2, 3, 1).numpy(), "label": _byte(shown), "student": _shown(logits, classes)}
         arrays |= {f"weight_{t.name}": _byte(weights[:, k]) for k, t in enumerate(distiller.teachers)}
         arrays |= {f"answer_{name}": _shown(answer, classes) for name, answer in answers.items()}

@@ -1,0 +1,315 @@
+"""A bundle for data of one's own: looks at a folder, says what it found, and writes the configs from the parts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from amkd_monai.bundles.merge import ABSENT, PARTS, bundle_files, resolved
+from amkd_monai.data.datasets import Task, get_task
+from amkd_monai.data.datasets.described import READERS, Described
+from amkd_monai.data.splits import Item
+from amkd_monai.files import masks, volumes
+from amkd_monai.files.names import (
+    PICTURE_SUFFIXES,
+    SUFFIXES,
+    VOLUME_SUFFIXES,
+    has_suffix,
+    label_files,
+    natural,
+    read_text,
+    some,
+    table_rows,
+)
+from amkd_monai.files.pictures import picture_frame, read_picture
+from amkd_monai.storage import atomic_folder
+from amkd_monai.terminal import progress
+
+LARGEST_SIDE = 256
+"""Pixels of a side of what a student sees, at most."""
+LOOKED_AT = 20
+"""Images of which the values are read, evenly over the data."""
+SLICES = {0: ("RAS", [0, 1, 2]), 1: ("AIL", [1, 2, 0]), 2: ("SPL", [2, 1, 0])}
+"""Order of the axes, the slices' first, by the anatomical axis with the longest voxels; and as indices of RAS."""
+WINDOW = (0.5, 99.5)
+"""Percentiles of the Hounsfield units within the labels that a CT is scaled between."""
+
+
+def new_bundle(
+    name: str,
+    data: str | Path,
+    to: str | Path = "bundles",
+    classes: Sequence[str] = (),
+    groups: str = "",
+    kind: str = "",
+    modality: str = "",
+) -> tuple[Path, list[str]]:
+    """Write a bundle for the data in a folder, and return its folder and what was found, one fact a line.
+
+    Args:
+        name: of the bundle and its task.
+        data: the folder, in any form that :class:`~amkd_monai.data.datasets.described.Described` reads.
+        to: the folder of bundles.
+        classes: names by label value, background first where labels are masks; () takes those of the data.
+        groups: what never must be cut by the split, such as patients: a column of the table, or a regular expression
+            whose first group in an image's name it is.
+        kind: of the task; "" finds it out.
+        modality: how the images were made; "" guesses.
+
+    Raises:
+        FileExistsError: there is such a bundle.
+        ValueError: the folder has no known form, or its labels do not fit ``classes``.
+    """
+    root, folder = Path(data).expanduser().resolve(), Path(to).expanduser() / name
+    if folder.exists():
+        raise FileExistsError(f"There is a bundle {folder} already: give another name, or remove it.")
+    description, items = _described(name, root, classes, groups, kind)
+    of_labels = description.pop("facts")
+    facts, part = _volumes(items, description, modality) if description["dimensions"] == 3 else _pictures(items)
+    description["modality"] = modality or part.pop("modality")
+    description["folder"] = os.path.relpath(root, folder.resolve() / "configs")
+    task = get_task(description)
+    found = task.layout.find_items(root)
+    problems, grouped = [item for item in found if "problem" in item], {item["group"] for item in found}
+    facts = [
+        f"{len(found)} labelled {'volumes' if task.dimensions == 3 else 'pictures'} ({description['layout']['form']})",
+        f"{task.kind}, classes: {', '.join(task.classes)} (other names: --classes)",
+        *of_labels,
+        *facts,
+        f"groups: {len(grouped)}"
+        if groups
+        else f"EACH IMAGE IS A GROUP OF ITS OWN ({len(grouped)}): if several are of one patient, give --groups",
+        f"{len(problems)} of them cannot be used: python -m amkd_monai data check {folder}" if problems else "",
+    ]
+    own = _part(name, task, part, "fold" in {key for item in found for key in item})
+    texts = bundle_files(name, own) | {"configs/task.json": json.dumps(description, indent=2) + "\n"}
+    values = {"bundle": name, "place": (Path(to) / name).as_posix(), **own["values"], "title": own["metadata"]["name"]}
+    for place in ("docs/README.md", "docs/data_license.txt", "LICENSE"):
+        texts[place] = resolved((PARTS / Path(place).name).read_text(encoding="utf-8"), values)
+    with atomic_folder(folder) as made:
+        for place, text in texts.items():
+            (made / place).parent.mkdir(parents=True, exist_ok=True)
+            (made / place).write_text(text, encoding="utf-8")
+    return folder, [fact for fact in facts if fact]
+
+
+def _described(
+    name: str, root: Path, classes: Sequence[str], groups: str, kind: str
+) -> tuple[dict[str, Any], list[Item]]:
+    """The description of the task, with "facts" about its labels, and the items that can be looked at."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder {root}: correct --data.")
+    kinds = [kind] if kind else ["segmentation", "classification"]
+    form = next((found for k in kinds if (found := Described(kind=k).form_of(root))), "")
+    if not form:
+        raise FileNotFoundError(f"There are no data in {root}: expected {Described.expected}.")
+    raw = Described(kind="classification", form=form)  # leaves labels as they are written
+    listed = [item for item in READERS[form](raw, root) if "problem" not in item]
+    if not listed:
+        raise FileNotFoundError(f"There are no labelled images in {root}: expected {Described.expected}.")
+    labels = [item["label"] for item in listed]
+    volume = has_suffix(str(listed[0]["image"]), VOLUME_SUFFIXES)
+    if not kind:
+        of_files = form in ("pairs", "nnunet") or all(label_files(i) and _is_file(i["label"]) for i in listed)
+        kind = "segmentation" if of_files else "multilabel" if isinstance(labels[0], list) else "classification"
+    layout: dict[str, Any] = {"form": form}
+    if groups and form == "table" and (table := raw.table_of(root)) and groups in table_rows(table)[0]:
+        layout["columns"] = {"group": groups}
+    elif groups:
+        layout["groups"] = groups
+    items = [i for i in READERS[form](Described(kind=kind, form=form), root) if "problem" not in i]
+    description: dict[str, Any] = {"name": name, "kind": kind, "dimensions": 3 if volume else 2, "layout": layout}
+    if kind == "segmentation":
+        return description | _mask_classes(items, list(classes), _names_of_values(root)), items
+    written = raw.columns_of(table)["label"] if (table := raw.table_of(root)) and kind == "multilabel" else labels
+    names = list(classes) or sorted({str(label) for label in written}, key=natural)
+    if kind == "classification":
+        known = Described(classes=names)
+        if lost := {str(label) for label in labels if known.class_of(label) is None}:
+            raise ValueError(f"The labels {some(lost)} are none of --classes {','.join(names)}: name all of them.")
+        counts = Counter(names[known.class_of(label) or 0] for label in labels)
+        description["facts"] = [f"images of each class: {', '.join(f'{n} {counts[n]}' for n in names)}"]
+        if len(names) == 2:
+            description["singled_out"] = names[1:]
+    return {"facts": [], **description, "classes": names}, items
+
+
+def _is_file(label: Any) -> bool:
+    return all(has_suffix(str(part), SUFFIXES) for part in (label if isinstance(label, list) else [label]))
+
+
+def _names_of_values(root: Path) -> dict[int, str]:
+    """Names of mask values, from the ``labels`` of nnU-Net's or the decathlon's dataset.json; {} without."""
+    file = root / "dataset.json"
+    labels = json.loads(read_text(file)).get("labels") if file.is_file() else None
+    if not isinstance(labels, dict):
+        return {}
+    pairs = [(k, v) if str(k).isdecimal() else (v, k) for k, v in labels.items()]
+    if regions := [name for value, name in pairs if isinstance(value, list)]:
+        raise ValueError(f"{file} names regions of several values ({some(map(str, regions))}): give --classes.")
+    return {int(value): str(name) for value, name in pairs}
+
+
+def _mask_classes(items: Sequence[Item], classes: list[str], named: dict[int, str]) -> dict[str, Any]:
+    """Classes and meaning of the values in masks, with a fact that counts them; what is no name is a ValueError."""
+    counts: Counter[float] = Counter()
+    for item in progress(items, desc="read masks", delay=1):
+        counts.update({float(value) for file in label_files(item) for value in np.unique(_values(file))})
+    values = sorted(counts)
+    shown = ", ".join(f"{value:g} in {counts[value]}" for value in values[: masks.LARGEST_INDEX])
+    facts = [f"values in the masks, and in how many: {shown}{' ...' if len(values) > masks.LARGEST_INDEX else ''}"]
+    small = [value for value in values if value != masks.IGNORED]
+    codes: str | dict[str, int | str] = "auto"
+    if named and not classes:
+        classes = [name for value, name in sorted(named.items()) if name != "ignore"]
+        kept = [value for value, name in sorted(named.items()) if name != "ignore"]
+        if kept != list(range(len(kept))) or len(kept) < len(named):
+            codes = {str(v): kept.index(v) if v in kept else "ignore" for v in named}
+    elif len(values) > masks.LARGEST_INDEX or values in ([0, 255], [0, 65535]):  # grey levels around edges, or a scale
+        classes = classes or ["background", "foreground"]
+        if len(classes) != 2:
+            raise ValueError(f"The masks are of grey levels, background and one class, not {len(classes)} --classes.")
+    elif small and 0 < max(small) < masks.LARGEST_INDEX:  # class indices, 255 for no label
+        needed = int(max(small)) + 1
+        classes = classes or ["background", *(f"class {number}" for number in range(1, max(needed, 2)))]
+        if len(classes) < needed:
+            raise ValueError(f"The masks hold the values {shown}: give {needed} --classes, background first.")
+    else:
+        classes = classes or ["background", *(f"value {value:g}" for value in values[1:])]
+        if len(classes) != len(values):
+            raise ValueError(f"The masks hold the values {shown}: give {len(values)} --classes, one for each.")
+        codes = {f"{value:g}": number for number, value in enumerate(values)}
+    return {"classes": classes, "mask_codes": codes, "facts": facts}
+
+
+def _values(file: str) -> np.ndarray:
+    return volumes.read_volume(file)[0] if has_suffix(file, VOLUME_SUFFIXES) else masks.raw_mask(file)
+
+
+def _spread(items: Sequence[Item]) -> list[Item]:
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, LOOKED_AT).round().astype(int))]
+
+
+def _pictures(items: Sequence[Item]) -> tuple[list[str], dict[str, Any]]:
+    """Facts about pictures; the side that the student sees, and whether they are grey."""
+    sizes = np.array([picture_frame(item["image"])[0] for item in items if has_suffix(item["image"], PICTURE_SUFFIXES)])
+    shorter = float(np.median(sizes.min(axis=1)))
+    side = int(min(LARGEST_SIDE, max(32, 32 * round(shorter / 32))))
+    grey = all((p == p[..., :1]).all() for p in (read_picture(item["image"]) for item in _spread(items)))
+    low, middle, high = (" x ".join(f"{v:g}" for v in f(sizes, axis=0)) for f in (np.min, np.median, np.max))
+    facts = [f"sizes: {low} to {high}, median {middle} pixels; the student sees {side} x {side}"]
+    facts.append("grey pictures" if grey else "colour pictures")
+    return facts, {"modality": facts[-1][:-1], "image_size": side, "colour": not grey}
+
+
+def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) -> tuple[list[str], dict[str, Any]]:
+    """Facts about volumes; the grid that the student sees and, of a CT, the window of its labels in HU."""
+    images = [item["image"] for item in items if has_suffix(str(item["image"]), VOLUME_SUFFIXES)]
+    grids = [volumes.volume_grid(image).reordered("RAS") for image in images]
+    spacings, shapes = (np.array([getattr(grid, key) for grid in grids], float) for key in ("spacing", "shape"))
+    spacing, extent = np.median(spacings, axis=0), (shapes * spacings).max(axis=0)
+    through = int(spacing.argmax()) if spacing.max() > 1.2 * spacing.min() else 2
+    axes, order = SLICES[through]
+    spacing, extent = spacing[order], extent[order]
+    spacing[1:] = np.maximum(spacing[1:], extent[1:] / LARGEST_SIDE)
+    spacing = spacing.round(4)
+    size = [
+        -1,
+        *(int(32 * math.ceil((mm / step - 0.5) / 32)) for mm, step in zip(extent[1:], spacing[1:], strict=True)),
+    ]
+    inside: list[np.ndarray] = []
+    for item in _spread(items):
+        array, grid = volumes.read_volume(item["image"])
+        if array.min() > volumes.HIGHEST_MINIMUM or modality not in ("", "CT"):
+            inside.clear()
+            break
+        label, _ = volumes.read_label_volume(
+            item["label"], grid, len(description["classes"]), description["mask_codes"]
+        )
+        inside.append(array[(label > 0) & (label != masks.IGNORED)][:: max(1, label.size // 10**6)])
+    facts = [
+        f"spacing: median {' x '.join(f'{v:g}' for v in np.median(spacings, axis=0))} mm (left-right, back-front, up)",
+        f"the student sees slices of {size[1]} x {size[2]} at {spacing[1]:g} x {spacing[2]:g} mm, {spacing[0]:g} apart",
+    ]
+    found: dict[str, Any] = {"axes": axes, "spacing": spacing.tolist(), "volume_size": size, "modality": "MRI"}
+    description["values"] = "any"
+    if sum(map(len, inside)):
+        low, high = np.percentile(np.concatenate(inside), WINDOW)
+        margin = max(50.0, (high - low) / 2)
+        found |= {"modality": "CT", "window": [round(float(low - margin)), round(float(high + margin))]}
+        description["values"] = "ct"
+        facts.append(f"CT, by its values; window {found['window'][0]} to {found['window'][1]} HU, around the labels")
+    return facts, found
+
+
+def _part(name: str, task: Task, found: dict[str, Any], folds: bool) -> dict[str, Any]:
+    """The bundle's own part, merged onto those of its kind of data; ``folds`` says that the data name them."""
+    classes, masked, flat = task.classes, task.kind == "segmentation", task.dimensions == 2
+    about = f"{', '.join(classes[1:] if masked else classes)} in {task.modality}"
+    parts = ["common", "single", "segmentation" if masked else "classification", *([] if flat else ["volumes"])]
+    values: dict[str, Any] = {
+        "does": f"{'outlines' if masked else 'tells apart'} {about}",
+        "reference": f"{name}: data of the user's own, as configs/task.json describes them",
+        "classes": len(classes),
+        "foreground": ", ".join(classes[1:]),
+        "metric": task.primary_metric,
+        "listed": ", ".join(f"{number} is {label}" for number, label in enumerate(classes)),
+    }
+    sizes: dict[str, Any] = {}
+    augmentation: dict[str, Any] = {"rotation": 0.25, "flip_width": True, **({} if masked else {"flip_height": False})}
+    recipe: dict[str, Any] = {"augmentation": augmentation}
+    if flat:
+        values["image_size"] = found["image_size"]
+        augmentation |= {"colour": 0.1} if found["colour"] else {"gamma": 0.4}
+        shown, shape = f"resized to {found['image_size']} x {found['image_size']}", [found["image_size"]] * 2
+    else:
+        window = {"_target_": "amkd_monai.data.transforms.CtWindowd", "keys": "image"}
+        percentiles = {"_target_": "ScaleIntensityRangePercentilesd", "keys": "image", "lower": 0.5, "upper": 99.5}
+        percentiles |= {"b_min": 0.0, "b_max": 1.0, "clip": True}
+        ct = "window" in found
+        values |= {key: found[key] for key in ("axes", "spacing", "volume_size")}
+        values |= {"pad": "@volume_size", "window": [], "percentiles": [] if ct else [percentiles]}
+        if ct:
+            values["window"] = [{**window, "low": found["window"][0], "high": found["window"][1]}]
+        names = {"labelled": "volume_labelled", "validated": "validated_slices", "image": "volume_image"}
+        names |= {"evaluated": "volume_evaluated", "masks": "volume_masks", "inferer": "slices"}
+        values |= {key: f"<{name}>" for key, name in {**names, "validation_inferer": "slices"}.items()}
+        sizes = {"image_size": ABSENT, "spacing": "<spacing>", "volume_size": "<volume_size>"}
+        recipe = {"foreground_fraction": 0.7, "min_steps": 16, "batch_dice": True, "augmentation": {"gamma": 0.4}}
+        recipe["augmentation"] |= {"rotation": 0.25}
+        shown, shape = f"slices of {found['volume_size'][1]} x {found['volume_size'][2]}", found["volume_size"][1:]
+    places = {"task": "$@bundle_root + '/configs/task.json'"}
+    places["cache_dir"] = "$os.path.join(@bundle_root, '..', '.cache', '<bundle>')"
+    split = {"fold": 0 if folds else ABSENT, "folds": ABSENT, "split_fractions": [0.7, 0.15, 0.15]}
+    own = {"fold": "@fold" if folds else ABSENT, "folds": ABSENT, "fractions": "@split_fractions"}
+    network = "$networks.initialised(@network_def, @init_from, '<bundle>', @init_parts).to(@device)"
+    train = {**places, **split, **sizes, "network": network, "datalist": {**own, "options": "@data_options"}}
+    train |= {"data_options": {}, "recipe": recipe, **({"mask_codes": task.mask_codes} if masked else {})}
+    image: dict[str, Any] = {"modality": task.modality, "spatial_shape": shape}
+    if not flat:
+        channels = {"0": "previous slice", "1": "slice", "2": "next slice"}
+        image |= {"format": "magnitude", "channel_def": channels}
+    outputs: dict[str, Any] = {"channel_def": {str(number): label for number, label in enumerate(classes)}}
+    values |= {"shown": shown, "kind": task.kind, "modality": task.modality, "height": shape[0], "width": shape[1]}
+    metadata = {
+        "name": f"{name}, distilled student",
+        "task": f"{task.kind.capitalize()}: {about}",
+        "data_source": "data of the user's own",
+        "data_type": "pictures" if flat else "NIfTI volumes",
+        "image_classes": f"{task.modality}, scaled to [0, 1], {shown}",
+        "label_classes": "<listed>",
+        "pred_classes": "<classes> channels of logits; after softmax and argmax <listed>",
+        "network_data_format": {"inputs": {"image": image}, "outputs": {"pred": outputs}},
+    }
+    if masked:
+        outputs["spatial_shape"] = shape
+    tracked = {"configs": {"experiment_name": "<bundle>"}}
+    files = {"train": train, "inference": {**places, **sizes}, "metadata": metadata, "mlflow": tracked}
+    return {"parts": parts, "values": values, **files}

@@ -1,0 +1,66 @@
+"""Which weights are kept: the last or the best ones, of the last step or their average over the steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from amkd_monai.engines.handlers import AveragedStudent, EarlyStopping, KeptStudent
+
+SCORES = [0.1, 0.5, 0.3]
+
+
+def run(path, keep="best", decay=0.0, state=None, epochs=3, patience=9):
+    """A training whose step n sets the weight to n; returns trainer, weight seen by each validation, and handler."""
+    student, seen = nn.Linear(1, 1, bias=False), []
+    evaluator = Engine(lambda engine, _: seen.append(float(student.weight.detach())))
+    evaluator.state.key_metric_name, evaluator.state.best_metric_epoch = "score", 0
+
+    def step(engine, _):
+        student.weight.data.fill_(engine.state.iteration)
+
+    @evaluator.on(Events.EPOCH_COMPLETED)
+    def score():
+        epoch = trainer.state.epoch
+        evaluator.state.metrics["score"] = SCORES[epoch - 1]
+        evaluator.state.best_metric_epoch = SCORES.index(max(SCORES[:epoch])) + 1
+
+    trainer = Engine(step)
+    averaged = AveragedStudent(student, evaluator, decay)
+    if state is not None:
+        averaged.load_state_dict(state)
+        trainer.state.epoch, trainer.state.iteration, trainer.state.epoch_length = 2, 8, 4
+        trainer.state.max_epochs = epochs
+    averaged.attach(trainer)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: evaluator.run([0]))
+    KeptStudent(student, path, keep).attach(evaluator)
+    EarlyStopping(evaluator, patience, keep).attach(trainer)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: seen.append(float(student.weight.detach())))
+    trainer.run([0] * 4, max_epochs=epochs)
+    return seen, averaged, float(torch.load(path, weights_only=True)["weight"])
+
+
+def test_the_last_student_or_the_best_one_is_kept(tmp_path):
+    assert run(tmp_path / "best.pt")[2] == 8
+    assert run(tmp_path / "last.pt", "last")[2] == 12
+
+
+def test_patience_ends_a_run_that_keeps_the_best_alone(tmp_path):
+    assert len(run(tmp_path / "best.pt", patience=1)[0]) == 6 and len(run(tmp_path / "a.pt", patience=0)[0]) == 2
+    assert len(run(tmp_path / "last.pt", "last", patience=0)[0]) == 6
+
+
+def test_the_average_of_the_steps_is_validated_and_kept_and_training_goes_on_from_the_last_step(tmp_path):
+    seen, _, kept = run(tmp_path / "model.pt", "last", decay=0.5)
+    value, expected = 0.0, []
+    for step in range(1, 13):
+        decay = 0.0 if step == 1 else min(0.5, 1 - step ** (-2 / 3))
+        value = decay * value + (1 - decay) * step
+        expected += [value, float(step)] if step % 4 == 0 else []
+    assert seen == pytest.approx(expected) and kept == pytest.approx(expected[-2])
+    state = run(tmp_path / "part.pt", "last", decay=0.5, epochs=2)[1].state_dict()
+    state = {"steps": state["steps"], "average": {k: v.clone() for k, v in state["average"].items()}}
+    resumed = run(tmp_path / "resumed.pt", "last", decay=0.5, state=state)
+    assert resumed[0] == pytest.approx(expected[-2:]) and resumed[2] == kept

@@ -1,0 +1,54 @@
+"""Data of a user's own, made from real pictures and from phantoms: a lesion and the rim around it, three classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from helpers import shared_data
+from PIL import Image
+from scipy import ndimage
+
+from amkd_monai.data.datasets import get_task
+
+
+def rim_of(lesion: np.ndarray, width: int) -> np.ndarray:
+    """Classes of a lesion (2) and of what lies around it (1), of the same shape, uint8."""
+    around = ndimage.binary_dilation(lesion, iterations=width)
+    return (lesion.astype(np.uint8) + around).astype(np.uint8)
+
+
+def rimmed_pictures(folder: Path, count: int = 14, values: tuple[int, int, int] = (0, 1, 2)) -> Path:
+    """Write real pictures of polyps, two of each patient, and their masks of three values."""
+    source = shared_data("Kvasir-SEG")
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for number, file in enumerate(sorted((source / "images").glob("*.jpg"))[:count]):
+        name = f"patient{number // 2:02d}_{number}"
+        picture = Image.open(file)
+        picture.thumbnail((160, 160))
+        picture.save(folder / "images" / f"{name}.png")
+        lesion = np.asarray(Image.open(source / "masks" / file.name).convert("L").resize(picture.size)) > 127
+        classes = rim_of(lesion, 5)
+        Image.fromarray(np.array(values, np.uint8)[classes]).save(folder / "masks" / f"{name}.png")
+    return folder
+
+
+def rimmed_volumes(folder: Path, cases: int = 6) -> Path:
+    """Write phantom volumes in nnU-Net's raw layout, with labels of three classes."""
+    import json
+
+    phantom = get_task("msd_heart").write_phantom(folder.parent / "hearts", cases=cases, shape=(12, 40, 44))
+    for kind in ("imagesTr", "labelsTr", "imagesTs"):
+        (folder / kind).mkdir(parents=True)
+    for image in sorted((phantom / "imagesTr").glob("*.nii.gz")):
+        case = image.name.removesuffix(".nii.gz")
+        (folder / "imagesTr" / f"{case}_0000.nii.gz").write_bytes(image.read_bytes())
+        label = nib.load(phantom / "labelsTr" / image.name)
+        classes = rim_of(np.asarray(label.dataobj) > 0, 2)
+        nib.save(nib.Nifti1Image(classes, label.affine), folder / "labelsTr" / image.name)
+    about = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "wall": 1, "left atrium": 2}}
+    about |= {"numTraining": cases, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(about))
+    return folder
