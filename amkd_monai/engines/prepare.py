@@ -151,7 +151,7 @@ def prepare_teachers(
     cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
     alone = image_teachers(teachers)
     where: dict[str, Any] = {"seed": seed, "device": device, "cache_dir": cache_dir}
-    crews = [read_crew(d, train, recipe, epochs, views, **where) for d in teachers if d["kind"] == "crew"]
+    crews = [read_crew(d, train, recipe.of_slices(), epochs, views, **where) for d in teachers if d["kind"] == "crew"]
     shared = (train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
     preparation = _Preparation(*shared, {crew.name: crew for crew in crews})
     if idist.get_world_size() > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import ignite.distributed as idist
@@ -92,6 +92,10 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """Return the recipe as plain data."""
         return asdict(self)
+
+    def of_slices(self) -> Recipe:
+        """Return the same for networks of slices: a batch holds as many as its patches do."""
+        return self if self.slices == 1 else replace(self, slices=1, batch_size=self.batch_size * self.slices)
 
     def augment(self) -> Augmentation:
         """Return the augmentation."""
