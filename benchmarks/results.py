@@ -41,6 +41,15 @@ SETTINGS = {
 for bundle, (data, overrides) in SMALL.items():
     SETTINGS[f"{bundle}_undistilled"] = Setting(bundle, data, overrides, teachers=[])
     SETTINGS[f"{bundle}_default"] = Setting(bundle, data, overrides, f"{bundle}_undistilled")
+# an ensemble on the run's own labels, alone and with the last, averaged weights; and these weights alone
+CREW = [{"name": "crew", "kind": "crew"}]
+LAST = {"keep": "last", "recipe#ema": 0.99, "loss_strength#decay": 0.0}
+for bundle in (*SMALL, "kvasir_all", "heart"):
+    plain = SETTINGS[f"{bundle}_undistilled"]
+    last = {name: value for name, value in plain.overrides.items() if name != "patience"} | LAST
+    SETTINGS[f"{bundle}_crew"] = replace(plain, reference=f"{bundle}_undistilled", teachers=CREW)
+    SETTINGS[f"{bundle}_last"] = replace(plain, overrides=last, reference=f"{bundle}_undistilled")
+    SETTINGS[f"{bundle}_crew_last"] = replace(plain, overrides=last, reference=f"{bundle}_last", teachers=CREW)
 # what training varies by alone: features at 1/170 of the weight they have by default
 SETTINGS["isic2017_control"] = replace(
     SETTINGS["isic2017_default"],

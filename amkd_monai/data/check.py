@@ -15,7 +15,7 @@ from amkd_monai.data.splits import NEAR, Item, SplitOptions, clusters, near_dupl
 from amkd_monai.files import names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
 from amkd_monai.files.names import label_files, natural, some
-from amkd_monai.files.pictures import level_problem, opened, read_picture
+from amkd_monai.files.pictures import class_colours, level_problem, opened, read_picture
 from amkd_monai.storage import content_hashes
 from amkd_monai.terminal import progress
 
@@ -214,7 +214,7 @@ def _describe_split(report: DataReport, found: list[list[Item]], fold: int, seed
         place.update({item["id"]: name for item in section})
         counts = _counts(_class_of(item, report.task) for item in section)
         held = set[int]().union(*(report.held.get(item["id"], set()) for item in section))
-        if section and (missing := [c for n, c in enumerate(report.task.classes) if n not in held]) and report.held:
+        if held and (missing := [label for n, label in enumerate(report.task.classes) if n not in held]):
             without = f"The {name} section has no {', '.join(missing)}"
             report.problems.append(f"{without}: give more images, or another split (fold, split_seed).")
         report.facts.append(f"{name}: {len(section)}" + (f" ({counts})" if counts else ""))
@@ -249,13 +249,16 @@ def write_contact_sheet(
 ) -> Path:
     """Draw at most ``count`` evenly spaced items with the outlines of their masks, to see whether labels fit images.
 
+    Of several foreground classes each has its colour, with a legend.
+
     Of a volume, the PNG has the slice with most foreground.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     if not items:
         raise ValueError("There is no image to draw: correct the data first.")
-    codes, orange = task.mask_codes if mask_codes is None else mask_codes, [value / 255 for value in ORANGE]
+    codes, several = task.mask_codes if mask_codes is None else mask_codes, len(task.classes) > 2
     chosen = [items[round(i)] for i in np.linspace(0, len(items) - 1, min(count, len(items)))]
     columns = min(6, len(chosen))
     rows = -(-len(chosen) // columns)
@@ -266,20 +269,25 @@ def write_contact_sheet(
     for axes, item in zip(places, chosen, strict=False):
         image, mask, _ = _read(item, task, codes)
         if task.dimensions == 3:
-            outline = np.zeros(image.shape, bool) if mask is None else _inside(mask)
+            outline = np.zeros(image.shape, np.uint8) if mask is None else np.where(mask == IGNORED, 0, mask)
             image, outline = volumes.middle_slice(volumes.grey_levels(image), outline, int(np.argmin(image.shape)))
             mask = None if mask is None else outline
-        mask = None if mask is None else _inside(mask)
+        mask = None if mask is None else np.where(mask == IGNORED, 0, mask)
         picture, words = Image.fromarray(image), [_class_of(item, task)]
         picture.thumbnail((400, 400))
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
         if mask is not None:
-            words.append(f"{mask.mean():.1%}" if mask.any() else "empty mask")
+            words.append(f"{(mask > 0).mean():.1%}" if mask.any() else "empty mask")
             outline = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))
-            if outline.any() and min(outline.shape) > 1:
-                for width, colour in ((3, "black"), (1.5, orange)):
-                    axes.contour(outline, [0.5], colors=[colour], linewidths=width, antialiased=False)
+            for label in np.unique(outline[outline > 0]) if min(outline.shape) > 1 else ():
+                colour = class_colours(label) / 255 if several else np.array(ORANGE) / 255
+                for width, drawn in ((3, "black"), (1.5, colour)):
+                    axes.contour(outline == label, [0.5], colors=[drawn], linewidths=width, antialiased=False)
         axes.set_title(f"{item['id'][:28]}\n{', '.join(filter(None, words))}", fontsize=7, parse_math=False)
+    if several and not task.is_classification:
+        colours = (class_colours(range(1, len(task.classes))) / 255).tolist()
+        key = [Line2D([], [], color=c, label=name) for c, name in zip(colours, task.classes[1:], strict=True)]
+        figure.legend(handles=key, loc="outside lower center", ncols=4, fontsize=7)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=104)
     return Path(path)

@@ -14,7 +14,7 @@ from monai.utils import convert_to_dst_type, ensure_tuple
 from amkd_monai.files import volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, read_mask
 from amkd_monai.files.names import expanded, file_id, file_of
-from amkd_monai.files.pictures import read_picture, write_png
+from amkd_monai.files.pictures import read_picture, write_mask
 from amkd_monai.files.steps import disc_box, squared
 
 FILENAME = "filename_or_obj"  # keys of meta data: the file, and how the values of a mask were coded
@@ -170,14 +170,17 @@ class DropUnlabelledd(MapTransform):
 
 
 class SaveMaskd(MapTransform):
-    """Write a label map (1, H, W) or (1, X, Y, Z) as ``<id>_mask.png`` (0 and 255) or ``<id>_mask.nii.gz``.
+    """Write a label map (1, H, W) or (1, X, Y, Z) as ``<id>_mask.png`` or ``<id>_mask.nii.gz``.
 
-    The maps lie on the grid of the image file, whose order and header geometry a volume's mask gets.
+    Files hold class indices, a PNG of two ``classes`` 0 and 255. The maps lie on the grid of the image file, whose
+    order and header geometry a volume's mask gets.
     """
 
-    def __init__(self, keys: KeysCollection, output_dir: str | Path, image_key: str = "image") -> None:
+    def __init__(
+        self, keys: KeysCollection, output_dir: str | Path, image_key: str = "image", classes: int = 2
+    ) -> None:
         super().__init__(keys)
-        self.output_dir, self.image_key = output_dir, image_key
+        self.output_dir, self.image_key, self.classes = output_dir, image_key, classes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write each key's map; the data stay."""
@@ -187,7 +190,7 @@ class SaveMaskd(MapTransform):
         for key in self.key_iterator(data):
             mask = np.asarray(data[key])[0].astype(np.uint8)
             if mask.ndim == 2:
-                write_png(file_of(folder, f"{name}_mask.png"), (mask > 0).astype(np.uint8) * 255)
+                write_mask(file_of(folder, f"{name}_mask.png"), mask, self.classes)
             else:
                 volumes.write_mask_volume(file_of(folder, f"{name}_mask.nii.gz"), mask, volumes.volume_grid(source))
         return dict(data)

@@ -57,7 +57,13 @@ ANSWER_COST = 0.25
 
 
 def read_crew(
-    description: Mapping[str, Any], train: DecodedDataset, recipe: Recipe, epochs: int, views: int, **where: Any
+    description: Mapping[str, Any],
+    train: DecodedDataset,
+    recipe: Recipe,
+    epochs: int,
+    views: int,
+    device: torch.device | str,
+    cache_dir: str,
 ) -> Crew:
     """Check the description of a crew and the folds of a training section, and make the members.
 
@@ -65,23 +71,24 @@ def read_crew(
         description: ``name``, ``size`` (a key of :data:`SIZES`) and what differs from it: ``members`` (options of the
             student's class such as ``encoder`` and ``seed``, or networks), ``image_size`` (side in pixels, or a factor
             of the student's), ``folds``, ``images`` (that a member sees in training, at least), ``flips`` (whether
-            answers are means over the flips of the recipe's augmentation) and ``views``.
+            answers are means over the flips of the recipe's augmentation), ``views``, and ``seed`` of folds and
+            trainings, so that runs of several seeds share a crew.
         train: the training section at the student's size.
         recipe: of the run; the members' weights are averaged.
         epochs: of the run.
         views: stored views of every image, unless the description tells.
-        where: ``seed``, ``device`` and ``cache_dir`` of the crew.
+        device: where members are trained and answer.
+        cache_dir: folder of all stores; trained members are kept there.
     """
     name, size = str(description["name"]), str(description.get("size", "default"))
     if size not in SIZES:
         raise ValueError(f"The crew '{name}' has the size '{size}': use one of {', '.join(SIZES)}.")
-    options = {**SIZES[size], "flips": True, "views": views}
+    options = {**SIZES[size], "flips": True, "views": views, "seed": 0}
     given = {key: value for key, value in description.items() if key not in ("name", "kind", "size")}
     if unknown := sorted(given.keys() - options.keys()):
         raise ValueError(f"The crew '{name}' has no option '{unknown[0]}': use size, {', '.join(options)}.")
     options |= given
-    for key in ("folds", "images", "views"):
-        least = 2 if key == "folds" else 1
+    for key, least in (("folds", 2), ("images", 1), ("views", 1), ("seed", 0)):
         if not (isinstance(options[key], int) and not isinstance(options[key], bool) and options[key] >= least):
             raise ValueError(f"The crew '{name}' has {key} {options[key]!r}: give a whole number of at least {least}.")
     student = Student if train.classes is None else ClassStudent
@@ -104,12 +111,14 @@ def read_crew(
         members,
         side=_side(name, options["image_size"], (train.images.shape[-2], train.images.shape[-1])),
         folds=options["folds"],
-        team=_teams(name, train, options["folds"], where["seed"]),
+        team=_teams(name, train, options["folds"], options["seed"]),
         mirrors=[mirrored for count in counts for mirrored in itertools.combinations(axes, count)],
         views=options["views"],
+        seed=options["seed"],
         recipe=replace(recipe, ema=EMA),
         steps=-(-max(images, labelled) // recipe.batch_size),
-        **where,
+        device=device,
+        cache_dir=cache_dir,
     )
 
 

@@ -140,7 +140,7 @@ def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
         trainer = DistillationTrainer(device, epochs, loader, distiller, optimizer, **options)
         trainer.logger.setLevel(logging.WARNING)
         average = ModelEmaV3(network, recipe.ema, use_warmup=True) if recipe.ema else None
-        with progress(total=epochs * len(loader), desc=f"cross-fit {title}, fold {fold + 1}") as bar:
+        with progress(total=epochs * len(loader), desc=f"cross-fit {title}, training {fold + 1}") as bar:
             trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: bar.update(1))
             if average is not None:
                 trainer.add_event_handler(

@@ -52,6 +52,9 @@ def cache_image_teacher(
     ``options`` are those of :func:`~amkd_monai.cache.build.cache_teacher`.
     """
     teacher = known_teacher(description, weights_dir, options["cache_dir"])
+    own = teacher.facts().num_classes if description.get("own_answers", True) else None
+    if own is not None and (train.classes is not None or own != train.num_classes):
+        raise ValueError(another_task(teacher.facts().name, f"maps of {own} classes", train))
     outputs = cache_teacher(teacher, train, views=views, description=description, **options)
     return teacher.facts(), outputs, cache_teacher(teacher, validation, description=description, **options)
 
@@ -150,8 +153,8 @@ def prepare_teachers(
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
     cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
     alone = image_teachers(teachers)
-    where: dict[str, Any] = {"seed": seed, "device": device, "cache_dir": cache_dir}
-    crews = [read_crew(d, train, recipe.of_slices(), epochs, views, **where) for d in teachers if d["kind"] == "crew"]
+    of_run: tuple[Any, ...] = (train, recipe.of_slices(), epochs, views, device, cache_dir)
+    crews = [read_crew(description, *of_run) for description in teachers if description["kind"] == "crew"]
     shared = (train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
     preparation = _Preparation(*shared, {crew.name: crew for crew in crews})
     if idist.get_world_size() > 1:
@@ -211,11 +214,7 @@ class _Preparation:
         classes, *size = shape = target.answers.arrays["logits"].shape
         single = self.train.classes is not None
         if classes != self.train.num_classes or (size == [1, 1]) != single:
-            needed = f"{'one answer per image' if single else 'a map'} with {self.train.num_classes} classes"
-            raise ValueError(
-                f"The teacher '{target.name}' gives logits of {classes} classes in {size} cells, the task asks for "
-                f"{needed}: give a teacher of this task, set its `own_answers` to false, or drop it."
-            )
+            raise ValueError(another_task(target.name, f"logits of {classes} classes in {size} cells", self.train))
         temperature = _temperature(of_validation, self.validation)
         score = score_answers(target.answers, self.train, temperature)
         record = {**target.record, **score.record(), "calibration_temperature": round(temperature, 3)}
@@ -311,6 +310,13 @@ class _Preparation:
         return score, length
 
 
+def another_task(name: str, given: str, train: DecodedDataset) -> str:
+    """Say that a teacher's answers do not fit the task."""
+    needed = f"{'a map' if train.classes is None else 'one answer per image'} with {train.num_classes} classes"
+    remedy = "give a teacher of this task, set its `own_answers` to false, or drop it."
+    return f"The teacher '{name}' gives {given}, the task asks for {needed}: {remedy}"
+
+
 def _temperature(answers: FeatureStore, dataset: DecodedDataset) -> float:
     """Calibration temperature of cached answers on a dataset's labels."""
     rows = np.flatnonzero(dataset.has_label)
@@ -333,7 +339,8 @@ class AnswerScore:
         value: the score that decides, higher is better: for masks the mean Dice over cases (images or volumes) and
             foreground classes, cases without foreground left out; for classes of images the skill.
         cross_entropy: mean over grid cells or images, nats.
-        further: ``volume_ratio`` (predicted by true foreground, over all cases) of masks, ``macro_auroc`` of classes.
+        further: ``volume_ratio`` of masks (predicted by true volume over all cases, of the foreground class whose ratio
+            is farthest from 1), ``macro_auroc`` of classes.
         name: of the score, ``dice`` or ``skill``.
     """
 
@@ -381,7 +388,8 @@ def score_answers(store: FeatureStore, dataset: DecodedDataset, temperature: flo
     both, predicted_sum, true_sum = np.moveaxis(np.stack(list(overlap.values())), -1, 0)  # each (cases, classes - 1)
     valid = true_sum > 0
     dice = 2 * both[valid] / (predicted_sum + true_sum)[valid]
-    ratio = float(predicted_sum.sum() / max(1.0, true_sum.sum()))
+    ratios = (predicted_sum.sum(0) / true_sum.sum(0).clip(1))[true_sum.any(0)]
+    ratio = max(ratios.tolist(), key=lambda ratio: abs(ratio - 1), default=0.0)
     return AnswerScore(float(dice.mean()) if valid.any() else 0.0, float(np.mean(errors)), {"volume_ratio": ratio})
 
 

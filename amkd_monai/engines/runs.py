@@ -366,7 +366,10 @@ def identity(datalist: Datalist, further: Sequence[Item] = ()) -> Identity:
 
     ``further`` are images without labels beyond the data set's.
     """
-    parser = next(_callers(ConfigParser))
+    parser, classes = next(_callers(ConfigParser)), len(datalist.task.classes)
+    if (given := parser.config["network_def"].get("num_classes", classes)) != classes:
+        name, words = datalist.task.name, ", ".join(datalist.task.classes)
+        raise ValueError(f"{name} has {classes} classes ({words}): set network_def#num_classes to it, not {given}.")
     facts = {
         **datalist.task.identity,
         "classes": list(datalist.task.classes),

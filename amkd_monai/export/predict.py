@@ -14,7 +14,7 @@ from tqdm import tqdm
 from amkd_monai.export.runners import runner
 from amkd_monai.files import names
 from amkd_monai.files.dicom import Slice, find_series, read_series
-from amkd_monai.files.pictures import level_problem, read_picture, write_png
+from amkd_monai.files.pictures import class_colours, level_problem, read_picture, write_mask, write_png
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
 from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, read_volume, write_mask_volume
 from amkd_monai.storage import atomic_path, read_json
@@ -24,7 +24,7 @@ VERSION = 3
 """Of ``configs/predict.json``."""
 SEEN = "docs/seen.json"
 """File of an exported bundle with the fingerprints of the images that the student has seen."""
-COLOUR, OPACITY = np.array((255.0, 64.0, 0.0), np.float32), 0.35
+OPACITY = 0.35
 """Of masks in overlays."""
 CAPTION_SCALE = 16
 """A captioned picture's width in heights of its letters."""
@@ -174,7 +174,7 @@ def _predict_one(predictor: Predictor, image: Input, folder: Path) -> list[str]:
         mask, file = predictor.mask(volume[None], grid), names.file_of(folder, f"{image.id}_mask.nii.gz")
         write_mask_volume(file, mask, grid)
         grey, outline = (np.rot90(plane) for plane in middle_slice(grey_levels(volume), mask))
-        write_overlay(overlay, np.repeat(grey[..., None], 3, -1), outline)
+        write_overlay(overlay, np.repeat(grey[..., None], 3, -1), outline, predictor.config["classes"])
         return []
     picture = read_picture(image.path)
     array = picture.transpose(2, 0, 1).astype(np.float32)
@@ -183,20 +183,37 @@ def _predict_one(predictor: Predictor, image: Input, folder: Path) -> list[str]:
         found = predictor.config["classes"][int(answer.argmax())]
         write_captioned(overlay, picture, f"{found}  {answer.max():.2f}")
         return [image.id, found, *(f"{v:.6f}" for v in answer)]
-    mask = predictor.mask(array)
-    write_png(names.file_of(folder, f"{image.id}_mask.png"), (mask > 0).astype(np.uint8) * 255)
-    write_overlay(overlay, picture, mask)
+    mask, classes = predictor.mask(array), predictor.config["classes"]
+    write_mask(names.file_of(folder, f"{image.id}_mask.png"), mask, len(classes))
+    write_overlay(overlay, picture, mask, classes)
     return []
 
 
-def write_overlay(path: Path, image: np.ndarray, mask: np.ndarray) -> None:
-    """Write an image (H, W, 3), levels 0 to 255, with its mask (H, W) tinted and outlined."""
-    inside = mask > 0
-    core = np.pad(inside, 1, mode="edge")
-    core = core[:-2, 1:-1] & core[2:, 1:-1] & core[1:-1, :-2] & core[1:-1, 2:]
-    opacity = np.where(inside & ~core, 1.0, np.where(inside, OPACITY, 0.0)).astype(np.float32)[..., None]
-    picture = image * (1 - opacity) + COLOUR * opacity
-    write_png(path, picture.round().clip(0, 255).astype(np.uint8))
+def write_overlay(path: Path, image: np.ndarray, mask: np.ndarray, classes: Sequence[str]) -> None:
+    """Write an image (H, W, 3), levels 0 to 255, with its mask (H, W) tinted and outlined, each class in its colour.
+
+    With more than two classes a legend stands below.
+    """
+    around = np.pad(mask, 1, mode="edge")
+    sides = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
+    core = np.logical_and.reduce([side == mask for side in sides])
+    opacity = np.where(mask == 0, 0.0, np.where(core, OPACITY, 1.0)).astype(np.float32)[..., None]
+    picture = (image * (1 - opacity) + class_colours(mask) * opacity).round().clip(0, 255).astype(np.uint8)
+    write_png(path, picture if len(classes) == 2 else np.concatenate([picture, legend(classes[1:], picture.shape[1])]))
+
+
+def legend(names: Sequence[str], width: int) -> np.ndarray:
+    """Draw the names of labels 1, 2, ... beside their colours, a line for each, (h, width, 3) uint8."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    line = max(CAPTIONED_WIDTH, width) // CAPTION_SCALE
+    picture = Image.new("RGB", (width, line * len(names)))
+    draw = ImageDraw.Draw(picture)
+    for row, (name, colour) in enumerate(zip(names, class_colours(range(1, len(names) + 1)).tolist(), strict=True)):
+        size = 0.8 * line * min(1.0, (width - 1.2 * line) / ImageFont.load_default(0.8 * line).getlength(name))
+        draw.rectangle((0, row * line, line - 3, (row + 1) * line - 3), tuple(colour))
+        draw.text((line, (row + 0.5) * line), name, (255, 255, 255), ImageFont.load_default(max(size, 1)), anchor="lm")
+    return np.asarray(picture)
 
 
 def write_captioned(path: Path, image: np.ndarray, caption: str) -> None:

@@ -129,7 +129,7 @@ def postprocessing(transform: Mapping[str, Any], dimensions: int) -> list[Config
         if dimensions == 3:
             return [save]
         turned = {"_target_": "Transposed", "keys": transform["keys"], "indices": [0, 2, 1]}
-        return [turned, {**save, "scale": 255}]
+        return [turned, save if transform.get("classes", 2) > 2 else {**save, "scale": 255}]
     if "amkd_monai" in str(transform):
         raise ValueError(f"The postprocessing holds {target}, which cannot be exported: use MONAI's own transforms.")
     return [dict(transform)]

@@ -136,8 +136,11 @@ def _is_grey_scale(grey: np.ndarray) -> bool:
     return bool(np.count_nonzero(between & ~near) <= allowed)
 
 
-def _values(image: Image.Image, codes: MaskCodes) -> np.ndarray:
-    """Values (H, W) of an upright mask: levels, indices of a palette, or 0 and 1 for colours and transparency."""
+def _values(image: Image.Image, classes: int, codes: MaskCodes) -> np.ndarray:
+    """Values (H, W) of an upright mask: levels, indices of a palette, or 0 and 1 for colours and transparency.
+
+    Colours and transparency do not say which of more than two classes is meant, and are refused.
+    """
     if image.mode.startswith(("I", "F")):
         return np.asarray(image)
     if pictures.has_alpha(image):
@@ -146,6 +149,8 @@ def _values(image: Image.Image, codes: MaskCodes) -> np.ndarray:
         if opaque.any() and not opaque.all() and not rgb[opaque].any():
             if rgb.any():
                 raise ValueError("is black where it is opaque, coloured where it is transparent: save it without alpha")
+            if classes > 2:
+                raise ValueError("has transparency in place of classes: save it as class indices")
             return opaque.astype(np.uint8)
         rgb = rgb * opaque[..., None]
     elif image.mode in ("1", "L"):
@@ -158,7 +163,10 @@ def _values(image: Image.Image, codes: MaskCodes) -> np.ndarray:
         rgb = np.asarray(image.convert("RGB"))
     planes = rgb.transpose(2, 0, 1).copy()  # NumPy is many times slower along a last axis of 3
     highest = planes.max(axis=0)
-    if (highest - planes.min(axis=0)).max() <= COLOURED:
+    spread = (highest - planes.min(axis=0)).max()
+    if spread and (classes > 2 or highest.max() < LARGEST_INDEX):
+        raise ValueError("has colours, which do not say the class: save it as class indices, in grey or with a palette")
+    if spread <= COLOURED:
         return np.asarray(Image.fromarray(rgb).convert("L"))
     if codes != "auto":
         inside = highest > COLOURED
@@ -185,7 +193,7 @@ def _opaque(alpha: np.ndarray) -> np.ndarray:
 def raw_mask(file: str | Path) -> np.ndarray:
     """Read the values (H, W) of a mask before any meaning; one that has no values is a ValueError."""
     with pictures.opened(file) as stored:
-        return _values(pictures.upright(stored), "auto")
+        return _values(pictures.upright(stored), 2, "auto")
 
 
 def read_mask(
@@ -209,7 +217,7 @@ def read_mask(
         with pictures.opened(file) as stored:
             tag, stored = pictures.frame(stored)[1], pictures.upright(stored)
         try:
-            mask = decode_plausible(_values(stored, codes), classes, codes, used)
+            mask = decode_plausible(_values(stored, classes, codes), classes, codes, used)
         except ValueError as error:
             raise ValueError(f"Mask {file} cannot be used: it {error}.") from error
         if of_image is not None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageOps, PngImagePlugin
 
 from amkd_monai.files.names import MARK
@@ -15,6 +16,8 @@ from amkd_monai.storage import atomic_path
 FULL_SCALES = (255, 4095, 65535)  # white of grey pictures: the smallest that holds the brightest level
 FEWEST_LEVELS = 16  # of 256; a picture with no more is black, white or scaled wrongly
 OPAQUE = 127
+CLASS_COLOURS = ((255, 64, 0), (86, 180, 233), (240, 228, 66), (0, 158, 115), (204, 121, 167), (0, 114, 178))
+"""Of labels 1, 2, ... in overlays, then from the first on again; mostly of the Okabe-Ito palette."""
 ORIENTATION, PHOTOMETRIC = 0x0112, 0x0106  # tags
 UNDONE = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # the EXIF orientation that undoes another one
 LATE_TAGS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # of a PNG, possibly behind its pixels
@@ -137,6 +140,16 @@ def read_picture(path: str | Path, size: tuple[int, int] | None = None) -> np.nd
     if level_problem(sample) and (problem := level_problem(np.asarray(rgb))):
         raise ValueError(f"{path} cannot be used: {problem}.")
     return np.asarray(rgb if size is None else rgb.resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=2.0))
+
+
+def class_colours(labels: ArrayLike) -> np.ndarray:
+    """RGB (..., 3), uint8, of labels (...) from 1 on."""
+    return np.array(CLASS_COLOURS, np.uint8)[(np.asarray(labels, int) - 1) % len(CLASS_COLOURS)]
+
+
+def write_mask(path: Path, mask: np.ndarray, classes: int) -> None:
+    """Write class indices (H, W), uint8, as PNG: 0 and 255 for two ``classes``, the indices for more."""
+    write_png(path, mask if classes > 2 else (mask > 0).astype(np.uint8) * 255)
 
 
 def write_png(path: Path, picture: np.ndarray | Image.Image) -> None:

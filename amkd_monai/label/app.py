@@ -45,9 +45,8 @@ class StudentApp(MONAILabelApp):
         if self.studies.startswith(("http://", "https://")):
             return super().init_datastore()
         suffixes = {suffix for student in self.students.values() for suffix in student.suffixes}
-        tasks = (student.task for student in self.students.values())
-        classes = [name for task in tasks if task.is_classification for name in task.classes]
-        return Studies(self.studies, sorted(suffixes, key=len, reverse=True), classes)
+        tasks = [student.task for student in self.students.values()]
+        return Studies(self.studies, sorted(suffixes, key=len, reverse=True), tasks)
 
     def init_infers(self) -> dict[str, InferTask]:
         """Each student as a model."""

@@ -133,6 +133,7 @@ class FineTune(TrainTask):
             "teachers": config["teachers"] if options["teachers"] == "bundle" else [],
             "admission": {"mode": "none"},
             "encoder_weights": "random",
+            **({} if data.task.is_classification else {"mask_codes": "auto"}),  # saved labels hold class indices
             "recipe#min_steps": STEPS,
             "recipe#warmup_steps": STEPS,
             "recipe#learning_rate": recipe["learning_rate"] * scale,

@@ -117,15 +117,16 @@ def _hash_of(model: Path, stamp: tuple[int, int]) -> str:
 def mask_uncertainty(probabilities: Tensor) -> float:
     """One minus the Soft Dice Confidence, the Dice that the probabilities themselves predict for the mask.
 
-    For each foreground class, ``1 - 2 sum(p m) / (sum(p) + sum(m))`` with probability p and mask m; the mean of the
-    classes. An image on which nothing is found has 1: it is worth a look.
+    For each foreground class that is found, ``1 - 2 sum(p m) / (sum(p) + sum(m))`` with probability p and mask m; the
+    mean of these classes. An image on which nothing is found has 1: it is worth a look.
 
     Source: Borges et al., "Soft Dice Confidence", 2024, https://arxiv.org/abs/2402.10665. ``probabilities`` is softmax,
     (C, H, W) or (C, D, H, W); channel 0 is background.
     """
     p = probabilities[1:].double().flatten(1)
     m = (probabilities.argmax(0).flatten() == torch.arange(1, len(probabilities))[:, None]).double()
-    return float((1 - 2 * (p * m).sum(1) / (p.sum(1) + m.sum(1)).clamp_min(1e-12)).mean())
+    found = m.any(1)
+    return float((1 - 2 * (p * m).sum(1) / (p.sum(1) + m.sum(1)))[found].mean()) if found.any() else 1.0
 
 
 def class_uncertainty(probabilities: Tensor) -> float:

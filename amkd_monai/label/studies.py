@@ -19,6 +19,7 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException
 
+from amkd_monai.data.datasets import Task
 from amkd_monai.files.masks import read_mask
 from amkd_monai.files.names import VOLUME_SUFFIXES, has_suffix
 from amkd_monai.files.pictures import picture_frame
@@ -33,12 +34,15 @@ class Studies(LocalDatastore):
 
     An image is replaced only if the request says so (``{"overwrite": true}``), a final label by any other one. What is
     replaced is kept in ``replaced/<time>/``, an image together with its labels. Requests run in threads: one at a time
-    changes the lists of images and labels. ``suffixes`` are the kinds of image that the served models take, ``classes``
-    the names that a label may hold.
+    changes the lists of images and labels. ``suffixes`` are the kinds of image that the served models take, ``tasks``
+    say what a label may hold.
     """
 
-    def __init__(self, folder: str, suffixes: Sequence[str], classes: Sequence[str]) -> None:
-        self._classes, self._suffixes, self._changing = tuple(classes), tuple(suffixes), threading.RLock()
+    def __init__(self, folder: str, suffixes: Sequence[str], tasks: Sequence[Task]) -> None:
+        self._suffixes, self._changing = tuple(suffixes), threading.RLock()
+        self._classes = [name for task in tasks if task.is_classification for name in task.classes]
+        masks = [task for task in tasks if not task.is_classification]
+        self._counts = {n: sorted({len(task.classes) for task in masks if task.dimensions == n}) or [2] for n in (2, 3)}
         super().__init__(
             folder,
             extensions=[f"*{suffix}" for suffix in suffixes],
@@ -126,10 +130,17 @@ class Studies(LocalDatastore):
             if name not in self._classes:
                 raise ValueError(f"'{name}' is none of the classes {', '.join(self._classes) or '(none is served)'}.")
             return
-        if has_suffix(image, VOLUME_SUFFIXES):
-            read_label_volume(label, volume_grid(image))
-        else:
-            read_mask([label], image)
+        is_volume = has_suffix(image, VOLUME_SUFFIXES)
+        for remaining, count in enumerate(counts := self._counts[3 if is_volume else 2], 1 - len(counts)):
+            try:
+                if is_volume:
+                    read_label_volume(label, volume_grid(image), count)
+                else:
+                    read_mask([label], image, count)
+                return
+            except ValueError:
+                if not remaining:  # no model understands it
+                    raise
 
 
 def read_class(label: Path) -> str:

@@ -15,7 +15,7 @@ from amkd_monai.data.datasets import Task, recorded_task
 from amkd_monai.files.names import some
 from amkd_monai.metrics.classification import class_metrics, delong_test, labels_and_probabilities, positive_classes
 from amkd_monai.metrics.statistics import bootstrap_p, holm, interval, paired_bootstrap_ci, paired_wilcoxon, resampled
-from amkd_monai.metrics.summary import Row, read_case_csv
+from amkd_monai.metrics.summary import Row, part_of, read_case_csv
 from amkd_monai.storage import read_json
 from amkd_monai.terminal import align
 
@@ -37,10 +37,10 @@ def compare_runs(
 ) -> list[dict[str, Any]]:
     """Compare runs with a reference run on the same cases.
 
-    Masks are compared case by case and class by class; pairs where either run has no value (NaN) are left out and
-    counted. Metrics of classes belong to the whole set: a single area under the ROC curve is compared by DeLong's test,
-    any other metric by a paired bootstrap over cases. The p values of all returned rows form one family for the Holm
-    adjustment.
+    Masks are compared case by case, class by class and region by region; background, and pairs where either run has no
+    value (NaN), are left out, the pairs counted. Metrics of classes belong to the whole set: a single area under the
+    ROC curve is compared by DeLong's test, any other metric by a paired bootstrap over cases. The p values of all
+    returned rows form one family for the Holm adjustment.
 
     Args:
         reference_csv: case file of the reference run, for example the undistilled student's.
@@ -99,7 +99,7 @@ def format_comparison(rows: Sequence[Mapping[str, Any]], title: str) -> str:
 def _compare_masks(other: Mapping[Key, Row], reference: Mapping[Key, Row], metric: str) -> list[dict[str, Any]]:
     """Statistics of paired cases, a row per class."""
     rows = []
-    for name in dict.fromkeys(key[1] for key in reference):
+    for name in dict.fromkeys(key[1] for key, row in reference.items() if part_of(row) != "background"):
         keys = [key for key in reference if key[1] == name]
         a, b = (np.array([float(of[key][metric]) for key in keys]) for of in (other, reference))
         paired = ~(np.isnan(a) | np.isnan(b))

@@ -20,13 +20,11 @@ CASES, SEEN_CASES, FIGURES = "per_case.csv", "per_case_seen.csv", "metrics.json"
 
 def mask_rows(task: Task, case: str, pred: ArrayLike, reference: ArrayLike, spacing: Sequence[float]) -> list[Row]:
     """Score label maps (H, W) or (X, Y, Z) of one case by a task; pixels whose reference is 255 count nowhere."""
-    unknown = (known := np.asarray(reference)) == IGNORED
-    if unknown.any():
-        pred, reference = np.where(unknown, 0, pred), np.where(unknown, 0, known)
-    names = task.classes[1:]
-    return [
-        {"id": case, **r} for r in case_metrics(pred, reference, len(names) + 1, spacing, task.nsd_tolerance, names)
-    ]
+    known = np.asarray(reference) != IGNORED
+    if not known.all():
+        pred, reference = np.where(known, pred, 0), np.where(known, reference, 0)
+    scored = task.nsd_tolerance, task.classes[1:], task.regions, known
+    return [{"id": case, **row} for row in case_metrics(pred, reference, len(task.classes), spacing, *scored)]
 
 
 def figures_of(task: Task, rows: Sequence[Row], seen: Mapping[str, str]) -> dict[str, Any]:

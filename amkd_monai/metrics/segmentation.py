@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,9 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 
 METRICS = ("dice", "iou", "nsd", "hd95")
 """The metric columns of a case row; all lie in [0, 1] but ``hd95``, which has the unit of the spacing."""
+
+BACKGROUND = "background"
+"""Class of the row of label 0."""
 
 STATUSES = ("ok", "missed", "false_positive", "empty_both")
 """What a row can be: both masks present, prediction empty, reference empty, both empty."""
@@ -22,10 +25,12 @@ def case_metrics(
     reference: ArrayLike,
     num_classes: int,
     spacing: Sequence[float],
-    nsd_tolerance: float,
+    nsd_tolerance: float | Mapping[str, float],
     class_names: Sequence[str] | None = None,
+    regions: Mapping[str, Sequence[int]] | None = None,
+    known: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
-    """Score one case, one row per foreground class.
+    """Score one case, one row per foreground class and region, and of several foreground classes one of background.
 
     A class missing from the reference has no Dice: the row is NaN and its ``status`` says whether the prediction was
     rightly empty (``empty_both``) or not (``false_positive``). A class that is in the reference but not in the
@@ -42,12 +47,15 @@ def case_metrics(
         reference: reference label map of the same shape.
         num_classes: number of classes including the background, which is label 0.
         spacing: size of a pixel or voxel along each axis of the arrays (mm, or 1 for pixels).
-        nsd_tolerance: boundary tolerance of the NSD in the unit of ``spacing``.
+        nsd_tolerance: boundary tolerance of the NSD in the unit of ``spacing``; or one for each class and region.
         class_names: names of the foreground classes 1, 2, ...; ``class_1`` and so on when left out.
+        regions: foreground labels that are scored together, as one mask, by the region's name.
+        known: where background counts, boolean in the shape of the maps; by default everywhere.
 
     Returns:
-        Rows with ``class``, ``label``, ``status``, ``dice``, ``iou``, ``nsd``, ``hd95``, ``pred_volume`` and
-        ``reference_volume`` (unit of ``spacing`` to the power of the number of axes).
+        Rows with ``class``, ``label`` (NaN for a region), ``status``, ``dice``, ``iou``, ``nsd``, ``hd95``,
+        ``pred_volume`` and ``reference_volume`` (unit of ``spacing`` to the power of the number of axes). Background
+        has neither NSD nor HD95.
 
     Raises:
         ValueError: shapes differ, a label is not an integer of [0, num_classes), or another argument does not fit.
@@ -58,21 +66,36 @@ def case_metrics(
         raise ValueError(f"pred and reference must be one non-empty (H, W) or (D, H, W), got shapes {shapes}.")
     if len(spacing) != pred.ndim or not all(math.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"spacing must be {pred.ndim} positive numbers, one per axis, got {list(spacing)}.")
-    if not (math.isfinite(nsd_tolerance) and nsd_tolerance >= 0):
-        raise ValueError(f"nsd_tolerance must be finite and not negative, got {nsd_tolerance}.")
-    names = list(class_names or (f"class_{label}" for label in range(1, num_classes)))
+    names, regions = list(class_names or (f"class_{label}" for label in range(1, num_classes))), dict(regions or {})
+    every = [*names, *regions]
+    tolerances = nsd_tolerance if isinstance(nsd_tolerance, Mapping) else dict.fromkeys(every, nsd_tolerance)
+    if {*tolerances} != {*every} or not all(math.isfinite(t) and t >= 0 for t in tolerances.values()):
+        wanted = f"one number, finite and not negative, or one for each of {', '.join(every)}"
+        raise ValueError(f"nsd_tolerance must be {wanted}, got {nsd_tolerance}.")
     if num_classes < 2 or len(set(names)) != num_classes - 1 or len(names) != num_classes - 1:
         raise ValueError(f"class_names must be one name per foreground class of {num_classes} classes, got {names}.")
     pred, reference = _label_map(pred, "pred", num_classes), _label_map(reference, "reference", num_classes)
+    background = [(labels == 0)[... if known is None else known] for labels in (pred, reference)]
     pred, reference = _crop_to_foreground(pred, reference)
-    return [
-        {"class": name, "label": label, **_class_row(pred == label, reference == label, spacing, nsd_tolerance)}
+    rows = [
+        {"class": name, "label": label, **_class_row(pred == label, reference == label, spacing, tolerances[name])}
         for label, name in zip(range(1, num_classes), names, strict=True)
     ]
+    for name, members in regions.items():
+        found, true = (np.isin(labels, members) for labels in (pred, reference))
+        rows.append({"class": name, "label": math.nan, **_class_row(found, true, spacing, tolerances[name])})
+    if len(names) > 1:
+        rows.append({"class": BACKGROUND, "label": 0, **_class_row(background[0], background[1], spacing, None)})
+    return rows
 
 
-def _class_row(pred: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float) -> dict[str, Any]:
-    """Status, metrics and volumes of one class from two boolean masks of shape (H, W) or (D, H, W)."""
+def _class_row(
+    pred: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float | None
+) -> dict[str, Any]:
+    """Status, metrics and volumes of one class from two boolean masks of shape (H, W) or (D, H, W).
+
+    Without a ``tolerance`` no surfaces are looked at.
+    """
     n_pred, n_reference, voxel = int(pred.sum()), int(reference.sum()), math.prod(float(s) for s in spacing)
     row: dict[str, Any] = {"status": "ok", **dict.fromkeys(METRICS, math.nan)}
     if n_reference == 0:
@@ -83,6 +106,9 @@ def _class_row(pred: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
         overlap = int((pred & reference).sum())
         row["dice"] = 2 * overlap / (n_pred + n_reference)
         row["iou"] = overlap / (n_pred + n_reference - overlap)
+    if tolerance is None:
+        row.update(nsd=math.nan, hd95=math.nan)
+    elif row["status"] == "ok":
         # cropping changes no value: outside the array is background, as it is outside the joint bounding box
         surfaces = [mask & ~binary_erosion(mask) for mask in _crop_to_foreground(pred, reference)]
         to = [distance_transform_edt(~surface, sampling=[float(s) for s in spacing]) for surface in surfaces]

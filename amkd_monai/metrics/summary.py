@@ -45,7 +45,8 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str] = ("dice", "iou", "nsd
     """Aggregate case rows: a mean over cases with its 95 % bootstrap interval, never pooled over pixels.
 
     The case is the unit: with several foreground classes a case first gets the mean of its classes (NaN left
-    out). Cases that have no value are left out of a metric and counted under ``status``.
+    out); regions and background enter no such mean. Cases that have no value are left out of a metric and counted under
+    ``status``.
 
     Args:
         rows: of :py:func:`~amkd_monai.metrics.segmentation.case_metrics`, with the ``id`` of the case; a class of a
@@ -55,18 +56,31 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str] = ("dice", "iou", "nsd
     Returns:
         ``cases`` (number of ids), ``status`` (rows per status), ``empty_references`` (rows on which no metric is
         defined), ``false_positive_rate`` (share of them where something was predicted, NaN if there are none),
-        ``metrics`` (for each metric ``mean``, ``ci_low``, ``ci_high``, ``median``, ``n``), and with several
-        classes ``classes``: the same for each of them.
+        ``metrics`` (for each metric ``mean``, ``ci_low``, ``ci_high``, ``median``, ``n``); with several classes
+        ``classes``, the same for each of them, and ``with_background``, the metrics that background has, where its
+        rows count as a class; with regions ``regions``, the same as ``classes`` for each of them.
     """
     seen = Counter((row["id"], row["class"]) for row in rows)
     if twice := [key for key, count in seen.items() if count > 1]:
         raise ValueError(f"Case {twice[0][0]!r} has two rows for the class {twice[0][1]!r}.")
-    summary = _summarise_rows(rows, metrics)
-    classes = list(dict.fromkeys(row["class"] for row in rows))
-    if len(classes) > 1:
-        of_class = {name: [row for row in rows if row["class"] == name] for name in classes}
-        summary["classes"] = {name: _summarise_rows(its_rows, metrics) for name, its_rows in of_class.items()}
+    parts: dict[str, dict[str, list[Row]]] = {"classes": {}, "regions": {}, "background": {}}
+    for row in rows:
+        parts[part_of(row)].setdefault(row["class"], []).append(row)
+    classes = [row for row in rows if part_of(row) == "classes"]
+    summary = _summarise_rows(classes, metrics)
+    for part in ("classes", "regions"):
+        if len(parts[part]) > (part == "classes"):
+            summary[part] = {name: _summarise_rows(its_rows, metrics) for name, its_rows in parts[part].items()}
+    if background := [row for its_rows in parts["background"].values() for row in its_rows]:
+        defined = [metric for metric in metrics if not all(math.isnan(row[metric]) for row in background)]
+        summary["with_background"] = {m: _summarise_metric([*classes, *background], m) for m in defined}
     return summary
+
+
+def part_of(row: Row) -> str:
+    """Whether a row of a case is one of ``classes``, of ``regions`` or of ``background``."""
+    label = row.get("label", 1)
+    return "regions" if math.isnan(label) else "classes" if label else "background"
 
 
 def _summarise_rows(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
@@ -116,12 +130,13 @@ def summarise_classes(rows: Sequence[Row], task: Task) -> dict[str, Any]:
 
 
 def format_table(summary: Mapping[str, Any], title: str) -> str:
-    """Either summary as a plain-text table, a line per metric (of masks also per class, if there are several)."""
+    """Either summary as a plain-text table, a line per metric (of masks also per class and region, if there are)."""
     masks = "status" in summary
     value, counts, more = ("mean", "status", ("median", "n")) if masks else ("value", "classes", ())
     lines: list[Sequence[str]] = [("", value, "95 % CI", *more)]
-    for name, block in {"": summary, **(summary.get("classes", {}) if masks else {})}.items():
-        for metric, v in block["metrics"].items():
+    blocks = {"": summary["metrics"], **({n: b["metrics"] for n, b in class_summaries(summary)} if masks else {})}
+    for name, block in (blocks | {"with background": summary.get("with_background", {})}).items():
+        for metric, v in block.items():
             bounds = f"[{_number(v['ci_low'])}, {_number(v['ci_high'])}]"
             others = (_number(v["median"]), str(v["n"])) if masks else ()
             lines.append((f"{name} {metric}".strip(), _number(v[value]), bounds, *others))
@@ -131,6 +146,11 @@ def format_table(summary: Mapping[str, Any], title: str) -> str:
         wrong = summary["status"].get("false_positive", 0)
         table.append(f"empty references, in no mean above: {empty}, of which {wrong} with a false positive")
     return "\n".join(table)
+
+
+def class_summaries(summary: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Name and summary of each class and region of masks, where there are several."""
+    return [item for part in ("classes", "regions") for item in summary.get(part, {}).items()]
 
 
 def _number(value: float) -> str:

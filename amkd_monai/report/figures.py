@@ -15,6 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.ndimage import binary_erosion
 
+from amkd_monai.files.pictures import class_colours
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 SIZE = (5.2, 3.2)
@@ -120,13 +122,22 @@ def data_uri(picture: np.ndarray, quality: int = 78) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(memory.getvalue()).decode()
 
 
-def outlined(image: np.ndarray, reference: np.ndarray | None, prediction: np.ndarray | None) -> np.ndarray:
-    """Draw the borders of masks (H, W) on an image (H, W, 3): the reference green, the prediction vermilion."""
+def outlined(
+    image: np.ndarray, reference: np.ndarray | None, prediction: np.ndarray | None, several: bool = False
+) -> np.ndarray:
+    """Draw the borders of masks (H, W) on an image (H, W, 3): the reference green, the prediction vermilion.
+
+    Of ``several`` foreground classes, each is drawn in its own colour.
+    """
     picture, factor = enlarged(image)
     for mask, colour in ((reference, REFERENCE), (prediction, PREDICTION)):
-        if mask is not None and mask.any():
-            inside = np.kron(mask > 0, np.ones((factor, factor), bool))
-            picture[inside & ~binary_erosion(inside, iterations=2, border_value=1)] = colour
+        if mask is None:
+            continue
+        labels = np.unique(mask[mask > 0]).tolist()
+        for label in labels if several else labels[:1]:
+            inside = np.kron(mask == label if several else mask > 0, np.ones((factor, factor), bool))
+            border = inside & ~binary_erosion(inside, iterations=2, border_value=1)
+            picture[border] = class_colours(label) if several else colour
     return picture
 
 

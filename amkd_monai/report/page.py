@@ -17,9 +17,10 @@ from jinja2 import Environment, StrictUndefined
 
 import amkd_monai
 from amkd_monai.data.datasets import Task, recorded_task
+from amkd_monai.files.pictures import class_colours
 from amkd_monai.metrics.classification import labels_and_probabilities, positive_classes
 from amkd_monai.metrics.compare import compare_runs
-from amkd_monai.metrics.summary import PREVIEWS, TEACHERS, preview_file, read_case_csv
+from amkd_monai.metrics.summary import PREVIEWS, TEACHERS, class_summaries, part_of, preview_file, read_case_csv
 from amkd_monai.report import figures
 from amkd_monai.storage import atomic_write_bytes, read_json
 
@@ -88,7 +89,12 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
     if len(tasks) != 1:
         raise ValueError(f"The runs have different tasks ({', '.join(sorted(tasks))}): make one report for each.")
     comparison, why = _comparison(runs)
-    dice = {run.name: [float(case["dice"]) for case in run.cases] for run in runs if "dice" in (run.cases or [{}])[0]}
+    dice: dict[str, list[float]] = {}
+    for run in runs:
+        for case in run.cases if not run.task.is_classification else ():
+            if part_of(case) != "background":
+                column = f"{run.name} {case['class']}" if len(run.task.classes) > 2 else run.name
+                dice.setdefault(column, []).append(float(case["dice"]))
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
         resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     )
@@ -144,12 +150,21 @@ def _trust(runs: Sequence[RunFolder]) -> str | None:
 
 def _describe(run: RunFolder) -> dict[str, Any]:
     columns = [c for c in (run.cases or [{}])[0] if c != "label"]
-    ranked = sorted(run.cases, key=lambda case: _badness(run, case))
+    ranked = sorted(run.cases, key=lambda case: _badness(run, [case]))
+    by_id: dict[Any, list[dict[str, Any]]] = {}
+    for case in run.cases:
+        by_id.setdefault(case["id"], []).append(case)
+    groups = sorted(by_id.values(), key=lambda rows: _badness(run, rows))
     teacher_columns, teacher_rows = _teacher_rows(run)
+    summary, several = run.metrics.get("summary", {}), not run.task.is_classification and len(run.task.classes) > 2
+    blocks = [("", summary.get("metrics", {})), ("with background ", summary.get("with_background", {}))]
+    blocks += [(f"{name} ", of["metrics"]) for name, of in class_summaries(summary)] if several else []
     scores = [
-        (name, _number(v.get("mean", v.get("value"))), f"[{_number(v.get('ci_low'))}, {_number(v.get('ci_high'))}]")
-        for name, v in run.metrics.get("summary", {}).get("metrics", {}).items()
+        (of + m, _number(v.get("mean", v.get("value"))), f"[{_number(v.get('ci_low'))}, {_number(v.get('ci_high'))}]")
+        for of, block in blocks
+        for m, v in block.items()
     ]
+    colours = ["#" + bytes(rgb).hex() for rgb in class_colours(range(1, len(run.task.classes))).tolist()]
     return {
         "name": run.name,
         "heading": _heading(run),
@@ -159,7 +174,8 @@ def _describe(run: RunFolder) -> dict[str, Any]:
         "class_figures": _class_figures(run),
         "teacher_columns": teacher_columns,
         "teacher_rows": teacher_rows,
-        "shown": _chosen_cases(run, [case for case in ranked if math.isfinite(_badness(run, case))]),
+        "shown": _chosen_cases(run, [rows for rows in groups if math.isfinite(_badness(run, rows))]),
+        "class_key": list(zip(run.task.classes[1:], colours, strict=True)) if several else [],
         "masks": not run.task.is_classification,
         "columns": columns,
         "cases": [[_cell(c, case[c]) for c in columns] for case in ranked],
@@ -254,49 +270,68 @@ def _class_figures(run: RunFolder) -> list[tuple[str, str]]:
     ]
 
 
-def _badness(run: RunFolder, case: dict[str, Any]) -> float:
-    """Sort key, worst first: Dice, or the probability of the true class; false positives first, empty images last."""
+def _badness(run: RunFolder, rows: Sequence[dict[str, Any]]) -> float:
+    """Sort key of a case's rows, worst first: mean Dice of its classes, or the probability of the true class.
+
+    A false positive counts as -1; cases without anything come last.
+    """
     if run.task.is_classification:
-        return float(labels_and_probabilities(run.task, [case])[1][0][int(case["label"])])
-    if case["status"] == "empty_both":
-        return math.inf
-    return -1.0 if case["status"] == "false_positive" else float(case["dice"])
+        return float(labels_and_probabilities(run.task, rows)[1][0][int(rows[0]["label"])])
+    own = [row for row in rows if part_of(row) == "classes" or len(rows) == 1]
+    values = [
+        -1.0 if row["status"] == "false_positive" else float(row["dice"])
+        for row in own
+        if row["status"] != "empty_both"
+    ]
+    return math.fsum(values) / len(values) if values else math.inf
 
 
-def _chosen_cases(run: RunFolder, ranked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _chosen_cases(run: RunFolder, ranked: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Worst, median and best cases with their pictures, those that have a preview."""
     middle = max(0, len(ranked) // 2 - SHOWN["median"] // 2)
-    chosen = [("worst", case) for case in ranked[: SHOWN["worst"]]]
-    chosen += [("median", case) for case in ranked[middle : middle + SHOWN["median"]]]
-    chosen += [("best", case) for case in ranked[-SHOWN["best"] :][::-1]]
+    chosen = [("worst", rows) for rows in ranked[: SHOWN["worst"]]]
+    chosen += [("median", rows) for rows in ranked[middle : middle + SHOWN["median"]]]
+    chosen += [("best", rows) for rows in ranked[-SHOWN["best"] :][::-1]]
     shown: dict[str, dict[str, Any]] = {}
-    for part, case in chosen:
+    for part, (case, *others) in chosen:
         if case["id"] in shown or (preview := read_arrays(preview_file(run.folder, str(case["id"])))) is None:
             continue
         if run.task.is_classification:
             true, predicted = (run.task.classes[int(case[key])] for key in ("label", "prediction"))
             text = f"true {true}, predicted {predicted}"
-        elif case["status"] == "ok":
-            text = f"Dice {case['dice']:.3f}, HD95 {case['hd95']:.1f} {run.metrics.get('unit', '')}"
         else:
-            text = str(case["status"]).replace("_", " ")
-        shown[case["id"]] = {"part": part, "id": case["id"], "text": text, **_views(preview)}
+            own = [row for row in (case, *others) if part_of(row) == "classes"]
+            text = "; ".join((f"{row['class']}: " if others else "") + _outcome(run, row) for row in own)
+        views = _views(preview, len(run.task.classes) > 2)
+        shown[case["id"]] = {"part": part, "id": case["id"], "text": text, **views}
     return list(shown.values())
 
 
-def _views(preview: dict[str, np.ndarray]) -> dict[str, list[str]]:
-    """Pictures of a case, and of a volume its slices."""
+def _outcome(run: RunFolder, row: dict[str, Any]) -> str:
+    if row["status"] == "ok":
+        return f"Dice {row['dice']:.3f}, HD95 {row['hd95']:.1f} {run.metrics.get('unit', '')}"
+    return str(row["status"]).replace("_", " ")
+
+
+def _views(preview: dict[str, np.ndarray], several: bool) -> dict[str, list[str]]:
+    """Pictures of a case, and of a volume its slices; of ``several`` classes reference and prediction side by side."""
+
+    def drawn(image: np.ndarray, reference: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+        panels = [(reference, None), (None, prediction)] if several else [(reference, prediction)]
+        turned = [np.rot90(figures.outlined(image, r, p, several), "plane0" in preview) for r, p in panels]
+        return np.concatenate(turned, axis=1)
+
     views, slices = [figures.enlarged(preview["image"][0])[0]], []
     if "cam" in preview:
         views.append(figures.tinted(preview["image"][0], preview["cam"][0]))
     elif "prediction" in preview:
         parts = (preview["image"], preview["reference"], preview["prediction"])
-        drawn = [figures.outlined(*masks) for masks in zip(*parts, strict=True)]
+        pictures = [drawn(*masks) for masks in zip(*parts, strict=True)]
         if "plane0" in preview:
             planes = [[preview[f"{name}{a}"] for name in ("plane", "reference", "prediction")] for a in range(3)]
-            views, slices = [np.rot90(figures.outlined(*plane)) for plane in planes], list(map(np.rot90, drawn))
+            views, slices = [drawn(*plane) for plane in planes], pictures
         else:
-            views += drawn
+            views += pictures
     return {"views": list(map(figures.data_uri, views)), "slices": list(map(figures.data_uri, slices))}
 
 
@@ -310,7 +345,7 @@ def _teacher_rows(run: RunFolder) -> tuple[list[str], list[list[str]]]:
     maps |= {n: f"weight of {n[7:]}" for n in weights}
     rows = []
     for i, image in enumerate(arrays["image"]):
-        row = [figures.outlined(image, arrays["label"][i], None)]
+        row = [figures.outlined(image, arrays["label"][i], None, len(run.task.classes) > 2)]
         row += [figures.tinted(image, arrays[name][i]) for name in maps]
         rows.append([figures.data_uri(picture, 70) for picture in row])
     return ["image, label", *maps.values()], rows

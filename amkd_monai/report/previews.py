@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from amkd_monai.files.masks import IGNORED
 from amkd_monai.files.pictures import read_picture
 from amkd_monai.files.volumes import grey_levels, read_volume
 from amkd_monai.storage import atomic_path
@@ -31,7 +32,8 @@ def mask_preview(filename: str, reference: np.ndarray, prediction: np.ndarray) -
     evenly spaced slices along the last axis for a volume; of a volume also ``plane0`` to ``plane2`` (h, w, 3) with
     ``reference0``, ``prediction0`` and so on, through the centre of the reference.
     """
-    reference, prediction = reference.astype(np.uint8), prediction.astype(np.uint8)
+    known = reference != IGNORED
+    reference, prediction = ((mask * known).astype(np.uint8) for mask in (reference, prediction))
     if reference.ndim == 2:
         named = {"image": read_picture(filename), "reference": reference, "prediction": prediction}
         return {name: small(array[None]) for name, array in named.items()}

@@ -44,6 +44,7 @@ class TeacherFacts:
         fingerprint: SHA-256 over class, weights and preprocessing.
         preprocessing: JSON-able description of what outputs depend on besides the weights.
         side: pixels of the shorter side of images at which it sees all it can, None for images as they come.
+        num_classes: of the maps that are its own answers, where that is known before it runs.
     """
 
     name: str
@@ -53,6 +54,7 @@ class TeacherFacts:
     is_random: bool
     weights_file: dict[str, str] | None
     side: int | None
+    num_classes: int | None = None
 
 
 class Teacher(nn.Module):
@@ -72,6 +74,7 @@ class Teacher(nn.Module):
 
     Attributes:
         is_random: its weights are random, so the run is a test.
+        num_classes: of the maps that are its own answers, where that is known before it runs.
         weights_file: name and SHA-256 of the file its weights came from, or None.
         read_from: paths of such files.
         uses_labels: its forward takes the label (B, 1, H, W) as a second argument.
@@ -91,6 +94,7 @@ class Teacher(nn.Module):
         self.is_random = False
         self.weights_file: dict[str, str] | None = None
         self.read_from: list[Path] = []
+        self.num_classes: int | None = None
 
     def came_from(self, path: str | Path) -> None:
         """Remember the file of the weights for the run record."""
@@ -156,8 +160,8 @@ class Teacher(nn.Module):
 
     def facts(self) -> TeacherFacts:
         """Return what is known of the teacher without its network; hashes its weights."""
-        of_weights = self.is_random, self.weights_file
-        return TeacherFacts(self.name, self.licence, self.fingerprint, self.preprocessing(), *of_weights, self.side)
+        rest = self.is_random, self.weights_file, self.side, self.num_classes
+        return TeacherFacts(self.name, self.licence, self.fingerprint, self.preprocessing(), *rest)
 
     def ready(self) -> Teacher:
         """Return the teacher itself, which is built."""

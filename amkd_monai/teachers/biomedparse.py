@@ -59,6 +59,7 @@ class BiomedParseTeacher(OfficialTeacher):
         self.token_ids = [
             _checked(ids, number) for number, ids in enumerate(tokenised(prompts) if prompts else token_ids or (), 1)
         ]
+        self.num_classes = 1 + len(self.token_ids)
         official = read_official("biomedparse", weights)
         if any(".language_encoder." in key for key in official.state):
             raise CheckpointError(f"{official.path} holds BiomedParse v2, another network: give biomedparse_v1.pt.")

@@ -100,6 +100,7 @@ class MedSAMTeacher(OfficialTeacher):
             ) from error
         self.prompt, self.image_size, self.grid_limit = prompt, image_size, grid_limit
         self.uses_labels = prompt == "label_box"
+        self.num_classes = None if prompt == "none" else 2  # one box, foreground against background
         side = self.patches(PATCH)
         official = read_official("medsam", weights)
         if "vision_encoder.pos_embed" in official.state:

@@ -14,6 +14,7 @@ from PIL import Image
 from amkd_monai.__main__ import main
 from amkd_monai.data.check import ORANGE, check_data, write_contact_sheet
 from amkd_monai.data.datasets import TASKS, Layout, Task, get_task
+from amkd_monai.files.pictures import class_colours
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,20 @@ def test_the_sheet_outlines_masks_in_pictures_and_volumes(root, tmp_path):
         assert (sheet == ORANGE).all(axis=2).sum() > 50
     with pytest.raises(ValueError, match="no image to draw"):
         write_contact_sheet(tmp_path / "x.png", report.task, [])
+
+
+def test_the_sheet_shows_each_class_in_its_colour(tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    mask = np.zeros((60, 80), np.uint8)
+    mask[10:30, 10:30], mask[35:50, 30:70] = 1, 2
+    Image.fromarray(np.arange(4800).astype(np.uint8).reshape(60, 80)).save(tmp_path / "images" / "a.png")
+    Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
+    report = check_data({"name": "three", "classes": ["background", "lesion", "rim"]}, tmp_path)
+    path = write_contact_sheet(tmp_path / "sheet.png", report.task, report.items)
+    sheet = np.asarray(Image.open(path).convert("RGB"))
+    for label in (1, 2):
+        assert (sheet == class_colours(label)).all(axis=2).sum() > 50
 
 
 def test_an_empty_mask_has_no_outline(tmp_path):

@@ -120,6 +120,21 @@ def test_255_beside_class_indices_is_no_label(tmp_path):
         read_mask(saved(tmp_path, levels), classes=3)
 
 
+@pytest.mark.parametrize("codes", ["auto", "indices", {"0": 0, "1": 1, "2": 2}])
+def test_colours_and_transparency_do_not_say_which_of_three_classes_is_meant(tmp_path, codes):
+    indices = inside().astype(np.uint8)
+    indices[4] *= 2
+    read = [np.repeat(indices[..., None], 3, -1)]
+    refused = [np.stack([indices, 0 * indices, 0 * indices], -1)]  # in the red channel alone
+    refused.append(np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0)], np.uint8)[indices])
+    refused.append(np.dstack([np.zeros((*indices.shape, 3), np.uint8), 255 * (indices > 0)]).astype(np.uint8))
+    for pixels in read:
+        np.testing.assert_array_equal(read_mask(saved(tmp_path, pixels), classes=3, codes=codes), indices)
+    for pixels in refused:
+        with pytest.raises(ValueError, match=r"mask\.png.*(colours|transparency).*class indices"):
+            read_mask(saved(tmp_path, pixels), classes=3, codes=codes)
+
+
 def test_classes_beside_255_are_no_grey_scale(tmp_path):
     levels = inside().astype(np.uint8)
     levels[4] *= 2

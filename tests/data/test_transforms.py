@@ -197,18 +197,20 @@ def test_neighbours_keep_the_meta_data_and_agree_with_the_decoded_dataset(tmp_pa
         np.testing.assert_allclose(decoded.image(d) / 255, np.asarray(stacked)[:, d], atol=1 / 255)
 
 
-def test_a_written_png_has_the_size_and_content_of_the_input(tmp_path):
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_written_png_has_the_size_and_content_of_the_input(tmp_path, classes):
     Image.fromarray(np.stack([ramp()] * 3, -1)).save(tmp_path / "in.png")
     inside = np.zeros(SIZE, np.uint8)
     inside[0, 6:] = 1
+    inside[2, 3:] = classes - 1
     image = load_rgb()({"image": str(tmp_path / "in.png")})["image"]
     prediction = MetaTensor(torch.from_numpy(inside)[None], meta=image.meta)
-    SaveMaskd("pred", tmp_path / "out")({"pred": prediction, "image": image})
+    SaveMaskd("pred", tmp_path / "out", classes=classes)({"pred": prediction, "image": image})
     (file,) = (tmp_path / "out").iterdir()
     written = Image.open(file)
     assert file.name == "in_mask.png" and written.size == (9, 5)
-    np.testing.assert_array_equal(np.asarray(written.convert("L")), inside * 255)
-    np.testing.assert_array_equal(load(load_mask(), file, "label")[0], inside)
+    np.testing.assert_array_equal(np.asarray(written.convert("L")), inside * 255 if classes == 2 else inside)
+    np.testing.assert_array_equal(load(load_mask(classes=classes), file, "label")[0], inside)
 
 
 def test_a_written_volume_has_the_grid_and_content_of_the_input(tmp_path):

@@ -94,8 +94,9 @@ def _check_bundle(command: str, words: list[str]) -> None:
 
 
 def _files(value: str) -> list[str]:
-    """The configs named; a file of the user's own is one without a folder."""
+    """The configs named; a file of the user's own is one without a folder, a bundle of the user's own is `mybundle`."""
     named = ast.literal_eval(value) if value.startswith("[") else [value]
+    named = [name.replace("bundles/mybundle/", "bundles/kvasir_seg/") for name in named]
     files = [f"bundles/kvasir_seg/{name}" if name.startswith("configs/") else name for name in named if "/" in name]
     if missing := [file for file in files if not (ROOT / file).is_file()]:
         raise ValueError(f"there is no {missing}")

@@ -209,6 +209,37 @@ def test_scores_count_cases_not_pixels(tmp_path):
     assert score_answers(store, dataset).value == pytest.approx(0.5)
 
 
+def test_scores_of_three_classes_equal_a_computation_by_hand(tmp_path):
+    from amkd_monai.cache.build import answers_store, keep_answers
+
+    rng = np.random.default_rng(0)
+    answers, items, truth = rng.normal(size=(4, 3, 16, 24)).astype(np.float16), [], []
+    for i in range(4):
+        label = rng.integers(0, 2 if i == 0 else 3, (1, 16, 24)).astype(np.uint8)  # the first has no class 2
+        label[0, :2] = 255
+        np.save(tmp_path / f"{i}_image.npy", rng.random((3, 16, 24), np.float32))
+        np.save(tmp_path / f"{i}_label.npy", label)
+        paths = {k: str(tmp_path / f"{i}_{k}.npy") for k in ("image", "label")}
+        items.append({**paths, "id": str(i), "group": str(i)})
+        truth.append(label[0])
+    dataset = DecodedDataset(items, load, tmp_path, num_classes=3)
+    store = answers_store("a", {}, dataset, (16, 24), tmp_path)
+    keep_answers(store, answers)
+    score = score_answers(store, dataset, temperature=2.0)
+    found, labels = answers.argmax(1), np.stack(truth)
+    known, dices, volumes = labels != 255, [], []
+    for c in (1, 2):
+        p, t = (found == c) & known, labels == c
+        dices += [2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in zip(p, t, strict=True) if b.any()]
+        volumes.append(p.sum() / t.sum())
+    assert score.value == pytest.approx(np.mean(dices)) and len(dices) == 7
+    assert score.further["volume_ratio"] == pytest.approx(max(volumes, key=lambda v: abs(v - 1)))
+    log_p = answers.astype(np.float64) / 2
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    picked = -np.take_along_axis(log_p, np.where(known, labels, 0)[:, None].astype(int), 1)[:, 0]
+    assert score.cross_entropy == pytest.approx(np.mean([(x * k).mean() for x, k in zip(picked, known, strict=True)]))
+
+
 def test_a_complete_cache_is_prepared_without_asking_a_teacher(data, monkeypatch):
     """What a run costs that finds everything: no forward of any teacher, no training."""
     first = prepare(data, [LITE1], admission_options={"mode": "all"})

@@ -6,13 +6,17 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from helpers import ROOT
+from PIL import Image
 
 from amkd_monai.__main__ import main
 from amkd_monai.export.bundle import Row, judge
 from amkd_monai.export.formats import check_size, chosen_formats
+from amkd_monai.export.predict import write_overlay
 from amkd_monai.export.translate import postprocessing, preprocessing
+from amkd_monai.files.pictures import class_colours
 
 KVASIR = str(ROOT / "bundles" / "kvasir_seg")
 
@@ -68,6 +72,30 @@ def test_transforms_without_counterpart():
         preprocessing("Resized", {"keys": "image", "spatial_size": (4, 4), "mode": "nearest"})
     with pytest.raises(ValueError, match="cannot be exported"):
         postprocessing({"_target_": "amkd_monai.data.transforms.CtWindowd", "keys": "pred"}, dimensions=3)
+
+
+def test_masks_of_more_than_two_classes_are_saved_as_indices():
+    save = {"_target_": "amkd_monai.data.transforms.SaveMaskd", "keys": "pred", "output_dir": "@output_dir"}
+    assert postprocessing({**save, "classes": 2}, dimensions=2)[-1]["scale"] == 255
+    assert "scale" not in postprocessing({**save, "classes": 3}, dimensions=2)[-1]
+
+
+def test_an_overlay_shows_each_class_in_its_colour_and_names_several(tmp_path):
+    image, mask = np.full((40, 64, 3), 100, np.uint8), np.zeros((40, 64), np.uint8)
+    mask[5:20, 5:20], mask[5:20, 20:40] = 1, 2
+    for classes in (("background", "lesion"), ("background", "lesion", "rim")):
+        write_overlay(tmp_path / "overlay.png", image, mask.clip(0, len(classes) - 1), classes)
+        drawn = np.asarray(Image.open(tmp_path / "overlay.png"))
+        assert (drawn[:40][mask == 0] == 100).all()
+        for label in range(1, len(classes)):
+            inside = drawn[:40][mask == label]
+            border, core = class_colours(label), (100 * 0.65 + class_colours(label) * 0.35).round()
+            assert {tuple(rgb) for rgb in inside.tolist()} == {tuple(border.tolist()), tuple(core.tolist())}
+        if len(classes) == 2:
+            assert drawn.shape == image.shape
+        else:
+            lines = np.split(drawn[40:], 2)
+            assert all((lines[i] == class_colours(i + 1)).all(-1).any() for i in (0, 1))
 
 
 def test_what_a_format_may_cost():

@@ -84,6 +84,7 @@ def test_a_sure_mask_has_none_and_an_empty_one_has_most():
     sure[1, :2], sure[0, 2:] = 1, 1
     assert mask_uncertainty(sure) == pytest.approx(0)
     assert mask_uncertainty(torch.stack([torch.ones(4, 5), torch.zeros(4, 5)])) == pytest.approx(1)
+    assert mask_uncertainty(torch.cat([sure, torch.zeros(1, 4, 5)])) == pytest.approx(0)  # a class that is not there
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 7), (2, 3, 6, 7)])

@@ -14,6 +14,7 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 from amkd_monai.metrics.segmentation import METRICS, STATUSES, case_metrics
+from amkd_monai.metrics.summary import format_table, summarise
 
 
 def score(pred, reference, spacing=None, tolerance=1.0):
@@ -130,12 +131,47 @@ def test_rows_of_several_classes():
     reference[:3, :3], reference[5:, 5:] = 1, 2
     pred = reference.clone()
     pred[5:, 5:] = 3
-    rows = case_metrics(pred, reference, 5, (1, 1), 1.0, ["a", "b", "c", "d"])
+    *rows, background = case_metrics(pred, reference, 5, (1, 1), 1.0, ["a", "b", "c", "d"])
     assert [row["class"] for row in rows] == ["a", "b", "c", "d"]
+    assert (background["class"], background["label"], background["dice"]) == ("background", 0, 1.0)
     assert [row["label"] for row in rows] == [1, 2, 3, 4]
     assert [row["status"] for row in rows] == ["ok", "missed", "false_positive", "empty_both"]
     assert (rows[0]["dice"], rows[0]["nsd"], rows[0]["hd95"]) == (1.0, 1.0, 0.0)
     assert (rows[2]["pred_volume"], rows[2]["reference_volume"]) == (9.0, 0.0)
+
+
+@pytest.mark.parametrize(("shape", "spacing"), CASES[1:3])
+def test_classes_regions_and_background_are_each_scored_as_a_mask_of_its_own(shape, spacing):
+    (pred, reference), (more, other) = blobs(shape, 3), blobs(shape, 4)
+    pred, reference = pred + 2 * more, reference + 2 * other  # 0 to 3
+    tolerances, regions = {"a": 0.6, "b": 1.1, "c": 2.0, "a or c": 1.5}, {"a or c": (1, 3)}
+    labels = [torch.from_numpy(array) for array in (pred, reference)]
+    rows = case_metrics(*labels, 4, spacing, tolerances, ["a", "b", "c"], regions)
+    members = {"a": [1], "b": [2], "c": [3], "a or c": [1, 3], "background": [0]}
+    assert [row["class"] for row in rows] == list(members)
+    for row in rows:
+        p, t = (np.isin(array, members[row["class"]]) for array in (pred, reference))
+        assert row["dice"] == pytest.approx(2 * (p & t).sum() / (p.sum() + t.sum()))
+        assert row["iou"] == pytest.approx((p & t).sum() / (p | t).sum())
+        assert row["reference_volume"] == pytest.approx(t.sum() * np.prod(spacing))
+        if row["class"] == "background":
+            assert math.isnan(row["nsd"]) and math.isnan(row["hd95"]) and row["label"] == 0
+            continue
+        forward, backward = surface_distances(p, t, spacing)
+        within = sum((distances <= tolerances[row["class"]]).sum() for distances in (forward, backward))
+        assert row["nsd"] == pytest.approx(within / (len(forward) + len(backward)), abs=1e-6)
+        assert row["hd95"] == pytest.approx(max(np.percentile(forward, 95), np.percentile(backward, 95)), abs=1e-4)
+
+    summary = summarise([{"id": "case", **row} for row in rows])
+    dices = {row["class"]: row["dice"] for row in rows}
+    assert summary["metrics"]["dice"]["mean"] == pytest.approx(np.mean([dices[name] for name in "abc"]))
+    four = [dices[name] for name in ("a", "b", "c", "background")]
+    assert summary["with_background"]["dice"]["mean"] == pytest.approx(np.mean(four))
+    assert list(summary["with_background"]) == ["dice", "iou"]
+    assert list(summary["classes"]) == ["a", "b", "c"] and sum(summary["status"].values()) == 3
+    assert summary["regions"]["a or c"]["metrics"]["dice"]["mean"] == dices["a or c"]
+    table = format_table(summary, "test")
+    assert all(f"{name} dice" in table for name in ("a", "a or c", "with background"))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +213,7 @@ ZEROS = torch.zeros(4, 4)
         ((ZEROS, ZEROS, 2, (1, 1, 1), 1.0), "spacing must be 2 positive numbers"),
         ((ZEROS, ZEROS, 2, (1, 0), 1.0), "spacing must be"),
         ((ZEROS, ZEROS, 2, (1, 1), -1.0), "nsd_tolerance"),
+        ((ZEROS, ZEROS, 3, (1, 1), {"a": 1.0}, ["a", "b"]), "nsd_tolerance must be .* for each of a, b"),
         ((ZEROS, ZEROS, 1, (1, 1), 1.0), "of 1 classes"),
         ((ZEROS, ZEROS, 2, (1, 1), 1.0, ["background", "lesion"]), "class_names"),
         ((ZEROS, ZEROS, 3, (1, 1), 1.0, ["lesion", "lesion"]), "class_names"),

@@ -87,7 +87,10 @@ def test_volumes_of_three_classes_in_another_order_of_the_axes(tmp_path, capsys)
     nib.save(turned, tmp_path / "made" / "a.nii.gz")
     words = ["score", str(tmp_path / "made"), str(tmp_path / "truth"), "--classes", "background,core,rim"]
     assert main([*words, "--nsd_tolerance", "1.5", "--output", str(tmp_path / "out")]) == 0
-    for label, row in enumerate(rows_of(tmp_path / "out"), 1):
+    *rows, background = rows_of(tmp_path / "out")
+    p, t = made == 0, truth == 0
+    assert float(background["dice"]) == pytest.approx(2 * (p & t).sum() / (p.sum() + t.sum()))
+    for label, row in enumerate(rows, 1):
         found = [float(row[key]) for key in ("dice", "nsd", "hd95")]
         assert found == pytest.approx(figures(made == label, truth == label, spacing, 1.5), abs=1e-6)
     moved = np.diag([*spacing, 1])

@@ -16,9 +16,15 @@ from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "bundles"))
 from bundle_runs import run, settings
+from scipy import ndimage
 
 from amkd_monai.__main__ import main
+from amkd_monai.data.datasets import get_task
+from amkd_monai.files.pictures import class_colours
+from amkd_monai.metrics.evaluation import figures_of, mask_rows, write_figures
+from amkd_monai.metrics.summary import preview_file
 from amkd_monai.report.page import write_report
+from amkd_monai.report.previews import save_arrays
 
 TEACHER = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
 
@@ -41,14 +47,47 @@ def runs(tmp_path_factory):
     return found
 
 
+def test_several_classes_are_told_apart(tmp_path):
+    """A case is one case with all its classes; figures, colours and words are of each class."""
+    description = {"name": "three", "classes": ["background", "lesion", "rim"], "regions": {"whole": [1, 2]}}
+    task, rng, rows = get_task(description), np.random.default_rng(0), []
+    for case in ("a", "b"):
+        masks = [ndimage.zoom(rng.integers(0, 3, (4, 5)), 8, order=0) for _ in range(2)]
+        if case == "b":
+            masks[0][masks[0] == 2], masks[1][masks[1] == 2] = 0, 0
+        rows += mask_rows(task, case, *masks, (1, 1))
+        arrays = {
+            "image": np.zeros((1, 32, 40, 3), np.uint8),
+            "reference": masks[1][None],
+            "prediction": masks[0][None],
+        }
+        save_arrays(preview_file(tmp_path, case), {k: a.astype(np.uint8) for k, a in arrays.items()})
+    write_figures(tmp_path, rows, figures_of(task, rows, {}), task.identity)
+    page = Page(write_report([tmp_path], tmp_path / "report.html"))
+    text = " ".join(page.text.split())
+    dices = {(row["id"], row["class"]): row["dice"] for row in rows}
+    assert f"lesion: Dice {dices['a', 'lesion']:.3f}" in text and f"rim: Dice {dices['a', 'rim']:.3f}" in text
+    assert f"lesion: Dice {dices['b', 'lesion']:.3f}" in text and "rim: empty both" in text
+    shown = dict(re.findall(r'data-metric="[^"]*/([^"]*)">([^<]*)<', page.source))
+    assert shown["rim dice"] == f"{dices['a', 'rim']:.3f}"
+    assert shown["whole dice"] == f"{(dices['a', 'whole'] + dices['b', 'whole']) / 2:.3f}"
+    lesion_and_rim = (dices["a", "lesion"] + dices["a", "rim"]) / 2
+    assert shown["dice"] == f"{(lesion_and_rim + dices['b', 'lesion']) / 2:.3f}"
+    assert "with background dice" in shown
+    alts = [tag["alt"] for name, tag in page.tags if name == "img"]
+    assert len(alts) == 4, "two views of each of two cases"
+    for colour in class_colours([1, 2]).tolist():
+        assert f"background:#{bytes(colour).hex()}" in page.source
+
+
 class Page(HTMLParser):
     """Tags with their attributes, and the text of the page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(path.read_text())
+        self.text, self.source = "", path.read_text()
+        self.feed(self.source)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from amkd_monai.files.names import read_text
 from amkd_monai.storage import atomic_folder
 
 PHANTOM_MARKER = "PHANTOM.txt"
-KINDS = ("segmentation", "classification", "multilabel")
+KINDS = ("segmentation", "classification")
 
 
 def is_phantom(folder: str | Path) -> bool:
@@ -56,7 +56,9 @@ class Task:
         kind: what is predicted; "segmentation" is one class index per pixel or voxel, "classification" one per image.
         dimensions: spatial dimensions of an image, 2 or 3.
         primary_metric: the metric that selects the best checkpoint.
-        nsd_tolerance: tolerance of the normalised surface distance, in `unit` (segmentation).
+        nsd_tolerance: tolerance of the normalised surface distance, in `unit` (segmentation); or one for each class of
+            `classes[1:]` and each of `regions`, by name.
+        regions: foreground classes that are also scored together, by name, as {"whole tumour": (1, 2, 3)}.
         referable_from: classes are ordered grades, and this is the first one at which a patient is referred.
         singled_out: classes that are judged one against all others, as in two binary problems.
         mask_codes: what the values of mask files mean, see `amkd_monai.files.masks.decode`.
@@ -75,7 +77,8 @@ class Task:
     kind: str = "segmentation"
     dimensions: int = 2
     primary_metric: str = "dice"
-    nsd_tolerance: float = 2.0
+    nsd_tolerance: float | Mapping[str, float] = 2.0
+    regions: Mapping[str, Sequence[int]] = field(default_factory=dict)
     referable_from: int | None = None
     singled_out: tuple[str, ...] = ()
     mask_codes: str | Mapping[str, int | str] = "auto"
@@ -89,6 +92,16 @@ class Task:
     def identity(self) -> dict[str, Any]:
         """What records of a run hold of the task; :func:`recorded_task` finds it again."""
         return {"task": self.name, **({} if self.description is None else {"description": self.description})}
+
+    def __post_init__(self) -> None:
+        scored, labels = [*self.classes[1:], *self.regions], range(1, len(self.classes))
+        wrong = [name for name, of in self.regions.items() if not of or isinstance(of, str) or not {*of} <= {*labels}]
+        if wrong or len(set(scored)) < len(scored):
+            wanted = f"a name of its own and some of the labels 1 to {len(labels)}"
+            raise ValueError(f"The task '{self.name}' has the regions {dict(self.regions)}: give each {wanted}.")
+        if isinstance(self.nsd_tolerance, Mapping) and {*self.nsd_tolerance} != {*scored}:
+            wanted = f"one number, or one for each of {', '.join(scored)}"
+            raise ValueError(f"nsd_tolerance of the task '{self.name}' is {dict(self.nsd_tolerance)}: give {wanted}.")
 
     @property
     def is_classification(self) -> bool:
@@ -340,6 +353,8 @@ def _described(content: Any, where: str, base: Path) -> Task:
     if len(values["prompts"]) != len(classes) - 1:
         raise refuse(f"has {len(values['prompts'])} prompts for {len(classes) - 1} classes after the first")
     kind, dimensions = values.get("kind", KINDS[0]), values.get("dimensions", 2)
+    if kind == "multilabel":
+        raise refuse("asks for several findings per picture (multilabel): describe one task of two classes per finding")
     if kind not in KINDS or dimensions not in (2, 3) or (kind != KINDS[0] and dimensions == 3):
         raise refuse(
             f"has the kind {kind!r} in {dimensions!r} dimensions, which must be one of {', '.join(KINDS)} in 2"
@@ -351,4 +366,7 @@ def _described(content: Any, where: str, base: Path) -> Task:
     if not isinstance(options, Mapping) or not options.keys() <= known:
         raise refuse(f"has a layout that is no object of {', '.join(sorted(known))}")
     layout = Described(title=name, classes=classes, kind=kind, volumes=dimensions == 3, **options)
-    return Task(layout=layout, description=dict(content), **values)
+    try:
+        return Task(layout=layout, description=dict(content), **values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -17,6 +17,7 @@ from monai.visualize import GradCAM
 from torch import Tensor, nn
 
 from amkd_monai.data.datasets import get_task
+from amkd_monai.data.decoded import UNLABELLED
 from amkd_monai.distillation import Batch
 from amkd_monai.engines.handlers.checkpoints import Handler
 from amkd_monai.engines.handlers.reports import identify
@@ -73,9 +74,9 @@ class TeacherPictures(Handler):
     """Write ``teachers.npz`` when a training with teachers ends.
 
     Six labelled training samples without augmentation, of a 3D student slices of one patch: ``image`` (N, H, W, 3),
-    ``label`` and ``student`` (N, H, W), ``answer_<teacher>`` (N, h, w) where it has outputs, ``weight_<teacher>``
-    (N, h, w); all uint8 with 255 for 1.
-    Outputs are probabilities of foreground, or of the true class (one cell); weights are the gate's, over all teachers.
+    ``label`` (N, H, W) class indices, ``student`` (N, H, W), ``answer_<teacher>`` (N, h, w) where it has outputs,
+    ``weight_<teacher>`` (N, h, w); all uint8, outputs and weights with 255 for 1. Outputs are probabilities of any
+    foreground, or of the true class (one cell); weights are the gate's, over all teachers.
     """
 
     def __init__(self, output_dir: str | Path) -> None:
@@ -101,8 +102,9 @@ class TeacherPictures(Handler):
         with eval_mode(distiller):
             logits, answers, weights = distiller.teacher_maps(batch)
         classes = label if label.ndim == 1 else None
-        shown = label[:, 0] > 0 if classes is None else torch.ones_like(label[:, None, None])
-        arrays = {"image": image.permute(0, 2, 3, 1).numpy(), "label": _byte(shown), "student": _shown(logits, classes)}
+        shown = label[:, 0] if classes is None else torch.ones_like(label[:, None, None])
+        shown = shown.masked_fill(shown == UNLABELLED, 0).byte().cpu().numpy()
+        arrays = {"image": image.permute(0, 2, 3, 1).numpy(), "label": shown, "student": _shown(logits, classes)}
         arrays |= {f"weight_{t.name}": _byte(weights[:, k]) for k, t in enumerate(distiller.teachers)}
         arrays |= {f"answer_{name}": _shown(answer, classes) for name, answer in answers.items()}
         arrays["ids"] = np.array([item["id"] for item in items])
