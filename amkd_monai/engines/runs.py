@@ -59,15 +59,8 @@ OVERRIDDEN = "overridden"
 PLACES = ["bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "cache_dir", "weights_dir", "init_from", "resume_dir"]
 PLACES += ["other_data"]
 RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html"]
-RESULTS += [
-    "on_*",
-    "per_case_seen.csv",
-    "masks",
-    "predictions.csv",
-    "transfer.csv",
-    "split_*.json",
-    "events.out.tfevents.*",
-]
+RESULTS += ["masks", "predictions.csv", "transfer.csv", "split_*.json", "events.out.tfevents.*"]
+RESULTS += ["on_*", "per_case_seen.csv"]
 RESULTS += [TEACHERS, PREVIEWS]
 """What a run leaves in its output folder."""
 
@@ -317,8 +310,7 @@ class Identity:
     """What a run is about to make a student from: the content of ``student.json``, and its folders.
 
     ``datalists`` are the data by folder below the output folder, ``""`` for that itself, ``further`` images without
-    labels; ``init_from`` is the file of
-    the student that the run starts from.
+    labels; ``init_from`` is the file of the student that the run starts from.
     """
 
     record: dict[str, Any]
@@ -791,9 +783,7 @@ def start_evaluation(
 def _find_seen(data: Datalist, known: Mapping[str, Any] | None, how: str) -> None:
     """Note in ``data.seen`` what the student has seen, or refuse it; ``known`` is ``seen`` of the student's record."""
     if known is None:
-        logger.warning(
-            "The student's record does not say which images it has seen: none of %s could be checked.", data.root
-        )
+        logger.warning("No record says which images the student has seen: none of %s could be checked.", data.root)
         return
     cache_dir = next(_callers(ConfigParser)).get_parsed_content("cache_dir")
     images = {name: values for of_folder in known.values() for name, values in of_folder.items()}

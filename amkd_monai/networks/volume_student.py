@@ -66,8 +66,8 @@ class VolumeStudent(nn.Module):
         volume = _stacked(image[:, 1:2], self.slices)
         maps: dict[int, Tensor] = {}
         hooks = [
-            self.network.get_submodule(name).register_forward_hook(partial(self._tap, maps, volume.shape, strides))
-            for name, strides in self._places.items()
+            self.network.get_submodule(name).register_forward_hook(partial(self._tap, maps, volume.shape, stride))
+            for stride, (name, _) in self._places.items()
         ]
         try:
             logits = self.forward(volume)
@@ -82,32 +82,30 @@ class VolumeStudent(nn.Module):
 
     def channels_at(self, stride: int) -> int:
         """Return the channels of the map at a stride (8 or 16)."""
-        return self._channels[stride]
+        return self._places[stride][1]
 
     def _tap(
-        self, maps: dict[int, Tensor], size: torch.Size, strides: list[int], module: nn.Module, given: Any, out: Tensor
+        self, maps: dict[int, Tensor], size: torch.Size, stride: int, module: nn.Module, given: Any, out: Tensor
     ) -> Tensor:
-        """Keep the map of a module's output at strides, and let the network go on from it."""
-        for stride in strides:
-            shape = (size[2], max(1, size[3] // stride), max(1, size[4] // stride))
-            maps[stride] = _at(out, shape)
-            if torch.is_grad_enabled():
-                out = _back(maps[stride], self.slices, out) + (out - _back(_at(out, shape), self.slices, out))
+        """Keep the map of a module's output at a stride, and let the network go on from it."""
+        shape = (size[2], max(1, size[3] // stride), max(1, size[4] // stride))
+        maps[stride] = _at(out, shape)
+        if torch.is_grad_enabled():
+            out = _back(maps[stride], self.slices, out) + (out - _back(_at(out, shape), self.slices, out))
         return out
 
     @cached_property
-    def _taps(self) -> list[tuple[str, int, int]]:
-        """Name, in-plane stride and channels of the modules with one 5D output, in the order in which they end."""
-        found, side = list[tuple[str, int, int]](), 64
-        calls = Counter[str]()
+    def _places(self) -> dict[int, tuple[str, int]]:
+        """Name and channels of the module that gives the map at each stride, found by a run on an empty patch."""
+        calls, taps, side = Counter[str](), list[tuple[str, int, int]](), 64
 
         def note(name: str, module: nn.Module, given: Any, out: Any) -> None:
             calls[name] += 1
-            if isinstance(out, Tensor) and out.ndim == 5:
-                found.append((name, side // out.shape[3], out.shape[1]))
+            if isinstance(out, Tensor) and out.ndim == 5 and out.shape[3] <= side:
+                taps.append((name, side // out.shape[3], out.shape[1]))
 
         hooks = [m.register_forward_hook(partial(note, n)) for n, m in self.network.named_modules() if n]
-        was, self.network.training = self.network.training, False
+        was = self.network.training
         try:
             with torch.no_grad():
                 self.network.eval()(torch.zeros(1, 1, self.slices, side, side, device=next(self.parameters()).device))
@@ -115,28 +113,12 @@ class VolumeStudent(nn.Module):
             for hook in hooks:
                 hook.remove()
             self.network.train(was)
-        return [tap for tap in found if calls[tap[0]] == 1 and tap[1] > 0]
-
-    @cached_property
-    def _chosen(self) -> dict[int, tuple[str, int, int]]:
-        """The tap that serves each stride."""
-        chosen = {}
+        taps, places = [tap for tap in taps if calls[tap[0]] == 1], dict[int, tuple[str, int]]()
         for stride in STRIDES:
-            level = max((s for _, s, _ in self._taps if s <= stride), default=1)
-            coarser = (i for i, (_, s, _) in enumerate(self._taps) if s > level)
-            before = [tap for tap in self._taps[: next(coarser, len(self._taps))] if tap[1] == level]
-            chosen[stride] = max(reversed(before), key=lambda tap: tap[2])
-        return chosen
-
-    @property
-    def _channels(self) -> dict[int, int]:
-        return {stride: channels for stride, (_, _, channels) in self._chosen.items()}
-
-    @property
-    def _places(self) -> dict[str, list[int]]:
-        places: dict[str, list[int]] = {}
-        for stride, (name, _, _) in self._chosen.items():
-            places.setdefault(name, []).append(stride)
+            level = max(s for _, s, _ in taps if s <= stride)
+            coarser = next((i for i, (_, s, _) in enumerate(taps) if s > level), len(taps))
+            name, _, channels = max((tap for tap in taps[coarser - 1 :: -1] if tap[1] == level), key=lambda tap: tap[2])
+            places[stride] = name, channels
         return places
 
 
