@@ -14,7 +14,7 @@ import numpy as np
 
 from amkd_monai.bundles.merge import ABSENT, PARTS, bundle_files, resolved
 from amkd_monai.data.datasets import Task, get_task
-from amkd_monai.data.datasets.described import READERS, Described
+from amkd_monai.data.datasets.described import READERS, Described, names_of_values
 from amkd_monai.data.splits import Item
 from amkd_monai.files import masks, volumes
 from amkd_monai.files.names import (
@@ -24,7 +24,6 @@ from amkd_monai.files.names import (
     has_suffix,
     label_files,
     natural,
-    read_text,
     some,
     table_rows,
 )
@@ -127,7 +126,7 @@ def _described(
     items = [i for i in READERS[form](Described(kind=kind, form=form), root) if "problem" not in i]
     description: dict[str, Any] = {"name": name, "kind": kind, "dimensions": 3 if volume else 2, "layout": layout}
     if kind == "segmentation":
-        return description | _mask_classes(items, list(classes), _names_of_values(root)), items
+        return description | _mask_classes(items, list(classes), names_of_values(root)), items
     written = raw.columns_of(table)["label"] if (table := raw.table_of(root)) and kind == "multilabel" else labels
     names = list(classes) or sorted({str(label) for label in written}, key=natural)
     if kind == "classification":
@@ -143,18 +142,6 @@ def _described(
 
 def _is_file(label: Any) -> bool:
     return all(has_suffix(str(part), SUFFIXES) for part in (label if isinstance(label, list) else [label]))
-
-
-def _names_of_values(root: Path) -> dict[int, str]:
-    """Names of mask values, from the ``labels`` of nnU-Net's or the decathlon's dataset.json; {} without."""
-    file = root / "dataset.json"
-    labels = json.loads(read_text(file)).get("labels") if file.is_file() else None
-    if not isinstance(labels, dict):
-        return {}
-    pairs = [(k, v) if str(k).isdecimal() else (v, k) for k, v in labels.items()]
-    if regions := [name for value, name in pairs if isinstance(value, list)]:
-        raise ValueError(f"{file} names regions of several values ({some(map(str, regions))}): give --classes.")
-    return {int(value): str(name) for value, name in pairs}
 
 
 def _mask_classes(items: Sequence[Item], classes: list[str], named: dict[int, str]) -> dict[str, Any]:

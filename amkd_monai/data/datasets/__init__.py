@@ -10,7 +10,6 @@ from typing import Any
 from amkd_monai.data import phantoms
 from amkd_monai.data.datasets import aptos2019, isic2017
 from amkd_monai.data.datasets.busi import Busi
-from amkd_monai.data.datasets.decathlon import Decathlon
 from amkd_monai.data.datasets.described import Described
 from amkd_monai.data.datasets.layout import Layout, Pairs
 from amkd_monai.data.splits import NEAR
@@ -243,7 +242,18 @@ _TASKS = (
         values="any",
         prompts=("left atrium in cardiac MRI",),
         phantom=phantoms.msd_heart,
-        layout=Decathlon("MSD Heart", ("background", "left atrium")),
+        # Antonelli et al., "The Medical Segmentation Decathlon", Nature Communications 2022. Two training images
+        # (la_005, la_026) were seen to be byte-identical while their labels differ. 20 labelled hearts are too few for
+        # one fixed test section.
+        layout=Described(
+            title="MSD Heart",
+            classes=("background", "left atrium"),
+            volumes=True,
+            form="datalist",
+            file="dataset.json",
+            validation_fraction=0.1,
+            expected="dataset.json with the folders imagesTr/ and labelsTr/ next to it",
+        ),
         source=Source(
             "CC-BY-SA 4.0.",
             files=(
@@ -362,7 +372,14 @@ def _described(content: Any, where: str, base: Path) -> Task:
     if kind != KINDS[0]:
         values.setdefault("primary_metric", "macro_auroc")
     options = content.get("layout", {})
-    known = {f.name for f in fields(Described)} - {"title", "classes", "kind", "volumes"}
+    known = {f.name for f in fields(Described)} - {
+        "title",
+        "classes",
+        "kind",
+        "volumes",
+        "validation_fraction",
+        "expected",
+    }
     if not isinstance(options, Mapping) or not options.keys() <= known:
         raise refuse(f"has a layout that is no object of {', '.join(sorted(known))}")
     layout = Described(title=name, classes=classes, kind=kind, volumes=dimensions == 3, **options)

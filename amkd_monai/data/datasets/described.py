@@ -52,7 +52,7 @@ class Described(Layout):
     channels, of a repeated name) are items with a "problem", so that all of them are named at once.
 
     Attributes:
-        title, volumes: see :class:`Layout`.
+        title, volumes, expected, validation_fraction: see :class:`Layout`.
         classes: names by label value; class folders and tables may use names or values.
         kind: of the task, see :class:`~amkd_monai.data.datasets.Task`.
         form: one of `READERS`.
@@ -74,11 +74,12 @@ class Described(Layout):
     file: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
     groups: str = ""
-
-    expected = (
+    validation_fraction: float | None = None
+    expected: str = (
         "images/ and masks/ (or labels/), a JSON datalist, nnU-Net's imagesTr/, labelsTr/ and dataset.json, a folder "
         "per class, or a table (CSV)"
     )
+
     predict_in = ("imagesTs", *IMAGES)
 
     @property
@@ -92,17 +93,14 @@ class Described(Layout):
 
     def form_of(self, root: Path) -> str:
         """Return the form of a folder, "" where it has none."""
-        if self.form:
-            return self.form
-        if (root / "imagesTr").is_dir() and (root / "dataset.json").is_file() and _channels(root / "imagesTr"):
-            return "nnunet"
-        if self.datalist_of(root):
-            return "datalist"
-        if self.masks and any(self.pair_in(folder) for _, folder in _places(root)):
-            return "pairs"
-        if self.table_of(root):
-            return "table"
-        return "classes" if not self.masks and any(_class_images(root)) else ""
+        holds: dict[str, Callable[[], Any]] = {
+            "nnunet": lambda: (root / "dataset.json").is_file() and _channels(root / "imagesTr"),
+            "datalist": lambda: self.datalist_of(root),
+            "pairs": lambda: self.masks and any(self.pair_in(folder) for _, folder in _places(root)),
+            "table": lambda: self.table_of(root),
+            "classes": lambda: not self.masks and any(_class_images(root)),
+        }
+        return next((form for form in ([self.form] if self.form else holds) if form in holds and holds[form]()), "")
 
     def find_items(
         self, root: Path, cache_dir: str | Path | None = None, duplicate_distance: int | None = None
@@ -115,10 +113,11 @@ class Described(Layout):
             duplicate_distance: bits in which the perceptual hashes of pictures of one group differ at most; None:
                 byte-identical images alone share a group.
         """
-        if (form := self.form_of(root)) not in READERS:
-            self.check(root)
-            raise ValueError(f"The form of {self.title} is '{form}': use one of {', '.join(READERS)}.")
-        items = [self._completed(item) for item in _named(READERS[form](self, root), root)]
+        self.check(root)
+        items = [self._completed(item) for item in _named(READERS[self.form_of(root)](self, root), root)]
+        named = [name.lower() for name in names_of_values(root).values()]
+        if self.masks and named and named != [name.lower() for name in self.classes]:
+            logger.warning("dataset.json in %s names the classes %s, the task %s.", root, named, list(self.classes))
         if not items:
             raise FileNotFoundError(f"No labelled images in {root}: expected {self.expected}.")
         if any(isinstance(item["image"], list) for item in items):
@@ -136,11 +135,11 @@ class Described(Layout):
     def inference_items(self, root: Path) -> list[Item]:
         """List the images to predict: unlabelled ones of a datalist or of the usual folders, else all labelled ones."""
         if file := self.datalist_of(root):
-            unlabelled = [e for _, e in _entries(file) if "label" not in e]
-            if unlabelled:
-                items = [{"image": str(file.parent / e["image"]), "id": _stem(e["image"])} for e in unlabelled]
+            unlabelled = [_first(entry["image"]) for _, entry in _entries(file) if "label" not in entry]
+            items = [{"image": str(file.parent / i), "id": _stem(i)} for i in unlabelled if (file.parent / i).is_file()]
+            if items:
                 return sorted(_named(items, root), key=lambda item: natural(item["id"]))
-        if (root / "imagesTs").is_dir() and (found := _channels(root / "imagesTs")):
+        if found := _channels(root / "imagesTs"):
             if several := [case for case, files in found.items() if len(files) > 1]:
                 raise ValueError(f"{root / 'imagesTs'} has several channels of {several[0]}: give one.")
             return [{"image": next(iter(found[case].values())), "id": case} for case in sorted(found, key=natural)]
@@ -179,11 +178,11 @@ class Described(Layout):
 
     def datalist_of(self, root: Path) -> Path | None:
         """Return the datalist in a folder: the file named, else the first JSON with a list "training"."""
-        named = [root / self.file] if self.file.endswith(".json") else sorted(root.glob("*.json"))
-        for file in named if self.form in ("", "datalist") else ():
-            if file.is_file() and isinstance(_json(file).get("training"), list):
-                return file
-        return None
+        if self.form not in ("", "datalist"):
+            return None
+        if self.file:
+            return root / self.file if (root / self.file).is_file() else None
+        return next((file for file in sorted(root.glob("*.json")) if _entries(file, needed=False)), None)
 
     def table_of(self, root: Path) -> Path | None:
         """Return the table in a folder: the file named, else the first with a column of images and one of labels."""
@@ -264,14 +263,15 @@ def _pairs(layout: Described, root: Path) -> Iterator[Item]:
 def _datalist(layout: Described, root: Path) -> Iterator[Item]:
     """The labelled entries of a datalist, with paths relative to it."""
     if (file := layout.datalist_of(root)) is None:
-        raise FileNotFoundError(f'There is no JSON with a list "training" in {root}: correct `file` of the layout.')
-    sections = {section for section, _ in _entries(file)}
-    for section, entry in _entries(file):
+        return
+    entries = _entries(file)
+    sections = {section for section, _ in entries}
+    for section, entry in entries:
         if "label" not in entry:
             if section == "train":
-                yield {"image": str(file.parent / _first(entry["image"])), "id": _stem(entry["image"])} | {
-                    "problem": f"{_first(entry['image'])} has no label in {file}: add it, or remove the entry."
-                }
+                problem = f"{_first(entry['image'])} has no label in {file}: add it, or remove the entry."
+                image = str(file.parent / _first(entry["image"]))
+                yield {"image": image, "id": _stem(image), "problem": problem}
             continue
         image, label = (
             _resolved(v, file.parent) if k == "image" or layout.masks else v
@@ -313,7 +313,7 @@ def _classes(layout: Described, root: Path) -> Iterator[Item]:
 def _table(layout: Described, root: Path) -> Iterator[Item]:
     """The rows of a table; images lie beside it or in one of the usual folders, with or without their suffix."""
     if (table := layout.table_of(root)) is None:
-        raise FileNotFoundError(f"There is no table with a column of images and one of labels in {root}: name `file`.")
+        return
     columns = layout.columns_of(table)
     for row in table_rows(table)[1]:
         of = {what: [row.get(name, "") for name in names] for what, names in columns.items()}
@@ -349,20 +349,34 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(file))
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}): correct it.") from error
+        raise ValueError(f"{file} is not JSON ({error}): correct it.") from error
     return content if isinstance(content, dict) else {}
 
 
-def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The entries of a datalist with their sections; plain paths have no label."""
+def _entries(file: Path, needed: bool = True) -> list[tuple[str, dict[str, Any]]]:
+    """The entries of a datalist with their sections; plain paths have no label. None with one is refused if needed."""
+    found = []
     for key, entries in _json(file).items():
-        if (section := _section(key)) and isinstance(entries, list):
-            for entry in entries:
-                entry = {"image": entry} if isinstance(entry, str) else entry
-                if not isinstance(entry, dict) or not isinstance(entry.get("image"), (str, list)):
-                    raise ValueError(f'{file} has an entry in "{key}" without "image": {entry!r}; correct it.')
-                if not _stem(entry["image"]).startswith("."):  # macOS copies, which archives of the decathlon hold
-                    yield section, entry
+        for entry in entries if isinstance(entries, list) and _section(key) else ():
+            entry = {"image": entry} if isinstance(entry, str) else entry
+            image = entry.get("image") if isinstance(entry, dict) else None
+            if isinstance(image, (str, list)) and not _stem(image).startswith("."):  # archives hold copies by macOS
+                found.append((_section(key), {**entry, "image": _resolved(image, Path())}))
+    if labelled := any("label" in entry for _, entry in found):
+        return found
+    if needed:
+        raise ValueError(f'{file} has no list "training" of "image" and "label": copy it again or write it anew.')
+    return found if labelled else []
+
+
+def names_of_values(root: Path) -> dict[int, str]:
+    """Names of mask values, sorted, from the ``labels`` of nnU-Net's or the decathlon's dataset.json; {} without."""
+    file = root / "dataset.json"
+    labels = _json(file).get("labels") if file.is_file() else None
+    pairs = [(k, v) if str(k).isdecimal() else (v, k) for k, v in labels.items()] if isinstance(labels, dict) else []
+    if any(isinstance(value, list) for value, _ in pairs):
+        return {}
+    return {int(value): str(name) for value, name in sorted(pairs, key=lambda pair: int(pair[0]))}
 
 
 def _section(name: str) -> str:
@@ -390,7 +404,7 @@ def _class_images(root: Path) -> Iterator[tuple[dict[str, str], str, Path]]:
 def _channels(folder: Path) -> dict[str, dict[int, str]]:
     """The files of each case by channel."""
     found: defaultdict[str, dict[int, str]] = defaultdict(dict)
-    for file in image_files(folder, SUFFIXES):
+    for file in image_files(folder, SUFFIXES) if folder.is_dir() else ():
         if match := CHANNEL.fullmatch(file_id(file)):
             found[match["case"]][int(match["channel"])] = str(file)
     return dict(found)
@@ -406,13 +420,13 @@ def _named(items: Iterable[Item], root: Path) -> list[Item]:
     result: list[Item] = []
     for item in listed:
         image, name = _first(item["image"]), item["id"]
-        if (other := seen.setdefault(name, image)) != image or any(item is r for r in result):
+        if other := seen.get(name):
+            twice = f"{image} is listed twice" if other == image else f"{other} and {image} have the same name"
+            item = {**item, "problem": item.get("problem", f"{twice}: keep one of them.")}
             while name in seen:
                 name += "'"
-            seen[name] = image
-            problem = f"{other} and {image} have the same name: keep one of them."
-            item = {**item, "id": name, "problem": item.get("problem", problem)}
-        result.append(item)
+        seen[name] = image
+        result.append({**item, "id": name})
     return result
 
 
