@@ -287,6 +287,8 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> None:
     bundle, settings, data = Path(arguments.bundle), settings_of(arguments.set), arguments.data
     output = arguments.output or (data and str(bundle / "eval" / f"on_{Path(data).expanduser().resolve().name}"))
+    if arguments.seen != "refuse" and not data:
+        raise ValueError("--seen is about --data: give both.")
     if (bundle / "configs" / "predict.json").is_file():
         if unknown := settings.keys() - {"data_options", "mask_codes"}:
             raise ValueError(
