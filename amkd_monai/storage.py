@@ -189,11 +189,16 @@ def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = 
             entries[name] = [*at, file_sha256(absolute)]
         hashes.append(str(entries[name][2]))
     if memo is not None and entries != known:
-        try:
-            atomic_write_json(memo, entries, indent=None)
-        except OSError as error:
-            logger.warning("The hashes of %d images are not kept: %s", len(hashes), error)
+        write_memo(memo, entries)
     return hashes
+
+
+def write_memo(memo: Path, entries: Mapping[str, Any]) -> None:
+    """Write a JSON object that only saves time; where it cannot be written that is announced."""
+    try:
+        atomic_write_json(memo, entries, indent=None)
+    except OSError as error:
+        logger.warning("The next run computes again what is not kept: %s", error)
 
 
 def read_memo(memo: Path, is_entry: Callable[[Any], bool]) -> dict[str, Any]:

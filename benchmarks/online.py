@@ -28,7 +28,7 @@ LEAST_GAIN = 1.1
 
 
 class InTheLoop(TeacherTargets):
-    """Targets whose teacher is asked about the augmented images of each step; its answers come from a stored probe."""
+    """Targets whose teacher is asked about the augmented images of each step, at their size; a stored probe answers."""
 
     def __init__(self, stored: TeacherTargets, teacher: Teacher, dataset: Any) -> None:
         super().__init__(stored.teachers, stored.prior_entropy, stored.record, stored.groups, stored.classes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from monai.bundle import ConfigParser
 from torch import nn
 
+from amkd_monai import __version__
 from amkd_monai.cache import probes
 from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers, shown_to
 from amkd_monai.cache.store import EVERYTHING, FeatureStore, Part
@@ -33,6 +34,7 @@ from amkd_monai.engines.runs import expand
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import macro_auroc
+from amkd_monai.storage import fingerprint, read_memo, write_memo
 from amkd_monai.teachers.base import CROSS_FITTED_KINDS, TeacherFacts, validate_descriptions
 from amkd_monai.teachers.known import known_teacher
 
@@ -216,10 +218,22 @@ class _Preparation:
         if classes != self.train.num_classes or (size == [1, 1]) != single:
             raise ValueError(another_task(target.name, f"logits of {classes} classes in {size} cells", self.train))
         temperature = _temperature(of_validation, self.validation)
-        score = score_answers(target.answers, self.train, temperature)
+        score = self._score(target.answers, temperature)
         record = {**target.record, **score.record(), "calibration_temperature": round(temperature, 3)}
         figures: dict[str, Any] = {"mean_error": score.cross_entropy, "score": score.value, "temperature": temperature}
         return replace(target, logits=shape, record=record, **figures), score
+
+    def _score(self, answers: FeatureStore, temperature: float) -> AnswerScore:
+        """Score answers to the training section, unless it was done before: names of folders tell what they hold."""
+        memo = Path(self.cache_dir) / "known_scores.json"
+        known = read_memo(memo, lambda entry: isinstance(entry, dict) and "value" in entry)
+        key = fingerprint(answers.directory.name, self.train.directory.name, temperature, __version__)
+        if key not in known:
+            score = score_answers(answers, self.train, temperature)
+            if np.isfinite([score.value, score.cross_entropy, *score.further.values()]).all():
+                write_memo(memo, {**known, key: asdict(score)})
+            return score
+        return AnswerScore(**known[key])
 
     def _image_teacher(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, FeatureStore]:
         """A teacher that answers image by image, and the store of its answers to the validation section."""
@@ -304,7 +318,7 @@ class _Preparation:
             (answers,) = crossfit.cross_fit("student", self.student, *of_run)
             # Dice of masks knows no temperature; the likelihood of classes does, and teachers are calibrated for it.
             temperature = 1.0 if self.train.classes is None else _temperature(answers, self.train)
-            score = score_answers(answers, self.train, temperature)
+            score = self._score(answers, temperature)
             if score.value > goal:
                 break
         return score, length

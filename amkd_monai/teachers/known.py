@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from amkd_monai import __version__
-from amkd_monai.storage import atomic_write_json, fingerprint, logger, read_memo
+from amkd_monai.storage import fingerprint, read_memo, write_memo
 from amkd_monai.teachers.base import KINDS, Teacher, TeacherFacts, build_teacher
 from amkd_monai.teachers.catalogue import CATALOGUE, find_weights
 
 MEMO = "known_teachers.json"
 """Table beside the cache: what was known of a teacher, by description, and its files with size and time of change."""
+
+ONE_FILE = KINDS.keys() - {"transformers"}
+"""Kinds that read one file of weights and nothing else."""
 
 
 @dataclass
@@ -59,7 +62,7 @@ def _stamp(file: Path) -> list[int]:
 def known_teacher(description: Mapping[str, Any], weights_dir: str | None, cache_dir: str | Path) -> KnownTeacher:
     """Return a teacher from the table of a cache folder; one that is not there, or whose file changed, is built.
 
-    Only kinds of this package that were read from files are kept, since of others it is not known what they read.
+    Only :data:`ONE_FILE` is kept, since of others it is not known which files they read.
     """
     memo, of = Path(cache_dir) / MEMO, (description, weights_dir)
     table, key = read_memo(memo, lambda entry: isinstance(entry, dict)), _key(*of)
@@ -71,12 +74,9 @@ def known_teacher(description: Mapping[str, Any], weights_dir: str | None, cache
         pass  # not known, or of another version, or a file is gone: building says so
     teacher = build_teacher(*of)
     facts = teacher.facts()
-    if description["kind"] in KINDS and teacher.read_from and not teacher.is_random:
+    if description["kind"] in ONE_FILE and teacher.read_from and not teacher.is_random:
         entry = {"facts": asdict(facts), "files": {str(file): _stamp(file) for file in teacher.read_from}}
-        try:
-            atomic_write_json(memo, {**table, key: entry}, indent=None)
-        except OSError as error:
-            logger.warning("What is known of the teacher '%s' is not kept: %s", facts.name, error)
+        write_memo(memo, {**table, key: entry})
     return KnownTeacher(facts, of, teacher)
 
 

@@ -241,15 +241,17 @@ def test_scores_of_three_classes_equal_a_computation_by_hand(tmp_path):
 
 
 def test_a_complete_cache_is_prepared_without_asking_a_teacher(data, monkeypatch):
-    """What a run costs that finds everything: no forward of any teacher, no training."""
+    """What a run costs that finds everything: no teacher is built or asked, no answers are scored, no training."""
     first = prepare(data, [LITE1], admission_options={"mode": "all"})
 
-    def forward(self, image):
-        raise AssertionError("a teacher was asked")
+    def never(*_, **__):
+        raise AssertionError("a teacher was built, or its answers were scored")
 
-    monkeypatch.setattr("amkd_monai.teachers.timm_encoder.TimmTeacher.forward", forward)
+    for name in ("teachers.known.build_teacher", "engines.prepare.score_answers"):
+        monkeypatch.setattr(f"amkd_monai.{name}", never)
     again = prepare(data, [LITE1], admission_options={"mode": "all"})
     assert again.record["teachers"] == first.record["teachers"]
+    assert first.record["teachers"][0]["asked_at"] == {"images": "decoded", "size": list(data[0].images.shape[-2:])}
     assert first.record["teachers"][0]["stored"] == {
         "views": 1,
         "dtype": "float16",

@@ -3,17 +3,22 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny_teachers import TINY, official_state, tiny
 
+from amkd_monai.engines import prepare
 from amkd_monai.engines.prepare import cache_image_teacher
 from amkd_monai.teachers import known
 from amkd_monai.teachers.known import MEMO, known_teacher
 
 sys.path.append(str(Path(__file__).parent.parent / "cache"))
 from toy_dataset import decoded, write_items
+
+from amkd_monai.cache.build import answers_store, keep_answers
 
 KINDS = ["medsam", "retfound", "usfm", "biomedparse"]
 
@@ -124,3 +129,16 @@ def test_random_teachers_and_classes_of_ones_own_are_built_each_time(tmp_path):
         assert known_teacher(description, None, tmp_path).built is not None
         assert known_teacher(description, None, tmp_path).built is not None
     assert not (tmp_path / MEMO).exists()
+
+
+def test_the_score_of_the_same_answers_is_computed_once(tmp_path, monkeypatch):
+    train, rng = decoded(write_items(tmp_path / "in", 4), tmp_path), np.random.default_rng(0)
+    stores = [answers_store(f"a{n}", {"number": n}, train, (4, 4), tmp_path) for n in range(2)]
+    for store in stores:
+        keep_answers(store, rng.normal(size=(4, 2, 4, 4)).astype(np.float32))
+    shared = SimpleNamespace(cache_dir=str(tmp_path), train=train)
+    given = [(stores[0], 1.0), (stores[1], 1.0), (stores[0], 3.0)]
+    first = [prepare._Preparation._score(shared, *one) for one in given]
+    assert first == [prepare.score_answers(store, train, temperature) for store, temperature in given]
+    monkeypatch.setattr(prepare, "score_answers", None)
+    assert [prepare._Preparation._score(shared, *one) for one in given] == first
