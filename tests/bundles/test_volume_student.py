@@ -14,6 +14,7 @@ from monai.networks.nets import DynUNet, SegResNet
 from amkd_monai.cli import main
 from amkd_monai.data.augment import Augmentation
 from amkd_monai.data.sampling import PatchSampler
+from amkd_monai.errors import root_cause
 from amkd_monai.networks import VolumeStudent
 
 SEGRESNET = partial(SegResNet, spatial_dims=3, init_filters=8, in_channels=1, out_channels=2)
@@ -85,9 +86,9 @@ def test_a_3d_student_learns_from_a_3d_specialist_and_is_evaluated(tmp_path, cac
     masks = {**given, "output_dir": str(tmp_path / "masks")}
     run("msd_heart", ("inference", "volumes3d_inference"), masks)
     assert list((tmp_path / "masks").glob("*_mask.nii.gz"))
-    with pytest.raises(Exception, match="slices") as refused:
+    with pytest.raises(RuntimeError) as refused:
         workflow("msd_heart", ("train", "volumes3d"), {**values, "recipe#slices": 4}).run()
-    assert refused
+    assert "set recipe#slices to 8" in str(root_cause(refused.value))
     options = [f"--set={name}={values[name]}" for name in ("ckpt_dir", "output_dir", "cache_dir")]
     words = ["export", str(ROOT / "bundles" / "msd_heart"), "--overlay", "volumes3d", "--to", str(tmp_path / "dist")]
     assert main([*words, *options]) == 1
