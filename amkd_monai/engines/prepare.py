@@ -288,7 +288,7 @@ class _Preparation:
         if kind == "crew":
             crew = self.crews[name]
             answers, of_validation = crew.answers(*sections)
-            facts = crew.facts()
+            facts = crew.facts(self.train)
         else:
             network, folds = description.get("network"), int(description.get("folds", self.folds))
             if not isinstance(network, nn.Module):
