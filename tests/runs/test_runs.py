@@ -430,7 +430,7 @@ def test_images_of_the_training_are_refused_or_reported_apart(trained, polyps, t
 OTHERWISE = [
     ("validate#dataset#data", "$@datalist.validation"),
     ("validate#inferer", {"_target_": "SlidingWindowInferer", "roi_size": [SIZE, SIZE]}),
-    ("validate#postprocessing#transforms#3#argmax", False),
+    ("validate#postprocessing#transforms#2#argmax", False),
     ("validate#key_metric", {"val_dice": {"_target_": "MeanDice"}}),
     ("datalist", "$datalists.datalist(@task, @dataset_dir, seed=@split_seed)"),
 ]
