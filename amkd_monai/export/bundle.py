@@ -31,6 +31,7 @@ from amkd_monai.files.masks import IGNORED
 from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES
 from amkd_monai.files.steps import softmax
 from amkd_monai.metrics.classification import macro_auroc
+from amkd_monai.metrics.summary import class_summaries
 from amkd_monai.storage import atomic_folder, atomic_write_json
 from amkd_monai.terminal import align, progress
 from amkd_monai.weights import file_sha256
@@ -285,7 +286,8 @@ def model_card(source: Source, facts: dict[str, Any], name: str) -> str:
         parameters=sum(p.numel() for p in source.student.parameters()),
         recorded=recorded,
         samples=", ".join(f"{k} {v}" for k, v in recorded.get("counts", {}).items()) or unknown,
-        summary=source.metrics.get("summary", {"metrics": {}}),
+        summary=(summary := source.metrics.get("summary", {"metrics": {}})),
+        scores=[("", summary["metrics"]), *class_summaries(summary)],
         table=format_cells(facts),
         teachers=distillation.get("teachers", []) if isinstance(distillation, dict) else [],
         temperature=float(source.state["temperature"]) if "temperature" in source.state else None,

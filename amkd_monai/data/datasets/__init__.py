@@ -18,6 +18,7 @@ from amkd_monai.storage import atomic_folder
 
 PHANTOM_MARKER = "PHANTOM.txt"
 KINDS = ("segmentation", "classification")
+MOST_CLASSES = 255  # labels are bytes, of which the last means that there is no label
 
 
 def is_phantom(folder: str | Path) -> bool:
@@ -95,6 +96,8 @@ class Task:
     def __post_init__(self) -> None:
         scored, labels = [*self.classes[1:], *self.regions], range(1, len(self.classes))
         wrong = [name for name, of in self.regions.items() if not of or isinstance(of, str) or not {*of} <= {*labels}]
+        if len(self.classes) > MOST_CLASSES:
+            raise ValueError(f"The task '{self.name}' has {len(self.classes)} classes: give {MOST_CLASSES} at most.")
         if wrong or len(set(scored)) < len(scored):
             wanted = f"a name of its own and some of the labels 1 to {len(labels)}"
             raise ValueError(f"The task '{self.name}' has the regions {dict(self.regions)}: give each {wanted}.")
