@@ -21,6 +21,7 @@ from amkd_monai.files.names import (
     PICTURE_SUFFIXES,
     SUFFIXES,
     VOLUME_SUFFIXES,
+    DataProblems,
     has_suffix,
     label_files,
     natural,
@@ -72,11 +73,13 @@ def new_bundle(
     description, items = _described(name, root, classes, groups, kind)
     of_labels = description.pop("facts")
     facts, part = _volumes(items, description, modality) if description["dimensions"] == 3 else _pictures(items)
-    description["modality"] = modality or part.pop("modality")
+    description["modality"] = modality or part["modality"]
     description["folder"] = os.path.relpath(root, folder.resolve() / "configs")
     task = get_task(description)
     found = task.layout.find_items(root)
-    problems, grouped = [item for item in found if "problem" in item], {item["group"] for item in found}
+    problems, grouped = [item["problem"] for item in found if "problem" in item], {item["group"] for item in found}
+    if len(problems) == len(found):
+        raise DataProblems(problems)
     facts = [
         f"{len(found)} labelled {'volumes' if task.dimensions == 3 else 'pictures'} ({description['layout']['form']})",
         f"{task.kind}, classes: {', '.join(task.classes)} (other names: --classes)",
@@ -89,7 +92,7 @@ def new_bundle(
     ]
     own = _part(name, task, part, "fold" in {key for item in found for key in item})
     texts = bundle_files(name, own) | {"configs/task.json": json.dumps(description, indent=2) + "\n"}
-    values = {"bundle": name, "place": (Path(to) / name).as_posix(), **own["values"], "title": own["metadata"]["name"]}
+    values = {"bundle": name, "place": (Path(to) / name).as_posix(), **own["values"]}
     for place in ("docs/README.md", "docs/data_license.txt", "LICENSE"):
         texts[place] = resolved((PARTS / Path(place).name).read_text(encoding="utf-8"), values)
     with atomic_folder(folder) as made:
@@ -108,43 +111,43 @@ def _described(
     kinds = [kind] if kind else ["segmentation", "classification"]
     form = next((found for k in kinds if (found := Described(kind=k).form_of(root))), "")
     if not form:
-        raise FileNotFoundError(f"There are no data in {root}: expected {Described.expected}.")
+        Described(kind=kinds[0]).check(root)
     raw = Described(kind="classification", form=form)  # leaves labels as they are written
     listed = [item for item in READERS[form](raw, root) if "problem" not in item]
     if not listed:
         raise FileNotFoundError(f"There are no labelled images in {root}: expected {Described.expected}.")
     labels = [item["label"] for item in listed]
-    volume = has_suffix(str(listed[0]["image"]), VOLUME_SUFFIXES)
+    volume = has_suffix(np.ravel(listed[0]["image"])[0], VOLUME_SUFFIXES)
     if not kind:
         of_files = form in ("pairs", "nnunet") or all(label_files(i) and _is_file(i["label"]) for i in listed)
-        kind = "segmentation" if of_files else "multilabel" if isinstance(labels[0], list) else "classification"
+        kind = "segmentation" if of_files else "classification"
     layout: dict[str, Any] = {"form": form}
     if groups and form == "table" and (table := raw.table_of(root)) and groups in table_rows(table)[0]:
         layout["columns"] = {"group": groups}
     elif groups:
         layout["groups"] = groups
     items = [i for i in READERS[form](Described(kind=kind, form=form), root) if "problem" not in i]
+    items = [{**item, "image": item["image"] if isinstance(item["image"], str) else item["image"][0]} for item in items]
     description: dict[str, Any] = {"name": name, "kind": kind, "dimensions": 3 if volume else 2, "layout": layout}
     if kind == "segmentation":
-        return description | _mask_classes(items, list(classes), names_of_values(root)), items
-    written = raw.columns_of(table)["label"] if (table := raw.table_of(root)) and kind == "multilabel" else labels
-    names = list(classes) or sorted({str(label) for label in written}, key=natural)
-    if kind == "classification":
-        known = Described(classes=names)
-        if lost := {str(label) for label in labels if known.class_of(label) is None}:
-            raise ValueError(f"The labels {some(lost)} are none of --classes {','.join(names)}: name all of them.")
-        counts = Counter(names[known.class_of(label) or 0] for label in labels)
-        description["facts"] = [f"images of each class: {', '.join(f'{n} {counts[n]}' for n in names)}"]
-        if len(names) == 2:
-            description["singled_out"] = names[1:]
-    return {"facts": [], **description, "classes": names}, items
+        return description | _mask_classes(items, list(classes), *names_of_values(root)), items
+    names = list(classes) or sorted({str(label) for label in labels}, key=natural)
+    known = Described(classes=names)
+    if lost := {str(label) for label in labels if known.class_of(label) is None}:
+        raise ValueError(f"The labels {some(lost)} are none of --classes {','.join(names)}: name all of them.")
+    counts = Counter(names[known.class_of(label) or 0] for label in labels)
+    facts = [f"images of each class: {', '.join(f'{n} {counts[n]}' for n in names)}"]
+    single = {"singled_out": names[1:]} if len(names) == 2 else {}
+    return {"facts": facts, **description, "classes": names, **single}, items
 
 
 def _is_file(label: Any) -> bool:
     return all(has_suffix(str(part), SUFFIXES) for part in (label if isinstance(label, list) else [label]))
 
 
-def _mask_classes(items: Sequence[Item], classes: list[str], named: dict[int, str]) -> dict[str, Any]:
+def _mask_classes(
+    items: Sequence[Item], classes: list[str], named: dict[int, str], regions: dict[str, list[int]]
+) -> dict[str, Any]:
     """Classes and meaning of the values in masks, with a fact that counts them; what is no name is a ValueError."""
     counts: Counter[float] = Counter()
     for item in progress(items, desc="read masks", delay=1):
@@ -154,11 +157,11 @@ def _mask_classes(items: Sequence[Item], classes: list[str], named: dict[int, st
     facts = [f"values in the masks, and in how many: {shown}{' ...' if len(values) > masks.LARGEST_INDEX else ''}"]
     small = [value for value in values if value != masks.IGNORED]
     codes: str | dict[str, int | str] = "auto"
-    if named and not classes:
-        classes = [name for value, name in sorted(named.items()) if name != "ignore"]
-        kept = [value for value, name in sorted(named.items()) if name != "ignore"]
+    kept = [value for value, name in named.items() if name != "ignore"]
+    if named and len(classes or kept) == len(kept):
+        classes = classes or [named[value] for value in kept]
         if kept != list(range(len(kept))) or len(kept) < len(named):
-            codes = {str(v): kept.index(v) if v in kept else "ignore" for v in named}
+            codes = dict[str, int | str]((str(v), kept.index(v) if v in kept else "ignore") for v in named)
     elif len(values) > masks.LARGEST_INDEX or values in ([0, 255], [0, 65535]):  # grey levels around edges, or a scale
         classes = classes or ["background", "foreground"]
         if len(classes) != 2:
@@ -173,7 +176,10 @@ def _mask_classes(items: Sequence[Item], classes: list[str], named: dict[int, st
         if len(classes) != len(values):
             raise ValueError(f"The masks hold the values {shown}: give {len(values)} --classes, one for each.")
         codes = {f"{value:g}": number for number, value in enumerate(values)}
-    return {"classes": classes, "mask_codes": codes, "facts": facts}
+    found: dict[str, Any] = {"classes": classes, "mask_codes": codes, "facts": facts}
+    if len(classes) == len(kept) and regions:
+        found["regions"] = {name: [kept.index(value) for value in values] for name, values in regions.items()}
+    return found
 
 
 def _values(file: str) -> np.ndarray:
@@ -193,7 +199,7 @@ def _pictures(items: Sequence[Item]) -> tuple[list[str], dict[str, Any]]:
     low, middle, high = (" x ".join(f"{v:g}" for v in f(sizes, axis=0)) for f in (np.min, np.median, np.max))
     facts = [f"sizes: {low} to {high}, median {middle} pixels; the student sees {side} x {side}"]
     facts.append("grey pictures" if grey else "colour pictures")
-    return facts, {"modality": facts[-1][:-1], "image_size": side, "colour": not grey}
+    return facts, {"modality": facts[-1][:-1], "image_size": side, **({} if grey else {"colour": 0.1, "gamma": ABSENT})}
 
 
 def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) -> tuple[list[str], dict[str, Any]]:
@@ -230,73 +236,39 @@ def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) 
     if sum(map(len, inside)):
         low, high = np.percentile(np.concatenate(inside), WINDOW)
         margin = max(50.0, (high - low) / 2)
-        found |= {"modality": "CT", "window": [round(float(low - margin)), round(float(high + margin))]}
+        found |= {"modality": "CT", "low": round(float(low - margin)), "high": round(float(high + margin))}
         description["values"] = "ct"
-        facts.append(f"CT, by its values; window {found['window'][0]} to {found['window'][1]} HU, around the labels")
+        facts.append(f"CT, by its values; window {found['low']} to {found['high']} HU, around the labels")
     return facts, found
 
 
 def _part(name: str, task: Task, found: dict[str, Any], folds: bool) -> dict[str, Any]:
     """The bundle's own part, merged onto those of its kind of data; ``folds`` says that the data name them."""
     classes, masked, flat = task.classes, task.kind == "segmentation", task.dimensions == 2
+    size = [found["image_size"]] * 2 if flat else found["volume_size"][1:]
+    listed = ", ".join(f"{number} is {label}" for number, label in enumerate(classes))
     about = f"{', '.join(classes[1:] if masked else classes)} in {task.modality}"
-    parts = ["common", "single", "segmentation" if masked else "classification", *([] if flat else ["volumes"])]
-    values: dict[str, Any] = {
-        "does": f"{'outlines' if masked else 'tells apart'} {about}",
-        "reference": f"{name}: data of the user's own, as configs/task.json describes them",
-        "classes": len(classes),
-        "foreground": ", ".join(classes[1:]),
-        "metric": task.primary_metric,
-        "listed": ", ".join(f"{number} is {label}" for number, label in enumerate(classes)),
+    values = {
+        **found,
+        **{"about": about, "does": f"{'outlines' if masked else 'tells apart'} {about}", "listed": listed},
+        **{"kind": task.kind, "modality": task.modality, "metric": task.primary_metric, "foreground": classes[1]},
+        **{"classes": len(classes), "fold": 0 if folds else ABSENT, "fold_used": "@fold" if folds else ABSENT},
+        **{"shown": f"{'pictures' if flat else 'slices'} of {size[0]} x {size[1]}", "answered": size if masked else []},
+        **{
+            "height": size[0],
+            "width": size[1],
+            "colour": found.get("colour", ABSENT),
+            "gamma": found.get("gamma", 0.4),
+        },
     }
-    sizes: dict[str, Any] = {}
-    augmentation: dict[str, Any] = {"rotation": 0.25, "flip_width": True, **({} if masked else {"flip_height": False})}
-    recipe: dict[str, Any] = {"augmentation": augmentation}
-    if flat:
-        values["image_size"] = found["image_size"]
-        augmentation |= {"colour": 0.1} if found["colour"] else {"gamma": 0.4}
-        shown, shape = f"resized to {found['image_size']} x {found['image_size']}", [found["image_size"]] * 2
-    else:
-        window = {"_target_": "amkd_monai.data.transforms.CtWindowd", "keys": "image"}
-        percentiles = {"_target_": "ScaleIntensityRangePercentilesd", "keys": "image", "lower": 0.5, "upper": 99.5}
-        percentiles |= {"b_min": 0.0, "b_max": 1.0, "clip": True}
-        ct = "window" in found
-        values |= {key: found[key] for key in ("axes", "spacing", "volume_size")}
-        values |= {"pad": "@volume_size", "window": [], "percentiles": [] if ct else [percentiles]}
-        if ct:
-            values["window"] = [{**window, "low": found["window"][0], "high": found["window"][1]}]
-        names = {"labelled": "volume_labelled", "validated": "validated_slices", "image": "volume_image"}
-        names |= {"evaluated": "volume_evaluated", "masks": "volume_masks", "inferer": "slices"}
-        values |= {key: f"<{name}>" for key, name in {**names, "validation_inferer": "slices"}.items()}
-        sizes = {"image_size": ABSENT, "spacing": "<spacing>", "volume_size": "<volume_size>"}
-        recipe = {"foreground_fraction": 0.7, "min_steps": 16, "batch_dice": True, "augmentation": {"gamma": 0.4}}
-        recipe["augmentation"] |= {"rotation": 0.25}
-        shown, shape = f"slices of {found['volume_size'][1]} x {found['volume_size'][2]}", found["volume_size"][1:]
-    places = {"task": "$@bundle_root + '/configs/task.json'"}
-    places["cache_dir"] = "$os.path.join(@bundle_root, '..', '.cache', '<bundle>')"
-    split = {"fold": 0 if folds else ABSENT, "folds": ABSENT, "split_fractions": [0.7, 0.15, 0.15]}
-    own = {"fold": "@fold" if folds else ABSENT, "folds": ABSENT, "fractions": "@split_fractions"}
-    network = "$networks.initialised(@network_def, @init_from, '<bundle>', @init_parts).to(@device)"
-    train = {**places, **split, **sizes, "network": network, "datalist": {**own, "options": "@data_options"}}
-    train |= {"data_options": {}, "recipe": recipe, **({"mask_codes": task.mask_codes} if masked else {})}
-    image: dict[str, Any] = {"modality": task.modality, "spatial_shape": shape}
     if not flat:
-        channels = {"0": "previous slice", "1": "slice", "2": "next slice"}
-        image |= {"format": "magnitude", "channel_def": channels}
-    outputs: dict[str, Any] = {"channel_def": {str(number): label for number, label in enumerate(classes)}}
-    values |= {"shown": shown, "kind": task.kind, "modality": task.modality, "height": shape[0], "width": shape[1]}
-    metadata = {
-        "name": f"{name}, distilled student",
-        "task": f"{task.kind.capitalize()}: {about}",
-        "data_source": "data of the user's own",
-        "data_type": "pictures" if flat else "NIfTI volumes",
-        "image_classes": f"{task.modality}, scaled to [0, 1], {shown}",
-        "label_classes": "<listed>",
-        "pred_classes": "<classes> channels of logits; after softmax and argmax <listed>",
-        "network_data_format": {"inputs": {"image": image}, "outputs": {"pred": outputs}},
+        window = "low" in found
+        values |= {"window": ["<ct_window>"] if window else [], "percentiles": [] if window else ["<shares>"]}
+    volumetric = [] if flat else ["volumes"]
+    channels = {str(number): label for number, label in enumerate(classes)}
+    return {
+        "parts": ["common", "single", task.kind, *volumetric, "own", *(f"own_{part}" for part in volumetric)],
+        "values": values,
+        "train": {"mask_codes": task.mask_codes} if masked else {},
+        "metadata": {"network_data_format": {"outputs": {"pred": {"channel_def": channels}}}},
     }
-    if masked:
-        outputs["spatial_shape"] = shape
-    tracked = {"configs": {"experiment_name": "<bundle>"}}
-    files = {"train": train, "inference": {**places, **sizes}, "metadata": metadata, "mlflow": tracked}
-    return {"parts": parts, "values": values, **files}

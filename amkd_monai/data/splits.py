@@ -215,12 +215,12 @@ def group_identical_images(items: Iterable[Item]) -> list[Item]:
 
 
 def joined(items: Sequence[Item], pairs: Sequence[tuple[int, int]]) -> list[Item]:
-    """Return copies of items whose groups are joined where a pair of indices links them, their names by "+"."""
-    first = dict[str, int]()
-    pairs = [*pairs, *((first.setdefault(item["group"], number), number) for number, item in enumerate(items))]
+    """Return copies of items whose groups (else ids) are joined where a pair of indices links them, names by "+"."""
+    first, names = dict[str, int](), [str(item.get("group", item["id"])) for item in items]
+    pairs = [*pairs, *((first.setdefault(name, number), number) for number, name in enumerate(names))]
     groups: dict[int, str] = {}
     for members in clusters(len(items), pairs):
-        groups |= dict.fromkeys(members, "+".join(sorted({items[index]["group"] for index in members})))
+        groups |= dict.fromkeys(members, "+".join(sorted({names[index] for index in members})))
     return [{**item, "group": groups[index]} for index, item in enumerate(items)]
 
 

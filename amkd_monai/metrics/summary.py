@@ -134,8 +134,7 @@ def format_table(summary: Mapping[str, Any], title: str) -> str:
     masks = "status" in summary
     value, counts, more = ("mean", "status", ("median", "n")) if masks else ("value", "classes", ())
     lines: list[Sequence[str]] = [("", value, "95 % CI", *more)]
-    blocks = {"": summary["metrics"], **({n: b["metrics"] for n, b in class_summaries(summary)} if masks else {})}
-    for name, block in (blocks | {"with background": summary.get("with_background", {})}).items():
+    for name, block in [("", summary["metrics"]), *class_summaries(summary)]:
         for metric, v in block.items():
             bounds = f"[{_number(v['ci_low'])}, {_number(v['ci_high'])}]"
             others = (_number(v["median"]), str(v["n"])) if masks else ()
@@ -149,8 +148,10 @@ def format_table(summary: Mapping[str, Any], title: str) -> str:
 
 
 def class_summaries(summary: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Name and summary of each class and region of masks, where there are several."""
-    return [item for part in ("classes", "regions") for item in summary.get(part, {}).items()]
+    """Name and metrics of each class and region of masks, and of the mean with background, where there are several."""
+    parts = ("classes", "regions") if "status" in summary else ()
+    found = [(name, of["metrics"]) for part in parts for name, of in summary.get(part, {}).items()]
+    return found + [("with background", of) for of in [summary.get("with_background")] if of]
 
 
 def _number(value: float) -> str:

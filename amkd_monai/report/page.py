@@ -157,11 +157,13 @@ def _describe(run: RunFolder) -> dict[str, Any]:
     groups = sorted(by_id.values(), key=lambda rows: _badness(run, rows))
     teacher_columns, teacher_rows = _teacher_rows(run)
     summary, several = run.metrics.get("summary", {}), not run.task.is_classification and len(run.task.classes) > 2
-    blocks = [("", summary.get("metrics", {})), ("with background ", summary.get("with_background", {}))]
-    blocks += [(f"{name} ", of["metrics"]) for name, of in class_summaries(summary)] if several else []
     scores = [
-        (of + m, _number(v.get("mean", v.get("value"))), f"[{_number(v.get('ci_low'))}, {_number(v.get('ci_high'))}]")
-        for of, block in blocks
+        (
+            f"{of} {m}".strip(),
+            _number(v.get("mean", v.get("value"))),
+            f"[{_number(v.get('ci_low'))}, {_number(v.get('ci_high'))}]",
+        )
+        for of, block in [("", summary.get("metrics", {})), *class_summaries(summary)]
         for m, v in block.items()
     ]
     colours = ["#" + bytes(rgb).hex() for rgb in class_colours(range(1, len(run.task.classes))).tolist()]
@@ -220,6 +222,12 @@ def _heading(run: RunFolder) -> dict[str, Any]:
         warnings.append("TEST RUN: a teacher had random weights.")
     if overridden := run.metrics.get("overridden"):
         warnings.append(f"Scored otherwise than by the bundle: {', '.join(overridden)}.")
+    if apart := run.metrics.get("seen"):
+        warnings.append(
+            f"{len(apart['cases'])} image(s) took part in the student's training: they are in no figure here."
+        )
+    if run.metrics.get("seen_is_known") is False:
+        warnings.append("Whether these images took part in the student's training could not be checked.")
     shown = {key: value for key, value in facts.items() if value != ""}
     return {"data": f"Data: {name}", "warnings": list(dict.fromkeys(warnings)), "facts": shown, "teachers": teachers}
 

@@ -7,8 +7,8 @@ import torch
 from reference import fill
 
 INTEGERS = ("relative_position_index", "num_batches_tracked")
-TOLERANCE = 1e-5
-"""A LayerNorm epsilon of 1e-5 for 1e-6 makes a difference of only 2e-5."""
+TOLERANCE = 2e-5
+"""Rounding makes up to 1.1e-5 (the UPerNet by oneDNN's AVX2 kernels); every mistake but a wrong epsilon, over 1e-2."""
 
 
 def state(name):
@@ -29,17 +29,23 @@ def errors(name, outputs):
     return found
 
 
-def assert_golden(name, outputs, without=(), tolerance=TOLERANCE):
+def assert_golden(name, outputs, without=()):
     """Every recorded output (but for those in ``without``) is given and agrees."""
     assert set(outputs) == set(fill.golden(name)) - set(without)
     found = errors(name, outputs)
-    assert max(found.values()) < tolerance, found
+    assert max(found.values()) < TOLERANCE, found
 
 
-def assert_noticed(name, outputs, tolerance=TOLERANCE):
+def assert_noticed(name, outputs):
     """At least one output deviates, so the mistake would not pass."""
     found = errors(name, outputs)
-    assert max(found.values()) > tolerance, found
+    assert max(found.values()) > TOLERANCE, found
+
+
+def assert_epsilon_noticed(name, right, wrong):
+    """A wrong LayerNorm epsilon makes only 1e-5 to 1e-4: more than twice what rounding makes on this processor."""
+    with_it, without = errors(name, wrong), errors(name, right)
+    assert max(with_it.values()) > 2 * max(without.values()), (with_it, without)
 
 
 @contextlib.contextmanager

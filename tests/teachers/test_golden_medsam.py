@@ -92,7 +92,8 @@ def test_mistakes_in_the_decoder_are_noticed(run):
     teacher, said, _ = run
     decoder = teacher.network["mask_decoder"]
     with synthetic.wrong_epsilon(decoder, 1e-6):  # what transformers takes by default
-        synthetic.assert_noticed("medsam", decoded(teacher, said.grid))
+        wrong = decoded(teacher, said.grid)
+    synthetic.assert_epsilon_noticed("medsam", decoded(teacher, said.grid), wrong)
     attention = decoder.transformer.layers[1].self_attn
     with synthetic.exchanged(attention.q_proj.weight, attention.v_proj.weight):
         synthetic.assert_noticed("medsam", decoded(teacher, said.grid))
@@ -121,7 +122,7 @@ def test_a_wrong_epsilon_in_the_encoder_is_noticed(run):
     encoder = run[0].network["image_encoder"]
     with torch.inference_mode(), synthetic.wrong_epsilon(encoder):
         embedding = encoder(torch.from_numpy(fill.pattern(1024)).float()[None])
-    synthetic.assert_noticed("medsam", {"image_embedding": embedding})
+    synthetic.assert_epsilon_noticed("medsam", {"image_embedding": run[1].grid}, {"image_embedding": embedding})
 
 
 @pytest.mark.parametrize("copies", [2, 1])

@@ -65,7 +65,8 @@ def test_all_outputs_agree(retfound):
 
 def test_mistakes_are_noticed(retfound):
     with synthetic.wrong_epsilon(retfound.network):
-        synthetic.assert_noticed("retfound", outputs(retfound))
+        wrong = outputs(retfound)
+    synthetic.assert_epsilon_noticed("retfound", outputs(retfound), wrong)
     for mistake in (
         synthetic.query_value_swapped(retfound.network.blocks[20].attn),
         synthetic.norms_swapped(retfound.network.blocks[3]),
@@ -109,10 +110,10 @@ def test_the_dinov2_variant_agrees(tmp_path):
         said = teacher(image())
         return {"tokens_normed": torch.cat([said.pooled[:, None], said.grid.flatten(2).transpose(1, 2)], 1)}
 
-    tolerance = 5e-6  # its small layer scales leave 9e-6 of a wrong epsilon
-    synthetic.assert_golden("retfound_dinov2", tokens(), tolerance=tolerance)
+    synthetic.assert_golden("retfound_dinov2", tokens())
     with synthetic.wrong_epsilon(teacher.network):
-        synthetic.assert_noticed("retfound_dinov2", tokens(), tolerance=tolerance)
+        wrong = tokens()
+    synthetic.assert_epsilon_noticed("retfound_dinov2", tokens(), wrong)
     block = teacher.network.blocks[5]
     with synthetic.exchanged(block.ls1.gamma, block.ls2.gamma):
         synthetic.assert_noticed("retfound_dinov2", tokens())

@@ -60,7 +60,8 @@ def test_tables_of_each_block_give_the_same(official, tmp_path):
 def test_mistakes_are_noticed(usfm):
     backbone = usfm.network["backbone"]
     with synthetic.wrong_epsilon(backbone):
-        synthetic.assert_noticed("usfm", outputs(usfm))
+        wrong = outputs(usfm)
+    synthetic.assert_epsilon_noticed("usfm", outputs(usfm), wrong)
     block = backbone.blocks[6]
     for mistake in (
         synthetic.query_value_swapped(block.attn),

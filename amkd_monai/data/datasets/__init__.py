@@ -11,13 +11,14 @@ from amkd_monai.data import phantoms
 from amkd_monai.data.datasets import aptos2019, isic2017
 from amkd_monai.data.datasets.busi import Busi
 from amkd_monai.data.datasets.described import Described
-from amkd_monai.data.datasets.layout import Layout, Pairs
+from amkd_monai.data.datasets.layout import Layout
 from amkd_monai.data.splits import NEAR
 from amkd_monai.files.names import read_text
 from amkd_monai.storage import atomic_folder
 
 PHANTOM_MARKER = "PHANTOM.txt"
 KINDS = ("segmentation", "classification")
+MOST_CLASSES = 255  # labels are bytes, of which the last means that there is no label
 
 
 def is_phantom(folder: str | Path) -> bool:
@@ -82,7 +83,7 @@ class Task:
     singled_out: tuple[str, ...] = ()
     mask_codes: str | Mapping[str, int | str] = "auto"
     values: str = "levels"
-    layout: Layout = field(default_factory=Pairs)
+    layout: Layout = field(default_factory=Described)
     source: Source | None = None
     phantom: Callable[..., None] | None = None
     description: Mapping[str, Any] | None = None
@@ -95,6 +96,8 @@ class Task:
     def __post_init__(self) -> None:
         scored, labels = [*self.classes[1:], *self.regions], range(1, len(self.classes))
         wrong = [name for name, of in self.regions.items() if not of or isinstance(of, str) or not {*of} <= {*labels}]
+        if len(self.classes) > MOST_CLASSES:
+            raise ValueError(f"The task '{self.name}' has {len(self.classes)} classes: give {MOST_CLASSES} at most.")
         if wrong or len(set(scored)) < len(scored):
             wanted = f"a name of its own and some of the labels 1 to {len(labels)}"
             raise ValueError(f"The task '{self.name}' has the regions {dict(self.regions)}: give each {wanted}.")
@@ -169,8 +172,9 @@ _TASKS = (
         mask_codes="nonzero",
         prompts=("COVID-19 infection in chest CT",),
         phantom=phantoms.covid,
-        layout=Pairs(
+        layout=Described(
             title="COVID",
+            form="pairs",
             folders=(("images", "masks"), ("frames", "masks")),
             duplicate_distance=NEAR,
             expected="the folders of COVID-SemiSeg (TrainingSet/, TestingSet/), or images/ and masks/ with one file "
@@ -199,8 +203,9 @@ _TASKS = (
         nsd_tolerance=3.0,
         phantom=phantoms.covid_volumes,
         mask_codes={"0": 0, "1": 1, "2": 1, "3": 1},
-        layout=Pairs(
+        layout=Described(
             title="COVID CT volume",
+            form="pairs",
             volumes=True,
             expected="COVID-19-CT-Seg_20cases/ and Infection_Mask/, imagesTr/ and labelsTr/, or images/ and masks/ "
             "with one NIfTI file each per volume",
@@ -222,7 +227,13 @@ _TASKS = (
         folder="Kvasir-SEG",
         prompts=("polyp in endoscopy",),
         phantom=phantoms.kvasir_seg,
-        layout=Pairs(title="Kvasir-SEG", file_lists=("train.txt", "val.txt")),
+        layout=Described(
+            title="Kvasir-SEG",
+            form="pairs",
+            folders=(("images", "masks"),),
+            file_lists=("train.txt", "val.txt"),
+            expected="the folders images/ and masks/ with one file each per image",
+        ),
         source=Source(
             "Research and education only; anything else needs the owners' permission. Cite Jha et al., MMM 2020.",
             files=(
@@ -372,16 +383,14 @@ def _described(content: Any, where: str, base: Path) -> Task:
     if kind != KINDS[0]:
         values.setdefault("primary_metric", "macro_auroc")
     options = content.get("layout", {})
-    known = {f.name for f in fields(Described)} - {
-        "title",
-        "classes",
-        "kind",
-        "volumes",
-        "validation_fraction",
-        "expected",
-    }
+    of_the_task = {"title", "classes", "kind", "volumes", "validation_fraction", "expected", "predict_in"}
+    known = {f.name for f in fields(Described)} - of_the_task
     if not isinstance(options, Mapping) or not options.keys() <= known:
         raise refuse(f"has a layout that is no object of {', '.join(sorted(known))}")
+    try:
+        re.compile(str(options.get("groups", "")))
+    except re.error as error:
+        raise refuse(f"has a pattern of groups that is none ({error})") from error
     layout = Described(title=name, classes=classes, kind=kind, volumes=dimensions == 3, **options)
     try:
         return Task(layout=layout, description=dict(content), **values)

@@ -4,8 +4,8 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from amkd_monai.files.names import (
     label_files,
     natural,
     read_text,
+    some,
     table_rows,
+    without_suffix,
 )
 from amkd_monai.terminal import logger
 
@@ -52,14 +54,18 @@ class Described(Layout):
     channels, of a repeated name) are items with a "problem", so that all of them are named at once.
 
     Attributes:
-        title, volumes, expected, validation_fraction: see :class:`Layout`.
+        title, volumes, expected, predict_in, validation_fraction: see :class:`Layout`.
         classes: names by label value; class folders and tables may use names or values.
         kind: of the task, see :class:`~amkd_monai.data.datasets.Task`.
         form: one of `READERS`.
-        images, labels: the folders of "pairs".
+        folders: the two folders of "pairs", images and masks, the first two that are there; () for the usual names.
+        official: the two folders of the sections "train" and "test", which are looked for before ``folders``.
+        file_lists: files of ids, training and test, which fix the sections if they are there.
+        duplicate_distance: bits in which the perceptual hashes of one group differ at most, see
+            :func:`~amkd_monai.data.splits.group_near_duplicates`; None: a group has byte-identical images only.
         mask_ending: what the names of masks end with before the suffix, such as ``_mask``.
         file: the datalist or the table.
-        columns: names of the table's columns by "image", "label" (several for several findings), "group", "section".
+        columns: names of the table's columns by "image", "label", "group", "section".
         groups: regular expression of which the first group, in an image's id, is the item's group.
     """
 
@@ -68,19 +74,20 @@ class Described(Layout):
     kind: str = "segmentation"
     volumes: bool = False
     form: str = ""
-    images: str = ""
-    labels: str = ""
+    folders: Sequence[Sequence[str]] = ()
+    official: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    file_lists: Sequence[str] = ()
+    duplicate_distance: int | None = None
     mask_ending: str = ""
     file: str = ""
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
     groups: str = ""
     validation_fraction: float | None = None
     expected: str = (
         "images/ and masks/ (or labels/), a JSON datalist, nnU-Net's imagesTr/, labelsTr/ and dataset.json, a folder "
         "per class, or a table (CSV)"
     )
-
-    predict_in = ("imagesTs", *IMAGES)
+    predict_in: Sequence[str] = ("imagesTs", *IMAGES)
 
     @property
     def masks(self) -> bool:
@@ -96,44 +103,56 @@ class Described(Layout):
         holds: dict[str, Callable[[], Any]] = {
             "nnunet": lambda: (root / "dataset.json").is_file() and _channels(root / "imagesTr"),
             "datalist": lambda: self.datalist_of(root),
-            "pairs": lambda: self.masks and any(self.pair_in(folder) for _, folder in _places(root)),
+            "pairs": lambda: self.masks and self.pairs_in(root),
             "table": lambda: self.table_of(root),
             "classes": lambda: not self.masks and any(_class_images(root)),
         }
         return next((form for form in ([self.form] if self.form else holds) if form in holds and holds[form]()), "")
 
     def find_items(
-        self, root: Path, cache_dir: str | Path | None = None, duplicate_distance: int | None = None
+        self,
+        root: Path,
+        cache_dir: str | Path | None = None,
+        folders: Sequence[str] | None = None,
+        mask_ending: str = "",
+        duplicate_distance: int | None = None,
     ) -> list[Item]:
-        """List all labelled images in natural order.
+        """List all labelled images in natural order; of pictures only headers are read.
 
         Args:
             root: the folder of the data set.
             cache_dir: keeps perceptual hashes.
-            duplicate_distance: bits in which the perceptual hashes of pictures of one group differ at most; None:
-                byte-identical images alone share a group.
+            folders: the folder of images and that of masks, relative to ``root``; they may be one folder.
+            mask_ending: replaces the attribute.
+            duplicate_distance: replaces the attribute; of pictures only.
         """
+        if folders is not None:
+            if isinstance(folders, str) or len(folders) != 2:
+                raise ValueError(f"folders must name two folders, images and masks, not {folders}.")
+            if absent := [root / name for name in folders if not (root / name).is_dir()]:
+                raise FileNotFoundError(f"There is no folder {absent[0]}: correct `folders` or dataset_dir.")
+            self = replace(self, form="pairs", folders=[folders], official={})
+        self = replace(self, mask_ending=mask_ending or self.mask_ending)
+        distance = self.duplicate_distance if duplicate_distance is None else duplicate_distance
         self.check(root)
         items = [self._completed(item) for item in _named(READERS[self.form_of(root)](self, root), root)]
-        named = [name.lower() for name in names_of_values(root).values()]
+        named = [name.lower() for name in names_of_values(root)[0].values()]
         if self.masks and named and named != [name.lower() for name in self.classes]:
             logger.warning("dataset.json in %s names the classes %s, the task %s.", root, named, list(self.classes))
         if not items:
-            raise FileNotFoundError(f"No labelled images in {root}: expected {self.expected}.")
-        if any(isinstance(item["image"], list) for item in items):
-            raise ValueError(f"{root} has several channels per image, which no student here takes yet: give one.")
+            raise FileNotFoundError(f"No images in {root}: expected {self.expected}.")
         usable = [item for item in items if "problem" not in item]
-        if duplicate_distance is None:
+        if distance is None:
             grouped = splits.group_identical_images(usable)
         elif self.volumes:
             raise ValueError("duplicate_distance compares pictures, not volumes: leave it out.")
         else:
-            grouped = splits.group_near_duplicates(usable, duplicate_distance, cache_dir)
+            grouped = splits.group_near_duplicates(usable, distance, cache_dir)
         others = [item for item in items if "problem" in item]
         return sorted([*grouped, *others], key=lambda item: natural(item["id"]))
 
     def inference_items(self, root: Path) -> list[Item]:
-        """List the images to predict: unlabelled ones of a datalist or of the usual folders, else all labelled ones."""
+        """List the images to predict: unlabelled ones of a datalist, those of the usual folders, tables and classes."""
         if file := self.datalist_of(root):
             unlabelled = [_first(entry["image"]) for _, entry in _entries(file) if "label" not in entry]
             items = [{"image": str(file.parent / i), "id": _stem(i)} for i in unlabelled if (file.parent / i).is_file()]
@@ -143,15 +162,14 @@ class Described(Layout):
             if several := [case for case, files in found.items() if len(files) > 1]:
                 raise ValueError(f"{root / 'imagesTs'} has several channels of {several[0]}: give one.")
             return [{"image": next(iter(found[case].values())), "id": case} for case in sorted(found, key=natural)]
-        try:
-            return super().inference_items(root)
-        except FileNotFoundError:
-            if not self.form_of(root):
-                raise
-        return [{"image": item["image"], "id": item["id"]} for item in self.find_items(root) if "problem" not in item]
+        if self.form_of(root) in ("classes", "table"):
+            return [{"image": i["image"], "id": i["id"]} for i in self.find_items(root) if "problem" not in i]
+        return super().inference_items(root)
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
         """Keep the sections or folds that the data name; without a test section, it is drawn from the training one."""
+        if any((root / name).is_file() for name in self.file_lists):
+            items = self._listed(root, items)
         sections, folds = {i.get("section") for i in items}, {i["fold"] for i in items if "fold" in i}
         if folds:
             if how.fold not in folds:
@@ -166,15 +184,35 @@ class Described(Layout):
             drawn = splits.random_split(train, (1 - how.fractions[2], 0, how.fractions[2]), how.seed)[2]
             ids = {item["id"] for item in drawn}
             items = [{**item, "section": "test"} if item["id"] in ids else item for item in items]
+        if loose := [item["id"] for item in items if "section" not in item and sections - {None}]:
+            raise ValueError(f"{some(loose)} in {root} belong to no section, others do: give all of them one.")
         return super().split(root, [splits.without(item, "fold") for item in items], how)
 
-    def pair_in(self, folder: Path) -> tuple[Path, Path] | None:
-        """Return the folders of images and of masks in a folder, None where they are not there."""
-        images, labels = (
-            next((folder / name for name in ([given] if given else usual) if (folder / name).is_dir()), None)
-            for given, usual in ((self.images, IMAGES), (self.labels, LABELS))
-        )
-        return None if images is None or labels is None else (images, labels)
+    def _listed(self, root: Path, items: list[Item]) -> list[Item]:
+        """The items that the file lists name, with their sections."""
+        files, known = [root / name for name in self.file_lists], {item["id"]: item for item in items}
+        if absent := [file for file in files if not file.is_file()]:
+            pair = " and ".join(file.name for file in files)
+            raise FileNotFoundError(f"File list {absent[0]} is missing: give both {pair}, or none.")
+        train, test = (_read_ids(file, known) for file in files)
+        if both := train & test:
+            raise ValueError(f"{some(both)} stand(s) in both {files[0]} and {files[1]}: keep each id in one list.")
+        if unlisted := known.keys() - train - test:
+            logger.warning("Left out, as they stand in neither file list in %s: %s.", root, some(unlisted))
+        return [{**known[i], "section": s} for s, ids in (("train", train), ("test", test)) for i in ids]
+
+    def pairs_in(self, root: Path) -> list[tuple[dict[str, str], Path, Path]]:
+        """Return section and folders of images and of masks in a folder, in those of sections where they are there."""
+        official = [({"section": s}, root / images, root / masks) for s, (images, masks) in self.official.items()]
+        if official and all(folder.is_dir() for _, *folders in official for folder in folders):
+            return official
+        names = self.folders or [(i, m) for i in IMAGES for m in LABELS]
+        found = [
+            next(((s, place / i, place / m) for i, m in names if (place / i).is_dir() and (place / m).is_dir()), None)
+            for s, place in _places(root)
+        ]
+        in_sections = [pair for pair in found[1:] if pair]
+        return in_sections or [pair for pair in found[:1] if pair]
 
     def datalist_of(self, root: Path) -> Path | None:
         """Return the datalist in a folder: the file named, else the first JSON with a list "training"."""
@@ -192,12 +230,11 @@ class Described(Layout):
                 return file
         return None
 
-    def columns_of(self, table: Path) -> dict[str, list[str]]:
+    def columns_of(self, table: Path) -> dict[str, str]:
         """Return the columns of a table by what they hold: those named, else those of the usual names."""
         header = {name.lower(): name for name in table_rows(table)[0]}
         usual = {what: next((header[n] for n in names if n in header), None) for what, names in COLUMNS.items()}
-        found = {**usual, **self.columns}
-        return {what: [name] if isinstance(name, str) else list(name) for what, name in found.items() if name}
+        return {what: name for what, name in {**usual, **self.columns}.items() if name}
 
     def class_of(self, label: object) -> int | None:
         """Return the class of a label in a table, datalist or folder name, by name or else by value; None without."""
@@ -218,27 +255,31 @@ class Described(Layout):
             item["group"] = found[1]
         images = item["image"] if isinstance(item["image"], list) else [item["image"]]
         files = [*images, *(label_files(item) if self.masks else ())]
-        if wrong := [file for file in files if has_suffix(file, VOLUME_SUFFIXES) != self.volumes]:
+        known = [file for file in files if has_suffix(file, SUFFIXES)]
+        if wrong := [file for file in known if has_suffix(file, VOLUME_SUFFIXES) != self.volumes]:
             kinds = ("volume", 2) if has_suffix(wrong[0], VOLUME_SUFFIXES) else ("picture", 3)
             what = f"{wrong[0]} is a {kinds[0]}, but {self.title} has {kinds[1]} dimensions"
             return {**item, "problem": f"{what}: take it out, or make a task of its own for such files."}
+        if "problem" not in item and len(images) > 1:
+            problem = (
+                f"{images[0]} is one of {len(images)} channels, which no student here takes: give one file a case."
+            )
+            return {**item, "image": images[0], "problem": problem}
         if "problem" in item:
             return item
         if gone := [file for file in files if not Path(file).is_file()]:
             return {**item, "problem": f"{gone[0]} is not there: correct its path or remove its case."}
         if self.kind == "classification":
             if (label := self.class_of(item["label"])) is None:
-                known = ", ".join(self.classes)
-                return {**item, "problem": f"{images[0]} has the label {item['label']!r}: use one of {known}."}
+                names = ", ".join(self.classes)
+                return {**item, "problem": f"{images[0]} has the label {item['label']!r}: use one of {names}."}
             item["label"] = label
-        return item if len(images) > 1 else checked(item, self.volumes)
+        return checked(item, self.volumes)
 
 
 def _pairs(layout: Described, root: Path) -> Iterator[Item]:
     """Images and masks of one name in two folders, in the data set's folder or in those of sections."""
-    for section, place in _places(root):
-        if (folders := layout.pair_in(place)) is None:
-            continue
+    for section, *folders in layout.pairs_in(root):
         images, found = image_files(folders[0], SUFFIXES), image_files(folders[1], SUFFIXES)
         ids, masks = {file_id(image) for image in images}, defaultdict[str, list[str]](list)
         given = [layout.mask_ending] if layout.mask_ending else ENDINGS
@@ -316,21 +357,15 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
         return
     columns = layout.columns_of(table)
     for row in table_rows(table)[1]:
-        of = {what: [row.get(name, "") for name in names] for what, names in columns.items()}
-        (image,), cells = of["image"], of["label"]
-        label: Any = cells[0] if len(cells) == 1 else [int(float(c)) if c in ZERO_ONE else c for c in cells]
-        item = {"image": str(_found(root, image, IMAGES)), "id": _stem(image)}
-        if not all(cells):
+        of = {what: row.get(name, "") for what, name in columns.items()}
+        image, label = of["image"], of["label"]
+        item = {"image": str(_found(root, image, IMAGES)), "id": _stem(image), "group": of.get("group")}
+        if not label:
             yield {**item, "problem": f"{table} gives '{image}' no label: complete or remove the line."}
             continue
-        if layout.masks:
-            label = str(_found(root, cells[0], LABELS))
-        elif len(cells) > 1 and (wrong := [c for c in cells if c not in ZERO_ONE]):
-            yield {**item, "problem": f"{table} gives '{image}' the value '{wrong[0]}': write 0 or 1."}
-            continue
-        item |= {"label": label, **{k: of[k][0] for k in ("group",) if k in of}}
+        item["label"] = str(_found(root, label, LABELS)) if layout.masks else label
         if "section" in of:
-            found = _section(of["section"][0])
+            found = _section(of["section"])
             item |= {"section": found} if found else {"problem": f"{table} gives '{image}' no known section."}
         yield item
 
@@ -342,7 +377,16 @@ READERS: dict[str, Callable[[Described, Path], Iterator[Item]]] = {
     "classes": _classes,
     "table": _table,
 }
-ZERO_ONE = ("0", "1", "0.0", "1.0")
+
+
+def _read_ids(file: Path, known: Collection[str]) -> set[str]:
+    """Read one id a line; blank lines are skipped and an image suffix is dropped."""
+    ids = {without_suffix(line.strip()) for line in read_text(file).splitlines() if line.strip()}
+    if not ids:
+        raise ValueError(f"File list {file} is empty: write one id a line, or remove both lists.")
+    if unknown := ids - set(known):
+        raise ValueError(f"File list {file} names ids without an image: {some(unknown)}.")
+    return ids
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -369,14 +413,16 @@ def _entries(file: Path, needed: bool = True) -> list[tuple[str, dict[str, Any]]
     return found if labelled else []
 
 
-def names_of_values(root: Path) -> dict[int, str]:
-    """Names of mask values, sorted, from the ``labels`` of nnU-Net's or the decathlon's dataset.json; {} without."""
+def names_of_values(root: Path) -> tuple[dict[int, str], dict[str, list[int]]]:
+    """Names of mask values, sorted, and regions of several values, by nnU-Net's or the decathlon's dataset.json."""
     file = root / "dataset.json"
     labels = _json(file).get("labels") if file.is_file() else None
     pairs = [(k, v) if str(k).isdecimal() else (v, k) for k, v in labels.items()] if isinstance(labels, dict) else []
-    if any(isinstance(value, list) for value, _ in pairs):
-        return {}
-    return {int(value): str(name) for value, name in sorted(pairs, key=lambda pair: int(pair[0]))}
+    of = [([int(v) for v in value] if isinstance(value, list) else [int(value)], str(name)) for value, name in pairs]
+    single = {values[0]: name for values, name in of if len(values) == 1}
+    regions = {name: values for values, name in of if len(values) > 1}
+    every = sorted({value for values, _ in of for value in values})
+    return {value: single.get(value, f"label {value}") for value in every}, regions
 
 
 def _section(name: str) -> str:

@@ -1,8 +1,7 @@
-"""How the files of a data set lie in its folder: what all layouts share, and folders of images and masks."""
+"""How the files of a data set lie in its folder: what all layouts share."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from amkd_monai.data import splits
@@ -54,6 +53,8 @@ class Layout:
             fix += f"; you are one level too low, use {root.parent}"
         elif root.is_dir() and (below := [child for child in sorted(root.iterdir()) if self.is_in(child)]):
             fix += f"; you are one level too high, use {below[0]}"
+        if any(root.rglob("*.dcm")):
+            fix += "; DICOM series are predicted, for training convert them to NIfTI, for example by dcm2niix"
         raise FileNotFoundError(f"No {self.title} data in {root}: {fix}.")
 
     @property
@@ -155,111 +156,3 @@ def report_conflicts(items: Iterable[Item], classes: Sequence[str]) -> None:
     listed = "; ".join(", ".join(f"{item['id']} ({classes[item['label']]})" for item in group) for group in groups)
     if groups:
         logger.warning("%d group(s) of identical images have conflicting labels: %s.", len(groups), listed)
-
-
-@dataclass(frozen=True)
-class Pairs(Layout):
-    """Images and masks of the same names in two folders.
-
-    Attributes:
-        title, expected, predict_in, volumes: see :class:`Layout`.
-        folders: names of the two folders, images and masks; the first two that are there are taken.
-        official: the two folders of the sections "train" and "test", which are looked for before ``folders``.
-        file_lists: files of ids, training and test, which fix the sections if they are there.
-        duplicate_distance: bits in which the perceptual hashes of one group differ at most, see
-            :func:`~amkd_monai.data.splits.group_near_duplicates`; None: a group has byte-identical images only.
-    """
-
-    title: str = "image and mask"
-    expected: str = "the folders images/ and masks/ with one file each per image"
-    folders: Sequence[tuple[str, str]] = (("images", "masks"),)
-    official: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    file_lists: tuple[str, str] | None = None
-    duplicate_distance: int | None = None
-    predict_in: Sequence[str] = ("images",)
-    volumes: bool = False
-
-    def find_items(
-        self,
-        root: Path,
-        cache_dir: str | Path | None = None,
-        folders: Sequence[str] | None = None,
-        mask_ending: str = "",
-        duplicate_distance: int | None = None,
-    ) -> list[Item]:
-        """List all pairs in natural order; of pictures only headers are read.
-
-        Args:
-            root: the folder of the data set.
-            cache_dir: keeps perceptual hashes.
-            folders: the folder of images and that of masks, relative to ``root``; they may be one folder.
-            mask_ending: what the names of masks end with before the suffix, e.g. ``_mask``.
-            duplicate_distance: replaces the attribute; of pictures only.
-        """
-        if folders is None and _all_there(root, self.official.values()):
-            parts = {section: self._pairs(root, pair, mask_ending) for section, pair in self.official.items()}
-            items = [{**item, "section": section} for section, part in parts.items() for item in part]
-            if twice := set.intersection(*({item["id"] for item in part} for part in parts.values())):
-                raise ValueError(f"{root} has {some(twice)} in both sections: rename one of the two.")
-        else:
-            if folders is None:
-                self.check(root)
-                folders = next(pair for pair in self.folders if _all_there(root, [pair]))
-            items = self._pairs(root, folders, mask_ending)
-        distance = self.duplicate_distance if duplicate_distance is None else duplicate_distance
-        if distance is None:
-            items = splits.group_identical_images(items)
-        elif self.volumes:
-            raise ValueError("duplicate_distance compares pictures, not volumes: leave it out.")
-        else:
-            items = splits.group_near_duplicates(items, distance, cache_dir)
-        return sorted(items, key=lambda item: natural(item["id"]))
-
-    def _pairs(self, root: Path, folders: Sequence[str], ending: str) -> list[Item]:
-        if isinstance(folders, str) or len(folders) != 2:
-            raise ValueError(f"folders must name two folders, images and masks, not {folders}.")
-        images, masks = root / folders[0], root / folders[1]
-        for folder in (images, masks):
-            if not folder.is_dir():
-                raise FileNotFoundError(f"There is no folder {folder}: correct `folders` or dataset_dir.")
-        beside = [ending] if images == masks and ending else []
-        found = names.files_by_id(images, self.suffixes, beside=beside)
-        if not found:
-            raise FileNotFoundError(f"No images in {images}: expected {self.expected}.")
-        return pair(found, names.files_by_id(masks, self.suffixes, ending), self.volumes)
-
-    def is_in(self, folder: Path) -> bool:
-        """Whether the folders of images and masks are there."""
-        return any(_all_there(folder, pairs) for pairs in (self.official.values(), *([pair] for pair in self.folders)))
-
-    def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
-        """Split by the file lists, where they are, else as :class:`Layout` does; what they do not name is left out."""
-        lists = [root / name for name in self.file_lists or ()]
-        absent = [file for file in lists if not file.is_file()]
-        if len(absent) == len(lists):
-            return super().split(root, items, how)
-        if absent:
-            pair = " and ".join(file.name for file in lists)
-            raise FileNotFoundError(f"File list {absent[0]} is missing: give both {pair}, or none.")
-        known = {item["id"]: item for item in items}
-        train, test = (_read_ids(file, known) for file in lists)
-        if both := train & test:
-            raise ValueError(f"{some(both)} stand(s) in both {lists[0]} and {lists[1]}: keep each id in one list.")
-        if unlisted := known.keys() - train - test:
-            logger.warning("Left out, as they stand in neither file list in %s: %s.", root, some(unlisted))
-        listed = [{**known[i], "section": s} for s, ids in (("train", train), ("test", test)) for i in ids]
-        return super().split(root, listed, how)
-
-
-def _all_there(root: Path, pairs: Collection[tuple[str, str]]) -> bool:
-    return bool(pairs) and all((root / name).is_dir() for pair in pairs for name in pair)
-
-
-def _read_ids(file: Path, known: Collection[str]) -> set[str]:
-    """Read one id a line; blank lines are skipped and an image suffix is dropped."""
-    ids = {names.without_suffix(line.strip()) for line in names.read_text(file).splitlines() if line.strip()}
-    if not ids:
-        raise ValueError(f"File list {file} is empty: write one id a line, or remove both lists.")
-    if unknown := ids - set(known):
-        raise ValueError(f"File list {file} names ids without an image: {some(unknown)}.")
-    return ids

@@ -1,0 +1,93 @@
+"""What `new` says of a folder and writes into the bundle, for each kind of data; what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+from own_data import rimmed_pictures, rimmed_volumes
+from PIL import Image
+
+from amkd_monai.__main__ import main
+from amkd_monai.bundles.new import new_bundle
+from amkd_monai.data.check import check_data
+from amkd_monai.data.datasets import TASKS, get_task
+
+
+def made(name, data, folder, **options):
+    """The task, the training config and the facts of a new bundle."""
+    bundle, facts = new_bundle(name, data, folder / "bundles", **options)
+    config = json.loads((bundle / "configs" / "train.json").read_text())
+    return get_task(bundle / "configs" / "task.json"), config, "\n".join(facts)
+
+
+def test_values_that_are_no_class_indices_get_a_meaning(tmp_path):
+    data = rimmed_pictures(tmp_path / "polyps", count=4, values=(0, 128, 255))
+    task, config, facts = made("three", data, tmp_path)
+    assert task.classes == ("background", "value 128", "value 255") and "128 in 4" in facts
+    assert config["mask_codes"] == {"0": 0, "128": 1, "255": 2} == task.mask_codes
+    assert check_data(task, data).problems == []
+    with pytest.raises(ValueError, match="give 3 --classes"):
+        made("two", data, tmp_path, classes=["background", "polyp"])
+    assert not (tmp_path / "bundles" / "two").exists()
+    with pytest.raises(ValueError, match="busi"):
+        made("busi", data, tmp_path)
+    with pytest.raises(FileExistsError, match="three"):
+        made("three", data, tmp_path)
+
+
+def test_two_values_and_grey_levels_are_background_and_foreground(tmp_path):
+    data = rimmed_pictures(tmp_path / "polyps", count=3, values=(0, 255, 255))
+    assert made("two", data, tmp_path)[0].classes == ("background", "foreground")
+    for mask in (data / "masks").iterdir():
+        Image.open(mask).save(mask.with_suffix(".jpg"), quality=60)
+        mask.unlink()
+    task, config, _ = made("grey", data, tmp_path, classes=["background", "polyp"], modality="endoscopy")
+    assert config["mask_codes"] == "auto" and task.prompts == ("polyp in endoscopy",)
+    assert check_data(task, data).problems == []
+
+
+def test_regions_and_ignored_values_of_nnunet_are_taken(tmp_path):
+    data = rimmed_volumes(tmp_path / "raw", cases=3)
+    about = json.loads((data / "dataset.json").read_text())
+    about["labels"] = {"background": 0, "whole": [1, 2], "left atrium": 2, "ignore": 3}
+    (data / "dataset.json").write_text(json.dumps(about))
+    task, config, _ = made("parts", data, tmp_path)
+    assert task.classes == ("background", "label 1", "left atrium") and task.regions == {"whole": [1, 2]}
+    assert config["mask_codes"] == {"0": 0, "1": 1, "2": 2, "3": "ignore"}
+
+
+def test_a_ct_gets_a_window_around_its_labels_and_slices_along_its_longest_voxels(tmp_path):
+    data = TASKS["covid_volumes"].write_phantom(tmp_path, cases=3, shape=(40, 36, 12))
+    (data / "COVID-19-CT-Seg_20cases").rename(data / "images")
+    (data / "Infection_Mask").rename(data / "masks")
+    task, config, facts = made("lungs", data, tmp_path)
+    window = next(step for step in config["train"]["preprocessing"]["transforms"] if "CtWindow" in step["_target_"])
+    image = next(iter(sorted((data / "images").iterdir())))
+    array, inside = (np.asarray(nib.load(data / k / image.name).dataobj) for k in ("images", "masks"))
+    low, high = np.percentile(array[inside > 0], (0.5, 99.5))
+    assert task.values == "ct" and task.modality == "CT" and "HU" in facts
+    assert window["low"] < low < high < window["high"]
+    spacing = nib.load(image).header.get_zooms()
+    assert config["spacing"][0] == pytest.approx(max(spacing), abs=1e-3) and config["volume_size"][0] == -1
+
+
+def test_a_table_gives_classes_and_a_column_the_groups(tmp_path, capsys):
+    rows = ["file;label;patient"]
+    for number in range(12):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (40, 60), np.uint8)).save(
+            tmp_path / "data" / f"{number}.png"
+        )
+        rows.append(f"{number}.png;{('no', 'yes')[number % 2]};p{number // 2}")
+    (tmp_path / "data" / "list.csv").write_text("\n".join(rows))
+    command = ["new", "calls", "--data", str(tmp_path / "data"), "--to", str(tmp_path / "bundles")]
+    assert main([*command, "--groups", "patient"]) == 0
+    assert "groups: 6" in capsys.readouterr().out
+    task = get_task(tmp_path / "bundles" / "calls" / "configs" / "task.json")
+    assert task.classes == ("no", "yes") and task.singled_out == ("yes",) and task.is_classification
+    assert {item["group"] for item in task.layout.find_items(tmp_path / "data")} == {f"p{n}" for n in range(6)}
+    assert main(["new", "none", "--data", str(tmp_path / "bundles")]) == 1
+    assert "expected" in capsys.readouterr().err
