@@ -183,7 +183,7 @@ def prepare_teachers(
     cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
     validate_descriptions(teachers)
     alone = image_teachers(teachers)
-    of_run: tuple[Any, ...] = (train, recipe, epochs, views, device, cache_dir)
+    of_run: tuple[Any, ...] = (train, recipe.of_slices(), epochs, views, device, cache_dir)
     crews = [read_crew(description, *of_run) for description in teachers if description["kind"] == "crew"]
     shared = (train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
     preparation = _Preparation(*shared, {crew.name: crew for crew in crews})
