@@ -13,6 +13,7 @@ from amkd_monai import __version__
 from amkd_monai.storage import fingerprint, read_memo, write_memo
 from amkd_monai.teachers.base import KINDS, Teacher, TeacherFacts, build_teacher
 from amkd_monai.teachers.catalogue import CATALOGUE, find_weights
+from amkd_monai.teachers.official import fixed_initialisation
 
 MEMO = "known_teachers.json"
 """Table beside the cache: what was known of a teacher, by description, and its files with size and time of change."""
@@ -44,7 +45,8 @@ class KnownTeacher:
             ValueError: it is not the teacher that was known; it changed without its file's size or time.
         """
         if self.built is None:
-            built = build_teacher(*self.of)
+            with fixed_initialisation():
+                built = build_teacher(*self.of)
             if built.fingerprint != self.known.fingerprint:
                 name, files = self.known.name, ", ".join(map(str, built.read_from))
                 raise ValueError(
@@ -72,7 +74,8 @@ def known_teacher(description: Mapping[str, Any], weights_dir: str | None, cache
             return KnownTeacher(TeacherFacts(**entry["facts"]), of)
     except (KeyError, TypeError, OSError):
         pass  # not known, or of another version, or a file is gone: building says so
-    teacher = build_teacher(*of)
+    with fixed_initialisation():  # what follows is the same where the teacher is known
+        teacher = build_teacher(*of)
     facts = teacher.facts()
     if description["kind"] in ONE_FILE and teacher.read_from and not teacher.is_random:
         entry = {"facts": asdict(facts), "files": {str(file): _stamp(file) for file in teacher.read_from}}
