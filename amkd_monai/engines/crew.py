@@ -51,6 +51,8 @@ EMA = 0.99
 """Decay per step of the averaged weights of members."""
 PART_OF_LENGTH = 4
 """A member sees at least the images of the student's training divided by this."""
+SMALLEST_BATCH = 8
+"""Images per step of a member at least, unless the student has fewer; else as many pixels as in the student's step."""
 PER_FORWARD = 16
 ANSWER_COST = 0.25
 """Time to answer an image, as a part of what it takes in a training step."""
@@ -101,6 +103,9 @@ def read_crew(
         members.append(member)
     if not members or not all(isinstance(member, nn.Module) for member in members):
         raise ValueError(f"The crew '{name}' has members {options['members']}: give options such as encoder and seed.")
+    side = _side(name, options["image_size"], (train.images.shape[-2], train.images.shape[-1]))
+    fitting = recipe.batch_size * train.images[0, 0].size // (side[0] * side[1])
+    batch_size = min(recipe.batch_size, max(SMALLEST_BATCH, fitting))
     labelled = int(train.has_label.sum())
     images = max(options["images"], epochs * labelled // PART_OF_LENGTH)
     augment = recipe.augment()
@@ -109,14 +114,14 @@ def read_crew(
     return Crew(
         name,
         members,
-        side=_side(name, options["image_size"], (train.images.shape[-2], train.images.shape[-1])),
+        side=side,
         folds=options["folds"],
         team=_teams(name, train, options["folds"], options["seed"]),
         mirrors=[mirrored for count in counts for mirrored in itertools.combinations(axes, count)],
         views=options["views"],
         seed=options["seed"],
-        recipe=replace(recipe, ema=EMA),
-        steps=-(-max(images, labelled) // recipe.batch_size),
+        recipe=replace(recipe, ema=EMA, batch_size=batch_size),
+        steps=-(-max(images, labelled) // batch_size),
         device=device,
         cache_dir=cache_dir,
     )

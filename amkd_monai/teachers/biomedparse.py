@@ -62,7 +62,10 @@ class BiomedParseTeacher(OfficialTeacher):
         self.num_classes = 1 + len(self.token_ids)
         official = read_official("biomedparse", weights)
         if any(".language_encoder." in key for key in official.state):
-            raise CheckpointError(f"{official.path} holds BiomedParse v2, another network: give biomedparse_v1.pt.")
+            raise CheckpointError(
+                f"{official.path} holds BiomedParse v2, another network, for slices of volumes, whose layout is "
+                "not known here: give biomedparse_v1.pt."
+            )
         with fixed_initialisation():
             self.network = BiomedParse(Sizes(**(sizes or {})))
         self.fill(official, UNUSED)

@@ -130,7 +130,7 @@ class OfficialTeacher(Teacher):
 
     def patches(self, size: int) -> int:
         """Return the number of patches of a size along a side of the input."""
-        if self.image_size < size or self.image_size % size:
+        if not isinstance(self.image_size, int) or self.image_size < size or self.image_size % size:
             raise ValueError(f"The teacher '{self.name}' has image_size {self.image_size}: use a multiple of {size}.")
         return self.image_size // size
 

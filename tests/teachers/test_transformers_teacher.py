@@ -78,6 +78,8 @@ def test_options_come_before_what_is_stated(encoder):
     assert teachers[1].mean.flatten().tolist() == [0, 0, 0] and teachers[1].std.flatten()[2] == pytest.approx(0.1)
     assert len({teacher.fingerprint for teacher in teachers}) == 3 and teachers[2](image()).grid.dtype == torch.float32
     assert build(folder, weights="random").is_random
+    with torch.device("meta"):
+        assert all(parameter.is_meta for parameter in build(folder).parameters())
 
 
 @pytest.fixture

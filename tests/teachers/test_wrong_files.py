@@ -102,6 +102,13 @@ def test_a_tensor_that_gives_the_size_but_has_another_layout_is_named(which, key
     assert key.removeprefix("backbone.") in text and ("x".join(map(str, shape)) or "single number") in text
 
 
+@pytest.mark.parametrize("which", TINY)
+@pytest.mark.parametrize("size", [[64, 128], 100, "64"], ids=str)
+def test_foundation_teachers_take_squares_of_whole_patches(which, size):
+    with pytest.raises(ValueError, match="multiple"):
+        build_teacher({"name": "t", **TINY[which], "image_size": size})
+
+
 def test_oct_weights_are_not_taken_for_fundus_photographs(tmp_path):
     for file in ("RETFound_mae_natureOCT.pth", "RETFound_oct_weights.pth"):
         torch.save(official_state("retfound"), tmp_path / file)
