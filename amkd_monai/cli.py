@@ -90,6 +90,16 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--int8", action="store_true", help="use the network of 8 bits")
     predict.add_argument("--threads", type=_positive, help="threads of ONNX Runtime (default: its own choice)")
 
+    evaluate = add("evaluate", _evaluate, "score a student on its test section, or on a folder of labelled data")
+    evaluate.add_argument("bundle", help="trained bundle, such as bundles/kvasir_seg, or folder that export made")
+    evaluate.add_argument("--data", help="folder of labelled data that the student never saw")
+    evaluate.add_argument("--output", help="folder for the figures (default: eval/on_<name of the data> in the bundle)")
+    evaluate.add_argument("--seen", choices=("refuse", "apart"), default="refuse", help="images of the training")
+    evaluate.add_argument("--overlay", default="", help="configs the run had on top, such as volumes of bundles/covid")
+    evaluate.add_argument("--int8", action="store_true", help="of an exported student, use the network of 8 bits")
+    evaluate.add_argument("--threads", type=_positive, help="of ONNX Runtime, for an exported student")
+    evaluate.add_argument("--set", help="setting of the run, such as ckpt_dir=FOLDER or mask_codes=nonzero", **SETTING)
+
     score = add("score", _score, "masks by any program against references: metrics per case and their mean")
     score.add_argument("predictions", help="folder of masks")
     score.add_argument("references", help="folder of the masks that they should be")
@@ -272,6 +282,34 @@ def _predict(arguments: argparse.Namespace) -> int:
     from amkd_monai.export.predict import predict
 
     return predict(arguments.model, arguments.input, arguments.output, arguments.int8, arguments.threads)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    bundle, settings, data = Path(arguments.bundle), settings_of(arguments.set), arguments.data
+    output = arguments.output or (data and str(bundle / "eval" / f"on_{Path(data).expanduser().resolve().name}"))
+    if arguments.seen != "refuse" and not data:
+        raise ValueError("--seen is about --data: give both.")
+    if (bundle / "configs" / "predict.json").is_file():
+        if unknown := settings.keys() - {"data_options", "mask_codes"}:
+            raise ValueError(
+                f"An exported student has no setting {min(unknown)}: use data_options and mask_codes alone."
+            )
+        if not data or arguments.overlay:
+            raise ValueError(f"{bundle} is an exported student: give --data, and no --overlay.")
+        from amkd_monai.export.evaluate import evaluate
+
+        options, codes = (settings.get(name) for name in ("data_options", "mask_codes"))
+        print(evaluate(bundle, data, Path(output), arguments.seen, options, codes, arguments.int8, arguments.threads))
+        return
+    if arguments.int8 or arguments.threads:
+        raise ValueError(f"{bundle} is no exported student: leave out --int8 and --threads.")
+    from monai.bundle import run
+
+    from amkd_monai.export.source import config_files
+
+    files = [str(file) for name in ("train", "evaluate") for file in config_files(bundle, name, arguments.overlay)]
+    given = {"other_data": data, "output_dir": output, "seen": arguments.seen if data else None}
+    run(config_file=files, **settings, **{name: value for name, value in given.items() if value})
 
 
 def _score(arguments: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from amkd_monai.files.names import (
     PICTURE_SUFFIXES,
     SUFFIXES,
     VOLUME_SUFFIXES,
+    DataProblems,
     has_suffix,
     label_files,
     natural,
@@ -76,7 +77,9 @@ def new_bundle(
     description["folder"] = os.path.relpath(root, folder.resolve() / "configs")
     task = get_task(description)
     found = task.layout.find_items(root)
-    problems, grouped = [item for item in found if "problem" in item], {item["group"] for item in found}
+    problems, grouped = [item["problem"] for item in found if "problem" in item], {item["group"] for item in found}
+    if len(problems) == len(found):
+        raise DataProblems(problems)
     facts = [
         f"{len(found)} labelled {'volumes' if task.dimensions == 3 else 'pictures'} ({description['layout']['form']})",
         f"{task.kind}, classes: {', '.join(task.classes)} (other names: --classes)",
@@ -114,7 +117,7 @@ def _described(
     if not listed:
         raise FileNotFoundError(f"There are no labelled images in {root}: expected {Described.expected}.")
     labels = [item["label"] for item in listed]
-    volume = has_suffix(str(listed[0]["image"]), VOLUME_SUFFIXES)
+    volume = has_suffix(np.ravel(listed[0]["image"])[0], VOLUME_SUFFIXES)
     if not kind:
         of_files = form in ("pairs", "nnunet") or all(label_files(i) and _is_file(i["label"]) for i in listed)
         kind = "segmentation" if of_files else "classification"
@@ -124,6 +127,7 @@ def _described(
     elif groups:
         layout["groups"] = groups
     items = [i for i in READERS[form](Described(kind=kind, form=form), root) if "problem" not in i]
+    items = [{**item, "image": item["image"] if isinstance(item["image"], str) else item["image"][0]} for item in items]
     description: dict[str, Any] = {"name": name, "kind": kind, "dimensions": 3 if volume else 2, "layout": layout}
     if kind == "segmentation":
         return description | _mask_classes(items, list(classes), *names_of_values(root)), items

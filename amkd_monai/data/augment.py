@@ -39,6 +39,7 @@ class Augmentation:
         gamma: largest relative change of the exponent, e.g. 0.4 for x^(1/1.4) to x^1.4.
         mixup: probability that the images of a batch are blended in pairs (Zhang et al., 2018).
         cutmix: probability that each shows a rectangle of another one (Yun et al., 2019).
+        together: samples, one after another, that are changed alike: the slices of a patch.
     """
 
     rotation: float = 0.0
@@ -52,6 +53,7 @@ class Augmentation:
     gamma: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    together: int = 1
 
     def __post_init__(self) -> None:
         if min(self.mixup, self.cutmix) < 0 or self.mixup + self.cutmix > 1:
@@ -78,12 +80,13 @@ class Augmentation:
 
     def sample(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Draw affine matrices (B, 2, 3) in the normalised coordinates of ``affine_grid`` for maps of (H, W)."""
+        count = batch // self.together
 
         def uniform(limit: float) -> Tensor:
-            return (torch.rand(batch, generator=generator) * 2 - 1) * limit
+            return (torch.rand(count, generator=generator) * 2 - 1) * limit
 
         def sign(wanted: bool) -> Tensor:
-            return 1 - 2 * (torch.rand(batch, generator=generator) < 0.5).float() * float(wanted)
+            return 1 - 2 * (torch.rand(count, generator=generator) < 0.5).float() * float(wanted)
 
         angle, zoom = uniform(self.rotation), torch.exp(uniform(math.log1p(self.scale)))
         shift_x, shift_y = uniform(2 * self.shift), uniform(2 * self.shift)
@@ -94,11 +97,12 @@ class Augmentation:
             torch.stack([cos * flip_x, -sin * flip_y * height / width, shift_x], dim=1),
             torch.stack([sin * flip_x * width / height, cos * flip_y, shift_y], dim=1),
         ]
-        return torch.stack(rows, dim=1)
+        return torch.stack(rows, dim=1).repeat_interleave(self.together, 0)
 
     def photometric(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """Change gamma, gain, offset and colour of an image (B, 3, H, W) in [0, 1]; a teacher never sees this."""
-        draw = torch.rand((image.shape[0], 6), generator=generator).to(image.device) * 2 - 1
+        draw = torch.rand((len(image) // self.together, 6), generator=generator).to(image.device) * 2 - 1
+        draw = draw.repeat_interleave(self.together, 0)
         gain = 1 + self.gain * draw[:, 0, None] + self.colour * draw[:, 1:4]  # (B, 3)
         gamma = torch.exp(draw[:, 5] * math.log1p(self.gamma))
         image = image.clamp_min(0) ** gamma[:, None, None, None]

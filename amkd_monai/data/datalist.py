@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from amkd_monai.data.datasets import Named, Task, get_task, is_phantom
-from amkd_monai.data.splits import Item, SplitOptions, few_labels
+from amkd_monai.data.datasets.described import Described
+from amkd_monai.data.splits import Item, SplitOptions, few_labels, without
 from amkd_monai.data.splits import split_hash as hash_of_split
-from amkd_monai.files.names import DataProblems, read_text
+from amkd_monai.files.names import DataProblems, read_text, some
 from amkd_monai.storage import atomic_write_json, exclusive_lock
 from amkd_monai.terminal import logger
 
 STAND_IN_MARKER = "STAND-IN.txt"
 """File in a data set's folder whose first line says which data these are and what they stand in for."""
+
+OTHER = "other data"
+"""Source of a datalist of :func:`labelled_folder`."""
 
 PHANTOM_NOTICE = """
 ==================================================================================================
@@ -38,6 +42,7 @@ class Datalist:
         train, validation, test: items with "image", "label", "id", "group".
         unlabelled: items without "label"; they take part in distillation only.
         stand_in: what the data are and what they stand in for, shown with every result; empty if they do not.
+        seen: test items that took part in the training of the student that is scored, by id, with where.
     """
 
     task: Task
@@ -48,6 +53,7 @@ class Datalist:
     test: list[Item]
     unlabelled: list[Item] = field(default_factory=list)
     stand_in: str = ""
+    seen: dict[str, str] = field(default_factory=dict)
 
     @property
     def sections(self) -> dict[str, list[Item]]:
@@ -141,6 +147,7 @@ def datalist(
     split_hash: str | None = None,
     options: Mapping[str, Any] | None = None,
     stand_in: str | None = None,
+    other_data: str | Path | None = None,
 ) -> Datalist:
     """Find, check and split a data set.
 
@@ -156,11 +163,14 @@ def datalist(
         split_hash: refuse any other split than the one of this hash.
         options: further options of the data set's ``find_items``, e.g. ``{"normals": False}``.
         stand_in: what the data are and what they stand in for; None reads ``STAND-IN.txt`` in the folder.
+        other_data: a folder of labelled data, all of which become the test section, in place of the data set.
 
     Raises:
         FileNotFoundError: no such folder or layout.
         ValueError: a data set that contradicts itself, a section that is empty, or another split than ``split_hash``.
     """
+    if other_data is not None:
+        return labelled_folder(task, other_data, cache_dir, options)
     root, source = resolve_dataset_dir(task, dataset_dir, cache_dir)
     items = find_items(task, root, cache_dir, options)
     train, validation, test = get_task(task).layout.split(root, items, SplitOptions(fractions, folds, fold, seed))
@@ -182,6 +192,29 @@ def datalist(
             "such as dataset_dir; docs/runs.md tells how a student is evaluated on other data."
         )
     return result
+
+
+def labelled_folder(
+    task: Named, folder: str | Path, cache_dir: str | Path | None = None, options: Mapping[str, Any] | None = None
+) -> Datalist:
+    """List all that is labelled in a folder, in the layout of the task's data set or in a common one, as test section.
+
+    Options of the task's layout that another one does not know are announced and not used. A folder without labelled
+    images is a FileNotFoundError.
+    """
+    root, chosen = Path(folder).expanduser(), get_task(task)
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder {root}: give a folder of labelled data.")
+    layout, given = chosen.layout, dict(options or {})
+    named = (getattr(layout, name, "") for name in ("images", "labels", "file"))
+    if not (layout.is_in(root) and all((root / name).exists() for name in named)):
+        layout = Described("labelled", chosen.classes, chosen.kind, chosen.dimensions == 3)
+        known = inspect.signature(layout.find_items).parameters
+        if unknown := given.keys() - known.keys():
+            logger.warning("The option(s) %s of %s do not apply to %s.", some(unknown), chosen.name, root)
+        given = {name: value for name, value in given.items() if name in known}
+    items = [without(item, "section") for item in layout.find_items(root, cache_dir, **given)]
+    return Datalist(chosen, root, OTHER, [], [], items, stand_in=stand_in_note(root))
 
 
 def find_items(

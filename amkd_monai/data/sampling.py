@@ -106,6 +106,41 @@ class BatchSampler(Sampler[list[int]]):
         yield from np.concatenate(parts, axis=1).astype(int).tolist()
 
 
+class PatchSampler(BatchSampler):
+    """Batches of patches of volumes: ``slices`` consecutive slices around each sample that a batch sampler draws.
+
+    A case with fewer slices gives its last one several times. Options are those of :class:`BatchSampler`, whose
+    ``batch_size`` counts patches; ``first`` and ``last`` are the indices of the first and last slice of each sample's
+    case.
+    """
+
+    def __init__(
+        self,
+        has_label: np.ndarray,
+        has_foreground: np.ndarray,
+        batch_size: int,
+        seed: int,
+        *,
+        first: np.ndarray,
+        last: np.ndarray,
+        slices: int,
+        min_steps: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(has_label, has_foreground, batch_size, seed, **options)
+        self.first, self.last, self.slices = first, last, slices
+        self.steps = max(min_steps, math.ceil(self.steps / slices))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in super().__iter__():
+            yield [int(index) for centre in batch for index in self.patch(centre)]
+
+    def patch(self, centre: int) -> np.ndarray:
+        """Return the samples of the patch around one."""
+        start = max(self.first[centre], min(centre - self.slices // 2, self.last[centre] - self.slices + 1))
+        return np.minimum(np.arange(start, start + self.slices), self.last[centre])
+
+
 def _cycle(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Draw ``count`` samples as permutations of the pool, one after another."""
     rounds = math.ceil(count / max(1, len(pool)))

@@ -26,6 +26,7 @@ from amkd_monai.data.splits import fold_of_groups
 from amkd_monai.distillation import Distiller
 from amkd_monai.distillation.losses import area_logits, as_map, without_unlabelled
 from amkd_monai.engines.trainer import DistillationTrainer, Recipe
+from amkd_monai.networks.volume_student import VolumeStudent
 from amkd_monai.storage import atomic_path
 from amkd_monai.terminal import progress
 from amkd_monai.weights import load_state_dict, load_strict, state_hash
@@ -128,9 +129,9 @@ def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
     """Train students, supervised, with the run's own recipe; answers (n, classes, H / 4, W / 4), or one per image."""
 
     def fit(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray, fold: int) -> None:
-        weights = recipe.class_weights(dataset)
+        weights, of_patches = recipe.class_weights(dataset), isinstance(network, VolumeStudent)
         distiller = Distiller(network, batch_dice=recipe.batch_dice, class_weights=weights)
-        distiller.to(device, memory_format=torch.channels_last)
+        distiller.to(device, memory_format=torch.preserve_format if of_patches else torch.channels_last)
         loader = recipe.loader(dataset, seed + fold, indices=indices, distributed=False)
         optimizer = recipe.optimizer(distiller)
         scheduler = recipe.scheduler(optimizer, epochs * len(loader))
@@ -153,6 +154,8 @@ def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
     def predict(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray) -> np.ndarray:
         where = next(network.parameters()).device
         network.eval()
+        if isinstance(network, VolumeStudent):
+            return _answer_volumes(network, dataset, indices, (network.slices, *dataset.images.shape[-2:]), where)
         batches = (indices[start : start + 16].tolist() for start in range(0, len(indices), 16))
         answers = (as_map(network(images_of(dataset, rows, where))) for rows in batches)
         return np.concatenate([area_logits(logits, answer_size(dataset)).cpu().numpy() for logits in answers])
@@ -192,16 +195,23 @@ def of_volumes(
     @torch.inference_mode()
     def predict(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray) -> np.ndarray:
         network.eval()
-        answers: dict[int, np.ndarray] = {}
-        for rows, image, _ in _volumes(dataset, indices):
-            with torch.autocast(kind, dtype=torch.bfloat16):
-                logits = sliding_window_inference(image[None].to(device), patch_size, 2, network, overlap=0.25)
-            slices = logits[0].float().transpose(0, 1)  # (C, D, H, W) -> (D, C, H, W)
-            slices = nn.functional.adaptive_avg_pool2d(slices, answer_size(dataset)).cpu().numpy()
-            answers.update(zip(rows.tolist(), slices, strict=True))
-        return np.stack([answers[int(i)] for i in indices])
+        with torch.autocast(kind, dtype=torch.bfloat16):
+            return _answer_volumes(network, dataset, indices, patch_size, device)
 
     return Method(fit, predict, {"volume": [patch_size, steps, learning_rate]})
+
+
+def _answer_volumes(
+    network: nn.Module, dataset: DecodedDataset, indices: np.ndarray, patch: Sequence[int], device: torch.device | str
+) -> np.ndarray:
+    """Answers (n, classes, H / 4, W / 4) of a 3D network to slices, each from its whole volume, patch by patch."""
+    answers: dict[int, np.ndarray] = {}
+    for rows, image, _ in _volumes(dataset, indices):
+        logits = sliding_window_inference(image[None].to(device), patch, 2, network, overlap=0.25)
+        slices = logits[0].float().transpose(0, 1)  # (C, D, H, W) -> (D, C, H, W)
+        slices = nn.functional.adaptive_avg_pool2d(slices, answer_size(dataset)).cpu().numpy()
+        answers.update(zip(rows.tolist(), slices, strict=True))
+    return np.stack([answers[int(i)] for i in indices])
 
 
 def _volumes(dataset: DecodedDataset, indices: np.ndarray) -> Sequence[tuple[np.ndarray, Tensor, Tensor]]:

@@ -155,7 +155,7 @@ def prepare_teachers(
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
     cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
     alone = image_teachers(teachers)
-    of_run: tuple[Any, ...] = (train, recipe, epochs, views, device, cache_dir)
+    of_run: tuple[Any, ...] = (train, recipe.of_slices(), epochs, views, device, cache_dir)
     crews = [read_crew(description, *of_run) for description in teachers if description["kind"] == "crew"]
     shared = (train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
     preparation = _Preparation(*shared, {crew.name: crew for crew in crews})

@@ -36,8 +36,10 @@ from monai.engines import Evaluator
 from monai.utils import ensure_tuple
 
 from amkd_monai import __version__
-from amkd_monai.data.datalist import Datalist, find_dataset_dir
+from amkd_monai.data.datalist import OTHER, Datalist, find_dataset_dir
 from amkd_monai.data.datasets import get_task, recorded_task
+from amkd_monai.data.seen import fingerprints, seen_before
+from amkd_monai.data.splits import Item
 from amkd_monai.distillation import contrastive, distiller
 from amkd_monai.files.masks import NAMED_CODES
 from amkd_monai.files.names import label_files, some
@@ -55,11 +57,18 @@ PREVIOUS = "previous"
 LOCK = ".running"
 OVERRIDDEN = "overridden"
 PLACES = ["bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "cache_dir", "weights_dir", "init_from", "resume_dir"]
+PLACES += ["other_data"]
 RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html"]
 RESULTS += ["masks", "predictions.csv", "transfer.csv", "split_*.json", "events.out.tfevents.*"]
+RESULTS += ["on_*", "per_case_seen.csv"]
 RESULTS += [TEACHERS, PREVIEWS]
 """What a run leaves in its output folder."""
 
+SEEN = ("refuse", "apart")
+"""What an evaluation of other data does with images that took part in the training."""
+
+_OF_THE_SCORED = ("data_options", "mask_codes")
+"""Settings that other data may need otherwise than the data of the training."""
 _NOT_OF_A_STUDENT = {"task", "split_hash", "seed", "device", "encoder_weights", "settings", *PLACES}
 _NOT_OF_A_TRAINING = {"split_hash", "device", "resume", "num_workers", "on_bad_sample", *PLACES}
 _NOT_OF_A_STEP = {"_target_", "allow_missing_keys", "codes", "classes"}
@@ -123,6 +132,8 @@ def check(purpose: str) -> None:
     if given.get("purpose", "serving") != "serving":
         raise ValueError("purpose cannot be set: it says what a config does.")
     expand(parser)
+    if "dataset_dir" in given and parser.config.get("other_data") is not None:
+        raise ValueError("dataset_dir and other_data are both given: the folder to score is other_data alone.")
     given = {**_places(parser), **given}
     parser["bundle_root"] = parser.get_parsed_content("bundle_root")  # while the workflow is on the stack
     _check_values(parser, purpose in ("training", "serving"))
@@ -157,7 +168,11 @@ def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
     contents = [ConfigParser.load_config_file(file) for file in files if not file.stem.endswith("metadata")]
     known: dict[str, Any] = {**tracked, **{name.split("#")[0]: None for name in _references(parser.config)}}
     for content in contents:
-        known |= {key: value for key, value in content.items() if "#" not in key} | content.get("configs", {})
+        found = {key: value for key, value in content.items() if "#" not in key} | content.get("configs", {})
+        known |= {
+            k: {**known[k], **v} if isinstance(v, dict) and isinstance(known.get(k), dict) else v
+            for k, v in found.items()
+        }
     given = {}
     for key, value in parser.config.items():
         if key != ConfigParser.meta_key and all(value != content.get(key, content) for content in contents):
@@ -233,7 +248,9 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
             raise ValueError(
                 f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}"
             ) from error
-    for name in ("amp", "resume", "other_data"):
+    if config.get("seen", SEEN[0]) not in SEEN:
+        raise ValueError(f"seen is {config['seen']!r}: use one of {', '.join(SEEN)}.")
+    for name in ("amp", "resume"):
         if name in config and not _is_expression(config[name]):
             parser[name] = is_true(config[name], name)
     epochs, interval, keep = (config.get(name, 1) for name in ("max_epochs", "val_interval", "keep"))
@@ -292,18 +309,25 @@ def _places(parser: ConfigParser) -> dict[str, str]:
 class Identity:
     """What a run is about to make a student from: the content of ``student.json``, and its folders.
 
-    ``datalists`` are the data by folder below the output folder, ``""`` for that itself.
+    ``datalists`` are the data by folder below the output folder, ``""`` for that itself, ``further`` images without
+    labels; ``init_from`` is the file of the student that the run starts from.
     """
 
     record: dict[str, Any]
     places: dict[str, Path]
     datalists: dict[str, Datalist] = field(default_factory=dict)
     resume: bool = False
+    further: dict[str, Sequence[Item]] = field(default_factory=dict)
+    cache_dir: str | None = None
+    init_from: str | None = None
 
     @idist.one_rank_only()
     def claim(self, keep: bool = False) -> None:
         """Make the folders this run's: set aside what an earlier run left (unless ``keep``), and write the record."""
         hold(*self.places.values())
+        origins = [self.places["ckpt_dir"]] if keep else []
+        origins += [Path(self.init_from).expanduser().parent] if self.init_from else []
+        earlier = [record for folder in origins if (record := read_record(folder))]
         contents = {folder: _contents([*data.validation, *data.test]) for folder, data in self.datalists.items()}
         for folder, found in contents.items() if self.resume else ():
             _refuse_changed(self.record, folder, found)
@@ -312,11 +336,28 @@ class Identity:
         for folder, data in self.datalists.items():
             data.write_split(self.places["output_dir"] / folder)
         self.record["contents"] = contents
+        self.record["seen"] = self._seen(earlier)
         atomic_write_json(self.places["ckpt_dir"] / RECORD, self.record)
 
+    def _seen(self, earlier: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
+        """Fingerprints of the images that the student sees, by folder, and of those that it saw in earlier runs."""
+        found = {}
+        for folder, data in self.datalists.items():
+            shown = [*data.train, *data.unlabelled, *self.further.get(folder, ())]
+            sections = {"train": shown, "validation": data.validation}
+            found[folder] = fingerprints(sections, data.task.dimensions == 3, self.cache_dir)
+        for record in earlier:
+            for folder, images in record.get("seen", {}).items():
+                before = {f"{'' if name.startswith('earlier ') else 'earlier '}{name}": v for name, v in images.items()}
+                found[folder] = before | found.get(folder, {})
+        return found
 
-def identity(datalist: Datalist) -> Identity:
-    """Describe the run of the config that is being read: its data, split, input, preprocessing, network and classes."""
+
+def identity(datalist: Datalist, further: Sequence[Item] = ()) -> Identity:
+    """Describe the run of the config that is being read: its data, split, input, preprocessing, network and classes.
+
+    ``further`` are images without labels beyond the data set's.
+    """
     parser, classes = next(_callers(ConfigParser)), len(datalist.task.classes)
     if (given := parser.config["network_def"].get("num_classes", classes)) != classes:
         name, words = datalist.task.name, ", ".join(datalist.task.classes)
@@ -330,7 +371,7 @@ def identity(datalist: Datalist) -> Identity:
         "network": _network(parser.config),
         "preprocessing": image_steps(parser, "validate#preprocessing"),
     }
-    return _identity(parser, facts, {"": datalist})
+    return _identity(parser, facts, {"": datalist}, {"": further})
 
 
 def shared_identity(tasks: Mapping[str, Identity], settings: Sequence[str]) -> Identity:
@@ -339,7 +380,8 @@ def shared_identity(tasks: Mapping[str, Identity], settings: Sequence[str]) -> I
     left = {"version", "run", "bundle", "output_dir", "versions", "training"}
     records = {name: {k: v for k, v in of.record.items() if k not in left} for name, of in tasks.items()}
     facts = {"tasks": records, "settings": {key: parser.config[key] for key in settings}}
-    return _identity(parser, facts, {name: data for name, of in tasks.items() for data in of.datalists.values()})
+    data, further = ({name: getattr(of, what)[""] for name, of in tasks.items()} for what in ("datalists", "further"))
+    return _identity(parser, facts, data, further)
 
 
 def versions() -> dict[str, str]:
@@ -348,13 +390,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "amkd_monai": __version__, **found}
 
 
-def _identity(parser: ConfigParser, facts: Mapping[str, Any], data: dict[str, Datalist]) -> Identity:
+def _identity(
+    parser: ConfigParser, facts: Mapping[str, Any], data: dict[str, Datalist], further: dict[str, Any]
+) -> Identity:
     root, names = Path(parser.get_parsed_content("bundle_root")), ("output_dir", "ckpt_dir", "resume_dir")
     places = {name: Path(parser.get_parsed_content(name)).expanduser().resolve() for name in names}
     record = {"version": VERSION, "run": uuid.uuid4().hex, "bundle": root.resolve().name, **facts}
     record["training"] = _settings(parser.config, "training", without=_NOT_OF_A_TRAINING)
     record |= {"output_dir": str(places["output_dir"]), "versions": versions()}
-    return Identity(record, places, data)
+    cache_dir, start = (
+        parser.get_parsed_content(k) if k in parser.config else None for k in ("cache_dir", "init_from")
+    )
+    return Identity(record, places, data, further=further, cache_dir=cache_dir, init_from=start)
 
 
 def _references(value: Any) -> set[str]:
@@ -482,7 +529,7 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
     ckpt_dir = Path(parser.get_parsed_content("ckpt_dir"))
     record, config, student = read_record(ckpt_dir), parser.config, ckpt_dir / STUDENT
     scored = purpose in ("evaluation", "export")
-    other = purpose == "evaluation" and is_true(config.get("other_data"))
+    other = purpose == "evaluation" and config.get("other_data") is not None
     if record is None:
         if student.is_file():
             _adopt_run_record(parser, student, scored and not other, given)
@@ -500,8 +547,9 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
             f"open the bundle {record['bundle']} with the overlay of its training, or give another --ckpt_dir."
         )
     wanted = {key: value for key, value in record["settings"].items() if key != "tasks"}
-    if not entries and scored and not other:
+    if not entries and scored:
         wanted |= record["split"]
+    wanted = {k: v for k, v in wanted.items() if not (other and k in _OF_THE_SCORED and k in given)}
     if network and network["_target_"] != own.get("_target_"):  # a class of the user's own
         wanted["network_def"] = network
     wanted |= {f"network_def#{k}": v for k, v in network.items() if "network_def" not in wanted and own.get(k) != v}
@@ -521,11 +569,8 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
     _check_task(parser, record, student, data=scored and not other)
     _check_steps(parser, record, student)
     if other:
-        folder = given.get("dataset_dir")
-        if not folder or not given.get("output_dir"):
-            raise ValueError("other_data needs --dataset_dir and an --output_dir of its own.")
-        if Path(folder).expanduser().resolve() == Path(record["data"]["root"]):
-            raise ValueError(f"{folder} holds the data that the student was trained on: leave --other_data out.")
+        if not given.get("output_dir"):
+            raise ValueError("other_data needs an --output_dir of its own.")
     elif purpose != "serving":
         _adopt_data(parser, record["data"], given)
         if scored and "split_hash" in config:
@@ -695,11 +740,13 @@ def start_evaluation(
     data: Datalist | Mapping[str, Datalist],
     output_dir: str | Path,
     ckpt_dir: str | Path,
-    other_data: bool | str = False,
+    other_data: str | None = None,
+    seen: str = SEEN[0],
 ) -> None:
     """Start an evaluation: lock its folder, and refuse to write over the figures of another run or of other data.
 
-    A student whose training still runs and changed files of the test section are refused too.
+    A student whose training still runs and changed files of the test section are refused too, as are images of other
+    data that the student has seen, unless ``seen`` is ``apart``.
     """
     folder, record, student = Path(output_dir), read_record(ckpt_dir), Path(ckpt_dir) / STUDENT
     if idist.get_rank() != 0:
@@ -708,20 +755,39 @@ def start_evaluation(
         end(*hold(Path(ckpt_dir)))
     hold(folder)
     metrics, changed = read_json(folder / "metrics.json"), _recorded_overrides()
+    other = data if isinstance(data, Datalist) and data.source == OTHER else None
+    if other_data and not other:
+        raise ValueError(f"other_data is {other_data}, but another datalist is given: leave one of both out.")
     if record is None:
         scored = metrics.get("student_sha256")
         if scored and student.is_file() and file_sha256(student) != scored:
             raise ValueError(f"{folder} holds the figures of another student: give an --output_dir of its own.")
+        if other:
+            _find_seen(other, None, seen)
         return
-    run, own = _run_of(folder), "" if is_true(other_data) or changed else record["run"]
+    run, own = _run_of(folder), "" if other or changed else record["run"]
     scored, split = metrics.get("data", {}).get("split_hash"), getattr(data, "hash", None)
     if (run and run != own) or (metrics.get("run") or record["run"]) != record["run"]:
         raise ValueError(f"{folder} holds another run than that of {ckpt_dir}: give an --output_dir of its own.")
     if (scored and split and scored != split) or (metrics and metrics.get(OVERRIDDEN, {}) != changed):
         raise ValueError(f"{folder} holds figures of other data or options: give an --output_dir of its own.")
-    if not is_true(other_data):
+    if other:
+        if (root := metrics.get("data", {}).get("root", str(other.root))) != str(other.root):
+            raise ValueError(f"{folder} holds figures of other data, {root}: give an --output_dir of its own.")
+        _find_seen(other, record.get("seen"), seen)
+    else:
         for name, of_task in ({"": data} if isinstance(data, Datalist) else data).items():
             _refuse_changed(record, name, _contents(of_task.test))
+
+
+def _find_seen(data: Datalist, known: Mapping[str, Any] | None, how: str) -> None:
+    """Note in ``data.seen`` what the student has seen, or refuse it; ``known`` is ``seen`` of the student's record."""
+    if known is None:
+        logger.warning("No record says which images the student has seen: none of %s could be checked.", data.root)
+        return
+    cache_dir = next(_callers(ConfigParser)).get_parsed_content("cache_dir")
+    images = {name: values for of_folder in known.values() for name, values in of_folder.items()}
+    data.seen.update(seen_before(images, data, how, cache_dir))
 
 
 def _recorded_overrides() -> dict[str, Any]:
@@ -738,8 +804,12 @@ def evaluated(data: Datalist, ckpt_dir: str | Path, skipped: Sequence[Mapping[st
     student = Path(ckpt_dir) / STUDENT
     facts: dict[str, Any] = {"data": data.describe(), "skipped_samples": skipped, "student": str(student)}
     facts["student_sha256"] = file_sha256(student) if student.is_file() else None
-    changed = _recorded_overrides()
-    return {**facts, "run": (read_record(ckpt_dir) or {}).get("run"), **({OVERRIDDEN: changed} if changed else {})}
+    changed, record = _recorded_overrides(), read_record(ckpt_dir) or {}
+    if data.source == OTHER:
+        config = next(_callers(ConfigParser)).config
+        facts |= {"seen": data.seen, "seen_is_known": "seen" in record}
+        facts |= {name: config[name] for name in _OF_THE_SCORED if name in config}
+    return {**facts, "run": record.get("run"), **({OVERRIDDEN: changed} if changed else {})}
 
 
 def end(*folders: str | Path | Identity) -> None:

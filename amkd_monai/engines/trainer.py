@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import ignite.distributed as idist
@@ -24,7 +24,7 @@ from amkd_monai.cache.build import MATRIX, to_device
 from amkd_monai.cache.probes import pooled_features
 from amkd_monai.data.augment import Augmentation, warp
 from amkd_monai.data.decoded import DecodedDataset
-from amkd_monai.data.sampling import BatchSampler
+from amkd_monai.data.sampling import BatchSampler, PatchSampler
 from amkd_monai.distillation import SampleTable, TeacherTarget
 from amkd_monai.distillation.distiller import Batch, DistillationOutput, Distiller
 from amkd_monai.distillation.interface import INTERVAL, Faults
@@ -38,9 +38,10 @@ _RANGES = {
     "labelled_fraction": (1e-12, 1),
     "foreground_fraction": (0, 1),
     "min_steps": (1, math.inf),
+    "slices": (1, math.inf),
     "ema": (0, 0.99999),
 }
-_WHOLE = ("batch_size", "warmup_steps", "min_steps")
+_WHOLE = ("batch_size", "warmup_steps", "min_steps", "slices")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Recipe:
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
         ema: decay per step of an average of the student's weights, which takes their place; 0 averages nothing.
         augmentation: options of :class:`amkd_monai.data.augment.Augmentation`.
+        slices: of a patch of a 3D student, which is then what ``batch_size`` counts; 1 for other students.
     """
 
     batch_size: int = 8
@@ -76,6 +78,7 @@ class Recipe:
     batch_dice: bool = False
     ema: float = 0.0
     augmentation: dict[str, Any] = field(default_factory=dict)
+    slices: int = 1
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -90,9 +93,13 @@ class Recipe:
         """Return the recipe as plain data."""
         return asdict(self)
 
+    def of_slices(self) -> Recipe:
+        """Return the same for networks of slices: a batch holds as many as its patches do."""
+        return self if self.slices == 1 else replace(self, slices=1, batch_size=self.batch_size * self.slices)
+
     def augment(self) -> Augmentation:
         """Return the augmentation."""
-        return Augmentation(**self.augmentation)
+        return Augmentation(**self.augmentation, together=self.slices)
 
     def loader(
         self,
@@ -117,7 +124,11 @@ class Recipe:
         }
         if distributed:
             options |= {"rank": idist.get_rank(), "world_size": idist.get_world_size()}
-        sampler = BatchSampler(dataset.has_label, dataset.has_foreground, self.batch_size, seed, **options)
+        kind: type[BatchSampler] = BatchSampler
+        if self.slices > 1:
+            kind, options = PatchSampler, options | {"first": dataset.first, "last": dataset.last}
+            options["slices"] = self.slices
+        sampler = kind(dataset.has_label, dataset.has_foreground, self.batch_size, seed, **options)
         return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers)
 
     def class_weights(self, dataset: DecodedDataset) -> Tensor | None:
@@ -271,6 +282,12 @@ class DistillationTrainer(SupervisedTrainer):
         teachers = [] if self.targets is None or self.targets.views > 1 else self.targets.teachers
         if any(teacher.features is not None for teacher in teachers):
             self.augmentation.check_features(warped_features)
+        slices = getattr(getattr(getattr(network, "module", network), "student", None), "slices", 1)
+        if slices != self.augmentation.together:
+            what = f"patches of {self.augmentation.together} slices, the student takes {slices}"
+            raise ValueError(f"The training batches hold {what}: set recipe#slices to {slices}.")
+        if slices > 1 and (self.augmentation.mixes or (self.targets is not None and self.targets.views > 1)):
+            raise ValueError("A 3D student's slices are changed alike: set `views` to 1, and no mixup and cutmix.")
         if self.augmentation.mixes and any(getattr(module, "contrast", None) for module in network.modules()):
             raise ValueError("The loss 'contrastive' compares whole images: leave it out, or mixup and cutmix.")
         self.seed, self.generator, self.faults = seed, torch.Generator(), Faults()

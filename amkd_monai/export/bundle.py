@@ -24,7 +24,7 @@ from jinja2 import Environment, StrictUndefined
 from amkd_monai import __version__
 from amkd_monai.data.datasets import Task
 from amkd_monai.export import formats
-from amkd_monai.export.predict import VERSION
+from amkd_monai.export.predict import SEEN, VERSION
 from amkd_monai.export.runners import Runner, peak_memory, runner, torch_runner
 from amkd_monai.export.source import Case, Source, spread
 from amkd_monai.files.masks import IGNORED
@@ -81,6 +81,10 @@ def export_bundle(
         for name, content in configs(source, facts).items():
             atomic_write_json(folder / "configs" / f"{name}.json", content)
         atomic_write_json(folder / "docs" / "export.json", facts)
+        seen = {
+            name: image for of_folder in source.identity.get("seen", {}).values() for name, image in of_folder.items()
+        }
+        atomic_write_json(folder / SEEN, seen)
         (folder / "docs" / "README.md").write_text(model_card(source, facts, to.name), encoding="utf-8")
         origin = f"Student exported from the bundle {source.bundle.resolve().name} by amkd_monai {__version__}."
         changelog = f"# Changelog\n\n## {source.metadata['version']}\n\n{origin}\n"
@@ -212,11 +216,14 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     parts = [t["applied_labels"] for t in source.postprocessing if t["_target_"] == "KeepLargestConnectedComponentd"]
     predict = {
         "version": VERSION,
-        **{"task": task.name, "kind": task.kind, "dimensions": task.dimensions, "classes": list(task.classes)},
+        **task.identity,
+        **{"kind": task.kind, "dimensions": task.dimensions, "classes": list(task.classes)},
         "models": {name: f"models/{formats.FORMATS[name]}" for name in ("onnx", "ort-int8") if name in written},
         "steps": source.steps,
         "largest_component": [label for labels in parts for label in labels],
         "batch_size": BATCH,
+        "mask_codes": source.mask_codes,
+        "run": source.identity.get("run"),
     }
     return {"inference": inference, "metadata": _metadata(source, facts), "predict": predict}
 

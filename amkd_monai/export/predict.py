@@ -20,8 +20,10 @@ from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, read_volum
 from amkd_monai.storage import atomic_path, read_json
 from amkd_monai.terminal import progress
 
-VERSION = 2
+VERSION = 3
 """Of ``configs/predict.json``."""
+SEEN = "docs/seen.json"
+"""File of an exported bundle with the fingerprints of the images that the student has seen."""
 OPACITY = 0.35
 """Of masks in overlays."""
 CAPTION_SCALE = 16
@@ -117,7 +119,7 @@ class Predictor:
         if self.config.get("version") != VERSION:
             raise ValueError(f"{config} is of another version of amkd_monai: update it, or export again.")
         name = "ort-int8" if int8 else "onnx"
-        model = folder / self.config["models"].get(name, "-")
+        self.model = model = folder / self.config["models"].get(name, "-")
         if not model.is_file():
             raise ValueError(f"{folder} holds no {name} network: export again with --formats {name}.")
         try:

@@ -14,6 +14,7 @@ from amkd_monai.data.decoded import read_item
 from amkd_monai.data.splits import Item
 from amkd_monai.engines import runs
 from amkd_monai.export import translate
+from amkd_monai.networks import VolumeStudent
 from amkd_monai.weights import CheckpointError, file_sha256, load_state_dict, load_strict
 
 
@@ -50,6 +51,8 @@ class Source:
         postprocessing: MONAI transforms of an answer, as config.
         inferer: as config, references resolved.
         metadata, record, metrics: ``metadata.json``; ``run.json`` and ``metrics.json`` of the run, empty if missing.
+        identity: ``student.json`` of the run, empty if missing.
+        mask_codes: meaning of the values of masks in the training.
         unscored: why ``metrics.json`` is not about this student, if so.
         image_steps: preprocessing as :func:`amkd_monai.engines.runs.image_steps` records it.
         data: the datalist of the run.
@@ -57,18 +60,22 @@ class Source:
 
     def __init__(self, bundle: str | Path, settings: Mapping[str, Any], overlay: str = "") -> None:
         self.bundle = Path(bundle)
-        configs = {name: _config_files(self.bundle, name, overlay) for name in ("train", "inference", "metadata")}
+        configs = {name: config_files(self.bundle, name, overlay) for name in ("train", "inference", "metadata")}
         inference, training = (_parser(self.bundle, configs[name], settings) for name in ("inference", "train"))
         if unknown := [key for key in settings if key not in inference.config and key not in training.config]:
             raise ValueError(f"{bundle} has no setting '{unknown[0]}': use a top-level name of its configs.")
         model = Path(training.get_parsed_content("ckpt_dir")) / "model.pt"
         if not model.is_file():
             raise CheckpointError(f"There is no trained student at {model}: train it, or add --set ckpt_dir=FOLDER.")
-        if identity := runs.adopt(training, "export", settings):
+        self.identity = runs.adopt(training, "export", settings)
+        if identity := self.identity:
             runs.adopt(inference, "inference", settings)
+        self.mask_codes = training.get_parsed_content("mask_codes") if "mask_codes" in training.config else "auto"
         self.task = get_task(inference.get_parsed_content("task"))
         self.student, self.state = inference.get_parsed_content("network_def").eval(), load_state_dict(model)
         load_strict(self.student, self.state, model)
+        if isinstance(self.student, VolumeStudent):
+            raise ValueError(f"{model} is a 3D student, which is not exported: predict by {overlay}_inference.json.")
         output = Path(training.get_parsed_content("output_dir"))
         self.record, self.metrics = (runs.read_json(output / name) for name in ("run.json", "metrics.json"))
         self.data, self.unscored = training.get_parsed_content("datalist"), ""
@@ -113,8 +120,8 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
     return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
-def _config_files(bundle: Path, name: str, overlay: str) -> list[Path]:
-    """A config, and what an overlay puts on top of it: ``volumes.json`` on ``train.json``, and so on."""
+def config_files(bundle: Path, name: str, overlay: str) -> list[Path]:
+    """Return a config, and what an overlay puts on top of it: ``volumes.json`` on ``train.json``, and so on."""
     on_top = overlay if name == "train" else f"{overlay}_{name}"
     files = [bundle / "configs" / f"{file}.json" for file in ((name, on_top) if overlay else (name,))]
     for file in files:

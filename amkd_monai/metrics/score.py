@@ -87,7 +87,7 @@ def paired(predictions: Path, references: Path, dimensions: int) -> dict[str, tu
         if alone := files.keys() - others.keys():
             where = f"{len(alone)} mask(s) of {files[min(alone)].parent} have no partner in {place}"
             raise FileNotFoundError(f"{where}: {some(alone)}; add or remove them.")
-    return {case: (made[case], truth[case]) for case in sorted(truth, key=names.natural)}
+    return {case: (made[case], truth[case]) for case in sorted(truth)}
 
 
 def _masks(folder: Path, dimensions: int) -> dict[str, Path]:

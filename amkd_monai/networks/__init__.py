@@ -2,5 +2,15 @@
 
 from amkd_monai.networks.shared_student import Head, SharedStudent, initialised, takes_part_of, with_heads_of
 from amkd_monai.networks.student import ClassStudent, Student
+from amkd_monai.networks.volume_student import VolumeStudent
 
-__all__ = ["ClassStudent", "Head", "SharedStudent", "Student", "initialised", "takes_part_of", "with_heads_of"]
+__all__ = [
+    "ClassStudent",
+    "Head",
+    "SharedStudent",
+    "Student",
+    "VolumeStudent",
+    "initialised",
+    "takes_part_of",
+    "with_heads_of",
+]

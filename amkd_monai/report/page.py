@@ -222,6 +222,12 @@ def _heading(run: RunFolder) -> dict[str, Any]:
         warnings.append("TEST RUN: a teacher had random weights.")
     if overridden := run.metrics.get("overridden"):
         warnings.append(f"Scored otherwise than by the bundle: {', '.join(overridden)}.")
+    if apart := run.metrics.get("seen"):
+        warnings.append(
+            f"{len(apart['cases'])} image(s) took part in the student's training: they are in no figure here."
+        )
+    if run.metrics.get("seen_is_known") is False:
+        warnings.append("Whether these images took part in the student's training could not be checked.")
     shown = {key: value for key, value in facts.items() if value != ""}
     return {"data": f"Data: {name}", "warnings": list(dict.fromkeys(warnings)), "facts": shown, "teachers": teachers}
 

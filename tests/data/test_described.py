@@ -113,8 +113,9 @@ def test_nnunet_folders_are_read_as_they_are_and_a_missing_channel_is_named(tmp_
     volume(tmp_path / "imagesTr" / "a_001_0001.nii.gz")
     about["channel_names"]["1"] = "PET"
     (tmp_path / "dataset.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="several channels"):
-        find_items(volumes, tmp_path)
+    problems = check_data(volumes, tmp_path).problems
+    assert len(problems) == 4 and any("lacks a_002_0001" in problem for problem in problems)
+    assert any("a_001_0000.nii.gz is one of 2 channels" in problem for problem in problems)
 
 
 def test_class_folders_and_tables_give_classes_groups_and_sections(tmp_path):
@@ -160,3 +161,11 @@ def test_a_description_that_cannot_be_used_is_refused_with_its_file(change, name
     assert "task.json" in str(refused.value)
     with pytest.raises(FileNotFoundError, match=r"gone\.json"):
         get_task(tmp_path / "gone.json")
+
+
+def test_a_class_that_a_section_lacks_is_named(tmp_path):
+    for number in range(20):
+        picture(tmp_path / "images" / f"{number}.png")
+        mask(tmp_path / "masks" / f"{number}.png", (1, 2) if number == 0 else (1, 1))
+    problems = check_data(CELLS, tmp_path).problems
+    assert len(problems) == 2 and all("has no rim" in problem for problem in problems)

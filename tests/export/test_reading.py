@@ -124,8 +124,9 @@ def test_an_evaluation_does_not_depend_on_the_order_of_the_files(exported, tmp_p
         elif file.is_file():
             target.write_bytes(file.read_bytes())
     for name, root in (("before", data), ("after", other)):
-        values = settings("msd_heart", folder, folder / "cache", teachers=[], dataset_dir=str(root), **HEART)
-        values |= {"output_dir": str(tmp_path / name), "other_data": name == "after"}
+        values = settings("msd_heart", folder, folder / "cache", teachers=[], **HEART)
+        values |= {"output_dir": str(tmp_path / name)}
+        values |= {"other_data": str(root), "seen": "apart"} if name == "after" else {"dataset_dir": str(root)}
         run("msd_heart", ("train", "evaluate"), values)
     rows = [list(csv.DictReader((tmp_path / name / "per_case.csv").open())) for name in ("before", "after")]
     assert len(rows[0]) == len(rows[1]) > 0

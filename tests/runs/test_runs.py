@@ -19,12 +19,14 @@ import torch
 from bundle_runs import ALL_BUNDLES, SHARED, read_json, run, settings, workflow
 from helpers import ROOT
 from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
+from PIL import Image
 
 from amkd_monai.__main__ import main
 from amkd_monai.data.datalist import datalist
 from amkd_monai.data.datasets import get_task
 from amkd_monai.engines import runs
 from amkd_monai.errors import root_cause
+from amkd_monai.metrics.summary import read_case_csv
 from amkd_monai.weights import CheckpointError
 
 SIZE = 96
@@ -395,26 +397,47 @@ def test_other_data_are_evaluated_on_request_in_a_folder_of_their_own(trained, p
     other = get_task("kvasir_seg").write_phantom(tmp_path / "other", count=10, seed=8)
     names, before = ("train", "evaluate"), snapshot(trained / "eval")
     assert "dataset_dir" in refusal(built, "kvasir_seg", names, **places(trained, dataset_dir=str(other)))
-    asked = places(trained, dataset_dir=str(other), other_data=True)
+    asked = places(trained, other_data=str(other))
+    both = {**asked, "dataset_dir": str(other), "output_dir": str(tmp_path / "scores")}
+    assert "other_data alone" in refusal(commanded, "kvasir_seg", names, **both)
     assert "output_dir" in refusal(commanded, "kvasir_seg", names, **asked)
     assert "another run" in refusal(commanded, "kvasir_seg", names, **asked, output_dir=str(trained / "eval"))
-    same = {**asked, "dataset_dir": str(polyps), "split_seed": 0, "output_dir": str(tmp_path / "same")}
-    assert "trained on" in refusal(commanded, "kvasir_seg", names, **same)
+    assert "seen is" in refusal(commanded, "kvasir_seg", names, **asked, seen="no", output_dir=str(tmp_path / "scores"))
     made = commanded("kvasir_seg", names, **asked, output_dir=str(tmp_path / "scores"))
     assert made.parser.get_parsed_content("image_size") == SIZE
     made.run()
     scored = read_json(tmp_path / "scores" / "metrics.json")
     assert scored["data"]["root"] == str(other) and scored["run"] == read_json(trained / "eval" / "run.json")["run"]
+    assert scored["summary"]["cases"] == 10 and scored["seen"] == {} and scored["seen_is_known"]
     third = get_task("kvasir_seg").write_phantom(tmp_path / "third", count=8, seed=9)
-    again = {**asked, "dataset_dir": str(third), "output_dir": str(tmp_path / "scores")}
+    again = {**asked, "other_data": str(third), "output_dir": str(tmp_path / "scores")}
     assert "other data" in refusal(commanded, "kvasir_seg", names, **again)
     assert snapshot(trained / "eval") == before
+
+
+def test_images_of_the_training_are_refused_or_reported_apart(trained, polyps, tmp_path):
+    (split,) = (trained / "eval").glob("split_*.json")
+    sections = {name: [case for case, _ in read_json(split)[name]] for name in ("train", "validation", "test")}
+    copy = shutil.copytree(polyps, tmp_path / "copy")
+    for file in (copy / "images").iterdir():  # other bytes, the same picture
+        Image.open(file).save(file, quality=70)
+    asked, names = places(trained, other_data=str(copy), output_dir=str(tmp_path / "scores")), ("train", "evaluate")
+    text = refusal(commanded, "kvasir_seg", names, **asked)
+    assert "looks like" in text and "seen" in text and not (tmp_path / "scores" / "metrics.json").exists()
+    commanded("kvasir_seg", names, **asked, seen="apart").run()
+    scored, known = (read_json(folder / "metrics.json") for folder in (tmp_path / "scores", trained / "eval"))
+    assert set(scored["seen"]["cases"]) == {*sections["train"], *sections["validation"]}
+    rows = {name: read_case_csv(tmp_path / "scores" / f"{name}.csv") for name in ("per_case", "per_case_seen")}
+    assert {row["id"] for row in rows["per_case"]} == set(sections["test"])
+    assert {row["id"] for row in rows["per_case_seen"]} == set(scored["seen"]["cases"])
+    dice = [s["summary"]["metrics"]["dice"]["mean"] for s in (scored, known)]
+    assert dice[0] == pytest.approx(dice[1], abs=0.05)  # the test section, in JPEG of another quality
 
 
 OTHERWISE = [
     ("validate#dataset#data", "$@datalist.validation"),
     ("validate#inferer", {"_target_": "SlidingWindowInferer", "roi_size": [SIZE, SIZE]}),
-    ("validate#postprocessing#transforms#3#argmax", False),
+    ("validate#postprocessing#transforms#2#argmax", False),
     ("validate#key_metric", {"val_dice": {"_target_": "MeanDice"}}),
     ("datalist", "$datalists.datalist(@task, @dataset_dir, seed=@split_seed)"),
 ]

@@ -141,8 +141,6 @@ class Described(Layout):
             logger.warning("dataset.json in %s names the classes %s, the task %s.", root, named, list(self.classes))
         if not items:
             raise FileNotFoundError(f"No images in {root}: expected {self.expected}.")
-        if any(isinstance(item["image"], list) for item in items):
-            raise ValueError(f"{root} has several channels per image, which no student here takes yet: give one.")
         usable = [item for item in items if "problem" not in item]
         if distance is None:
             grouped = splits.group_identical_images(usable)
@@ -262,6 +260,11 @@ class Described(Layout):
             kinds = ("volume", 2) if has_suffix(wrong[0], VOLUME_SUFFIXES) else ("picture", 3)
             what = f"{wrong[0]} is a {kinds[0]}, but {self.title} has {kinds[1]} dimensions"
             return {**item, "problem": f"{what}: take it out, or make a task of its own for such files."}
+        if "problem" not in item and len(images) > 1:
+            problem = (
+                f"{images[0]} is one of {len(images)} channels, which no student here takes: give one file a case."
+            )
+            return {**item, "image": images[0], "problem": problem}
         if "problem" in item:
             return item
         if gone := [file for file in files if not Path(file).is_file()]:
@@ -271,7 +274,7 @@ class Described(Layout):
                 names = ", ".join(self.classes)
                 return {**item, "problem": f"{images[0]} has the label {item['label']!r}: use one of {names}."}
             item["label"] = label
-        return item if len(images) > 1 else checked(item, self.volumes)
+        return checked(item, self.volumes)
 
 
 def _pairs(layout: Described, root: Path) -> Iterator[Item]:

@@ -73,10 +73,10 @@ def _byte(values: Tensor) -> np.ndarray:
 class TeacherPictures(Handler):
     """Write ``teachers.npz`` when a training with teachers ends.
 
-    Six labelled training samples without augmentation: ``image`` (N, H, W, 3), ``label`` (N, H, W) class indices,
-    ``student`` (N, H, W), ``answer_<teacher>`` (N, h, w) where it has outputs, ``weight_<teacher>`` (N, h, w); all
-    uint8, outputs and weights with 255 for 1. Outputs are probabilities of any foreground, or of the true class (one
-    cell); weights are the gate's, over all teachers.
+    Six labelled training samples without augmentation, of a 3D student slices of one patch: ``image`` (N, H, W, 3),
+    ``label`` (N, H, W) class indices, ``student`` (N, H, W), ``answer_<teacher>`` (N, h, w) where it has outputs,
+    ``weight_<teacher>`` (N, h, w); all uint8, outputs and weights with 255 for 1. Outputs are probabilities of any
+    foreground, or of the true class (one cell); weights are the gate's, over all teachers.
     """
 
     def __init__(self, output_dir: str | Path) -> None:
@@ -91,6 +91,8 @@ class TeacherPictures(Handler):
         shows = dataset.has_label & (dataset.has_foreground | (dataset.classes is not None))
         wanted = np.flatnonzero(shows if shows.any() else dataset.has_label)
         indices = np.unique(wanted[np.linspace(0, len(wanted) - 1, SAMPLES).round().astype(int)]).tolist()
+        if (slices := getattr(distiller.student, "slices", 1)) > 1:
+            indices = engine.data_loader.batch_sampler.patch(wanted[len(wanted) // 2]).tolist()
         items = [dataset[i] for i in indices]
         label = torch.stack([item["label"] for item in items]).long().to(device)
         image = torch.stack([item["image"] for item in items])
@@ -106,7 +108,7 @@ class TeacherPictures(Handler):
         arrays |= {f"weight_{t.name}": _byte(weights[:, k]) for k, t in enumerate(distiller.teachers)}
         arrays |= {f"answer_{name}": _shown(answer, classes) for name, answer in answers.items()}
         arrays["ids"] = np.array([item["id"] for item in items])
-        save_arrays(self.path, arrays)
+        save_arrays(self.path, {name: array[:: -(-slices // SAMPLES)] for name, array in arrays.items()})
 
 
 def _shown(logits: Tensor, classes: Tensor | None) -> np.ndarray:

@@ -1,0 +1,85 @@
+"""Which images a student has seen: fingerprints of its training and validation images, and what is alike elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from amkd_monai.data.datalist import Datalist
+from amkd_monai.data.splits import NEAR, Item, near_pairs, perceptual_hashes
+from amkd_monai.files.names import label_files
+from amkd_monai.files.volumes import read_volume, reorder
+from amkd_monai.storage import atomic_write_json, content_hashes, fingerprint, read_memo
+
+Seen = dict[str, list[str]]
+"""By section and id, ``train/<id>``: the fingerprint of an image, and of a picture its perceptual hash."""
+
+
+def fingerprints(sections: Mapping[str, Sequence[Item]], volumes: bool, cache_dir: str | Path | None = None) -> Seen:
+    """Describe the images of sections, those left out that cannot be read.
+
+    The fingerprint of a picture is that of its file, of a volume that of its values in anatomical order, so that a copy
+    that is packed or turned otherwise is the same. ``cache_dir`` keeps what has been computed, by the content of files.
+    """
+    items = {
+        f"{name}/{item['id']}": label_files({"label": item["image"]})[0]
+        for name, part in sections.items()
+        for item in part
+    }
+    paths = {name: path for name, path in items.items() if Path(path).is_file()}
+    contents = content_hashes(
+        list(paths.values()), None if cache_dir is None else Path(cache_dir) / "content_hashes.json"
+    )
+    found = dict(zip(paths, ([content] for content in contents), strict=True))
+    if volumes:
+        memo = None if cache_dir is None else Path(cache_dir) / "volume_hashes.json"
+        known = {} if memo is None else read_memo(memo, lambda value: isinstance(value, str))
+        for (content,), path in zip(found.values(), paths.values(), strict=True):
+            if content not in known:
+                known[content] = _of_values(path) or content
+        if memo is not None:
+            atomic_write_json(memo, known, indent=None)
+        return {name: [known[content]] for name, (content,) in found.items()}
+    hashes, readable = perceptual_hashes(list(paths.values()), cache_dir)
+    names = list(found)
+    for index, bits in zip(readable, hashes, strict=True):
+        found[names[index]].append(np.packbits(bits).tobytes().hex())
+    return found
+
+
+def _of_values(path: str) -> str:
+    """Fingerprint of the values of a volume, empty where it cannot be read."""
+    try:
+        array, grid = read_volume(path)
+    except (ValueError, OSError):
+        return ""
+    turned = np.ascontiguousarray(reorder(array, grid, "RAS"))
+    return fingerprint(turned.shape, hashlib.sha256(turned.tobytes()).hexdigest())
+
+
+def seen_before(
+    known: Mapping[str, Sequence[str]], data: Datalist, how: str, cache_dir: str | Path | None = None
+) -> dict[str, str]:
+    """Say of each test item that a student has seen, by id, which of its images it is or looks like.
+
+    ``known`` are the :func:`fingerprints` of the student; pictures look alike where their hashes differ in at most
+    :data:`~amkd_monai.data.splits.NEAR` bits. Unless ``how`` is ``apart`` such items are a ValueError.
+    """
+    own = fingerprints({"": data.test}, data.task.dimensions == 3, cache_dir)
+    first = {values[0]: name for name, values in reversed(list(known.items()))}
+    found = {name[1:]: f"is {first[values[0]]}" for name, values in own.items() if values[0] in first}
+    hashed = [(name, values[1]) for part in (known, own) for name, values in part.items() if len(values) > 1]
+    count = sum(len(values) > 1 for values in known.values())
+    if 0 < count < len(hashed):
+        bits = np.array([list(bytes.fromhex(text)) for _, text in hashed], np.uint8)
+        for i, j in near_pairs(np.unpackbits(bits, axis=1).astype(bool), NEAR):
+            if i < count <= j:
+                found.setdefault(hashed[j][0][1:], f"looks like {hashed[i][0]}")
+    if found and how != "apart":
+        name, what = min(found.items())
+        part = f"{len(found)} of {len(data.test)} images in {data.root} took part in the student's training"
+        raise ValueError(f"{part}, such as {name}, which {what}: take them out, or report them apart (seen: apart).")
+    return found
