@@ -350,7 +350,7 @@ def test_values_that_would_be_read_wrongly_are_refused_by_name(tmp_path):
         "image_size": 0,
         "mask_codes": "treshold",
         "device": "cuda:99",
-        "teachers": "medsam",
+        "teachers": "medsan",
         "losses#output": -1,
         **file,
     }
