@@ -38,8 +38,10 @@ def parser() -> argparse.ArgumentParser:
         parent = commands.add_parser(name, help=text, parents=[common])
         return parent.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    teachers = add("teachers", _teachers, "which teachers are usable here, and how to get the others")
+    teachers = add("teachers", _teachers, "which teachers are usable here, or what those of a bundle would do and cost")
+    teachers.add_argument("bundle", nargs="?", help="training bundle, such as bundles/busi: each teacher is asked once")
     teachers.add_argument("--weights_dir", help="folder of weight files (default: $AMKD_WEIGHTS, then weights/)")
+    teachers.add_argument("--set", help="setting of the run, such as teachers=foundation", **SETTING)
 
     fetch = add("fetch", _fetch, "download a teacher's weights from the Hugging Face hub")
     fetch.add_argument("teacher", help="medsam, retfound, retfound_mae_natureOCT, ...")
@@ -189,6 +191,11 @@ def _codes(text: str) -> str | dict[str, int | str]:
 
 
 def _teachers(arguments: argparse.Namespace) -> None:
+    if arguments.bundle:
+        from amkd_monai.engines.dry_run import format_bundle
+
+        print(format_bundle(arguments.bundle, settings_of(arguments.set), arguments.weights_dir))
+        return
     from amkd_monai.teachers.catalogue import format_catalogue
 
     print(format_catalogue(arguments.weights_dir))

@@ -124,7 +124,8 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     The content decides which of the two it is, not the suffix. Containers (:data:`CONTAINERS`) are unwrapped, even if
     tensors such as ``best_acc1`` are stored next to them, and prefixes that all keys share (:data:`PREFIXES`) are
-    stripped; :func:`load_strict` puts them back where the network has them itself.
+    stripped; :func:`load_strict` puts them back where the network has them itself. While the default device is ``meta``
+    names and shapes alone are read, which takes no time.
 
     Raises:
         CheckpointError: the file is missing, unreadable, cut off, of another kind, unsafe to unpickle, without tensors,
@@ -146,6 +147,8 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors (its entries: {_entries(state)}): give the file of weights.")
+    if torch.get_default_device().type == "meta":
+        tensors = {name: value.to("meta") for name, value in tensors.items()}
     check_finite(tensors, path)
     prefix = _shared_prefix(tensors)
     return {k.removeprefix(prefix): v for k, v in tensors.items()}
@@ -187,7 +190,8 @@ def _read(path: Path) -> Any:
             return load_file(path)
         scripts_leave = torch.serialization.safe_globals([argparse.Namespace, *NUMPY_SCALARS])
         with scripts_leave, path.open("rb") as stream:  # given a name, torch goes by its suffix
-            return torch.load(stream, map_location="cpu", weights_only=True)
+            place = "meta" if torch.get_default_device().type == "meta" else "cpu"
+            return torch.load(stream, map_location=place, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(

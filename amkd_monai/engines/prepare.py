@@ -24,6 +24,7 @@ from amkd_monai import __version__
 from amkd_monai.cache import probes
 from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers, shown_to
 from amkd_monai.cache.store import EVERYTHING, FeatureStore, Part
+from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.unlabelled import look_unlike
 from amkd_monai.distillation import TeacherTarget
@@ -36,9 +37,33 @@ from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import macro_auroc
 from amkd_monai.storage import fingerprint, read_memo, write_memo
 from amkd_monai.teachers.base import CROSS_FITTED_KINDS, TeacherFacts, validate_descriptions
+from amkd_monai.teachers.choice import choose
 from amkd_monai.teachers.known import known_teacher
+from amkd_monai.teachers.plan import check, estimate, refuse_changed, refuse_other_answers
 
 logger = logging.getLogger("amkd_monai")
+
+
+def chosen_teachers(
+    teachers: str | Sequence[str | Mapping[str, Any]],
+    task: str,
+    weights_dir: str | None = None,
+    fallback: Sequence[Mapping[str, Any]] = (),
+    device: torch.device | str = "cpu",
+    cache_dir: str | None = None,
+    foreign: bool = True,
+) -> list[Mapping[str, Any]]:
+    """Return the descriptions of a run's teachers, announced and checked before anything is computed.
+
+    The arguments are those of :func:`~amkd_monai.teachers.choice.choose`, the ``device`` of the teachers and
+    the ``cache_dir`` that keeps what is known of them.
+    """
+    of_task = get_task(task)
+    described, lines = choose(teachers, of_task, weights_dir, fallback, foreign)
+    for line in lines:
+        logger.info(line)
+    check(described, of_task.classes, of_task.is_classification, weights_dir, device=device, cache_dir=cache_dir)
+    return described
 
 
 def cache_image_teacher(
@@ -54,17 +79,29 @@ def cache_image_teacher(
     ``options`` are those of :func:`~amkd_monai.cache.build.cache_teacher`.
     """
     teacher = known_teacher(description, weights_dir, options["cache_dir"])
-    own = teacher.facts().num_classes if description.get("own_answers", True) else None
-    if own is not None and (train.classes is not None or own != train.num_classes):
-        raise ValueError(another_task(teacher.facts().name, f"maps of {own} classes", train))
     outputs = cache_teacher(teacher, train, views=views, description=description, **options)
     return teacher.facts(), outputs, cache_teacher(teacher, validation, description=description, **options)
 
 
 def image_teachers(descriptions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Check all descriptions; return those of teachers whose outputs do not depend on the run."""
-    validate_descriptions(descriptions)
+    """Return the descriptions of teachers whose outputs do not depend on the run."""
     return [description for description in descriptions if description["kind"] not in CROSS_FITTED_KINDS]
+
+
+def open_bundle(bundle: str | Path, settings: Mapping[str, Any], configs: Sequence[str] = ()) -> ConfigParser:
+    """Read a bundle's training config, with ``configs`` on top and top-level ``settings`` changed."""
+    bundle = Path(bundle).expanduser()
+    config = bundle / "configs" / "train.json"
+    if not config.is_file():
+        raise ValueError(f"{bundle} is not a training bundle, it lacks configs/train.json: give a folder of bundles/.")
+    parser = ConfigParser()
+    parser.read_config([str(config), *configs])
+    if unknown := [key for key in settings if key not in parser.config]:
+        raise ValueError(f"{bundle} has no setting '{unknown[0]}': use a top-level name of its train.json.")
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    parser.update({"bundle_root": str(bundle), "device": own, **settings})
+    expand(parser)
+    return parser
 
 
 def build_cache(
@@ -79,21 +116,11 @@ def build_cache(
     ``settings`` are top-level settings that the run changes, ``configs`` files on top of ``configs/train.json``,
     ``part`` is what this process computes, ``batch_size`` the ``teacher_batch_size`` of :func:`prepare_teachers`.
     """
-    bundle = Path(bundle).expanduser()
-    config = bundle / "configs" / "train.json"
-    if not config.is_file():
-        raise ValueError(f"{bundle} is not a training bundle, it lacks configs/train.json: give a folder of bundles/.")
-    parser = ConfigParser()
-    parser.read_config([str(config), *configs])
-    if unknown := [key for key in settings if key not in parser.config]:
-        raise ValueError(f"{bundle} has no setting '{unknown[0]}': use a top-level name of its train.json.")
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    parser.update({"bundle_root": str(bundle), "device": own, **settings})
-    expand(parser)
+    parser = open_bundle(bundle, settings, configs)
     get, names = parser.get_parsed_content, ("train#dataset", "validation_data", "views", "weights_dir")
     how = {"cache_dir": get("cache_dir"), "device": get("device"), "dtype": get("cache_dtype"), "part": part}
     cached = partial(cache_image_teacher, *map(get, names), batch_size=batch_size, **how)
-    built = [cached(description=description)[1:] for description in image_teachers(get("teachers"))]
+    built = [cached(description=description)[1:] for description in image_teachers(get("chosen_teachers"))]
     return [store.directory for stores in built for store in stores]
 
 
@@ -155,11 +182,18 @@ def prepare_teachers(
         logger.warning("%s", note)
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
     cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
+    validate_descriptions(teachers)
     alone = image_teachers(teachers)
     of_run: tuple[Any, ...] = (train, recipe.of_slices(), epochs, views, device, cache_dir)
     crews = [read_crew(description, *of_run) for description in teachers if description["kind"] == "crew"]
     shared = (train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
     preparation = _Preparation(*shared, {crew.name: crew for crew in crews})
+    classes, single = [str(number) for number in range(train.num_classes)], train.classes is not None
+    height, width = train.images.shape[-2:]
+    plans = check(teachers, classes, single, weights_dir, (height, width), device, cache_dir)
+    if any(found.flops for found in plans):
+        images = len(train) * views + len(validation)
+        logger.info("teachers take %s, less what is cached", estimate(plans, images, cache_dtype, device))
     if idist.get_world_size() > 1:
         for description in alone:
             cached(description=description, part=Part(idist.get_rank(), idist.get_world_size()))
@@ -174,6 +208,7 @@ def prepare_teachers(
             own, length = preparation.student_score(int(options["folds"]), length, max(values) - margin)
             record |= {f"undistilled_student_{name}": value for name, value in own.record().items()}
             record["undistilled_student_epochs"] = length
+    refuse_changed(plans)
     taught, facts = [], []
     for teacher, score in scored:
         admitted, why = decide(score, own, options["mode"], margin, teacher.kind)
@@ -214,10 +249,8 @@ class _Preparation:
         target, of_validation = self._cross_fitted(description) if crossed else self._image_teacher(description)
         if target.answers is None:
             return target, None
-        classes, *size = shape = target.answers.arrays["logits"].shape
-        single = self.train.classes is not None
-        if classes != self.train.num_classes or (size == [1, 1]) != single:
-            raise ValueError(another_task(target.name, f"logits of {classes} classes in {size} cells", self.train))
+        shape = target.answers.arrays["logits"].shape
+        refuse_other_answers(target.name, shape, self.train.num_classes, self.train.classes is not None)
         temperature = _temperature(of_validation, self.validation)
         score = self._score(target.answers, temperature)
         record = {**target.record, **score.record(), "calibration_temperature": round(temperature, 3)}
@@ -291,11 +324,7 @@ class _Preparation:
             answers, of_validation = crew.answers(*sections)
             facts = crew.facts(self.train)
         else:
-            network, folds = description.get("network"), int(description.get("folds", self.folds))
-            if not isinstance(network, nn.Module):
-                raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
-            if self.train.classes is not None:
-                raise ValueError(f"The teacher '{name}' answers volumes with masks, not with classes: drop it.")
+            network, folds = description["network"], int(description.get("folds", self.folds))
             patch = tuple(int(n) for n in description.get("patch_size", (64, 64, 64)))
             steps, rate = int(description.get("steps", 300)), float(description.get("learning_rate", 2e-3))
             method = crossfit.of_volumes(patch, steps, rate, self.seed, self.device)
@@ -323,13 +352,6 @@ class _Preparation:
             if score.value > goal:
                 break
         return score, length
-
-
-def another_task(name: str, given: str, train: DecodedDataset) -> str:
-    """Say that a teacher's answers do not fit the task."""
-    needed = f"{'a map' if train.classes is None else 'one answer per image'} with {train.num_classes} classes"
-    remedy = "give a teacher of this task, set its `own_answers` to false, or drop it."
-    return f"The teacher '{name}' gives {given}, the task asks for {needed}: {remedy}"
 
 
 def _temperature(answers: FeatureStore, dataset: DecodedDataset) -> float:

@@ -45,6 +45,7 @@ from amkd_monai.files.masks import NAMED_CODES
 from amkd_monai.files.names import label_files, some
 from amkd_monai.metrics.summary import PREVIEWS, TEACHERS
 from amkd_monai.storage import atomic_write_json, file_sha256, fingerprint, read_json
+from amkd_monai.teachers.plan import recorded
 from amkd_monai.weights import CheckpointError
 
 logger = logging.getLogger("amkd_monai")
@@ -71,6 +72,7 @@ _OF_THE_SCORED = ("data_options", "mask_codes")
 """Settings that other data may need otherwise than the data of the training."""
 _NOT_OF_A_STUDENT = {"task", "split_hash", "seed", "device", "encoder_weights", "settings", *PLACES}
 _NOT_OF_A_TRAINING = {"split_hash", "device", "resume", "num_workers", "on_bad_sample", *PLACES}
+_NOT_OF_A_TRAINING |= {"teachers", "fallback_teachers"}  # its record holds those that they led to
 _NOT_OF_A_STEP = {"_target_", "allow_missing_keys", "codes", "classes"}
 """Options of transforms that an image does not depend on."""
 _NOT_OF_A_NETWORK = ("weights", "seed", "drop_path", "dropout")
@@ -353,10 +355,11 @@ class Identity:
         return found
 
 
-def identity(datalist: Datalist, further: Sequence[Item] = ()) -> Identity:
+def identity(datalist: Datalist, further: Sequence[Item] = (), teachers: Sequence[Mapping[str, Any]] = ()) -> Identity:
     """Describe the run of the config that is being read: its data, split, input, preprocessing, network and classes.
 
-    ``further`` are images without labels beyond the data set's.
+    ``further`` are images without labels beyond the data set's; ``teachers`` the descriptions of its
+    teachers, which it records with name and size of their files.
     """
     parser, classes = next(_callers(ConfigParser)), len(datalist.task.classes)
     if (given := parser.config["network_def"].get("num_classes", classes)) != classes:
@@ -370,6 +373,7 @@ def identity(datalist: Datalist, further: Sequence[Item] = ()) -> Identity:
         "settings": _settings(parser.config, "train#preprocessing", "validate#preprocessing", "network_def"),
         "network": _network(parser.config),
         "preprocessing": image_steps(parser, "validate#preprocessing"),
+        "teachers": [recorded(teacher, parser.get_parsed_content("weights_dir")) for teacher in teachers],
     }
     return _identity(parser, facts, {"": datalist}, {"": further})
 
@@ -724,7 +728,7 @@ def _task_of(run: Mapping[str, Any], unknown: str | None) -> str | None:
 def _core(record: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
     inner = {key: value for part in ("settings", "split", "training") for key, value in record.get(part, {}).items()}
-    kept = {key: record.get(key) for key in ("classes", "description", "network", "preprocessing")}
+    kept = {key: record.get(key) for key in ("classes", "description", "network", "preprocessing", "teachers")}
     tasks = {name: _core(of_task) for name, of_task in record.get("tasks", {}).items()}
     return {**inner, "split_hash": record.get("data", {}).get("split_hash"), **kept, "parts": tasks}
 

@@ -123,6 +123,7 @@ def open_tasks(
             place = str(dataset_dir / task.folder)
         found[name] = find_dataset_dir(task.name, place) is not None
         parser.update({"dataset_dir": place, "teachers": teachers_of(name, teachers, teachers_on)})
+        parser["chosen_teachers"]["foreign"] = teachers_on == "everywhere"
         parser.update({"output_dir": f"{output_dir}/{name}", "cache_dir": f"{cache_dir}/{task.name}"})
     chosen = [name for name in tasks if only is None or name in only]
     missing = [name for name in chosen if not found[name] and any(found[n] for n in chosen)]
@@ -132,13 +133,20 @@ def open_tasks(
     return TaskSet({n: TaskBundle(n, parsers[n]) for n in chosen if n not in missing}, numbers, missing)
 
 
-def teachers_of(task: str, teachers: Sequence[Mapping[str, Any]], teachers_on: str) -> list[dict[str, Any]]:
-    """Return the teachers of one task: its row of the matrix of teachers and tasks.
+def teachers_of(
+    task: str, teachers: str | Sequence[str | Mapping[str, Any]], teachers_on: str
+) -> str | list[str | dict[str, Any]]:
+    """Return the teachers of one task: its row of the matrix of teachers and tasks; words are left as they are.
 
     A teacher without ``tasks`` belongs to all. In a foreign task a teacher gives features alone, or nothing.
     """
-    row = []
+    if isinstance(teachers, str):
+        return teachers
+    row: list[str | dict[str, Any]] = []
     for teacher in teachers:
+        if isinstance(teacher, str):
+            row.append(teacher)
+            continue
         description = {k: v for k, v in teacher.items() if k != "tasks"}
         if task in teacher.get("tasks", [task]):
             row.append(description)

@@ -44,7 +44,6 @@ class TeacherFacts:
         fingerprint: SHA-256 over class, weights and preprocessing.
         preprocessing: JSON-able description of what outputs depend on besides the weights.
         side: pixels of the shorter side of images at which it sees all it can, None for images as they come.
-        num_classes: of the maps that are its own answers, where that is known before it runs.
     """
 
     name: str
@@ -54,7 +53,6 @@ class TeacherFacts:
     is_random: bool
     weights_file: dict[str, str] | None
     side: int | None
-    num_classes: int | None = None
 
 
 class Teacher(nn.Module):
@@ -74,7 +72,6 @@ class Teacher(nn.Module):
 
     Attributes:
         is_random: its weights are random, so the run is a test.
-        num_classes: of the maps that are its own answers, where that is known before it runs.
         weights_file: name and SHA-256 of the file its weights came from, or None.
         read_from: paths of such files.
         uses_labels: its forward takes the label (B, 1, H, W) as a second argument.
@@ -94,12 +91,12 @@ class Teacher(nn.Module):
         self.is_random = False
         self.weights_file: dict[str, str] | None = None
         self.read_from: list[Path] = []
-        self.num_classes: int | None = None
 
     def came_from(self, path: str | Path) -> None:
-        """Remember the file of the weights for the run record."""
-        self.weights_file = {"file": Path(path).name, "sha256": file_sha256(path)}
-        self.read_from.append(Path(path).absolute())
+        """Remember the file of the weights for the run record; a network on the meta device holds none of them."""
+        if torch.get_default_device().type != "meta":
+            self.weights_file = {"file": Path(path).name, "sha256": file_sha256(path)}
+            self.read_from.append(Path(path).absolute())
 
     def set_input(
         self,
@@ -129,7 +126,8 @@ class Teacher(nn.Module):
 
     def autocast(self, image: Tensor) -> AbstractContextManager:
         """Return the context in which the network runs on the device of ``image``."""
-        return torch.autocast(image.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        kind = "cpu" if image.is_meta else image.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def freeze(self) -> Teacher:
         """Take every parameter out of training and switch to evaluation mode."""
@@ -160,7 +158,7 @@ class Teacher(nn.Module):
 
     def facts(self) -> TeacherFacts:
         """Return what is known of the teacher without its network; hashes its weights."""
-        rest = self.is_random, self.weights_file, self.side, self.num_classes
+        rest = self.is_random, self.weights_file, self.side
         return TeacherFacts(self.name, self.licence, self.fingerprint, self.preprocessing(), *rest)
 
     def ready(self) -> Teacher:
@@ -207,6 +205,9 @@ KINDS: dict[str, str] = {
 CROSS_FITTED_KINDS = ("crew", "crossfit_volume_specialist")
 """Teachers that are trained on the run's own training split, in folds (``crew`` and ``crossfit`` of ``engines``)."""
 
+VOLUME_OPTIONS = ("network", "folds", "patch_size", "steps", "learning_rate")
+"""Options of a ``crossfit_volume_specialist``; those of a crew are checked by itself."""
+
 
 def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
     """Check names and kinds before anything is built.
@@ -214,8 +215,8 @@ def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: no list of descriptions, one without name or kind, an unknown kind, or a name used twice.
     """
-    if isinstance(descriptions, str) or not all(isinstance(description, Mapping) for description in descriptions):
-        raise ValueError(f"teachers is {descriptions!r}: give a list of descriptions, see docs/teachers.md.")
+    if not (isinstance(descriptions, (list, tuple)) and all(isinstance(d, Mapping) for d in descriptions)):
+        raise ValueError(f"teachers is {descriptions!r}: give a word or a list of descriptions, see docs/teachers.md.")
     seen: set[str] = set()
     for description in descriptions:
         name, kind = description.get("name"), description.get("kind")
@@ -245,8 +246,10 @@ def teacher_class(kind: str) -> type[Teacher]:
     return found
 
 
-def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None) -> Teacher:
-    """Build one frozen teacher from its description.
+def bound(
+    description: Mapping[str, Any], weights_dir: str | None = None
+) -> tuple[type[Teacher] | None, dict[str, Any]]:
+    """Return the class of a teacher and its arguments; None and its options for a cross-fitted one.
 
     Args:
         description: ``name``, ``kind`` and the options of the kind; the preparation reads ``own_answers``.
@@ -254,12 +257,18 @@ def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None
 
     Raises:
         ValueError: unknown kind, or options the kind does not take.
-        CheckpointError: weights that are missing or do not fit.
     """
     validate_descriptions([description])
     name, kind = description["name"], description["kind"]
     if kind in CROSS_FITTED_KINDS:
-        raise ValueError(f"The {kind} '{name}' is trained on a run's own images: list it in `teachers` of a run.")
+        options = {k: v for k, v in description.items() if k not in ("name", "kind")}
+        if kind == "crossfit_volume_specialist":
+            if unknown := sorted(options.keys() - set(VOLUME_OPTIONS)):
+                known = ", ".join(VOLUME_OPTIONS)
+                raise ValueError(f"The teacher '{name}' has no option '{unknown[0]}': use {known}.")
+            if not isinstance(options.get("network"), nn.Module):
+                raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
+        return None, options
     options = {k: v for k, v in description.items() if k not in ("kind", "own_answers")}
     if weights_dir is not None and any(e.key and e.kind == kind for e in CATALOGUE):
         options.setdefault("weights", weights_dir)
@@ -268,4 +277,18 @@ def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None
         inspect.signature(chosen).bind(**options)
     except TypeError as error:
         raise ValueError(f"The teacher '{name}' has options that do not fit its kind: {error}.") from error
+    return chosen, options
+
+
+def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None) -> Teacher:
+    """Build one frozen teacher from its description, as :func:`bound` reads it.
+
+    Raises:
+        ValueError: unknown kind, or options the kind does not take.
+        CheckpointError: weights that are missing or do not fit.
+    """
+    chosen, options = bound(description, weights_dir)
+    if chosen is None:
+        kind, name = description["kind"], description["name"]
+        raise ValueError(f"The {kind} '{name}' is trained on a run's own images: list it in `teachers` of a run.")
     return chosen(**options)

@@ -24,7 +24,8 @@ class BiomedParseTeacher(OfficialTeacher):
     Prompts are decoded one by one, since prompts in one pass change each other's masks.
 
     Args:
-        prompts: one text per foreground class, in the order of the task's classes; needs ``open_clip_torch``.
+        prompts: one text per foreground class, in the order of the task's classes; needs ``open_clip_torch``. An empty
+            list gives features alone.
         token_ids: CLIP's ids of the prompts instead, each from 49406 to 49407.
         image_size: a multiple of 32; 1024 is what the network was trained for.
         stride: stride of the feature map wanted: 4, 8, 16 or 32.
@@ -52,14 +53,13 @@ class BiomedParseTeacher(OfficialTeacher):
         self.patches(STRIDES[-1])
         if stride not in STRIDES:
             raise ValueError(f"The teacher '{name}' has no map of stride {stride}: use one of {STRIDES}.")
-        if isinstance(prompts, str) or bool(prompts) == bool(token_ids):
+        if isinstance(prompts, str) or (prompts is None) == (token_ids is None):
             raise ValueError(
-                f"The teacher '{name}' needs a list of `prompts` or of `token_ids`, one per foreground class."
+                f"The teacher '{name}' needs a list of `prompts` or of `token_ids`, one per foreground class, or none."
             )
         self.token_ids = [
             _checked(ids, number) for number, ids in enumerate(tokenised(prompts) if prompts else token_ids or (), 1)
         ]
-        self.num_classes = 1 + len(self.token_ids)
         official = read_official("biomedparse", weights)
         if any(".language_encoder." in key for key in official.state):
             raise CheckpointError(
@@ -71,17 +71,21 @@ class BiomedParseTeacher(OfficialTeacher):
         self.fill(official, UNUSED)
 
     def forward(self, image: Tensor) -> TeacherFeatures:
-        """Return grid (B, C, h, w), pooled vector (B, C') and logits (B, 1 + prompts, S/4, S/4) of (B, 3, H, W)."""
+        """Return grid (B, C, h, w), pooled vector (B, C') and logits (B, 1 + prompts, S/4, S/4) of (B, 3, H, W).
+
+        Without prompts there are no logits.
+        """
         prompts = [self.network.read(torch.tensor(ids, device=image.device)) for ids in self.token_ids]
         grids, pooled, logits = [], [], []
         for pixels in self.prepare(image).split(1):  # one image at a time: each takes about 2 GB at 1024 pixels
             with self.autocast(image):
                 maps, features = self.network.look(pixels)
-            masks = torch.cat([self.network.segment(features, words) for words in prompts], dim=1)
             grids.append(pool_to_grid(maps[STRIDES.index(self.stride)], self.grid_limit))
             pooled.append(maps[-1].mean((2, 3)))
-            logits.append(torch.cat([binary_to_two_class(masks[:, :1]), masks[:, 1:]], dim=1))
-        return TeacherFeatures(grid=torch.cat(grids), pooled=torch.cat(pooled), logits=torch.cat(logits))
+            if prompts:
+                masks = torch.cat([self.network.segment(features, words) for words in prompts], dim=1)
+                logits.append(torch.cat([binary_to_two_class(masks[:, :1]), masks[:, 1:]], dim=1))
+        return TeacherFeatures(torch.cat(grids), torch.cat(pooled), torch.cat(logits) if logits else None)
 
 
 def tokenised(prompts: Sequence[str]) -> list[list[int]]:

@@ -309,6 +309,11 @@ def _outside(masks: Tensor, scale: Tensor) -> Tensor:
     return outside & ~outside.all(dim=-1, keepdim=True)
 
 
+def _full_precision(x: Tensor) -> torch.autocast:
+    """Return the context that switches autocast off on the device of ``x``."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
 class BiomedParse(nn.Module):
     """BiomedParse v1: an image is encoded once, then decoded for one prompt after the other.
 
@@ -326,19 +331,19 @@ class BiomedParse(nn.Module):
 
     def look(self, pixels: Tensor) -> tuple[list[Tensor], PixelFeatures]:
         """Return the backbone's four maps and the decoder's features of normalised pixels (B, 3, H, W)."""
-        with torch.autocast(pixels.device.type, enabled=False):
+        with _full_precision(pixels):
             maps = self.backbone(pixels)
         return maps, self.sem_seg_head["pixel_decoder"](maps)
 
     def read(self, ids: Tensor) -> Tensor:
         """Return the states (1, T, C) of one prompt's token ids (T,)."""
-        with torch.autocast(ids.device.type, enabled=False):
+        with _full_precision(ids):
             return self.sem_seg_head["predictor"].lang_encoder(ids[None])
 
     def segment(self, image: PixelFeatures, words: Tensor) -> Tensor:
         """Return the mask logits (B, 1, H/4, W/4) of one prompt's states (1, T, C): those of the best query."""
         predictor = self.sem_seg_head["predictor"]
-        with torch.autocast(words.device.type, enabled=False):
+        with _full_precision(words):
             embeddings, masks = predictor(image.float(), words.expand(len(image.mask_features), -1, -1))
             best = predictor.similarity(embeddings, words[:, -1]).argmax(dim=1)[:, 0]  # (B, Q, 1) -> (B,)
         return masks[torch.arange(len(masks), device=masks.device), best][:, None]

@@ -27,6 +27,7 @@ class CatalogueEntry:
         hub: Hugging Face repository that holds the weights, or "".
         hub_files: accepted file names in that repository, best first.
         needs: PyPI distribution without which the teacher cannot be built, or "".
+        domain: word in the modality of the images it was trained on, "" where it was trained on many kinds.
     """
 
     name: str
@@ -39,6 +40,7 @@ class CatalogueEntry:
     hub: str = ""
     hub_files: tuple[str, ...] = ()
     needs: str = ""
+    domain: str = ""
 
 
 def _lite(number: int, digest: str) -> CatalogueEntry:
@@ -56,7 +58,9 @@ def _dinov3(what: str, model: str) -> CatalogueEntry:
 def _retfound(variant: str, what: str, *older: str) -> CatalogueEntry:
     file, hub = f"RETFound_{variant}.pth", f"YukunZhou/RETFound_{variant}"
     source, place = f"Hugging Face {hub} (form and token)", ("", f"retfound_{variant}", hub, (file,))
-    return CatalogueEntry(f"RETFound ({what})", "retfound", (file, *older), source, "CC BY-NC 4.0", *place)
+    domain = "OCT" if variant.endswith("OCT") else "fundus"
+    files = (file, *older)
+    return CatalogueEntry(f"RETFound ({what})", "retfound", files, source, "CC BY-NC 4.0", *place, domain=domain)
 
 
 CATALOGUE = (
@@ -124,6 +128,7 @@ CATALOGUE = (
         "link in github.com/openmedlab/USFM",
         "CC BY-NC 4.0",
         key="usfm",
+        domain="ultrasound",
     ),
     CatalogueEntry(
         "BiomedParse",
@@ -134,8 +139,12 @@ CATALOGUE = (
         key="biomedparse",
         hub="microsoft/BiomedParse",
         hub_files=("biomedparse_v1.pt",),
+        needs="open_clip_torch",
     ),
 )
+
+FOUNDATION = ("medsam", "usfm", "retfound", "biomedparse")
+"""Kinds of the foundation teachers."""
 
 
 def entry(key: str) -> CatalogueEntry:
@@ -171,6 +180,34 @@ def find_weights(teacher: CatalogueEntry, weights_dir: str | Path | None = None)
     return None
 
 
+def official_file(teacher: CatalogueEntry, weights: str | Path | None) -> Path | None:
+    """Return a teacher's weight file: ``weights`` itself, or what lies in that folder or is found, or None."""
+    if weights is None or os.path.isdir(weights):  # noqa: PTH112 - never raises; reading says what is wrong
+        return find_weights(teacher, weights)
+    return Path(weights)
+
+
+def how_to_get(teacher: CatalogueEntry, weights_dir: str | Path | None = None) -> str:
+    """Say where a teacher's weight file was looked for, and how to get it."""
+    folders = ", ".join(map(str, weights_folders(weights_dir)))
+    fetching = f" or run `python -m amkd_monai fetch {teacher.key}`" if teacher.hub else ""
+    return (
+        f"The weights of {teacher.name} ({' or '.join(teacher.files)}) are not in {folders} nor in the Hugging Face "
+        f"cache: get them ({teacher.source}) and put the file there or name it as `weights`{fetching}."
+    )
+
+
+def missing_packages(teacher: CatalogueEntry) -> list[str]:
+    """Return the PyPI distributions that a teacher needs and that are not installed."""
+    missing = []
+    for name in filter(None, (teacher.distribution, teacher.needs)):
+        try:
+            metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    return missing
+
+
 def fetch(repository: str, files: Sequence[str]) -> Path:
     """Download the first of ``files`` that a repository on huggingface.co has into the cache, where teachers look.
 
@@ -198,10 +235,7 @@ def fetch(repository: str, files: Sequence[str]) -> Path:
 
 def status(teacher: CatalogueEntry, weights_dir: str | None = None) -> str:
     """Say whether a teacher is usable here, in a few words."""
-    try:
-        for name in filter(None, (teacher.distribution, teacher.needs)):
-            metadata.distribution(name)
-    except metadata.PackageNotFoundError:
+    if missing_packages(teacher):
         return "package missing"
     if teacher.distribution or not teacher.files:
         return "usable"

@@ -65,7 +65,7 @@ def known_teacher(description: Mapping[str, Any], weights_dir: str | None, cache
     Only :data:`ONE_FILE` is kept, since of others it is not known which files they read.
     """
     memo, of = Path(cache_dir) / MEMO, (description, weights_dir)
-    table, key = read_memo(memo, lambda entry: isinstance(entry, dict)), _key(*of)
+    table, key = read_memo(memo, lambda entry: isinstance(entry, dict)), teacher_key(*of)
     try:
         entry = table[key]
         if all(_stamp(Path(file)) == stamp for file, stamp in entry["files"].items()):
@@ -80,8 +80,8 @@ def known_teacher(description: Mapping[str, Any], weights_dir: str | None, cache
     return KnownTeacher(facts, of, teacher)
 
 
-def _key(description: Mapping[str, Any], weights_dir: str | None) -> str:
-    """What the facts of a teacher depend on besides the file: description, code, and which files are found."""
+def teacher_key(description: Mapping[str, Any], weights_dir: str | None) -> str:
+    """Return what the facts of a teacher depend on besides the file: description, code, and which files are found."""
     weights = description.get("weights", weights_dir)
     found = [str(find_weights(e, weights)) for e in CATALOGUE if e.key and e.kind == description["kind"]]
     code = [[file.name, *_stamp(file)] for file in sorted(Path(__file__).parent.glob("*.py"))]

@@ -100,7 +100,6 @@ class MedSAMTeacher(OfficialTeacher):
             ) from error
         self.prompt, self.image_size, self.grid_limit = prompt, image_size, grid_limit
         self.uses_labels = prompt == "label_box"
-        self.num_classes = None if prompt == "none" else 2  # one box, foreground against background
         side = self.patches(PATCH)
         official = read_official("medsam", weights)
         if "vision_encoder.pos_embed" in official.state:
@@ -137,7 +136,7 @@ class MedSAMTeacher(OfficialTeacher):
         """Return one box (B, 4) per image, x and y of two corners in the network's pixels; NaN where none fits."""
         whole = torch.tensor([0, 0, self.image_size, self.image_size], dtype=torch.float32, device=image.device)
         boxes = whole.repeat(len(image), 1)
-        if self.prompt != "label_box":
+        if self.prompt != "label_box" or image.is_meta:
             return boxes
         if label is None:
             raise ValueError(f"The teacher '{self.name}' prompts with boxes of labels: call it with the label.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torchvision.transforms.functional import normalize
 
 from amkd_monai.teachers.base import Teacher
-from amkd_monai.teachers.catalogue import entry, find_weights, weights_folders
+from amkd_monai.teachers.catalogue import entry, how_to_get, official_file
 from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
 
 
@@ -55,16 +53,8 @@ def read_official(key: str, weights: str | Path | None) -> OfficialWeights:
     if str(weights) == "random":
         return OfficialWeights({}, None)
     teacher = entry(key)
-    path: Path | None = Path(weights) if weights is not None else None
-    if path is None or os.path.isdir(path):  # noqa: PTH112 - never raises; reading says what is wrong
-        path = find_weights(teacher, weights)
-    if path is None:
-        folders = ", ".join(map(str, weights_folders(weights)))
-        fetching = f" or run `python -m amkd_monai fetch {key}`" if teacher.hub else ""
-        raise CheckpointError(
-            f"The weights of {teacher.name} ({' or '.join(teacher.files)}) are not in {folders} nor in the "
-            f"Hugging Face cache: get them ({teacher.source}) and name the file as `weights`{fetching}."
-        )
+    if (path := official_file(teacher, weights)) is None:
+        raise CheckpointError(how_to_get(teacher, weights))
     return OfficialWeights(load_state_dict(path), path)
 
 
@@ -90,8 +80,10 @@ def each_image(image: Tensor, function: Callable[[np.ndarray], np.ndarray]) -> T
     """Apply a function of 8-bit pixels, (H, W, 3) uint8 -> (h, w, 3), to every image of a batch.
 
     ``image`` is (B, 3, H, W), RGB in [0, 1], rounded to 256 steps; the result (B, 3, h, w), in the function's units.
+    Images on the meta device count as black.
     """
-    pixels = (image.detach().clamp(0, 1) * 255).round().byte()
+    known = torch.zeros(image.shape, device="cpu") if image.is_meta else image.detach()
+    pixels = (known.clamp(0, 1) * 255).round().byte()
     results = [function(one.permute(1, 2, 0).cpu().numpy()) for one in pixels]  # (3, H, W) -> (H, W, 3)
     stacked = torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2)  # (B, h, w, 3) -> (B, 3, h, w)
     return stacked.to(image.device, torch.float32).contiguous()
@@ -104,7 +96,8 @@ def squash(pixels: np.ndarray, size: int) -> np.ndarray:
 
 def imagenet_normalised(pixels: Tensor) -> Tensor:
     """Scale (B, 3, h, w) from [0, 255] to [0, 1], subtract ImageNet's mean, divide by its standard deviation."""
-    return normalize(pixels / 255, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return (pixels / 255 - mean) / std
 
 
 COMMON = ("image_size", "resize", "normalisation", "grid_limit", "precision")

@@ -63,6 +63,10 @@ class Task:
         singled_out: classes that are judged one against all others, as in two binary problems.
         mask_codes: what the values of mask files mean, see `amkd_monai.files.masks.decode`.
         values: what the images hold: "levels" of pictures, "any" scale (MRI, taken by percentiles), or "ct".
+        grid_limit: cells a side of foundation teachers' feature maps that are kept.
+        teacher_options: options of foundation teachers by kind, where the rules of `amkd_monai.teachers.choice` are not
+            right for these images.
+        seen_by: whether foundation teachers saw these images in training, by kind, where the same rules do not know.
         layout: finds the items of a folder and splits them.
         source: where the data come from.
         phantom: fills an empty folder with generated data in the layout; None: the data set has none.
@@ -83,6 +87,9 @@ class Task:
     singled_out: tuple[str, ...] = ()
     mask_codes: str | Mapping[str, int | str] = "auto"
     values: str = "levels"
+    grid_limit: int = 16
+    teacher_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seen_by: Mapping[str, str] = field(default_factory=dict)
     layout: Layout = field(default_factory=Described)
     source: Source | None = None
     phantom: Callable[..., None] | None = None
@@ -170,6 +177,7 @@ _TASKS = (
         classes=("background", "infection"),
         folder="COVID",
         mask_codes="nonzero",
+        seen_by={"biomedparse": "possible, a COVID-19 CT set is in its list"},
         prompts=("COVID-19 infection in chest CT",),
         phantom=phantoms.covid,
         layout=Described(
@@ -199,6 +207,7 @@ _TASKS = (
         folder="COVID-volumes",
         dimensions=3,
         values="ct",
+        seen_by={"biomedparse": "possible, a COVID-19 CT set is in its list"},
         prompts=("COVID-19 infection in chest CT",),
         nsd_tolerance=3.0,
         phantom=phantoms.covid_volumes,
@@ -251,6 +260,7 @@ _TASKS = (
         folder="Task02_Heart",
         dimensions=3,
         values="any",
+        seen_by={"biomedparse": "yes, the Decathlon is in its list"},
         prompts=("left atrium in cardiac MRI",),
         phantom=phantoms.msd_heart,
         # Antonelli et al., "The Medical Segmentation Decathlon", Nature Communications 2022. Two training images
@@ -299,6 +309,7 @@ _TASKS = (
         classes=isic2017.CLASSES,
         folder="ISIC2017",
         prompts=tuple(f"{name} in dermoscopy" for name in isic2017.CLASSES[1:]),
+        seen_by={"medsam": "possible", "biomedparse": "possible"},
         primary_metric="mean_auc",
         singled_out=isic2017.CLASSES[1:],
         layout=isic2017.Isic2017(),

@@ -1,0 +1,259 @@
+"""What is known of teachers before they are asked: whether they fit their files and the task, and what they cost.
+
+A teacher of this package is built on the meta device, from names and shapes alone, by the code that builds it later.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from amkd_monai.storage import atomic_write_json, fingerprint, read_memo
+from amkd_monai.teachers.base import KINDS, Teacher, bound, build_teacher
+from amkd_monai.teachers.catalogue import FOUNDATION, CatalogueEntry, entry, official_file
+from amkd_monai.teachers.known import teacher_key
+from amkd_monai.teachers.official import fixed_initialisation
+
+PLANNED = set(KINDS) - {"transformers"}
+"""Kinds that can be built from names and shapes."""
+VOLUMES = "crossfit_volume_specialist"
+OUTPUTS = ("grid", "pooled", "logits")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a teacher needs and gives.
+
+    Attributes:
+        image_size: of its input in pixels, a side or (H, W); None for images as they come.
+        shapes: of its outputs for one image, by name; empty for features of images as they come.
+        flops: floating point operations per image, two per multiply-add.
+        memory: bytes that it takes at least: its weights and the largest result of an operation.
+        file: its weight file, with size and time of change.
+    """
+
+    name: str
+    image_size: int | tuple[int, int] | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    flops: int = 0
+    memory: int = 0
+    file: tuple[str, int, int] | None = None
+
+    def bytes_per_image(self, dtype: str = "float16") -> int:
+        """Space in the cache for one view; ``dtype`` is that of feature maps."""
+        width = {"grid": 1 if dtype == "int8" else 2}
+        return sum(math.prod(shape) * width.get(name, 2) for name, shape in self.shapes.items())
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the size of the largest result of an operation."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        sizes = (t.numel() * t.element_size() for t in tree_leaves(results) if isinstance(t, Tensor))
+        self.bytes = max(self.bytes, *sizes, 0)
+        return results
+
+
+MEMO = "teacher_plans.json"
+"""Table beside the cache: plans that were made, by all they depend on."""
+
+
+def plan(
+    description: Mapping[str, Any],
+    weights_dir: str | None = None,
+    size: tuple[int, int] | None = None,
+    cache_dir: str | Path | None = None,
+) -> Plan:
+    """Build a teacher without its weights, and run it on an image without content, if its input's size is known.
+
+    Of other kinds than :data:`PLANNED` no more is known than that it takes its options.
+
+    Args:
+        description: of the teacher.
+        weights_dir: folder searched first for weight files.
+        size: (H, W) of the images to come, if known: where a specialist is tried.
+        cache_dir: folder that keeps plans, None for none.
+
+    Raises:
+        ValueError: options that the kind does not take.
+        CheckpointError: weights that are missing or do not fit, by their names and shapes.
+    """
+    kind = str(description["kind"])
+    _, options = bound(description, weights_dir)
+    found = Plan(str(description["name"]), file=stamp(description, weights_dir))
+    memo = Path(cache_dir or "") / MEMO
+    table = read_memo(memo, lambda entry: isinstance(entry, dict)) if cache_dir and kind in PLANNED else {}
+    size = size if kind == "specialist" else None  # others without a size of their own answer nothing
+    key = fingerprint(teacher_key(description, weights_dir), size, found.file) if kind in PLANNED else ""
+    if key in table:
+        return replace(found, **table[key])
+    network: nn.Module | None = None
+    shape = None if size is None else (3, *size)
+    if kind == VOLUMES:
+        network, shape = copy.deepcopy(options["network"]).cpu().eval(), (1, *options.get("patch_size", (64, 64, 64)))
+    elif kind in PLANNED:
+        place = "cpu" if kind == "specialist" else "meta"  # a program has its device fixed
+        with torch.device(place), fixed_initialisation():
+            network = build_teacher(description, weights_dir)
+        if wanted := network.image_size:
+            sides = (wanted, wanted) if isinstance(wanted, int) else wanted
+            found, shape = replace(found, image_size=wanted), (3, *sides)
+    if network is not None and shape is not None:
+        weights = list(network.parameters())
+        where = weights[0].device if weights else torch.device("cpu")
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter, _Largest() as largest:
+            output = network(torch.zeros(1, *shape, device=where))
+        values = {n: getattr(output, n) for n in OUTPUTS} if isinstance(network, Teacher) else {"logits": output}
+        shapes = {n: tuple(v.shape[1:]) for n, v in values.items() if v is not None}
+        memory = sum(w.numel() * w.element_size() for w in weights) + largest.bytes
+        found = replace(found, shapes=shapes, flops=counter.get_total_flops(), memory=memory)
+    if cache_dir and kind in PLANNED:
+        kept = {k: v for k, v in asdict(found).items() if k not in ("name", "file")}
+        atomic_write_json(memo, {**table, key: kept})
+    return found
+
+
+def weight_file(description: Mapping[str, Any], weights_dir: str | None = None) -> Path | None:
+    """Return the file that a teacher is read from, None where there is none of its own."""
+    kind, given = description["kind"], description.get("weights", description.get("path"))
+    if given in ("random", "packaged") or not (given or kind in FOUNDATION):
+        return None
+    known = official_entry(description)
+    return official_file(known, given or weights_dir) if known else Path(given)
+
+
+def official_entry(description: Mapping[str, Any]) -> CatalogueEntry | None:
+    """Return what the catalogue knows of a foundation teacher, None for other kinds."""
+    if (kind := description["kind"]) not in FOUNDATION:
+        return None
+    return entry(f"retfound_{description['variant']}" if "variant" in description else kind)
+
+
+def stamp(description: Mapping[str, Any], weights_dir: str | None = None) -> tuple[str, int, int] | None:
+    """Return path, size and time of change of a teacher's weight file, None where there is none."""
+    file = weight_file(description, weights_dir)
+    if file is None or not file.is_file():
+        return None
+    return str(file), file.stat().st_size, file.stat().st_mtime_ns
+
+
+def recorded(description: Mapping[str, Any], weights_dir: str | None = None) -> dict[str, Any]:
+    """Return a description as plain data for records, with name and size of its weight file."""
+    plain = {k: type(v).__name__ if isinstance(v, nn.Module) else v for k, v in description.items()}
+    file = stamp(description, weights_dir)
+    return {**plain, **({} if file is None else {"file": Path(file[0]).name, "bytes": file[1]})}
+
+
+def check(
+    descriptions: Sequence[Mapping[str, Any]],
+    classes: Sequence[str],
+    single: bool,
+    weights_dir: str | None = None,
+    size: tuple[int, int] | None = None,
+    device: torch.device | str = "cpu",
+    cache_dir: str | Path | None = None,
+) -> list[Plan]:
+    """Refuse what cannot teach a task before any teacher is asked; return the plans of all teachers.
+
+    Args:
+        descriptions: of the teachers.
+        classes: names of the task's classes.
+        single: whether an image has one class.
+        weights_dir: folder searched first for weight files.
+        size: (H, W) of the images to come, if known.
+        device: where teachers will run.
+        cache_dir: folder that keeps plans, None for none.
+
+    Raises:
+        ValueError: options or answers that do not fit, or a GPU too small.
+        CheckpointError: weights that are missing or do not fit, by their names and shapes.
+    """
+    plans = []
+    for description in descriptions:
+        name, own = description["name"], description.get("own_answers", True)
+        prompts = description.get("prompts") or description.get("token_ids")
+        if description["kind"] == "biomedparse" and own and prompts and len(prompts) != len(classes) - 1:
+            wanted = f"the task has {len(classes) - 1} ({', '.join(classes[1:])})"
+            raise ValueError(
+                f"The teacher '{name}' prompts for {len(prompts)} classes, {wanted}: give one prompt each."
+            )
+        found = plan(description, weights_dir, size, cache_dir)
+        if description["kind"] == VOLUMES:
+            if single:
+                raise ValueError(f"The teacher '{name}' answers volumes with masks, not with classes: drop it.")
+            if (given := found.shapes["logits"][0]) != len(classes):
+                raise ValueError(f"The network of '{name}' gives {given} classes, the task has {len(classes)}.")
+        elif own and len(found.shapes.get("logits", ())) == 3:
+            refuse_other_answers(str(name), found.shapes["logits"], len(classes), single)
+        if torch.device(device).type == "cuda":
+            memory = torch.cuda.mem_get_info(device)[1]
+            if found.memory > memory:
+                needs = f"needs at least {found.memory / 2**30:.1f} GB, {device} has {memory / 2**30:.1f} GB"
+                raise ValueError(f"The teacher '{name}' {needs}: prepare on another device, or leave it out.")
+        plans.append(found)
+    return plans
+
+
+def refuse_other_answers(name: str, shape: Sequence[int], classes: int, single: bool) -> None:
+    """Refuse answers (classes, h, w) that are not of the task: a map of its classes, or one answer per image."""
+    given, *cells = shape
+    if given != classes or (cells == [1, 1]) != single:
+        needed = f"{'one answer per image' if single else 'a map'} with {classes} classes"
+        raise ValueError(
+            f"The teacher '{name}' gives logits of {given} classes in {cells} cells, the task asks for {needed}: give "
+            "a teacher of this task, set its `own_answers` to false, or drop it."
+        )
+
+
+def refuse_changed(plans: Sequence[Plan]) -> None:
+    """Refuse weight files that are no longer those that were checked."""
+    for found in plans:
+        file = Path(found.file[0]) if found.file else None
+        if file and found.file != (file.is_file() and (str(file), file.stat().st_size, file.stat().st_mtime_ns)):
+            raise ValueError(f"{file} of the teacher '{found.name}' changed during the preparation: start again.")
+
+
+def estimate(plans: Sequence[Plan], images: int, dtype: str = "float16", device: torch.device | str = "cpu") -> str:
+    """Say about how long teachers take over a number of images, and how much space their outputs take."""
+    speed = flops_per_second(device) if any(found.flops for found in plans) else 1.0
+    costs = {found.name: (found.flops * images / speed, found.bytes_per_image(dtype) * images) for found in plans}
+    each = [f"{name} {_duration(s)}, {b / 1e6:.0f} MB" if b else f"{name} not known" for name, (s, b) in costs.items()]
+    seconds, size = (sum(values) for values in zip(*costs.values(), strict=True))
+    return f"about {_duration(seconds)} and {size / 1e6:.0f} MB for {images} images ({'; '.join(each)})"
+
+
+def flops_per_second(device: torch.device | str = "cpu") -> float:
+    """Measure what a block of a vision transformer reaches on a device, in less than a second."""
+    with fixed_initialisation():
+        block = nn.Sequential(nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768), nn.LayerNorm(768)).to(device)
+    tokens = torch.zeros(1, 576, 768, device=device)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        block(tokens)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        repeats = [float(block(tokens).sum()) for _ in range(4)]  # a number waits for the device
+    return counter.get_total_flops() * len(repeats) / (time.perf_counter() - start)
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
