@@ -206,8 +206,7 @@ class Crew:
             stores.append(answers_store(self.name, asked, dataset, answer_size(dataset), self.cache_dir, views))
         if all(store.is_complete for store in stores):
             return stores
-        with torch.random.fork_rng(devices=[]):  # what follows is the same where the members are trained already
-            trained = self._trained(fine, labelled, key, sum(len(store) * store.views for store in stores))
+        trained = self._trained(fine, labelled, key, sum(len(store) * store.views for store in stores))
         for store, dataset, images, team in zip(stores, sections, seen, teams, strict=True):
             build_missing(store, partial(self._shard, store, dataset, images, team, trained), title=f"crew {self.name}")
         return stores

@@ -124,6 +124,7 @@ def build_cache(
     return [store.directory for stores in built for store in stores]
 
 
+@torch.random.fork_rng(devices=[])  # a run starts alike, whether its teachers are found in the cache or not
 def prepare_teachers(
     teachers: Sequence[Mapping[str, Any]],
     train: DecodedDataset,

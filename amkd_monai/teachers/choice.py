@@ -23,6 +23,12 @@ Description = Mapping[str, Any]
 Official = tuple[CatalogueEntry, Path | None]
 """A foundation teacher and its weight file, None where it was not found."""
 
+CREWS: dict[str, Description] = {
+    f"crew{'' if size == 'default' else f'_{size}'}": {"name": "crew", "kind": "crew", "size": size}
+    for size in ("default", "small", "large")
+}
+"""Crews by word: ``crew``, ``crew_small`` and ``crew_large``."""
+
 
 def choose(
     teachers: str | Sequence[str | Description],
@@ -35,8 +41,8 @@ def choose(
 
     Args:
         teachers: ``auto`` (the foundation teachers whose files are found, else ``fallback``), ``foundation`` (all
-            four), ``none``, or names joined by ``+``, of foundation teachers or of ``fallback``; or a list of such
-            words and of descriptions.
+            four), ``none``, or names joined by ``+``, of foundation teachers, of :data:`CREWS` or of ``fallback``; or
+            a list of such words and of descriptions.
         task: what is to be taught.
         weights_dir: folder searched first for weight files.
         fallback: descriptions of the teachers where no foundation teacher is found.
@@ -49,14 +55,15 @@ def choose(
     described: list[Description] = []
     lines: list[str] = []
     named = {str(other["name"]): other for other in fallback}
+    offered = named | CREWS | named
     words = teachers.replace(" ", "").split("+") if isinstance(teachers, str) else teachers
     if not isinstance(words, (list, tuple)):
         raise ValueError(f"teachers is {teachers!r}: give a word or a list of descriptions, see docs/teachers.md.")
     for word in [] if words == ["none"] else words:
-        if not isinstance(word, str) or word in named:
-            described.append(named[word] if isinstance(word, str) else word)
+        if not isinstance(word, str) or word in offered:
+            described.append(offered[word] if isinstance(word, str) else word)
             continue
-        wanted = official_teachers(word, task, weights_dir, list(named))
+        wanted = official_teachers(word, task, weights_dir, list(offered))
         if word == "auto":
             wanted = [(teacher, file) for teacher, file in wanted if file]
         elif absent := [how_to_get(teacher, weights_dir) for teacher, file in wanted if file is None]:

@@ -142,13 +142,12 @@ def test_a_killed_crew_trains_only_what_is_missing_and_a_finished_one_nothing(da
         return type(made)(fit, made.predict, made.key)
 
     monkeypatch.setattr(type(crew), "_method", watched)
-    state = torch.random.get_rng_state()
     with pytest.raises(KeyboardInterrupt):
         crew.answers(train, validation)
     killed = crew.answers(train, validation)[0].read("logits", range(len(train)))
     assert done == [0, 1, 2, 3, 3, 4, 5]
     crew.answers(train, validation)
-    assert len(done) == 7 and torch.equal(state, torch.random.get_rng_state())
+    assert len(done) == 7
     whole = crew_of(train, tmp_path / "whole").answers(train, validation)[0].read("logits", range(len(train)))
     np.testing.assert_array_equal(whole, killed)
     more = DecodedDataset([*train.data, *noise(tmp_path, 1, 1, name="u")], chain(), tmp_path)

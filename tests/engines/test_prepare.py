@@ -109,7 +109,9 @@ def test_a_teacher_better_than_the_student_is_admitted(data):
 
 
 def test_the_second_call_computes_nothing(data, monkeypatch):
+    state = torch.random.get_rng_state()
     first = prepare(data, [LITE1], epochs=1, admission_options={"folds": 2})
+    assert torch.equal(state, torch.random.get_rng_state()), "what follows is the same as with a cache"
 
     def refuse(*_args, **_kwargs):
         raise AssertionError("computed again")

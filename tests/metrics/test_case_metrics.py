@@ -13,6 +13,8 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou,
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
+from amkd_monai.data.datasets import get_task
+from amkd_monai.metrics.evaluation import mask_rows
 from amkd_monai.metrics.segmentation import METRICS, STATUSES, case_metrics
 from amkd_monai.metrics.summary import format_table, summarise
 
@@ -172,6 +174,17 @@ def test_classes_regions_and_background_are_each_scored_as_a_mask_of_its_own(sha
     assert summary["regions"]["a or c"]["metrics"]["dice"]["mean"] == dices["a or c"]
     table = format_table(summary, "test")
     assert all(f"{name} dice" in table for name in ("a", "a or c", "with background"))
+
+
+def test_pixels_without_a_label_count_in_no_class_and_not_as_background():
+    rng = np.random.default_rng(0)
+    pred, reference = rng.integers(0, 3, (2, 12, 15))
+    known = rng.random(reference.shape) < 0.7
+    task = get_task({"name": "three", "classes": ["background", "a", "b"]})
+    for row in mask_rows(task, "case", pred, np.where(known, reference, 255), (1, 1)):
+        p, t = (labels[known] == row["label"] for labels in (pred, reference))
+        assert row["dice"] == pytest.approx(2 * (p & t).sum() / (p.sum() + t.sum()))
+        assert row["reference_volume"] == t.sum()
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,13 @@ def snapshot(folder):
     return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and p.name != runs.LOCK}
 
 
+def test_a_network_of_another_number_of_classes_is_refused_before_anything_is_trained(polyps, tmp_path):
+    options = {"network_def#num_classes": 3, "dataset_dir": str(polyps), "output_dir": str(tmp_path / "eval")}
+    said = refusal(built, "kvasir_seg", ("train",), **places(tmp_path), **options)
+    assert "network_def#num_classes" in said and "background, polyp" in said
+    assert not (tmp_path / "models").exists()
+
+
 # ------------------------------------------------------------------------------------------------------ options
 
 

@@ -125,3 +125,9 @@ def test_the_page_says_of_every_pair_what_the_data_set_says():
     for kind in FOUNDATION:
         told = [seen(entry(kind), TASKS[task]).split(";")[0] for task in tasks]
         assert told == [*cells[kind]], kind
+
+
+def test_crews_are_chosen_by_word():
+    chosen, lines = choose("crew_small", TASKS["busi"])
+    assert chosen == [{"name": "crew", "kind": "crew", "size": "small"}] and not lines
+    assert choose(["crew"], TASKS["busi"])[0][0]["size"] == "default"
