@@ -13,7 +13,7 @@ from helpers import ROOT
 from amkd_monai.teachers.base import KINDS, teacher_class, validate_descriptions
 
 WITH = {language: [p for p in PAGES if blocks(p, language)] for language in ("python", "json", "bash")}
-OF_BENCHMARKS = {"shared", "table"}
+OF_BENCHMARKS = {"minutes", "shared", "table"}
 
 
 def name(page):
