@@ -54,6 +54,7 @@ def commands(name: str, setting: Setting, seed: int, fold: int, shared: Path, ou
         "ckpt_dir": str(folder),
         "cache_dir": str(output / "cache" / setting.bundle),
         "seed": seed,
+        "teachers": "imagenet_lite1+imagenet_lite2",  # whatever files lie on this machine
         **setting.overrides,
     }
     if setting.folds != (0,):

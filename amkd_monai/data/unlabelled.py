@@ -51,7 +51,7 @@ class FurtherImages:
 def further_images(
     datalist: Datalist,
     folders: str | Sequence[str] | None,
-    teachers: object,
+    teachers: Sequence[object],
     cache_dir: str | Path | None = None,
     groups: str | None = None,
 ) -> FurtherImages:
@@ -63,7 +63,7 @@ def further_images(
     Args:
         datalist: the sections of the run.
         folders: folders whose own files are taken: pictures, or NIfTI volumes for a task on volumes; None for none.
-        teachers: of the run, in any form; further images are of no use where it is empty.
+        teachers: of the run; further images are of no use where it is empty.
         cache_dir: keeps hashes.
         groups: regular expression whose first group is the name of an image's group, searched in the file's name, such
             as ``(.*)_\d+`` for slices of volumes.
@@ -74,7 +74,7 @@ def further_images(
     """
     if not folders:
         return FurtherImages()
-    if not teachers or teachers == "none":
+    if not teachers:
         raise ValueError("unlabelled images teach nothing without teachers: leave `unlabelled` out, or name teachers.")
     chosen = [names.expanded(folder) for folder in ([folders] if isinstance(folders, (str, os.PathLike)) else folders)]
     volumes = datalist.task.dimensions == 3

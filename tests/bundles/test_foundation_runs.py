@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from helpers import ROOT
 from teachers.tiny_teachers import OFFICIAL, TINY, official_state, tiny_tasks, write_official
 
 from amkd_monai.data.datasets import TASKS
+from amkd_monai.engines.dry_run import format_bundle
+from amkd_monai.errors import root_cause
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,26 @@ def test_whoever_copies_four_files_is_taught_by_all_four(bundle, tmp_path, weigh
         assert chosen["biomedparse"]["prompts"] == ([] if task.is_classification else list(task.prompts))
         assert chosen["retfound"]["framing"] == ("crop" if name == "aptos2019" else "squash")
         assert chosen["medsam"]["prompt"] == "none"
+    if bundle == "busi":
+        monkeypatch.setenv("AMKD_WEIGHTS", str(tmp_path / "three"))
+        shutil.copytree(weights, tmp_path / "three", ignore=shutil.ignore_patterns("USFM*"))
+        with pytest.raises(RuntimeError) as caught:
+            run(bundle, ("train",), {**values, "max_epochs": 1, "resume": True})
+        assert "teachers" in str(root_cause(caught.value))
+
+
+def test_a_dry_run_tells_what_each_teacher_does_here(weights, tmp_path, monkeypatch):
+    tiny_tasks(monkeypatch)
+    table = format_bundle(ROOT / "bundles" / "busi", {"image_size": 64}, str(weights))
+    rows = {line.split()[0]: line for line in table.splitlines() if line.strip()}
+    assert all(file in rows[teacher] for teacher, file in OFFICIAL.items())
+    assert "features and its own answers" in rows["biomedparse"] and TASKS["busi"].prompts[0] in rows["biomedparse"]
+    assert all("features and a probe's answers" in rows[teacher] for teacher in ("medsam", "retfound", "usfm"))
+    assert "CC BY-NC 4.0" in rows["usfm"] and "possible, without labels" in rows["usfm"]
+    for variable in ("AMKD_WEIGHTS", "HF_HUB_CACHE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    missing = format_bundle(ROOT / "bundles" / "busi", {"image_size": 64})
+    assert "imagenet_lite1" in missing and all(file in missing for file in OFFICIAL.values())
 
 
 def test_they_distil_into_one_student(tmp_path, weights, cache):
@@ -90,8 +113,6 @@ def test_a_run_without_random_teachers_is_no_test(tmp_path, weights, cache):
 
 
 def test_missing_weights_end_the_run_in_one_sentence(tmp_path, monkeypatch, cache):
-    from amkd_monai.errors import root_cause
-
     monkeypatch.delenv("AMKD_WEIGHTS", raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     values = settings("kvasir_seg", tmp_path, cache, teachers=[{"name": "medsam", "kind": "medsam"}])
@@ -102,8 +123,6 @@ def test_missing_weights_end_the_run_in_one_sentence(tmp_path, monkeypatch, cach
 
 
 def test_answers_of_another_task_are_refused(tmp_path, cache):
-    from amkd_monai.errors import root_cause
-
     teachers = [{"name": "organs", **TINY["usfm_upernet"], "num_classes": 5}]
     with pytest.raises(RuntimeError) as caught:
         run("kvasir_seg", ("train",), settings("kvasir_seg", tmp_path, cache, teachers=teachers))
