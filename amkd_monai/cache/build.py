@@ -110,7 +110,7 @@ def ask(
     images = [(image or dataset.image)(i) for i in indices]
     alike = len({shown.shape for shown in images}) == 1
     parts = [range(len(images))] if alike else [range(k, k + 1) for k in range(len(images))]
-    said = []
+    outputs = []
     for part in parts:
         inputs = [to_device(np.stack([images[k] for k in part]), device).float() / 255]
         if teacher.uses_labels:
@@ -124,8 +124,12 @@ def ask(
         with torch.inference_mode():
             output = teacher(*inputs)
         found = {name: getattr(output, name) for name in ("grid", "pooled", "logits")}
-        said.append({name: value.float().cpu().numpy() for name, value in found.items() if value is not None})
-    return {name: np.concatenate([one[name] for one in said]) for name in said[0]} if len(said) > 1 else said[0]
+        outputs.append({name: value.float().cpu().numpy() for name, value in found.items() if value is not None})
+    return (
+        {name: np.concatenate([one[name] for one in outputs]) for name in outputs[0]}
+        if len(outputs) > 1
+        else outputs[0]
+    )
 
 
 class Batches:
