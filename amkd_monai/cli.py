@@ -1,7 +1,5 @@
 """Command line: ``python -m amkd_monai <command>``. A command imports what it runs when it runs."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """Errors as one sentence at the terminal."""
 
-from __future__ import annotations
-
 import sys
 import traceback
 from types import TracebackType

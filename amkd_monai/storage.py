@@ -5,8 +5,6 @@ killed at any moment leaves the old file or the new one, never half of one. Hash
 computed from them, so that nothing computed from other ones is ever used.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

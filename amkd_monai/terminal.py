@@ -1,7 +1,5 @@
 """Terminal output: how much of it, progress lines and tables."""
 
-from __future__ import annotations
-
 import io
 import logging
 import sys

@@ -1,7 +1,5 @@
 """What a file of weights is, by its first bytes and its table of contents: without torch, and no tensor is read."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -5,8 +5,6 @@ The reader is our own because timm's knows four containers and passes on the rea
 page from a truncated file. Every refusal is one sentence that names the file (or key) and the remedy.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import importlib.metadata

@@ -10,8 +10,6 @@ other than `parts` and `values` is a file of `configs/`. Rules:
   it stands for a text. `<bundle>` is the bundle's name.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

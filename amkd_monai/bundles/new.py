@@ -1,7 +1,5 @@
 """A bundle for data of one's own: looks at a folder, says what it found, and writes the configs from the parts."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

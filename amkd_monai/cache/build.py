@@ -1,7 +1,5 @@
 """Run a frozen teacher once over a dataset and keep its outputs: views, shards, batches."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Which stores lie in a folder, what they hold, and which of them no run will use again; no torch."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 from collections.abc import Iterable, Sequence

@@ -5,8 +5,6 @@ treated as maps of one cell. It is cross-fitted: each image is answered by a pro
 so that its answers are as good as they would be on new images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Which images a student has seen: fingerprints of its training and validation images, and what is alike elsewhere."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Nothing here is a default. A mode is chosen by its name in the tables at the end
 your own is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Contrastive distillation: the student's image vector should be nearer to its own teacher vector than to others."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

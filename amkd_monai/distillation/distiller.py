@@ -1,7 +1,5 @@
 """The distiller: a student, its projections and its teachers' targets; one forward gives every loss by name."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence

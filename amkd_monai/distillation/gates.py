@@ -5,8 +5,6 @@ where every teacher is worse than the label prior; a floor keeps every available
 predicts reliability from the student's features, so that it needs no label.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Weights of the distillation losses relative to the task, whose own weight is always exactly 1."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 

@@ -1,7 +1,5 @@
 """The losses: pure functions from tensors to one value per location or per sample, in float32."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

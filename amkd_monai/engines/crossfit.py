@@ -1,7 +1,5 @@
 """Cross-fitting: train on the run's own training split in folds, so that no image is answered by a net that saw it."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What the teachers of a bundle would do here: the table that ``python -m amkd_monai teachers <bundle>`` prints."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training and evaluation of a shared student: each step takes one micro-batch from each of several tasks."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

@@ -7,8 +7,6 @@ MONAI builds a workflow before any expression of a config runs, so these functio
 workflow or parser that is calling them on the stack.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib.metadata
 import inspect

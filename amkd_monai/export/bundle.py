@@ -3,8 +3,6 @@
 Everything is written to a temporary folder and appears only when it is complete.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.metadata
 import json

@@ -1,7 +1,5 @@
 """Score an exported student on labelled data by ONNX Runtime alone, without importing torch or MONAI: `evaluate`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Write the student in each format."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import logging

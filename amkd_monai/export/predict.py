@@ -1,7 +1,5 @@
 """Predict by ONNX Runtime alone, without importing torch or MONAI."""
 
-from __future__ import annotations
-
 import csv
 import sys
 from collections.abc import Sequence

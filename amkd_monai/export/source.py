@@ -1,7 +1,5 @@
 """What is exported: a training bundle, its trained student, and the images of its run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

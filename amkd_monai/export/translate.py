@@ -1,7 +1,5 @@
 """Turn the transforms of a training bundle into MONAI's own, and into the steps of prediction without MONAI."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

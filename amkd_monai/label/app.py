@@ -1,7 +1,5 @@
 """The MONAI Label app: each bundle as a model, a trainer, a strategy and a scoring method."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

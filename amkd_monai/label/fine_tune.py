@@ -1,7 +1,5 @@
 """Fine-tuning of a student on the labels that were saved in the studies, by the bundle's own training."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import math

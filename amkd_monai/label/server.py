@@ -4,8 +4,6 @@ In the work folder, ``main.py`` is what MONAI Label looks for, ``model/<name>`` 
 images and teacher outputs, ``logs`` what the server logs.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

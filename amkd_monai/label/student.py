@@ -1,7 +1,5 @@
 """A trained bundle opened for serving: an image file in, the bundle's own answer out, and how sure it is."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

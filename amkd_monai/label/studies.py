@@ -1,7 +1,5 @@
 """The folder of studies: MONAI Label's own datastore, with checks of what is uploaded; nothing uploaded is lost."""
 
-from __future__ import annotations
-
 import contextlib
 import filecmp
 import json

@@ -5,8 +5,6 @@ requests run in threads: MONAI Label answers one after the other, ``/info`` afte
 work, and a model file that does not fit, are refused before anything is started or replaced.
 """
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import json

@@ -6,8 +6,6 @@ in NumPy for the bootstrap: kappa, areas and accuracy of 2,000 resamples of 600 
 (the tests compare the values). No maintained package has DeLong's test.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

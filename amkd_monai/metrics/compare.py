@@ -1,7 +1,5 @@
 """Paired comparison of runs on the same cases: masks case by case, classes as a set; a shared student with others."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

@@ -1,7 +1,5 @@
 """What an evaluation leaves, whatever made the answers: ``per_case.csv``, ``metrics.json`` and a table."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

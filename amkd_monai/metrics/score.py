@@ -1,7 +1,5 @@
 """Score masks of any program against references: `score`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Overlap and boundary metrics of one segmented case at its native resolution."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

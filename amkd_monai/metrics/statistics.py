@@ -4,8 +4,6 @@ SciPy does what it can. It has neither Holm's adjustment nor the bootstrap that 
 whole set of cases are resampled by :py:func:`resampled`, so that the same draws serve all metrics.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

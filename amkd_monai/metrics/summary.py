@@ -1,7 +1,5 @@
 """From the rows of all cases to the numbers and the table that are reported, and the files of a run."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

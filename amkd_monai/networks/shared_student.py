@@ -1,7 +1,5 @@
 """One student for several tasks: one encoder, one neck and a light head per task; and students that start from it."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Mapping

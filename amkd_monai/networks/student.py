@@ -1,7 +1,5 @@
 """The students: a lightweight timm encoder, and a feature pyramid with a light head for masks, or a pooled head."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

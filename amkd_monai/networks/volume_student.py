@@ -1,7 +1,5 @@
 """A 3D student: any network of MONAI for volumes, trained and distilled through the slices of its patches."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from functools import cached_property, partial

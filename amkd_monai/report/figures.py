@@ -1,7 +1,5 @@
 """Figures as SVG text, in colours that colour-blind readers tell apart (Okabe and Ito), and pictures as data URIs."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Mapping, Sequence

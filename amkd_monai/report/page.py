@@ -1,7 +1,5 @@
 """From the files of runs, read without torch, to one page: tables, figures and pictures as values for the template."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import zipfile

@@ -1,7 +1,5 @@
 """Small copies of the cases of an evaluation, which the report shows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

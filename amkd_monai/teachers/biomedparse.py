@@ -1,7 +1,5 @@
 """BiomedParse v1 as a teacher: features of the image, and a mask for each prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

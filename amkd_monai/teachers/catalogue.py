@@ -3,8 +3,6 @@
 Only :func:`fetch` touches the network, when a person asks for it.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

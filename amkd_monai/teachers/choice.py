@@ -1,7 +1,5 @@
 """Which teachers a run has: words such as ``auto`` become descriptions with the options that suit the data set."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

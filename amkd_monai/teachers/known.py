@@ -1,7 +1,5 @@
 """Teachers that are known from an earlier run: as long as their files stay, none is read before it is asked."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

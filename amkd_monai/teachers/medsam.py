@@ -3,8 +3,6 @@
 Ma et al., Segment anything in medical images, Nature Communications 2024.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What the foundation teachers share: reading official weight files, and preprocessing in 8-bit pixels."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass

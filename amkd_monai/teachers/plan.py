@@ -3,8 +3,6 @@
 A teacher of this package is built on the meta device, from names and shapes alone, by the code that builds it later.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import time

@@ -3,8 +3,6 @@
 Zhou et al., A foundation model for generalizable disease detection from retinal images, Nature 2023.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

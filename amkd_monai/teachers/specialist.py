@@ -1,7 +1,5 @@
 """A specialist teacher: any trained network that is given as a TorchScript or torch.export file."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

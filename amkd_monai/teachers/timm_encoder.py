@@ -1,7 +1,5 @@
 """Encoders as teachers of features: any timm network, and the encoder of a student of this project."""
 
-from __future__ import annotations
-
 import math
 import re
 import sys

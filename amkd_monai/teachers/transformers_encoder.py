@@ -1,7 +1,5 @@
 """Image encoders of Hugging Face's transformers (``AutoModel``) as teachers of features."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import os

@@ -4,8 +4,6 @@ Jiao et al., USFM: A universal ultrasound foundation model generalized to tasks 
 Xiao et al., Unified Perceptual Parsing for Scene Understanding, ECCV 2018 (UPerNet; keys in mmsegmentation's layout).
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path

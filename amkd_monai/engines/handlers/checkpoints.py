@@ -1,7 +1,5 @@
 """Checkpoints: the student that is kept, and all that a killed run needs to go on; early stopping; base of handlers."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping

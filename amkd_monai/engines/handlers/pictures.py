@@ -1,7 +1,5 @@
 """Handlers that keep small copies of cases and teacher outputs for the report."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from pathlib import Path

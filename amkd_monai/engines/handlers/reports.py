@@ -1,7 +1,5 @@
 """Handlers of evaluations: score every case, write the report, calibrate a class student."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath

@@ -1,7 +1,5 @@
 """The run record: what was trained on what, so that a figure can be traced and repeated."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping, Sequence
