@@ -12,7 +12,7 @@ import numpy as np
 
 from amkd_monai.bundles.merge import ABSENT, PARTS, bundle_files, resolved
 from amkd_monai.data.datasets import Task, get_task
-from amkd_monai.data.datasets.described import READERS, Described, names_of_values
+from amkd_monai.data.datasets.described import COLUMNS, READERS, Described, names_of_values
 from amkd_monai.data.splits import Item
 from amkd_monai.files import masks, volumes
 from amkd_monai.files.names import (
@@ -84,7 +84,7 @@ def new_bundle(
         *of_labels,
         *facts,
         f"groups: {len(grouped)}"
-        if groups
+        if groups or any("group" in item for item in items)
         else f"EACH IMAGE IS A GROUP OF ITS OWN ({len(grouped)}): if several are of one patient, give --groups",
         f"{len(problems)} of them cannot be used: python -m amkd_monai data check {folder}" if problems else "",
     ]
@@ -109,6 +109,12 @@ def _described(
     kinds = [kind] if kind else ["segmentation", "classification"]
     form = next((found for k in kinds if (found := Described(kind=k).form_of(root))), "")
     if not form:
+        for file in sorted(root.glob("*.[ct]sv")):
+            found, usual = ", ".join(table_rows(file)[0]), ", ".join(COLUMNS["label"])
+            raise ValueError(
+                f"{file} has the columns {found}, none of them for labels ({usual}): name one so; of several findings "
+                "make a table and a task each."
+            )
         Described(kind=kinds[0]).check(root)
     raw = Described(kind="classification", form=form)  # leaves labels as they are written
     listed = [item for item in READERS[form](raw, root) if "problem" not in item]

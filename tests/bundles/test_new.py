@@ -89,5 +89,14 @@ def test_a_table_gives_classes_and_a_column_the_groups(tmp_path, capsys):
     task = get_task(tmp_path / "bundles" / "calls" / "configs" / "task.json")
     assert task.classes == ("no", "yes") and task.singled_out == ("yes",) and task.is_classification
     assert {item["group"] for item in task.layout.find_items(tmp_path / "data")} == {f"p{n}" for n in range(6)}
+    assert main([*command[:1], "found", *command[2:]]) == 0
+    assert "groups: 6" in capsys.readouterr().out, "a column of a usual name is taken"
     assert main(["new", "none", "--data", str(tmp_path / "bundles")]) == 1
     assert "expected" in capsys.readouterr().err
+    (tmp_path / "data").rename(tmp_path / "images")
+    (tmp_path / "several").mkdir()
+    (tmp_path / "images").rename(tmp_path / "several" / "images")
+    (tmp_path / "several" / "findings.csv").write_text("image,effusion,nodule\n1,0,1\n2,1,1\n")
+    assert main(["new", "findings", "--data", str(tmp_path / "several")]) == 1
+    said = capsys.readouterr().err
+    assert "findings.csv" in said and "effusion, nodule" in said

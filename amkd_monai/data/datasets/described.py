@@ -442,7 +442,8 @@ def _class_images(root: Path) -> Iterator[tuple[dict[str, str], str, Path]]:
     """Section, class and file of each image in a class folder."""
     for section, place in _places(root):
         for folder in sorted(place.iterdir()) if place.is_dir() else ():
-            if folder.is_dir() and not folder.name.startswith(".") and not _section(folder.name):
+            named = folder.name in (*IMAGES, *LABELS) or folder.name.startswith(".") or _section(folder.name)
+            if folder.is_dir() and not named:
                 for file in image_files(folder, SUFFIXES):
                     yield section, folder.name, file
 
