@@ -62,12 +62,12 @@ def parser() -> argparse.ArgumentParser:
     check = add("check", _data_check, "counts, sizes, classes, duplicates, all problems, and a contact sheet", data)
     check.add_argument("name", help="task, e.g. busi, or the folder of a bundle")
     check.add_argument("--dataset_dir", help="the data set's folder (default: as in a training)")
-    check.add_argument("--cache_dir", default="data", help="keeps hashes; phantoms are made there if there are no data")
+    check.add_argument("--cache_dir", help="keeps hashes, phantoms and the sheet (default: the bundle's .cache)")
     check.add_argument("--data_options", type=json.loads, help="JSON, as in the bundle: '{\"normals\": false}'")
     check.add_argument("--fold", type=int, help="of the split, where the data set is cross-validated")
     check.add_argument("--split_seed", type=int, help="of the split")
     check.add_argument("--mask_codes", type=_codes, help="meaning of mask values, as in the bundle (default: its rule)")
-    check.add_argument("--sheet", help="PNG of thumbnails to write (default: <name>_contact_sheet.png)")
+    check.add_argument("--sheet", help="PNG of thumbnails to write (default: contact_sheet.png in the cache)")
     fetch_data = add("fetch", _data_fetch, "download a data set, or print how to get it", data)
     fetch_data.add_argument("name", help="data set, e.g. msd_heart")
     fetch_data.add_argument("--to", default="data", help="folder in which the data set's folder is made")
@@ -238,24 +238,26 @@ def _new(arguments: argparse.Namespace) -> None:
 def _data_check(arguments: argparse.Namespace) -> int:
     from amkd_monai.data.check import check_data, write_contact_sheet
     from amkd_monai.data.datalist import resolve_dataset_dir
+    from amkd_monai.data.datasets import get_task
 
-    name, config = arguments.name, {}
+    name, config, bundles = arguments.name, {}, Path("bundles")
     for folder in (Path(name), Path("bundles") / name):
         if (folder / "configs" / "train.json").is_file():
             config = json.loads((folder / "configs" / "train.json").read_text(encoding="utf-8"))
             described = folder / "configs" / "task.json"
-            name = str(described) if described.is_file() else config["task"]
+            name, bundles = str(described) if described.is_file() else config["task"], folder.parent
             break
     given = {
         key: getattr(arguments, key) for key in ("dataset_dir", "data_options", "fold", "split_seed", "mask_codes")
     }
     how = {key: config.get(key) if value is None else value for key, value in given.items()}
-    root, _ = resolve_dataset_dir(name, how["dataset_dir"], arguments.cache_dir)
+    cache = Path(arguments.cache_dir or bundles / ".cache" / get_task(name).name)
+    root, _ = resolve_dataset_dir(name, how["dataset_dir"], cache)
     options, codes = (how["data_options"], how["fold"] or 0, how["split_seed"] or 0), how["mask_codes"]
-    report = check_data(name, root, arguments.cache_dir, *options, codes)
+    report = check_data(name, root, cache, *options, codes)
     print(report)
     if usable := [item for item in report.items if item["id"] not in report.damaged]:
-        sheet = arguments.sheet or f"{report.task.name}_contact_sheet.png"
+        sheet = arguments.sheet or cache / "contact_sheet.png"
         print(f"contact sheet: {write_contact_sheet(sheet, report.task, usable, mask_codes=codes)}")
     return 1 if report.problems else 0
 

@@ -79,5 +79,7 @@ def seen_before(
     if found and how != "apart":
         name, what = min(found.items())
         part = f"{len(found)} of {len(data.test)} images in {data.root} took part in the student's training"
-        raise ValueError(f"{part}, such as {name}, which {what}: take them out, or report them apart (seen: apart).")
+        raise ValueError(
+            f"{part}, such as {name}, which {what}: take them out, or report them apart with --seen apart."
+        )
     return found
