@@ -53,7 +53,7 @@ def choose(
     described: list[Description] = []
     lines: list[str] = []
     named = {str(other["name"]): other for other in fallback}
-    offered = {**CREWS, **named}
+    offered = {**named, **CREWS, **named}  # in the order of the fallback, which also has the last word
     words = teachers.replace(" ", "").split("+") if isinstance(teachers, str) else teachers
     if not isinstance(words, (list, tuple)):
         raise ValueError(f"teachers is {teachers!r}: give a word or a list of descriptions, see docs/teachers.md.")
