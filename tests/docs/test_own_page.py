@@ -160,7 +160,7 @@ def module(name, text):
 
 def test_the_description_and_the_student_of_the_page_train_in_another_bundle(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "my_student", module("my_student", blocks(PAGE, "python")[0]))
-    description, overrides = map(json.loads, blocks(PAGE, "json"))
+    description, *_, overrides = map(json.loads, blocks(PAGE, "json"))
     rng = np.random.default_rng(0)
     for folder in ("images", "masks"):
         (tmp_path / "data" / folder).mkdir(parents=True)

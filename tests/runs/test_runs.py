@@ -358,6 +358,7 @@ def test_values_that_would_be_read_wrongly_are_refused_by_name(tmp_path):
         given = {"output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "cache_dir": str(tmp_path), name: value}
         text = refusal(commanded, "kvasir_seg", ("train",), **given)
         assert name.split("#")[-1] in text and str(value) in text
+        assert not [path for path in tmp_path.rglob("*") if "decoded" in path.name], "nothing is prepared before"
     for name, value in [("volume_size", 64), ("volume_size", [64, 64]), ("spacing", [1, "x", 1]), ("fold", "x")]:
         text = refusal(commanded, "msd_heart", ("train",), ckpt_dir=str(tmp_path), **{name: value})
         assert name in text and str(value) in text

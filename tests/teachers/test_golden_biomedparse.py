@@ -128,6 +128,7 @@ def test_the_network_answers_as_the_authors_code_does(network, pixels, image, wo
 
 
 @pytest.mark.slow
+@torch.backends.mkldnn.flags(enabled=True)  # without oneDNN a bfloat16 convolution takes minutes
 @torch.inference_mode()
 def test_bfloat16_rounds_the_pixel_decoder_alone_and_says_nearly_the_same(network, image, words):
     """With random weights mask logits near 0 decide what a query sees next, so the mask jumps where one changes sign.
