@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import locale
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for folder in (Path(__file__).parent, Path(__file__).parent / "bundles"):
     sys.path.insert(0, str(folder))
+
+CHARACTERS = locale.setlocale(locale.LC_CTYPE)
+
+
+@pytest.fixture(autouse=True)
+def characters_of_the_start():
+    """Some library sets the C locale for its whole process, in which texts are read as ASCII: each test starts anew."""
+    locale.setlocale(locale.LC_CTYPE, CHARACTERS)
+
 
 FIRST = ("export", "label", "bundles", "engines", "runs", "teachers")
 """Folders of the longest tests, which two workers share best from the start. The export comes first of all: torch's

@@ -99,7 +99,7 @@ def test_three_commands_lead_from_pictures_of_three_classes_to_a_scored_student(
     assert all(patients) and sum(map(len, patients)) == 7
     record = read_json(bundle / "models" / "student.json")
     assert record["description"]["classes"] == ["background", "rim", "polyp"]
-    assert "mybundle" in write_report([bundle / "eval"], tmp_path / "report.html").read_text()
+    assert "mybundle" in write_report([bundle / "eval"], tmp_path / "report.html").read_text(encoding="utf-8")
 
     assert main(["export", "bundles/mybundle", "--to", "exported", "--formats", "onnx", "--cases", "2"]) == 0
     predict(tmp_path / "exported", data / "images", tmp_path / "masks")
