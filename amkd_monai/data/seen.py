@@ -17,7 +17,7 @@ Seen = dict[str, list[str]]
 
 
 def fingerprints(sections: Mapping[str, Sequence[Item]], volumes: bool, cache_dir: str | Path | None = None) -> Seen:
-    """Describe the images of sections, those left out that cannot be read.
+    """Describe the images of sections by name; missing files are left out.
 
     The fingerprint of a picture is that of its file, of a volume that of its values in anatomical order, so that a copy
     that is packed or turned otherwise is the same. ``cache_dir`` keeps what has been computed, by the content of files.
@@ -49,7 +49,7 @@ def fingerprints(sections: Mapping[str, Sequence[Item]], volumes: bool, cache_di
 
 
 def _of_values(path: str) -> str:
-    """Fingerprint of the values of a volume, empty where it cannot be read."""
+    """Fingerprint of the values of a volume; empty where it cannot be read, so that its file stands for it."""
     try:
         array, grid = read_volume(path)
     except (ValueError, OSError):
