@@ -76,7 +76,8 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("bundle", help="training bundle, such as bundles/kvasir_seg")
     export.add_argument("--to", required=True, help="folder to make")
     formats = "ts,pt2,onnx,ort-int8"
-    export.add_argument("--formats", default=formats, help="some of %(default)s (the default), openvino, openvino-int8")
+    export.add_argument("--formats", default=formats, help="some of %(default)s (the default), openvino, openvino-int8, web")
+    export.add_argument("--web-runtime", help="file onnxruntime-web-VERSION.tgz, where npm has no network")
     export.add_argument("--overlay", default="", help="configs the run had on top, such as volumes of bundles/covid")
     export.add_argument("--accept-loss", action="store_true", help="keep 8 bits whatever they cost")
     export.add_argument("--cases", type=_positive, default=100, help="validation images to check on, at most")
@@ -274,14 +275,17 @@ def _export(arguments: argparse.Namespace) -> None:
     settings, to = settings_of(arguments.set), Path(arguments.to)
     if to.exists():
         raise FileExistsError(f"{to} is there already: remove it or give another folder.")
-    from amkd_monai.export.formats import chosen_formats
+    from amkd_monai.export.formats import PAGE, chosen_formats
+    from amkd_monai.export.page import runtime_archive
 
     names = chosen_formats(arguments.formats)
+    runtime = runtime_archive(arguments.web_runtime) if PAGE in names else None
     from amkd_monai.export.bundle import export_bundle
     from amkd_monai.export.source import Source
 
     source = Source(arguments.bundle, settings, arguments.overlay)
-    written = export_bundle(source, to, names, arguments.accept_loss, arguments.cases, arguments.calibration)
+    how = arguments.accept_loss, arguments.cases, arguments.calibration, runtime
+    written = export_bundle(source, to, names, *how)
     print(f"exported to {written}; card: {written / 'docs' / 'README.md'}")
 
 
