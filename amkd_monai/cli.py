@@ -76,7 +76,9 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("bundle", help="training bundle, such as bundles/kvasir_seg")
     export.add_argument("--to", required=True, help="folder to make")
     formats = "ts,pt2,onnx,ort-int8"
-    export.add_argument("--formats", default=formats, help="some of %(default)s (the default), openvino, openvino-int8, web")
+    export.add_argument(
+        "--formats", default=formats, help="some of %(default)s (the default), openvino, openvino-int8, web"
+    )
     export.add_argument("--web-runtime", help="file onnxruntime-web-VERSION.tgz, where npm has no network")
     export.add_argument("--overlay", default="", help="configs the run had on top, such as volumes of bundles/covid")
     export.add_argument("--accept-loss", action="store_true", help="keep 8 bits whatever they cost")

@@ -34,7 +34,7 @@ class Browser:
         port = folder / "profile" / "DevToolsActivePort"
         self.wait(lambda: port.is_file() and port.read_text().count("\n") == 1, 60)
         number, path = port.read_text().split("\n")
-        self.socket = client.connect(f"ws://127.0.0.1:{number}{path}", max_size=None)
+        self.socket = client.connect(f"ws://127.0.0.1:{number}{path}", max_size=None, ping_interval=None)
         self.numbers, self.session, self.asked, self.complaints = itertools.count(1), {}, list[str](), list[str]()
         target = next(t for t in self("Target.getTargets")["targetInfos"] if t["type"] == "page")["targetId"]
         self.session = {"sessionId": self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
@@ -50,7 +50,7 @@ class Browser:
         number = next(self.numbers)
         self.socket.send(json.dumps({"id": number, "method": method, "params": parameters, **self.session}))
         while True:
-            answer = json.loads(self.socket.recv(timeout=300))
+            answer = json.loads(self.socket.recv(timeout=120))
             if answer.get("method") == "Network.requestWillBeSent":
                 self.asked.append(answer["params"]["request"]["url"][:200])
             elif answer.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):

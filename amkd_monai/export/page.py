@@ -28,7 +28,10 @@ from amkd_monai.storage import atomic_path, read_json
 from amkd_monai.terminal import logger
 
 RUNTIME = "onnxruntime-web"
-RELEASE, INTEGRITY = "1.30.0", "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+RELEASE, INTEGRITY = (
+    "1.30.0",
+    "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==",
+)
 """Version of the package of npm, and SHA-512 of its archive as npm states it."""
 ESCAPE = 0xE000
 """Letter before one that a string cannot hold, whose highest bit is turned."""
@@ -139,7 +142,7 @@ def _member(stored: tarfile.TarFile, name: str) -> bytes:
 def _write_script(page: Path, name: str, content: bytes, planes: int = 1) -> None:
     """Write bytes as a script; ``planes`` of 4 stores the bytes of numbers apart, which compresses floats better."""
     numbers = np.frombuffer(content + bytes(-len(content) % planes), np.uint8).reshape(-1, planes)
-    body = gzip.compress(numbers.T.tobytes(), 9, mtime=0)
+    body = gzip.compress(numbers.T.tobytes(), 6, mtime=0)
     letters = np.frombuffer(body + bytes(len(body) % 2), "<u2")
     forbidden = ((letters >= 0xD800) & (letters <= ESCAPE)) | np.isin(letters, list(map(ord, '"\\\r\n')))
     text = np.repeat(letters, 1 + forbidden)
