@@ -1,14 +1,12 @@
 """Training and evaluation of a shared student: each step takes one micro-batch from each of several tasks."""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
 from ignite.metrics import Average
 from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
@@ -22,10 +20,6 @@ from amkd_monai.distillation.interface import DistillationOutput
 from amkd_monai.distillation.loss_gate import LossGate
 from amkd_monai.distillation.multitask import MultiTaskDistiller, mean_over_processes
 from amkd_monai.engines.trainer import DistillationTrainer, TeacherTargets, distillation_batch
-from amkd_monai.metrics.compare import format_transfer, transfer_csv, transfer_rows
-from amkd_monai.storage import atomic_write_bytes
-
-logger = logging.getLogger("amkd_monai")
 
 
 class MultiTaskTrainer(DistillationTrainer):
@@ -139,28 +133,3 @@ class MultiTaskEvaluator(Evaluator):
             raise ValueError(f"The section of '{batchdata}' gives no {name}: {needs}.")
         engine.state.metrics |= {f"{batchdata}/{k}": v for k, v in found.items() if isinstance(v, (int, float))}
         return {"task": batchdata, "value": value}
-
-
-class TransferReport:
-    """Compare the shared student's evaluation with other runs: ``transfer.csv``, and a table in the log.
-
-    Attach to the evaluator of all tasks; ``output_dir`` holds a folder per task. ``runs`` are {label: folder of another
-    run, with ``{task}`` in it}, such as the undistilled and the distilled students of single data sets, fine-tuned
-    students, or the shared student before it learned more; None leaves one out.
-    """
-
-    def __init__(self, output_dir: str | Path, tasks: Mapping[str, Task], runs: Mapping[str, str | None]) -> None:
-        self.output_dir, self.tasks = Path(output_dir), dict(tasks)
-        self.runs = {label: pattern for label, pattern in runs.items() if pattern}
-
-    def attach(self, engine: Engine) -> None:
-        """Write when the evaluation ends."""
-        engine.add_event_handler(Events.COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Write and log."""
-        if idist.get_rank() != 0:
-            return
-        rows = transfer_rows({task: self.output_dir / task for task in self.tasks}, self.tasks, self.runs)
-        atomic_write_bytes(self.output_dir / "transfer.csv", transfer_csv(rows).encode())
-        logger.info("shared student, compared with other runs\n%s", format_transfer(rows))

@@ -51,7 +51,6 @@ def chosen_teachers(
     fallback: Sequence[Mapping[str, Any]] = (),
     device: torch.device | str = "cpu",
     cache_dir: str | None = None,
-    foreign: bool = True,
 ) -> list[Mapping[str, Any]]:
     """Return the descriptions of a run's teachers, announced and checked before anything is computed.
 
@@ -59,7 +58,7 @@ def chosen_teachers(
     the ``cache_dir`` that keeps what is known of them.
     """
     of_task = get_task(task)
-    described, lines = choose(teachers, of_task, weights_dir, fallback, foreign)
+    described, lines = choose(teachers, of_task, weights_dir, fallback)
     for line in lines:
         logger.info(line)
     check(described, of_task.classes, of_task.is_classification, weights_dir, device=device, cache_dir=cache_dir)

@@ -58,7 +58,7 @@ OVERRIDDEN = "overridden"
 PLACES = ["bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "cache_dir", "weights_dir", "init_from", "resume_dir"]
 PLACES += ["other_data"]
 RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html"]
-RESULTS += ["masks", "predictions.csv", "transfer.csv", "split_*.json", "events.out.tfevents.*"]
+RESULTS += ["masks", "predictions.csv", "split_*.json", "events.out.tfevents.*"]
 RESULTS += ["on_*", "per_case_seen.csv"]
 RESULTS += [TEACHERS, PREVIEWS]
 """What a run leaves in its output folder."""
