@@ -29,7 +29,7 @@ from amkd_monai.data.frames import FinerImages
 from amkd_monai.memory import own_peak
 from amkd_monai.storage import fingerprint
 from amkd_monai.teachers.base import Teacher, TeacherFacts, build_teacher
-from amkd_monai.teachers.known import KnownTeacher
+from amkd_monai.teachers.plan import KnownTeacher
 
 MATRIX = "view"
 """Name of the stored array with the matrices (2, 3) of a store of several views."""

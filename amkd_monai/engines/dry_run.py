@@ -53,7 +53,7 @@ def _row(
     device: torch.device,
     weights_dir: str | None,
 ) -> tuple[str, ...]:
-    name, kind, file = found.name, description["kind"], Path(found.file[0]).name if found.file else "packaged"
+    name, kind, file = found.name, description["kind"], found.file[0].name if found.file else "packaged"
     if kind in CROSS_FITTED_KINDS:
         return name, "none", "answers of networks trained in folds", "", "", "", "", "yours", "your training split"
     teacher = build_teacher(description, weights_dir).to(device)

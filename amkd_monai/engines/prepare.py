@@ -38,8 +38,7 @@ from amkd_monai.metrics.classification import macro_auroc
 from amkd_monai.storage import fingerprint, read_memo, write_memo
 from amkd_monai.teachers.base import CROSS_FITTED_KINDS, TeacherFacts, validate_descriptions
 from amkd_monai.teachers.choice import choose
-from amkd_monai.teachers.known import known_teacher
-from amkd_monai.teachers.plan import check, estimate, refuse_changed, refuse_other_answers
+from amkd_monai.teachers.plan import check, estimate, known_teacher, refuse_changed, refuse_other_answers
 
 logger = logging.getLogger("amkd_monai")
 
