@@ -115,7 +115,7 @@ def write_page(folder: Path, archive: Path) -> None:
             (page / f"ort.{name}.min.js").write_bytes(_member(stored, f"ort.{name}.min.js"))
     student = {
         **{key: predict[key] for key in ("version", "kind", "dimensions", "classes", "steps", "largest_component")},
-        **{"name": predict["name"] if "name" in predict else folder.name, "batch_size": predict["batch_size"]},
+        **{"name": predict["task"], "batch_size": predict["batch_size"]},
         **{"title": metadata["name"], "about": metadata["description"], "card": card, "mark": MARK},
         "warnings": re.findall(r"^\*\*(This student was .+)\*\*$", card, re.MULTILINE),
         "calibration": " ".join(calibration[1].split()) if calibration else "",
