@@ -52,13 +52,13 @@ class MultiTaskDistiller(nn.Module):
                     module.eval()
         return self
 
-    def forward(self, task: str, batch: Batch, progress: float = 0.0) -> DistillationOutput:
+    def forward(self, task: str, batch: Batch, progress: float = 0.0, learns_labels: bool = True) -> DistillationOutput:
         """Compute all losses of one task's micro-batch; the total is divided by the scale of the task's own loss.
 
         The scale is the median over the first steps, then frozen: tasks weigh alike whatever their losses' sizes, and
         none gains weight by being easy.
         """
-        result: DistillationOutput = self.distillers[task](batch, progress)
+        result: DistillationOutput = self.distillers[task](batch, progress, learns_labels)
         scale = self.scales[task]
         if self.training and scale.steps < scale.history.shape[1]:
             scale.observe({"task": mean_over_processes(result.losses["task"].detach().mean())})

@@ -64,6 +64,10 @@ class MultiTaskTrainer(DistillationTrainer):
 
     def _start_epoch(self) -> None:
         self.data_loader.set_epoch(self.state.epoch)
+        self.learns_labels_of = {
+            task: self._learns_labels(loader.batch_sampler, self.network.distillers[task])
+            for task, loader in self.data_loader.loaders.items()
+        }
         self._seed_epoch(idist.get_rank())
 
     def teachers_of(self, task: str) -> list[str]:
@@ -81,7 +85,7 @@ class MultiTaskTrainer(DistillationTrainer):
             augment, number = self.augmentations[task], self.numbers[task]
             batch = distillation_batch(data, self.task_targets[task], augment, self.generator, device, number)
             with torch.autocast(batch.image.device.type, dtype=torch.bfloat16, enabled=self.amp):
-                result: DistillationOutput = self.network(task, batch, progress=self.progress)
+                result: DistillationOutput = self.network(task, batch, self.progress, self.learns_labels_of[task])
             self._check(result, f" of '{task}'")
             (result.total / self.data_loader.per_step).backward()
             total += result.total.detach() / len(batchdata)
