@@ -11,9 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from amkd_monai.distillation import baselines, gates, loss_gate, losses
+from amkd_monai.distillation import baselines, gates, losses
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
-from amkd_monai.distillation.gates import GateReading, GateSetup, TeacherGate
+from amkd_monai.distillation.gates import (
+    GateReading,
+    GateSetup,
+    LossGate,
+    ScaledLossGate,
+    SharedGradients,
+    TeacherGate,
+)
 from amkd_monai.distillation.interface import (
     INTERVAL,
     Batch,
@@ -23,7 +30,6 @@ from amkd_monai.distillation.interface import (
     check_options,
     mode_class,
 )
-from amkd_monai.distillation.loss_gate import LossGate, ScaledLossGate, SharedGradients
 
 logger = logging.getLogger("amkd_monai")
 
@@ -136,7 +142,7 @@ class DistillationConfig:
         gate: of the teachers: a name in :data:`gates.GATES` or :data:`baselines.GATES`, or the dotted path of a class.
         gate_options: of that gate, e.g. ``floor``, ``temperature``; ``tasks``: number of data sets that share it.
         losses: relative importance of the :data:`LOSSES`; 0 or absence switches one off.
-        loss_gate: a name in :data:`loss_gate.LOSS_GATES` or :data:`baselines.LOSS_GATES`, or a dotted path.
+        loss_gate: a name in :data:`gates.LOSS_GATES` or :data:`baselines.LOSS_GATES`, or a dotted path.
         loss_gate_options: of that gate.
         scale_steps: steps over which loss scales are measured before they freeze.
         return_code: ``none`` compares features directly; ``learned`` compares them in a code, from which they can be
@@ -187,7 +193,7 @@ class DistillationConfig:
 
     @property
     def _loss_gate_class(self) -> type[LossGate]:
-        return mode_class("loss gate", self.loss_gate, {**loss_gate.LOSS_GATES, **baselines.LOSS_GATES}, LossGate)
+        return mode_class("loss gate", self.loss_gate, {**gates.LOSS_GATES, **baselines.LOSS_GATES}, LossGate)
 
     def make_gate(self, teachers: Sequence[TeacherTarget], prior_entropy: float, channels: int) -> TeacherGate:
         """Return the teacher gate; ``prior_entropy`` in nats, ``channels`` of the student map that it may look at."""
@@ -308,10 +314,6 @@ class Distiller(nn.Module):
         self.contrast: ContrastiveDistillation | None = None
         if self.loss_priors.get("contrastive") and samples is not None:
             self.contrast = ContrastiveDistillation(width, samples, **self.config.contrastive)
-
-    def distillation_state(self) -> dict[str, Tensor]:
-        """Return all state but the student's: projections, standardisers, codes, gates, loss scales."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("student.")}
 
     @property
     def learns_answers(self) -> bool:
