@@ -62,8 +62,8 @@ class Recipe:
         min_steps: steps that an epoch has at least, for few samples.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
         ema: decay per step of an average of the student's weights, which takes their place; 0 averages nothing.
-        first_stage: part of the epochs in which the student learns teachers' answers alone, on labelled and unlabelled
-            samples; then it learns labels and answers, on labelled samples. 0: both throughout, on all samples.
+        first_stage: where unlabelled samples take part and answers are admitted, part of the epochs in which the
+            student learns answers alone; then it learns labels and answers, on labelled samples. 0: both, on all.
         augmentation: options of :class:`amkd_monai.data.augment.Augmentation`.
         slices: of a patch of a 3D student, which is then what ``batch_size`` counts; 1 for other students.
     """
@@ -308,14 +308,16 @@ class DistillationTrainer(SupervisedTrainer):
     def _start_epoch(self) -> None:
         sampler = self.data_loader.batch_sampler
         sampler.set_epoch(self.state.epoch)
-        self.learns_labels = self._learns_labels(sampler, getattr(self.network, "module", self.network))
+        distiller: Any = getattr(self.network, "module", self.network)
+        self.learns_labels = self._learns_labels(sampler, distiller)
         self._seed_epoch(sampler.rank)
 
     def _learns_labels(self, sampler: BatchSampler, distiller: Distiller) -> bool:
         """Whether labels are learnt in this epoch; leaves unlabelled samples out behind the first stage."""
         done = (self.state.epoch - 1) / self.state.max_epochs
-        sampler.labelled_only = 0 < sampler.first_stage <= done
-        return not (done < sampler.first_stage and distiller.learns_answers)
+        stages = len(sampler.unlabelled) > 0 and distiller.learns_answers
+        sampler.labelled_only = stages and 0 < sampler.first_stage <= done
+        return not (stages and done < sampler.first_stage)
 
     def _seed_epoch(self, rank: int) -> None:
         """Make all that is random in this epoch follow from the seed, the epoch and the process."""
