@@ -121,6 +121,14 @@ def parser() -> argparse.ArgumentParser:
     label.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     label.add_argument("--work", default=".label", help="folder for fine-tuned copies and logs (default: %(default)s)")
 
+    served = add("serve", _serve, "an exported student over HTTP: its page, and POST /predict")
+    served.add_argument("model", help="folder that export made")
+    served.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    served.add_argument("--port", type=int, default=8080, help="port to listen on (default: %(default)s)")
+    served.add_argument("--limit", type=_positive, default=200, help="largest upload in MB (default: %(default)s)")
+    served.add_argument("--int8", action="store_true", help="use the network of 8 bits")
+    served.add_argument("--threads", type=_positive, help="threads of ONNX Runtime (default: its own choice)")
+
     report = add("report", _report, "one HTML page that shows what runs did")
     report.add_argument("runs", nargs="+", help="output folders of runs of one task; the first is the reference")
     report.add_argument("--output", default="report.html", help="file to write (default: %(default)s)")
@@ -268,7 +276,7 @@ def _data_fetch(arguments: argparse.Namespace) -> None:
     print(f"{folder} is complete. Terms: {source.terms}" if folder and source else steps(arguments.name))
 
 
-def _export(arguments: argparse.Namespace) -> None:
+def _export(arguments: argparse.Namespace) -> int:
     settings, to = settings_of(arguments.set), Path(arguments.to)
     if to.exists():
         raise FileExistsError(f"{to} is there already: remove it or give another folder.")
@@ -282,8 +290,11 @@ def _export(arguments: argparse.Namespace) -> None:
 
     source = Source(arguments.bundle, settings, arguments.overlay)
     how = arguments.accept_loss, arguments.cases, arguments.calibration, runtime
-    written = export_bundle(source, to, names, *how)
-    print(f"exported to {written}; card: {written / 'docs' / 'README.md'}")
+    left_out = export_bundle(source, to, names, *how)
+    print(f"exported to {to}; card: {to / 'docs' / 'README.md'}")
+    for reason in left_out:
+        print(f"error: {reason}", file=sys.stderr)
+    return 1 if left_out else 0
 
 
 def _predict(arguments: argparse.Namespace) -> int:
@@ -333,6 +344,13 @@ def _label(arguments: argparse.Namespace) -> None:
     from amkd_monai.label.server import serve
 
     serve(arguments.bundles, arguments.studies, arguments.host, arguments.port, arguments.work)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from amkd_monai.export.serve import serve
+
+    how = arguments.host, arguments.port, arguments.limit, arguments.int8, arguments.threads
+    serve(arguments.model, *how)
 
 
 def _report(arguments: argparse.Namespace) -> None:

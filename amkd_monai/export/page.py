@@ -94,12 +94,11 @@ def write_page(folder: Path, archive: Path) -> None:
     )
     card = (folder / "docs" / "README.md").read_text(encoding="utf-8")
     calibration = re.search(r"^- (Calibration: (?:.+\n)+?)(?=\n|- )", card, re.MULTILINE)
-    page = folder / "web"
-    shutil.copytree(PAGE, page)
     found = {kind: form for kind, (form, _) in NETWORKS.items() if form in predict["models"]}
     if not found:
         raise ValueError("The format web needs the format onnx or ort-int8, and neither was written.")
-    networks: dict[str, Any] = {}
+    page, networks = folder / "web", dict[str, Any]()
+    shutil.copytree(PAGE, page)
     for kind, form in found.items():
         model = folder / predict["models"][form]
         _write_script(page, f"network_{kind}", model.read_bytes(), planes=4)

@@ -98,7 +98,7 @@ def test_masks_of_real_pictures_are_those_of_predict(page, tmp_path, bits):
             assert dice(saved, expected) >= 0.999, file.name
         answer, (back,) = predictor.probabilities(read_picture(file).transpose(2, 0, 1).astype(np.float32))
         clear = np.abs(back(answer)[1] - 0.5) > (0.1 if bits == 8 else 0.01)
-        assert clear.mean() > 0.5 and (saved == expected)[clear].all(), file.name
+        assert clear.mean() > 0.2 and (saved == expected)[clear].all(), file.name
     assert browser.evaluate("by('figures').textContent").startswith("polyp")
 
 
