@@ -121,8 +121,7 @@ class SharedStudent(nn.Module):
         return view
 
 
-PARTS = {"all": ("",), "known": ("",), "body": ("encoder.", "neck."), "encoder": ("encoder.",)}
-"""{part: prefixes of its keys}."""
+PARTS = ("all", "known", "encoder")
 
 
 def initialised(student: nn.Module, path: str | Path | None, task: str | None = None, parts: str = "all") -> nn.Module:
@@ -133,8 +132,7 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
         path: flat state dict of a shared student; None leaves the student as it is.
         task: whose head (and batch norms) the student of one task takes.
         parts: ``all``: encoder, neck and heads, which must be the same on both sides; ``known``: encoder, neck and the
-            heads that both have, so that a new task joins (shared students only); ``body``: encoder and neck;
-            ``encoder``: that alone.
+            heads that both have, so that a new task joins (shared students only); ``encoder``: that alone.
     """
     if path is None:
         if parts != "all":
@@ -164,8 +162,8 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
         fresh = {k: v for k, v in student.state_dict().items() if _task_in(k) in missing or k.startswith(new_level)}
         state = {**fresh, **state}
     if not whole:
-        taken = {k: v for k, v in state.items() if _task_in(k) is None and k.startswith(PARTS[parts])}
-        state = {**{k: v for k, v in student.state_dict().items() if not k.startswith(PARTS[parts])}, **taken}
+        taken = {k: v for k, v in state.items() if k.startswith("encoder.")}
+        state = {**{k: v for k, v in student.state_dict().items() if not k.startswith("encoder.")}, **taken}
     load_strict(student, state, path)
     logger.info("the student starts from %s (%s)", path, parts)
     return student
