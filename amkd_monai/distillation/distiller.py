@@ -34,6 +34,7 @@ from amkd_monai.distillation.interface import (
 logger = logging.getLogger("amkd_monai")
 
 DEFAULT_LOSSES = {"output": 1.0, "feature": 0.2}
+ANSWER_LOSSES = ("output", "relation", "standardised")
 RETURN_CODES = ("none", "learned")
 STUDENT_STRIDES = (8, 16)
 """Student levels that are aligned with a teacher (two, summed)."""
@@ -216,7 +217,7 @@ class DistillationConfig:
             raise ValueError("The loss 'contrastive' needs a table of the training samples: give `samples`.")
         offered = dict.fromkeys(("feature", "reconstruction"), any(t.grid is not None for t in teachers))
         admitted = [t.logits for t in teachers if t.admitted and t.logits is not None]
-        offered |= dict.fromkeys(("output", "relation", "standardised"), bool(admitted))
+        offered |= dict.fromkeys(ANSWER_LOSSES, bool(admitted))
         if self.losses.get("standardised") and any(shape[0] < 3 for shape in admitted):
             raise ValueError("The loss 'standardised' compares three classes or more, two are +-1: leave it out.")
         offered["contrastive"] = samples is not None and bool(samples.vectors)
@@ -314,8 +315,13 @@ class Distiller(nn.Module):
         if self.loss_priors.get("contrastive") and samples is not None:
             self.contrast = ContrastiveDistillation(width, samples, **self.config.contrastive)
 
-    def forward(self, batch: Batch, progress: float = 0.0) -> DistillationOutput:
-        """Compute all losses of a batch at ``progress`` in [0, 1] of the run."""
+    @property
+    def learns_answers(self) -> bool:
+        """Whether a loss compares the student's answers with a teacher's."""
+        return any(self.loss_priors.get(name) for name in ANSWER_LOSSES)
+
+    def forward(self, batch: Batch, progress: float = 0.0, learns_labels: bool = True) -> DistillationOutput:
+        """Compute all losses of a batch at ``progress`` in [0, 1] of the run, the task's with weight 0 on request."""
         if batch.rows is not None and not len(batch.rows):
             raise ValueError("The batch holds no labelled sample: the task loss needs at least one.")
         levels = self.student.encode(batch.image)
@@ -340,6 +346,7 @@ class Distiller(nn.Module):
                     figures |= {f"gradient_{name}": gradient.norm() for name, gradient in gradients.items()}
             strength = distillation_strength(progress, **self.config.loss_strength)
             factors = dict(self.loss_gate.weights(strength, view))
+            factors |= {} if learns_labels else {"task": 0.0}
             factors |= {name: 1.0 for name in named if name not in factors}  # losses that train parts of the distiller
             single = {name: f.float() if isinstance(f, Tensor) else f for name, f in factors.items()}
             total = torch.stack([single[name] * loss.mean() for name, loss in named.items()]).sum()

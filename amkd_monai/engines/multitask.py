@@ -53,13 +53,13 @@ class MultiTaskDistiller(nn.Module):
             if gate.network is not None:
                 gate.network = one(gate.network, type(gate), *(t.name for t in gate.teachers))
 
-    def forward(self, task: str, batch: Batch, progress: float = 0.0) -> DistillationOutput:
+    def forward(self, task: str, batch: Batch, progress: float = 0.0, learns_labels: bool = True) -> DistillationOutput:
         """Compute all losses of one task's micro-batch; the total is divided by the scale of the task's own loss.
 
         The scale is the median over the first steps, then frozen: tasks weigh alike whatever their losses' sizes, and
         none gains weight by being easy.
         """
-        result: DistillationOutput = self.distillers[task](batch, progress)
+        result: DistillationOutput = self.distillers[task](batch, progress, learns_labels)
         scale = self.scales[task]
         if self.training and scale.steps < scale.history.shape[1]:
             scale.observe({"task": mean_over_processes(result.losses["task"].detach().mean())})
@@ -109,6 +109,10 @@ class MultiTaskTrainer(DistillationTrainer):
 
     def _start_epoch(self) -> None:
         self.data_loader.set_epoch(self.state.epoch)
+        self.learns_labels_of = {
+            task: self._learns_labels(loader.batch_sampler, self.network.distillers[task])
+            for task, loader in self.data_loader.loaders.items()
+        }
         self._seed_epoch(idist.get_rank())
 
     def teachers_of(self, task: str) -> list[str]:
@@ -125,7 +129,7 @@ class MultiTaskTrainer(DistillationTrainer):
             augment, number = self.augmentations[task], self.numbers[task]
             batch = distillation_batch(data, self.task_targets[task], augment, self.generator, device, number)
             with torch.autocast(batch.image.device.type, dtype=torch.bfloat16, enabled=self.amp):
-                result: DistillationOutput = self.network(task, batch, progress=self.progress)
+                result: DistillationOutput = self.network(task, batch, self.progress, self.learns_labels_of[task])
             self._check(result, f" of '{task}'")
             (result.total / self.data_loader.per_step).backward()
             total += result.total.detach() / len(batchdata)
