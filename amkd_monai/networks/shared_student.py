@@ -132,7 +132,8 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
         path: flat state dict of a shared student; None leaves the student as it is.
         task: whose head (and batch norms) the student of one task takes.
         parts: ``all``: encoder, neck and heads, which must be the same on both sides; ``known``: encoder, neck and the
-            heads that both have, so that a new task joins (shared students only); ``encoder``: that alone.
+            heads that both have, so that a new task joins (shared students only); ``encoder``: that alone,
+            with the batch norms of the ``task`` if it is there.
     """
     if path is None:
         if parts != "all":
@@ -158,12 +159,13 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
     elif parts == "known":
         if missing:
             logger.warning("heads that start afresh, beyond %s: %s", path, ", ".join(missing))
-        new_level = ("neck.",)  # a new head may read a level that no head has read yet
-        fresh = {k: v for k, v in student.state_dict().items() if _task_in(k) in missing or k.startswith(new_level)}
+        own = student.state_dict()  # a new head may read a level of the neck that no head has read yet
+        fresh = {k: v for k, v in own.items() if _task_in(k) in missing or k.startswith("neck.") or ".neck-" in k}
         state = {**fresh, **state}
     if not whole:
-        taken = {k: v for k, v in state.items() if k.startswith("encoder.")}
-        state = {**{k: v for k, v in student.state_dict().items() if not k.startswith("encoder.")}, **taken}
+        norms = tuple(f"{name}." for name, m in student.named_modules() if isinstance(m, nn.BatchNorm2d))
+        own = {k: v for k, v in student.state_dict().items() if not k.startswith("encoder.") or k.startswith(norms)}
+        state = {**own, **{k: v for k, v in state.items() if k.startswith("encoder.")}}
     load_strict(student, state, path)
     logger.info("the student starts from %s (%s)", path, parts)
     return student
