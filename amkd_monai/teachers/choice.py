@@ -39,8 +39,9 @@ def choose(
 
     Args:
         teachers: ``auto`` (the foundation teachers whose files are found, else ``fallback`` or, for images without
-            labels, a small crew, which alone has learnt the task), ``foundation`` (all four), ``none``, or names joined by ``+``, of foundation teachers, of :data:`CREWS` or of ``fallback``; or
-            a list of such words and of descriptions.
+            labels, a small crew, which has learnt the task), ``foundation`` (all four), ``none``, or names joined by
+            ``+``, of foundation teachers, of :data:`CREWS` or of ``fallback``; or a list of such words and of
+            descriptions.
         task: what is to be taught.
         weights_dir: folder searched first for weight files.
         fallback: descriptions of the teachers where no foundation teacher is found.
