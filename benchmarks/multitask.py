@@ -81,7 +81,6 @@ def shared(bundles: list[str], seed: int, tasks: dict[str, Any], output: Path, c
             "seed": seed,
             "max_epochs": min(SHARED_EPOCHS, max(1, batches // per_step)),
             "tasks_per_step": per_step,
-            "patience": 1000,
             "resume": (folder / "distillation.pt").is_file(),
             **FEATURES_ONLY,
         }
@@ -118,7 +117,7 @@ def main() -> None:
     tasks: dict[str, Any] = {}
     for bundle in bundles:
         place, settings = DATA[bundle]
-        tasks[bundle] = {"dataset_dir": str(data / place), "patience": 1000, **settings}
+        tasks[bundle] = {"dataset_dir": str(data / place), **settings}
         if arguments.smoke:
             tasks[bundle] |= {"max_epochs": 1, "image_size": 64}
     cache = output / "cache"
