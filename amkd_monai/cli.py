@@ -1,6 +1,7 @@
 """Command line: ``python -m amkd_monai <command>``. A command imports what it runs when it runs."""
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -347,6 +348,9 @@ def _label(arguments: argparse.Namespace) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
+    for package in ("fastapi", "uvicorn", "python_multipart"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"serve needs {package}: run `pip install 'amkd_monai[serve]'`.")
     from amkd_monai.export.serve import serve
 
     how = arguments.host, arguments.port, arguments.limit, arguments.int8, arguments.threads

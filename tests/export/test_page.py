@@ -45,10 +45,10 @@ def page(exported, archive, tmp_path_factory):
             shutil.copytree(exported(task)[0] / "dist" / task, dist)
             write_page(dist, archive)
             browser = Browser(folder / "browser")
+            opened[task] = browser, dist
             browser.open((dist / "web" / "index.html").as_uri())
             assert "8 bits, WebAssembly" in browser.evaluate("by('runtime').textContent")
             browser.evaluate(BITS_32)
-            opened[task] = browser, dist
         return opened[task]
 
     yield get
@@ -253,6 +253,7 @@ def test_files_that_cannot_be_used_get_a_sentence_and_the_page_lives_on(page, tm
     said = dict(browser.evaluate("entries.map((e) => [e.file.name, e.said])"))
     for name, (_, word) in wrong.items():
         assert word in said[name] and said[name].count(". ") == 0, (name, said[name])
+    assert "larger than 1 GiB" in browser.evaluate("readInput({ size: 2 ** 31 }).catch((error) => error.message)")
     assert browser.evaluate("entries.at(-1).state") == "done"
     assert "1 of 10 answered" in browser.evaluate("by('status').textContent")
 

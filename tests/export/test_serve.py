@@ -27,7 +27,7 @@ CLIENTS, REQUESTS = 8, int(os.environ.get("AMKD_REQUESTS", "64"))
 def served(exported):
     """Serve a task's student by Uvicorn on a free port; return the port and the folder of the export."""
     uvicorn = needs("uvicorn")
-    needs("multipart")
+    needs("python_multipart")
     from amkd_monai.export.serve import LOOPBACK, application
 
     running = {}
