@@ -21,8 +21,10 @@ CODES = {
 A class without a code is put into the category of abnormal structures: a segmentation must name one.
 """
 NEEDED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID")
-EMPTY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID")
-EMPTY += ("AccessionNumber", "ReferringPhysicianName")
+EMPTY = (
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID"),
+    *("AccessionNumber", "ReferringPhysicianName"),
+)
 """Attributes that a segmentation must have and that may be empty."""
 
 

@@ -102,8 +102,8 @@ def test_tritons_configs_describe_the_networks(bundle, exported):
         session = onnxruntime.InferenceSession(model / "1" / "model.onnx")
         for described, found in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
             (tensor,), (own,) = described, found
-            shape = [-1 if isinstance(n, str) else n for n in own.shape]
-            assert (tensor.name, [-1, *tensor.dims]) == (own.name, shape)
+            assert tensor.name == own.name and len(own.shape) == 1 + len(tensor.dims)
+            assert all(isinstance(n, str) or n == dim for n, dim in zip(own.shape[1:], tensor.dims, strict=True))
             assert tensor.data_type == 11 and own.type == "tensor(float)"
         batch = np.zeros((config.max_batch_size, 3, 32, 64), np.float32)
         (answer,) = session.run([config.output[0].name], {config.input[0].name: batch})
