@@ -23,9 +23,12 @@ from amkd_monai import __version__
 from amkd_monai.data.datasets import Task
 from amkd_monai.errors import root_cause
 from amkd_monai.export import formats
+from amkd_monai.export.hub import write_hub
+from amkd_monai.export.page import write_page
 from amkd_monai.export.predict import SEEN, VERSION
 from amkd_monai.export.runners import Runner, peak_memory, runner, torch_runner
 from amkd_monai.export.source import Case, Source, spread
+from amkd_monai.export.triton import write_triton
 from amkd_monai.files.masks import IGNORED
 from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES
 from amkd_monai.files.steps import softmax
@@ -58,7 +61,13 @@ class Row:
 
 
 def export_bundle(
-    source: Source, to: str | Path, names: Sequence[str], accept_loss: bool, cases: int, calibration: int
+    source: Source,
+    to: str | Path,
+    names: Sequence[str],
+    accept_loss: bool,
+    cases: int,
+    calibration: int,
+    web_runtime: Path | None = None,
 ) -> list[str]:
     """Export a student to a new folder and print how each format compares with it.
 
@@ -71,6 +80,7 @@ def export_bundle(
         accept_loss: keep 8 bits whatever they cost.
         cases: validation images that each format answers, at most.
         calibration: training images that calibrate 8 bits, at most.
+        web_runtime: archive of ONNX Runtime Web; with it the page is written.
 
     Returns:
         Why formats were left out, a sentence for each.
@@ -81,7 +91,12 @@ def export_bundle(
     """
     to = Path(to)
     with atomic_folder(to) as folder:
-        facts = _write_models(source, folder / "models", names, accept_loss, cases, calibration)
+        networks = [name for name in names if name in formats.FORMATS]
+        facts = _write_models(source, folder / "models", networks, accept_loss, cases, calibration)
+        repositories = [name for name in names if name in formats.REPOSITORIES]
+        if not (folder / "models" / formats.FORMATS["onnx"]).is_file():
+            facts["left_out"] += [f"{name} is left out: it needs the format onnx." for name in repositories]
+            repositories = []
         for name, content in configs(source, facts).items():
             atomic_write_json(folder / "configs" / f"{name}.json", content)
         atomic_write_json(folder / "docs" / "export.json", facts)
@@ -95,6 +110,15 @@ def export_bundle(
         (folder / "CHANGELOG.md").write_text(changelog, encoding="utf-8")
         for place in ("LICENSE", "docs/data_license.txt", "configs/logging.conf"):
             shutil.copyfile(source.bundle / place, folder / place)
+        if "hub" in repositories:
+            write_hub(folder, source)
+        if "triton" in repositories:
+            write_triton(folder, to.name)
+        if web_runtime:
+            try:
+                write_page(folder, web_runtime)
+            except ValueError as error:
+                facts["left_out"].append(f"{formats.PAGE} is left out: {error}")
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         lines = [f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
         (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
