@@ -16,8 +16,8 @@ from amkd_monai.storage import atomic_path
 FULL_SCALES = (255, 4095, 65535)  # white of grey pictures: the smallest that holds the brightest level
 FEWEST_LEVELS = 16  # of 256; a picture with no more is black, white or scaled wrongly
 OPAQUE = 127
-CLASS_COLOURS = ((255, 64, 0), (86, 180, 233), (240, 228, 66), (0, 158, 115), (204, 121, 167), (0, 114, 178))
-"""Of labels 1, 2, ... in overlays, then from the first on again; mostly of the Okabe-Ito palette."""
+CLASS_COLOURS = ((86, 180, 233), (240, 228, 66), (0, 158, 115), (204, 121, 167), (255, 64, 0), (0, 114, 178))
+"""Of labels 1, 2, ... in overlays, then from the first on again; of the Okabe-Ito palette but one."""
 ORIENTATION, PHOTOMETRIC = 0x0112, 0x0106  # tags
 UNDONE = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # the EXIF orientation that undoes another one
 LATE_TAGS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # of a PNG, possibly behind its pixels
@@ -158,7 +158,7 @@ def contrasting(image: np.ndarray, count: int = 1) -> np.ndarray:
     far = np.percentile(np.linalg.norm(places[:, None] - sample, axis=-1), 5, axis=1)
     chosen = [int(far.argmax())]
     while len(chosen) < count:
-        far = np.minimum(far, np.linalg.norm(places - places[chosen[-1]], axis=-1))
+        far = np.minimum(far, np.linalg.norm(places - places[chosen[-1]], axis=-1) / 2)
         chosen.append(int(far.argmax()))
     return palette[chosen]
 
@@ -166,11 +166,11 @@ def contrasting(image: np.ndarray, count: int = 1) -> np.ndarray:
 def outlined(image: np.ndarray, masks: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Draw borders on a copy of an image (H, W, 3): each mask (H, W), boolean, in its colour with a black rim around.
 
-    The lines are as wide as a 300th of the longer side.
+    The lines are as wide as a 160th of the longer side.
     """
-    picture, width = image.copy(), max(1, round(max(image.shape[:2]) / 300))
+    picture, width = image.copy(), max(1, round(max(image.shape[:2]) / 160))
     for mask, _ in masks:
-        picture[_grown(mask, width) & ~mask] = 0
+        picture[_grown(mask, (width + 1) // 2) & ~mask] = 0
     for mask, colour in masks:
         picture[mask & _grown(~mask, width)] = colour
     return picture
