@@ -206,11 +206,7 @@ def _describe(run: RunFolder, runs: Sequence[RunFolder], comparison: Sequence[di
         "scores": scores,
         "curves": _training_figures(run),
         "class_figures": _class_figures(run),
-        "teachers": [
-            (t["name"], t["kind"], *("yes" if t[f"{of}_admitted"] else "no" for of in ("outputs", "features")))
-            + (t["admission_reason"], t.get("licence") or "unknown", t["fingerprint"][:12])
-            for t in _teachers(run)
-        ],
+        "teachers": _teachers(run),
         "samples": _samples(run),
         **_shown(run, [rows for rows in groups if math.isfinite(badness(run.task, rows))], len(runs)),
         "facts": _facts(run),
@@ -375,7 +371,7 @@ def _class_figures(run: RunFolder) -> list[tuple[str, str]]:
 
 def _shown(run: RunFolder, ranked: Sequence[list[dict[str, Any]]], runs: int) -> dict[str, Any]:
     """The best, median and worst of cases ranked from the worst on, each once, and the ``key`` of their colours."""
-    count, third = len(ranked), -(-len(ranked) // 3)
+    count, third = len(ranked), max(min(1, len(ranked)), len(ranked) // 3)
     best, median, worst = (min(third, max(1, limit // runs)) for limit in SHOWN.values())
     places = {"worst": range(worst), "best": range(count - 1, max(-1, count - 1 - best), -1)}
     places["median"] = range((count - median) // 2, (count + median) // 2)
