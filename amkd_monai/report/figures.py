@@ -148,7 +148,8 @@ def drawn(
     return outlined(enlarged(image, side), parts)
 
 
-def mapped(heat: np.ndarray, shape: tuple[int, int], colours: str) -> np.ndarray:
-    """A map (h, w) uint8 as colours (H, W, 3), its cells as squares."""
-    large = Image.fromarray(heat).resize(shape[::-1], Image.Resampling.NEAREST)
-    return (colormaps[colours](np.asarray(large))[..., :3] * 255).round().astype(np.uint8)
+def mapped(heat: np.ndarray, image: np.ndarray, colours: str, share: float = 1.0) -> np.ndarray:
+    """A map (h, w) uint8 as colours, its cells as squares, mixed by its ``share`` with an image (H, W, 3) in grey."""
+    large = np.asarray(Image.fromarray(heat).resize(image.shape[1::-1], Image.Resampling.NEAREST)) / 255
+    mixed = share * 255 * colormaps[colours](large)[..., :3] + (1 - share) * image.mean(-1, keepdims=True)
+    return mixed.round().astype(np.uint8)

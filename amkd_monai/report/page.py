@@ -3,10 +3,7 @@
 import itertools
 import math
 import re
-import zipfile
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,91 +12,27 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 import amkd_monai
-from amkd_monai.data.datasets import Task, recorded_task
 from amkd_monai.files.names import some
 from amkd_monai.files.pictures import class_colours, contrasting
 from amkd_monai.metrics.classification import labels_and_probabilities, positive_classes
 from amkd_monai.metrics.compare import compare_runs
 from amkd_monai.metrics.failures import FAILED, badness, failures, outcomes
-from amkd_monai.metrics.summary import PREVIEWS, TEACHERS, class_summaries, part_of, preview_file, read_case_csv
+from amkd_monai.metrics.run_folder import RunFolder, read_arrays, read_run
+from amkd_monai.metrics.summary import TEACHERS, Row, class_summaries, part_of, preview_file
 from amkd_monai.report import figures
 from amkd_monai.report.previews import PLANES, SIDE, SLICES
-from amkd_monai.storage import atomic_write_bytes, read_json
+from amkd_monai.storage import atomic_write_bytes
 
 SHOWN = {"best": 3, "median": 3, "worst": 6}
 """Cases that are shown of one run; of several, each has its share."""
-FEW = 20
-"""Cases below which an interval is said to be rough."""
 LISTED = 50
 """Failures that are listed."""
+LARGEST = 15_000_000
+"""Bytes of a page; above, volumes show fewer slices."""
 MARKS = (("A", "P", "S", "I"), ("R", "L", "S", "I"), ("R", "L", "A", "P"))
 """Sides of the patient on the left, right, top and bottom of each of ``PLANES``."""
 NAMES = {"dice": "Dice", "iou": "IoU", "nsd": "NSD", "hd95": "HD95", "qwk": "Quadratic weighted kappa", "ece": "ECE"}
 NAMES |= {"mean_auc": "Mean AUC", "macro_auroc": "Macro AUROC"}
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """A run's files, empty where missing, ``history`` by column with NaN for no value, and what is missing in words."""
-
-    name: str
-    folder: Path
-    task: Task
-    record: dict[str, Any]
-    metrics: dict[str, Any]
-    history: dict[str, np.ndarray]
-    cases: list[dict[str, Any]]
-    missing: list[str]
-
-
-def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
-    """Read a run's output folder; one without a run record and evaluation, and a damaged file, are refused."""
-    folder = Path(folder)
-    metrics = read_json(folder / "metrics.json")
-    record, place = read_json(folder / "run.json"), folder
-    if not record and metrics.get("run"):  # figures on other data or of one of several tasks lie below their run's
-        above = read_json(folder.parent / "run.json")
-        record, place = (above, folder.parent) if above.get("run") == metrics["run"] else ({}, folder)
-    shared, prefix = record.get("tasks", {}), ""
-    if shared and place != folder:
-        record, prefix = {**shared.get(folder.name, {}), **record}, f"{folder.name}/"
-    elif shared:
-        raise ValueError(
-            f"{folder} is of a student for {len(shared)} tasks: give {folder / min(shared)} or another one."
-        )
-    known = metrics if "task" in metrics else record.get("data", {})
-    if "task" not in known:
-        raise FileNotFoundError(f"{folder} holds neither run.json nor metrics.json: give the output folder of a run.")
-    files = folder / "per_case.csv", place / "history.csv"
-    cases, rows = (read_case_csv(file) if file.is_file() else [] for file in files)
-    missing = []
-    if not metrics or not cases:
-        missing.append("This run was not evaluated: there are no scores and no cases. Run its evaluation.")
-    if 0 < (count := metrics.get("summary", {}).get("cases", 0)) < FEW:
-        missing.append(f"Of {count} case(s) intervals are rough.")
-    if not record:
-        missing.append("There is no run record (run.json): what was trained on what is not known here.")
-    elif record.get("status") != "completed":
-        missing.append(f"The training was broken off after epoch {record.get('epochs_done', 0)}: resume it.")
-    if record and len(rows) < 2:
-        missing.append("The training has one epoch: curves are points." if rows else "There is no history.csv.")
-    if cases and not (folder / PREVIEWS).is_dir():
-        missing.append("No pictures of the cases were kept: evaluate the run again to see them.")
-    history = {column: np.array([row[column] for row in rows], float) for column in (rows[0] if rows else ())}
-    history |= {k.removeprefix(prefix): history.pop(k) for k in list(history) if prefix and k.startswith(prefix)}
-    history = {column: values for column, values in history.items() if "/" not in column}
-    return RunFolder(name or folder.name, folder, recorded_task(known), record, metrics, history, cases, missing)
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """Read an ``.npz`` file of a run; None where it was not kept."""
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged ({error}): make the run again.") from error
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
@@ -117,19 +50,15 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
         resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     )
     task, names = runs[0].task, [run.name for run in runs]
-    text = page.render(
-        title=" ".join(dict.fromkeys([task.name, *([f"({', '.join(names)})"] if names != [task.name] else [])])),
-        version=amkd_monai.__version__,
-        kind=f"{task.modality}, {task.kind} of {', '.join(task.classes[0 if task.is_classification else 1 :])}",
-        runs=[_describe(run, runs, rows) for run in runs],
-        comparison=[_compared(row) for row in rows],
-        why=why,
-        spread=_by_size(runs),
-        trust=_trust(runs),
-        failed=FAILED,
-        listed=LISTED,
-    )
-    atomic_write_bytes(Path(output), text.encode())
+    about = f"{task.modality}, {task.kind} of {', '.join(task.classes[0 if task.is_classification else 1 :])}"
+    shown: dict[str, Any] = {"title": task.name if names == [task.name] else f"{task.name} ({', '.join(names)})"}
+    shown |= {"version": amkd_monai.__version__, "about": about, "why": why, "failed": FAILED, "listed": LISTED}
+    shown |= {"comparison": [*map(_compared, rows)], "spread": _by_size(runs), "trust": _trust(runs)}
+    for slices in (SLICES, 8, 3):
+        text = page.render(shown, runs=[_describe(run, runs, rows, slices) for run in runs]).encode()
+        if len(text) < LARGEST:
+            break
+    atomic_write_bytes(Path(output), text)
     return Path(output)
 
 
@@ -142,7 +71,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return next(names for names in ends if len(set(names)) == len(names))
 
 
-def _comparison(runs: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], str]:
+def _comparison(runs: Sequence[RunFolder]) -> tuple[list[Row], str]:
     """Rows that compare the first run with the others, and why there are none."""
     first, *others = runs
     if others and not all(run.cases for run in runs):
@@ -154,10 +83,12 @@ def _comparison(runs: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], str]:
         return [], f"The runs cannot be compared: {error}"
 
 
-def _compared(row: dict[str, Any]) -> list[str]:
-    metric = NAMES.get(row["metric"], row["metric"]) + (f", {row['class']}" if row["class"] != row["metric"] else "")
-    values = (f"{row['difference']:+.3f}", f"{row['ci_low']:+.3f} to {row['ci_high']:+.3f}")
-    return [row["name"], metric, str(row["n"]), *values, f"{row['p']:.2g}", f"{row['p_holm']:.2g}"]
+def _compared(row: Row) -> list[str]:
+    metric = str(NAMES.get(row["metric"], row["metric"])) + (
+        f", {row['class']}" if row["class"] != row["metric"] else ""
+    )
+    values = "{difference:+.3f}|{ci_low:+.3f} to {ci_high:+.3f}|{p:.2g}|{p_holm:.2g}".format(**row).split("|")
+    return [row["name"], metric, str(row["n"]), *values]
 
 
 def _trust(runs: Sequence[RunFolder]) -> str | None:
@@ -184,7 +115,7 @@ def _by_size(runs: Sequence[RunFolder]) -> str | None:
     return figures.by_size(found, "Dice", f"size of the reference, {runs[0].task.size_unit}") if found else None
 
 
-def _describe(run: RunFolder, runs: Sequence[RunFolder], comparison: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _describe(run: RunFolder, runs: Sequence[RunFolder], comparison: Sequence[Row], slices: int) -> dict[str, Any]:
     columns = [c for c in (run.cases or [{}])[0] if c != "label"]
     by_id: dict[Any, list[dict[str, Any]]] = {}
     for case in run.cases:
@@ -208,7 +139,7 @@ def _describe(run: RunFolder, runs: Sequence[RunFolder], comparison: Sequence[di
         "class_figures": _class_figures(run),
         "teachers": _teachers(run),
         "samples": _samples(run),
-        **_shown(run, [rows for rows in groups if math.isfinite(badness(run.task, rows))], len(runs)),
+        **_shown(run, [rows for rows in groups if math.isfinite(badness(run.task, rows))], len(runs), slices),
         "facts": _facts(run),
         "outcomes": "" if run.task.is_classification else outcomes(run.cases),
         "failures": failures(run.task, run.cases),
@@ -255,7 +186,7 @@ def _sentences(run: RunFolder) -> list[str]:
     return found
 
 
-def _gain(run: RunFolder, first: RunFolder, comparison: Sequence[dict[str, Any]]) -> str:
+def _gain(run: RunFolder, first: RunFolder, comparison: Sequence[Row]) -> str:
     """The gain over the undistilled student in words, or that it was not measured."""
     if run.record and not _teachers(run):
         return ""
@@ -284,9 +215,8 @@ def _warnings(run: RunFolder) -> list[str]:
     if overridden := metrics.get("overridden"):
         warnings.append(f"Scored otherwise than by the bundle: {', '.join(overridden)}.")
     if apart := metrics.get("seen"):
-        warnings.append(
-            f"{len(apart['cases'])} image(s) took part in the student's training: they are in no figure here."
-        )
+        count = len(apart["cases"])
+        warnings.append(f"{count} image(s) took part in the student's training: they are in no figure here.")
     if metrics.get("seen_is_known") is False:
         warnings.append("Whether these images took part in the student's training could not be checked.")
     if skipped := [sample["id"] for sample in metrics.get("skipped_samples", ())]:
@@ -361,15 +291,12 @@ def _class_figures(run: RunFolder) -> list[tuple[str, str]]:
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     return [
         ("ROC", figures.roc(lines)),
-        (
-            "Confusion, true classes by row",
-            figures.heat_map(shares, names, names, "predicted", "share of the row", counts),
-        ),
+        ("Confusion, true classes by row", figures.heat_map(shares, names, names, "predicted", "share of row", counts)),
         ("Reliability of the probabilities", figures.reliability(summary["reliability"])),
     ]
 
 
-def _shown(run: RunFolder, ranked: Sequence[list[dict[str, Any]]], runs: int) -> dict[str, Any]:
+def _shown(run: RunFolder, ranked: Sequence[list[Row]], runs: int, slices: int) -> dict[str, Any]:
     """The best, median and worst of cases ranked from the worst on, each once, and the ``key`` of their colours."""
     count, third = len(ranked), max(min(1, len(ranked)), len(ranked) // 3)
     best, median, worst = (min(third, max(1, limit // runs)) for limit in SHOWN.values())
@@ -392,11 +319,11 @@ def _shown(run: RunFolder, ranked: Sequence[list[dict[str, Any]]], runs: int) ->
         key = [*zip(classes[1:], class_colours(range(1, len(classes))), strict=True)]
         key = key if several else [*zip(("reference", "student"), colours, strict=True)]
     for card in cards:
-        card["views"] = _views(card.pop("preview"), colours, several, max(3, SLICES // runs))
+        card["views"] = _views(card.pop("preview"), colours, several, slices)
     return {"shown": cards, "key": [(name, "#" + bytes(colour.tolist()).hex()) for name, colour in key]}
 
 
-def _result(run: RunFolder, rows: Sequence[dict[str, Any]]) -> str:
+def _result(run: RunFolder, rows: Sequence[Row]) -> str:
     """What came out of a case, in words."""
     if run.task.is_classification:
         p, classes = labels_and_probabilities(run.task, rows)[1][0], run.task.classes
@@ -404,10 +331,8 @@ def _result(run: RunFolder, rows: Sequence[dict[str, Any]]) -> str:
         return f"true {classes[true]} ({p[true]:.2f}), predicted {classes[found]} ({p[found]:.2f})"
     told = []
     for row in (row for row in rows if part_of(row) == "classes"):
-        values = (
-            f"{_metric(run, m, row['class'])} {_number(row[m], 1 if m == 'hd95' else 3)}"
-            for m in ("dice", "nsd", "hd95")
-        )
+        digits = {"dice": 3, "nsd": 3, "hd95": 1}
+        values = (f"{_metric(run, m, row['class'])} {_number(row[m], count)}" for m, count in digits.items())
         text = ", ".join(values) if row["status"] == "ok" else str(row["status"]).replace("_", " ")
         told.append(f"{row['class']}: {text}" if len(rows) > 1 else text)
     return "; ".join(told)
@@ -446,10 +371,7 @@ def _views(
     large = figures.enlarged(image[0])
     add([large], ["image" + (f", {shape[1]} x {shape[0]} pixels" if shape else "")])
     if "cam" in preview:
-        heat = 0.45 * large.mean(-1, keepdims=True) + 0.55 * figures.mapped(
-            preview["cam"][0], large.shape[:2], "inferno"
-        )
-        add([heat.round().astype(np.uint8)], ["Grad-CAM of the predicted class"])
+        add([figures.mapped(preview["cam"][0], large, "inferno", 0.55)], ["Grad-CAM of the predicted class"])
     elif "prediction" in preview:
         outlines(image, "", [0], ["outlines"])
     return views
@@ -469,7 +391,7 @@ def _samples(run: RunFolder) -> list[list[tuple[str, str]]]:
         row = [("image, label", figures.drawn(image, label, len(run.task.classes) > 2, SIDE))]
         for name, title in maps.items():
             colours, heat = "cividis" if name.startswith("weight_") else "gray", arrays[name][i]
-            shown = figures.drawn(figures.mapped(heat, image.shape[:2], colours), label, side=SIDE)
+            shown = figures.drawn(figures.mapped(heat, image, colours), label, side=SIDE)
             row.append((f"{title}, mean {heat.mean() / 255:.2f}", shown))
         samples.append([(caption, figures.data_uri(picture)) for caption, picture in row])
     return samples
