@@ -108,11 +108,12 @@ def roc(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
 @rc_context(STYLE)
 def reliability(rows: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy (bars) by confidence; a calibrated student is on the diagonal."""
-    axes = _axes(xlim=(0, 1), ylim=(0, 1), xlabel="probability of the predicted class", ylabel="accuracy")
+    axes = _axes(xlim=(0, 1), ylim=(0, 1), xlabel="probability of the predicted class (on bars: cases)")
+    axes.set_ylabel("accuracy")
     low, high, accuracy = (np.array([row[key] for row in rows]) for key in ("low", "high", "accuracy"))
     axes.bar(low, accuracy, high - low, align="edge", color="#56B4E9", edgecolor="white")
     for row in rows:
-        axes.text((row["low"] + row["high"]) / 2, 0.02, f"n={row['count']}", ha="center", fontsize=7)
+        axes.text((row["low"] + row["high"]) / 2, 0.02, str(row["count"]), ha="center", fontsize=7)
     axes.plot([0, 1], [0, 1], color=INK, linewidth=1)
     return _svg(axes)
 
