@@ -150,8 +150,8 @@ def class_colours(labels: ArrayLike) -> np.ndarray:
 def contrasting(image: np.ndarray, count: int = 1) -> np.ndarray:
     """Those of ``CLASS_COLOURS`` (count, 3) that differ most from an image (H, W, 3), uint8, and from each other."""
 
-    def seen(colours: np.ndarray) -> np.ndarray:  # (N, 3), light and two differences of colour
-        return np.asarray(Image.fromarray(colours[None]).convert("YCbCr"), float)[0]
+    def seen(colours: np.ndarray) -> np.ndarray:  # (N, 3), light, which thin lines are seen by, and two of colour
+        return np.asarray(Image.fromarray(colours[None]).convert("YCbCr"), float)[0] * (1, 0.6, 0.6)
 
     palette, pixels = np.array(CLASS_COLOURS, np.uint8), image.reshape(-1, 3)
     places, sample = seen(palette), seen(pixels[:: max(1, len(pixels) // 20_000)])

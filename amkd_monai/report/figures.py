@@ -81,6 +81,7 @@ def by_size(groups: Mapping[str, Sequence[tuple[float, float]]], label: str, uni
     scale = "log" if max(sizes) > 10 * min(sizes) else "linear"
     axes = _axes(xlabel=unit, ylabel=label, ylim=(-0.03, 1.03), xscale=scale)
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("")
     for i, (name, points) in enumerate(groups.items()):
         x, y = np.transpose(points)
         axes.scatter(x, y, s=12, alpha=0.6, color=COLOURS[i % len(COLOURS)], label=name)
