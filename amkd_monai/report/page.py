@@ -54,6 +54,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
     shown: dict[str, Any] = {"title": task.name if names == [task.name] else f"{task.name} ({', '.join(names)})"}
     shown |= {"version": amkd_monai.__version__, "about": about, "why": why, "failed": FAILED, "listed": LISTED}
     shown |= {"comparison": [*map(_compared, rows)], "spread": _by_size(runs), "trust": _trust(runs)}
+    shown["several"] = len(task.classes) > 2
     for slices in (SLICES, 8, 3):
         text = page.render(shown, runs=[_describe(run, runs, rows, slices) for run in runs]).encode()
         if len(text) < LARGEST:
