@@ -54,7 +54,7 @@ def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
     if not metrics or not cases:
         missing.append("This run was not evaluated: there are no scores and no cases. Run its evaluation.")
     if 0 < (count := metrics.get("summary", {}).get("cases", 0)) < FEW:
-        missing.append(f"Of {count} case(s) intervals are rough.")
+        missing.append(f"The interval is rough: there are only {count} cases.")
     if not record:
         missing.append("There is no run record (run.json): what was trained on what is not known here.")
     elif record.get("status") != "completed":
