@@ -48,6 +48,7 @@ def chosen_teachers(
     task: str,
     weights_dir: str | None = None,
     fallback: Sequence[Mapping[str, Any]] = (),
+    unlabelled: bool = False,
     device: torch.device | str = "cpu",
     cache_dir: str | None = None,
 ) -> list[Mapping[str, Any]]:
@@ -57,7 +58,7 @@ def chosen_teachers(
     the ``cache_dir`` that keeps what is known of them.
     """
     of_task = get_task(task)
-    described, lines = choose(teachers, of_task, weights_dir, fallback)
+    described, lines = choose(teachers, of_task, weights_dir, fallback, unlabelled)
     for line in lines:
         logger.info(line)
     check(described, of_task.classes, of_task.is_classification, weights_dir, device=device, cache_dir=cache_dir)
