@@ -23,7 +23,9 @@ from scipy import ndimage
 from amkd_monai.__main__ import main
 from amkd_monai.data.datasets import get_task
 from amkd_monai.files.pictures import class_colours
+from amkd_monai.metrics.classification import class_row
 from amkd_monai.metrics.evaluation import figures_of, mask_rows, write_figures
+from amkd_monai.metrics.failures import failures, outcomes
 from amkd_monai.metrics.summary import preview_file
 from amkd_monai.report.page import write_report
 from amkd_monai.report.previews import PLANES, mask_preview, save_arrays
@@ -254,6 +256,35 @@ def test_a_case_is_best_median_or_worst_once(count, tmp_path):
     assert (parts["median"] != []) == (count > 2)
     assert max(parts["worst"]) < min(parts["median"] or parts["best"]) and parts["best"][0] == count - 1
     assert max(parts["median"] or [0]) < min(parts["best"])
+
+
+def test_failures_are_listed_from_the_worst_on():
+    polyps, grades = get_task("kvasir_seg"), get_task("aptos2019")
+    square, rows = np.zeros((8, 8), np.uint8), []
+    square[:4, :4] = 1
+    for case, found, true in (
+        ("good", square, square),
+        ("low", square, np.roll(square, 3)),
+        ("missed", 0 * square, square),
+        ("false", square, 0 * square),
+        ("empty", 0 * square, 0 * square),
+    ):
+        rows += mask_rows(polyps, case, found, true, (1, 1))
+    assert [cells[:2] for cells in failures(polyps, rows)] == [
+        ("false", "polyp: false positive"),
+        ("missed", "polyp: missed"),
+        ("low", "polyp: low Dice"),
+    ]
+    assert "missed: 1" in outcomes(rows) and "Empty references: 2, false positives on them: 1" in outcomes(rows)
+    answers = {"right": [0.1, 0.9, 0, 0, 0], "unsure": [0.6, 0.4, 0, 0, 0], "sure": [0.9, 0.1, 0, 0, 0]}
+    listed = failures(grades, [class_row(grades, case, 1, p) for case, p in answers.items()])
+    assert [cells[0] for cells in listed] == ["sure", "unsure"] and "0.90" in listed[0][2]
+
+
+def test_a_page_that_would_be_too_large_shows_fewer_slices(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("amkd_monai.report.page.LARGEST", 1)
+    source = write_report([runs["heart"]], tmp_path / "page.html").read_text()
+    assert set(re.findall(r'type="range"[^>]* max="(\d+)"', source)) == {"2"}
 
 
 def test_planes_of_a_volume_stand_as_radiologists_look_at_them(tmp_path):
