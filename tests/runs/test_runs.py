@@ -751,7 +751,13 @@ def test_a_run_that_goes_on_from_the_student_in_its_folder_keeps_it(trained, tmp
     """As fine-tuning in the label server does: the student is validated first, as the value to beat."""
     copy = shutil.copytree(trained, tmp_path / "copy")
     data = datalist("kvasir_seg", polyps, seed=5)
-    more = {"teachers": [], "max_epochs": 1, "keep": "best", "resume_dir": str(tmp_path), "output_dir": str(tmp_path / "eval")}
+    more = {
+        "teachers": [],
+        "max_epochs": 1,
+        "keep": "best",
+        "resume_dir": str(tmp_path),
+        "output_dir": str(tmp_path / "eval"),
+    }
     made = built("kvasir_seg", ("train",), **places(copy), purpose="serving", datalist=data, **more)
     assert made.parser.get_parsed_content("image_size") == SIZE
     student = torch.load(copy / "models" / "model.pt", weights_only=True)
