@@ -285,6 +285,7 @@ class _Preparation:
         record: dict[str, Any] = {"name": teacher.name, **identity, "licence": teacher.licence}
         record |= {"random_weights": teacher.is_random, "weights": teacher.weights_file}
         record["asked_at"] = shown_to(teacher, self.train)[1]
+        record |= {"channels": list(channels)} if (channels := self.train.teacher_channels) else {}
         record["stored"] = {**stored, "bytes_per_image": round(outputs.bytes_per_image)}
         target = TeacherTarget(teacher.name, **identity, record=record)
         if grid is not None:

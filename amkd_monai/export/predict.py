@@ -12,9 +12,9 @@ from tqdm import tqdm
 from amkd_monai.export.runners import runner
 from amkd_monai.files import names
 from amkd_monai.files.dicom import Slice, find_series, read_series
-from amkd_monai.files.pictures import class_colours, level_problem, read_picture, write_mask, write_png
+from amkd_monai.files.pictures import class_colours, level_problem, read_channels, write_mask, write_png
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
-from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, read_volume, write_mask_volume
+from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, read_channel_volumes, write_mask_volume
 from amkd_monai.storage import atomic_path, read_json
 from amkd_monai.terminal import progress
 
@@ -43,7 +43,8 @@ def predict(
         threads: of ONNX Runtime; None leaves it to choose.
     """
     predictor = Predictor(names.expanded(model), int8, threads)
-    images = find_images(names.expanded(source), predictor.config["dimensions"])
+    config = predictor.config
+    images = find_images(names.expanded(source), config["dimensions"], config.get("channels", 1))
     folder = names.expanded(output)
     folder.mkdir(parents=True, exist_ok=True)
     refused: tuple[type[Exception], ...] = (ValueError, OSError, MemoryError, *_refusals())
@@ -67,15 +68,18 @@ def predict(
 
 
 class Input(NamedTuple):
-    """One image: the name of the answer's files, the file or folder, and the slices of a DICOM series."""
+    """One image: the name of the answer's files, the file or folder, slices of a DICOM series, files of channels."""
 
     id: str
     path: Path
     slices: Sequence[Slice] = ()
+    channels: Sequence[str] = ()
 
 
-def find_images(path: Path, dimensions: int) -> list[Input]:
+def find_images(path: Path, dimensions: int, channels: int = 1) -> list[Input]:
     """List the images of a file, a folder, or a folder of DICOM series; masks and predictions are left out.
+
+    Images of several ``channels`` are those of a folder whose files end in ``_0000``, ``_0001`` and so on.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -85,6 +89,14 @@ def find_images(path: Path, dimensions: int) -> list[Input]:
     kind = "pictures (PNG, JPEG, TIFF, BMP)" if dimensions == 2 else "volumes (NIfTI, or a folder of one DICOM series)"
     if not path.exists():
         raise FileNotFoundError(f"There is nothing at {path}: give an image or a folder.")
+    if channels > 1:
+        cases = names.channel_files(path, suffixes)
+        ends = " and ".join(f"_{channel:04d}" for channel in range(channels))
+        if not cases:
+            raise ValueError(f"{path} is no folder of images of {channels} files, whose names end in {ends}.")
+        if wrong := [case for case, files in cases.items() if sorted(files) != list(range(channels))]:
+            raise ValueError(f"{path} lacks channels of {names.some(wrong)}: give files ending in {ends}, no others.")
+        return [Input(c, Path(files[0]), (), [files[k] for k in sorted(files)]) for c, files in sorted(cases.items())]
     if path.is_file():
         if not names.has_suffix(path, suffixes):
             raise ValueError(f"{path} does not fit the model: it takes {kind}.")
@@ -126,7 +138,7 @@ class Predictor:
             raise ValueError(f"{model} cannot be opened by ONNX Runtime: export again.") from error
 
     def probabilities(self, image: np.ndarray, grid: Grid | None = None) -> tuple[np.ndarray, list[Inverse]]:
-        """Return the answer for an image (3, H, W) with levels 0 to 255, or for a volume (1, D, H, W) on its grid.
+        """Return the answer for an image (C, H, W) with levels 0 to 255, or for a volume (C, D, H, W) on its grid.
 
         Returns:
             (C,), (C, h, w) or (C, d, h, w) at the network's resolution, and the ways back to the image's.
@@ -168,14 +180,20 @@ def _predict_one(predictor: Predictor, image: Input, folder: Path) -> list[str]:
     """Write the files of one answer; return the row of ``predictions.csv``, empty for masks."""
     overlay = names.file_of(folder, f"{image.id}_overlay.png")
     if predictor.config["dimensions"] == 3:
-        volume, grid = read_series(image.path, image.slices) if image.slices else read_volume(image.path)
-        mask, file = predictor.mask(volume[None], grid), names.file_of(folder, f"{image.id}_mask.nii.gz")
+        if image.slices:
+            series, grid = read_series(image.path, image.slices)
+            volumes, volume = series[None], series
+        else:
+            volumes, grid = read_channel_volumes(image.channels or [image.path])
+            volume = volumes[0]
+        mask, file = predictor.mask(volumes, grid), names.file_of(folder, f"{image.id}_mask.nii.gz")
         write_mask_volume(file, mask, grid)
         grey, outline = (np.rot90(plane) for plane in middle_slice(grey_levels(volume), mask))
         write_overlay(overlay, np.repeat(grey[..., None], 3, -1), outline, predictor.config["classes"])
         return []
-    picture = read_picture(image.path)
+    picture = read_channels(image.channels or [image.path])
     array = picture.transpose(2, 0, 1).astype(np.float32)
+    picture = np.repeat(picture[..., :1], 3, -1) if image.channels else picture
     if predictor.config["kind"] == "classification":
         answer = predictor.probabilities(array)[0]
         found = predictor.config["classes"][int(answer.argmax())]

@@ -5,7 +5,7 @@ import gzip
 import io
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +16,7 @@ VOLUME_SUFFIXES = (".nii.gz", ".nii")
 SUFFIXES = (*PICTURE_SUFFIXES, *VOLUME_SUFFIXES)
 UNREAD_SUFFIXES = (".gif", ".hdr", ".img", ".jp2", ".mgz", ".mha", ".mhd", ".nrrd", ".webp")  # named when left out
 
+CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 MARK = "amkd_monai prediction"  # stands in every file that a prediction writes, so that it is no image to predict
 _DERIVED = re.compile(r"(?P<image>.+?)_(mask(_\d+)?|overlay|segmentation|superpixels)")  # belong to an image
 
@@ -114,6 +115,15 @@ def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) 
     return dict(sorted(result.items()))
 
 
+def channel_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, dict[int, str]]:
+    """The files of each case of a folder by channel, named as nnU-Net does: ``case_0000.png``, ``case_0001.png``."""
+    found: defaultdict[str, dict[int, str]] = defaultdict(dict)
+    for file in image_files(folder, suffixes) if folder.is_dir() else ():
+        if match := CHANNEL.fullmatch(file_id(file)):
+            found[match["case"]][int(match["channel"])] = str(file)
+    return dict(found)
+
+
 def is_prediction(file: Path) -> bool:
     """Whether a prediction of this package wrote the file, by the mark in it."""
     with gzip.open(file) if has_suffix(file, [".gz"]) else file.open("rb") as stream:
@@ -184,6 +194,10 @@ def read_table(path: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
 
 def label_files(item: Mapping[str, object]) -> list[str]:
     """Return the mask files of an item: one, several (combined by OR), or none where it is of classes."""
-    label = item.get("label")
-    files = [label] if isinstance(label, (str, os.PathLike)) else label
+    return files_of(item.get("label"))
+
+
+def files_of(value: object) -> list[str]:
+    """Return one path or several, such as the channels of an image, as a list; none of what is no path."""
+    files = [value] if isinstance(value, (str, os.PathLike)) else value
     return [str(f) for f in files if isinstance(f, (str, os.PathLike))] if isinstance(files, (list, tuple)) else []

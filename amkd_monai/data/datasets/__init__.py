@@ -63,6 +63,9 @@ class Task:
         singled_out: classes that are judged one against all others, as in two binary problems.
         mask_codes: what the values of mask files mean, see `amkd_monai.files.masks.decode`.
         values: what the images hold: "levels" of pictures, "any" scale (MRI, taken by percentiles), or "ct".
+        channels: names of the files that make one image, in their order; () where an image is one file.
+        teacher_channels: one or three of them, which teachers are shown as a grey image (of volumes as a slice and its
+            neighbours) or as RGB; () for the first of a volume, the first three of a picture.
         grid_limit: cells a side of foundation teachers' feature maps that are kept.
         teacher_options: options of foundation teachers by kind, where the rules of `amkd_monai.teachers.choice` are not
             right for these images.
@@ -87,6 +90,8 @@ class Task:
     singled_out: tuple[str, ...] = ()
     mask_codes: str | Mapping[str, int | str] = "auto"
     values: str = "levels"
+    channels: tuple[str, ...] = ()
+    teacher_channels: tuple[str, ...] = ()
     grid_limit: int = 16
     teacher_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seen_by: Mapping[str, str] = field(default_factory=dict)
@@ -111,6 +116,20 @@ class Task:
         if isinstance(self.nsd_tolerance, Mapping) and {*self.nsd_tolerance} != {*scored}:
             wanted = f"one number, or one for each of {', '.join(scored)}"
             raise ValueError(f"nsd_tolerance of the task '{self.name}' is {dict(self.nsd_tolerance)}: give {wanted}.")
+
+        if self.channels or self.teacher_channels:
+            named, shown = self.channels, self.teacher_channels
+            if len(named) < 2 or len({*named}) < len(named) or not {*shown} <= {*named} or len(shown) not in (0, 1, 3):
+                wanted = "two different names or more, and one or three of them as teacher_channels"
+                raise ValueError(
+                    f"The task '{self.name}' has the channels {named}, for teachers {shown}: give {wanted}."
+                )
+
+    @property
+    def shown_channels(self) -> tuple[int, ...]:
+        """Indices of the channels that teachers are shown, () where an image is one file."""
+        first = 3 if self.dimensions == 2 and len(self.channels) > 2 else 1
+        return tuple(self.channels.index(name) for name in self.teacher_channels or self.channels[:first])
 
     @property
     def is_classification(self) -> bool:
@@ -394,7 +413,7 @@ def _described(content: Any, where: str, base: Path) -> Task:
     if kind != KINDS[0]:
         values.setdefault("primary_metric", "macro_auroc")
     options = content.get("layout", {})
-    of_the_task = {"title", "classes", "kind", "volumes", "validation_fraction", "expected", "predict_in"}
+    of_the_task = {"title", "classes", "kind", "volumes", "channels", "validation_fraction", "expected", "predict_in"}
     known = {f.name for f in fields(Described)} - of_the_task
     if not isinstance(options, Mapping) or not options.keys() <= known:
         raise refuse(f"has a layout that is no object of {', '.join(sorted(known))}")
@@ -402,7 +421,8 @@ def _described(content: Any, where: str, base: Path) -> Task:
         re.compile(str(options.get("groups", "")))
     except re.error as error:
         raise refuse(f"has a pattern of groups that is none ({error})") from error
-    layout = Described(title=name, classes=classes, kind=kind, volumes=dimensions == 3, **options)
+    fixed: dict[str, Any] = {"volumes": dimensions == 3, "channels": max(1, len(values.get("channels", ())))}
+    layout = Described(title=name, classes=classes, kind=kind, **fixed, **options)
     try:
         return Task(layout=layout, description=dict(content), **values)
     except ValueError as error:

@@ -15,7 +15,9 @@ from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
 from amkd_monai.files.names import (
     SUFFIXES,
     VOLUME_SUFFIXES,
+    channel_files,
     file_id,
+    files_of,
     has_suffix,
     image_files,
     label_files,
@@ -43,7 +45,6 @@ COLUMNS = {
     "section": ("section", "split", "set", "subset"),
 }
 """Columns of a table by the names they usually have, the image's first."""
-CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Described(Layout):
         mask_ending: what the names of masks end with before the suffix, such as ``_mask``.
         file: the datalist or the table.
         columns: names of the table's columns by "image", "label", "group", "section".
+        channels: files that make an image, in the order in which nnU-Net numbers or a datalist lists them.
         groups: regular expression of which the first group, in an image's id, is the item's group.
     """
 
@@ -82,6 +84,7 @@ class Described(Layout):
     file: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
     groups: str = ""
+    channels: int = 1
     validation_fraction: float | None = None
     expected: str = (
         "images/ and masks/ (or labels/), a JSON datalist, nnU-Net's imagesTr/, labelsTr/ and dataset.json, a folder "
@@ -101,7 +104,7 @@ class Described(Layout):
     def form_of(self, root: Path) -> str:
         """Return the form of a folder, "" where it has none."""
         holds: dict[str, Callable[[], Any]] = {
-            "nnunet": lambda: (root / "dataset.json").is_file() and _channels(root / "imagesTr"),
+            "nnunet": lambda: (root / "dataset.json").is_file() and channel_files(root / "imagesTr"),
             "datalist": lambda: self.datalist_of(root),
             "pairs": lambda: self.masks and self.pairs_in(root),
             "table": lambda: self.table_of(root),
@@ -154,14 +157,15 @@ class Described(Layout):
     def inference_items(self, root: Path) -> list[Item]:
         """List the images to predict: unlabelled ones of a datalist, those of the usual folders, tables and classes."""
         if file := self.datalist_of(root):
-            unlabelled = [_first(entry["image"]) for _, entry in _entries(file) if "label" not in entry]
-            items = [{"image": str(file.parent / i), "id": _stem(i)} for i in unlabelled if (file.parent / i).is_file()]
+            unlabelled = [_resolved(entry["image"], file.parent) for _, entry in _entries(file) if "label" not in entry]
+            items = [{"image": i, "id": _stem(i)} for i in unlabelled if all(Path(f).is_file() for f in files_of(i))]
             if items:
-                return sorted(_named(items, root), key=lambda item: natural(item["id"]))
-        if found := _channels(root / "imagesTs"):
-            if several := [case for case, files in found.items() if len(files) > 1]:
-                raise ValueError(f"{root / 'imagesTs'} has several channels of {several[0]}: give one.")
-            return [{"image": next(iter(found[case].values())), "id": case} for case in sorted(found, key=natural)]
+                return sorted(map(self._of_channels, _named(items, root)), key=lambda item: natural(item["id"]))
+        for place in ("imagesTs", "."):
+            found = channel_files(root / place) if place != "." or self.channels > 1 else {}
+            items = [{"image": [found[c][n] for n in sorted(found[c])], "id": c} for c in sorted(found, key=natural)]
+            if items:
+                return list(map(self._of_channels, items))
         if self.form_of(root) in ("classes", "table"):
             return [{"image": i["image"], "id": i["id"]} for i in self.find_items(root) if "problem" not in i]
         return super().inference_items(root)
@@ -245,6 +249,12 @@ class Described(Layout):
             number = int(text)
         return number
 
+    def _of_channels(self, item: Item) -> Item:
+        """Return an item to predict whose image has the files of all channels; another number is a ValueError."""
+        if len(files := files_of(item["image"])) != self.channels:
+            raise ValueError(f"{files[0]} is one of {len(files)} channels, not of {self.channels}: complete the case.")
+        return {**item, "image": files[0] if self.channels == 1 else files}
+
     def _completed(self, item: Item) -> Item:
         """Return an item with its group, and with the first thing that is wrong with it under "problem"."""
         item = {**item, "group": item.get("group") or item["id"]}
@@ -253,18 +263,16 @@ class Described(Layout):
             if found is None or not found.groups():
                 return {"problem": f"The pattern {self.groups} finds no group in the name '{item['id']}'.", **item}
             item["group"] = found[1]
-        images = item["image"] if isinstance(item["image"], list) else [item["image"]]
+        images = files_of(item["image"])
         files = [*images, *(label_files(item) if self.masks else ())]
         known = [file for file in files if has_suffix(file, SUFFIXES)]
         if wrong := [file for file in known if has_suffix(file, VOLUME_SUFFIXES) != self.volumes]:
             kinds = ("volume", 2) if has_suffix(wrong[0], VOLUME_SUFFIXES) else ("picture", 3)
             what = f"{wrong[0]} is a {kinds[0]}, but {self.title} has {kinds[1]} dimensions"
             return {**item, "problem": f"{what}: take it out, or make a task of its own for such files."}
-        if "problem" not in item and len(images) > 1:
-            problem = (
-                f"{images[0]} is one of {len(images)} channels, which no student here takes: give one file a case."
-            )
-            return {**item, "image": images[0], "problem": problem}
+        if "problem" not in item and len(images) != self.channels:
+            problem = f"{images[0]} is one of {len(images)} channel(s), {self.title} has {self.channels}"
+            return {**item, "problem": f"{problem}: give each case a file for each of `channels`, or take it out."}
         if "problem" in item:
             return item
         if gone := [file for file in files if not Path(file).is_file()]:
@@ -326,12 +334,11 @@ def _datalist(layout: Described, root: Path) -> Iterator[Item]:
 
 def _nnunet(layout: Described, root: Path) -> Iterator[Item]:
     """nnU-Net's raw folder: one file per case and channel, such as ``case_0000.nii.gz``, and one label per case."""
-    about = _json(root / "dataset.json")
-    names = about.get("channel_names", about.get("modality", {}))
+    names = names_of_channels(root)
     for section, images, labels in (("train", "imagesTr", "labelsTr"), ("test", "imagesTs", "labelsTs")):
         if not (root / labels).is_dir() or not (root / images).is_dir():
             continue
-        found, masks = _channels(root / images), {file_id(f): str(f) for f in image_files(root / labels, SUFFIXES)}
+        found, masks = channel_files(root / images), {file_id(f): str(f) for f in image_files(root / labels, SUFFIXES)}
         needed = 1 if all(set(of_case) == {0} for of_case in found.values()) else len(names)
         for case in sorted(found.keys() | masks.keys()):
             files = found.get(case, {})
@@ -425,6 +432,14 @@ def names_of_values(root: Path) -> tuple[dict[int, str], dict[str, list[int]]]:
     return {value: single.get(value, f"label {value}") for value in every}, regions
 
 
+def names_of_channels(root: Path) -> list[str]:
+    """Names of channels in their order, by nnU-Net's or the decathlon's dataset.json; empty without."""
+    file = root / "dataset.json"
+    about = _json(file) if file.is_file() else {}
+    named = about.get("channel_names", about.get("modality"))
+    return [str(named[number]) for number in sorted(named, key=natural)] if isinstance(named, dict) else []
+
+
 def _section(name: str) -> str:
     """The section of a folder, list or cell, "" where its name is none."""
     return next((section for section, names in SECTIONS.items() if name.strip().lower() in names), "")
@@ -446,15 +461,6 @@ def _class_images(root: Path) -> Iterator[tuple[dict[str, str], str, Path]]:
             if folder.is_dir() and not named:
                 for file in image_files(folder, SUFFIXES):
                     yield section, folder.name, file
-
-
-def _channels(folder: Path) -> dict[str, dict[int, str]]:
-    """The files of each case by channel."""
-    found: defaultdict[str, dict[int, str]] = defaultdict(dict)
-    for file in image_files(folder, SUFFIXES) if folder.is_dir() else ():
-        if match := CHANNEL.fullmatch(file_id(file)):
-            found[match["case"]][int(match["channel"])] = str(file)
-    return dict(found)
 
 
 def _named(items: Iterable[Item], root: Path) -> list[Item]:

@@ -123,15 +123,15 @@ def check_partners(images: Mapping[str, Path], masks: Mapping[str, Path]) -> Non
 
 def checked(item: Item, volumes: bool = False) -> Item:
     """Return an item, with what is wrong with the headers of its files, if anything is, under "problem"."""
-    image, masks = item["image"], names.label_files(item)
+    (image, *others), masks = names.files_of(item["image"]), names.label_files(item)
     try:
         if volumes:
             grid = volume_grid(image)
-            for mask in masks:
-                check_grid(mask, volume_grid(mask), grid)
+            for file in (*others, *masks):
+                check_grid(file, volume_grid(file), grid, "Label" if file in masks else "Channel")
         else:
-            (size, tag), *of_masks = map(picture_frame, (image, *masks))
-            for mask, (found, own) in zip(masks, of_masks, strict=True):
+            (size, tag), *of_masks = map(picture_frame, (image, *others, *masks))
+            for mask, (found, own) in zip((*others, *masks), of_masks, strict=True):
                 if found != size and not ((tag >= 5) != (own >= 5) and found == size[::-1]):
                     raise ValueError(other_size(mask, found, size))
     except ValueError as error:
