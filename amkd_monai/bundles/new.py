@@ -131,7 +131,7 @@ def _described(
         of_files = form in ("pairs", "nnunet") or all(label_files(i) and _is_file(i["label"]) for i in listed)
         kind = "segmentation" if of_files else "classification"
     layout: dict[str, Any] = {"form": form}
-    if groups and form == "table" and (table := raw.table_of(root)) and groups in table_rows(table)[0]:
+    if groups and form == "table" and (tables := raw.tables_in(root)) and groups in table_rows(tables[0][1])[0]:
         layout["columns"] = {"group": groups}
     elif groups:
         layout["groups"] = groups

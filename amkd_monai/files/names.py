@@ -167,31 +167,6 @@ def table_rows(path: Path, columns: Sequence[str] = ()) -> tuple[list[str], list
     return found, [{name: (row[name] or "").strip() for name in found} for row in reader]
 
 
-def read_table(path: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Read a label table, {id: row}, where the first of ``columns`` holds the id.
-
-    Columns are separated by comma, semicolon or tab; the case of their names does not matter. Missing columns or cells,
-    an id that comes twice and an empty table are a ValueError.
-    """
-    found, read = table_rows(path, columns)
-    if wrong := [name for name in columns if found.count(name) != 1]:
-        raise ValueError(f"{path} needs the column(s) {', '.join(wrong)} once: it has {', '.join(found) or 'none'}.")
-    rows: dict[str, dict[str, str]] = {}
-    for number, row in enumerate(read, start=2):
-        cells = {name: row[name] for name in columns}
-        if not any(cells.values()):
-            continue
-        if empty := [name for name, cell in cells.items() if not cell]:
-            raise ValueError(f"{path}, line {number} has no {', '.join(empty)}: complete or remove the line.")
-        name = cells[columns[0]] = without_suffix(cells[columns[0]])
-        if name in rows:
-            raise ValueError(f"{path}, line {number} repeats the id '{name}': keep one line.")
-        rows[name] = cells
-    if not rows:
-        raise ValueError(f"{path} holds no labels: use the file of the original archive.")
-    return rows
-
-
 def label_files(item: Mapping[str, object]) -> list[str]:
     """Return the mask files of an item: one, several (combined by OR), or none where it is of classes."""
     return files_of(item.get("label"))
