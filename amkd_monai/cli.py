@@ -122,19 +122,14 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", help="output folders of runs of one task; the first is the reference")
     report.add_argument("--output", default="report.html", help="file to write (default: %(default)s)")
 
-    cache = group("cache", "stored outputs of teachers: list, verify, prune, export, build")
+    cache = group("cache", "stored outputs of teachers: list, verify, prune, build")
     status = add("status", _cache_status, "which stores there are, their sizes, complete or not", cache)
-    verify = add("verify", _cache_verify, "check all hashes, and run teachers again on a sample of the images", cache)
+    verify = add("verify", _cache_verify, "check all hashes, and whether teachers are those they were", cache)
     prune = add("prune", _cache_prune, "remove stores that are damaged, incomplete or stale", cache)
     for command in (status, verify, prune):
         command.add_argument("folder", nargs="?", default=CACHE, help="cache_dir, or one store (default: %(default)s)")
-    verify.add_argument("--fraction", type=float, default=0.01, help="of the images (default: %(default)s, at least 1)")
-    verify.add_argument("--device", default="cpu", help="where teachers run (default: %(default)s)")
     verify.add_argument("--weights_dir", help="folder of weight files")
     prune.add_argument("--dry_run", action="store_true", help="only list them")
-    publish = add("export", _cache_export, "copy one store for publication, without paths of weights", cache)
-    publish.add_argument("store", help="folder of the store, from `cache status`")
-    publish.add_argument("--to", required=True, help="folder to make")
     build = add("build", _cache_build, "run the teachers of a bundle, as its training would", cache)
     build.add_argument("bundle", help="training bundle, such as bundles/kvasir_seg")
     build.add_argument("--shard", help="compute one part, 1/8 to 8/8 (default: all, or this rank's under torchrun)")
@@ -355,7 +350,7 @@ def _cache_verify(arguments: argparse.Namespace) -> int:
     for entry in found:
         faults, how = [entry.fault], "not opened"
         if entry.store is not None:
-            faults, how = verify_store(entry.store, arguments.fraction, arguments.device, arguments.weights_dir)
+            faults, how = verify_store(entry.store, arguments.weights_dir)
         wrong += bool(faults)
         print(f"{entry.directory}: {'FAULTY' if faults else 'good'}, {entry.state} ({how})")
         for fault in faults:
@@ -376,12 +371,6 @@ def _cache_prune(arguments: argparse.Namespace) -> None:
         prune(reasons)
     freed = sum(entry.size for entry in removed) / 1e6
     print(f"{len(reasons)} of {len(found)} stores {'would be' if arguments.dry_run else 'are'} removed, {freed:.1f} MB")
-
-
-def _cache_export(arguments: argparse.Namespace) -> None:
-    from amkd_monai.cache.store import export_store
-
-    print(f"exported to {export_store(arguments.store, arguments.to)}")
 
 
 def _cache_build(arguments: argparse.Namespace) -> None:

@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -32,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from amkd_monai import __version__
-from amkd_monai.storage import TEMPORARY_MARK, atomic_folder, atomic_path, exclusive_lock, fingerprint
+from amkd_monai.storage import TEMPORARY_MARK, atomic_path, exclusive_lock, fingerprint
 from amkd_monai.terminal import progress
 
 logger = logging.getLogger("amkd_monai")
@@ -444,25 +443,6 @@ def _unless_there(is_there: Callable[[], bool]) -> Iterator[None]:
     except OSError:
         if not is_there():
             raise
-
-
-def export_store(directory: str | Path, target: str | Path) -> Path:
-    """Copy a complete store, after a check of every hash, to a new folder for publication.
-
-    The copy is itself a store; the description of the teacher, with paths of its weights, is left out.
-    """
-    store = FeatureStore.open(directory)
-    if missing := store.missing():
-        raise StoreError(f"{directory} lacks {len(missing)} shards: build it first, then export it")
-    if faults := store.verify():
-        raise StoreError(f"{next(iter(faults.values()))}: delete it, build it anew, then export it")
-    with atomic_folder(target) as folder:
-        for at in store.shards:
-            shutil.copyfile(store.path(*at), folder / store.path(*at).name)
-        store.directory = folder
-        store.origin.pop("teacher", None)
-        store.create()
-    return Path(target)
 
 
 # ------------------------------------------------------------- which process computes which shards of a store

@@ -29,6 +29,7 @@ class BatchSampler(Sampler[list[int]]):
         class_balance: 0 draws classes as often as they occur, 1 equally often; between, by n^(1 - class_balance).
         indices: restrict to these samples.
         min_steps: an epoch has at least so many steps.
+        first_stage: part of the run whose batches mix; the caller sets ``labelled_only`` behind it.
         rank: this process.
         world_size: number of processes; each takes its own part of the epoch.
     """
@@ -47,6 +48,7 @@ class BatchSampler(Sampler[list[int]]):
         class_balance: float = 0.0,
         indices: Sequence[int] | np.ndarray | None = None,
         min_steps: int = 1,
+        first_stage: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -74,7 +76,7 @@ class BatchSampler(Sampler[list[int]]):
                 parts = (self.labelled[front], self.labelled[~front])
                 self.strata = list(zip(parts, (foreground_fraction, 1 - foreground_fraction), strict=True))
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.labelled_fraction = labelled_fraction
+        self.labelled_fraction, self.first_stage, self.labelled_only = labelled_fraction, first_stage, False
         self.steps = max(min_steps, math.ceil(len(pool) / (batch_size * world_size)))
         self.epoch = 0
 
@@ -89,6 +91,7 @@ class BatchSampler(Sampler[list[int]]):
         rng = np.random.default_rng([self.seed, self.epoch])
         total = self.steps * self.batch_size * self.world_size
         unlabelled = round(self.batch_size * (1 - self.labelled_fraction)) if len(self.unlabelled) else 0
+        unlabelled = 0 if self.labelled_only else unlabelled
         unlabelled = min(unlabelled, self.batch_size - 1)
         count = (self.batch_size - unlabelled) * self.steps * self.world_size
         if not self.strata:

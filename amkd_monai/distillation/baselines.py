@@ -10,8 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amkd_monai.distillation.gates import GateNetwork, GateReading, GateSetup, TeacherGate, gate_probabilities, uniform
-from amkd_monai.distillation.loss_gate import LossGate
+from amkd_monai.distillation.gates import (
+    GateNetwork,
+    GateReading,
+    GateSetup,
+    LossGate,
+    TeacherGate,
+    gate_probabilities,
+    uniform,
+)
 
 
 class UniformGate(TeacherGate):

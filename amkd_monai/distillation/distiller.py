@@ -11,9 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from amkd_monai.distillation import baselines, gates, loss_gate, losses
+from amkd_monai.distillation import baselines, gates, losses
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
-from amkd_monai.distillation.gates import GateReading, GateSetup, TeacherGate
+from amkd_monai.distillation.gates import (
+    GateReading,
+    GateSetup,
+    LossGate,
+    ScaledLossGate,
+    SharedGradients,
+    TeacherGate,
+)
 from amkd_monai.distillation.interface import (
     INTERVAL,
     Batch,
@@ -23,11 +30,11 @@ from amkd_monai.distillation.interface import (
     check_options,
     mode_class,
 )
-from amkd_monai.distillation.loss_gate import LossGate, ScaledLossGate, SharedGradients
 
 logger = logging.getLogger("amkd_monai")
 
 DEFAULT_LOSSES = {"output": 1.0, "feature": 0.2}
+ANSWER_LOSSES = ("output", "relation", "standardised")
 RETURN_CODES = ("none", "learned")
 STUDENT_STRIDES = (8, 16)
 """Student levels that are aligned with a teacher (two, summed)."""
@@ -135,7 +142,7 @@ class DistillationConfig:
         gate: of the teachers: a name in :data:`gates.GATES` or :data:`baselines.GATES`, or the dotted path of a class.
         gate_options: of that gate, e.g. ``floor``, ``temperature``; ``tasks``: number of data sets that share it.
         losses: relative importance of the :data:`LOSSES`; 0 or absence switches one off.
-        loss_gate: a name in :data:`loss_gate.LOSS_GATES` or :data:`baselines.LOSS_GATES`, or a dotted path.
+        loss_gate: a name in :data:`gates.LOSS_GATES` or :data:`baselines.LOSS_GATES`, or a dotted path.
         loss_gate_options: of that gate.
         scale_steps: steps over which loss scales are measured before they freeze.
         return_code: ``none`` compares features directly; ``learned`` compares them in a code, from which they can be
@@ -186,7 +193,7 @@ class DistillationConfig:
 
     @property
     def _loss_gate_class(self) -> type[LossGate]:
-        return mode_class("loss gate", self.loss_gate, {**loss_gate.LOSS_GATES, **baselines.LOSS_GATES}, LossGate)
+        return mode_class("loss gate", self.loss_gate, {**gates.LOSS_GATES, **baselines.LOSS_GATES}, LossGate)
 
     def make_gate(self, teachers: Sequence[TeacherTarget], prior_entropy: float, channels: int) -> TeacherGate:
         """Return the teacher gate; ``prior_entropy`` in nats, ``channels`` of the student map that it may look at."""
@@ -210,7 +217,7 @@ class DistillationConfig:
             raise ValueError("The loss 'contrastive' needs a table of the training samples: give `samples`.")
         offered = dict.fromkeys(("feature", "reconstruction"), any(t.grid is not None for t in teachers))
         admitted = [t.logits for t in teachers if t.admitted and t.logits is not None]
-        offered |= dict.fromkeys(("output", "relation", "standardised"), bool(admitted))
+        offered |= dict.fromkeys(ANSWER_LOSSES, bool(admitted))
         if self.losses.get("standardised") and any(shape[0] < 3 for shape in admitted):
             raise ValueError("The loss 'standardised' compares three classes or more, two are +-1: leave it out.")
         offered["contrastive"] = samples is not None and bool(samples.vectors)
@@ -308,12 +315,13 @@ class Distiller(nn.Module):
         if self.loss_priors.get("contrastive") and samples is not None:
             self.contrast = ContrastiveDistillation(width, samples, **self.config.contrastive)
 
-    def distillation_state(self) -> dict[str, Tensor]:
-        """Return all state but the student's: projections, standardisers, codes, gates, loss scales."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("student.")}
+    @property
+    def learns_answers(self) -> bool:
+        """Whether a loss compares the student's answers with a teacher's."""
+        return any(self.loss_priors.get(name) for name in ANSWER_LOSSES)
 
-    def forward(self, batch: Batch, progress: float = 0.0) -> DistillationOutput:
-        """Compute all losses of a batch at ``progress`` in [0, 1] of the run."""
+    def forward(self, batch: Batch, progress: float = 0.0, learns_labels: bool = True) -> DistillationOutput:
+        """Compute all losses of a batch at ``progress`` in [0, 1] of the run, the task's with weight 0 on request."""
         if batch.rows is not None and not len(batch.rows):
             raise ValueError("The batch holds no labelled sample: the task loss needs at least one.")
         levels = self.student.encode(batch.image)
@@ -338,6 +346,7 @@ class Distiller(nn.Module):
                     figures |= {f"gradient_{name}": gradient.norm() for name, gradient in gradients.items()}
             strength = distillation_strength(progress, **self.config.loss_strength)
             factors = dict(self.loss_gate.weights(strength, view))
+            factors |= {} if learns_labels else {"task": 0.0}
             factors |= {name: 1.0 for name in named if name not in factors}  # losses that train parts of the distiller
             single = {name: f.float() if isinstance(f, Tensor) else f for name, f in factors.items()}
             total = torch.stack([single[name] * loss.mean() for name, loss in named.items()]).sum()

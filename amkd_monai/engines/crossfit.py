@@ -158,7 +158,8 @@ def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
         answers = (as_map(network(images_of(dataset, rows, where))) for rows in batches)
         return np.concatenate([area_logits(logits, answer_size(dataset)).cpu().numpy() for logits in answers])
 
-    return Method(fit, predict, {"recipe": recipe.describe(), "epochs": epochs})
+    own = {name: value for name, value in recipe.describe().items() if name != "first_stage"}  # needs teachers
+    return Method(fit, predict, {"recipe": own, "epochs": epochs})
 
 
 def of_volumes(

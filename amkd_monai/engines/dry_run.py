@@ -36,8 +36,7 @@ def format_task(parser: ConfigParser) -> str:
     """Return the table of the teachers of one task, whose bundle's config was read."""
     names = ("teachers", "weights_dir", "fallback_teachers", "device")
     (teachers, weights_dir, fallback, device), task = map(parser.get_parsed_content, names), get_task(parser["task"])
-    foreign = parser["chosen_teachers"].get("foreign", True)
-    described, lines = choose(teachers, task, weights_dir, fallback, foreign)
+    described, lines = choose(teachers, task, weights_dir, fallback)
     height, width = parser.get("volume_size", [0, *[parser.get("image_size")] * 2])[1:]
     size = int(height), int(width)
     plans = check(described, task.classes, task.is_classification, weights_dir, size, device)
@@ -54,7 +53,7 @@ def _row(
     device: torch.device,
     weights_dir: str | None,
 ) -> tuple[str, ...]:
-    name, kind, file = found.name, description["kind"], Path(found.file[0]).name if found.file else "packaged"
+    name, kind, file = found.name, description["kind"], found.file[0].name if found.file else "packaged"
     if kind in CROSS_FITTED_KINDS:
         return name, "none", "answers of networks trained in folds", "", "", "", "", "yours", "your training split"
     teacher = build_teacher(description, weights_dir).to(device)

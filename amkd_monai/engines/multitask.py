@@ -1,14 +1,14 @@
-"""Training and evaluation of a shared student: each step takes one micro-batch from each of several tasks."""
+"""A shared student: its distillers, training and evaluation; a step takes a micro-batch from each of several tasks."""
 
-import logging
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
 from ignite.metrics import Average
 from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
@@ -18,14 +18,71 @@ from torch import Tensor, nn
 from amkd_monai.data.augment import Augmentation
 from amkd_monai.data.datasets import Task
 from amkd_monai.data.sampling import MultiTaskLoader
+from amkd_monai.distillation import Batch, Distiller
+from amkd_monai.distillation.gates import LossGate, ScaledLossGate
 from amkd_monai.distillation.interface import DistillationOutput
-from amkd_monai.distillation.loss_gate import LossGate
-from amkd_monai.distillation.multitask import MultiTaskDistiller, mean_over_processes
 from amkd_monai.engines.trainer import DistillationTrainer, TeacherTargets, distillation_batch
-from amkd_monai.metrics.compare import format_transfer, transfer_csv, transfer_rows
-from amkd_monai.storage import atomic_write_bytes
 
-logger = logging.getLogger("amkd_monai")
+
+class MultiTaskDistiller(nn.Module):
+    """One distiller per task, each over its view of the same student.
+
+    Projections and codes of equally named teachers of one shape, and the gate networks of equal lists of teachers, are
+    one module for all tasks, so that what is learned about a teacher on one data set serves the others.
+
+    Args:
+        distillers: {task: distiller}, their students views of one shared student.
+        scale_steps: steps of a task over which its loss scale is measured before it freezes.
+        freeze_norms: batch norms use and keep their running statistics once ``warm`` is set (``shared_frozen``).
+    """
+
+    def __init__(self, distillers: Mapping[str, Distiller], scale_steps: int = 100, freeze_norms: bool = True) -> None:
+        super().__init__()
+        self.distillers = nn.ModuleDict(distillers)
+        self.scales = nn.ModuleDict({task: ScaledLossGate({"task": 1.0}, scale_steps) for task in distillers})
+        self.freeze_norms, self.warm = freeze_norms, False
+        known: dict[tuple, nn.Module] = {}
+
+        def one(module: nn.Module, *key: object) -> nn.Module:
+            shapes = tuple((name, value.shape) for name, value in module.state_dict().items())
+            return known.setdefault((*key, shapes), module)
+
+        for distiller in distillers.values():
+            for part in (distiller.align, distiller.codes):
+                for name in part:
+                    part[name] = one(part[name], name)
+            gate = distiller.teacher_gate
+            if gate.network is not None:
+                gate.network = one(gate.network, type(gate), *(t.name for t in gate.teachers))
+
+    def train(self, mode: bool = True) -> MultiTaskDistiller:
+        """Switch to training; frozen batch norms stay in evaluation mode."""
+        super().train(mode)
+        if mode and self.freeze_norms and self.warm:
+            for module in (m for d in self.distillers.values() for m in d.student.modules()):
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def forward(self, task: str, batch: Batch, progress: float = 0.0, learns_labels: bool = True) -> DistillationOutput:
+        """Compute all losses of one task's micro-batch; the total is divided by the scale of the task's own loss.
+
+        The scale is the median over the first steps, then frozen: tasks weigh alike whatever their losses' sizes, and
+        none gains weight by being easy.
+        """
+        result: DistillationOutput = self.distillers[task](batch, progress, learns_labels)
+        scale = self.scales[task]
+        if self.training and scale.steps < scale.history.shape[1]:
+            scale.observe({"task": mean_over_processes(result.losses["task"].detach().mean())})
+        factor = scale.scale[0].clone()
+        result.total = result.total / factor
+        result.figures["loss_scale"] = factor
+        return result
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, the tensor itself where there is one."""
+    return value if idist.get_world_size() == 1 else idist.all_reduce(value.clone()) / idist.get_world_size()
 
 
 class MultiTaskTrainer(DistillationTrainer):
@@ -64,6 +121,10 @@ class MultiTaskTrainer(DistillationTrainer):
 
     def _start_epoch(self) -> None:
         self.data_loader.set_epoch(self.state.epoch)
+        self.learns_labels_of = {
+            task: self._learns_labels(loader.batch_sampler, self.network.distillers[task])
+            for task, loader in self.data_loader.loaders.items()
+        }
         self._seed_epoch(idist.get_rank())
 
     def teachers_of(self, task: str) -> list[str]:
@@ -81,7 +142,7 @@ class MultiTaskTrainer(DistillationTrainer):
             augment, number = self.augmentations[task], self.numbers[task]
             batch = distillation_batch(data, self.task_targets[task], augment, self.generator, device, number)
             with torch.autocast(batch.image.device.type, dtype=torch.bfloat16, enabled=self.amp):
-                result: DistillationOutput = self.network(task, batch, progress=self.progress)
+                result: DistillationOutput = self.network(task, batch, self.progress, self.learns_labels_of[task])
             self._check(result, f" of '{task}'")
             (result.total / self.data_loader.per_step).backward()
             total += result.total.detach() / len(batchdata)
@@ -139,28 +200,3 @@ class MultiTaskEvaluator(Evaluator):
             raise ValueError(f"The section of '{batchdata}' gives no {name}: {needs}.")
         engine.state.metrics |= {f"{batchdata}/{k}": v for k, v in found.items() if isinstance(v, (int, float))}
         return {"task": batchdata, "value": value}
-
-
-class TransferReport:
-    """Compare the shared student's evaluation with other runs: ``transfer.csv``, and a table in the log.
-
-    Attach to the evaluator of all tasks; ``output_dir`` holds a folder per task. ``runs`` are {label: folder of another
-    run, with ``{task}`` in it}, such as the undistilled and the distilled students of single data sets, fine-tuned
-    students, or the shared student before it learned more; None leaves one out.
-    """
-
-    def __init__(self, output_dir: str | Path, tasks: Mapping[str, Task], runs: Mapping[str, str | None]) -> None:
-        self.output_dir, self.tasks = Path(output_dir), dict(tasks)
-        self.runs = {label: pattern for label, pattern in runs.items() if pattern}
-
-    def attach(self, engine: Engine) -> None:
-        """Write when the evaluation ends."""
-        engine.add_event_handler(Events.COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Write and log."""
-        if idist.get_rank() != 0:
-            return
-        rows = transfer_rows({task: self.output_dir / task for task in self.tasks}, self.tasks, self.runs)
-        atomic_write_bytes(self.output_dir / "transfer.csv", transfer_csv(rows).encode())
-        logger.info("shared student, compared with other runs\n%s", format_transfer(rows))

@@ -38,8 +38,7 @@ from amkd_monai.metrics.classification import macro_auroc
 from amkd_monai.storage import fingerprint, read_memo, write_memo
 from amkd_monai.teachers.base import CROSS_FITTED_KINDS, TeacherFacts, validate_descriptions
 from amkd_monai.teachers.choice import choose
-from amkd_monai.teachers.known import known_teacher
-from amkd_monai.teachers.plan import check, estimate, refuse_changed, refuse_other_answers
+from amkd_monai.teachers.plan import check, estimate, known_teacher, refuse_changed, refuse_other_answers
 
 logger = logging.getLogger("amkd_monai")
 
@@ -51,7 +50,6 @@ def chosen_teachers(
     fallback: Sequence[Mapping[str, Any]] = (),
     device: torch.device | str = "cpu",
     cache_dir: str | None = None,
-    foreign: bool = True,
 ) -> list[Mapping[str, Any]]:
     """Return the descriptions of a run's teachers, announced and checked before anything is computed.
 
@@ -59,7 +57,7 @@ def chosen_teachers(
     the ``cache_dir`` that keeps what is known of them.
     """
     of_task = get_task(task)
-    described, lines = choose(teachers, of_task, weights_dir, fallback, foreign)
+    described, lines = choose(teachers, of_task, weights_dir, fallback)
     for line in lines:
         logger.info(line)
     check(described, of_task.classes, of_task.is_classification, weights_dir, device=device, cache_dir=cache_dir)

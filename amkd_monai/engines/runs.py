@@ -58,7 +58,7 @@ OVERRIDDEN = "overridden"
 PLACES = ["bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "cache_dir", "weights_dir", "init_from", "resume_dir"]
 PLACES += ["other_data"]
 RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html"]
-RESULTS += ["masks", "predictions.csv", "transfer.csv", "split_*.json", "events.out.tfevents.*"]
+RESULTS += ["masks", "predictions.csv", "split_*.json", "events.out.tfevents.*"]
 RESULTS += ["on_*", "per_case_seen.csv"]
 RESULTS += [TEACHERS, PREVIEWS]
 """What a run leaves in its output folder."""
@@ -236,7 +236,8 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
             raise ValueError(f"{name} is {value!r}: give a whole number of at least {low}.")
     for name in ("volume_size", "spacing"):
         value = config.get(name)
-        if not (value is None or _is_expression(value) or _is_triple(value)):
+        triple = isinstance(value, (list, tuple)) and [isinstance(n, (int, float)) for n in value] == [True] * 3
+        if not (value is None or _is_expression(value) or triple):
             raise ValueError(f"{name} is {value!r}: give three numbers.")
     codes = config.get("mask_codes", "auto")
     if not (codes in NAMED_CODES or isinstance(codes, dict) or _is_expression(codes)):
@@ -260,11 +261,6 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
         raise ValueError(f"keep is {keep!r}: use best or last.")
     if trains and keep == "last" and epochs % interval:
         raise ValueError(f"max_epochs is {epochs}, no multiple of val_interval: keep 'last' needs the last epoch's.")
-
-
-def _is_triple(value: Any) -> bool:
-    numbers = value if isinstance(value, (list, tuple)) else ()
-    return len(numbers) == 3 and all(isinstance(number, (int, float)) for number in numbers)
 
 
 def _names_in(section: str) -> list[str]:
@@ -534,7 +530,7 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
     other = purpose == "evaluation" and config.get("other_data") is not None
     if record is None:
         if student.is_file():
-            _adopt_run_record(parser, student, scored and not other, given)
+            logger.warning("There is no %s for %s: nothing that it was trained with could be checked.", RECORD, student)
         return {}
     weights = record.get("weights")
     if purpose != "serving" and weights and student.is_file() and file_sha256(student) not in weights:
@@ -574,23 +570,15 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
         if not given.get("output_dir"):
             raise ValueError("other_data needs an --output_dir of its own.")
     elif purpose != "serving":
-        _adopt_data(parser, record["data"], given)
+        data = record["data"]
+        if not given.get("dataset_dir") and (root := _data_root(data)):
+            parser["dataset_dir"] = root
         if scored and "split_hash" in config:
-            _adopt_split(parser, record["data"], given)
+            if (asked := given.get("split_hash") or data["split_hash"]) != data["split_hash"]:
+                was = f"that of the student's training is {data['split_hash']}"
+                raise ValueError(f"split_hash is {asked}, {was}: leave it out.")
+            parser["split_hash"] = data["split_hash"]
     return record
-
-
-def _adopt_split(parser: ConfigParser, data: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    if (asked := given.get("split_hash")) and asked != data["split_hash"]:
-        raise ValueError(
-            f"split_hash is {asked}, that of the student's training is {data['split_hash']}: leave it out."
-        )
-    parser["split_hash"] = data["split_hash"]
-
-
-def _adopt_data(parser: ConfigParser, data: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    if not given.get("dataset_dir") and (root := _data_root(data)):
-        parser["dataset_dir"] = root
 
 
 def _data_root(data: Mapping[str, Any]) -> str | None:
@@ -633,18 +621,6 @@ def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping
             place = _data_root(of_task["data"])
         tasks[name] = {**then, "dataset_dir": place, "split_hash": of_task["data"]["split_hash"]}
     parser["tasks"] = tasks
-
-
-def _adopt_run_record(parser: ConfigParser, student: Path, scored: bool, given: Mapping[str, Any]) -> None:
-    """A student without a record: its data and split are checked by ``run.json`` if that is there."""
-    unchecked = "image size, preprocessing, axes, classes and network"
-    run = Path(parser.get_parsed_content("output_dir")) / "run.json"
-    if scored and (data := read_json(run).get("data")):
-        _adopt_split(parser, data, given)
-        _adopt_data(parser, data, given)
-    elif scored:
-        unchecked = f"data, split, {unchecked}"
-    logger.warning("There is no %s for %s: %s could not be checked.", RECORD, student, unchecked)
 
 
 def _check_task(parser: ConfigParser, record: Mapping[str, Any], student: Path, data: bool) -> None:

@@ -19,7 +19,6 @@ from amkd_monai.teachers.base import CROSS_FITTED_KINDS
 
 logger = logging.getLogger("amkd_monai")
 
-TEACHERS_ON = ("everywhere", "own_domain")
 LOAD = "amkd_monai.engines.handlers.LoadStudent"
 _OF_THE_WHOLE_RUN = {"@kept_student", LOAD, "ignite.handlers.ProgressBar", "StatsHandler", "TensorBoardStatsHandler"}
 """Handlers of a bundle that act on its own student's file or on logs; the shared run has its own."""
@@ -82,7 +81,6 @@ def open_tasks(
     settings: Mapping[str, Any],
     only: Sequence[str] | None = None,
     dataset_dir: str | Path | None = None,
-    teachers_on: str = "everywhere",
     configs: Sequence[str] = ("train",),
 ) -> TaskSet:
     """Open the bundles of the tasks whose data are there.
@@ -98,11 +96,8 @@ def open_tasks(
         settings: settings of all tasks, wherever a bundle has them; ``teachers`` may name their ``tasks``.
         only: names of the tasks of this run; None takes all.
         dataset_dir: folder that holds the data sets' folders; a task's own ``dataset_dir`` goes first.
-        teachers_on: ``everywhere``: a teacher's features are matched on every task; ``own_domain``: on its ``tasks``.
         configs: configs of each bundle, later ones on top.
     """
-    if teachers_on not in TEACHERS_ON:
-        raise ValueError(f"teachers_on is '{teachers_on}': use one of {', '.join(TEACHERS_ON)}.")
     if unknown := sorted(set(only or ()) - set(tasks)):
         raise ValueError(f"There is no task '{unknown[0]}' in this run: it has {', '.join(tasks)}.")
     dataset_dir = Path(dataset_dir).expanduser() if dataset_dir else None
@@ -122,8 +117,7 @@ def open_tasks(
         if place is None and dataset_dir and (dataset_dir / task.folder).is_dir():
             place = str(dataset_dir / task.folder)
         found[name] = find_dataset_dir(task.name, place) is not None
-        parser.update({"dataset_dir": place, "teachers": teachers_of(name, teachers, teachers_on)})
-        parser["chosen_teachers"]["foreign"] = teachers_on == "everywhere"
+        parser.update({"dataset_dir": place, "teachers": teachers_of(name, teachers)})
         parser.update({"output_dir": f"{output_dir}/{name}", "cache_dir": f"{cache_dir}/{task.name}"})
     chosen = [name for name in tasks if only is None or name in only]
     missing = [name for name in chosen if not found[name] and any(found[n] for n in chosen)]
@@ -133,12 +127,10 @@ def open_tasks(
     return TaskSet({n: TaskBundle(n, parsers[n]) for n in chosen if n not in missing}, numbers, missing)
 
 
-def teachers_of(
-    task: str, teachers: str | Sequence[str | Mapping[str, Any]], teachers_on: str
-) -> str | list[str | dict[str, Any]]:
+def teachers_of(task: str, teachers: str | Sequence[str | Mapping[str, Any]]) -> str | list[str | dict[str, Any]]:
     """Return the teachers of one task: its row of the matrix of teachers and tasks; words are left as they are.
 
-    A teacher without ``tasks`` belongs to all. In a foreign task a teacher gives features alone, or nothing.
+    A teacher without ``tasks`` belongs to all. In another task than its own an image teacher gives features alone.
     """
     if isinstance(teachers, str):
         return teachers
@@ -150,7 +142,7 @@ def teachers_of(
         description = {k: v for k, v in teacher.items() if k != "tasks"}
         if task in teacher.get("tasks", [task]):
             row.append(description)
-        elif teachers_on == "everywhere" and teacher.get("kind") not in CROSS_FITTED_KINDS:
+        elif teacher.get("kind") not in CROSS_FITTED_KINDS:
             row.append({**description, "own_answers": False})
     return row
 

@@ -40,6 +40,7 @@ _RANGES = {
     "min_steps": (1, math.inf),
     "slices": (1, math.inf),
     "ema": (0, 0.99999),
+    "first_stage": (0, 0.99),
 }
 _WHOLE = ("batch_size", "warmup_steps", "min_steps", "slices")
 
@@ -61,6 +62,8 @@ class Recipe:
         min_steps: steps that an epoch has at least, for few samples.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
         ema: decay per step of an average of the student's weights, which takes their place; 0 averages nothing.
+        first_stage: where unlabelled samples take part and answers are admitted, part of the epochs in which the
+            student learns answers alone; then it learns labels and answers, on labelled samples. 0: both, on all.
         augmentation: options of :class:`amkd_monai.data.augment.Augmentation`.
         slices: of a patch of a 3D student, which is then what ``batch_size`` counts; 1 for other students.
     """
@@ -77,6 +80,7 @@ class Recipe:
     min_steps: int = 1
     batch_dice: bool = False
     ema: float = 0.0
+    first_stage: float = 0.0
     augmentation: dict[str, Any] = field(default_factory=dict)
     slices: int = 1
 
@@ -114,7 +118,7 @@ class Recipe:
 
         ``distributed`` gives each process of torch.distributed its own part; 0 workers are fastest for mapped data.
         """
-        own = ("labelled_fraction", "foreground_fraction", "class_balance", "min_steps")
+        own = ("labelled_fraction", "foreground_fraction", "class_balance", "min_steps", "first_stage")
         options: dict[str, Any] = {name: getattr(self, name) for name in own}
         options |= {
             "use_unlabelled": use_unlabelled,
@@ -304,7 +308,16 @@ class DistillationTrainer(SupervisedTrainer):
     def _start_epoch(self) -> None:
         sampler = self.data_loader.batch_sampler
         sampler.set_epoch(self.state.epoch)
+        distiller: Any = getattr(self.network, "module", self.network)
+        self.learns_labels = self._learns_labels(sampler, distiller)
         self._seed_epoch(sampler.rank)
+
+    def _learns_labels(self, sampler: BatchSampler, distiller: Distiller) -> bool:
+        """Whether labels are learnt in this epoch; leaves unlabelled samples out behind the first stage."""
+        done = (self.state.epoch - 1) / self.state.max_epochs
+        stages = len(sampler.unlabelled) > 0 and distiller.learns_answers
+        sampler.labelled_only = stages and 0 < sampler.first_stage <= done
+        return not (stages and done < sampler.first_stage)
 
     def _seed_epoch(self, rank: int) -> None:
         """Make all that is random in this epoch follow from the seed, the epoch and the process."""
@@ -327,7 +340,7 @@ class DistillationTrainer(SupervisedTrainer):
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(batch.image.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            result: DistillationOutput = self.network(batch, progress=self.progress)
+            result: DistillationOutput = self.network(batch, self.progress, self.learns_labels)
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
         self._check(result)
         engine.fire_event(IterationEvents.LOSS_COMPLETED)

@@ -6,8 +6,8 @@ import hashlib
 import importlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,14 @@ def pool_to_grid(grid: Tensor, limit: int) -> Tensor:
 def binary_to_two_class(logits: Tensor) -> Tensor:
     """Turn sigmoid logits (B, 1, h, w) into two-class softmax logits (B, 2, h, w) of the same probabilities."""
     return torch.cat([torch.zeros_like(logits), logits], dim=1)
+
+
+@contextmanager
+def fixed_initialisation(seed: int = 0) -> Iterator[None]:
+    """Build a network with the same random weights each time, and leave the caller's random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 KINDS: dict[str, str] = {

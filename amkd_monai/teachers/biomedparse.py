@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amkd_monai.teachers.base import TeacherFeatures, binary_to_two_class, pool_to_grid
+from amkd_monai.teachers.base import TeacherFeatures, binary_to_two_class, fixed_initialisation, pool_to_grid
 from amkd_monai.teachers.biomedparse_network import CONTEXT, UNUSED, VOCABULARY, BiomedParse, Sizes
-from amkd_monai.teachers.official import COMMON, OfficialTeacher, fixed_initialisation, read_official
+from amkd_monai.teachers.official import COMMON, OfficialTeacher, read_official
 from amkd_monai.weights import CheckpointError
 
 STRIDES = (4, 8, 16, 32)

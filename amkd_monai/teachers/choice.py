@@ -33,7 +33,6 @@ def choose(
     task: Task,
     weights_dir: str | None = None,
     fallback: Sequence[Description] = (),
-    foreign: bool = True,
 ) -> tuple[list[Description], list[str]]:
     """Return the descriptions of a run's teachers, and lines that announce those that were chosen here.
 
@@ -44,7 +43,6 @@ def choose(
         task: what is to be taught.
         weights_dir: folder searched first for weight files.
         fallback: descriptions of the teachers where no foundation teacher is found.
-        foreign: whether foundation teachers of another modality than the task's teach it too.
 
     Raises:
         ValueError: a word or a description that is not understood, or a package is missing.
@@ -66,8 +64,7 @@ def choose(
             wanted = [(teacher, file) for teacher, file in wanted if file]
         elif absent := [how_to_get(teacher, weights_dir) for teacher, file in wanted if file is None]:
             raise CheckpointError(" ".join(absent))
-        suited = [(teacher, file) for teacher, file in wanted if foreign or suits(teacher, task)]
-        for teacher, file in suited:
+        for teacher, file in wanted:
             if packages := missing_packages(teacher):
                 lines.append(f"{teacher.name} needs a package: run `pip install {packages[0]}`.")
                 if word != "auto":

@@ -15,8 +15,8 @@ import torch
 from skimage.transform import resize
 from torch import Tensor, nn
 
-from amkd_monai.teachers.base import TeacherFeatures, binary_to_two_class, pool_to_grid
-from amkd_monai.teachers.official import COMMON, OfficialTeacher, each_image, fixed_initialisation, read_official
+from amkd_monai.teachers.base import TeacherFeatures, binary_to_two_class, fixed_initialisation, pool_to_grid
+from amkd_monai.teachers.official import COMMON, OfficialTeacher, each_image, read_official
 from amkd_monai.weights import CheckpointError
 
 logger = logging.getLogger("amkd_monai")

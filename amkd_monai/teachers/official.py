@@ -1,7 +1,6 @@
 """What the foundation teachers share: reading official weight files, and preprocessing in 8-bit pixels."""
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,14 +53,6 @@ def read_official(key: str, weights: str | Path | None) -> OfficialWeights:
     if (path := official_file(teacher, weights)) is None:
         raise CheckpointError(how_to_get(teacher, weights))
     return OfficialWeights(load_state_dict(path), path)
-
-
-@contextlib.contextmanager
-def fixed_initialisation(seed: int = 0) -> Iterator[None]:
-    """Build a network with the same random weights each time, and leave the caller's random state as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def pooled_patches(grid: Tensor) -> Tensor:

@@ -4,10 +4,12 @@ A teacher of this package is built on the meta device, from names and shapes alo
 """
 
 import copy
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from amkd_monai.storage import atomic_write_json, fingerprint, read_memo
-from amkd_monai.teachers.base import KINDS, Teacher, bound, build_teacher
-from amkd_monai.teachers.catalogue import FOUNDATION, CatalogueEntry, entry, official_file
-from amkd_monai.teachers.known import teacher_key
-from amkd_monai.teachers.official import fixed_initialisation
+from amkd_monai import __version__
+from amkd_monai.storage import fingerprint, read_memo, write_memo
+from amkd_monai.teachers.base import KINDS, Teacher, TeacherFacts, bound, build_teacher, fixed_initialisation
+from amkd_monai.teachers.catalogue import CATALOGUE, FOUNDATION, CatalogueEntry, entry, find_weights, official_file
 
 PLANNED = set(KINDS) - {"transformers"}
-"""Kinds that can be built from names and shapes."""
+"""Kinds that read one file of weights and nothing else, and can be built from its names and shapes."""
+KNOWN, PLANS = "known_teachers.json", "teacher_plans.json"
+"""Tables beside the cache, by all that a teacher depends on: its facts and the stamps of its files; its plan."""
 VOLUMES = "crossfit_volume_specialist"
 OUTPUTS = ("grid", "pooled", "logits")
 
@@ -38,7 +41,7 @@ class Plan:
         shapes: of its outputs for one image, by name; empty for features of images as they come.
         flops: floating point operations per image, two per multiply-add.
         memory: bytes that it takes at least: its weights and the largest result of an operation.
-        file: its weight file, with size and time of change.
+        file: its weight file and the stamp of that.
     """
 
     name: str
@@ -46,12 +49,46 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     flops: int = 0
     memory: int = 0
-    file: tuple[str, int, int] | None = None
+    file: tuple[Path, list[int]] | None = None
 
     def bytes_per_image(self, dtype: str = "float16") -> int:
         """Space in the cache for one view; ``dtype`` is that of feature maps."""
         width = {"grid": 1 if dtype == "int8" else 2}
         return sum(math.prod(shape) * width.get(name, 2) for name, shape in self.shapes.items())
+
+
+@dataclass
+class KnownTeacher:
+    """A teacher by its facts; the network is built when it is first needed.
+
+    Attributes:
+        of: description and folder of weights, from which it is built.
+    """
+
+    known: TeacherFacts
+    of: tuple[Mapping[str, Any], str | None]
+    built: Teacher | None = None
+
+    def facts(self) -> TeacherFacts:
+        """Return what is known of the teacher without its network."""
+        return self.known
+
+    def ready(self) -> Teacher:
+        """Build the network unless it is there.
+
+        Raises:
+            ValueError: it is not the teacher that was known; it changed without its file's size or time.
+        """
+        if self.built is None:
+            with fixed_initialisation():
+                built = build_teacher(*self.of)
+            if built.fingerprint != self.known.fingerprint:
+                name, files = self.known.name, ", ".join(map(str, built.read_from))
+                raise ValueError(
+                    f"The teacher '{name}' changed, but {files} kept size and time: touch it and run again."
+                )
+            self.built = built
+        return self.built
 
 
 class _Largest(TorchDispatchMode):
@@ -64,10 +101,6 @@ class _Largest(TorchDispatchMode):
         sizes = (t.numel() * t.element_size() for t in tree_leaves(results) if isinstance(t, Tensor))
         self.bytes = max(self.bytes, *sizes, 0)
         return results
-
-
-MEMO = "teacher_plans.json"
-"""Table beside the cache: plans that were made, by all they depend on."""
 
 
 def plan(
@@ -92,11 +125,12 @@ def plan(
     """
     kind = str(description["kind"])
     _, options = bound(description, weights_dir)
-    found = Plan(str(description["name"]), file=stamp(description, weights_dir))
-    memo = Path(cache_dir or "") / MEMO
+    file = weight_file(description, weights_dir)
+    found = Plan(str(description["name"]), file=(file, stamp(file)) if file and stamp(file) else None)
+    memo = Path(cache_dir or "") / PLANS
     table = read_memo(memo, lambda entry: isinstance(entry, dict)) if cache_dir and kind in PLANNED else {}
     size = size if kind == "specialist" else None  # others without a size of their own answer nothing
-    key = fingerprint(teacher_key(description, weights_dir), size, found.file) if kind in PLANNED else ""
+    key = fingerprint(teacher_key(description, weights_dir), size, str(found.file)) if kind in PLANNED else ""
     if key in table:
         return replace(found, **table[key])
     network: nn.Module | None = None
@@ -121,8 +155,39 @@ def plan(
         found = replace(found, shapes=shapes, flops=counter.get_total_flops(), memory=memory)
     if cache_dir and kind in PLANNED:
         kept = {k: v for k, v in asdict(found).items() if k not in ("name", "file")}
-        atomic_write_json(memo, {**table, key: kept})
+        write_memo(memo, {**table, key: kept})
     return found
+
+
+def known_teacher(description: Mapping[str, Any], weights_dir: str | None, cache_dir: str | Path) -> KnownTeacher:
+    """Return a teacher from the table of a cache folder; one that is not there, or whose file changed, is built.
+
+    Only :data:`PLANNED` is kept, since of others it is not known which files they read.
+    """
+    memo, of = Path(cache_dir) / KNOWN, (description, weights_dir)
+    table, key = read_memo(memo, lambda entry: isinstance(entry, dict)), teacher_key(*of)
+    try:
+        entry = table[key]
+        if all(stamp(Path(file)) == then for file, then in entry["files"].items()):
+            return KnownTeacher(TeacherFacts(**entry["facts"]), of)
+    except (KeyError, TypeError):
+        pass  # not known, or of another version, or a file is gone: building says so
+    with fixed_initialisation():  # what follows is the same where the teacher is known
+        teacher = build_teacher(*of)
+    facts = teacher.facts()
+    if description["kind"] in PLANNED and teacher.read_from and not teacher.is_random:
+        entry = {"facts": asdict(facts), "files": {str(file): stamp(file) for file in teacher.read_from}}
+        write_memo(memo, {**table, key: entry})
+    return KnownTeacher(facts, of, teacher)
+
+
+def teacher_key(description: Mapping[str, Any], weights_dir: str | None) -> str:
+    """Return what the facts of a teacher depend on besides the file: description, code, and which files are found."""
+    weights = description.get("weights", weights_dir)
+    found = [str(find_weights(e, weights)) for e in CATALOGUE if e.key and e.kind == description["kind"]]
+    code = [[file.name, *stamp(file)] for file in sorted(Path(__file__).parent.glob("*.py"))]
+    plain = json.loads(json.dumps(description, default=str))
+    return fingerprint(plain, str(weights), found, code, __version__, version("torch"), version("timm"))
 
 
 def weight_file(description: Mapping[str, Any], weights_dir: str | None = None) -> Path | None:
@@ -141,19 +206,16 @@ def official_entry(description: Mapping[str, Any]) -> CatalogueEntry | None:
     return entry(f"retfound_{description['variant']}" if "variant" in description else kind)
 
 
-def stamp(description: Mapping[str, Any], weights_dir: str | None = None) -> tuple[str, int, int] | None:
-    """Return path, size and time of change of a teacher's weight file, None where there is none."""
-    file = weight_file(description, weights_dir)
-    if file is None or not file.is_file():
-        return None
-    return str(file), file.stat().st_size, file.stat().st_mtime_ns
+def stamp(file: Path) -> list[int]:
+    """Return size and time of change of a file; nothing where there is none."""
+    return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
 
 
 def recorded(description: Mapping[str, Any], weights_dir: str | None = None) -> dict[str, Any]:
     """Return a description as plain data for records, with name and size of its weight file."""
     plain = {k: type(v).__name__ if isinstance(v, nn.Module) else v for k, v in description.items()}
-    file = stamp(description, weights_dir)
-    return {**plain, **({} if file is None else {"file": Path(file[0]).name, "bytes": file[1]})}
+    file = weight_file(description, weights_dir)
+    return plain | ({"file": file.name, "bytes": stamp(file)[0]} if file and stamp(file) else {})
 
 
 def check(
@@ -220,9 +282,10 @@ def refuse_other_answers(name: str, shape: Sequence[int], classes: int, single: 
 def refuse_changed(plans: Sequence[Plan]) -> None:
     """Refuse weight files that are no longer those that were checked."""
     for found in plans:
-        file = Path(found.file[0]) if found.file else None
-        if file and found.file != (file.is_file() and (str(file), file.stat().st_size, file.stat().st_mtime_ns)):
-            raise ValueError(f"{file} of the teacher '{found.name}' changed during the preparation: start again.")
+        if found.file and stamp(found.file[0]) != found.file[1]:
+            raise ValueError(
+                f"{found.file[0]} of the teacher '{found.name}' changed during the preparation: start again."
+            )
 
 
 def estimate(plans: Sequence[Plan], images: int, dtype: str = "float16", device: torch.device | str = "cpu") -> str:

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from amkd_monai.teachers.base import TeacherFeatures, pool_to_grid
+from amkd_monai.teachers.base import TeacherFeatures, fixed_initialisation, pool_to_grid
 from amkd_monai.teachers.official import (
     COMMON,
     OfficialTeacher,
     each_image,
-    fixed_initialisation,
     imagenet_normalised,
     pooled_patches,
     read_official,

@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
-from amkd_monai.teachers.base import TeacherFeatures, pool_to_grid
+from amkd_monai.teachers.base import TeacherFeatures, fixed_initialisation, pool_to_grid
 from amkd_monai.teachers.official import (
     COMMON,
     OfficialTeacher,
     OfficialWeights,
-    fixed_initialisation,
     imagenet_normalised,
     pooled_patches,
     read_official,

@@ -21,12 +21,12 @@ from torch import nn
 from toy_dataset import chain as unresized_chain
 from toy_dataset import write_items
 
-from amkd_monai.cache.build import EXAMPLES, ask, cache_teacher, shown_to, verify_store, view_matrix, view_set
+from amkd_monai.cache.build import ask, cache_teacher, shown_to, view_matrix, view_set
 from amkd_monai.data.augment import warp
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.frames import FinerImages
 from amkd_monai.data.transforms import load_mask, load_rgb, load_volume
-from amkd_monai.teachers.base import Teacher, TeacherFeatures, build_teacher, resize
+from amkd_monai.teachers.base import Teacher, TeacherFeatures, resize
 
 sys.path.append(str(Path(__file__).parent.parent / "teachers"))
 from tiny_teachers import TINY, tiny
@@ -228,19 +228,3 @@ def test_boxes_of_labels_lie_on_finer_images(pictures):
     torch.testing.assert_close(own, finer)
     said = ask(teacher, pictures, [1], "cpu", image=FinerImages(pictures, 64).image)
     assert said["logits"].shape == (1, 2, 16, 16)
-
-
-def test_verify_asks_with_the_images_that_were_shown(pictures, tmp_path):
-    folder = pictures.directory.parent
-    description = {"name": "u", **TINY["usfm"]}
-    store = cache_teacher(build_teacher(description), pictures, folder, views=3, description=description)
-    for item in pictures.data:
-        Path(item["image"]).rename(f"{item['image']}.gone")
-    try:
-        assert verify_store(store, 1.0) == ([], "checksums, and 3 of 6 images computed again")
-    finally:
-        for item in pictures.data:
-            Path(f"{item['image']}.gone").rename(item["image"])
-    (store.directory / EXAMPLES).unlink()
-    faults, how = verify_store(store)
-    assert faults == [] and "checksums alone" in how and EXAMPLES in how

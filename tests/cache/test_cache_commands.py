@@ -1,4 +1,4 @@
-"""`python -m amkd_monai cache`: what is there, whether it is right, what may go, and what leaves."""
+"""`python -m amkd_monai cache`: what is there, whether it is right, what may go."""
 
 import json
 import os
@@ -11,12 +11,11 @@ import toy_dataset
 import toy_store
 from helpers import ROOT
 from PIL import Image
-from safetensors.numpy import load_file
 from toy_dataset import CountingTeacher, decoded, write_items
 
 from amkd_monai.__main__ import main
 from amkd_monai.cache.build import cache_teacher
-from amkd_monai.cache.store import LOCK, FeatureStore, StoreError
+from amkd_monai.cache.store import LOCK, FeatureStore
 
 TOY = {"name": "toy", "kind": "toy_dataset.CountingTeacher", "gives_logits": True}
 
@@ -60,44 +59,10 @@ def test_a_folder_without_stores(tmp_path, capsys):
     assert code == 1 and error.startswith("error: ") and "cache_dir" in error
 
 
-@pytest.mark.parametrize("views", [1, 3])
-def test_verify_asks_the_teacher_again(items, tmp_path, capsys, views):
-    cached(items, tmp_path, views=views)
-    code, out, _ = run(capsys, "verify", tmp_path, "--fraction", 0.5)
-    assert code == 0 and f"{3 * views} of {6 * views} images computed again" in out and "1 stores, 0 faulty" in out
-
-
-@pytest.mark.parametrize("name", ["grid", "logits"])
-def test_verify_finds_what_the_teacher_never_said(items, tmp_path, capsys, name):
-    """Whole files with right hashes and wrong numbers: only the teacher can tell."""
-    store = cached(items, tmp_path)
-    values = {array: store.read(array, range(6)).astype(np.float32) for array in store.arrays}
-    values[name] = values[name] * 1.1
-    store.path(0, 0).unlink()
-    forged = cached_by(values, store, tmp_path, items)
-    assert forged.verify() == {}
-    code, out, _ = run(capsys, "verify", tmp_path)
-    assert code == 1 and f"{name} of image '00', view 0, differs by 0.1" in out and "delete" in out
-
-
-def cached_by(values, like, folder, items):
-    store = FeatureStore.create_or_open(
-        like.directory,
-        like.key,
-        like.sample_ids,
-        like.content_hashes,
-        like.arrays,
-        shard_size=like.shard_size,
-        view_parameters=like.view_parameters,
-        origin=like.origin,
-    )
-    with store.building():
-        store.write_shard(0, 0, values)
-    return store
-
-
 def test_verify_finds_flipped_bytes_and_another_teacher(items, tmp_path, capsys, monkeypatch):
     store = cached(items, tmp_path)
+    code, out, _ = run(capsys, "verify", tmp_path)
+    assert code == 0 and "good, complete (checksums, and" in out and "1 stores, 0 faulty" in out
     file = store.path(0, 0)
     content = bytearray(file.read_bytes())
     content[-1] ^= 255
@@ -109,13 +74,11 @@ def test_verify_finds_flipped_bytes_and_another_teacher(items, tmp_path, capsys,
     assert code == 1 and "preprocessing of its teacher changed" in out
 
 
-@pytest.mark.parametrize("missing", ["teacher", "decoded", "description"])
+@pytest.mark.parametrize("missing", ["teacher", "description"])
 def test_verify_says_what_it_could_not_compare(items, tmp_path, capsys, monkeypatch, missing):
     store = cached(items, tmp_path)
     if missing == "teacher":
         monkeypatch.delattr(toy_dataset, "CountingTeacher")
-    elif missing == "decoded":
-        (tmp_path / store.key["decoded"] / "index.json").unlink()
     else:
         path = store.directory / "store.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "origin": {}}))
@@ -151,40 +114,3 @@ def test_a_store_that_is_being_built_is_not_pruned(tmp_path, capsys):
         assert code == 1 and str(store.directory / LOCK) in error
     assert (store.directory / "store.json").is_file()
     assert "incomplete (0 of 26 shards)" in run(capsys, "status", tmp_path)[1]
-
-
-def test_export_copies_shards_without_where_the_weights_lay(tmp_path, capsys):
-    store = toy_store.build(toy_store.open_store(tmp_path / "toy-00", origin={"teacher": {"weights": "/secret"}}))
-    code, out, _ = run(capsys, "export", store.directory, "--to", tmp_path / "out")
-    assert code == 0 and str(tmp_path / "out") in out
-    files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert len(files) == toy_store.SHARDS and not list(tmp_path.glob(".out*"))
-    said = load_file(files[15])  # view 1, shard 2
-    np.testing.assert_array_equal(said["grid"], store.read("grid", range(8, 12), 1))
-    codes = said["codes"] * said["codes.scale"][:, :, None, None]
-    np.testing.assert_array_equal(codes, store.read("codes", range(8, 12), 1))
-    everything = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
-    assert b"case_9" in everything and b"/secret" not in everything
-    copied = FeatureStore.open(tmp_path / "out")
-    assert copied.key == store.key and copied.verify() == {} and copied.sample_ids == store.sample_ids
-    code, _, error = run(capsys, "export", store.directory, "--to", tmp_path / "out")
-    assert code == 1 and "is there already" in error
-
-
-def test_a_damaged_store_is_not_exported(tmp_path, capsys):
-    store = toy_store.build(toy_store.open_store(tmp_path / "toy-00"))
-    content = bytearray(store.path(1, 5).read_bytes())
-    content[-1] ^= 255
-    store.path(1, 5).write_bytes(content)
-    code, _, error = run(capsys, "export", store.directory, "--to", tmp_path / "out")
-    assert code == 1 and str(store.path(1, 5)) in error and not (tmp_path / "out").exists()
-
-
-def test_an_incomplete_store_is_not_exported(tmp_path, capsys):
-    store = toy_store.open_store(tmp_path / "toy-00")
-    with store.building():
-        pass
-    code, _, error = run(capsys, "export", store.directory, "--to", tmp_path / "out")
-    assert code == 1 and "lacks 26 shards" in error and not (tmp_path / "out").exists()
-    with pytest.raises(StoreError, match="is no feature store"):
-        FeatureStore.open(tmp_path)

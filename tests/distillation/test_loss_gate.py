@@ -5,8 +5,8 @@ from toy_problem import LOSS_GATES, make_batch, make_distiller, spec
 
 from amkd_monai.distillation import DistillationConfig
 from amkd_monai.distillation.baselines import FixedLossGate, PaperLossGate
+from amkd_monai.distillation.gates import AgreementLossGate, ScaledLossGate, SharedGradients
 from amkd_monai.distillation.interface import INTERVAL
-from amkd_monai.distillation.loss_gate import AgreementLossGate, ScaledLossGate, SharedGradients
 
 PRIORS = {"output": 1.0, "feature": 0.25}
 

@@ -7,7 +7,7 @@ import torch
 from toy_problem import make_batch, spec
 
 from amkd_monai.distillation import DistillationConfig, Distiller
-from amkd_monai.distillation.multitask import MultiTaskDistiller
+from amkd_monai.engines.multitask import MultiTaskDistiller
 from amkd_monai.networks import SharedStudent
 
 TEACHER = spec(grid=(12, 4, 4), logits=(2, 8, 8))

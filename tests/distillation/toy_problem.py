@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from amkd_monai.distillation import Batch, DistillationConfig, Distiller, TeacherTarget, baselines, gates, loss_gate
+from amkd_monai.distillation import Batch, DistillationConfig, Distiller, TeacherTarget, baselines, gates
 
 CLASSES = 2
 GATES = (*gates.GATES, *baselines.GATES)
-LOSS_GATES = (*loss_gate.LOSS_GATES, *baselines.LOSS_GATES)
+LOSS_GATES = (*gates.LOSS_GATES, *baselines.LOSS_GATES)
 
 
 class FirstTeacherGate(gates.TeacherGate):

@@ -264,7 +264,7 @@ def test_a_complete_cache_is_prepared_without_asking_a_teacher(data, monkeypatch
     def never(*_, **__):
         raise AssertionError("a teacher was built, or its answers were scored")
 
-    for name in ("teachers.known.build_teacher", "engines.prepare.score_answers"):
+    for name in ("teachers.plan.build_teacher", "engines.prepare.score_answers"):
         monkeypatch.setattr(f"amkd_monai.{name}", never)
     again = prepare(data, [LITE1], admission_options={"mode": "all"})
     assert again.record["teachers"] == first.record["teachers"]

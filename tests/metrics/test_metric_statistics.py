@@ -133,3 +133,15 @@ def test_seed_and_case_of_few_values():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_groups_are_drawn_as_a_whole():
+    """Copies of a case add nothing: the interval is that of the groups."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 20))
+    alone = seed_and_case_ci(values)
+    copied = seed_and_case_ci(np.repeat(values, 5, axis=1), groups=[case for case in range(20) for _ in range(5)])
+    assert copied == pytest.approx(alone)
+    narrow = seed_and_case_ci(np.repeat(values, 5, axis=1))
+    assert narrow[2] - narrow[1] < 0.8 * (copied[2] - copied[1])
+    assert np.isnan(seed_and_case_ci(values, groups=["one"] * 20)[1:]).all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import random
 import shutil
@@ -543,20 +542,6 @@ def test_a_shared_student_is_evaluated_and_predicts_by_its_record(tmp_path):
     given = {**tasks, "kvasir_seg": {**tasks["kvasir_seg"], "split_seed": 0}}
     for wrong in ({"tasks": given}, {"neck_channels": 32}):
         assert next(iter(wrong)) in refusal(commanded, SHARED, ("train", "evaluate"), **ckpt, **wrong)
-
-
-def test_a_run_without_a_record_is_read_as_far_as_its_run_record_allows(trained, tmp_path, caplog):
-    old = shutil.copytree(trained, tmp_path / "old")
-    (old / "models" / "student.json").unlink()
-    asked = places(old, output_dir=str(old / "eval"), image_size=SIZE)
-    with caplog.at_level(logging.WARNING, "amkd_monai"):
-        made = built("kvasir_seg", ("train", "evaluate"), **asked, split_seed=3)
-    assert [r for r in caplog.records if "student.json" in r.getMessage() and "preprocessing" in r.getMessage()]
-    made.run()
-    wanted = read_json(trained / "eval" / "metrics.json")["summary"]["metrics"]["dice"]
-    assert read_json(old / "eval" / "metrics.json")["summary"]["metrics"]["dice"] == wanted
-    record = read_json(old / "eval" / "run.json")["data"]["split_hash"]
-    assert record[:12] in refusal(built, "kvasir_seg", ("train", "evaluate"), **asked, split_seed=4)
 
 
 def test_a_damaged_record_is_refused(trained, tmp_path):

@@ -51,8 +51,6 @@ def test_words_name_some_all_or_none(files):
     assert names("usfm+medsam") == names(["usfm", "medsam"]) == ["usfm", "medsam"]
     assert names("foundation + imagenet_lite2") == [*FOUNDATION, "imagenet_lite2"]
     assert names(["auto", {"name": "vit", "kind": "timm"}]) == [*FOUNDATION, "vit"]
-    assert names("auto", foreign=False) == ["medsam", "usfm", "biomedparse"]
-    assert names("auto", "aptos2019", foreign=False) == ["medsam", "retfound", "biomedparse"]
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,17 @@
-"""The foundation teachers at their full size, with fixed random weights: cost within limits, real images cached."""
+"""The foundation teachers at their full size, with fixed random weights: cost, and all four teach real images."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from helpers import ROOT, shared_data
-from monai.transforms import Compose, Resized, ScaleIntensityRanged
+from teachers.tiny_teachers import OFFICIAL, write_official
 
-from amkd_monai.cache.build import cache_teacher
-from amkd_monai.data.decoded import DecodedDataset
-from amkd_monai.data.transforms import load_rgb
-from amkd_monai.teachers.base import build_teacher
+from amkd_monai.cache.store import FeatureStore
 
 pytestmark = pytest.mark.slow
 LIMIT_MB = 4500
@@ -31,23 +29,34 @@ def test_memory_stays_within_the_limit_and_bfloat16_is_faithful(which):
     assert found["gflop"] == pytest.approx({"medsam": 972, "retfound": 119, "usfm": 35}[which], rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("description", "shape"),
-    [
-        ({"kind": "medsam", "precision": "bfloat16"}, (256, 16, 16)),
-        ({"kind": "retfound"}, (1024, 14, 14)),
-        ({"kind": "usfm"}, (768, 14, 14)),
-    ],
-    ids=["medsam", "retfound", "usfm"],
-)
-def test_two_real_images_are_cached(description, shape, tmp_path):
-    paths = sorted(shared_data("Kvasir-SEG", "images").iterdir())[:2]
-    items = [{"image": str(path), "id": path.stem, "group": path.stem} for path in paths]
-    chain = Compose([load_rgb("image"), ScaleIntensityRanged("image", 0, 255, 0, 1), Resized("image", (256, 256))])
-    dataset = DecodedDataset(items, chain, tmp_path / "cache")
-    teacher = build_teacher({"name": "t", **description, "weights": "random"})
-    store = cache_teacher(teacher, dataset, tmp_path / "stores", batch_size=2)
-    grid = store.read("grid", [0, 1]).astype(np.float32)
-    assert store.is_complete and grid.shape == (2, *shape)
-    assert np.isfinite(grid).all() and np.abs(grid[0] - grid[1]).mean() > 1e-4
-    assert store.read("pooled", [0, 1]).shape == (2, shape[0])
+def test_four_copied_files_teach_by_the_headline_command(tmp_path):
+    """Full-size files in the official layouts, real images, a process of its own: `teachers` stays "auto"."""
+    weights = tmp_path / "weights"
+    full = {which: {"kind": which, "weights": "random"} for which in OFFICIAL}
+    full["biomedparse"]["prompts"] = ["polyp in endoscopy"]
+    write_official(weights, full)
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for path in sorted(shared_data("Kvasir-SEG", kind).iterdir())[:5]:
+            shutil.copy(path, tmp_path / "data" / kind)
+    places = {"dataset_dir": tmp_path / "data", "output_dir": tmp_path / "eval", "ckpt_dir": tmp_path / "models"}
+    values = {**places, "cache_dir": tmp_path / "cache", "image_size": 64, "max_epochs": 1, "admission#mode": "all"}
+    values["split_fractions"] = [0.4, 0.2, 0.4]
+    command = ["-m", "monai.bundle", "run", "training", "--config_file", "bundles/kvasir_seg/configs/train.json"]
+    options = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "AMKD_WEIGHTS": str(weights)}
+    subprocess.run([sys.executable, *command, *options], check=True, cwd=ROOT, env=environment)
+
+    record = json.loads((tmp_path / "eval" / "run.json").read_text())
+    assert record["status"] == "completed" and record["data"]["counts"]["train"] == 2
+    assert {t["name"]: t["file"] for t in record["teachers"]["chosen"]} == OFFICIAL
+    taught = {t["name"]: t for t in record["distillation"]["teachers"]}
+    asked = {"medsam": [1024, 1024], "biomedparse": [1024, 1024], "retfound": [224, 224], "usfm": [224, 224]}
+    assert {name: t["asked_at"]["size"] for name, t in taught.items()} == asked
+    assert not any(t["random_weights"] for t in taught.values())
+    stores = [FeatureStore.open(path.parent) for path in (tmp_path / "cache").rglob("store.json")]
+    train = [store for store in stores if "grid" in store.arrays and len(store) == 2]
+    assert len(train) == len(OFFICIAL)
+    for store in train:
+        grid = store.read("grid", [0, 1]).astype(np.float32)
+        assert np.isfinite(grid).all() and np.abs(grid[0] - grid[1]).mean() > 1e-4

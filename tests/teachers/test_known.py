@@ -12,8 +12,7 @@ from tiny_teachers import TINY, official_state, tiny
 
 from amkd_monai.engines import prepare
 from amkd_monai.engines.prepare import cache_image_teacher
-from amkd_monai.teachers import known
-from amkd_monai.teachers.known import MEMO, known_teacher
+from amkd_monai.teachers.plan import KNOWN, known_teacher
 
 sys.path.append(str(Path(__file__).parent.parent / "cache"))
 from toy_dataset import decoded, write_items
@@ -43,7 +42,7 @@ def unread(monkeypatch):
         def never(*_, **__):
             raise AssertionError("a weight file was read")
 
-        monkeypatch.setattr(known, "build_teacher", never)
+        monkeypatch.setattr("amkd_monai.teachers.plan.build_teacher", never)
         monkeypatch.setattr("amkd_monai.teachers.base.file_sha256", never)
         monkeypatch.setattr("amkd_monai.weights.load_state_dict", never)
 
@@ -117,7 +116,7 @@ def test_a_damaged_table_is_built_again(tmp_path, content, unread):
     file = tmp_path / "weights.pth"
     write("usfm", file)
     first = known_teacher(described("usfm", file), None, tmp_path).facts()
-    (tmp_path / MEMO).write_text(content)
+    (tmp_path / KNOWN).write_text(content)
     assert known_teacher(described("usfm", file), None, tmp_path).facts() == first
     unread()
     assert known_teacher(described("usfm", file), None, tmp_path).facts() == first
@@ -128,7 +127,7 @@ def test_random_teachers_and_classes_of_ones_own_are_built_each_time(tmp_path):
     for description in (own, {"name": "usfm", **TINY["usfm"]}):
         assert known_teacher(description, None, tmp_path).built is not None
         assert known_teacher(description, None, tmp_path).built is not None
-    assert not (tmp_path / MEMO).exists()
+    assert not (tmp_path / KNOWN).exists()
 
 
 def test_the_score_of_the_same_answers_is_computed_once(tmp_path, monkeypatch):
