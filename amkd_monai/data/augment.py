@@ -103,7 +103,8 @@ class Augmentation:
         """Change gamma, gain, offset and colour of an image (B, C, H, W) in [0, 1]; a teacher never sees this."""
         draw = torch.rand((len(image) // self.together, 6), generator=generator).to(image.device) * 2 - 1
         draw = draw.repeat_interleave(self.together, 0)
-        colours = draw[:, 1:4][:, torch.arange(image.shape[1]) % 3]
+        channels = image.shape[1]
+        colours = draw[:, 1:4].repeat(1, -(-channels // 3))[:, :channels]
         gain = 1 + self.gain * draw[:, 0, None] + self.colour * colours  # (B, C)
         gamma = torch.exp(draw[:, 5] * math.log1p(self.gamma))
         image = image.clamp_min(0) ** gamma[:, None, None, None]

@@ -366,8 +366,9 @@ def _pairs(layout: Described, root: Path) -> Iterator[Item]:
         for image in images:
             item, files = {"image": str(image), "id": file_id(image), **section}, masks.get(file_id(image), [])
             stems = [file_id(Path(file)) for file in files]
-            if len(set(stems)) < len(stems):
-                yield {**item, "problem": f"{files[0]} and {files[1]} have the same name: keep one of them."}
+            if (twice := len(set(stems)) < len(stems)) or (layout.volumes and len(files) > 1):
+                what = "have the same name" if twice else "are masks of one volume"
+                yield {**item, "problem": f"{files[0]} and {files[1]} {what}: keep one of them."}
             elif files:
                 files.sort(key=natural)
                 yield {**item, "label": files if len(files) > 1 else files[0]}
@@ -412,7 +413,7 @@ def _nnunet(layout: Described, root: Path) -> Iterator[Item]:
         for case in sorted(found.keys() | masks.keys()):
             files = found.get(case, {})
             item: Item = {"image": [files[c] for c in sorted(files)], "id": case, "section": section}
-            item["image"] = item["image"][0] if len(files) == 1 == needed else item["image"]
+            item["image"] = item["image"][0] if needed == len(files) == 1 else item["image"]
             if missing := [f"{case}_{c:04d}" for c in range(needed) if c not in files]:
                 item["image"] = next(iter(files.values()), str(root / images / case))
                 item["problem"] = f"{root / images} lacks {', '.join(missing)}: add the channel(s), or remove the case."

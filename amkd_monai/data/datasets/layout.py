@@ -118,7 +118,8 @@ def checked(item: Item, volumes: bool = False) -> Item:
             (size, tag), *of_masks = map(picture_frame, (image, *others, *masks))
             for mask, (found, own) in zip((*others, *masks), of_masks, strict=True):
                 if found != size and not ((tag >= 5) != (own >= 5) and found == size[::-1]):
-                    raise ValueError(other_size(mask, found, size))
+                    same = f"{mask} has another size than {image}: all channels of an image need one size."
+                    raise ValueError(other_size(mask, found, size) if mask in masks else same)
     except ValueError as error:
         return {**item, "problem": str(error)}
     return item
