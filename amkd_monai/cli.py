@@ -265,7 +265,7 @@ def _data_fetch(arguments: argparse.Namespace) -> None:
     print(f"{folder} is complete. Terms: {source.terms}" if folder and source else steps(arguments.name))
 
 
-def _export(arguments: argparse.Namespace) -> None:
+def _export(arguments: argparse.Namespace) -> int:
     settings, to = settings_of(arguments.set), Path(arguments.to)
     if to.exists():
         raise FileExistsError(f"{to} is there already: remove it or give another folder.")
@@ -276,8 +276,11 @@ def _export(arguments: argparse.Namespace) -> None:
     from amkd_monai.export.source import Source
 
     source = Source(arguments.bundle, settings, arguments.overlay)
-    written = export_bundle(source, to, names, arguments.accept_loss, arguments.cases, arguments.calibration)
-    print(f"exported to {written}; card: {written / 'docs' / 'README.md'}")
+    left_out = export_bundle(source, to, names, arguments.accept_loss, arguments.cases, arguments.calibration)
+    print(f"exported to {to}; card: {to / 'docs' / 'README.md'}")
+    for reason in left_out:
+        print(f"error: {reason}", file=sys.stderr)
+    return 1 if left_out else 0
 
 
 def _predict(arguments: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 
 from amkd_monai import __version__
 from amkd_monai.data.datasets import Task
+from amkd_monai.errors import root_cause
 from amkd_monai.export import formats
 from amkd_monai.export.predict import SEEN, VERSION
 from amkd_monai.export.runners import Runner, peak_memory, runner, torch_runner
@@ -31,7 +32,7 @@ from amkd_monai.files.steps import softmax
 from amkd_monai.metrics.classification import macro_auroc
 from amkd_monai.metrics.summary import class_summaries
 from amkd_monai.storage import atomic_folder, atomic_write_json
-from amkd_monai.terminal import align, progress
+from amkd_monai.terminal import align, logger, progress
 from amkd_monai.weights import file_sha256
 
 CALIBRATION_SLICES = 8
@@ -58,8 +59,10 @@ class Row:
 
 def export_bundle(
     source: Source, to: str | Path, names: Sequence[str], accept_loss: bool, cases: int, calibration: int
-) -> Path:
+) -> list[str]:
     """Export a student to a new folder and print how each format compares with it.
+
+    A format other than TorchScript that fails, or does not answer as the student does, is left out.
 
     Args:
         source: the opened training bundle.
@@ -69,8 +72,11 @@ def export_bundle(
         cases: validation images that each format answers, at most.
         calibration: training images that calibrate 8 bits, at most.
 
+    Returns:
+        Why formats were left out, a sentence for each.
+
     Raises:
-        ValueError: a format does not answer as the student does.
+        ValueError: TorchScript does not answer as the student does.
         FileExistsError: ``to`` exists.
     """
     to = Path(to)
@@ -92,7 +98,7 @@ def export_bundle(
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         lines = [f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
         (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
-    return to
+    return list(facts["left_out"])
 
 
 def _write_models(
@@ -114,10 +120,22 @@ def _write_models(
             batch[i : i + 1] for i in np.linspace(0, len(batch) - 1, min(len(batch), CALIBRATION_SLICES), dtype=int)
         ]
     image, threads = np.ascontiguousarray(cases[0].batch[:1]), torch.get_num_threads()
+    metadata, remarks, left_out = _metadata(source, cases[0].batch.shape), list[str](), list[str]()
     for name in progress(names, desc="export"):
-        path = formats.write(name, source.student, torch.from_numpy(image), folder, slices)
-        memory = peak_memory(name, path, image, threads)
-        rows.append(_measure(name, runner(name, path, threads), path, memory, cases, expected, source.task))
+        try:
+            path = formats.write(name, source.student, folder, slices, metadata)
+            memory = peak_memory(name, path, image, threads)
+            row = _measure(name, runner(name, path, threads), path, memory, cases, expected, source.task)
+            remarks += [remark] if (remark := judge(row, rows[0], accept_loss)) else []
+            rows.append(row)
+        except Exception as error:  # exporters and runtimes raise whatever they like
+            if name == "ts":
+                raise
+            logger.debug("The format %s failed.", name, exc_info=True)
+            for suffix in (".xml", ".bin") if name.startswith("openvino") else (Path(formats.FORMATS[name]).suffix,):
+                (folder / formats.FORMATS[name]).with_suffix(suffix).unlink(missing_ok=True)
+            reason = " ".join(str(root_cause(error)).split()) or type(error).__name__
+            left_out.append(f"{name} is left out: {reason}")
     facts = {
         "formats": [asdict(row) for row in rows],
         "threads": threads,
@@ -125,11 +143,10 @@ def _write_models(
         "validation_cases": [case.id for case in cases],
         "calibration_images": [str(item["id"]) for item in calibration],
         "input_shape": list(cases[0].batch.shape[1:]),
+        "remarks": remarks,
+        "left_out": left_out,
     }
-    print(align(format_cells(facts)), f"(one image, CPU, threads: {threads})", sep="\n")
-    facts["remarks"] = [r for row in rows[1:] if (r := judge(row, rows[0], accept_loss))]
-    for remark in facts["remarks"]:
-        print(remark)
+    print(align(format_cells(facts)), f"(one image, CPU, threads: {threads})", *remarks, sep="\n")
     return facts
 
 
@@ -180,7 +197,7 @@ def judge(row: Row, student: Row, accept_loss: bool) -> str:
     tolerance = 1.0 if is_int8 else TOLERANCE  # 1: not a number is refused for 8 bits too
     if not row.difference <= tolerance:
         difference = f"by {row.difference:.2g} in a probability, more than {tolerance:g}"
-        raise ValueError(f"The format {row.name} differs from the PyTorch student {difference}: use other --formats.")
+        raise ValueError(f"The format {row.name} differs from the PyTorch student {difference}.")
     if not is_int8:
         return ""
     if row.metric is None or student.metric is None:
@@ -191,7 +208,7 @@ def judge(row: Row, student: Row, accept_loss: bool) -> str:
         return ""
     remark = f"The format {row.name} {what} (at most {LARGEST_LOSS:g} Dice or AUC is allowed)"
     if not accept_loss:
-        raise ValueError(f"{remark}: nothing was exported; add --accept-loss, or leave it out with --formats.")
+        raise ValueError(f"{remark}: add --accept-loss to keep it.")
     return f"{remark}, accepted by --accept-loss."
 
 
@@ -211,6 +228,11 @@ CHANNELS = (
 def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the contents of ``configs/`` by name; ``facts`` is the content of ``docs/export.json``."""
     inference, task = json.loads(INFERENCE.read_text(encoding="utf-8")), source.task
+    module = source.network["_target_"].rpartition(".")[0] or "monai"
+    inference["student"] = source.network | {"_disabled_": f"$not monai.utils.optional_import('{module}')[1]"}
+    inference["torchscript"] = formats.network_text(source.student)
+    buffers = dict(source.student.named_buffers())
+    inference["not_in_checkpoints"] = [name for name in buffers if name not in source.state]
     inference["suffixes"] = list(PICTURE_SUFFIXES if task.dimensions == 2 else VOLUME_SUFFIXES)
     if channels := len(task.channels):
         inference["channels"], inference["datalist"] = channels, CHANNELS
@@ -218,7 +240,7 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     inference["inferer"] = source.inferer
     inference["postprocessing"]["transforms"] = source.postprocessing
     if not task.is_classification:
-        inference["handlers"] = []  # masks are saved by the postprocessing
+        del inference["handlers"][1:]  # masks are saved by the postprocessing
     written = {row["name"] for row in facts["formats"]}
     parts = [t["applied_labels"] for t in source.postprocessing if t["_target_"] == "KeepLargestConnectedComponentd"]
     predict = {
@@ -233,11 +255,14 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "mask_codes": source.mask_codes,
         "run": source.identity.get("run"),
     }
-    return {"inference": inference, "metadata": _metadata(source, facts), "predict": predict}
+    return {"inference": inference, "metadata": _metadata(source, facts["input_shape"]), "predict": predict}
 
 
-def _metadata(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
-    """``metadata.json``: the training bundle's, with what was measured and without the packages of training."""
+def _metadata(source: Source, shape: Sequence[int]) -> dict[str, Any]:
+    """``metadata.json``: the training bundle's with what was measured, without the packages of training.
+
+    ``shape`` is that of an input, (..., H, W).
+    """
     values = source.metrics.get("summary", {}).get("metrics", {})
     measured = {name: value.get("mean", value.get("value")) for name, value in values.items()}
     reader = ["pillow"] if source.task.dimensions == 2 else ["nibabel", "scikit-image"]
@@ -249,10 +274,11 @@ def _metadata(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
     }
     for key, package in (("monai_version", "monai"), ("pytorch_version", "torch"), ("numpy_version", "numpy")):
         result[key] = version(package).split("+")[0]
-    shape, formats = facts["input_shape"][1:], result["network_data_format"]
-    formats["inputs"]["image"]["spatial_shape"] = shape
+    tensors = [result["network_data_format"]["inputs"]["image"]]
     if not source.task.is_classification:
-        formats["outputs"]["pred"]["spatial_shape"] = shape
+        tensors.append(result["network_data_format"]["outputs"]["pred"])
+    for tensor in tensors:
+        tensor["spatial_shape"] = list(shape[-2:])
     return result
 
 

@@ -1,16 +1,21 @@
 """Write the student in each format."""
 
+import base64
 import copy
 import importlib.util
+import io
 import logging
+import lzma
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from monai.data.torchscript_utils import save_net_with_metadata
 from torch import nn
 
 FORMATS = {
@@ -79,17 +84,37 @@ def with_fixed_padding(student: nn.Module) -> nn.Module:
     return result.eval()
 
 
-def write_pt2(student: nn.Module, example: torch.Tensor, path: Path) -> None:
+EXAMPLE = (2, 3, 2 * STRIDE, 3 * STRIDE)
+"""Shape with which a network is traced: exporters take sides of one stride for constants."""
+
+
+def network_text(student: nn.Module) -> str:
+    """The network as TorchScript without weights, compressed, in base 64: a definition that needs no package."""
+    empty = copy.deepcopy(student).eval()
+    for value in empty.state_dict().values():
+        value.zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        written, lean = io.BytesIO(torch.jit.script(empty).save_to_buffer()), io.BytesIO()
+    with zipfile.ZipFile(written) as source, zipfile.ZipFile(lean, "w") as target:
+        for entry in source.infolist():
+            if not entry.filename.endswith(".debug_pkl"):
+                target.writestr(zipfile.ZipInfo(entry.filename), source.read(entry))
+    return base64.b64encode(lzma.compress(lean.getvalue())).decode()
+
+
+def write_pt2(student: nn.Module, path: Path) -> None:
     """Write an exported program of dynamic batch, height and width."""
     batch, height, width = (
         torch.export.Dim(n, min=1, max=m) for n, m in (("batch", 1024), ("height", 128), ("width", 128))
     )
     shapes = {"image": {0: batch, 2: STRIDE * height, 3: STRIDE * width}}
-    network, two = with_fixed_padding(student), example.repeat(2, 1, 1, 1)
-    torch.export.save(torch.export.export(network, (two,), dynamic_shapes=shapes, strict=False), str(path))
+    example = (torch.zeros(EXAMPLE),)
+    program = torch.export.export(with_fixed_padding(student), example, dynamic_shapes=shapes, strict=False)
+    torch.export.save(program, str(path))
 
 
-def write_onnx(student: nn.Module, example: torch.Tensor, path: Path) -> None:
+def write_onnx(student: nn.Module, path: Path) -> None:
     """Write ONNX, ``image`` (B, 3, H, W) to ``pred``, with dynamic batch, height and width."""
     spatial = {2: "height", 3: "width"}
     has_map = getattr(student, "temperature", None) is None
@@ -97,7 +122,7 @@ def write_onnx(student: nn.Module, example: torch.Tensor, path: Path) -> None:
         warnings.simplefilter("ignore")
         torch.onnx.export(
             with_fixed_padding(student),
-            (example,),
+            (torch.zeros(EXAMPLE),),
             str(path),
             input_names=["image"],
             output_names=["pred"],
@@ -145,25 +170,35 @@ def write_int8(onnx_file: Path, batches: Iterable[np.ndarray], path: Path) -> No
         root.setLevel(level)
 
 
-def write(name: str, student: nn.Module, example: torch.Tensor, folder: Path, calibration: Sequence[Any]) -> Path:
-    """Write one format into a folder and return the file; ``calibration`` is used by the formats of 8 bits alone.
+def write(
+    name: str, student: nn.Module, folder: Path, calibration: Sequence[Any], metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """Write one format into a folder and return the file.
 
     Uses the source format (:data:`MADE_FROM`) in ``folder`` if present; otherwise writes it to a temporary directory.
+
+    Args:
+        name: of the format.
+        student: in evaluation mode.
+        folder: to write to.
+        calibration: batches (1, 3, H, W) for the formats of 8 bits.
+        metadata: put into the TorchScript file, where ``monai.data.load_net_with_metadata`` finds it.
     """
     path = folder / FORMATS[name]
     if name == "ts":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.jit.script(student).save(str(path))  # takes any size
+            script = torch.jit.script(student)  # takes any size
+            save_net_with_metadata(script, str(path), include_config_vals=False, meta_values=metadata)
     elif name == "pt2":
-        write_pt2(student, example, path)
+        write_pt2(student, path)
     elif name == "onnx":
-        write_onnx(student, example, path)
+        write_onnx(student, path)
     else:
         with tempfile.TemporaryDirectory() as temporary:
             given = folder / FORMATS[MADE_FROM[name]]
             if not given.is_file():
-                given = write(MADE_FROM[name], student, example, Path(temporary), calibration)
+                given = write(MADE_FROM[name], student, Path(temporary), calibration)
             if name == "ort-int8":
                 write_int8(given, calibration, path)
             else:

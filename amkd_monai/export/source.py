@@ -44,7 +44,7 @@ class Source:
         CheckpointError: there is no trained student, or it is another network's.
 
     Attributes:
-        student: in evaluation mode, on the CPU; ``state`` is its flat state dict.
+        student: in evaluation mode, on the CPU; ``state`` is its flat state dict, ``network`` its class as config.
         transforms: MONAI transforms of an image, as config; ``steps`` are the same for prediction without MONAI.
         postprocessing: MONAI transforms of an answer, as config.
         inferer: as config, references resolved.
@@ -92,6 +92,8 @@ class Source:
             transforms, steps = translate.preprocessing(raw["_target_"], values, bool(self.task.channels))
             self.transforms += transforms
             self.steps += steps
+        network = inference.config["network_def"]
+        self.network = {k: v if k[0] == "_" else _resolved(inference, f"network_def#{k}") for k, v in network.items()}
         answers = inference.config["postprocessing"]["transforms"]
         self.postprocessing = [c for t in answers for c in translate.postprocessing(t, self.task.dimensions)]
         self.inferer = {key: _resolved(inference, f"inferer#{key}") for key in inference.config["inferer"]}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from bundle_runs import ALL_BUNDLES, SHARED, settings, workflow
 from helpers import ROOT, shared_data
-from monai.bundle import ckpt_export, onnx_export, verify_metadata, verify_net_in_out
+from monai.bundle import ckpt_export, create_workflow, onnx_export, verify_metadata, verify_net_in_out
 
 from amkd_monai.networks.shared_student import Head, SharedStudent
 from amkd_monai.weights import CheckpointError
@@ -54,6 +54,14 @@ def test_torchscript_and_onnx_of_any_size(bundle, answer_axes, tmp_path):
         torch.testing.assert_close(script(image).detach(), expected, atol=1e-5, rtol=0)
         (answer,) = session.run(["pred"], {"image": image.numpy()})
         np.testing.assert_allclose(answer, expected, atol=1e-4)
+
+
+def test_a_training_is_created_without_its_preparation(tmp_path):
+    places = {name: str(tmp_path / name) for name in ("output_dir", "ckpt_dir", "cache_dir")}
+    files = {**configs("kvasir_seg"), "config_file": str(ROOT / "bundles/kvasir_seg/configs/train.json")}
+    created = create_workflow(workflow_type="train", **files, **places)
+    assert not {"datalist", "targets", "distiller"} & set(created.parser.ref_resolver.resolved_content)
+    assert isinstance(created.network_def, torch.nn.Module) and not list(tmp_path.iterdir())
 
 
 def test_a_shared_student_is_exported_by_task(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import resource
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 import torch
 from bundle_runs import read_json
 from helpers import ROOT, shared_data
+from monai.bundle import ckpt_export, create_workflow, load, onnx_export, verify_metadata, verify_net_in_out
 from PIL import Image
 
 from amkd_monai.__main__ import main
@@ -28,7 +28,7 @@ from amkd_monai.files.names import file_id
 KINDS = ("kvasir_seg", "aptos2019", "msd_heart", "covid_volumes")
 
 BLOCKED = """
-import runpy, sys
+import os, sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -36,8 +36,13 @@ class Blocker:
             raise ImportError("amkd_monai is not here")
 
 sys.meta_path.insert(0, Blocker())
-sys.argv = ["monai.bundle", "run", "--config_file", "configs/inference.json", "--bundle_root", "."] + sys.argv[1:]
-runpy.run_module("monai.bundle", run_name="__main__")
+import torch
+from monai.bundle import load, run
+run(config_file="configs/inference.json", bundle_root=".", dataset_dir=sys.argv[1], output_dir=sys.argv[2])
+folder, name = os.path.split(os.getcwd())
+os.chdir(sys.argv[2])
+network = load(name, bundle_dir=folder, workflow_type="inference", device="cpu")
+network.load_state_dict(torch.load(os.path.join(folder, name, "models", "model.pt"), weights_only=True), strict=True)
 """
 
 BARE = """
@@ -73,12 +78,11 @@ def test_the_bundle_is_whole_and_fits_the_schema(bundle, exported):
     folder, _ = exported(bundle)
     dist = folder / "dist" / bundle
     metadata = read_json(dist / "configs" / "metadata.json")
-    jsonschema.validate(metadata, json.loads(shared_data("..", "reference", "meta_schema_20240725.json").read_text()))
+    jsonschema.validate(metadata, read_json(shared_data("..", "reference", "meta_schema_20240725.json")))
     summary = read_json(folder / "eval" / "metrics.json")["summary"]["metrics"]
     primary = TASKS[bundle].primary_metric
     assert metadata["eval_metrics"][primary] == summary[primary].get("mean", summary[primary].get("value"))
     assert "amkd_monai" not in metadata["required_packages_version"]
-    assert "amkd_monai" not in (dist / "configs" / "inference.json").read_text()
     for line in (dist / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
         assert hashlib.sha256((dist / name).read_bytes()).hexdigest() == digest
@@ -102,7 +106,7 @@ def test_the_bundle_is_whole_and_fits_the_schema(bundle, exported):
 def test_predict_says_what_the_bundle_says_without_this_package(bundle, exported):
     folder, _ = exported(bundle)
     dist, images = folder / "dist" / bundle, images_of(bundle, folder)
-    ended = python(BLOCKED, "--dataset_dir", images, "--output_dir", folder / "by_monai", cwd=dist)
+    ended = python(BLOCKED, images, folder / "by_monai", cwd=dist)
     assert ended.returncode == 0, ended.stderr[-3000:]
     ended = python(BARE, "predict", "--model", dist, images, "--output", folder / "by_onnx")
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -138,6 +142,30 @@ def test_predict_says_what_the_bundle_says_without_this_package(bundle, exported
                 [float(row[c]) for c in row if c.startswith("p_")], np.float64(values), atol=1e-3
             )
             assert row["class"] == TASKS[bundle].classes[int(np.argmax(np.float64(values)))]
+
+
+@pytest.mark.parametrize("bundle", ["kvasir_seg", "aptos2019"])
+def test_monais_own_commands_take_the_exported_bundle_from_any_folder(bundle, exported, tmp_path, monkeypatch):
+    dist = exported(bundle)[0] / "dist" / bundle
+    monkeypatch.chdir(tmp_path)
+    image = torch.rand(1, 3, 96, 64)
+    network = load(bundle, bundle_dir=str(dist.parent), workflow_type="inference", device="cpu").eval()
+    script, metadata, _ = load(bundle, bundle_dir=str(dist.parent), load_ts_module=True, device="cpu")
+    expected = network(image)
+    torch.testing.assert_close(script(image), expected)
+    assert metadata == read_json(dist / "configs" / "metadata.json")
+    files = {"config_file": str(dist / "configs/inference.json"), "meta_file": str(dist / "configs/metadata.json")}
+    schema = shared_data("..", "reference", "meta_schema_20240725.json")
+    verify_metadata(meta_file=files["meta_file"], filepath=str(schema))
+    verify_net_in_out(net_id="network_def", device="cpu", **files)
+    assert create_workflow(workflow_type="inference", bundle_root=str(dist), **files).check_properties() == []
+    given = {"net_id": "network_def", "ckpt_file": str(dist / "models" / "model.pt"), **files}
+    ckpt_export(filepath="model.ts", **given)
+    torch.testing.assert_close(torch.jit.load("model.ts")(image), expected)
+    converter = {"dynamo": False, "input_names": ["image"], "dynamic_axes": {"image": {0: "batch", 2: "h", 3: "w"}}}
+    onnx_export(filepath="model.onnx", use_trace=True, converter_kwargs=converter, **given)
+    (answer,) = onnxruntime.InferenceSession("model.onnx").run(None, {"image": image.numpy()})
+    np.testing.assert_allclose(answer, expected.detach().numpy(), atol=1e-3)
 
 
 def test_predict_starts_in_less_than_a_second(exported, tmp_path):
@@ -190,6 +218,18 @@ def test_openvino_alone_leaves_no_onnx_file(exported, tmp_path):
     written = {path.name for path in (tmp_path / "x" / "models").iterdir()}
     assert written == {"model.pt", "model.ts", "model_int8.xml", "model_int8.bin"}
     assert read_json(tmp_path / "x" / "docs" / "export.json")["calibration_images"]
+
+
+def test_a_format_that_fails_is_left_out_and_the_others_are_written(exported, tmp_path, capsys, monkeypatch):
+    _, settings = exported("kvasir_seg")
+    monkeypatch.setattr("amkd_monai.export.bundle.LARGEST_LOSS", -1.0)  # no 8 bits are good enough
+    arguments = ["--to", str(tmp_path / "x"), "--formats", "onnx,ort-int8", "--cases", "1", "--calibration", "1"]
+    assert main(["export", *arguments, *settings]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ort-int8 is left out: ") and "--accept-loss" in error
+    assert {file.name for file in (tmp_path / "x" / "models").iterdir()} == {"model.pt", "model.ts", "model.onnx"}
+    assert list(read_json(tmp_path / "x" / "configs" / "predict.json")["models"]) == ["onnx"]
+    assert read_json(tmp_path / "x" / "docs" / "export.json")["left_out"] == [error.removeprefix("error: ")]
 
 
 def test_a_corrupt_file_is_reported_and_the_rest_goes_on(exported, tmp_path, capsys):
