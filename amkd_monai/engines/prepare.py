@@ -58,6 +58,8 @@ def chosen_teachers(
     """
     of_task = get_task(task)
     described, lines = choose(teachers, of_task, weights_dir, fallback)
+    if shown := [of_task.channels[index] for index in of_task.shown_channels]:
+        lines = [*lines, f"Of the channels {', '.join(of_task.channels)} teachers see {', '.join(shown)}."]
     for line in lines:
         logger.info(line)
     check(described, of_task.classes, of_task.is_classification, weights_dir, device=device, cache_dir=cache_dir)
