@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,13 +25,22 @@ from tables import Row, plot_masks, table
 from amkd_monai.data.datasets import get_task
 
 ROOT = Path(__file__).resolve().parent.parent
+BEST: dict[str, Any] = {
+    "keep": "best",
+    "patience": 1000,
+    "recipe#ema": 0.0,
+    "recipe#first_stage": 0.0,
+    "loss_strength#decay": 0.3,
+}
+"""Runs that keep the student of the best validation; others keep the averaged one of the last epoch, the default."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """One row of the results: a bundle with overrides, over folds where it is cross-validated.
 
-    ``data`` is a folder in ``shared/data``, or an absolute path.
+    ``data`` is a folder in ``shared/data``, or an absolute path; ``pool`` a pattern of unlabelled files in
+    ``shared/pools``, which are copied into a folder of their own.
     """
 
     bundle: str
@@ -39,6 +50,7 @@ class Setting:
     folds: tuple[int, ...] = (0,)
     teachers: list[dict[str, Any]] | None = field(default=None)
     seeds: int | None = None  # where fewer or more are wanted than of the other rows
+    pool: str | None = None
 
 
 Job = tuple[str, Setting, int, int]
@@ -59,6 +71,8 @@ def commands(name: str, setting: Setting, seed: int, fold: int, shared: Path, ou
     }
     if setting.folds != (0,):
         overrides["fold"] = fold
+    if setting.pool is not None:
+        overrides["unlabelled"] = [str(_copied(shared / "pools", setting.pool, output / "pools"))]
     if seed > 0 and setting.teachers != [] and "admission" not in setting.overrides:
         overrides["admission"] = {"mode": decision(output / name / "fold0_seed0" / "run.json")}
     if setting.teachers is not None:
@@ -71,6 +85,20 @@ def commands(name: str, setting: Setting, seed: int, fold: int, shared: Path, ou
         [*run, "training", "--config_file", train, *arguments],
         [*run, "--config_file", f"['{train}','{evaluate}']", *arguments],
     ]
+
+
+def _copied(pools: Path, pattern: str, output: Path) -> Path:
+    """Copy the files of a pattern into a folder, unless they are there."""
+    folder = output / re.sub(r"[^a-z0-9]+", "_", pattern)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (files := sorted(pools.glob(pattern))):
+        raise FileNotFoundError(
+            f"There is no file {pattern} in {pools}: give the folder that holds pools/ as --shared."
+        )
+    for file in files:
+        if not (folder / file.name).is_file():
+            shutil.copy(file, folder)
+    return folder
 
 
 def decision(record: Path) -> str:

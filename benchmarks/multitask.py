@@ -85,7 +85,6 @@ def shared(
             **norms,
             "max_epochs": min(SHARED_EPOCHS, max(1, batches // per_step)),
             "tasks_per_step": per_step,
-            "patience": 1000,
             "resume": (folder / "distillation.pt").is_file(),
             **FEATURES_ONLY,
         }
@@ -124,7 +123,7 @@ def main() -> None:
     tasks: dict[str, Any] = {}
     for bundle in bundles:
         place, settings = DATA[bundle]
-        tasks[bundle] = {"dataset_dir": str(data / place), "patience": 1000, **settings}
+        tasks[bundle] = {"dataset_dir": str(data / place), **settings}
         if arguments.smoke:
             tasks[bundle] |= {"max_epochs": 1, "image_size": 64}
     norms: dict[str, Any] = {"batch_norm": arguments.policy}

@@ -7,23 +7,24 @@ python benchmarks/results.py --shared ../shared --only "heart*"
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from bundle_runner import Setting, main, options
+from bundle_runner import BEST, Setting, main, options
 
 SPECIALIST = {"name": "kvasir_specialist", "kind": "specialist", "image_size": 256, "licence": "research only"}
-KVASIR = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, "patience": 1000}
+KVASIR = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, **BEST}
 FEATURES_ONLY = {"admission": {"mode": "none"}}  # what cross-fitted admission decides for the ImageNet teachers
 LONG = {**KVASIR, "max_epochs": 60}
-HEART = {"patience": 1000}
+HEART = dict(BEST)
 HEART_DATA = "MSD-Heart/Task02_Heart_half"
 HEART_FOLD = (2,)  # of five; the learning rate was chosen on folds 0 and 1
 HEART_FOLDS = (0, 1, 2, 3, 4)
-FOLD_OF_THREE = {"folds": 3, "val_interval": 2, "patience": 1000}
+FOLD_OF_THREE = {"folds": 3, "val_interval": 2, **BEST}
 SMALL = {  # the other bundles: data, what differs from the bundle's own defaults
     "busi": ("BUSI/Dataset_BUSI_with_GT", {**FOLD_OF_THREE, "image_size": 128}),
     "covid": ("COVID", {**KVASIR, "val_interval": 2, "max_epochs": 80}),
     "aptos2019": ("APTOS2019_standin_IDRiD", {**FOLD_OF_THREE, "image_size": 224}),
-    "isic2017": ("ISIC2017", {"image_size": 160, "patience": 1000}),
+    "isic2017": ("ISIC2017", {"image_size": 160, **BEST}),
 }
 SETTINGS = {
     "kvasir_12_undistilled": Setting("kvasir_seg", "Kvasir-SEG", {**LONG, "labelled": 12}, teachers=[]),
@@ -41,15 +42,31 @@ SETTINGS = {
 for bundle, (data, overrides) in SMALL.items():
     SETTINGS[f"{bundle}_undistilled"] = Setting(bundle, data, overrides, teachers=[])
     SETTINGS[f"{bundle}_default"] = Setting(bundle, data, overrides, f"{bundle}_undistilled")
-# an ensemble on the run's own labels, alone and with the last, averaged weights; and these weights alone
-CREW = [{"name": "crew", "kind": "crew"}]
-LAST = {"keep": "last", "recipe#ema": 0.99, "loss_strength#decay": 0.0}
-for bundle in (*SMALL, "kvasir_all", "heart"):
-    plain = SETTINGS[f"{bundle}_undistilled"]
-    last = {name: value for name, value in plain.overrides.items() if name != "patience"} | LAST
-    SETTINGS[f"{bundle}_crew"] = replace(plain, reference=f"{bundle}_undistilled", teachers=CREW)
-    SETTINGS[f"{bundle}_last"] = replace(plain, overrides=last, reference=f"{bundle}_undistilled")
-    SETTINGS[f"{bundle}_crew_last"] = replace(plain, overrides=last, reference=f"{bundle}_last", teachers=CREW)
+# an ensemble on the run's own labels as the teacher; the bundles' defaults in all else
+CREW = {"teachers": [{"name": "crew", "kind": "crew"}]}
+SMALL_CREW = {"teachers": [{"name": "crew", "kind": "crew", "size": "small"}]}
+AT_ONCE = {"recipe#first_stage": 0.0}  # labels and unlabelled images together, from the first step
+
+
+def by_default(overrides: dict[str, Any]) -> dict[str, Any]:
+    """The overrides without those that keep the best student on validation."""
+    return {name: value for name, value in overrides.items() if name not in BEST}
+
+
+for bundle in (*SMALL, "kvasir_all", "kvasir_12", "heart"):
+    earlier = SETTINGS[f"{bundle}_undistilled"]
+    last = replace(earlier, overrides=by_default(earlier.overrides))
+    SETTINGS[f"{bundle}_last"] = replace(last, reference=f"{bundle}_undistilled")
+    SETTINGS[f"{bundle}_crew"] = replace(last, reference=f"{bundle}_last", **CREW)
+    SETTINGS[f"{bundle}_small_crew"] = replace(last, reference=f"{bundle}_last", **SMALL_CREW)
+few = SETTINGS["kvasir_12_small_crew"]
+SETTINGS["kvasir_12_small_crew_at_once"] = replace(few, overrides={**few.overrides, **AT_ONCE})
+# 481 CT slices of 10 other volumes, as many steps as without them
+POOL = {"unlabelled_groups": r"(.*)_\d+", "max_epochs": 6, "val_interval": 1}
+slices = SETTINGS["covid_small_crew"]
+slices = replace(slices, overrides={**slices.overrides, **POOL}, pool="covid/images/*radiopaedia*")
+SETTINGS["covid_small_crew_pool"] = slices
+SETTINGS["covid_small_crew_pool_at_once"] = replace(slices, overrides={**slices.overrides, **AT_ONCE})
 # what training varies by alone: features at 1/170 of the weight they have by default
 SETTINGS["isic2017_control"] = replace(
     SETTINGS["isic2017_default"],

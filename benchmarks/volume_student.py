@@ -62,7 +62,7 @@ def cost(values: dict[str, Any], overlay: tuple[str, ...]) -> dict[str, float]:
 
 def reached(values: dict[str, Any], overlay: tuple[str, ...], epochs: int) -> float:
     """Train, and return the mean Dice of the test section."""
-    workflow({**values, "max_epochs": epochs, "patience": epochs}, "train", *overlay).run()
+    workflow({**values, "max_epochs": epochs}, "train", *overlay).run()
     workflow(values, "train", *overlay, "evaluate", *(f"{name}_evaluate" for name in overlay)).run()
     metrics = json.loads((Path(values["output_dir"]) / "metrics.json").read_text())
     return float(metrics["summary"]["metrics"]["dice"]["mean"])

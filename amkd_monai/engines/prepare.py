@@ -48,6 +48,7 @@ def chosen_teachers(
     task: str,
     weights_dir: str | None = None,
     fallback: Sequence[Mapping[str, Any]] = (),
+    unlabelled: bool = False,
     device: torch.device | str = "cpu",
     cache_dir: str | None = None,
 ) -> list[Mapping[str, Any]]:
@@ -57,7 +58,7 @@ def chosen_teachers(
     the ``cache_dir`` that keeps what is known of them.
     """
     of_task = get_task(task)
-    described, lines = choose(teachers, of_task, weights_dir, fallback)
+    described, lines = choose(teachers, of_task, weights_dir, fallback, unlabelled)
     if shown := [of_task.channels[index] for index in of_task.shown_channels]:
         lines = [*lines, f"Of the channels {', '.join(of_task.channels)} teachers see {', '.join(shown)}."]
     for line in lines:
