@@ -76,7 +76,10 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("bundle", help="training bundle, such as bundles/kvasir_seg")
     export.add_argument("--to", required=True, help="folder to make")
     formats = "ts,pt2,onnx,ort-int8"
-    export.add_argument("--formats", default=formats, help="some of %(default)s (the default), openvino, openvino-int8")
+    export.add_argument(
+        "--formats", default=formats, help="some of %(default)s (the default), openvino, openvino-int8, web"
+    )
+    export.add_argument("--web-runtime", help="file onnxruntime-web-VERSION.tgz, where npm has no network")
     export.add_argument("--overlay", default="", help="configs the run had on top, such as volumes of bundles/covid")
     export.add_argument("--accept-loss", action="store_true", help="keep 8 bits whatever they cost")
     export.add_argument("--cases", type=_positive, default=100, help="validation images to check on, at most")
@@ -117,6 +120,14 @@ def parser() -> argparse.ArgumentParser:
     label.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     label.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     label.add_argument("--work", default=".label", help="folder for fine-tuned copies and logs (default: %(default)s)")
+
+    served = add("serve", _serve, "an exported student over HTTP: its page, and POST /predict")
+    served.add_argument("model", help="folder that export made")
+    served.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    served.add_argument("--port", type=int, default=8080, help="port to listen on (default: %(default)s)")
+    served.add_argument("--limit", type=_positive, default=200, help="largest upload in MB (default: %(default)s)")
+    served.add_argument("--int8", action="store_true", help="use the network of 8 bits")
+    served.add_argument("--threads", type=_positive, help="threads of ONNX Runtime (default: its own choice)")
 
     report = add("report", _report, "one HTML page that shows what runs did")
     report.add_argument("runs", nargs="+", help="output folders of runs of one task; the first is the reference")
@@ -269,14 +280,17 @@ def _export(arguments: argparse.Namespace) -> int:
     settings, to = settings_of(arguments.set), Path(arguments.to)
     if to.exists():
         raise FileExistsError(f"{to} is there already: remove it or give another folder.")
-    from amkd_monai.export.formats import chosen_formats
+    from amkd_monai.export.formats import PAGE, chosen_formats
+    from amkd_monai.export.page import runtime_archive
 
     names = chosen_formats(arguments.formats)
+    runtime = runtime_archive(arguments.web_runtime) if PAGE in names else None
     from amkd_monai.export.bundle import export_bundle
     from amkd_monai.export.source import Source
 
     source = Source(arguments.bundle, settings, arguments.overlay)
-    left_out = export_bundle(source, to, names, arguments.accept_loss, arguments.cases, arguments.calibration)
+    how = arguments.accept_loss, arguments.cases, arguments.calibration, runtime
+    left_out = export_bundle(source, to, names, *how)
     print(f"exported to {to}; card: {to / 'docs' / 'README.md'}")
     for reason in left_out:
         print(f"error: {reason}", file=sys.stderr)
@@ -330,6 +344,13 @@ def _label(arguments: argparse.Namespace) -> None:
     from amkd_monai.label.server import serve
 
     serve(arguments.bundles, arguments.studies, arguments.host, arguments.port, arguments.work)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from amkd_monai.export.serve import serve
+
+    how = arguments.host, arguments.port, arguments.limit, arguments.int8, arguments.threads
+    serve(arguments.model, *how)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
     python benchmarks/multitask.py --shared ../shared                    # six data sets; resumable
     python benchmarks/multitask.py --shared ../shared --smoke            # two data sets, one epoch each: does it run?
-    python benchmarks/multitask.py --shared ../shared --policy shared_frozen --output runs/multitask_shared_norms
 
 Per seed: (a) a student of each data set without teachers, (b) the same with teachers, (c) one student for all with the
 same teachers and as many batches as all runs of (b) together, (d) (c) fine-tuned on each data set for a third of the
@@ -66,9 +65,7 @@ def single(bundle: str, label: str, seed: int, settings: dict[str, Any], output:
     return folder
 
 
-def shared(
-    bundles: list[str], seed: int, norms: dict[str, Any], tasks: dict[str, Any], output: Path, cache: str
-) -> Path:
+def shared(bundles: list[str], seed: int, tasks: dict[str, Any], output: Path, cache: str) -> Path:
     """Train and evaluate one student for all data sets unless it is done; its reports join those of single ones."""
     folder = output / "shared" / f"seed{seed}"
     places = {bundle: output / f"{bundle}_shared" / f"fold0_seed{seed}" for bundle in bundles}
@@ -82,7 +79,6 @@ def shared(
             "output_dir": str(folder),
             "ckpt_dir": str(folder),
             "seed": seed,
-            **norms,
             "max_epochs": min(SHARED_EPOCHS, max(1, batches // per_step)),
             "tasks_per_step": per_step,
             "resume": (folder / "distillation.pt").is_file(),
@@ -113,8 +109,6 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=default, help="folder with data/")
     parser.add_argument("--output", type=Path, default=Path("runs/multitask"))
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--policy", default="per_dataset", choices=("shared_frozen", "per_dataset"))
-    parser.add_argument("--norm_warmup_steps", type=int, help="of shared_frozen; the bundle's own by default")
     parser.add_argument("--smoke", action="store_true", help="two data sets, one epoch of each")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -126,16 +120,13 @@ def main() -> None:
         tasks[bundle] = {"dataset_dir": str(data / place), **settings}
         if arguments.smoke:
             tasks[bundle] |= {"max_epochs": 1, "image_size": 64}
-    norms: dict[str, Any] = {"batch_norm": arguments.policy}
-    if arguments.norm_warmup_steps is not None:
-        norms["norm_warmup_steps"] = arguments.norm_warmup_steps
     cache = output / "cache"
     for seed in range(arguments.seeds):
         for bundle, settings in tasks.items():
             own = {**settings, "cache_dir": str(cache / bundle)}
             single(bundle, "undistilled", seed, {**own, "teachers": []}, output)
             single(bundle, "distilled", seed, own, output)
-        model = shared(bundles, seed, norms, tasks, output, str(cache))
+        model = shared(bundles, seed, tasks, output, str(cache))
         for bundle, settings in tasks.items():
             start = {"init_from": str(model), "teachers": [], "cache_dir": str(cache / bundle)}
             start["max_epochs"] = max(1, settings["max_epochs"] // 3)

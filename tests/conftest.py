@@ -11,6 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.modules.setdefault("transformers", None)  # MONAI imports it if it can, which takes a second: see `helpers.needs`
 for folder in (Path(__file__).parent, Path(__file__).parent / "bundles"):
     sys.path.insert(0, str(folder))
 
@@ -28,7 +29,15 @@ FIRST = ("export", "label", "bundles", "engines", "runs", "teachers")
 ONNX exporter has died in a process that had run hundreds of other tests."""
 
 
+TOGETHER = ("export", "label")
+"""Folders that one worker runs, since all their files use what is trained for the session."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: next((n for n, folder in enumerate(FIRST) if folder == item.path.parent.name), len(FIRST))
     )
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder in TOGETHER else str(item.path)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,8 @@ def shared_data(*parts: str) -> Path:
 
 def needs(module: str) -> ModuleType:
     """Import a module of an extra; without it the test fails in CI and is skipped elsewhere."""
+    if module in sys.modules and sys.modules[module] is None:
+        del sys.modules[module]  # held back by conftest.py
     if os.environ.get("CI") == "true":
         return importlib.import_module(module)
     imported: ModuleType = pytest.importorskip(module)

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import needs
 from safetensors.torch import save_file
 from torch import nn
 
@@ -86,6 +87,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("path", ["x" * 300, "folder/" * 1000 + "w.pth", "w\0.pth"], ids=["name", "path", "zero byte"])
 def test_what_cannot_be_a_path_is_a_missing_file_to_all_teachers(path):
+    needs("transformers")
     for kind in ("timm", "student", "usfm", "specialist", "transformers"):
         name = {"specialist": "path", "transformers": "model"}.get(kind, "weights")
         options = {name: path, **({"model": "resnet18"} if kind == "timm" else {})}

@@ -25,7 +25,7 @@ class UniformGate(TeacherGate):
     """Equal weights, 1 / n for the n available teachers."""
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
-        """Weights (B, K, h, w), 0 for a teacher that is not available (B, K)."""
+        """Weights (B, K, h, w), 0 for a teacher that is not available (K,)."""
         return uniform(reading.errors, available).detach()
 
 
@@ -43,8 +43,8 @@ class FixedGate(TeacherGate):
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
         """The given weights (B, K, h, w), shared among the available teachers in proportion."""
         masked = torch.tensor(self.given, device=available.device) * available
-        weights = masked / masked.sum(1, keepdim=True).clamp_min(1e-12)
-        return weights[:, :, None, None].expand_as(reading.errors)
+        weights = masked / masked.sum(-1, keepdim=True).clamp_min(1e-12)
+        return weights[..., None, None].expand_as(reading.errors)
 
 
 class BestSingleGate(TeacherGate):
@@ -58,9 +58,9 @@ class BestSingleGate(TeacherGate):
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
         """1 for the best available teacher (B, K, h, w), 0 where none has a score."""
-        ranked = torch.where(available.bool(), torch.tensor(self.scores, device=available.device), -torch.inf)  # (B, K)
-        chosen = F.one_hot(ranked.argmax(1), ranked.shape[1]) * torch.isfinite(ranked.max(1, keepdim=True).values)
-        return chosen.float()[:, :, None, None].expand_as(reading.errors)
+        ranked = torch.where(available.bool(), torch.tensor(self.scores, device=available.device), -torch.inf)
+        chosen = F.one_hot(ranked.argmax(-1), ranked.shape[-1]) * torch.isfinite(ranked.max(-1, keepdim=True).values)
+        return chosen.float()[..., None, None].expand_as(reading.errors)
 
 
 class PaperGate(TeacherGate):

@@ -337,7 +337,7 @@ class Distiller(nn.Module):
                 view = seen.view
                 distilled, weights = self._distil(seen)
                 gate, found = self.teacher_gate.compare(batch, seen.reading)
-                named |= distilled | gate | self._autoencoder(batch, seen.pairs)
+                named |= distilled | gate | self._autoencoder(seen.pairs)
                 figures |= found
                 if self.training:
                     shared = levels[self.student.strides.index(SHARED_STRIDE)]
@@ -371,7 +371,7 @@ class Distiller(nn.Module):
         logits = losses.as_map(self.student.decode(levels, list(batch.image.shape[-2:])))
         seen = self._look(batch, levels, logits)
         self.faults.read()
-        return logits, seen.answers, self.teacher_gate.weights(seen.reading, self.teacher_gate.available(batch))
+        return logits, seen.answers, self.teacher_gate.weights(seen.reading, self.teacher_gate.available(logits.device))
 
     def _look(self, batch: Batch, levels: Sequence[Tensor], logits: Tensor, progress: float = 0.0) -> _Seen:
         """The shared student map, pairs and answers by teacher, and what the gate makes of them."""
@@ -385,13 +385,10 @@ class Distiller(nn.Module):
         return _Seen(batch, logits, view, pairs, answers, reading, temperature)
 
     def _targets(self, batch: Batch, name: str, kind: str) -> Tensor:
-        """Read a teacher's targets; rows for which it is not available become 0."""
+        """Read a teacher's targets."""
         target = batch.teachers.get(name, {}).get(kind)
         if target is None:
             raise ValueError(f"The batch holds no {kind} targets of the teacher '{name}': rebuild the teacher cache.")
-        if batch.available is not None:
-            k = [t.name for t in self.teachers].index(name)
-            target = torch.where(batch.available[:, k, None, None, None].bool(), target, 0)
         self.faults.note(  # the sum is finite where all are, and ten times as quick on a CPU as to look at each
             f"The {kind} targets of the teacher '{name}' are not finite: delete its teacher cache and run again.",
             ~torch.isfinite(target.sum(dtype=torch.float32)),
@@ -422,7 +419,7 @@ class Distiller(nn.Module):
             maps = maps_of(self, seen)
             serving = tuple(t.name in maps for t in self.teachers)
             if serving not in trusted:
-                available = self.teacher_gate.available(seen.batch, serving)
+                available = self.teacher_gate.available(seen.logits.device, serving)
                 trusted[serving] = self.teacher_gate.weights(seen.reading, available)
             w, total = trusted[serving], seen.logits.new_zeros(len(seen.logits))
             for k, spec in enumerate(self.teachers):
@@ -431,11 +428,10 @@ class Distiller(nn.Module):
             found[name], weights[name] = total, w.detach().flatten(2).mean(2)
         return found, weights
 
-    def _autoencoder(self, batch: Batch, pairs: Mapping[str, _Pair]) -> dict[str, Tensor]:
+    def _autoencoder(self, pairs: Mapping[str, _Pair]) -> dict[str, Tensor]:
         """The loss (B,) that trains encoders and decoders of learned codes, the mean over the teachers."""
-        available = dict(zip((t.name for t in self.teachers), self.teacher_gate.available(batch).T, strict=True))
-        coded = {name: code.autoencoder_loss(pairs[name].target) for name, code in self.codes.items()}
-        parts = [loss.flatten(1).mean(1) * available[name] for name, loss in coded.items()]
+        coded = (code.autoencoder_loss(pairs[name].target) for name, code in self.codes.items())
+        parts = [loss.flatten(1).mean(1) for loss in coded]
         return {"autoencoder": torch.stack(parts).mean(0)} if parts else {}
 
 

@@ -32,20 +32,20 @@ def box_smooth(errors: Tensor) -> Tensor:
 
 
 def reliability(errors: Tensor, prior_entropy: float, available: Tensor, temperature: float = 0.25) -> Tensor:
-    """Softmax of negative errors (B, K, h, w), nats, over the available teachers (B, K) and an abstain slot.
+    """Softmax of negative errors (B, K, h, w), nats, over the available teachers (K,) and an abstain slot.
 
     The error of the abstention is the entropy of the label prior, nats, as of a teacher that knows nothing. Returns
     (B, K, h, w), 0 where not available; the sum over K is below 1, the rest is abstention.
     """
-    mask = available[:, :, None, None].to(errors)
+    mask = available[..., None, None].to(errors)
     scores = torch.where(mask > 0, -errors.float() / temperature, -torch.inf)
     abstain = torch.full_like(scores[:, :1], -prior_entropy / temperature)
     return torch.softmax(torch.cat([scores, abstain], dim=1), dim=1)[:, :-1]
 
 
 def uniform(errors: Tensor, available: Tensor) -> Tensor:
-    """Equal weights (B, K, h, w) over the available teachers (B, K); zeros where there is none."""
-    mask = available[:, :, None, None].to(errors).expand_as(errors)
+    """Equal weights (B, K, h, w) over the available teachers (K,); zeros where there is none."""
+    mask = available[..., None, None].to(errors).expand_as(errors)
     return mask / mask.sum(1, keepdim=True).clamp_min(1)
 
 
@@ -105,7 +105,7 @@ class GateNetwork(nn.Module):
 
 
 def gate_log_probabilities(scores: Tensor, available: Tensor) -> Tensor:
-    """Log-softmax of scores (B, K or K + 1, h, w) over the available teachers (B, K) and, if scored, the abstention.
+    """Log-softmax of scores (B, K or K + 1, h, w) over the available teachers (K,) and, if scored, the abstention.
 
     Finite and very low where a slot may not be used.
     """
@@ -120,9 +120,9 @@ def gate_probabilities(scores: Tensor, available: Tensor) -> Tensor:
 
 def _usable(scores: Tensor, available: Tensor) -> Tensor:
     slots = available.bool()
-    if scores.shape[1] > slots.shape[1]:
-        slots = torch.cat([slots, torch.ones_like(slots[:, :1])], dim=1)
-    return slots[:, :, None, None]
+    if scores.shape[1] > slots.shape[-1]:
+        slots = torch.cat([slots, torch.ones_like(slots[..., :1])], dim=-1)
+    return slots[..., None, None]
 
 
 def with_abstention(trusted: Tensor) -> Tensor:
@@ -188,13 +188,12 @@ class TeacherGate(nn.Module):
         self._serving: dict[tuple[bool, ...], Tensor] = {}
         self.network: GateNetwork | None = None
 
-    def available(self, batch: Batch, use: Sequence[bool] | None = None) -> Tensor:
-        """Whether each teacher covers each sample (B, K), among those of ``use`` (by default all)."""
+    def available(self, device: torch.device, use: Sequence[bool] | None = None) -> Tensor:
+        """Which teachers take part (K,), those of ``use``, by default all; made once, as no step may wait for it."""
         served = (True,) * len(self.teachers) if use is None else tuple(use)
-        if served not in self._serving or self._serving[served].device != batch.image.device:
-            self._serving[served] = torch.tensor(served, device=batch.image.device)
-        mask = self._serving[served].expand(len(batch.image), -1)
-        return mask if batch.available is None else mask & batch.available.to(mask)
+        if served not in self._serving or self._serving[served].device != device:
+            self._serving[served] = torch.tensor(served, device=device)
+        return self._serving[served]
 
     def measure(
         self, batch: Batch, answers: Mapping[str, Tensor], classes: int, features: Tensor, cosines: Mapping[str, Tensor]
@@ -207,7 +206,7 @@ class TeacherGate(nn.Module):
         if self.looks:
             nothing = features.new_zeros((len(features), *self.grid))
             maps = [to_grid(cosines.get(t.name, nothing)[:, None], self.grid) for t in self.teachers]
-            scores = self.score(features, torch.cat(maps, 1) * self.available(batch)[:, :, None, None], batch.task)
+            scores = self.score(features, torch.cat(maps, 1), batch.task)
         return GateReading(self._errors(batch, answers, classes), scores)
 
     @torch.no_grad()
@@ -236,7 +235,7 @@ class TeacherGate(nn.Module):
         return {}, {}
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
-        """Weights (B, K, h, w) over the teachers that are available (B, K); 0 for the others."""
+        """Weights (B, K, h, w) over the teachers that are available (K,); 0 for the others."""
         raise NotImplementedError
 
 
@@ -257,7 +256,7 @@ class ReliabilityGate(TeacherGate):
         self.floor, self.temperature = float(floor), float(temperature)
 
     def trusted(self, errors: Tensor, available: Tensor) -> Tensor:
-        """Reliabilities (B, K, h, w) from errors (B, K, h, w) of the available teachers (B, K)."""
+        """Reliabilities (B, K, h, w) from errors (B, K, h, w) of the available teachers (K,)."""
         return reliability(box_smooth(errors), self.prior_entropy, available, self.temperature)
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
@@ -287,7 +286,7 @@ class LearnedGate(ReliabilityGate):
     def compare(self, batch: Batch, reading: GateReading) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Compare the network with the reliabilities of labelled samples."""
         assert reading.scores is not None
-        everyone = batch.labelled(self.available(batch))
+        everyone = self.available(reading.errors.device)
         target = with_abstention(self.trusted(batch.labelled(reading.errors), everyone))
         predicted = gate_log_probabilities(batch.labelled(reading.scores), everyone)
         auc = agreement_auc(target[..., ::2, ::2], predicted[..., ::2, ::2])

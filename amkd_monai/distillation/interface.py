@@ -87,8 +87,6 @@ class Batch:
         teachers: {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}; where an image has one class, answers
             have one cell, (B, classes, 1, 1).
         index: position of each sample in the training dataset (B,); contrastive distillation needs it.
-        available: boolean (B, K), False where a teacher does not cover a sample (its rows may hold anything);
-            None if every teacher covers every sample.
         task: number of the data set that the whole batch comes from, for the gate network's task embedding.
         other: label of the image that each one is mixed with, as ``label``; None where none counts beside it.
         share: part that ``other`` has in each image.
@@ -101,7 +99,6 @@ class Batch:
     has_label: Tensor
     teachers: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     index: Tensor | None = None
-    available: Tensor | None = None
     task: int = 0
     other: Tensor | None = None
     share: float = 0.0

@@ -33,14 +33,12 @@ class MultiTaskDistiller(nn.Module):
     Args:
         distillers: {task: distiller}, their students views of one shared student.
         scale_steps: steps of a task over which its loss scale is measured before it freezes.
-        freeze_norms: batch norms use and keep their running statistics once ``warm`` is set (``shared_frozen``).
     """
 
-    def __init__(self, distillers: Mapping[str, Distiller], scale_steps: int = 100, freeze_norms: bool = True) -> None:
+    def __init__(self, distillers: Mapping[str, Distiller], scale_steps: int = 100) -> None:
         super().__init__()
         self.distillers = nn.ModuleDict(distillers)
         self.scales = nn.ModuleDict({task: ScaledLossGate({"task": 1.0}, scale_steps) for task in distillers})
-        self.freeze_norms, self.warm = freeze_norms, False
         known: dict[tuple, nn.Module] = {}
 
         def one(module: nn.Module, *key: object) -> nn.Module:
@@ -54,15 +52,6 @@ class MultiTaskDistiller(nn.Module):
             gate = distiller.teacher_gate
             if gate.network is not None:
                 gate.network = one(gate.network, type(gate), *(t.name for t in gate.teachers))
-
-    def train(self, mode: bool = True) -> MultiTaskDistiller:
-        """Switch to training; frozen batch norms stay in evaluation mode."""
-        super().train(mode)
-        if mode and self.freeze_norms and self.warm:
-            for module in (m for d in self.distillers.values() for m in d.student.modules()):
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
-        return self
 
     def forward(self, task: str, batch: Batch, progress: float = 0.0, learns_labels: bool = True) -> DistillationOutput:
         """Compute all losses of one task's micro-batch; the total is divided by the scale of the task's own loss.
@@ -92,8 +81,8 @@ class MultiTaskTrainer(DistillationTrainer):
     the optimiser. Under torch.distributed gradients, running statistics and loss scales are averaged over the
     processes once per step.
 
-    As :class:`DistillationTrainer`, but with ``targets`` and ``augmentations`` by task, ``numbers`` of the tasks for
-    the gate's task embedding, and ``norm_warmup_steps`` after which shared batch norms keep their running statistics.
+    As :class:`DistillationTrainer`, but with ``targets`` and ``augmentations`` by task, and ``numbers`` of the tasks
+    for the gate's task embedding.
     """
 
     network: MultiTaskDistiller
@@ -109,13 +98,12 @@ class MultiTaskTrainer(DistillationTrainer):
         targets: Mapping[str, TeacherTargets],
         augmentations: Mapping[str, Augmentation],
         numbers: Mapping[str, int],
-        norm_warmup_steps: int = 100,
         seed: int = 0,
         amp: bool = False,
         train_handlers: Sequence | None = None,
     ) -> None:
         self.task_targets = {task: t if len(t) else None for task, t in targets.items()}
-        self.augmentations, self.numbers, self.norm_warmup_steps = dict(augmentations), dict(numbers), norm_warmup_steps
+        self.augmentations, self.numbers = dict(augmentations), dict(numbers)
         options: dict[str, Any] = {"seed": seed, "amp": amp, "train_handlers": train_handlers}
         super().__init__(device, max_epochs, train_data_loader, network, optimizer, **options)
 
@@ -133,7 +121,6 @@ class MultiTaskTrainer(DistillationTrainer):
         return [] if targets is None else [teacher.name for teacher in targets.teachers]
 
     def _iteration(self, engine: Engine, batchdata: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        self.network.warm = self.state.iteration > self.norm_warmup_steps
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         results: dict[str, DistillationOutput] = {}

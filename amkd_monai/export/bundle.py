@@ -23,6 +23,7 @@ from amkd_monai import __version__
 from amkd_monai.data.datasets import Task
 from amkd_monai.errors import root_cause
 from amkd_monai.export import formats
+from amkd_monai.export.page import write_page
 from amkd_monai.export.predict import SEEN, VERSION
 from amkd_monai.export.runners import Runner, peak_memory, runner, torch_runner
 from amkd_monai.export.source import Case, Source, spread
@@ -58,7 +59,13 @@ class Row:
 
 
 def export_bundle(
-    source: Source, to: str | Path, names: Sequence[str], accept_loss: bool, cases: int, calibration: int
+    source: Source,
+    to: str | Path,
+    names: Sequence[str],
+    accept_loss: bool,
+    cases: int,
+    calibration: int,
+    web_runtime: Path | None = None,
 ) -> list[str]:
     """Export a student to a new folder and print how each format compares with it.
 
@@ -71,6 +78,7 @@ def export_bundle(
         accept_loss: keep 8 bits whatever they cost.
         cases: validation images that each format answers, at most.
         calibration: training images that calibrate 8 bits, at most.
+        web_runtime: archive of ONNX Runtime Web; with it the page is written.
 
     Returns:
         Why formats were left out, a sentence for each.
@@ -95,6 +103,11 @@ def export_bundle(
         (folder / "CHANGELOG.md").write_text(changelog, encoding="utf-8")
         for place in ("LICENSE", "docs/data_license.txt", "configs/logging.conf"):
             shutil.copyfile(source.bundle / place, folder / place)
+        if web_runtime:
+            try:
+                write_page(folder, web_runtime)
+            except ValueError as error:
+                facts["left_out"].append(f"{formats.PAGE} is left out: {error}")
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         lines = [f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
         (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
@@ -108,6 +121,7 @@ def _write_models(
     folder.mkdir()
     cases = [source.case(item) for item in spread(source.data.validation, most_cases)]
     formats.check_size(names, cases[0].batch.shape[-2:])
+    names = [name for name in names if name != formats.PAGE]
     run = torch_runner(source.student)
     expected = [_probabilities(run, case) for case in cases]
     torch.save(source.state, folder / "model.pt")

@@ -47,7 +47,7 @@ def predict(
     images = find_images(names.expanded(source), config["dimensions"], config.get("channels", 1))
     folder = names.expanded(output)
     folder.mkdir(parents=True, exist_ok=True)
-    refused: tuple[type[Exception], ...] = (ValueError, OSError, MemoryError, *_refusals())
+    refused: tuple[type[Exception], ...] = (ValueError, OSError, MemoryError, *refusals())
     rows, failed = [], 0
     for image in progress(images, desc="predict"):
         try:
@@ -134,7 +134,7 @@ class Predictor:
             raise ValueError(f"{folder} holds no {name} network: export again with --formats {name}.")
         try:
             self._run = runner(name, model, threads or 0)
-        except _refusals() as error:
+        except refusals() as error:
             raise ValueError(f"{model} cannot be opened by ONNX Runtime: export again.") from error
 
     def probabilities(self, image: np.ndarray, grid: Grid | None = None) -> tuple[np.ndarray, list[Inverse]]:
@@ -168,7 +168,7 @@ class Predictor:
         return mask
 
 
-def _refusals() -> tuple[type[Exception], ...]:
+def refusals() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises, for example where it gets no memory."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 

@@ -22,8 +22,6 @@ from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
 
 logger = logging.getLogger("amkd_monai")
 
-NORM_POLICIES = ("shared_frozen", "per_dataset")
-
 
 @dataclass(frozen=True)
 class Head:
@@ -39,18 +37,16 @@ class Head:
 
 
 class SharedStudent(nn.Module):
-    """One encoder and one feature pyramid for all tasks; :meth:`for_task` gives the student of one.
+    """One encoder and one feature pyramid for all tasks, each with its own batch norms in them.
 
-    Its flat state dict has ``encoder.*``, ``neck.*``, ``heads.<task>.*``, ``calibration.<task>`` (temperatures of class
-    heads) and, with norms of their own, ``norms.<task>.*``.
+    :meth:`for_task` gives the student of one task. The flat state dict has ``encoder.*``, ``neck.*``,
+    ``heads.<task>.*``, ``norms.<task>.*`` and ``calibration.<task>`` (temperatures of class heads).
 
     Args:
         heads: {task: :class:`Head`, or the same as a dict}.
         encoder: timm name; this and further arguments as of :class:`Student` and :class:`ClassStudent`.
         neck_channels: channels of the feature pyramid.
         weights: of the encoder: ``packaged``, ``random``, or a checkpoint file.
-        batch_norm: ``shared_frozen``: all tasks share the batch norms, whose running statistics the trainer freezes
-            after warm-up; ``per_dataset``: each task has batch norms of its own, statistics and affine parameters.
         dropout: rate before the linear layer of class heads.
         drop_path: rate of stochastic depth in the encoder.
         seed: of the initial values that the weights don't give.
@@ -62,14 +58,11 @@ class SharedStudent(nn.Module):
         encoder: str = "tf_efficientnet_lite0",
         neck_channels: int = 64,
         weights: str | Path = "packaged",
-        batch_norm: str = "shared_frozen",
         dropout: float = 0.2,
         drop_path: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_norm not in NORM_POLICIES:
-            raise ValueError(f"There is no batch_norm policy '{batch_norm}': use one of {', '.join(NORM_POLICIES)}.")
         self.specs = {task: h if isinstance(h, Head) else Head(**h) for task, h in heads.items()}
         if not heads:
             raise ValueError("A shared student needs at least one head: give it a task.")
@@ -79,7 +72,7 @@ class SharedStudent(nn.Module):
             if head.kind not in ("segmentation", "classification") or head.classes < 2 or head.stride not in (2, 4):
                 can = "its kind is segmentation or classification, with at least two classes, at stride 2 or 4"
                 raise ValueError(f"The head of '{task}' cannot be made ({head}): {can}.")
-        self.dropout, self.batch_norm = dropout, batch_norm
+        self.dropout = dropout
         finest = min((h.stride for h in self.specs.values() if h.kind == "segmentation"), default=4)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -95,12 +88,11 @@ class SharedStudent(nn.Module):
                     self.calibration.register_buffer(task, torch.ones(()))
         load_encoder_weights(self.encoder, encoder, weights)
         self.norms = nn.ModuleDict()
-        if batch_norm == "per_dataset":
-            shared = [(name, norm) for name, norm in self.named_modules() if isinstance(norm, nn.BatchNorm2d)]
-            for task in self.specs:  # a module's name must not hold a dot
-                self.norms[task] = nn.ModuleDict({name.replace(".", "-"): copy.deepcopy(norm) for name, norm in shared})
-            for name, _ in shared:
-                self.set_submodule(name, nn.Identity())
+        shared = [(name, norm) for name, norm in self.named_modules() if isinstance(norm, nn.BatchNorm2d)]
+        for task in self.specs:  # a module's name must not hold a dot
+            self.norms[task] = nn.ModuleDict({name.replace(".", "-"): copy.deepcopy(norm) for name, norm in shared})
+        for name, _ in shared:
+            self.set_submodule(name, nn.Identity())
 
     def for_task(self, task: str) -> Student | ClassStudent:
         """Return the student of one task: its modules are these very ones, not copies.
@@ -109,12 +101,11 @@ class SharedStudent(nn.Module):
         """
         if task not in self.specs:
             raise ValueError(f"The shared student has no head for '{task}': it has {', '.join(self.specs)}.")
-        head, encoder, neck = self.specs[task], self.encoder, self.neck
-        if self.batch_norm == "per_dataset":  # its own batch norms in them, everything else shared
-            same: dict[int, Any] = {id(p): p for part in (encoder, neck) for p in part.parameters()}
-            for name, norm in self.norms[task].items():
-                same[id(self.get_submodule(name.replace("-", ".")))] = norm
-            encoder, neck = copy.deepcopy(encoder, same), copy.deepcopy(neck, same)
+        head = self.specs[task]
+        same: dict[int, Any] = {id(p): p for part in (self.encoder, self.neck) for p in part.parameters()}
+        for name, norm in self.norms[task].items():
+            same[id(self.get_submodule(name.replace("-", ".")))] = norm
+        encoder, neck = copy.deepcopy(self.encoder, same), copy.deepcopy(self.neck, same)  # all but the norms is shared
         kind = ClassStudent if head.kind == "classification" else Student
         view = kind.__new__(kind)
         EncodedStudent.__init__(view, encoder)
@@ -130,8 +121,7 @@ class SharedStudent(nn.Module):
         return view
 
 
-PARTS = {"all": ("",), "known": ("",), "body": ("encoder.", "neck."), "encoder": ("encoder.",)}
-"""{part: prefixes of its keys}."""
+PARTS = ("all", "known", "encoder")
 
 
 def initialised(student: nn.Module, path: str | Path | None, task: str | None = None, parts: str = "all") -> nn.Module:
@@ -142,8 +132,8 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
         path: flat state dict of a shared student; None leaves the student as it is.
         task: whose head (and batch norms) the student of one task takes.
         parts: ``all``: encoder, neck and heads, which must be the same on both sides; ``known``: encoder, neck and the
-            heads that both have, so that a new task joins (shared students only); ``body``: encoder and neck;
-            ``encoder``: that alone.
+            heads that both have, so that a new task joins (shared students only); ``encoder``: that alone,
+            with the batch norms of the ``task`` if it is there.
     """
     if path is None:
         if parts != "all":
@@ -169,12 +159,13 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
     elif parts == "known":
         if missing:
             logger.warning("heads that start afresh, beyond %s: %s", path, ", ".join(missing))
-        new_level = ("neck.",)  # a new head may read a level that no head has read yet
-        fresh = {k: v for k, v in student.state_dict().items() if _task_in(k) in missing or k.startswith(new_level)}
+        own = student.state_dict()  # a new head may read a level of the neck that no head has read yet
+        fresh = {k: v for k, v in own.items() if _task_in(k) in missing or k.startswith("neck.") or ".neck-" in k}
         state = {**fresh, **state}
     if not whole:
-        taken = {k: v for k, v in state.items() if _task_in(k) is None and k.startswith(PARTS[parts])}
-        state = {**{k: v for k, v in student.state_dict().items() if not k.startswith(PARTS[parts])}, **taken}
+        norms = tuple(f"{name}." for name, m in student.named_modules() if isinstance(m, nn.BatchNorm2d))
+        own = {k: v for k, v in student.state_dict().items() if not k.startswith("encoder.") or k.startswith(norms)}
+        state = {**own, **{k: v for k, v in state.items() if k.startswith("encoder.")}}
     load_strict(student, state, path)
     logger.info("the student starts from %s (%s)", path, parts)
     return student

@@ -67,7 +67,7 @@ def test_a_training_is_created_without_its_preparation(tmp_path):
 def test_a_shared_student_is_exported_by_task(tmp_path):
     """ckpt_export takes one task's part of the checkpoint of all heads, also where the bundle was copied away."""
     heads = {"kvasir_seg": Head("segmentation", 2), "aptos2019": Head("classification", 5)}
-    student = SharedStudent(heads, batch_norm="per_dataset", seed=3)
+    student = SharedStudent(heads, seed=3)
     for number, norm in enumerate(m for m in student.norms.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         torch.nn.init.constant_(norm.running_mean, 0.001 * number)  # no task's statistics are another's
     torch.save(student.state_dict(), tmp_path / "model.pt")

@@ -20,7 +20,7 @@ class FirstTeacherGate(gates.TeacherGate):
 
     def weights(self, reading, available):
         first = torch.zeros_like(reading.errors)
-        first[:, 0] = self.share * available[:, 0, None, None]
+        first[:, 0] = self.share * available[0]
         return first
 
 

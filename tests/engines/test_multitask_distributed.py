@@ -19,8 +19,8 @@ def values(folder, cache, batch):
         for name in ("kvasir_seg", "isic2017")
     }
     teachers = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
-    options = {"tasks": tasks, "teachers": teachers, "loss_gate": "fixed", "norm_warmup_steps": 0, "scale_steps": 3}
-    options |= {"batch_norm": "shared_frozen"}  # batch statistics are those of a rank's own batch, in any network
+    options = {"tasks": tasks, "teachers": teachers, "loss_gate": "fixed", "scale_steps": 3}
+    options |= {"network_def#_target_": "toy_norms.StillStudent"}  # not a rank's own statistics
     options |= {"network_def#dropout": 0.0, "steps_per_epoch": 3, "gate": "uniform"}
     return settings(SHARED, folder, cache, **options)
 
@@ -36,6 +36,7 @@ def test_two_ranks_equal_one_process_with_the_doubled_batch(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     command += ["monai.bundle", "run", "training", "--config_file", f"[{configs}]", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "engines")])
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", env=environment, timeout=400)
     assert ended.returncode == 0, ended.stderr[-3000:]
     rows = [list(csv.DictReader((folder / "eval" / "history.csv").open())) for folder in (one, two)]

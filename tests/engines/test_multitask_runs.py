@@ -29,7 +29,7 @@ def cache(tmp_path_factory):
 
 
 def small(folder, cache, **overrides):
-    values = {"teachers": [], "norm_warmup_steps": 0, "scale_steps": 3, "steps_per_epoch": 4, "only": PAIR}
+    values = {"teachers": [], "scale_steps": 3, "steps_per_epoch": 4, "only": PAIR}
     return settings(SHARED, folder, cache, **{**values, **overrides})
 
 
@@ -140,7 +140,7 @@ def killed_at(iteration, values):
 
 def test_a_run_that_was_killed_resumes_to_the_same_student(tmp_path, cache):
     options = {"only": [*PAIR, "msd_heart"], "teachers": [TEACHER], "tasks_per_step": 2, "max_epochs": 3}
-    options |= {"gate": "learned", "loss_gate": "agreement", "return_code": "learned", "norm_warmup_steps": 6}
+    options |= {"gate": "learned", "loss_gate": "agreement", "return_code": "learned"}
     options["losses"] = {"output": 1.0, "feature": 0.2, "reconstruction": 0.2}
     options["loss_gate_options"] = {"every": 2}
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -751,7 +751,13 @@ def test_a_run_that_goes_on_from_the_student_in_its_folder_keeps_it(trained, tmp
     """As fine-tuning in the label server does: the student is validated first, as the value to beat."""
     copy = shutil.copytree(trained, tmp_path / "copy")
     data = datalist("kvasir_seg", polyps, seed=5)
-    more = {"teachers": [], "max_epochs": 1, "resume_dir": str(tmp_path), "output_dir": str(tmp_path / "eval")}
+    more = {
+        "teachers": [],
+        "max_epochs": 1,
+        "keep": "best",
+        "resume_dir": str(tmp_path),
+        "output_dir": str(tmp_path / "eval"),
+    }
     made = built("kvasir_seg", ("train",), **places(copy), purpose="serving", datalist=data, **more)
     assert made.parser.get_parsed_content("image_size") == SIZE
     student = torch.load(copy / "models" / "model.pt", weights_only=True)
@@ -770,7 +776,7 @@ def test_a_run_that_is_refused_on_resuming_changes_nothing(trained, tmp_path, po
     (tmp_path / "eval" / "run.json").write_text('{"run": "of another"}')
     elsewhere = {**values, "output_dir": str(tmp_path / "eval")}
     assert str(tmp_path / "eval") in refusal(workflow, "kvasir_seg", ("train",), elsewhere)
-    others = [{"split_seed": 4}, {"image_size": 64}, {"seed": 7}, {"amp": True}, {"patience": 3}]
+    others = [{"split_seed": 4}, {"image_size": 64}, {"seed": 7}, {"amp": True}, {"patience": 3, "keep": "best"}]
     for given in (*others, {"warped_features": "exact"}, {"encoder_weights": "random"}):
         text = refusal(workflow, "kvasir_seg", ("train",), {**values, **given}, kind=CheckpointError)
         assert "another" in text and next(iter(given)) in text

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from helpers import needs
 from safetensors.torch import load_file, save_file
 
 from amkd_monai.teachers.base import build_teacher
 from amkd_monai.weights import CheckpointError
 
-transformers = pytest.importorskip("transformers", reason="an extra")
+transformers = needs("transformers")
 
 VIT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 ENCODERS = {

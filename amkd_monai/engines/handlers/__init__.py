@@ -2,7 +2,6 @@
 """Ignite handlers: what happens besides the training and evaluation loops."""
 
 from amkd_monai.engines.handlers.checkpoints import (
-    Attach,
     AveragedStudent,
     EarlyStopping,
     KeptStudent,
@@ -13,7 +12,6 @@ from amkd_monai.engines.handlers.pictures import CasePreviews, TeacherPictures
 from amkd_monai.engines.handlers.reports import (
     CaseReport,
     ClassPredictions,
-    ClassReport,
     ClassScore,
     EmptyReferences,
     FitTemperature,

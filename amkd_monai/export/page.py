@@ -1,0 +1,154 @@
+"""The student as a page that opens from disk or any static server: format ``web``.
+
+The folder ``web/`` holds the page, whose files lie beside this module, ONNX Runtime Web, and the networks. A page from
+disk may not fetch files, so that binary files become scripts: compressed, two bytes in each letter of UTF-16.
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pooch
+
+from amkd_monai import __version__
+from amkd_monai.export.runners import runner
+from amkd_monai.files.names import MARK, expanded
+from amkd_monai.files.pictures import CLASS_COLOURS
+from amkd_monai.files.steps import softmax
+from amkd_monai.storage import atomic_path, read_json
+from amkd_monai.terminal import logger
+
+RUNTIME = "onnxruntime-web"
+RELEASE, INTEGRITY = (
+    "1.30.0",
+    "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==",
+)
+"""Version of the package of npm, and SHA-512 of its archive as npm states it."""
+ESCAPE = 0xE000
+"""Letter before one that a string cannot hold, whose highest bit is turned."""
+PAGE = Path(__file__).with_name("web")
+NETWORKS = {"float": ("onnx", 1e-3), "int8": ("ort-int8", 0.1)}
+"""Format by the page's name, and how far its probabilities may be from those of ONNX Runtime on this machine.
+
+8 bits: kernels round differently, and one level of a layer moves the probabilities of some pixels by hundredths.
+"""
+CHECKED = 64
+"""Probabilities of each network that the page compares before it answers anything."""
+
+
+def runtime_archive(given: str | Path | None = None) -> Path:
+    """Return the archive of ONNX Runtime Web: the given file, that of the user's cache, or npm's, which is kept there.
+
+    Raises:
+        ValueError: the file has another SHA-512.
+        FileNotFoundError: there is none, and npm does not get it.
+    """
+    name = f"{RUNTIME}-{RELEASE}.tgz"
+    if given:
+        if not _is_intact(file := expanded(given)):
+            raise ValueError(f"{file} is not the archive {name} of npm, by its SHA-512: get it by `npm pack`.")
+        return file
+    kept = Path(pooch.os_cache("amkd_monai")) / name
+    if _is_intact(kept):
+        return kept
+    logger.info("%s %s is fetched by npm and kept in %s.", RUNTIME, RELEASE, kept.parent)
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["npm", "pack", f"{RUNTIME}@{RELEASE}", "--ignore-scripts", "--pack-destination", folder]
+        try:
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=600)
+            fetched = _is_intact(Path(folder) / name)
+        except (OSError, subprocess.SubprocessError) as error:
+            logger.debug("npm ended with an error.", exc_info=error)
+            fetched = False
+        if not fetched:
+            raise FileNotFoundError(
+                f"The format web needs {RUNTIME} {RELEASE}, which npm did not get: run `npm pack {RUNTIME}@{RELEASE}` "
+                f"where there is npm and a network, and give the file by --web-runtime {name}."
+            )
+        with atomic_path(kept) as temporary:
+            shutil.copyfile(Path(folder) / name, temporary)
+    return kept
+
+
+def _is_intact(file: Path) -> bool:
+    return file.is_file() and base64.b64encode(hashlib.sha512(file.read_bytes()).digest()).decode() == INTEGRITY
+
+
+def write_page(folder: Path, archive: Path) -> None:
+    """Write ``web/`` into the folder of an export from its configs, model card and networks.
+
+    Raises:
+        ValueError: the folder holds no ONNX network.
+    """
+    predict, metadata, facts = (
+        read_json(folder / name) for name in ("configs/predict.json", "configs/metadata.json", "docs/export.json")
+    )
+    card = (folder / "docs" / "README.md").read_text(encoding="utf-8")
+    calibration = re.search(r"^- (Calibration: (?:.+\n)+?)(?=\n|- )", card, re.MULTILINE)
+    found = {kind: form for kind, (form, _) in NETWORKS.items() if form in predict["models"]}
+    if not found:
+        raise ValueError("The format web needs the format onnx or ort-int8, and neither was written.")
+    if (channels := predict["channels"]) > 1:
+        raise ValueError(f"The format web opens one file an image, this student takes {channels}: leave it out.")
+    page, networks = folder / "web", dict[str, Any]()
+    shutil.copytree(PAGE, page)
+    for kind, form in found.items():
+        model = folder / predict["models"][form]
+        _write_script(page, f"network_{kind}", model.read_bytes(), planes=4)
+        answer = softmax(runner(form, model, 1)(check_image(facts["input_shape"])), 1).ravel()
+        places = [i * (answer.size - 1) // (CHECKED - 1) for i in range(CHECKED)]
+        check = [round(float(answer[i]), 7) for i in places]
+        networks[kind] = {"file": f"network_{kind}", "check": check, "tolerance": NETWORKS[kind][1]}
+    with tarfile.open(archive) as stored:
+        for name in ("wasm", "jspi") if "float" in networks else ("wasm",):
+            base = "ort-wasm-simd-threaded" + ("" if name == "wasm" else f".{name}")
+            for suffix, script in (("wasm", f"runtime_{name}"), ("mjs", f"runtime_{name}_glue")):
+                _write_script(page, script, _member(stored, f"{base}.{suffix}"))
+            (page / f"ort.{name}.min.js").write_bytes(_member(stored, f"ort.{name}.min.js"))
+    student = {
+        **{key: predict[key] for key in ("version", "kind", "dimensions", "classes", "steps", "largest_component")},
+        **{"name": predict["task"], "batch_size": predict["batch_size"]},
+        **{"title": metadata["name"], "about": metadata["description"], "card": card, "mark": MARK},
+        "warnings": re.findall(r"^\*\*(This student was .+)\*\*$", card, re.MULTILINE),
+        "calibration": " ".join(calibration[1].split()) if calibration else "",
+        "colours": CLASS_COLOURS,
+        **{"networks": networks, "input_shape": facts["input_shape"], "runtime": f"{RUNTIME} {RELEASE}"},
+        "origin": f"Exported by amkd_monai {__version__}.",
+    }
+    (page / "student.js").write_text(f'"use strict";\nconst student = {json.dumps(student)};\n', encoding="ascii")
+
+
+def check_image(shape: list[int]) -> np.ndarray:
+    """The image (1, C, H, W) of sine waves on which the page compares its probabilities."""
+    c, y, x = (np.arange(n, dtype=np.float64) for n in shape)
+    waves = 0.5 + 0.25 * np.sin(y[:, None] / 7 + c[:, None, None]) + 0.25 * np.cos(x / 11)
+    return waves[None].astype(np.float32)
+
+
+def _member(stored: tarfile.TarFile, name: str) -> bytes:
+    stream = stored.extractfile(f"package/dist/{name}")
+    assert stream is not None, name  # the archive is that of the SHA-512
+    return stream.read()
+
+
+def _write_script(page: Path, name: str, content: bytes, planes: int = 1) -> None:
+    """Write bytes as a script; ``planes`` of 4 stores the bytes of numbers apart, which compresses floats better."""
+    numbers = np.frombuffer(content + bytes(-len(content) % planes), np.uint8).reshape(-1, planes)
+    body = gzip.compress(numbers.T.tobytes(), 6, mtime=0)
+    letters = np.frombuffer(body + bytes(len(body) % 2), "<u2")
+    forbidden = ((letters >= 0xD800) & (letters <= ESCAPE)) | np.isin(letters, list(map(ord, '"\\\r\n')))
+    text = np.repeat(letters, 1 + forbidden)
+    second = np.flatnonzero(forbidden) + np.arange(1, np.count_nonzero(forbidden) + 1)
+    text[second - 1], text[second] = ESCAPE, text[second] ^ 0x8000
+    head = f'packed.{name} = {{size: {len(content)}, length: {len(body)}, planes: {planes}, text: "'
+    whole = "\ufeff".encode("utf-16-le") + head.encode("utf-16-le") + text.tobytes() + '"};\n'.encode("utf-16-le")
+    (page / f"{name}.js").write_bytes(whole)

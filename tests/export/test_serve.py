@@ -1,0 +1,152 @@
+"""A served student answers as `predict`, many clients at once, and refuses what it cannot use without ending."""
+
+from __future__ import annotations
+
+import gzip
+import http.client
+import io
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import nibabel as nib
+import numpy as np
+import pytest
+from helpers import needs, shared_data
+from PIL import Image
+
+from amkd_monai.export.predict import Predictor
+from amkd_monai.files.pictures import read_picture
+from amkd_monai.files.volumes import read_volume
+
+CLIENTS, REQUESTS = 8, int(os.environ.get("AMKD_REQUESTS", "64"))
+
+
+@pytest.fixture(scope="module")
+def served(exported):
+    """Serve a task's student by Uvicorn on a free port; return the port and the folder of the export."""
+    uvicorn = needs("uvicorn")
+    needs("multipart")
+    from amkd_monai.export.serve import LOOPBACK, application
+
+    running = {}
+
+    def get(task):
+        if task not in running:
+            dist = exported(task)[0] / "dist" / task
+            app = application(dist, False, 1, 3_000_000, LOOPBACK)
+            server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+            thread = threading.Thread(target=server.run, daemon=True)
+            thread.start()
+            while not server.started:
+                assert thread.is_alive()
+                thread.join(0.05)
+            running[task] = server.servers[0].sockets[0].getsockname()[1], dist, server, thread
+        return running[task][:2]
+
+    yield get
+    for *_, server, thread in running.values():
+        server.should_exit = True
+        thread.join(30)
+
+
+def ask(port, method, path, body=b"", **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    try:
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read(), answer.headers
+    finally:
+        connection.close()
+
+
+def post(port, content, name="x.png"):
+    head = f'--edge\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n'.encode()
+    kind = "multipart/form-data; boundary=edge"
+    return ask(port, "POST", "/predict", head + content + b"\r\n--edge--\r\n", **{"Content-Type": kind})
+
+
+def test_many_clients_get_the_masks_of_predict(served):
+    port, dist = served("kvasir_seg")
+    files = sorted(shared_data("Kvasir-SEG", "images").glob("*.jpg"))[:4]
+    predictor = Predictor(dist, False, 1)
+    expected = [predictor.mask(read_picture(file).transpose(2, 0, 1).astype(np.float32)) for file in files]
+    contents = [file.read_bytes() for file in files]
+
+    def one(number):
+        status, body, headers = post(port, contents[number % 4], "../../x.png")
+        assert (status, headers["content-type"]) == (200, "image/png"), body
+        return np.array_equal(np.asarray(Image.open(io.BytesIO(body))) > 0, expected[number % 4] > 0)
+
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        answers = list(clients.map(one, range(REQUESTS)))
+    assert len(answers) == REQUESTS and all(answers)
+
+
+def test_a_volume_and_classes_are_answered(served, tmp_path):
+    port, dist = served("msd_heart")
+    source = sorted(shared_data("MSD-Heart").rglob("imagesTr/la_*.nii.gz"))[0]
+    image = nib.load(source)
+    small = nib.Nifti1Image(np.asanyarray(image.dataobj)[::4, ::4, ::4], image.affine @ np.diag([4, 4, 4, 1]))
+    nib.save(small, tmp_path / "small.nii.gz")
+    status, body, _ = post(port, (tmp_path / "small.nii.gz").read_bytes(), "small.nii.gz")
+    assert status == 200
+    mask = nib.Nifti1Image.from_bytes(gzip.decompress(body))
+    volume, grid = read_volume(tmp_path / "small.nii.gz")
+    np.testing.assert_array_equal(mask.dataobj, Predictor(dist, False, 1).mask(volume[None], grid))
+    np.testing.assert_allclose(mask.affine, small.affine)
+    header = small.header.copy()
+    header.set_data_shape((500, 500, 500))
+    bomb = gzip.compress(header.binaryblock + bytes(80_000_000))
+    status, body, _ = post(port, bomb, "bomb.nii.gz")
+    assert status == 413 and b"unpacks to more" in body
+    port, dist = served("aptos2019")
+    file = sorted(shared_data("APTOS2019_standin_IDRiD", "train_images").iterdir())[0]
+    status, body, _ = post(port, file.read_bytes())
+    found = json.loads(body)
+    expected = Predictor(dist, False, 1).probabilities(read_picture(file).transpose(2, 0, 1).astype(np.float32))[0]
+    assert status == 200 and list(found["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
+    assert found["class"] == list(found["probabilities"])[int(expected.argmax())]
+
+
+def test_what_cannot_be_used_is_refused_in_one_sentence_and_serving_goes_on(served, tmp_path):
+    port, _ = served("kvasir_seg")
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "PNG")
+    good = sorted(shared_data("Kvasir-SEG", "images").glob("*.jpg"))[0].read_bytes()
+    for content, code, word in (
+        (b"%!PS-Adobe hello", 415, b"pictures"),
+        (buffer.getvalue(), 422, b"levels"),
+        (good[:3000], 422, b"cannot be read"),
+        (b"", 415, b"pictures"),
+    ):
+        status, body, _ = post(port, content)
+        assert (
+            status == code
+            and word in body
+            and b"/tmp" not in body
+            and b"upload" not in body.replace(b"The upload", b"")
+        )
+    stated = ask(port, "POST", "/predict", b"", **{"Content-Length": "2000000000"})
+    assert stated[0] == 413 and b"larger" in stated[1]
+
+    def endless():
+        yield b'--edge\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
+        for _ in range(40):
+            yield bytes(100_000)
+
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    kind = {"Content-Type": "multipart/form-data; boundary=edge"}
+    try:
+        connection.request("POST", "/predict", endless(), kind, encode_chunked=True)
+        assert connection.getresponse().status == 413
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # refused before all was sent
+    finally:
+        connection.close()
+    assert ask(port, "GET", "/model", Host="elsewhere.example")[0] == 400
+    assert ask(port, "GET", "/page/../configs/predict.json")[0] == 404
+    assert b"NOT FOR CLINICAL USE" in ask(port, "GET", "/model")[1]
+    assert b'"/predict"' in ask(port, "GET", "/openapi.json")[1]
+    assert post(port, good)[0] == 200
