@@ -111,7 +111,7 @@ class EncodedStudent(nn.Module):
 
     def __init__(self, encoder: nn.Module, channels: int = 3) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.in_channels = encoder, channels
         self.encoder_channels: list[int] = list(self.encoder.feature_info.channels())
         self.strides: list[int] = list(self.encoder.feature_info.reduction())
         config = getattr(self.encoder, "pretrained_cfg", {})
