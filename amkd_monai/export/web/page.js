@@ -258,6 +258,7 @@ function start() {
   by("card").replaceChildren(...markdown(student.card));
   by("slices").hidden = by("planes").hidden = !isVolume;
   by("sizes").hidden = isVolume || isClasses;
+  by("reading").hidden = isClasses;
   for (const id of ["opacity", "outline", "shading"]) by(id).parentElement.hidden = isClasses;
   for (const id of ["opacity", "outline", "shading", "slice", "pixel"]) by(id).addEventListener("input", draw);
   by("plane").addEventListener("input", () => { cross = null; resetSlices(); draw(); });
