@@ -1,3 +1,30 @@
 """Adaptive multi-teacher knowledge distillation for medical imaging on MONAI."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from amkd_monai.export.predict import Predictor
+
 __version__ = "0.1.0"
+
+
+def load(where: str | Path, revision: str | None = None, int8: bool = False) -> Predictor:
+    """Open an exported student, whose ``answer(file)`` is that of the command `predict`, without torch.
+
+    Args:
+        where: folder that `export` made, or OWNER/NAME of a repository on the Hugging Face hub.
+        revision: of the repository: branch, tag or commit.
+        int8: use the network of 8 bits.
+
+    Raises:
+        OSError: there is no such folder, or the hub does not give it.
+        ValueError: it is no exported student, or holds no such network.
+    """
+    from amkd_monai.export.hub import located
+    from amkd_monai.export.predict import Predictor
+
+    return Predictor(located(where, revision), int8)

@@ -75,10 +75,8 @@ def parser() -> argparse.ArgumentParser:
     export = add("export", _export, "a trained student alone, in several formats, each checked")
     export.add_argument("bundle", help="training bundle, such as bundles/kvasir_seg")
     export.add_argument("--to", required=True, help="folder to make")
-    formats = "ts,pt2,onnx,ort-int8"
-    export.add_argument(
-        "--formats", default=formats, help="some of %(default)s (the default), openvino, openvino-int8, web"
-    )
+    formats, further = "ts,pt2,onnx,ort-int8", "openvino, openvino-int8, web, hub, triton"
+    export.add_argument("--formats", default=formats, help=f"some of %(default)s (the default), {further}")
     export.add_argument("--web-runtime", help="file onnxruntime-web-VERSION.tgz, where npm has no network")
     export.add_argument("--overlay", default="", help="configs the run had on top, such as volumes of bundles/covid")
     export.add_argument("--accept-loss", action="store_true", help="keep 8 bits whatever they cost")
@@ -86,10 +84,16 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--calibration", type=_positive, default=32, help="training images for 8 bits, at most")
     export.add_argument("--set", help="setting of the run, such as ckpt_dir=FOLDER or image_size=128", **SETTING)
 
+    push = add("push", _push, "upload a student, exported by --formats hub, to the Hugging Face hub")
+    push.add_argument("folder", help="folder that export made")
+    push.add_argument("repository", help="OWNER/NAME on the hub, made if it is not there")
+    push.add_argument("--public", action="store_true", help="for all to see (default: private)")
+
     predict = add("predict", _predict, "masks or classes by an exported student, without torch")
     predict.add_argument("input", help="image, volume, folder of them, or folder of a DICOM series")
     predict.add_argument("--model", required=True, help="folder that export made")
     predict.add_argument("--output", required=True, help="folder for the answers")
+    predict.add_argument("--dicom-seg", action="store_true", help="of a DICOM series, also a DICOM segmentation")
     predict.add_argument("--int8", action="store_true", help="use the network of 8 bits")
     predict.add_argument("--threads", type=_positive, help="threads of ONNX Runtime (default: its own choice)")
 
@@ -297,10 +301,17 @@ def _export(arguments: argparse.Namespace) -> int:
     return 1 if left_out else 0
 
 
+def _push(arguments: argparse.Namespace) -> None:
+    from amkd_monai.export.hub import push
+
+    print(f"uploaded to {push(arguments.folder, arguments.repository, arguments.public)}")
+
+
 def _predict(arguments: argparse.Namespace) -> int:
     from amkd_monai.export.predict import predict
 
-    return predict(arguments.model, arguments.input, arguments.output, arguments.int8, arguments.threads)
+    how = arguments.int8, arguments.threads, arguments.dicom_seg
+    return predict(arguments.model, arguments.input, arguments.output, *how)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -23,10 +23,12 @@ from amkd_monai import __version__
 from amkd_monai.data.datasets import Task
 from amkd_monai.errors import root_cause
 from amkd_monai.export import formats
+from amkd_monai.export.hub import write_hub
 from amkd_monai.export.page import write_page
 from amkd_monai.export.predict import SEEN, VERSION
 from amkd_monai.export.runners import Runner, peak_memory, runner, torch_runner
 from amkd_monai.export.source import Case, Source, spread
+from amkd_monai.export.triton import write_triton
 from amkd_monai.files.masks import IGNORED
 from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES
 from amkd_monai.files.steps import softmax
@@ -89,7 +91,12 @@ def export_bundle(
     """
     to = Path(to)
     with atomic_folder(to) as folder:
-        facts = _write_models(source, folder / "models", names, accept_loss, cases, calibration)
+        networks = [name for name in names if name in formats.FORMATS]
+        facts = _write_models(source, folder / "models", networks, accept_loss, cases, calibration)
+        repositories = [name for name in names if name in formats.REPOSITORIES]
+        if not (folder / "models" / formats.FORMATS["onnx"]).is_file():
+            facts["left_out"] += [f"{name} is left out: it needs the format onnx." for name in repositories]
+            repositories = []
         for name, content in configs(source, facts).items():
             atomic_write_json(folder / "configs" / f"{name}.json", content)
         atomic_write_json(folder / "docs" / "export.json", facts)
@@ -103,6 +110,10 @@ def export_bundle(
         (folder / "CHANGELOG.md").write_text(changelog, encoding="utf-8")
         for place in ("LICENSE", "docs/data_license.txt", "configs/logging.conf"):
             shutil.copyfile(source.bundle / place, folder / place)
+        if "hub" in repositories:
+            write_hub(folder, source)
+        if "triton" in repositories:
+            write_triton(folder, to.name)
         if web_runtime:
             try:
                 write_page(folder, web_runtime)
@@ -121,7 +132,6 @@ def _write_models(
     folder.mkdir()
     cases = [source.case(item) for item in spread(source.data.validation, most_cases)]
     formats.check_size(names, cases[0].batch.shape[-2:])
-    names = [name for name in names if name != formats.PAGE]
     run = torch_runner(source.student)
     expected = [_probabilities(run, case) for case in cases]
     torch.save(source.state, folder / "model.pt")

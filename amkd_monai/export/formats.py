@@ -27,8 +27,8 @@ FORMATS = {
     "openvino-int8": "model_int8.xml",
 }
 """File in ``models/`` by format; OpenVINO keeps the weights next to its file, as ``.bin``."""
-PAGE = "web"
-"""A page with the ONNX networks, made when everything else is written."""
+PAGE, REPOSITORIES = "web", ("hub", "triton")
+"""A page, and model repositories, with the ONNX networks, made when everything else is written."""
 MADE_FROM = {"ort-int8": "onnx", "openvino": "onnx", "openvino-int8": "ort-int8"}
 """Formats that are made from another one."""
 STRIDE = 32
@@ -43,15 +43,15 @@ def chosen_formats(text: str) -> list[str]:
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in (*FORMATS, PAGE):
-            raise ValueError(f"Unknown format '{name}': use some of {', '.join((*FORMATS, PAGE))}.")
+        if name not in (*FORMATS, PAGE, *REPOSITORIES):
+            raise ValueError(f"Unknown format '{name}': use some of {', '.join((*FORMATS, PAGE, *REPOSITORIES))}.")
         extras = {} if name in ("ts", "pt2") else {"onnx": "export", "onnxruntime": "export"}
         for package, extra in (extras | ({"openvino": "openvino"} if name.startswith("openvino") else {})).items():
             if importlib.util.find_spec(package) is None:
                 raise ValueError(f"The format {name} needs {package}: run `pip install 'amkd_monai[{extra}]'`.")
-    if PAGE in names and not {"onnx", "ort-int8"} & {*names}:
+    if {*REPOSITORIES} & {*names} or (PAGE in names and not {"onnx", "ort-int8"} & {*names}):
         names.append("onnx")
-    return [name for name in (*FORMATS, PAGE) if name in names or name == "ts"]
+    return [name for name in (*FORMATS, PAGE, *REPOSITORIES) if name in names or name == "ts"]
 
 
 def is_int8(name: str) -> bool:

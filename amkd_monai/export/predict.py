@@ -12,6 +12,7 @@ from tqdm import tqdm
 from amkd_monai.export.runners import runner
 from amkd_monai.files import names
 from amkd_monai.files.dicom import Slice, find_series, read_series
+from amkd_monai.files.dicom_seg import write_segmentation
 from amkd_monai.files.pictures import class_colours, level_problem, read_channels, write_mask, write_png
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
 from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, read_channel_volumes, write_mask_volume
@@ -31,7 +32,12 @@ CAPTIONED_WIDTH = 320
 
 
 def predict(
-    model: str | Path, source: str | Path, output: str | Path, int8: bool = False, threads: int | None = None
+    model: str | Path,
+    source: str | Path,
+    output: str | Path,
+    int8: bool = False,
+    threads: int | None = None,
+    dicom_seg: bool = False,
 ) -> int:
     """Predict an image or a folder; a file that cannot be read is reported, the rest goes on, and 1 is returned.
 
@@ -41,17 +47,19 @@ def predict(
         output: folder for overlays, and masks or ``predictions.csv``.
         int8: use the network of 8 bits.
         threads: of ONNX Runtime; None leaves it to choose.
+        dicom_seg: write the mask of a DICOM series as DICOM segmentation, too.
     """
     predictor = Predictor(names.expanded(model), int8, threads)
-    config = predictor.config
-    images = find_images(names.expanded(source), config["dimensions"], config.get("channels", 1))
+    images = predictor.images(source)
+    if dicom_seg and not any(image.slices for image in images):
+        raise ValueError(f"{source} holds no DICOM series, of which --dicom-seg is made: leave it out.")
     folder = names.expanded(output)
     folder.mkdir(parents=True, exist_ok=True)
     refused: tuple[type[Exception], ...] = (ValueError, OSError, MemoryError, *refusals())
     rows, failed = [], 0
     for image in progress(images, desc="predict"):
         try:
-            if row := _predict_one(predictor, image, folder):
+            if row := _predict_one(predictor, image, folder, dicom_seg):
                 rows.append(row)
         except refused as error:
             failed += 1
@@ -121,7 +129,7 @@ def find_images(path: Path, dimensions: int, channels: int = 1) -> list[Input]:
 class Predictor:
     """An exported student: the folder that ``python -m amkd_monai export`` made, opened by ONNX Runtime."""
 
-    def __init__(self, folder: Path, int8: bool, threads: int | None) -> None:
+    def __init__(self, folder: Path, int8: bool = False, threads: int | None = None) -> None:
         config = folder / "configs" / "predict.json"
         self.config = read_json(config)
         if not self.config:
@@ -136,6 +144,26 @@ class Predictor:
             self._run = runner(name, model, threads or 0)
         except refusals() as error:
             raise ValueError(f"{model} cannot be opened by ONNX Runtime: export again.") from error
+
+    def images(self, source: str | Path) -> list[Input]:
+        """List the images of a file or folder, see :func:`find_images`."""
+        return find_images(names.expanded(source), self.config["dimensions"], self.config.get("channels", 1))
+
+    def answer(self, image: str | Path) -> np.ndarray:
+        """Predict a file, or a folder of one DICOM series.
+
+        Returns:
+            A label map, uint8, (H, W) or (X, Y, Z) in the order of the volume; or probabilities of the classes (C,).
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: it cannot be read, does not fit the student, or holds several images.
+        """
+        images = self.images(image)
+        if len(images) > 1:
+            raise ValueError(f"{image} holds {len(images)} images: give one of them, or use the command `predict`.")
+        array, grid = read_input(images[0], self.config["dimensions"])
+        return self.probabilities(array)[0] if self.config["kind"] == "classification" else self.mask(array, grid)
 
     def probabilities(self, image: np.ndarray, grid: Grid | None = None) -> tuple[np.ndarray, list[Inverse]]:
         """Return the answer for an image (C, H, W) with levels 0 to 255, or for a volume (C, D, H, W) on its grid.
@@ -176,30 +204,37 @@ def refusals() -> tuple[type[Exception], ...]:
     return tuple(getattr(state, kind) for kind in (*kinds, "RuntimeException"))
 
 
-def _predict_one(predictor: Predictor, image: Input, folder: Path) -> list[str]:
+def read_input(image: Input, dimensions: int) -> tuple[np.ndarray, Grid | None]:
+    """Read a picture (C, H, W), levels 0 to 255, or a volume (C, X, Y, Z) and its grid."""
+    files = image.channels or [image.path]
+    if dimensions == 2:
+        return read_channels(files).transpose(2, 0, 1).astype(np.float32), None
+    if not image.slices:
+        return read_channel_volumes(files)
+    volume, grid = read_series(image.path, image.slices)
+    return volume[None], grid
+
+
+def _predict_one(predictor: Predictor, image: Input, folder: Path, dicom_seg: bool) -> list[str]:
     """Write the files of one answer; return the row of ``predictions.csv``, empty for masks."""
-    overlay = names.file_of(folder, f"{image.id}_overlay.png")
-    if predictor.config["dimensions"] == 3:
-        if image.slices:
-            series, grid = read_series(image.path, image.slices)
-            volumes, volume = series[None], series
-        else:
-            volumes, grid = read_channel_volumes(image.channels or [image.path])
-            volume = volumes[0]
-        mask, file = predictor.mask(volumes, grid), names.file_of(folder, f"{image.id}_mask.nii.gz")
-        write_mask_volume(file, mask, grid)
-        grey, outline = (np.rot90(plane) for plane in middle_slice(grey_levels(volume), mask))
-        write_overlay(overlay, np.repeat(grey[..., None], 3, -1), outline, predictor.config["classes"])
+    overlay, classes = names.file_of(folder, f"{image.id}_overlay.png"), predictor.config["classes"]
+    array, grid = read_input(image, predictor.config["dimensions"])
+    if grid is not None:
+        mask = predictor.mask(array, grid)
+        write_mask_volume(names.file_of(folder, f"{image.id}_mask.nii.gz"), mask, grid)
+        if dicom_seg and image.slices:
+            series = [item.file for item in image.slices]
+            write_segmentation(names.file_of(folder, f"{image.id}_mask.dcm"), mask, grid, series, classes)
+        grey, outline = (np.rot90(plane) for plane in middle_slice(grey_levels(array[0]), mask))
+        write_overlay(overlay, np.repeat(grey[..., None], 3, -1), outline, classes)
         return []
-    picture = read_channels(image.channels or [image.path])
-    array = picture.transpose(2, 0, 1).astype(np.float32)
-    picture = np.repeat(picture[..., :1], 3, -1) if image.channels else picture
+    picture = (array[[0, 0, 0]] if image.channels else array).transpose(1, 2, 0).astype(np.uint8)
     if predictor.config["kind"] == "classification":
         answer = predictor.probabilities(array)[0]
-        found = predictor.config["classes"][int(answer.argmax())]
+        found = classes[int(answer.argmax())]
         write_captioned(overlay, picture, f"{found}  {answer.max():.2f}")
         return [image.id, found, *(f"{v:.6f}" for v in answer)]
-    mask, classes = predictor.mask(array), predictor.config["classes"]
+    mask = predictor.mask(array)
     write_mask(names.file_of(folder, f"{image.id}_mask.png"), mask, len(classes))
     write_overlay(overlay, picture, mask, classes)
     return []

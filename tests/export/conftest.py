@@ -35,7 +35,7 @@ def exported(tmp_path_factory):
     """Train and export a task's bundle, once; return the folder of the run and how it is exported."""
     done = {}
 
-    def get(task, formats="ts,onnx,ort-int8,openvino,openvino-int8"):
+    def get(task, formats="ts,onnx,ort-int8,openvino,openvino-int8,hub,triton"):
         if task not in done:
             folder = tmp_path_factory.mktemp(task)
             done[task] = folder, train(task, folder)

@@ -263,6 +263,7 @@ def test_a_dicom_series_gives_the_mask_of_its_volume(exported, tmp_path):
             "0008|0060": "MR",
             "0020|000d": "1.2.3.1",
             "0020|000e": "1.2.3.2",
+            "0020|0052": "1.2.3.3",
             "0008|0018": f"1.2.3.2.{number + 1}",
             "0020|0032": f"-30\\-20\\{3 * number}",
             "0020|0037": "1\\0\\0\\0\\1\\0",
@@ -273,7 +274,10 @@ def test_a_dicom_series_gives_the_mask_of_its_volume(exported, tmp_path):
         writer.SetFileName(str(series / f"{number:02d}.dcm"))
         writer.Execute(image)
     model = str(folder / "dist" / "msd_heart")
-    assert main(["predict", "--model", model, str(tmp_path / "study"), "--output", str(tmp_path / "out")]) == 0
+    arguments = ["predict", "--model", model, "--output", str(tmp_path / "out"), "--dicom-seg"]
+    assert main([*arguments, str(tmp_path / "study")]) == 0
+    assert sitk.ReadImage(tmp_path / "out" / "series_mask.dcm").GetSize()[:2] == (36, 40)
+    assert main([*arguments, str(tmp_path / "out")]) == 1  # no series
     mask = nib.load(tmp_path / "out" / "series_mask.nii.gz")
     assert mask.shape == (36, 40, 12) and mask.header.get_zooms() == pytest.approx((1.5, 1.5, 3.0))
     corner = mask.affine @ [0, 0, 0, 1]  # DICOM's first voxel, in the order of the series

@@ -9,6 +9,7 @@ import pytest
 from helpers import needs
 
 from amkd_monai.files.dicom import find_series, read_series
+from amkd_monai.files.dicom_seg import write_segmentation
 from amkd_monai.files.volumes import reorder
 
 itk = needs("SimpleITK")
@@ -181,3 +182,43 @@ def test_a_damaged_slice_is_named(tmp_path):
 def test_a_folder_without_dicom_has_no_series(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 500)
     assert find_series(tmp_path) == []
+
+
+@pytest.mark.parametrize("direction", [AXIAL, (0, 1, 0, 1, 0, 0)])
+def test_a_segmentation_lies_on_the_slices_it_was_made_from(direction, tmp_path):
+    pydicom = needs("pydicom")
+    needs("highdicom")
+    folder = series(tmp_path / "s", direction=direction, tags={"0020|0052": UID + ".9"})
+    (slices,) = find_series(folder)
+    volume, grid = read_series(folder, slices)
+    mask = (volume > 300).astype(np.uint8) + (volume > 600)
+    files, classes = [item.file for item in slices], ("background", "left atrium", "rim of it")
+    write_segmentation(tmp_path / "mask.dcm", mask, grid, files, classes)
+    read = pydicom.dcmread(tmp_path / "mask.dcm")
+    assert read.Modality == "SEG" and read.FrameOfReferenceUID == UID + ".9"
+    types = [segment.SegmentedPropertyTypeCodeSequence[0] for segment in read.SegmentSequence]
+    assert [(t.CodeValue, t.CodingSchemeDesignator) for t in types] == [("82471001", "SCT"), ("CLASS2", "99AMKD")]
+    (referenced,) = read.ReferencedSeriesSequence
+    sources = {item.ReferencedSOPInstanceUID: item for item in referenced.ReferencedInstanceSequence}
+    assert referenced.SeriesInstanceUID == UID + ".1" and len(sources) == len(STORED)
+    measures = read.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    assert list(measures.PixelSpacing) == [1.25, 2.5]
+    seen = set()
+    for frame, groups in zip(read.pixel_array, read.PerFrameFunctionalGroupsSequence, strict=True):
+        number = groups.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        uid = groups.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+        z = int(uid.rsplit(".", 1)[1]) - 1
+        assert list(groups.PlanePositionSequence[0].ImagePositionPatient) == [-60, -30, 10 + 2 * z]
+        np.testing.assert_array_equal(frame, (STORED[z] > 300) * 1 + (STORED[z] > 600) == number)
+        seen.add((z, number))
+    assert len(seen) == 2 * len(STORED)
+
+
+def test_a_segmentation_needs_what_it_refers_to(tmp_path):
+    needs("highdicom")
+    folder = series(tmp_path / "s")
+    (slices,) = find_series(folder)
+    volume, grid = read_series(folder, slices)
+    with pytest.raises(ValueError, match=r"\.dcm lacks FrameOfReferenceUID"):
+        write_segmentation(tmp_path / "m.dcm", volume > 9, grid, [item.file for item in slices], ("background", "x"))
+    assert not (tmp_path / "m.dcm").exists()

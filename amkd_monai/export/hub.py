@@ -1,0 +1,118 @@
+"""The student as a model repository of the Hugging Face hub: format ``hub``, reading it back, and `push`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from amkd_monai.files.names import expanded
+from amkd_monai.storage import atomic_write_json, read_json
+
+if TYPE_CHECKING:
+    from amkd_monai.export.source import Source
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+ANSWERING = ["configs/predict.json", "docs/seen.json", "models/*.onnx"]
+"""Files of a repository that prediction reads."""
+
+
+def write_hub(folder: Path, source: Source) -> None:
+    """Put what the hub looks for into the folder of an export: weights as safetensors, ``config.json``, model card."""
+    from safetensors.torch import save_file
+
+    metadata, predict = (read_json(folder / "configs" / f"{name}.json") for name in ("metadata", "predict"))
+    state = {name: value.contiguous() for name, value in source.state.items()}
+    save_file(state, str(folder / WEIGHTS), {"format": "pt"})
+    network = source.network
+    config = {
+        "architectures": [network["_target_"].rpartition(".")[2]],
+        "network": network,
+        "id2label": dict(enumerate(predict["classes"])),
+        "preprocessing": predict["steps"],
+    }
+    atomic_write_json(folder / CONFIG, config)
+    card = (folder / "docs" / "README.md").read_text(encoding="utf-8")
+    for name in ("data_license.txt", "export.json"):
+        card = card.replace(f"`{name}`", f"`docs/{name}`")
+    head = yaml.safe_dump(front_matter(metadata, predict, source.data.is_phantom), sort_keys=False, allow_unicode=True)
+    (folder / "README.md").write_text(f"---\n{head}---\n{card}", encoding="utf-8")
+
+
+def front_matter(metadata: Mapping[str, Any], predict: Mapping[str, Any], is_phantom: bool) -> dict[str, Any]:
+    """What the hub reads at the head of a model card; scores on phantoms are no results and stay out."""
+    task = "image-classification" if predict["kind"] == "classification" else "image-segmentation"
+    modality = metadata["network_data_format"]["inputs"]["image"]["modality"]
+    result: dict[str, Any] = {
+        "pipeline_tag": task,
+        "library_name": "monai",
+        "tags": ["monai", "medical", "knowledge-distillation", "onnx", modality],
+        "license": "other",
+        "license_name": "terms-of-data-and-teachers",
+        "license_link": "docs/data_license.txt",
+    }
+    if metadata["eval_metrics"] and not is_phantom:
+        scores = [{"type": name, "value": value} for name, value in metadata["eval_metrics"].items()]
+        dataset = {"type": predict["task"], "name": metadata["data_source"], "split": "test"}
+        results = [{"task": {"type": task}, "dataset": dataset, "metrics": scores}]
+        result["model-index"] = [{"name": metadata["name"], "results": results}]
+    return result
+
+
+def located(where: str | Path, revision: str | None = None) -> Path:
+    """Return an exported folder: a local one, or the part of a repository on the hub that prediction reads.
+
+    A name such as ``dist/polyps`` is never looked up on the hub where there is a local folder ``dist``.
+
+    Raises:
+        OSError: there is no such folder, or the hub does not give it.
+    """
+    folder = expanded(where)
+    if folder.is_dir():
+        return folder
+    name = str(where)
+    if not REPOSITORY.fullmatch(name) or folder.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}: give what `export` made, or OWNER/NAME of the hub.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=ANSWERING))
+    except Exception as error:  # the client's own, and those of what it talks through
+        raise OSError(_unreachable(name, error)) from None
+
+
+def push(folder: str | Path, repository: str, public: bool = False) -> str:
+    """Upload a folder of the format ``hub``; the repository is made, private unless ``public``, if it is not there.
+
+    Returns:
+        Address of the repository.
+
+    Raises:
+        ValueError: the folder is not of that format, or the name is none of the hub's.
+        OSError: the hub does not take it.
+    """
+    folder = expanded(folder)
+    if missing := [name for name in (WEIGHTS, CONFIG, "README.md") if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {missing[0]}: make it by `export --formats hub`.")
+    if not REPOSITORY.fullmatch(repository):
+        raise ValueError(f"'{repository}' is no name of the hub: write OWNER/NAME.")
+    from huggingface_hub import HfApi
+
+    try:
+        address = HfApi().create_repo(repository, private=not public, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Student exported by amkd_monai")
+    except Exception as error:
+        raise OSError(_unreachable(repository, error)) from None
+    return str(address)
+
+
+def _unreachable(repository: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"https://huggingface.co/{repository} cannot be reached or is closed to you ({reason}): log in by "
+        "`hf auth login` or set HF_TOKEN, and check the network and HF_HUB_OFFLINE."
+    )
