@@ -206,7 +206,7 @@ def refusals() -> tuple[type[Exception], ...]:
 
 def read_input(image: Input, dimensions: int) -> tuple[np.ndarray, Grid | None]:
     """Read a picture (C, H, W), levels 0 to 255, or a volume (C, X, Y, Z) and its grid."""
-    files = image.channels or [image.path]
+    files = image.channels or [str(image.path)]
     if dimensions == 2:
         return read_channels(files).transpose(2, 0, 1).astype(np.float32), None
     if not image.slices:
