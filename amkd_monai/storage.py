@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,11 @@ def read_json(file: str | Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: restore it, or remove it.") from error
     return content
+
+
+def now() -> str:
+    """The time in records: UTC to the second, such as 2031-05-17T09:30:00+00:00."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def jsonable(obj: Any) -> Any:

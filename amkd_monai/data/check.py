@@ -15,11 +15,9 @@ from amkd_monai.data.splits import NEAR, Item, SplitOptions, clusters, near_dupl
 from amkd_monai.files import names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
 from amkd_monai.files.names import files_of, label_files, natural, some
-from amkd_monai.files.pictures import class_colours, level_problem, opened, read_channels
+from amkd_monai.files.pictures import class_colours, contrasting, level_problem, opened, read_channels
 from amkd_monai.storage import content_hashes, joint_hash
 from amkd_monai.terminal import progress
-
-ORANGE = (230, 159, 0)  # Okabe-Ito; with a black border it shows on any background and to colour-blind readers
 
 
 @dataclass
@@ -286,7 +284,7 @@ def write_contact_sheet(
             words.append(f"{(mask > 0).mean():.1%}" if mask.any() else "empty mask")
             outline = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))
             for label in np.unique(outline[outline > 0]) if min(outline.shape) > 1 else ():
-                colour = class_colours(label) / 255 if several else np.array(ORANGE) / 255
+                colour = (class_colours(label) if several else contrasting(np.asarray(picture.convert("RGB")))[0]) / 255
                 for width, drawn in ((3, "black"), (1.5, colour)):
                     axes.contour(outline == label, [0.5], colors=[drawn], linewidths=width, antialiased=False)
         axes.set_title(f"{item['id'][:28]}\n{', '.join(filter(None, words))}", fontsize=7, parse_math=False)

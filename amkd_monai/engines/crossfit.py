@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +45,13 @@ class Method:
         fit: (network, dataset, indices, fold).
         predict: (network, dataset, n indices), returns logits (n, classes, h, w).
         key: what the answers depend on besides network, folds and seed.
+        title: what is trained and for how long, for messages.
     """
 
     fit: Callable[[nn.Module, DecodedDataset, np.ndarray, int], None]
     predict: Callable[[nn.Module, DecodedDataset, np.ndarray], np.ndarray]
     key: dict[str, Any]
+    title: str
 
 
 def answer_size(dataset: DecodedDataset) -> tuple[int, int]:
@@ -106,15 +109,18 @@ def cross_fit(
     unseen = [(train, unlabelled), *((dataset, np.arange(len(dataset))) for dataset in sections[1:])]
     means = [np.zeros((len(rows), *logits.shape[1:]), dtype=np.float32) for _, rows in unseen]
     trained = [stores[0].directory.with_name(f"{stores[0].directory.name}-fold{k}.pt") for k in range(count)]
+    seconds: list[float] = []
     for k in range(count):
-        logger.info("cross-fitting %s: fold %d of %d", name, k + 1, count)
-        rows = np.concatenate([labelled[fold != k], unlabelled])
+        left = f"; about {np.mean(seconds) * (count - k) / 60:.1f} minutes left" if seconds else ""
+        logger.info("cross-fitting %s, %s: fold %d of %d%s", name, method.title, k + 1, count, left)
+        rows, is_new, started = np.concatenate([labelled[fold != k], unlabelled]), not trained[k].is_file(), time.time()
         copied = fitted(network, trained[k], method, train, rows, k)
         held_out = labelled[fold == k]
         logits[held_out] = method.predict(copied, train, held_out)
         for mean, (dataset, rows) in zip(means, unseen, strict=True):
             if len(rows):
                 mean += torch.from_numpy(method.predict(copied, dataset, rows)).softmax(1).numpy() / count
+        seconds += [time.time() - started] if is_new else []
     logits[unlabelled], *others = (np.log(mean.clip(1e-7)) for mean in means)
     for store, answers in zip(stores, (logits, *others), strict=True):
         keep_answers(store, answers)
@@ -138,7 +144,7 @@ def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
         trainer = DistillationTrainer(device, epochs, loader, distiller, optimizer, **options)
         trainer.logger.setLevel(logging.WARNING)
         average = ModelEmaV3(network, recipe.ema, use_warmup=True) if recipe.ema else None
-        with progress(total=epochs * len(loader), desc=f"cross-fit {title}, training {fold + 1}") as bar:
+        with progress(total=epochs * len(loader), desc=f"{title}, training {fold + 1}") as bar:
             trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: bar.update(1))
             if average is not None:
                 trainer.add_event_handler(
@@ -159,7 +165,7 @@ def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
         return np.concatenate([area_logits(logits, answer_size(dataset)).cpu().numpy() for logits in answers])
 
     own = {name: value for name, value in recipe.describe().items() if name != "first_stage"}  # needs teachers
-    return Method(fit, predict, {"recipe": own, "epochs": epochs})
+    return Method(fit, predict, {"recipe": own, "epochs": epochs}, title)
 
 
 def of_volumes(
@@ -197,7 +203,7 @@ def of_volumes(
         with torch.autocast(kind, dtype=torch.bfloat16):
             return _answer_volumes(network, dataset, indices, patch_size, device)
 
-    return Method(fit, predict, {"volume": [patch_size, steps, learning_rate]})
+    return Method(fit, predict, {"volume": [patch_size, steps, learning_rate]}, f"3D network of {steps} steps")
 
 
 def _answer_volumes(

@@ -350,7 +350,8 @@ class _Preparation:
         best teacher's score less the margin), the whole length would decide alike.
         """
         for length in dict.fromkeys((max(1, epochs // 4), epochs)):
-            method = crossfit.of_students(self.recipe, length, self.seed, self.device, "undistilled student")
+            title = f"undistilled for {length} of {epochs} epochs"
+            method = crossfit.of_students(self.recipe, length, self.seed, self.device, title)
             of_run = ((self.train,), method, folds, self.seed, self.cache_dir)
             (answers,) = crossfit.cross_fit("student", self.student, *of_run)
             # Dice of masks knows no temperature; the likelihood of classes does, and teachers are calibrated for it.

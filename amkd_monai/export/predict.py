@@ -13,7 +13,15 @@ from amkd_monai.export.runners import runner
 from amkd_monai.files import names
 from amkd_monai.files.dicom import Slice, find_series, read_series
 from amkd_monai.files.dicom_seg import write_segmentation
-from amkd_monai.files.pictures import class_colours, level_problem, read_channels, write_mask, write_png
+from amkd_monai.files.pictures import (
+    class_colours,
+    contrasting,
+    level_problem,
+    outlined,
+    read_channels,
+    write_mask,
+    write_png,
+)
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
 from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, read_channel_volumes, write_mask_volume
 from amkd_monai.storage import atomic_path, read_json
@@ -241,15 +249,19 @@ def _predict_one(predictor: Predictor, image: Input, folder: Path, dicom_seg: bo
 
 
 def write_overlay(path: Path, image: np.ndarray, mask: np.ndarray, classes: Sequence[str]) -> None:
-    """Write an image (H, W, 3), levels 0 to 255, with its mask (H, W) tinted and outlined, each class in its colour.
+    """Write an image (H, W, 3), uint8, with its mask (H, W) tinted and outlined.
 
-    With more than two classes a legend stands below.
+    A single class has the colour that differs most from the image around it; of several, each has its own, and a legend
+    stands below.
     """
-    around = np.pad(mask, 1, mode="edge")
-    sides = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
-    core = np.logical_and.reduce([side == mask for side in sides])
-    opacity = np.where(mask == 0, 0.0, np.where(core, OPACITY, 1.0)).astype(np.float32)[..., None]
-    picture = (image * (1 - opacity) + class_colours(mask) * opacity).round().clip(0, 255).astype(np.uint8)
+    rows, columns = np.flatnonzero((mask > 0).any(1)), np.flatnonzero((mask > 0).any(0))
+    near = (
+        image[max(0, rows[0] - 16) : rows[-1] + 16, max(0, columns[0] - 16) : columns[-1] + 16] if mask.any() else image
+    )
+    colours = contrasting(near) if len(classes) == 2 else class_colours(range(1, len(classes)))
+    opacity = OPACITY * (mask > 0)[..., None]
+    picture = (image * (1 - opacity) + colours[mask.astype(int) - 1] * opacity).round().astype(np.uint8)
+    picture = outlined(picture, [(mask == label, colours[label - 1]) for label in np.unique(mask[mask > 0])])
     write_png(path, picture if len(classes) == 2 else np.concatenate([picture, legend(classes[1:], picture.shape[1])]))
 
 

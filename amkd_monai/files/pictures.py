@@ -16,8 +16,8 @@ from amkd_monai.storage import atomic_path
 FULL_SCALES = (255, 4095, 65535)  # white of grey pictures: the smallest that holds the brightest level
 FEWEST_LEVELS = 16  # of 256; a picture with no more is black, white or scaled wrongly
 OPAQUE = 127
-CLASS_COLOURS = ((255, 64, 0), (86, 180, 233), (240, 228, 66), (0, 158, 115), (204, 121, 167), (0, 114, 178))
-"""Of labels 1, 2, ... in overlays, then from the first on again; mostly of the Okabe-Ito palette."""
+CLASS_COLOURS = ((86, 180, 233), (240, 228, 66), (0, 158, 115), (204, 121, 167), (255, 64, 0), (0, 114, 178))
+"""Of labels 1, 2, ... in overlays, then from the first on again; of the Okabe-Ito palette but one."""
 ORIENTATION, PHOTOMETRIC = 0x0112, 0x0106  # tags
 UNDONE = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # the EXIF orientation that undoes another one
 LATE_TAGS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # of a PNG, possibly behind its pixels
@@ -161,6 +161,43 @@ def read_channels(files: Sequence[str | Path], size: tuple[int, int] | None = No
 def class_colours(labels: ArrayLike) -> np.ndarray:
     """RGB (..., 3), uint8, of labels (...) from 1 on."""
     return np.array(CLASS_COLOURS, np.uint8)[(np.asarray(labels, int) - 1) % len(CLASS_COLOURS)]
+
+
+def contrasting(image: np.ndarray, count: int = 1) -> np.ndarray:
+    """Those of ``CLASS_COLOURS`` (count, 3) that differ most from an image (H, W, 3), uint8, and from each other."""
+
+    def seen(colours: np.ndarray) -> np.ndarray:  # (N, 3), light, which thin lines are seen by, and two of colour
+        return np.asarray(Image.fromarray(colours[None]).convert("YCbCr"), float)[0] * (1, 0.6, 0.6)
+
+    palette, pixels = np.array(CLASS_COLOURS, np.uint8), image.reshape(-1, 3)
+    places, sample = seen(palette), seen(pixels[:: max(1, len(pixels) // 20_000)])
+    far = np.percentile(np.linalg.norm(places[:, None] - sample, axis=-1), 5, axis=1)
+    chosen = [int(far.argmax())]
+    while len(chosen) < count:
+        far = np.minimum(far, np.linalg.norm(places - places[chosen[-1]], axis=-1) / 2)
+        chosen.append(int(far.argmax()))
+    return palette[chosen]
+
+
+def outlined(image: np.ndarray, masks: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Draw borders on a copy of an image (H, W, 3): each mask (H, W), boolean, in its colour with a black rim around.
+
+    The lines are as wide as a 160th of the longer side.
+    """
+    picture, width = image.copy(), max(1, round(max(image.shape[:2]) / 160))
+    for mask, _ in masks:
+        picture[_grown(mask, (width + 1) // 2) & ~mask] = 0
+    for mask, colour in masks:
+        picture[mask & _grown(~mask, width)] = colour
+    return picture
+
+
+def _grown(mask: np.ndarray, steps: int) -> np.ndarray:
+    """Add the neighbours of a mask (H, W), boolean; in NumPy, since predicting works without SciPy."""
+    for _ in range(steps):
+        around = np.pad(mask, 1)
+        mask = mask | around[:-2, 1:-1] | around[2:, 1:-1] | around[1:-1, :-2] | around[1:-1, 2:]
+    return mask
 
 
 def write_mask(path: Path, mask: np.ndarray, classes: int) -> None:

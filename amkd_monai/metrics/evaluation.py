@@ -11,7 +11,7 @@ from amkd_monai.data.datasets import Task
 from amkd_monai.files.masks import IGNORED
 from amkd_monai.metrics.segmentation import METRICS, case_metrics
 from amkd_monai.metrics.summary import Row, format_table, summarise, summarise_classes, write_case_csv
-from amkd_monai.storage import atomic_write_json, jsonable, read_json
+from amkd_monai.storage import atomic_write_json, jsonable, now, read_json
 
 CASES, SEEN_CASES, FIGURES = "per_case.csv", "per_case_seen.csv", "metrics.json"
 
@@ -74,5 +74,5 @@ def write_figures(folder: Path, rows: Sequence[Row], figures: Mapping[str, Any],
         tables.append(format_table(seen["summary"], apart))
         write_case_csv(folder / SEEN_CASES, [row for row in rows if row["id"] in seen["cases"]])
     write_case_csv(folder / CASES, [row for row in rows if row["id"] not in seen["cases"]])
-    atomic_write_json(folder / FIGURES, jsonable({**facts, **figures}))
+    atomic_write_json(folder / FIGURES, jsonable({"written": now(), **facts, **figures}))
     return "\n".join(tables)

@@ -1,6 +1,7 @@
 """From the rows of all cases to the numbers and the table that are reported, and the files of a run."""
 
 import csv
+import hashlib
 import io
 import math
 import re
@@ -35,8 +36,10 @@ Row = dict[str, Any]
 
 
 def preview_file(output_dir: str | Path, case: str) -> Path:
-    """File of the preview of a case."""
-    return file_of(Path(output_dir) / PREVIEWS, re.sub(r"[^\w.()-]+", "_", case) + ".npz")
+    """File of the preview of a case; of ids that differ in signs alone each has its own."""
+    plain = re.sub(r"[^\w.()-]+", "_", case)
+    mark = "" if plain == case else f"-{hashlib.sha256(case.encode()).hexdigest()[:8]}"
+    return file_of(Path(output_dir) / PREVIEWS, f"{plain}{mark}.npz")
 
 
 def summarise(rows: Sequence[Row], metrics: Sequence[str] = ("dice", "iou", "nsd", "hd95")) -> dict[str, Any]:

@@ -6,25 +6,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from scipy.ndimage import binary_erosion
 
-from amkd_monai.files.pictures import class_colours
+from amkd_monai.files.pictures import class_colours, outlined
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
-SIZE = (5.2, 3.2)
-"""Size of a figure in inches."""
-OUTSIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "frameon": False, "fontsize": 8}
-"""Place of a legend on the right of its figure."""
+SIZE = (4.0, 2.8)
+"""Size of every figure in inches."""
+INK = "#010203"
+"""Stands for the colour of the page's text, which is light or dark."""
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "savefig.transparent": True, "font.size": 9}
+STYLE |= {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+STYLE |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+STYLE |= {"legend.fontsize": 8, "axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 5)}
 
 
-def _axes(size: tuple[float, float] = SIZE, **options: Any) -> Axes:
-    axes = Figure(figsize=size, layout="constrained").subplots()
+def _axes(**options: Any) -> Axes:
+    axes = Figure(figsize=SIZE, layout="constrained").subplots()
     axes.set(**options)
     return axes
 
@@ -34,121 +37,121 @@ def _svg(axes: Axes) -> str:
     text = io.StringIO()
     figure: Any = axes.figure
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue().split("?>", 1)[1].split(">", 1)[1].strip()
+    return text.getvalue().split("?>", 1)[1].split(">", 1)[1].strip().replace(INK, "currentColor")
 
 
+@rc_context(STYLE)
 def curves(lines: Mapping[str, np.ndarray], epochs: np.ndarray, label: str, logarithmic: bool = False) -> str:
-    """Lines over epochs; values (epochs,) may hold NaN."""
+    """Lines over epochs; values (epochs,) may hold NaN; ``logarithmic`` where they differ tenfold."""
+    known = np.concatenate([values[values > 0] for values in lines.values()])
+    logarithmic = logarithmic and bool(len(known)) and known.max() > 10 * known.min()
     axes = _axes(xlabel="epoch", ylabel=label, yscale="log" if logarithmic else "linear")
     for i, (name, values) in enumerate(lines.items()):
-        known = ~np.isnan(values)
-        style: dict[str, Any] = {
-            "color": COLOURS[i % len(COLOURS)],
-            "linestyle": DASHES[i // len(COLOURS) % len(DASHES)],
-        }
+        known, dashes = ~np.isnan(values), DASHES[i // len(COLOURS) % len(DASHES)]
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes}
         axes.plot(epochs[known], values[known], label=name, marker="." if known.sum() < 12 else "", **style)
+    low, high = axes.get_ylim()
+    if not logarithmic and high - low < 0.02 * abs(high):  # else ticks would be offsets of the fifth digit
+        axes.set_ylim(low - 0.01 * abs(high), high + 0.01 * abs(high))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if len(lines) > 1:
-        axes.legend(**OUTSIDE)
+        axes.figure.legend(loc="outside lower center", ncols=2)
     return _svg(axes)
 
 
-def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], label: str, digits: int = 2) -> str:
-    """A table (R, C) of numbers as colours with the numbers in them."""
-    width = max(4.0, 1 + 0.08 * max(map(len, rows)) + 0.9 * len(columns))
-    axes = _axes((width, 1.3 + 0.5 * len(rows)), xlabel=label)
-    axes.imshow(values, cmap="cividis", vmin=0, aspect="auto")
+@rc_context(STYLE)
+def heat_map(
+    values: np.ndarray, rows: Sequence[str], columns: Sequence[str], label: str, scale: str, texts: Any
+) -> str:
+    """A table (R, C) of shares, 0 to 1, as colours with their ``scale`` beside it and ``texts`` (R, C) in them."""
+    axes = _axes(xlabel=label)
+    axes.figure.colorbar(axes.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto"), label=scale)
     for (r, c), value in np.ndenumerate(values):
-        ink = "black" if value > np.nanmax(values) / 2 else "white"
-        axes.text(c, r, f"{value:.{digits}f}", ha="center", va="center", color=ink)
-    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+        axes.text(c, r, texts[r][c], ha="center", va="center", color="black" if value > 0.5 else "white")
+    axes.set_xticks(range(len(columns)), columns, rotation=25, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     return _svg(axes)
 
 
-def scatter(groups: Mapping[str, Sequence[float]], label: str) -> str:
-    """One column of points per group with its median; for the metric of each case in each run."""
-    axes = _axes((1.8 + 1.4 * len(groups), SIZE[1]), ylabel=label)
-    for i, values in enumerate(groups.values()):
-        known = np.array([v for v in values if not np.isnan(v)])
-        if len(known):
-            spread = np.random.default_rng(0).uniform(-0.18, 0.18, len(known))
-            axes.scatter(i + spread, known, s=12, alpha=0.6, color=COLOURS[i % len(COLOURS)])
-            axes.hlines(np.median(known), i - 0.3, i + 0.3, color="black")
-    axes.set_xticks(range(len(groups)), list(groups), rotation=15, ha="right")
-    axes.grid(alpha=0.3, axis="y")
+@rc_context(STYLE)
+def by_size(groups: Mapping[str, Sequence[tuple[float, float]]], label: str, unit: str) -> str:
+    """Metric of each case over the size of its reference, {name: (size, metric) of each case}."""
+    sizes = [size for points in groups.values() for size, _ in points]
+    scale = "log" if max(sizes) > 10 * min(sizes) else "linear"
+    axes = _axes(xlabel=unit, ylabel=label, ylim=(-0.03, 1.03), xscale=scale)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("")
+    for i, (name, points) in enumerate(groups.items()):
+        x, y = np.transpose(points)
+        axes.scatter(x, y, s=12, alpha=0.6, color=COLOURS[i % len(COLOURS)], label=name)
+    axes.grid(alpha=0.3)
+    if len(groups) > 1:
+        axes.figure.legend(loc="outside lower center", ncols=2)
     return _svg(axes)
 
 
+@rc_context(STYLE)
 def roc(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     """ROC curves, {name: (positive (N,) bool, score (N,))}; those without both kinds of case are left out."""
     from sklearn.metrics import roc_curve
 
-    axes = _axes((4.6, 3.6), xlabel="1 - specificity", ylabel="sensitivity")
+    axes = _axes(xlabel="1 - specificity", ylabel="sensitivity")
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     for i, (name, (positive, score)) in enumerate(lines.items()):
         if positive.any() and not positive.all():
             x, y, _ = roc_curve(positive, score)
             axes.plot(x, y, label=name, color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i // len(COLOURS)])
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(loc="lower right")
     return _svg(axes)
 
 
+@rc_context(STYLE)
 def reliability(rows: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy (bars) by confidence; a calibrated student is on the diagonal."""
-    names = {"xlabel": "probability of the predicted class", "ylabel": "accuracy"}
-    axes = _axes((4.2, 3.6), xlim=(0, 1), ylim=(0, 1), **names)
+    axes = _axes(xlim=(0, 1), ylim=(0, 1), xlabel="probability of the predicted class (on bars: cases)")
+    axes.set_ylabel("accuracy")
     low, high, accuracy = (np.array([row[key] for row in rows]) for key in ("low", "high", "accuracy"))
     axes.bar(low, accuracy, high - low, align="edge", color="#56B4E9", edgecolor="white")
     for row in rows:
-        axes.text((row["low"] + row["high"]) / 2, 0.01, str(row["count"]), ha="center", fontsize=7)
-    axes.plot([0, 1], [0, 1], color="black", linewidth=1)
+        axes.text((row["low"] + row["high"]) / 2, 0.02, str(row["count"]), ha="center", fontsize=7)
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=1)
     return _svg(axes)
 
 
-REFERENCE, PREDICTION = (0, 158, 115), (213, 94, 0)
-"""Green and vermilion of the Okabe-Ito palette."""
-SCALE_TO = 320
-"""Longest side at which a picture is shown."""
+SHOWN_AT = 480
+"""Longest side to which a small picture is enlarged, in pixels."""
 
 
-def data_uri(picture: np.ndarray, quality: int = 78) -> str:
+def data_uri(picture: np.ndarray, quality: int = 80) -> str:
     """An RGB picture (H, W, 3) uint8 as a JPEG data URI."""
     memory = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(picture)).save(memory, format="JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(memory.getvalue()).decode()
 
 
-def outlined(
-    image: np.ndarray, reference: np.ndarray | None, prediction: np.ndarray | None, several: bool = False
+def enlarged(array: np.ndarray, side: int = SHOWN_AT) -> np.ndarray:
+    """Scale a picture (H, W, 3), smoothly, or labels (H, W) to a longest side."""
+    factor = side / max(array.shape[:2])
+    size = max(1, round(array.shape[1] * factor)), max(1, round(array.shape[0] * factor))
+    method = Image.Resampling.BILINEAR if array.ndim == 3 else Image.Resampling.NEAREST
+    return np.asarray(Image.fromarray(array).resize(size, method))
+
+
+def drawn(
+    image: np.ndarray, masks: Sequence[tuple[np.ndarray, np.ndarray]], several: bool = False, side: int = SHOWN_AT
 ) -> np.ndarray:
-    """Draw the borders of masks (H, W) on an image (H, W, 3): the reference green, the prediction vermilion.
-
-    Of ``several`` foreground classes, each is drawn in its own colour.
-    """
-    picture, factor = enlarged(image)
-    for mask, colour in ((reference, REFERENCE), (prediction, PREDICTION)):
-        if mask is None:
-            continue
-        labels = np.unique(mask[mask > 0]).tolist()
-        for label in labels if several else labels[:1]:
-            inside = np.kron(mask == label if several else mask > 0, np.ones((factor, factor), bool))
-            border = inside & ~binary_erosion(inside, iterations=2, border_value=1)
-            picture[border] = class_colours(label) if several else colour
-    return picture
+    """Draw label maps (H, W), each with its colour, on an image (H, W, 3); ``several`` classes have their own ones."""
+    parts = []
+    for mask, colour in masks:
+        large = enlarged(mask, side)
+        for label in np.unique(mask[mask > 0]).tolist() if several else [0]:
+            parts.append((large == label if several else large > 0, class_colours(label) if several else colour))
+    return outlined(enlarged(image, side), parts)
 
 
-def enlarged(image: np.ndarray) -> tuple[np.ndarray, int]:
-    """Repeat the pixels of a small image (H, W, ...) and return how often."""
-    factor = max(1, SCALE_TO // max(image.shape[:2]))
-    return np.repeat(np.repeat(image, factor, 0), factor, 1), factor
-
-
-def tinted(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """An image (H, W, 3) in grey with a map (h, w) uint8 over it, dark violet for 0 to yellow for 255."""
-    image, _ = enlarged(image)
-    large = Image.fromarray(heat).resize(image.shape[1::-1], Image.Resampling.NEAREST)
-    colour = colormaps["inferno"](np.asarray(large) / 255)
-    mixed = 0.45 * image.mean(-1, keepdims=True) + 0.55 * 255 * colour[..., :3]
-    return mixed.round().clip(0, 255).astype(np.uint8)
+def mapped(heat: np.ndarray, image: np.ndarray, colours: str, share: float = 1.0) -> np.ndarray:
+    """A map (h, w) uint8 as colours, its cells as squares, mixed by its ``share`` with an image (H, W, 3) in grey."""
+    large = np.asarray(Image.fromarray(heat).resize(image.shape[1::-1], Image.Resampling.NEAREST)) / 255
+    mixed = share * 255 * colormaps[colours](large)[..., :3] + (1 - share) * image.mean(-1, keepdims=True)
+    return mixed.round().astype(np.uint8)

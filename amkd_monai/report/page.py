@@ -2,10 +2,8 @@
 
 import itertools
 import math
-import zipfile
-import zlib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,66 +12,27 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 import amkd_monai
-from amkd_monai.data.datasets import Task, recorded_task
-from amkd_monai.files.pictures import class_colours
+from amkd_monai.files.names import some
+from amkd_monai.files.pictures import class_colours, contrasting
 from amkd_monai.metrics.classification import labels_and_probabilities, positive_classes
 from amkd_monai.metrics.compare import compare_runs
-from amkd_monai.metrics.summary import PREVIEWS, TEACHERS, class_summaries, part_of, preview_file, read_case_csv
+from amkd_monai.metrics.failures import FAILED, badness, failures, outcomes
+from amkd_monai.metrics.run_folder import RunFolder, read_arrays, read_run
+from amkd_monai.metrics.summary import TEACHERS, Row, class_summaries, part_of, preview_file
 from amkd_monai.report import figures
-from amkd_monai.storage import atomic_write_bytes, read_json
+from amkd_monai.report.previews import PLANES, SIDE, SLICES
+from amkd_monai.storage import atomic_write_bytes
 
-SHOWN = {"worst": 6, "median": 3, "best": 3}
-"""Cases that are shown of a run."""
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """A run's files, empty where missing, ``history`` by column with NaN for no value, and what is missing in words."""
-
-    name: str
-    folder: Path
-    task: Task
-    record: dict[str, Any]
-    metrics: dict[str, Any]
-    history: dict[str, np.ndarray]
-    cases: list[dict[str, Any]]
-    missing: list[str]
-
-
-def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
-    """Read a run's output folder; one without a run record and evaluation, and a damaged file, are refused."""
-    folder = Path(folder)
-    record, metrics = read_json(folder / "run.json"), read_json(folder / "metrics.json")
-    known = metrics if "task" in metrics else record.get("data", {})
-    if "task" not in known:
-        raise FileNotFoundError(f"{folder} holds neither run.json nor metrics.json: give the output folder of a run.")
-    cases, rows = (
-        read_case_csv(folder / file) if (folder / file).is_file() else [] for file in ("per_case.csv", "history.csv")
-    )
-    missing = []
-    if not metrics or not cases:
-        missing.append("This run was not evaluated: there are no scores and no cases. Run its evaluation.")
-    if not record:
-        missing.append("There is no run record (run.json): what was trained on what is not known here.")
-    elif record.get("status") != "completed":
-        missing.append(f"The training was broken off after epoch {record.get('epochs_done', 0)}: resume it.")
-    if len(rows) < 2:
-        missing.append("The training has one epoch: curves are points." if rows else "There is no history.csv.")
-    if cases and not (folder / PREVIEWS).is_dir():
-        missing.append("No pictures of the cases were kept: evaluate the run again to see them.")
-    history = {column: np.array([row[column] for row in rows], float) for column in (rows[0] if rows else ())}
-    return RunFolder(name or folder.name, folder, recorded_task(known), record, metrics, history, cases, missing)
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """Read an ``.npz`` file of a run; None where it was not kept."""
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged ({error}): make the run again.") from error
+SHOWN = {"best": 3, "median": 3, "worst": 6}
+"""Cases that are shown of one run; of several, each has its share."""
+LISTED = 50
+"""Failures that are listed."""
+LARGEST = 15_000_000
+"""Bytes of a page; above, volumes show fewer slices."""
+MARKS = (("A", "P", "S", "I"), ("R", "L", "S", "I"), ("R", "L", "A", "P"))
+"""Sides of the patient on the left, right, top and bottom of each of ``PLANES``."""
+NAMES = {"dice": "Dice", "iou": "IoU", "nsd": "NSD", "hd95": "HD95", "qwk": "Quadratic weighted kappa", "ece": "ECE"}
+NAMES |= {"mean_auc": "Mean AUC", "macro_auroc": "Macro AUROC"}
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
@@ -86,26 +45,21 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
     tasks = {run.task.name for run in runs}
     if len(tasks) != 1:
         raise ValueError(f"The runs have different tasks ({', '.join(sorted(tasks))}): make one report for each.")
-    comparison, why = _comparison(runs)
-    dice: dict[str, list[float]] = {}
-    for run in runs:
-        for case in run.cases if not run.task.is_classification else ():
-            if part_of(case) != "background":
-                column = f"{run.name} {case['class']}" if len(run.task.classes) > 2 else run.name
-                dice.setdefault(column, []).append(float(case["dice"]))
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
+    rows, why = _comparison(runs)
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     )
-    text = page.render(
-        title=f"{runs[0].task.name}: {', '.join(run.name for run in runs)}",
-        version=amkd_monai.__version__,
-        runs=[_describe(run) for run in runs],
-        comparison=comparison,
-        why=why,
-        spread=("Dice", figures.scatter(dice, "Dice")) if dice else None,
-        trust=_trust(runs),
-    )
-    atomic_write_bytes(Path(output), text.encode())
+    task, names = runs[0].task, [run.name for run in runs]
+    about = f"{task.modality}, {task.kind} of {', '.join(task.classes[0 if task.is_classification else 1 :])}"
+    shown: dict[str, Any] = {"title": task.name if names == [task.name] else f"{task.name} ({', '.join(names)})"}
+    shown |= {"version": amkd_monai.__version__, "about": about, "why": why, "failed": FAILED, "listed": LISTED}
+    shown |= {"comparison": [*map(_compared, rows)], "spread": _by_size(runs), "trust": _trust(runs)}
+    shown["several"] = len(task.classes) > 2
+    for slices in (SLICES, 8, 3):
+        text = page.render(shown, runs=[_describe(run, runs, rows, slices) for run in runs]).encode()
+        if len(text) < LARGEST:
+            break
+    atomic_write_bytes(Path(output), text)
     return Path(output)
 
 
@@ -118,7 +72,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return next(names for names in ends if len(set(names)) == len(names))
 
 
-def _comparison(runs: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], str]:
+def _comparison(runs: Sequence[RunFolder]) -> tuple[list[Row], str]:
     """Rows that compare the first run with the others, and why there are none."""
     first, *others = runs
     if others and not all(run.cases for run in runs):
@@ -130,104 +84,170 @@ def _comparison(runs: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], str]:
         return [], f"The runs cannot be compared: {error}"
 
 
+def _compared(row: Row) -> list[str]:
+    metric = str(NAMES.get(row["metric"], row["metric"])) + (
+        f", {row['class']}" if row["class"] != row["metric"] else ""
+    )
+    values = "{difference:+.3f}|{ci_low:+.3f} to {ci_high:+.3f}|{p:.2g}|{p_holm:.2g}".format(**row).split("|")
+    return [row["name"], metric, str(row["n"]), *values]
+
+
 def _trust(runs: Sequence[RunFolder]) -> str | None:
-    """Heat map run x teacher of the last epoch's mean weight in the output loss, or the feature loss."""
+    """Heat map of the last epoch's mean weight of each teacher in the output and feature losses of each run."""
     table: dict[str, dict[str, float]] = {}
-    for run in runs:
-        for loss in ("output", "feature"):
-            last = {k.split("_", 2)[2]: v[-1] for k, v in run.history.items() if k.startswith(f"teacher_{loss}_")}
-            if last:
-                table[f"{run.name} ({run.task.name}, {loss})"] = last
-                break
-    if not table:
-        return None
+    for run, loss in itertools.product(runs, ("output", "feature")):
+        last = {k.split("_", 2)[2]: v[-1] for k, v in run.history.items() if k.startswith(f"teacher_{loss}_")}
+        if last:
+            table[f"{run.name}, {loss}" if len(runs) > 1 else loss] = last
     columns = list(dict.fromkeys(name for row in table.values() for name in row))
     values = np.array([[row.get(name, math.nan) for name in columns] for row in table.values()])
-    return figures.heat_map(values, list(table), columns, "mean weight in the last epoch")
+    texts = [[_number(v, 2) for v in row] for row in values]
+    return figures.heat_map(values, list(table), columns, "teacher", "mean weight", texts) if table else None
 
 
-def _describe(run: RunFolder) -> dict[str, Any]:
+def _by_size(runs: Sequence[RunFolder]) -> str | None:
+    """Dice of each case over the size of its reference, a colour per run and class."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for run in runs:
+        for row in () if run.task.is_classification else run.cases:
+            if part_of(row) == "classes" and row["reference_volume"]:
+                of = [run.name] * (len(runs) > 1) + [row["class"]] * (len(run.task.classes) > 2)
+                found.setdefault(" ".join(of), []).append((row["reference_volume"], float(row["dice"])))
+    return figures.by_size(found, "Dice", f"size of the reference, {runs[0].task.size_unit}") if found else None
+
+
+def _describe(run: RunFolder, runs: Sequence[RunFolder], comparison: Sequence[Row], slices: int) -> dict[str, Any]:
     columns = [c for c in (run.cases or [{}])[0] if c != "label"]
-    ranked = sorted(run.cases, key=lambda case: _badness(run, [case]))
     by_id: dict[Any, list[dict[str, Any]]] = {}
     for case in run.cases:
         by_id.setdefault(case["id"], []).append(case)
-    groups = sorted(by_id.values(), key=lambda rows: _badness(run, rows))
-    teacher_columns, teacher_rows = _teacher_rows(run)
-    summary, several = run.metrics.get("summary", {}), not run.task.is_classification and len(run.task.classes) > 2
+    groups = sorted(by_id.values(), key=lambda rows: badness(run.task, rows))
+    summary = run.metrics.get("summary", {})
     scores = [
-        (
-            f"{of} {m}".strip(),
-            _number(v.get("mean", v.get("value"))),
-            f"[{_number(v.get('ci_low'))}, {_number(v.get('ci_high'))}]",
-        )
+        (f"{run.name}/{f'{of} {m}'.strip()}", [_metric(run, m, of) + (f", {of}" if of else ""), *_interval(v)])
         for of, block in [("", summary.get("metrics", {})), *class_summaries(summary)]
         for m, v in block.items()
     ]
-    colours = ["#" + bytes(rgb).hex() for rgb in class_colours(range(1, len(run.task.classes))).tolist()]
     return {
         "name": run.name,
-        "heading": _heading(run),
         "missing": run.missing,
+        "warnings": _warnings(run),
+        "score": [*scores[0][1], summary["cases"]] if scores else None,
+        "sentences": _sentences(run),
+        "gain": _gain(run, runs[0], comparison),
         "scores": scores,
         "curves": _training_figures(run),
         "class_figures": _class_figures(run),
-        "teacher_columns": teacher_columns,
-        "teacher_rows": teacher_rows,
-        "shown": _chosen_cases(run, [rows for rows in groups if math.isfinite(_badness(run, rows))]),
-        "class_key": list(zip(run.task.classes[1:], colours, strict=True)) if several else [],
-        "masks": not run.task.is_classification,
+        "teachers": _teachers(run),
+        "samples": _samples(run),
+        **_shown(run, [rows for rows in groups if math.isfinite(badness(run.task, rows))], len(runs), slices),
+        "facts": _facts(run),
+        "outcomes": "" if run.task.is_classification else outcomes(run.cases),
+        "failures": failures(run.task, run.cases),
         "columns": columns,
-        "cases": [[_cell(c, case[c]) for c in columns] for case in ranked],
+        "cases": [[_cell(row[c]) for c in columns] for rows in groups for row in rows],
     }
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _cell(column: str, value: Any) -> str:
-    if column.endswith("_volume"):
-        return f"{value:.0f}"
-    return _number(value) if isinstance(value, float) else str(value)
+def _cell(value: Any) -> str:
+    return str(value) if not isinstance(value, float) else _number(value, 3 if value < 1000 else 0)
 
 
-def _heading(run: RunFolder) -> dict[str, Any]:
-    """What ran on what, and the warnings that are shown above every figure."""
-    record, data = run.record, run.record.get("data") or run.metrics.get("data") or {}
-    name = Path(str(data.get("root", "unknown"))).name
-    teachers = _teachers(run)
-    facts = {
-        "task": f"{run.task.name} ({run.task.modality}, {run.task.kind})",
-        "data": name,
-        "images": ", ".join(f"{n} {v}" for n, v in data.get("counts", {}).items()),
-        "split hash": str(data.get("split_hash", ""))[:16],
-        "seed": record.get("seed", ""),
-        "gate": record.get("gate", "") if teachers else "none: undistilled",
-        "versions": ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items()),
-    }
-    if "student_parameters" in record:
-        facts["student"] = f"{record['student_parameters'] / 1e6:.2f} M parameters"
-        facts["epochs"] = f"{record['epochs_done']} of {record['max_epochs']}"
-        facts["CPU time, peak memory"] = f"{record['cpu_seconds'] / 60:.1f} min, {record['peak_rss_mb']} MB"
-    warnings = []
-    for used in (record.get("data") or {}, run.metrics.get("data") or {}):
+def _interval(value: dict[str, Any]) -> tuple[str, str]:
+    return _number(value.get("mean", value.get("value"))), f"{_number(value['ci_low'])} to {_number(value['ci_high'])}"
+
+
+def _metric(run: RunFolder, metric: str, of: str = "") -> str:
+    """Name of a metric with its unit or tolerance, which may be that of a class."""
+    unit, tolerance = run.metrics.get("unit", ""), run.metrics.get("nsd_tolerance")
+    tolerance = tolerance.get(of, "per class,") if isinstance(tolerance, dict) else tolerance
+    tolerance = f"{tolerance:g}" if isinstance(tolerance, float) else tolerance
+    about = {"hd95": f" ({unit})", "nsd": f" (tolerance {tolerance} {unit})"}
+    words = re.sub(r" at (\d+)$", r" at \1 % sensitivity", metric.replace("_", " ").replace(" auc", " AUC"))
+    return NAMES.get(metric, words) + about.get(metric, "")
+
+
+def _sentences(run: RunFolder) -> list[str]:
+    """What was trained on what, from whom, and scored on what."""
+    record, data, scored = run.record, run.record.get("data", {}), run.metrics.get("data", {})
+    counts, names = data.get("counts", {}), [Path(str(of.get("root", "unknown"))).name for of in (data, scored)]
+    found, size = [], " x ".join(map(str, record.get("image_size", ())))
+    if counts:
+        images = f"{counts['train']} labelled{f' and {n} unlabelled' if (n := counts.get('unlabelled')) else ''} "
+        images += "images" if run.task.dimensions == 2 else "volumes, in slices"
+        found.append(f"Trained on {names[0]}: {images}{f' of {size} pixels' if size else ''}.")
+        taught = [t["name"] + ("" if t["outputs_admitted"] else " (features alone)") for t in _teachers(run)]
+        found.append(f"Distilled from {', '.join(taught)}." if taught else "Not distilled: supervised training alone.")
+    if scored:
+        found.append(f"Scored on {scored.get('counts', {}).get('test', '')} test cases of {names[1]}.")
+    return found
+
+
+def _gain(run: RunFolder, first: RunFolder, comparison: Sequence[Row]) -> str:
+    """The gain over the undistilled student in words, or that it was not measured."""
+    if run.record and not _teachers(run):
+        return ""
+    rows = [row for row in comparison if row["name"] == run.name and first.record and not _teachers(first)]
+    if not rows:
+        how = "give the folder of the same training without teachers first (report UNDISTILLED RUN)."
+        return f"Gain over the undistilled student: not measured; {how}"
+    told = ["{1} {3} (95 % interval {4})".format(*_compared(row)) for row in rows]
+    unclear = "; an interval that holds 0 shows no gain" if any(r["ci_low"] <= 0 <= r["ci_high"] for r in rows) else ""
+    same = ("seed", "max_epochs", "student_parameters", "labelled_samples", "recipe", "image_size")
+    differ = [key.replace("_", " ") for key in same if run.record.get(key) != first.record.get(key)]
+    also = f" The two runs also differ in {', '.join(differ)}." if differ else ""
+    return f"Gain over the undistilled student ({first.name}): {', '.join(told)}{unclear}.{also}"
+
+
+def _warnings(run: RunFolder) -> list[str]:
+    """What a reader must know before the score."""
+    record, metrics, warnings = run.record, run.metrics, []
+    for used in (record.get("data") or {}, metrics.get("data") or {}):
         if used.get("phantom"):
             warnings.append("PHANTOM DATA: generated images. No figure on this page says anything about patients.")
         if used.get("stand_in"):
             warnings.append(f"STAND-IN DATA: {used['stand_in']}")
     if record.get("is_test"):
         warnings.append("TEST RUN: a teacher had random weights.")
-    if overridden := run.metrics.get("overridden"):
+    if overridden := metrics.get("overridden"):
         warnings.append(f"Scored otherwise than by the bundle: {', '.join(overridden)}.")
-    if apart := run.metrics.get("seen"):
-        warnings.append(
-            f"{len(apart['cases'])} image(s) took part in the student's training: they are in no figure here."
-        )
-    if run.metrics.get("seen_is_known") is False:
+    if apart := metrics.get("seen"):
+        count = len(apart["cases"])
+        warnings.append(f"{count} image(s) took part in the student's training: they are in no figure here.")
+    if metrics.get("seen_is_known") is False:
         warnings.append("Whether these images took part in the student's training could not be checked.")
-    shown = {key: value for key, value in facts.items() if value != ""}
-    return {"data": f"Data: {name}", "warnings": list(dict.fromkeys(warnings)), "facts": shown, "teachers": teachers}
+    if skipped := [sample["id"] for sample in metrics.get("skipped_samples", ())]:
+        warnings.append(f"{len(skipped)} case(s) could not be used and are in no figure: {some(skipped)}.")
+    return list(dict.fromkeys(warnings))
+
+
+def _facts(run: RunFolder) -> list[tuple[str, str]]:
+    """Names and values of what the record says."""
+    record, metrics, data = run.record, run.metrics, run.record.get("data") or run.metrics.get("data") or {}
+    best, kept = record.get("best_validation"), {"best": "best validation", "last": "last epoch"}
+    facts: dict[str, Any] = {
+        "training ended": record.get("written"),
+        "scored": metrics.get("written"),
+        "images": ", ".join(f"{n} {v}" for n, v in data.get("counts", {}).items()),
+        "image size": " x ".join(map(str, record.get("image_size", ()))),
+        "split hash": data.get("split_hash", "")[:16],
+        "seed": record.get("seed"),
+        "losses": ", ".join(f"{name} {weight}" for name, weight in record.get("losses", {}).items()),
+        "gate": record.get("gate") if _teachers(run) else record and "none: undistilled",
+        "epochs": record and f"{record['epochs_done']} of {record['max_epochs']}",
+        "best validation": best and f"{best['metric']} {_number(best['value'])} in epoch {best['epoch']}",
+        "student kept": kept.get(record.get("keep", "")),
+        "checkpoint, SHA-256": metrics.get("student_sha256"),
+        "student": record and f"{record['student_parameters'] / 1e6:.2f} M parameters",
+        "CPU time, peak memory": record and f"{record['cpu_seconds'] / 60:.1f} min, {record['peak_rss_mb']} MB",
+        "run": record.get("run"),
+        "versions": ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items()),
+    }
+    return [(key, str(value)) for key, value in facts.items() if value not in (None, "", {})]
 
 
 def _teachers(run: RunFolder) -> list[dict[str, Any]]:
@@ -244,7 +264,7 @@ def _training_figures(run: RunFolder) -> list[tuple[str, str]]:
     validation = {f"val_{k}": v for k, v in pick("val_").items() if k != "empty_references"}
     weights = pick("weight_")
     drawn = (
-        ("Validation", validation, "score", False),
+        ("Validation score", validation, "score", False),
         ("Losses", pick("loss_"), "loss", True),
         ("Losses as they enter the total", pick("weighted_"), "weight x loss", True),
         ("Loss weights", weights if len(weights) > 1 else {}, "weight", False),
@@ -268,90 +288,111 @@ def _class_figures(run: RunFolder) -> list[tuple[str, str]]:
         if mask.sum() > 1:  # several classes together, such as referable grades
             lines[name] = (mask[label], p[:, mask].sum(1))
     summary, names = run.metrics["summary"], list(run.task.classes)
-    confusion = np.array(summary["confusion"])
+    counts = np.array(summary["confusion"])
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
     return [
         ("ROC", figures.roc(lines)),
-        ("Confusion, true classes by row", figures.heat_map(confusion, names, names, "predicted", digits=0)),
-        ("Reliability", figures.reliability(summary["reliability"])),
+        ("Confusion, true classes by row", figures.heat_map(shares, names, names, "predicted", "share of row", counts)),
+        ("Reliability of the probabilities", figures.reliability(summary["reliability"])),
     ]
 
 
-def _badness(run: RunFolder, rows: Sequence[dict[str, Any]]) -> float:
-    """Sort key of a case's rows, worst first: mean Dice of its classes, or the probability of the true class.
+def _shown(run: RunFolder, ranked: Sequence[list[Row]], runs: int, slices: int) -> dict[str, Any]:
+    """The best, median and worst of cases ranked from the worst on, each once, and the ``key`` of their colours."""
+    count, third = len(ranked), max(min(1, len(ranked)), len(ranked) // 3)
+    best, median, worst = (min(third, max(1, limit // runs)) for limit in SHOWN.values())
+    places = {"worst": range(worst), "best": range(count - 1, max(-1, count - 1 - best), -1)}
+    places["median"] = range((count - median) // 2, (count + median) // 2)
+    chosen: dict[int, str] = {}
+    for part, indices in places.items():
+        chosen |= {i: part for i in indices if i not in chosen}
+    cards, classes, several = [], run.task.classes, len(run.task.classes) > 2
+    for i in sorted(chosen, key=lambda i: list(SHOWN).index(chosen[i])):
+        case, preview = ranked[i], read_arrays(preview_file(run.folder, str(ranked[i][0]["id"])))
+        if preview is not None:
+            part = chosen[i] if count > 1 else "only"
+            cards.append({"part": part, "id": case[0]["id"], "text": _result(run, case), "preview": preview})
+    if not cards or run.task.is_classification:
+        colours, key = [], []
+    else:
+        pixels = np.concatenate([card["preview"]["image"][0].reshape(-1, 3) for card in cards])
+        colours = [*contrasting(pixels[None], 2)]
+        key = [*zip(classes[1:], class_colours(range(1, len(classes))), strict=True)]
+        key = key if several else [*zip(("reference", "student"), colours, strict=True)]
+    for card in cards:
+        card["views"] = _views(card.pop("preview"), colours, several, slices)
+    return {"shown": cards, "key": [(name, "#" + bytes(colour.tolist()).hex()) for name, colour in key]}
 
-    A false positive counts as -1; cases without anything come last.
-    """
+
+def _result(run: RunFolder, rows: Sequence[Row]) -> str:
+    """What came out of a case, in words."""
     if run.task.is_classification:
-        return float(labels_and_probabilities(run.task, rows)[1][0][int(rows[0]["label"])])
-    own = [row for row in rows if part_of(row) == "classes" or len(rows) == 1]
-    values = [
-        -1.0 if row["status"] == "false_positive" else float(row["dice"])
-        for row in own
-        if row["status"] != "empty_both"
-    ]
-    return math.fsum(values) / len(values) if values else math.inf
+        p, classes = labels_and_probabilities(run.task, rows)[1][0], run.task.classes
+        true, found = (int(rows[0][key]) for key in ("label", "prediction"))
+        return f"true {classes[true]} ({p[true]:.2f}), predicted {classes[found]} ({p[found]:.2f})"
+    told = []
+    for row in (row for row in rows if part_of(row) == "classes"):
+        digits = {"dice": 3, "nsd": 3, "hd95": 1}
+        values = (f"{_metric(run, m, row['class'])} {_number(row[m], count)}" for m, count in digits.items())
+        text = ", ".join(values) if row["status"] == "ok" else str(row["status"]).replace("_", " ")
+        told.append(f"{row['class']}: {text}" if len(rows) > 1 else text)
+    return "; ".join(told)
 
 
-def _chosen_cases(run: RunFolder, ranked: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Worst, median and best cases with their pictures, those that have a preview."""
-    middle = max(0, len(ranked) // 2 - SHOWN["median"] // 2)
-    chosen = [("worst", rows) for rows in ranked[: SHOWN["worst"]]]
-    chosen += [("median", rows) for rows in ranked[middle : middle + SHOWN["median"]]]
-    chosen += [("best", rows) for rows in ranked[-SHOWN["best"] :][::-1]]
-    shown: dict[str, dict[str, Any]] = {}
-    for part, (case, *others) in chosen:
-        if case["id"] in shown or (preview := read_arrays(preview_file(run.folder, str(case["id"])))) is None:
-            continue
-        if run.task.is_classification:
-            true, predicted = (run.task.classes[int(case[key])] for key in ("label", "prediction"))
-            text = f"true {true}, predicted {predicted}"
-        else:
-            own = [row for row in (case, *others) if part_of(row) == "classes"]
-            text = "; ".join((f"{row['class']}: " if others else "") + _outcome(run, row) for row in own)
-        views = _views(preview, len(run.task.classes) > 2)
-        shown[case["id"]] = {"part": part, "id": case["id"], "text": text, **views}
-    return list(shown.values())
+def _views(
+    preview: dict[str, np.ndarray], colours: Sequence[np.ndarray], several: bool, slices: int
+) -> list[dict[str, Any]]:
+    """Pictures of a case: ``frames`` with ``captions``, of which one is seen at a time, and ``marks`` of their sides.
 
+    Of ``several`` classes reference and prediction lie side by side.
+    """
+    views: list[dict[str, Any]] = []
 
-def _outcome(run: RunFolder, row: dict[str, Any]) -> str:
-    if row["status"] == "ok":
-        return f"Dice {row['dice']:.3f}, HD95 {row['hd95']:.1f} {run.metrics.get('unit', '')}"
-    return str(row["status"]).replace("_", " ")
+    def add(frames: Sequence[np.ndarray], captions: Sequence[str], plane: int | None = None) -> None:
+        marks = [] if plane is None else list(zip(("left", "right", "top", "bottom"), MARKS[plane], strict=True))
+        views.append({"frames": [*map(figures.data_uri, frames)], "captions": captions, "marks": marks})
 
+    def outlines(images: np.ndarray, of: str, rows: Sequence[int], captions: Sequence[str], *plane: int) -> None:
+        maps = [(preview[f"{name}{of}"], c) for name, c in zip(("reference", "prediction"), colours, strict=True)]
+        for title, panel in (("reference, ", maps[:1]), ("student, ", maps[1:])) if several else (("", maps),):
+            panel = [(labels.reshape(images.shape[:3]), colour) for labels, colour in panel]
+            side = SIDE if len(rows) > 1 else figures.SHOWN_AT
+            frames = [figures.drawn(images[i], [(m[i], c) for m, c in panel], several, side) for i in rows]
+            add(frames, [title + caption for caption in captions], *plane)
 
-def _views(preview: dict[str, np.ndarray], several: bool) -> dict[str, list[str]]:
-    """Pictures of a case, and of a volume its slices; of ``several`` classes reference and prediction side by side."""
-
-    def drawn(image: np.ndarray, reference: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-        panels = [(reference, None), (None, prediction)] if several else [(reference, prediction)]
-        turned = [np.rot90(figures.outlined(image, r, p, several), "plane0" in preview) for r, p in panels]
-        return np.concatenate(turned, axis=1)
-
-    views, slices = [figures.enlarged(preview["image"][0])[0]], []
+    image, shape = preview["image"], preview.get("shape", np.zeros(0)).tolist()
+    if "at" in preview:
+        axis, rows = int(preview["axis"]), np.unique(np.linspace(0, len(image) - 1, slices).round().astype(int))
+        for plane, name in enumerate(PLANES):
+            caption = f"{name}, slice {preview['at'][plane]} of {shape[plane]}"
+            outlines(preview[f"plane{plane}"][None], str(plane), [0], [caption], plane)
+        captions = [f"{PLANES[axis]}, slice {preview['numbers'][i]} of {shape[axis]}" for i in rows]
+        outlines(image, "", rows.tolist(), captions, axis)
+        return views
+    large = figures.enlarged(image[0])
+    add([large], ["image" + (f", {shape[1]} x {shape[0]} pixels" if shape else "")])
     if "cam" in preview:
-        views.append(figures.tinted(preview["image"][0], preview["cam"][0]))
+        add([figures.mapped(preview["cam"][0], large, "inferno", 0.55)], ["Grad-CAM of the predicted class"])
     elif "prediction" in preview:
-        parts = (preview["image"], preview["reference"], preview["prediction"])
-        pictures = [drawn(*masks) for masks in zip(*parts, strict=True)]
-        if "plane0" in preview:
-            planes = [[preview[f"{name}{a}"] for name in ("plane", "reference", "prediction")] for a in range(3)]
-            views, slices = [drawn(*plane) for plane in planes], pictures
-        else:
-            views += pictures
-    return {"views": list(map(figures.data_uri, views)), "slices": list(map(figures.data_uri, slices))}
+        outlines(image, "", [0], ["outlines"])
+    return views
 
 
-def _teacher_rows(run: RunFolder) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of pictures: image with label, student, each teacher's output, each teacher's weight."""
+def _samples(run: RunFolder) -> list[list[tuple[str, str]]]:
+    """Caption and picture of each map of training images: image with label, student, teachers' outputs and weights."""
     arrays = read_arrays(run.folder / TEACHERS)
     if arrays is None or run.task.is_classification:
-        return [], []
-    answers, weights = ([n for n in arrays if n.startswith(prefix)] for prefix in ("answer_", "weight_"))
-    maps = {"student": "student", **{n: f"output of {n[7:]}" for n in answers}}
-    maps |= {n: f"weight of {n[7:]}" for n in weights}
-    rows = []
+        return []
+    titles = {"student": "student", "answer_": "output of ", "weight_": "weight of "}
+    maps = {name: name.replace(of, title) for of, title in titles.items() for name in arrays if name.startswith(of)}
+    samples = []
     for i, image in enumerate(arrays["image"]):
-        row = [figures.outlined(image, arrays["label"][i], None, len(run.task.classes) > 2)]
-        row += [figures.tinted(image, arrays[name][i]) for name in maps]
-        rows.append([figures.data_uri(picture, 70) for picture in row])
-    return ["image, label", *maps.values()], rows
+        image = image if run.task.dimensions == 2 else np.repeat(image[..., 1:2], 3, -1)  # without its neighbours
+        label = [(arrays["label"][i], contrasting(image)[0])]
+        row = [("image, label", figures.drawn(image, label, len(run.task.classes) > 2, SIDE))]
+        for name, title in maps.items():
+            colours, heat = "cividis" if name.startswith("weight_") else "gray", arrays[name][i]
+            shown = figures.drawn(figures.mapped(heat, image, colours), label, side=SIDE)
+            row.append((f"{title}, mean {heat.mean() / 255:.2f}", shown))
+        samples.append([(caption, figures.data_uri(picture)) for caption, picture in row])
+    return samples

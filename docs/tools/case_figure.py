@@ -22,9 +22,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from amkd_monai.data.datasets import get_task
+from amkd_monai.files.pictures import CLASS_COLOURS
 from amkd_monai.metrics.summary import preview_file
-from amkd_monai.report.figures import PREDICTION, REFERENCE, enlarged, outlined
+from amkd_monai.report.figures import drawn, enlarged
 
+REFERENCE, PREDICTION = map(np.array, CLASS_COLOURS[:2])
 TARGET = Path(__file__).resolve().parents[1] / "phantom_cases.jpg"
 
 
@@ -48,7 +50,7 @@ def picture(run: Path, case: str) -> tuple[np.ndarray, np.ndarray]:
             image, reference, prediction = kept["plane0"], kept["reference0"], kept["prediction0"]
         else:
             image, reference, prediction = kept["image"][0], kept["reference"][0], kept["prediction"][0]
-    return enlarged(image)[0], outlined(image, reference, prediction)
+    return enlarged(image), drawn(image, [(reference, REFERENCE), (prediction, PREDICTION)])
 
 
 def main(runs: list[Path]) -> None:

@@ -152,7 +152,8 @@ class Memoriser(nn.Module):
         self.seen = nn.Parameter(torch.zeros(64))
 
 
-def test_cross_fitting_never_asks_a_network_about_what_it_has_seen(data):
+def test_cross_fitting_never_asks_a_network_about_what_it_has_seen(data, caplog):
+    caplog.set_level("INFO", logger="amkd_monai")
     train, validation, folder = data
     folds = []
 
@@ -165,9 +166,12 @@ def test_cross_fitting_never_asks_a_network_about_what_it_has_seen(data):
             assert not network.groups & {dataset.groups[i] for i in indices if dataset.has_label[i]}
         return np.zeros((len(indices), 2, 16, 16), dtype=np.float32)
 
-    method = crossfit.Method(fit, predict, {"k": 1})
+    method = crossfit.Method(fit, predict, {"k": 1}, "for ever")
     stores = crossfit.cross_fit("memoriser", Memoriser(), (train, validation), method, 3, 0, str(folder / "memoriser"))
     assert folds == [0, 1, 2] and all(store.is_complete for store in stores)
+    told = [record.getMessage() for record in caplog.records if "fold" in record.getMessage()]
+    assert all("for ever" in message for message in told)
+    assert ["left" in message for message in told] == [False, True, True], told
 
 
 def test_an_interrupted_cross_fit_keeps_its_finished_folds(data):
@@ -183,7 +187,7 @@ def test_an_interrupted_cross_fit_keeps_its_finished_folds(data):
     def predict(network, dataset, indices):
         return np.zeros((len(indices), 2, 16, 16), dtype=np.float32)
 
-    arguments = ((train,), crossfit.Method(fit, predict, {"k": 2}), 3, 0, str(folder / "interrupted"))
+    arguments = ((train,), crossfit.Method(fit, predict, {"k": 2}, "twice"), 3, 0, str(folder / "interrupted"))
     with pytest.raises(KeyboardInterrupt):
         crossfit.cross_fit("killed", Memoriser(), *arguments)
     crossfit.cross_fit("killed", Memoriser(), *arguments)

@@ -16,7 +16,7 @@ from amkd_monai.export.bundle import Row, judge
 from amkd_monai.export.formats import check_size, chosen_formats
 from amkd_monai.export.predict import write_overlay
 from amkd_monai.export.translate import postprocessing, preprocessing
-from amkd_monai.files.pictures import class_colours
+from amkd_monai.files.pictures import class_colours, contrasting
 
 KVASIR = str(ROOT / "bundles" / "kvasir_seg")
 
@@ -82,20 +82,31 @@ def test_masks_of_more_than_two_classes_are_saved_as_indices():
 
 def test_an_overlay_shows_each_class_in_its_colour_and_names_several(tmp_path):
     image, mask = np.full((40, 64, 3), 100, np.uint8), np.zeros((40, 64), np.uint8)
-    mask[5:20, 5:20], mask[5:20, 20:40] = 1, 2
+    mask[5:20, 5:20], mask[25:35, 20:40] = 1, 2
     for classes in (("background", "lesion"), ("background", "lesion", "rim")):
-        write_overlay(tmp_path / "overlay.png", image, mask.clip(0, len(classes) - 1), classes)
+        shown = np.where(mask < len(classes), mask, 0)
+        write_overlay(tmp_path / "overlay.png", image, shown, classes)
         drawn = np.asarray(Image.open(tmp_path / "overlay.png"))
-        assert (drawn[:40][mask == 0] == 100).all()
         for label in range(1, len(classes)):
-            inside = drawn[:40][mask == label]
-            border, core = class_colours(label), (100 * 0.65 + class_colours(label) * 0.35).round()
-            assert {tuple(rgb) for rgb in inside.tolist()} == {tuple(border.tolist()), tuple(core.tolist())}
+            colour = class_colours(label) if len(classes) > 2 else contrasting(image)[0]
+            core = (100 * 0.65 + colour * 0.35).round()
+            inside = {tuple(rgb) for rgb in drawn[:40][shown == label].tolist()}
+            assert inside == {tuple(colour.tolist()), tuple(core.tolist())}
+        beside = drawn[:40][shown == 0]
+        assert {tuple(rgb) for rgb in beside.tolist()} == {(0, 0, 0), (100, 100, 100)}, "a black rim around the lines"
         if len(classes) == 2:
             assert drawn.shape == image.shape
         else:
             lines = np.split(drawn[40:], 2)
             assert all((lines[i] == class_colours(i + 1)).all(-1).any() for i in (0, 1))
+
+
+@pytest.mark.parametrize("tissue", [(190, 80, 60), (235, 130, 110), (90, 90, 90), (20, 60, 20), (250, 250, 250)])
+def test_an_outline_differs_from_the_image_under_it(tissue):
+    rng = np.random.default_rng(0)
+    image = (np.array(tissue) + rng.normal(0, 12, (64, 64, 3))).clip(0, 255).astype(np.uint8)
+    for colour in contrasting(image, 2).astype(int):
+        assert np.percentile(np.abs(image.astype(int) - colour).sum(-1), 5) > 100
 
 
 def test_what_a_format_may_cost():

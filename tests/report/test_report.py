@@ -10,21 +10,25 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "bundles"))
 from bundle_runs import run, settings
+from nibabel import orientations
 from scipy import ndimage
 
 from amkd_monai.__main__ import main
 from amkd_monai.data.datasets import get_task
 from amkd_monai.files.pictures import class_colours
+from amkd_monai.metrics.classification import class_row
 from amkd_monai.metrics.evaluation import figures_of, mask_rows, write_figures
+from amkd_monai.metrics.failures import failures, outcomes
 from amkd_monai.metrics.summary import preview_file
 from amkd_monai.report.page import write_report
-from amkd_monai.report.previews import save_arrays
+from amkd_monai.report.previews import PLANES, mask_preview, save_arrays
 
 TEACHER = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
 
@@ -75,7 +79,7 @@ def test_several_classes_are_told_apart(tmp_path):
     assert shown["dice"] == f"{(lesion_and_rim + dices['b', 'lesion']) / 2:.3f}"
     assert "with background dice" in shown
     alts = [tag["alt"] for name, tag in page.tags if name == "img"]
-    assert len(alts) == 4, "two views of each of two cases"
+    assert len(alts) == 6 and len(set(alts)) == 6, "image, reference and student of each of two cases"
     for colour in class_colours([1, 2]).tolist():
         assert f"background:#{bytes(colour).hex()}" in page.source
 
@@ -144,6 +148,15 @@ def test_runs_side_by_side_are_compared_with_the_first(runs, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(output)
     page = Page(output)
     assert "Compared with undistilled" in page.text and "p (Holm)" in page.text
+    dices = [
+        json.loads((runs[n] / "metrics.json").read_text())["summary"]["metrics"]["dice"]
+        for n in ("undistilled", "polyps")
+    ]
+    gain = dices[1]["mean"] - dices[0]["mean"]
+    assert f"student (undistilled): Dice, polyp {gain:+.3f}" in page.text and "also differ" not in page.text
+    assert page.text.count("not measured") == 0
+    swapped = Page(write_report([runs["polyps"], runs["undistilled"]], tmp_path / "swapped.html"))
+    assert swapped.text.count("not measured") == 1, "the first run is no undistilled student"
 
 
 def test_a_run_says_what_it_lacks_and_still_has_a_page(runs, tmp_path):
@@ -190,7 +203,7 @@ def test_data_that_stand_in_for_others_are_named_in_large_letters(runs, tmp_path
     file = write_report([other, runs["polyps"]], tmp_path / "page.html")
     text = Page(file).text
     assert "STAND-IN DATA: pigs <in place of> people" in text and "STAND-IN DATA: other pigs" in text
-    assert text.count("PHANTOM DATA") == 1 and text.count("Data: Kvasir-SEG") == 2
+    assert text.count("PHANTOM DATA") == 1 and text.count("Trained on Kvasir-SEG") == 2
     assert "<in place of>" not in file.read_text()
 
 
@@ -206,6 +219,116 @@ def test_wrong_folders_are_refused_in_one_sentence(runs, tmp_path, capsys):
     assert "not valid JSON" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["polyps", "heart", "skin"])
+def test_the_page_is_read_from_the_verdict_down(name, runs):
+    text = Page(runs[name] / "report.html").text
+    places = [
+        text.index(words) for words in ("95 % interval", "Cases: best", "Failures:", "Validation score", "split hash")
+    ]
+    assert places == sorted(places)
+    record = json.loads((runs[name] / "run.json").read_text())
+    metrics = json.loads((runs[name] / "metrics.json").read_text())
+    size = " x ".join(map(str, record["image_size"]))
+    kept = (metrics["student_sha256"], record["written"], metrics["written"], f"{size} pixels", "best validation")
+    assert all(words in text for words in kept)
+    assert record["written"] <= metrics["written"]
+    for unit in () if name == "skin" else (("HD95 (mm)", "2 mm") if name == "heart" else ("HD95 (px)", "2 px")):
+        assert unit in text
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 30])
+def test_a_case_is_best_median_or_worst_once(count, tmp_path):
+    task, rows = get_task("kvasir_seg"), []
+    for i in range(count):
+        masks = np.zeros((2, 32, 40), np.uint8)
+        masks[0, : i + 1, :9] = masks[1, :30, :9] = 1
+        rows += mask_rows(task, f"case {i:02}", *masks, (1, 1))
+        arrays = {"image": np.zeros((1, 32, 40, 3), np.uint8), "reference": masks[1:], "prediction": masks[:1]}
+        save_arrays(preview_file(tmp_path, f"case {i:02}"), arrays)
+    write_figures(tmp_path, rows, figures_of(task, rows, {}), task.identity)
+    source = write_report([tmp_path], tmp_path / "report.html").read_text()
+    shown = re.findall(r'class="tag">(\w+)</span> case (\d+)', source)
+    parts = {part: [int(i) for p, i in shown if p == part] for part in ("best", "median", "worst")}
+    assert len({i for _, i in shown}) == len(shown) == min(count, 12) if count not in (1, 7) else shown
+    if count == 1:
+        assert shown == [("only", "00")]
+        return
+    assert (parts["median"] != []) == (count > 2)
+    assert max(parts["worst"]) < min(parts["median"] or parts["best"]) and parts["best"][0] == count - 1
+    assert max(parts["median"] or [0]) < min(parts["best"])
+
+
+def test_failures_are_listed_from_the_worst_on():
+    polyps, grades = get_task("kvasir_seg"), get_task("aptos2019")
+    square, rows = np.zeros((8, 8), np.uint8), []
+    square[:4, :4] = 1
+    for case, found, true in (
+        ("good", square, square),
+        ("low", square, np.roll(square, 3)),
+        ("missed", 0 * square, square),
+        ("false", square, 0 * square),
+        ("empty", 0 * square, 0 * square),
+    ):
+        rows += mask_rows(polyps, case, found, true, (1, 1))
+    assert [cells[:2] for cells in failures(polyps, rows)] == [
+        ("false", "polyp: false positive"),
+        ("missed", "polyp: missed"),
+        ("low", "polyp: low Dice"),
+    ]
+    assert "missed: 1" in outcomes(rows) and "Empty references: 2, false positives on them: 1" in outcomes(rows)
+    answers = {"right": [0.1, 0.9, 0, 0, 0], "unsure": [0.6, 0.4, 0, 0, 0], "sure": [0.9, 0.1, 0, 0, 0]}
+    listed = failures(grades, [class_row(grades, case, 1, p) for case, p in answers.items()])
+    assert [cells[0] for cells in listed] == ["sure", "unsure"] and "0.90" in listed[0][2]
+
+
+def test_a_page_that_would_be_too_large_shows_fewer_slices(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("amkd_monai.report.page.LARGEST", 1)
+    source = write_report([runs["heart"]], tmp_path / "page.html").read_text()
+    assert set(re.findall(r'type="range"[^>]* max="(\d+)"', source)) == {"2"}
+
+
+def test_planes_of_a_volume_stand_as_radiologists_look_at_them(tmp_path):
+    """Whatever the axes of the file, a block at the patient's right, front and top lies left, up and up."""
+    for axes in ("RAS", "LPS", "SAR", "PIL"):
+        order = orientations.ornt_transform(
+            orientations.axcodes2ornt(tuple("RAS")), orientations.axcodes2ornt(tuple(axes))
+        )
+        volume = np.random.default_rng(0).normal(100, 1, (20, 24, 10)).astype(np.float32)
+        mask = np.zeros(volume.shape, np.uint8)
+        mask[15:18, 19:22, 7:9] = 1
+        affine = np.diag([1.0, 1.0, 3.0, 1.0]) @ orientations.inv_ornt_aff(order, volume.shape)
+        turned = [orientations.apply_orientation(array, order) for array in (volume, mask)]
+        nibabel.save(nibabel.Nifti1Image(turned[0], affine), tmp_path / "volume.nii.gz")
+        preview = mask_preview(str(tmp_path / "volume.nii.gz"), turned[1], turned[1])
+        centres = [np.argwhere(preview[f"reference{p}"]).mean(0) / preview[f"reference{p}"].shape for p in range(3)]
+        for (down, across), name in zip(centres, PLANES, strict=True):
+            assert down < 0.3, (axes, name)
+            assert across < 0.3, (axes, name)
+        assert [preview[f"plane{p}"].shape[:2] for p in range(3)] == [(30, 24), (30, 20), (24, 20)], "square pixels"
+        assert preview["axis"] == 2 and preview["shape"].tolist() == [20, 24, 10]
+        own = axes.index("S" if "S" in axes else "I")
+        assert preview["numbers"].max() - preview["numbers"].min() == len(preview["image"]) - 1
+        assert preview["at"][2] - 1 in np.argwhere(turned[1])[:, own]
+
+
+def test_a_task_of_a_shared_student_has_the_record_of_their_run(runs, tmp_path):
+    shared = tmp_path / "eval"
+    shutil.copytree(runs["polyps"], shared / "kvasir_seg")
+    record = json.loads((shared / "kvasir_seg" / "run.json").read_text())
+    (shared / "kvasir_seg" / "run.json").unlink()
+    header, *rows = (shared / "kvasir_seg" / "history.csv").read_text().splitlines()
+    (shared / "kvasir_seg" / "history.csv").unlink()
+    own = {"data": record.pop("data"), "distillation": record.pop("distillation"), "labelled_samples": 28}
+    (shared / "run.json").write_text(json.dumps(record | {"tasks": {"kvasir_seg": own, "busi": {}}}))
+    columns = [c if c in ("epoch", "learning_rate") else f"kvasir_seg/{c}" for c in header.split(",")]
+    lines = [",".join([*columns, "busi/loss_total"]), *(f"{row},9" for row in rows)]
+    (shared / "history.csv").write_text("\n".join(lines) + "\n")
+    text = Page(write_report([shared / "kvasir_seg"], tmp_path / "page.html")).text
+    assert "Trained on Kvasir-SEG" in text and "Distilled from lite1" in text and "Validation score" in text
+    with pytest.raises(ValueError, match=str(shared / "busi")):
+        write_report([shared], tmp_path / "page.html")
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_a_browser_opens_the_page_without_complaint(runs, tmp_path):
     page = tmp_path / "page.html"
@@ -215,13 +338,16 @@ def test_a_browser_opens_the_page_without_complaint(runs, tmp_path):
       button.click();
       document.title = Array.prototype.map.call(document.querySelectorAll("table.sortable tbody tr"),
         function (row) { return row.cells[3].textContent; }).join(" ");
-      var slider = document.querySelector("input[type=range]"), image = slider.parentNode.querySelector("img");
+      var slider = document.querySelector("input[type=range]"), image = document.querySelector("img[data-frames]");
       var before = image.src; slider.value = 0; slider.dispatchEvent(new Event("input"));
-      document.body.dataset.moved = image.src !== before; });</script></body>"""
+      document.body.dataset.moved = image.src !== before;
+      document.body.dataset.over = document.documentElement.scrollWidth - innerWidth; });</script></body>"""
     page.write_text(text.replace("</body>", clicks))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += ["--dump-dom", "--window-size=400,900"]
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     assert 'data-moved="true"' in done.stdout
     dice = [float(x) for x in re.search(r"<title>([^<]*)</title>", done.stdout)[1].split()]
     assert dice == sorted(dice) and len(dice) >= 2
+    assert int(re.search(r'data-over="(-?\d+)"', done.stdout)[1]) <= 0, "nothing is cut off at 400 px"
     assert "Uncaught" not in done.stderr

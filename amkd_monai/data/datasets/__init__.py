@@ -139,6 +139,11 @@ class Task:
         """Unit of distances, "px" (pixels) or "mm"."""
         return "px" if self.dimensions == 2 else "mm"
 
+    @property
+    def size_unit(self) -> str:
+        """Unit of areas and volumes."""
+        return "pixels" if self.dimensions == 2 else "mm³"
+
     def write_phantom(self, root: str | Path, **options: object) -> Path:
         """Write generated data to ``root/<folder>``, whole or not at all, unless they are there; return that folder.
 

@@ -22,7 +22,7 @@ from amkd_monai.engines.runs import Identity, versions
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
 from amkd_monai.metrics.summary import write_case_csv
-from amkd_monai.storage import atomic_write_json, jsonable
+from amkd_monai.storage import atomic_write_json, jsonable, now
 
 
 class RunRecord(Handler):
@@ -96,6 +96,7 @@ class RunRecord(Handler):
     def _write(self, engine: Engine, status: str) -> None:
         record = {
             "status": status,
+            "written": now(),
             **({} if self.identity is None else {"run": self.identity.record["run"]}),
             **self.facts,
             "epochs_done": engine.state.epoch,
@@ -177,6 +178,7 @@ def run_facts(
         "skipped_samples": {"train": train.skipped, "validation": validation.skipped},
         "training_samples": len(train),
         "labelled_samples": int(train.has_label.sum()),
+        "image_size": list(train.images.shape[-2:]),
         "distillation": targets.record if teachers else "none: the undistilled student",
         **distillation.facts(**method),
         **settings,
