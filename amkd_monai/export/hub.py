@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-ANSWERING = ["configs/predict.json", "docs/seen.json", "models/*.onnx"]
+ANSWERING = ["configs/predict.json", "models/*.onnx"]
 """Files of a repository that prediction reads."""
 
 
