@@ -172,6 +172,11 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def joint_hash(hashes: Sequence[str]) -> str:
+    """Return the hash of one file, or one of the hashes of several that belong together, in their order."""
+    return hashes[0] if len(hashes) == 1 else fingerprint(*hashes)
+
+
 def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = None) -> list[str]:
     """Hash many files; a file whose path, size and time of change are in ``memo`` is not read again.
 

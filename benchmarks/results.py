@@ -59,14 +59,24 @@ for bundle in (*SMALL, "kvasir_all", "kvasir_12", "heart"):
     SETTINGS[f"{bundle}_last"] = replace(last, reference=f"{bundle}_undistilled")
     SETTINGS[f"{bundle}_crew"] = replace(last, reference=f"{bundle}_last", **CREW)
     SETTINGS[f"{bundle}_small_crew"] = replace(last, reference=f"{bundle}_last", **SMALL_CREW)
-few = SETTINGS["kvasir_12_small_crew"]
-SETTINGS["kvasir_12_small_crew_at_once"] = replace(few, overrides={**few.overrides, **AT_ONCE})
+# crews that teach whether they beat the student or not
+ADMITTED = {"admission": {"mode": "all"}}
+few, slices = (
+    replace(row, overrides={**row.overrides, **ADMITTED})
+    for row in (SETTINGS["kvasir_12_small_crew"], SETTINGS["covid_small_crew"])
+)
 # 481 CT slices of 10 other volumes, as many steps as without them
 POOL = {"unlabelled_groups": r"(.*)_\d+", "max_epochs": 6, "val_interval": 1}
-slices = SETTINGS["covid_small_crew"]
-slices = replace(slices, overrides={**slices.overrides, **POOL}, pool="covid/images/*radiopaedia*")
-SETTINGS["covid_small_crew_pool"] = slices
-SETTINGS["covid_small_crew_pool_at_once"] = replace(slices, overrides={**slices.overrides, **AT_ONCE})
+pool = replace(slices, overrides={**slices.overrides, **POOL}, pool="covid/images/*radiopaedia*")
+LONG_CREW = {"teachers": [{"name": "crew", "kind": "crew", "size": "small", "images": 3072}]}
+SETTINGS |= {
+    "kvasir_12_admitted": few,
+    "kvasir_12_admitted_at_once": replace(few, overrides={**few.overrides, **AT_ONCE}),
+    "covid_admitted": slices,
+    "covid_pool_admitted": pool,
+    "covid_pool_admitted_at_once": replace(pool, overrides={**pool.overrides, **AT_ONCE}),
+    "covid_pool_long_crew_admitted": replace(pool, **LONG_CREW),
+}
 # what training varies by alone: features at 1/170 of the weight they have by default
 SETTINGS["isic2017_control"] = replace(
     SETTINGS["isic2017_default"],

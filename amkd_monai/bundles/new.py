@@ -12,7 +12,7 @@ import numpy as np
 
 from amkd_monai.bundles.merge import ABSENT, PARTS, bundle_files, resolved
 from amkd_monai.data.datasets import Task, get_task
-from amkd_monai.data.datasets.described import COLUMNS, READERS, Described, names_of_values
+from amkd_monai.data.datasets.described import COLUMNS, READERS, Described, names_of_channels, names_of_values
 from amkd_monai.data.splits import Item
 from amkd_monai.files import masks, volumes
 from amkd_monai.files.names import (
@@ -20,6 +20,7 @@ from amkd_monai.files.names import (
     SUFFIXES,
     VOLUME_SUFFIXES,
     DataProblems,
+    files_of,
     has_suffix,
     label_files,
     natural,
@@ -70,7 +71,10 @@ def new_bundle(
         raise FileExistsError(f"There is a bundle {folder} already: give another name, or remove it.")
     description, items = _described(name, root, classes, groups, kind)
     of_labels = description.pop("facts")
-    facts, part = _volumes(items, description, modality) if description["dimensions"] == 3 else _pictures(items)
+    flat, several = description["dimensions"] == 2, "channels" in description
+    facts, part = (
+        _pictures(items) if flat else _volumes(items, description, "several channels" if several else modality)
+    )
     description["modality"] = modality or part["modality"]
     description["folder"] = os.path.relpath(root, folder.resolve() / "configs")
     task = get_task(description)
@@ -83,6 +87,7 @@ def new_bundle(
         f"{task.kind}, classes: {', '.join(task.classes)} (other names: --classes)",
         *of_labels,
         *facts,
+        f"channels: {', '.join(task.channels)}; teachers see {', '.join(task.teacher_channels)}" if several else "",
         f"groups: {len(grouped)}"
         if groups or any("group" in item for item in items)
         else f"EACH IMAGE IS A GROUP OF ITS OWN ({len(grouped)}): if several are of one patient, give --groups",
@@ -126,13 +131,18 @@ def _described(
         of_files = form in ("pairs", "nnunet") or all(label_files(i) and _is_file(i["label"]) for i in listed)
         kind = "segmentation" if of_files else "classification"
     layout: dict[str, Any] = {"form": form}
-    if groups and form == "table" and (table := raw.table_of(root)) and groups in table_rows(table)[0]:
+    if groups and form == "table" and (tables := raw.tables_in(root)) and groups in table_rows(tables[0][1])[0]:
         layout["columns"] = {"group": groups}
     elif groups:
         layout["groups"] = groups
     items = [i for i in READERS[form](Described(kind=kind, form=form), root) if "problem" not in i]
-    items = [{**item, "image": item["image"] if isinstance(item["image"], str) else item["image"][0]} for item in items]
+    count = Counter(len(files_of(item["image"])) for item in items).most_common(1)[0][0]
+    items = [{**item, "image": files_of(item["image"])[0]} for item in items]
     description: dict[str, Any] = {"name": name, "kind": kind, "dimensions": 3 if volume else 2, "layout": layout}
+    if count > 1:
+        named = names_of_channels(root)
+        description["channels"] = named if len(named) == count else [f"channel {number}" for number in range(count)]
+        description["teacher_channels"] = description["channels"][: 3 if count > 2 and not volume else 1]
     if kind == "segmentation":
         return description | _mask_classes(items, list(classes), *names_of_values(root)), items
     names = list(classes) or sorted({str(label) for label in labels}, key=natural)
@@ -269,10 +279,22 @@ def _part(name: str, task: Task, found: dict[str, Any], folds: bool) -> dict[str
         window = "low" in found
         values |= {"window": ["<ct_window>"] if window else [], "percentiles": [] if window else ["<shares>"]}
     volumetric = [] if flat else ["volumes"]
+    slices = [""] if flat else ["previous slice of ", "", "next slice of "]
+    inputs = [f"{of}{channel}" for channel in task.channels for of in slices]
+    values["in_channels"] = len(inputs) if inputs else ABSENT
+    values["shown_channels"] = "$@datalist.task.shown_channels" if inputs else ABSENT
+    shown = {"num_channels": len(inputs), "format": "magnitude"} if inputs else {}
+    shown |= (
+        {"channel_def": {str(n): inputs[n] if n < len(inputs) else ABSENT for n in range(max(3, len(inputs)))}}
+        if inputs
+        else {}
+    )
     channels = {str(number): label for number, label in enumerate(classes)}
     return {
         "parts": ["common", "single", task.kind, *volumetric, "own", *(f"own_{part}" for part in volumetric)],
         "values": values,
         "train": {"mask_codes": task.mask_codes} if masked else {},
-        "metadata": {"network_data_format": {"outputs": {"pred": {"channel_def": channels}}}},
+        "metadata": {
+            "network_data_format": {"inputs": {"image": shown}, "outputs": {"pred": {"channel_def": channels}}}
+        },
     }

@@ -88,7 +88,7 @@ def to_device(values: np.ndarray, device: torch.device | str) -> Tensor:
 
 
 def images_of(dataset: DecodedImages, indices: Sequence[int], device: torch.device | str) -> Tensor:
-    """Stack images (B, 3, H, W) in [0, 1]."""
+    """Stack the student's images (B, C, H, W) in [0, 1]."""
     return to_device(np.stack([dataset.image(i) for i in indices]), device).float() / 255
 
 
@@ -105,7 +105,7 @@ def ask(
     ``image`` gives the image (3, H', W') uint8 of a sample in place of the data set's, of which only labels are taken.
     Returns ``grid``, ``pooled`` and ``logits``, as far as the teacher gives them, each (B, ...).
     """
-    images = [(image or dataset.image)(i) for i in indices]
+    images = [(image or dataset.shown)(i) for i in indices]
     alike = len({shown.shape for shown in images}) == 1
     parts = [range(len(images))] if alike else [range(k, k + 1) for k in range(len(images))]
     outputs = []
@@ -211,6 +211,8 @@ def cache_teacher(
         about["asked_at"] = asked_at
     if dtype != "float16":
         about["dtype"] = dtype
+    if dataset.teacher_channels:
+        about["channels"] = list(dataset.teacher_channels)
     key = {**about, "views": ["identity", *chosen[1:]], **_list_key(dataset)}
     directory = store_directory(cache_dir, facts.name, key)
     sample_key = fingerprint({**about, "chain": dataset.chain})

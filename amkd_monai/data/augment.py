@@ -100,10 +100,12 @@ class Augmentation:
         return torch.stack(rows, dim=1).repeat_interleave(self.together, 0)
 
     def photometric(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """Change gamma, gain, offset and colour of an image (B, 3, H, W) in [0, 1]; a teacher never sees this."""
+        """Change gamma, gain, offset and colour of an image (B, C, H, W) in [0, 1]; a teacher never sees this."""
         draw = torch.rand((len(image) // self.together, 6), generator=generator).to(image.device) * 2 - 1
         draw = draw.repeat_interleave(self.together, 0)
-        gain = 1 + self.gain * draw[:, 0, None] + self.colour * draw[:, 1:4]  # (B, 3)
+        channels = image.shape[1]
+        colours = draw[:, 1:4].repeat(1, -(-channels // 3))[:, :channels]
+        gain = 1 + self.gain * draw[:, 0, None] + self.colour * colours  # (B, C)
         gamma = torch.exp(draw[:, 5] * math.log1p(self.gamma))
         image = image.clamp_min(0) ** gamma[:, None, None, None]
         return (image * gain[:, :, None, None] + self.offset * draw[:, 4, None, None, None]).clamp(0, 1)

@@ -14,9 +14,9 @@ from amkd_monai.data.datasets import Named, Task, get_task
 from amkd_monai.data.splits import NEAR, Item, SplitOptions, clusters, near_duplicates
 from amkd_monai.files import names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
-from amkd_monai.files.names import label_files, natural, some
-from amkd_monai.files.pictures import class_colours, contrasting, level_problem, opened, read_picture
-from amkd_monai.storage import content_hashes
+from amkd_monai.files.names import files_of, label_files, natural, some
+from amkd_monai.files.pictures import class_colours, contrasting, level_problem, opened, read_channels
+from amkd_monai.storage import content_hashes, joint_hash
 from amkd_monai.terminal import progress
 
 
@@ -75,7 +75,7 @@ def check_data(
             image, mask, mode = _read(item, report.task, codes, codings)
         except (ValueError, OSError, MemoryError) as error:
             report.damaged.add(item["id"])
-            report.problems.append(_naming([item["image"], *label_files(item)], error))
+            report.problems.append(_naming([*files_of(item["image"]), *label_files(item)], error))
             continue
         sizes.append(image.shape[1::-1] if flat else image.shape)
         modes.append(mode)
@@ -102,17 +102,21 @@ def _read(
     item: Item, task: Task, codes: MaskCodes, codings: set[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray | None, str]:
     """Picture (H, W, 3) or volume (X, Y, Z), the classes of its mask, and its mode or the order of its axes."""
-    files, classes, mask = label_files(item), len(task.classes), None
+    files, images, classes, mask = label_files(item), files_of(item["image"]), len(task.classes), None
     if problem := item.get("problem"):
         raise ValueError(problem)
     if task.dimensions == 2:
-        with opened(item["image"]) as picture:
+        with opened(images[0]) as picture:
             mode = picture.mode
-        image = read_picture(item["image"])
+        image = read_channels(images)
+        image = image if len(images) == 1 else np.repeat(image[..., :1], 3, -1)
         if files:
-            mask = read_mask(files, item["image"], classes, codes, codings)
+            mask = read_mask(files, images[0], classes, codes, codings)
     else:
-        image, grid = volumes.read_volume(item["image"])
+        image, grid = volumes.read_channel_volumes(images)
+        if problem := next(filter(None, (level_problem(volumes.grey_levels(channel)) for channel in image[1:])), ""):
+            raise ValueError(f"a channel cannot be used: {problem}")
+        image = image[0]
         mode, scaled = grid.axes, volumes.grey_levels(image)
         if task.values == "ct":
             low, high = volumes.ct_range(image, -1250.0, 250.0)
@@ -135,7 +139,7 @@ def _naming(files: Sequence[str | Path], error: Exception) -> str:
 
 def _describe_others(report: DataReport) -> None:
     """Count the files that no item names, and read them; name dead links."""
-    known = {str(f) for item in report.items for f in (item["image"], *label_files(item))}
+    known = {str(f) for item in report.items for f in (*files_of(item["image"]), *label_files(item))}
     found = (file for file in sorted(report.root.rglob("*")) if names.has_suffix(file, names.SUFFIXES))
     visible = [file for file in found if not any(p.startswith(".") for p in file.relative_to(report.root).parts)]
     others = [file for file in visible if file.is_file() and str(file) not in known]
@@ -184,7 +188,9 @@ def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[I
     items, kind = [item for item in report.items if "problem" not in item], "byte-identical"
     first, pairs = dict[str, int](), []
     memo = None if cache_dir is None else Path(cache_dir) / "content_hashes.json"
-    for i, content in enumerate(content_hashes([item["image"] for item in items], memo)):
+    images = [files_of(item["image"]) for item in items]
+    contents = iter(content_hashes([file for files in images for file in files], memo))
+    for i, content in enumerate(joint_hash([next(contents) for _ in files]) for files in images):
         a, b = items[first.setdefault(content, i)], items[i]
         if a is b:
             continue
@@ -194,7 +200,7 @@ def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[I
             report.problems.append(f"{of_both}: drop both, or decide which is right.")
     if report.task.dimensions == 2:
         kind = "byte-identical or nearly so"
-        pairs += near_duplicates([item["image"] for item in items], NEAR, cache_dir)
+        pairs += near_duplicates([files[0] for files in images], NEAR, cache_dir)
     found = [[items[i] for i in members] for members in clusters(len(items), pairs) if len(members) > 1]
     listed = "; ".join(" = ".join(item["id"] for item in members) for members in found)
     report.facts.append(f"duplicates ({kind}): {len(found)} clusters" + (f": {listed}" if found else ""))

@@ -208,7 +208,8 @@ def labelled_folder(
     layout, given = chosen.layout, dict(options or {})
     named = (getattr(layout, name, "") for name in ("images", "labels", "file"))
     if not (layout.is_in(root) and all((root / name).exists() for name in named)):
-        layout = Described("labelled", chosen.classes, chosen.kind, chosen.dimensions == 3)
+        channels = max(1, len(chosen.channels))
+        layout = Described("labelled", chosen.classes, chosen.kind, chosen.dimensions == 3, channels=channels)
         known = inspect.signature(layout.find_items).parameters
         if unknown := given.keys() - known.keys():
             logger.warning("The option(s) %s of %s do not apply to %s.", some(unknown), chosen.name, root)

@@ -21,9 +21,9 @@ from amkd_monai.data.splits import Item
 from amkd_monai.errors import is_own, root_cause
 from amkd_monai.files.masks import IGNORED as UNLABELLED
 from amkd_monai.files.masks import coding_problem
-from amkd_monai.files.names import DataProblems, label_files
+from amkd_monai.files.names import DataProblems, files_of, label_files
 from amkd_monai.files.pictures import DAMAGED, level_problem
-from amkd_monai.storage import atomic_folder, atomic_write_json, content_hashes, exclusive_lock, fingerprint
+from amkd_monai.storage import atomic_folder, atomic_write_json, content_hashes, exclusive_lock, fingerprint, joint_hash
 from amkd_monai.terminal import logger, progress
 
 UNREADABLE = (*DAMAGED, RuntimeError)  # MONAI and torch (out of memory) raise RuntimeError
@@ -37,7 +37,8 @@ def read_item(item: Mapping[str, Any], transform: Callable) -> dict[str, Any]:
     """Apply a transform chain to an item; files that cannot be used or show nothing are a BadSampleError."""
     if problem := item.get("problem"):
         raise BadSampleError(problem)
-    files = [str(item["image"]), *label_files(item)]
+    images = files_of(item["image"])
+    files, item = [*images, *label_files(item)], {**item, "image": images[0] if len(images) == 1 else images}
     try:
         data = dict(transform(dict(item)))
     except UNREADABLE as error:
@@ -47,9 +48,9 @@ def read_item(item: Mapping[str, Any], transform: Callable) -> dict[str, Any]:
         raise BadSampleError(f"{' or '.join(files)} cannot be read ({cause[:200]}): replace or remove it.") from error
     image = np.asarray(data["image"])
     if not np.isfinite(image).all():
-        raise BadSampleError(f"{item['image']} holds values that are not finite: replace or remove the file.")
-    if problem := level_problem(image):
-        raise BadSampleError(f"{item['image']} cannot be used: {problem}.")
+        raise BadSampleError(f"{images[0]} holds values that are not finite: replace or remove the file.")
+    if problem := next(filter(None, map(level_problem, [image] if len(images) == 1 else image)), ""):
+        raise BadSampleError(f"{images[0]} cannot be used: {problem}.")
     return data
 
 
@@ -123,7 +124,11 @@ class DecodedImages(Dataset):
         first, last: sample of the first and the last slice of each sample's volume (N,).
         axes: where the axes of volumes point, slices first, such as "RAS"; empty for pictures.
         skipped: ids of files that were left out.
+        sliced: whether samples are slices of volumes.
+        teacher_channels: the channels that teachers are shown, see :meth:`shown`.
     """
+
+    teacher_channels: tuple[int, ...] = ()
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
@@ -137,20 +142,40 @@ class DecodedImages(Dataset):
         self.has_label, self.has_foreground = (np.array(index[n], bool) for n in ("has_label", "has_foreground"))
         self.first, self.last = (np.array(index[n]) for n in ("first", "last"))
         self.images, self.labels = (np.load(self.directory / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))
+        self.sliced = self.ids[0] != self.cases[0]
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def image(self, index: int) -> np.ndarray:
-        """Return the image (3, H, W) uint8 of a sample; slices come with their neighbours as channels."""
-        return self.images[index] if self.images.shape[1] == 3 else self.images[self.neighbours(index), 0]
+        """Return the image (C, H, W) uint8 of a sample, RGB or its channels; each of a slice with its neighbours."""
+        if not self.sliced:
+            return self.images[index]
+        found = self.images[self.neighbours(index)]  # (3, C, H, W)
+        return found.swapaxes(0, 1).reshape(-1, *found.shape[2:])
+
+    def shown(self, index: int) -> np.ndarray:
+        """Return the image (3, H, W) uint8 that teachers see of a sample, see :meth:`view`."""
+        image = self.image(index)
+        return self.view(image.reshape(-1, 3, *image.shape[1:]) if self.sliced else image)
+
+    def view(self, image: np.ndarray) -> np.ndarray:
+        """Return what teachers see (3, H, W) of an image (C, H, W), or of a slice and its neighbours (C, 3, H, W).
+
+        Without ``teacher_channels`` that is an RGB picture, or the three slices of the only channel; one channel is
+        shown as a grey picture or as its three slices, three channels are shown as RGB of the slice itself.
+        """
+        chosen = list(self.teacher_channels)
+        if not self.sliced:
+            return image[chosen * 3 if len(chosen) == 1 else chosen or slice(None)]
+        return image[chosen, 1] if len(chosen) == 3 else image[chosen[0] if chosen else 0]
 
     def neighbours(self, index: int) -> np.ndarray:
         """Return the samples (3,) before, at and after a slice; the ends of a volume are their own neighbours."""
         return np.clip([index - 1, index, index + 1], self.first[index], self.last[index])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return image (3, H, W) and label (1, H, W) or () as uint8 (255 where unlabelled), id, index, has_label."""
+        """Return image (C, H, W) and label (1, H, W) or () as uint8 (255 where unlabelled), id, index, has_label."""
         image, label = (torch.from_numpy(np.array(rows)) for rows in (self.image(index), self.labels[index]))
         known = bool(self.has_label[index])
         return {"image": image, "label": label, "id": self.ids[index], "index": index, "has_label": known}
@@ -159,8 +184,8 @@ class DecodedImages(Dataset):
 class DecodedDataset(DecodedImages):
     """A dataset whose files are decoded once by a MONAI transform chain and then read from memory maps.
 
-    Photographs (3, H, W) are one sample each; volumes (1, D, H, W) give D samples, each slice with its two neighbours
-    as channels. Images are stored in 256 steps.
+    Pictures (C, H, W) are one sample each; volumes (C, D, H, W) give D samples, each slice with its two neighbours
+    as further channels. Images are stored in 256 steps.
 
     Args:
         data: datalist items with ``image``, ``id``, ``group`` and, where labelled, ``label``: a path, several paths of
@@ -170,6 +195,7 @@ class DecodedDataset(DecodedImages):
         cache_dir: folder for the memory maps; they are found again by content hashes and the chain's description.
         num_classes: labels must be below it.
         on_bad_sample: ``stop`` raises on the first unusable file, ``skip`` leaves it out and lists it in ``skipped``.
+        teacher_channels: one or three channels of images that have several, which teachers are shown.
 
     Attributes:
         data, transform, on_bad_sample: as given, from which a finer decoding of the same samples is made.
@@ -187,6 +213,7 @@ class DecodedDataset(DecodedImages):
         cache_dir: str | Path,
         num_classes: int = 2,
         on_bad_sample: str = "stop",
+        teacher_channels: Sequence[int] = (),
     ) -> None:
         _check_on_bad_sample(on_bad_sample)
         if not data:
@@ -196,12 +223,12 @@ class DecodedDataset(DecodedImages):
         self.data, self.num_classes, cache_dir = list(data), num_classes, Path(cache_dir)
         self.transform, self.on_bad_sample = transform, on_bad_sample
         self.classifies = any(_is_class(item.get("label")) for item in self.data)
-        paths = [p for item in self.data for p in (item["image"], *label_files(item)) if Path(p).is_file()]
+        paths = [p for i in self.data for p in (*files_of(i["image"]), *label_files(i)) if Path(p).is_file()]
         by_path = dict(zip(paths, content_hashes(paths, cache_dir / "content_hashes.json"), strict=True))
         hashes = []
         for item in self.data:
             masks = "-".join(by_path.get(file, "missing") for file in label_files(item))
-            image = by_path.get(item["image"], "missing")
+            image = joint_hash([by_path.get(file, "missing") for file in files_of(item["image"])])
             hashes.append([image, f"class {item['label']}" if _is_class(item.get("label")) else masks])
         ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
         description = describe(transform)
@@ -214,6 +241,15 @@ class DecodedDataset(DecodedImages):
                 if not finished.is_file():  # nor has another process made it meanwhile
                     self._decode(transform, on_bad_sample, hashes)
         super().__init__(self.directory)
+        self.teacher_channels = tuple(teacher_channels)
+        channels = self.images.shape[1]
+        if (self.teacher_channels or channels != (1 if self.sliced else 3)) and (
+            len(self.teacher_channels) not in (1, 3) or not set(self.teacher_channels) <= set(range(channels))
+        ):
+            raise ValueError(
+                f"The images have {channels} channels, teachers are to see {list(self.teacher_channels)}: give one or "
+                f"three of 0 to {channels - 1} as teacher_channels."
+            )
         self.classes = np.where(self.has_label, self.labels.astype(int), -1) if self.classifies else None
 
     def _decode(self, transform: Callable, on_bad_sample: str, hashes: list[list[str]]) -> None:
@@ -229,7 +265,7 @@ class DecodedDataset(DecodedImages):
                 try:
                     decoded = read_item(item, transform)
                     agreement.check(decoded, item)
-                    image, label = self._decode_item(item, decoded, images.shape[-2:])
+                    image, label = self._decode_item(item, decoded, images.shape)
                 except BadSampleError as error:
                     if on_bad_sample == "stop":
                         raise
@@ -238,7 +274,8 @@ class DecodedDataset(DecodedImages):
                     continue
                 count, name = len(image), item["id"]
                 foreground = ((label > 0) & (label != UNLABELLED)).reshape(count, -1).any(1)
-                index["ids"] += [name] if image.shape[1] == 3 else [f"{name}#{i:03d}" for i in range(count)]
+                sliced = np.ndim(decoded["image"]) == 4
+                index["ids"] += [f"{name}#{i:03d}" for i in range(count)] if sliced else [name]
                 index["cases"] += [name] * count
                 index["groups"] += [item.get("group", name)] * count
                 index["hashes"] += ["-".join(h[:16] for h in item_hashes)] * count
@@ -255,12 +292,19 @@ class DecodedDataset(DecodedImages):
     def _decode_item(
         self, item: dict[str, Any], decoded: dict[str, Any], size: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Images (N, 3 or 1, H, W) and labels (N, 1, H, W) or (N,) of what the chain gave for an item, both uint8."""
+        """Images (N, C, H, W) and labels (N, 1, H, W) or (N,) of what the chain gave for an item, both uint8."""
         image = _samples(np.asarray(decoded["image"], dtype=np.float32))
         image = np.round(image.clip(0, 1) * 255).astype(np.uint8)
         of_task, given = f"the task has classes 0 to {self.num_classes - 1}", "label" in item
-        if size and image.shape[-2:] != size:
-            raise BadSampleError(f"{item['image']} has the size {image.shape[-2:]}, others {size}: resize to one size.")
+        if size and image.shape[1:] != size:
+            what, k = (
+                ("size", slice(-2, None))
+                if image.shape[-2:] != size[-2:]
+                else ("channels, height and width", slice(None))
+            )
+            raise BadSampleError(
+                f"{item['image']} has the {what} {image.shape[1:][k]}, others {size[k]}: give all images the same."
+            )
         if self.classifies:
             label = item.get("label", UNLABELLED)
             if given and not (_is_class(label) and 0 <= label < self.num_classes):

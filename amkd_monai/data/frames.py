@@ -32,7 +32,8 @@ from monai.transforms.traits import LazyTrait
 
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.transforms import LoadPictured
-from amkd_monai.storage import file_sha256
+from amkd_monai.files.names import files_of
+from amkd_monai.storage import file_sha256, joint_hash
 
 INTERPOLATING = (Affined, Resized, Rotated, Spacingd, SpatialResampled, Zoomd)
 """The first of these ends what is done to the file's own samples; from there a chain is an affine map and a shape."""
@@ -185,7 +186,7 @@ class FinerImages:
         self._frame: Frame | None = None
 
     def image(self, index: int) -> np.ndarray:
-        """Return the image (3, H', W') uint8 of a sample, as :meth:`DecodedImages.image` does at the student's size.
+        """Return the image (3, H', W') uint8 of a sample, as :meth:`DecodedImages.shown` does at the student's size.
 
         Raises:
             ValueError: the file was changed since it was decoded, or its frame is not the one that was decoded.
@@ -194,15 +195,16 @@ class FinerImages:
         if self._frame is None or self._case != dataset.cases[index]:
             self._case, self._frame = dataset.cases[index], self._read(index)
         if self._frame.shape[-2:] == dataset.images.shape[-2:]:
-            return dataset.image(index)
+            return dataset.shown(index)
         is_volume = len(self._frame.shape) == 3
         slices = dataset.neighbours(index) - dataset.first[index] if is_volume else None
-        values = np.asarray(self._frame.read(slices=slices))
-        return np.round((values[0] if is_volume else values).clip(0, 1) * 255).astype(np.uint8)
+        values = dataset.view(np.asarray(self._frame.read(slices=slices)))
+        return np.round(values.clip(0, 1) * 255).astype(np.uint8)
 
     def _read(self, index: int) -> Frame:
         dataset, item = self.dataset, self._items[self.dataset.cases[index]]
-        if not file_sha256(item["image"]).startswith(dataset.hashes[index].split("-")[0]):
+        content = joint_hash([file_sha256(file) for file in files_of(item["image"])])
+        if not content.startswith(dataset.hashes[index].split("-")[0]):
             raise ValueError(f"{item['image']} was changed since it was decoded: start again.")
         frame = self._finer.frame(self._own(dict(item)))
         count, size = int(dataset.last[index] - dataset.first[index]) + 1, frame.within_file(self.size)

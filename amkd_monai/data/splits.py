@@ -18,8 +18,9 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from amkd_monai.files.names import files_of
 from amkd_monai.files.pictures import opened, to_rgb, upright
-from amkd_monai.storage import atomic_write_json, content_hashes, file_sha256, read_memo
+from amkd_monai.storage import atomic_write_json, content_hashes, file_sha256, joint_hash, read_memo
 from amkd_monai.terminal import logger, progress
 
 Item = dict[str, Any]
@@ -206,11 +207,12 @@ def group_identical_images(items: Iterable[Item]) -> list[Item]:
     Only files of equal size are read, so this costs one `stat` per image on a data set without duplicates.
     """
     ordered = sorted(items, key=lambda item: item["id"])
-    sizes = [Path(item["image"]).stat().st_size for item in ordered]
+    sizes = [sum(Path(file).stat().st_size for file in files_of(item["image"])) for item in ordered]
     shared, first, pairs = Counter(sizes), dict[str, int](), []
     for number, (item, size) in enumerate(zip(ordered, sizes, strict=True)):
         if shared[size] > 1:
-            pairs.append((first.setdefault(file_sha256(item["image"]), number), number))
+            content = joint_hash([file_sha256(file) for file in files_of(item["image"])])
+            pairs.append((first.setdefault(content, number), number))
     return joined(ordered, pairs)
 
 
@@ -290,4 +292,4 @@ def group_near_duplicates(
 
     ``distance`` is the number of bits in which two hashes of one group differ at most; 0 joins equal hashes only.
     """
-    return joined(items, near_duplicates([item["image"] for item in items], distance, cache_dir))
+    return joined(items, near_duplicates([files_of(item["image"])[0] for item in items], distance, cache_dir))

@@ -13,8 +13,8 @@ from monai.utils import convert_to_dst_type, ensure_tuple
 
 from amkd_monai.files import volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, read_mask
-from amkd_monai.files.names import expanded, file_id, file_of
-from amkd_monai.files.pictures import read_picture, write_mask
+from amkd_monai.files.names import expanded, file_id, file_of, files_of
+from amkd_monai.files.pictures import read_channels, write_mask
 from amkd_monai.files.steps import disc_box, squared
 
 FILENAME = "filename_or_obj"  # keys of meta data: the file, and how the values of a mask were coded
@@ -43,6 +43,8 @@ class _PerKey(MapTransform):
 class LoadPictured(_PerKey):
     """Load pictures of any mode as RGB (3, H, W), levels 0 to 255, float32, upright; see :mod:`..files.pictures`.
 
+    Several files are the grey channels (C, H, W) of one image.
+
     A ``size`` (H, W) is resized to while decoding, many times faster for large JPEGs; ``Invertd`` does not undo it, so
     it is for chains whose result is not mapped back to the original size.
     """
@@ -54,7 +56,8 @@ class LoadPictured(_PerKey):
         self.size = None if size is None else (int(size[0]), int(size[1]))
 
     def _changed(self, file: Any, data: Mapping[Hashable, Any]) -> MetaTensor:
-        return _loaded(read_picture(file, self.size).transpose(2, 0, 1), file)
+        files = files_of(file)
+        return _loaded(read_channels(files, self.size).transpose(2, 0, 1), files[0])
 
 
 class LoadMaskd(_PerKey):
@@ -84,10 +87,10 @@ class LoadMaskd(_PerKey):
 
 
 class LoadVolumed(LoadMaskd):
-    """Load NIfTI volumes (1, X, Y, Z), float32, in the order of the image's file, with affines in mm.
+    """Load NIfTI volumes (C, X, Y, Z), float32, in the order of the image's first file, with affines in mm.
 
-    Arguments are those of :class:`LoadMaskd`: ``image_key`` is the image, every other key a label of it, which becomes
-    class indices on the grid of the image, 255 where there is no label.
+    Each file of an image is a channel. Arguments are those of :class:`LoadMaskd`: ``image_key`` is the image, every
+    other key a label of it, which becomes class indices on the grid of the image, 255 where there is no label.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -97,10 +100,11 @@ class LoadVolumed(LoadMaskd):
         for key in sorted(self.key_iterator(result), key=lambda key: key != self.image_key):
             file, used = result[key], None if key == self.image_key else set[str]()
             if used is None:
-                array, grid = volumes.read_volume(file)
+                array, grid = volumes.read_channel_volumes(files_of(file))
             else:
-                array, grid = volumes.read_label_volume(file, grid, self.classes, self.codes, used)
-            result[key] = _loaded(array[None], file, grid.affine, used)
+                label, grid = volumes.read_label_volume(file, grid, self.classes, self.codes, used)
+                array = label[None]
+            result[key] = _loaded(array, file if used is not None else files_of(file)[0], grid.affine, used)
         return result
 
 
@@ -141,14 +145,15 @@ class CropFundusd(_PerKey):
 
 
 class NeighbourSlicesd(_PerKey):
-    """Turn a volume (1, D, H, W) into (3, D, H, W): each slice with its two neighbours as channels (2.5D).
+    """Turn a volume (C, D, H, W) into (3 C, D, H, W): each slice with its two neighbours as channels (2.5D).
 
-    The first and last slice are their own missing neighbour.
+    The three of one channel follow one another; the first and last slice are their own missing neighbour.
     """
 
     def _changed(self, volume: Any, data: Mapping[Hashable, Any]) -> Any:
         before, after = (torch.cat(v, 1) for v in ([volume[:, :1], volume[:, :-1]], [volume[:, 1:], volume[:, -1:]]))
-        return torch.cat([before, volume, after], 0)
+        parts = [part[c : c + 1] for c in range(len(volume)) for part in (before, volume, after)]
+        return torch.cat(parts, 0)
 
 
 class DropUnlabelledd(MapTransform):

@@ -76,6 +76,8 @@ def further_images(
         return FurtherImages()
     if not teachers:
         raise ValueError("unlabelled images teach nothing without teachers: leave `unlabelled` out, or name teachers.")
+    if datalist.task.channels:
+        raise ValueError("unlabelled folders hold one file an image, this task has several channels: leave it out.")
     chosen = [names.expanded(folder) for folder in ([folders] if isinstance(folders, (str, os.PathLike)) else folders)]
     volumes = datalist.task.dimensions == 3
     items = [item for number, folder in enumerate(chosen) for item in _items(folder, f"unlabelled{number}", volumes)]

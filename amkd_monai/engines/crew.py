@@ -97,7 +97,7 @@ def read_crew(
     members: list[nn.Module] = []
     for number, member in enumerate(options["members"]):
         if isinstance(member, Mapping):
-            member = {"seed": number, **member, "num_classes": train.num_classes}
+            member = {"seed": number, **member, "num_classes": train.num_classes, "in_channels": len(train.image(0))}
             check_options(f"member {number + 1} of the crew '{name}'", student, member)
             member = student(**member)
         members.append(member)
@@ -225,6 +225,7 @@ class Crew:
                 f"The crew '{self.name}' cannot see finer images, {error}: give it image_size 1."
             ) from error
         options: dict[str, Any] = {"num_classes": dataset.num_classes, "on_bad_sample": dataset.on_bad_sample}
+        options["teacher_channels"] = dataset.teacher_channels
         fine = DecodedDataset(dataset.data, chain, dataset.directory.parent, **options)
         if fine.ids != dataset.ids:
             raise ValueError(f"The crew '{self.name}' reads other samples than the student: give it image_size 1.")

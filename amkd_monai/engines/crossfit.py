@@ -220,11 +220,11 @@ def _answer_volumes(
 
 
 def _volumes(dataset: DecodedDataset, indices: np.ndarray) -> Sequence[tuple[np.ndarray, Tensor, Tensor]]:
-    """The volumes to which samples belong: indices of all slices, image (1, D, H, W) in [0, 1] and label."""
+    """The volumes to which samples belong: indices of all slices, image (C, D, H, W) in [0, 1] and label."""
     found = []
     for case in dict.fromkeys(dataset.cases[i] for i in indices):
         rows = np.flatnonzero(np.asarray(dataset.cases) == case)
-        slices = (array[rows[0] : rows[-1] + 1, 0] for array in (dataset.images, dataset.labels))
-        image, label = (torch.from_numpy(np.array(part))[None] for part in slices)
+        slices = (array[rows[0] : rows[-1] + 1].swapaxes(0, 1) for array in (dataset.images, dataset.labels))
+        image, label = (torch.from_numpy(np.array(part)) for part in slices)
         found.append((rows, image.float() / 255, label.long()))
     return found

@@ -59,6 +59,8 @@ def chosen_teachers(
     """
     of_task = get_task(task)
     described, lines = choose(teachers, of_task, weights_dir, fallback, unlabelled)
+    if shown := [of_task.channels[index] for index in of_task.shown_channels]:
+        lines = [*lines, f"Of the channels {', '.join(of_task.channels)} teachers see {', '.join(shown)}."]
     for line in lines:
         logger.info(line)
     check(described, of_task.classes, of_task.is_classification, weights_dir, device=device, cache_dir=cache_dir)
@@ -148,7 +150,8 @@ def prepare_teachers(
 
     Args:
         teachers: descriptions (:mod:`amkd_monai.teachers.base`); an empty list means no distillation. A teacher
-            with ``own_answers`` False answers another task: a probe on its features answers in its place.
+            with ``own_answers`` False answers another task: a probe on its features answers in its place. The mode
+            ``cross_fit`` admits no answers of one with ``cross_fit`` False, whatever their score.
         train: decoded training split, unlabelled samples included.
         validation: decoded validation split: fits the calibration temperatures.
         student: the undistilled student as it starts; copied, never changed.
@@ -201,7 +204,9 @@ def prepare_teachers(
         scored = [preparation.scored_teacher(description) for description in teachers]
         record: dict[str, Any] = {"admission": options} | ({"unlabelled_images": note} if note else {})
         own: AnswerScore | None = None
-        margin, values = float(options["margin"]), [score.value for _, score in scored if score is not None]
+        asked = [description.get("cross_fit", True) for description in teachers]
+        found = [score for (_, score), ask in zip(scored, asked, strict=True) if score is not None and ask]
+        margin, values = float(options["margin"]), [score.value for score in found]
         if options["mode"] == "cross_fit" and values:
             length = int(options["epochs"] or epochs)
             own, length = preparation.student_score(int(options["folds"]), length, max(values) - margin)
@@ -209,8 +214,10 @@ def prepare_teachers(
             record["undistilled_student_epochs"] = length
     refuse_changed(plans)
     taught, facts = [], []
-    for teacher, score in scored:
+    for (teacher, score), ask in zip(scored, asked, strict=True):
         admitted, why = decide(score, own, options["mode"], margin, teacher.kind)
+        if options["mode"] == "cross_fit" and not ask:
+            admitted, why = False, "its answers are left out by `cross_fit` of its description"
         distilled = admitted or options["features"] == "all"
         parts = {"outputs": admitted, "features": distilled and teacher.features is not None}
         named = " and ".join(part for part, is_taught in parts.items() if is_taught)
@@ -279,6 +286,7 @@ class _Preparation:
         record: dict[str, Any] = {"name": teacher.name, **identity, "licence": teacher.licence}
         record |= {"random_weights": teacher.is_random, "weights": teacher.weights_file}
         record["asked_at"] = shown_to(teacher, self.train)[1]
+        record |= {"channels": list(channels)} if (channels := self.train.teacher_channels) else {}
         record["stored"] = {**stored, "bytes_per_image": round(outputs.bytes_per_image)}
         target = TeacherTarget(teacher.name, **identity, record=record)
         if grid is not None:

@@ -116,7 +116,7 @@ def open_tasks(
         place = parser.config.get("dataset_dir")
         if place is None and dataset_dir and (dataset_dir / task.folder).is_dir():
             place = str(dataset_dir / task.folder)
-        found[name] = find_dataset_dir(task.name, place) is not None
+        found[name] = find_dataset_dir(task, place) is not None
         parser.update({"dataset_dir": place, "teachers": teachers_of(name, teachers)})
         parser.update({"output_dir": f"{output_dir}/{name}", "cache_dir": f"{cache_dir}/{task.name}"})
     chosen = [name for name in tasks if only is None or name in only]

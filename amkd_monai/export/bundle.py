@@ -242,6 +242,13 @@ INFERENCE, CARD = (Path(__file__).with_name(name) for name in ("inference.json",
 """Config of a bundle that needs MONAI and TorchScript alone, and template of the model card."""
 
 
+CHANNELS = (
+    "$[{'image': [p.replace('_0000.', f'_{c:04d}.') for c in range(@channels)]} for p in "
+    "sorted(glob.glob(os.path.join(glob.escape(@dataset_dir), '*_0000.*'))) if p.lower().endswith(tuple(@suffixes))]"
+)
+"""The images of a folder whose channels are files ending in ``_0000``, ``_0001`` and so on."""
+
+
 def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the contents of ``configs/`` by name; ``facts`` is the content of ``docs/export.json``."""
     inference, task = json.loads(INFERENCE.read_text(encoding="utf-8")), source.task
@@ -251,6 +258,8 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     buffers = dict(source.student.named_buffers())
     inference["not_in_checkpoints"] = [name for name in buffers if name not in source.state]
     inference["suffixes"] = list(PICTURE_SUFFIXES if task.dimensions == 2 else VOLUME_SUFFIXES)
+    if channels := len(task.channels):
+        inference["channels"], inference["datalist"] = channels, CHANNELS
     inference["preprocessing"]["transforms"] = source.transforms
     inference["inferer"] = source.inferer
     inference["postprocessing"]["transforms"] = source.postprocessing
@@ -262,6 +271,7 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "version": VERSION,
         **task.identity,
         **{"kind": task.kind, "dimensions": task.dimensions, "classes": list(task.classes)},
+        "channels": max(1, len(task.channels)),
         "models": {name: f"models/{formats.FORMATS[name]}" for name in ("onnx", "ort-int8") if name in written},
         "steps": source.steps,
         "largest_component": [label for labels in parts for label in labels],

@@ -12,9 +12,9 @@ from amkd_monai.data.seen import seen_before
 from amkd_monai.data.splits import Item
 from amkd_monai.export.predict import SEEN, Predictor
 from amkd_monai.files.masks import MaskCodes, read_mask
-from amkd_monai.files.names import DataProblems, label_files
-from amkd_monai.files.pictures import read_picture
-from amkd_monai.files.volumes import read_label_volume, read_volume
+from amkd_monai.files.names import DataProblems, files_of, label_files
+from amkd_monai.files.pictures import read_channels
+from amkd_monai.files.volumes import read_channel_volumes, read_label_volume
 from amkd_monai.metrics.classification import class_row
 from amkd_monai.metrics.evaluation import FIGURES, figures_of, mask_rows, write_figures
 from amkd_monai.metrics.summary import Row, preview_file
@@ -74,7 +74,7 @@ def evaluate(
         try:
             rows += _case(predictor, task, item, codes, output)
         except (ValueError, OSError) as error:
-            problems.append(f"{item['image']}: {error}")
+            problems.append(f"{files_of(item['image'])[0]}: {error}")
     if problems:
         raise DataProblems(problems)
     table = write_figures(output, rows, figures_of(task, rows, found.seen), facts)
@@ -83,16 +83,18 @@ def evaluate(
 
 def _case(predictor: Predictor, task: Task, item: Item, codes: MaskCodes, output: Path) -> list[Row]:
     """Answer one image, keep its pictures and score it."""
-    case, image, masks, spacing = str(item["id"]), item["image"], label_files(item), [1.0, 1.0]
+    case, files, masks, spacing = str(item["id"]), files_of(item["image"]), label_files(item), [1.0, 1.0]
+    image = files[0]
     if task.dimensions == 3:
-        volume, grid = read_volume(image)
-        found, spacing = predictor.mask(volume[None], grid), grid.spacing
+        volume, grid = read_channel_volumes(files)
+        found, spacing = predictor.mask(volume, grid), grid.spacing
         reference = read_label_volume(masks[0], grid, len(task.classes), codes)[0]
     else:
-        picture = read_picture(image)
+        picture = read_channels(files)
         array = picture.transpose(2, 0, 1).astype(np.float32)
         if task.is_classification:
-            save_arrays(preview_file(output, case), {"image": small(picture[None])})
+            shown = picture if len(files) == 1 else np.repeat(picture[..., :1], 3, -1)
+            save_arrays(preview_file(output, case), {"image": small(shown[None])})
             return [class_row(task, case, int(item["label"]), predictor.probabilities(array)[0])]
         found, reference = predictor.mask(array), read_mask(masks, image, len(task.classes), codes)
     rows = mask_rows(task, case, found, reference, spacing)

@@ -88,8 +88,9 @@ def with_fixed_padding(student: nn.Module) -> nn.Module:
     return result.eval()
 
 
-EXAMPLE = (2, 3, 2 * STRIDE, 3 * STRIDE)
-"""Shape with which a network is traced: exporters take sides of one stride for constants."""
+def _example(student: nn.Module) -> tuple[torch.Tensor]:
+    """The input with which a network is traced: exporters take sides of one stride for constants."""
+    return (torch.zeros(2, getattr(student, "in_channels", 3), 2 * STRIDE, 3 * STRIDE),)
 
 
 def network_text(student: nn.Module) -> str:
@@ -113,8 +114,7 @@ def write_pt2(student: nn.Module, path: Path) -> None:
         torch.export.Dim(n, min=1, max=m) for n, m in (("batch", 1024), ("height", 128), ("width", 128))
     )
     shapes = {"image": {0: batch, 2: STRIDE * height, 3: STRIDE * width}}
-    example = (torch.zeros(EXAMPLE),)
-    program = torch.export.export(with_fixed_padding(student), example, dynamic_shapes=shapes, strict=False)
+    program = torch.export.export(with_fixed_padding(student), _example(student), dynamic_shapes=shapes, strict=False)
     torch.export.save(program, str(path))
 
 
@@ -126,7 +126,7 @@ def write_onnx(student: nn.Module, path: Path) -> None:
         warnings.simplefilter("ignore")
         torch.onnx.export(
             with_fixed_padding(student),
-            (torch.zeros(EXAMPLE),),
+            _example(student),
             str(path),
             input_names=["image"],
             output_names=["pred"],

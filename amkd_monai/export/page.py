@@ -97,6 +97,8 @@ def write_page(folder: Path, archive: Path) -> None:
     found = {kind: form for kind, (form, _) in NETWORKS.items() if form in predict["models"]}
     if not found:
         raise ValueError("The format web needs the format onnx or ort-int8, and neither was written.")
+    if (channels := predict["channels"]) > 1:
+        raise ValueError(f"The format web opens one file an image, this student takes {channels}: leave it out.")
     page, networks = folder / "web", dict[str, Any]()
     shutil.copytree(PAGE, page)
     for kind, form in found.items():

@@ -18,12 +18,12 @@ from amkd_monai.files.pictures import (
     contrasting,
     level_problem,
     outlined,
-    read_picture,
+    read_channels,
     write_mask,
     write_png,
 )
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
-from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, read_volume, write_mask_volume
+from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, read_channel_volumes, write_mask_volume
 from amkd_monai.storage import atomic_path, read_json
 from amkd_monai.terminal import progress
 
@@ -58,7 +58,7 @@ def predict(
         dicom_seg: write the mask of a DICOM series as DICOM segmentation, too.
     """
     predictor = Predictor(names.expanded(model), int8, threads)
-    images = find_images(names.expanded(source), predictor.config["dimensions"])
+    images = predictor.images(source)
     if dicom_seg and not any(image.slices for image in images):
         raise ValueError(f"{source} holds no DICOM series, of which --dicom-seg is made: leave it out.")
     folder = names.expanded(output)
@@ -84,15 +84,18 @@ def predict(
 
 
 class Input(NamedTuple):
-    """One image: the name of the answer's files, the file or folder, and the slices of a DICOM series."""
+    """One image: the name of the answer's files, the file or folder, slices of a DICOM series, files of channels."""
 
     id: str
     path: Path
     slices: Sequence[Slice] = ()
+    channels: Sequence[str] = ()
 
 
-def find_images(path: Path, dimensions: int) -> list[Input]:
+def find_images(path: Path, dimensions: int, channels: int = 1) -> list[Input]:
     """List the images of a file, a folder, or a folder of DICOM series; masks and predictions are left out.
+
+    Images of several ``channels`` are those of a folder whose files end in ``_0000``, ``_0001`` and so on.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -102,6 +105,14 @@ def find_images(path: Path, dimensions: int) -> list[Input]:
     kind = "pictures (PNG, JPEG, TIFF, BMP)" if dimensions == 2 else "volumes (NIfTI, or a folder of one DICOM series)"
     if not path.exists():
         raise FileNotFoundError(f"There is nothing at {path}: give an image or a folder.")
+    if channels > 1:
+        cases = names.channel_files(path, suffixes)
+        ends = " and ".join(f"_{channel:04d}" for channel in range(channels))
+        if not cases:
+            raise ValueError(f"{path} is no folder of images of {channels} files, whose names end in {ends}.")
+        if wrong := [case for case, files in cases.items() if sorted(files) != list(range(channels))]:
+            raise ValueError(f"{path} lacks channels of {names.some(wrong)}: give files ending in {ends}, no others.")
+        return [Input(c, Path(files[0]), (), [files[k] for k in sorted(files)]) for c, files in sorted(cases.items())]
     if path.is_file():
         if not names.has_suffix(path, suffixes):
             raise ValueError(f"{path} does not fit the model: it takes {kind}.")
@@ -142,6 +153,10 @@ class Predictor:
         except refusals() as error:
             raise ValueError(f"{model} cannot be opened by ONNX Runtime: export again.") from error
 
+    def images(self, source: str | Path) -> list[Input]:
+        """List the images of a file or folder, see :func:`find_images`."""
+        return find_images(names.expanded(source), self.config["dimensions"], self.config.get("channels", 1))
+
     def answer(self, image: str | Path) -> np.ndarray:
         """Predict a file, or a folder of one DICOM series.
 
@@ -152,14 +167,14 @@ class Predictor:
             OSError: there is no such file.
             ValueError: it cannot be read, does not fit the student, or holds several images.
         """
-        images = find_images(names.expanded(image), self.config["dimensions"])
+        images = self.images(image)
         if len(images) > 1:
             raise ValueError(f"{image} holds {len(images)} images: give one of them, or use the command `predict`.")
         array, grid = read_input(images[0], self.config["dimensions"])
         return self.probabilities(array)[0] if self.config["kind"] == "classification" else self.mask(array, grid)
 
     def probabilities(self, image: np.ndarray, grid: Grid | None = None) -> tuple[np.ndarray, list[Inverse]]:
-        """Return the answer for an image (3, H, W) with levels 0 to 255, or for a volume (1, D, H, W) on its grid.
+        """Return the answer for an image (C, H, W) with levels 0 to 255, or for a volume (C, D, H, W) on its grid.
 
         Returns:
             (C,), (C, h, w) or (C, d, h, w) at the network's resolution, and the ways back to the image's.
@@ -198,10 +213,13 @@ def refusals() -> tuple[type[Exception], ...]:
 
 
 def read_input(image: Input, dimensions: int) -> tuple[np.ndarray, Grid | None]:
-    """Read a picture (3, H, W), levels 0 to 255, or a volume (1, X, Y, Z) and its grid."""
+    """Read a picture (C, H, W), levels 0 to 255, or a volume (C, X, Y, Z) and its grid."""
+    files = image.channels or [str(image.path)]
     if dimensions == 2:
-        return read_picture(image.path).transpose(2, 0, 1).astype(np.float32), None
-    volume, grid = read_series(image.path, image.slices) if image.slices else read_volume(image.path)
+        return read_channels(files).transpose(2, 0, 1).astype(np.float32), None
+    if not image.slices:
+        return read_channel_volumes(files)
+    volume, grid = read_series(image.path, image.slices)
     return volume[None], grid
 
 
@@ -218,7 +236,7 @@ def _predict_one(predictor: Predictor, image: Input, folder: Path, dicom_seg: bo
         grey, outline = (np.rot90(plane) for plane in middle_slice(grey_levels(array[0]), mask))
         write_overlay(overlay, np.repeat(grey[..., None], 3, -1), outline, classes)
         return []
-    picture = array.transpose(1, 2, 0).astype(np.uint8)
+    picture = (array[[0, 0, 0]] if image.channels else array).transpose(1, 2, 0).astype(np.uint8)
     if predictor.config["kind"] == "classification":
         answer = predictor.probabilities(array)[0]
         found = classes[int(answer.argmax())]

@@ -86,6 +86,8 @@ def application(model: str | Path, int8: bool, threads: int | None, limit: int, 
     """
     folder = expanded(model)
     predictor = Predictor(folder, int8, threads)
+    if (channels := predictor.config.get("channels", 1)) > 1:
+        raise ValueError(f"{folder} takes {channels} files an image, a request holds one: use `predict`.")
     config, turn = predictor.config, threading.Semaphore(2)  # a third answer at a time would only take memory
     app = FastAPI(title=f"Student {config['task']}: research only, not for clinical use", version=__version__)
     app.add_middleware(Guarded, limit=limit)

@@ -89,7 +89,7 @@ class Source:
         for number, raw in enumerate(inference.config["preprocessing"]["transforms"]):
             place = f"preprocessing#transforms#{number}"
             values = {key: _resolved(inference, f"{place}#{key}") for key in raw if not key.startswith("_")}
-            transforms, steps = translate.preprocessing(raw["_target_"], values)
+            transforms, steps = translate.preprocessing(raw["_target_"], values, bool(self.task.channels))
             self.transforms += transforms
             self.steps += steps
         network = inference.config["network_def"]

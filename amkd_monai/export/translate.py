@@ -25,7 +25,10 @@ _RGB = (
     "((setattr(image, 'filename', ''), image.load(), ImageOps.exif_transpose(image))[2]))"
 )
 """``files.pictures.read_picture`` in one expression, as an exported bundle runs by MONAI alone."""
-_NEIGHBOURS = "$lambda v: torch.cat([torch.cat([v[:, :1], v[:, :-1]], 1), v, torch.cat([v[:, 1:], v[:, -1:]], 1)], 0)"
+_NEIGHBOURS = (
+    "$lambda v: torch.cat([p for c in v.split(1) for p in (torch.cat([c[:, :1], c[:, :-1]], 1), c, "
+    "torch.cat([c[:, 1:], c[:, -1:]], 1))], 0)"
+)
 _SQUARE = (
     "$lambda v: torch.nn.functional.pad(v, [(max(v.shape[1:]) - v.shape[2]) // 2, "
     "(max(v.shape[1:]) - v.shape[2] + 1) // 2, (max(v.shape[1:]) - v.shape[1]) // 2, "
@@ -48,10 +51,11 @@ _MILLIMETRES = (
 
 _UNIT_RANGE = {"b_min": 0.0, "b_max": 1.0, "clip": True}
 _LINEAR = {"mode": "bilinear"}
+_SHARES = {key: key for key in ("lower", "upper", "channel_wise")}
 OF_MONAI: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "Orientationd": ("orientation", {"labels": None}, {"axes": "axcodes"}),
     "ScaleIntensityRanged": ("scale", _UNIT_RANGE, {"low": "a_min", "high": "a_max"}),
-    "ScaleIntensityRangePercentilesd": ("scale_percentiles", _UNIT_RANGE, {"lower": "lower", "upper": "upper"}),
+    "ScaleIntensityRangePercentilesd": ("scale_percentiles", _UNIT_RANGE, _SHARES),
     "Resized": ("resize", _LINEAR, {"size": "spatial_size", "anti_aliasing": "anti_aliasing"}),
     "Spacingd": ("spacing", _LINEAR, {"pixdim": "pixdim"}),
     "CenterSpatialCropd": ("crop", {}, {"size": "roi_size"}),
@@ -60,8 +64,8 @@ OF_MONAI: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
 """MONAI's transforms by ``_target_``: the step, settings that must have a value, and the settings of the step."""
 
 
-def preprocessing(target: str, settings: Mapping[str, Any]) -> Translated:
-    """Translate one transform of an image.
+def preprocessing(target: str, settings: Mapping[str, Any], several: bool = False) -> Translated:
+    """Translate one transform of an image, whose channels may be several files.
 
     Raises:
         ValueError: a transform, or a setting of it, that prediction cannot repeat.
@@ -72,10 +76,12 @@ def preprocessing(target: str, settings: Mapping[str, Any]) -> Translated:
         for key, value in required.items():
             if (given := settings.get(key)) != value:
                 raise ValueError(f"{name} has {key} {given!r}, which cannot be exported: use {value!r}.")
-        values = {"anti_aliasing": False, **settings}
+        values = {"anti_aliasing": False, "channel_wise": False, **settings}
         return [{"_target_": name, **settings}], [{"step": step, **{key: values[of] for key, of in keys.items()}}]
     if name == "load_rgb":
-        return [_loading("PILReader", reverse_indexing=False, converter=_RGB)], []
+        return [
+            _loading("PILReader", reverse_indexing=False, converter=f"{_RGB}.convert('L')" if several else _RGB)
+        ], []
     if name == "load_volume":
         return [_loading("NibabelReader", squeeze_non_spatial_dims=True), _changing(_MILLIMETRES)], []
     if name == "NeighbourSlicesd":

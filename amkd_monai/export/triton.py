@@ -17,9 +17,10 @@ def write_triton(folder: Path, name: str) -> None:
         folder: with ``configs/predict.json`` and the networks.
         name: of the float model; that of 8 bits is ``<name>_int8``.
     """
-    predict = read_json(folder / "configs" / "predict.json")
+    predict, metadata = (read_json(folder / "configs" / f"{file}.json") for file in ("predict", "metadata"))
+    channels = metadata["network_data_format"]["inputs"]["image"]["num_channels"]
     is_map = predict["kind"] == "segmentation"
-    shapes = {"image": [3, -1, -1], "pred": [len(predict["classes"]), *([-1, -1] if is_map else [])]}
+    shapes = {"image": [channels, -1, -1], "pred": [len(predict["classes"]), *([-1, -1] if is_map else [])]}
     image, pred = (f"{{ name: {json.dumps(of)} data_type: TYPE_FP32 dims: {dims} }}" for of, dims in shapes.items())
     for form, model in predict["models"].items():
         called = f"{name}_int8" if form == "ort-int8" else name

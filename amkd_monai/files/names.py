@@ -5,7 +5,7 @@ import gzip
 import io
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +16,7 @@ VOLUME_SUFFIXES = (".nii.gz", ".nii")
 SUFFIXES = (*PICTURE_SUFFIXES, *VOLUME_SUFFIXES)
 UNREAD_SUFFIXES = (".gif", ".hdr", ".img", ".jp2", ".mgz", ".mha", ".mhd", ".nrrd", ".webp")  # named when left out
 
+CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 MARK = "amkd_monai prediction"  # stands in every file that a prediction writes, so that it is no image to predict
 _DERIVED = re.compile(r"(?P<image>.+?)_(mask(_\d+)?|overlay|segmentation|superpixels)")  # belong to an image
 
@@ -114,6 +115,15 @@ def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) 
     return dict(sorted(result.items()))
 
 
+def channel_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, dict[int, str]]:
+    """The files of each case of a folder by channel, named as nnU-Net does: ``case_0000.png``, ``case_0001.png``."""
+    found: defaultdict[str, dict[int, str]] = defaultdict(dict)
+    for file in image_files(folder, suffixes) if folder.is_dir() else ():
+        if match := CHANNEL.fullmatch(file_id(file)):
+            found[match["case"]][int(match["channel"])] = str(file)
+    return dict(found)
+
+
 def is_prediction(file: Path) -> bool:
     """Whether a prediction of this package wrote the file, by the mark in it."""
     with gzip.open(file) if has_suffix(file, [".gz"]) else file.open("rb") as stream:
@@ -157,33 +167,12 @@ def table_rows(path: Path, columns: Sequence[str] = ()) -> tuple[list[str], list
     return found, [{name: (row[name] or "").strip() for name in found} for row in reader]
 
 
-def read_table(path: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Read a label table, {id: row}, where the first of ``columns`` holds the id.
-
-    Columns are separated by comma, semicolon or tab; the case of their names does not matter. Missing columns or cells,
-    an id that comes twice and an empty table are a ValueError.
-    """
-    found, read = table_rows(path, columns)
-    if wrong := [name for name in columns if found.count(name) != 1]:
-        raise ValueError(f"{path} needs the column(s) {', '.join(wrong)} once: it has {', '.join(found) or 'none'}.")
-    rows: dict[str, dict[str, str]] = {}
-    for number, row in enumerate(read, start=2):
-        cells = {name: row[name] for name in columns}
-        if not any(cells.values()):
-            continue
-        if empty := [name for name, cell in cells.items() if not cell]:
-            raise ValueError(f"{path}, line {number} has no {', '.join(empty)}: complete or remove the line.")
-        name = cells[columns[0]] = without_suffix(cells[columns[0]])
-        if name in rows:
-            raise ValueError(f"{path}, line {number} repeats the id '{name}': keep one line.")
-        rows[name] = cells
-    if not rows:
-        raise ValueError(f"{path} holds no labels: use the file of the original archive.")
-    return rows
-
-
 def label_files(item: Mapping[str, object]) -> list[str]:
     """Return the mask files of an item: one, several (combined by OR), or none where it is of classes."""
-    label = item.get("label")
-    files = [label] if isinstance(label, (str, os.PathLike)) else label
+    return files_of(item.get("label"))
+
+
+def files_of(value: object) -> list[str]:
+    """Return one path or several, such as the channels of an image, as a list; none of what is no path."""
+    files = [value] if isinstance(value, (str, os.PathLike)) else value
     return [str(f) for f in files if isinstance(f, (str, os.PathLike))] if isinstance(files, (list, tuple)) else []

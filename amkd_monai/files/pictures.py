@@ -142,6 +142,22 @@ def read_picture(path: str | Path, size: tuple[int, int] | None = None) -> np.nd
     return np.asarray(rgb if size is None else rgb.resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=2.0))
 
 
+def read_channels(files: Sequence[str | Path], size: tuple[int, int] | None = None) -> np.ndarray:
+    """Read one picture as RGB, or several grey pictures of one size as channels: (H, W, C), uint8.
+
+    A picture in colour among several, or one of another size, is a ValueError.
+    """
+    first, *others = (read_picture(file, size) for file in files)
+    if not others:
+        return first
+    for file, picture in zip(files, (first, *others), strict=True):
+        if picture.shape != first.shape:
+            raise ValueError(f"{file} has another size than {files[0]}: all channels of an image need one size.")
+        if (picture != picture[..., :1]).any():
+            raise ValueError(f"{file} is in colour, but one of {len(files)} channels: give a grey picture a channel.")
+    return np.stack([picture[..., 0] for picture in (first, *others)], -1)
+
+
 def class_colours(labels: ArrayLike) -> np.ndarray:
     """RGB (..., 3), uint8, of labels (...) from 1 on."""
     return np.array(CLASS_COLOURS, np.uint8)[(np.asarray(labels, int) - 1) % len(CLASS_COLOURS)]

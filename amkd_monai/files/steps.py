@@ -80,8 +80,12 @@ def _scale(array: np.ndarray, grid: Grid | None, low: float, high: float) -> Ste
     return _to_unit(array, low, high), None
 
 
-def _scale_percentiles(array: np.ndarray, grid: Grid | None, lower: float, upper: float) -> Stepped:
-    return _to_unit(array, *map(float, np.percentile(array, [lower, upper]))), None
+def _scale_percentiles(
+    array: np.ndarray, grid: Grid | None, lower: float, upper: float, channel_wise: bool = False
+) -> Stepped:
+    parts = array if channel_wise else array[None]
+    scaled = [_to_unit(part, *map(float, np.percentile(part, [lower, upper]))) for part in parts]
+    return (np.stack(scaled) if channel_wise else scaled[0]), None
 
 
 def _ct_window(array: np.ndarray, grid: Grid | None, low: float, high: float, values: str) -> Stepped:
@@ -94,7 +98,8 @@ def _crop_disc(array: np.ndarray, grid: Grid | None, background_level: float, le
 
 def _neighbours(array: np.ndarray, grid: Grid | None) -> Stepped:
     index = np.arange(array.shape[1])
-    return np.concatenate([array[:, (index + shift).clip(0, index[-1])] for shift in (-1, 0, 1)]), None
+    shifted = np.stack([array[:, (index + shift).clip(0, index[-1])] for shift in (-1, 0, 1)], 1)
+    return shifted.reshape(-1, *array.shape[1:]), None
 
 
 def _orientation(array: np.ndarray, grid: Grid, axes: str) -> Stepped:

@@ -106,6 +106,17 @@ def read_volume(file: str | Path) -> tuple[np.ndarray, Grid]:
     return array, grid
 
 
+def read_channel_volumes(files: Sequence[str | Path]) -> tuple[np.ndarray, Grid]:
+    """Read the volumes of one case, such as MR sequences, as channels (C, X, Y, Z) on the grid of the first one."""
+    first, grid = read_volume(files[0])
+    channels = [first]
+    for file in files[1:]:
+        array, own = read_volume(file)
+        check_grid(file, own, grid, "Channel")
+        channels.append(reorder(array, own, grid.axes))
+    return np.stack(channels), grid
+
+
 def is_finite(array: np.ndarray) -> bool:
     """Whether no value is infinite or not a number; no array of the same size is made."""
     return math.isfinite(float(array.min()) + float(array.max()))
@@ -171,8 +182,8 @@ def _grid(file: Path, header: Any) -> Grid:
     return Grid(tuple(map(int, shape)), affine, header)
 
 
-def check_grid(file: str | Path, label: Grid, image: Grid) -> None:
-    """Raise a ValueError with the figure and axis if a label lies on another grid than its image, in any order."""
+def check_grid(file: str | Path, label: Grid, image: Grid, what: str = "Label") -> None:
+    """Raise a ValueError with the figure and axis if a file lies on another grid than its image, in any order."""
     a, b = image.reordered("RAS"), label.reordered("RAS")
     corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * [*(np.array(a.shape) - 1), 1]
     farthest = np.abs((corners @ (b.affine - a.affine).T)[:, :3]).max(axis=0)
@@ -186,7 +197,7 @@ def check_grid(file: str | Path, label: Grid, image: Grid) -> None:
     if farthest.max() > allowed or np.abs(a.affine - b.affine).max() > AFFINE_TOLERANCE:
         problems.append(f"its voxels lie up to {farthest.max():.3g} mm off, from {AXES[int(farthest.argmax())]}")
     if problems:
-        raise ValueError(f"Label {file} cannot be used: {problems[0]}; save it on the grid of its image.")
+        raise ValueError(f"{what} {file} cannot be used: {problems[0]}; save it on the grid of its image.")
 
 
 def read_label_volume(

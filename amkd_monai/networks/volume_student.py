@@ -42,26 +42,26 @@ class VolumeStudent(nn.Module):
         self.strides = [1, *STRIDES]
 
     def forward(self, volume: Tensor) -> Tensor:
-        """Return logits (B, num_classes, D, H, W) for volumes (B, 1, D, H, W) in [0, 1]."""
+        """Return logits (B, num_classes, D, H, W) for volumes (B, channels, D, H, W) in [0, 1]."""
         logits = self.network(volume) if volume.ndim == 5 else None
         if not isinstance(logits, Tensor) or logits.shape != (len(volume), self.num_classes, *volume.shape[2:]):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
                 f"A 3D student answers {tuple(volume.shape)} by {found}: use a network of {self.num_classes} classes "
-                "that answers (B, 1, D, H, W) at its size, without deep supervision."
+                "that answers (B, channels, D, H, W) at its size, without deep supervision."
             )
         return logits
 
     def encode(self, image: Tensor) -> list[Tensor]:
-        """Return logits (N, num_classes, H, W) and maps (N, C, H / stride, W / stride) of slices (N, 3, H, W).
+        """Return logits (N, num_classes, H, W) and maps (N, C, H / stride, W / stride) of slices (N, 3 channels, H, W).
 
-        N is a multiple of ``slices``; the slice itself is the middle channel.
+        N is a multiple of ``slices``; of the three slices of each channel, the slice itself is the middle one.
         """
         if image.ndim != 4 or len(image) % self.slices:
             raise ValueError(
                 f"{len(image)} slices are no patches of {self.slices}: set recipe#slices to {self.slices}."
             )
-        volume = _stacked(image[:, 1:2], self.slices)
+        volume = _stacked(image[:, 1::3], self.slices)
         maps: dict[int, Tensor] = {}
         hooks = [
             self.network.get_submodule(name).register_forward_hook(partial(self._tap, maps, volume.shape, stride))
@@ -103,10 +103,11 @@ class VolumeStudent(nn.Module):
                 taps.append((name, side // out.shape[3], out.shape[1]))
 
         hooks = [m.register_forward_hook(partial(note, n)) for n, m in self.network.named_modules() if n]
-        was = self.network.training
+        was, channels = self.network.training, next(m.in_channels for m in self.modules() if isinstance(m, nn.Conv3d))
         try:
             with torch.no_grad():
-                self.network.eval()(torch.zeros(1, 1, self.slices, side, side, device=next(self.parameters()).device))
+                device = next(self.parameters()).device
+                self.network.eval()(torch.zeros(1, channels, self.slices, side, side, device=device))
         finally:
             for hook in hooks:
                 hook.remove()

@@ -235,6 +235,9 @@ def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(f"The teacher '{name}' has the unknown kind '{kind}': use {known}, or module.Class.")
         if name in seen:
             raise ValueError(f"Two teachers are named '{name}': give each its own name in `teachers`.")
+        for key in ("own_answers", "cross_fit"):
+            if not isinstance(description.get(key, True), bool):
+                raise ValueError(f"The teacher '{name}' has {key} {description[key]!r}: give true or false.")
         seen.add(str(name))
 
 
@@ -260,7 +263,8 @@ def bound(
     """Return the class of a teacher and its arguments; None and its options for a cross-fitted one.
 
     Args:
-        description: ``name``, ``kind`` and the options of the kind; the preparation reads ``own_answers``.
+        description: ``name``, ``kind`` and the options of the kind; the preparation reads ``own_answers``
+            and ``cross_fit``.
         weights_dir: folder searched first where the kind has official weights and the description names none.
 
     Raises:
@@ -277,7 +281,7 @@ def bound(
             if not isinstance(options.get("network"), nn.Module):
                 raise ValueError(f"The teacher '{name}' needs a network: add \"network\" to its entry in `teachers`.")
         return None, options
-    options = {k: v for k, v in description.items() if k not in ("kind", "own_answers")}
+    options = {k: v for k, v in description.items() if k not in ("kind", "own_answers", "cross_fit")}
     if weights_dir is not None and any(e.key and e.kind == kind for e in CATALOGUE):
         options.setdefault("weights", weights_dir)
     chosen = teacher_class(kind)

@@ -11,8 +11,10 @@ import torch
 from bundle_runs import SHARED, SMALL, read_json, run, settings, workflow
 from helpers import ROOT
 from ignite.engine import Events
+from own_data import rimmed_pictures
 from toy_task import TASK, write
 
+from amkd_monai.bundles.new import new_bundle
 from amkd_monai.data.datasets import TASKS, get_task
 from amkd_monai.engines.task_bundles import teachers_of
 from amkd_monai.errors import root_cause
@@ -198,6 +200,20 @@ def test_a_teacher_of_one_task_answers_there_and_gives_features_everywhere(tmp_p
     tasks = read_json(tmp_path / "eval" / "run.json")["tasks"]
     (of_masks,), (of_classes,) = (tasks[t]["distillation"]["teachers"] for t in PAIR)
     assert of_masks["answers"] == "its own" and of_classes["answers"].startswith("linear probe")
+
+
+def test_a_described_bundle_of_three_classes_is_a_task_like_others(tmp_path, cache):
+    bundle, _ = new_bundle("rims", rimmed_pictures(tmp_path / "polyps", 10), tmp_path / "bundles")
+    phantoms = get_task("kvasir_seg").write_phantom(cache / "kvasir_seg" / "phantoms")
+    tasks = {**entries("kvasir_seg", dataset_dir=str(phantoms)), "rims": {"bundle": str(bundle), "image_size": 64}}
+    values = small(tmp_path, cache, tasks=tasks, only=None, max_epochs=1)
+    run(SHARED, ("train",), values)
+    (row,) = table(tmp_path / "eval" / "history.csv")
+    assert 0 < float(row["rims/val_dice"]) < 1 and 0 < float(row["kvasir_seg/val_dice"]) < 1
+    run(SHARED, ("train", "evaluate"), values)
+    scored = table(tmp_path / "eval" / "rims" / "per_case.csv")
+    assert {row["class"] for row in scored} >= {"class 1", "class 2"}
+    assert read_json(tmp_path / "eval" / "rims" / "metrics.json")["description"]["classes"][2] == "class 2"
 
 
 def test_the_matrix_of_teachers_and_tasks():

@@ -86,6 +86,20 @@ def test_a_teacher_worse_than_the_student_gives_features_only(data):
     assert "does not beat" in teacher["admission_reason"]
 
 
+def test_a_teacher_that_is_not_to_be_compared_is_never_admitted_and_needs_no_student(data, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("a student was trained")
+
+    monkeypatch.setattr(crossfit, "of_students", never)
+    targets = prepare(data, [{**LITE1, "cross_fit": False}])
+    (teacher,) = targets.teachers
+    assert not teacher.admitted and teacher.grid is not None and "undistilled_student_dice" not in targets.record
+    assert "cross_fit" in teacher.record["admission_reason"] and teacher.record["dice"] > 0
+    assert prepare(data, [{**LITE1, "cross_fit": False}], admission_options={"mode": "all"}).teachers[0].admitted
+    with pytest.raises(ValueError, match="lite1"):
+        prepare(data, [{**LITE1, "cross_fit": "no"}])
+
+
 @pytest.mark.parametrize(("mode", "left"), [("all", 1), ("none", 0)])
 def test_features_of_teachers_that_are_not_admitted_can_be_left_out(data, mode, left, caplog):
     targets = prepare(data, [LITE1], admission_options={"mode": mode, "features": "admitted"})
@@ -183,6 +197,7 @@ def test_an_interrupted_cross_fit_keeps_its_finished_folds(data):
 def test_a_3d_specialist_answers_slices(tmp_path):
     train = DecodedDataset(discs(tmp_path, 4, size=32, depth=16), load, tmp_path)
     validation = DecodedDataset(discs(tmp_path, 2, size=32, depth=16, seed=1), load, tmp_path)
+    torch.manual_seed(0)
     network = SegResNet(
         spatial_dims=3, init_filters=8, in_channels=1, out_channels=2, blocks_down=(1, 1), blocks_up=(1,)
     )

@@ -6,14 +6,17 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import monai.bundle
 import nibabel
 import numpy as np
 import pytest
 from bundle_runs import run, settings
 from helpers import ROOT, shared_data
 from label_server import LabelServer, label_python
+from own_data import rimmed_pictures
 from PIL import Image
 
+from amkd_monai.bundles.new import new_bundle
 from amkd_monai.metrics.summary import read_case_csv
 
 MODELS = ("msd_heart", "busi", "aptos2019")
@@ -76,7 +79,10 @@ def bundles(tmp_path_factory):
     for name, bundle in trained.items():
         run(name, ("train",), settings(name, bundle, folder / "cache" / name, teachers=[], max_epochs=1))
         shutil.copytree(ROOT / "bundles" / name / "configs", bundle / "configs")
-    return trained
+    own, _ = new_bundle("rims", rimmed_pictures(folder / "polyps", 8), folder, ["background", "rim", "polyp"])
+    small = {"teachers": [], "max_epochs": 1, "image_size": 64, "recipe#min_steps": 12, "bundle_root": str(own)}
+    monai.bundle.run(run_id="training", config_file=str(own / "configs" / "train.json"), **small)
+    return {**trained, "rims": own}
 
 
 @pytest.fixture(scope="session")

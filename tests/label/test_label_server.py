@@ -6,9 +6,11 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import monai.bundle
 import nibabel
 import numpy as np
 import pytest
@@ -45,6 +47,7 @@ def test_info_names_each_model_with_its_kind_and_dimensions(lab):
     models = {name: (m["type"], m["dimension"], m["labels"]) for name, m in info["models"].items()}
     assert models["msd_heart"] == ("segmentation", 3, {"left atrium": 1})
     assert models["busi"] == ("segmentation", 2, {"lesion": 1})
+    assert models["rims"] == ("segmentation", 2, {"rim": 1, "polyp": 2})
     assert models["aptos2019"][:2] == ("classification", 2) and models["aptos2019"][2]["proliferative"] == 4
     assert set(info["trainers"]) == set(models) and "uncertainty_busi" in info["strategies"]
     assert info["datastore"]["total"] == sum(map(len, lab.images.values()))
@@ -82,6 +85,17 @@ def test_the_mask_of_a_picture_is_that_of_offline_inference(lab, tmp_path):
     assert mask.shape == (height, width) and expected.any() and np.array_equal(mask, expected)
     both = lab.server.send("/infer/busi?image=busi0")  # what Slicer asks for: mask and JSON in one answer
     assert both.kind == "multipart/form-data" and b"label_names" in both.content and b"PNG" in both.content
+
+
+def test_a_mask_of_three_classes_holds_their_values_as_offline_inference_does(lab, tmp_path):
+    mask, bundle = picture(lab.server.infer("rims", "busi0")), lab.bundles["rims"]
+    (tmp_path / "data").mkdir()
+    shutil.copy(lab.file("busi0"), tmp_path / "data")
+    places = {"bundle_root": bundle, "dataset_dir": tmp_path / "data", "output_dir": tmp_path / "out"}
+    config = str(bundle / "configs" / "inference.json")
+    monai.bundle.run(config_file=config, image_size=64, **{name: str(place) for name, place in places.items()})
+    (file,) = (tmp_path / "out").glob("*_mask.png")
+    assert mask.any() and mask.max() <= 2 and np.array_equal(mask, np.asarray(Image.open(file)))
 
 
 def test_classes_come_as_probabilities_equal_to_offline_inference(lab, tmp_path):

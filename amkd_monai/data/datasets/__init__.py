@@ -3,16 +3,14 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from amkd_monai.data import phantoms
-from amkd_monai.data.datasets import aptos2019, isic2017
-from amkd_monai.data.datasets.busi import Busi
 from amkd_monai.data.datasets.described import Described
 from amkd_monai.data.datasets.layout import Layout
-from amkd_monai.data.splits import NEAR
+from amkd_monai.data.splits import NEAR, Item
 from amkd_monai.files.names import read_text
 from amkd_monai.storage import atomic_folder
 
@@ -63,6 +61,9 @@ class Task:
         singled_out: classes that are judged one against all others, as in two binary problems.
         mask_codes: what the values of mask files mean, see `amkd_monai.files.masks.decode`.
         values: what the images hold: "levels" of pictures, "any" scale (MRI, taken by percentiles), or "ct".
+        channels: names of the files that make one image, in their order; () where an image is one file.
+        teacher_channels: one or three of them, which teachers are shown as a grey image (of volumes as a slice and its
+            neighbours) or as RGB; () for the first of a volume, the first three of a picture.
         grid_limit: cells a side of foundation teachers' feature maps that are kept.
         teacher_options: options of foundation teachers by kind, where the rules of `amkd_monai.teachers.choice` are not
             right for these images.
@@ -87,6 +88,8 @@ class Task:
     singled_out: tuple[str, ...] = ()
     mask_codes: str | Mapping[str, int | str] = "auto"
     values: str = "levels"
+    channels: tuple[str, ...] = ()
+    teacher_channels: tuple[str, ...] = ()
     grid_limit: int = 16
     teacher_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seen_by: Mapping[str, str] = field(default_factory=dict)
@@ -111,6 +114,20 @@ class Task:
         if isinstance(self.nsd_tolerance, Mapping) and {*self.nsd_tolerance} != {*scored}:
             wanted = f"one number, or one for each of {', '.join(scored)}"
             raise ValueError(f"nsd_tolerance of the task '{self.name}' is {dict(self.nsd_tolerance)}: give {wanted}.")
+
+        if self.channels or self.teacher_channels:
+            named, shown = self.channels, self.teacher_channels
+            if len(named) < 2 or len({*named}) < len(named) or not {*shown} <= {*named} or len(shown) not in (0, 1, 3):
+                wanted = "two different names or more, and one or three of them as teacher_channels"
+                raise ValueError(
+                    f"The task '{self.name}' has the channels {named}, for teachers {shown}: give {wanted}."
+                )
+
+    @property
+    def shown_channels(self) -> tuple[int, ...]:
+        """Indices of the channels that teachers are shown, () where an image is one file."""
+        first = 3 if self.dimensions == 2 and len(self.channels) > 2 else 1
+        return tuple(self.channels.index(name) for name in self.teacher_channels or self.channels[:first])
 
     @property
     def is_classification(self) -> bool:
@@ -155,16 +172,57 @@ _ISIC_SUMS = {
     "Test_v2_Part3_GroundTruth.csv": None,
 }
 _ISIC_SOURCE = Source("CC-0.", tuple((_ISIC + name, checksum) for name, checksum in _ISIC_SUMS.items()), inside=True)
+_ISIC_CLASSES = ("nevus", "melanoma", "seborrheic keratosis")
+_ISIC_SECTIONS = {"train": "Training", "validation": "Validation", "test": "Test_v2"}
+_ISIC_LAYOUT: dict[str, Any] = {
+    "title": "ISIC 2017",
+    "beside": ("_superpixels", "_segmentation"),
+    "predict_in": tuple(f"ISIC-2017_{name}_Data" for name in ("Test_v2", "Validation", "Training")),
+    "validation_fraction": 0.2,
+}
+_GRADES = ("no DR", "mild", "moderate", "severe", "proliferative")
 _TRAINING, _TESTING = "TrainingSet/LungInfection-Train/Doctor-label", "TestingSet/LungInfection-Test"
 
+
+@dataclass(frozen=True)
+class Busi(Described):
+    """BUSI, whose images of normal tissue, with empty masks, can be left out."""
+
+    def find_items(
+        self,
+        root: Path,
+        cache_dir: str | Path | None = None,
+        folders: Sequence[str] | None = None,
+        mask_ending: str = "",
+        duplicate_distance: int | None = None,
+        normals: bool = True,
+    ) -> list[Item]:
+        """List the images as :class:`Described` does; ``normals`` keeps those without a lesion."""
+        kept = self if normals else replace(self, folders=self.folders[:2])
+        return Described.find_items(kept, root, cache_dir, folders, mask_ending, duplicate_distance)
+
+
 _TASKS = (
+    # Al-Dhabyani et al., "Dataset of breast ultrasound images", Data in Brief 28:104863, 2020. Further masks `_mask_1`,
+    # `_mask_2` show one lesion each. Many images come twice, with and without calipers (Pawlowska et al. 2023,
+    # PMC10293973): 64 bits join copies and frames of one lesion. Folds hold the classes in equal shares.
     Task(
         name="busi",
         modality="ultrasound",
         classes=("background", "lesion"),
         folder="Dataset_BUSI_with_GT",
         prompts=("breast lesion in ultrasound",),
-        layout=Busi(),
+        layout=Busi(
+            title="BUSI",
+            form="pairs",
+            folders=(("benign", "benign"), ("malignant", "malignant"), ("normal", "normal")),
+            strata=True,
+            pattern=r".+ \(\d+\)",
+            mask_ending="_mask",
+            duplicate_distance=64,
+            validation_fraction=0.15,
+            expected="the folders benign/, malignant/ and normal/ with `<class> (N).png` and `<class> (N)_mask.png`",
+        ),
         phantom=phantoms.busi,
         source=Source(
             "No licence of the data is known.",
@@ -290,16 +348,39 @@ _TASKS = (
             ),
         ),
     ),
+    # Kaggle, "APTOS 2019 Blindness Detection": grades 0 to 4 of diabetic retinopathy. The original's `test.csv` has no
+    # grades; a re-split of the same images has three tables with grades; others have a folder per grade.
     Task(
         name="aptos2019",
         kind="classification",
         modality="fundus photography",
-        classes=aptos2019.CLASSES,
+        classes=_GRADES,
         folder="aptos2019-blindness-detection",
         primary_metric="qwk",
         referable_from=2,
-        prompts=tuple(f"{grade} diabetic retinopathy" for grade in aptos2019.CLASSES[1:]),
-        layout=aptos2019.Aptos2019(),
+        prompts=tuple(f"{grade} diabetic retinopathy" for grade in _GRADES[1:]),
+        layout=Described(
+            title="APTOS 2019",
+            kind="classification",
+            classes=_GRADES,
+            official={
+                "train": (("train_images", "train"), ("train_1.csv", "train.csv")),
+                "validation": (
+                    ("val_images", "valid_images", "validation_images", "val", "valid", "validation"),
+                    ("valid.csv", "val.csv", "validation.csv"),
+                ),
+                "test": (("test_images", "test"), "test.csv"),
+            },
+            columns={"image": "id_code", "label": "diagnosis"},
+            aliases={
+                "normal": "no DR",
+                **dict.fromkeys(("proliferate", "proliferateDR", "proliferativeDR"), _GRADES[4]),
+            },
+            validation_fraction=0.2,
+            expected="train.csv (id_code,diagnosis) with train_images/<id_code>.png, three such tables, or a folder "
+            "per grade",
+            predict_in=("test_images", "test", "val_images", "valid", "train_images", "train"),
+        ),
         phantom=phantoms.aptos2019,
         source=Source(
             "The rules of the competition allow non-commercial and academic use and no passing on.",
@@ -307,17 +388,29 @@ _TASKS = (
             "competitions download -c aptos2019-blindness-detection, and unpack into a folder of that name.",
         ),
     ),
+    # Codella et al., "Skin Lesion Analysis Toward Melanoma Detection", ISBI 2017: classes are part 3, outlines part 1.
     Task(
         name="isic2017",
         kind="classification",
         modality="dermoscopy",
-        classes=isic2017.CLASSES,
+        classes=_ISIC_CLASSES,
         folder="ISIC2017",
-        prompts=tuple(f"{name} in dermoscopy" for name in isic2017.CLASSES[1:]),
+        prompts=tuple(f"{name} in dermoscopy" for name in _ISIC_CLASSES[1:]),
         seen_by={"medsam": "possible", "biomedparse": "possible"},
         primary_metric="mean_auc",
-        singled_out=isic2017.CLASSES[1:],
-        layout=isic2017.Isic2017(),
+        singled_out=_ISIC_CLASSES[1:],
+        layout=Described(
+            **_ISIC_LAYOUT,
+            kind="classification",
+            classes=_ISIC_CLASSES,
+            form="table",
+            official={
+                section: (f"ISIC-2017_{name}_Data", f"ISIC-2017_{name}_Part3_GroundTruth.csv")
+                for section, name in _ISIC_SECTIONS.items()
+            },
+            columns={"image": "image_id", "label": ("melanoma", "seborrheic_keratosis")},
+            expected="ISIC-2017_Training_Data/ISIC_XXXXXXX.jpg and ISIC-2017_Training_Part3_GroundTruth.csv",
+        ),
         phantom=phantoms.isic2017,
         source=_ISIC_SOURCE,
     ),
@@ -327,7 +420,16 @@ _TASKS = (
         classes=("background", "lesion"),
         folder="ISIC2017",
         prompts=("skin lesion in dermoscopy",),
-        layout=isic2017.Isic2017(outlines=True),
+        layout=Described(
+            **_ISIC_LAYOUT,
+            form="pairs",
+            official={
+                section: (f"ISIC-2017_{name}_Data", f"ISIC-2017_{name}_Part1_GroundTruth")
+                for section, name in _ISIC_SECTIONS.items()
+            },
+            mask_ending="_segmentation",
+            expected="ISIC-2017_Training_Data/ISIC_XXXXXXX.jpg and ISIC-2017_Training_Part1_GroundTruth/",
+        ),
         phantom=phantoms.isic2017,
         source=_ISIC_SOURCE,
     ),
@@ -399,7 +501,7 @@ def _described(content: Any, where: str, base: Path) -> Task:
     if kind != KINDS[0]:
         values.setdefault("primary_metric", "macro_auroc")
     options = content.get("layout", {})
-    of_the_task = {"title", "classes", "kind", "volumes", "validation_fraction", "expected", "predict_in"}
+    of_the_task = {"title", "classes", "kind", "volumes", "channels", "validation_fraction", "expected", "predict_in"}
     known = {f.name for f in fields(Described)} - of_the_task
     if not isinstance(options, Mapping) or not options.keys() <= known:
         raise refuse(f"has a layout that is no object of {', '.join(sorted(known))}")
@@ -407,7 +509,8 @@ def _described(content: Any, where: str, base: Path) -> Task:
         re.compile(str(options.get("groups", "")))
     except re.error as error:
         raise refuse(f"has a pattern of groups that is none ({error})") from error
-    layout = Described(title=name, classes=classes, kind=kind, volumes=dimensions == 3, **options)
+    fixed: dict[str, Any] = {"volumes": dimensions == 3, "channels": max(1, len(values.get("channels", ())))}
+    layout = Described(title=name, classes=classes, kind=kind, **fixed, **options)
     try:
         return Task(layout=layout, description=dict(content), **values)
     except ValueError as error:

@@ -1,5 +1,6 @@
 """The layout of described data: folders of images and masks, datalists, nnU-Net's folders, class folders, tables."""
 
+import itertools
 import json
 import os
 import re
@@ -9,13 +10,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from amkd_monai.data import splits
-from amkd_monai.data.datasets.layout import Layout, checked
+from amkd_monai.data.datasets.layout import Layout, checked, report_conflicts
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
 from amkd_monai.files.names import (
     SUFFIXES,
     VOLUME_SUFFIXES,
+    channel_files,
     file_id,
+    files_of,
     has_suffix,
     image_files,
     label_files,
@@ -43,7 +48,9 @@ COLUMNS = {
     "section": ("section", "split", "set", "subset"),
 }
 """Columns of a table by the names they usually have, the image's first."""
-CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+
+Table = tuple[dict[str, str], Path, Path | None]
+"""Section, table, and the folder of its images where it has one."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +66,20 @@ class Described(Layout):
         kind: of the task, see :class:`~amkd_monai.data.datasets.Task`.
         form: one of `READERS`.
         folders: the two folders of "pairs", images and masks, the first two that are there; () for the usual names.
-        official: the two folders of the sections "train" and "test", which are looked for before ``folders``.
+        strata: all of ``folders`` are read, in each of which an item's "class" is the name of its folder of images.
+        official: by section, the folder of images and that of masks, or the table; each may be several names, of which
+            one is there. They go before anything else; a section without masks is left out.
+        beside: endings of files that lie among images and are none.
+        pattern: what a picture's name matches in "pairs"; other files are announced and left out.
         file_lists: files of ids, training and test, which fix the sections if they are there.
         duplicate_distance: bits in which the perceptual hashes of one group differ at most, see
             :func:`~amkd_monai.data.splits.group_near_duplicates`; None: a group has byte-identical images only.
         mask_ending: what the names of masks end with before the suffix, such as ``_mask``.
         file: the datalist or the table.
-        columns: names of the table's columns by "image", "label", "group", "section".
+        columns: names of the table's columns by "image", "label", "group", "section"; several of "label" hold 1 for the
+            class of their place, from 1 on, and 0 otherwise.
+        aliases: further names of classes.
+        channels: files that make an image, in the order in which nnU-Net numbers or a datalist lists them.
         groups: regular expression of which the first group, in an image's id, is the item's group.
     """
 
@@ -75,13 +89,18 @@ class Described(Layout):
     volumes: bool = False
     form: str = ""
     folders: Sequence[Sequence[str]] = ()
-    official: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    strata: bool = False
+    official: Mapping[str, Sequence[str | Sequence[str]]] = field(default_factory=dict)
+    beside: Sequence[str] = ()
+    pattern: str = ".+"
     file_lists: Sequence[str] = ()
     duplicate_distance: int | None = None
     mask_ending: str = ""
     file: str = ""
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     groups: str = ""
+    channels: int = 1
     validation_fraction: float | None = None
     expected: str = (
         "images/ and masks/ (or labels/), a JSON datalist, nnU-Net's imagesTr/, labelsTr/ and dataset.json, a folder "
@@ -101,10 +120,10 @@ class Described(Layout):
     def form_of(self, root: Path) -> str:
         """Return the form of a folder, "" where it has none."""
         holds: dict[str, Callable[[], Any]] = {
-            "nnunet": lambda: (root / "dataset.json").is_file() and _channels(root / "imagesTr"),
+            "nnunet": lambda: (root / "dataset.json").is_file() and channel_files(root / "imagesTr"),
             "datalist": lambda: self.datalist_of(root),
             "pairs": lambda: self.masks and self.pairs_in(root),
-            "table": lambda: self.table_of(root),
+            "table": lambda: self.tables_in(root),
             "classes": lambda: not self.masks and any(_class_images(root)),
         }
         return next((form for form in ([self.form] if self.form else holds) if form in holds and holds[form]()), "")
@@ -148,21 +167,26 @@ class Described(Layout):
             raise ValueError("duplicate_distance compares pictures, not volumes: leave it out.")
         else:
             grouped = splits.group_near_duplicates(usable, distance, cache_dir)
+        if not self.masks:
+            report_conflicts(grouped, self.classes)
         others = [item for item in items if "problem" in item]
         return sorted([*grouped, *others], key=lambda item: natural(item["id"]))
 
     def inference_items(self, root: Path) -> list[Item]:
         """List the images to predict: unlabelled ones of a datalist, those of the usual folders, tables and classes."""
         if file := self.datalist_of(root):
-            unlabelled = [_first(entry["image"]) for _, entry in _entries(file) if "label" not in entry]
-            items = [{"image": str(file.parent / i), "id": _stem(i)} for i in unlabelled if (file.parent / i).is_file()]
+            unlabelled = [_resolved(entry["image"], file.parent) for _, entry in _entries(file) if "label" not in entry]
+            items = [{"image": i, "id": _stem(i)} for i in unlabelled if all(Path(f).is_file() for f in files_of(i))]
             if items:
-                return sorted(_named(items, root), key=lambda item: natural(item["id"]))
-        if found := _channels(root / "imagesTs"):
-            if several := [case for case, files in found.items() if len(files) > 1]:
-                raise ValueError(f"{root / 'imagesTs'} has several channels of {several[0]}: give one.")
-            return [{"image": next(iter(found[case].values())), "id": case} for case in sorted(found, key=natural)]
-        if self.form_of(root) in ("classes", "table"):
+                return sorted(map(self._of_channels, _named(items, root)), key=lambda item: natural(item["id"]))
+        for place in ("imagesTs", "."):
+            found = channel_files(root / place) if place != "." or self.channels > 1 else {}
+            items = [{"image": [found[c][n] for n in sorted(found[c])], "id": c} for c in sorted(found, key=natural)]
+            if items:
+                return list(map(self._of_channels, items))
+        if self.strata and (folders := [root / images for images, _ in self.folders if (root / images).is_dir()]):
+            return [item for folder in folders for item in super(Described, self).inference_items(folder)]
+        if self.form_of(root) in ("classes", "table") and not self.official:
             return [{"image": i["image"], "id": i["id"]} for i in self.find_items(root) if "problem" not in i]
         return super().inference_items(root)
 
@@ -178,7 +202,7 @@ class Described(Layout):
             held = {how.fold: "validation"} if "test" in sections else {how.fold: "test", after: "validation"}
             logger.info("Folds of %s: %s.", root, ", ".join(f"{fold} is {name}" for fold, name in held.items()))
             items = [{**i, "section": held.get(i["fold"], "train")} if "fold" in i else i for i in items]
-        elif sections == {"train", "validation"}:
+        elif sections == {"train", "validation"} and self.validation_fraction is None:
             logger.info("No test section in %s: a part of the training section is it.", root)
             train = [item for item in items if item["section"] == "train"]
             drawn = splits.random_split(train, (1 - how.fractions[2], 0, how.fractions[2]), how.seed)[2]
@@ -203,9 +227,12 @@ class Described(Layout):
 
     def pairs_in(self, root: Path) -> list[tuple[dict[str, str], Path, Path]]:
         """Return section and folders of images and of masks in a folder, in those of sections where they are there."""
-        official = [({"section": s}, root / images, root / masks) for s, (images, masks) in self.official.items()]
-        if official and all(folder.is_dir() for _, *folders in official for folder in folders):
-            return official
+        official = [({"section": s}, _there(root, i), _there(root, m)) for s, (i, m) in self.official.items()]
+        if there := [(section, i, m) for section, i, m in official if i and m]:
+            return there
+        if self.strata:
+            chosen = [({"class": i}, root / i, root / m) for i, m in self.folders if (root / i).is_dir()]
+            return chosen if len(chosen) > 1 else []
         names = self.folders or [(i, m) for i in IMAGES for m in LABELS]
         found = [
             next(((s, place / i, place / m) for i, m in names if (place / i).is_dir() and (place / m).is_dir()), None)
@@ -222,28 +249,67 @@ class Described(Layout):
             return root / self.file if (root / self.file).is_file() else None
         return next((file for file in sorted(root.glob("*.json")) if _entries(file, needed=False)), None)
 
-    def table_of(self, root: Path) -> Path | None:
-        """Return the table in a folder: the file named, else the first with a column of images and one of labels."""
-        named = [root / self.file] if self.file else sorted(root.glob("*.[ct]sv"))
-        for file in named:
-            if file.is_file() and {"image", "label"} <= self.columns_of(file).keys():
-                return file
-        return None
+    def tables_in(self, root: Path, say: bool = False) -> list[Table]:
+        """Return section, table and folder of images of each official table, else the one table without a folder.
 
-    def columns_of(self, table: Path) -> dict[str, str]:
-        """Return the columns of a table by what they hold: those named, else those of the usual names."""
+        That is the file named, else the first with a column of images and one of labels. An official table without the
+        columns of labels is left out, unless it is that of the training section, and announced if that is to be said.
+
+        Raises:
+            FileNotFoundError: an official table without its folder, or a folder without its table.
+            ValueError: the table of the training section lacks a column.
+        """
+        found = {s: (_there(root, table), _there(root, images)) for s, (images, table) in self.official.items()}
+        if not any(table for table, _ in found.values()):
+            named = [root / self.file] if self.file else sorted(root.glob("*.[ct]sv"))
+            fits = (file for file in named if file.is_file() and {"image", "label"} <= self.columns_of(file).keys())
+            return [] if self.official else [({}, file, None) for file in itertools.islice(fits, 1)]
+        result: list[Table] = []
+        for section, (table, folder) in found.items():
+            if table and (lost := {"image", "label"} - self.columns_of(table).keys()):
+                header = table_rows(table)[0]
+                known = {name.lower() for name in header}
+                wanted = (str(n) for what in sorted(lost) for n in np.ravel(self.columns.get(what, what)))
+                names = ", ".join(name for name in wanted if name.lower() not in known)
+                fault = f"{table} needs the column(s) {names}: it has {', '.join(header) or 'none'}."
+                if section == "train":
+                    raise ValueError(fault)
+                if say:
+                    logger.warning("%s Its images are left out.", fault)
+            elif table and folder:
+                result.append(({"section": section}, table, folder))
+            elif table or folder:
+                missing = root / np.ravel(self.official[section][1 if folder else 0])[0]
+                raise FileNotFoundError(f"{missing} is missing: add it, or remove the rest of that section.")
+        return result
+
+    def columns_of(self, table: Path) -> dict[str, str | Sequence[str]]:
+        """Return the columns of a table that are there by what they hold: those named, else those of usual names."""
         header = {name.lower(): name for name in table_rows(table)[0]}
-        usual = {what: next((header[n] for n in names if n in header), None) for what, names in COLUMNS.items()}
-        return {what: name for what, name in {**usual, **self.columns}.items() if name}
+        result: dict[str, str | Sequence[str]] = {}
+        for what, usual in COLUMNS.items():
+            if isinstance(named := self.columns.get(what, ""), str):
+                names = [header[name] for name in ([named.lower()] if named else usual) if name in header]
+                result |= {what: names[0]} if names else {}
+            elif {name.lower() for name in named} <= header.keys():
+                result[what] = [header[name.lower()] for name in named]
+        return result
 
     def class_of(self, label: object) -> int | None:
         """Return the class of a label in a table, datalist or folder name, by name or else by value; None without."""
         names = {_plain(name): number for number, name in enumerate(self.classes)}
+        names |= {_plain(alias): names[_plain(name)] for alias, name in self.aliases.items()}
         text = _plain(str(label).strip().removesuffix(".0"))
         number = names.get(text)
-        if number is None and text.isdecimal() and int(text) < len(names) and not any(map(str.isdecimal, names)):
+        if number is None and text.isdecimal() and int(text) < len(self.classes) and not any(map(str.isdecimal, names)):
             number = int(text)
         return number
+
+    def _of_channels(self, item: Item) -> Item:
+        """Return an item to predict whose image has the files of all channels; another number is a ValueError."""
+        if len(files := files_of(item["image"])) != self.channels:
+            raise ValueError(f"{files[0]} is one of {len(files)} channels, not of {self.channels}: complete the case.")
+        return {**item, "image": files[0] if self.channels == 1 else files}
 
     def _completed(self, item: Item) -> Item:
         """Return an item with its group, and with the first thing that is wrong with it under "problem"."""
@@ -253,18 +319,16 @@ class Described(Layout):
             if found is None or not found.groups():
                 return {"problem": f"The pattern {self.groups} finds no group in the name '{item['id']}'.", **item}
             item["group"] = found[1]
-        images = item["image"] if isinstance(item["image"], list) else [item["image"]]
+        images = files_of(item["image"])
         files = [*images, *(label_files(item) if self.masks else ())]
         known = [file for file in files if has_suffix(file, SUFFIXES)]
         if wrong := [file for file in known if has_suffix(file, VOLUME_SUFFIXES) != self.volumes]:
             kinds = ("volume", 2) if has_suffix(wrong[0], VOLUME_SUFFIXES) else ("picture", 3)
             what = f"{wrong[0]} is a {kinds[0]}, but {self.title} has {kinds[1]} dimensions"
             return {**item, "problem": f"{what}: take it out, or make a task of its own for such files."}
-        if "problem" not in item and len(images) > 1:
-            problem = (
-                f"{images[0]} is one of {len(images)} channels, which no student here takes: give one file a case."
-            )
-            return {**item, "image": images[0], "problem": problem}
+        if "problem" not in item and len(images) != self.channels:
+            problem = f"{images[0]} is one of {len(images)} channel(s), {self.title} has {self.channels}"
+            return {**item, "problem": f"{problem}: give each case a file for each of `channels`, or take it out."}
         if "problem" in item:
             return item
         if gone := [file for file in files if not Path(file).is_file()]:
@@ -278,25 +342,39 @@ class Described(Layout):
 
 
 def _pairs(layout: Described, root: Path) -> Iterator[Item]:
-    """Images and masks of one name in two folders, in the data set's folder or in those of sections."""
+    """Images and masks of one name in two folders, in the data set's folder or in those of sections.
+
+    Where masks have an ending, several of one image end in it and a number, such as ``_mask`` and ``_mask_1``.
+    """
     for section, *folders in layout.pairs_in(root):
-        images, found = image_files(folders[0], SUFFIXES), image_files(folders[1], SUFFIXES)
+        images, found = (image_files(folder, SUFFIXES) for folder in folders)
+        images = [image for image in images if not file_id(image).endswith(tuple(layout.beside) or "/")]
         ids, masks = {file_id(image) for image in images}, defaultdict[str, list[str]](list)
         given = [layout.mask_ending] if layout.mask_ending else ENDINGS
         ending = max(given, key=lambda end: sum(file_id(mask).removesuffix(end) in ids for mask in found))
+        of_mask = re.compile(rf"(.+){re.escape(ending)}(?:_\d+)?" if ending else "(.+)")
         for mask in found:
-            masks[file_id(mask).removesuffix(ending)].append(str(mask))
+            if match := of_mask.fullmatch(file_id(mask)):
+                masks[match[1]].append(str(mask))
+        if folders[0] == folders[1] and ending:
+            images = [image for image in images if not of_mask.fullmatch(file_id(image))]
+        if others := [image.name for image in images if not re.fullmatch(layout.pattern, file_id(image))]:
+            logger.warning(
+                "Left out, as their names are others than those of images, in %s: %s.", folders[0], some(others)
+            )
+        images = [image for image in images if image.name not in others]
         for image in images:
-            if folders[0] == folders[1] and ending and file_id(image).endswith(ending):
-                continue
             item, files = {"image": str(image), "id": file_id(image), **section}, masks.get(file_id(image), [])
-            if len(files) == 1:
-                yield {**item, "label": files[0]}
+            stems = [file_id(Path(file)) for file in files]
+            if (twice := len(set(stems)) < len(stems)) or (layout.volumes and len(files) > 1):
+                what = "have the same name" if twice else "are masks of one volume"
+                yield {**item, "problem": f"{files[0]} and {files[1]} {what}: keep one of them."}
             elif files:
-                yield {**item, "problem": f"{files[0]} and {files[1]} have the same name: keep one of them."}
+                files.sort(key=natural)
+                yield {**item, "label": files if len(files) > 1 else files[0]}
             else:
                 yield {**item, "problem": f"{image} lacks a mask of the same name in {folders[1]}: add it."}
-        for name in masks.keys() - ids if folders[0] != folders[1] else ():
+        for name in sorted(masks.keys() - {file_id(image) for image in images}, key=natural):
             problem = f"{masks[name][0]} lacks an image of its name, {folders[0] / name}: add it or remove the mask."
             yield {"image": str(folders[0] / name), "id": name, **section, "problem": problem}
 
@@ -326,17 +404,16 @@ def _datalist(layout: Described, root: Path) -> Iterator[Item]:
 
 def _nnunet(layout: Described, root: Path) -> Iterator[Item]:
     """nnU-Net's raw folder: one file per case and channel, such as ``case_0000.nii.gz``, and one label per case."""
-    about = _json(root / "dataset.json")
-    names = about.get("channel_names", about.get("modality", {}))
+    names = names_of_channels(root)
     for section, images, labels in (("train", "imagesTr", "labelsTr"), ("test", "imagesTs", "labelsTs")):
         if not (root / labels).is_dir() or not (root / images).is_dir():
             continue
-        found, masks = _channels(root / images), {file_id(f): str(f) for f in image_files(root / labels, SUFFIXES)}
+        found, masks = channel_files(root / images), {file_id(f): str(f) for f in image_files(root / labels, SUFFIXES)}
         needed = 1 if all(set(of_case) == {0} for of_case in found.values()) else len(names)
         for case in sorted(found.keys() | masks.keys()):
             files = found.get(case, {})
             item: Item = {"image": [files[c] for c in sorted(files)], "id": case, "section": section}
-            item["image"] = item["image"][0] if len(files) == 1 == needed else item["image"]
+            item["image"] = item["image"][0] if needed == len(files) == 1 else item["image"]
             if missing := [f"{case}_{c:04d}" for c in range(needed) if c not in files]:
                 item["image"] = next(iter(files.values()), str(root / images / case))
                 item["problem"] = f"{root / images} lacks {', '.join(missing)}: add the channel(s), or remove the case."
@@ -352,22 +429,56 @@ def _classes(layout: Described, root: Path) -> Iterator[Item]:
 
 
 def _table(layout: Described, root: Path) -> Iterator[Item]:
-    """The rows of a table; images lie beside it or in one of the usual folders, with or without their suffix."""
-    if (table := layout.table_of(root)) is None:
-        return
-    columns = layout.columns_of(table)
-    for row in table_rows(table)[1]:
-        of = {what: row.get(name, "") for what, name in columns.items()}
-        image, label = of["image"], of["label"]
-        item = {"image": str(_found(root, image, IMAGES)), "id": _stem(image), "group": of.get("group")}
-        if not label:
-            yield {**item, "problem": f"{table} gives '{image}' no label: complete or remove the line."}
-            continue
-        item["label"] = str(_found(root, label, LABELS)) if layout.masks else label
-        if "section" in of:
-            found = _section(of["section"])
-            item |= {"section": found} if found else {"problem": f"{table} gives '{image}' no known section."}
-        yield item
+    """The rows of tables; images lie beside them, in one of the usual folders or in that of the section.
+
+    Ids are written with their suffix or without. All images in the folder of a section stand in its table.
+    """
+    for section, table, folder in layout.tables_in(root, say=True):
+        if lost := layout.columns.keys() - layout.columns_of(table).keys():
+            raise ValueError(f"{table} lacks the column of each {', '.join(sorted(lost))}: correct `columns`.")
+        columns, named = layout.columns_of(table), set[str]()
+        places = [".", *IMAGES] if folder is None else [str(folder.relative_to(root))]
+        for row in table_rows(table)[1]:
+            if not any(row.values()):
+                continue
+            of = {what: row[name] for what, name in columns.items() if isinstance(name, str)}
+            image = _found(root, of["image"], places)
+            item = {"image": str(image), "id": _stem(of["image"]), "group": of.get("group"), **section}
+            named.add(image.name)
+            label = of["label"] if "label" in of else _single(layout, [row[name] for name in columns["label"]])
+            if not label:
+                cells = (
+                    "no label" if "label" in of else f"not 1 for one of {', '.join(columns['label'])} at most, else 0"
+                )
+                yield {**item, "problem": f"{table} gives '{of['image']}' {cells}: complete or remove the line."}
+                continue
+            item["label"] = str(_found(root, label, [".", *LABELS])) if layout.masks else label
+            if "section" in of:
+                found = _section(of["section"])
+                item |= {"section": found} if found else {"problem": f"{table} gives '{image}' no known section."}
+            yield item
+        for file in [] if folder is None else image_files(folder):
+            if file.name not in named and not file_id(file).endswith(tuple(layout.beside) or "/"):
+                problem = f"{file} is an image that {table} does not name: remove it."
+                yield {"image": str(file), "id": file_id(file), **section, "problem": problem}
+
+
+def _single(layout: Described, cells: Sequence[str]) -> str:
+    """The class whose cell is 1, the first class where none is; "" for other cells, or several."""
+    values = [{"0": 0, "0.0": 0, "1": 1, "1.0": 1}.get(cell) for cell in cells]
+    return (
+        ""
+        if None in values or sum(v or 0 for v in values) > 1
+        else layout.classes[([0, *values]).index(1) if 1 in values else 0]
+    )
+
+
+def _there(root: Path, names: str | Sequence[str]) -> Path | None:
+    """The first of some names that is there, within a folder that holds one of its own name the inner one."""
+    path = next(
+        (root / name for name in ([names] if isinstance(names, str) else names) if (root / name).exists()), None
+    )
+    return path / path.name if path and (path / path.name).is_dir() else path
 
 
 READERS: dict[str, Callable[[Described, Path], Iterator[Item]]] = {
@@ -425,6 +536,14 @@ def names_of_values(root: Path) -> tuple[dict[int, str], dict[str, list[int]]]:
     return {value: single.get(value, f"label {value}") for value in every}, regions
 
 
+def names_of_channels(root: Path) -> list[str]:
+    """Names of channels in their order, by nnU-Net's or the decathlon's dataset.json; empty without."""
+    file = root / "dataset.json"
+    about = _json(file) if file.is_file() else {}
+    named = about.get("channel_names", about.get("modality"))
+    return [str(named[number]) for number in sorted(named, key=natural)] if isinstance(named, dict) else []
+
+
 def _section(name: str) -> str:
     """The section of a folder, list or cell, "" where its name is none."""
     return next((section for section, names in SECTIONS.items() if name.strip().lower() in names), "")
@@ -446,15 +565,6 @@ def _class_images(root: Path) -> Iterator[tuple[dict[str, str], str, Path]]:
             if folder.is_dir() and not named:
                 for file in image_files(folder, SUFFIXES):
                     yield section, folder.name, file
-
-
-def _channels(folder: Path) -> dict[str, dict[int, str]]:
-    """The files of each case by channel."""
-    found: defaultdict[str, dict[int, str]] = defaultdict(dict)
-    for file in image_files(folder, SUFFIXES) if folder.is_dir() else ():
-        if match := CHANNEL.fullmatch(file_id(file)):
-            found[match["case"]][int(match["channel"])] = str(file)
-    return dict(found)
 
 
 def _named(items: Iterable[Item], root: Path) -> list[Item]:
@@ -499,8 +609,8 @@ def _resolved(value: Any, base: Path) -> Any:
 
 def _found(root: Path, name: str, folders: Sequence[str]) -> Path:
     """The file of a cell, in the folder itself or one of the usual ones, with its suffix or without."""
-    places = [root / folder / f"{name}{suffix}" for folder in (".", *folders) for suffix in ("", *SUFFIXES)]
-    return next((place for place in places if place.is_file()), root / name)
+    places = [root / folder / f"{name}{suffix}" for folder in folders for suffix in ("", *SUFFIXES)]
+    return next((place for place in places if place.is_file()), root / folders[0] / name)
 
 
 def _plain(name: str) -> str:

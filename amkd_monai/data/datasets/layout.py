@@ -1,7 +1,7 @@
 """How the files of a data set lie in its folder: what all layouts share."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from amkd_monai.data import splits
@@ -65,6 +65,7 @@ class Layout:
     def inference_items(self, root: Path) -> list[Item]:
         """List the images to predict, {"image", "id"}: those of an official layout, else the folder's own files."""
         for folder in (root / name for name in (*self.predict_in, ".")):
+            folder = folder / folder.name if (folder / folder.name).is_dir() else folder
             if folder.is_dir() and (files := names.images_to_predict(folder, self.suffixes)):
                 return [{"image": str(files[name]), "id": name} for name in sorted(files, key=natural)]
         what, places = "volumes" if self.volumes else "images", " or ".join(["it", *self.predict_in])
@@ -105,46 +106,23 @@ def _official_sections(items: Iterable[Item]) -> Sections:
     return sections["train"], sections["validation"], sections["test"]
 
 
-def pair(images: Mapping[str, Path], masks: Mapping[str, Path], volumes: bool = False) -> list[Item]:
-    """Make one item per image and mask of one id, each its own group; one without partner is a FileNotFoundError."""
-    check_partners(images, masks)
-    items: list[Item] = [{"image": str(images[i]), "label": str(masks[i]), "id": i, "group": i} for i in images]
-    return [checked(item, volumes) for item in items]
-
-
-def check_partners(images: Mapping[str, Path], masks: Mapping[str, Path]) -> None:
-    """Raise a FileNotFoundError that names all images without mask, or masks without image, if there are any."""
-    for files, others, partner in ((images, masks, "mask"), (masks, images, "image")):
-        if alone := files.keys() - others.keys():
-            place = f" in {next(iter(others.values())).parent}" if others else ""
-            where = f"{some(alone)} in {files[min(alone)].parent}"
-            raise FileNotFoundError(f"{where} lack(s) a {partner} of the same name{place}: add it or remove these.")
-
-
 def checked(item: Item, volumes: bool = False) -> Item:
     """Return an item, with what is wrong with the headers of its files, if anything is, under "problem"."""
-    image, masks = item["image"], names.label_files(item)
+    (image, *others), masks = names.files_of(item["image"]), names.label_files(item)
     try:
         if volumes:
             grid = volume_grid(image)
-            for mask in masks:
-                check_grid(mask, volume_grid(mask), grid)
+            for file in (*others, *masks):
+                check_grid(file, volume_grid(file), grid, "Label" if file in masks else "Channel")
         else:
-            (size, tag), *of_masks = map(picture_frame, (image, *masks))
-            for mask, (found, own) in zip(masks, of_masks, strict=True):
+            (size, tag), *of_masks = map(picture_frame, (image, *others, *masks))
+            for mask, (found, own) in zip((*others, *masks), of_masks, strict=True):
                 if found != size and not ((tag >= 5) != (own >= 5) and found == size[::-1]):
-                    raise ValueError(other_size(mask, found, size))
+                    same = f"{mask} has another size than {image}: all channels of an image need one size."
+                    raise ValueError(other_size(mask, found, size) if mask in masks else same)
     except ValueError as error:
         return {**item, "problem": str(error)}
     return item
-
-
-def check_ids(rows: Collection[str], images: Collection[str], table: Path, folder: Path) -> None:
-    """Refuse an id without image (FileNotFoundError) and an image without label (ValueError)."""
-    if lost := set(rows) - set(images):
-        raise FileNotFoundError(f"{table} names id(s) without an image in {folder}: {some(lost)}; remove the line(s).")
-    if unnamed := set(images) - set(rows):
-        raise ValueError(f"{folder} holds image(s) that {table} does not name: {some(unnamed)}; remove them.")
 
 
 def report_conflicts(items: Iterable[Item], classes: Sequence[str]) -> None:

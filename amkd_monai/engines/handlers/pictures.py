@@ -50,7 +50,8 @@ class CasePreviews(Handler):
 
     def _class_preview(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
         image = torch.as_tensor(item[CommonKeys.IMAGE]).float()
-        arrays = {"image": small(_byte(image.permute(1, 2, 0))[None])}
+        shown = image if len(image) == 3 else image[:1].expand(3, -1, -1)
+        arrays = {"image": small(_byte(shown.permute(1, 2, 0))[None])}
         if self.student is not None:
             if self.camera is None:  # a copy, since its hooks stay; made now, since the weights are loaded by now
                 name = str(self.student.encoder.feature_info.module_name(-1))  # module of the coarsest map
@@ -102,7 +103,8 @@ class TeacherPictures(Handler):
         classes = label if label.ndim == 1 else None
         shown = label[:, 0] if classes is None else torch.ones_like(label[:, None, None])
         shown = shown.masked_fill(shown == UNLABELLED, 0).byte().cpu().numpy()
-        arrays = {"image": image.permute(0, 2, 3, 1).numpy(), "label": shown, "student": _shown(logits, classes)}
+        seen = np.stack([dataset.shown(i) for i in indices]).transpose(0, 2, 3, 1)
+        arrays = {"image": seen, "label": shown, "student": _shown(logits, classes)}
         arrays |= {f"weight_{t.name}": _byte(weights[:, k]) for k, t in enumerate(distiller.teachers)}
         arrays |= {f"answer_{name}": _shown(answer, classes) for name, answer in answers.items()}
         arrays["ids"] = np.array([item["id"] for item in items])
