@@ -247,6 +247,12 @@ CHANNELS = (
     "sorted(glob.glob(os.path.join(glob.escape(@dataset_dir), '*_0000.*'))) if p.lower().endswith(tuple(@suffixes))]"
 )
 """The images of a folder whose channels are files ending in ``_0000``, ``_0001`` and so on."""
+ONE_MASK_EACH = (
+    "$(lambda names: np.testing.assert_equal(len(set(names)), len(names), 'Names that differ in their endings alone "
+    "would give one mask: rename the images.'))([os.path.splitext(p.removesuffix('.gz'))[0] for i in @datalist "
+    "for p in (i['image'][:1] if isinstance(i['image'], list) else [i['image']])])"
+)
+"""Refuses images of which MONAI's writer would keep the last one's mask alone."""
 
 
 def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -258,6 +264,8 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     buffers = dict(source.student.named_buffers())
     inference["not_in_checkpoints"] = [name for name in buffers if name not in source.state]
     inference["suffixes"] = list(PICTURE_SUFFIXES if task.dimensions == 2 else VOLUME_SUFFIXES)
+    if not task.is_classification:
+        inference["run"].insert(0, ONE_MASK_EACH)
     if channels := len(task.channels):
         inference["channels"], inference["datalist"] = channels, CHANNELS
     inference["preprocessing"]["transforms"] = source.transforms

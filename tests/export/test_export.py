@@ -159,6 +159,13 @@ def test_monais_own_commands_take_the_exported_bundle_from_any_folder(bundle, ex
     verify_metadata(meta_file=files["meta_file"], filepath=str(schema))
     verify_net_in_out(net_id="network_def", device="cpu", **files)
     assert create_workflow(workflow_type="inference", bundle_root=str(dist), **files).check_properties() == []
+    if bundle == "kvasir_seg":
+        for suffix in ("png", "jpg"):
+            Image.new("RGB", (80, 64)).save(tmp_path / f"frame.{suffix}")
+        places = {"bundle_root": str(dist), "dataset_dir": str(tmp_path), "output_dir": str(tmp_path / "masks")}
+        with pytest.raises(RuntimeError, match="would give one mask"):
+            create_workflow(workflow_type="inference", **places, **files).run()
+        assert not (tmp_path / "masks").exists()
     given = {"net_id": "network_def", "ckpt_file": str(dist / "models" / "model.pt"), **files}
     ckpt_export(filepath="model.ts", **given)
     torch.testing.assert_close(torch.jit.load("model.ts")(image), expected)
