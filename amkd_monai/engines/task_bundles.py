@@ -186,7 +186,6 @@ def _parser(
     parser["bundle_root"], parser["network"] = str(folder), "$task_view"
     expand(parser)
     for section in (parser.config.get("validate", {}), parser.config):  # training configs, or one for inference
-        for handler in [*(section.get("handlers") or ())]:
-            if _OF_THE_WHOLE_RUN & set(handler.values() if isinstance(handler, dict) else [handler]):
-                section["handlers"].remove(handler)
+        if "handlers" in section:
+            section["handlers"] = [h for h in section["handlers"] if not _OF_THE_WHOLE_RUN & set(h.values())]
     return parser

@@ -2,6 +2,7 @@
 """Ignite handlers: what happens besides the training and evaluation loops."""
 
 from amkd_monai.engines.handlers.checkpoints import (
+    Attach,
     AveragedStudent,
     EarlyStopping,
     KeptStudent,
@@ -12,6 +13,7 @@ from amkd_monai.engines.handlers.pictures import CasePreviews, TeacherPictures
 from amkd_monai.engines.handlers.reports import (
     CaseReport,
     ClassPredictions,
+    ClassReport,
     ClassScore,
     EmptyReferences,
     FitTemperature,

@@ -204,3 +204,17 @@ class EarlyStopping(Handler):
         if self.keep == "best" and best > 0 and engine.state.epoch - best >= self.patience:
             logger.info("no better validation since epoch %d: stopped after epoch %d", best, engine.state.epoch)
             engine.terminate()
+
+
+class Attach:
+    """Attach a handler that is defined elsewhere in a config.
+
+    A list of handlers stays a list of blocks: MONAI, and MONAI Label, look at the ``_target_`` of each.
+    """
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
+
+    def attach(self, engine: Engine) -> None:
+        """Attach it."""
+        self.handler.attach(engine)
