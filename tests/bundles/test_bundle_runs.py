@@ -33,7 +33,7 @@ def test_a_run_on_phantoms_trains_evaluates_and_predicts(bundle, tmp_path, cache
     teachers = record["distillation"]["teachers"]
     assert [t["name"] for t in teachers] == ["imagenet_lite1", "imagenet_lite2"]
     assert all(len(t["fingerprint"]) == 64 and t["licence"] == "Apache-2.0" for t in teachers)
-    assert record["distillation"]["undistilled_student_dice"] > 0
+    assert "undistilled_student_dice" not in record["distillation"], "encoders that give features only beat nobody"
     history = list(csv.DictReader((tmp_path / "eval" / "history.csv").open()))
     assert [row["epoch"] for row in history] == ["1", "2"]
     assert float(history[-1]["loss_task"]) < float(history[0]["loss_task"])
