@@ -53,7 +53,7 @@ def kd_temperature(progress: float, start: float = 2.0, end: float = 2.0, shape:
     raise ValueError(f"There is no KD temperature schedule '{shape}': use 'linear' or 'cosine'.")
 
 
-def distillation_strength(progress: float, warmup: float = 0.05, decay: float = 0.3, end: float = 0.1) -> float:
+def distillation_strength(progress: float, warmup: float = 0.05, decay: float = 0.0, end: float = 0.1) -> float:
     """The factor beta(t) of all distillation losses: linear warm-up, 1, cosine to ``end``."""
     if progress < warmup:
         return progress / warmup

@@ -39,7 +39,7 @@ RECORDED = {
 
 @pytest.mark.parametrize("gate", RECORDED)
 def test_the_losses_of_plain_gates_are_those_recorded(gate):
-    distiller = make_distiller(TWO, gate=gate, loss_gate="scaled", scale_steps=4)
+    distiller = make_distiller(TWO, gate=gate, loss_gate="scaled", scale_steps=4, loss_strength={"decay": 0.3})
     optimiser = torch.optim.AdamW(distiller.parameters(), 1e-2)
     for step, expected in enumerate(RECORDED[gate]):
         out = distiller(make_batch(TWO, 3, seed=step, has_label=[True, False, True]), progress=(step + 1) / 8)
@@ -93,11 +93,13 @@ def test_wrong_temperatures_are_named():
         kd_temperature(0.0, shape="stairs")
 
 
-def test_the_strength_warms_up_stays_and_gives_the_task_the_last_word():
-    values = [distillation_strength(p) for p in STEPS]
-    assert values[0] == 0 and distillation_strength(0.025) == pytest.approx(0.5)
+def test_the_strength_warms_up_and_stays_or_fades():
+    assert distillation_strength(0.025) == pytest.approx(0.5)
+    assert all(distillation_strength(p) == 1 for p in STEPS if p >= 0.05)
+    values = [distillation_strength(p, decay=0.3) for p in STEPS]
+    assert values[0] == 0
     assert all(v == 1 for p, v in zip(STEPS, values, strict=True) if 0.05 <= p <= 0.7)
-    assert distillation_strength(0.85) == pytest.approx(0.55)
+    assert distillation_strength(0.85, decay=0.3) == pytest.approx(0.55)
     assert values[-1] == pytest.approx(0.1)
     falling = values[140:]
     assert falling == sorted(falling, reverse=True)

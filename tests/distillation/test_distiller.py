@@ -209,7 +209,8 @@ def test_scales_are_measured_in_training_only():
 
 
 def test_strength_and_progress_scale_the_distillation_losses_alone():
-    distiller, batch = make_distiller(TWO, gate="reliability", loss_gate="scaled").eval(), make_batch(TWO)
+    options = {"gate": "reliability", "loss_gate": "scaled", "loss_strength": {"decay": 0.3}}
+    distiller, batch = make_distiller(TWO, **options).eval(), make_batch(TWO)
     assert distiller(batch, 0.0).loss_weights == {"task": 1.0, "output": 0.0, "feature": 0.0}
     assert distiller(batch, 0.5).loss_weights == pytest.approx({"task": 1.0, "output": 1 / 1.2, "feature": 0.2 / 1.2})
     assert distiller(batch, 1.0).loss_weights["output"] == pytest.approx(0.1 / 1.2)
