@@ -49,10 +49,10 @@ class Layout:
         if self.is_in(root):
             return
         fix = f"expected {self.expected}"
-        if self.is_in(root.parent):
-            fix += f"; you are one level too low, use {root.parent}"
-        elif root.is_dir() and (below := [child for child in sorted(root.iterdir()) if self.is_in(child)]):
+        if root.is_dir() and (below := [child for child in sorted(root.iterdir()) if self.is_in(child)]):
             fix += f"; you are one level too high, use {below[0]}"
+        elif self.is_in(root.parent):
+            fix += f"; you are one level too low, use {root.parent}"
         if any(root.rglob("*.dcm")):
             fix += "; DICOM series are predicted, for training convert them to NIfTI, for example by dcm2niix"
         raise FileNotFoundError(f"No {self.title} data in {root}: {fix}.")
