@@ -70,7 +70,8 @@ def _row(
     seconds, megabytes = time.perf_counter() - start, sum(v.numel() for v in values) * 2 / 1e6
     own = outputs.logits is not None and outputs.logits.ndim == 4 and description.get("own_answers", True)
     features = outputs.grid is not None
-    teaches = [*(["features"] if features else []), *(["its own answers"] if own else ["a probe's answers"] * features)]
+    probed = features and description.get("cross_fit", True)
+    teaches = [*(["features"] if features else []), *(["its own answers"] if own else ["a probe's answers"] * probed)]
     prompt = description.get("prompts") or description.get("token_ids") or description.get("prompt") or "none"
     known = official_entry(description)
     learned = seen(known, task) if known else "no" if file == "packaged" else "not known"
