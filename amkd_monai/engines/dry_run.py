@@ -36,8 +36,7 @@ def format_task(parser: ConfigParser) -> str:
     """Return the table of the teachers of one task, whose bundle's config was read."""
     names = ("teachers", "weights_dir", "fallback_teachers", "device")
     (teachers, weights_dir, fallback, device), task = map(parser.get_parsed_content, names), get_task(parser["task"])
-    unlabelled = any(parser.get(name) for name in ("labelled", "unlabelled"))
-    described, lines = choose(teachers, task, weights_dir, fallback, unlabelled)
+    described, lines = choose(teachers, task, weights_dir, fallback)
     height, width = parser.get("volume_size", [0, *[parser.get("image_size")] * 2])[1:]
     size = int(height), int(width)
     plans = check(described, task.classes, task.is_classification, weights_dir, size, device)

@@ -48,7 +48,6 @@ def chosen_teachers(
     task: str,
     weights_dir: str | None = None,
     fallback: Sequence[Mapping[str, Any]] = (),
-    unlabelled: bool = False,
     device: torch.device | str = "cpu",
     cache_dir: str | None = None,
 ) -> list[Mapping[str, Any]]:
@@ -58,7 +57,7 @@ def chosen_teachers(
     the ``cache_dir`` that keeps what is known of them.
     """
     of_task = get_task(task)
-    described, lines = choose(teachers, of_task, weights_dir, fallback, unlabelled)
+    described, lines = choose(teachers, of_task, weights_dir, fallback)
     if shown := [of_task.channels[index] for index in of_task.shown_channels]:
         lines = [*lines, f"Of the channels {', '.join(of_task.channels)} teachers see {', '.join(shown)}."]
     for line in lines:
@@ -225,11 +224,11 @@ def prepare_teachers(
         decision = {f"{part}_admitted": is_taught for part, is_taught in parts.items()} | {"admission_reason": why}
         teacher = replace(teacher, admitted=admitted, record={**teacher.record, **decision})
         facts.append(teacher.record)
-        if distilled:
+        if named:
             taught.append(teacher)
     record |= {"teachers": facts, "preparation_peak_rss_mb": round(own_peak())}
     if scored and not taught:
-        logger.warning("No teacher is admitted, and features are of admitted ones only: this run distils nothing.")
+        logger.warning("No teacher is admitted or has features to distil: this run distils nothing, labels train it.")
     return TeacherTargets(taught, prior_entropy(train), record, train.groups, train.classes)
 
 

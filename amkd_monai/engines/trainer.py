@@ -316,7 +316,7 @@ class DistillationTrainer(SupervisedTrainer):
         """Whether labels are learnt in this epoch; leaves unlabelled samples out behind the first stage."""
         done = (self.state.epoch - 1) / self.state.max_epochs
         stages = len(sampler.unlabelled) > 0 and distiller.learns_answers
-        sampler.labelled_only = stages and 0 < sampler.first_stage <= done
+        sampler.labelled_only = not distiller.teachers or (stages and 0 < sampler.first_stage <= done)
         return not (stages and done < sampler.first_stage)
 
     def _seed_epoch(self, rank: int) -> None:

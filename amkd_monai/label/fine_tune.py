@@ -130,7 +130,6 @@ class FineTune(TrainTask):
             "keep": "best",
             "teachers": config["teachers"] if options["teachers"] == "bundle" else [],
             "admission": {"mode": "none"},
-            "chosen_teachers#unlabelled": False,  # a crew gives answers alone, which are not distilled here
             "encoder_weights": "random",
             **({} if data.task.is_classification else {"mask_codes": "auto"}),  # saved labels hold class indices
             "recipe#min_steps": STEPS,

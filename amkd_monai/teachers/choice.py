@@ -33,19 +33,16 @@ def choose(
     task: Task,
     weights_dir: str | None = None,
     fallback: Sequence[Description] = (),
-    unlabelled: bool = False,
 ) -> tuple[list[Description], list[str]]:
     """Return the descriptions of a run's teachers, and lines that announce those that were chosen here.
 
     Args:
-        teachers: ``auto`` (the foundation teachers whose files are found, else ``fallback`` or, for images without
-            labels, a small crew, which has learnt the task), ``foundation`` (all four), ``none``, or names joined by
-            ``+``, of foundation teachers, of :data:`CREWS` or of ``fallback``; or a list of such words and of
-            descriptions.
+        teachers: ``auto`` (the foundation teachers whose files are found, else ``fallback``), ``foundation`` (all
+            four), ``none``, or names joined by ``+``, of foundation teachers, of :data:`CREWS` or of ``fallback``; or
+            a list of such words and of descriptions.
         task: what is to be taught.
         weights_dir: folder searched first for weight files.
         fallback: descriptions of the teachers where no foundation teacher is found.
-        unlabelled: whether images without labels take part.
 
     Raises:
         ValueError: a word or a description that is not understood, or a package is missing.
@@ -79,7 +76,7 @@ def choose(
                 known = f"licence {teacher.licence}; these images seen in training: {seen(teacher, task)}"
                 lines.append(f"{teacher.name} teaches: {file}, {known}.")
         if word == "auto" and not described:
-            described += [CREWS["crew_small"]] if unlabelled else fallback
+            described += fallback
             names = " and ".join(str(other["name"]) for other in described) or "labels alone"
             places = ", ".join(map(str, weights_folders(weights_dir)))
             how = "`python -m amkd_monai teachers` says how to get MedSAM, USFM, RETFound and BiomedParse"

@@ -278,3 +278,10 @@ def test_a_complete_cache_is_prepared_without_asking_a_teacher(data, monkeypatch
         "dtype": "float16",
         "bytes_per_image": pytest.approx(2 * (112 * 16 + 1280), abs=40),
     }
+
+
+def test_a_teacher_of_answers_alone_that_is_not_admitted_leaves_the_undistilled_student(data, caplog):
+    crew = {"name": "crew", "kind": "crew", "size": "small", "images": 8, "image_size": 1, "flips": False}
+    targets = prepare(data, [crew], admission_options={"mode": "none"})
+    assert len(targets) == 0 and "distils nothing" in caplog.text
+    assert [t["outputs_admitted"] for t in targets.record["teachers"]] == [False]

@@ -44,13 +44,6 @@ def test_auto_takes_what_is_found_and_else_the_fallback(files):
         assert ("fundus images alone" in line) == (kind == "retfound")
 
 
-def test_images_without_labels_get_a_crew_where_no_file_is_found(files):
-    described, (line,) = choose("auto", TASKS["busi"], fallback=LITE, unlabelled=True)
-    assert [(d["kind"], d["size"]) for d in described] == [("crew", "small")] and "crew" in line
-    (files / OFFICIAL["usfm"]).touch()
-    assert names("auto", unlabelled=True) == ["usfm"]
-
-
 def test_words_name_some_all_or_none(files):
     for file in OFFICIAL.values():
         (files / file).touch()
