@@ -10,7 +10,7 @@ import torch
 from ignite.engine import Engine
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
-from amkd_monai.engines.handlers import ClassPredictions, ClassReport, ClassScore, FitTemperature, KeptStudent
+from amkd_monai.engines.handlers import CaseReport, ClassPredictions, ClassScore, FitTemperature, KeptStudent
 from amkd_monai.metrics.summary import read_case_csv
 from amkd_monai.networks import ClassStudent
 
@@ -84,7 +84,7 @@ def test_a_validation_that_says_nothing_is_refused(tmp_path):
 def test_a_report_holds_the_probabilities_of_every_case(tmp_path):
     z, label = answers(5)
     engine = evaluator(z, label)
-    ClassReport("aptos2019", tmp_path, facts={"student": "x"}).attach(engine)
+    CaseReport("aptos2019", tmp_path, facts={"student": "x"}).attach(engine)
     run(engine)
     rows = read_case_csv(tmp_path / "per_case.csv")
     assert [r["id"] for r in rows] == [f"c{i:02d}" for i in range(N)]
@@ -99,7 +99,7 @@ def test_a_report_holds_the_probabilities_of_every_case(tmp_path):
 def test_an_answer_that_is_no_probability_names_its_case(tmp_path):
     z, label = answers(5)
     engine = Engine(lambda e, rows: [{"id": "c7", "pred": z[0], "label": label[0]}])
-    ClassReport("aptos2019", tmp_path).attach(engine)
+    CaseReport("aptos2019", tmp_path).attach(engine)
     with pytest.raises(ValueError, match="Case c7: 'pred' must be 5 probabilities"):
         engine.run([[{"id": "c7"}]])
 

@@ -13,7 +13,6 @@ from amkd_monai.engines.handlers.pictures import CasePreviews, TeacherPictures
 from amkd_monai.engines.handlers.reports import (
     CaseReport,
     ClassPredictions,
-    ClassReport,
     ClassScore,
     EmptyReferences,
     FitTemperature,

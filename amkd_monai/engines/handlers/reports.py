@@ -107,10 +107,6 @@ class CaseReport(Handler):
             logger.info("%s", write_figures(self.output_dir, rows, figures, self.facts))
 
 
-ClassReport = CaseReport
-"""Name of the report in the configs of classification bundles."""
-
-
 def identify(item: Mapping[str, Any]) -> tuple[str, str]:
     """Id and image file of a case; the id may be the name of the file, the file may be unknown."""
     filename = getattr(item.get(CommonKeys.IMAGE), "meta", {}).get(ImageMetaKey.FILENAME_OR_OBJ)
