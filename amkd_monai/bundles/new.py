@@ -68,7 +68,7 @@ def new_bundle(
     """
     root, folder = Path(data).expanduser().resolve(), Path(to).expanduser() / name
     if folder.exists():
-        raise FileExistsError(f"There is a bundle {folder} already: give another name, or remove it.")
+        raise FileExistsError(f"The bundle {folder} already exists: give another name, or remove it.")
     description, items = _described(name, root, classes, groups, kind)
     of_labels = description.pop("facts")
     flat, several = description["dimensions"] == 2, "channels" in description
@@ -148,7 +148,7 @@ def _described(
     names = list(classes) or sorted({str(label) for label in labels}, key=natural)
     known = Described(classes=names)
     if lost := {str(label) for label in labels if known.class_of(label) is None}:
-        raise ValueError(f"The labels {some(lost)} are none of --classes {','.join(names)}: name all of them.")
+        raise ValueError(f"The labels {some(lost)} are not among --classes {','.join(names)}: name all of them.")
     counts = Counter(names[known.class_of(label) or 0] for label in labels)
     facts = [f"images of each class: {', '.join(f'{n} {counts[n]}' for n in names)}"]
     single = {"singled_out": names[1:]} if len(names) == 2 else {}

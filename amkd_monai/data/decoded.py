@@ -247,7 +247,7 @@ class DecodedDataset(DecodedImages):
             len(self.teacher_channels) not in (1, 3) or not set(self.teacher_channels) <= set(range(channels))
         ):
             raise ValueError(
-                f"The images have {channels} channels, teachers are to see {list(self.teacher_channels)}: give one or "
+                f"The images have {channels} channels, teacher_channels are {list(self.teacher_channels)}: give one or "
                 f"three of 0 to {channels - 1} as teacher_channels."
             )
         self.classes = np.where(self.has_label, self.labels.astype(int), -1) if self.classifies else None

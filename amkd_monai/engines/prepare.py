@@ -178,7 +178,7 @@ def prepare_teachers(
         or options["features"] not in ("all", "admitted")
     ):
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
-        raise ValueError(f"The admission options {admission_options} are not understood: use {use}.")
+        raise ValueError(f"The admission options {admission_options} are invalid: use {use}.")
     if note := look_unlike(train):
         logger.warning("%s", note)
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
@@ -228,7 +228,7 @@ def prepare_teachers(
             taught.append(teacher)
     record |= {"teachers": facts, "preparation_peak_rss_mb": round(own_peak())}
     if scored and not taught:
-        logger.warning("No teacher is admitted or has features to distil: this run distils nothing, labels train it.")
+        logger.warning("No teacher is admitted or has features: this run distils nothing and trains on labels.")
     return TeacherTargets(taught, prior_entropy(train), record, train.groups, train.classes)
 
 

@@ -25,7 +25,7 @@ def load_network_file(path: str | Path) -> nn.Module:
             return torch.jit.load(path, map_location="cpu")
     except DAMAGE_ERRORS as error:
         raise CheckpointError(
-            f"{path} is not a whole TorchScript (.ts) or torch.export (.pt2) file: export it again."
+            f"{path} is not a complete TorchScript (.ts) or torch.export (.pt2) file: export it again."
         ) from error
 
 

@@ -125,7 +125,7 @@ def test_a_crew_is_cross_fitted_on_classes(data):
 @pytest.mark.parametrize(
     ("description", "words"),
     [
-        ({"kind": "crossfit_volume_specialist", "network": nn.Identity()}, "answers volumes with masks"),
+        ({"kind": "crossfit_volume_specialist", "network": nn.Identity()}, "predicts masks of volumes"),
         ({"kind": "crew", "members": [ClassStudent(num_classes=2, weights="random")], "image_size": 1}, "classes"),
     ],
 )

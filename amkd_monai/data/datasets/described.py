@@ -203,7 +203,7 @@ class Described(Layout):
             logger.info("Folds of %s: %s.", root, ", ".join(f"{fold} is {name}" for fold, name in held.items()))
             items = [{**i, "section": held.get(i["fold"], "train")} if "fold" in i else i for i in items]
         elif sections == {"train", "validation"} and self.validation_fraction is None:
-            logger.info("No test section in %s: a part of the training section is it.", root)
+            logger.info("No test section in %s: a part of the training section is used for it.", root)
             train = [item for item in items if item["section"] == "train"]
             drawn = splits.random_split(train, (1 - how.fractions[2], 0, how.fractions[2]), how.seed)[2]
             ids = {item["id"] for item in drawn}
@@ -220,9 +220,9 @@ class Described(Layout):
             raise FileNotFoundError(f"File list {absent[0]} is missing: give both {pair}, or none.")
         train, test = (_read_ids(file, known) for file in files)
         if both := train & test:
-            raise ValueError(f"{some(both)} stand(s) in both {files[0]} and {files[1]}: keep each id in one list.")
+            raise ValueError(f"{some(both)} appear in both {files[0]} and {files[1]}: keep each id in one list.")
         if unlisted := known.keys() - train - test:
-            logger.warning("Left out, as they stand in neither file list in %s: %s.", root, some(unlisted))
+            logger.warning("Left out, in neither file list in %s: %s.", root, some(unlisted))
         return [{**known[i], "section": s} for s, ids in (("train", train), ("test", test)) for i in ids]
 
     def pairs_in(self, root: Path) -> list[tuple[dict[str, str], Path, Path]]:
@@ -359,9 +359,7 @@ def _pairs(layout: Described, root: Path) -> Iterator[Item]:
         if folders[0] == folders[1] and ending:
             images = [image for image in images if not of_mask.fullmatch(file_id(image))]
         if others := [image.name for image in images if not re.fullmatch(layout.pattern, file_id(image))]:
-            logger.warning(
-                "Left out, as their names are others than those of images, in %s: %s.", folders[0], some(others)
-            )
+            logger.warning("Left out, no image has their names, in %s: %s.", folders[0], some(others))
         images = [image for image in images if image.name not in others]
         for image in images:
             item, files = {"image": str(image), "id": file_id(image), **section}, masks.get(file_id(image), [])
@@ -520,7 +518,7 @@ def _entries(file: Path, needed: bool = True) -> list[tuple[str, dict[str, Any]]
     if labelled := any("label" in entry for _, entry in found):
         return found
     if needed:
-        raise ValueError(f'{file} has no list "training" of "image" and "label": copy it again or write it anew.')
+        raise ValueError(f'{file} has no list "training" of "image" and "label": copy or write it again.')
     return found if labelled else []
 
 
