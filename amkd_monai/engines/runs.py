@@ -19,6 +19,7 @@ import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc import locate
@@ -27,7 +28,6 @@ from typing import Any, TypeVar
 
 import ignite.distributed as idist
 import torch
-from filelock import FileLock, Timeout
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, MERGE_KEY
 from monai.engines import Evaluator
@@ -42,7 +42,7 @@ from amkd_monai.distillation import contrastive, distiller
 from amkd_monai.files.masks import NAMED_CODES
 from amkd_monai.files.names import label_files, some
 from amkd_monai.metrics.summary import PREVIEWS, TEACHERS
-from amkd_monai.storage import atomic_write_json, file_sha256, fingerprint, read_json
+from amkd_monai.storage import atomic_write_json, exclusive_lock, file_sha256, fingerprint, read_json
 from amkd_monai.teachers.plan import recorded
 from amkd_monai.weights import CheckpointError
 
@@ -76,7 +76,7 @@ _NOT_OF_A_STEP = {"_target_", "allow_missing_keys", "codes", "classes"}
 _NOT_OF_A_NETWORK = ("weights", "seed", "drop_path", "dropout")
 _ADMISSION = ("mode", "features", "margin", "folds", "epochs")
 _REFERENCE = re.compile(r"@([A-Za-z_](?:\w|#|::)*)")
-_locks: dict[Path, FileLock] = {}
+_locks: dict[Path, AbstractContextManager[None]] = {}
 
 _WORKFLOW_KEYS = ("imports", "initialize", "run", "finalize", ConfigParser.meta_key)
 """Keys of a config that MONAI reads."""
@@ -802,7 +802,7 @@ def end(*folders: str | Path | Identity) -> None:
             )
         for place in folder.places.values() if isinstance(folder, Identity) else [Path(folder).resolve()]:
             if lock := _locks.pop(place, None):
-                lock.release()
+                lock.__exit__(None, None, None)
 
 
 def tell_predicted(evaluator: Evaluator, output_dir: str | Path) -> None:
@@ -816,16 +816,12 @@ def hold(*folders: Path) -> list[Path]:
     for folder in dict.fromkeys(f.expanduser().resolve() for f in folders):
         if folder in _locks:
             continue
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)
+        lock = exclusive_lock(folder / LOCK)
         try:
-            lock.acquire(blocking=False)
-        except Timeout:
+            lock.__enter__()
+        except TimeoutError:
             end(*taken)
             raise TimeoutError(f"Another run works in {folder}: wait, or give other folders.") from None
-        except NotImplementedError:
-            logger.warning("The disk of %s knows no locks: a second run in it would not be noticed.", folder)
-            continue
         _locks[folder] = lock
         taken.append(folder)
     return taken
