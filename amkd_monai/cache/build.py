@@ -226,9 +226,7 @@ def cache_teacher(
     store = FeatureStore.create_or_open(directory, *lists, view_parameters=chosen, origin=origin)
     if not store.is_complete:
         if "because" in asked_at:
-            logger.warning(
-                "teacher %s sees %d x %d of its %d pixels: %s", facts.name, *size, *list(asked_at.values())[2:]
-            )
+            logger.warning("teacher %s sees %d x %d of %d pixels: %s", facts.name, *size, *list(asked_at.values())[2:])
         build_missing(store, partial(run.shard, store), part, f"teacher {facts.name}")
         logger.info(
             "teacher %s ran on %d images, %d at once; peak memory of the process so far %.0f MB",

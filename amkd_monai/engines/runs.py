@@ -246,9 +246,7 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}"
-            ) from error
+            raise ValueError(f"device is {device!r}, which is of no use here: {str(error).splitlines()[0]}") from error
     if config.get("seen", SEEN[0]) not in SEEN:
         raise ValueError(f"seen is {config['seen']!r}: use one of {', '.join(SEEN)}.")
     for name in ("amp", "resume"):
@@ -396,10 +394,8 @@ def _identity(
     record = {"version": VERSION, "run": uuid.uuid4().hex, "bundle": root.resolve().name, **facts}
     record["training"] = _settings(parser.config, "training", without=_NOT_OF_A_TRAINING)
     record |= {"output_dir": str(places["output_dir"]), "versions": versions()}
-    cache_dir, start = (
-        parser.get_parsed_content(k) if k in parser.config else None for k in ("cache_dir", "init_from")
-    )
-    return Identity(record, places, data, further=further, cache_dir=cache_dir, init_from=start)
+    known = (k in parser.config and parser.get_parsed_content(k) for k in ("cache_dir", "init_from"))
+    return Identity(record, places, data, False, further, *(value or None for value in known))
 
 
 def _references(value: Any) -> set[str]:
