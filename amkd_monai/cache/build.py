@@ -123,11 +123,7 @@ def ask(
             output = teacher(*inputs)
         found = {name: getattr(output, name) for name in ("grid", "pooled", "logits")}
         outputs.append({name: value.float().cpu().numpy() for name, value in found.items() if value is not None})
-    return (
-        {name: np.concatenate([one[name] for one in outputs]) for name in outputs[0]}
-        if len(outputs) > 1
-        else outputs[0]
-    )
+    return {name: np.concatenate([one[name] for one in outputs]) for name in outputs[0]}
 
 
 class Batches:

@@ -38,7 +38,7 @@ from amkd_monai.data.datalist import OTHER, Datalist, find_dataset_dir
 from amkd_monai.data.datasets import get_task, recorded_task
 from amkd_monai.data.seen import fingerprints, seen_before
 from amkd_monai.data.splits import Item
-from amkd_monai.distillation import contrastive, distiller
+from amkd_monai.distillation import distiller
 from amkd_monai.files.masks import NAMED_CODES
 from amkd_monai.files.names import label_files, some
 from amkd_monai.metrics.summary import PREVIEWS, TEACHERS
@@ -74,6 +74,7 @@ _NOT_OF_A_TRAINING |= {"teachers", "fallback_teachers"}  # its record holds thos
 _NOT_OF_A_STEP = {"_target_", "allow_missing_keys", "codes", "classes"}
 """Options of transforms that an image does not depend on."""
 _NOT_OF_A_NETWORK = ("weights", "seed", "drop_path", "dropout")
+_NOT_AN_OPTION = ("progress", "channels", "samples")
 _ADMISSION = ("mode", "features", "margin", "folds", "epochs")
 _REFERENCE = re.compile(r"@([A-Za-z_](?:\w|#|::)*)")
 _locks: dict[Path, AbstractContextManager[None]] = {}
@@ -263,12 +264,11 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
 
 def _names_in(section: str) -> list[str]:
     """Options of a section of plain data that would be read only after the teachers have run; none where it is free."""
-    plain = {"losses": distiller.LOSSES, "contrastive": contrastive.OPTIONS, "admission": _ADMISSION}
-    schedules: dict[str, Callable[..., float]]
-    schedules = {"kd_temperature": distiller.kd_temperature, "loss_strength": distiller.distillation_strength}
-    if section in schedules:
-        return [name for name in inspect.signature(schedules[section]).parameters if name != "progress"]
-    return list(plain.get(section, ()))
+    functions: dict[str, Callable[..., Any]] = {"contrastive": distiller.ContrastiveDistillation}
+    functions |= {"kd_temperature": distiller.kd_temperature, "loss_strength": distiller.distillation_strength}
+    if section in functions:
+        return [n for n in inspect.signature(functions[section]).parameters if n not in _NOT_AN_OPTION]
+    return list({"losses": distiller.LOSSES, "admission": _ADMISSION}.get(section, ()))
 
 
 def _arguments(target: str) -> list[str] | None:

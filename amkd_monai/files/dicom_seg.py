@@ -64,11 +64,19 @@ def write_segmentation(
     how = highdicom.AlgorithmIdentificationSequence("amkd_monai", codes.DCM.ArtificialIntelligence, __version__)
     segments = []
     for label in range(1, len(classes)):
-        name = classes[label][:64]
-        codes_of = CODES.get(classes[label].lower(), (MORPHOLOGY, (f"CLASS{label}", "99AMKD", name)))
-        concepts = (highdicom.sr.CodedConcept(*code) for code in codes_of)
-        automatic = highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC
-        segments.append(highdicom.seg.SegmentDescription(label, name, *concepts, automatic, how))
+        category, kind = CODES.get(
+            classes[label].lower(), (MORPHOLOGY, (f"CLASS{label}", "99AMKD", classes[label][:64]))
+        )
+        segments.append(
+            highdicom.seg.SegmentDescription(
+                label,
+                classes[label][:64],
+                highdicom.sr.CodedConcept(*category),
+                highdicom.sr.CodedConcept(*kind),
+                highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+                how,
+            )
+        )
     result = highdicom.seg.Segmentation(
         source_images=slices,
         pixel_array=planes,
@@ -90,16 +98,22 @@ def write_segmentation(
 
 def _plane(mask: np.ndarray, grid: Grid, item: Any) -> np.ndarray:
     """The part of a mask (X, Y, Z) that lies in a slice, (rows, columns)."""
-    position, direction = (np.array(v, float) for v in (item.ImagePositionPatient, item.ImageOrientationPatient))
+    read = {name: np.array(getattr(item, name), float) for name in ("ImagePositionPatient", "ImageOrientationPatient")}
     down, across = (float(v) for v in item.PixelSpacing)
     affine = np.eye(4)  # from (row, column, 0) to mm, left, posterior, superior
-    affine[:3, 0], affine[:3, 1] = direction[3:] * down, direction[:3] * across
-    affine[:3, 3] = position
+    affine[:3, 0], affine[:3, 1] = (
+        read["ImageOrientationPatient"][3:] * down,
+        read["ImageOrientationPatient"][:3] * across,
+    )
+    affine[:3, 3] = read["ImagePositionPatient"]
     affine[:2] *= -1
     rows, columns = np.indices((int(item.Rows), int(item.Columns)))
-    places = np.stack([rows, columns, np.zeros_like(rows), np.ones_like(rows)], -1)
-    places = places @ (np.linalg.inv(grid.affine) @ affine).T
+    places = (
+        np.stack([rows, columns, np.zeros_like(rows), np.ones_like(rows)], -1) @ (np.linalg.inv(grid.affine) @ affine).T
+    )
     voxels = places[..., :3].round().astype(int)
     if np.abs(places[..., :3] - voxels).max() > 0.1 or (voxels < 0).any() or (voxels >= mask.shape).any():
-        raise ValueError(f"The slice {item.SOPInstanceUID} is not on the grid of its series: leave out --dicom-seg.")
+        raise ValueError(
+            f"The slice {item.SOPInstanceUID} does not lie on the grid of its series: leave out --dicom-seg."
+        )
     return mask[tuple(np.moveaxis(voxels, -1, 0))]
