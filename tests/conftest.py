@@ -39,6 +39,7 @@ def pytest_collection_modifyitems(items):
     )
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Give a file to one worker, so that its fixtures are made once; pytest-xdist 3.8 loses groups under pytest 9."""
     from xdist.scheduler import LoadScopeScheduling
