@@ -93,7 +93,7 @@ def new_bundle(
         else f"EACH IMAGE IS A GROUP OF ITS OWN ({len(grouped)}): if several are of one patient, give --groups",
         f"{len(problems)} of them cannot be used: python -m amkd_monai data check {folder}" if problems else "",
     ]
-    own = _part(name, task, part, "fold" in {key for item in found for key in item})
+    own = _part(name, task, part)
     texts = bundle_files(name, own) | {"configs/task.json": json.dumps(description, indent=2) + "\n"}
     values = {"bundle": name, "place": (Path(to) / name).as_posix(), **own["values"]}
     for place in ("docs/README.md", "docs/data_license.txt", "LICENSE"):
@@ -256,8 +256,8 @@ def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) 
     return facts, found
 
 
-def _part(name: str, task: Task, found: dict[str, Any], folds: bool) -> dict[str, Any]:
-    """The bundle's own part, merged onto those of its kind of data; ``folds`` says that the data name them."""
+def _part(name: str, task: Task, found: dict[str, Any]) -> dict[str, Any]:
+    """The bundle's own part, merged onto those of its kind of data."""
     classes, masked, flat = task.classes, task.kind == "segmentation", task.dimensions == 2
     size = [found["image_size"]] * 2 if flat else found["volume_size"][1:]
     listed = ", ".join(f"{number} is {label}" for number, label in enumerate(classes))
@@ -266,7 +266,7 @@ def _part(name: str, task: Task, found: dict[str, Any], folds: bool) -> dict[str
         **found,
         **{"about": about, "does": f"{'outlines' if masked else 'tells apart'} {about}", "listed": listed},
         **{"kind": task.kind, "modality": task.modality, "metric": task.primary_metric, "foreground": classes[1]},
-        **{"classes": len(classes), "fold": 0 if folds else ABSENT, "fold_used": "@fold" if folds else ABSENT},
+        "classes": len(classes),
         **{"shown": f"{'pictures' if flat else 'slices'} of {size[0]} x {size[1]}", "answered": size if masked else []},
         **{
             "height": size[0],

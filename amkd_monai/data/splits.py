@@ -33,13 +33,14 @@ class SplitOptions:
 
     Attributes:
         fractions: shares of train, validation and test, where items are split at random.
-        folds: number of folds, where a data set is cross-validated.
+        folds: number of folds, in place of official sections and random ones; None: those of the data set, or 5 where
+            it is cross-validated.
         fold: the fold that is the test section.
         seed: of everything that is drawn.
     """
 
     fractions: Sequence[float] = (0.7, 0.15, 0.15)
-    folds: int = 5
+    folds: int | None = None
     fold: int = 0
     seed: int = 0
 

@@ -196,6 +196,8 @@ class Described(Layout):
             items = self._listed(root, items)
         sections, folds = {i.get("section") for i in items}, {i["fold"] for i in items if "fold" in i}
         if folds:
+            if how.folds is not None:
+                raise ValueError(f"The data in {root} name their own folds: leave `folds` out, or the column of folds.")
             if how.fold not in folds:
                 raise ValueError(f"There is no fold {how.fold} in {root}: choose one of {sorted(folds)}.")
             after = sorted(folds)[(sorted(folds).index(how.fold) + 1) % len(folds)]
@@ -210,6 +212,7 @@ class Described(Layout):
             items = [{**item, "section": "test"} if item["id"] in ids else item for item in items]
         if loose := [item["id"] for item in items if "section" not in item and sections - {None}]:
             raise ValueError(f"{some(loose)} in {root} belong to no section, others do: give all of them one.")
+        how = replace(how, fold=0) if folds else how
         return super().split(root, [splits.without(item, "fold") for item in items], how)
 
     def _listed(self, root: Path, items: list[Item]) -> list[Item]:
