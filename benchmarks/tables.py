@@ -110,31 +110,6 @@ def _groups(name: str, cases: Iterable[str], output: Path) -> list[str]:
     return [groups[case] for case in cases]
 
 
-def plot_masks(rows: dict[str, Row], output: Path, file: Path) -> None:
-    """Draw Dice, and its gain, of each setting with 95 % intervals."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    lines = {name: _mask_line(name, rows, output) for name in rows}
-    figure = Figure(figsize=(9, 1 + 0.28 * len(lines)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for place, line in enumerate(lines.values()):
-        for axes, estimate in ((left, line.score), (right, line.gain)):
-            if estimate is not None:
-                value, low, high = estimate
-                colour = "#0072B2" if axes is left or low > 0 else "#D55E00" if high < 0 else "#777777"
-                axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=2)
-    left.set_yticks(range(len(lines)), list(lines))
-    left.invert_yaxis()
-    left.set_xlabel("Dice, 95 % interval over seeds and cases")
-    right.set_xlabel("gain over undistilled, paired by case")
-    right.axvline(0, color="black", linewidth=0.8)
-    for axes in (left, right):
-        axes.grid(alpha=0.3, axis="x")
-    with rc_context({"svg.hashsalt": "amkd_monai", "svg.fonttype": "none"}):  # the same file from the same runs; small
-        figure.savefig(file, metadata={"Date": None})
-
-
 def _mask_line(name: str, rows: dict[str, Row], output: Path) -> Line:
     cases = _cases(name, rows[name], output)
     scores = {
