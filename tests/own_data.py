@@ -72,6 +72,6 @@ def dicom_series(folder: Path, volume: Path) -> Path:
             plane.SetMetaData(key, value)
         plane.SetSpacing((*image.GetSpacing()[:2], image.GetSpacing()[2]))
         writer.SetImageIO("GDCMImageIO")
-        writer.SetFileName(str(folder / f"{(7 * z) % 101:03d}.dcm"))
+        writer.SetFileName(str(folder / f"{(7 * z) % 1009:04d}.dcm"))
         writer.Execute(plane)
     return folder
