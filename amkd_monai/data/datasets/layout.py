@@ -67,7 +67,8 @@ class Layout:
         for folder in (root / name for name in (*self.predict_in, ".")):
             folder = folder / folder.name if (folder / folder.name).is_dir() else folder
             files = names.images_to_predict(folder, self.suffixes) if folder.is_dir() else {}
-            files |= {names.file_id(f): f for f in cases.series_folders(folder)} if files or self.volumes else {}
+            if self.volumes and folder.is_dir():
+                files |= {names.file_id(series): series for series in cases.series_folders(folder)}
             if files:
                 return [{"image": str(files[name]), "id": name} for name in sorted(files, key=natural)]
         what, places = "volumes" if self.volumes else "images", " or ".join(["it", *self.predict_in])
