@@ -141,7 +141,7 @@ def datalist(
     cache_dir: str | Path = "data",
     seed: int = 0,
     fractions: Sequence[float] = (0.7, 0.15, 0.15),
-    folds: int = 5,
+    folds: int | None = None,
     fold: int = 0,
     labelled: int | None = None,
     split_hash: str | None = None,
@@ -157,7 +157,7 @@ def datalist(
         cache_dir: where phantoms are made if there are no data.
         seed: seed of the split.
         fractions: shares of train, validation and test, where the data set is split at random.
-        folds: number of folds, where it is cross-validated.
+        folds: number of folds, in place of official sections and random ones; None: as the data set has it.
         fold: the fold that is the test section.
         labelled: keep only so many training items labelled; the others become unlabelled.
         split_hash: refuse any other split than the one of this hash.
