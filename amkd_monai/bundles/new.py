@@ -1,4 +1,4 @@
-"""A bundle for data of one's own: looks at a folder, says what it found, and writes the configs from the parts."""
+"""Writes a bundle for your own data: inspects a folder, reports its findings, builds the configs from the parts."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Items read through a transform chain: decoded once to uint8 memory maps, or one by one, bad ones reported."""
+"""Items read through a transform chain: decoded to uint8 memory maps, or one by one; bad ones are reported."""
 
 import enum
 import functools

@@ -1,4 +1,4 @@
-"""Further images without labels, for which only the teachers' outputs are learned: `--unlabelled FOLDER`."""
+"""`--unlabelled FOLDER`: images without labels, used for distillation only."""
 
 import os
 import re

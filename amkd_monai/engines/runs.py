@@ -1,4 +1,4 @@
-"""One run, one identity: what a student was made from lies next to it, and everything that uses the student reads it.
+"""The identity of a run: a record next to the student tells how it was trained, and all its users read it.
 
 A training writes ``student.json`` beside ``model.pt`` before its first step. Evaluation, inference and export take the
 settings that the student depends on from there; a setting that was given and differs is refused.

@@ -1,4 +1,4 @@
-"""The data sets: what each asks for, how its files lie, where it comes from. This table is the only registration."""
+"""The data sets: classes, layout, source. This table is the only registration."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""How the files of a data set lie in its folder: what all layouts share."""
+"""File layouts of data sets: what all share."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
