@@ -7,7 +7,11 @@ VENV      := .venv
 VPYTHON   := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 TORCH     := torch==2.14.1 torchvision==0.29.1
-DEMO      := bundles/msd_heart
+DEMO      := kvasir_seg
+OUT       := build/demo
+CREW      := [{'name':'crew','kind':'crew','members':[{'encoder':'tf_efficientnet_lite1'}],'image_size':96,'images':768}]
+SETTINGS  := --dataset_dir $(OUT)/Kvasir-SEG --cache_dir $(OUT)/cache --image_size 64 --labelled 6 \
+             --split_fractions [0.5,0.05,0.45] --max_epochs 12 --val_interval 12
 
 LABEL_VENV      := .venv-label
 LABEL_PYTHON    := $(LABEL_VENV)/bin/python
@@ -41,14 +45,29 @@ $(LABEL_INSTALLED): requirements/label.txt requirements/label-alone.txt $(INSTAL
 	touch $@
 
 demo: export OMP_NUM_THREADS = $(THREADS)
-demo: $(INSTALLED) ## train and evaluate the heart bundle on embedded defaults (THREADS=2)
-	$(VPYTHON) -m monai.bundle run training --config_file $(DEMO)/configs/train.json
-	$(VPYTHON) -m monai.bundle run \
-		--config_file "['$(DEMO)/configs/train.json','$(DEMO)/configs/evaluate.json']"
+demo: export OMP_WAIT_POLICY = PASSIVE
+demo: $(INSTALLED) ## few labels, a crew of teachers: undistilled against distilled student on phantoms (THREADS=2)
+	$(VPYTHON) -c 'from amkd_monai.data.datasets import get_task; get_task("$(DEMO)").write_phantom("$(OUT)", count=150)'
+	$(call arm,undistilled,none)
+	$(call arm,distilled,$(CREW))
 	@echo
-	@echo "student:     $(DEMO)/models/model.pt"
-	@echo "test scores: $(DEMO)/eval/metrics.json (summary), $(DEMO)/eval/per_case.csv (each case)"
-	@echo "run record:  $(DEMO)/eval/run.json (data, teachers, decisions), $(DEMO)/eval/history.csv (each epoch)"
+	@$(VPYTHON) -m amkd_monai compare $(OUT)/undistilled $(OUT)/distilled
+	@echo
+	@echo "These are generated images: a demonstration, not a result."
+	@echo "report:   $(OUT)/distilled/report.html"
+	@echo "students: $(OUT)/undistilled/model.pt, $(OUT)/distilled/model.pt"
+	@echo "next:     source $(VENV)/bin/activate"
+	@echo "          python -m amkd_monai new mybundle --data FOLDER_OF_IMAGES_AND_MASKS"
+
+# Train and evaluate a student of the demonstration: $(1) names its folder, $(2) its teachers.
+define arm
+	@echo "== the $(1) student =="
+	$(VPYTHON) -W ignore -m monai.bundle run training --config_file bundles/$(DEMO)/configs/train.json \
+		--teachers "$(2)" $(SETTINGS) --output_dir $(OUT)/$(1) --ckpt_dir $(OUT)/$(1)
+	$(VPYTHON) -W ignore -m monai.bundle run \
+		--config_file "['bundles/$(DEMO)/configs/train.json','bundles/$(DEMO)/configs/evaluate.json']" \
+		--teachers "$(2)" $(SETTINGS) --output_dir $(OUT)/$(1) --ckpt_dir $(OUT)/$(1)
+endef
 
 test: export OMP_NUM_THREADS = 1
 test: export MKL_NUM_THREADS = 1
