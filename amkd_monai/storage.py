@@ -167,7 +167,12 @@ def fingerprint(*parts: Any) -> str:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 (64 hexadecimal digits) of a file, which is not held in memory."""
+    """SHA-256 (64 hexadecimal digits) of a file, which is not held in memory; of a folder, that of its files'.
+
+    Names, hidden files and those in folders below do not count.
+    """
+    if Path(path).is_dir():
+        return fingerprint(*sorted(map(file_sha256, _files_in(Path(path)))))
     with Path(path).open("rb", buffering=0) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -175,6 +180,16 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 def joint_hash(hashes: Sequence[str]) -> str:
     """Return the hash of one file, or one of the hashes of several that belong together, in their order."""
     return hashes[0] if len(hashes) == 1 else fingerprint(*hashes)
+
+
+def size_and_time(path: str | os.PathLike[str]) -> list[int]:
+    """Size in bytes and time of the last change in ns of a file, or of the files of a folder together."""
+    found = [file.stat() for file in (_files_in(Path(path)) if Path(path).is_dir() else [Path(path)])]
+    return [sum(s.st_size for s in found), max((s.st_mtime_ns for s in found), default=0)]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
 
 
 def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = None) -> list[str]:
@@ -187,8 +202,7 @@ def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = 
     entries, hashes = dict(known), []
     for path in progress(paths, desc="hash files", delay=1):
         absolute = Path(path).absolute()
-        status, name = absolute.stat(), str(absolute)  # before the read: a file changed meanwhile is read again later
-        at = [status.st_size, status.st_mtime_ns]
+        at, name = size_and_time(absolute), str(absolute)  # before the read: what changed meanwhile is read again later
         if known.get(name, [])[:2] != at:
             entries[name] = [*at, file_sha256(absolute)]
         hashes.append(str(entries[name][2]))

@@ -15,6 +15,7 @@ from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.data.datasets.described import COLUMNS, READERS, Described, names_of_channels, names_of_values
 from amkd_monai.data.splits import Item
 from amkd_monai.files import masks, volumes
+from amkd_monai.files.cases import case_grid, is_volume, read_case
 from amkd_monai.files.names import (
     PICTURE_SUFFIXES,
     SUFFIXES,
@@ -126,7 +127,7 @@ def _described(
     if not listed:
         raise FileNotFoundError(f"There are no labelled images in {root}: expected {Described.expected}.")
     labels = [item["label"] for item in listed]
-    volume = has_suffix(np.ravel(listed[0]["image"])[0], VOLUME_SUFFIXES)
+    volume = is_volume(files_of(listed[0]["image"])[0])
     if not kind:
         of_files = form in ("pairs", "nnunet") or all(label_files(i) and _is_file(i["label"]) for i in listed)
         kind = "segmentation" if of_files else "classification"
@@ -136,7 +137,9 @@ def _described(
     elif groups:
         layout["groups"] = groups
     items = [i for i in READERS[form](Described(kind=kind, form=form), root) if "problem" not in i]
-    count = Counter(len(files_of(item["image"])) for item in items).most_common(1)[0][0]
+    images = [files_of(item["image"]) for item in items]
+    numbers = (case_grid(files)[1] if is_volume(files[0]) else len(files) for files in images)
+    count = Counter(numbers).most_common(1)[0][0]
     items = [{**item, "image": files_of(item["image"])[0]} for item in items]
     description: dict[str, Any] = {"name": name, "kind": kind, "dimensions": 3 if volume else 2, "layout": layout}
     if count > 1:
@@ -218,8 +221,7 @@ def _pictures(items: Sequence[Item]) -> tuple[list[str], dict[str, Any]]:
 
 def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) -> tuple[list[str], dict[str, Any]]:
     """Facts about volumes; the grid that the student sees and, of a CT, the window of its labels in HU."""
-    images = [item["image"] for item in items if has_suffix(str(item["image"]), VOLUME_SUFFIXES)]
-    grids = [volumes.volume_grid(image).reordered("RAS") for image in images]
+    grids = [case_grid([item["image"]])[0].reordered("RAS") for item in items if is_volume(item["image"])]
     spacings, shapes = (np.array([getattr(grid, key) for grid in grids], float) for key in ("spacing", "shape"))
     spacing, extent = np.median(spacings, axis=0), (shapes * spacings).max(axis=0)
     through = int(spacing.argmax()) if spacing.max() > 1.2 * spacing.min() else 2
@@ -233,7 +235,8 @@ def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) 
     ]
     inside: list[np.ndarray] = []
     for item in _spread(items):
-        array, grid = volumes.read_volume(item["image"])
+        channels, grid = read_case([item["image"]])
+        array = channels[0]
         if array.min() > volumes.HIGHEST_MINIMUM or modality not in ("", "CT"):
             inside.clear()
             break

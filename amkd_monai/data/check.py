@@ -12,7 +12,7 @@ from PIL import Image
 from amkd_monai.data.datalist import find_items, stand_in_note
 from amkd_monai.data.datasets import Named, Task, get_task
 from amkd_monai.data.splits import NEAR, Item, SplitOptions, clusters, near_duplicates
-from amkd_monai.files import names, volumes
+from amkd_monai.files import cases, names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
 from amkd_monai.files.names import files_of, label_files, natural, some
 from amkd_monai.files.pictures import class_colours, contrasting, level_problem, opened, read_channels
@@ -113,7 +113,7 @@ def _read(
         if files:
             mask = read_mask(files, images[0], classes, codes, codings)
     else:
-        image, grid = volumes.read_channel_volumes(images)
+        image, grid = cases.read_case(images)
         if problem := next(filter(None, (level_problem(volumes.grey_levels(channel)) for channel in image[1:])), ""):
             raise ValueError(f"a channel cannot be used: {problem}")
         image = image[0]
@@ -151,7 +151,7 @@ def _describe_others(report: DataReport) -> None:
     for file in progress(others, desc="check other files", delay=1):
         try:
             if names.has_suffix(file, names.VOLUME_SUFFIXES):
-                volumes.read_volume(file)
+                cases.read_case([file])
             else:
                 with opened(file) as image:
                     image.load()

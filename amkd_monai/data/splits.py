@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 
 from amkd_monai.files.names import files_of
 from amkd_monai.files.pictures import opened, to_rgb, upright
-from amkd_monai.storage import atomic_write_json, content_hashes, file_sha256, joint_hash, read_memo
+from amkd_monai.storage import atomic_write_json, content_hashes, file_sha256, joint_hash, read_memo, size_and_time
 from amkd_monai.terminal import logger, progress
 
 Item = dict[str, Any]
@@ -207,7 +207,7 @@ def group_identical_images(items: Iterable[Item]) -> list[Item]:
     Only files of equal size are read, so this costs one `stat` per image on a data set without duplicates.
     """
     ordered = sorted(items, key=lambda item: item["id"])
-    sizes = [sum(Path(file).stat().st_size for file in files_of(item["image"])) for item in ordered]
+    sizes = [sum(size_and_time(file)[0] for file in files_of(item["image"])) for item in ordered]
     shared, first, pairs = Counter(sizes), dict[str, int](), []
     for number, (item, size) in enumerate(zip(ordered, sizes, strict=True)):
         if shared[size] > 1:

@@ -477,7 +477,7 @@ def _contents(items: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     for item in items:
         masks = label_files(item)
         files = [Path(file) for file in (*label_files({"label": item["image"]}), *masks)]
-        hashes = [file_sha256(file) if file.is_file() else "missing" for file in files]
+        hashes = [file_sha256(file) if file.exists() else "missing" for file in files]
         found[str(item["id"])] = fingerprint(hashes, None if masks else str(item.get("label")))[:16]
     return found
 

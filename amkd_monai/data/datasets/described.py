@@ -15,9 +15,9 @@ import numpy as np
 from amkd_monai.data import splits
 from amkd_monai.data.datasets.layout import Layout, checked, report_conflicts
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
+from amkd_monai.files.cases import is_volume, series_folders
 from amkd_monai.files.names import (
     SUFFIXES,
-    VOLUME_SUFFIXES,
     channel_files,
     file_id,
     files_of,
@@ -176,7 +176,7 @@ class Described(Layout):
         """List the images to predict: unlabelled ones of a datalist, those of the usual folders, tables and classes."""
         if file := self.datalist_of(root):
             unlabelled = [_resolved(entry["image"], file.parent) for _, entry in _entries(file) if "label" not in entry]
-            items = [{"image": i, "id": _stem(i)} for i in unlabelled if all(Path(f).is_file() for f in files_of(i))]
+            items = [{"image": i, "id": _stem(i)} for i in unlabelled if all(Path(f).exists() for f in files_of(i))]
             if items:
                 return sorted(map(self._of_channels, _named(items, root)), key=lambda item: natural(item["id"]))
         for place in ("imagesTs", "."):
@@ -188,7 +188,7 @@ class Described(Layout):
             return [item for folder in folders for item in super(Described, self).inference_items(folder)]
         if self.form_of(root) in ("classes", "table") and not self.official:
             return [{"image": i["image"], "id": i["id"]} for i in self.find_items(root) if "problem" not in i]
-        return super().inference_items(root)
+        return [self._of_channels(item) for item in super().inference_items(root)]
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
         """Keep the sections or folds that the data name; without a test section, it is drawn from the training one."""
@@ -306,10 +306,14 @@ class Described(Layout):
         return number
 
     def _of_channels(self, item: Item) -> Item:
-        """Return an item to predict whose image has the files of all channels; another number is a ValueError."""
-        if len(files := files_of(item["image"])) != self.channels:
+        """Return an item to predict, of a volume with what is wrong; a picture of other channels is a ValueError."""
+        files = files_of(item["image"])
+        item = {**item, "image": files[0] if len(files) == 1 else files}
+        if self.volumes:
+            return checked(item, True, self.channels)
+        if len(files) != self.channels:
             raise ValueError(f"{files[0]} is one of {len(files)} channels, not of {self.channels}: complete the case.")
-        return {**item, "image": files[0] if self.channels == 1 else files}
+        return item
 
     def _completed(self, item: Item) -> Item:
         """Return an item with its group, and with the first thing that is wrong with it under "problem"."""
@@ -321,24 +325,24 @@ class Described(Layout):
             item["group"] = found[1]
         images = files_of(item["image"])
         files = [*images, *(label_files(item) if self.masks else ())]
-        known = [file for file in files if has_suffix(file, SUFFIXES)]
-        if wrong := [file for file in known if has_suffix(file, VOLUME_SUFFIXES) != self.volumes]:
-            kinds = ("volume", 2) if has_suffix(wrong[0], VOLUME_SUFFIXES) else ("picture", 3)
+        known = [file for file in files if has_suffix(file, SUFFIXES) or Path(file).is_dir()]
+        if wrong := [file for file in known if is_volume(file) != self.volumes]:
+            kinds = ("volume", 2) if is_volume(wrong[0]) else ("picture", 3)
             what = f"{wrong[0]} is a {kinds[0]}, but {self.title} has {kinds[1]} dimensions"
             return {**item, "problem": f"{what}: take it out, or make a task of its own for such files."}
-        if "problem" not in item and len(images) != self.channels:
+        if "problem" not in item and not self.volumes and len(images) != self.channels:
             problem = f"{images[0]} is one of {len(images)} channel(s), {self.title} has {self.channels}"
             return {**item, "problem": f"{problem}: give each case a file for each of `channels`, or take it out."}
         if "problem" in item:
             return item
-        if gone := [file for file in files if not Path(file).is_file()]:
+        if gone := [file for file in files if not (Path.exists if file in images else Path.is_file)(Path(file))]:
             return {**item, "problem": f"{gone[0]} is not there: correct its path or remove its case."}
         if self.kind == "classification":
             if (label := self.class_of(item["label"])) is None:
                 names = ", ".join(self.classes)
                 return {**item, "problem": f"{images[0]} has the label {item['label']!r}: use one of {names}."}
             item["label"] = label
-        return checked(item, self.volumes)
+        return checked(item, self.volumes, self.channels)
 
 
 def _pairs(layout: Described, root: Path) -> Iterator[Item]:
@@ -348,6 +352,7 @@ def _pairs(layout: Described, root: Path) -> Iterator[Item]:
     """
     for section, *folders in layout.pairs_in(root):
         images, found = (image_files(folder, SUFFIXES) for folder in folders)
+        images += series_folders(folders[0])
         images = [image for image in images if not file_id(image).endswith(tuple(layout.beside) or "/")]
         ids, masks = {file_id(image) for image in images}, defaultdict[str, list[str]](list)
         given = [layout.mask_ending] if layout.mask_ending else ENDINGS
@@ -610,7 +615,8 @@ def _resolved(value: Any, base: Path) -> Any:
 def _found(root: Path, name: str, folders: Sequence[str]) -> Path:
     """The file of a cell, in the folder itself or one of the usual ones, with its suffix or without."""
     places = [root / folder / f"{name}{suffix}" for folder in folders for suffix in ("", *SUFFIXES)]
-    return next((place for place in places if place.is_file()), root / folders[0] / name)
+    there = (place for kind in (Path.is_file, Path.is_dir) for place in places if name and kind(place))
+    return next(there, root / folders[0] / name)
 
 
 def _plain(name: str) -> str:
