@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, a lock that lets one process write at a time, and hashes.
+"""Atomic files and folders, a lock for one writing process, and hashes.
 
 Everything is written next to its final place under a temporary name, flushed to the disk, and then renamed: a process
 killed at any moment leaves the old file or the new one, never half of one. Hashes of files and of settings name what is
@@ -135,12 +135,12 @@ def _one_sentence(target: Path, *paths: Path) -> Iterator[None]:
         if error.errno not in _DISK_FAULTS and not {error.filename, error.filename2} & {str(p) for p in paths}:
             raise
         reason = _REASONS.get(error.errno or 0, error.strerror)
-        raise OSError(error.errno, f"cannot write {target}: {reason}; nothing half-written was left") from error
+        raise OSError(error.errno, f"cannot write {target}: {reason}; no partial file was left") from error
 
 
 def _refuse_existing(path: Path) -> None:
     if os.path.lexists(path):
-        raise FileExistsError(f"{path} is there already: remove it or give another folder.")
+        raise FileExistsError(f"{path} already exists: remove it or give another folder.")
 
 
 def _temporary(target: Path) -> Path:
@@ -216,7 +216,7 @@ def write_memo(memo: Path, entries: Mapping[str, Any]) -> None:
     try:
         atomic_write_json(memo, entries, indent=None)
     except OSError as error:
-        logger.warning("The next run computes again what is not kept: %s", error)
+        logger.warning("The next run computes this again: %s", error)
 
 
 def read_memo(memo: Path, is_entry: Callable[[Any], bool]) -> dict[str, Any]:
@@ -224,11 +224,11 @@ def read_memo(memo: Path, is_entry: Callable[[Any], bool]) -> dict[str, Any]:
     try:
         entries = json.loads(memo.read_bytes())
         if not isinstance(entries, dict) or not all(map(is_entry, entries.values())):
-            raise ValueError("it does not hold what it should")
+            raise ValueError("its content is not what is expected")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        logger.warning("%s is not readable (%s) and is built again", memo, error)
+        logger.warning("%s is damaged (%s) and is built again", memo, error)
         return {}
     return entries
 

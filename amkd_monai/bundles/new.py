@@ -1,4 +1,4 @@
-"""A bundle for data of one's own: looks at a folder, says what it found, and writes the configs from the parts."""
+"""Writes a bundle for your own data: inspects a folder, reports its findings, builds the configs from the parts."""
 
 import json
 import math
@@ -69,7 +69,7 @@ def new_bundle(
     """
     root, folder = Path(data).expanduser().resolve(), Path(to).expanduser() / name
     if folder.exists():
-        raise FileExistsError(f"There is a bundle {folder} already: give another name, or remove it.")
+        raise FileExistsError(f"The bundle {folder} already exists: give another name, or remove it.")
     description, items = _described(name, root, classes, groups, kind)
     of_labels = description.pop("facts")
     flat, several = description["dimensions"] == 2, "channels" in description
@@ -94,7 +94,7 @@ def new_bundle(
         else f"EACH IMAGE IS A GROUP OF ITS OWN ({len(grouped)}): if several are of one patient, give --groups",
         f"{len(problems)} of them cannot be used: python -m amkd_monai data check {folder}" if problems else "",
     ]
-    own = _part(name, task, part, "fold" in {key for item in found for key in item})
+    own = _part(name, task, part)
     texts = bundle_files(name, own) | {"configs/task.json": json.dumps(description, indent=2) + "\n"}
     values = {"bundle": name, "place": (Path(to) / name).as_posix(), **own["values"]}
     for place in ("docs/README.md", "docs/data_license.txt", "LICENSE"):
@@ -151,7 +151,7 @@ def _described(
     names = list(classes) or sorted({str(label) for label in labels}, key=natural)
     known = Described(classes=names)
     if lost := {str(label) for label in labels if known.class_of(label) is None}:
-        raise ValueError(f"The labels {some(lost)} are none of --classes {','.join(names)}: name all of them.")
+        raise ValueError(f"The labels {some(lost)} are not among --classes {','.join(names)}: name all of them.")
     counts = Counter(names[known.class_of(label) or 0] for label in labels)
     facts = [f"images of each class: {', '.join(f'{n} {counts[n]}' for n in names)}"]
     single = {"singled_out": names[1:]} if len(names) == 2 else {}
@@ -259,8 +259,8 @@ def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) 
     return facts, found
 
 
-def _part(name: str, task: Task, found: dict[str, Any], folds: bool) -> dict[str, Any]:
-    """The bundle's own part, merged onto those of its kind of data; ``folds`` says that the data name them."""
+def _part(name: str, task: Task, found: dict[str, Any]) -> dict[str, Any]:
+    """The bundle's own part, merged onto those of its kind of data."""
     classes, masked, flat = task.classes, task.kind == "segmentation", task.dimensions == 2
     size = [found["image_size"]] * 2 if flat else found["volume_size"][1:]
     listed = ", ".join(f"{number} is {label}" for number, label in enumerate(classes))
@@ -269,7 +269,7 @@ def _part(name: str, task: Task, found: dict[str, Any], folds: bool) -> dict[str
         **found,
         **{"about": about, "does": f"{'outlines' if masked else 'tells apart'} {about}", "listed": listed},
         **{"kind": task.kind, "modality": task.modality, "metric": task.primary_metric, "foreground": classes[1]},
-        **{"classes": len(classes), "fold": 0 if folds else ABSENT, "fold_used": "@fold" if folds else ABSENT},
+        "classes": len(classes),
         **{"shown": f"{'pictures' if flat else 'slices'} of {size[0]} x {size[1]}", "answered": size if masked else []},
         **{
             "height": size[0],

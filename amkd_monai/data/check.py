@@ -1,4 +1,4 @@
-"""What a data set holds and what is wrong with it, all at once, and a page of thumbnails: `data check`."""
+"""`data check`: what a data set holds, all its problems at once, and a page of thumbnails."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -145,7 +145,7 @@ def _describe_others(report: DataReport) -> None:
     others = [file for file in visible if file.is_file() and str(file) not in known]
     dead = [names.file_id(file) for file in visible if file.is_symlink() and not file.is_file()]
     total, damaged = len(known) + len(others), len(report.damaged)
-    report.facts.append(f"{total} image files, {len(others)} of no item; {damaged} damaged item(s)")
+    report.facts.append(f"{total} image files, {len(others)} not in the list; {damaged} damaged item(s)")
     if dead:
         report.problems.append(f"{len(dead)} dead link(s): {some(dead)}; remove them or mend their targets.")
     for file in progress(others, desc="check other files", delay=1):
@@ -178,7 +178,7 @@ def _describe_masks(report: DataReport, shares: Mapping[str, float]) -> None:
         report.problems.append("All masks are empty: check that they are the masks of this data set.")
         return
     low, middle, high = np.percentile([share for share, _ in filled], (0, 50, 100))
-    report.facts.append(f"foreground where there is any: {low:.2%} to {high:.2%} of the image, median {middle:.2%}")
+    report.facts.append(f"foreground if not empty: {low:.2%} to {high:.2%} of the image, median {middle:.2%}")
     for what, chosen in (("least", filled[:3]), ("most", filled[:-4:-1])):
         report.facts.append(f"{what} foreground: {', '.join(f'{name} {share:.2%}' for share, name in chosen)}")
 

@@ -1,4 +1,4 @@
-"""Items read through a transform chain: decoded once to uint8 memory maps, or one by one, bad ones reported."""
+"""Items read through a transform chain: decoded to uint8 memory maps, or one by one; bad ones are reported."""
 
 import enum
 import functools
@@ -247,7 +247,7 @@ class DecodedDataset(DecodedImages):
             len(self.teacher_channels) not in (1, 3) or not set(self.teacher_channels) <= set(range(channels))
         ):
             raise ValueError(
-                f"The images have {channels} channels, teachers are to see {list(self.teacher_channels)}: give one or "
+                f"The images have {channels} channels, teacher_channels are {list(self.teacher_channels)}: give one or "
                 f"three of 0 to {channels - 1} as teacher_channels."
             )
         self.classes = np.where(self.has_label, self.labels.astype(int), -1) if self.classifies else None

@@ -1,4 +1,4 @@
-"""The frame of a student's image at finer sampling, read from the file with one interpolation.
+"""Finer images: a student's frame read again from the file at finer sampling, with one interpolation.
 
 A preprocessing chain maps a file onto the student's frame (H, W): a whole picture, or the slices of a volume on a grid
 in mm. A network of a larger input sees the same frame in more samples; intensities are those of the chain.
@@ -205,11 +205,11 @@ class FinerImages:
         dataset, item = self.dataset, self._items[self.dataset.cases[index]]
         content = joint_hash([file_sha256(file) for file in files_of(item["image"])])
         if not content.startswith(dataset.hashes[index].split("-")[0]):
-            raise ValueError(f"{item['image']} was changed since it was decoded: start again.")
+            raise ValueError(f"{item['image']} changed after it was decoded: start again.")
         frame = self._finer.frame(self._own(dict(item)))
         count, size = int(dataset.last[index] - dataset.first[index]) + 1, frame.within_file(self.size)
         decoded = (*([count] if len(frame.shape) == 3 else []), *dataset.images.shape[-2:])
         if frame.shape != decoded:
             found = f"its spatial steps are to give {frame.shape}, but gave {decoded}"
-            raise ValueError(f"The preprocessing of {item['image']} is not understood, {found}: use other ones.")
+            raise ValueError(f"The preprocessing of {item['image']} cannot be repeated finer, {found}: change it.")
         return frame if size == decoded[-2:] else frame.at(size, "image" in self._finer.smoothed)

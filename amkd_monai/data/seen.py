@@ -1,4 +1,4 @@
-"""Which images a student has seen: fingerprints of its training and validation images, and what is alike elsewhere."""
+"""Images a student has seen: fingerprints of its training and validation images, and the search for copies."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -106,12 +106,12 @@ def find_images(path: Path, dimensions: int, channels: int = 1) -> list[Input]:
     suffixes = names.PICTURE_SUFFIXES if dimensions == 2 else names.VOLUME_SUFFIXES
     kind = "pictures (PNG, JPEG, TIFF, BMP)" if dimensions == 2 else "volumes (NIfTI, or a folder of one DICOM series)"
     if not path.exists():
-        raise FileNotFoundError(f"There is nothing at {path}: give an image or a folder.")
+        raise FileNotFoundError(f"{path} does not exist: give an image or a folder.")
     if channels > 1:
         cases = names.channel_files(path, suffixes)
         ends = " and ".join(f"_{channel:04d}" for channel in range(channels))
         if not cases and dimensions == 2:
-            raise ValueError(f"{path} is no folder of images of {channels} files, whose names end in {ends}.")
+            raise ValueError(f"{path} is not a folder of images with {channels} files each, whose names end in {ends}.")
         if wrong := [case for case, files in cases.items() if sorted(files) != list(range(channels))]:
             raise ValueError(f"{path} lacks channels of {names.some(wrong)}: give files ending in {ends}, no others.")
         if cases:
@@ -144,7 +144,7 @@ class Predictor:
         config = folder / "configs" / "predict.json"
         self.config = read_json(config)
         if not self.config:
-            raise ValueError(f"{folder} is no exported bundle, it lacks configs/predict.json: run `export` first.")
+            raise ValueError(f"{folder} is not an exported bundle: it lacks configs/predict.json: run `export` first.")
         if self.config.get("version") != VERSION:
             raise ValueError(f"{config} is of another version of amkd_monai: update it, or export again.")
         name = "ort-int8" if int8 else "onnx"

@@ -1,4 +1,4 @@
-"""DICOM series: which files of a folder are one volume, and whether they are a whole one."""
+"""DICOM series: groups the files of a folder into volumes and checks that these are complete."""
 
 import tempfile
 from collections import defaultdict
@@ -184,7 +184,7 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
     positions = positions[order]
     steps = np.diff(positions @ normal)
     if twice := int((steps < AFFINE_TOLERANCE).sum()):
-        raise refuse(f"of which {twice} lie where another does (time points, echoes)", "keep one at each position")
+        raise refuse(f"of which {twice} share a position (time points, echoes)", "keep one at each position")
     step = float(np.median(steps))
     allowed = max(SPACING_TOLERANCE * step, AFFINE_TOLERANCE)
     if (uneven := np.abs(steps - step) > allowed).any():

@@ -1,4 +1,4 @@
-"""Metrics of classes, which of them a task is scored by, and the row of a case.
+"""Metrics of classes, the primary metric of a task, and the row of a case.
 
 ``label`` (N,) holds class indices, ``probabilities`` (N, C) sum to 1 per case, ``positive`` (N,) is boolean and
 ``score`` (N,) is higher for what is more likely positive. A metric that is undefined on a set of cases is NaN. Written
@@ -134,7 +134,7 @@ def delong(positive: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[Floats, Fl
     s = np.stack([np.asarray(score, float) for score in scores])
     m, n = int(is_positive.sum()), int((~is_positive).sum())
     if min(m, n) < 2:
-        raise ValueError(f"DeLong's test needs two cases of each kind at least, got {m} positive and {n} negative.")
+        raise ValueError(f"DeLong's test needs at least two cases of each kind, got {m} positive and {n} negative.")
     everyone = stats.rankdata(s, axis=1)
     of_positive = (everyone[:, is_positive] - stats.rankdata(s[:, is_positive], axis=1)) / n
     of_negative = 1 - (everyone[:, ~is_positive] - stats.rankdata(s[:, ~is_positive], axis=1)) / m

@@ -196,6 +196,8 @@ class Described(Layout):
             items = self._listed(root, items)
         sections, folds = {i.get("section") for i in items}, {i["fold"] for i in items if "fold" in i}
         if folds:
+            if how.folds is not None:
+                raise ValueError(f"The data in {root} name their own folds: leave `folds` out, or the column of folds.")
             if how.fold not in folds:
                 raise ValueError(f"There is no fold {how.fold} in {root}: choose one of {sorted(folds)}.")
             after = sorted(folds)[(sorted(folds).index(how.fold) + 1) % len(folds)]
@@ -203,13 +205,14 @@ class Described(Layout):
             logger.info("Folds of %s: %s.", root, ", ".join(f"{fold} is {name}" for fold, name in held.items()))
             items = [{**i, "section": held.get(i["fold"], "train")} if "fold" in i else i for i in items]
         elif sections == {"train", "validation"} and self.validation_fraction is None:
-            logger.info("No test section in %s: a part of the training section is it.", root)
+            logger.info("No test section in %s: a part of the training section is used for it.", root)
             train = [item for item in items if item["section"] == "train"]
             drawn = splits.random_split(train, (1 - how.fractions[2], 0, how.fractions[2]), how.seed)[2]
             ids = {item["id"] for item in drawn}
             items = [{**item, "section": "test"} if item["id"] in ids else item for item in items]
         if loose := [item["id"] for item in items if "section" not in item and sections - {None}]:
             raise ValueError(f"{some(loose)} in {root} belong to no section, others do: give all of them one.")
+        how = replace(how, fold=0) if folds else how
         return super().split(root, [splits.without(item, "fold") for item in items], how)
 
     def _listed(self, root: Path, items: list[Item]) -> list[Item]:
@@ -220,9 +223,9 @@ class Described(Layout):
             raise FileNotFoundError(f"File list {absent[0]} is missing: give both {pair}, or none.")
         train, test = (_read_ids(file, known) for file in files)
         if both := train & test:
-            raise ValueError(f"{some(both)} stand(s) in both {files[0]} and {files[1]}: keep each id in one list.")
+            raise ValueError(f"{some(both)} appear in both {files[0]} and {files[1]}: keep each id in one list.")
         if unlisted := known.keys() - train - test:
-            logger.warning("Left out, as they stand in neither file list in %s: %s.", root, some(unlisted))
+            logger.warning("Left out, in neither file list in %s: %s.", root, some(unlisted))
         return [{**known[i], "section": s} for s, ids in (("train", train), ("test", test)) for i in ids]
 
     def pairs_in(self, root: Path) -> list[tuple[dict[str, str], Path, Path]]:
@@ -364,9 +367,7 @@ def _pairs(layout: Described, root: Path) -> Iterator[Item]:
         if folders[0] == folders[1] and ending:
             images = [image for image in images if not of_mask.fullmatch(file_id(image))]
         if others := [image.name for image in images if not re.fullmatch(layout.pattern, file_id(image))]:
-            logger.warning(
-                "Left out, as their names are others than those of images, in %s: %s.", folders[0], some(others)
-            )
+            logger.warning("Left out, no image has their names, in %s: %s.", folders[0], some(others))
         images = [image for image in images if image.name not in others]
         for image in images:
             item, files = {"image": str(image), "id": file_id(image), **section}, masks.get(file_id(image), [])
@@ -525,7 +526,7 @@ def _entries(file: Path, needed: bool = True) -> list[tuple[str, dict[str, Any]]
     if labelled := any("label" in entry for _, entry in found):
         return found
     if needed:
-        raise ValueError(f'{file} has no list "training" of "image" and "label": copy it again or write it anew.')
+        raise ValueError(f'{file} has no list "training" of "image" and "label": copy or write it again.')
     return found if labelled else []
 
 

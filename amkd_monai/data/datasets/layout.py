@@ -1,4 +1,4 @@
-"""How the files of a data set lie in its folder: what all layouts share."""
+"""File layouts of data sets: what all share."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +14,7 @@ from amkd_monai.files.volumes import check_grid, volume_grid
 from amkd_monai.terminal import logger
 
 SECTIONS = ("train", "validation", "test")
+FOLDS = 5
 
 
 class Layout:
@@ -75,19 +76,24 @@ class Layout:
         raise FileNotFoundError(f"No {what} to predict in {root}: expected {' or '.join(self.suffixes)} in {places}.")
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
-        """Keep official sections (of train and test alone, validation is taken from train), else draw them."""
-        if {"train", "test"} <= {item.get("section") for item in items}:
+        """Keep official sections (of train and test alone, validation is taken from train), else, or by folds, draw."""
+        official = how.folds is None and {"train", "test"} <= {item.get("section") for item in items}
+        folds = None if official else how.folds or (FOLDS if self.validation_fraction else None)
+        if folds is None and how.fold:
+            raise ValueError(f"fold is {how.fold}, but {root} is not split into folds: give `folds`, too.")
+        if official:
             train, validation, test = _official_sections(items)
             if not validation:
                 share = how.fractions[0] / (how.fractions[0] + how.fractions[1])
                 train, validation, _ = splits.random_split(train, (share, 1 - share, 0), how.seed)
             return train, validation, test
         items = [splits.without(item, "section") for item in items]
-        if self.validation_fraction is None:
+        if folds is None:
             logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
             return splits.random_split(items, how.fractions, how.seed)
-        logger.info("No official split in %s: fold %d of %d.", root, how.fold, how.folds)
-        return splits.k_fold(items, how.folds, how.fold, self.validation_fraction, how.seed)
+        share = self.validation_fraction or how.fractions[1] / sum(how.fractions[:2])
+        logger.info("The test section of %s is fold %d of %d.", root, how.fold, folds)
+        return splits.k_fold(items, folds, how.fold, share, how.seed)
 
 
 def _official_sections(items: Iterable[Item]) -> Sections:

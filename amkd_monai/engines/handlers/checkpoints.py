@@ -1,4 +1,4 @@
-"""Checkpoints: the student that is kept, and all that a killed run needs to go on; early stopping; base of handlers."""
+"""Checkpoints: the kept student and the state to resume from; early stopping; base of handlers."""
 
 import logging
 import math
@@ -45,7 +45,7 @@ class KeptStudent(Handler):
         name = engine.state.key_metric_name
         value = float(engine.state.metrics[name])
         if math.isnan(value):
-            raise ValueError(f"Validation gives no {name}: choose a split with two classes, or foreground, there.")
+            raise ValueError(f"Validation gives no {name}: change the split, it needs two classes, or foreground.")
         if value > self.best or self.keep == "last":
             self.best = max(self.best, value)
             if idist.get_rank() == 0:
