@@ -92,9 +92,7 @@ def further_images(
         items = _unlike_held_out(items, [*datalist.validation, *datalist.test], cache_dir)
     near = found - copies - len(items)
     if not items:
-        raise ValueError(
-            f"All {found} images of {names.some(map(str, chosen))} are already in this data set: give others."
-        )
+        raise ValueError(f"All {found} images of {names.some(map(str, chosen))} are in this data set: give others.")
     if groups is not None:
         items = [{**item, "group": _group_of(item, groups)} for item in items]
     else:
