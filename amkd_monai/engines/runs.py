@@ -247,7 +247,7 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device is {device!r}, which is of no use here: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"device is {device!r}, which cannot be used: {str(error).splitlines()[0]}") from error
     if config.get("seen", SEEN[0]) not in SEEN:
         raise ValueError(f"seen is {config['seen']!r}: use one of {', '.join(SEEN)}.")
     for name in ("amp", "resume"):

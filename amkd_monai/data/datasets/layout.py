@@ -122,9 +122,7 @@ def checked(item: Item, volumes: bool = False, channels: int = 1) -> Item:
         if volumes:
             grid, count = cases.case_grid([image, *others])
             if count != channels:
-                raise ValueError(
-                    f"{image} gives {count} channel(s), not {channels}: give the case all, or take it out."
-                )
+                raise ValueError(f"{image} gives {count} channel(s), not {channels}: give all, or take it out.")
             for file in masks:
                 check_grid(file, volume_grid(file), grid)
         else:
