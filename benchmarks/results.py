@@ -59,17 +59,22 @@ for bundle in (*SMALL, "kvasir_all", "kvasir_12", "heart"):
     SETTINGS[f"{bundle}_last"] = replace(last, reference=f"{bundle}_undistilled")
     SETTINGS[f"{bundle}_crew"] = replace(last, reference=f"{bundle}_last", **CREW)
     SETTINGS[f"{bundle}_small_crew"] = replace(last, reference=f"{bundle}_last", **SMALL_CREW)
-# crews that teach whether they beat the student or not
+# crews that teach whether they beat the student or not, of members that learn a third as long
 ADMITTED = {"admission": {"mode": "all"}}
+SHORT_CREW = {"teachers": [{"name": "crew", "kind": "crew", "size": "small", "folds": 2, "images": 1024}]}
+crew_of_12 = SETTINGS["kvasir_12_small_crew"]
 few, slices = (
-    replace(row, overrides={**row.overrides, **ADMITTED})
-    for row in (SETTINGS["kvasir_12_small_crew"], SETTINGS["covid_small_crew"])
+    replace(row, overrides={**row.overrides, **ADMITTED}, **SHORT_CREW)
+    for row in (crew_of_12, SETTINGS["covid_small_crew"])
 )
+# 786 further images, about as many steps as without them; the decision on admission is that of `kvasir_12_small_crew`
+WITH_POOL = {**crew_of_12.overrides, **ADMITTED, "max_epochs": 6, "val_interval": 1}
 # 481 CT slices of 10 other volumes, as many steps as without them
 POOL = {"unlabelled_groups": r"(.*)_\d+", "max_epochs": 6, "val_interval": 1}
 pool = replace(slices, overrides={**slices.overrides, **POOL}, pool="covid/images/*radiopaedia*")
-LONG_CREW = {"teachers": [{"name": "crew", "kind": "crew", "size": "small", "images": 3072}]}
+LONG_CREW = {"teachers": [{"name": "crew", "kind": "crew", "size": "small", "folds": 2, "images": 3072}]}
 SETTINGS |= {
+    "kvasir_12_pool_admitted": replace(crew_of_12, overrides=WITH_POOL, pool="kvasir/images/*"),
     "kvasir_12_admitted": few,
     "kvasir_12_admitted_at_once": replace(few, overrides={**few.overrides, **AT_ONCE}),
     "covid_admitted": slices,
