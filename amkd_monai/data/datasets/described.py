@@ -476,8 +476,9 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
             named.add(image.name)
             label = of["label"] if "label" in of else _single(layout, [row[name] for name in columns["label"]])
             if not label:
-                least = "0 or 1 for each" if layout.kind == "multilabel" else "1 for one at most, else 0,"
-                several = f"not {least} of {', '.join(columns['label'])}"
+                listed = ", ".join(columns["label"])
+                one = f"not 1 for one of {listed} at most, else 0"
+                several = f"not 0 or 1 for each of {listed}" if layout.kind == "multilabel" else one
                 cells = "no label" if "label" in of else several
                 yield {**item, "problem": f"{table} gives '{of['image']}' {cells}: complete or remove the line."}
                 continue
