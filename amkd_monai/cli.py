@@ -95,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--model", required=True, help="folder that export made")
     predict.add_argument("--output", required=True, help="folder for the answers")
     predict.add_argument("--dicom-seg", action="store_true", help="of a DICOM series, also a DICOM segmentation")
+    predict.add_argument("--dicom-captures", action="store_true", help="and overlays of its slices, as captures")
     predict.add_argument("--int8", action="store_true", help="use the network of 8 bits")
     predict.add_argument("--threads", type=_positive, help="threads of ONNX Runtime (default: its own choice)")
 
@@ -311,7 +312,7 @@ def _push(arguments: argparse.Namespace) -> None:
 def _predict(arguments: argparse.Namespace) -> int:
     from amkd_monai.export.predict import predict
 
-    how = arguments.int8, arguments.threads, arguments.dicom_seg
+    how = arguments.int8, arguments.threads, arguments.dicom_seg, arguments.dicom_captures
     return predict(arguments.model, arguments.input, arguments.output, *how)
 
 

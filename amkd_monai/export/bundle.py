@@ -119,6 +119,7 @@ def export_bundle(
                 write_page(folder, web_runtime)
             except ValueError as error:
                 facts["left_out"].append(f"{formats.PAGE} is left out: {error}")
+                atomic_write_json(folder / "docs" / "export.json", facts)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         lines = [f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
         (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")

@@ -281,9 +281,10 @@ def test_a_dicom_series_gives_the_mask_of_its_volume(exported, tmp_path):
         writer.SetFileName(str(series / f"{number:02d}.dcm"))
         writer.Execute(image)
     model = str(folder / "dist" / "msd_heart")
-    arguments = ["predict", "--model", model, "--output", str(tmp_path / "out"), "--dicom-seg"]
+    arguments = ["predict", "--model", model, "--output", str(tmp_path / "out"), "--dicom-seg", "--dicom-captures"]
     assert main([*arguments, str(tmp_path / "study")]) == 0
     assert sitk.ReadImage(tmp_path / "out" / "series_mask.dcm").GetSize()[:2] == (36, 40)
+    assert len(list((tmp_path / "out" / "series_captures").iterdir())) == len(voxels)
     assert main([*arguments, str(tmp_path / "out")]) == 1  # no series
     mask = nib.load(tmp_path / "out" / "series_mask.nii.gz")
     assert mask.shape == (36, 40, 12) and mask.header.get_zooms() == pytest.approx((1.5, 1.5, 3.0))
