@@ -1,7 +1,6 @@
 """Write the student in each format."""
 
 import base64
-import contextlib
 import copy
 import importlib.util
 import io
@@ -32,8 +31,10 @@ PAGE, REPOSITORIES = "web", ("hub", "triton")
 """A page, and model repositories, with the ONNX networks, made when everything else is written."""
 MADE_FROM = {"ort-int8": "onnx", "openvino": "onnx", "openvino-int8": "ort-int8"}
 """Formats that are made from another one."""
-PERCENTILE = 99.99
-"""Of the values of a tensor that 8 bits span."""
+QUANTISED = ("Conv", "Add", "Clip")
+"""Nodes of 8 bits; the linear head of classes stays in floats."""
+RARE = 1e-4
+"""Share of the values of a tensor in an image, on each side, that 8 bits need not span."""
 STRIDE = 32
 """Height and width of what an exported network takes are multiples of it."""
 
@@ -142,15 +143,15 @@ def write_onnx(student: nn.Module, path: Path) -> None:
 def write_int8(onnx_file: Path, batches: Sequence[np.ndarray], path: Path) -> None:
     """Quantise ONNX to 8 bits by ONNX Runtime, calibrated on ``batches`` (B, 3, H, W): static, QDQ, per channel.
 
-    Activations get the range of all but the rarest values. The first convolution stays in floats: it costs next to no
-    time, and its error would go through all others.
+    Activations get the range of all but the rarest values of each image. The first convolution stays in floats: it
+    costs next to no time, and its error would go through all others.
     """
     import onnx
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc,unused-ignore]
-        rest = iter([{"image": batch} for batch in batches])
+        rest = iter([{"image": batches[0]}])  # ranges are given, so one image is enough
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.rest, None)
@@ -159,12 +160,14 @@ def write_int8(onnx_file: Path, batches: Sequence[np.ndarray], path: Path) -> No
     level = root.level
     root.setLevel(logging.ERROR)  # it warns on the root logger about what was just done
     try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        with tempfile.TemporaryDirectory() as folder:
             quant_pre_process(str(onnx_file), prepared := f"{folder}/prepared.onnx", skip_symbolic_shape=True)
             model = onnx.load(prepared)
             stem = next(node.name for node in model.graph.node if node.op_type == "Conv")
-            scales = _round_weights(model, stem, batches)
+            ranges, scales = _calibrate(model, stem, batches)
             fixed = {"zero_point": np.int8(0), "quant_type": quantization.QuantType.QInt8, "axis": 0}
+            given = {name: [{"rmin": low, "rmax": high}] for name, (low, high) in ranges.items()}
+            given |= {name: [fixed | {"scale": scale} for scale in values] for name, values in scales.items()}
             quantization.quantize_static(
                 model,
                 str(path),
@@ -173,55 +176,60 @@ def write_int8(onnx_file: Path, batches: Sequence[np.ndarray], path: Path) -> No
                 per_channel=True,
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
-                op_types_to_quantize=["Conv", "Add", "Clip"],  # the linear head of classes stays in floats
+                op_types_to_quantize=[*QUANTISED],
                 nodes_to_exclude=[stem],
-                calibrate_method=quantization.CalibrationMethod.Percentile,
-                extra_options={
-                    "CalibPercentile": PERCENTILE,
-                    "TensorQuantOverrides": {
-                        name: [fixed | {"scale": scale} for scale in values] for name, values in scales.items()
-                    },
-                },
+                extra_options={"TensorQuantOverrides": given},
             )
     finally:
         root.setLevel(level)
 
 
-def _round_weights(model: Any, stem: str, batches: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the scales of convolutions' weights, (out,) by name; take from the biases what rounding adds in the mean.
+def _calibrate(
+    model: Any, stem: str, batches: Sequence[np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return the ranges (2,) of activations and the scales (out,) of convolutions' weights, by the tensor's name.
 
     x86 CPUs without VNNI add two neighbouring products of 8 bits in 16: with activations up to 255, two weights of one
     sign must not exceed 128 together. Scales keep to that, so that every CPU gives the same sums. Depthwise
-    convolutions are summed in 32 bits everywhere.
+    convolutions are summed in 32 bits everywhere. What rounding the weights adds in the mean is taken from the biases.
     """
     import onnxruntime
     from onnx import ModelProto, ValueInfoProto, numpy_helper
 
-    nodes = [node for node in model.graph.node if node.op_type == "Conv" and node.name != stem]
-    tensors, inputs = {t.name: t for t in model.graph.initializer}, sorted({node.input[0] for node in nodes})
-    open_model = ModelProto.FromString(model.SerializeToString())
-    open_model.graph.output.extend(ValueInfoProto(name=name) for name in inputs)
-    session = onnxruntime.InferenceSession(open_model.SerializeToString(), providers=["CPUExecutionProvider"])
-    means = [[value.mean((0, 2, 3)) for value in session.run(inputs, {"image": batch})] for batch in batches]
-    mean, scales = dict(zip(inputs, map(lambda *v: np.mean(v, 0), *means), strict=True)), dict[str, np.ndarray]()
+    nodes = [node for node in model.graph.node if node.op_type in QUANTISED]
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    names = sorted({n for node in nodes for n in (*node.input, *node.output) if n and n not in tensors})
+    opened = ModelProto.FromString(model.SerializeToString())
+    del opened.graph.output[:]
+    opened.graph.output.extend(ValueInfoProto(name=name) for name in names)
+    session = onnxruntime.InferenceSession(opened.SerializeToString(), providers=["CPUExecutionProvider"])
+    lows, highs, means = (dict[str, Any]() for _ in range(3))
+    for batch in batches:
+        for name, value in zip(names, session.run(names, {"image": batch}), strict=True):
+            low, high = np.quantile(value, (RARE, 1 - RARE))
+            lows[name], highs[name] = min(low, lows.get(name, low)), max(high, highs.get(name, high))
+            means[name] = means.get(name, 0) + value.mean(tuple({*range(value.ndim)} - {1})) / len(batches)
+    ranges = {name: np.float32((lows[name], highs[name])) for name in names}
+    scales = dict[str, np.ndarray]()
     for node in nodes:
+        if node.op_type != "Conv" or node.name == stem:
+            continue
         weight = numpy_helper.to_array(tensors[node.input[1]])
-        rows, depthwise = weight.reshape(len(weight), -1), weight.shape[1] == 1
-        pairs = (
-            rows[..., None] if depthwise else np.pad(rows, ((0, 0), (0, rows.shape[1] % 2))).reshape(len(rows), -1, 2)
-        )
+        rows, mean = weight.reshape(len(weight), -1), means[node.input[0]].reshape(-1, weight.shape[1])  # of each group
+        pairs = rows[..., None]
+        if weight.shape[1] > 1:
+            pairs = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2))).reshape(len(rows), -1, 2)
         largest = np.maximum(pairs.clip(min=0).sum(2), -pairs.clip(max=0).sum(2)).max(1)
         scale = scales[node.input[1]] = (np.where(largest > 0, largest, 1) / 127).astype(np.float32)
         error = ((rows / scale[:, None]).round() * scale[:, None] - rows).reshape(*weight.shape[:2], -1).sum(2)
-        added = error[:, 0] * mean[node.input[0]] if depthwise else error @ mean[node.input[0]]
-        name = f"{node.name}_bias"
-        bias = numpy_helper.to_array(tensors[node.input[2]]) if len(node.input) > 2 else 0
-        model.graph.initializer.append(numpy_helper.from_array((bias - added).astype(np.float32), name))
-        node.input[:] = [*node.input[:2], name]
+        added = (error * mean.repeat(len(rows) // len(mean), 0)).sum(1)
+        bias = numpy_helper.to_array(tensors[node.input[2]]) if len(node.input) > 2 else np.zeros(len(rows))
+        model.graph.initializer.append(numpy_helper.from_array((bias - added).astype(np.float32), f"{node.name}_bias"))
+        node.input[:] = [*node.input[:2], f"{node.name}_bias"]
     used = {name for node in model.graph.node for name in node.input}
-    for tensor in [t for t in model.graph.initializer if t.name not in used]:
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in used]:
         model.graph.initializer.remove(tensor)
-    return scales
+    return ranges, scales
 
 
 def write(
