@@ -259,9 +259,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
             described = folder / "configs" / "task.json"
             name, bundles = str(described) if described.is_file() else config["task"], folder.parent
             break
-    given = {
-        key: getattr(arguments, key) for key in ("dataset_dir", "data_options", "fold", "split_seed", "mask_codes")
-    }
+    given = {k: getattr(arguments, k) for k in ("dataset_dir", "data_options", "fold", "split_seed", "mask_codes")}
     how = {key: config.get(key) if value is None else value for key, value in given.items()}
     cache = Path(arguments.cache_dir or bundles / ".cache" / get_task(name).name)
     root, _ = resolve_dataset_dir(name, how["dataset_dir"], cache)
@@ -323,9 +321,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise ValueError("--seen is about --data: give both.")
     if (bundle / "configs" / "predict.json").is_file():
         if unknown := settings.keys() - {"data_options", "mask_codes"}:
-            raise ValueError(
-                f"An exported student has no setting {min(unknown)}: use data_options and mask_codes alone."
-            )
+            raise ValueError(f"An exported student has no setting {min(unknown)}: use data_options and mask_codes.")
         if not data or arguments.overlay:
             raise ValueError(f"{bundle} is an exported student: give --data, and no --overlay.")
         from amkd_monai.export.evaluate import evaluate

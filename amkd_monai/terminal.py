@@ -47,9 +47,8 @@ def align(rows: Sequence[Sequence[str]], left: int | None = 1, ruled: bool = Fal
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = len(widths) if left is None else left
-    lines = [
-        [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in rows
-    ]
+    sides = [str.ljust if i < left else str.rjust for i in range(len(widths))]
+    lines = [[side(c, w) for side, c, w in zip(sides, row, widths, strict=True)] for row in rows]
     if ruled:
         lines.insert(1, ["-" * width for width in widths])
     return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -29,19 +29,8 @@ from amkd_monai.weight_files import CheckpointError, kind_of_file
 logger = logging.getLogger("amkd_monai")
 
 CONTAINERS = (
-    "state_dict_ema",
-    "model_ema",
-    "model",
-    "state_dict",
-    "model_state_dict",
-    "network_weights",
-    "net",
-    "network",
-    "encoder",
-    "backbone",
-    "teacher",
-    "student",
-    "module",
+    *("state_dict_ema", "model_ema", "model", "state_dict", "model_state_dict", "network_weights", "net", "network"),
+    *("encoder", "backbone", "teacher", "student", "module"),
 )
 """Keys under which training scripts wrap a state dict; of several the first counts (averaged weights, as timm does)."""
 
@@ -102,9 +91,8 @@ def packaged_file(encoder: str) -> Path:
         CheckpointError: no package is known for the encoder, it is not installed, or its file is damaged.
     """
     if (entry := PACKAGED.get(encoder)) is None:
-        raise CheckpointError(
-            f"No weights are packaged for '{encoder}' (but for {', '.join(PACKAGED)}): give a weight file, or 'random'."
-        )
+        known = f"those of {', '.join(PACKAGED)} are"
+        raise CheckpointError(f"No weights of '{encoder}' are packaged, {known}: give a weight file, or 'random'.")
     try:
         files = importlib.metadata.files(entry.distribution) or []
     except importlib.metadata.PackageNotFoundError:
@@ -159,9 +147,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
             continue
         exact = value.float() if value.is_floating_point() and value.element_size() == 1 else value
         if (value.is_floating_point() or value.is_complex()) and not exact.isfinite().all():
-            raise CheckpointError(
-                f"{source} holds NaN or infinity in '{name}': give weights from before training failed."
-            )
+            raise CheckpointError(f"{source} holds NaN or infinity in '{name}': give weights of an earlier epoch.")
 
 
 def _holds_tensors(value: Any) -> bool:

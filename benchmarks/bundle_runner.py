@@ -20,9 +20,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from tables import Row, plot_masks, table
-
-from amkd_monai.data.datasets import get_task
+from tables import Row, table
 
 ROOT = Path(__file__).resolve().parent.parent
 BEST: dict[str, Any] = {
@@ -154,7 +152,6 @@ def options(description: str, default_output: str) -> argparse.ArgumentParser:
     parser.add_argument("--only", default="*", help="settings by name, with * and ?, and commas between")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--table", action="store_true", help="only print the table of finished rows")
-    parser.add_argument("--plot", type=Path, help="also draw the rows of masks into this file (.svg, .png)")
     return parser
 
 
@@ -184,7 +181,3 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     (output / "table.md").write_text(text + "\n")
     print(text)
-    if arguments.plot is not None:
-        plot_masks(
-            {n: row for n, row in rows.items() if not get_task(row.task).is_classification}, output, arguments.plot
-        )

@@ -123,11 +123,7 @@ def ask(
             output = teacher(*inputs)
         found = {name: getattr(output, name) for name in ("grid", "pooled", "logits")}
         outputs.append({name: value.float().cpu().numpy() for name, value in found.items() if value is not None})
-    return (
-        {name: np.concatenate([one[name] for one in outputs]) for name in outputs[0]}
-        if len(outputs) > 1
-        else outputs[0]
-    )
+    return {name: np.concatenate([one[name] for one in outputs]) for name in outputs[0]}
 
 
 class Batches:
@@ -226,9 +222,7 @@ def cache_teacher(
     store = FeatureStore.create_or_open(directory, *lists, view_parameters=chosen, origin=origin)
     if not store.is_complete:
         if "because" in asked_at:
-            logger.warning(
-                "teacher %s sees %d x %d of its %d pixels: %s", facts.name, *size, *list(asked_at.values())[2:]
-            )
+            logger.warning("teacher %s sees %d x %d of %d pixels: %s", facts.name, *size, *list(asked_at.values())[2:])
         build_missing(store, partial(run.shard, store), part, f"teacher {facts.name}")
         logger.info(
             "teacher %s ran on %d images, %d at once; peak memory of the process so far %.0f MB",

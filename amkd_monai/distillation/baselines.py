@@ -10,15 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amkd_monai.distillation.gates import (
-    GateNetwork,
-    GateReading,
-    GateSetup,
-    LossGate,
-    TeacherGate,
-    gate_probabilities,
-    uniform,
-)
+from amkd_monai.distillation import gates
+from amkd_monai.distillation.gates import GateNetwork, GateReading, GateSetup, LossGate, TeacherGate
 
 
 class UniformGate(TeacherGate):
@@ -26,7 +19,7 @@ class UniformGate(TeacherGate):
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
         """Weights (B, K, h, w), 0 for a teacher that is not available (K,)."""
-        return uniform(reading.errors, available).detach()
+        return gates.uniform(reading.errors, available).detach()
 
 
 class FixedGate(TeacherGate):
@@ -82,7 +75,7 @@ class PaperGate(TeacherGate):
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
         """The softmax, with gradient to the network."""
         assert reading.scores is not None
-        return gate_probabilities(reading.scores, available)
+        return gates.gate_probabilities(reading.scores, available)
 
 
 class FixedLossGate(LossGate):

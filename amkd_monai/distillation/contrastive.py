@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from amkd_monai.distillation.interface import Counter
 
-OPTIONS = ("temperature", "learnable", "negatives", "seed")
 COOLEST, WARMEST = 0.03, 0.3
 """Range of the temperature."""
 

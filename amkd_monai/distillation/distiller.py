@@ -13,14 +13,7 @@ from torch.func import functional_call
 
 from amkd_monai.distillation import baselines, gates, losses
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
-from amkd_monai.distillation.gates import (
-    GateReading,
-    GateSetup,
-    LossGate,
-    ScaledLossGate,
-    SharedGradients,
-    TeacherGate,
-)
+from amkd_monai.distillation.gates import GateReading, LossGate, ScaledLossGate, SharedGradients, TeacherGate
 from amkd_monai.distillation.interface import (
     INTERVAL,
     Batch,
@@ -78,10 +71,8 @@ class Alignment(nn.Module):
     def __init__(self, channels: Mapping[int, int], out_channels: int, hidden: int = 128) -> None:
         super().__init__()
         self.levels = nn.ModuleDict()
-        for stride, count in channels.items():
-            self.levels[str(stride)] = nn.Sequential(
-                gates.ChannelNorm(count), *_two_layers(count, hidden, out_channels)
-            )
+        for stride, n in channels.items():
+            self.levels[str(stride)] = nn.Sequential(gates.ChannelNorm(n), *_two_layers(n, hidden, out_channels))
 
     def forward(self, features: Mapping[int, Tensor], size: tuple[int, int]) -> Tensor:
         """Project {stride: (B, C, H / stride, W / stride)}, pooled or not, to a grid (h, w): (B, C', h, w)."""
@@ -198,7 +189,7 @@ class DistillationConfig:
     def make_gate(self, teachers: Sequence[TeacherTarget], prior_entropy: float, channels: int) -> TeacherGate:
         """Return the teacher gate; ``prior_entropy`` in nats, ``channels`` of the student map that it may look at."""
         options = dict(self.gate_options)
-        return self._gate_class(GateSetup(teachers, prior_entropy, channels, options.pop("tasks", 1)), **options)
+        return self._gate_class(gates.GateSetup(teachers, prior_entropy, channels, options.pop("tasks", 1)), **options)
 
     def make_loss_gate(self, priors: Mapping[str, float], channels: int) -> LossGate:
         """Return the loss gate of losses with ``priors``, which are empty without teachers."""
@@ -223,9 +214,7 @@ class DistillationConfig:
         offered["contrastive"] = samples is not None and bool(samples.vectors)
         chosen = {name: prior if offered[name] else 0.0 for name, prior in self.losses.items()}
         if not any(chosen.values()):
-            raise ValueError(
-                "No teacher has features or admitted answers for the `losses`: change them or the teachers."
-            )
+            raise ValueError("No teacher has what the `losses` compare, or is admitted: change them or the teachers.")
         for name, prior in self.losses.items():
             if prior and not offered[name]:
                 logger.warning("No teacher offers what the loss '%s' asks for: it takes no part in this run.", name)

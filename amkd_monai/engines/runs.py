@@ -19,6 +19,7 @@ import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc import locate
@@ -27,7 +28,6 @@ from typing import Any, TypeVar
 
 import ignite.distributed as idist
 import torch
-from filelock import FileLock, Timeout
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, MERGE_KEY
 from monai.engines import Evaluator
@@ -38,11 +38,11 @@ from amkd_monai.data.datalist import OTHER, Datalist, find_dataset_dir
 from amkd_monai.data.datasets import get_task, recorded_task
 from amkd_monai.data.seen import fingerprints, seen_before
 from amkd_monai.data.splits import Item
-from amkd_monai.distillation import contrastive, distiller
+from amkd_monai.distillation import distiller
 from amkd_monai.files.masks import NAMED_CODES
 from amkd_monai.files.names import label_files, some
 from amkd_monai.metrics.summary import PREVIEWS, TEACHERS
-from amkd_monai.storage import atomic_write_json, file_sha256, fingerprint, read_json
+from amkd_monai.storage import atomic_write_json, exclusive_lock, file_sha256, fingerprint, read_json
 from amkd_monai.teachers.plan import recorded
 from amkd_monai.weights import CheckpointError
 
@@ -74,9 +74,10 @@ _NOT_OF_A_TRAINING |= {"teachers", "fallback_teachers"}  # its record holds thos
 _NOT_OF_A_STEP = {"_target_", "allow_missing_keys", "codes", "classes"}
 """Options of transforms that an image does not depend on."""
 _NOT_OF_A_NETWORK = ("weights", "seed", "drop_path", "dropout")
+_NOT_AN_OPTION = ("progress", "channels", "samples")
 _ADMISSION = ("mode", "features", "margin", "folds", "epochs")
 _REFERENCE = re.compile(r"@([A-Za-z_](?:\w|#|::)*)")
-_locks: dict[Path, FileLock] = {}
+_locks: dict[Path, AbstractContextManager[None]] = {}
 
 _WORKFLOW_KEYS = ("imports", "initialize", "run", "finalize", ConfigParser.meta_key)
 """Keys of a config that MONAI reads."""
@@ -246,9 +247,7 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}"
-            ) from error
+            raise ValueError(f"device is {device!r}, which is of no use here: {str(error).splitlines()[0]}") from error
     if config.get("seen", SEEN[0]) not in SEEN:
         raise ValueError(f"seen is {config['seen']!r}: use one of {', '.join(SEEN)}.")
     for name in ("amp", "resume"):
@@ -265,12 +264,11 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
 
 def _names_in(section: str) -> list[str]:
     """Options of a section of plain data that would be read only after the teachers have run; none where it is free."""
-    plain = {"losses": distiller.LOSSES, "contrastive": contrastive.OPTIONS, "admission": _ADMISSION}
-    schedules: dict[str, Callable[..., float]]
-    schedules = {"kd_temperature": distiller.kd_temperature, "loss_strength": distiller.distillation_strength}
-    if section in schedules:
-        return [name for name in inspect.signature(schedules[section]).parameters if name != "progress"]
-    return list(plain.get(section, ()))
+    functions: dict[str, Callable[..., Any]] = {"contrastive": distiller.ContrastiveDistillation}
+    functions |= {"kd_temperature": distiller.kd_temperature, "loss_strength": distiller.distillation_strength}
+    if section in functions:
+        return [n for n in inspect.signature(functions[section]).parameters if n not in _NOT_AN_OPTION]
+    return list({"losses": distiller.LOSSES, "admission": _ADMISSION}.get(section, ()))
 
 
 def _arguments(target: str) -> list[str] | None:
@@ -396,10 +394,8 @@ def _identity(
     record = {"version": VERSION, "run": uuid.uuid4().hex, "bundle": root.resolve().name, **facts}
     record["training"] = _settings(parser.config, "training", without=_NOT_OF_A_TRAINING)
     record |= {"output_dir": str(places["output_dir"]), "versions": versions()}
-    cache_dir, start = (
-        parser.get_parsed_content(k) if k in parser.config else None for k in ("cache_dir", "init_from")
-    )
-    return Identity(record, places, data, further=further, cache_dir=cache_dir, init_from=start)
+    known = (k in parser.config and parser.get_parsed_content(k) for k in ("cache_dir", "init_from"))
+    return Identity(record, places, data, False, further, *(value or None for value in known))
 
 
 def _references(value: Any) -> set[str]:
@@ -802,7 +798,7 @@ def end(*folders: str | Path | Identity) -> None:
             )
         for place in folder.places.values() if isinstance(folder, Identity) else [Path(folder).resolve()]:
             if lock := _locks.pop(place, None):
-                lock.release()
+                lock.__exit__(None, None, None)
 
 
 def tell_predicted(evaluator: Evaluator, output_dir: str | Path) -> None:
@@ -816,16 +812,12 @@ def hold(*folders: Path) -> list[Path]:
     for folder in dict.fromkeys(f.expanduser().resolve() for f in folders):
         if folder in _locks:
             continue
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)
+        lock = exclusive_lock(folder / LOCK)
         try:
-            lock.acquire(blocking=False)
-        except Timeout:
+            lock.__enter__()
+        except TimeoutError:
             end(*taken)
             raise TimeoutError(f"Another run works in {folder}: wait, or give other folders.") from None
-        except NotImplementedError:
-            logger.warning("The disk of %s knows no locks: a second run in it would not be noticed.", folder)
-            continue
         _locks[folder] = lock
         taken.append(folder)
     return taken

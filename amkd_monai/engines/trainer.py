@@ -120,12 +120,8 @@ class Recipe:
         """
         own = ("labelled_fraction", "foreground_fraction", "class_balance", "min_steps", "first_stage")
         options: dict[str, Any] = {name: getattr(self, name) for name in own}
-        options |= {
-            "use_unlabelled": use_unlabelled,
-            "classes": dataset.classes,
-            "groups": dataset.groups,
-            "indices": indices,
-        }
+        options |= {"use_unlabelled": use_unlabelled, "indices": indices}
+        options |= {"classes": dataset.classes, "groups": dataset.groups}
         if distributed:
             options |= {"rank": idist.get_rank(), "world_size": idist.get_world_size()}
         kind: type[BatchSampler] = BatchSampler
@@ -152,9 +148,7 @@ class Recipe:
             if parameter.requires_grad:
                 rate = self.encoder_learning_rate if "student.encoder." in name else self.learning_rate
                 groups.setdefault((rate, self.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
-        return torch.optim.AdamW(
-            [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
-        )
+        return torch.optim.AdamW([{"params": p, "lr": r, "weight_decay": decay} for (r, decay), p in groups.items()])
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> WarmupCosineSchedule:
         """Return linear warm-up and cosine decay to 0 over ``steps`` optimiser steps."""

@@ -74,26 +74,6 @@ def image_files(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> lis
     return [file for file in wanted if file.is_file()]
 
 
-def files_by_id(
-    folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES, ending: str = "", beside: Sequence[str] = ()
-) -> dict[str, Path]:
-    """Map id to file, sorted by id; two files with one id are a ValueError.
-
-    Only names with the ``ending`` before the suffix count, e.g. ``_mask``, which is not part of the id; those with an
-    ending in ``beside`` are left out.
-    """
-    files: dict[str, Path] = {}
-    for file in image_files(folder, suffixes):
-        name = file_id(file)
-        if not name.endswith(ending) or (beside and name.endswith(tuple(beside))):
-            continue
-        name = name.removesuffix(ending)
-        if name in files:
-            raise ValueError(f"{files[name]} and {file} have the same id '{name}': keep one of them.")
-        files[name] = file
-    return dict(sorted(files.items()))
-
-
 def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> dict[str, Path]:
     """Map id to file for the images of a folder, without masks, overlays and earlier predictions.
 

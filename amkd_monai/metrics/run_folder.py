@@ -42,9 +42,7 @@ def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
     if shared and place != folder:
         record, prefix = {**shared.get(folder.name, {}), **record}, f"{folder.name}/"
     elif shared:
-        raise ValueError(
-            f"{folder} is of a student for {len(shared)} tasks: give {folder / min(shared)} or another one."
-        )
+        raise ValueError(f"{folder} is of a student for {len(shared)} tasks: give one, such as {folder / min(shared)}.")
     known = metrics if "task" in metrics else record.get("data", {})
     if "task" not in known:
         raise FileNotFoundError(f"{folder} holds neither run.json nor metrics.json: give the output folder of a run.")

@@ -92,7 +92,10 @@ def _masks(folder: Path, dimensions: int) -> dict[str, Path]:
     """Map the id of a case, without an ending, to its mask."""
     suffixes = names.PICTURE_SUFFIXES if dimensions == 2 else names.VOLUME_SUFFIXES
     found: dict[str, Path] = {}
-    for name, file in names.files_by_id(folder, suffixes, beside=["_overlay"]).items():
+    for file in names.image_files(folder, suffixes):
+        name = names.file_id(file)
+        if name.endswith("_overlay"):
+            continue
         case = name.removesuffix(next((ending for ending in ENDINGS if name.endswith(ending)), ""))
         if (other := found.setdefault(case, file)) is not file:
             raise ValueError(f"{other} and {file} are both of the case '{case}': keep the masks alone in {folder}.")

@@ -132,7 +132,5 @@ def _label_map(array: np.ndarray, name: str, num_classes: int) -> np.ndarray:
         raise ValueError(f"{name} holds values that are not integers: pass a label map, not probabilities.")
     low, high = array.min(), array.max()
     if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"{name} holds labels from {low:g} to {high:g}, but {num_classes} classes allow 0 to {num_classes - 1}."
-        )
+        raise ValueError(f"{name} holds labels from {low:g} to {high:g}, the classes are 0 to {num_classes - 1}.")
     return array.astype(np.int16)

@@ -1,7 +1,7 @@
-"""Confidence intervals over cases and seeds, and paired tests.
+"""Confidence intervals over cases, and paired tests.
 
-SciPy does what it can. It has neither Holm's adjustment nor the bootstrap that crosses seeds with cases; metrics of a
-whole set of cases are resampled by :py:func:`resampled`, so that the same draws serve all metrics.
+SciPy does what it can. It has no Holm's adjustment; metrics of a whole set of cases are resampled by
+:py:func:`resampled`, so that the same draws serve all metrics.
 """
 
 import math
@@ -64,37 +64,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     factors = np.arange(len(order), 0, -1)
     p[order] = np.minimum(1.0, np.maximum.accumulate(factors * p[order]))
     return list(p.tolist())
-
-
-def seed_and_case_ci(matrix: ArrayLike, groups: Sequence[object] | None = None) -> tuple[float, float, float]:
-    """Mean over training seeds and cases with a 95 % interval that covers both sources of variation.
-
-    Every seed is scored on the same cases, so rows (seeds) and columns (cases) are resampled independently
-    and crossed (Owen, "The pigeonhole bootstrap", Ann. Appl. Stat. 1, 2007). With the usual 3 to 5 seeds the
-    part due to seeds is underestimated, by about (S - 1) / S in variance: report the spread over seeds as
-    well. ``matrix`` (S, N) holds the metric of each run and case, or the differences of two methods; NaN entries are
-    left out of every mean. ``groups`` (N,), e.g. patients, are drawn as a whole; None draws cases. Returns
-    ``(mean, low, high)``; all NaN without a value, NaN bounds with fewer than two groups.
-    """
-    values = np.asarray(matrix, dtype=np.float64)
-    if values.ndim != 2 or np.isinf(values).any():
-        raise ValueError(f"matrix must have the shape (seeds, cases) and no infinite value, got {values.shape}.")
-    present = ~np.isnan(values)
-    known = present.any(axis=0)
-    values, present = values[:, known], present[:, known]
-    n_seeds, n_cases = values.shape
-    of = np.arange(n_cases) if groups is None else np.unique(np.asarray(groups)[known], return_inverse=True)[1]
-    filled, n_groups = np.where(present, values, 0.0), len(np.unique(of))
-    if n_groups < 2:
-        return (float(filled.sum() / present.sum()) if n_cases else np.nan), np.nan, np.nan
-    rng, means = np.random.default_rng(0), np.empty(10000)
-    for i in range(len(means)):
-        # how many times each run, shape (S,), and each case, shape (N,), is drawn
-        runs = np.bincount(rng.integers(n_seeds, size=n_seeds), minlength=n_seeds)
-        cases = np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)[of]
-        count = runs @ present @ cases
-        means[i] = runs @ filled @ cases / count if count else np.nan
-    return (float(filled.sum() / present.sum()), *interval(means))
 
 
 def resampled(count: int) -> NDArray[np.int64]:

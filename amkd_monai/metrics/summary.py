@@ -14,12 +14,8 @@ import numpy as np
 
 from amkd_monai.data.datasets import Task
 from amkd_monai.files.names import file_of
-from amkd_monai.metrics.classification import (
-    class_metrics,
-    confusion_matrix,
-    labels_and_probabilities,
-    reliability_table,
-)
+from amkd_monai.metrics import classification
+from amkd_monai.metrics.classification import class_metrics, labels_and_probabilities
 from amkd_monai.metrics.statistics import bootstrap_ci, interval, resampled
 from amkd_monai.storage import atomic_write_bytes
 from amkd_monai.terminal import align
@@ -125,8 +121,8 @@ def summarise_classes(rows: Sequence[Row], task: Task) -> dict[str, Any]:
         "cases": len(rows),
         "classes": {name: int((label == c).sum()) for c, name in enumerate(task.classes)},
         "metrics": table,
-        "confusion": confusion_matrix(label, p.argmax(1), len(task.classes)).tolist(),
-        "reliability": reliability_table(label, p),
+        "confusion": classification.confusion_matrix(label, p.argmax(1), len(task.classes)).tolist(),
+        "reliability": classification.reliability_table(label, p),
     }
 
 

@@ -168,9 +168,8 @@ class Student(EncodedStudent):
             raise ValueError(f"The student's stride must be 2 or 4, not {stride}.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            super().__init__(
-                feature_encoder(encoder, range(1 if stride == 4 else 0, 5), drop_path, in_channels), in_channels
-            )
+            levels = range(1 if stride == 4 else 0, 5)
+            super().__init__(feature_encoder(encoder, levels, drop_path, in_channels), in_channels)
             self.neck = FeaturePyramid(self.encoder_channels, neck_channels)
             self.head = nn.Conv2d(neck_channels, num_classes, 1)
         load_encoder_weights(self.encoder, encoder, weights)

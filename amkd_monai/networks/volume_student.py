@@ -58,9 +58,7 @@ class VolumeStudent(nn.Module):
         N is a multiple of ``slices``; of the three slices of each channel, the slice itself is the middle one.
         """
         if image.ndim != 4 or len(image) % self.slices:
-            raise ValueError(
-                f"{len(image)} slices are no patches of {self.slices}: set recipe#slices to {self.slices}."
-            )
+            raise ValueError(f"{len(image)} slices are no patches of {self.slices}: set recipe#slices to that.")
         volume = _stacked(image[:, 1::3], self.slices)
         maps: dict[int, Tensor] = {}
         hooks = [

@@ -4,7 +4,6 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from amkd_monai.report import figures
 from amkd_monai.report.previews import PLANES, SIDE, SLICES
 from amkd_monai.storage import atomic_write_bytes
 
+PAGE = Path(__file__).with_name("page.html")
 SHOWN = {"best": 3, "median": 3, "worst": 6}
 """Cases that are shown of one run; of several, each has its share."""
 LISTED = 50
@@ -46,9 +46,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
     if len(tasks) != 1:
         raise ValueError(f"The runs have different tasks ({', '.join(sorted(tasks))}): make one report for each.")
     rows, why = _comparison(runs)
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(PAGE.read_text(encoding="utf-8"))
     task, names = runs[0].task, [run.name for run in runs]
     about = f"{task.modality}, {task.kind} of {', '.join(task.classes[0 if task.is_classification else 1 :])}"
     shown: dict[str, Any] = {"title": task.name if names == [task.name] else f"{task.name} ({', '.join(names)})"}
@@ -85,11 +84,9 @@ def _comparison(runs: Sequence[RunFolder]) -> tuple[list[Row], str]:
 
 
 def _compared(row: Row) -> list[str]:
-    metric = str(NAMES.get(row["metric"], row["metric"])) + (
-        f", {row['class']}" if row["class"] != row["metric"] else ""
-    )
+    of = "" if row["class"] == row["metric"] else f", {row['class']}"
     values = "{difference:+.3f}|{ci_low:+.3f} to {ci_high:+.3f}|{p:.2g}|{p_holm:.2g}".format(**row).split("|")
-    return [row["name"], metric, str(row["n"]), *values]
+    return [row["name"], f"{NAMES.get(row['metric'], row['metric'])}{of}", str(row["n"]), *values]
 
 
 def _trust(runs: Sequence[RunFolder]) -> str | None:

@@ -112,9 +112,7 @@ class Teacher(nn.Module):
         if interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f"The teacher '{self.name}' has interpolation '{interpolation}': use bilinear or bicubic.")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(
-                f"The teacher '{self.name}' has mean {mean} and std {std}: give three numbers each, std > 0."
-            )
+            raise ValueError(f"The teacher '{self.name}' has mean {mean}, std {std}: give three numbers each, std > 0.")
         self.image_size = image_size if image_size is None or isinstance(image_size, int) else (sides[0], sides[-1])
         self.interpolation = interpolation
         for key, values in (("mean", mean), ("std", std)):

@@ -52,9 +52,7 @@ class BiomedParseTeacher(OfficialTeacher):
         if stride not in STRIDES:
             raise ValueError(f"The teacher '{name}' has no map of stride {stride}: use one of {STRIDES}.")
         if isinstance(prompts, str) or (prompts is None) == (token_ids is None):
-            raise ValueError(
-                f"The teacher '{name}' needs a list of `prompts` or of `token_ids`, one per foreground class, or none."
-            )
+            raise ValueError(f"The teacher '{name}' needs `prompts` or `token_ids`: a list, one per foreground class.")
         self.token_ids = [
             _checked(ids, number) for number, ids in enumerate(tokenised(prompts) if prompts else token_ids or (), 1)
         ]
@@ -91,9 +89,7 @@ def tokenised(prompts: Sequence[str]) -> list[list[int]]:
     try:
         from open_clip.tokenizer import SimpleTokenizer
     except ImportError as error:
-        raise ValueError(
-            "`prompts` need CLIP's words: run `pip install open_clip_torch` or give `token_ids`."
-        ) from error
+        raise ValueError("`prompts` need `pip install open_clip_torch`: run it, or give `token_ids`.") from error
     words = SimpleTokenizer()
     return [[START, *words.encode(prompt), END] for prompt in prompts]
 

@@ -5,16 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from amkd_monai.data.datasets import Task
+from amkd_monai.teachers import catalogue
 from amkd_monai.teachers.base import validate_descriptions
-from amkd_monai.teachers.catalogue import (
-    CATALOGUE,
-    FOUNDATION,
-    CatalogueEntry,
-    find_weights,
-    how_to_get,
-    missing_packages,
-    weights_folders,
-)
+from amkd_monai.teachers.catalogue import CATALOGUE, FOUNDATION, CatalogueEntry, find_weights, how_to_get
 from amkd_monai.weights import CheckpointError
 
 Description = Mapping[str, Any]
@@ -65,20 +58,19 @@ def choose(
         elif absent := [how_to_get(teacher, weights_dir) for teacher, file in wanted if file is None]:
             raise CheckpointError(" ".join(absent))
         for teacher, file in wanted:
-            if packages := missing_packages(teacher):
+            if packages := catalogue.missing_packages(teacher):
                 lines.append(f"{teacher.name} needs a package: run `pip install {packages[0]}`.")
                 if word != "auto":
                     raise ValueError(lines[-1])
             else:
-                described.append(
-                    {"name": teacher.key if word == teacher.key else teacher.kind, **options(teacher, task)}
-                )
+                name = teacher.key if word == teacher.key else teacher.kind
+                described.append({"name": name, **options(teacher, task)})
                 known = f"licence {teacher.licence}; these images seen in training: {seen(teacher, task)}"
                 lines.append(f"{teacher.name} teaches: {file}, {known}.")
         if word == "auto" and not described:
             described += fallback
             names = " and ".join(str(other["name"]) for other in described) or "labels alone"
-            places = ", ".join(map(str, weights_folders(weights_dir)))
+            places = ", ".join(map(str, catalogue.weights_folders(weights_dir)))
             how = "`python -m amkd_monai teachers` says how to get MedSAM, USFM, RETFound and BiomedParse"
             lines.append(f"No foundation teacher's file is in {places}, {names} teach: {how}.")
     validate_descriptions(described)

@@ -31,24 +31,22 @@ GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 _TIED = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
 """One tensor under two names; a file in Hugging Face's layout may hold either or both."""
 
+_LAYERS = ("conv1", "layer_norm1", "conv2", "layer_norm2", "conv3")
 _MLP = r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))"
 _RENAMES = (
     (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
     (r"^vision_encoder\.", "image_encoder."),
     (r"^(image_encoder\.patch_embed)\.projection\.", r"\1.proj."),
-    (r"^(image_encoder\.neck)\.conv1\.", r"\1.0."),
-    (r"^(image_encoder\.neck)\.layer_norm1\.", r"\1.1."),
-    (r"^(image_encoder\.neck)\.conv2\.", r"\1.2."),
-    (r"^(image_encoder\.neck)\.layer_norm2\.", r"\1.3."),
+    *((rf"^(image_encoder\.neck)\.{name}\.", rf"\1.{n}.") for n, name in enumerate(_LAYERS[:4])),
     (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
-    (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
-    (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),
-    (r"^prompt_encoder\.mask_embed\.conv2\.", "prompt_encoder.mask_downscaling.3."),
-    (r"^prompt_encoder\.mask_embed\.layer_norm2\.", "prompt_encoder.mask_downscaling.4."),
-    (r"^prompt_encoder\.mask_embed\.conv3\.", "prompt_encoder.mask_downscaling.6."),
-    (r"^mask_decoder\.upscale_conv1\.", "mask_decoder.output_upscaling.0."),
-    (r"^mask_decoder\.upscale_layer_norm\.", "mask_decoder.output_upscaling.1."),
-    (r"^mask_decoder\.upscale_conv2\.", "mask_decoder.output_upscaling.3."),
+    *(
+        (rf"^prompt_encoder\.mask_embed\.{name}\.", f"prompt_encoder.mask_downscaling.{n}.")
+        for n, name in zip((0, 1, 3, 4, 6), _LAYERS, strict=True)
+    ),
+    *(
+        (rf"^mask_decoder\.{name}\.", f"mask_decoder.output_upscaling.{n}.")
+        for n, name in ((0, "upscale_conv1"), (1, "upscale_layer_norm"), (3, "upscale_conv2"))
+    ),
     (_MLP + r"\.layers\.0\.", r"\1.layers.1."),
     (_MLP + r"\.proj_in\.", r"\1.layers.0."),
     (_MLP + r"\.proj_out\.", r"\1.layers.2."),
@@ -93,9 +91,7 @@ class MedSAMTeacher(OfficialTeacher):
         try:
             from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
         except ImportError as error:
-            raise ValueError(
-                "MedSAM needs the package segment-anything: run `pip install segment-anything`."
-            ) from error
+            raise ValueError("MedSAM needs segment-anything: run `pip install segment-anything`.") from error
         self.prompt, self.image_size, self.grid_limit = prompt, image_size, grid_limit
         self.uses_labels = prompt == "label_box"
         side = self.patches(PATCH)

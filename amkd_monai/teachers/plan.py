@@ -84,9 +84,7 @@ class KnownTeacher:
                 built = build_teacher(*self.of)
             if built.fingerprint != self.known.fingerprint:
                 name, files = self.known.name, ", ".join(map(str, built.read_from))
-                raise ValueError(
-                    f"The teacher '{name}' changed, but {files} kept size and time: touch it and run again."
-                )
+                raise ValueError(f"The teacher '{name}' changed, but {files} kept size and time: touch it, run again.")
             self.built = built
         return self.built
 
@@ -248,9 +246,7 @@ def check(
         prompts = description.get("prompts") or description.get("token_ids")
         if description["kind"] == "biomedparse" and own and prompts and len(prompts) != len(classes) - 1:
             wanted = f"the task has {len(classes) - 1} ({', '.join(classes[1:])})"
-            raise ValueError(
-                f"The teacher '{name}' prompts for {len(prompts)} classes, {wanted}: give one prompt each."
-            )
+            raise ValueError(f"The teacher '{name}' has {len(prompts)} prompts, {wanted}: give one for each class.")
         found = plan(description, weights_dir, size, cache_dir)
         if description["kind"] == VOLUMES:
             if single:
@@ -283,9 +279,7 @@ def refuse_changed(plans: Sequence[Plan]) -> None:
     """Refuse weight files that are no longer those that were checked."""
     for found in plans:
         if found.file and stamp(found.file[0]) != found.file[1]:
-            raise ValueError(
-                f"{found.file[0]} of the teacher '{found.name}' changed during the preparation: start again."
-            )
+            raise ValueError(f"{found.file[0]} of the teacher '{found.name}' changed meanwhile: start again.")
 
 
 def estimate(plans: Sequence[Plan], images: int, dtype: str = "float16", device: torch.device | str = "cpu") -> str:
@@ -311,10 +305,6 @@ def flops_per_second(device: torch.device | str = "cpu") -> float:
 
 
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

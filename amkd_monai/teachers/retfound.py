@@ -76,9 +76,7 @@ class RETFoundTeacher(OfficialTeacher):
         words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", official.path.name if official.path else "")
         if (other := "cfp" if "OCT" in variant else "oct") in map(str.lower, words):  # the layouts are the same
             modality = {"cfp": "fundus photographs", "oct": "OCT"}[other]
-            raise CheckpointError(
-                f"{official.path} is named for {modality}, unlike the variant '{variant}': change one."
-            )
+            raise CheckpointError(f"{official.path} is for {modality} by its name, not for '{variant}': change one.")
         official.state = state = {key.removeprefix("backbone."): value for key, value in official.state.items()}
         classes = official.shape("head.weight", 2, "(classes, channels)")[0] if "head.weight" in state else 0
         with fixed_initialisation():

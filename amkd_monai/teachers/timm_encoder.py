@@ -85,9 +85,8 @@ class TimmTeacher(Teacher):
             try:
                 self.network.reset_classifier(0, global_pool if global_pool in ("avg", "max", "token") else "?")
             except AssertionError as error:
-                raise ValueError(
-                    f"The teacher '{name}' has global_pool '{global_pool}': use avg, max or, with a class token, token."
-                ) from error
+                known = "avg, max or, with a class token, token"
+                raise ValueError(f"The teacher '{name}' has global_pool '{global_pool}': use {known}.") from error
         self.model, self.model_args, self.global_pool = model, dict(model_args or {}), global_pool
         self.resize, self.grid_limit = f"{interpolation}, anti-aliased, squashed", grid_limit
         reductions = [stage["reduction"] for stage in self.network.feature_info]
@@ -101,9 +100,8 @@ class TimmTeacher(Teacher):
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return the grid (B, C, h, w) and the pooled vector (B, C') of an image (B, 3, H, W), RGB in [0, 1]."""
         with self.autocast(image):
-            final, maps = self.network.forward_intermediates(
-                self.prepare(image), indices=[self.stage], output_fmt="NCHW"
-            )
+            pixels, stages = self.prepare(image), [self.stage]
+            final, maps = self.network.forward_intermediates(pixels, indices=stages, output_fmt="NCHW")
             pooled = self.network.forward_head(final, pre_logits=True)
         return TeacherFeatures(grid=pool_to_grid(maps[0].float(), self.grid_limit), pooled=pooled.float())
 
@@ -123,9 +121,7 @@ def in_timms_layout(network: nn.Module, state: dict[str, Tensor], source: str | 
         side = math.isqrt(positions.shape[1])
         if side == 0 or positions.shape[1] - side**2 > network.num_prefix_tokens:
             found = "x".join(map(str, positions.shape))
-            raise CheckpointError(
-                f"{source} holds 'pos_embed' as {found}, not positions of n x n patches: give another."
-            )
+            raise CheckpointError(f"{source} holds 'pos_embed' as {found}, not for n x n patches: give another file.")
         network.set_input_size(img_size=tuple(side * patch for patch in network.patch_embed.patch_size))
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     patch = state.get("patch_embed.proj.weight")

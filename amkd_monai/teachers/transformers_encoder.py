@@ -80,9 +80,7 @@ class TransformersTeacher(Teacher):
             size = [size["height"], size["width"]] if "height" in size else size.get("shortest_edge")
         mean, std = mean or stated.get("image_mean"), std or stated.get("image_std")
         if mean is None or std is None:
-            raise ValueError(
-                f"{folder} has no image_mean and image_std in preprocessor_config.json: give mean and std."
-            )
+            raise ValueError(f"preprocessor_config.json in {folder} has no image_mean or image_std: give mean and std.")
         self.set_input(image_size or size, mean, std, interpolation)
         if self.image_size is not None:
             with torch.device("meta"):  # shapes alone, at no cost
@@ -90,10 +88,8 @@ class TransformersTeacher(Teacher):
                 try:
                     self.look(AutoModel.from_config(config).eval(), torch.zeros(1, 3, *sides))
                 except (RuntimeError, ValueError) as error:
-                    reason = str(error).strip().splitlines()[0]
-                    raise ValueError(
-                        f"The teacher '{name}' cannot take images of {sides} pixels ({reason}): set image_size."
-                    ) from error
+                    why = f"of {sides} pixels ({str(error).strip().splitlines()[0]})"
+                    raise ValueError(f"The teacher '{name}' cannot take images {why}: set image_size.") from error
         self.freeze()
 
     def look(self, network: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:

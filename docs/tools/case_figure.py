@@ -1,8 +1,8 @@
-"""The figure of held-out phantom cases in the README, from evaluated runs on phantoms.
+"""The figure of held-out phantom cases in docs/start.md, from evaluated runs on phantoms.
 
 python docs/tools/case_figure.py RUN [RUN ...]      # writes docs/phantom_cases.jpg
 
-Each RUN is the output folder of a segmentation that was trained and evaluated without data. The README shows
+Each RUN is the output folder of a segmentation that was trained and evaluated without data. The page shows
 kvasir_seg, busi and msd_heart with `--admission#mode none`, the pictures with `--image_size 128` in both commands:
 
 python -m monai.bundle run training --config_file bundles/busi/configs/train.json --output_dir RUN --ckpt_dir RUN

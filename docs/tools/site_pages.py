@@ -1,6 +1,6 @@
 """MkDocs hook: pages that lie outside `docs/`, pages of the API, and links that work in both places.
 
-The README is the first page, the README of a bundle the page of that bundle; neither is copied into `docs/`.
+The README is the first page, the README of a bundle the page of that bundle; none is copied into `docs/`.
 Links are written for the repository. On the site a link to a module leads to its API page, and a link to a file that
 has no page is shown as text.
 """
@@ -25,7 +25,7 @@ ROLE = re.compile(r":(?:class|data|func|meth|mod):<code>~?(?:[\w.]*\.)?(\w+)</co
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that do not lie in `docs/`."""
-    for source in (ROOT / "README.md", *ROOT.glob("bundles/*/docs/README.md")):
+    for source in (*ROOT.glob("*.md"), *ROOT.glob("bundles/*/docs/README.md")):
         files.append(File.generated(config, page_of(source), abs_src_path=str(source)))
     for package in (PACKAGE, *sorted(p.parent for p in PACKAGE.glob("*/__init__.py"))):
         files.append(File.generated(config, page_of(package / "__init__.py"), content=api_page(package)))
@@ -64,8 +64,8 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 def page_of(file: Path) -> str | None:
     """Return the page that shows a file of the repository; None if none does."""
     parts = file.relative_to(ROOT).parts
-    if parts == ("README.md",):
-        return "index.md"
+    if len(parts) == 1 and file.suffix == ".md":
+        return "index.md" if parts[0] == "README.md" else parts[0].lower()
     if parts[0] == "docs":
         return "/".join(parts[1:])
     if parts[0] == "bundles" and parts[2:] == ("docs", "README.md"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
+import re
 
 import pytest
 from command_check import all_options, check
@@ -54,6 +56,29 @@ def test_commands_are_understood(page):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_options_named_in_the_text_exist(page):
     assert set(inline_options(page)) - all_options() - OF_BENCHMARKS == set()
+
+
+def test_files_and_tests_named_in_the_text_exist():
+    files = list((ROOT / "tests").rglob("*.py"))
+    tests = {path.stem for path in files} | {n for f in files for n in re.findall(r"def (test_\w+)", f.read_text())}
+    text = "\n".join(page.read_text() for page in (ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")))
+    named = set(re.findall(r"\b((?:tests|benchmarks|docs/tools)/[\w/]+\.(?:py|sh))\b", text))
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+    assert set(re.findall(r"\b(test_\w*[a-z0-9])\b", text)) - tests == set()
+
+
+def test_figures_of_gains_show_the_rows_of_their_pages():
+    spec = importlib.util.spec_from_file_location("gain_figure", ROOT / "docs" / "tools" / "gain_figure.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for page, rows in (("results", 7), ("ablation", 13)):
+        series = module.gains(ROOT / "docs" / f"{page}.md")
+        assert len(series) == 2 and all(len(values) >= rows for values in series.values())
+        for gain, low, high in (found for values in series.values() for found in values.values()):
+            assert low <= gain <= high
+        labels = [text.get_text() for text in module.draw(series).axes[0].get_yticklabels()]
+        drawn = (ROOT / "docs" / f"{page}.svg").read_text()
+        assert labels and all(label in drawn for label in labels)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amkd_monai.files.names import expanded, file_id, files_by_id, images_to_predict, read_text, table_rows
+from amkd_monai.files.names import expanded, file_id, image_files, images_to_predict, read_text, table_rows
 from amkd_monai.files.pictures import read_picture, write_png
 from amkd_monai.files.volumes import Grid, write_mask_volume
 
@@ -27,7 +27,7 @@ def test_ids_can_always_be_printed_and_told_apart(tmp_path):
         save(tmp_path / name)
     raw = os.fsdecode(os.fsencode(tmp_path) + b"/pati\xebnt.png")
     save(tmp_path / "temporary.png").rename(raw)
-    found = files_by_id(tmp_path)
+    found = {file_id(file): file for file in image_files(tmp_path)}
     assert set(found) == {"plain", "UPPER", "ünï (1) ß", "line%0Abreak,comma", "a.b", "pati%EBnt"}
     for name, file in found.items():
         name.encode()
@@ -43,7 +43,7 @@ def test_dead_links_are_counted_and_named(tmp_path, caplog):
     save(tmp_path / "good.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "good.png")
     (tmp_path / "dead.png").symlink_to(tmp_path / "nowhere.png")
-    assert set(files_by_id(tmp_path)) == {"good", "link"}
+    assert set(map(file_id, image_files(tmp_path))) == {"good", "link"}
     assert "1 dead link" in caplog.text and "dead" in caplog.text
 
 

@@ -218,7 +218,7 @@ ZEROS = torch.zeros(4, 4)
         ),
         ((ZEROS[None, None], ZEROS[None, None], 2, (1, 1), 1.0), r"\(1, 1, 4, 4\)"),
         ((ZEROS[:0], ZEROS[:0], 2, (1, 1), 1.0), "non-empty"),
-        ((ZEROS + 2, ZEROS, 2, (1, 1), 1.0), "pred holds labels from 2 to 2, but 2 classes allow 0 to 1"),
+        ((ZEROS + 2, ZEROS, 2, (1, 1), 1.0), "pred holds labels from 2 to 2, the classes are 0 to 1"),
         ((ZEROS, ZEROS - 1, 2, (1, 1), 1.0), "reference holds labels from -1"),
         ((ZEROS, ZEROS + math.inf, 2, (1, 1), 1.0), "reference holds labels from inf"),
         ((ZEROS + 0.3, ZEROS, 2, (1, 1), 1.0), "not probabilities"),

@@ -1,18 +1,17 @@
 """Intervals and tests against scipy, hand examples and simulated coverage."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from scipy import stats
 
-from amkd_monai.metrics.statistics import (
-    bootstrap_ci,
-    holm,
-    paired_bootstrap_ci,
-    paired_wilcoxon,
-    seed_and_case_ci,
-)
+from amkd_monai.metrics.statistics import bootstrap_ci, holm, paired_bootstrap_ci, paired_wilcoxon
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from tables import seed_and_case_ci
 
 RNG = np.random.default_rng(7)
 SKEWED = RNG.beta(6, 1.2, size=60)

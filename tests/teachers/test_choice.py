@@ -8,7 +8,7 @@ from helpers import ROOT
 from teachers.tiny_teachers import OFFICIAL
 
 from amkd_monai.data.datasets import TASKS
-from amkd_monai.teachers import choice
+from amkd_monai.teachers import catalogue
 from amkd_monai.teachers.catalogue import FOUNDATION, entry
 from amkd_monai.teachers.choice import choose, seen
 from amkd_monai.weights import CheckpointError
@@ -85,7 +85,7 @@ def test_two_teachers_of_one_name_are_refused(files):
 
 def test_a_missing_package_ends_what_was_demanded_and_is_told_otherwise(files, monkeypatch):
     (files / OFFICIAL["medsam"]).touch()
-    monkeypatch.setattr(choice, "missing_packages", lambda teacher: ["segment-anything"])
+    monkeypatch.setattr(catalogue, "missing_packages", lambda teacher: ["segment-anything"])
     with pytest.raises(ValueError, match="pip install segment-anything"):
         choose("medsam", TASKS["busi"])
     described, lines = choose("auto", TASKS["busi"], fallback=LITE)

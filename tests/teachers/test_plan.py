@@ -73,7 +73,7 @@ def test_a_file_of_another_network_is_refused_by_its_first_key(tmp_path, weights
 
 
 WRONG = [
-    (described("biomedparse", token_ids=TINY["biomedparse"]["token_ids"] * 2), "prompts for 2 classes.*polyp"),
+    (described("biomedparse", token_ids=TINY["biomedparse"]["token_ids"] * 2), "2 prompts.*polyp"),
     (described("usfm_upernet", num_classes=5), "5 classes.*2 classes"),
     (described("usfm", image_sise=64), "image_sise"),
     ({"name": "own", "kind": "no.such.Teacher"}, "cannot be imported"),
