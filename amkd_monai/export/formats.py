@@ -209,7 +209,7 @@ def _calibrate(
             low, high = np.quantile(value, (RARE, 1 - RARE))
             lows[name], highs[name] = min(low, lows.get(name, low)), max(high, highs.get(name, high))
             means[name] = means.get(name, 0) + value.mean(tuple({*range(value.ndim)} - {1})) / len(batches)
-    ranges = {name: np.float32((lows[name], highs[name])) for name in names}
+    ranges = {name: np.array((lows[name], highs[name]), np.float32) for name in names}
     scales = dict[str, np.ndarray]()
     for node in nodes:
         if node.op_type != "Conv" or node.name == stem:

@@ -239,7 +239,8 @@ def _predict_one(predictor: Predictor, image: Input, folder: Path, dicom_seg: bo
         if dicom_captures and series:
             draw = partial(drawn_overlay, classes=classes)
             write_captures(names.file_of(folder, f"{image.id}_captures"), mask, levels, grid, series, draw)
-        write_png(overlay, drawn_overlay(*map(np.rot90, middle_slice(levels, mask)), classes))
+        grey, outline = (np.rot90(plane) for plane in middle_slice(levels, mask))
+        write_png(overlay, drawn_overlay(grey, outline, classes))
         return []
     picture = (array[[0, 0, 0]] if image.channels else array).transpose(1, 2, 0).astype(np.uint8)
     if predictor.config["kind"] == "classification":

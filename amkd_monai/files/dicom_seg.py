@@ -113,10 +113,14 @@ def write_captures(
     import highdicom
     from pydicom import Dataset
 
-    uid, letters = highdicom.UID(), ("RAF", "LPH")  # towards which a row and a column run
+    def towards(direction: np.ndarray) -> str:
+        axis = np.abs(direction).argmax()
+        return ("RAF", "LPH")[int(direction[axis] > 0)][axis]
+
+    uid = highdicom.UID()
     with atomic_folder(folder, replace=True) as temporary:
         for number, item in enumerate(slices, 1):
-            axes = np.array(item.ImageOrientationPatient, float).reshape(2, 3)
+            across, down = np.array(item.ImageOrientationPatient, float).reshape(2, 3)
             result = highdicom.sc.SCImage.from_ref_dataset(
                 item,
                 draw(*(_plane(array, grid, item) for array in (levels, mask))),
@@ -129,9 +133,7 @@ def write_captures(
                 instance_number=number,
                 manufacturer="amkd_monai",
                 pixel_spacing=tuple(item.PixelSpacing),
-                patient_orientation=tuple(
-                    letters[int(axis[k] > 0)][k] for axis in axes for k in [np.abs(axis).argmax()]
-                ),
+                patient_orientation=(towards(across), towards(down)),
             )
             result.SeriesDescription = "Overlay of a prediction, not for clinical use"
             result.SourceImageSequence = [Dataset()]
