@@ -22,8 +22,8 @@ def parser() -> argparse.ArgumentParser:
     verbosity = common.add_mutually_exclusive_group()
     # no default: the default of a sub-command would replace an option given before its name
     level: dict[str, Any] = {"action": "store_const", "dest": "verbosity", "default": argparse.SUPPRESS}
-    verbosity.add_argument("--quiet", const="quiet", help="results and warnings only, no progress", **level)
-    verbosity.add_argument("--verbose", const="verbose", help="every step, and errors with their trace", **level)
+    verbosity.add_argument("--quiet", const="quiet", help="print results and warnings only", **level)
+    verbosity.add_argument("--verbose", const="verbose", help="log every step, and errors with their trace", **level)
     top = argparse.ArgumentParser("python -m amkd_monai", description=amkd_monai.__doc__, parents=[common])
     top.add_argument("--version", action="version", version=amkd_monai.__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -37,12 +37,12 @@ def parser() -> argparse.ArgumentParser:
         parent = commands.add_parser(name, help=text, parents=[common])
         return parent.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    teachers = add("teachers", _teachers, "which teachers are usable here, or what those of a bundle would do and cost")
-    teachers.add_argument("bundle", nargs="?", help="training bundle, such as bundles/busi: each teacher is asked once")
+    teachers = add("teachers", _teachers, "list teachers usable here, or what those of a bundle would do and cost")
+    teachers.add_argument("bundle", nargs="?", help="bundle, such as bundles/busi; runs each teacher on one image")
     teachers.add_argument("--weights_dir", help="folder of weight files (default: $AMKD_WEIGHTS, then weights/)")
     teachers.add_argument("--set", help="setting of the run, such as teachers=foundation", **SETTING)
 
-    fetch = add("fetch", _fetch, "download a teacher's weights from the Hugging Face hub")
+    fetch = add("fetch", _fetch, "download teacher weights from the Hugging Face hub")
     fetch.add_argument("teacher", help="medsam, retfound, retfound_mae_natureOCT, ...")
 
     compare = add("compare", _compare, "compare evaluated runs, paired by case")
@@ -50,109 +50,111 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs="+", help="output folders of the runs to compare with it")
     compare.add_argument("--metric", help="masks: dice (default), iou, nsd, hd95; classes: one of metrics.json")
 
-    new = add("new", _new, "a bundle for data of your own: looks at the folder and writes the configs")
-    new.add_argument("name", help="of the bundle, such as mybundle")
+    new = add("new", _new, "write a bundle for your own data")
+    new.add_argument("name", help="name of the bundle, such as mybundle")
     new.add_argument("--data", required=True, help="folder of the data")
     new.add_argument("--classes", help='names by label value, such as "background,tumour,necrosis"')
-    new.add_argument("--groups", default="", help="what no split cuts: a column, or a pattern such as '(p[0-9]+)_'")
-    new.add_argument("--kind", default="", help="segmentation or classification (default: by the labels)")
+    new.add_argument("--groups", default="", help="groups no split cuts: a column, or a pattern such as '(p[0-9]+)_'")
+    new.add_argument("--kind", default="", help="segmentation or classification (default: from the labels)")
     new.add_argument("--modality", default="", help="how the images were made, such as ultrasound")
     new.add_argument("--to", default="bundles", help="folder of bundles (default: %(default)s)")
 
-    data = group("data", "check a data set, or fetch it")
-    check = add("check", _data_check, "counts, sizes, classes, duplicates, all problems, and a contact sheet", data)
-    check.add_argument("name", help="task, e.g. busi, or the folder of a bundle")
-    check.add_argument("--dataset_dir", help="the data set's folder (default: as in a training)")
-    check.add_argument("--cache_dir", help="keeps hashes, phantoms and the sheet (default: the bundle's .cache)")
+    data = group("data", "check or download a data set")
+    check = add("check", _data_check, "list counts, sizes, duplicates and all problems; draw a sheet", data)
+    check.add_argument("name", help="task, such as busi, or the folder of a bundle")
+    check.add_argument("--dataset_dir", help="folder of the data set (default: as in training)")
+    check.add_argument("--cache_dir", help="folder for hashes, phantoms and the sheet (default: the bundle's .cache)")
     check.add_argument("--data_options", type=json.loads, help="JSON, as in the bundle: '{\"normals\": false}'")
-    check.add_argument("--fold", type=int, help="of the split, where the data set is cross-validated")
-    check.add_argument("--split_seed", type=int, help="of the split")
-    check.add_argument("--mask_codes", type=_codes, help="meaning of mask values, as in the bundle (default: its rule)")
-    check.add_argument("--sheet", help="PNG of thumbnails to write (default: contact_sheet.png in the cache)")
+    check.add_argument("--fold", type=int, help="fold of the split, for cross-validated data sets")
+    check.add_argument("--split_seed", type=int, help="seed of the split")
+    check.add_argument("--mask_codes", type=_codes, help="meaning of mask values (default: that of the bundle)")
+    check.add_argument("--sheet", help="PNG file for thumbnails (default: contact_sheet.png in the cache)")
     fetch_data = add("fetch", _data_fetch, "download a data set, or print how to get it", data)
-    fetch_data.add_argument("name", help="data set, e.g. msd_heart")
-    fetch_data.add_argument("--to", default="data", help="folder in which the data set's folder is made")
+    fetch_data.add_argument("name", help="data set, such as msd_heart")
+    fetch_data.add_argument("--to", default="data", help="parent of the data set's folder (default: %(default)s)")
 
-    export = add("export", _export, "a trained student alone, in several formats, each checked")
+    export = add("export", _export, "export a trained student in several formats, each checked")
     export.add_argument("bundle", help="training bundle, such as bundles/kvasir_seg")
-    export.add_argument("--to", required=True, help="folder to make")
+    export.add_argument("--to", required=True, help="new folder to write")
     formats, further = "ts,pt2,onnx,ort-int8", "openvino, openvino-int8, web, hub, triton"
-    export.add_argument("--formats", default=formats, help=f"some of %(default)s (the default), {further}")
-    export.add_argument("--web-runtime", help="file onnxruntime-web-VERSION.tgz, where npm has no network")
-    export.add_argument("--overlay", default="", help="configs the run had on top, such as volumes of bundles/covid")
-    export.add_argument("--accept-loss", action="store_true", help="keep 8 bits whatever they cost")
-    export.add_argument("--cases", type=_positive, default=100, help="validation images to check on, at most")
-    export.add_argument("--calibration", type=_positive, default=32, help="training images for 8 bits, at most")
+    export.add_argument("--formats", default=formats, help=f"comma-separated: %(default)s (the default), {further}")
+    export.add_argument("--web-runtime", help="file onnxruntime-web-VERSION.tgz, if npm has no network")
+    export.add_argument("--overlay", default="", help="configs on top, such as volumes of bundles/covid")
+    export.add_argument("--accept-loss", action="store_true", help="keep 8 bits whatever accuracy they lose")
+    export.add_argument("--cases", type=_positive, default=100, help="most validation images to check (default: 100)")
+    export.add_argument(
+        "--calibration", type=_positive, default=32, help="most training images for 8 bits (default: 32)"
+    )
     export.add_argument("--set", help="setting of the run, such as ckpt_dir=FOLDER or image_size=128", **SETTING)
 
-    push = add("push", _push, "upload a student, exported by --formats hub, to the Hugging Face hub")
-    push.add_argument("folder", help="folder that export made")
-    push.add_argument("repository", help="OWNER/NAME on the hub, made if it is not there")
-    push.add_argument("--public", action="store_true", help="for all to see (default: private)")
+    push = add("push", _push, "upload a student exported with --formats hub to the Hugging Face hub")
+    push.add_argument("folder", help="folder written by export")
+    push.add_argument("repository", help="OWNER/NAME on the hub, created if needed")
+    push.add_argument("--public", action="store_true", help="make the repository public (default: private)")
 
-    predict = add("predict", _predict, "masks or classes by an exported student, without torch")
+    predict = add("predict", _predict, "predict masks or classes with an exported student, without torch")
     predict.add_argument("input", help="image, volume, folder of them, or folder of a DICOM series")
-    predict.add_argument("--model", required=True, help="folder that export made")
-    predict.add_argument("--output", required=True, help="folder for the answers")
-    predict.add_argument("--dicom-seg", action="store_true", help="of a DICOM series, also a DICOM segmentation")
-    predict.add_argument("--dicom-captures", action="store_true", help="and overlays of its slices, as captures")
-    predict.add_argument("--int8", action="store_true", help="use the network of 8 bits")
-    predict.add_argument("--threads", type=_positive, help="threads of ONNX Runtime (default: its own choice)")
+    predict.add_argument("--model", required=True, help="folder written by export")
+    predict.add_argument("--output", required=True, help="folder for the predictions")
+    predict.add_argument("--dicom-seg", action="store_true", help="also write a DICOM segmentation of a DICOM series")
+    predict.add_argument("--dicom-captures", action="store_true", help="also write overlays of its slices as captures")
+    predict.add_argument("--int8", action="store_true", help="use the 8-bit network")
+    predict.add_argument("--threads", type=_positive, help="threads of ONNX Runtime (default: ONNX Runtime chooses)")
 
     evaluate = add("evaluate", _evaluate, "score a student on its test section, or on a folder of labelled data")
-    evaluate.add_argument("bundle", help="trained bundle, such as bundles/kvasir_seg, or folder that export made")
-    evaluate.add_argument("--data", help="folder of labelled data that the student never saw")
-    evaluate.add_argument("--output", help="folder for the figures (default: eval/on_<name of the data> in the bundle)")
+    evaluate.add_argument("bundle", help="trained bundle, such as bundles/kvasir_seg, or folder written by export")
+    evaluate.add_argument("--data", help="folder of labelled data that the student has not seen")
+    evaluate.add_argument("--output", help="folder for results (default: eval/on_<data folder> in the bundle)")
     evaluate.add_argument("--seen", choices=("refuse", "apart"), default="refuse", help="images of the training")
-    evaluate.add_argument("--overlay", default="", help="configs the run had on top, such as volumes of bundles/covid")
-    evaluate.add_argument("--int8", action="store_true", help="of an exported student, use the network of 8 bits")
-    evaluate.add_argument("--threads", type=_positive, help="of ONNX Runtime, for an exported student")
+    evaluate.add_argument("--overlay", default="", help="configs on top, such as volumes of bundles/covid")
+    evaluate.add_argument("--int8", action="store_true", help="use the 8-bit network of an exported student")
+    evaluate.add_argument("--threads", type=_positive, help="threads of ONNX Runtime, for an exported student")
     evaluate.add_argument("--set", help="setting of the run, such as ckpt_dir=FOLDER or mask_codes=nonzero", **SETTING)
 
-    score = add("score", _score, "masks by any program against references: metrics per case and their mean")
+    score = add("score", _score, "score masks of any program against references")
     score.add_argument("predictions", help="folder of masks")
-    score.add_argument("references", help="folder of the masks that they should be")
+    score.add_argument("references", help="folder of reference masks of the same names")
     asked = score.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--task", help="task, e.g. busi, or the file that describes one")
-    asked.add_argument("--classes", help="names of the classes, background first: background,tumour,necrosis")
+    asked.add_argument("--task", help="task, such as busi, or a file that describes one")
+    asked.add_argument("--classes", help="class names, background first: background,tumour,necrosis")
     score.add_argument("--output", required=True, help="folder for per_case.csv and metrics.json")
-    score.add_argument("--nsd_tolerance", type=float, help="px or mm (default: the task's, else 2)")
+    score.add_argument("--nsd_tolerance", type=float, help="tolerance of NSD in px or mm (default: the task's, else 2)")
     for name in ("prediction", "reference"):
-        score.add_argument(f"--{name}_codes", type=_codes, help=f"meaning of the values of {name}s, as mask_codes")
+        score.add_argument(f"--{name}_codes", type=_codes, help=f"meaning of mask values of {name}s, as for mask_codes")
 
-    label = add("label", _label, "serve trained students to 3D Slicer and OHIF by MONAI Label")
+    label = add("label", _label, "serve trained students to 3D Slicer and OHIF through MONAI Label")
     label.add_argument("--bundles", nargs="+", required=True, help="names in bundles/, or folders of trained bundles")
     label.add_argument("--studies", required=True, help="folder of images, or http(s) address of a DICOMweb server")
     label.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     label.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     label.add_argument("--work", default=".label", help="folder for fine-tuned copies and logs (default: %(default)s)")
 
-    served = add("serve", _serve, "an exported student over HTTP: its page, and POST /predict")
-    served.add_argument("model", help="folder that export made")
+    served = add("serve", _serve, "serve an exported student over HTTP: its page, and POST /predict")
+    served.add_argument("model", help="folder written by export")
     served.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     served.add_argument("--port", type=int, default=8080, help="port to listen on (default: %(default)s)")
     served.add_argument("--limit", type=_positive, default=200, help="largest upload in MB (default: %(default)s)")
-    served.add_argument("--int8", action="store_true", help="use the network of 8 bits")
-    served.add_argument("--threads", type=_positive, help="threads of ONNX Runtime (default: its own choice)")
+    served.add_argument("--int8", action="store_true", help="use the 8-bit network")
+    served.add_argument("--threads", type=_positive, help="threads of ONNX Runtime (default: ONNX Runtime chooses)")
 
-    report = add("report", _report, "one HTML page that shows what runs did")
+    report = add("report", _report, "write one HTML page about one or several runs")
     report.add_argument("runs", nargs="+", help="output folders of runs of one task; the first is the reference")
     report.add_argument("--output", default="report.html", help="file to write (default: %(default)s)")
 
-    cache = group("cache", "stored outputs of teachers: list, verify, prune, build")
-    status = add("status", _cache_status, "which stores there are, their sizes, complete or not", cache)
-    verify = add("verify", _cache_verify, "check all hashes, and whether teachers are those they were", cache)
+    cache = group("cache", "list, verify, prune or build stored teacher outputs")
+    status = add("status", _cache_status, "list stores with sizes and completeness", cache)
+    verify = add("verify", _cache_verify, "check all hashes, and whether the teachers are unchanged", cache)
     prune = add("prune", _cache_prune, "remove stores that are damaged, incomplete or stale", cache)
     for command in (status, verify, prune):
         command.add_argument("folder", nargs="?", default=CACHE, help="cache_dir, or one store (default: %(default)s)")
     verify.add_argument("--weights_dir", help="folder of weight files")
-    prune.add_argument("--dry_run", action="store_true", help="only list them")
-    build = add("build", _cache_build, "run the teachers of a bundle, as its training would", cache)
+    prune.add_argument("--dry_run", action="store_true", help="list the stores, remove nothing")
+    build = add("build", _cache_build, "run the teachers of a bundle ahead of its training", cache)
     build.add_argument("bundle", help="training bundle, such as bundles/kvasir_seg")
-    build.add_argument("--shard", help="compute one part, 1/8 to 8/8 (default: all, or this rank's under torchrun)")
-    build.add_argument("--batch_size", type=int, help="images per forward, halved when memory runs out")
-    build.add_argument("--config", action="append", default=[], help="config on top of train.json, such as teachers")
-    build.add_argument("--set", help="a setting of the run, such as views=4", **SETTING)
+    build.add_argument("--shard", help="compute one part, such as 1/8 (default: all, or this rank's under torchrun)")
+    build.add_argument("--batch_size", type=int, help="images per forward pass, halved when memory runs out")
+    build.add_argument("--config", action="append", default=[], help="config on top, such as my_teachers.json")
+    build.add_argument("--set", help="setting of the run, such as views=4", **SETTING)
     return top
 
 
@@ -182,7 +184,7 @@ def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise ValueError(f"--set {pair} is not understood: write --set KEY=VALUE.")
+            raise ValueError(f"--set {pair} is invalid: write --set KEY=VALUE.")
         try:
             settings[key] = json.loads(value)
         except json.JSONDecodeError:
@@ -216,7 +218,7 @@ def _fetch(arguments: argparse.Namespace) -> None:
 
     teacher = entry(arguments.teacher)
     if not teacher.hub:
-        raise ValueError(f"{teacher.name} cannot be fetched from here: get it by hand ({teacher.source}).")
+        raise ValueError(f"{teacher.name} cannot be downloaded by this command: get it by hand ({teacher.source}).")
     print(f"{fetch(teacher.hub, teacher.hub_files)} (licence: {teacher.licence})")
 
 
@@ -283,7 +285,7 @@ def _data_fetch(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     settings, to = settings_of(arguments.set), Path(arguments.to)
     if to.exists():
-        raise FileExistsError(f"{to} is there already: remove it or give another folder.")
+        raise FileExistsError(f"{to} already exists: remove it or give another folder.")
     from amkd_monai.export.formats import PAGE, chosen_formats
     from amkd_monai.export.page import runtime_archive
 
@@ -318,7 +320,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     bundle, settings, data = Path(arguments.bundle), settings_of(arguments.set), arguments.data
     output = arguments.output or (data and str(bundle / "eval" / f"on_{Path(data).expanduser().resolve().name}"))
     if arguments.seen != "refuse" and not data:
-        raise ValueError("--seen is about --data: give both.")
+        raise ValueError("--seen needs --data: give both.")
     if (bundle / "configs" / "predict.json").is_file():
         if unknown := settings.keys() - {"data_options", "mask_codes"}:
             raise ValueError(f"An exported student has no setting {min(unknown)}: use data_options and mask_codes.")
@@ -330,7 +332,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print(evaluate(bundle, data, Path(output), arguments.seen, options, codes, arguments.int8, arguments.threads))
         return
     if arguments.int8 or arguments.threads:
-        raise ValueError(f"{bundle} is no exported student: leave out --int8 and --threads.")
+        raise ValueError(f"{bundle} is not an exported student: leave out --int8 and --threads.")
     from monai.bundle import run
 
     from amkd_monai.export.source import config_files

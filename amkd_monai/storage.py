@@ -135,12 +135,12 @@ def _one_sentence(target: Path, *paths: Path) -> Iterator[None]:
         if error.errno not in _DISK_FAULTS and not {error.filename, error.filename2} & {str(p) for p in paths}:
             raise
         reason = _REASONS.get(error.errno or 0, error.strerror)
-        raise OSError(error.errno, f"cannot write {target}: {reason}; nothing half-written was left") from error
+        raise OSError(error.errno, f"cannot write {target}: {reason}; no partial file was left") from error
 
 
 def _refuse_existing(path: Path) -> None:
     if os.path.lexists(path):
-        raise FileExistsError(f"{path} is there already: remove it or give another folder.")
+        raise FileExistsError(f"{path} already exists: remove it or give another folder.")
 
 
 def _temporary(target: Path) -> Path:
@@ -167,7 +167,12 @@ def fingerprint(*parts: Any) -> str:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 (64 hexadecimal digits) of a file, which is not held in memory."""
+    """SHA-256 (64 hexadecimal digits) of a file, which is not held in memory; of a folder, that of its files'.
+
+    Names, hidden files and those in folders below do not count.
+    """
+    if Path(path).is_dir():
+        return fingerprint(*sorted(map(file_sha256, _files_in(Path(path)))))
     with Path(path).open("rb", buffering=0) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -175,6 +180,16 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 def joint_hash(hashes: Sequence[str]) -> str:
     """Return the hash of one file, or one of the hashes of several that belong together, in their order."""
     return hashes[0] if len(hashes) == 1 else fingerprint(*hashes)
+
+
+def size_and_time(path: str | os.PathLike[str]) -> list[int]:
+    """Size in bytes and time of the last change in ns of a file, or of the files of a folder together."""
+    found = [file.stat() for file in (_files_in(Path(path)) if Path(path).is_dir() else [Path(path)])]
+    return [sum(s.st_size for s in found), max((s.st_mtime_ns for s in found), default=0)]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
 
 
 def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = None) -> list[str]:
@@ -187,8 +202,7 @@ def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = 
     entries, hashes = dict(known), []
     for path in progress(paths, desc="hash files", delay=1):
         absolute = Path(path).absolute()
-        status, name = absolute.stat(), str(absolute)  # before the read: a file changed meanwhile is read again later
-        at = [status.st_size, status.st_mtime_ns]
+        at, name = size_and_time(absolute), str(absolute)  # before the read: what changed meanwhile is read again later
         if known.get(name, [])[:2] != at:
             entries[name] = [*at, file_sha256(absolute)]
         hashes.append(str(entries[name][2]))
@@ -202,7 +216,7 @@ def write_memo(memo: Path, entries: Mapping[str, Any]) -> None:
     try:
         atomic_write_json(memo, entries, indent=None)
     except OSError as error:
-        logger.warning("The next run computes again what is not kept: %s", error)
+        logger.warning("The next run computes this again: %s", error)
 
 
 def read_memo(memo: Path, is_entry: Callable[[Any], bool]) -> dict[str, Any]:
@@ -210,11 +224,11 @@ def read_memo(memo: Path, is_entry: Callable[[Any], bool]) -> dict[str, Any]:
     try:
         entries = json.loads(memo.read_bytes())
         if not isinstance(entries, dict) or not all(map(is_entry, entries.values())):
-            raise ValueError("it does not hold what it should")
+            raise ValueError("its content is not what is expected")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        logger.warning("%s is not readable (%s) and is built again", memo, error)
+        logger.warning("%s is damaged (%s) and is built again", memo, error)
         return {}
     return entries
 

@@ -42,7 +42,7 @@ def kind_of_file(path: Path) -> str:
             head = stream.read(512)
             size = stream.seek(0, os.SEEK_END)
     except PermissionError as error:
-        raise CheckpointError(f"{path} may not be read: change its permissions or those of its folder.") from error
+        raise CheckpointError(f"{path} cannot be read: change its permissions or those of its folder.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"There is no checkpoint at {path}: check the path or obtain the file first.") from error
     if head[4:9] == b"\0\0\0\0{":  # the length of its header in 8 bytes, then the header

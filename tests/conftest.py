@@ -28,7 +28,6 @@ FIRST = ("export", "label", "bundles", "engines", "runs", "teachers")
 """Folders of the longest tests, which two workers share best from the start. The export comes first of all: torch's
 ONNX exporter has died in a process that had run hundreds of other tests."""
 
-
 TOGETHER = ("export", "label")
 """Folders that one worker runs, since all their files use what is trained for the session."""
 
@@ -38,6 +37,16 @@ def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: next((n for n, folder in enumerate(FIRST) if folder == item.path.parent.name), len(FIRST))
     )
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder in TOGETHER else str(item.path)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give a file to one worker, so that its fixtures are made once; pytest-xdist 3.8 loses groups under pytest 9."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return next((folder for folder in TOGETHER if f"/{folder}/" in file), file)
+
+    return ByFile(config, log)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from helpers import shared_data
+from helpers import needs, shared_data
 from PIL import Image
 from scipy import ndimage
 
@@ -51,4 +51,27 @@ def rimmed_volumes(folder: Path, cases: int = 6) -> Path:
     about = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "wall": 1, "left atrium": 2}}
     about |= {"numTraining": cases, "file_ending": ".nii.gz"}
     (folder / "dataset.json").write_text(json.dumps(about))
+    return folder
+
+
+def dicom_series(folder: Path, volume: Path) -> Path:
+    """Write a NIfTI volume of whole numbers as a folder of DICOM slices, whose names say nothing of their order."""
+    itk = needs("SimpleITK")
+    folder.mkdir(parents=True)
+    image = itk.Cast(itk.ReadImage(str(volume)), itk.sitkInt16)
+    writer, uid = itk.ImageFileWriter(), f"1.2.826.0.1.3680043.2.1125.{len(volume.name)}{sum(volume.name.encode())}"
+    writer.KeepOriginalImageUIDOn()
+    direction = np.array(image.GetDirection()).reshape(3, 3)
+    for z in range(image.GetSize()[2]):
+        plane = image[:, :, z]
+        plane = itk.JoinSeries([plane])
+        tags = {"0008|0060": "MR", "0020|000e": uid, "0020|000d": f"{uid}.1", "0008|0018": f"{uid}.2.{z + 1}"}
+        tags["0020|0032"] = "\\".join(f"{c:.6f}" for c in image.TransformIndexToPhysicalPoint((0, 0, z)))
+        tags["0020|0037"] = "\\".join(f"{c:.6f}" for c in direction[:, :2].T.ravel())
+        for key, value in tags.items():
+            plane.SetMetaData(key, value)
+        plane.SetSpacing((*image.GetSpacing()[:2], image.GetSpacing()[2]))
+        writer.SetImageIO("GDCMImageIO")
+        writer.SetFileName(str(folder / f"{(7 * z) % 1009:04d}.dcm"))
+        writer.Execute(plane)
     return folder

@@ -78,7 +78,7 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "reason"),
-    [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "not writable"), (errno.EIO, "nothing half-written")],
+    [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "not writable"), (errno.EIO, "no partial file")],
 )
 def test_a_failing_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, code, reason):
     path = tmp_path / "file"

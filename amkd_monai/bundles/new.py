@@ -15,6 +15,7 @@ from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.data.datasets.described import COLUMNS, READERS, Described, names_of_channels, names_of_values
 from amkd_monai.data.splits import Item
 from amkd_monai.files import masks, volumes
+from amkd_monai.files.cases import case_grid, is_volume, read_case
 from amkd_monai.files.names import (
     PICTURE_SUFFIXES,
     SUFFIXES,
@@ -68,7 +69,7 @@ def new_bundle(
     """
     root, folder = Path(data).expanduser().resolve(), Path(to).expanduser() / name
     if folder.exists():
-        raise FileExistsError(f"There is a bundle {folder} already: give another name, or remove it.")
+        raise FileExistsError(f"The bundle {folder} already exists: give another name, or remove it.")
     description, items = _described(name, root, classes, groups, kind)
     of_labels = description.pop("facts")
     flat, several = description["dimensions"] == 2, "channels" in description
@@ -93,7 +94,7 @@ def new_bundle(
         else f"EACH IMAGE IS A GROUP OF ITS OWN ({len(grouped)}): if several are of one patient, give --groups",
         f"{len(problems)} of them cannot be used: python -m amkd_monai data check {folder}" if problems else "",
     ]
-    own = _part(name, task, part, "fold" in {key for item in found for key in item})
+    own = _part(name, task, part)
     texts = bundle_files(name, own) | {"configs/task.json": json.dumps(description, indent=2) + "\n"}
     values = {"bundle": name, "place": (Path(to) / name).as_posix(), **own["values"]}
     for place in ("docs/README.md", "docs/data_license.txt", "LICENSE"):
@@ -126,7 +127,7 @@ def _described(
     if not listed:
         raise FileNotFoundError(f"There are no labelled images in {root}: expected {Described.expected}.")
     labels = [item["label"] for item in listed]
-    volume = has_suffix(np.ravel(listed[0]["image"])[0], VOLUME_SUFFIXES)
+    volume = is_volume(files_of(listed[0]["image"])[0])
     if not kind:
         of_files = form in ("pairs", "nnunet") or all(label_files(i) and _is_file(i["label"]) for i in listed)
         kind = "segmentation" if of_files else "classification"
@@ -136,7 +137,9 @@ def _described(
     elif groups:
         layout["groups"] = groups
     items = [i for i in READERS[form](Described(kind=kind, form=form), root) if "problem" not in i]
-    count = Counter(len(files_of(item["image"])) for item in items).most_common(1)[0][0]
+    images = [files_of(item["image"]) for item in items]
+    numbers = (case_grid(files)[1] if is_volume(files[0]) else len(files) for files in images)
+    count = Counter(numbers).most_common(1)[0][0]
     items = [{**item, "image": files_of(item["image"])[0]} for item in items]
     description: dict[str, Any] = {"name": name, "kind": kind, "dimensions": 3 if volume else 2, "layout": layout}
     if count > 1:
@@ -148,7 +151,7 @@ def _described(
     names = list(classes) or sorted({str(label) for label in labels}, key=natural)
     known = Described(classes=names)
     if lost := {str(label) for label in labels if known.class_of(label) is None}:
-        raise ValueError(f"The labels {some(lost)} are none of --classes {','.join(names)}: name all of them.")
+        raise ValueError(f"The labels {some(lost)} are not among --classes {','.join(names)}: name all of them.")
     counts = Counter(names[known.class_of(label) or 0] for label in labels)
     facts = [f"images of each class: {', '.join(f'{n} {counts[n]}' for n in names)}"]
     single = {"singled_out": names[1:]} if len(names) == 2 else {}
@@ -218,8 +221,7 @@ def _pictures(items: Sequence[Item]) -> tuple[list[str], dict[str, Any]]:
 
 def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) -> tuple[list[str], dict[str, Any]]:
     """Facts about volumes; the grid that the student sees and, of a CT, the window of its labels in HU."""
-    images = [item["image"] for item in items if has_suffix(str(item["image"]), VOLUME_SUFFIXES)]
-    grids = [volumes.volume_grid(image).reordered("RAS") for image in images]
+    grids = [case_grid([item["image"]])[0].reordered("RAS") for item in items if is_volume(item["image"])]
     spacings, shapes = (np.array([getattr(grid, key) for grid in grids], float) for key in ("spacing", "shape"))
     spacing, extent = np.median(spacings, axis=0), (shapes * spacings).max(axis=0)
     through = int(spacing.argmax()) if spacing.max() > 1.2 * spacing.min() else 2
@@ -233,7 +235,8 @@ def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) 
     ]
     inside: list[np.ndarray] = []
     for item in _spread(items):
-        array, grid = volumes.read_volume(item["image"])
+        channels, grid = read_case([item["image"]])
+        array = channels[0]
         if array.min() > volumes.HIGHEST_MINIMUM or modality not in ("", "CT"):
             inside.clear()
             break
@@ -256,8 +259,8 @@ def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) 
     return facts, found
 
 
-def _part(name: str, task: Task, found: dict[str, Any], folds: bool) -> dict[str, Any]:
-    """The bundle's own part, merged onto those of its kind of data; ``folds`` says that the data name them."""
+def _part(name: str, task: Task, found: dict[str, Any]) -> dict[str, Any]:
+    """The bundle's own part, merged onto those of its kind of data."""
     classes, masked, flat = task.classes, task.kind == "segmentation", task.dimensions == 2
     size = [found["image_size"]] * 2 if flat else found["volume_size"][1:]
     listed = ", ".join(f"{number} is {label}" for number, label in enumerate(classes))
@@ -266,7 +269,7 @@ def _part(name: str, task: Task, found: dict[str, Any], folds: bool) -> dict[str
         **found,
         **{"about": about, "does": f"{'outlines' if masked else 'tells apart'} {about}", "listed": listed},
         **{"kind": task.kind, "modality": task.modality, "metric": task.primary_metric, "foreground": classes[1]},
-        **{"classes": len(classes), "fold": 0 if folds else ABSENT, "fold_used": "@fold" if folds else ABSENT},
+        "classes": len(classes),
         **{"shown": f"{'pictures' if flat else 'slices'} of {size[0]} x {size[1]}", "answered": size if masked else []},
         **{
             "height": size[0],

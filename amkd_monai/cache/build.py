@@ -280,7 +280,7 @@ class _TeacherRun:
             try:
                 store = FeatureStore.open(file.parent)
             except StoreError as error:
-                logger.warning("nothing is copied from an earlier store: %s", error)
+                logger.warning("no earlier store can be reused: %s", error)
                 continue
             if store.origin.get("sample_key") == self.sample_key:
                 samples = zip(store.sample_ids, store.content_hashes, strict=True)
@@ -323,7 +323,7 @@ class _TeacherRun:
                 try:
                     return {name: store.read(name, [index], view) for name in names}
                 except StoreError as error:
-                    logger.warning("nothing is copied from it: %s", error)
+                    logger.warning("it is not reused: %s", error)
         return None
 
     def shard(

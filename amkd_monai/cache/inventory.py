@@ -32,7 +32,7 @@ def find_stores(folder: str | Path) -> list[StoredTeacher]:
     """Open every store below a folder."""
     root = Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: give the cache_dir of a run, such as bundles/.cache.")
+        raise FileNotFoundError(f"{folder} is not a folder: give the cache_dir of a run, such as bundles/.cache.")
     found = []
     for file in sorted(root.rglob(NAME)):
         entry = StoredTeacher(file.parent, None, "", 0, file.stat().st_mtime, "damaged")

@@ -212,7 +212,7 @@ class FeatureStore:
             content["arrays"] = {name: ArraySpec(**spec) for name, spec in content["arrays"].items()}
             return cls(directory, **{name: content[name] for name in DESCRIPTION}, origin=dict(content["origin"]))
         except FileNotFoundError as error:
-            raise StoreError(f"{directory} is no feature store: it has no {NAME}") from error
+            raise StoreError(f"{directory} is not a feature store: it has no {NAME}") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{path} is damaged ({error!r}); {_REMEDY}") from error
 
@@ -321,7 +321,7 @@ class FeatureStore:
             with contextlib.suppress(OSError):
                 path.unlink()
             remedy = "delete it" if path.exists() else "it is removed"
-            raise StoreError(f"{error}: {remedy}, run again to compute it anew") from error
+            raise StoreError(f"{error}: {remedy}, run again to compute it") from error
         mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
         mapped.flags.writeable = False
         tensors = {}
@@ -470,7 +470,7 @@ class Part:
     def parse(cls, text: str) -> Part:
         """Read ``3/8``, the third of eight parts."""
         if not (found := re.fullmatch(r"(\d+)/(\d+)", text)):
-            raise ValueError(f"The part '{text}' is not understood: write 3/8 for the third of eight.")
+            raise ValueError(f"The part '{text}' is invalid: write 3/8 for the third of eight.")
         return cls(int(found[1]) - 1, int(found[2]))
 
     @classmethod

@@ -12,7 +12,7 @@ from PIL import Image
 from amkd_monai.data.datalist import find_items, stand_in_note
 from amkd_monai.data.datasets import Named, Task, get_task
 from amkd_monai.data.splits import NEAR, Item, SplitOptions, clusters, near_duplicates
-from amkd_monai.files import names, volumes
+from amkd_monai.files import cases, names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
 from amkd_monai.files.names import files_of, label_files, natural, some
 from amkd_monai.files.pictures import class_colours, contrasting, level_problem, opened, read_channels
@@ -113,7 +113,7 @@ def _read(
         if files:
             mask = read_mask(files, images[0], classes, codes, codings)
     else:
-        image, grid = volumes.read_channel_volumes(images)
+        image, grid = cases.read_case(images)
         if problem := next(filter(None, (level_problem(volumes.grey_levels(channel)) for channel in image[1:])), ""):
             raise ValueError(f"a channel cannot be used: {problem}")
         image = image[0]
@@ -145,13 +145,13 @@ def _describe_others(report: DataReport) -> None:
     others = [file for file in visible if file.is_file() and str(file) not in known]
     dead = [names.file_id(file) for file in visible if file.is_symlink() and not file.is_file()]
     total, damaged = len(known) + len(others), len(report.damaged)
-    report.facts.append(f"{total} image files, {len(others)} of no item; {damaged} damaged item(s)")
+    report.facts.append(f"{total} image files, {len(others)} not in the list; {damaged} damaged item(s)")
     if dead:
         report.problems.append(f"{len(dead)} dead link(s): {some(dead)}; remove them or mend their targets.")
     for file in progress(others, desc="check other files", delay=1):
         try:
             if names.has_suffix(file, names.VOLUME_SUFFIXES):
-                volumes.read_volume(file)
+                cases.read_case([file])
             else:
                 with opened(file) as image:
                     image.load()
@@ -178,7 +178,7 @@ def _describe_masks(report: DataReport, shares: Mapping[str, float]) -> None:
         report.problems.append("All masks are empty: check that they are the masks of this data set.")
         return
     low, middle, high = np.percentile([share for share, _ in filled], (0, 50, 100))
-    report.facts.append(f"foreground where there is any: {low:.2%} to {high:.2%} of the image, median {middle:.2%}")
+    report.facts.append(f"foreground if not empty: {low:.2%} to {high:.2%} of the image, median {middle:.2%}")
     for what, chosen in (("least", filled[:3]), ("most", filled[:-4:-1])):
         report.facts.append(f"{what} foreground: {', '.join(f'{name} {share:.2%}' for share, name in chosen)}")
 

@@ -97,7 +97,7 @@ def stand_in_note(folder: str | Path) -> str:
     if not marker.is_file():
         return ""
     if not (note := read_text(marker).partition("\n")[0].strip()):
-        raise ValueError(f"{marker} has no first line: write there what the data are and what they stand in for.")
+        raise ValueError(f"{marker} has no first line: name the data and what they stand in for.")
     return note
 
 
@@ -113,7 +113,7 @@ def find_dataset_dir(task: Named, dataset_dir: str | Path | None = None) -> tupl
         return given, "argument"
     if variable := os.environ.get("AMKD_DATA_ROOT"):
         if not (root := Path(variable).expanduser()).is_dir():
-            raise FileNotFoundError(f"AMKD_DATA_ROOT names {root}, which is not there: correct or unset it.")
+            raise FileNotFoundError(f"AMKD_DATA_ROOT names {root}, which does not exist: correct or unset it.")
         if (root / folder).is_dir():
             return root / folder, "environment"
         logger.warning("There is no folder %s in AMKD_DATA_ROOT=%s.", folder, root)
@@ -141,7 +141,7 @@ def datalist(
     cache_dir: str | Path = "data",
     seed: int = 0,
     fractions: Sequence[float] = (0.7, 0.15, 0.15),
-    folds: int = 5,
+    folds: int | None = None,
     fold: int = 0,
     labelled: int | None = None,
     split_hash: str | None = None,
@@ -157,7 +157,7 @@ def datalist(
         cache_dir: where phantoms are made if there are no data.
         seed: seed of the split.
         fractions: shares of train, validation and test, where the data set is split at random.
-        folds: number of folds, where it is cross-validated.
+        folds: number of folds, in place of official sections and random ones; None: as the data set has it.
         fold: the fold that is the test section.
         labelled: keep only so many training items labelled; the others become unlabelled.
         split_hash: refuse any other split than the one of this hash.
@@ -188,7 +188,7 @@ def datalist(
     if split_hash is not None and result.hash != split_hash:
         hashes = f"split {result.hash[:12]}, not {split_hash[:12]}"
         raise ValueError(
-            f"The data in {root} are split otherwise than those of the run ({hashes}): give its own data and settings, "
+            f"The data in {root} are not split like those of the run ({hashes}): give its own data and settings, "
             "such as dataset_dir; docs/runs.md tells how a student is evaluated on other data."
         )
     return result

@@ -49,7 +49,7 @@ def read_item(item: Mapping[str, Any], transform: Callable) -> dict[str, Any]:
     image = np.asarray(data["image"])
     if not np.isfinite(image).all():
         raise BadSampleError(f"{images[0]} holds values that are not finite: replace or remove the file.")
-    if problem := next(filter(None, map(level_problem, [image] if len(images) == 1 else image)), ""):
+    if problem := next(filter(None, map(level_problem, [image] if len(images) == 1 and image.ndim < 4 else image)), ""):
         raise BadSampleError(f"{images[0]} cannot be used: {problem}.")
     return data
 
@@ -223,7 +223,7 @@ class DecodedDataset(DecodedImages):
         self.data, self.num_classes, cache_dir = list(data), num_classes, Path(cache_dir)
         self.transform, self.on_bad_sample = transform, on_bad_sample
         self.classifies = any(_is_class(item.get("label")) for item in self.data)
-        paths = [p for i in self.data for p in (*files_of(i["image"]), *label_files(i)) if Path(p).is_file()]
+        paths = [p for i in self.data for p in (*files_of(i["image"]), *label_files(i)) if Path(p).exists()]
         by_path = dict(zip(paths, content_hashes(paths, cache_dir / "content_hashes.json"), strict=True))
         hashes = []
         for item in self.data:
@@ -247,7 +247,7 @@ class DecodedDataset(DecodedImages):
             len(self.teacher_channels) not in (1, 3) or not set(self.teacher_channels) <= set(range(channels))
         ):
             raise ValueError(
-                f"The images have {channels} channels, teachers are to see {list(self.teacher_channels)}: give one or "
+                f"The images have {channels} channels, teacher_channels are {list(self.teacher_channels)}: give one or "
                 f"three of 0 to {channels - 1} as teacher_channels."
             )
         self.classes = np.where(self.has_label, self.labels.astype(int), -1) if self.classifies else None

@@ -43,7 +43,7 @@ def fetch(name: str, to: str | Path = "data", retries: int = 4) -> Path | None:
         return None
     folder, downloads = root / task.folder, root / f".{task.folder}.download"
     if folder.exists():
-        raise FileExistsError(f"{folder} is there already: remove it to fetch it again.")
+        raise FileExistsError(f"{folder} already exists: remove it to fetch it again.")
     unpacked, digests = downloads / "unpacked", {}
     place = unpacked / task.folder if task.source.inside else unpacked
     shutil.rmtree(unpacked, ignore_errors=True)  # of a call that was killed
@@ -54,7 +54,7 @@ def fetch(name: str, to: str | Path = "data", retries: int = 4) -> Path | None:
         _check_address(url)
         file = PurePosixPath(url).name
         if checksum is None and file.endswith(ARCHIVES):
-            raise ValueError(f"{url} has no checksum: an archive is unpacked only if it is the one that is known.")
+            raise ValueError(f"{url} has no checksum: only an archive with a known checksum is unpacked.")
         # without the checksum, as pooch would fetch a file again and again that its owner has changed
         store = pooch.create(downloads, "", registry={file: None}, urls={file: url}, retry_if_failed=retries)
         with progress(desc=file, total=1, unit="B", unit_scale=True) as bar:

@@ -205,11 +205,11 @@ class FinerImages:
         dataset, item = self.dataset, self._items[self.dataset.cases[index]]
         content = joint_hash([file_sha256(file) for file in files_of(item["image"])])
         if not content.startswith(dataset.hashes[index].split("-")[0]):
-            raise ValueError(f"{item['image']} was changed since it was decoded: start again.")
+            raise ValueError(f"{item['image']} changed after it was decoded: start again.")
         frame = self._finer.frame(self._own(dict(item)))
         count, size = int(dataset.last[index] - dataset.first[index]) + 1, frame.within_file(self.size)
         decoded = (*([count] if len(frame.shape) == 3 else []), *dataset.images.shape[-2:])
         if frame.shape != decoded:
             found = f"its spatial steps are to give {frame.shape}, but gave {decoded}"
-            raise ValueError(f"The preprocessing of {item['image']} is not understood, {found}: use other ones.")
+            raise ValueError(f"The preprocessing of {item['image']} cannot be repeated finer, {found}: change it.")
         return frame if size == decoded[-2:] else frame.at(size, "image" in self._finer.smoothed)

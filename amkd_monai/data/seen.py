@@ -8,8 +8,9 @@ import numpy as np
 
 from amkd_monai.data.datalist import Datalist
 from amkd_monai.data.splits import NEAR, Item, near_pairs, perceptual_hashes
+from amkd_monai.files.cases import read_case
 from amkd_monai.files.names import label_files
-from amkd_monai.files.volumes import read_volume, reorder
+from amkd_monai.files.volumes import reorder
 from amkd_monai.storage import atomic_write_json, content_hashes, fingerprint, read_memo
 
 Seen = dict[str, list[str]]
@@ -27,7 +28,7 @@ def fingerprints(sections: Mapping[str, Sequence[Item]], volumes: bool, cache_di
         for name, part in sections.items()
         for item in part
     }
-    paths = {name: path for name, path in items.items() if Path(path).is_file()}
+    paths = {name: path for name, path in items.items() if Path(path).exists()}
     contents = content_hashes(
         list(paths.values()), None if cache_dir is None else Path(cache_dir) / "content_hashes.json"
     )
@@ -51,10 +52,10 @@ def fingerprints(sections: Mapping[str, Sequence[Item]], volumes: bool, cache_di
 def _of_values(path: str) -> str:
     """Fingerprint of the values of a volume; empty where it cannot be read, so that its file stands for it."""
     try:
-        array, grid = read_volume(path)
+        channels, grid = read_case([path])
     except (ValueError, OSError):
         return ""
-    turned = np.ascontiguousarray(reorder(array, grid, "RAS"))
+    turned = np.concatenate([reorder(array, grid, "RAS") for array in channels])
     return fingerprint(turned.shape, hashlib.sha256(turned.tobytes()).hexdigest())
 
 

@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 
 from amkd_monai.files.names import files_of
 from amkd_monai.files.pictures import opened, to_rgb, upright
-from amkd_monai.storage import atomic_write_json, content_hashes, file_sha256, joint_hash, read_memo
+from amkd_monai.storage import atomic_write_json, content_hashes, file_sha256, joint_hash, read_memo, size_and_time
 from amkd_monai.terminal import logger, progress
 
 Item = dict[str, Any]
@@ -33,13 +33,14 @@ class SplitOptions:
 
     Attributes:
         fractions: shares of train, validation and test, where items are split at random.
-        folds: number of folds, where a data set is cross-validated.
+        folds: number of folds, in place of official sections and random ones; None: those of the data set, or 5 where
+            it is cross-validated.
         fold: the fold that is the test section.
         seed: of everything that is drawn.
     """
 
     fractions: Sequence[float] = (0.7, 0.15, 0.15)
-    folds: int = 5
+    folds: int | None = None
     fold: int = 0
     seed: int = 0
 
@@ -55,7 +56,7 @@ def random_split(items: Iterable[Item], fractions: Sequence[float] = (0.7, 0.15,
     first. Fractions that are not three shares of sum 1, a repeated id, or fewer groups than sections are a ValueError.
     """
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(f"Split fractions {tuple(fractions)} are not usable: give three shares from 0 on of sum 1.")
+        raise ValueError(f"Split fractions {tuple(fractions)} are not usable: give three shares that sum to 1.")
     items = _sorted_by_id(items)
     groups = [item["group"] for item in items]
     sizes = Counter(groups)
@@ -164,7 +165,7 @@ def _sorted_by_id(items: Iterable[Item]) -> list[Item]:
     """Sort items by id; an id that comes twice is refused."""
     ordered = sorted(items, key=lambda item: item["id"])
     if twice := [a["id"] for a, b in pairwise(ordered) if a["id"] == b["id"]]:
-        raise ValueError(f"The id '{twice[0]}' comes twice in the datalist: ids must be unique.")
+        raise ValueError(f"The id '{twice[0]}' appears twice in the datalist: ids must be unique.")
     return ordered
 
 
@@ -207,7 +208,7 @@ def group_identical_images(items: Iterable[Item]) -> list[Item]:
     Only files of equal size are read, so this costs one `stat` per image on a data set without duplicates.
     """
     ordered = sorted(items, key=lambda item: item["id"])
-    sizes = [sum(Path(file).stat().st_size for file in files_of(item["image"])) for item in ordered]
+    sizes = [sum(size_and_time(file)[0] for file in files_of(item["image"])) for item in ordered]
     shared, first, pairs = Counter(sizes), dict[str, int](), []
     for number, (item, size) in enumerate(zip(ordered, sizes, strict=True)):
         if shared[size] > 1:

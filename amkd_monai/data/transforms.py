@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type, ensure_tuple
 
-from amkd_monai.files import volumes
+from amkd_monai.files import cases, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, read_mask
 from amkd_monai.files.names import expanded, file_id, file_of, files_of
 from amkd_monai.files.pictures import read_channels, write_mask
@@ -87,10 +87,11 @@ class LoadMaskd(_PerKey):
 
 
 class LoadVolumed(LoadMaskd):
-    """Load NIfTI volumes (C, X, Y, Z), float32, in the order of the image's first file, with affines in mm.
+    """Load volumes (C, X, Y, Z), float32, in the order of the image's first file, with affines in mm.
 
-    Each file of an image is a channel. Arguments are those of :class:`LoadMaskd`: ``image_key`` is the image, every
-    other key a label of it, which becomes class indices on the grid of the image, 255 where there is no label.
+    Images are read by :func:`amkd_monai.files.cases.read_case`. Arguments are those of :class:`LoadMaskd`:
+    ``image_key`` is the image, every other key a label of it, which becomes class indices on the grid of the image, 255
+    where there is no label.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -100,7 +101,7 @@ class LoadVolumed(LoadMaskd):
         for key in sorted(self.key_iterator(result), key=lambda key: key != self.image_key):
             file, used = result[key], None if key == self.image_key else set[str]()
             if used is None:
-                array, grid = volumes.read_channel_volumes(files_of(file))
+                array, grid = cases.read_case(files_of(file))
             else:
                 label, grid = volumes.read_label_volume(file, grid, self.classes, self.codes, used)
                 array = label[None]
@@ -197,5 +198,5 @@ class SaveMaskd(MapTransform):
             if mask.ndim == 2:
                 write_mask(file_of(folder, f"{name}_mask.png"), mask, self.classes)
             else:
-                volumes.write_mask_volume(file_of(folder, f"{name}_mask.nii.gz"), mask, volumes.volume_grid(source))
+                volumes.write_mask_volume(file_of(folder, f"{name}_mask.nii.gz"), mask, cases.case_grid([source])[0])
         return dict(data)

@@ -93,7 +93,7 @@ def further_images(
     near = found - copies - len(items)
     if not items:
         raise ValueError(
-            f"All {found} images of {names.some(map(str, chosen))} are images of this data set: give others."
+            f"All {found} images of {names.some(map(str, chosen))} are already in this data set: give others."
         )
     if groups is not None:
         items = [{**item, "group": _group_of(item, groups)} for item in items]

@@ -160,7 +160,7 @@ class DistillationConfig:
         if unknown := set(self.losses) - set(LOSSES):
             raise ValueError(f"Unknown losses {sorted(unknown)}: use some of {', '.join(LOSSES)}.")
         if wrong := {name: weight for name, weight in self.losses.items() if not 0 <= weight < float("inf")}:
-            raise ValueError(f"The weights of losses {wrong} are out of range: give numbers from 0 on.")
+            raise ValueError(f"The weights of losses {wrong} are out of range: give numbers of at least 0.")
         if self.return_code not in RETURN_CODES:
             raise ValueError(f"There is no return code '{self.return_code}': use one of {', '.join(RETURN_CODES)}.")
         if self.losses.get("reconstruction") and self.return_code == "none":
@@ -217,7 +217,7 @@ class DistillationConfig:
             raise ValueError("No teacher has what the `losses` compare, or is admitted: change them or the teachers.")
         for name, prior in self.losses.items():
             if prior and not offered[name]:
-                logger.warning("No teacher offers what the loss '%s' asks for: it takes no part in this run.", name)
+                logger.warning("No teacher offers what the loss '%s' needs: this run leaves it out.", name)
         return chosen
 
 

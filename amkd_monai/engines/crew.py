@@ -40,8 +40,8 @@ logger = logging.getLogger("amkd_monai")
 
 LITE1, LITE2 = ({"encoder": f"tf_efficientnet_lite{number}"} for number in (1, 2))
 SIZES: dict[str, dict[str, Any]] = {
-    "small": {"members": [LITE1], "folds": 2, "image_size": 1.5, "images": 1024},
-    "default": {"members": [LITE1, LITE2], "folds": 3, "image_size": 1.75, "images": 2048},
+    "small": {"members": [LITE1], "folds": 3, "image_size": 1.5, "images": 3072},
+    "default": {"members": [LITE1, LITE2], "folds": 3, "image_size": 1.75, "images": 3072},
     "large": {"members": [LITE1, LITE2, LITE1, LITE2], "folds": 5, "image_size": 2.0, "images": 4096},
 }
 """Options of a crew by the word for its size; a description may give others in their place."""

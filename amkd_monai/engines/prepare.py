@@ -162,15 +162,15 @@ def prepare_teachers(
         folds: of probes and cross-fitted volume specialists.
         admission_options: ``mode`` (``cross_fit``: a teacher's answers are distilled only if their cross-fitted score,
             Dice or skill, beats the undistilled student's; ``all``; ``none``), ``features`` (``all``: also those of
-            teachers that are not admitted; ``admitted``), ``margin`` (of the score), ``folds`` and ``epochs`` of the
-            student's cross-fitting.
+            teachers that are not admitted; ``admitted``), ``margin`` (of the score), ``folds`` (None: those of a crew,
+            so that both learn from equally many labels, else 3) and ``epochs`` of the student's cross-fitting.
         weights_dir: folder searched first for the weights of foundation teachers.
         views: stored views of every training image; with several, the student is shown exactly these.
         cache_dtype: of stored feature maps, ``float16`` or ``int8``.
         teacher_batch_size: images per forward of a teacher, halved when memory runs out; None for 4 on a CPU, 64 on a
             GPU.
     """
-    known: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": 3, "epochs": epochs}
+    known: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": None, "epochs": epochs}
     options = known | dict(admission_options or {})
     if (
         options.keys() - known.keys()
@@ -178,7 +178,7 @@ def prepare_teachers(
         or options["features"] not in ("all", "admitted")
     ):
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
-        raise ValueError(f"The admission options {admission_options} are not understood: use {use}.")
+        raise ValueError(f"The admission options {admission_options} are invalid: use {use}.")
     if note := look_unlike(train):
         logger.warning("%s", note)
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
@@ -187,6 +187,8 @@ def prepare_teachers(
     alone = image_teachers(teachers)
     of_run: tuple[Any, ...] = (train, recipe.of_slices(), epochs, views, device, cache_dir)
     crews = [read_crew(description, *of_run) for description in teachers if description["kind"] == "crew"]
+    if options["folds"] is None:
+        options["folds"] = max((crew.folds for crew in crews), default=STUDENT_FOLDS)
     shared = (train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
     preparation = _Preparation(*shared, {crew.name: crew for crew in crews})
     classes, single = [str(number) for number in range(train.num_classes)], train.classes is not None
@@ -228,7 +230,7 @@ def prepare_teachers(
             taught.append(teacher)
     record |= {"teachers": facts, "preparation_peak_rss_mb": round(own_peak())}
     if scored and not taught:
-        logger.warning("No teacher is admitted or has features to distil: this run distils nothing, labels train it.")
+        logger.warning("No teacher is admitted or has features: this run distils nothing and trains on labels.")
     return TeacherTargets(taught, prior_entropy(train), record, train.groups, train.classes)
 
 
@@ -370,6 +372,7 @@ def _temperature(answers: FeatureStore, dataset: DecodedDataset) -> float:
 
 
 ADMISSION_MODES = ("cross_fit", "all", "none")
+STUDENT_FOLDS = 3
 
 VOLUME_RATIO_TOLERANCE = 0.10
 """A volume teacher that draws more than 10 % too much or too little is not admitted."""

@@ -131,7 +131,7 @@ def check(purpose: str) -> None:
         for name in value if isinstance(value, dict) and _names_in(key) else ():
             _check_option(f"{key}#{name}", content)
     if given.get("purpose", "serving") != "serving":
-        raise ValueError("purpose cannot be set: it says what a config does.")
+        raise ValueError("purpose cannot be set: it names what a config does.")
     expand(parser)
     if "dataset_dir" in given and parser.config.get("other_data") is not None:
         raise ValueError("dataset_dir and other_data are both given: the folder to score is other_data alone.")
@@ -259,7 +259,7 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
     if trains and keep not in (1, "best", "last"):
         raise ValueError(f"keep is {keep!r}: use best or last.")
     if trains and keep == "last" and epochs % interval:
-        raise ValueError(f"max_epochs is {epochs}, no multiple of val_interval: keep 'last' needs the last epoch's.")
+        raise ValueError(f"max_epochs is {epochs}, not a multiple of val_interval: keep 'last' needs the last epoch's.")
 
 
 def _names_in(section: str) -> list[str]:
@@ -477,7 +477,7 @@ def _contents(items: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     for item in items:
         masks = label_files(item)
         files = [Path(file) for file in (*label_files({"label": item["image"]}), *masks)]
-        hashes = [file_sha256(file) if file.is_file() else "missing" for file in files]
+        hashes = [file_sha256(file) if file.exists() else "missing" for file in files]
         found[str(item["id"])] = fingerprint(hashes, None if masks else str(item.get("label")))[:16]
     return found
 
@@ -526,7 +526,7 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
     other = purpose == "evaluation" and config.get("other_data") is not None
     if record is None:
         if student.is_file():
-            logger.warning("There is no %s for %s: nothing that it was trained with could be checked.", RECORD, student)
+            logger.warning("There is no %s for %s: its training settings cannot be checked.", RECORD, student)
         return {}
     weights = record.get("weights")
     if purpose != "serving" and weights and student.is_file() and file_sha256(student) not in weights:
@@ -584,7 +584,7 @@ def _data_root(data: Mapping[str, Any]) -> str | None:
             logger.warning("The student was trained on generated PHANTOMS, here are the same: %s", data["root"])
         return str(data["root"])
     if not data["phantom"] and find_dataset_dir(recorded_task(data)) is None:
-        raise ValueError(f"The run's data were in {data['root']}, which is not there: give --dataset_dir.")
+        raise ValueError(f"The run's data were in {data['root']}, which does not exist: give --dataset_dir.")
     return None
 
 
@@ -757,7 +757,7 @@ def start_evaluation(
 def _find_seen(data: Datalist, known: Mapping[str, Any] | None, how: str) -> None:
     """Note in ``data.seen`` what the student has seen, or refuse it; ``known`` is ``seen`` of the student's record."""
     if known is None:
-        logger.warning("No record says which images the student has seen: none of %s could be checked.", data.root)
+        logger.warning("No record says which images the student has seen: %s cannot be checked.", data.root)
         return
     cache_dir = next(_callers(ConfigParser)).get_parsed_content("cache_dir")
     images = {name: values for of_folder in known.values() for name, values in of_folder.items()}
@@ -839,7 +839,7 @@ def _set_aside(places: Mapping[str, Path], tasks: Mapping[str, Any]) -> None:
         target = next(path for path in targets if not path.exists())
         target.parent.mkdir(parents=True, exist_ok=True)
         file.rename(target)
-    logger.info("what an earlier run left is now in %s", student / PREVIOUS / old)
+    logger.info("results of an earlier run were moved to %s", student / PREVIOUS / old)
 
 
 def _run_of(folder: Path) -> str:

@@ -122,7 +122,7 @@ def open_tasks(
     chosen = [name for name in tasks if only is None or name in only]
     missing = [name for name in chosen if not found[name] and any(found[n] for n in chosen)]
     for name in missing:
-        logger.warning("NO DATA FOUND for the task '%s': this run goes on without it.", name)
+        logger.warning("NO DATA FOUND for the task '%s': this run continues without it.", name)
     numbers = dict(zip(tasks, range(len(tasks)), strict=True))
     return TaskSet({n: TaskBundle(n, parsers[n]) for n in chosen if n not in missing}, numbers, missing)
 

@@ -250,7 +250,7 @@ CHANNELS = (
     "$[{'image': [p.replace('_0000.', f'_{c:04d}.') for c in range(@channels)]} for p in "
     "sorted(glob.glob(os.path.join(glob.escape(@dataset_dir), '*_0000.*'))) if p.lower().endswith(tuple(@suffixes))]"
 )
-"""The images of a folder whose channels are files ending in ``_0000``, ``_0001`` and so on."""
+"""The images of a folder whose channels are files ending in ``_0000`` and so on; of volumes else files of four axes."""
 ONE_MASK_EACH = (
     "$(lambda names: np.testing.assert_equal(len(set(names)), len(names), 'Names that differ in their endings alone "
     "would give one mask: rename the images.'))([os.path.splitext(p.removesuffix('.gz'))[0] for i in @datalist "
@@ -271,7 +271,8 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if not task.is_classification:
         inference["run"].insert(0, ONE_MASK_EACH)
     if channels := len(task.channels):
-        inference["channels"], inference["datalist"] = channels, CHANNELS
+        single = f" or {inference['datalist'][1:]}" if task.dimensions == 3 else ""
+        inference["channels"], inference["datalist"] = channels, CHANNELS + single
     inference["preprocessing"]["transforms"] = source.transforms
     inference["inferer"] = source.inferer
     inference["postprocessing"]["transforms"] = source.postprocessing

@@ -11,10 +11,11 @@ from amkd_monai.data.datasets import Task, recorded_task
 from amkd_monai.data.seen import seen_before
 from amkd_monai.data.splits import Item
 from amkd_monai.export.predict import SEEN, Predictor
+from amkd_monai.files.cases import read_case
 from amkd_monai.files.masks import MaskCodes, read_mask
 from amkd_monai.files.names import DataProblems, files_of, label_files
 from amkd_monai.files.pictures import read_channels
-from amkd_monai.files.volumes import read_channel_volumes, read_label_volume
+from amkd_monai.files.volumes import read_label_volume
 from amkd_monai.metrics.classification import class_row
 from amkd_monai.metrics.evaluation import FIGURES, figures_of, mask_rows, write_figures
 from amkd_monai.metrics.summary import Row, preview_file
@@ -86,7 +87,7 @@ def _case(predictor: Predictor, task: Task, item: Item, codes: MaskCodes, output
     case, files, masks, spacing = str(item["id"]), files_of(item["image"]), label_files(item), [1.0, 1.0]
     image = files[0]
     if task.dimensions == 3:
-        volume, grid = read_channel_volumes(files)
+        volume, grid = read_case(files)
         found, spacing = predictor.mask(volume, grid), grid.spacing
         reference = read_label_volume(masks[0], grid, len(task.classes), codes)[0]
     else:

@@ -99,7 +99,7 @@ def push(folder: str | Path, repository: str, public: bool = False) -> str:
     if missing := [name for name in (WEIGHTS, CONFIG, "README.md") if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {missing[0]}: make it by `export --formats hub`.")
     if not REPOSITORY.fullmatch(repository):
-        raise ValueError(f"'{repository}' is no name of the hub: write OWNER/NAME.")
+        raise ValueError(f"'{repository}' is not a name on the hub: write OWNER/NAME.")
     from huggingface_hub import HfApi
 
     try:

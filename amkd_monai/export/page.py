@@ -55,7 +55,7 @@ def runtime_archive(given: str | Path | None = None) -> Path:
     name = f"{RUNTIME}-{RELEASE}.tgz"
     if given:
         if not _is_intact(file := expanded(given)):
-            raise ValueError(f"{file} is not the archive {name} of npm, by its SHA-512: get it by `npm pack`.")
+            raise ValueError(f"{file} is not npm's archive {name}: its SHA-512 differs: get it by `npm pack`.")
         return file
     kept = Path(pooch.os_cache("amkd_monai")) / name
     if _is_intact(kept):

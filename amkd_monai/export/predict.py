@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from amkd_monai.export.runners import runner
 from amkd_monai.files import names
+from amkd_monai.files.cases import read_case
 from amkd_monai.files.dicom import Slice, find_series, read_series
 from amkd_monai.files.dicom_seg import write_captures, write_segmentation
 from amkd_monai.files.pictures import (
@@ -24,7 +25,7 @@ from amkd_monai.files.pictures import (
     write_png,
 )
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
-from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, read_channel_volumes, write_mask_volume
+from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, write_mask_volume
 from amkd_monai.storage import atomic_path, read_json
 from amkd_monai.terminal import progress
 
@@ -98,7 +99,8 @@ class Input(NamedTuple):
 def find_images(path: Path, dimensions: int, channels: int = 1) -> list[Input]:
     """List the images of a file, a folder, or a folder of DICOM series; masks and predictions are left out.
 
-    Images of several ``channels`` are those of a folder whose files end in ``_0000``, ``_0001`` and so on.
+    Images of several ``channels`` are those of a folder whose files end in ``_0000``, ``_0001`` and so on, or NIfTI
+    volumes of four axes.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -107,15 +109,16 @@ def find_images(path: Path, dimensions: int, channels: int = 1) -> list[Input]:
     suffixes = names.PICTURE_SUFFIXES if dimensions == 2 else names.VOLUME_SUFFIXES
     kind = "pictures (PNG, JPEG, TIFF, BMP)" if dimensions == 2 else "volumes (NIfTI, or a folder of one DICOM series)"
     if not path.exists():
-        raise FileNotFoundError(f"There is nothing at {path}: give an image or a folder.")
+        raise FileNotFoundError(f"{path} does not exist: give an image or a folder.")
     if channels > 1:
         cases = names.channel_files(path, suffixes)
         ends = " and ".join(f"_{channel:04d}" for channel in range(channels))
-        if not cases:
-            raise ValueError(f"{path} is no folder of images of {channels} files, whose names end in {ends}.")
+        if not cases and dimensions == 2:
+            raise ValueError(f"{path} is not a folder of images with {channels} files each, whose names end in {ends}.")
         if wrong := [case for case, files in cases.items() if sorted(files) != list(range(channels))]:
             raise ValueError(f"{path} lacks channels of {names.some(wrong)}: give files ending in {ends}, no others.")
-        return [Input(c, Path(files[0]), (), [files[k] for k in sorted(files)]) for c, files in sorted(cases.items())]
+        if cases:
+            return [Input(c, Path(f[0]), (), [f[k] for k in sorted(f)]) for c, f in sorted(cases.items())]
     if path.is_file():
         if not names.has_suffix(path, suffixes):
             raise ValueError(f"{path} does not fit the model: it takes {kind}.")
@@ -144,7 +147,7 @@ class Predictor:
         config = folder / "configs" / "predict.json"
         self.config = read_json(config)
         if not self.config:
-            raise ValueError(f"{folder} is no exported bundle, it lacks configs/predict.json: run `export` first.")
+            raise ValueError(f"{folder} is not an exported bundle: it lacks configs/predict.json: run `export` first.")
         if self.config.get("version") != VERSION:
             raise ValueError(f"{config} is of another version of amkd_monai: update it, or export again.")
         name = "ort-int8" if int8 else "onnx"
@@ -173,8 +176,20 @@ class Predictor:
         images = self.images(image)
         if len(images) > 1:
             raise ValueError(f"{image} holds {len(images)} images: give one of them, or use the command `predict`.")
-        array, grid = read_input(images[0], self.config["dimensions"])
+        array, grid = self.read(images[0])
         return self.probabilities(array)[0] if self.config["kind"] == "classification" else self.mask(array, grid)
+
+    def read(self, image: Input) -> tuple[np.ndarray, Grid | None]:
+        """Read a picture (C, H, W), levels 0 to 255, or a volume (C, X, Y, Z) and its grid."""
+        files = image.channels or [str(image.path)]
+        if self.config["dimensions"] == 2:
+            return read_channels(files).transpose(2, 0, 1).astype(np.float32), None
+        if not image.slices:
+            return read_case(files, self.config.get("channels", 1))
+        volume, grid = read_series(image.path, image.slices)
+        if (count := self.config.get("channels", 1)) > 1:
+            raise ValueError(f"{image.path} is one DICOM series, the student takes {count} channels: give NIfTI files.")
+        return volume[None], grid
 
     def probabilities(self, image: np.ndarray, grid: Grid | None = None) -> tuple[np.ndarray, list[Inverse]]:
         """Return the answer for an image (C, H, W) with levels 0 to 255, or for a volume (C, D, H, W) on its grid.
@@ -215,21 +230,10 @@ def refusals() -> tuple[type[Exception], ...]:
     return tuple(getattr(state, kind) for kind in (*kinds, "RuntimeException"))
 
 
-def read_input(image: Input, dimensions: int) -> tuple[np.ndarray, Grid | None]:
-    """Read a picture (C, H, W), levels 0 to 255, or a volume (C, X, Y, Z) and its grid."""
-    files = image.channels or [str(image.path)]
-    if dimensions == 2:
-        return read_channels(files).transpose(2, 0, 1).astype(np.float32), None
-    if not image.slices:
-        return read_channel_volumes(files)
-    volume, grid = read_series(image.path, image.slices)
-    return volume[None], grid
-
-
 def _predict_one(predictor: Predictor, image: Input, folder: Path, dicom_seg: bool, dicom_captures: bool) -> list[str]:
     """Write the files of one answer; return the row of ``predictions.csv``, empty for masks."""
     overlay, classes = names.file_of(folder, f"{image.id}_overlay.png"), predictor.config["classes"]
-    array, grid = read_input(image, predictor.config["dimensions"])
+    array, grid = predictor.read(image)
     if grid is not None:
         mask = predictor.mask(array, grid)
         write_mask_volume(names.file_of(folder, f"{image.id}_mask.nii.gz"), mask, grid)

@@ -126,7 +126,7 @@ def config_files(bundle: Path, name: str, overlay: str) -> list[Path]:
     files = [bundle / "configs" / f"{file}.json" for file in ((name, on_top) if overlay else (name,))]
     for file in files:
         if not file.is_file():
-            what = "is no training bundle" if file.stem == name else f"has no overlay '{overlay}'"
+            what = "is not a training bundle" if file.stem == name else f"has no overlay '{overlay}'"
             raise ValueError(f"{bundle} {what}, it lacks configs/{file.name}: give a folder of bundles/.")
     return files
 

@@ -42,6 +42,14 @@ class Slice:
         return values if len(values) == count and np.isfinite(values).all() else []
 
 
+def is_slice(file: Path) -> bool:
+    """Whether a file is DICOM by its name or its first bytes."""
+    with file.open("rb") as stream:
+        head = stream.read(132)
+    marked = head[128:] == b"DICM" or (head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) == 132)
+    return marked or has_suffix(file.name, [".dcm"])
+
+
 def find_series(folder: Path) -> list[list[Slice]]:
     """Find the slices of each volume among the files of a folder, not below it.
 
@@ -51,10 +59,7 @@ def find_series(folder: Path) -> list[list[Slice]]:
     groups: defaultdict[str, list[list[Slice]]] = defaultdict(list)
     foreign, damaged = [], []
     for file in sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")):
-        with file.open("rb") as stream:
-            head = stream.read(132)
-        marked = head[128:] == b"DICM" or (head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) == 132)
-        if not marked and not has_suffix(file.name, [".dcm"]):
+        if not is_slice(file):
             foreign.append(file_id(file))
             continue
         try:
@@ -108,6 +113,14 @@ def _reader(file: Path) -> Iterator[Any]:
         yield reader
 
 
+def series_grid(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], Grid]:
+    """Return the slices of a volume in their order, and its grid; no pixels are read, see :func:`read_series`."""
+    ordered, affine = _in_order(folder, slices)
+    if problem := affine_problem(affine):
+        raise ValueError(f"{folder}: the DICOM series {problem}.")
+    return ordered, Grid((*(int(ordered[0].tags[name]) for name in ("columns", "rows")), len(ordered)), affine)
+
+
 def read_series(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, Grid]:
     """Read one volume of :func:`find_series` from ``folder``: values (X, Y, Z), float32, and their grid.
 
@@ -118,7 +131,7 @@ def read_series(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, Grid
     from SimpleITK import GetArrayFromImage
 
     planes = []
-    ordered, affine = _in_order(folder, slices)
+    ordered, grid = series_grid(folder, slices)
     for item in ordered:
         try:
             with _reader(item.file) as reader:
@@ -126,12 +139,10 @@ def read_series(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, Grid
         except RuntimeError as error:
             raise ValueError(f"{item.file} is a DICOM file that cannot be read: replace it.") from error
         planes.append(_in_units(plane.reshape(plane.shape[-2:]), item).T)
-    if problem := affine_problem(affine):
-        raise ValueError(f"{folder}: the DICOM series {problem}.")
     array = np.stack(planes, axis=2)
     if not is_finite(array):
         raise ValueError(f"{folder} holds values that are not finite: replace the file.")
-    return array, Grid(array.shape, affine)
+    return array, grid
 
 
 def _in_units(plane: np.ndarray, item: Slice) -> np.ndarray:
@@ -173,7 +184,7 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
     positions = positions[order]
     steps = np.diff(positions @ normal)
     if twice := int((steps < AFFINE_TOLERANCE).sum()):
-        raise refuse(f"of which {twice} lie where another does (time points, echoes)", "keep one at each position")
+        raise refuse(f"of which {twice} share a position (time points, echoes)", "keep one at each position")
     step = float(np.median(steps))
     allowed = max(SPACING_TOLERANCE * step, AFFINE_TOLERANCE)
     if (uneven := np.abs(steps - step) > allowed).any():

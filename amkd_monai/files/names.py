@@ -41,8 +41,8 @@ def has_suffix(file: str | Path, suffixes: Sequence[str]) -> bool:
 
 
 def file_id(file: Path) -> str:
-    """Return the name without its suffix, ``.nii.gz`` counting as one, in printable form."""
-    suffix = next((s for s in VOLUME_SUFFIXES if has_suffix(file.name, [s])), file.suffix)
+    """Return the name without its suffix, ``.nii.gz`` counting as one, in printable form; a folder's whole name."""
+    suffix = "" if file.is_dir() else next((s for s in VOLUME_SUFFIXES if has_suffix(file.name, [s])), file.suffix)
     return printable(file.name[: len(file.name) - len(suffix)])
 
 

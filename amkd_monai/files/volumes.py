@@ -48,6 +48,11 @@ class Grid:
     header: Any = None
 
     @cached_property
+    def channels(self) -> int:
+        """Values of a voxel that the file holds along a fourth axis; 1 without one."""
+        return 1 if self.header is None else math.prod(self.header.get_data_shape()[3:])
+
+    @cached_property
     def spacing(self) -> list[float]:
         """Voxel size along each axis of the array, mm."""
         return [float(v) for v in np.linalg.norm(self.affine[:3, :3], axis=0)]
@@ -89,32 +94,24 @@ def affine_problem(affine: np.ndarray) -> str:
     return ""
 
 
-def volume_grid(file: str | Path) -> Grid:
+def volume_grid(file: str | Path, several: bool = False) -> Grid:
     """Grid of a NIfTI volume from its header, in mm; axes of length 1 after the third are dropped.
 
-    A file that is damaged, cut short, no volume of 3 axes and one real number per voxel, or does not say where its
-    voxels lie, is a ValueError.
+    A file that is damaged, cut short, no volume of 3 axes (of 4, if it may hold ``several`` channels) and one real
+    number per voxel and channel, or does not say where its voxels lie, is a ValueError.
     """
-    return _nifti(Path(file))[1]
+    return _nifti(Path(file), several=several)[1]
 
 
-def read_volume(file: str | Path) -> tuple[np.ndarray, Grid]:
-    """Read a NIfTI volume (X, Y, Z), float32, in the order of its file, and its grid, see :func:`volume_grid`."""
-    array, grid = _nifti(Path(file), True, np.float32)
+def read_volume(file: str | Path, several: bool = False) -> tuple[np.ndarray, Grid]:
+    """Read a NIfTI volume, float32, in the order of its file, and its grid, see :func:`volume_grid`.
+
+    The volume is (X, Y, Z), or (C, X, Y, Z) if it may hold ``several`` channels.
+    """
+    array, grid = _nifti(Path(file), True, np.float32, several)
     if not is_finite(array):
         raise ValueError(f"{file} holds values that are not finite: replace the file.")
     return array, grid
-
-
-def read_channel_volumes(files: Sequence[str | Path]) -> tuple[np.ndarray, Grid]:
-    """Read the volumes of one case, such as MR sequences, as channels (C, X, Y, Z) on the grid of the first one."""
-    first, grid = read_volume(files[0])
-    channels = [first]
-    for file in files[1:]:
-        array, own = read_volume(file)
-        check_grid(file, own, grid, "Channel")
-        channels.append(reorder(array, own, grid.axes))
-    return np.stack(channels), grid
 
 
 def is_finite(array: np.ndarray) -> bool:
@@ -126,8 +123,8 @@ class _Refused(ValueError):
     """A whole sentence about a file."""
 
 
-def _nifti(file: Path, with_voxels: bool = False, dtype: Any = None) -> tuple[np.ndarray, Grid]:
-    """Voxels (X, Y, Z) of a file, an empty array unless they are wanted, and their grid."""
+def _nifti(file: Path, with_voxels: bool = False, dtype: Any = None, several: bool = False) -> tuple[np.ndarray, Grid]:
+    """Voxels (X, Y, Z) of a file, of ``several`` (C, X, Y, Z), an empty array unless wanted, and their grid."""
     packed, array = has_suffix(file, [".gz"]), np.empty(0)
     try:
         with file.open("rb") as raw:
@@ -139,12 +136,13 @@ def _nifti(file: Path, with_voxels: bool = False, dtype: Any = None) -> tuple[np
             if kind is None:
                 raise ValueError("it does not start like one")
             header = kind.header_class(head[: kind.header_class.sizeof_hdr])
-            grid = _grid(file, header)
+            grid = _grid(file, header, several)
             if with_voxels:
                 stream.seek(0)
-                array = np.asanyarray(kind.from_stream(stream).dataobj, dtype).reshape(grid.shape)
-                return array, grid
-            length = header.get_data_offset() + math.prod(grid.shape) * header.get_data_dtype().itemsize
+                array = np.asanyarray(kind.from_stream(stream).dataobj, dtype).reshape(*grid.shape, -1)
+                return (np.moveaxis(array, 3, 0) if several else array[..., 0]), grid
+            length = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+            length += header.get_data_offset()
             with file.open("rb") as end:  # a packed file ends with its length, unless it has several members
                 end.seek(-4, io.SEEK_END)
                 intact = packed and int.from_bytes(end.read(), "little") == length % 2**32
@@ -157,14 +155,15 @@ def _nifti(file: Path, with_voxels: bool = False, dtype: Any = None) -> tuple[np
         raise ValueError(f"{file} cannot be read as a NIfTI volume ({error}): replace it by an intact copy.") from error
 
 
-def _grid(file: Path, header: Any) -> Grid:
+def _grid(file: Path, header: Any, several: bool = False) -> Grid:
     shape, unit = header.get_data_shape(), MILLIMETRES[header.get_xyzt_units()[0]]
     if (dtype := header.get_data_dtype()).kind not in "iufb":
         raise _Refused(f"{file} holds values of the type {dtype}: give a volume of one real number per voxel.")
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    if len(shape) != 3 or min(shape) < 1:
-        raise _Refused(f"{file} has the shape {'x'.join(map(str, shape))}: give a volume of 3 axes.")
+    if len(shape) not in (3, 3 + several) or min(shape) < 1:
+        wanted = "3 axes, or 4 of which the last is that of the channels" if several else "3 axes"
+        raise _Refused(f"{file} has the shape {'x'.join(map(str, shape))}: give a volume of {wanted}.")
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
     if not (sform or qform):
         raise _Refused(f"{file} does not say where its axes point (sform and qform are unset): set its orientation.")
@@ -179,7 +178,7 @@ def _grid(file: Path, header: Any) -> Grid:
         by_sform, by_pixdim = (" x ".join(f"{v:g}" for v in sizes) for sizes in (spacing, stated))
         raise _Refused(f"{file} has voxels of {by_sform} by its sform but {by_pixdim} by pixdim: correct its header.")
     affine[:3, :3] *= spacing.round(DECIMALS) / spacing
-    return Grid(tuple(map(int, shape)), affine, header)
+    return Grid(tuple(map(int, shape[:3])), affine, header)
 
 
 def check_grid(file: str | Path, label: Grid, image: Grid, what: str = "Label") -> None:

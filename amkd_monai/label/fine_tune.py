@@ -172,7 +172,7 @@ def saved_labels(
         train += members[held_out:]
     if not validation or (task.is_classification and len({item["label"] for item in validation}) < 2):
         needed = "two images of each of two classes" if task.is_classification else "two"
-        raise ValueError(f"{len(items)} final label(s) for {task.name} are too few: save {needed} at least.")
+        raise ValueError(f"{len(items)} final label(s) for {task.name} are too few: save at least {needed}.")
     images = sorted(datastore.get_unlabeled_images()) if with_unlabelled else ()
     unlabelled = [_item(file) for file in map(datastore.get_image_uri, images) if student.takes(file)]
     return Datalist(task, Path(items[0]["image"]).parent, "saved labels", train, validation, [], unlabelled)

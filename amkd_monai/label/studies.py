@@ -56,7 +56,7 @@ class Studies(LocalDatastore):
             if Path(image_id).name != image_id or image_id.startswith("."):
                 raise ValueError(f"'{image_id}' cannot be the name of an image: use one without a folder.")
             if not file.name.lower().endswith(self._suffixes):
-                raise ValueError(f"'{file.name}' is of no kind that the models take: {', '.join(self._suffixes)}.")
+                raise ValueError(f"'{file.name}' is of a kind that no model takes: {', '.join(self._suffixes)}.")
             (volume_grid if has_suffix(file, VOLUME_SUFFIXES) else picture_frame)(file)  # refuses what cannot be read
             if existing := self._files_of(image_id, self._to_id(file.name)[1]):
                 if filecmp.cmp(existing[0], file, shallow=False):
@@ -126,7 +126,7 @@ class Studies(LocalDatastore):
         if label.suffix == ".json":
             name = read_class(label)
             if name not in self._classes:
-                raise ValueError(f"'{name}' is none of the classes {', '.join(self._classes) or '(none is served)'}.")
+                raise ValueError(f"'{name}' is not among the classes {', '.join(self._classes) or '(none is served)'}.")
             return
         is_volume = has_suffix(image, VOLUME_SUFFIXES)
         for remaining, count in enumerate(counts := self._counts[3 if is_volume else 2], 1 - len(counts)):

@@ -134,7 +134,7 @@ def delong(positive: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[Floats, Fl
     s = np.stack([np.asarray(score, float) for score in scores])
     m, n = int(is_positive.sum()), int((~is_positive).sum())
     if min(m, n) < 2:
-        raise ValueError(f"DeLong's test needs two cases of each kind at least, got {m} positive and {n} negative.")
+        raise ValueError(f"DeLong's test needs at least two cases of each kind, got {m} positive and {n} negative.")
     everyone = stats.rankdata(s, axis=1)
     of_positive = (everyone[:, is_positive] - stats.rankdata(s[:, is_positive], axis=1)) / n
     of_negative = 1 - (everyone[:, ~is_positive] - stats.rankdata(s[:, ~is_positive], axis=1)) / m

@@ -64,7 +64,7 @@ def write_figures(folder: Path, rows: Sequence[Row], figures: Mapping[str, Any],
     old = read_json(folder / FIGURES) if skipped else {}
     if old and old.get("student_sha256") == facts.get("student_sha256") and not old.get("skipped_samples"):
         raise ValueError(
-            f"{folder / FIGURES} holds the figures of all cases and is kept, {len(skipped)} case(s) could not be used "
+            f"{folder / FIGURES} holds the figures of all cases and stays: {len(skipped)} case(s) could not be used "
             f"now: {skipped[0]['reason']} Restore the files, or give an --output_dir of its own."
         )
     title = figures["task"] + (f", HD95 in {figures['unit']}" if "unit" in figures else "")

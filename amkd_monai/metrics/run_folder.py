@@ -54,9 +54,9 @@ def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
     if 0 < (count := metrics.get("summary", {}).get("cases", 0)) < FEW:
         missing.append(f"The interval is rough: there are only {count} cases.")
     if not record:
-        missing.append("There is no run record (run.json): what was trained on what is not known here.")
+        missing.append("There is no run record (run.json): data and teachers of the training are unknown.")
     elif record.get("status") != "completed":
-        missing.append(f"The training was broken off after epoch {record.get('epochs_done', 0)}: resume it.")
+        missing.append(f"The training stopped after epoch {record.get('epochs_done', 0)}: resume it.")
     if record and len(rows) < 2:
         missing.append("The training has one epoch: curves are points." if rows else "There is no history.csv.")
     if cases and not (folder / PREVIEWS).is_dir():
@@ -75,4 +75,4 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged ({error}): make the run again.") from error
+        raise ValueError(f"{path} is damaged ({error}): run again.") from error

@@ -71,7 +71,7 @@ class SharedStudent(nn.Module):
                 raise ValueError(f"'{task}' cannot name a task: use letters, digits and underscores.")
             if head.kind not in ("segmentation", "classification") or head.classes < 2 or head.stride not in (2, 4):
                 can = "its kind is segmentation or classification, with at least two classes, at stride 2 or 4"
-                raise ValueError(f"The head of '{task}' cannot be made ({head}): {can}.")
+                raise ValueError(f"The head of '{task}' cannot be built ({head}): {can}.")
         self.dropout = dropout
         finest = min((h.stride for h in self.specs.values() if h.kind == "segmentation"), default=4)
         with torch.random.fork_rng(devices=[]):
@@ -158,7 +158,7 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
         state = _read_by(student, state_of_task(state, str(task)))
     elif parts == "known":
         if missing:
-            logger.warning("heads that start afresh, beyond %s: %s", path, ", ".join(missing))
+            logger.warning("heads that start untrained, not in %s: %s", path, ", ".join(missing))
         own = student.state_dict()  # a new head may read a level of the neck that no head has read yet
         fresh = {k: v for k, v in own.items() if _task_in(k) in missing or k.startswith("neck.") or ".neck-" in k}
         state = {**fresh, **state}

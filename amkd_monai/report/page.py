@@ -211,14 +211,14 @@ def _warnings(run: RunFolder) -> list[str]:
     if record.get("is_test"):
         warnings.append("TEST RUN: a teacher had random weights.")
     if overridden := metrics.get("overridden"):
-        warnings.append(f"Scored otherwise than by the bundle: {', '.join(overridden)}.")
+        warnings.append(f"Not scored as the bundle does: {', '.join(overridden)}.")
     if apart := metrics.get("seen"):
         count = len(apart["cases"])
-        warnings.append(f"{count} image(s) took part in the student's training: they are in no figure here.")
+        warnings.append(f"{count} image(s) took part in the student's training: they are excluded here.")
     if metrics.get("seen_is_known") is False:
         warnings.append("Whether these images took part in the student's training could not be checked.")
     if skipped := [sample["id"] for sample in metrics.get("skipped_samples", ())]:
-        warnings.append(f"{len(skipped)} case(s) could not be used and are in no figure: {some(skipped)}.")
+        warnings.append(f"{len(skipped)} case(s) could not be used and are excluded: {some(skipped)}.")
     return list(dict.fromkeys(warnings))
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from amkd_monai.files.cases import read_case
 from amkd_monai.files.masks import IGNORED
 from amkd_monai.files.pictures import read_picture
-from amkd_monai.files.volumes import Grid, grey_levels, read_volume, reorder
+from amkd_monai.files.volumes import Grid, grey_levels, reorder
 from amkd_monai.storage import atomic_path
 
 SIDE = 320
@@ -41,8 +42,8 @@ def mask_preview(filename: str, reference: np.ndarray, prediction: np.ndarray) -
         named = {"image": read_picture(filename), "reference": reference, "prediction": prediction}
         shape = {"shape": np.array(reference.shape)}
         return {name: small(array[None], smooth=name == "image") for name, array in named.items()} | shape
-    volume, grid = read_volume(filename)
-    turned = {"image": grey_levels(volume), "reference": reference, "prediction": prediction}
+    channels, grid = read_case([filename])
+    turned = {"image": grey_levels(channels[0]), "reference": reference, "prediction": prediction}
     turned = {name: reorder(array, grid, "LPS") for name, array in turned.items()}
     own, spacing = grid.reordered("LPS"), np.array(grid.reordered("LPS").spacing)
     axis = 2 if np.ptp(spacing) < 0.01 * spacing.max() else int(spacing.argmax())

@@ -156,7 +156,7 @@ def entry(key: str) -> CatalogueEntry:
         if key in (teacher.key, teacher.kind):
             return teacher
     known = ", ".join(e.key for e in own)
-    raise ValueError(f"There is no teacher '{key}' with a weight file of its own: use one of {known}.")
+    raise ValueError(f"There is no teacher '{key}' with a weight file: use one of {known}.")
 
 
 def weights_folders(weights_dir: str | Path | None = None) -> list[Path]:
@@ -223,12 +223,12 @@ def fetch(repository: str, files: Sequence[str]) -> Path:
             return Path(hf_hub_download(repository, file))
         except (errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError) as error:  # the latter: no network
             raise OSError(
-                f"{page} cannot be reached or is closed to you: accept its conditions there and set HF_TOKEN, check "
+                f"{page} cannot be reached, or access is denied: accept its conditions there and set HF_TOKEN, check "
                 f"the network and HF_HUB_OFFLINE, or copy {file} into weights/."
             ) from error
         except errors.EntryNotFoundError:
             continue
-    raise OSError(f"{page} has none of {', '.join(files)}: look there for the file's present name.")
+    raise OSError(f"{page} has none of {', '.join(files)}: look there for the file's current name.")
 
 
 def status(teacher: CatalogueEntry, weights_dir: str | None = None) -> str:

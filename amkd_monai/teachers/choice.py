@@ -72,7 +72,7 @@ def choose(
             names = " and ".join(str(other["name"]) for other in described) or "labels alone"
             places = ", ".join(map(str, catalogue.weights_folders(weights_dir)))
             how = "`python -m amkd_monai teachers` says how to get MedSAM, USFM, RETFound and BiomedParse"
-            lines.append(f"No foundation teacher's file is in {places}, {names} teach: {how}.")
+            lines.append(f"No foundation teacher's file is in {places}, so {names} teach: {how}.")
     validate_descriptions(described)
     return described, lines
 

@@ -250,7 +250,7 @@ def check(
         found = plan(description, weights_dir, size, cache_dir)
         if description["kind"] == VOLUMES:
             if single:
-                raise ValueError(f"The teacher '{name}' answers volumes with masks, not with classes: drop it.")
+                raise ValueError(f"The teacher '{name}' predicts masks of volumes, not classes: drop it.")
             if (given := found.shapes["logits"][0]) != len(classes):
                 raise ValueError(f"The network of '{name}' gives {given} classes, the task has {len(classes)}.")
         elif own and len(found.shapes.get("logits", ())) == 3:
@@ -270,7 +270,7 @@ def refuse_other_answers(name: str, shape: Sequence[int], classes: int, single: 
     if given != classes or (cells == [1, 1]) != single:
         needed = f"{'one answer per image' if single else 'a map'} with {classes} classes"
         raise ValueError(
-            f"The teacher '{name}' gives logits of {given} classes in {cells} cells, the task asks for {needed}: give "
+            f"The teacher '{name}' gives logits of {given} classes in {cells} cells, the task needs {needed}: give "
             "a teacher of this task, set its `own_answers` to false, or drop it."
         )
 

@@ -24,7 +24,7 @@ def load_network_file(path: str | Path) -> nn.Module:
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated; .pt2 is accepted too
             return torch.jit.load(path, map_location="cpu")
     except DAMAGE_ERRORS as error:
-        raise CheckpointError(f"{path} is no whole TorchScript or torch.export file: export it again.") from error
+        raise CheckpointError(f"{path} is not a complete TorchScript or torch.export file: export it again.") from error
 
 
 class SpecialistTeacher(Teacher):

@@ -68,7 +68,7 @@ class TransformersTeacher(Teacher):
             raise ValueError(f"{folder} holds {kind}, not an image encoder: give another `model` for '{name}'.")
         self.has_pooler = not any(key.startswith("pooler.") for key in lacks)  # else transformers leaves it random
         if lacks := [key for key in lacks if not key.startswith("pooler.")]:
-            raise CheckpointError(f"{folder} lacks {len(lacks)} tensors of {kind} (first: {lacks[0]}): get it anew.")
+            raise CheckpointError(f"{folder} lacks {len(lacks)} tensors of {kind} (first: {lacks[0]}): get it again.")
         if not self.is_random:
             check_finite(self.network.state_dict(), folder)
             self.came_from(min([*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]))
@@ -107,7 +107,7 @@ class TransformersTeacher(Teacher):
             if not 0 <= prefix <= MOST_PREFIX_TOKENS:
                 raise ValueError(f"{maps[0].shape[1]} tokens are not those of {height} x {width} patches")
             if any(side % cell for side, cell in zip(pixels.shape[-2:], sides, strict=True)):
-                raise ValueError(f"a side is no multiple of {patch}")
+                raise ValueError(f"a side is not a multiple of {patch}")
             grid = maps[0][:, prefix:].transpose(1, 2).unflatten(2, (height, width))  # (B, h * w, C) -> (B, C, h, w)
         pooled = getattr(said, "pooler_output", None) if self.has_pooler else None
         return grid.float(), grid.float().mean((2, 3)) if pooled is None else pooled.float().flatten(1)
@@ -144,4 +144,4 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: get it anew, or delete it and give `mean` and `std`.") from error
+        raise CheckpointError(f"{path} is not JSON: get it again, or delete it and give `mean` and `std`.") from error

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
+import torch
 from helpers import ROOT
 from monai.bundle import ConfigWorkflow
 
@@ -87,6 +90,19 @@ def run(bundle: str, configs: tuple[str, ...], values: dict[str, Any]) -> Config
     built.run()
     built.finalize()
     return built
+
+
+def run_ranks(count: int, bundle: str, values: dict[str, Any]) -> None:
+    """Train in forked processes, whose environment is what torchrun gives; an error of one of them is raised."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_rank, (count, port, bundle, values), nprocs=count, start_method="fork")
+
+
+def _rank(rank: int, count: int, port: int, bundle: str, values: dict[str, Any]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run(bundle, ("train", "multi_gpu_train"), values)
 
 
 def read_json(path: Path) -> dict[str, Any]:

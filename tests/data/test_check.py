@@ -32,7 +32,7 @@ def test_a_sound_data_set_has_no_problems(root):
     report = check_data("kvasir_seg", root)
     assert report.problems == [] and len(report.items) == 10
     text = str(report)
-    assert "20 image files, 0 of no item" in text and "0 damaged item(s)" in text and "modes: RGB 10" in text
+    assert "20 image files, 0 not in the list" in text and "0 damaged item(s)" in text and "modes: RGB 10" in text
     assert "masks: 10, of which 0 empty" in text and "train: 7" in text and "no problems" in text
 
 

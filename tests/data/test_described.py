@@ -115,7 +115,7 @@ def test_nnunet_folders_are_read_as_they_are_and_a_missing_channel_is_named(tmp_
     (tmp_path / "dataset.json").write_text(json.dumps(about))
     problems = check_data(volumes, tmp_path).problems
     assert len(problems) == 4 and any("lacks a_002_0001" in problem for problem in problems)
-    assert any("a_001_0000.nii.gz is one of 2 channel(s)" in problem for problem in problems)
+    assert any("a_001_0000.nii.gz gives 2 channel(s)" in problem for problem in problems)
 
 
 def test_class_folders_and_tables_give_classes_groups_and_sections(tmp_path):

@@ -166,7 +166,7 @@ def test_a_data_set_is_fetched_unpacked_and_recorded(server, source, tmp_path, k
     record = json.loads((tmp_path / "Set.source.json").read_text())
     assert record["sha256"] == {server.url(f"set.{kind}"): digest} and record["terms"] == "CC0."
     assert sorted(p.name for p in tmp_path.iterdir()) == ["Set", "Set.source.json"]
-    with pytest.raises(FileExistsError, match="Set is there already"):
+    with pytest.raises(FileExistsError, match="Set already exists"):
         fetch("set", tmp_path)
 
 

@@ -189,3 +189,13 @@ def test_inference_on_a_plain_folder(root):
 def test_inference_without_the_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"No images to predict in .*nowhere"):
         inference_items(tmp_path / "nowhere")
+
+
+def test_folds_take_the_place_of_file_lists_and_fractions(root):
+    items = find_items(root)
+    (root / "train.txt").write_text("\n".join(ids(items)[:6]))
+    (root / "val.txt").write_text("\n".join(ids(items)[6:]))
+    tested = [item for k in range(4) for item in ids(split(root, items, SplitOptions(folds=4, fold=k))[2])]
+    assert sorted(tested) == sorted(ids(items))
+    with pytest.raises(ValueError, match="folds"):
+        split(root, items, SplitOptions(fold=1))

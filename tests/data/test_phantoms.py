@@ -195,7 +195,7 @@ def test_phantoms_are_written_once_and_never_replace_other_data(tmp_path):
     assert POLYPS.write_phantom(tmp_path) == folder
     assert (folder / "images").stat().st_mtime_ns == before
     (folder / PHANTOM_MARKER).unlink()
-    with pytest.raises(FileExistsError, match="Kvasir-SEG is there already"):
+    with pytest.raises(FileExistsError, match="Kvasir-SEG already exists"):
         POLYPS.write_phantom(tmp_path)
     assert not is_phantom(folder)
 

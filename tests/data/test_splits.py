@@ -111,7 +111,7 @@ def test_random_split_refuses_fewer_groups_than_sections():
 
 
 def test_a_repeated_id_is_named():
-    with pytest.raises(ValueError, match="id '000' comes twice"):
+    with pytest.raises(ValueError, match="id '000' appears twice"):
         random_split(make_items("abc") + make_items("d"))
 
 

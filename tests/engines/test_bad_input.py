@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from bundle_runs import read_json, run, settings
-from helpers import ROOT
 
 from amkd_monai.data.datasets import get_task
 from amkd_monai.errors import root_cause
@@ -168,17 +164,3 @@ def test_wrong_and_truncated_checkpoints(tmp_path, polyps):
 def test_wrong_settings(tmp_path, polyps, overrides, words):
     overrides = {"admission": {"mode": "none"}, **overrides}
     assert words in sentence("kvasir_seg", tmp_path, polyps, **overrides)
-
-
-@pytest.mark.slow
-def test_the_command_line_prints_one_sentence_and_fails(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "training"]
-    command += ["--config_file", "bundles/kvasir_seg/configs/train.json", "--dataset_dir", str(tmp_path / "nowhere")]
-    command += ["--output_dir", str(tmp_path), "--ckpt_dir", str(tmp_path), "--cache_dir", str(tmp_path)]
-    ended = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert ended.returncode != 0
-    lines = [line for line in ended.stderr.splitlines() if line.strip()]
-    assert lines[-1].startswith("error: There is no folder"), ended.stderr[-1500:]
-    assert "Traceback" not in ended.stderr

@@ -240,4 +240,4 @@ def test_words_for_the_size_make_students_of_the_task(data, tmp_path):
     crew = crew_of(data[0], tmp_path, size="small", members=[{"encoder": "tf_efficientnet_lite0", "dropout": 0.1}])
     assert isinstance(crew.members[0], ClassStudent) and crew.members[0].num_classes == data[0].num_classes
     default = read_crew({"name": "crew"}, data[0], Recipe(batch_size=16), 1, 1, "cpu", str(tmp_path))
-    assert default.side == (28, 28) and default.folds == 3 and default.steps == 2048 // 8 and len(default.members) == 2
+    assert default.side == (28, 28) and default.folds == 3 and default.steps == 3072 // 8 and len(default.members) == 2

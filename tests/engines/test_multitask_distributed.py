@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from bundle_runs import SHARED, SMALL, run, settings
-from helpers import ROOT
+from bundle_runs import SHARED, SMALL, run, run_ranks, settings
 
 
 def values(folder, cache, batch):
@@ -29,16 +25,7 @@ def values(folder, cache, batch):
 def test_two_ranks_equal_one_process_with_the_doubled_batch(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run(SHARED, ("train",), values(one, tmp_path / "cache", 4))
-    given = values(two, tmp_path / "cache", 2)
-    given.pop("bundle_root")
-    arguments = [part for k, v in given.items() for part in (f"--{k}", v if isinstance(v, str) else repr(v))]
-    configs = ",".join(f"'bundles/{SHARED}/configs/{c}.json'" for c in ("train", "multi_gpu_train"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    command += ["monai.bundle", "run", "training", "--config_file", f"[{configs}]", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "engines")])
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", env=environment, timeout=400)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_ranks(2, SHARED, values(two, tmp_path / "cache", 2))
     rows = [list(csv.DictReader((folder / "eval" / "history.csv").open())) for folder in (one, two)]
     assert len(rows[0]) == len(rows[1]) == 2
     for single, double in zip(*rows, strict=True):

@@ -110,7 +110,7 @@ def test_features_of_teachers_that_are_not_admitted_can_be_left_out(data, mode, 
 
 def test_unknown_admission_options_are_refused(data):
     for wrong in ({"features": "some"}, {"mode": "perhaps"}, {"mirgin": 0.1}):
-        with pytest.raises(ValueError, match="are not understood: use mode"):
+        with pytest.raises(ValueError, match="are invalid: use mode"):
             prepare(data, [LITE1], admission_options=wrong)
 
 

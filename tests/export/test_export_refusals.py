@@ -55,13 +55,13 @@ def test_sizes_that_only_torchscript_takes():
 
 
 def test_not_a_bundle(tmp_path, capsys):
-    assert "no training bundle" in refused(capsys, "export", str(tmp_path), "--to", str(tmp_path / "d"))
+    assert "not a training bundle" in refused(capsys, "export", str(tmp_path), "--to", str(tmp_path / "d"))
     assert "no overlay 'tiles', it lacks configs/tiles.json" in refused(
         capsys, "export", KVASIR, "--to", str(tmp_path / "d"), "--overlay", "tiles"
     )
-    assert "is there already" in refused(capsys, "export", KVASIR, "--to", str(tmp_path))
+    assert "already exists" in refused(capsys, "export", KVASIR, "--to", str(tmp_path))
     predict = ("predict", "--model", str(tmp_path), str(tmp_path), "--output", str(tmp_path / "out"))
-    assert "no exported bundle" in refused(capsys, *predict)
+    assert "not an exported bundle" in refused(capsys, *predict)
 
 
 def test_transforms_without_counterpart():

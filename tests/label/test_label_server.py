@@ -153,7 +153,7 @@ def test_what_cannot_be_answered_is_refused_in_one_sentence_and_the_server_lives
         (400, "without a folder", server.send("/datastore/image?image=../x", "PUT", file=("x.png", scan))),
         (
             400,
-            "none of the classes",
+            "not among the classes",
             server.send("/datastore/label?image=busi0", "PUT", label=("a.json", b'{"class":1}')),
         ),
         (400, "must be JSON", server.send("/datastore/label?image=busi0", "PUT", label=("a.json", b"[]"))),

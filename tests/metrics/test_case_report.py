@@ -234,7 +234,7 @@ def run_rank(rank, folder):
 
 @pytest.mark.slow
 def test_two_ranks_write_one_report(tmp_path):
-    torch.multiprocessing.spawn(run_rank, (tmp_path,), nprocs=2)
+    torch.multiprocessing.start_processes(run_rank, (tmp_path,), nprocs=2, start_method="fork")
     rows = read_case_csv(tmp_path / "rank_0" / "per_case.csv")
     assert [row["id"] for row in rows] == ["polyp.0", "polyp.1", "polyp.2"]
     assert not (tmp_path / "rank_1").exists()

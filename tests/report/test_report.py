@@ -169,7 +169,7 @@ def test_a_run_says_what_it_lacks_and_still_has_a_page(runs, tmp_path):
     lines = (broken / "history.csv").read_text().splitlines()
     (broken / "history.csv").write_text("\n".join(lines[:2]) + "\n")
     text = Page(write_report([broken], tmp_path / "page.html")).text
-    for words in ("was not evaluated", "broken off after epoch 1", "one epoch"):
+    for words in ("was not evaluated", "stopped after epoch 1", "one epoch"):
         assert words in text
     both = Page(write_report([broken, runs["undistilled"]], tmp_path / "two.html")).text
     assert "cannot be compared" in both

@@ -18,6 +18,7 @@ import torch
 from bundle_runs import ALL_BUNDLES, SHARED, read_json, run, settings, workflow
 from helpers import ROOT
 from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
+from monai.bundle import run as monai_run
 from PIL import Image
 
 from amkd_monai.__main__ import main
@@ -170,12 +171,13 @@ def test_options_of_tracking_are_known_and_misspelled_ones_are_not(tracking, tmp
 def test_the_command_line_refuses_in_one_sentence(tmp_path):
     ended = command("--config_file", files("busi", "train")[0], "--label", "4", "--output_dir", tmp_path)
     assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith("error: ")
-    assert "--labelled?" in ended.stderr.splitlines()[-1]
+    assert "--labelled?" in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
     with pytest.raises(Exception, match="traner"):  # MONAI itself refuses what has no parent
         commanded("busi", ("train",), **{"train#traner#x": 1})
     (tmp_path / "arguments.json").write_text(json.dumps({"config_file": files("busi", "train")[0], "max_epoch": 1}))
-    ended = command("--args_file", tmp_path / "arguments.json")
-    assert ended.returncode == 1 and "--max_epochs?" in ended.stderr.splitlines()[-1]
+    with pytest.raises(RuntimeError) as caught:
+        monai_run(args_file=str(tmp_path / "arguments.json"))
+    assert "--max_epochs?" in str(root_cause(caught.value))
 
 
 def test_an_option_that_needs_another_is_refused_alone(tmp_path):
@@ -623,16 +625,13 @@ def test_the_root_is_that_of_the_config_from_any_folder(bundle, names, tmp_path,
     assert Path(made.parser.get_parsed_content("bundle_root")) == tmp_path / "renamed"
 
 
-def test_a_command_in_another_bundles_folder_leaves_that_bundles_student_alone(tmp_path):
+def test_a_command_in_another_bundles_folder_leaves_that_bundles_student_alone(tmp_path, monkeypatch):
     for bundle in ("busi", "kvasir_seg"):
         shutil.copytree(ROOT / "bundles" / bundle / "configs", tmp_path / bundle / "configs")
     values = settings("kvasir_seg", tmp_path, tmp_path, teachers=[], max_epochs=1)
-    arguments = [
-        part for key in ("image_size", "teachers", "max_epochs") for part in (f"--{key}", json.dumps(values[key]))
-    ]
-    config = tmp_path / "kvasir_seg" / "configs" / "train.json"
-    ended = command("--config_file", config, *arguments, cwd=tmp_path / "busi")
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    monkeypatch.chdir(tmp_path / "busi")
+    given = {key: values[key] for key in ("image_size", "teachers", "max_epochs")}
+    monai_run(config_file=str(tmp_path / "kvasir_seg" / "configs" / "train.json"), **given)
     assert not (tmp_path / "busi" / "models").exists() and (tmp_path / "kvasir_seg" / "models" / "model.pt").is_file()
 
 

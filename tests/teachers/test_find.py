@@ -68,7 +68,7 @@ def test_fetching_offline_or_what_is_not_on_the_hub_is_one_sentence(places, caps
     ("status_code", "headers", "word"),
     [
         (401, {"X-Error-Code": "GatedRepo"}, "HF_TOKEN"),
-        (401, {"X-Error-Code": "RepoNotFound"}, "closed to you"),
+        (401, {"X-Error-Code": "RepoNotFound"}, "access is denied"),
         (404, {"X-Error-Code": "EntryNotFound"}, "has none of"),
     ],
 )

@@ -187,7 +187,7 @@ def forbidden(request):
 
 
 def test_a_file_that_may_not_be_read_is_named(forbidden, as_nobody):
-    assert "may not be read" in sentence("usfm", forbidden)
+    assert "cannot be read" in sentence("usfm", forbidden)
 
 
 def test_a_file_that_fits_another_size_of_the_network_is_named(tmp_path):

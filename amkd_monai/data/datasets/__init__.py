@@ -107,7 +107,7 @@ class Task:
         scored, labels = [*self.classes[1:], *self.regions], range(1, len(self.classes))
         wrong = [name for name, of in self.regions.items() if not of or isinstance(of, str) or not {*of} <= {*labels}]
         if len(self.classes) > MOST_CLASSES:
-            raise ValueError(f"The task '{self.name}' has {len(self.classes)} classes: give {MOST_CLASSES} at most.")
+            raise ValueError(f"The task '{self.name}' has {len(self.classes)} classes: give at most {MOST_CLASSES}.")
         if wrong or len(set(scored)) < len(scored):
             wanted = f"a name of its own and some of the labels 1 to {len(labels)}"
             raise ValueError(f"The task '{self.name}' has the regions {dict(self.regions)}: give each {wanted}.")
@@ -461,7 +461,7 @@ def get_task(task: Named) -> Task:
     try:
         content = json.loads(read_text(file))
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}): correct it.") from error
+        raise ValueError(f"{file} is not JSON ({error}): correct it.") from error
     return _described(content, str(file), file.parent)
 
 
@@ -478,7 +478,7 @@ def _described(content: Any, where: str, base: Path) -> Task:
 
     plain = {f.name for f in fields(Task)} - {"layout", "source", "phantom", "description"}
     if not isinstance(content, Mapping) or not {"name", "classes"} <= content.keys() <= plain | {"layout"}:
-        raise refuse(f"is no object with name, classes and, at will, {', '.join(sorted(plain - {'name'}))}, layout")
+        raise refuse(f"is not an object of name, classes, optionally {', '.join(sorted(plain - {'name'}))}, layout")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k != "layout"}
     values["folder"] = str((base / values["folder"]).resolve()) if "folder" in values else values.get("name")
     name, classes = values["name"], values["classes"]
@@ -486,7 +486,7 @@ def _described(content: Any, where: str, base: Path) -> Task:
         raise refuse(f"has the name {name!r}, which must be of letters, digits, _ . - and none of {', '.join(TASKS)}")
     texts = isinstance(classes, tuple) and all(isinstance(c, str) and c for c in classes)
     if not texts or len(set(classes)) < max(2, len(classes)):
-        raise refuse(f"has the classes {classes!r}, which must be two different names at least")
+        raise refuse(f"has the classes {classes!r}, which must be at least two different names")
     values.setdefault("modality", "image")
     values.setdefault("prompts", tuple(f"{c} in {values['modality']}" for c in classes[1:]))
     if len(values["prompts"]) != len(classes) - 1:
@@ -504,11 +504,11 @@ def _described(content: Any, where: str, base: Path) -> Task:
     of_the_task = {"title", "classes", "kind", "volumes", "channels", "validation_fraction", "expected", "predict_in"}
     known = {f.name for f in fields(Described)} - of_the_task
     if not isinstance(options, Mapping) or not options.keys() <= known:
-        raise refuse(f"has a layout that is no object of {', '.join(sorted(known))}")
+        raise refuse(f"has a layout that is not an object of {', '.join(sorted(known))}")
     try:
         re.compile(str(options.get("groups", "")))
     except re.error as error:
-        raise refuse(f"has a pattern of groups that is none ({error})") from error
+        raise refuse(f"has an invalid pattern of groups ({error})") from error
     fixed: dict[str, Any] = {"volumes": dimensions == 3, "channels": max(1, len(values.get("channels", ())))}
     layout = Described(title=name, classes=classes, kind=kind, **fixed, **options)
     try:

@@ -15,9 +15,9 @@ import numpy as np
 from amkd_monai.data import splits
 from amkd_monai.data.datasets.layout import Layout, checked, report_conflicts
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
+from amkd_monai.files.cases import is_volume, series_folders
 from amkd_monai.files.names import (
     SUFFIXES,
-    VOLUME_SUFFIXES,
     channel_files,
     file_id,
     files_of,
@@ -176,7 +176,7 @@ class Described(Layout):
         """List the images to predict: unlabelled ones of a datalist, those of the usual folders, tables and classes."""
         if file := self.datalist_of(root):
             unlabelled = [_resolved(entry["image"], file.parent) for _, entry in _entries(file) if "label" not in entry]
-            items = [{"image": i, "id": _stem(i)} for i in unlabelled if all(Path(f).is_file() for f in files_of(i))]
+            items = [{"image": i, "id": _stem(i)} for i in unlabelled if all(Path(f).exists() for f in files_of(i))]
             if items:
                 return sorted(map(self._of_channels, _named(items, root)), key=lambda item: natural(item["id"]))
         for place in ("imagesTs", "."):
@@ -188,7 +188,7 @@ class Described(Layout):
             return [item for folder in folders for item in super(Described, self).inference_items(folder)]
         if self.form_of(root) in ("classes", "table") and not self.official:
             return [{"image": i["image"], "id": i["id"]} for i in self.find_items(root) if "problem" not in i]
-        return super().inference_items(root)
+        return [self._of_channels(item) for item in super().inference_items(root)]
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
         """Keep the sections or folds that the data name; without a test section, it is drawn from the training one."""
@@ -196,6 +196,8 @@ class Described(Layout):
             items = self._listed(root, items)
         sections, folds = {i.get("section") for i in items}, {i["fold"] for i in items if "fold" in i}
         if folds:
+            if how.folds is not None:
+                raise ValueError(f"The data in {root} name their own folds: leave `folds` out, or the column of folds.")
             if how.fold not in folds:
                 raise ValueError(f"There is no fold {how.fold} in {root}: choose one of {sorted(folds)}.")
             after = sorted(folds)[(sorted(folds).index(how.fold) + 1) % len(folds)]
@@ -203,13 +205,14 @@ class Described(Layout):
             logger.info("Folds of %s: %s.", root, ", ".join(f"{fold} is {name}" for fold, name in held.items()))
             items = [{**i, "section": held.get(i["fold"], "train")} if "fold" in i else i for i in items]
         elif sections == {"train", "validation"} and self.validation_fraction is None:
-            logger.info("No test section in %s: a part of the training section is it.", root)
+            logger.info("No test section in %s: a part of the training section is used for it.", root)
             train = [item for item in items if item["section"] == "train"]
             drawn = splits.random_split(train, (1 - how.fractions[2], 0, how.fractions[2]), how.seed)[2]
             ids = {item["id"] for item in drawn}
             items = [{**item, "section": "test"} if item["id"] in ids else item for item in items]
         if loose := [item["id"] for item in items if "section" not in item and sections - {None}]:
             raise ValueError(f"{some(loose)} in {root} belong to no section, others do: give all of them one.")
+        how = replace(how, fold=0) if folds else how
         return super().split(root, [splits.without(item, "fold") for item in items], how)
 
     def _listed(self, root: Path, items: list[Item]) -> list[Item]:
@@ -220,9 +223,9 @@ class Described(Layout):
             raise FileNotFoundError(f"File list {absent[0]} is missing: give both {pair}, or none.")
         train, test = (_read_ids(file, known) for file in files)
         if both := train & test:
-            raise ValueError(f"{some(both)} stand(s) in both {files[0]} and {files[1]}: keep each id in one list.")
+            raise ValueError(f"{some(both)} appear in both {files[0]} and {files[1]}: keep each id in one list.")
         if unlisted := known.keys() - train - test:
-            logger.warning("Left out, as they stand in neither file list in %s: %s.", root, some(unlisted))
+            logger.warning("Left out, in neither file list in %s: %s.", root, some(unlisted))
         return [{**known[i], "section": s} for s, ids in (("train", train), ("test", test)) for i in ids]
 
     def pairs_in(self, root: Path) -> list[tuple[dict[str, str], Path, Path]]:
@@ -306,10 +309,14 @@ class Described(Layout):
         return number
 
     def _of_channels(self, item: Item) -> Item:
-        """Return an item to predict whose image has the files of all channels; another number is a ValueError."""
-        if len(files := files_of(item["image"])) != self.channels:
+        """Return an item to predict, of a volume with what is wrong; a picture of other channels is a ValueError."""
+        files = files_of(item["image"])
+        item = {**item, "image": files[0] if len(files) == 1 else files}
+        if self.volumes:
+            return checked(item, True, self.channels)
+        if len(files) != self.channels:
             raise ValueError(f"{files[0]} is one of {len(files)} channels, not of {self.channels}: complete the case.")
-        return {**item, "image": files[0] if self.channels == 1 else files}
+        return item
 
     def _completed(self, item: Item) -> Item:
         """Return an item with its group, and with the first thing that is wrong with it under "problem"."""
@@ -321,24 +328,24 @@ class Described(Layout):
             item["group"] = found[1]
         images = files_of(item["image"])
         files = [*images, *(label_files(item) if self.masks else ())]
-        known = [file for file in files if has_suffix(file, SUFFIXES)]
-        if wrong := [file for file in known if has_suffix(file, VOLUME_SUFFIXES) != self.volumes]:
-            kinds = ("volume", 2) if has_suffix(wrong[0], VOLUME_SUFFIXES) else ("picture", 3)
+        known = [file for file in files if has_suffix(file, SUFFIXES) or Path(file).is_dir()]
+        if wrong := [file for file in known if is_volume(file) != self.volumes]:
+            kinds = ("volume", 2) if is_volume(wrong[0]) else ("picture", 3)
             what = f"{wrong[0]} is a {kinds[0]}, but {self.title} has {kinds[1]} dimensions"
             return {**item, "problem": f"{what}: take it out, or make a task of its own for such files."}
-        if "problem" not in item and len(images) != self.channels:
+        if "problem" not in item and not self.volumes and len(images) != self.channels:
             problem = f"{images[0]} is one of {len(images)} channel(s), {self.title} has {self.channels}"
             return {**item, "problem": f"{problem}: give each case a file for each of `channels`, or take it out."}
         if "problem" in item:
             return item
-        if gone := [file for file in files if not Path(file).is_file()]:
+        if gone := [file for file in files if not (Path.exists if file in images else Path.is_file)(Path(file))]:
             return {**item, "problem": f"{gone[0]} is not there: correct its path or remove its case."}
         if self.kind == "classification":
             if (label := self.class_of(item["label"])) is None:
                 names = ", ".join(self.classes)
                 return {**item, "problem": f"{images[0]} has the label {item['label']!r}: use one of {names}."}
             item["label"] = label
-        return checked(item, self.volumes)
+        return checked(item, self.volumes, self.channels)
 
 
 def _pairs(layout: Described, root: Path) -> Iterator[Item]:
@@ -348,6 +355,7 @@ def _pairs(layout: Described, root: Path) -> Iterator[Item]:
     """
     for section, *folders in layout.pairs_in(root):
         images, found = (image_files(folder, SUFFIXES) for folder in folders)
+        images += series_folders(folders[0])
         images = [image for image in images if not file_id(image).endswith(tuple(layout.beside) or "/")]
         ids, masks = {file_id(image) for image in images}, defaultdict[str, list[str]](list)
         given = [layout.mask_ending] if layout.mask_ending else ENDINGS
@@ -359,9 +367,7 @@ def _pairs(layout: Described, root: Path) -> Iterator[Item]:
         if folders[0] == folders[1] and ending:
             images = [image for image in images if not of_mask.fullmatch(file_id(image))]
         if others := [image.name for image in images if not re.fullmatch(layout.pattern, file_id(image))]:
-            logger.warning(
-                "Left out, as their names are others than those of images, in %s: %s.", folders[0], some(others)
-            )
+            logger.warning("Left out, no image has their names, in %s: %s.", folders[0], some(others))
         images = [image for image in images if image.name not in others]
         for image in images:
             item, files = {"image": str(image), "id": file_id(image), **section}, masks.get(file_id(image), [])
@@ -520,7 +526,7 @@ def _entries(file: Path, needed: bool = True) -> list[tuple[str, dict[str, Any]]
     if labelled := any("label" in entry for _, entry in found):
         return found
     if needed:
-        raise ValueError(f'{file} has no list "training" of "image" and "label": copy it again or write it anew.')
+        raise ValueError(f'{file} has no list "training" of "image" and "label": copy or write it again.')
     return found if labelled else []
 
 
@@ -610,7 +616,8 @@ def _resolved(value: Any, base: Path) -> Any:
 def _found(root: Path, name: str, folders: Sequence[str]) -> Path:
     """The file of a cell, in the folder itself or one of the usual ones, with its suffix or without."""
     places = [root / folder / f"{name}{suffix}" for folder in folders for suffix in ("", *SUFFIXES)]
-    return next((place for place in places if place.is_file()), root / folders[0] / name)
+    there = (place for kind in (Path.is_file, Path.is_dir) for place in places if name and kind(place))
+    return next(there, root / folders[0] / name)
 
 
 def _plain(name: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from amkd_monai.data import splits
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
-from amkd_monai.files import names
+from amkd_monai.files import cases, names
 from amkd_monai.files.masks import other_size
 from amkd_monai.files.names import natural, some
 from amkd_monai.files.pictures import picture_frame
@@ -14,6 +14,7 @@ from amkd_monai.files.volumes import check_grid, volume_grid
 from amkd_monai.terminal import logger
 
 SECTIONS = ("train", "validation", "test")
+FOLDS = 5
 
 
 class Layout:
@@ -28,7 +29,7 @@ class Layout:
         title: name of the data set in messages.
         expected: the layout in words.
         predict_in: folders that may hold the images to predict; the data set's own folder is looked at last.
-        volumes: images are NIfTI volumes, not pictures.
+        volumes: images are NIfTI volumes or folders of DICOM slices, not pictures.
         validation_fraction: part of the items outside the test fold that validates, where a data set without sections
             of its own is cross-validated; None: it is split at random.
     """
@@ -54,7 +55,7 @@ class Layout:
         elif self.is_in(root.parent):
             fix += f"; you are one level too low, use {root.parent}"
         if any(root.rglob("*.dcm")):
-            fix += "; DICOM series are predicted, for training convert them to NIfTI, for example by dcm2niix"
+            fix += "; of DICOM, images/<case>/ with the slices of one series and masks/<case>.nii.gz"
         raise FileNotFoundError(f"No {self.title} data in {root}: {fix}.")
 
     @property
@@ -66,25 +67,33 @@ class Layout:
         """List the images to predict, {"image", "id"}: those of an official layout, else the folder's own files."""
         for folder in (root / name for name in (*self.predict_in, ".")):
             folder = folder / folder.name if (folder / folder.name).is_dir() else folder
-            if folder.is_dir() and (files := names.images_to_predict(folder, self.suffixes)):
+            files = names.images_to_predict(folder, self.suffixes) if folder.is_dir() else {}
+            if self.volumes and folder.is_dir():
+                files |= {names.file_id(series): series for series in cases.series_folders(folder)}
+            if files:
                 return [{"image": str(files[name]), "id": name} for name in sorted(files, key=natural)]
         what, places = "volumes" if self.volumes else "images", " or ".join(["it", *self.predict_in])
         raise FileNotFoundError(f"No {what} to predict in {root}: expected {' or '.join(self.suffixes)} in {places}.")
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
-        """Keep official sections (of train and test alone, validation is taken from train), else draw them."""
-        if {"train", "test"} <= {item.get("section") for item in items}:
+        """Keep official sections (of train and test alone, validation is taken from train), else, or by folds, draw."""
+        official = how.folds is None and {"train", "test"} <= {item.get("section") for item in items}
+        folds = None if official else how.folds or (FOLDS if self.validation_fraction else None)
+        if folds is None and how.fold:
+            raise ValueError(f"fold is {how.fold}, but {root} is not split into folds: give `folds`, too.")
+        if official:
             train, validation, test = _official_sections(items)
             if not validation:
                 share = how.fractions[0] / (how.fractions[0] + how.fractions[1])
                 train, validation, _ = splits.random_split(train, (share, 1 - share, 0), how.seed)
             return train, validation, test
         items = [splits.without(item, "section") for item in items]
-        if self.validation_fraction is None:
+        if folds is None:
             logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
             return splits.random_split(items, how.fractions, how.seed)
-        logger.info("No official split in %s: fold %d of %d.", root, how.fold, how.folds)
-        return splits.k_fold(items, how.folds, how.fold, self.validation_fraction, how.seed)
+        share = self.validation_fraction or how.fractions[1] / sum(how.fractions[:2])
+        logger.info("The test section of %s is fold %d of %d.", root, how.fold, folds)
+        return splits.k_fold(items, folds, how.fold, share, how.seed)
 
 
 def _official_sections(items: Iterable[Item]) -> Sections:
@@ -106,14 +115,18 @@ def _official_sections(items: Iterable[Item]) -> Sections:
     return sections["train"], sections["validation"], sections["test"]
 
 
-def checked(item: Item, volumes: bool = False) -> Item:
+def checked(item: Item, volumes: bool = False, channels: int = 1) -> Item:
     """Return an item, with what is wrong with the headers of its files, if anything is, under "problem"."""
     (image, *others), masks = names.files_of(item["image"]), names.label_files(item)
     try:
         if volumes:
-            grid = volume_grid(image)
-            for file in (*others, *masks):
-                check_grid(file, volume_grid(file), grid, "Label" if file in masks else "Channel")
+            grid, count = cases.case_grid([image, *others])
+            if count != channels:
+                raise ValueError(
+                    f"{image} gives {count} channel(s), not {channels}: give the case all, or take it out."
+                )
+            for file in masks:
+                check_grid(file, volume_grid(file), grid)
         else:
             (size, tag), *of_masks = map(picture_frame, (image, *others, *masks))
             for mask, (found, own) in zip((*others, *masks), of_masks, strict=True):

@@ -45,7 +45,7 @@ class KeptStudent(Handler):
         name = engine.state.key_metric_name
         value = float(engine.state.metrics[name])
         if math.isnan(value):
-            raise ValueError(f"Validation gives no {name}: choose a split with two classes, or foreground, there.")
+            raise ValueError(f"Validation gives no {name}: change the split, it needs two classes, or foreground.")
         if value > self.best or self.keep == "last":
             self.best = max(self.best, value)
             if idist.get_rank() == 0:

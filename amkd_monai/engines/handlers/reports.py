@@ -70,7 +70,7 @@ class CaseReport(Handler):
         for item, source in zip(output, sources, strict=True):
             key = case, _ = identify({**source, **item})
             if key in self._cases:
-                logger.info("The case %s came again and is counted once.", case)
+                logger.info("The case %s appeared again and is counted once.", case)
                 continue
             try:
                 self._cases[key] = self._rows(item, case)
@@ -212,7 +212,7 @@ class EmptyReferences(Handler):
         if wrong and len(wrong) == len(self._seen):
             raise ValueError(
                 f"All {len(wrong)} validation cases have an empty reference, so Dice cannot choose the best student: "
-                "change the split, or check that the masks are read right (`python -m amkd_monai data check`)."
+                "change the split, or check that the masks are read correctly (`python -m amkd_monai data check`)."
             )
         if wrong:
             metrics = {"val_false_positive_rate": sum(wrong) / len(wrong), "val_empty_references": len(wrong)}
