@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, a lock that lets one process write at a time, and hashes.
+"""Atomic files and folders, a lock for one writing process, and hashes.
 
 Everything is written next to its final place under a temporary name, flushed to the disk, and then renamed: a process
 killed at any moment leaves the old file or the new one, never half of one. Hashes of files and of settings name what is

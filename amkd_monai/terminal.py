@@ -1,4 +1,4 @@
-"""Terminal output: how much of it, progress lines and tables."""
+"""Terminal output: verbosity, progress lines and tables."""
 
 import io
 import logging

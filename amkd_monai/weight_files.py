@@ -1,4 +1,4 @@
-"""What a file of weights is, by its first bytes and its table of contents: without torch, and no tensor is read."""
+"""Recognises weight files by their first bytes and table of contents: without torch, and no tensor is read."""
 
 import json
 import os

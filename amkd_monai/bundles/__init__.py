@@ -1,1 +1,1 @@
-"""Bundles: the parts that their configs are made of, and a new one for data of one's own."""
+"""Parts of bundle configs, and new bundles for your own data."""

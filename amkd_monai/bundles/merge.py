@@ -1,4 +1,4 @@
-"""How the configs of a bundle are made from parts: those of this folder, which all bundles share, and its own.
+"""Builds bundle configs from parts: those of this folder, which all bundles share, and the bundle's own.
 
 A bundle is a part with a list `parts`: those parts are merged in that order, then its own. In the merged part each key
 other than `parts` and `values` is a file of `configs/`. Rules:

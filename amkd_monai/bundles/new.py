@@ -1,4 +1,4 @@
-"""A bundle for data of one's own: looks at a folder, says what it found, and writes the configs from the parts."""
+"""Writes a bundle for your own data: inspects a folder, reports its findings, builds the configs from the parts."""
 
 import json
 import math
@@ -73,9 +73,8 @@ def new_bundle(
     description, items = _described(name, root, classes, groups, kind)
     of_labels = description.pop("facts")
     flat, several = description["dimensions"] == 2, "channels" in description
-    facts, part = (
-        _pictures(items) if flat else _volumes(items, description, "several channels" if several else modality)
-    )
+    guessed = "several channels" if several else modality
+    facts, part = _pictures(items) if flat else _volumes(items, description, guessed)
     description["modality"] = modality or part["modality"]
     description["folder"] = os.path.relpath(root, folder.resolve() / "configs")
     task = get_task(description)
@@ -240,9 +239,8 @@ def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) 
         if array.min() > volumes.HIGHEST_MINIMUM or modality not in ("", "CT"):
             inside.clear()
             break
-        label, _ = volumes.read_label_volume(
-            item["label"], grid, len(description["classes"]), description["mask_codes"]
-        )
+        meaning = len(description["classes"]), description["mask_codes"]
+        label, _ = volumes.read_label_volume(item["label"], grid, *meaning)
         inside.append(array[(label > 0) & (label != masks.IGNORED)][:: max(1, label.size // 10**6)])
     facts = [
         f"spacing: median {' x '.join(f'{v:g}' for v in np.median(spacings, axis=0))} mm (left-right, back-front, up)",

@@ -1,4 +1,4 @@
-"""Which stores lie in a folder, what they hold, and which of them no run will use again; no torch."""
+"""Lists the stores in a folder, their content, and which are stale; no torch."""
 
 import contextlib
 import shutil

@@ -1,4 +1,4 @@
-"""Augmentation per batch, on tensors: parameters are sampled apart from applying them, so that they can be replayed.
+"""Batch augmentation on tensors: parameters are sampled first and applied later, so that they can be replayed.
 
 One affine matrix per sample warps image, label and cached teacher maps alike. Warping is exact for labels and logits;
 for feature maps it depends on the change (:meth:`Augmentation.check_features`). An un-warped map would be wrong.

@@ -1,4 +1,4 @@
-"""What a data set holds and what is wrong with it, all at once, and a page of thumbnails: `data check`."""
+"""`data check`: what a data set holds, all its problems at once, and a page of thumbnails."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

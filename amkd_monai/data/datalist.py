@@ -1,4 +1,4 @@
-"""The datalist of a run: which data, where from, and which sample is in which section."""
+"""The datalist of a run: data, source, and the section of each sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Items read through a transform chain: decoded once to uint8 memory maps, or one by one, bad ones reported."""
+"""Items read through a transform chain: decoded to uint8 memory maps, or one by one; bad ones are reported."""
 
 import enum
 import functools
@@ -297,14 +297,11 @@ class DecodedDataset(DecodedImages):
         image = np.round(image.clip(0, 1) * 255).astype(np.uint8)
         of_task, given = f"the task has classes 0 to {self.num_classes - 1}", "label" in item
         if size and image.shape[1:] != size:
-            what, k = (
-                ("size", slice(-2, None))
-                if image.shape[-2:] != size[-2:]
-                else ("channels, height and width", slice(None))
-            )
-            raise BadSampleError(
-                f"{item['image']} has the {what} {image.shape[1:][k]}, others {size[k]}: give all images the same."
-            )
+            what, k = "channels, height and width", slice(None)
+            if image.shape[-2:] != size[-2:]:
+                what, k = "size", slice(-2, None)
+            own, others = image.shape[1:][k], size[k]
+            raise BadSampleError(f"{item['image']} has the {what} {own}, others {others}: give all images the same.")
         if self.classifies:
             label = item.get("label", UNLABELLED)
             if given and not (_is_class(label) and 0 <= label < self.num_classes):

@@ -1,4 +1,4 @@
-"""The frame of a student's image at finer sampling, read from the file with one interpolation.
+"""Finer images: a student's frame read again from the file at finer sampling, with one interpolation.
 
 A preprocessing chain maps a file onto the student's frame (H, W): a whole picture, or the slices of a volume on a grid
 in mm. A network of a larger input sees the same frame in more samples; intensities are those of the chain.

@@ -1,4 +1,4 @@
-"""Which samples and tasks make up a batch: pure functions of seed and epoch, so that a resumed run draws the same."""
+"""Draws samples and tasks of a batch: pure functions of seed and epoch, so that a resumed run draws the same."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Which images a student has seen: fingerprints of its training and validation images, and what is alike elsewhere."""
+"""Images a student has seen: fingerprints of its training and validation images, and the search for copies."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -29,9 +29,8 @@ def fingerprints(sections: Mapping[str, Sequence[Item]], volumes: bool, cache_di
         for item in part
     }
     paths = {name: path for name, path in items.items() if Path(path).exists()}
-    contents = content_hashes(
-        list(paths.values()), None if cache_dir is None else Path(cache_dir) / "content_hashes.json"
-    )
+    memo = None if cache_dir is None else Path(cache_dir) / "content_hashes.json"
+    contents = content_hashes(list(paths.values()), memo)
     found = dict(zip(paths, ([content] for content in contents), strict=True))
     if volumes:
         memo = None if cache_dir is None else Path(cache_dir) / "volume_hashes.json"
@@ -80,7 +79,5 @@ def seen_before(
     if found and how != "apart":
         name, what = min(found.items())
         part = f"{len(found)} of {len(data.test)} images in {data.root} took part in the student's training"
-        raise ValueError(
-            f"{part}, such as {name}, which {what}: take them out, or report them apart with --seen apart."
-        )
+        raise ValueError(f"{part}, such as {name}, which {what}: take them out, or report them by --seen apart.")
     return found

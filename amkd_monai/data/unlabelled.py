@@ -1,4 +1,4 @@
-"""Further images without labels, for which only the teachers' outputs are learned: `--unlabelled FOLDER`."""
+"""`--unlabelled FOLDER`: images without labels, used for distillation only."""
 
 import os
 import re
@@ -9,16 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from amkd_monai.data import splits
 from amkd_monai.data.datalist import Datalist
 from amkd_monai.data.decoded import DecodedImages
-from amkd_monai.data.splits import (
-    Item,
-    group_identical_images,
-    group_near_duplicates,
-    near_pairs,
-    perceptual_hashes,
-    split_hash,
-)
+from amkd_monai.data.splits import Item
 from amkd_monai.files import names
 from amkd_monai.files.names import label_files
 from amkd_monai.storage import content_hashes
@@ -45,7 +39,7 @@ class FurtherImages:
     @property
     def hash(self) -> str:
         """SHA-256 of ids and groups."""
-        return split_hash(unlabelled=self.items)
+        return splits.split_hash(unlabelled=self.items)
 
 
 def further_images(
@@ -92,13 +86,13 @@ def further_images(
         items = _unlike_held_out(items, [*datalist.validation, *datalist.test], cache_dir)
     near = found - copies - len(items)
     if not items:
-        raise ValueError(
-            f"All {found} images of {names.some(map(str, chosen))} are already in this data set: give others."
-        )
+        raise ValueError(f"All {found} images of {names.some(map(str, chosen))} are in this data set: give others.")
     if groups is not None:
         items = [{**item, "group": _group_of(item, groups)} for item in items]
+    elif volumes:
+        items = splits.group_identical_images(items)
     else:
-        items = group_identical_images(items) if volumes else group_near_duplicates(items, cache_dir=cache_dir)
+        items = splits.group_near_duplicates(items, cache_dir=cache_dir)
     record = {
         "folders": [str(folder) for folder in chosen],
         "images": len(items),
@@ -129,8 +123,8 @@ def _items(folder: Path, prefix: str, volumes: bool) -> list[Item]:
 def _unlike_held_out(items: list[Item], held_out: list[Item], cache_dir: str | Path | None) -> list[Item]:
     """The items that do not look nearly like one of the held-out images."""
     paths = [item["image"] for item in [*held_out, *items]]
-    hashes, indices = perceptual_hashes(paths, cache_dir)
-    pairs = ((indices[i], indices[j]) for i, j in near_pairs(hashes, OVERLAP))
+    hashes, indices = splits.perceptual_hashes(paths, cache_dir)
+    pairs = ((indices[i], indices[j]) for i, j in splits.near_pairs(hashes, OVERLAP))
     near = {j - len(held_out) for i, j in pairs if i < len(held_out) <= j}
     return [item for number, item in enumerate(items) if number not in near]
 

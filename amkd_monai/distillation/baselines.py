@@ -1,4 +1,4 @@
-"""What the method is compared with: gates that do not know who is right, and the gates of the published system.
+"""Gates for comparison: without knowledge of the labels, and those of the published system.
 
 Nothing here is a default. A mode is chosen by its name in the tables at the end, or by a dotted path as any class of
 your own is.

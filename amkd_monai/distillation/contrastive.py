@@ -1,4 +1,4 @@
-"""Contrastive distillation: the student's image vector should be nearer to its own teacher vector than to others."""
+"""Contrastive distillation: pulls a student's image vector to its teacher's vector and away from others."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Gates: how much each teacher is trusted per sample and location, and how much each distillation loss counts.
+"""Gates: the weight of each teacher per sample and location, and of each distillation loss.
 
 Reliability is grounded in labels, so a teacher can't win by being easy to imitate. An abstain slot takes the weight
 where every teacher is worse than the label prior; a floor keeps every available teacher alive. The learned gate

@@ -1,4 +1,4 @@
-"""What goes into a distiller and what comes out of it, and what its parts share: faults, counters, classes by name."""
+"""Inputs and outputs of a distiller, and what its parts share: faults, counters, classes by name."""
 
 from __future__ import annotations
 

@@ -221,9 +221,8 @@ class Crew:
         try:
             chain = finer(dataset.transform, self.side)
         except ValueError as error:
-            raise ValueError(
-                f"The crew '{self.name}' cannot see finer images, {error}: give it image_size 1."
-            ) from error
+            why = f"cannot see finer images, {error}"
+            raise ValueError(f"The crew '{self.name}' {why}: give it image_size 1.") from error
         options: dict[str, Any] = {"num_classes": dataset.num_classes, "on_bad_sample": dataset.on_bad_sample}
         options["teacher_channels"] = dataset.teacher_channels
         fine = DecodedDataset(dataset.data, chain, dataset.directory.parent, **options)

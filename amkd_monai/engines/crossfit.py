@@ -145,11 +145,10 @@ def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
         trainer.logger.setLevel(logging.WARNING)
         average = ModelEmaV3(network, recipe.ema, use_warmup=True) if recipe.ema else None
         with progress(total=epochs * len(loader), desc=f"{title}, training {fold + 1}") as bar:
-            trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: bar.update(1))
+            step = Events.ITERATION_COMPLETED
+            trainer.add_event_handler(step, lambda _: bar.update(1))
             if average is not None:
-                trainer.add_event_handler(
-                    Events.ITERATION_COMPLETED, lambda e: average.update(network, e.state.iteration)
-                )
+                trainer.add_event_handler(step, lambda e: average.update(network, e.state.iteration))
             trainer.run()
         if average is not None:
             network.load_state_dict(average.module.state_dict())

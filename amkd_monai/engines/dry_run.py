@@ -1,4 +1,4 @@
-"""What the teachers of a bundle would do here: the table that ``python -m amkd_monai teachers <bundle>`` prints."""
+"""``python -m amkd_monai teachers <bundle>``: the table of what a bundle's teachers would do and cost here."""
 
 import time
 from collections.abc import Mapping

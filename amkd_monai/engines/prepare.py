@@ -340,9 +340,8 @@ class _Preparation:
             answers, of_validation = crossfit.cross_fit(name, network, *of_run)
             facts = {"answers": f"cross-fitted in {folds} folds"}
         identity: dict[str, Any] = {"kind": kind, "fingerprint": answers.directory.name}
-        return TeacherTarget(
-            name, **identity, answers=answers, record={"name": name, **identity, **facts}
-        ), of_validation
+        record = {"name": name, **identity, **facts}
+        return TeacherTarget(name, **identity, answers=answers, record=record), of_validation
 
     def student_score(self, folds: int, epochs: int, goal: float) -> tuple[AnswerScore, int]:
         """Cross-fit the undistilled student with the run's own recipe; return its score and the length in epochs.

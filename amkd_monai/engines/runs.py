@@ -1,4 +1,4 @@
-"""One run, one identity: what a student was made from lies next to it, and everything that uses the student reads it.
+"""The identity of a run: a record next to the student tells how it was trained, and all its users read it.
 
 A training writes ``student.json`` beside ``model.pt`` before its first step. Evaluation, inference and export take the
 settings that the student depends on from there; a setting that was given and differs is refused.
@@ -247,7 +247,7 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device is {device!r}, which is of no use here: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"device is {device!r}, which cannot be used: {str(error).splitlines()[0]}") from error
     if config.get("seen", SEEN[0]) not in SEEN:
         raise ValueError(f"seen is {config['seen']!r}: use one of {', '.join(SEEN)}.")
     for name in ("amp", "resume"):

@@ -1,4 +1,4 @@
-"""How a student is trained: recipe, teachers' targets, and a MONAI SupervisedTrainer whose loss is the distiller's."""
+"""Trains a student: recipe, teacher targets, and a MONAI SupervisedTrainer whose loss is the distiller's."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The student leaves: a bundle without teachers and without this package, and prediction by ONNX Runtime alone."""
+"""The student in use: a bundle without teachers and this package, and prediction by ONNX Runtime alone."""

@@ -1,4 +1,4 @@
-"""Write the student-only bundle, each format compared with the student: answers, metric, size, latency, memory.
+"""Writes the student-only bundle; compares formats with the student: outputs, metric, size, latency, memory.
 
 Everything is written to a temporary folder and appears only when it is complete.
 """

@@ -54,9 +54,8 @@ def evaluate(
     predictor = Predictor(model, int8, threads)
     config, task = predictor.config, recorded_task(predictor.config)
     if config["classes"] != list(task.classes):
-        raise ValueError(
-            f"{model} has the classes {', '.join(config['classes'])}, not those of {task.name}: export again."
-        )
+        own = ", ".join(config["classes"])
+        raise ValueError(f"{model} has the classes {own}, not those of {task.name}: export again.")
     codes = config["mask_codes"] if codes is None else codes
     found = labelled_folder(task, data, None, options).checked("stop")
     if not (known := read_json(model / SEEN)):

@@ -89,9 +89,8 @@ def write_page(folder: Path, archive: Path) -> None:
     Raises:
         ValueError: the folder holds no ONNX network.
     """
-    predict, metadata, facts = (
-        read_json(folder / name) for name in ("configs/predict.json", "configs/metadata.json", "docs/export.json")
-    )
+    files = ("configs/predict.json", "configs/metadata.json", "docs/export.json")
+    predict, metadata, facts = (read_json(folder / name) for name in files)
     card = (folder / "docs" / "README.md").read_text(encoding="utf-8")
     calibration = re.search(r"^- (Calibration: (?:.+\n)+?)(?=\n|- )", card, re.MULTILINE)
     found = {kind: form for kind, (form, _) in NETWORKS.items() if form in predict["models"]}

@@ -1,4 +1,4 @@
-"""Open a written network for answers on the CPU; only the runtime of its format is imported.
+"""Opens an exported network for prediction on the CPU; imports only the runtime of its format.
 
 ``python -m amkd_monai.export.runners FORMAT FILE IMAGE.npy THREADS`` answers one image and prints its peak memory.
 """

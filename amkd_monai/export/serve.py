@@ -1,4 +1,4 @@
-"""Answer over HTTP: an exported student behind ``POST /predict``, and its page, by FastAPI and Uvicorn.
+"""An exported student over HTTP: ``POST /predict`` and its page, by FastAPI and Uvicorn.
 
 The preprocessing, the network and the files of answers are those of ``predict``. Nothing of a request becomes a path.
 """

@@ -79,9 +79,8 @@ def preprocessing(target: str, settings: Mapping[str, Any], several: bool = Fals
         values = {"anti_aliasing": False, "channel_wise": False, **settings}
         return [{"_target_": name, **settings}], [{"step": step, **{key: values[of] for key, of in keys.items()}}]
     if name == "load_rgb":
-        return [
-            _loading("PILReader", reverse_indexing=False, converter=f"{_RGB}.convert('L')" if several else _RGB)
-        ], []
+        converter = f"{_RGB}.convert('L')" if several else _RGB
+        return [_loading("PILReader", reverse_indexing=False, converter=converter)], []
     if name == "load_volume":
         return [_loading("NibabelReader", squeeze_non_spatial_dims=True), _changing(_MILLIMETRES)], []
     if name == "NeighbourSlicesd":

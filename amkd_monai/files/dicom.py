@@ -1,4 +1,4 @@
-"""DICOM series: which files of a folder are one volume, and whether they are a whole one."""
+"""DICOM series: groups the files of a folder into volumes and checks that these are complete."""
 
 import tempfile
 from collections import defaultdict

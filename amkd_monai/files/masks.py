@@ -1,4 +1,4 @@
-"""What mask files mean: which value is which class, and which pixels are not labelled."""
+"""Mask files: maps values to classes and finds pixels without a label."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which files of a folder are images, what they are called, and how tables and lists are read."""
+"""File names: which files are images, their ids, and how tables and lists are read."""
 
 import csv
 import gzip

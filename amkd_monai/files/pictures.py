@@ -1,4 +1,4 @@
-"""Pictures of any mode as RGB of 8 bits, upright as viewers show them."""
+"""Reads pictures of any mode as 8-bit RGB, upright as viewers show them."""
 
 import struct
 import zlib

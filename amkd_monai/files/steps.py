@@ -1,4 +1,4 @@
-"""What happens to an image before the network, and to its answer after it, in NumPy alone.
+"""Preprocessing of an image before the network, and postprocessing after it, in NumPy alone.
 
 Each step returns the changed array and the way back for the answer, None where there is nothing to undo. Resizing and
 resampling are linear and separable, so each axis has a matrix; the values are those of MONAI's transforms.

@@ -1,4 +1,4 @@
-"""A trained bundle opened for serving: an image file in, the bundle's own answer out, and how sure it is."""
+"""A trained bundle opened for serving: predicts an image file as the bundle does, with its uncertainty."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""Metrics of classes, which of them a task is scored by, and the row of a case.
+"""Metrics of classes, the primary metric of a task, and the row of a case.
 
 ``label`` (N,) holds class indices, ``probabilities`` (N, C) sum to 1 per case, ``positive`` (N,) is boolean and
 ``score`` (N,) is higher for what is more likely positive. A metric that is undefined on a set of cases is NaN. Written

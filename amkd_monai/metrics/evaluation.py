@@ -1,4 +1,4 @@
-"""What an evaluation leaves, whatever made the answers: ``per_case.csv``, ``metrics.json`` and a table."""
+"""The files of an evaluation, by any predictor: ``per_case.csv``, ``metrics.json`` and a table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

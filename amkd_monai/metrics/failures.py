@@ -1,4 +1,4 @@
-"""Which cases a run answers worst: their ranking, and the list of those that failed."""
+"""Ranks the cases of a run from the worst, and lists those that failed."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The output folder of a run as it is read, by whom its figures are shown."""
+"""Reads the output folder of a run."""
 
 import zipfile
 import zlib

@@ -1,4 +1,4 @@
-"""From the rows of all cases to the numbers and the table that are reported, and the files of a run."""
+"""Turns the rows of all cases into reported numbers and a table; reads and writes the files of a run."""
 
 import csv
 import hashlib

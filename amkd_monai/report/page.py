@@ -1,4 +1,4 @@
-"""From the files of runs, read without torch, to one page: tables, figures and pictures as values for the template."""
+"""Turns the files of runs, read without torch, into one page: tables, figures and pictures for the template."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Small copies of the cases of an evaluation, which the report shows."""
+"""Small copies of evaluated cases for the report."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Frozen teachers: each owns its preprocessing and returns features, and logits where it can answer by itself."""
+"""Frozen teachers: each owns its preprocessing and returns features, and logits if it has any."""

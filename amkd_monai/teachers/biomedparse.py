@@ -53,9 +53,8 @@ class BiomedParseTeacher(OfficialTeacher):
             raise ValueError(f"The teacher '{name}' has no map of stride {stride}: use one of {STRIDES}.")
         if isinstance(prompts, str) or (prompts is None) == (token_ids is None):
             raise ValueError(f"The teacher '{name}' needs `prompts` or `token_ids`: a list, one per foreground class.")
-        self.token_ids = [
-            _checked(ids, number) for number, ids in enumerate(tokenised(prompts) if prompts else token_ids or (), 1)
-        ]
+        words = tokenised(prompts) if prompts else token_ids or ()
+        self.token_ids = [_checked(ids, number) for number, ids in enumerate(words, 1)]
         official = read_official("biomedparse", weights)
         if any(".language_encoder." in key for key in official.state):
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What the project knows of each teacher: where to get it, its licence, where its files lie. Imports no torch.
+"""The known teachers: source, licence and file names. Imports no torch.
 
 Only :func:`fetch` touches the network, when a person asks for it.
 """

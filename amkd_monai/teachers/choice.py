@@ -1,4 +1,4 @@
-"""Which teachers a run has: words such as ``auto`` become descriptions with the options that suit the data set."""
+"""Chooses the teachers of a run: turns words such as ``auto`` into descriptions that suit the data set."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

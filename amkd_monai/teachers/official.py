@@ -1,4 +1,4 @@
-"""What the foundation teachers share: reading official weight files, and preprocessing in 8-bit pixels."""
+"""Shared by the foundation teachers: reading official weight files, and preprocessing in 8-bit pixels."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass

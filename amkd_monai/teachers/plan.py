@@ -1,4 +1,4 @@
-"""What is known of teachers before they are asked: whether they fit their files and the task, and what they cost.
+"""Checks teachers before they run: whether they fit their files and the task, and what they cost.
 
 A teacher of this package is built on the meta device, from names and shapes alone, by the code that builds it later.
 """

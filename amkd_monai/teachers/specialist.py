@@ -1,4 +1,4 @@
-"""A specialist teacher: any trained network that is given as a TorchScript or torch.export file."""
+"""A specialist teacher: any trained network in a TorchScript or torch.export file."""
 
 import warnings
 from pathlib import Path

@@ -103,9 +103,8 @@ class USFMTeacher(OfficialTeacher):
         """Return grid (B, C, h, w), pooled (B, C) and, for a UPerNet, logits (B, classes, S/4, S/4)."""
         pixels, backbone, logits = self.prepare(image), self.network["backbone"], None
         with self.autocast(image):
-            maps = backbone.forward_intermediates(
-                pixels, indices=[*self.taps, len(backbone.blocks) - 1], intermediates_only=True
-            )
+            blocks = [*self.taps, len(backbone.blocks) - 1]
+            maps = backbone.forward_intermediates(pixels, indices=blocks, intermediates_only=True)
             if "decode_head" in self.network:
                 logits = self.network["decode_head"](pyramid(backbone, maps[:4])).float()
         grid = maps[-1].float()
@@ -152,9 +151,8 @@ class UPerHead(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, num_classes: int) -> None:
         super().__init__()
-        self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(size), _conv(in_channels, channels, 1)) for size in POOLED_SIZES
-        )
+        scales = ((nn.AdaptiveAvgPool2d(size), _conv(in_channels, channels, 1)) for size in POOLED_SIZES)
+        self.psp_modules = nn.ModuleList(nn.Sequential(*layers) for layers in scales)
         self.bottleneck = _conv(in_channels + len(POOLED_SIZES) * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(_conv(in_channels, channels, 1) for _ in range(3))
         self.fpn_convs = nn.ModuleList(_conv(channels, channels, 3) for _ in range(3))

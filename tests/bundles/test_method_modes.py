@@ -35,18 +35,32 @@ def check_epochs(folder, rows, latest):
     assert latest["epoch"] == len(rows) and "train_loss" in board.Tags()["scalars"]
 
 
+LEARNED = {"gate": "learned", "return_code": "learned", "losses": ALL_LOSSES, "loss_gate": "agreement"}
+LEARNED |= {"loss_gate_options": {"every": 2}, "contrastive": {"negatives": 6}, "max_epochs": 3}
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory, cache):
+    """A run with all that is learned, left alone."""
+    folder = tmp_path_factory.mktemp("learned")
+    run("kvasir_seg", ("train",), small(folder, cache, **LEARNED))
+    return folder
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {"gate": "learned", "return_code": "learned", "losses": ALL_LOSSES, "loss_gate": "agreement"},
+        LEARNED,
         {"gate": "uniform", "return_code": "learned", "losses": ALL_LOSSES},
         {"gate": "reliability", "return_code": "learned", "losses": ALL_LOSSES, "views": 2, "cache_dtype": "int8"},
     ],
     ids=["learned", "training-free", "views"],
 )
-def test_a_run_with_every_loss_trains_and_records(options, tmp_path, cache):
-    run("kvasir_seg", ("train",), small(tmp_path, cache, **options))
-    rows = history_of(tmp_path)
+def test_a_run_with_every_loss_trains_and_records(options, tmp_path, cache, learned):
+    folder = learned if options is LEARNED else tmp_path
+    if folder is tmp_path:
+        run("kvasir_seg", ("train",), small(folder, cache, **options))
+    rows = history_of(folder)
     for row in rows:
         assert float(row["weight_task"]) == 1
         for name in ALL_LOSSES:
@@ -57,10 +71,10 @@ def test_a_run_with_every_loss_trains_and_records(options, tmp_path, cache):
             assert 0 <= float(row["gate_auc"]) <= 1 and float(row["loss_gate"]) >= 0
     assert float(rows[-1]["loss_feature"]) < float(rows[0]["loss_feature"])
     assert all(float(rows[0][f"gradient_{name}"]) > 0 for name in ("task", *ALL_LOSSES))
-    record = read_json(tmp_path / "eval" / "run.json")
+    record = read_json(folder / "eval" / "run.json")
     assert record["method"]["return_code"] == options["return_code"]
-    check_epochs(tmp_path / "eval", rows, record["latest"])
-    keys = torch.load(tmp_path / "models" / "distillation.pt", weights_only=True)["distiller"]
+    check_epochs(folder / "eval", rows, record["latest"])
+    keys = torch.load(folder / "models" / "distillation.pt", weights_only=True)["distiller"]
     for part in {"learned": ("teacher_gate", "codes", "contrast", "loss_gate.agreement")}.get(
         options["gate"], ("codes",)
     ):
@@ -80,12 +94,9 @@ def test_the_published_system_runs_as_a_preset(bundle, tmp_path, cache):
     assert record["recipe"]["weight_decay"] == 1e-4
 
 
-def test_a_broken_off_run_resumes_to_the_same_student(tmp_path, cache):
-    options = {"gate": "learned", "return_code": "learned", "losses": ALL_LOSSES, "loss_gate": "agreement"}
-    options |= {"loss_gate_options": {"every": 2}, "contrastive": {"negatives": 6}, "max_epochs": 3}
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run("kvasir_seg", ("train",), small(whole, cache, **options))
-    started = workflow("kvasir_seg", ("train",), small(broken, cache, **options))
+def test_a_broken_off_run_resumes_to_the_same_student(learned, tmp_path, cache):
+    whole, broken = learned, tmp_path
+    started = workflow("kvasir_seg", ("train",), small(broken, cache, **LEARNED))
 
     def stop(engine):
         raise KeyboardInterrupt
@@ -94,7 +105,7 @@ def test_a_broken_off_run_resumes_to_the_same_student(tmp_path, cache):
     trainer.add_event_handler(Events.ITERATION_STARTED(once=trainer.state.epoch_length * 2 + 2), stop)
     with pytest.raises(KeyboardInterrupt):
         started.run()
-    run("kvasir_seg", ("train",), small(broken, cache, resume=True, **options))
+    run("kvasir_seg", ("train",), small(broken, cache, resume=True, **LEARNED))
     first, second = (
         torch.load(f / "models" / "distillation.pt", weights_only=True)["distiller"] for f in (whole, broken)
     )

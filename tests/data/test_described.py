@@ -146,7 +146,7 @@ def test_class_folders_and_tables_give_classes_groups_and_sections(tmp_path):
         ({"kind": "boxes"}, "boxes"),
         ({"kind": "multilabel"}, "multilabel"),
         ({"regions": {"whole": [1, 3]}}, "whole.* labels 1 to 2"),
-        ({"classes": [f"c{i}" for i in range(256)]}, "255 at most"),
+        ({"classes": [f"c{i}" for i in range(256)]}, "at most 255"),
         ({"regions": {"whole": []}}, "whole.* labels 1 to 2"),
         ({"nsd_tolerance": {"whole": 2}}, "nsd_tolerance"),
         ({"prompts": ["a"]}, "1 prompts for 2"),

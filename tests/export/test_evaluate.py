@@ -25,7 +25,8 @@ ALONE = (
 @pytest.mark.parametrize("task", ["kvasir_seg", "msd_heart", "aptos2019"])
 def test_an_exported_student_has_the_figures_of_the_student(task, exported, tmp_path, capsys):
     folder, words = exported(task)
-    other = get_task(task).write_phantom(tmp_path / "other", seed=11)
+    few = {"kvasir_seg": {"count": 10}, "msd_heart": {"cases": 2}, "aptos2019": {"count": 20, "unlabelled": 0}}
+    other = get_task(task).write_phantom(tmp_path / "other", seed=11, **few[task])
     bundle, settings = words[0], [word for word in words[3:] if word.split("=")[1] in ("ckpt_dir", "cache_dir")]
     assert main(["evaluate", bundle, "--data", str(other), "--output", str(tmp_path / "student"), *settings]) == 0
     dist = ["evaluate", str(folder / "dist" / task), "--data", str(other), "--output", str(tmp_path / "dist")]

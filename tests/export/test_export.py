@@ -97,8 +97,10 @@ def test_the_bundle_is_whole_and_fits_the_schema(bundle, exported):
     trained = torch.load(folder / "models" / "model.pt", weights_only=True)
     assert all(torch.equal(state[key], trained[key]) for key in trained) and len(state) == len(trained)
     rows = {row["name"]: row for row in read_json(dist / "docs" / "export.json")["formats"]}
-    assert all(rows[name]["difference"] <= 1e-4 for name in ("ts", "onnx", "openvino"))
-    for name, other in (("ort-int8", "onnx"), ("openvino-int8", "openvino")):
+    assert all(rows[name]["difference"] <= 1e-4 for name in ("ts", "onnx", "openvino") if name in rows)
+    assert ("openvino-int8" in rows) == (TASKS[bundle].dimensions == 2)
+    made_from = {"ort-int8": "onnx", "openvino-int8": "openvino"}
+    for name, other in ((name, other) for name, other in made_from.items() if name in rows):
         assert rows[name]["difference"] > 0 and rows[name]["megabytes"] < 0.5 * rows[other]["megabytes"]
     assert rows["eager"]["memory"] is None and rows["ts"]["memory"] > 2 * rows["onnx"]["memory"] > 50
 

@@ -1,4 +1,4 @@
-"""The data sets: what each asks for, how its files lie, where it comes from. This table is the only registration."""
+"""The data sets: classes, layout, source. This table is the only registration."""
 
 import json
 import re
@@ -118,10 +118,8 @@ class Task:
         if self.channels or self.teacher_channels:
             named, shown = self.channels, self.teacher_channels
             if len(named) < 2 or len({*named}) < len(named) or not {*shown} <= {*named} or len(shown) not in (0, 1, 3):
-                wanted = "two different names or more, and one or three of them as teacher_channels"
-                raise ValueError(
-                    f"The task '{self.name}' has the channels {named}, for teachers {shown}: give {wanted}."
-                )
+                has, wanted = f"the channels {named}, for teachers {shown}", "two different names or more"
+                raise ValueError(f"The task '{self.name}' has {has}: give {wanted}, one or three to teachers.")
 
     @property
     def shown_channels(self) -> tuple[int, ...]:
@@ -495,9 +493,7 @@ def _described(content: Any, where: str, base: Path) -> Task:
     if kind == "multilabel":
         raise refuse("asks for several findings per picture (multilabel): describe one task of two classes per finding")
     if kind not in KINDS or dimensions not in (2, 3) or (kind != KINDS[0] and dimensions == 3):
-        raise refuse(
-            f"has the kind {kind!r} in {dimensions!r} dimensions, which must be one of {', '.join(KINDS)} in 2"
-        )
+        raise refuse(f"has the kind {kind!r} in {dimensions!r} dimensions, not one of {', '.join(KINDS)} in 2")
     if kind != KINDS[0]:
         values.setdefault("primary_metric", "macro_auroc")
     options = content.get("layout", {})

@@ -453,9 +453,8 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
             named.add(image.name)
             label = of["label"] if "label" in of else _single(layout, [row[name] for name in columns["label"]])
             if not label:
-                cells = (
-                    "no label" if "label" in of else f"not 1 for one of {', '.join(columns['label'])} at most, else 0"
-                )
+                several = f"not 1 for one of {', '.join(columns['label'])} at most, else 0"
+                cells = "no label" if "label" in of else several
                 yield {**item, "problem": f"{table} gives '{of['image']}' {cells}: complete or remove the line."}
                 continue
             item["label"] = str(_found(root, label, [".", *LABELS])) if layout.masks else label
@@ -472,18 +471,15 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
 def _single(layout: Described, cells: Sequence[str]) -> str:
     """The class whose cell is 1, the first class where none is; "" for other cells, or several."""
     values = [{"0": 0, "0.0": 0, "1": 1, "1.0": 1}.get(cell) for cell in cells]
-    return (
-        ""
-        if None in values or sum(v or 0 for v in values) > 1
-        else layout.classes[([0, *values]).index(1) if 1 in values else 0]
-    )
+    if None in values or values.count(1) > 1:
+        return ""
+    return layout.classes[1 + values.index(1) if 1 in values else 0]
 
 
 def _there(root: Path, names: str | Sequence[str]) -> Path | None:
     """The first of some names that is there, within a folder that holds one of its own name the inner one."""
-    path = next(
-        (root / name for name in ([names] if isinstance(names, str) else names) if (root / name).exists()), None
-    )
+    names = [names] if isinstance(names, str) else names
+    path = next((root / name for name in names if (root / name).exists()), None)
     return path / path.name if path and (path / path.name).is_dir() else path
 
 

@@ -1,4 +1,4 @@
-"""How the files of a data set lie in its folder: what all layouts share."""
+"""File layouts of data sets: what all share."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -122,9 +122,7 @@ def checked(item: Item, volumes: bool = False, channels: int = 1) -> Item:
         if volumes:
             grid, count = cases.case_grid([image, *others])
             if count != channels:
-                raise ValueError(
-                    f"{image} gives {count} channel(s), not {channels}: give the case all, or take it out."
-                )
+                raise ValueError(f"{image} gives {count} channel(s), not {channels}: give all, or take it out.")
             for file in masks:
                 check_grid(file, volume_grid(file), grid)
         else:

@@ -1,4 +1,4 @@
-"""Checkpoints: the student that is kept, and all that a killed run needs to go on; early stopping; base of handlers."""
+"""Checkpoints: the kept student and the state to resume from; early stopping; base of handlers."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""The run record: what was trained on what, so that a figure can be traced and repeated."""
+"""The run record: data, teachers and settings, so that a figure can be traced and repeated."""
 
 import math
 import time
