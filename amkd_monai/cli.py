@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--data", required=True, help="folder of the data")
     new.add_argument("--classes", help='names by label value, such as "background,tumour,necrosis"')
     new.add_argument("--groups", default="", help="groups no split cuts: a column, or a pattern such as '(p[0-9]+)_'")
-    new.add_argument("--kind", default="", help="segmentation or classification (default: from the labels)")
+    new.add_argument("--kind", default="", help="segmentation, classification or multilabel (default: from the labels)")
     new.add_argument("--modality", default="", help="how the images were made, such as ultrasound")
     new.add_argument("--to", default="bundles", help="folder of bundles (default: %(default)s)")
 

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from amkd_monai.data.datasets import Task, get_task
-from amkd_monai.metrics.classification import class_metrics, labels_and_probabilities, positive_classes
+from amkd_monai.metrics.classification import class_metrics, labels_and_probabilities, problems_of
 from amkd_monai.metrics.statistics import holm, interval, paired_wilcoxon
 from amkd_monai.metrics.summary import read_case_csv
 
@@ -168,7 +168,7 @@ def _class_line(name: str, rows: dict[str, Row], output: Path) -> Line:
     means = {metric: _mean(metrics[metric], label, runs) for metric in metrics}
     drawn = [_mean(metrics[task.primary_metric], label[i], [runs[s][i] for s in s_]) for s_, i in _draws(runs, groups)]
     low, high = interval(np.array(drawn))
-    areas = ", ".join(f"{problem} {means[f'{problem}_auc']:.3f}" for problem in positive_classes(task))
+    areas = ", ".join(f"{problem} {means[f'{problem}_auc']:.3f}" for problem in problems_of(task))
     primary = means[task.primary_metric]
     scores = [f"{task.primary_metric} {primary:.3f} [{low:.3f}, {high:.3f}]", areas]
     scores += [f"{means['balanced_accuracy']:.3f}", f"{means['ece']:.3f}"]

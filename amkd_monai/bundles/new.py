@@ -12,7 +12,7 @@ import numpy as np
 
 from amkd_monai.bundles.merge import ABSENT, PARTS, bundle_files, resolved
 from amkd_monai.data.datasets import Task, get_task
-from amkd_monai.data.datasets.described import COLUMNS, READERS, Described, names_of_channels, names_of_values
+from amkd_monai.data.datasets.described import BINARY, COLUMNS, READERS, Described, names_of_channels, names_of_values
 from amkd_monai.data.splits import Item
 from amkd_monai.files import masks, volumes
 from amkd_monai.files.cases import case_grid, is_volume, read_case
@@ -113,15 +113,22 @@ def _described(
         raise FileNotFoundError(f"There is no folder {root}: correct --data.")
     kinds = [kind] if kind else ["segmentation", "classification"]
     form = next((found for k in kinds if (found := Described(kind=k).form_of(root))), "")
-    if not form:
-        for file in sorted(root.glob("*.[ct]sv")):
-            found, usual = ", ".join(table_rows(file)[0]), ", ".join(COLUMNS["label"])
+    raw, said = Described(kind="classification", form=form), list[str]()  # leaves labels as they are written
+    tables = [] if form and kind != "multilabel" else sorted(root.glob("*.[ct]sv"))
+    tables = [table for table in tables if "image" in raw.columns_of(table)]
+    if tables and not (form and "label" in raw.columns_of(tables[0])):
+        columns, others = _binary_columns(tables[0], classes)
+        if len(columns) < 2 or kind not in ("", "multilabel"):
+            found, usual = ", ".join(table_rows(tables[0])[0]), ", ".join(COLUMNS["label"])
             raise ValueError(
-                f"{file} has the columns {found}, none of them for labels ({usual}): name one so; of several findings "
-                "make a table and a task each."
+                f"{tables[0]} has the columns {found}, none of them for labels ({usual}) and not several with 0 or 1 "
+                "of a finding in each row: name or correct them."
             )
+        said = [f"columns that are no findings: {', '.join(others) or 'none'}"]
+        form, kind, classes = "table", "multilabel", columns
+        raw = Described(kind=kind, form=form, classes=columns, columns={"label": columns})
+    if not form:
         Described(kind=kinds[0]).check(root)
-    raw = Described(kind="classification", form=form)  # leaves labels as they are written
     listed = [item for item in READERS[form](raw, root) if "problem" not in item]
     if not listed:
         raise FileNotFoundError(f"There are no labelled images in {root}: expected {Described.expected}.")
@@ -129,13 +136,17 @@ def _described(
     volume = is_volume(files_of(listed[0]["image"])[0])
     if not kind:
         of_files = form in ("pairs", "nnunet") or all(label_files(i) and _is_file(i["label"]) for i in listed)
-        kind = "segmentation" if of_files else "classification"
+        several = not of_files and any("|" in str(label) for label in labels)
+        kind = "segmentation" if of_files else "multilabel" if several else "classification"
     layout: dict[str, Any] = {"form": form}
-    if groups and form == "table" and (tables := raw.tables_in(root)) and groups in table_rows(tables[0][1])[0]:
-        layout["columns"] = {"group": groups}
+    if raw.columns:
+        layout["columns"] = dict(raw.columns)
+    if groups and form == "table" and (of := raw.tables_in(root)) and groups in table_rows(of[0][1])[0]:
+        layout["columns"] = {**raw.columns, "group": groups}
     elif groups:
         layout["groups"] = groups
-    items = [i for i in READERS[form](Described(kind=kind, form=form), root) if "problem" not in i]
+    reader = raw if raw.columns else Described(kind=kind, form=form)
+    items = [i for i in READERS[form](reader, root) if "problem" not in i]
     images = [files_of(item["image"]) for item in items]
     numbers = (case_grid(files)[1] if is_volume(files[0]) else len(files) for files in images)
     count = Counter(numbers).most_common(1)[0][0]
@@ -147,6 +158,8 @@ def _described(
         description["teacher_channels"] = description["channels"][: 3 if count > 2 and not volume else 1]
     if kind == "segmentation":
         return description | _mask_classes(items, list(classes), *names_of_values(root)), items
+    if kind == "multilabel":
+        return _findings(list(map(str, labels)), list(classes), said) | description, items
     names = list(classes) or sorted({str(label) for label in labels}, key=natural)
     known = Described(classes=names)
     if lost := {str(label) for label in labels if known.class_of(label) is None}:
@@ -155,6 +168,31 @@ def _described(
     facts = [f"images of each class: {', '.join(f'{n} {counts[n]}' for n in names)}"]
     single = {"singled_out": names[1:]} if len(names) == 2 else {}
     return {"facts": facts, **description, "classes": names, **single}, items
+
+
+def _binary_columns(table: Path, chosen: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The columns of a table whose cells are 0 or 1, all or those chosen, and the others."""
+    header, rows = table_rows(table)
+    rows, other = [row for row in rows if any(row.values())], Described().columns_of(table).values()
+    binary = [name for name in header if rows and all(row[name] in BINARY for row in rows) and name not in other]
+    if wrong := sorted(set(chosen) - set(binary)):
+        raise ValueError(f"{table} has no column of 0 and 1 {', '.join(wrong)}: correct its cells or --classes.")
+    found = list(chosen) or binary
+    return found, [name for name in header if name not in found]
+
+
+def _findings(labels: Sequence[str], names: list[str], said: list[str]) -> dict[str, Any]:
+    """Findings of labels such as "a|b", with facts that count them; labels of others are a ValueError."""
+    named = {part.strip() for label in labels for part in label.split("|")}
+    names = names or sorted((n for n in named if Described().findings_of(n) != 0), key=natural)
+    known = Described(classes=names)
+    numbers = [known.findings_of(label) for label in labels]
+    if lost := {label for label, number in zip(labels, numbers, strict=True) if number is None}:
+        raise ValueError(f"The labels {some(lost)} are none of --classes {','.join(names)}: name all of them.")
+    counts = [sum((number or 0) >> place & 1 for number in numbers) for place in range(len(names))]
+    shown = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
+    facts = [f"several findings per picture: {shown}; none of them {numbers.count(0)}", *said]
+    return {"facts": facts, "classes": names}
 
 
 def _is_file(label: Any) -> bool:
@@ -259,13 +297,15 @@ def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) 
 
 def _part(name: str, task: Task, found: dict[str, Any]) -> dict[str, Any]:
     """The bundle's own part, merged onto those of its kind of data."""
-    classes, masked, flat = task.classes, task.kind == "segmentation", task.dimensions == 2
+    classes, masked, flat = task.classes, not task.is_classification, task.dimensions == 2
+    several = task.has_findings
     size = [found["image_size"]] * 2 if flat else found["volume_size"][1:]
     listed = ", ".join(f"{number} is {label}" for number, label in enumerate(classes))
     about = f"{', '.join(classes[1:] if masked else classes)} in {task.modality}"
     values = {
         **found,
-        **{"about": about, "does": f"{'outlines' if masked else 'tells apart'} {about}", "listed": listed},
+        **{"about": about, "does": f"{'outlines' if masked else 'finds' if several else 'tells apart'} {about}"},
+        "listed": listed,
         **{"kind": task.kind, "modality": task.modality, "metric": task.primary_metric, "foreground": classes[1]},
         "classes": len(classes),
         **{"shown": f"{'pictures' if flat else 'slices'} of {size[0]} x {size[1]}", "answered": size if masked else []},
@@ -290,9 +330,10 @@ def _part(name: str, task: Task, found: dict[str, Any]) -> dict[str, Any]:
         if inputs
         else {}
     )
-    channels = {str(number): label for number, label in enumerate(classes)}
+    channels = {str(number): label for number, label in enumerate(task.answers)}
+    kind, last = ("classification", [task.kind]) if several else (task.kind, [])
     return {
-        "parts": ["common", "single", task.kind, *volumetric, "own", *(f"own_{part}" for part in volumetric)],
+        "parts": ["common", "single", kind, *volumetric, "own", *(f"own_{part}" for part in volumetric), *last],
         "values": values,
         "train": {"mask_codes": task.mask_codes} if masked else {},
         "metadata": {

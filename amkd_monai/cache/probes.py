@@ -1,8 +1,8 @@
 """Linear probes on a frozen teacher's cached features, and statistics of features.
 
 A probe is a linear classifier of grid cells (a 1x1 convolution), or of whole images by their pooled vectors, which are
-treated as maps of one cell. It is cross-fitted: each image is answered by a probe that has seen no image of its group,
-so that its answers are as good as they would be on new images.
+treated as maps of one cell; each of several findings has its own. It is cross-fitted: each image is answered by a probe
+that has seen no image of its group, so that its answers are as good as they would be on new images.
 """
 
 from collections.abc import Callable
@@ -36,6 +36,10 @@ class LinearProbe:
         return torch.einsum("kc,bchw->bkhw", self.weight, features) + self.bias[:, None, None]
 
 
+Probe = Callable[[Tensor], Tensor]
+"""From standardised features (B, C, h, w) to logits (B, classes, h, w), or (B, 2, F, 1) of findings."""
+
+
 def cell_targets(dataset: DecodedDataset, indices: np.ndarray, classes: int, size: tuple[int, int]) -> Tensor:
     """Area fractions of the classes in grid cells (N, classes, h, w), 0 where nothing is labelled."""
     batches = (as_label_maps(dataset.labels, indices[start : start + 64]) for start in range(0, len(indices), 64))
@@ -53,6 +57,14 @@ def _minimise(parameters: list[Tensor], loss: Callable[[], Tensor], steps: int, 
         return value
 
     optimiser.step(closure)
+
+
+def fit_probes(features: Tensor, targets: Tensor, weight_decay: float) -> Probe:
+    """Fit a probe of the classes, or where targets (N, 2, F, 1) are of more cells than features, one of each cell."""
+    if features.shape[-2:] == targets.shape[-2:]:
+        return fit_probe(features, targets, weight_decay=weight_decay)
+    of_cells = [fit_probe(features, cell, weight_decay=weight_decay) for cell in targets.split(1, 2)]
+    return lambda features: torch.cat([probe(features) for probe in of_cells], 2)
 
 
 def fit_probe(features: Tensor, targets: Tensor, steps: int = 40, weight_decay: float = WEIGHT_DECAY) -> LinearProbe:
@@ -79,17 +91,17 @@ def cross_fit_probes(
     folds: int = 5,
     seed: int = 0,
     array: str = "grid",
-) -> tuple[np.ndarray, list[LinearProbe]]:
+) -> tuple[np.ndarray, list[Probe]]:
     """Answer every training sample by a probe that has not seen its group, unlabelled ones by the mean of all probes.
 
     ``array`` of the store, ``grid`` or ``pooled``, has features of ``mean`` and ``std`` (C,) over the dataset. Returns
     logits (N, classes, h, w) float32, out of fold for labelled samples, and the probes of all folds.
     """
     labelled = np.flatnonzero(dataset.has_label)
-    classes = dataset.labels[labelled] if dataset.labels.ndim == 1 else None
+    classes = None if dataset.classes is None else dataset.classes[labelled]
     fold = fold_of_groups([dataset.groups[i] for i in labelled], folds, seed, classes)
     features = standardised(store, labelled, mean, std, array)
-    size = features.shape[-2], features.shape[-1]
+    size = (dataset.findings or features.shape[-2], features.shape[-1])
     targets = cell_targets(dataset, labelled, dataset.num_classes, size)
     answers = np.zeros((len(dataset), dataset.num_classes, *size), dtype=np.float32)
     probes = []
@@ -97,7 +109,7 @@ def cross_fit_probes(
         inside = torch.from_numpy(np.flatnonzero(fold != k))
         outside = np.flatnonzero(fold == k)
         decay = WEIGHT_DECAY_POOLED / len(inside) if array == "pooled" else WEIGHT_DECAY
-        probe = fit_probe(features[inside], targets[inside], weight_decay=decay)
+        probe = fit_probes(features[inside], targets[inside], decay)
         answers[labelled[outside]] = probe(features[torch.from_numpy(outside)]).numpy()
         probes.append(probe)
     if len(unlabelled := np.flatnonzero(~dataset.has_label)):
@@ -106,7 +118,7 @@ def cross_fit_probes(
 
 
 def answer(
-    store: FeatureStore, indices: np.ndarray, mean: Tensor, std: Tensor, probes: list[LinearProbe], array: str = "grid"
+    store: FeatureStore, indices: np.ndarray, mean: Tensor, std: Tensor, probes: list[Probe], array: str = "grid"
 ) -> np.ndarray:
     """Mean answer of several probes as log-probabilities (N, classes, h, w), for samples that none of them has seen."""
     features = standardised(store, indices, mean, std, array)

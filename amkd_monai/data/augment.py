@@ -150,14 +150,15 @@ class Mixture:
 
     def maps(self, maps: Tensor) -> Tensor:
         """Mix maps (B, C, h, w), by the area that the other image has in a cell."""
-        return torch.lerp(maps, maps[self.partner], F.adaptive_avg_pool2d(self.part, maps.shape[-2:]).to(maps))
+        size = maps.shape[-2:] if maps.shape[-1] > 1 else (1, 1)
+        return torch.lerp(maps, maps[self.partner], F.adaptive_avg_pool2d(self.part, size).to(maps))
 
     def logits(self, logits: Tensor) -> Tensor:
         """Mix the probabilities of answers (B, classes, h, w); returns their logarithms."""
         return self.maps(logits.softmax(1)).clamp_min(1e-7).log()
 
     def labels(self, label: Tensor) -> tuple[Tensor, Tensor | None, float]:
-        """Mix labels, masks (B, 1, H, W) or classes (B,): the label, and the other with its share where both count."""
+        """Mix labels of :class:`Batch`: the label, and the other with its share where both count."""
         other = label[self.partner]
         if self.cut and label.ndim == 4:
             return torch.where(self.part > 0, other, label), None, 0.0
@@ -167,10 +168,10 @@ class Mixture:
 def warp(maps: Tensor, theta: Tensor, mode: str = "bilinear") -> Tensor:
     """Warp maps (B, C, h, w) of any size by the affine matrices (B, 2, 3) of :meth:`Augmentation.sample`.
 
-    Beyond the border the image is mirrored, alike at every resolution. A single cell (h = w = 1) describes the whole
-    image and passes through.
+    Beyond the border the image is mirrored, alike at every resolution. Cells of a map of width 1 describe the whole
+    image and pass through.
     """
-    if tuple(maps.shape[-2:]) == (1, 1):
+    if maps.shape[-1] == 1:
         return maps
     grid = F.affine_grid(theta.to(maps), list(maps.shape), align_corners=False)
     return F.grid_sample(maps, grid, mode=mode, padding_mode="reflection", align_corners=False)

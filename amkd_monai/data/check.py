@@ -66,7 +66,7 @@ def check_data(
     except (OSError, ValueError) as error:
         report.problems.append(str(error))
         return report
-    report.held = {item["id"]: {item["label"]} for item in items if _has_class(item)}
+    report.held = {item["id"]: _held(item, report.task) for item in items if _has_class(item)}
     report.items = sorted(items, key=lambda item: natural(item["id"]))
     flat, codes = report.task.dimensions == 2, report.task.mask_codes if mask_codes is None else mask_codes
     sizes, modes, shares, codings = [], [], {}, set[str]()
@@ -163,7 +163,12 @@ def _describe_classes(report: DataReport) -> None:
     classes = report.task.classes
     if counts := _counts(_class_of(item, report.task) for item in report.items):
         report.facts.append(f"classes: {counts}")
-    if found := {item["label"] for item in report.items if _has_class(item)}:
+    if report.task.has_findings:
+        labels = [item["label"] for item in report.items if _has_class(item)]
+        for n, name in enumerate(classes):
+            if len({label >> n & 1 for label in labels}) == 1:
+                report.problems.append(f"{'Every' if labels[0] >> n & 1 else 'No'} image has the finding {name}.")
+    elif found := {item["label"] for item in report.items if _has_class(item)}:
         wrong = sorted(found - set(range(len(classes))))
         report.problems += [f"The label {n} is not one of the classes 0 to {len(classes) - 1}." for n in wrong]
         if missing := sorted(set(range(len(classes))) - found):
@@ -196,7 +201,8 @@ def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[I
             continue
         pairs.append((first[content], i))
         if _has_class(a) and a["label"] != b["label"]:
-            of_both = f"{a['id']} and {b['id']} are one image with the labels {a['label']} and {b['label']}"
+            labels = " and ".join(_class_of(item, report.task) for item in (a, b))
+            of_both = f"{a['id']} and {b['id']} are one image with the labels {labels}"
             report.problems.append(f"{of_both}: drop both, or decide which is right.")
     if report.task.dimensions == 2:
         kind = "byte-identical or nearly so"
@@ -218,7 +224,8 @@ def _describe_split(report: DataReport, found: list[list[Item]], fold: int, seed
         place.update({item["id"]: name for item in section})
         counts = _counts(_class_of(item, report.task) for item in section)
         held = set[int]().union(*(report.held.get(item["id"], set()) for item in section))
-        if held and (missing := [label for n, label in enumerate(report.task.classes) if n not in held]):
+        missing = [label for n, label in enumerate(report.task.classes) if n not in held]
+        if missing and (held or report.task.has_findings):
             without = f"The {name} section has no {', '.join(missing)}"
             report.problems.append(f"{without}: give more images, or another split (fold, split_seed).")
         report.facts.append(f"{name}: {len(section)}" + (f" ({counts})" if counts else ""))
@@ -234,6 +241,12 @@ def _describe_split(report: DataReport, found: list[list[Item]], fold: int, seed
             )
 
 
+def _held(item: Item, task: Task) -> set[int]:
+    """The classes of an image."""
+    label = item["label"]
+    return {n for n in range(len(task.classes)) if label >> n & 1} if task.has_findings else {label}
+
+
 def _has_class(item: Item) -> bool:
     return isinstance(item.get("label"), int)
 
@@ -241,6 +254,8 @@ def _has_class(item: Item) -> bool:
 def _class_of(item: Item, task: Task) -> str:
     """Name of an item's class; empty where its label is a mask."""
     label = item.get("class", item.get("label") if _has_class(item) else "")
+    if task.has_findings and isinstance(label, int):
+        return task.text_of(label)
     return task.classes[label] if isinstance(label, int) and 0 <= label < len(task.classes) else str(label)
 
 

@@ -88,9 +88,9 @@ def _is_class(label: Any) -> bool:
 
 
 def as_label_maps(labels: np.ndarray, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Pick labels, masks (N, 1, H, W) or classes (N,), as maps (n, 1, H, W); a class is a map of one cell."""
+    """Pick labels, masks (N, 1, H, W), classes (N,) or findings (N, F), as maps (n, 1, H, W), (n, 1, F, 1) of F."""
     picked = np.stack([labels[i] for i in indices])
-    return picked[:, None, None, None] if picked.ndim == 1 else picked
+    return picked if picked.ndim == 4 else picked.reshape(len(picked), 1, -1, 1)
 
 
 def _samples(array: np.ndarray) -> np.ndarray:
@@ -120,7 +120,8 @@ class DecodedImages(Dataset):
     Attributes:
         ids, cases, groups, hashes: of each sample; slices are ``<case>#<slice>``.
         has_label, has_foreground: boolean arrays over samples.
-        labels: class indices, masks (N, 1, H, W) or one class per image (N,); 255 where there is no label.
+        labels: class indices, masks (N, 1, H, W) or one class per image (N,), or 0 and 1 of findings (N, F); 255 where
+            there is no label.
         first, last: sample of the first and the last slice of each sample's volume (N,).
         axes: where the axes of volumes point, slices first, such as "RAS"; empty for pictures.
         skipped: ids of files that were left out.
@@ -129,6 +130,7 @@ class DecodedImages(Dataset):
     """
 
     teacher_channels: tuple[int, ...] = ()
+    findings = 0
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
@@ -175,7 +177,7 @@ class DecodedImages(Dataset):
         return np.clip([index - 1, index, index + 1], self.first[index], self.last[index])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return image (C, H, W) and label (1, H, W) or () as uint8 (255 where unlabelled), id, index, has_label."""
+        """Return image (C, H, W), label (1, H, W), () or (F,), uint8 (255 where unlabelled), id, index, has_label."""
         image, label = (torch.from_numpy(np.array(rows)) for rows in (self.image(index), self.labels[index]))
         known = bool(self.has_label[index])
         return {"image": image, "label": label, "id": self.ids[index], "index": index, "has_label": known}
@@ -196,10 +198,11 @@ class DecodedDataset(DecodedImages):
         num_classes: labels must be below it.
         on_bad_sample: ``stop`` raises on the first unusable file, ``skip`` leaves it out and lists it in ``skipped``.
         teacher_channels: one or three channels of images that have several, which teachers are shown.
+        findings: number F of findings, where a label is the number whose bits they are, the first one lowest.
 
     Attributes:
         data, transform, on_bad_sample: as given, from which a finer decoding of the same samples is made.
-        classes: (N,) class per image, -1 where unknown; None for masks.
+        classes: (N,) class per image, or number of its findings, -1 where unknown; None for masks.
         chain: hash of the transform chain, which makes a sample what it is together with its id and content hash.
 
     Raises:
@@ -214,13 +217,15 @@ class DecodedDataset(DecodedImages):
         num_classes: int = 2,
         on_bad_sample: str = "stop",
         teacher_channels: Sequence[int] = (),
+        findings: int = 0,
     ) -> None:
         _check_on_bad_sample(on_bad_sample)
         if not data:
             raise ValueError("The list of images to decode is empty: check dataset_dir and the split.")
         if on_bad_sample == "stop" and (problems := [item["problem"] for item in data if "problem" in item]):
             raise DataProblems(problems)
-        self.data, self.num_classes, cache_dir = list(data), num_classes, Path(cache_dir)
+        self.data, self.num_classes, cache_dir = list(data), 2 if findings else num_classes, Path(cache_dir)
+        self.findings = findings
         self.transform, self.on_bad_sample = transform, on_bad_sample
         self.classifies = any(_is_class(item.get("label")) for item in self.data)
         paths = [p for i in self.data for p in (*files_of(i["image"]), *label_files(i)) if Path(p).exists()]
@@ -233,7 +238,8 @@ class DecodedDataset(DecodedImages):
         ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
         description = describe(transform)
         self.chain = fingerprint("decoded-4", description)
-        key = fingerprint("decoded-4", hashes, ids, description, num_classes, on_bad_sample)
+        of_labels = [findings] if findings else num_classes
+        key = fingerprint("decoded-4", hashes, ids, description, of_labels, on_bad_sample)
         self.directory = cache_dir / f"decoded-{key[:16]}"
         finished = self.directory / "index.json"
         if not finished.is_file():  # a finished folder may lie on a disk that cannot be written
@@ -250,7 +256,10 @@ class DecodedDataset(DecodedImages):
                 f"The images have {channels} channels, teacher_channels are {list(self.teacher_channels)}: give one or "
                 f"three of 0 to {channels - 1} as teacher_channels."
             )
-        self.classes = np.where(self.has_label, self.labels.astype(int), -1) if self.classifies else None
+        self.classes = None
+        if self.classifies:
+            number = self.labels.astype(int) @ (1 << np.arange(findings)) if findings else self.labels.astype(int)
+            self.classes = np.where(self.has_label, number, -1)
 
     def _decode(self, transform: Callable, on_bad_sample: str, hashes: list[list[str]]) -> None:
         index: defaultdict[str, list[Any]] = defaultdict(list)
@@ -304,8 +313,13 @@ class DecodedDataset(DecodedImages):
             raise BadSampleError(f"{item['image']} has the {what} {own}, others {others}: give all images the same.")
         if self.classifies:
             label = item.get("label", UNLABELLED)
-            if given and not (_is_class(label) and 0 <= label < self.num_classes):
+            if given and not (
+                _is_class(label) and 0 <= label < (1 << self.findings if self.findings else self.num_classes)
+            ):
                 raise BadSampleError(f"{item['image']} has the label {label!r}; {of_task}: correct its label.")
+            if self.findings:
+                bits = label >> np.arange(self.findings) & 1 if given else np.full(self.findings, UNLABELLED)
+                return image, bits[None].astype(np.uint8)
             return image, np.full(len(image), label, np.uint8)
         if not given:
             return image, np.full((len(image), 1, *image.shape[-2:]), UNLABELLED, np.uint8)

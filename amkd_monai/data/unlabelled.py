@@ -70,7 +70,7 @@ def further_images(
         return FurtherImages()
     if not teachers:
         raise ValueError("unlabelled images teach nothing without teachers: leave `unlabelled` out, or name teachers.")
-    if datalist.task.channels:
+    if datalist.task.channels and datalist.task.dimensions == 2:
         raise ValueError("unlabelled folders hold one file an image, this task has several channels: leave it out.")
     chosen = [names.expanded(folder) for folder in ([folders] if isinstance(folders, (str, os.PathLike)) else folders)]
     volumes = datalist.task.dimensions == 3

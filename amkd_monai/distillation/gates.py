@@ -184,7 +184,8 @@ class TeacherGate(nn.Module):
         means = [setup.prior_entropy if t.mean_error is None else t.mean_error for t in self.teachers]
         self.register_buffer("mean_errors", torch.tensor(means, dtype=torch.float32), persistent=False)
         shapes = [s[1:] for t in self.teachers for s in (t.grid, t.logits) if s is not None]
-        self.grid = (min((h for h, _ in shapes), default=1), min((w for _, w in shapes), default=1))
+        width = min((w for _, w in shapes), default=1)
+        self.grid = (1 if width == 1 else min(h for h, _ in shapes), width)  # answers of width 1 are about the image
         self._serving: dict[tuple[bool, ...], Tensor] = {}
         self.network: GateNetwork | None = None
 
@@ -241,7 +242,7 @@ class TeacherGate(nn.Module):
 
 def _areas(batch: Batch, classes: int, size: tuple[int, int], label: Tensor) -> Tensor:
     """Area fractions (B, classes, h, w) of a label of a batch; those of samples without a label mean nothing."""
-    known = label[:, None, None, None] if label.ndim == 1 else label  # a class is a map of one cell
+    known = losses.label_map(label)
     return losses.class_areas(known if batch.rows is None else known * batch.known[:, None, None, None], classes, size)
 
 

@@ -26,7 +26,7 @@ class TeacherTarget:
         name: key of its targets in a batch.
         grid: (C, h, w) of its feature map, None if it gives none.
         mean, std: (C,) of its features over the training split.
-        logits: (classes, h, w) of its own answer or its probe's, h = w = 1 for classes of images; None without.
+        logits: (classes, h, w) of its own answer or its probe's, h = w = 1 for classes of images, w = 1 for h findings.
         admitted: whether its answers are distilled (they beat the undistilled student); features always are.
         mean_error: mean cross entropy of its answers over the labelled training samples, nats; used without a label.
         score: cross-fitted score of its answers, higher is better; None if it gives none.
@@ -64,7 +64,7 @@ class DistillationOutput:
             train parts of the distiller alone and never reach the student.
         loss_weights: {name: factor} by which each loss entered the total; double scalars where the device knows them.
         teacher_weights: {loss: (B, K)} mean weight of each teacher per sample, without gradient.
-        logits: student logits (B, C, H, W), or (B, C) where an image has one class.
+        logits: student logits (B, C, H, W), or (B, C) where an image has one class, (B, 2, F) where it has findings.
         figures: further figures worth recording, by name; scalars of the device where it knows them.
     """
 
@@ -82,10 +82,11 @@ class Batch:
 
     Attributes:
         image: (B, 3, H, W) in [0, 1].
-        label: class indices, masks (B, 1, H, W) or one class per image (B,); rows without a label may hold anything.
+        label: class indices, masks (B, 1, H, W), one class per image (B,) or 0 and 1 of findings (B, F); rows without a
+            label may hold anything.
         has_label: boolean (B,); best on the host, so that no step waits for the device.
-        teachers: {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}; where an image has one class, answers
-            have one cell, (B, classes, 1, 1).
+        teachers: {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}; where labels are about
+            images, answers have one cell, (B, classes, 1, 1), or one for each of F findings, (B, 2, F, 1).
         index: position of each sample in the training dataset (B,); contrastive distillation needs it.
         task: number of the data set that the whole batch comes from, for the gate network's task embedding.
         other: label of the image that each one is mixed with, as ``label``; None where none counts beside it.

@@ -20,17 +20,20 @@ _dice, _batch_dice = DiceLoss(**_DICE), DiceLoss(**_DICE, batch=True)
 
 
 def task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False, class_weights: Tensor | None = None) -> Tensor:
-    """The supervised loss per sample: cross entropy of classes, :func:`segmentation_task_loss` of masks.
+    """The supervised loss per sample: cross entropy of classes and findings, :func:`segmentation_task_loss` of masks.
 
-    Logits (B, C) or (B, C, H, W) meet class indices in 0 to C - 1, (B,) or (B, 1, H, W); the result is (B,), in nats.
-    ``class_weights`` (C,), for classes of images, are not normalised; pass weights that average 1 over the samples.
+    Logits (B, C), (B, 2, F) or (B, C, H, W) meet class indices in 0 to C - 1, (B,), (B, F) or (B, 1, H, W); the result
+    is (B,), in nats, of F findings their mean: the binary cross entropy. ``class_weights`` (C,), for classes of images,
+    are not normalised; pass weights that average 1 over the samples.
     """
     if logits.ndim == 4:
         return segmentation_task_loss(logits, label, batch_dice)
-    if label.ndim != 1:
-        raise ValueError("The student answers one class per image, the labels are masks: use a student for masks.")
+    if label.ndim != logits.ndim - 1:
+        what = "one class" if logits.ndim == 2 else "several findings"
+        raise ValueError(f"The student answers {what} per image, the labels are others: use a student for them.")
     weights = None if class_weights is None else class_weights.to(logits).float()
-    return F.cross_entropy(logits.float(), label.long(), weight=weights, reduction="none")
+    loss = F.cross_entropy(logits.float(), label.long(), weight=weights, reduction="none")
+    return loss if loss.ndim == 1 else loss.mean(1)
 
 
 def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False) -> Tensor:
@@ -40,7 +43,7 @@ def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = Fal
     image counts alike, as in the per-image metric. Pixels labelled 255 count in neither loss.
     """
     if label.ndim != 4:
-        raise ValueError("The student answers masks, the labels are one class per image: use a student for classes.")
+        raise ValueError("The student answers masks, the labels are of whole images: use a student for classes.")
     known = (label != UNLABELLED).flatten(1).sum(1)
     logits, label = without_unlabelled(logits.float(), label)
     dice = _batch_dice(logits, label).mean() if batch_dice else _dice(logits, label).flatten(1).mean(1)
@@ -127,11 +130,11 @@ def relation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     """T^2 (1 - correlation) of class probabilities, per location (DIST: Huang et al., NeurIPS 2022).
 
     Shapes as in :func:`output_loss`. For each class the correlation is over the locations of an image, over the images
-    of the batch where they have one cell; that over three classes or more in each location is added. The mean over what
-    is correlated is 1 - Pearson's r: half the squared distance of the standardised probabilities.
+    of the batch where answers are about images; that over three classes or more in each location is added. The mean
+    over what is correlated is 1 - Pearson's r: half the squared distance of the standardised probabilities.
     """
     student, teacher = ((x.float() / temperature).softmax(-3) for x in (student_logits, teacher_logits.detach()))
-    over = [(-4,) if student.shape[-2:].numel() == 1 else (-2, -1), *([(-3,)] if student.shape[-3] > 2 else [])]
+    over = [(-4,) if student.shape[-1] == 1 else (-2, -1), *([(-3,)] if student.shape[-3] > 2 else [])]
     squares = [(standardised(student, dims) - standardised(teacher, dims)).square().mean(-3) / 2 for dims in over]
     return temperature**2 * torch.stack(squares).sum(0)
 
@@ -142,8 +145,13 @@ def soft_cross_entropy(target: Tensor, log_probabilities: Tensor) -> Tensor:
 
 
 def as_map(logits: Tensor) -> Tensor:
-    """Logits as a map (B, C, h, w); one answer per image (B, C) becomes a map of one cell (B, C, 1, 1)."""
-    return logits[:, :, None, None] if logits.ndim == 2 else logits
+    """Logits as a map (B, C, h, w); those about images, (B, C) and (B, 2, F), become (B, C, 1, 1), (B, 2, F, 1)."""
+    return logits[(..., *[None] * (4 - logits.ndim))]
+
+
+def label_map(label: Tensor) -> Tensor:
+    """Labels as maps (B, 1, h, w): masks as they are, classes (B,) of one cell, findings (B, F) of F cells."""
+    return label if label.ndim == 4 else label.reshape(len(label), 1, -1, 1)
 
 
 def by_size(maps: Mapping[str, Tensor]) -> dict[tuple[int, int], dict[str, Tensor]]:

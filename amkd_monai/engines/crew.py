@@ -32,7 +32,7 @@ from amkd_monai.distillation.interface import check_options
 from amkd_monai.distillation.losses import area_logits, as_map
 from amkd_monai.engines.crossfit import Method, answer_size, fitted, of_students
 from amkd_monai.engines.trainer import Recipe
-from amkd_monai.networks import ClassStudent, Student
+from amkd_monai.networks import ClassStudent, FindingStudent, Student
 from amkd_monai.storage import fingerprint
 from amkd_monai.weights import state_hash
 
@@ -93,11 +93,12 @@ def read_crew(
     for key, least in (("folds", 2), ("images", 1), ("views", 1), ("seed", 0)):
         if not (isinstance(options[key], int) and not isinstance(options[key], bool) and options[key] >= least):
             raise ValueError(f"The crew '{name}' has {key} {options[key]!r}: give a whole number of at least {least}.")
-    student = Student if train.classes is None else ClassStudent
+    student = FindingStudent if train.findings else Student if train.classes is None else ClassStudent
     members: list[nn.Module] = []
     for number, member in enumerate(options["members"]):
         if isinstance(member, Mapping):
-            member = {"seed": number, **member, "num_classes": train.num_classes, "in_channels": len(train.image(0))}
+            classes = train.findings or train.num_classes
+            member = {"seed": number, **member, "num_classes": classes, "in_channels": len(train.image(0))}
             check_options(f"member {number + 1} of the crew '{name}'", student, member)
             member = student(**member)
         members.append(member)
@@ -146,9 +147,14 @@ def _teams(name: str, train: DecodedDataset, folds: int, seed: int) -> np.ndarra
     fold = fold_of_groups(groups, folds, seed, None if train.classes is None else train.classes[labelled])
     counts = (np.bincount(train.labels[i].ravel(), minlength=train.num_classes) for i in labelled)
     shown = np.stack([count[: train.num_classes] > 0 for count in counts])
+    if train.findings:
+        present = train.labels[labelled] == 1
+        shown = np.concatenate([present, ~present], 1)  # of each finding, then without each
     for k in range(folds):
         if len(missing := np.flatnonzero(~shown[fold != k].any(0))):
-            lacks = f"no labelled image of class {missing[0]} outside fold {k + 1} of {folds}"
+            what, without = f"{'finding' if train.findings else 'class'} {missing[0]}", missing[0] - train.findings
+            what = f"absence of finding {without}" if train.findings and without >= 0 else what
+            lacks = f"no labelled image of {what} outside fold {k + 1} of {folds}"
             raise ValueError(f"The crew '{name}' has {lacks}: label more groups that show it, or drop the crew.")
     team = np.full(len(train), folds)
     team[labelled] = fold
@@ -224,7 +230,7 @@ class Crew:
             why = f"cannot see finer images, {error}"
             raise ValueError(f"The crew '{self.name}' {why}: give it image_size 1.") from error
         options: dict[str, Any] = {"num_classes": dataset.num_classes, "on_bad_sample": dataset.on_bad_sample}
-        options["teacher_channels"] = dataset.teacher_channels
+        options |= {"teacher_channels": dataset.teacher_channels, "findings": dataset.findings}
         fine = DecodedDataset(dataset.data, chain, dataset.directory.parent, **options)
         if fine.ids != dataset.ids:
             raise ValueError(f"The crew '{self.name}' reads other samples than the student: give it image_size 1.")
@@ -297,5 +303,6 @@ class Crew:
         parts = []
         for network, axes in itertools.product(networks, self.mirrors):
             shown = image.flip(axes).contiguous(memory_format=torch.channels_last)
-            parts.append(area_logits(as_map(network.eval()(shown)).flip(axes), size).softmax(1))
+            answer = as_map(network.eval()(shown))
+            parts.append(area_logits(answer.flip(axes) if size[1] > 1 else answer, size).softmax(1))
         return torch.stack(parts).mean(0).clamp_min(1e-7).log()

@@ -55,9 +55,9 @@ class Method:
 
 
 def answer_size(dataset: DecodedDataset) -> tuple[int, int]:
-    """Grid (h, w) at which cross-fitted answers are kept: one cell where an image has one class."""
+    """Grid (h, w) at which cross-fitted answers are kept: one cell where an image has one class, (F, 1) of findings."""
     if dataset.classes is not None:
-        return 1, 1
+        return dataset.findings or 1, 1
     height, width = dataset.images.shape[-2:]
     return height // ANSWER_STRIDE, width // ANSWER_STRIDE
 
@@ -130,7 +130,7 @@ def cross_fit(
 
 
 def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | str, title: str) -> Method:
-    """Train students, supervised, with the run's own recipe; answers (n, classes, H / 4, W / 4), or one per image."""
+    """Train students, supervised, with the run's own recipe; answers (n, classes, H / 4, W / 4), or of images."""
 
     def fit(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray, fold: int) -> None:
         weights, of_patches = recipe.class_weights(dataset), isinstance(network, VolumeStudent)

@@ -39,7 +39,7 @@ def format_task(parser: ConfigParser) -> str:
     described, lines = choose(teachers, task, weights_dir, fallback)
     height, width = parser.get("volume_size", [0, *[parser.get("image_size")] * 2])[1:]
     size = int(height), int(width)
-    plans = check(described, task.classes, task.is_classification, weights_dir, size, device)
+    plans = check(described, task.answers, task.per_image, weights_dir, size, device)
     rows = [_row(d, found, task, size, device, weights_dir) for d, found in zip(described, plans, strict=True)]
     missing = [how_to_get(e, weights_dir) for e, file in official_teachers("auto", task, weights_dir) if file is None]
     return "\n".join([align([HEADER, *rows], left=None, ruled=True), *lines, *missing])

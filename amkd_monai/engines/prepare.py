@@ -34,7 +34,7 @@ from amkd_monai.engines.crew import Crew, read_crew
 from amkd_monai.engines.runs import expand
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
-from amkd_monai.metrics.classification import macro_auroc
+from amkd_monai.metrics.classification import macro_auroc, mean_auroc
 from amkd_monai.storage import fingerprint, read_memo, write_memo
 from amkd_monai.teachers.base import CROSS_FITTED_KINDS, TeacherFacts, validate_descriptions
 from amkd_monai.teachers.choice import choose
@@ -62,7 +62,7 @@ def chosen_teachers(
         lines = [*lines, f"Of the channels {', '.join(of_task.channels)} teachers see {', '.join(shown)}."]
     for line in lines:
         logger.info(line)
-    check(described, of_task.classes, of_task.is_classification, weights_dir, device=device, cache_dir=cache_dir)
+    check(described, of_task.answers, of_task.per_image, weights_dir, device=device, cache_dir=cache_dir)
     return described
 
 
@@ -191,7 +191,8 @@ def prepare_teachers(
         options["folds"] = max((crew.folds for crew in crews), default=STUDENT_FOLDS)
     shared = (train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
     preparation = _Preparation(*shared, {crew.name: crew for crew in crews})
-    classes, single = [str(number) for number in range(train.num_classes)], train.classes is not None
+    classes = [str(number) for number in range(train.num_classes)]
+    single = train.findings or int(train.classes is not None)
     height, width = train.images.shape[-2:]
     plans = check(teachers, classes, single, weights_dir, (height, width), device, cache_dir)
     if any(found.flops for found in plans):
@@ -257,7 +258,9 @@ class _Preparation:
         if target.answers is None:
             return target, None
         shape = target.answers.arrays["logits"].shape
-        refuse_other_answers(target.name, shape, self.train.num_classes, self.train.classes is not None)
+        refuse_other_answers(
+            target.name, shape, self.train.num_classes, self.train.findings or int(self.train.classes is not None)
+        )
         temperature = _temperature(of_validation, self.validation)
         score = self._score(target.answers, temperature)
         record = {**target.record, **score.record(), "calibration_temperature": round(temperature, 3)}
@@ -309,7 +312,7 @@ class _Preparation:
         """The answers of cross-fitted linear probes on a teacher's features, for both sections."""
         array, size = "grid", (features.arrays["grid"].shape[1], features.arrays["grid"].shape[2])
         if self.train.classes is not None:  # one answer per image, from the teacher's pooled vector
-            array, size = "pooled", (1, 1)
+            array, size = "pooled", crossfit.answer_size(self.train)
         key = {"probe": f"linear-1-{array}", "teacher": teacher.fingerprint, "folds": self.folds, "seed": self.seed}
         key |= {"labels": self.train.hashes, "labelled": np.flatnonzero(self.train.has_label).tolist()}
         train, validation = (
@@ -383,10 +386,10 @@ class AnswerScore:
 
     Attributes:
         value: the score that decides, higher is better: for masks the mean Dice over cases (images or volumes) and
-            foreground classes, cases without foreground left out; for classes of images the skill.
+            foreground classes, cases without foreground left out; for classes and findings of images the skill.
         cross_entropy: mean over grid cells or images, nats.
         further: ``volume_ratio`` of masks (predicted by true volume over all cases, of the foreground class whose ratio
-            is farthest from 1), ``macro_auroc`` of classes.
+            is farthest from 1), ``macro_auroc`` of classes or findings.
         name: of the score, ``dice`` or ``skill``.
     """
 
@@ -411,11 +414,13 @@ def score_answers(store: FeatureStore, dataset: DecodedDataset, temperature: flo
     """
     labelled = np.flatnonzero(dataset.has_label)
     if dataset.classes is not None:
-        classes = dataset.classes[labelled]
-        logits = torch.from_numpy(store.read("logits", labelled)).float()[:, :, 0, 0] / temperature
+        classes = dataset.labels[labelled].astype(int)  # (N,), or (N, F) of findings
+        logits = torch.from_numpy(store.read("logits", labelled)).float()[..., 0] / temperature
+        logits = logits if dataset.findings else logits[..., 0]
         cross_entropy = float(F.cross_entropy(logits, torch.from_numpy(classes)))
         skill = 1 - cross_entropy / max(prior_entropy(dataset), 1e-6)
-        auroc = macro_auroc(classes, logits.softmax(1).numpy())
+        p = logits.softmax(1).numpy()
+        auroc = mean_auroc(classes, p[:, 1]) if dataset.findings else macro_auroc(classes, p)
         return AnswerScore(skill, cross_entropy, {"macro_auroc": auroc}, "skill")
     foreground = torch.arange(1, dataset.num_classes)[:, None, None]
     overlap: dict[str, np.ndarray] = {}
@@ -464,7 +469,13 @@ def decide(
 
 
 def prior_entropy(dataset: DecodedDataset) -> float:
-    """Entropy in nats of the class frequencies over all labelled pixels or images: the error of a constant answer."""
+    """Entropy in nats of the class frequencies over all labelled pixels or images: the error of a constant answer.
+
+    Of findings it is the mean over them.
+    """
+    if dataset.findings:
+        present = dataset.labels[dataset.has_label].mean(0).clip(1e-12, 1 - 1e-12)
+        return float(-(present * np.log(present) + (1 - present) * np.log(1 - present)).mean())
     counts = np.zeros(dataset.num_classes)
     for i in np.flatnonzero(dataset.has_label):
         counts += np.bincount(dataset.labels[i].ravel(), minlength=dataset.num_classes)[: dataset.num_classes]

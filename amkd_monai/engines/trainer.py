@@ -135,8 +135,8 @@ class Recipe:
         """Return the weights of the classes in the task loss (C,), from labelled samples; None if equal."""
         if self.class_weighting == 0:
             return None
-        if dataset.classes is None:
-            raise ValueError("class_weighting needs one class per image, the labels are masks: set it to 0.")
+        if dataset.classes is None or dataset.findings:
+            raise ValueError("class_weighting needs one class per image, the labels are others: set it to 0.")
         counts = np.bincount(dataset.classes[dataset.has_label], minlength=dataset.num_classes).astype(float)
         weights = np.maximum(counts, 1) ** -self.class_weighting
         return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()
@@ -386,7 +386,7 @@ def distillation_batch(
         theta = augmentation.sample(len(image), image.shape[-2:], generator).to(device)
     teachers = targets.read(indices, device, theta, views) if targets is not None else {}
     image = augmentation.photometric(warp(image, theta), generator)
-    label = label.long() if label.ndim == 1 else warp(label.float(), theta, mode="nearest").round().long()
+    label = label.long() if label.ndim < 4 else warp(label.float(), theta, mode="nearest").round().long()
     mixed: dict[str, Any] = {}
     if mixture := augmentation.mixture(data["has_label"], (image.shape[-2], image.shape[-1]), generator, device):
         image, mix = mixture.maps(image), {"grid": mixture.maps, "logits": mixture.logits}

@@ -33,7 +33,7 @@ from amkd_monai.export.triton import write_triton
 from amkd_monai.files.masks import IGNORED
 from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES
 from amkd_monai.files.steps import softmax
-from amkd_monai.metrics.classification import macro_auroc
+from amkd_monai.metrics.classification import class_metrics
 from amkd_monai.metrics.summary import class_summaries
 from amkd_monai.storage import atomic_folder, atomic_write_json
 from amkd_monai.terminal import align, logger, progress
@@ -179,7 +179,7 @@ def calibration_batches(source: Source, items: Sequence[Item]) -> list[np.ndarra
 
 
 def _probabilities(run: Runner, case: Case) -> np.ndarray:
-    """Probabilities of a case: (B, C, H, W), or (1, C)."""
+    """Probabilities of a case: (B, C, H, W), (1, C), or (1, 2, F) of findings."""
     parts = [case.batch[i : i + BATCH] for i in range(0, len(case.batch), BATCH)]
     return softmax(np.concatenate([run(part) for part in parts]), 1)
 
@@ -204,7 +204,9 @@ def _measure(
 def _score(answers: Sequence[np.ndarray], cases: Sequence[Case], task: Task) -> float | None:
     """Macro AUC of the probabilities, or the mean Dice of cases, at the network's resolution; None if undefined."""
     if task.is_classification:
-        area = macro_auroc([int(case.label) for case in cases], np.concatenate(answers))
+        found = np.concatenate(answers)
+        found = found[:, 1] if task.has_findings else found
+        area = class_metrics(task)["macro_auroc"](np.array([int(case.label) for case in cases]), found)
         return None if math.isnan(area) else area
     values = []
     for answer, case in zip(answers, cases, strict=True):
@@ -276,6 +278,9 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     inference["preprocessing"]["transforms"] = source.transforms
     inference["inferer"] = source.inferer
     inference["postprocessing"]["transforms"] = source.postprocessing
+    if task.has_findings:
+        present = {"_target_": "Lambdad", "keys": "pred", "func": "$lambda p: p[1]"}
+        inference["postprocessing"]["transforms"] = [*source.postprocessing, present]
     if not task.is_classification:
         del inference["handlers"][1:]  # masks are saved by the postprocessing
     written = {row["name"] for row in facts["formats"]}

@@ -45,7 +45,7 @@ def write_hub(folder: Path, source: Source) -> None:
 
 def front_matter(metadata: Mapping[str, Any], predict: Mapping[str, Any], is_phantom: bool) -> dict[str, Any]:
     """What the hub reads at the head of a model card; scores on phantoms are no results and stay out."""
-    task = "image-classification" if predict["kind"] == "classification" else "image-segmentation"
+    task = "image-segmentation" if predict["kind"] == "segmentation" else "image-classification"
     modality = metadata["network_data_format"]["inputs"]["image"]["modality"]
     result: dict[str, Any] = {
         "pipeline_tag": task,

@@ -98,6 +98,8 @@ def write_page(folder: Path, archive: Path) -> None:
         raise ValueError("The format web needs the format onnx or ort-int8, and neither was written.")
     if (channels := predict["channels"]) > 1:
         raise ValueError(f"The format web opens one file an image, this student takes {channels}: leave it out.")
+    if predict["kind"] == "multilabel":
+        raise ValueError("The format web shows one class or a mask, this student answers findings: leave it out.")
     page, networks = folder / "web", dict[str, Any]()
     shutil.copytree(PAGE, page)
     for kind, form in found.items():

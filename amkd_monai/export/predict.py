@@ -167,7 +167,8 @@ class Predictor:
         """Predict a file, or a folder of one DICOM series.
 
         Returns:
-            A label map, uint8, (H, W) or (X, Y, Z) in the order of the volume; or probabilities of the classes (C,).
+            A label map, uint8, (H, W) or (X, Y, Z) in the order of the volume; or probabilities (C,) of the classes or
+            findings.
 
         Raises:
             OSError: there is no such file.
@@ -177,7 +178,7 @@ class Predictor:
         if len(images) > 1:
             raise ValueError(f"{image} holds {len(images)} images: give one of them, or use the command `predict`.")
         array, grid = self.read(images[0])
-        return self.probabilities(array)[0] if self.config["kind"] == "classification" else self.mask(array, grid)
+        return self.mask(array, grid) if self.config["kind"] == "segmentation" else self.probabilities(array)[0]
 
     def read(self, image: Input) -> tuple[np.ndarray, Grid | None]:
         """Read a picture (C, H, W), levels 0 to 255, or a volume (C, X, Y, Z) and its grid."""
@@ -195,7 +196,8 @@ class Predictor:
         """Return the answer for an image (C, H, W) with levels 0 to 255, or for a volume (C, D, H, W) on its grid.
 
         Returns:
-            (C,), (C, h, w) or (C, d, h, w) at the network's resolution, and the ways back to the image's.
+            (C,) of classes or findings, (C, h, w) or (C, d, h, w) at the network's resolution, and the ways back to the
+            image's.
         """
         array, inverses = prepare(image, self.config["steps"], grid)
         if problem := level_problem(array):
@@ -205,7 +207,16 @@ class Predictor:
         size = self.config["batch_size"]
         parts = [np.ascontiguousarray(batch[i : i + size], np.float32) for i in range(0, len(batch), size)]
         answer = softmax(np.concatenate([self._run(part) for part in parts]), 1)
+        if self.config["kind"] == "multilabel":
+            return answer[0, 1], inverses
         return (np.moveaxis(answer, 0, 1) if is_volume else answer[0]), inverses
+
+    def named(self, probabilities: np.ndarray) -> str:
+        """Return the likeliest class, or the findings (C,) of 0.5 and more, joined by "|"."""
+        classes = self.config["classes"]
+        if self.config["kind"] == "classification":
+            return str(classes[int(probabilities.argmax())])
+        return "|".join(name for name, p in zip(classes, probabilities, strict=True) if p >= 0.5) or "none"
 
     def mask(self, image: np.ndarray, grid: Grid | None = None) -> np.ndarray:
         """Predict the label map (H, W) or (D, H, W), uint8, of an image or a volume at its own resolution."""
@@ -247,10 +258,10 @@ def _predict_one(predictor: Predictor, image: Input, folder: Path, dicom_seg: bo
         write_png(overlay, drawn_overlay(grey, outline, classes))
         return []
     picture = (array[[0, 0, 0]] if image.channels else array).transpose(1, 2, 0).astype(np.uint8)
-    if predictor.config["kind"] == "classification":
+    if predictor.config["kind"] != "segmentation":
         answer = predictor.probabilities(array)[0]
-        found = classes[int(answer.argmax())]
-        write_captioned(overlay, picture, f"{found}  {answer.max():.2f}")
+        found, sure = predictor.named(answer), answer.max()
+        write_captioned(overlay, picture, f"{found}  {sure:.2f}")
         return [image.id, found, *(f"{v:.6f}" for v in answer)]
     mask = predictor.mask(array)
     write_mask(names.file_of(folder, f"{image.id}_mask.png"), mask, len(classes))

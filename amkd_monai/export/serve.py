@@ -20,9 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from amkd_monai import __version__
 from amkd_monai.errors import root_cause
 from amkd_monai.export.predict import Predictor, refusals
+from amkd_monai.files.cases import read_case
 from amkd_monai.files.names import expanded
 from amkd_monai.files.pictures import read_picture, write_mask
-from amkd_monai.files.volumes import read_volume, write_mask_volume
+from amkd_monai.files.volumes import write_mask_volume
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KINDS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"II*\0": ".tif", b"MM\0*": ".tif", b"BM": ".bmp"}
@@ -86,7 +87,7 @@ def application(model: str | Path, int8: bool, threads: int | None, limit: int, 
     """
     folder = expanded(model)
     predictor = Predictor(folder, int8, threads)
-    if (channels := predictor.config.get("channels", 1)) > 1:
+    if (channels := predictor.config.get("channels", 1)) > 1 and predictor.config["dimensions"] == 2:
         raise ValueError(f"{folder} takes {channels} files an image, a request holds one: use `predict`.")
     config, turn = predictor.config, threading.Semaphore(2)  # a third answer at a time would only take memory
     title = f"Student {config['task']}: research only, not for clinical use"
@@ -158,14 +159,14 @@ def _stored(file: UploadFile, upload: Path, dimensions: int, limit: int) -> Path
 def _answer(predictor: Predictor, path: Path, place: Path) -> Response:
     config, result = predictor.config, place / "answer"
     if config["dimensions"] == 3:
-        volume, grid = read_volume(path)
-        write_mask_volume(result, predictor.mask(volume[None], grid), grid)
+        volume, grid = read_case([path], config.get("channels", 1))
+        write_mask_volume(result, predictor.mask(volume, grid), grid)
         return Response(result.read_bytes(), media_type="application/gzip", headers=_named("mask.nii.gz"))
     array = read_picture(path).transpose(2, 0, 1).astype(np.float32)
-    if config["kind"] == "classification":
-        found = [round(float(p), 6) for p in predictor.probabilities(array)[0]]
-        names = dict(zip(config["classes"], found, strict=True))
-        return JSONResponse({"class": max(names, key=lambda name: names[name]), "probabilities": names})
+    if config["kind"] != "segmentation":
+        answer = predictor.probabilities(array)[0]
+        names = dict(zip(config["classes"], (round(float(p), 6) for p in answer), strict=True))
+        return JSONResponse({"class": predictor.named(answer), "probabilities": names})
     write_mask(result, predictor.mask(array), len(config["classes"]))
     return Response(result.read_bytes(), media_type="image/png", headers=_named("mask.png"))
 

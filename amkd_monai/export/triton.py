@@ -19,8 +19,9 @@ def write_triton(folder: Path, name: str) -> None:
     """
     predict, metadata = (read_json(folder / "configs" / f"{file}.json") for file in ("predict", "metadata"))
     channels = metadata["network_data_format"]["inputs"]["image"]["num_channels"]
-    is_map = predict["kind"] == "segmentation"
-    shapes = {"image": [channels, -1, -1], "pred": [len(predict["classes"]), *([-1, -1] if is_map else [])]}
+    count = len(predict["classes"])
+    answers = {"segmentation": [count, -1, -1], "classification": [count], "multilabel": [2, count]}
+    shapes = {"image": [channels, -1, -1], "pred": answers[predict["kind"]]}
     image, pred = (f"{{ name: {json.dumps(of)} data_type: TYPE_FP32 dims: {dims} }}" for of, dims in shapes.items())
     for form, model in predict["models"].items():
         called = f"{name}_int8" if form == "ort-int8" else name

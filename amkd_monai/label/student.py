@@ -46,6 +46,8 @@ class ServedStudent:
         parser["bundle_root"] = str(self.bundle)
         runs.adopt(parser, "serving", {})
         self.task = get_task(parser.get_parsed_content("task"))
+        if self.task.has_findings:
+            raise ValueError(f"{bundle} answers several findings an image, the label server one class: use `predict`.")
         if self.task.channels:
             raise ValueError(f"{bundle} takes {len(self.task.channels)} files an image, the label server one: predict.")
         self.suffixes = PICTURE_SUFFIXES if self.task.dimensions == 2 else VOLUME_SUFFIXES

@@ -9,7 +9,7 @@ import numpy as np
 
 from amkd_monai.data.datasets import Task, recorded_task
 from amkd_monai.files.names import some
-from amkd_monai.metrics.classification import class_metrics, delong_test, labels_and_probabilities, positive_classes
+from amkd_monai.metrics.classification import class_metrics, delong_test, labels_and_probabilities, problems_of
 from amkd_monai.metrics.statistics import bootstrap_p, holm, interval, paired_bootstrap_ci, paired_wilcoxon, resampled
 from amkd_monai.metrics.summary import Row, part_of, read_case_csv
 from amkd_monai.storage import read_json
@@ -114,13 +114,14 @@ def _compare_classes(
     if (label != expected).any():
         wrong = some(ids[i][0] for i in np.flatnonzero(label != expected))
         raise ValueError(f"The run '{run}' has other labels than the reference for {wrong}.")
-    masks, metrics, rows = positive_classes(task), class_metrics(task), []
-    for name in [metric] if metric else [task.primary_metric, *(f"{problem}_auc" for problem in masks)]:
+    problems, metrics, rows = problems_of(task), class_metrics(task), []
+    for name in [metric] if metric else [task.primary_metric, *(f"{problem}_auc" for problem in problems)]:
         of = metrics[name]
         mean, reference_mean = of(label, p), of(label, q)
-        mask = masks.get(name.removesuffix("_auc")) if name.endswith("_auc") else None
-        if mask is not None and min(mask[label].sum(), (~mask[label]).sum()) >= 2:
-            test, found = "DeLong", delong_test(mask[label], p[:, mask].sum(1), q[:, mask].sum(1))
+        problem = problems.get(name.removesuffix("_auc")) if name.endswith("_auc") else None
+        positive = np.zeros(0, bool) if problem is None else problem.positive(label)
+        if problem is not None and min(positive.sum(), (~positive).sum()) >= 2:
+            test, found = "DeLong", delong_test(positive, problem.score(p), problem.score(q))
         else:
             drawn = np.array([of(label[i], p[i]) - of(label[i], q[i]) for i in resampled(len(p))])
             test, found = "bootstrap", (mean - reference_mean, *interval(drawn), bootstrap_p(drawn))

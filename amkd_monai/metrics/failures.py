@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from amkd_monai.data.datasets import Task
-from amkd_monai.metrics.classification import labels_and_probabilities
+from amkd_monai.metrics.classification import labels_and_probabilities, of_truth
 from amkd_monai.metrics.summary import Row, part_of
 
 FAILED = 0.5
@@ -13,12 +13,12 @@ FAILED = 0.5
 
 
 def badness(task: Task, rows: Sequence[Row]) -> float:
-    """Sort key of a case's rows, worst first: mean Dice of its classes, or the probability of the true class.
+    """Sort key of a case's rows, worst first: mean Dice of its classes, or the probability of what is true.
 
     A false positive counts as -1; cases without anything come last.
     """
     if task.is_classification:
-        return float(labels_and_probabilities(task, rows)[1][0][int(rows[0]["label"])])
+        return float(of_truth(task, int(rows[0]["label"]), labels_and_probabilities(task, rows)[1][0]).mean())
     own = [row for row in rows if part_of(row) == "classes" or len(rows) == 1]
     values = [-1.0 if r["status"] == "false_positive" else float(r["dice"]) for r in own if r["status"] != "empty_both"]
     return math.fsum(values) / len(values) if values else math.inf
@@ -29,8 +29,9 @@ def failures(task: Task, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     found: list[tuple[float, tuple[str, str, str]]] = []
     for row in rows:
         if task.is_classification:
-            p = float(labels_and_probabilities(task, [row])[1].max())
-            wrong = f"{row['class']} taken for {task.classes[int(row['prediction'])]}"
+            (label,), (p_all,) = labels_and_probabilities(task, [row])
+            p = 1 - float(of_truth(task, label, p_all).min()) if task.has_findings else float(p_all.max())
+            wrong = f"{row['class']} taken for {task.text_of(int(row['prediction']))}"
             entry, failed = (-p, (row["id"], wrong, f"probability {p:.2f}")), row["label"] != row["prediction"]
         else:
             wrong = "low Dice" if row["status"] == "ok" else row["status"].replace("_", " ")

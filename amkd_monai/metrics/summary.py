@@ -108,8 +108,8 @@ def summarise_classes(rows: Sequence[Row], task: Task) -> dict[str, Any]:
 
     Returns:
         ``cases``, ``classes`` (cases per class), ``metrics`` ({name: ``value``, ``ci_low``, ``ci_high``}),
-        ``confusion`` (true classes by row) and ``reliability`` (a row per bin of the largest probability).
-        Resamples that lack a class are left out where a metric needs it.
+        ``confusion`` (true classes by row; none of findings) and ``reliability`` (a row per bin of the largest
+        probability). Resamples that lack a class are left out where a metric needs it.
     """
     label, p = labels_and_probabilities(task, rows)
     samples = [(label[i], p[i]) for i in resampled(len(label))]
@@ -117,13 +117,11 @@ def summarise_classes(rows: Sequence[Row], task: Task) -> dict[str, Any]:
     for name, metric in class_metrics(task).items():
         low, high = interval(np.array([metric(y, q) for y, q in samples]))
         table[name] = {"value": metric(label, p), "ci_low": low, "ci_high": high}
-    return {
-        "cases": len(rows),
-        "classes": {name: int((label == c).sum()) for c, name in enumerate(task.classes)},
-        "metrics": table,
-        "confusion": classification.confusion_matrix(label, p.argmax(1), len(task.classes)).tolist(),
-        "reliability": classification.reliability_table(label, p),
-    }
+    counts = [(label >> c & 1 if task.has_findings else label == c).sum() for c in range(len(task.classes))]
+    found = {"cases": len(rows), "classes": dict(zip(task.classes, map(int, counts), strict=True)), "metrics": table}
+    if not task.has_findings:
+        found["confusion"] = classification.confusion_matrix(label, p.argmax(1), len(task.classes)).tolist()
+    return found | {"reliability": classification.reliability_table(*classification.choices(task, label, p))}
 
 
 def format_table(summary: Mapping[str, Any], title: str) -> str:

@@ -221,3 +221,16 @@ class ClassStudent(EncodedStudent):
     def forward(self, image: Tensor) -> Tensor:
         """Return calibrated logits (B, num_classes) for an image (B, 3, H, W) in [0, 1]."""
         return self.decode(self.encode(image), [image.shape[-2], image.shape[-1]]) / self.temperature
+
+
+class FindingStudent(ClassStudent):
+    """A :class:`ClassStudent` that answers whether each of ``num_classes`` findings is there.
+
+    Its logits are (B, 2, num_classes), those of absence 0: their softmax over absence and presence is the sigmoid of
+    the latter, so that a finding is one more place at which two classes are told apart.
+    """
+
+    def decode(self, levels: list[Tensor], size: list[int]) -> Tensor:
+        """Turn encoder maps into uncalibrated logits (B, 2, num_classes); ``size`` = [H, W] plays no part."""
+        present = self.head(self.dropout(F.adaptive_avg_pool2d(levels[-1], 1).flatten(1)))
+        return torch.stack([torch.zeros_like(present), present], 1)

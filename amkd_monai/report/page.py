@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 import amkd_monai
 from amkd_monai.files.names import some
 from amkd_monai.files.pictures import class_colours, contrasting
-from amkd_monai.metrics.classification import labels_and_probabilities, positive_classes
+from amkd_monai.metrics.classification import labels_and_probabilities, problems_of, slug
 from amkd_monai.metrics.compare import compare_runs
 from amkd_monai.metrics.failures import FAILED, badness, failures, outcomes
 from amkd_monai.metrics.run_folder import RunFolder, read_arrays, read_run
@@ -280,18 +280,17 @@ def _class_figures(run: RunFolder) -> list[tuple[str, str]]:
     if not run.task.is_classification or not run.cases:
         return []
     label, p = labels_and_probabilities(run.task, run.cases)
-    lines = {name: (label == c, p[:, c]) for c, name in enumerate(run.task.classes)}
-    for name, mask in positive_classes(run.task).items():
-        if mask.sum() > 1:  # several classes together, such as referable grades
-            lines[name] = (mask[label], p[:, mask].sum(1))
-    summary, names = run.metrics["summary"], list(run.task.classes)
-    counts = np.array(summary["confusion"])
-    shares = counts / counts.sum(1, keepdims=True).clip(1)
-    return [
-        ("ROC", figures.roc(lines)),
-        ("Confusion, true classes by row", figures.heat_map(shares, names, names, "predicted", "share of row", counts)),
-        ("Reliability of the probabilities", figures.reliability(summary["reliability"])),
-    ]
+    names, summary, several = list(run.task.classes), run.metrics["summary"], run.task.has_findings
+    lines = {} if several else {name: (label == c, p[:, c]) for c, name in enumerate(names)}
+    for name, problem in problems_of(run.task).items():
+        if several or name not in map(slug, names):  # such as referable grades
+            lines[name] = (problem.positive(label), problem.score(p))
+    found = [("ROC", figures.roc(lines))]
+    if not several:
+        counts = np.array(summary["confusion"])
+        of = (counts / counts.sum(1, keepdims=True).clip(1), names, names, "predicted", "share of row", counts)
+        found.append(("Confusion, true classes by row", figures.heat_map(*of)))
+    return [*found, ("Reliability of the probabilities", figures.reliability(summary["reliability"]))]
 
 
 def _shown(run: RunFolder, ranked: Sequence[list[Row]], runs: int, slices: int) -> dict[str, Any]:
@@ -324,9 +323,12 @@ def _shown(run: RunFolder, ranked: Sequence[list[Row]], runs: int, slices: int) 
 def _result(run: RunFolder, rows: Sequence[Row]) -> str:
     """What came out of a case, in words."""
     if run.task.is_classification:
-        p, classes = labels_and_probabilities(run.task, rows)[1][0], run.task.classes
+        p, task = labels_and_probabilities(run.task, rows)[1][0], run.task
         true, found = (int(rows[0][key]) for key in ("label", "prediction"))
-        return f"true {classes[true]} ({p[true]:.2f}), predicted {classes[found]} ({p[found]:.2f})"
+        if task.has_findings:
+            shown = ", ".join(f"{name} {v:.2f}" for name, v in zip(task.classes, p, strict=True))
+            return f"true {task.text_of(true)}, predicted {task.text_of(found)} ({shown})"
+        return f"true {task.classes[true]} ({p[true]:.2f}), predicted {task.classes[found]} ({p[found]:.2f})"
     told = []
     for row in (row for row in rows if part_of(row) == "classes"):
         digits = {"dice": 3, "nsd": 3, "hd95": 1}
@@ -369,7 +371,7 @@ def _views(
     large = figures.enlarged(image[0])
     add([large], ["image" + (f", {shape[1]} x {shape[0]} pixels" if shape else "")])
     if "cam" in preview:
-        add([figures.mapped(preview["cam"][0], large, "inferno", 0.55)], ["Grad-CAM of the predicted class"])
+        add([figures.mapped(preview["cam"][0], large, "inferno", 0.55)], ["Grad-CAM"])
     elif "prediction" in preview:
         outlines(image, "", [0], ["outlines"])
     return views

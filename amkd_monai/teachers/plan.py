@@ -219,7 +219,7 @@ def recorded(description: Mapping[str, Any], weights_dir: str | None = None) -> 
 def check(
     descriptions: Sequence[Mapping[str, Any]],
     classes: Sequence[str],
-    single: bool,
+    single: int,
     weights_dir: str | None = None,
     size: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
@@ -230,7 +230,7 @@ def check(
     Args:
         descriptions: of the teachers.
         classes: names of the task's classes.
-        single: whether an image has one class.
+        single: number of answers about a whole image, see :attr:`~amkd_monai.data.datasets.Task.per_image`.
         weights_dir: folder searched first for weight files.
         size: (H, W) of the images to come, if known.
         device: where teachers will run.
@@ -264,11 +264,12 @@ def check(
     return plans
 
 
-def refuse_other_answers(name: str, shape: Sequence[int], classes: int, single: bool) -> None:
+def refuse_other_answers(name: str, shape: Sequence[int], classes: int, single: int) -> None:
     """Refuse answers (classes, h, w) that are not of the task: a map of its classes, or one answer per image."""
     given, *cells = shape
-    if given != classes or (cells == [1, 1]) != single:
-        needed = f"{'one answer per image' if single else 'a map'} with {classes} classes"
+    if given != classes or (cells != [single, 1] if single else cells == [1, 1]):
+        answers = "one answer" if single == 1 else f"{single} answers"
+        needed = f"{f'{answers} per image' if single else 'a map'} with {classes} classes"
         raise ValueError(
             f"The teacher '{name}' gives logits of {given} classes in {cells} cells, the task needs {needed}: give "
             "a teacher of this task, set its `own_answers` to false, or drop it."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 
@@ -10,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from bundle_runs import read_json
+from fastapi import HTTPException, UploadFile
 from helpers import shared_data
 from monai.bundle import ConfigParser
 from own_data import dicom_series
@@ -19,6 +21,7 @@ from amkd_monai.__main__ import main
 from amkd_monai.data import datalist
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.export.predict import predict
+from amkd_monai.export.serve import application
 from amkd_monai.files.cases import read_case
 from amkd_monai.label.student import ServedStudent
 
@@ -61,7 +64,7 @@ def train(bundle, **settings):
     train, evaluate, infer = (str(bundle / "configs" / f"{n}.json") for n in ("train", "evaluate", "inference"))
     monai.bundle.run(run_id="training", config_file=train, **QUICK, **settings)
     monai.bundle.run(config_file=[train, evaluate], **QUICK, **settings)
-    network_free = {k: v for k, v in settings.items() if "recipe" not in k}
+    network_free = {k: v for k, v in settings.items() if "recipe" not in k and k != "unlabelled"}
     monai.bundle.run(config_file=infer, **network_free)
     return read_json(bundle / "eval" / "run.json")
 
@@ -129,8 +132,8 @@ def test_volumes_of_four_axes_give_slices_of_each_channel(tmp_path, monkeypatch,
     bundle = tmp_path / "bundles" / "mr"
     config = read_json(bundle / "configs" / "train.json")
     assert config["network_def"]["in_channels"] == 6
-    record = train(bundle, **{"recipe#min_steps": 2, "recipe#batch_size": 4})
-    assert record["distillation"]["teachers"][0]["channels"] == [0]
+    record = train(bundle, unlabelled=[str(data / "imagesTs")], **{"recipe#min_steps": 2, "recipe#batch_size": 4})
+    assert record["distillation"]["teachers"][0]["channels"] == [0] and record["unlabelled"]["images"] == 1
     assert main(["export", "bundles/mr", "--to", "out", "--formats", "ts,onnx", "--cases", "1"]) == 0
     (offline,) = (bundle / "eval" / "masks").glob("*_mask.nii.gz")
     answer = np.asarray(nib.load(offline).dataobj)
@@ -143,6 +146,14 @@ def test_volumes_of_four_axes_give_slices_of_each_channel(tmp_path, monkeypatch,
             found = np.asarray(nib.load(mask).dataobj)
             assert found.shape == (40, 44, 20) and (found != answer).mean() < 2e-3, mask
     assert main(["evaluate", "out", "--data", str(data), "--output", "scores", "--seen", "apart"]) == 0
+
+    served = application(tmp_path / "out", False, 1, 3_000_000, ("*",))
+    (asked,) = (route.endpoint for route in served.routes if route.path == "/predict")
+    response = asked(UploadFile((data / "imagesTs" / "case6.nii.gz").open("rb")))
+    mask = nib.Nifti1Image.from_bytes(gzip.decompress(response.body))
+    assert (np.asarray(mask.dataobj) != answer).mean() < 2e-3
+    with pytest.raises(HTTPException, match="1 channel"):
+        asked(UploadFile((files / "imagesTs" / "case6_0000.nii.gz").open("rb")))
 
     three = np.zeros((40, 44, 20, 3), np.uint8)
     write_volume(data / "imagesTr" / "case2.nii.gz", three)

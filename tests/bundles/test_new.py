@@ -96,7 +96,7 @@ def test_a_table_gives_classes_and_a_column_the_groups(tmp_path, capsys):
     (tmp_path / "data").rename(tmp_path / "images")
     (tmp_path / "several").mkdir()
     (tmp_path / "images").rename(tmp_path / "several" / "images")
-    (tmp_path / "several" / "findings.csv").write_text("image,effusion,nodule\n1,0,1\n2,1,1\n")
-    assert main(["new", "findings", "--data", str(tmp_path / "several")]) == 1
+    (tmp_path / "several" / "findings.csv").write_text("image,effusion,nodule\n1,0,2\n2,1,1\n")
+    assert main(["new", "findings", "--data", str(tmp_path / "several"), "--to", str(tmp_path)]) == 1
     said = capsys.readouterr().err
     assert "findings.csv" in said and "effusion, nodule" in said

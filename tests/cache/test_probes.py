@@ -22,7 +22,7 @@ def store_of(grid, folder):
 class Labels:
     """What probes need of a dataset: label maps (N, H, W), groups, and which samples are labelled."""
 
-    num_classes = 2
+    num_classes, classes, findings = 2, None, 0
 
     def __init__(self, labels, groups=None, has_label=None):
         self.labels = np.asarray(labels, np.uint8)[:, None]

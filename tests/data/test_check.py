@@ -118,7 +118,7 @@ def test_class_labels_are_counted_and_conflicts_named(tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "grades", task)
     report = check_data("grades", tmp_path)
     assert "classes: severe 5, none 4, mild 4" in str(report)
-    assert any("0 and 20 are one image with the labels 0 and 2" in problem for problem in report.problems)
+    assert any("0 and 20 are one image with the labels none and severe" in problem for problem in report.problems)
     assert "No image of the class(es) worst." in report.problems
     assert write_contact_sheet(tmp_path / "out" / "sheet.png", task, report.items).is_file()
 

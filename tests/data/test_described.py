@@ -144,7 +144,7 @@ def test_class_folders_and_tables_give_classes_groups_and_sections(tmp_path):
         ({"name": "busi"}, "busi"),
         ({"classes": ["one"]}, "classes"),
         ({"kind": "boxes"}, "boxes"),
-        ({"kind": "multilabel"}, "multilabel"),
+        ({"kind": "multilabel", "classes": ["a", "b|c"]}, r"\|"),
         ({"regions": {"whole": [1, 3]}}, "whole.* labels 1 to 2"),
         ({"classes": [f"c{i}" for i in range(256)]}, "at most 255"),
         ({"regions": {"whole": []}}, "whole.* labels 1 to 2"),

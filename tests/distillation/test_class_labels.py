@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from toy_problem import GATES, LOSS_GATES, ToyStudent, generator, make_batch, make_distiller, spec, student_gradient
 
+from amkd_monai.data.augment import Augmentation, warp
 from amkd_monai.distillation import SampleTable, losses
 
 CLASSES = 3
@@ -128,7 +129,69 @@ def test_a_contrast_is_never_of_the_own_class():
 
 
 def test_masks_and_classes_are_not_mixed_up():
-    with pytest.raises(ValueError, match="the labels are masks"):
+    with pytest.raises(ValueError, match="one class per image"):
         losses.task_loss(torch.zeros(2, 3), torch.zeros((2, 1, 4, 4), dtype=torch.long))
-    with pytest.raises(ValueError, match="the labels are one class per image"):
+    with pytest.raises(ValueError, match="masks"):
         losses.task_loss(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="several findings"):
+        losses.task_loss(torch.zeros(2, 2, 5), torch.zeros(2, dtype=torch.long))
+
+
+FINDINGS = 5
+OF_FINDINGS = [spec("a", logits=(2, FINDINGS, 1)), spec("b", grid=(5, 3, 3), logits=(2, FINDINGS, 1), mean_error=1.0)]
+
+
+class ToyFindingStudent(ToyStudent):
+    def __init__(self, seed=0):
+        super().__init__(seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.head = nn.Linear(10, FINDINGS)
+
+    def decode(self, levels, size):
+        present = self.head(levels[2].mean((2, 3)))
+        return torch.stack([torch.zeros_like(present), present], 1)
+
+
+def findings_of(**options):
+    batch = make_batch(
+        OF_FINDINGS, 4, label=torch.zeros((4, 1, 64, 64), dtype=torch.long), has_label=[True, False, True, True]
+    )
+    batch.label, batch.index = torch.randint(2, (4, FINDINGS), generator=generator(5)), torch.arange(4)
+    return batch, distiller_of(specs=OF_FINDINGS, student=ToyFindingStudent(), **options)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_findings_are_learned_and_distilled_one_by_one_under_each_gate(gate):
+    chosen = {name: weight for name, weight in LOSSES.items() if name != "standardised"}
+    batch, distiller = findings_of(gate=gate, losses=chosen, kd_temperature={"start": 2.0, "end": 2.0})
+    out, known = distiller(batch), batch.has_label
+    assert set(chosen) <= set(out.losses) and all(weights.shape == (4, 2) for weights in out.teacher_weights.values())
+    logit = out.logits[:, 1]
+    task = F.binary_cross_entropy_with_logits(logit[known], batch.label[known].float(), reduction="none").mean(1)
+    torch.testing.assert_close(out.losses["task"], task)
+    expected = torch.zeros(4)
+    for k, teacher in enumerate(OF_FINDINGS):
+        given = batch.teachers[teacher.name]["logits"][..., 0]
+        p, q = torch.sigmoid((given[:, 1] - given[:, 0]) / 2), torch.sigmoid(logit / 2)
+        divergence = 4 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean(1)
+        expected = expected + out.teacher_weights["output"][:, k] * divergence
+    torch.testing.assert_close(out.losses["output"], expected)
+    out.total.backward()
+    assert student_gradient(distiller).abs().sum() > 0
+
+
+def test_a_gate_trusts_the_teacher_that_knows_the_findings_and_no_finding_is_moved_by_geometry():
+    batch, distiller = findings_of(gate="reliability", losses={"output": 1.0})
+    right = 4 * F.one_hot(batch.label, 2).float().movedim(-1, 1)[..., None]
+    batch.teachers["a"]["logits"], batch.teachers["b"]["logits"] = right, -right
+    weights = distiller(batch).teacher_weights["output"][batch.has_label]
+    assert (weights[:, 0] > 0.8).all() and (weights[:, 1] < 0.1).all()
+    augmentation = Augmentation(rotation=3.0, shift=0.3, flip_height=True, cutmix=1.0)
+    theta = augmentation.sample(4, (64, 64), generator(0))
+    assert torch.equal(warp(right, theta), right)
+    mixture = augmentation.mixture(batch.has_label, (64, 64), generator(1), torch.device("cpu"))
+    mixed = mixture.logits(right).softmax(1)
+    wanted = torch.lerp(right.softmax(1), right[mixture.partner].softmax(1), mixture.share)
+    torch.testing.assert_close(mixed, wanted, atol=1e-3, rtol=0)
+    assert mixture.labels(batch.label)[2] == mixture.share

@@ -187,11 +187,12 @@ def test_class_weights_and_balance_come_from_the_labelled_samples(data):
 
     class Skewed:
         classes, has_label, num_classes = np.array([0] * 8 + [1] * 2 + [-1]), np.array([True] * 10 + [False]), 2
+        findings = 0
 
     weights = Recipe(class_weighting=1.0).class_weights(Skewed())
     assert weights.tolist() == pytest.approx([0.625, 2.5]) and float((weights * torch.tensor([8, 2])).sum()) == 10
     Skewed.classes = None
-    with pytest.raises(ValueError, match="labels are masks"):
+    with pytest.raises(ValueError, match="one class per image"):
         Recipe(class_weighting=1.0).class_weights(Skewed())
 
 

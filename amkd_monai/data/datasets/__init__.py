@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from amkd_monai.data import phantoms
-from amkd_monai.data.datasets.described import Described
+from amkd_monai.data.datasets.described import Described, named
 from amkd_monai.data.datasets.layout import Layout
 from amkd_monai.data.splits import NEAR, Item
 from amkd_monai.files.names import read_text
 from amkd_monai.storage import atomic_folder
 
 PHANTOM_MARKER = "PHANTOM.txt"
-KINDS = ("segmentation", "classification")
+KINDS = ("segmentation", "classification", "multilabel")
 MOST_CLASSES = 255  # labels are bytes, of which the last means that there is no label
+MOST_FINDINGS = 62  # they are the bits of a number
 
 
 def is_phantom(folder: str | Path) -> bool:
@@ -51,7 +52,8 @@ class Task:
         modality: how the images were made.
         folder: the folder name the data set has when it is unpacked as published.
         prompts: one text prompt for each of `classes[1:]`.
-        kind: what is predicted; "segmentation" is one class index per pixel or voxel, "classification" one per image.
+        kind: what is predicted; "segmentation" is one class index per pixel or voxel, "classification" one per image,
+            "multilabel" whether each of `classes`, the findings, is there, as the bits of a number per image.
         dimensions: spatial dimensions of an image, 2 or 3.
         primary_metric: the metric that selects the best checkpoint.
         nsd_tolerance: tolerance of the normalised surface distance, in `unit` (segmentation); or one for each class of
@@ -105,9 +107,11 @@ class Task:
 
     def __post_init__(self) -> None:
         scored, labels = [*self.classes[1:], *self.regions], range(1, len(self.classes))
+        if self.has_findings and any("|" in name for name in self.classes):
+            raise ValueError(f"The task '{self.name}' has findings with | in their names: write others.")
         wrong = [name for name, of in self.regions.items() if not of or isinstance(of, str) or not {*of} <= {*labels}]
-        if len(self.classes) > MOST_CLASSES:
-            raise ValueError(f"The task '{self.name}' has {len(self.classes)} classes: give at most {MOST_CLASSES}.")
+        if len(self.classes) > (most := MOST_FINDINGS if self.has_findings else MOST_CLASSES):
+            raise ValueError(f"The task '{self.name}' has {len(self.classes)} classes: give at most {most}.")
         if wrong or len(set(scored)) < len(scored):
             wanted = f"a name of its own and some of the labels 1 to {len(labels)}"
             raise ValueError(f"The task '{self.name}' has the regions {dict(self.regions)}: give each {wanted}.")
@@ -129,8 +133,27 @@ class Task:
 
     @property
     def is_classification(self) -> bool:
-        """Whether an image has one class."""
-        return self.kind == "classification"
+        """Whether labels are about whole images: one class, or findings."""
+        return self.kind != KINDS[0]
+
+    @property
+    def has_findings(self) -> bool:
+        """Whether an image has any number of the classes."""
+        return self.kind == "multilabel"
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """What is told apart at each place, by the channels of logits."""
+        return ("absent", "present") if self.has_findings else self.classes
+
+    @property
+    def per_image(self) -> int:
+        """Answers about a whole image: 1 class, or the number of findings; 0 of masks."""
+        return len(self.classes) if self.has_findings else int(self.is_classification)
+
+    def text_of(self, label: int) -> str:
+        """Return the name of an image's class, or those of its findings joined by "|"."""
+        return Described(classes=self.classes, kind=self.kind).text_of(label)
 
     @property
     def unit(self) -> str:
@@ -490,12 +513,12 @@ def _described(content: Any, where: str, base: Path) -> Task:
     if len(values["prompts"]) != len(classes) - 1:
         raise refuse(f"has {len(values['prompts'])} prompts for {len(classes) - 1} classes after the first")
     kind, dimensions = values.get("kind", KINDS[0]), values.get("dimensions", 2)
-    if kind == "multilabel":
-        raise refuse("asks for several findings per picture (multilabel): describe one task of two classes per finding")
     if kind not in KINDS or dimensions not in (2, 3) or (kind != KINDS[0] and dimensions == 3):
         raise refuse(f"has the kind {kind!r} in {dimensions!r} dimensions, not one of {', '.join(KINDS)} in 2")
     if kind != KINDS[0]:
         values.setdefault("primary_metric", "macro_auroc")
+        if len({named(c) for c in classes}) < len(classes):
+            raise refuse(f"has the classes {classes!r}, which must differ in more than case and signs")
     options = content.get("layout", {})
     of_the_task = {"title", "classes", "kind", "volumes", "channels", "validation_fraction", "expected", "predict_in"}
     known = {f.name for f in fields(Described)} - of_the_task

@@ -42,12 +42,20 @@ SECTIONS = {
 }
 """Names of folders, and of lists and cells in datalists and tables, by section; the case does not matter."""
 COLUMNS = {
-    "image": ("image", "path", "file", "filename", "image_path", "image_id", "id_code", "id"),
-    "label": ("label", "class", "diagnosis", "target", "mask", "mask_path", "segmentation", "label_path"),
-    "group": ("group", "patient", "patient_id", "subject", "subject_id", "case_id"),
+    "image": ("image", "path", "file", "filename", "image_path", "image_id", "image index", "id_code", "id"),
+    "label": (
+        *("label", "class", "diagnosis", "target", "mask", "mask_path", "segmentation", "label_path"),
+        *("findings", "finding labels"),
+    ),
+    "group": ("group", "patient", "patient_id", "patient id", "subject", "subject_id", "case_id"),
     "section": ("section", "split", "set", "subset"),
 }
 """Columns of a table by the names they usually have, the image's first."""
+
+NO_FINDING, NO_FINDINGS = "none", ("none", "nofinding", "nofindings")
+"""A label of an image without findings, and ways to write it."""
+BINARY = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
+"""Cells that say whether something is there."""
 
 Table = tuple[dict[str, str], Path, Path | None]
 """Section, table, and the folder of its images where it has one."""
@@ -77,7 +85,7 @@ class Described(Layout):
         mask_ending: what the names of masks end with before the suffix, such as ``_mask``.
         file: the datalist or the table.
         columns: names of the table's columns by "image", "label", "group", "section"; several of "label" hold 1 for the
-            class of their place, from 1 on, and 0 otherwise.
+            class of their place, from 1 on, and 0 otherwise; of findings one each, with 1 and 0.
         aliases: further names of classes.
         channels: files that make an image, in the order in which nnU-Net numbers or a datalist lists them.
         groups: regular expression of which the first group, in an image's id, is the item's group.
@@ -167,8 +175,8 @@ class Described(Layout):
             raise ValueError("duplicate_distance compares pictures, not volumes: leave it out.")
         else:
             grouped = splits.group_near_duplicates(usable, distance, cache_dir)
-        if not self.masks:
-            report_conflicts(grouped, self.classes)
+        if not self.masks and all(item["group"] == item["id"] for item in usable):
+            report_conflicts(grouped, self.text_of)
         others = [item for item in items if "problem" in item]
         return sorted([*grouped, *others], key=lambda item: natural(item["id"]))
 
@@ -300,13 +308,27 @@ class Described(Layout):
 
     def class_of(self, label: object) -> int | None:
         """Return the class of a label in a table, datalist or folder name, by name or else by value; None without."""
-        names = {_plain(name): number for number, name in enumerate(self.classes)}
-        names |= {_plain(alias): names[_plain(name)] for alias, name in self.aliases.items()}
-        text = _plain(str(label).strip().removesuffix(".0"))
+        names = {named(name): number for number, name in enumerate(self.classes)}
+        names |= {named(alias): names[named(name)] for alias, name in self.aliases.items()}
+        text = named(str(label).strip().removesuffix(".0"))
         number = names.get(text)
         if number is None and text.isdecimal() and int(text) < len(self.classes) and not any(map(str.isdecimal, names)):
             number = int(text)
         return number
+
+    def text_of(self, label: int) -> str:
+        """Return the name of an image's class, or those of its findings joined by "|"."""
+        if self.kind == "classification":
+            return self.classes[label]
+        return "|".join(name for number, name in enumerate(self.classes) if label >> number & 1) or NO_FINDING
+
+    def findings_of(self, label: object) -> int | None:
+        """Return the number whose bits are the findings of a label, names joined by "|" or "none"; None for others."""
+        parts = str(label).split("|")
+        if named(str(label)) in NO_FINDINGS:
+            return 0
+        numbers = [self.class_of(part) for part in parts]
+        return None if None in numbers else sum({1 << number for number in numbers if number is not None})
 
     def _of_channels(self, item: Item) -> Item:
         """Return an item to predict, of a volume with what is wrong; a picture of other channels is a ValueError."""
@@ -340,10 +362,11 @@ class Described(Layout):
             return item
         if gone := [file for file in files if not (Path.exists if file in images else Path.is_file)(Path(file))]:
             return {**item, "problem": f"{gone[0]} is not there: correct its path or remove its case."}
-        if self.kind == "classification":
-            if (label := self.class_of(item["label"])) is None:
-                names = ", ".join(self.classes)
-                return {**item, "problem": f"{images[0]} has the label {item['label']!r}: use one of {names}."}
+        if not self.masks:
+            several = self.kind == "multilabel"
+            if (label := (self.findings_of if several else self.class_of)(item["label"])) is None:
+                names = f"{'some, joined by |, or none,' if several else 'one'} of {', '.join(self.classes)}"
+                return {**item, "problem": f"{images[0]} has the label {item['label']!r}: use {names}."}
             item["label"] = label
         return checked(item, self.volumes, self.channels)
 
@@ -453,7 +476,9 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
             named.add(image.name)
             label = of["label"] if "label" in of else _single(layout, [row[name] for name in columns["label"]])
             if not label:
-                several = f"not 1 for one of {', '.join(columns['label'])} at most, else 0"
+                listed = ", ".join(columns["label"])
+                one = f"not 1 for one of {listed} at most, else 0"
+                several = f"not 0 or 1 for each of {listed}" if layout.kind == "multilabel" else one
                 cells = "no label" if "label" in of else several
                 yield {**item, "problem": f"{table} gives '{of['image']}' {cells}: complete or remove the line."}
                 continue
@@ -469,8 +494,11 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
 
 
 def _single(layout: Described, cells: Sequence[str]) -> str:
-    """The class whose cell is 1, the first class where none is; "" for other cells, or several."""
-    values = [{"0": 0, "0.0": 0, "1": 1, "1.0": 1}.get(cell) for cell in cells]
+    """The class whose cell is 1, the first class where none is; "" for other cells, or several. Or the findings."""
+    values = [BINARY.get(cell) for cell in cells]
+    if layout.kind == "multilabel":
+        present = [name for name, value in zip(layout.classes, values, strict=True) if value]
+        return "" if None in values else "|".join(present) or NO_FINDING
     if None in values or values.count(1) > 1:
         return ""
     return layout.classes[1 + values.index(1) if 1 in values else 0]
@@ -616,5 +644,6 @@ def _found(root: Path, name: str, folders: Sequence[str]) -> Path:
     return next(there, root / folders[0] / name)
 
 
-def _plain(name: str) -> str:
+def named(name: str) -> str:
+    """Return a name as labels are compared: lower case, without signs."""
     return "".join(c for c in name.lower() if c.isalnum()) or name

@@ -136,12 +136,12 @@ def checked(item: Item, volumes: bool = False, channels: int = 1) -> Item:
     return item
 
 
-def report_conflicts(items: Iterable[Item], classes: Sequence[str]) -> None:
+def report_conflicts(items: Iterable[Item], name_of: Callable[[int], str]) -> None:
     """Warn of identical images with different classes; they stay, in one group."""
     members: defaultdict[str, list[Item]] = defaultdict(list)
     for item in items:
         members[item["group"]].append(item)
     groups = [group for group in members.values() if len({item["label"] for item in group}) > 1]
-    listed = "; ".join(", ".join(f"{item['id']} ({classes[item['label']]})" for item in group) for group in groups)
+    listed = "; ".join(", ".join(f"{item['id']} ({name_of(item['label'])})" for item in group) for group in groups)
     if groups:
         logger.warning("%d group(s) of identical images have conflicting labels: %s.", len(groups), listed)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import UNLABELLED
 from amkd_monai.distillation import Batch
+from amkd_monai.distillation.losses import label_map
 from amkd_monai.engines.handlers.checkpoints import Handler
 from amkd_monai.engines.handlers.reports import identify
 from amkd_monai.metrics.summary import TEACHERS, preview_file
@@ -30,8 +31,8 @@ class CasePreviews(Handler):
     """Write ``previews/<case>.npz`` for each case of an evaluation.
 
     Masks: see :func:`amkd_monai.report.previews.mask_preview`. Classes: ``image`` (1, h, w, 3) and
-    ``cam`` (1, h, w) uint8, the Grad-CAM of the predicted class (Selvaraju et al., ICCV 2017), where the student is
-    given. Attach to the evaluator that gets the case report.
+    ``cam`` (1, h, w) uint8, the Grad-CAM of the predicted class or of all findings (Selvaraju et al., ICCV 2017), where
+    the student is given. Attach to the evaluator that gets the case report.
     """
 
     def __init__(self, task: str, output_dir: str | Path, student: nn.Module | None = None) -> None:
@@ -58,7 +59,7 @@ class CasePreviews(Handler):
                 modules = dict(self.student.named_modules())
                 layer = next(n for n in (f"encoder.{name}", f"encoder.{name.replace('.', '_')}") if n in modules)
                 self.camera = GradCAM(copy.deepcopy(self.student).eval(), layer)
-            predicted = int(torch.as_tensor(item[CommonKeys.PRED]).argmax())
+            predicted = 1 if self.task.has_findings else int(torch.as_tensor(item[CommonKeys.PRED]).argmax())
             with torch.enable_grad():
                 heat = self.camera(image[None].to(next(self.student.parameters()).device), class_idx=predicted)
             arrays["cam"] = small((heat[0].detach().cpu().numpy() * 255).astype(np.uint8))
@@ -101,7 +102,7 @@ class TeacherPictures(Handler):
         with eval_mode(distiller):
             logits, answers, weights = distiller.teacher_maps(batch)
         classes = label if label.ndim == 1 else None
-        shown = label[:, 0] if classes is None else torch.ones_like(label[:, None, None])
+        shown = label_map(label if classes is None else torch.ones_like(label))[:, 0]
         shown = shown.masked_fill(shown == UNLABELLED, 0).byte().cpu().numpy()
         seen = np.stack([dataset.shown(i) for i in indices]).transpose(0, 2, 3, 1)
         arrays = {"image": seen, "label": shown, "student": _shown(logits, classes)}

@@ -35,7 +35,8 @@ class CaseReport(Handler):
 
     Attach it to an evaluator whose output is, after decollating and postprocessing, a list of dicts with ``pred`` and
     ``label``. Masks: label maps of shape (1, H, W) or (1, H, W, D) of the size the image has on disk (``Invertd``
-    undoes resizing, ``AsDiscreted(argmax=True)`` makes the map). Classes: probabilities (C,) and a class.
+    undoes resizing, ``AsDiscreted(argmax=True)`` makes the map). Classes: probabilities (C,) and a class; of
+    findings (2, F) and the number whose bits they are.
 
     ``per_case.csv`` gets the rows of :py:func:`~amkd_monai.metrics.segmentation.case_metrics` or
     :py:func:`~amkd_monai.metrics.classification.class_row`, with the ``id`` first (of the batch item, or else the name
@@ -129,7 +130,9 @@ def _voxel_size(pred: Tensor, label: Tensor) -> list[float]:
 
 
 def _probabilities(pred: Any) -> np.ndarray:
-    return np.asarray(torch.as_tensor(pred).detach().cpu(), dtype=float)
+    """Probabilities (C,) of classes, or (F,) of findings of those of absence and presence (2, F)."""
+    found = np.asarray(torch.as_tensor(pred).detach().cpu(), dtype=float)
+    return found[1] if found.ndim == 2 else found
 
 
 class ClassPredictions(CaseReport):
@@ -137,7 +140,7 @@ class ClassPredictions(CaseReport):
 
     def _rows(self, item: Mapping[str, Any], case: str) -> list[Row]:
         row = class_row(self.task, case, None, _probabilities(item[CommonKeys.PRED]))
-        return [{"id": case, "class": self.task.classes[row["prediction"]], **row}]
+        return [{"id": case, "class": self.task.text_of(row["prediction"]), **row}]
 
     def _completed(self, engine: Engine) -> None:
         rows = self._gathered()
@@ -155,13 +158,21 @@ class ClassScore(EpochMetric):
         def compute(pred: Tensor, label: Tensor) -> float:
             return metric(label.numpy().astype(int), pred.numpy().astype(float))
 
-        super().__init__(compute, output_transform=_stack, check_compute_fn=False)
+        super().__init__(compute, output_transform=_numbered, check_compute_fn=False)
+
+
+def _numbered(output: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Probabilities (B, C) and classes (B,), or of findings (B, F) and the numbers whose bits they are."""
+    pred, label = _stack(output)
+    return (pred, label) if pred.ndim == 2 else (pred[:, 1], label @ (1 << torch.arange(label.shape[1])))
 
 
 def _stack(output: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Probabilities (B, C) and classes (B,) of decollated items."""
+    """Probabilities (B, C) and classes (B,), or of findings (B, 2, F) and labels (B, F), of decollated items."""
     pred = torch.stack([torch.as_tensor(item[CommonKeys.PRED]).float().cpu() for item in output])
-    label = torch.stack([torch.as_tensor(item[CommonKeys.LABEL]).long().cpu().reshape(()) for item in output])
+    label = torch.stack([torch.as_tensor(item[CommonKeys.LABEL]).long().cpu().squeeze() for item in output])
+    if pred.ndim == 3 and label.ndim == 1:  # numbers whose bits are the findings
+        label = label[:, None] >> torch.arange(pred.shape[2]) & 1
     return pred.as_subclass(Tensor), label.as_subclass(Tensor)
 
 
@@ -186,7 +197,7 @@ class FitTemperature(Handler):
         p, label = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
         logits = p.clamp_min(1e-12).log()  # logits up to a constant per case
         with torch.enable_grad():
-            fitted = calibration_temperature(logits, F.one_hot(label, p.shape[1]).float())
+            fitted = calibration_temperature(logits, F.one_hot(label, p.shape[1]).movedim(-1, 1).float())
         self.student.temperature.fill_(fitted)
         engine.state.metrics["temperature"] = fitted
 
