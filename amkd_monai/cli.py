@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--model", required=True, help="folder written by export")
     predict.add_argument("--output", required=True, help="folder for the predictions")
     predict.add_argument("--dicom-seg", action="store_true", help="also write a DICOM segmentation of a DICOM series")
+    predict.add_argument("--dicom-captures", action="store_true", help="also write overlays of its slices as captures")
     predict.add_argument("--int8", action="store_true", help="use the 8-bit network")
     predict.add_argument("--threads", type=_positive, help="threads of ONNX Runtime (default: ONNX Runtime chooses)")
 
@@ -311,7 +312,7 @@ def _push(arguments: argparse.Namespace) -> None:
 def _predict(arguments: argparse.Namespace) -> int:
     from amkd_monai.export.predict import predict
 
-    how = arguments.int8, arguments.threads, arguments.dicom_seg
+    how = arguments.int8, arguments.threads, arguments.dicom_seg, arguments.dicom_captures
     return predict(arguments.model, arguments.input, arguments.output, *how)
 
 

@@ -21,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 
 from amkd_monai import __version__
 from amkd_monai.data.datasets import Task
+from amkd_monai.data.splits import Item
 from amkd_monai.errors import root_cause
 from amkd_monai.export import formats
 from amkd_monai.export.hub import write_hub
@@ -119,6 +120,7 @@ def export_bundle(
                 write_page(folder, web_runtime)
             except ValueError as error:
                 facts["left_out"].append(f"{formats.PAGE} is left out: {error}")
+                atomic_write_json(folder / "docs" / "export.json", facts)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         lines = [f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
         (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
@@ -137,12 +139,7 @@ def _write_models(
     torch.save(source.state, folder / "model.pt")
     rows = [_measure("eager", run, folder / "model.pt", None, cases, expected, source.task)]
     calibration = spread(source.data.train, most_calibration) if any(map(formats.is_int8, names)) else []
-    slices: list[np.ndarray] = []
-    for item in calibration:
-        batch = source.case(item).batch
-        slices += [
-            batch[i : i + 1] for i in np.linspace(0, len(batch) - 1, min(len(batch), CALIBRATION_SLICES), dtype=int)
-        ]
+    slices = calibration_batches(source, calibration)
     image, threads = np.ascontiguousarray(cases[0].batch[:1]), torch.get_num_threads()
     metadata, remarks, left_out = _metadata(source, cases[0].batch.shape), list[str](), list[str]()
     for name in progress(names, desc="export"):
@@ -172,6 +169,13 @@ def _write_models(
     }
     print(align(format_cells(facts)), f"(one image, CPU, threads: {threads})", *remarks, sep="\n")
     return facts
+
+
+def calibration_batches(source: Source, items: Sequence[Item]) -> list[np.ndarray]:
+    """Load what calibrates 8 bits: pictures, or some slices of each volume, (1, 3, H, W)."""
+    batches = [source.case(item).batch for item in items]
+    places = [np.linspace(0, len(b) - 1, min(len(b), CALIBRATION_SLICES), dtype=int) for b in batches]
+    return [batch[i : i + 1] for batch, of_batch in zip(batches, places, strict=True) for i in of_batch]
 
 
 def _probabilities(run: Runner, case: Case) -> np.ndarray:

@@ -104,7 +104,7 @@ def write_page(folder: Path, archive: Path) -> None:
     shutil.copytree(PAGE, page)
     for kind, form in found.items():
         model = folder / predict["models"][form]
-        _write_script(page, f"network_{kind}", model.read_bytes(), planes=4)
+        _write_script(page, f"network_{kind}", _rounded(model) if kind == "float" else model.read_bytes(), planes=4)
         answer = softmax(runner(form, model, 1)(check_image(facts["input_shape"])), 1).ravel()
         places = [i * (answer.size - 1) // (CHECKED - 1) for i in range(CHECKED)]
         check = [round(float(answer[i]), 7) for i in places]
@@ -133,6 +133,19 @@ def check_image(shape: list[int]) -> np.ndarray:
     c, y, x = (np.arange(n, dtype=np.float64) for n in shape)
     waves = 0.5 + 0.25 * np.sin(y[:, None] / 7 + c[:, None, None]) + 0.25 * np.cos(x / 11)
     return waves[None].astype(np.float32)
+
+
+def _rounded(model: Path) -> bytes:
+    """Return an ONNX network whose weights have 20 of 24 bits, which compress by a tenth of the file."""
+    import onnx
+
+    network = onnx.load(model)
+    for tensor in network.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            bits = onnx.numpy_helper.to_array(tensor).view(np.uint32)
+            rounded = (bits + np.uint32(8)) & np.uint32(0xFFFFFFF0)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(rounded.view(np.float32), tensor.name))
+    return bytes(network.SerializeToString())
 
 
 def _member(stored: tarfile.TarFile, name: str) -> bytes:

@@ -3,6 +3,7 @@
 import csv
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from amkd_monai.export.runners import runner
 from amkd_monai.files import names
 from amkd_monai.files.cases import read_case
 from amkd_monai.files.dicom import Slice, find_series, read_series
-from amkd_monai.files.dicom_seg import write_segmentation
+from amkd_monai.files.dicom_seg import write_captures, write_segmentation
 from amkd_monai.files.pictures import (
     class_colours,
     contrasting,
@@ -47,6 +48,7 @@ def predict(
     int8: bool = False,
     threads: int | None = None,
     dicom_seg: bool = False,
+    dicom_captures: bool = False,
 ) -> int:
     """Predict an image or a folder; a file that cannot be read is reported, the rest goes on, and 1 is returned.
 
@@ -57,18 +59,19 @@ def predict(
         int8: use the network of 8 bits.
         threads: of ONNX Runtime; None leaves it to choose.
         dicom_seg: write the mask of a DICOM series as DICOM segmentation, too.
+        dicom_captures: write overlays of all its slices as secondary captures, too.
     """
     predictor = Predictor(names.expanded(model), int8, threads)
     images = predictor.images(source)
-    if dicom_seg and not any(image.slices for image in images):
-        raise ValueError(f"{source} holds no DICOM series, of which --dicom-seg is made: leave it out.")
+    if (dicom_seg or dicom_captures) and not any(image.slices for image in images):
+        raise ValueError(f"{source} holds no DICOM series, of which DICOM answers are made: leave out their options.")
     folder = names.expanded(output)
     folder.mkdir(parents=True, exist_ok=True)
     refused: tuple[type[Exception], ...] = (ValueError, OSError, MemoryError, *refusals())
     rows, failed = [], 0
     for image in progress(images, desc="predict"):
         try:
-            if row := _predict_one(predictor, image, folder, dicom_seg):
+            if row := _predict_one(predictor, image, folder, dicom_seg, dicom_captures):
                 rows.append(row)
         except refused as error:
             failed += 1
@@ -238,18 +241,21 @@ def refusals() -> tuple[type[Exception], ...]:
     return tuple(getattr(state, kind) for kind in (*kinds, "RuntimeException"))
 
 
-def _predict_one(predictor: Predictor, image: Input, folder: Path, dicom_seg: bool) -> list[str]:
+def _predict_one(predictor: Predictor, image: Input, folder: Path, dicom_seg: bool, dicom_captures: bool) -> list[str]:
     """Write the files of one answer; return the row of ``predictions.csv``, empty for masks."""
     overlay, classes = names.file_of(folder, f"{image.id}_overlay.png"), predictor.config["classes"]
     array, grid = predictor.read(image)
     if grid is not None:
         mask = predictor.mask(array, grid)
         write_mask_volume(names.file_of(folder, f"{image.id}_mask.nii.gz"), mask, grid)
-        if dicom_seg and image.slices:
-            series = [item.file for item in image.slices]
+        levels, series = grey_levels(array[0]), [item.file for item in image.slices]
+        if dicom_seg and series:
             write_segmentation(names.file_of(folder, f"{image.id}_mask.dcm"), mask, grid, series, classes)
-        grey, outline = (np.rot90(plane) for plane in middle_slice(grey_levels(array[0]), mask))
-        write_overlay(overlay, np.repeat(grey[..., None], 3, -1), outline, classes)
+        if dicom_captures and series:
+            draw = partial(drawn_overlay, classes=classes)
+            write_captures(names.file_of(folder, f"{image.id}_captures"), mask, levels, grid, series, draw)
+        grey, outline = (np.rot90(plane) for plane in middle_slice(levels, mask))
+        write_png(overlay, drawn_overlay(grey, outline, classes))
         return []
     picture = (array[[0, 0, 0]] if image.channels else array).transpose(1, 2, 0).astype(np.uint8)
     if predictor.config["kind"] != "segmentation":
@@ -259,16 +265,17 @@ def _predict_one(predictor: Predictor, image: Input, folder: Path, dicom_seg: bo
         return [image.id, found, *(f"{v:.6f}" for v in answer)]
     mask = predictor.mask(array)
     write_mask(names.file_of(folder, f"{image.id}_mask.png"), mask, len(classes))
-    write_overlay(overlay, picture, mask, classes)
+    write_png(overlay, drawn_overlay(picture, mask, classes))
     return []
 
 
-def write_overlay(path: Path, image: np.ndarray, mask: np.ndarray, classes: Sequence[str]) -> None:
-    """Write an image (H, W, 3), uint8, with its mask (H, W) tinted and outlined.
+def drawn_overlay(image: np.ndarray, mask: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """Draw an image (H, W, 3) or (H, W), uint8, with its mask (H, W) tinted and outlined, (h, W, 3) uint8.
 
     A single class has the colour that differs most from the image around it; of several, each has its own, and a legend
     stands below.
     """
+    image = image if image.ndim == 3 else np.repeat(image[..., None], 3, -1)
     rows, columns = np.flatnonzero((mask > 0).any(1)), np.flatnonzero((mask > 0).any(0))
     near = (
         image[max(0, rows[0] - 16) : rows[-1] + 16, max(0, columns[0] - 16) : columns[-1] + 16] if mask.any() else image
@@ -277,7 +284,7 @@ def write_overlay(path: Path, image: np.ndarray, mask: np.ndarray, classes: Sequ
     opacity = OPACITY * (mask > 0)[..., None]
     picture = (image * (1 - opacity) + colours[mask.astype(int) - 1] * opacity).round().astype(np.uint8)
     picture = outlined(picture, [(mask == label, colours[label - 1]) for label in np.unique(mask[mask > 0])])
-    write_png(path, picture if len(classes) == 2 else np.concatenate([picture, legend(classes[1:], picture.shape[1])]))
+    return picture if len(classes) == 2 else np.concatenate([picture, legend(classes[1:], picture.shape[1])])
 
 
 def legend(names: Sequence[str], width: int) -> np.ndarray:

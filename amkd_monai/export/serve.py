@@ -90,7 +90,8 @@ def application(model: str | Path, int8: bool, threads: int | None, limit: int, 
     if (channels := predictor.config.get("channels", 1)) > 1 and predictor.config["dimensions"] == 2:
         raise ValueError(f"{folder} takes {channels} files an image, a request holds one: use `predict`.")
     config, turn = predictor.config, threading.Semaphore(2)  # a third answer at a time would only take memory
-    app = FastAPI(title=f"Student {config['task']}: research only, not for clinical use", version=__version__)
+    title = f"Student {config['task']}: research only, not for clinical use"
+    app = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None)  # their pages load from a CDN
     app.add_middleware(Guarded, limit=limit)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 
@@ -122,9 +123,11 @@ def application(model: str | Path, int8: bool, threads: int | None, limit: int, 
                     sentence = sentence.replace(path, "The file")
                 raise HTTPException(422, sentence) from error
 
+    home = "/openapi.json"
     if (folder / "web" / "index.html").is_file():
         app.mount("/page", StaticFiles(directory=folder / "web", html=True))
-        app.add_api_route("/", lambda: RedirectResponse("/page/"), include_in_schema=False)
+        home = "/page/"
+    app.add_api_route("/", lambda: RedirectResponse(home), include_in_schema=False)
     return app
 
 

@@ -1,13 +1,13 @@
-"""DICOM segmentation: a mask in the geometry of the series that it was made from, with references to its slices."""
+"""DICOM made of a series: a mask as segmentation, and pictures of its slices as secondary captures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from amkd_monai.files.volumes import Grid
-from amkd_monai.storage import atomic_path
+from amkd_monai.storage import atomic_folder, atomic_path
 
 MORPHOLOGY = ("49755003", "SCT", "Morphologically Abnormal Structure")
 CODES = {
@@ -43,21 +43,13 @@ def write_segmentation(
     Raises:
         ValueError: a slice lacks what a segmentation refers to, or highdicom is not installed.
     """
-    try:
-        import highdicom
-        from pydicom import dcmread
-        from pydicom.sr.codedict import codes
-    except ImportError as error:
-        raise ValueError("A DICOM segmentation needs highdicom: run `pip install 'amkd_monai[dicom]'`.") from error
+    slices = _headers(series)
+    import highdicom
+    from pydicom.sr.codedict import codes
+
     from amkd_monai import __version__
 
-    slices = [dcmread(file, stop_before_pixels=True) for file in series]
-    for item, file in zip(slices, series, strict=True):
-        if missing := [name for name in NEEDED if not item.get(name)]:
-            raise ValueError(f"{file} lacks {missing[0]}, which a DICOM segmentation refers to: leave out --dicom-seg.")
-        for name in EMPTY:
-            if name not in item:
-                setattr(item, name, "")
+    for item in slices:
         if not item.get("SliceThickness"):
             item.SliceThickness = f"{grid.spacing[2]:.6g}"
     planes = np.stack([_plane(mask, grid, item) for item in slices])
@@ -96,8 +88,80 @@ def write_segmentation(
         result.save_as(temporary)
 
 
+def write_captures(
+    folder: Path,
+    mask: np.ndarray,
+    levels: np.ndarray,
+    grid: Grid,
+    series: Sequence[Path],
+    draw: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> None:
+    """Write a new series of secondary captures, a picture of each slice of a series with its mask, into a folder.
+
+    Args:
+        folder: to make, or to replace.
+        mask: class indices (X, Y, Z) on ``grid``.
+        levels: grey levels 0 to 255 of the series on ``grid``.
+        grid: of the series, as it was read.
+        series: files of its slices.
+        draw: makes a picture (rows, columns, 3), uint8, of levels and mask (rows, columns).
+
+    Raises:
+        ValueError: a slice lacks what a capture refers to, or highdicom is not installed.
+    """
+    slices = _headers(series)
+    import highdicom
+    from pydicom import Dataset
+
+    def towards(direction: np.ndarray) -> str:
+        axis = np.abs(direction).argmax()
+        return ("RAF", "LPH")[int(direction[axis] > 0)][axis]
+
+    uid = highdicom.UID()
+    with atomic_folder(folder, replace=True) as temporary:
+        for number, item in enumerate(slices, 1):
+            across, down = np.array(item.ImageOrientationPatient, float).reshape(2, 3)
+            result = highdicom.sc.SCImage.from_ref_dataset(
+                item,
+                draw(*(_plane(array, grid, item) for array in (levels, mask))),
+                photometric_interpretation="RGB",
+                bits_allocated=8,
+                coordinate_system="PATIENT",
+                series_instance_uid=uid,
+                series_number=2000 + int(slices[0].get("SeriesNumber") or 0),
+                sop_instance_uid=highdicom.UID(),
+                instance_number=number,
+                manufacturer="amkd_monai",
+                pixel_spacing=tuple(item.PixelSpacing),
+                patient_orientation=(towards(across), towards(down)),
+            )
+            result.SeriesDescription = "Overlay of a prediction, not for clinical use"
+            result.SourceImageSequence = [Dataset()]
+            for name in ("ReferencedSOPClassUID", "ReferencedSOPInstanceUID"):
+                setattr(result.SourceImageSequence[0], name, item[name.removeprefix("Referenced")].value)
+            result.save_as(temporary / f"{number:04d}.dcm")
+
+
+def _headers(series: Sequence[Path]) -> list[Any]:
+    """Read the slices without their pixels; what may be empty is there."""
+    try:
+        import highdicom  # noqa: F401
+        from pydicom import dcmread
+    except ImportError as error:
+        raise ValueError("DICOM answers need highdicom: run `pip install 'amkd_monai[dicom]'`.") from error
+
+    slices = [dcmread(file, stop_before_pixels=True) for file in series]
+    for item, file in zip(slices, series, strict=True):
+        if missing := [name for name in NEEDED if not item.get(name)]:
+            raise ValueError(f"{file} lacks {missing[0]}, which DICOM answers refer to: leave out the DICOM options.")
+        for name in EMPTY:
+            if name not in item:
+                setattr(item, name, "")
+    return slices
+
+
 def _plane(mask: np.ndarray, grid: Grid, item: Any) -> np.ndarray:
-    """The part of a mask (X, Y, Z) that lies in a slice, (rows, columns)."""
+    """The part of an array (X, Y, Z) that lies in a slice, (rows, columns)."""
     read = {name: np.array(getattr(item, name), float) for name in ("ImagePositionPatient", "ImageOrientationPatient")}
     down, across = (float(v) for v in item.PixelSpacing)
     affine = np.eye(4)  # from (row, column, 0) to mm, left, posterior, superior
@@ -114,6 +178,6 @@ def _plane(mask: np.ndarray, grid: Grid, item: Any) -> np.ndarray:
     voxels = places[..., :3].round().astype(int)
     if np.abs(places[..., :3] - voxels).max() > 0.1 or (voxels < 0).any() or (voxels >= mask.shape).any():
         raise ValueError(
-            f"The slice {item.SOPInstanceUID} does not lie on the grid of its series: leave out --dicom-seg."
+            f"The slice {item.SOPInstanceUID} does not lie on the grid of its series: leave out the DICOM options."
         )
     return mask[tuple(np.moveaxis(voxels, -1, 0))]

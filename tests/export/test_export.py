@@ -11,6 +11,7 @@ import sys
 import jsonschema
 import nibabel as nib
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -232,13 +233,40 @@ def test_openvino_alone_leaves_no_onnx_file(exported, tmp_path):
 def test_a_format_that_fails_is_left_out_and_the_others_are_written(exported, tmp_path, capsys, monkeypatch):
     _, settings = exported("kvasir_seg")
     monkeypatch.setattr("amkd_monai.export.bundle.LARGEST_LOSS", -1.0)  # no 8 bits are good enough
-    arguments = ["--to", str(tmp_path / "x"), "--formats", "onnx,ort-int8", "--cases", "1", "--calibration", "1"]
+    monkeypatch.setattr("amkd_monai.export.page.runtime_archive", lambda given: tmp_path)  # nothing is taken from it
+    arguments = [
+        "--to",
+        str(tmp_path / "x"),
+        "--formats",
+        "ort-int8,openvino,web",
+        "--cases",
+        "1",
+        "--calibration",
+        "1",
+    ]
     assert main(["export", *arguments, *settings]) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ort-int8 is left out: ") and "--accept-loss" in error
-    assert {file.name for file in (tmp_path / "x" / "models").iterdir()} == {"model.pt", "model.ts", "model.onnx"}
-    assert list(read_json(tmp_path / "x" / "configs" / "predict.json")["models"]) == ["onnx"]
-    assert read_json(tmp_path / "x" / "docs" / "export.json")["left_out"] == [error.removeprefix("error: ")]
+    errors = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert errors[0].startswith("error: ort-int8 is left out: ") and "--accept-loss" in errors[0]
+    assert errors[1].startswith("error: web is left out: ")
+    written = {file.name for file in (tmp_path / "x" / "models").iterdir()}
+    assert written == {"model.pt", "model.ts", "model.xml", "model.bin"}
+    assert read_json(tmp_path / "x" / "configs" / "predict.json")["models"] == {}
+    left_out = read_json(tmp_path / "x" / "docs" / "export.json")["left_out"]
+    assert left_out == [error.removeprefix("error: ") for error in errors]
+
+
+def test_sums_of_8_bits_cannot_overflow_on_a_cpu_without_vnni(exported):
+    folder, _ = exported("kvasir_seg")
+    graph = onnx.load(folder / "dist" / "kvasir_seg" / "models" / "model_int8.onnx").graph
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights = [value for value in tensors.values() if value.dtype == np.int8 and value.ndim == 4 and value.shape[1] > 1]
+    assert len(weights) > 30
+    for weight in weights:
+        rows = weight.reshape(len(weight), -1).astype(int)
+        pairs = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2))).reshape(len(rows), -1, 2)
+        for one_sign in (pairs.clip(min=0), pairs.clip(max=0)):
+            assert np.abs(one_sign.sum(2)).max() * 255 < 2**15
+        assert np.abs(rows).max() > 64, "one weight alone may use all 8 bits"
 
 
 def test_a_corrupt_file_is_reported_and_the_rest_goes_on(exported, tmp_path, capsys):
@@ -283,9 +311,10 @@ def test_a_dicom_series_gives_the_mask_of_its_volume(exported, tmp_path):
         writer.SetFileName(str(series / f"{number:02d}.dcm"))
         writer.Execute(image)
     model = str(folder / "dist" / "msd_heart")
-    arguments = ["predict", "--model", model, "--output", str(tmp_path / "out"), "--dicom-seg"]
+    arguments = ["predict", "--model", model, "--output", str(tmp_path / "out"), "--dicom-seg", "--dicom-captures"]
     assert main([*arguments, str(tmp_path / "study")]) == 0
     assert sitk.ReadImage(tmp_path / "out" / "series_mask.dcm").GetSize()[:2] == (36, 40)
+    assert len(list((tmp_path / "out" / "series_captures").iterdir())) == len(voxels)
     assert main([*arguments, str(tmp_path / "out")]) == 1  # no series
     mask = nib.load(tmp_path / "out" / "series_mask.nii.gz")
     assert mask.shape == (36, 40, 12) and mask.header.get_zooms() == pytest.approx((1.5, 1.5, 3.0))

@@ -9,12 +9,11 @@ import sys
 import numpy as np
 import pytest
 from helpers import ROOT
-from PIL import Image
 
 from amkd_monai.__main__ import main
 from amkd_monai.export.bundle import Row, judge
 from amkd_monai.export.formats import check_size, chosen_formats
-from amkd_monai.export.predict import write_overlay
+from amkd_monai.export.predict import drawn_overlay
 from amkd_monai.export.translate import postprocessing, preprocessing
 from amkd_monai.files.pictures import class_colours, contrasting
 
@@ -80,13 +79,12 @@ def test_masks_of_more_than_two_classes_are_saved_as_indices():
     assert "scale" not in postprocessing({**save, "classes": 3}, dimensions=2)[-1]
 
 
-def test_an_overlay_shows_each_class_in_its_colour_and_names_several(tmp_path):
+def test_an_overlay_shows_each_class_in_its_colour_and_names_several():
     image, mask = np.full((40, 64, 3), 100, np.uint8), np.zeros((40, 64), np.uint8)
     mask[5:20, 5:20], mask[25:35, 20:40] = 1, 2
     for classes in (("background", "lesion"), ("background", "lesion", "rim")):
         shown = np.where(mask < len(classes), mask, 0)
-        write_overlay(tmp_path / "overlay.png", image, shown, classes)
-        drawn = np.asarray(Image.open(tmp_path / "overlay.png"))
+        drawn = drawn_overlay(image, shown, classes)
         for label in range(1, len(classes)):
             colour = class_colours(label) if len(classes) > 2 else contrasting(image)[0]
             core = (100 * 0.65 + colour * 0.35).round()

@@ -149,4 +149,7 @@ def test_what_cannot_be_used_is_refused_in_one_sentence_and_serving_goes_on(serv
     assert ask(port, "GET", "/page/../configs/predict.json")[0] == 404
     assert b"NOT FOR CLINICAL USE" in ask(port, "GET", "/model")[1]
     assert b'"/predict"' in ask(port, "GET", "/openapi.json")[1]
+    assert ask(port, "GET", "/")[2]["location"] == "/openapi.json", "this export has no page"
+    for name in ("docs", "redoc"):
+        assert ask(port, "GET", f"/{name}")[0] == 404, "they would load scripts from the internet"
     assert post(port, good)[0] == 200

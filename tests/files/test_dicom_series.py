@@ -9,7 +9,7 @@ import pytest
 from helpers import needs
 
 from amkd_monai.files.dicom import find_series, read_series
-from amkd_monai.files.dicom_seg import write_segmentation
+from amkd_monai.files.dicom_seg import write_captures, write_segmentation
 from amkd_monai.files.volumes import reorder
 
 itk = needs("SimpleITK")
@@ -212,6 +212,30 @@ def test_a_segmentation_lies_on_the_slices_it_was_made_from(direction, tmp_path)
         np.testing.assert_array_equal(frame, (STORED[z] > 300) * 1 + (STORED[z] > 600) == number)
         seen.add((z, number))
     assert len(seen) == 2 * len(STORED)
+
+
+@pytest.mark.parametrize("direction", [AXIAL, (0, 1, 0, 1, 0, 0)])
+def test_captures_are_a_series_of_pictures_of_its_slices(direction, tmp_path):
+    pydicom = needs("pydicom")
+    needs("highdicom")
+    folder = series(tmp_path / "s", direction=direction, tags={"0020|0052": UID + ".9"})
+    (slices,) = find_series(folder)
+    volume, grid = read_series(folder, slices)
+    mask, levels = (volume > 300).astype(np.uint8), (volume // 4).astype(np.uint8)
+    files = [item.file for item in slices]
+    for _ in range(2):  # another answer replaces them
+        write_captures(
+            tmp_path / "c", mask, levels, grid, files, lambda a, b: np.stack([a, 255 * b, 0 * a], -1).astype(np.uint8)
+        )
+    found = [pydicom.dcmread(file) for file in sorted((tmp_path / "c").iterdir())]
+    assert len(found) == len(STORED) and len({item.SeriesInstanceUID for item in found} | {UID + ".1"}) == 2
+    for item in found:
+        assert item.StudyInstanceUID == UID and item.SOPClassUID.name == "Secondary Capture Image Storage"
+        z = int(item.SourceImageSequence[0].ReferencedSOPInstanceUID.rsplit(".", 1)[1]) - 1
+        np.testing.assert_array_equal(item.pixel_array[..., 0], STORED[z] // 4)
+        np.testing.assert_array_equal(item.pixel_array[..., 1] > 0, STORED[z] > 300)
+        assert list(item.PatientOrientation) == (["L", "P"] if direction == AXIAL else ["P", "L"])
+        assert list(item.PixelSpacing) == [1.25, 2.5] and "not for clinical use" in item.SeriesDescription
 
 
 def test_a_segmentation_needs_what_it_refers_to(tmp_path):

@@ -1,10 +1,11 @@
 "use strict";
-/* Pictures and NIfTI volumes as files/pictures.py and files/volumes.py read and write them. PNG is decoded here, because
-   a browser keeps 8 bits of 16 and applies colour profiles; JPEG is stripped of profile and orientation first. */
+/* Pictures and NIfTI volumes as files/pictures.py and files/volumes.py read and write them. PNG is decoded here, for a
+   browser keeps 8 bits of 16 and applies colour profiles; JPEG is stripped of profile and orientation first. */
 
 const MOST_BYTES = 2 ** 30, MOST_PIXELS = 1e8, FULL_SCALES = [255, 4095, 65535];
 const MILLIMETRES = { 0: 1, 1: 1000, 2: 1, 3: 0.001 };
-const AXES_OF_PASSES = [[0, 0, 8, 8], [4, 0, 8, 8], [0, 4, 4, 8], [2, 0, 4, 4], [0, 2, 2, 4], [1, 0, 2, 2], [0, 1, 1, 2]];
+const AXES_OF_PASSES = [[0, 0, 8, 8], [4, 0, 8, 8], [0, 4, 4, 8], [2, 0, 4, 4], [0, 2, 2, 4], [1, 0, 2, 2],
+  [0, 1, 1, 2]];
 
 const viewOf = (bytes) => new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
 const latin = (bytes) => Array.from(bytes, (b) => String.fromCharCode(b)).join("");
@@ -79,11 +80,14 @@ async function readPng(bytes) {
   const view = viewOf(bytes), data = [], chunks = {};
   let ended = false, xmp = "";
   for (let at = 8; at + 12 <= bytes.length && !ended; at += 12 + view.getUint32(at)) {
-    const length = view.getUint32(at), name = latin(bytes.subarray(at + 4, at + 8)), body = bytes.subarray(at + 8, at + 8 + length);
-    ensure(at + 12 + length <= bytes.length && crcOf(bytes.subarray(at + 4, at + 8 + length)) === view.getUint32(at + 8 + length),
+    const length = view.getUint32(at), name = latin(bytes.subarray(at + 4, at + 8)),
+      body = bytes.subarray(at + 8, at + 8 + length);
+    ensure(at + 12 + length <= bytes.length &&
+      crcOf(bytes.subarray(at + 4, at + 8 + length)) === view.getUint32(at + 8 + length),
       "it is damaged or cut short: replace it by an intact copy");
     ensure(name !== "acTL" || viewOf(body).getUint32(0) < 2, "it is an animation: save one picture as a file");
-    ensure(!/^Raw profile type exif/.test(latin(body.subarray(0, 30))), "its orientation stands in a text: save it anew");
+    ensure(!/^Raw profile type exif/.test(latin(body.subarray(0, 30))),
+      "its orientation stands in a text: save it anew");
     if (name === "IDAT") data.push(body);
     else chunks[name] = body;
     if (name === "iTXt" && /^XML:com.adobe.xmp\0\0/.test(latin(body.subarray(0, 24)))) xmp = latin(body);
@@ -93,8 +97,10 @@ async function readPng(bytes) {
   const head = viewOf(chunks.IHDR), [width, height] = [head.getUint32(0), head.getUint32(4)];
   const [bits, kind, , , interlaced] = chunks.IHDR.subarray(8), channels = { 0: 1, 2: 3, 3: 1, 4: 2, 6: 4 }[kind];
   ensure(channels && [1, 2, 4, 8, 16].includes(bits) && width * height, "its header is damaged: replace the file");
-  ensure(width * height <= MOST_PIXELS, `it has ${width} x ${height} pixels, more than this page takes: use \`predict\``);
-  const raw = await inflated(await new Blob(data).arrayBuffer(), "deflate", width * height * channels * 2 + 16 * height + 64);
+  ensure(width * height <= MOST_PIXELS,
+    `it has ${width} x ${height} pixels, more than this page takes: use \`predict\``);
+  const raw = await inflated(await new Blob(data).arrayBuffer(), "deflate",
+    width * height * channels * 2 + 16 * height + 64);
   const samples = new Uint16Array(width * height * channels), back = Math.max(1, (bits * channels) >> 3);
   let at = 0;
   for (const [left, top, dx, dy] of interlaced ? AXES_OF_PASSES : [[0, 0, 1, 1]]) {
@@ -119,7 +125,8 @@ async function readPng(bytes) {
       above = line;
     }
   }
-  return upright({ data: pngColours(samples, bits, kind, channels, chunks), width, height }, orientationOf(chunks.eXIf, xmp));
+  return upright({ data: pngColours(samples, bits, kind, channels, chunks), width, height },
+    orientationOf(chunks.eXIf, xmp));
 }
 
 function pngColours(samples, bits, kind, channels, { PLTE, tRNS }) {
@@ -127,7 +134,8 @@ function pngColours(samples, bits, kind, channels, { PLTE, tRNS }) {
   const keys = tRNS && kind !== 3 ? Array.from({ length: channels }, (_, k) => viewOf(tRNS).getUint16(2 * k)) : null;
   ensure(!(keys && kind === 2 && bits === 16), "it has 16 bits and a transparent colour: save it without transparency");
   ensure(kind !== 3 || PLTE, "its palette is missing: replace the file");
-  const white = kind || bits < 16 ? (1 << bits) - 1 : FULL_SCALES.find((scale) => samples.every((level) => level <= scale));
+  const white = kind || bits < 16 ? (1 << bits) - 1 :
+    FULL_SCALES.find((scale) => samples.every((level) => level <= scale));
   for (let i = 0; i < count; i++) {
     const of = samples.subarray(i * channels, (i + 1) * channels);
     let alpha = 255, rgb;
@@ -184,7 +192,8 @@ async function readJpeg(bytes) {
     if (marker !== 0xe1 && marker !== 0xe2) kept.push(bytes.subarray(at, end));
     at = end;
   }
-  ensure(size && size[0] * size[1] <= MOST_PIXELS && Math.max(...size) <= 16384, "it has more pixels than this page takes");
+  ensure(size && size[0] * size[1] <= MOST_PIXELS && Math.max(...size) <= 16384,
+    "it has more pixels than this page takes");
   let end = at;
   while (end + 1 < bytes.length && !(bytes[end] === 0xff && bytes[end + 1] === 0xd9)) end++;
   ensure(end + 1 < bytes.length, "it is damaged or cut short: replace it by an intact copy");
@@ -195,7 +204,8 @@ async function readJpeg(bytes) {
 async function readBmp(bytes) {
   const view = viewOf(bytes), plain = bytes.length > 54 && view.getUint32(14, true) >= 40 && !view.getUint32(30, true);
   ensure(plain && [1, 4, 8, 24].includes(view.getUint16(28, true)), "it is a BMP of a rare kind: save it as PNG");
-  ensure(Math.abs(view.getInt32(18, true) * view.getInt32(22, true)) <= MOST_PIXELS, "it has more pixels than this page takes");
+  ensure(Math.abs(view.getInt32(18, true) * view.getInt32(22, true)) <= MOST_PIXELS,
+    "it has more pixels than this page takes");
   ensure(bytes.length >= view.getUint32(2, true), "it is cut short: replace it by an intact copy");
   return readByBrowser(bytes, "image/bmp");
 }
@@ -205,7 +215,8 @@ async function readPicture(bytes) {
   const start = latin(bytes.subarray(0, 8));
   ensure(!latin(bytes.subarray(0, 512)).includes(student.mark), "it is a prediction: give the image it was made from");
   ensure(!/^(II\*|MM\0)/.test(start), "browsers do not read TIFF: save it as PNG, or use `predict`");
-  const read = [["\x89PNG\r\n\x1a\n", readPng], ["\xff\xd8\xff", readJpeg], ["BM", readBmp]].find(([head]) => start.startsWith(head));
+  const read = [["\x89PNG\r\n\x1a\n", readPng], ["\xff\xd8\xff", readJpeg], ["BM", readBmp]]
+    .find(([head]) => start.startsWith(head));
   ensure(read, "the student takes pictures (PNG, JPEG, BMP), which this is not");
   const picture = await read[1](bytes), problem = levelProblem(picture.data);
   ensure(!problem, problem);
@@ -229,7 +240,8 @@ async function writePng(levels, width, height) {
   head[8] = 8;
   for (let y = 0; y < height; y++) lines.set(levels.subarray(y * width, (y + 1) * width), y * (width + 1) + 1);
   const packed = await through(lines, new CompressionStream("deflate"));
-  return new Blob([bytesOf("\x89PNG\r\n\x1a\n"), pngChunk("IHDR", head), pngChunk("tEXt", bytesOf(`Software\0${student.mark}`)),
+  return new Blob([bytesOf("\x89PNG\r\n\x1a\n"), pngChunk("IHDR", head),
+    pngChunk("tEXt", bytesOf(`Software\0${student.mark}`)),
     pngChunk("IDAT", packed), pngChunk("IEND", new Uint8Array(0))], { type: "image/png" });
 }
 
@@ -241,22 +253,29 @@ function niftiHeader(view) {
   const little = [348, 540].includes(view.getInt32(0, true)), size = view.getInt32(0, little), first = size === 348;
   ensure(first || size === 540, "it is no NIfTI volume (.nii, .nii.gz): give one");
   const magic = latin(new Uint8Array(view.buffer, view.byteOffset + (first ? 344 : 4), 3));
-  ensure(magic === (first ? "n+1" : "n+2"), "it is half of a pair of files or no NIfTI volume: save it as one .nii file");
+  ensure(magic === (first ? "n+1" : "n+2"),
+    "it is half of a pair of files or no NIfTI volume: save it as one .nii file");
   const real = (at) => (first ? view.getFloat32(at, little) : view.getFloat64(at, little));
-  const reals = (one, two, count) => Array.from({ length: count }, (_, i) => real((first ? one : two) + i * (first ? 4 : 8)));
+  const reals = (one, two, count) =>
+    Array.from({ length: count }, (_, i) => real((first ? one : two) + i * (first ? 4 : 8)));
   const code = (one, two) => (first ? view.getInt16(one, little) : view.getInt32(two, little));
-  const dim = Array.from({ length: 8 }, (_, i) => first ? view.getInt16(40 + 2 * i, little) : Number(view.getBigInt64(16 + 8 * i, little)));
+  const dim = Array.from({ length: 8 }, (_, i) =>
+    first ? view.getInt16(40 + 2 * i, little) : Number(view.getBigInt64(16 + 8 * i, little)));
   const type = view.getInt16(first ? 70 : 12, little);
-  return { little, dim, type, pixdim: reals(76, 104, 8), offset: first ? real(108) : Number(view.getBigInt64(168, little)),
+  return { little, dim, type, pixdim: reals(76, 104, 8),
+    offset: first ? real(108) : Number(view.getBigInt64(168, little)),
     scale: reals(112, 176, 2), qform: code(252, 344), sform: code(254, 348), quaternion: reals(256, 352, 3),
-    origin: reals(268, 376, 3), rows: reals(280, 400, 12), units: first ? view.getUint8(123) : view.getInt32(500, little) };
+    origin: reals(268, 376, 3), rows: reals(280, 400, 12),
+    units: first ? view.getUint8(123) : view.getInt32(500, little) };
 }
 
 /** Affine (3 rows of 4) that a header gives, in its units. */
 function affineOf({ sform, rows, quaternion: [b, c, d], pixdim, origin }) {
   if (sform) return [rows.slice(0, 4), rows.slice(4, 8), rows.slice(8, 12)];
-  const a = Math.sqrt(Math.max(1 - b * b - c * c - d * d, 0)), zooms = [pixdim[1], pixdim[2], pixdim[3] * (pixdim[0] < 0 ? -1 : 1)];
-  ensure(1 - b * b - c * c - d * d > -1e-6 && Math.min(...pixdim.slice(1, 4)) > 0, "its orientation (qform) is damaged: correct its header");
+  const a = Math.sqrt(Math.max(1 - b * b - c * c - d * d, 0)),
+    zooms = [pixdim[1], pixdim[2], pixdim[3] * (pixdim[0] < 0 ? -1 : 1)];
+  ensure(1 - b * b - c * c - d * d > -1e-6 && Math.min(...pixdim.slice(1, 4)) > 0,
+    "its orientation (qform) is damaged: correct its header");
   const turn = [[a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
     [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
     [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c]];
@@ -265,16 +284,19 @@ function affineOf({ sform, rows, quaternion: [b, c, d], pixdim, origin }) {
 
 /** Spacing (mm) and letters of the ends of the axes, after the checks of files/volumes.py. */
 function gridOf(header, shape) {
-  ensure(header.sform || header.qform, "it does not say where its axes point (sform and qform are unset): set its orientation");
+  ensure(header.sform || header.qform,
+    "it does not say where its axes point (sform and qform are unset): set its orientation");
   const unit = MILLIMETRES[header.units & 7];
   ensure(unit, "its units are unknown: correct its header");
   const affine = affineOf(header).map((row) => row.map((v) => v * unit));
   ensure(affine.flat().every(Number.isFinite), "it has an affine that is not finite: correct its header");
   const exact = [0, 1, 2].map((j) => Math.hypot(affine[0][j], affine[1][j], affine[2][j]));
-  ensure(Math.min(...exact) >= 1e-3 && Math.max(...exact) <= 100, `it has voxels of ${exact.join(" x ")} mm: its units must be wrong`);
+  ensure(Math.min(...exact) >= 1e-3 && Math.max(...exact) <= 100,
+    `it has voxels of ${exact.join(" x ")} mm: its units must be wrong`);
   const axes = [0, 1, 2].map((j) => affine.map((row) => row[j] / exact[j]));
   const dots = [[0, 1], [0, 2], [1, 2]].map(([i, j]) => axes[i].reduce((sum, v, k) => sum + v * axes[j][k], 0));
-  ensure(Math.max(...dots.map(Math.abs)) <= 1e-3, "it has axes that are not at right angles (sheared): resample it first");
+  ensure(Math.max(...dots.map(Math.abs)) <= 1e-3,
+    "it has axes that are not at right angles (sheared): resample it first");
   const stated = header.pixdim.slice(1, 4).map((v) => Math.abs(v) * unit);
   ensure(!header.sform || exact.every((v, i) => Math.abs(v - stated[i]) <= 0.01 * Math.max(...stated)),
     "its sform and its pixdim give different voxel sizes: correct its header");
@@ -296,10 +318,14 @@ async function readVolume(bytes) {
   const view = viewOf(bytes), header = niftiHeader(view), shape = header.dim.slice(1, header.dim[0] + 1);
   while (shape.length > 3 && shape.at(-1) === 1) shape.pop();
   ensure(shape.length === 3 && Math.min(...shape) >= 1, `it has the shape ${shape.join("x")}: give a volume of 3 axes`);
-  ensure(VOXELS[header.type], `it holds values of the NIfTI type ${header.type}: give a volume of one real number per voxel`);
-  const grid = gridOf(header, shape), [kind, width] = VOXELS[header.type], [X, Y, Z] = shape, get = view[`get${kind}`].bind(view);
-  ensure(header.offset >= 0 && header.offset + X * Y * Z * width <= bytes.length, "it ends before its last voxel: replace it");
-  const isScaled = header.scale[0] && Number.isFinite(header.scale[0]), [slope, shift] = isScaled ? header.scale : [1, 0];
+  ensure(VOXELS[header.type],
+    `it holds values of the NIfTI type ${header.type}: give a volume of one real number per voxel`);
+  const grid = gridOf(header, shape), [kind, width] = VOXELS[header.type], [X, Y, Z] = shape,
+    get = view[`get${kind}`].bind(view);
+  ensure(header.offset >= 0 && header.offset + X * Y * Z * width <= bytes.length,
+    "it ends before its last voxel: replace it");
+  const isScaled = header.scale[0] && Number.isFinite(header.scale[0]),
+    [slope, shift] = isScaled ? header.scale : [1, 0];
   ensure(Number.isFinite(shift), "its scaling is damaged: correct its header");
   const array = zeros([1, X, Y, Z]);
   for (let z = 0, at = header.offset; z < Z; z++) for (let y = 0; y < Y; y++) for (let x = 0; x < X; x++, at += width) {
@@ -321,6 +347,8 @@ async function writeVolume(mask, { shape: [X, Y, Z], header }) {
   reals(108, [352, 1, 0]);
   bytes[123] = header.units & 7;
   reals(256, [...header.quaternion, ...header.origin, ...header.rows]);
-  for (let z = 0, to = 352; z < Z; z++) for (let y = 0; y < Y; y++) for (let x = 0; x < X; x++) bytes[to++] = mask[(x * Y + y) * Z + z];
+  for (let z = 0, to = 352; z < Z; z++) for (let y = 0; y < Y; y++) for (let x = 0; x < X; x++) {
+    bytes[to++] = mask[(x * Y + y) * Z + z];
+  }
   return new Blob([await through(bytes, new CompressionStream("gzip"))], { type: "application/gzip" });
 }

@@ -22,7 +22,8 @@ async function unpacked(name) {
     letters[to++] = letter === 0xe000 ? text.charCodeAt(++i) ^ 0x8000 : letter;
   }
   delete packed[name];
-  const apart = await inflated(new Uint8Array(letters.buffer, 0, length), "gzip"), result = new Uint8Array(apart.length);
+  const apart = await inflated(new Uint8Array(letters.buffer, 0, length), "gzip"),
+    result = new Uint8Array(apart.length);
   if (planes === 1) return apart;
   const count = apart.length / planes;
   for (let k = 0; k < planes; k++) for (let i = 0; i < count; i++) result[i * planes + k] = apart[k * count + i];
@@ -42,7 +43,8 @@ function checkImage([channels, height, width]) {
 async function opened(kind, backend) {
   const runtime = backend === "webgpu" ? "jspi" : "wasm";
   const { file, check, tolerance } = student.networks[kind];
-  const [binary, glue, model] = await Promise.all([...[`runtime_${runtime}`, `runtime_${runtime}_glue`, file].map(unpacked),
+  const [binary, glue, model] = await Promise.all([
+    ...[`runtime_${runtime}`, `runtime_${runtime}_glue`, file].map(unpacked),
     load(`ort.${runtime}.min.js`)]);
   ort.env.logLevel = "error";
   ort.env.wasm.wasmPaths = { mjs: URL.createObjectURL(new Blob([glue], { type: "text/javascript" })) };
@@ -57,14 +59,16 @@ async function opened(kind, backend) {
   } };
   const answer = (await network.run(checkImage(student.input_shape))).data, last = check.length - 1;
   const off = check.map((p, i) => Math.abs(p - answer[Math.floor((i * (answer.length - 1)) / last)]));
-  ensure(off.every((d) => d <= tolerance), `ONNX Runtime on ${backend} answers otherwise than the exported network (by ` +
+  ensure(off.every((d) => d <= tolerance),
+    `ONNX Runtime on ${backend} answers otherwise than the exported network (by ` +
     `${Math.max(...off).toPrecision(2)} in a probability): use another browser, or \`predict\``);
   return network;
 }
 
 /** The student on the graphics processor where there is one, else on the processor. */
 async function openStudent() {
-  ensure(student.version === VERSION, `${student.name} was exported by another version of amkd_monai than this page: export it again`);
+  ensure(student.version === VERSION,
+    `${student.name} was exported by another version of amkd_monai than this page: export it again`);
   const kinds = Object.keys(student.networks), slow = kinds.includes("int8") ? "int8" : "float";
   const isPossible = kinds.includes("float") && "Suspending" in WebAssembly && navigator.gpu;
   if (isPossible && (await navigator.gpu.requestAdapter().catch(() => null))) {
@@ -104,8 +108,10 @@ function alongBatch({ data, shape: [first, second, ...rest] }) {
 
 /** Label map at the input's resolution and the probability of each label, 0 to 255. */
 async function maskOf(network, image, grid, advance) {
-  const [answer, backs] = await probabilities(network, image, grid, advance), places = image.data.length / image.shape[0];
-  const mask = new Uint8Array(places), highest = new Float32Array(places).fill(-1), one = answer.data.length / answer.shape[0];
+  const [answer, backs] = await probabilities(network, image, grid, advance),
+    places = image.data.length / image.shape[0];
+  const mask = new Uint8Array(places), highest = new Float32Array(places).fill(-1),
+    one = answer.data.length / answer.shape[0];
   for (let label = 0; label < answer.shape[0]; label++) {
     const own = { data: answer.data.subarray(label * one, (label + 1) * one), shape: [1, ...answer.shape.slice(1)] };
     const found = backs.reduceRight((array, back) => back(array), own).data;

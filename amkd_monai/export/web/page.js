@@ -7,7 +7,8 @@ const entries = []; // {file, id, state, said, and for an answer: mask, certaint
 let network = null, shown = null, busy = Promise.resolve(), cross = null;
 
 const colour = (label) => student.colours[(label - 1) % student.colours.length];
-const number = (value, digits = 3) => (value >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(digits))));
+const number = (value, digits = 3) =>
+  (value >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(digits))));
 const BLACK = [0, 0, 0], suffix = /(\.nii\.gz|\.[^.]*)$/i;
 
 function element(name, values = {}, ...children) {
@@ -28,9 +29,12 @@ function markdown(text) {
   const parts = [];
   for (const block of text.split(/\n{2,}(?=\S)|(?<=\n)(?=#)|\n(?=```)/)) {
     const lines = block.trim().split("\n"), plain = (line) => line.replace(/\*\*|`/g, "");
-    const heading = /^(#+) (.*)/.exec(lines[0]), cells = (line) => line.split("|").slice(1, -1).map((cell) => plain(cell.trim()));
+    const heading = /^(#+) (.*)/.exec(lines[0]),
+      cells = (line) => line.split("|").slice(1, -1).map((cell) => plain(cell.trim()));
     if (heading) parts.push(element(`h${Math.min(heading[1].length, 4)}`, { textContent: heading[2] }));
-    else if (lines[0].startsWith("```")) parts.push(element("pre", { textContent: lines.slice(1).join("\n").replace(/```$/, "") }));
+    else if (lines[0].startsWith("```")) {
+      parts.push(element("pre", { textContent: lines.slice(1).join("\n").replace(/```$/, "") }));
+    }
     else if (lines[0].startsWith("|")) {
       const rows = lines.filter((line) => !/^[|\s-]+$/.test(line)).map((line, i) =>
         element("tr", {}, ...cells(line).map((cell) => element(i ? "td" : "th", { textContent: cell }))));
@@ -43,7 +47,8 @@ function markdown(text) {
 }
 
 async function readInput(file) {
-  ensure(file.size <= MOST_BYTES, `it is larger than ${MOST_BYTES / 2 ** 30} GiB, more than this page can hold: use \`predict\``);
+  ensure(file.size <= MOST_BYTES,
+    `it is larger than ${MOST_BYTES / 2 ** 30} GiB, more than this page can hold: use \`predict\``);
   ensure(file.size, "it is empty: replace it by an intact copy");
   const bytes = new Uint8Array(await file.arrayBuffer());
   if (isVolume) return readVolume(bytes);
@@ -69,7 +74,9 @@ const best = (entry) => entry.probabilities.indexOf(Math.max(...entry.probabilit
 
 async function addFiles(files) {
   const added = [...files].map((file) => ({ file, id: file.name.replace(suffix, ""), state: "waiting", said: "" }));
-  for (const entry of added) if ([...entries, ...added].some((o) => o !== entry && o.id === entry.id)) entry.id = entry.file.name;
+  for (const entry of added) {
+    if ([...entries, ...added].some((o) => o !== entry && o.id === entry.id)) entry.id = entry.file.name;
+  }
   entries.push(...added);
   list();
   busy = busy.then(async () => {
@@ -109,7 +116,9 @@ async function show(entry) {
   cross = null;
   by("name").textContent = entry.file.name;
   by("view").hidden = by("answer").hidden = false;
-  if (isVolume && !entry.levels) entry.levels = percentiles(entry.input.array.data.filter((_, i) => i % 97 === 0), [0.5, 99.5]);
+  if (isVolume && !entry.levels) {
+    entry.levels = percentiles(entry.input.array.data.filter((_, i) => i % 97 === 0), [0.5, 99.5]);
+  }
   if (isVolume) resetSlices();
   list();
   draw();
@@ -119,12 +128,16 @@ async function show(entry) {
 function plane() {
   const [height, width] = shown.shape;
   if (!isVolume) return { width, height, place: (x, y) => y * width + x, aspect: 1, sides: ["", ""] };
-  const axis = Number(by("plane").value), [sources, flips] = orderTo(shown.grid.codes, "RAS"), sizes = sources.map((s) => shown.shape[s]);
-  const strides = [shown.shape[1] * shown.shape[2], shown.shape[2], 1], spacing = sources.map((s) => shown.grid.spacing[s]);
-  const at = (j, i) => strides[sources[j]] * (flips[j] ? sizes[j] - 1 - i : i), slice = at(axis, Number(by("slice").value));
+  const axis = Number(by("plane").value), [sources, flips] = orderTo(shown.grid.codes, "RAS"),
+    sizes = sources.map((s) => shown.shape[s]);
+  const strides = [shown.shape[1] * shown.shape[2], shown.shape[2], 1],
+    spacing = sources.map((s) => shown.grid.spacing[s]);
+  const at = (j, i) => strides[sources[j]] * (flips[j] ? sizes[j] - 1 - i : i),
+    slice = at(axis, Number(by("slice").value));
   const [h, v] = [[1, 2], [0, 2], [0, 1]][axis]; // from the patient's right or front, from above or the front
   return { width: sizes[h], height: sizes[v], aspect: spacing[v] / spacing[h], pixel: spacing[h] * spacing[v],
-    place: (x, y) => slice + at(h, sizes[h] - 1 - x) + at(v, sizes[v] - 1 - y), sides: [axis ? "R" : "A", axis === 2 ? "A" : "S"] };
+    place: (x, y) => slice + at(h, sizes[h] - 1 - x) + at(v, sizes[v] - 1 - y),
+    sides: [axis ? "R" : "A", axis === 2 ? "A" : "S"] };
 }
 
 function resetSlices() {
@@ -137,21 +150,25 @@ function resetSlices() {
 }
 
 function draw() {
-  const { width, height, place, aspect, sides } = plane(), base = new ImageData(width, height), { input, mask, certainty } = shown;
+  const { width, height, place, aspect, sides } = plane(), base = new ImageData(width, height),
+    { input, mask, certainty } = shown, [low, high] = shown.levels || [];
   for (let y = 0, to = 0; y < height; y++) for (let x = 0; x < width; x++, to += 4) {
     const i = place(x, y);
-    if (isVolume) base.data.fill((255 * (input.array.data[i] - shown.levels[0])) / (shown.levels[1] - shown.levels[0] || 1), to, to + 3);
+    if (isVolume) base.data.fill((255 * (input.array.data[i] - low)) / (high - low || 1), to, to + 3);
     else for (let k = 0; k < 3; k++) base.data[to + k] = input.picture[3 * i + k];
     base.data[to + 3] = 255;
   }
-  const scale = clipped(900 / Math.max(width, height * aspect), 0.01, 8), columns = Math.round(width * scale), rows = Math.round(height * aspect * scale);
-  const under = element("canvas", { width, height }), canvas = Object.assign(by("canvas"), { width: columns, height: rows });
+  const scale = clipped(900 / Math.max(width, height * aspect), 0.01, 8), columns = Math.round(width * scale),
+    rows = Math.round(height * aspect * scale);
+  const under = element("canvas", { width, height }),
+    canvas = Object.assign(by("canvas"), { width: columns, height: rows });
   const context = canvas.getContext("2d", { willReadFrequently: true });
   under.getContext("2d").putImageData(base, 0, 0);
   context.imageSmoothingQuality = "high";
   context.drawImage(under, 0, 0, columns, rows);
   if (mask) {
-    const image = context.getImageData(0, 0, columns, rows), found = new Uint8Array(columns * rows), opacity = by("opacity").value / 100;
+    const image = context.getImageData(0, 0, columns, rows), found = new Uint8Array(columns * rows),
+      opacity = by("opacity").value / 100;
     const of = (x, y) => place(Math.floor(((x + 0.5) * width) / columns), Math.floor(((y + 0.5) * height) / rows));
     for (let y = 0; y < rows; y++) for (let x = 0; x < columns; x++) found[y * columns + x] = mask[of(x, y)];
     const isShaded = by("shading").checked, isOutlined = by("outline").checked, isPair = student.classes.length === 2;
@@ -183,8 +200,10 @@ function draw() {
   by("figures").replaceChildren(isClasses ? classTable() : maskTable());
 }
 
-const classTable = () => element("table", {}, ...student.classes.map((name, i) => element("tr", {}, element("th", { textContent: name }),
-  element("td", { textContent: shown.probabilities[i].toFixed(3) }), element("td", {}, element("meter", { value: shown.probabilities[i] })))));
+const classTable = () => element("table", {},
+  ...student.classes.map((name, i) => element("tr", {}, element("th", { textContent: name }),
+  element("td", { textContent: shown.probabilities[i].toFixed(3) }),
+    element("td", {}, element("meter", { value: shown.probabilities[i] })))));
 
 /** Pixels, voxels, areas (mm2), volumes (ml) and mean probability of each class but background. */
 function figuresOf({ mask, certainty, grid }) {
@@ -192,7 +211,8 @@ function figuresOf({ mask, certainty, grid }) {
   return student.classes.slice(1).map((name, i) => {
     let count = 0, sum = 0;
     for (let at = 0; at < mask.length; at++) if (mask[at] === i + 1) { count++; sum += certainty[at]; }
-    const figures = [[isVolume ? "voxels" : "pixels", count.toLocaleString("en")], ["share of the image", `${number((100 * count) / mask.length)} %`]];
+    const figures = [[isVolume ? "voxels" : "pixels", count.toLocaleString("en")],
+      ["share of the image", `${number((100 * count) / mask.length)} %`]];
     if (voxel) figures.push(["volume", `${number(count * voxel)} ml`]);
     if (!isVolume && pixel) figures.push(["area", `${number(count * pixel)} mm²`]);
     if (count) figures.push(["mean probability", (sum / count / 255).toFixed(2)]);
@@ -222,7 +242,10 @@ function read(x, y) {
   const { width, height, place } = plane();
   cross = [clipped(x, 0, width - 1), clipped(y, 0, height - 1)];
   const i = place(...cross);
-  if (shown.mask) by("reading").textContent = `(${cross}): ${student.classes[shown.mask[i]]}, probability ${(shown.certainty[i] / 255).toFixed(2)}`;
+  if (shown.mask) {
+    const certainty = (shown.certainty[i] / 255).toFixed(2);
+    by("reading").textContent = `(${cross}): ${student.classes[shown.mask[i]]}, probability ${certainty}`;
+  }
   draw();
 }
 
@@ -238,7 +261,8 @@ async function save(answers) {
     const cell = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
     const head = ["id", "class", ...student.classes.map((name) => `p_${name.toLowerCase().replaceAll(" ", "_")}`)];
     const rows = answers.map((a) => [a.id, student.classes[best(a)], ...a.probabilities.map((p) => p.toFixed(6))]);
-    return download(new Blob([[head, ...rows].map((row) => `${row.map(cell)}\n`).join("")], { type: "text/csv" }), "predictions.csv");
+    return download(new Blob([[head, ...rows].map((row) => `${row.map(cell)}\n`).join("")], { type: "text/csv" }),
+      "predictions.csv");
   }
   for (const { id, mask, shape, grid } of answers) {
     const levels = student.classes.length > 2 ? mask : mask.map((label) => (label ? 255 : 0));
@@ -273,7 +297,8 @@ function start() {
   });
   by("canvas").onclick = (event) => {
     const { width, height } = plane(), box = by("canvas").getBoundingClientRect();
-    read(Math.floor(((event.clientX - box.left) / box.width) * width), Math.floor(((event.clientY - box.top) / box.height) * height));
+    read(Math.floor(((event.clientX - box.left) / box.width) * width),
+      Math.floor(((event.clientY - box.top) / box.height) * height));
   };
   by("canvas").onkeydown = (event) => {
     const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
@@ -284,7 +309,8 @@ function start() {
   };
   busy = openStudent().then((opened) => {
     network = opened;
-    by("runtime").textContent = `${network.kind === "int8" ? "8 bits" : "32 bits"}, ${network.backend === "webgpu" ? "WebGPU" : "WebAssembly"}, ` +
+    const bits = network.kind === "int8" ? 8 : 32, backend = network.backend === "webgpu" ? "WebGPU" : "WebAssembly";
+    by("runtime").textContent = `${bits} bits, ${backend}, ` +
       `${student.runtime} (MIT licence, Microsoft). ${student.origin}`;
     return say("Ready.");
   }, (error) => say(`The student cannot be opened: ${error.message}.`));

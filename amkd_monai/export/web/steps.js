@@ -78,7 +78,8 @@ function reframed(array, sizes, starts) {
   for (let c = 0; c < channels; c++) for (let i = 0; i < layers; i++) for (let j = 0; j < rows; j++) {
     const z = i + front, y = j + top, row = ((c * depth + z) * height + y) * width;
     if (z < 0 || z >= depth || y < 0 || y >= height || last <= first) continue;
-    result.data.set(array.data.subarray(row + first, row + last), ((c * layers + i) * rows + j) * columns + first - left);
+    result.data.set(array.data.subarray(row + first, row + last),
+      ((c * layers + i) * rows + j) * columns + first - left);
   }
   return result;
 }
@@ -112,7 +113,8 @@ function toUnit(array, low, high) {
 function percentiles(data, shares) {
   const sorted = data.slice().sort();
   return shares.map((share) => {
-    const place = (share / 100) * (sorted.length - 1), low = Math.floor(place), next = Math.min(low + 1, sorted.length - 1);
+    const place = (share / 100) * (sorted.length - 1), low = Math.floor(place),
+      next = Math.min(low + 1, sorted.length - 1);
     return sorted[low] + (sorted[next] - sorted[low]) * (place - low);
   });
 }
@@ -132,7 +134,8 @@ function ctRange(data, low, high, values) {
   let [lowest, highest] = extremes(data);
   if (lowest < LOWEST_AIR && LOWEST_AIR <= highest) lowest = extremes(data, LOWEST_AIR)[0]; // padding
   if (lowest <= HIGHEST_MINIMUM) return ends.hu;
-  const known = ["shares", "levels"].find((n) => lowest >= 0 && BRIGHTEST * ends[n][1] <= highest && highest <= ends[n][1]);
+  const known = ["shares", "levels"].find((n) =>
+    lowest >= 0 && BRIGHTEST * ends[n][1] <= highest && highest <= ends[n][1]);
   if (known) return ends[known];
   throw new Error(`the values ${lowest} to ${highest} are neither Hounsfield units nor windowed to 0..255 or 0..1: ` +
     "take off an offset such as 1024");
@@ -253,7 +256,8 @@ function keepLargest(mask, label, shape) {
     part[seed] = number;
     stack.push(seed);
     while (stack.length) {
-      const at = stack.pop(), x = at % width, y = Math.floor(at / width) % height, z = Math.floor(at / (width * height));
+      const at = stack.pop(), x = at % width, y = Math.floor(at / width) % height,
+        z = Math.floor(at / (width * height));
       counts[number]++;
       for (let k = Math.max(z - 1, 0); k <= Math.min(z + 1, depth - 1); k++)
         for (let j = Math.max(y - 1, 0); j <= Math.min(y + 1, height - 1); j++)
