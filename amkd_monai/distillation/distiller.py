@@ -27,7 +27,7 @@ from amkd_monai.distillation.interface import (
 logger = logging.getLogger("amkd_monai")
 
 DEFAULT_LOSSES = {"output": 1.0, "feature": 0.2}
-ANSWER_LOSSES = ("output", "relation", "standardised")
+ANSWER_LOSSES = ("output", "overlap", "relation", "standardised")
 RETURN_CODES = ("none", "learned")
 STUDENT_STRIDES = (8, 16)
 """Student levels that are aligned with a teacher (two, summed)."""
@@ -211,6 +211,8 @@ class DistillationConfig:
         offered |= dict.fromkeys(ANSWER_LOSSES, bool(admitted))
         if self.losses.get("standardised") and any(shape[0] < 3 for shape in admitted):
             raise ValueError("The loss 'standardised' compares three classes or more, two are +-1: leave it out.")
+        if self.losses.get("overlap") and any(shape[1:] == (1, 1) for shape in admitted):
+            raise ValueError("The loss 'overlap' compares masks, these answers are about whole images: leave it out.")
         offered["contrastive"] = samples is not None and bool(samples.vectors)
         chosen = {name: prior if offered[name] else 0.0 for name, prior in self.losses.items()}
         if not any(chosen.values()):
@@ -456,6 +458,7 @@ def _contrastive_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
 
 LOSSES: dict[str, Callable[[Distiller, _Seen], dict[str, Tensor]]] = {
     "output": partial(_answer_maps, losses.output_loss),
+    "overlap": partial(_answer_maps, losses.overlap_loss),
     "relation": partial(_answer_maps, losses.relation_loss),
     "standardised": partial(_answer_maps, losses.standardised_loss),
     "feature": _feature_maps,

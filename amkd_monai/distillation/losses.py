@@ -12,6 +12,8 @@ from amkd_monai.distillation.interface import Faults
 
 _DICE: dict[str, Any] = {"include_background": False, "softmax": True, "to_onehot_y": True, "reduction": "none"}
 _DICE |= {"smooth_nr": 1.0, "smooth_dr": 1.0}
+OVERLAP_SMOOTHING = 0.1
+"""Cells added to both sides of the overlap with a teacher, for images without foreground."""
 UNLABELLED = 255
 """Class index of pixels without a label: no loss counts them."""
 SURE = 30.0
@@ -137,6 +139,18 @@ def relation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     over = [(-4,) if student.shape[-1] == 1 else (-2, -1), *([(-3,)] if student.shape[-3] > 2 else [])]
     squares = [(standardised(student, dims) - standardised(teacher, dims)).square().mean(-3) / 2 for dims in over]
     return temperature**2 * torch.stack(squares).sum(0)
+
+
+def overlap_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """1 - soft Dice of the foreground probabilities, per image (B, 1, 1), so that small targets count like large ones.
+
+    Shapes as in :func:`output_loss`, of maps. Squares in the denominator make equal probabilities its minimum
+    (Milletari et al., V-Net, 3DV 2016); the temperature does not enter.
+    """
+    student, teacher = (x.float().softmax(-3)[..., 1:, :, :] for x in (student_logits, teacher_logits.detach()))
+    both = (student * teacher).sum((-2, -1))
+    squares = student.square().sum((-2, -1)) + teacher.square().sum((-2, -1))
+    return (1 - (2 * both + OVERLAP_SMOOTHING) / (squares + OVERLAP_SMOOTHING)).mean(-1)[..., None, None]
 
 
 def soft_cross_entropy(target: Tensor, log_probabilities: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from toy_problem import GATES, LOSS_GATES, generator, make_batch, make_distiller
 from amkd_monai.distillation import SampleTable
 
 TWO = [spec("a"), spec("b", grid=(5, 3, 3), logits=(2, 4, 4))]
-LOSSES = {"output": 1.0, "relation": 0.5, "feature": 0.2, "reconstruction": 0.2, "contrastive": 0.1}
+LOSSES = {"output": 1.0, "overlap": 1.0, "relation": 0.5, "feature": 0.2, "reconstruction": 0.2, "contrastive": 0.1}
 STRENGTH = {"warmup": 0.0, "decay": 0.0}
 SAMPLES = SampleTable({t: torch.randn((9, 6), generator=generator(3)) for t in "ab"}, torch.arange(9))
 

@@ -47,7 +47,21 @@ def test_the_relation_loss_is_one_minus_the_correlation_over_locations_and_over_
     np.testing.assert_allclose(images.mean().numpy(), expected, rtol=1e-2)
 
 
-@pytest.mark.parametrize("loss", [losses.relation_loss, losses.standardised_loss])
+def test_the_overlap_loss_is_one_minus_the_dice_of_probabilities_over_the_foreground():
+    student, teacher = tensor(0), tensor(1)
+    p, q = (softmax(x.double().numpy())[:, 1:] for x in (teacher, student))
+    both, squares = (p * q).sum((2, 3)), (p**2).sum((2, 3)) + (q**2).sum((2, 3))
+    expected = (1 - (2 * both + 0.1) / (squares + 0.1)).mean(1)
+    np.testing.assert_allclose(losses.overlap_loss(student, teacher, 2.0)[:, 0, 0].numpy(), expected, rtol=1e-4)
+    sure = torch.full((1, 2, 16, 16), -9.0)
+    sure[:, 0] = 9.0
+    small = sure.clone()
+    small[..., 3:5, 3:5] = sure[..., 3:5, 3:5].flip(1)
+    assert losses.overlap_loss(sure, small, 2.0) > 0.95, "a missed target of 4 in 256 cells costs all of the loss"
+    assert losses.overlap_loss(sure, sure, 2.0) < 1e-4, "images without foreground agree"
+
+
+@pytest.mark.parametrize("loss", [losses.relation_loss, losses.standardised_loss, losses.overlap_loss])
 def test_losses_of_answers_are_zero_for_equal_ones_positive_otherwise_and_finite_for_constant_ones(loss):
     a, b = tensor(0), tensor(1)
     assert loss(a, a, 2.0).abs().max() < 1e-5 and (loss(a, b, 2.0) >= 0).all() and loss(a, b, 2.0).mean() > 0.1
