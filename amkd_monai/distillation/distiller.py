@@ -211,7 +211,7 @@ class DistillationConfig:
         offered |= dict.fromkeys(ANSWER_LOSSES, bool(admitted))
         if self.losses.get("standardised") and any(shape[0] < 3 for shape in admitted):
             raise ValueError("The loss 'standardised' compares three classes or more, two are +-1: leave it out.")
-        if self.losses.get("overlap") and any(shape[1:] == (1, 1) for shape in admitted):
+        if self.losses.get("overlap") and any(shape[-1] == 1 for shape in admitted):
             raise ValueError("The loss 'overlap' compares masks, these answers are about whole images: leave it out.")
         offered["contrastive"] = samples is not None and bool(samples.vectors)
         chosen = {name: prior if offered[name] else 0.0 for name, prior in self.losses.items()}

@@ -133,6 +133,8 @@ def test_masks_and_classes_are_not_mixed_up():
         losses.task_loss(torch.zeros(2, 3), torch.zeros((2, 1, 4, 4), dtype=torch.long))
     with pytest.raises(ValueError, match="masks"):
         losses.task_loss(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="overlap"):
+        distiller_of(losses={"overlap": 1.0})
     with pytest.raises(ValueError, match="several findings"):
         losses.task_loss(torch.zeros(2, 2, 5), torch.zeros(2, dtype=torch.long))
 
