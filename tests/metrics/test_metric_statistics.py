@@ -10,7 +10,7 @@ from scipy import stats
 
 from amkd_monai.metrics.statistics import bootstrap_ci, holm, paired_bootstrap_ci, paired_wilcoxon
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 from tables import seed_and_case_ci
 
 RNG = np.random.default_rng(7)
