@@ -13,7 +13,7 @@ from amkd_monai.metrics import classification as m
 
 if sys.modules.get("transformers", m) is None:
     del sys.modules["transformers"]  # held back by conftest.py; torchmetrics imports it where it is installed
-from torchmetrics.functional.classification import multiclass_calibration_error  # noqa: E402
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 
 def cases(seed=0, n=80, classes=5, sharpness=1.0):

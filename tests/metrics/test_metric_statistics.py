@@ -1,7 +1,7 @@
 """Intervals and tests against scipy, hand examples and simulated coverage."""
 
 import math
-import sys
+import runpy
 
 import numpy as np
 import pytest
@@ -10,9 +10,7 @@ from scipy import stats
 
 from amkd_monai.metrics.statistics import bootstrap_ci, holm, paired_bootstrap_ci, paired_wilcoxon
 
-sys.path.append(str(ROOT / "benchmarks"))
-from tables import seed_and_case_ci
-
+seed_and_case_ci = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["seed_and_case_ci"]
 RNG = np.random.default_rng(7)
 SKEWED = RNG.beta(6, 1.2, size=60)
 
