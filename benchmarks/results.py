@@ -75,6 +75,9 @@ pool = replace(slices, overrides={**slices.overrides, **POOL}, pool="covid/image
 LONG_CREW = {"teachers": [{"name": "crew", "kind": "crew", "size": "small", "folds": 2, "images": 3072}]}
 SETTINGS |= {
     "kvasir_12_pool_admitted": replace(crew_of_12, overrides=WITH_POOL, pool="kvasir/images/*"),
+    "kvasir_12_overlap": replace(
+        crew_of_12, overrides={**crew_of_12.overrides, "losses": {"output": 1.0, "overlap": 1.0, "feature": 0.2}}
+    ),
     "kvasir_12_admitted": few,
     "kvasir_12_admitted_at_once": replace(few, overrides={**few.overrides, **AT_ONCE}),
     "covid_admitted": slices,

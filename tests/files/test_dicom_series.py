@@ -184,13 +184,17 @@ def test_a_folder_without_dicom_has_no_series(tmp_path):
     assert find_series(tmp_path) == []
 
 
+def with_a_frame_of_reference(folder, direction):
+    """pydicom, and the slices, volume and grid of a series that other DICOM objects can refer to."""
+    needs("highdicom")
+    series(folder, direction=direction, tags={"0020|0052": UID + ".9"})
+    (slices,) = find_series(folder)
+    return needs("pydicom"), slices, *read_series(folder, slices)
+
+
 @pytest.mark.parametrize("direction", [AXIAL, (0, 1, 0, 1, 0, 0)])
 def test_a_segmentation_lies_on_the_slices_it_was_made_from(direction, tmp_path):
-    pydicom = needs("pydicom")
-    needs("highdicom")
-    folder = series(tmp_path / "s", direction=direction, tags={"0020|0052": UID + ".9"})
-    (slices,) = find_series(folder)
-    volume, grid = read_series(folder, slices)
+    pydicom, slices, volume, grid = with_a_frame_of_reference(tmp_path / "s", direction)
     mask = (volume > 300).astype(np.uint8) + (volume > 600)
     files, classes = [item.file for item in slices], ("background", "left atrium", "rim of it")
     write_segmentation(tmp_path / "mask.dcm", mask, grid, files, classes)
@@ -216,11 +220,7 @@ def test_a_segmentation_lies_on_the_slices_it_was_made_from(direction, tmp_path)
 
 @pytest.mark.parametrize("direction", [AXIAL, (0, 1, 0, 1, 0, 0)])
 def test_captures_are_a_series_of_pictures_of_its_slices(direction, tmp_path):
-    pydicom = needs("pydicom")
-    needs("highdicom")
-    folder = series(tmp_path / "s", direction=direction, tags={"0020|0052": UID + ".9"})
-    (slices,) = find_series(folder)
-    volume, grid = read_series(folder, slices)
+    pydicom, slices, volume, grid = with_a_frame_of_reference(tmp_path / "s", direction)
     mask, levels = (volume > 300).astype(np.uint8), (volume // 4).astype(np.uint8)
     files = [item.file for item in slices]
     for _ in range(2):  # another answer replaces them
