@@ -91,7 +91,7 @@ class Layout:
         if folds is None:
             logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
             return splits.random_split(items, how.fractions, how.seed)
-        share = self.validation_fraction or how.fractions[1] / sum(how.fractions[:2])
+        share = self.validation_fraction or how.fractions[1] / (sum(how.fractions[:2]) or 1)
         logger.info("The test section of %s is fold %d of %d.", root, how.fold, folds)
         return splits.k_fold(items, folds, how.fold, share, how.seed)
 
