@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--dataset_dir", help="folder of the data set (default: as in training)")
     check.add_argument("--cache_dir", help="folder for hashes, phantoms and the sheet (default: the bundle's .cache)")
     check.add_argument("--data_options", type=json.loads, help="JSON, as in the bundle: '{\"normals\": false}'")
+    check.add_argument("--folds", type=int, help="number of folds, in place of the data set's own sections")
     check.add_argument("--fold", type=int, help="fold of the split, for cross-validated data sets")
     check.add_argument("--split_seed", type=int, help="seed of the split")
     check.add_argument("--mask_codes", type=_codes, help="meaning of mask values (default: that of the bundle)")
@@ -253,6 +254,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
     from amkd_monai.data.check import check_data, write_contact_sheet
     from amkd_monai.data.datalist import resolve_dataset_dir
     from amkd_monai.data.datasets import get_task
+    from amkd_monai.data.splits import SplitOptions
 
     name, config, bundles = arguments.name, {}, Path("bundles")
     for folder in (Path(name), Path("bundles") / name):
@@ -261,12 +263,16 @@ def _data_check(arguments: argparse.Namespace) -> int:
             described = folder / "configs" / "task.json"
             name, bundles = str(described) if described.is_file() else config["task"], folder.parent
             break
-    given = {k: getattr(arguments, k) for k in ("dataset_dir", "data_options", "fold", "split_seed", "mask_codes")}
+    settings = ("dataset_dir", "data_options", "folds", "fold", "split_seed", "mask_codes")
+    given = {key: getattr(arguments, key) for key in settings}
     how = {key: config.get(key) if value is None else value for key, value in given.items()}
     cache = Path(arguments.cache_dir or bundles / ".cache" / get_task(name).name)
     root, _ = resolve_dataset_dir(name, how["dataset_dir"], cache)
-    options, codes = (how["data_options"], how["fold"] or 0, how["split_seed"] or 0), how["mask_codes"]
-    report = check_data(name, root, cache, *options, codes)
+    split, codes = (
+        SplitOptions(folds=how["folds"], fold=how["fold"] or 0, seed=how["split_seed"] or 0),
+        how["mask_codes"],
+    )
+    report = check_data(name, root, cache, how["data_options"], split, codes)
     print(report)
     if usable := [item for item in report.items if item["id"] not in report.damaged]:
         sheet = arguments.sheet or cache / "contact_sheet.png"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from amkd_monai.data.datalist import find_items, stand_in_note
 from amkd_monai.data.datasets import Named, Task, get_task
-from amkd_monai.data.splits import NEAR, Item, SplitOptions, clusters, near_duplicates
+from amkd_monai.data.splits import DEFAULT_SPLIT, NEAR, Item, SplitOptions, clusters, near_duplicates
 from amkd_monai.files import cases, names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
 from amkd_monai.files.names import files_of, label_files, natural, some
@@ -48,15 +48,14 @@ def check_data(
     root: str | Path,
     cache_dir: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
-    fold: int = 0,
-    seed: int = 0,
+    split: SplitOptions = DEFAULT_SPLIT,
     mask_codes: MaskCodes | None = None,
 ) -> DataReport:
     """Read every file of a data set, list its items, look for duplicates and split it.
 
     What is wrong with the data is in the report and raises nothing; an unknown task is a ValueError. ``cache_dir``
-    keeps hashes between checks and trainings, ``options`` are those of the data set's ``find_items``, ``fold`` and
-    ``seed`` those of the split; ``mask_codes`` replaces the task's rule for the values of masks.
+    keeps hashes between checks and trainings, ``options`` are those of the data set's ``find_items``; ``mask_codes``
+    replaces the task's rule for the values of masks.
     """
     report = DataReport(get_task(task), Path(root))
     try:
@@ -94,7 +93,7 @@ def check_data(
     _describe_classes(report)
     if shares:
         _describe_masks(report, shares)
-    _describe_split(report, _duplicates(report, cache_dir), fold, seed)
+    _describe_split(report, _duplicates(report, cache_dir), split)
     return report
 
 
@@ -213,9 +212,9 @@ def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[I
     return found
 
 
-def _describe_split(report: DataReport, found: list[list[Item]], fold: int, seed: int) -> None:
+def _describe_split(report: DataReport, found: list[list[Item]], how: SplitOptions) -> None:
     try:
-        split = report.task.layout.split(report.root, report.items, SplitOptions(fold=fold, seed=seed))
+        split = report.task.layout.split(report.root, report.items, how)
     except (OSError, ValueError) as error:
         report.problems.append(f"The data cannot be split: {error}")
         return

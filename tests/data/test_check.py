@@ -14,6 +14,7 @@ from PIL import Image
 from amkd_monai.__main__ import main
 from amkd_monai.data.check import check_data, write_contact_sheet
 from amkd_monai.data.datasets import TASKS, Layout, Task, get_task
+from amkd_monai.data.splits import SplitOptions
 from amkd_monai.files.pictures import class_colours
 
 
@@ -34,6 +35,11 @@ def test_a_sound_data_set_has_no_problems(root):
     text = str(report)
     assert "20 image files, 0 not in the list" in text and "0 damaged item(s)" in text and "modes: RGB 10" in text
     assert "masks: 10, of which 0 empty" in text and "train: 7" in text and "no problems" in text
+
+
+def test_the_split_is_that_of_the_options(root):
+    assert "test: 2" in str(check_data("kvasir_seg", root, split=SplitOptions(folds=5, fold=3)))
+    assert any("folds" in problem for problem in check_data("kvasir_seg", root, split=SplitOptions(fold=3)).problems)
 
 
 def test_a_stand_in_is_named_and_an_empty_marker_is_a_problem(root):
