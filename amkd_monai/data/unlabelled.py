@@ -93,7 +93,9 @@ def further_images(
     theirs = {patients[file] for item in held_out for file in files_of(item["image"]) if file in patients}
     items = [item for item in items if patients.get(item["image"]) not in theirs]
     if not items:
-        why = "are in this data set, or look like its validation and test images, or are of their patients: give others."
+        why = (
+            "are in this data set, or look like its validation and test images, or are of their patients: give others."
+        )
         raise ValueError(f"All {found} images of {names.some(map(str, chosen))} {why}")
     if groups is not None:
         items = [{**item, "group": _group_of(item, groups)} for item in items]
