@@ -1,7 +1,6 @@
 """Writes a bundle for your own data: inspects a folder, reports its findings, builds the configs from the parts."""
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -283,10 +282,7 @@ def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) 
     spacing, extent = spacing[order], extent[order]
     spacing[1:] = np.maximum(spacing[1:], extent[1:] / LARGEST_SIDE)
     spacing = spacing.round(4)
-    size = [
-        -1,
-        *(int(32 * math.ceil((mm / step - 0.5) / 32)) for mm, step in zip(extent[1:], spacing[1:], strict=True)),
-    ]
+    size = [-1, *(32 * np.ceil((extent[1:] / spacing[1:] - 0.5) / 32).astype(int)).tolist()]
     inside: list[np.ndarray] = []
     for item in _spread(items):
         channels, grid = read_case([item["image"]])
@@ -314,46 +310,30 @@ def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) 
 
 def _part(name: str, task: Task, found: dict[str, Any]) -> dict[str, Any]:
     """The bundle's own part, merged onto those of its kind of data."""
-    classes, masked, flat = task.classes, not task.is_classification, task.dimensions == 2
-    several = task.has_findings
+    classes, masked, flat, several = task.classes, not task.is_classification, task.dimensions == 2, task.has_findings
     size = [found["image_size"]] * 2 if flat else found["volume_size"][1:]
-    listed = ", ".join(f"{number} is {label}" for number, label in enumerate(classes))
     about = f"{', '.join(classes[1:] if masked else classes)} in {task.modality}"
-    values = {
-        **found,
-        **{"about": about, "does": f"{'outlines' if masked else 'finds' if several else 'tells apart'} {about}"},
-        "listed": listed,
-        **{"kind": task.kind, "modality": task.modality, "metric": task.primary_metric, "foreground": classes[1]},
-        "classes": len(classes),
-        **{"shown": f"{'pictures' if flat else 'slices'} of {size[0]} x {size[1]}", "answered": size if masked else []},
-        **{
-            "height": size[0],
-            "width": size[1],
-            "colour": found.get("colour", ABSENT),
-            "gamma": found.get("gamma", 0.4),
-        },
-    }
+    does = "outlines" if masked else "finds" if several else "tells apart"
+    inputs = [
+        f"{of}{c}" for c in task.channels for of in ([""] if flat else ["previous slice of ", "", "next slice of "])
+    ]
+    channels = {"shown_channels": "$@datalist.task.shown_channels" if inputs else ABSENT}
+    values = {"colour": ABSENT, "gamma": 0.4, **found, "about": about, "does": f"{does} {about}", "kind": task.kind}
+    values |= {"listed": ", ".join(map("{0[0]} is {0[1]}".format, enumerate(classes))), "classes": len(classes)}
+    values |= {"modality": task.modality, "metric": task.primary_metric, "foreground": classes[1], "height": size[0]}
+    values |= {"shown": f"{'pictures' if flat else 'slices'} of {size[0]} x {size[1]}", "width": size[1]}
+    values |= {"answered": size if masked else [], "in_channels": len(inputs) or ABSENT, **channels}
     if not flat:
-        window = "low" in found
-        values |= {"window": ["<ct_window>"] if window else [], "percentiles": [] if window else ["<shares>"]}
-    volumetric = [] if flat else ["volumes"]
-    slices = [""] if flat else ["previous slice of ", "", "next slice of "]
-    inputs = [f"{of}{channel}" for channel in task.channels for of in slices]
-    values["in_channels"] = len(inputs) if inputs else ABSENT
-    values["shown_channels"] = "$@datalist.task.shown_channels" if inputs else ABSENT
-    shown = {"num_channels": len(inputs), "format": "magnitude"} if inputs else {}
-    shown |= (
-        {"channel_def": {str(n): inputs[n] if n < len(inputs) else ABSENT for n in range(max(3, len(inputs)))}}
-        if inputs
-        else {}
-    )
-    channels = {str(number): label for number, label in enumerate(task.answers)}
-    kind, last = ("classification", [task.kind]) if several else (task.kind, [])
+        how = ("window", "<ct_window>") if "low" in found else ("percentiles", "<shares>")
+        values |= {"window": [], "percentiles": [], how[0]: [how[1]]}
+    named = dict(zip(map(str, range(max(3, len(inputs)))), [*inputs, *[ABSENT] * 3], strict=False))
+    shown = {"num_channels": len(inputs), "format": "magnitude", "channel_def": named} if inputs else {}
+    answers = {"channel_def": {str(number): label for number, label in enumerate(task.answers)}}
+    kind, volumetric = "classification" if several else task.kind, [] if flat else ["volumes"]
+    own = ["own", *(f"own_{part}" for part in volumetric), *([task.kind] if several else [])]
     return {
-        "parts": ["common", "single", kind, *volumetric, "own", *(f"own_{part}" for part in volumetric), *last],
+        "parts": ["common", "single", kind, *volumetric, *own],
         "values": values,
         "train": {"mask_codes": task.mask_codes} if masked else {},
-        "metadata": {
-            "network_data_format": {"inputs": {"image": shown}, "outputs": {"pred": {"channel_def": channels}}}
-        },
+        "metadata": {"network_data_format": {"inputs": {"image": shown}, "outputs": {"pred": answers}}},
     }
