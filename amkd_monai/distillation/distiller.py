@@ -27,7 +27,7 @@ from amkd_monai.distillation.interface import (
 logger = logging.getLogger("amkd_monai")
 
 DEFAULT_LOSSES = {"output": 1.0, "feature": 0.2}
-ANSWER_LOSSES = ("output", "overlap", "relation", "standardised")
+ANSWER_LOSSES = ("output", "overlap")
 RETURN_CODES = ("none", "learned")
 STUDENT_STRIDES = (8, 16)
 """Student levels that are aligned with a teacher (two, summed)."""
@@ -209,8 +209,6 @@ class DistillationConfig:
         offered = dict.fromkeys(("feature", "reconstruction"), any(t.grid is not None for t in teachers))
         admitted = [t.logits for t in teachers if t.admitted and t.logits is not None]
         offered |= dict.fromkeys(ANSWER_LOSSES, bool(admitted))
-        if self.losses.get("standardised") and any(shape[0] < 3 for shape in admitted):
-            raise ValueError("The loss 'standardised' compares three classes or more, two are +-1: leave it out.")
         if self.losses.get("overlap") and any(shape[-1] == 1 for shape in admitted):
             raise ValueError("The loss 'overlap' compares masks, these answers are about whole images: leave it out.")
         offered["contrastive"] = samples is not None and bool(samples.vectors)
@@ -266,7 +264,6 @@ class Distiller(nn.Module):
         config: what is distilled and how it is weighed.
         samples: table of the training dataset, for the contrastive loss.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
-        class_weights: (C,) factors of the classes in the task's cross entropy, where an image has one class.
     """
 
     def __init__(
@@ -277,11 +274,9 @@ class Distiller(nn.Module):
         config: DistillationConfig | None = None,
         samples: SampleTable | None = None,
         batch_dice: bool = False,
-        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.student, self.teachers, self.batch_dice = student, list(teachers), batch_dice
-        self.register_buffer("class_weights", class_weights, persistent=False)
         self.config = config or DistillationConfig()
         self.faults, self._until_read = Faults(), 0
         self.loss_priors = self.config.priors(self.teachers, samples)
@@ -319,7 +314,7 @@ class Distiller(nn.Module):
         logits = self.student.decode(levels, list(batch.image.shape[-2:]))
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
-            named = {"task": batch.by_label(partial(self._task_loss, batch, logits))}
+            named = {"task": self._task_loss(batch, logits)}
             weights: dict[str, Tensor] = {}
             figures: dict[str, float | Tensor] = {}
             view: Tensor | None = None
@@ -348,12 +343,12 @@ class Distiller(nn.Module):
         plain = {name: f.detach() if isinstance(f, Tensor) else f for name, f in factors.items()}
         return DistillationOutput(total, named, plain, weights, logits, figures)
 
-    def _task_loss(self, batch: Batch, logits: Tensor, label: Tensor) -> Tensor:
-        """The supervised loss of the labelled samples by one label of the batch."""
-        label = batch.labelled(label)
+    def _task_loss(self, batch: Batch, logits: Tensor) -> Tensor:
+        """The supervised loss of the labelled samples."""
+        label = batch.labelled(batch.label)
         losses.note_classes(self.faults, label, logits.shape[1])
         label = label.clamp(0, logits.shape[1] - 1)  # indexing by another class would end the process on a GPU
-        return losses.task_loss(batch.labelled(logits), label, self.batch_dice, self.class_weights)
+        return losses.task_loss(batch.labelled(logits), label, self.batch_dice)
 
     @torch.no_grad()
     def teacher_maps(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -459,8 +454,6 @@ def _contrastive_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
 LOSSES: dict[str, Callable[[Distiller, _Seen], dict[str, Tensor]]] = {
     "output": partial(_answer_maps, losses.output_loss),
     "overlap": partial(_answer_maps, losses.overlap_loss),
-    "relation": partial(_answer_maps, losses.relation_loss),
-    "standardised": partial(_answer_maps, losses.standardised_loss),
     "feature": _feature_maps,
     "reconstruction": _reconstruction_maps,
     "contrastive": _contrastive_maps,

@@ -9,7 +9,6 @@ of the losses are relative to the task, whose own factor is always exactly 1.
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -221,7 +220,7 @@ class TeacherGate(nn.Module):
         errors = dict(zip((t.name for t in self.teachers), means, strict=True))
         for size, group in losses.by_size(answers).items():
             log_probabilities = torch.stack(list(group.values())).float().log_softmax(2)  # (teachers, B, classes, h, w)
-            areas = batch.by_label(partial(_areas, batch, classes, size))
+            areas = _areas(batch, classes, size)
             measured = losses.area_logits(losses.soft_cross_entropy(areas, log_probabilities), self.grid)
             for name, error in zip(group, measured, strict=True):
                 errors[name] = torch.where(batch.known[:, None, None], error, errors[name])
@@ -240,9 +239,9 @@ class TeacherGate(nn.Module):
         raise NotImplementedError
 
 
-def _areas(batch: Batch, classes: int, size: tuple[int, int], label: Tensor) -> Tensor:
-    """Area fractions (B, classes, h, w) of a label of a batch; those of samples without a label mean nothing."""
-    known = losses.label_map(label)
+def _areas(batch: Batch, classes: int, size: tuple[int, int]) -> Tensor:
+    """Area fractions (B, classes, h, w) of the labels of a batch; those of samples without a label mean nothing."""
+    known = losses.label_map(batch.label)
     return losses.class_areas(known if batch.rows is None else known * batch.known[:, None, None, None], classes, size)
 
 

@@ -89,8 +89,6 @@ class Batch:
             images, answers have one cell, (B, classes, 1, 1), or one for each of F findings, (B, 2, F, 1).
         index: position of each sample in the training dataset (B,); contrastive distillation needs it.
         task: number of the data set that the whole batch comes from, for the gate network's task embedding.
-        other: label of the image that each one is mixed with, as ``label``; None where none counts beside it.
-        share: part that ``other`` has in each image.
         known: ``has_label`` on the device of the images (B,).
         rows: indices of the labelled samples there, None where all are labelled.
     """
@@ -101,8 +99,6 @@ class Batch:
     teachers: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     index: Tensor | None = None
     task: int = 0
-    other: Tensor | None = None
-    share: float = 0.0
     known: Tensor = field(init=False)
     rows: Tensor | None = field(init=False)
 
@@ -114,11 +110,6 @@ class Batch:
     def labelled(self, values: Tensor) -> Tensor:
         """The rows of values (B, ...) whose samples have a label, the same tensor where all have."""
         return values if self.rows is None else values.index_select(0, self.rows)
-
-    def by_label(self, measure: Callable[[Tensor], Tensor]) -> Tensor:
-        """What is measured of the label; of a mixed image the mean over both labels by their shares."""
-        value = measure(self.label)
-        return value if self.other is None else torch.lerp(value, measure(self.other), self.share)
 
 
 def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any], arguments: int = 0) -> None:

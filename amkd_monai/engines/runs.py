@@ -138,8 +138,6 @@ def check(purpose: str) -> None:
     given = {**_places(parser), **given}
     parser["bundle_root"] = parser.get_parsed_content("bundle_root")  # while the workflow is on the stack
     _check_values(parser, purpose in ("training", "serving"))
-    if purpose == "training" and "patience" in given and parser.config.get("keep") == "last":
-        raise ValueError("patience ends a run early, keep 'last' trains it to its end: leave --patience out.")
     if purpose != "training":
         adopt(parser, purpose, given)
     if purpose == "evaluation":
@@ -228,7 +226,7 @@ def _check_option(key: str, content: Mapping[str, Any]) -> None:
 def _check_values(parser: ConfigParser, trains: bool) -> None:
     """Refuse numbers that end a run late or without a student, and make words of switches true or false."""
     config = parser.config
-    least = {"seed": 0, "num_workers": 0, **({"max_epochs": 1, "val_interval": 1, "patience": 1} if trains else {})}
+    least = {"seed": 0, "num_workers": 0, **({"max_epochs": 1, "val_interval": 1} if trains else {})}
     data = {"image_size": 1, "split_seed": 0, "fold": 0, "folds": 2}
     least |= {name: low for name, low in data.items() if config.get(name) is not None}
     for name, low in least.items():

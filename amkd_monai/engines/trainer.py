@@ -58,7 +58,6 @@ class Recipe:
         labelled_fraction: part of a batch that is labelled, where unlabelled samples take part.
         foreground_fraction: part of the labelled picks that show foreground; None takes them as they come.
         class_balance: draws classes as often as they occur (0) to equally often (1); needs one class per image.
-        class_weighting: weights the task's loss of a class by n^-class_weighting, 1 on average over the samples.
         min_steps: steps that an epoch has at least, for few samples.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
         ema: decay per step of an average of the student's weights, which takes their place; 0 averages nothing.
@@ -76,7 +75,6 @@ class Recipe:
     labelled_fraction: float = 0.5
     foreground_fraction: float | None = None
     class_balance: float = 0.0
-    class_weighting: float = 0.0
     min_steps: int = 1
     batch_dice: bool = False
     ema: float = 0.0
@@ -130,16 +128,6 @@ class Recipe:
             options["slices"] = self.slices
         sampler = kind(dataset.has_label, dataset.has_foreground, self.batch_size, seed, **options)
         return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers)
-
-    def class_weights(self, dataset: DecodedDataset) -> Tensor | None:
-        """Return the weights of the classes in the task loss (C,), from labelled samples; None if equal."""
-        if self.class_weighting == 0:
-            return None
-        if dataset.classes is None or dataset.findings:
-            raise ValueError("class_weighting needs one class per image, the labels are others: set it to 0.")
-        counts = np.bincount(dataset.classes[dataset.has_label], minlength=dataset.num_classes).astype(float)
-        weights = np.maximum(counts, 1) ** -self.class_weighting
-        return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()
 
     def optimizer(self, distiller: nn.Module) -> torch.optim.Optimizer:
         """Return AdamW with the encoder's own learning rate and no decay on biases and norms."""
@@ -284,10 +272,8 @@ class DistillationTrainer(SupervisedTrainer):
         if slices != self.augmentation.together:
             what = f"patches of {self.augmentation.together} slices, the student takes {slices}"
             raise ValueError(f"The training batches hold {what}: set recipe#slices to {slices}.")
-        if slices > 1 and (self.augmentation.mixes or (self.targets is not None and self.targets.views > 1)):
-            raise ValueError("A 3D student's slices are changed alike: set `views` to 1, and no mixup and cutmix.")
-        if self.augmentation.mixes and any(getattr(module, "contrast", None) for module in network.modules()):
-            raise ValueError("The loss 'contrastive' compares whole images: leave it out, or mixup and cutmix.")
+        if slices > 1 and self.targets is not None and self.targets.views > 1:
+            raise ValueError("A 3D student's slices are changed alike: set `views` to 1.")
         self.seed, self.generator, self.faults = seed, torch.Generator(), Faults()
         loss = nn.Identity()  # the distiller computes it
         options: dict[str, Any] = {"inferer": inferer, "postprocessing": postprocessing, "amp": amp}
@@ -387,10 +373,5 @@ def distillation_batch(
     teachers = targets.read(indices, device, theta, views) if targets is not None else {}
     image = augmentation.photometric(warp(image, theta), generator)
     label = label.long() if label.ndim < 4 else warp(label.float(), theta, mode="nearest").round().long()
-    mixed: dict[str, Any] = {}
-    if mixture := augmentation.mixture(data["has_label"], (image.shape[-2], image.shape[-1]), generator, device):
-        image, mix = mixture.maps(image), {"grid": mixture.maps, "logits": mixture.logits}
-        teachers = {name: {kind: mix[kind](values) for kind, values in of.items()} for name, of in teachers.items()}
-        label, mixed["other"], mixed["share"] = mixture.labels(label)
     image = image.contiguous(memory_format=torch.channels_last)
-    return Batch(image, label, data["has_label"], teachers, data["index"].to(device), task=task, **mixed)
+    return Batch(image, label, data["has_label"], teachers, data["index"].to(device), task=task)

@@ -4,7 +4,6 @@
 from amkd_monai.engines.handlers.checkpoints import (
     Attach,
     AveragedStudent,
-    EarlyStopping,
     KeptStudent,
     LoadStudent,
     ResumeCheckpoint,

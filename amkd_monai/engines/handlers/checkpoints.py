@@ -1,4 +1,4 @@
-"""Checkpoints: the kept student and the state to resume from; early stopping; base of handlers."""
+"""Checkpoints: the kept student and the state to resume from; base of handlers."""
 
 import logging
 import math
@@ -187,23 +187,6 @@ class LoadStudent(Handler):
             initialised(self.student, self.path, self.task)
         else:
             load_strict(self.student, load_state_dict(self.path), self.path)
-
-
-class EarlyStopping(Handler):
-    """End a training that keeps its best student when that lies at least ``patience`` epochs back.
-
-    The state is the evaluator's, which is saved and resumed with the run; MONAI's ``EarlyStopHandler`` would count
-    from 0 after resuming. Attach to the trainer.
-    """
-
-    def __init__(self, evaluator: Engine, patience: int, keep: str = "best") -> None:
-        self.evaluator, self.patience, self.keep = evaluator, patience, keep
-
-    def _epoch_completed(self, engine: Engine) -> None:
-        best = self.evaluator.state.best_metric_epoch
-        if self.keep == "best" and best > 0 and engine.state.epoch - best >= self.patience:
-            logger.info("no better validation since epoch %d: stopped after epoch %d", best, engine.state.epoch)
-            engine.terminate()
 
 
 class Attach:
