@@ -61,11 +61,9 @@ def _two_layers(channels: int, hidden: int, out_channels: int) -> list[nn.Module
 
 
 class Alignment(nn.Module):
-    """Sum over student levels of LayerNorm, 1x1, GELU, 1x1, at the teacher's grid.
+    """Sum over student levels, {stride: channels}, of LayerNorm, 1x1, GELU, 1x1, at the teacher's grid.
 
-    The student is resized to the teacher's grid, the teacher's map never is. A finer level is area-pooled before it is
-    projected, a coarser one is projected before it is made larger: each is projected where it has fewer cells.
-    ``channels`` maps the strides of the student levels used to their channels; the teacher has ``out_channels``.
+    A finer level is area-pooled before it is projected, a coarser one is projected before it is made larger.
     """
 
     def __init__(self, channels: Mapping[int, int], out_channels: int, hidden: int = 128) -> None:
@@ -111,11 +109,7 @@ class LearnedCode(nn.Module):
         return self.encoder(target)
 
     def autoencoder_loss(self, target: Tensor) -> Tensor:
-        """Reconstruction of features (B, C, h, w) from their own code; trains encoder and decoder alone.
-
-        Both treat all cells alike and augmentation moves the image under the grid, so every second row and column of
-        cells is enough: a quarter of the work. Returns (B, ceil(h / 2), ceil(w / 2)).
-        """
+        """Reconstruction (B, ceil(h / 2), ceil(w / 2)) of every second cell of features (B, C, h, w) from their code."""
         cells = target.detach()[..., ::2, ::2].contiguous(memory_format=torch.channels_last)
         return losses.reconstruction_loss(self.decoder(self.encoder(cells)), cells)
 

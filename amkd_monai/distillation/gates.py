@@ -1,9 +1,7 @@
 """Gates: the weight of each teacher per sample and location, and of each distillation loss.
 
 Reliability is grounded in labels, so a teacher can't win by being easy to imitate. An abstain slot takes the weight
-where every teacher is worse than the label prior; a floor keeps every available teacher alive. The learned gate
-predicts reliability from the student's features, so that it needs no label. The factors
-of the losses are relative to the task, whose own factor is always exactly 1.
+where every teacher is worse than the label prior; a floor keeps every available teacher alive.
 """
 
 import logging
@@ -104,10 +102,7 @@ class GateNetwork(nn.Module):
 
 
 def gate_log_probabilities(scores: Tensor, available: Tensor) -> Tensor:
-    """Log-softmax of scores (B, K or K + 1, h, w) over the available teachers (K,) and, if scored, the abstention.
-
-    Finite and very low where a slot may not be used.
-    """
+    """Log-softmax of scores (B, K or K + 1, h, w) over the available teachers (K,) and, if scored, the abstention."""
     return torch.log_softmax(torch.where(_usable(scores, available), scores, UNUSABLE), dim=1)
 
 
@@ -168,10 +163,9 @@ class GateReading:
 class TeacherGate(nn.Module):
     """Weights (B, K, h, w) of the teachers on the gate's grid, the coarsest grid among their targets.
 
-    Call :meth:`measure` once per batch, then :meth:`weights` per loss. A gate of your own derives from this class; its
-    dotted path is the mode, and what its constructor takes after ``setup`` are its options.
-
-    A gate that ``looks`` sees the student: its features, and how similar they are to each teacher's.
+    Call :meth:`measure` once per batch, then :meth:`weights` per loss. A gate of your own derives from this class: its
+    dotted path is the mode, what its constructor takes after ``setup`` are its options. One that ``looks`` sees the
+    student: its features, and how similar they are to each teacher's.
     """
 
     mean_errors: Tensor
@@ -198,10 +192,7 @@ class TeacherGate(nn.Module):
     def measure(
         self, batch: Batch, answers: Mapping[str, Tensor], classes: int, features: Tensor, cosines: Mapping[str, Tensor]
     ) -> GateReading:
-        """Look at a batch: at answers {teacher: logits (B, classes, h, w)} and, if the gate looks, at the student.
-
-        That is its map (B, C, h, w) and {teacher: cosine (B, h, w)} of those whose features are compared.
-        """
+        """Look at answers {teacher: (B, classes, h, w)}, student map (B, C, h, w) and cosines {teacher: (B, h, w)}."""
         scores = None
         if self.looks:
             nothing = features.new_zeros((len(features), *self.grid))
@@ -213,8 +204,7 @@ class TeacherGate(nn.Module):
     def _errors(self, batch: Batch, answers: Mapping[str, Tensor], classes: int) -> Tensor:
         """Cross entropy of each teacher's answer against the label at the gate's grid (B, K, h, w), nats.
 
-        Without a label a teacher's mean error over the labelled training samples stands in; a teacher that gives no
-        answers counts as one that knows nothing.
+        Its mean over the labelled training samples where there is no label; without answers, of knowing nothing.
         """
         means = self.mean_errors[None, :, None, None].repeat(len(batch.label), 1, *self.grid).unbind(1)
         errors = dict(zip((t.name for t in self.teachers), means, strict=True))
@@ -304,8 +294,7 @@ GATES: dict[str, type[TeacherGate]] = {"learned": LearnedGate, "reliability": Re
 class SharedGradients(Counter):
     """Measure, every ``every`` steps from the first, what each loss asks of the student's shared map.
 
-    Gradients with respect to all parameters would cost several times a step; at one map they cost a part of a step,
-    and that only now and then. The steps are counted in the state, so a resumed run measures in the same ones.
+    At one map gradients cost a part of a step; with respect to all parameters they would cost several steps.
     """
 
     def __init__(self, every: int = INTERVAL) -> None:
@@ -317,8 +306,7 @@ class SharedGradients(Counter):
     def forward(self, losses: Mapping[str, Tensor], names: Iterable[str], shared: Tensor) -> dict[str, Tensor]:
         """Count a step and, if it is one of those that are measured, return {name: gradient (B * C * h * w,)}.
 
-        Gradients of the mean losses {name: (B,)} of ``names`` at the shared student map (B, C, h, w), 0 where a loss
-        does not depend on it; nothing without autograd. Graph and ``.grad`` stay as they are.
+        Of the mean losses {name: (B,)} of ``names`` at the shared map (B, C, h, w); nothing without autograd.
         """
         due = self.steps % self.every == 0
         self.count_step()
@@ -332,10 +320,7 @@ class SharedGradients(Counter):
 
 
 class LossGate(nn.Module):
-    """What every loss gate offers.
-
-    A gate of your own derives from this class; its dotted path is the mode, and what its constructor takes after
-    ``channels`` are its options.
+    """Base of loss gates, also of your own: its options are what the constructor takes after ``channels``.
 
     Args:
         priors: {loss: relative importance}, e.g. {"output": 1.0, "feature": 0.2}; 0 switches a loss off.
@@ -363,11 +348,9 @@ class LossGate(nn.Module):
 class ScaledLossGate(Counter, LossGate):
     """L = L_task + beta(t) sum_k v_k L_k / S_k, with scales S_k measured once and then frozen.
 
-    S_k is the median of L_k over the first ``warmup_steps`` steps, floored at 1e-3. Because it is frozen, a loss that
-    has been driven to 0 can't raise its own weight. v is the given priors' share, of which ``floor`` is spread evenly.
-
-    ``served`` is the part of the requested importance that some teacher can serve: where answers are not distilled,
-    features keep their small share of the weight instead of inheriting all of it.
+    S_k is the median of L_k over the first ``warmup_steps`` steps, at least 1e-3; frozen, it lets no loss that is driven
+    to 0 raise its own weight. v is the given priors' share, of which ``floor`` is spread evenly. ``served`` is the part
+    of the requested importance that some teacher can serve: without answers, features keep their small share.
     """
 
     history: Tensor

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 class TeacherTarget:
     """A teacher in a run: what it teaches, how good it is, and the stores that hold its targets.
 
-    The preparation (:mod:`amkd_monai.engines.prepare`) makes it of a description; the distiller and
-    :class:`~amkd_monai.engines.trainer.TeacherTargets` read it.
-
     Attributes:
         name: key of its targets in a batch.
         grid: (C, h, w) of its feature map, None if it gives none.
@@ -30,10 +27,8 @@ class TeacherTarget:
         admitted: whether its answers are distilled (they beat the undistilled student); features always are.
         mean_error: mean cross entropy of its answers over the labelled training samples, nats; used without a label.
         score: cross-fitted score of its answers, higher is better; None if it gives none.
-        kind: that of its description.
-        fingerprint: hash of the weights and the preprocessing, or of the cross-fitting.
-        features: store with ``grid``, or None.
-        answers: store with ``logits``, or None.
+        kind, fingerprint: of its description, and hash of weights and preprocessing or of the cross-fitting.
+        features, answers: stores with ``grid`` and with ``logits``, or None.
         temperature: calibration temperature by which the stored logits are divided, fitted on the validation split.
         record: facts for ``run.json``; nothing reads them back.
     """
@@ -164,10 +159,7 @@ class Faults:
 
 
 class Counter(nn.Module):
-    """A module that counts steps in a buffer called ``name``, part of its state, and on the host, where they are read.
-
-    Further arguments go to the next base class.
-    """
+    """A module that counts steps in a buffer called ``name``, part of its state, and on the host, where they are read."""
 
     def __init__(self, name: str, *arguments: Any) -> None:
         super().__init__(*arguments)

@@ -2,9 +2,8 @@
 
 ``label`` (N,) holds class indices, ``probabilities`` (N, C) sum to 1 per case; of F findings, numbers whose bits they
 are, and a probability of each (N, F). ``positive`` (N,) is boolean and ``score`` (N,) is higher for what is more likely
-positive. A metric that is undefined on a set of cases is NaN. Written
-in NumPy for the bootstrap: kappa, areas and accuracy of 2,000 resamples of 600 cases take 3 s, with scikit-learn 52 s
-(the tests compare the values). No maintained package has DeLong's test.
+positive. A metric that is undefined on a set of cases is NaN. Written in NumPy for the bootstrap: 2,000 resamples of
+600 cases take 3 s, with scikit-learn 52 s. No maintained package has DeLong's test.
 """
 
 import math
@@ -61,9 +60,8 @@ def auroc(positive: ArrayLike, score: ArrayLike) -> float:
 
 def macro_auroc(label: ArrayLike, probabilities: ArrayLike) -> float:
     """Mean one-against-rest area over the classes that occur."""
-    true, p = np.asarray(label, int), np.asarray(probabilities, float)
-    known = [area for c in range(p.shape[1]) if not math.isnan(area := auroc(true == c, p[:, c]))]
-    return math.fsum(known) / len(known) if known else math.nan
+    p = np.asarray(probabilities, float)
+    return mean_auroc(np.asarray(label, int)[:, None] == np.arange(p.shape[1]), p)
 
 
 def mean_auroc(present: ArrayLike, probabilities: ArrayLike) -> float:

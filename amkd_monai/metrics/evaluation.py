@@ -28,8 +28,7 @@ def mask_rows(task: Task, case: str, pred: ArrayLike, reference: ArrayLike, spac
 def figures_of(task: Task, rows: Sequence[Row], seen: Mapping[str, str]) -> dict[str, Any]:
     """Return what ``metrics.json`` says of the rows of all cases: the task, ``summary``, and ``seen`` where there is.
 
-    Cases in ``seen`` took part in the training, by id, with where: they are in no figure but those of ``seen``. A
-    ValueError if no case is left.
+    Cases in ``seen``, {id: where}, took part in the training; they count under ``seen`` alone. One must be left.
     """
 
     def summary(rows: Sequence[Row]) -> dict[str, Any]:
@@ -49,16 +48,9 @@ def figures_of(task: Task, rows: Sequence[Row], seen: Mapping[str, str]) -> dict
 
 
 def write_figures(folder: Path, rows: Sequence[Row], figures: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """Write the files of an evaluation and return its table.
+    """Write the files of an evaluation and return its table; ``facts`` are further content of ``metrics.json``.
 
-    Args:
-        folder: for the files.
-        rows: of all cases.
-        figures: of :func:`figures_of` these rows.
-        facts: further content of ``metrics.json``.
-
-    Raises:
-        ValueError: some cases could not be used, and the folder holds the figures of all.
+    If some cases could not be used, a folder with the figures of all cases is refused.
     """
     skipped, seen = facts.get("skipped_samples", ()), figures.get("seen", {"cases": {}})
     old = read_json(folder / FIGURES) if skipped else {}

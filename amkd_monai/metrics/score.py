@@ -16,13 +16,12 @@ ENDINGS = ("_mask", "_segmentation", "_seg", "_pred", "_prediction")
 """What the name of a mask may have behind that of its image."""
 
 
-def task_of(classes: Sequence[str], folder: Path, nsd_tolerance: float | None = None) -> Task:
+def task_of(classes: Sequence[str], folder: Path) -> Task:
     """Describe masks of a folder by the names of their classes, background first."""
     if len(classes) < 2 or len(set(classes)) != len(classes) or not all(classes):
         raise ValueError(f"The classes are {list(classes)}: give different names, background first.")
     dimensions = 3 if any(names.has_suffix(file, names.VOLUME_SUFFIXES) for file in folder.iterdir()) else 2
-    task = Task("masks", tuple(classes), "unknown", folder.name, (), dimensions=dimensions)
-    return task if nsd_tolerance is None else replace(task, nsd_tolerance=nsd_tolerance)
+    return Task("masks", tuple(classes), "unknown", folder.name, (), dimensions=dimensions)
 
 
 def score(
@@ -36,8 +35,7 @@ def score(
     """Score each mask of a folder against the reference of its name and write what an evaluation leaves.
 
     Args:
-        predictions: folder of masks, pictures or NIfTI volumes, with class indices, or 0 and another value.
-        references: folder of the masks that they should be.
+        predictions, references: folders of masks, pictures or NIfTI volumes.
         output: folder for ``per_case.csv`` and ``metrics.json``.
         task: a task, or the names of the classes, background first.
         codes: meaning of the values of ``predictions`` and ``references``, see :func:`..files.masks.decode`.
@@ -45,19 +43,13 @@ def score(
 
     Returns:
         The table of the figures.
-
-    Raises:
-        ValueError: masks without partner, on another grid than their partner, or with values that no class has.
     """
     folders = {"predictions": names.expanded(predictions), "references": names.expanded(references)}
     for name, folder in folders.items():
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder} of {name}: give a folder of masks.")
-    if isinstance(task, str):
-        asked = get_task(task)
-        asked = asked if nsd_tolerance is None else replace(asked, nsd_tolerance=nsd_tolerance)
-    else:
-        asked = task_of(task, folders["references"], nsd_tolerance)
+    asked = get_task(task) if isinstance(task, str) else task_of(task, folders["references"])
+    asked = asked if nsd_tolerance is None else replace(asked, nsd_tolerance=nsd_tolerance)
     if asked.is_classification:
         raise ValueError(f"{asked.name} has one class per image: `score` compares masks.")
     pairs = paired(folders["predictions"], folders["references"], asked.dimensions)

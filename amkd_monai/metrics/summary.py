@@ -45,10 +45,8 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str] = ("dice", "iou", "nsd
     out); regions and background enter no such mean. Cases that have no value are left out of a metric and counted under
     ``status``.
 
-    Args:
-        rows: of :py:func:`~amkd_monai.metrics.segmentation.case_metrics`, with the ``id`` of the case; a class of a
-            case that comes twice is refused.
-        metrics: columns to aggregate.
+    ``rows`` are those of :py:func:`~amkd_monai.metrics.segmentation.case_metrics`, with the ``id`` of the case, each
+    class of a case once.
 
     Returns:
         ``cases`` (number of ids), ``status`` (rows per status), ``empty_references`` (rows on which no metric is
