@@ -109,7 +109,7 @@ class LearnedCode(nn.Module):
         return self.encoder(target)
 
     def autoencoder_loss(self, target: Tensor) -> Tensor:
-        """Reconstruction (B, ceil(h / 2), ceil(w / 2)) of every second cell of features (B, C, h, w) from their code."""
+        """Reconstruction (B, ceil(h/2), ceil(w/2)) of every second cell of features (B, C, h, w) from their code."""
         cells = target.detach()[..., ::2, ::2].contiguous(memory_format=torch.channels_last)
         return losses.reconstruction_loss(self.decoder(self.encoder(cells)), cells)
 

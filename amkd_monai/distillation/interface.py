@@ -159,7 +159,7 @@ class Faults:
 
 
 class Counter(nn.Module):
-    """A module that counts steps in a buffer called ``name``, part of its state, and on the host, where they are read."""
+    """A module that counts steps in a buffer called ``name``, part of its state, and on the host to be read."""
 
     def __init__(self, name: str, *arguments: Any) -> None:
         super().__init__(*arguments)

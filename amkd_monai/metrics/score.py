@@ -35,7 +35,8 @@ def score(
     """Score each mask of a folder against the reference of its name and write what an evaluation leaves.
 
     Args:
-        predictions, references: folders of masks, pictures or NIfTI volumes.
+        predictions: folder of masks, pictures or NIfTI volumes.
+        references: folder of the masks that they should be.
         output: folder for ``per_case.csv`` and ``metrics.json``.
         task: a task, or the names of the classes, background first.
         codes: meaning of the values of ``predictions`` and ``references``, see :func:`..files.masks.decode`.

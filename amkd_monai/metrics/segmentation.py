@@ -41,7 +41,8 @@ def case_metrics(
     are the definitions of :py:mod:`monai.metrics`, which needs torch. Background has neither NSD nor HD95.
 
     Args:
-        pred, reference: label maps of one shape, (H, W) or (D, H, W) in any axis order, integers in [0, num_classes).
+        pred: predicted label map, (H, W) or (D, H, W) in any axis order, integers in [0, num_classes).
+        reference: reference label map of the same shape.
         num_classes: number of classes including the background, which is label 0.
         spacing: size of a pixel or voxel along each axis of the arrays (mm, or 1 for pixels).
         nsd_tolerance: boundary tolerance of the NSD in the unit of ``spacing``; or one for each class and region.

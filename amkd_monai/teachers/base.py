@@ -58,12 +58,11 @@ class TeacherFacts:
 class Teacher(nn.Module):
     """A frozen network with its own preprocessing.
 
-    A subclass implements :meth:`forward`, and ``settings`` or :meth:`preprocessing`; this base keeps it in evaluation
-    mode, takes its parameters out of training, and computes its fingerprint. Options that several kinds share:
+    A subclass implements :meth:`forward`, and ``settings`` or :meth:`preprocessing`. Options that several kinds share:
     ``weights`` (a weight file, a folder that holds it, None to search for it, or ``random``, which marks the run as a
     test), ``image_size`` (side in pixels, or height and width, to which images are squashed; None takes them as they
-    come) and ``grid_limit`` (feature maps are area-pooled down to at most this many cells a side). Options that are not
-    understood are a ``ValueError``, weights that are missing or do not fit a ``CheckpointError``.
+    come) and ``grid_limit`` (feature maps are area-pooled down to at most this many cells a side). Wrong options are a
+    ``ValueError``, weights that are missing or do not fit a ``CheckpointError``.
 
     Args:
         name: unique name of the teacher in a run.
@@ -216,11 +215,7 @@ VOLUME_OPTIONS = ("network", "folds", "patch_size", "steps", "learning_rate")
 
 
 def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
-    """Check names and kinds before anything is built.
-
-    Raises:
-        ValueError: no list of descriptions, one without name or kind, an unknown kind, or a name used twice.
-    """
+    """Check names and kinds before anything is built."""
     if not (isinstance(descriptions, (list, tuple)) and all(isinstance(d, Mapping) for d in descriptions)):
         raise ValueError(f"teachers is {descriptions!r}: give a word or a list of descriptions, see docs/teachers.md.")
     seen: set[str] = set()
@@ -240,11 +235,7 @@ def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
 
 
 def teacher_class(kind: str) -> type[Teacher]:
-    """Return the class of a kind: one of :data:`KINDS`, or the path of a class (``module.Class``).
-
-    Raises:
-        ValueError: there is no such class, or it is not a ``Teacher``.
-    """
+    """Return the class of a kind: one of :data:`KINDS`, or the path of a class (``module.Class``)."""
     module, _, name = KINDS.get(kind, kind).rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -264,9 +255,6 @@ def bound(
         description: ``name``, ``kind`` and the options of the kind; the preparation reads ``own_answers``
             and ``cross_fit``.
         weights_dir: folder searched first where the kind has official weights and the description names none.
-
-    Raises:
-        ValueError: unknown kind, or options the kind does not take.
     """
     validate_descriptions([description])
     name, kind = description["name"], description["kind"]
@@ -291,12 +279,7 @@ def bound(
 
 
 def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None) -> Teacher:
-    """Build one frozen teacher from its description, as :func:`bound` reads it.
-
-    Raises:
-        ValueError: unknown kind, or options the kind does not take.
-        CheckpointError: weights that are missing or do not fit.
-    """
+    """Build one frozen teacher from its description, as :func:`bound` reads it."""
     chosen, options = bound(description, weights_dir)
     if chosen is None:
         kind, name = description["kind"], description["name"]
