@@ -349,8 +349,8 @@ class ScaledLossGate(Counter, LossGate):
     """L = L_task + beta(t) sum_k v_k L_k / S_k, with scales S_k measured once and then frozen.
 
     S_k is the median of L_k over the first ``warmup_steps`` steps, at least 1e-3; frozen, it lets no loss that is
-    driven to 0 raise its own weight. v is the given priors' share, of which ``floor`` is spread evenly. ``served`` is the part
-    of the requested importance that some teacher can serve: without answers, features keep their small share.
+    driven to 0 raise its own weight. v is the given priors' share, of which ``floor`` is spread evenly. ``served`` is
+    the part of the requested importance that some teacher can serve: without answers, features keep their small share.
     """
 
     history: Tensor
