@@ -25,14 +25,10 @@ from amkd_monai.engines.trainer import DistillationTrainer, TeacherTargets, dist
 
 
 class MultiTaskDistiller(nn.Module):
-    """One distiller per task, each over its view of the same student.
+    """One distiller per task, {task: distiller}, each over its view of the same student.
 
     Projections and codes of equally named teachers of one shape, and the gate networks of equal lists of teachers, are
-    one module for all tasks, so that what is learned about a teacher on one data set serves the others.
-
-    Args:
-        distillers: {task: distiller}, their students views of one shared student.
-        scale_steps: steps of a task over which its loss scale is measured before it freezes.
+    one module for all tasks. The scale of a task's loss is measured over ``scale_steps`` of its steps.
     """
 
     def __init__(self, distillers: Mapping[str, Distiller], scale_steps: int = 100) -> None:
@@ -54,11 +50,7 @@ class MultiTaskDistiller(nn.Module):
                 gate.network = one(gate.network, type(gate), *(t.name for t in gate.teachers))
 
     def forward(self, task: str, batch: Batch, progress: float = 0.0, learns_labels: bool = True) -> DistillationOutput:
-        """Compute all losses of one task's micro-batch; the total is divided by the scale of the task's own loss.
-
-        The scale is the median over the first steps, then frozen: tasks weigh alike whatever their losses' sizes, and
-        none gains weight by being easy.
-        """
+        """Compute all losses of one task's micro-batch; the total is divided by the scale of the task's own loss."""
         result: DistillationOutput = self.distillers[task](batch, progress, learns_labels)
         scale = self.scales[task]
         if self.training and scale.steps < scale.history.shape[1]:
@@ -78,11 +70,8 @@ class MultiTaskTrainer(DistillationTrainer):
     """Train one student on several tasks; memory as for one micro-batch.
 
     The gradients of a step's micro-batches are summed, each task's loss on its own scale, then there is one step of
-    the optimiser. Under torch.distributed gradients, running statistics and loss scales are averaged over the
-    processes once per step.
-
-    As :class:`DistillationTrainer`, but with ``targets`` and ``augmentations`` by task, and ``numbers`` of the tasks
-    for the gate's task embedding.
+    the optimiser. Under torch.distributed gradients, running statistics and loss scales are averaged once per step.
+    ``targets`` and ``augmentations`` are by task, ``numbers`` those of the tasks in the gate's embedding.
     """
 
     network: MultiTaskDistiller

@@ -74,10 +74,7 @@ def cache_image_teacher(
     description: Mapping[str, Any],
     **options: Any,
 ) -> tuple[TeacherFacts, FeatureStore, FeatureStore]:
-    """Build an image teacher's stores of the training section and of one view of the validation section.
-
-    ``options`` are those of :func:`~amkd_monai.cache.build.cache_teacher`.
-    """
+    """Build an image teacher's stores of the training section and of one view of the validation section."""
     teacher = known_teacher(description, weights_dir, options["cache_dir"])
     outputs = cache_teacher(teacher, train, views=views, description=description, **options)
     return teacher.facts(), outputs, cache_teacher(teacher, validation, description=description, **options)
@@ -163,7 +160,7 @@ def prepare_teachers(
         admission_options: ``mode`` (``cross_fit``: a teacher's answers are distilled only if their cross-fitted score,
             Dice or skill, beats the undistilled student's; ``all``; ``none``), ``features`` (``all``: also those of
             teachers that are not admitted; ``admitted``), ``margin`` (of the score), ``folds`` (None: those of a crew,
-            so that both learn from equally many labels, else 3) and ``epochs`` of the student's cross-fitting.
+            else 3) and ``epochs`` of the student's cross-fitting.
         weights_dir: folder searched first for the weights of foundation teachers.
         views: stored views of every training image; with several, the student is shown exactly these.
         cache_dtype: of stored feature maps, ``float16`` or ``int8``.

@@ -89,10 +89,9 @@ def open_tasks(
 
     Args:
         tasks: {name: {"bundle": name or path of its bundle, and settings of that bundle that this run changes}}.
-        bundle_root: the folder of the shared student's bundle; others lie next to it, or in ``bundles/`` of the current
-            folder where it was copied away from them.
-        output_dir: each task gets a folder in it, as in ``cache_dir``, which single runs share.
-        cache_dir: likewise.
+        bundle_root: the folder of the shared student's bundle; others lie next to it, or in ``bundles/``.
+        output_dir: each task gets a folder in it.
+        cache_dir: likewise, shared with single runs.
         settings: settings of all tasks, wherever a bundle has them; ``teachers`` may name their ``tasks``.
         only: names of the tasks of this run; None takes all.
         dataset_dir: folder that holds the data sets' folders; a task's own ``dataset_dir`` goes first.

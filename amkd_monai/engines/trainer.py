@@ -228,7 +228,7 @@ class DistillationTrainer(SupervisedTrainer):
 
     All randomness of an epoch depends on seed and epoch alone, so a resumed run repeats an uninterrupted one.
     ``state.output`` holds image, label and pred of the labelled rows and the total ``loss``; ``state.distillation``
-    the last :class:`~amkd_monai.distillation.DistillationOutput`. Parameters that are not listed are MONAI's.
+    the last :class:`~amkd_monai.distillation.DistillationOutput`. Further parameters are MONAI's.
 
     Args:
         train_data_loader: loader over a :class:`BatchSampler`.
@@ -240,10 +240,6 @@ class DistillationTrainer(SupervisedTrainer):
             (:meth:`~amkd_monai.data.augment.Augmentation.check_features`).
         seed: seed of the run.
         amp: bfloat16 autocast of the student's forward (GPU).
-
-    Raises:
-        ValueError: the augmentation makes less of cached features than ``warped_features`` accepts, or in training a
-            loss is not finite.
     """
 
     def __init__(

@@ -137,10 +137,7 @@ class EncodedStudent(nn.Module):
 
 
 class Student(EncodedStudent):
-    """A segmentation student of about 3 M parameters.
-
-    It takes [0, 1] RGB (or three neighbouring slices), normalises inside, and returns logits at the input's size, so
-    that an exported model needs no preprocessing beyond scaling.
+    """A segmentation student of about 3 M parameters: [0, 1] RGB (or three slices) to logits at the input's size.
 
     Args:
         encoder: timm name; ``tf_efficientnet_lite0`` (default) quantises well.
@@ -186,12 +183,9 @@ class Student(EncodedStudent):
 
 
 class ClassStudent(EncodedStudent):
-    """A student of about 3 M parameters that answers one class per image.
+    """A student that answers one class per image: logits divided by a calibration temperature.
 
-    It takes [0, 1] RGB, normalises inside, and returns logits divided by its calibration temperature, so that the
-    softmax of an exported model's answer is calibrated. The temperature is a buffer: part of the flat state dict, 1
-    until it is fitted on validation. Training reads ``decode``, which knows no temperature.
-
+    The temperature is a buffer, 1 until it is fitted on validation; training reads ``decode``, which knows none.
     ``dropout`` is the rate before the linear layer; the other arguments are those of :class:`Student`.
     """
 
@@ -226,8 +220,7 @@ class ClassStudent(EncodedStudent):
 class FindingStudent(ClassStudent):
     """A :class:`ClassStudent` that answers whether each of ``num_classes`` findings is there.
 
-    Its logits are (B, 2, num_classes), those of absence 0: their softmax over absence and presence is the sigmoid of
-    the latter, so that a finding is one more place at which two classes are told apart.
+    Logits (B, 2, num_classes), those of absence 0: their softmax is the sigmoid of the logits of presence.
     """
 
     def decode(self, levels: list[Tensor], size: list[int]) -> Tensor:

@@ -57,10 +57,8 @@ class BiomedParseTeacher(OfficialTeacher):
         self.token_ids = [_checked(ids, number) for number, ids in enumerate(words, 1)]
         official = read_official("biomedparse", weights)
         if any(".language_encoder." in key for key in official.state):
-            raise CheckpointError(
-                f"{official.path} holds BiomedParse v2, another network, for slices of volumes, whose layout is "
-                "not known here: give biomedparse_v1.pt."
-            )
+            other = "BiomedParse v2, another network, for slices of volumes, whose layout is not known here"
+            raise CheckpointError(f"{official.path} holds {other}: give biomedparse_v1.pt.")
         with fixed_initialisation():
             self.network = BiomedParse(Sizes(**(sizes or {})))
         self.fill(official, UNUSED)

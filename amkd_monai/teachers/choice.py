@@ -36,10 +36,6 @@ def choose(
         task: what is to be taught.
         weights_dir: folder searched first for weight files.
         fallback: descriptions of the teachers where no foundation teacher is found.
-
-    Raises:
-        ValueError: a word or a description that is not understood, or a package is missing.
-        CheckpointError: a file is missing, and not by ``auto``.
     """
     described: list[Description] = []
     lines: list[str] = []

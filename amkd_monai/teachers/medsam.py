@@ -101,10 +101,8 @@ class MedSAMTeacher(OfficialTeacher):
         if (key := "image_encoder.pos_embed") in official.state:
             trained = official.shape(key, 4, "(1, n, n, channels)")[1]
             if trained != side:
-                raise CheckpointError(
-                    f"{official.path} is for images resized to {trained * PATCH} pixels, not {image_size}: set "
-                    f"`image_size` to it."
-                )
+                sizes_differ = f"images resized to {trained * PATCH} pixels, not {image_size}"
+                raise CheckpointError(f"{official.path} is for {sizes_differ}: set `image_size` to it.")
         sizes = {**VIT_B, **(sizes or {})}
         channels, norm = sizes["out_chans"], partial(nn.LayerNorm, eps=1e-6)
         with fixed_initialisation():

@@ -37,15 +37,9 @@ class OfficialWeights:
 
 
 def read_official(key: str, weights: str | Path | None) -> OfficialWeights:
-    """Find and read a teacher's weights.
+    """Find and read the weights of a teacher by its key in the catalogue; a CheckpointError if there are none.
 
-    Args:
-        key: the teacher's key in the catalogue.
-        weights: a file, a folder that holds it, None to search the weights folders and the Hugging Face cache, or
-            ``random``.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
+    ``weights``: a file, a folder that holds it, None to search for it (:func:`find_weights`), or ``random``.
     """
     if str(weights) == "random":
         return OfficialWeights({}, None)

@@ -74,11 +74,7 @@ class KnownTeacher:
         return self.known
 
     def ready(self) -> Teacher:
-        """Build the network unless it is there.
-
-        Raises:
-            ValueError: it is not the teacher that was known; it changed without its file's size or time.
-        """
+        """Build the network unless it is there; one that changed without its file's size or time is refused."""
         if self.built is None:
             with fixed_initialisation():
                 built = build_teacher(*self.of)
@@ -109,17 +105,9 @@ def plan(
 ) -> Plan:
     """Build a teacher without its weights, and run it on an image without content, if its input's size is known.
 
-    Of other kinds than :data:`PLANNED` no more is known than that it takes its options.
-
-    Args:
-        description: of the teacher.
-        weights_dir: folder searched first for weight files.
-        size: (H, W) of the images to come, if known: where a specialist is tried.
-        cache_dir: folder that keeps plans, None for none.
-
-    Raises:
-        ValueError: options that the kind does not take.
-        CheckpointError: weights that are missing or do not fit, by their names and shapes.
+    Of other kinds than :data:`PLANNED` no more is known than that it takes its options. ``size`` is (H, W) of the
+    images to come, where a specialist is tried; ``cache_dir`` keeps plans. Wrong options are a ValueError, weights that
+    are missing or do not fit, by their names and shapes, a CheckpointError.
     """
     kind = str(description["kind"])
     _, options = bound(description, weights_dir)
@@ -227,18 +215,8 @@ def check(
 ) -> list[Plan]:
     """Refuse what cannot teach a task before any teacher is asked; return the plans of all teachers.
 
-    Args:
-        descriptions: of the teachers.
-        classes: names of the task's classes.
-        single: number of answers about a whole image, see :attr:`~amkd_monai.data.datasets.Task.per_image`.
-        weights_dir: folder searched first for weight files.
-        size: (H, W) of the images to come, if known.
-        device: where teachers will run.
-        cache_dir: folder that keeps plans, None for none.
-
-    Raises:
-        ValueError: options or answers that do not fit, or a GPU too small.
-        CheckpointError: weights that are missing or do not fit, by their names and shapes.
+    ``classes`` are the task's, ``single`` is its number of answers about a whole image
+    (:attr:`~amkd_monai.data.datasets.Task.per_image`), ``device`` where teachers will run; others as of :func:`plan`.
     """
     plans = []
     for description in descriptions:

@@ -136,11 +136,7 @@ def in_timms_layout(network: nn.Module, state: dict[str, Tensor], source: str | 
 
 
 def set_network_size(network: nn.Module, size: int | tuple[int, int] | None, name: str) -> int | tuple[int, int]:
-    """Resize the table of positions of a network of fixed input size, and return that size; None keeps it.
-
-    Raises:
-        ValueError: the network cannot take images of that size.
-    """
+    """Resize the table of positions of a network of fixed input size, and return that size; None keeps it."""
     embed = getattr(network, "patch_embed", network)
     own = tuple(getattr(embed, "img_size", None) or network.pretrained_cfg["input_size"][-2:])
     wanted = (size, size) if isinstance(size, int) else size or own

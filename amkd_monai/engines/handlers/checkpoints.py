@@ -109,10 +109,10 @@ class ResumeCheckpoint(Handler):
     Args:
         path: file to write, e.g. ``models/distillation.pt``.
         distiller: student and distillation state, or DistributedDataParallel around them.
-        objects: further objects with ``state_dict`` and ``load_state_dict``: optimizer, scheduler, handlers.
+        objects: further ones with a state: optimizer, scheduler, handlers.
         evaluator: its best metric and epoch are kept too.
         resume: continue from ``path``.
-        identity: what must be the same for the states to fit (split, seed, teachers); compared on resuming.
+        identity: what must be the same on resuming (split, seed, teachers).
     """
 
     def __init__(
@@ -190,14 +190,7 @@ class LoadStudent(Handler):
 
 
 class Attach:
-    """Attach a handler that is defined elsewhere in a config.
-
-    A list of handlers stays a list of blocks: MONAI, and MONAI Label, look at the ``_target_`` of each.
-    """
+    """Attach a handler that is defined elsewhere in a config: MONAI looks at the ``_target_`` of each in a list."""
 
     def __init__(self, handler: Any) -> None:
-        self.handler = handler
-
-    def attach(self, engine: Engine) -> None:
-        """Attach it."""
-        self.handler.attach(engine)
+        self.attach = handler.attach

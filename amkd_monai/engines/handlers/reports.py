@@ -34,26 +34,14 @@ class CaseReport(Handler):
     """Score each case; when the run ends, write and log the report.
 
     Attach it to an evaluator whose output is, after decollating and postprocessing, a list of dicts with ``pred`` and
-    ``label``. Masks: label maps of shape (1, H, W) or (1, H, W, D) of the size the image has on disk (``Invertd``
-    undoes resizing, ``AsDiscreted(argmax=True)`` makes the map). Classes: probabilities (C,) and a class; of
-    findings (2, F) and the number whose bits they are.
+    ``label``. Masks: label maps (1, H, W) or (1, H, W, D) of the size the image has on disk. Classes: probabilities
+    (C,) and a class; of findings (2, F) and the number whose bits they are.
 
-    ``per_case.csv`` gets the rows of :py:func:`~amkd_monai.metrics.segmentation.case_metrics` or
-    :py:func:`~amkd_monai.metrics.classification.class_row`, with the ``id`` first (of the batch item, or else the name
-    of its image file); ``metrics.json`` the task, the ``facts`` and the summary. ``engine.state.metrics`` gets
-    ``dice_mean``, ``dice_ci_low`` and so on, ``cases_missed`` etc. with the number of rows of each status and
-    ``false_positive_rate`` where a reference is empty; of classes ``<metric>``, ``<metric>_ci_low`` and
-    ``<metric>_ci_high``. Under torch.distributed the cases of all ranks are gathered, repeated ones counted once, and
-    rank 0 writes.
-
-    Args:
-        task: name of the task, which gives classes, dimensions, NSD tolerance and unit.
-        output_dir: folder of the report.
-        facts: further content of ``metrics.json``, see :py:func:`amkd_monai.engines.runs.evaluated`.
-
-    Raises:
-        ValueError: a case has no id, or its prediction is of the wrong shape or on another grid than its label; two
-            files have the same id; some cases could not be used and the folder holds the figures of all.
+    ``per_case.csv`` gets a row per case, and class of masks, ``metrics.json`` the task, the ``facts``
+    (:py:func:`amkd_monai.engines.runs.evaluated`) and the summary. ``engine.state.metrics`` gets ``dice_mean``,
+    ``dice_ci_low`` and so on, ``cases_missed`` etc. with the number of rows of each status and ``false_positive_rate``
+    where a reference is empty; of classes ``<metric>``, ``<metric>_ci_low`` and ``<metric>_ci_high``. Under
+    torch.distributed the cases of all ranks are gathered, repeated ones counted once, and rank 0 writes.
     """
 
     def __init__(self, task: str, output_dir: str | Path, facts: Mapping[str, Any] | None = None) -> None:
@@ -179,8 +167,8 @@ def _stack(output: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
 class FitTemperature(Handler):
     """Calibrate a student on validation: one temperature that minimises the cross entropy (Guo et al., 2017).
 
-    Attach to the validation evaluator, before the handler that saves the student: the temperature is a buffer of the
-    student and is saved with it. Validation itself runs at temperature 1, so a value never depends on an earlier epoch.
+    Attach to the validation evaluator, before the handler that saves the student, whose buffer the temperature is.
+    Validation itself runs at temperature 1, so a value never depends on an earlier epoch.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -203,12 +191,10 @@ class FitTemperature(Handler):
 
 
 class EmptyReferences(Handler):
-    """Report how often foreground is predicted where the reference is empty.
+    """Report how often foreground is predicted where the reference is empty, which MONAI's mean Dice leaves out.
 
-    MONAI's mean Dice leaves cases with an empty reference out, which would hide their errors. ``engine.state.metrics``
-    gets ``val_false_positive_rate``, the share of these cases with a predicted foreground, and
-    ``val_empty_references``, their number; nothing if there is no such case. Attach before handlers that log metrics,
-    to an evaluator whose output is a list of dicts with one-hot ``pred`` and ``label``, (C, ...), background first.
+    ``engine.state.metrics`` gets ``val_empty_references``, the number of these cases, and ``val_false_positive_rate``,
+    unless there is none. Attach before handlers that log metrics; output: dicts with one-hot ``pred`` and ``label``.
     """
 
     def _epoch_started(self, engine: Engine) -> None:
@@ -221,10 +207,8 @@ class EmptyReferences(Handler):
     def _epoch_completed(self, engine: Engine) -> None:
         wrong = [predicted for present, predicted in self._seen if not present]
         if wrong and len(wrong) == len(self._seen):
-            raise ValueError(
-                f"All {len(wrong)} validation cases have an empty reference, so Dice cannot choose the best student: "
-                "change the split, or check that the masks are read correctly (`python -m amkd_monai data check`)."
-            )
+            remedy = "change the split, or see `python -m amkd_monai data check`"
+            raise ValueError(f"All {len(wrong)} validation cases have an empty reference, so have no Dice: {remedy}.")
         if wrong:
             metrics = {"val_false_positive_rate": sum(wrong) / len(wrong), "val_empty_references": len(wrong)}
             engine.state.metrics |= metrics

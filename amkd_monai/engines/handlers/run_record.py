@@ -30,9 +30,7 @@ class RunRecord(Handler):
 
     The means over an epoch's steps and the validation become a row of ``history.csv``, the scalars ``epoch/...`` of
     TensorBoard, and, each figure's last known value, ``latest`` in ``run.json``. Steps are read from the device at the
-    end of the epoch, so that none of them waits for it. ``identity`` claims its folders before the first step.
-
-    Attach to the trainer, after the validation handler.
+    end of the epoch. ``identity`` claims its folders before the first step. Attach after the validation handler.
     """
 
     def __init__(
@@ -167,10 +165,7 @@ def run_facts(
     method: Mapping[str, Any],
     **settings: Any,
 ) -> dict[str, Any]:
-    """Return the JSON-able facts of a run: data and split, teachers, method, recipe, student and settings.
-
-    ``is_test`` marks a run with a teacher of random weights: its scores mean nothing.
-    """
+    """Return the JSON-able facts of a run; ``is_test`` marks one with a teacher of random weights."""
     teachers = targets.record["teachers"]
     return {
         "is_test": any(teacher.get("random_weights") for teacher in teachers),
