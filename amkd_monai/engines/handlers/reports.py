@@ -20,9 +20,8 @@ from amkd_monai.cache.probes import calibration_temperature
 from amkd_monai.data.datasets import get_task
 from amkd_monai.engines.handlers.checkpoints import Handler
 from amkd_monai.metrics.classification import class_metrics, class_row
-from amkd_monai.metrics.evaluation import figures_of, mask_rows, write_figures
 from amkd_monai.metrics.segmentation import STATUSES
-from amkd_monai.metrics.summary import Row, write_case_csv
+from amkd_monai.metrics.summary import Row, figures_of, mask_rows, write_case_csv, write_figures
 
 logger = logging.getLogger("amkd_monai")
 
