@@ -20,9 +20,8 @@ from amkd_monai.distillation.interface import (
     DistillationOutput,
     Faults,
     TeacherTarget,
-    check_options,
-    mode_class,
 )
+from amkd_monai.errors import check_options, class_of
 
 logger = logging.getLogger("amkd_monai")
 
@@ -174,11 +173,11 @@ class DistillationConfig:
 
     @property
     def _gate_class(self) -> type[TeacherGate]:
-        return mode_class("teacher gate", self.gate, {**gates.GATES, **baselines.GATES}, TeacherGate)
+        return class_of("teacher gate", self.gate, {**gates.GATES, **baselines.GATES}, TeacherGate)
 
     @property
     def _loss_gate_class(self) -> type[LossGate]:
-        return mode_class("loss gate", self.loss_gate, {**gates.LOSS_GATES, **baselines.LOSS_GATES}, LossGate)
+        return class_of("loss gate", self.loss_gate, {**gates.LOSS_GATES, **baselines.LOSS_GATES}, LossGate)
 
     def make_gate(self, teachers: Sequence[TeacherTarget], prior_entropy: float, channels: int) -> TeacherGate:
         """Return the teacher gate; ``prior_entropy`` in nats, ``channels`` of the student map that it may look at."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -105,29 +103,6 @@ class Batch:
     def labelled(self, values: Tensor) -> Tensor:
         """The rows of values (B, ...) whose samples have a label, the same tensor where all have."""
         return values if self.rows is None else values.index_select(0, self.rows)
-
-
-def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any], arguments: int = 0) -> None:
-    """Raise a ValueError for options that a function or class does not take after its first ``arguments``."""
-    signature = inspect.signature(function)
-    try:
-        signature.bind(*[None] * arguments, **options)
-    except TypeError as error:
-        takes = ", ".join(list(signature.parameters)[arguments:]) or "none"
-        raise ValueError(f"The {what} has options that do not fit ({error}): it takes {takes}.") from error
-
-
-def mode_class(what: str, mode: str, known: Mapping[str, type], base: type) -> Any:
-    """Return the class derived from ``base`` that is chosen by name or by its dotted path, or raise a ValueError."""
-    module, _, name = mode.rpartition(".")
-    try:
-        chosen = known[mode] if mode in known else getattr(importlib.import_module(module or "."), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        others = f"use one of {', '.join(known)}, or the dotted path of a class"
-        raise ValueError(f"There is no {what} '{mode}': {others}.") from error
-    if not (inspect.isclass(chosen) and issubclass(chosen, base)):
-        raise ValueError(f"The {what} '{mode}' must derive from {base.__module__}.{base.__name__}: change its class.")
-    return chosen
 
 
 INTERVAL = 50

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amkd_monai.errors import check_options, class_of
 from amkd_monai.teachers.catalogue import CATALOGUE
 from amkd_monai.weights import file_sha256, state_hash
 
@@ -236,14 +235,7 @@ def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
 
 def teacher_class(kind: str) -> type[Teacher]:
     """Return the class of a kind: one of :data:`KINDS`, or the path of a class (``module.Class``)."""
-    module, _, name = KINDS.get(kind, kind).rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"The kind '{kind}' cannot be imported ({error}): check its path and PYTHONPATH.") from error
-    if not (inspect.isclass(found) and issubclass(found, Teacher)):
-        raise ValueError(f"The kind '{kind}' is not a Teacher: derive it from amkd_monai.teachers.base.Teacher.")
-    return found
+    return class_of("kind of teacher", kind, KINDS, Teacher)
 
 
 def bound(
@@ -271,10 +263,7 @@ def bound(
     if weights_dir is not None and any(e.key and e.kind == kind for e in CATALOGUE):
         options.setdefault("weights", weights_dir)
     chosen = teacher_class(kind)
-    try:
-        inspect.signature(chosen).bind(**options)
-    except TypeError as error:
-        raise ValueError(f"The teacher '{name}' has options that do not fit its kind: {error}.") from error
+    check_options(f"teacher '{name}'", chosen, options)
     return chosen, options
 
 
