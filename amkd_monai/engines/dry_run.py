@@ -22,8 +22,7 @@ HEADER = ("teacher", "file", "teaches", "prompt", "input", "s/image", "MB/image"
 def format_bundle(bundle: str | Path, settings: Mapping[str, Any], weights_dir: str | None = None) -> str:
     """Return the table of a bundle's teachers, one for each task where it has several, and how to get missing ones.
 
-    Every teacher is built and asked once, with an image of noise; nothing else is computed. ``settings`` are top-level
-    settings that a run would change.
+    Every teacher is built and asked once, with an image of noise; ``settings`` are those that a run would change.
     """
     parser = open_bundle(bundle, {**settings, **({"weights_dir": weights_dir} if weights_dir else {})})
     if "task_set" not in parser.config:

@@ -169,11 +169,8 @@ def prepare_teachers(
     """
     known: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": None, "epochs": epochs}
     options = known | dict(admission_options or {})
-    if (
-        options.keys() - known.keys()
-        or options["mode"] not in ADMISSION_MODES
-        or options["features"] not in ("all", "admitted")
-    ):
+    chosen = options["mode"] in ADMISSION_MODES and options["features"] in ("all", "admitted")
+    if options.keys() - known.keys() or not chosen:
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
         raise ValueError(f"The admission options {admission_options} are invalid: use {use}.")
     if note := look_unlike(train):
@@ -281,14 +278,13 @@ class _Preparation:
         teacher, outputs, of_validation = self.cached(description)
         if teacher.is_random:
             logger.warning("The teacher '%s' has RANDOM weights: this run is a test, not a result.", teacher.name)
-        grid = outputs.arrays.get("grid")
-        stored = {"views": outputs.views, "dtype": "float16" if grid is None else grid.dtype}
-        identity = {"kind": description["kind"], "fingerprint": teacher.fingerprint}
+        grid, identity = outputs.arrays.get("grid"), {"kind": description["kind"], "fingerprint": teacher.fingerprint}
         record: dict[str, Any] = {"name": teacher.name, **identity, "licence": teacher.licence}
         record |= {"random_weights": teacher.is_random, "weights": teacher.weights_file}
         record["asked_at"] = shown_to(teacher, self.train)[1]
         record |= {"channels": list(channels)} if (channels := self.train.teacher_channels) else {}
-        record["stored"] = {**stored, "bytes_per_image": round(outputs.bytes_per_image)}
+        dtype, size = "float16" if grid is None else grid.dtype, round(outputs.bytes_per_image)
+        record["stored"] = {"views": outputs.views, "dtype": dtype, "bytes_per_image": size}
         target = TeacherTarget(teacher.name, **identity, record=record)
         if grid is not None:
             mean, std = probes.channel_statistics(outputs)
@@ -297,11 +293,11 @@ class _Preparation:
         if maps and description.get("own_answers", True):
             record["answers"] = "its own"
             return replace(target, answers=outputs), of_validation
-        if target.features is not None:
-            record["answers"] = f"linear probe, cross-fitted in {self.folds} folds"
-            answers, of_validation = self._probed(target, outputs, of_validation)
-            return replace(target, answers=answers), of_validation
-        return target, of_validation
+        if target.features is None:
+            return target, of_validation
+        record["answers"] = f"linear probe, cross-fitted in {self.folds} folds"
+        answers, of_validation = self._probed(target, outputs, of_validation)
+        return replace(target, answers=answers), of_validation
 
     def _probed(
         self, teacher: TeacherTarget, features: FeatureStore, of_validation: FeatureStore
