@@ -109,40 +109,42 @@ def plan(
     images to come, where a specialist is tried; ``cache_dir`` keeps plans. Wrong options are a ValueError, weights that
     are missing or do not fit, by their names and shapes, a CheckpointError.
     """
-    kind = str(description["kind"])
-    _, options = bound(description, weights_dir)
+    kind, (_, options) = str(description["kind"]), bound(description, weights_dir)
     file = weight_file(description, weights_dir)
     found = Plan(str(description["name"]), file=(file, stamp(file)) if file and stamp(file) else None)
+    if kind == VOLUMES:
+        network, patch = copy.deepcopy(options["network"]).cpu().eval(), options.get("patch_size", (64, 64, 64))
+        return _tried(found, network, (1, *patch))
+    if kind not in PLANNED:
+        return found
     memo = Path(cache_dir or "") / PLANS
-    table = read_memo(memo, lambda entry: isinstance(entry, dict)) if cache_dir and kind in PLANNED else {}
+    table = read_memo(memo, lambda entry: isinstance(entry, dict)) if cache_dir else {}
     size = size if kind == "specialist" else None  # others without a size of their own answer nothing
-    key = fingerprint(teacher_key(description, weights_dir), size, str(found.file)) if kind in PLANNED else ""
+    key = fingerprint(teacher_key(description, weights_dir), size, str(found.file))
     if key in table:
         return replace(found, **table[key])
-    network: nn.Module | None = None
-    shape = None if size is None else (3, *size)
-    if kind == VOLUMES:
-        network, shape = copy.deepcopy(options["network"]).cpu().eval(), (1, *options.get("patch_size", (64, 64, 64)))
-    elif kind in PLANNED:
-        place = "cpu" if kind == "specialist" else "meta"  # a program has its device fixed
-        with torch.device(place), fixed_initialisation():
-            network = build_teacher(description, weights_dir)
-        if wanted := network.image_size:
-            sides = (wanted, wanted) if isinstance(wanted, int) else wanted
-            found, shape = replace(found, image_size=wanted), (3, *sides)
-    if network is not None and shape is not None:
-        weights = list(network.parameters())
-        where = weights[0].device if weights else torch.device("cpu")
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter, _Largest() as largest:
-            output = network(torch.zeros(1, *shape, device=where))
-        values = {n: getattr(output, n) for n in OUTPUTS} if isinstance(network, Teacher) else {"logits": output}
-        shapes = {n: tuple(v.shape[1:]) for n, v in values.items() if v is not None}
-        memory = sum(w.numel() * w.element_size() for w in weights) + largest.bytes
-        found = replace(found, shapes=shapes, flops=counter.get_total_flops(), memory=memory)
-    if cache_dir and kind in PLANNED:
+    with torch.device("cpu" if kind == "specialist" else "meta"), fixed_initialisation():  # a program has its device
+        teacher = build_teacher(description, weights_dir)
+    if wanted := teacher.image_size:
+        size, found = (wanted, wanted) if isinstance(wanted, int) else wanted, replace(found, image_size=wanted)
+    if size is not None:
+        found = _tried(found, teacher, (3, *size))
+    if cache_dir:
         kept = {k: v for k, v in asdict(found).items() if k not in ("name", "file")}
         write_memo(memo, {**table, key: kept})
     return found
+
+
+def _tried(found: Plan, network: nn.Module, shape: tuple[int, ...]) -> Plan:
+    """Run a network on one input of zeros, and note its outputs and costs."""
+    weights = list(network.parameters())
+    where = weights[0].device if weights else torch.device("cpu")
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter, _Largest() as largest:
+        output = network(torch.zeros(1, *shape, device=where))
+    values = {n: getattr(output, n) for n in OUTPUTS} if isinstance(network, Teacher) else {"logits": output}
+    shapes = {n: tuple(v.shape[1:]) for n, v in values.items() if v is not None}
+    memory = sum(w.numel() * w.element_size() for w in weights) + largest.bytes
+    return replace(found, shapes=shapes, flops=counter.get_total_flops(), memory=memory)
 
 
 def known_teacher(description: Mapping[str, Any], weights_dir: str | None, cache_dir: str | Path) -> KnownTeacher:
@@ -248,9 +250,9 @@ def refuse_other_answers(name: str, shape: Sequence[int], classes: int, single: 
     if given != classes or (cells != [single, 1] if single else cells == [1, 1]):
         answers = "one answer" if single == 1 else f"{single} answers"
         needed = f"{f'{answers} per image' if single else 'a map'} with {classes} classes"
+        remedy = "give a teacher of this task, set its `own_answers` to false, or drop it"
         raise ValueError(
-            f"The teacher '{name}' gives logits of {given} classes in {cells} cells, the task needs {needed}: give "
-            "a teacher of this task, set its `own_answers` to false, or drop it."
+            f"'{name}' gives logits of {given} classes in {cells} cells, the task needs {needed}: {remedy}."
         )
 
 
