@@ -90,8 +90,7 @@ class KeptStudent(Handler):
 class AveragedStudent(Handler):
     """Average the student's weights over the steps; the average takes their place while the evaluator runs.
 
-    So it is what validation scores and what is kept. Its decay per step grows to ``decay``; 0 averages nothing.
-    Attach to the trainer, before the handler that validates.
+    Its decay per step grows to ``decay``; 0 averages nothing. Attach before the handler that validates.
     """
 
     def __init__(self, student: nn.Module, evaluator: Engine, decay: float) -> None:
@@ -197,10 +196,7 @@ class ResumeCheckpoint(Handler):
 
 
 class LoadStudent(Handler):
-    """Load a trained student, strictly, before an evaluation or inference; of a shared student the ``task``'s part.
-
-    MONAI's ``CheckpointLoader`` loads with ``weights_only=False``, which runs code that a file holds.
-    """
+    """Load a trained student, strictly, before an evaluation or inference; of a shared student the ``task``'s part."""
 
     def __init__(self, student: nn.Module, path: str | Path, task: str | None = None) -> None:
         self.student, self.path, self.task = student, Path(path), task
@@ -595,10 +591,7 @@ class WriteReport(Handler):
 
 
 class TrackEvaluation(MLFlowHandler):
-    """MONAI's handler for evaluations whose metrics are complete when they end, as the case report's are.
-
-    Attach it after the handlers that write the ``artifacts``. Options are those of MONAI's handler.
-    """
+    """MONAI's handler for evaluations whose metrics are complete when they end; attach it after other handlers."""
 
     def attach(self, engine: Engine) -> None:
         """Register the handler; metrics are logged before MONAI's own handlers close the run."""
@@ -613,9 +606,8 @@ SAMPLES = 6
 class CasePreviews(Handler):
     """Write ``previews/<case>.npz`` for each case of an evaluation.
 
-    Masks: see :func:`amkd_monai.report.previews.mask_preview`. Classes: ``image`` (1, h, w, 3) and
-    ``cam`` (1, h, w) uint8, the Grad-CAM of the predicted class or of all findings (Selvaraju et al., ICCV 2017), where
-    the student is given. Attach to the evaluator that gets the case report.
+    Masks: see :func:`amkd_monai.report.previews.mask_preview`. Classes: ``image`` (1, h, w, 3) and, where the student
+    is given, ``cam`` (1, h, w) uint8, the Grad-CAM of the predicted class or of all findings (Selvaraju et al., 2017).
     """
 
     def __init__(self, task: str, output_dir: str | Path, student: nn.Module | None = None) -> None:

@@ -163,11 +163,7 @@ def teachers_of(task: str, teachers: str | Sequence[str | Mapping[str, Any]]) ->
 def open_inference(
     task: str, entry: Mapping[str, Any], bundle_root: str | Path, neck_channels: int, settings: Mapping[str, Any]
 ) -> TaskBundle:
-    """Open the inference config of one task's bundle for the shared student's part in it.
-
-    ``entry`` is as in the ``tasks`` of :func:`open_tasks`; ``settings`` are places and the like of the bundle's own
-    inference.
-    """
+    """Open the inference config of one task's bundle, with ``settings`` of it, for the shared student's part in it."""
     parser = _parser(task, entry, Path(bundle_root), settings, ("inference",))
     load = {"_target_": LOAD, "student": "@network", "path": "$@ckpt_dir + '/model.pt'", "task": task}
     parser["handlers"] = [load, *parser["handlers"]]
@@ -329,8 +325,7 @@ def _average(tensors: Sequence[Tensor]) -> None:
 class MultiTaskEvaluator(Evaluator):
     """Run the evaluators of all tasks, each over its view of the student, one after another.
 
-    ``state.metrics`` gets ``mean_over_tasks``, the mean of the tasks' key metrics (higher is better), and every task's
-    own metrics as ``<task>/<metric>``.
+    ``state.metrics`` gets ``mean_over_tasks``, the mean of the key metrics, and each task's as ``<task>/<metric>``.
     """
 
     def __init__(

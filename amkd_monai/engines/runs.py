@@ -1,10 +1,7 @@
-"""The identity of a run: a record next to the student tells how it was trained, and all its users read it.
+"""The identity of a run: ``student.json``, written beside ``model.pt``, tells how a student was trained.
 
-A training writes ``student.json`` beside ``model.pt`` before its first step. Evaluation, inference and export take the
-settings that the student depends on from there; a setting that was given and differs is refused.
-
-MONAI builds a workflow before any expression of a config runs, so these functions, called from the configs, find the
-workflow or parser that is calling them on the stack.
+Evaluation, inference and export take the settings that the student depends on from there; a setting that was given and
+differs is refused. Called from configs, these functions find the workflow or parser that calls them on the stack.
 """
 
 import difflib
@@ -101,10 +98,7 @@ def _callers(kind: type[T]) -> Iterator[T]:
 
 
 def bundle_root(name: str) -> str:
-    """Return the folder of the bundle whose config is being read, wherever the command is started.
-
-    ``name`` is the folder below ``bundles/``, for a parser that read its config without MONAI's commands.
-    """
+    """Return the folder of the bundle whose config is being read; ``bundles/<name>`` without MONAI's commands."""
     if (workflow := next(_callers(ConfigWorkflow), None)) is not None:
         folder = Path(workflow.config_root_path)
     else:
@@ -145,10 +139,7 @@ def check(purpose: str) -> None:
 
 
 def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of the config files, and what was set beyond them.
-
-    Where a workflow is built by its class alone, the files are those of its folder, and what differs was given.
-    """
+    """The content of the config files (of a workflow built by its class: of its folder), and what was set beyond."""
     parser = workflow.parser
     tracked = {key: None for settings in DEFAULT_EXP_MGMT_SETTINGS.values() for key in settings["configs"]}
     if names := next((names for names in _commands() if "workflow_class" in names), None):  # of create_workflow

@@ -1,8 +1,4 @@
-"""Confidence intervals over cases, and paired tests.
-
-SciPy does what it can. It has no Holm's adjustment; metrics of a whole set of cases are resampled by
-:py:func:`resampled`, so that the same draws serve all metrics.
-"""
+"""Confidence intervals over cases, and paired tests; the same draws (:func:`resampled`) serve all metrics of a set."""
 
 import math
 from collections.abc import Sequence
@@ -40,10 +36,7 @@ def paired_bootstrap_ci(a: ArrayLike, b: ArrayLike) -> tuple[float, float, float
 
 
 def paired_wilcoxon(a: ArrayLike, b: ArrayLike) -> float:
-    """Two-sided p value of the Wilcoxon signed-rank test on metrics (N,) of the same cases.
-
-    1 where no case differs, NaN without a pair; pairs with a NaN are left out.
-    """
+    """Two-sided p value of the Wilcoxon signed-rank test on metrics (N,) of the same cases; NaN without a pair."""
     difference = _differences(a, b)
     difference = difference[~np.isnan(difference)]
     if len(difference) == 0:

@@ -25,11 +25,7 @@ logger = logging.getLogger("amkd_monai")
 
 @dataclass(frozen=True)
 class Head:
-    """The head of a task.
-
-    Its kind is ``segmentation`` (1x1 convolution on the neck's level of stride 4 or 2) or ``classification`` (pooled
-    vector, linear).
-    """
+    """The head of a task: ``segmentation`` (1x1 convolution at stride 4 or 2) or ``classification`` (linear)."""
 
     kind: str
     classes: int
@@ -95,10 +91,7 @@ class SharedStudent(nn.Module):
             self.set_submodule(name, nn.Identity())
 
     def for_task(self, task: str) -> Student | ClassStudent:
-        """Return the student of one task: its modules are these very ones, not copies.
-
-        Move the shared student to its device before; a view made earlier keeps a buffer where it was.
-        """
+        """Return the student of one task, made of these very modules; move the shared student to its device before."""
         if task not in self.specs:
             raise ValueError(f"The shared student has no head for '{task}': it has {', '.join(self.specs)}.")
         head = self.specs[task]
@@ -172,11 +165,7 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
 
 
 def takes_part_of(student: nn.Module, task: str) -> nn.Module:
-    """Let the student of one task load a shared student's state dict too: its ``load_state_dict`` takes its part of it.
-
-    So stock commands that load ``models/model.pt`` into ``network_def``, such as ``ckpt_export``, do on it too. The
-    state dict of one task's student loads as before; one without a head for the task is a CheckpointError.
-    """
+    """Let the student of one task load its part of a shared student's state dict, as stock commands do."""
 
     def take(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
         there = heads_of(state)
@@ -193,10 +182,7 @@ def takes_part_of(student: nn.Module, task: str) -> nn.Module:
 
 
 def heads_of(state: Mapping[str, Tensor]) -> dict[str, Head]:
-    """Return the heads that the state dict of a shared student holds; none for another network's.
-
-    The strides of its heads are not in a state dict: all get the stride of the finest level of its neck.
-    """
+    """Return the heads that the state dict of a shared student holds, at its neck's stride; none for other networks."""
     stride = 2 if "neck.lateral.4.weight" in state else 4
     weights = {k.split(".")[1]: v for k, v in state.items() if k.startswith("heads.") and k.endswith(".weight")}
     kinds = {4: "segmentation", 2: "classification"}  # another network's heads may have other shapes

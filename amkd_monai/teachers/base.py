@@ -21,18 +21,11 @@ from amkd_monai.weights import file_sha256, state_hash
 
 @dataclass
 class TeacherFeatures:
-    """A teacher's outputs for a batch of images.
+    """A teacher's outputs for a batch of images, None where it has no such output."""
 
-    Attributes:
-        grid: feature map (B, C, h, w), or None for a teacher that only answers.
-        pooled: one vector per image (B, C'), or None.
-        logits: the teacher's own answer at its own grid (B, num_classes, h', w'), or (B, num_classes) for the whole
-            image, or None.
-    """
-
-    grid: Tensor | None = None
-    pooled: Tensor | None = None
-    logits: Tensor | None = None
+    grid: Tensor | None = None  # feature map (B, C, h, w)
+    pooled: Tensor | None = None  # one vector per image (B, C')
+    logits: Tensor | None = None  # its own answer (B, classes, h', w'), or (B, classes) for the whole image
 
 
 @dataclass(frozen=True)

@@ -156,9 +156,7 @@ class MedSAMTeacher(OfficialTeacher):
     def forward(self, image: Tensor, label: Tensor | None = None) -> TeacherFeatures:
         """Return grid (B, C, h, w), pooled (B, C) and, with a prompt, two-class logits (B, 2, S/4, S/4).
 
-        Args:
-            image: (B, 3, H, W), RGB in [0, 1].
-            label: class indices (B, 1, h, w) of the same frame, 255 where unlabelled; only ``label_box`` reads it.
+        Only ``label_box`` reads the label: class indices (B, 1, h, w) of the same frame, 255 where unlabelled.
         """
         with self.autocast(image):  # one image at a time: global attention takes more than 2 GB at 1024 pixels
             parts = [self.network["image_encoder"](one) for one in self.prepare(image).split(1)]

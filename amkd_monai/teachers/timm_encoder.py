@@ -154,12 +154,8 @@ def set_network_size(network: nn.Module, size: int | tuple[int, int] | None, nam
 class StudentTeacher(Teacher):
     """The encoder of a student of this project, shared or of one task; it gives features, no answers of its own.
 
-    Args:
-        weights: flat state dict, e.g. ``bundles/multitask/models/model.pt``.
-        model: timm name of its encoder.
-        task: whose batch norms are taken where a shared student has them per data set; None takes the first task's.
-        image_size: None takes images as they come.
-        licence: of the weights; it follows from the data and teachers that the student was trained with.
+    ``weights`` is its flat state dict, ``model`` the timm name of its encoder, ``task`` whose batch norms are taken of
+    a shared student (None: the first task's).
     """
 
     settings = ("model", "image_size", "grid_limit")
