@@ -16,17 +16,12 @@ COOLEST, WARMEST = 0.03, 0.3
 
 @dataclass(frozen=True)
 class SampleTable:
-    """What contrastive distillation must know of the whole training dataset of n samples.
+    """What contrastive distillation must know of the whole training dataset of n samples."""
 
-    Attributes:
-        vectors: {teacher: pooled features (n, C)}.
-        groups: (n,) integers; samples of one group (image, patient, volume, duplicates) are never negatives of
-            each other.
-        classes: (n,) class per sample, -1 where unknown; None for masks. Equal classes are never negatives.
-    """
-
-    vectors: Mapping[str, Tensor]
+    vectors: Mapping[str, Tensor]  # {teacher: pooled features (n, C)}
+    # (n,) integers; samples of one group (image, patient, volume, duplicates) are never negatives of each other
     groups: Tensor
+    # (n,) class per sample, -1 where unknown; None for masks. Equal classes are never negatives.
     classes: Tensor | None = None
 
 

@@ -120,34 +120,26 @@ class LearnedCode(nn.Module):
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """What is distilled and how it is weighed: the settings of a run, under the names they have in ``train.json``.
+    """What is distilled and how it is weighed: the settings of a run, under the names they have in ``train.json``."""
 
-    Attributes:
-        gate: of the teachers: a name in :data:`gates.GATES` or :data:`baselines.GATES`, or the dotted path of a class.
-        gate_options: of that gate, e.g. ``floor``, ``temperature``; ``tasks``: number of data sets that share it.
-        losses: relative importance of the :data:`LOSSES`; 0 or absence switches one off.
-        loss_gate: a name in :data:`gates.LOSS_GATES` or :data:`baselines.LOSS_GATES`, or a dotted path.
-        loss_gate_options: of that gate.
-        scale_steps: steps over which loss scales are measured before they freeze.
-        return_code: ``none`` compares features directly; ``learned`` compares them in a code, from which they can be
-            reconstructed (:class:`LearnedCode`).
-        code_channels: size of the code at most.
-        contrastive: options of :class:`~amkd_monai.distillation.contrastive.ContrastiveDistillation`.
-        kd_temperature: options of :func:`kd_temperature`.
-        loss_strength: options of :func:`distillation_strength`.
-    """
-
+    # of the teachers: a name in :data:`gates.GATES` or :data:`baselines.GATES`, or the dotted path of a class.
     gate: str = "learned"
+    # of that gate, e.g. ``floor``, ``temperature``; ``tasks``: number of data sets that share it.
     gate_options: Mapping[str, Any] = field(default_factory=dict)
+    # relative importance of the :data:`LOSSES`; 0 or absence switches one off
     losses: Mapping[str, float] = field(default_factory=DEFAULT_LOSSES.copy)
+    # a name in :data:`gates.LOSS_GATES` or :data:`baselines.LOSS_GATES`, or a dotted path.
     loss_gate: str = "agreement"
-    loss_gate_options: Mapping[str, Any] = field(default_factory=dict)
-    scale_steps: int = 100
+    loss_gate_options: Mapping[str, Any] = field(default_factory=dict)  # of that gate
+    scale_steps: int = 100  # steps over which loss scales are measured before they freeze
+    # ``none`` compares features directly; ``learned`` compares them in a code, from which they can be reconstructed
+    # (:class:`LearnedCode`)
     return_code: str = "none"
-    code_channels: int = 64
+    code_channels: int = 64  # size of the code at most
+    # options of :class:`~amkd_monai.distillation.contrastive.ContrastiveDistillation`.
     contrastive: Mapping[str, Any] = field(default_factory=dict)
-    kd_temperature: Mapping[str, Any] = field(default_factory=dict)
-    loss_strength: Mapping[str, float] = field(default_factory=dict)
+    kd_temperature: Mapping[str, Any] = field(default_factory=dict)  # options of :func:`kd_temperature`
+    loss_strength: Mapping[str, float] = field(default_factory=dict)  # options of :func:`distillation_strength`
 
     def __post_init__(self) -> None:
         if unknown := set(self.losses) - set(LOSSES):

@@ -15,85 +15,61 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherTarget:
-    """A teacher in a run: what it teaches, how good it is, and the stores that hold its targets.
+    """A teacher in a run: what it teaches, how good it is, and the stores that hold its targets."""
 
-    Attributes:
-        name: key of its targets in a batch.
-        grid: (C, h, w) of its feature map, None if it gives none.
-        mean, std: (C,) of its features over the training split.
-        logits: (classes, h, w) of its own answer or its probe's, h = w = 1 for classes of images, w = 1 for h findings.
-        admitted: whether its answers are distilled (they beat the undistilled student); features always are.
-        mean_error: mean cross entropy of its answers over the labelled training samples, nats; used without a label.
-        score: cross-fitted score of its answers, higher is better; None if it gives none.
-        kind, fingerprint: of its description, and hash of weights and preprocessing or of the cross-fitting.
-        features, answers: stores with ``grid`` and with ``logits``, or None.
-        temperature: calibration temperature by which the stored logits are divided, fitted on the validation split.
-        record: facts for ``run.json``; nothing reads them back.
-    """
-
-    name: str
-    grid: tuple[int, ...] | None = None
-    mean: Tensor | None = None
+    name: str  # key of its targets in a batch
+    grid: tuple[int, ...] | None = None  # (C, h, w) of its feature map, None if it gives none
+    mean: Tensor | None = None  # (C,) of its features over the training split, like std
     std: Tensor | None = None
+    # (classes, h, w) of its own answer or its probe's, h = w = 1 for classes of images, w = 1 for h findings
     logits: tuple[int, ...] | None = None
-    admitted: bool = False
+    admitted: bool = False  # whether its answers are distilled (they beat the undistilled student); features always are
+    # mean cross entropy of its answers over the labelled training samples, nats; used without a label
     mean_error: float | None = None
-    score: float | None = None
-    kind: str = ""
-    fingerprint: str = ""
-    features: FeatureStore | None = None
-    answers: FeatureStore | None = None
+    score: float | None = None  # cross-fitted score of its answers, higher is better; None if it gives none
+    kind: str = ""  # of its description
+    fingerprint: str = ""  # hash of the weights and the preprocessing, or of the cross-fitting
+    features: FeatureStore | None = None  # store with ``grid``
+    answers: FeatureStore | None = None  # store with ``logits``
+    # calibration temperature by which the stored logits are divided, fitted on the validation split
     temperature: float = 1.0
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)  # facts for ``run.json``; nothing reads them back
 
 
 @dataclass
 class DistillationOutput:
-    """Result of a forward of the distiller.
+    """Result of a forward of the distiller."""
 
-    Attributes:
-        total: the loss to minimise, a scalar.
-        losses: {name: (B,)}; ``task`` and ``gate`` are (number of labelled samples,). ``gate`` and ``autoencoder``
-            train parts of the distiller alone and never reach the student.
-        loss_weights: {name: factor} by which each loss entered the total; double scalars where the device knows them.
-        teacher_weights: {loss: (B, K)} mean weight of each teacher per sample, without gradient.
-        logits: student logits (B, C, H, W), or (B, C) where an image has one class, (B, 2, F) where it has findings.
-        figures: further figures worth recording, by name; scalars of the device where it knows them.
-    """
-
-    total: Tensor
+    total: Tensor  # the loss to minimise, a scalar
+    # {name: (B,)}; ``task`` and ``gate`` are (number of labelled samples,). ``gate`` and ``autoencoder`` train parts of
+    # the distiller alone and never reach the student.
     losses: dict[str, Tensor]
+    # {name: factor} by which each loss entered the total; double scalars where the device knows them
     loss_weights: dict[str, float | Tensor]
-    teacher_weights: dict[str, Tensor]
+    teacher_weights: dict[str, Tensor]  # {loss: (B, K)} mean weight of each teacher per sample, without gradient
+    # student logits (B, C, H, W), or (B, C) where an image has one class, (B, 2, F) where it has findings
     logits: Tensor
+    # further figures worth recording, by name; scalars of the device where it knows them
     figures: dict[str, float | Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Batch:
-    """Input of the distiller.
+    """Input of the distiller."""
 
-    Attributes:
-        image: (B, 3, H, W) in [0, 1].
-        label: class indices, masks (B, 1, H, W), one class per image (B,) or 0 and 1 of findings (B, F); rows without a
-            label may hold anything.
-        has_label: boolean (B,); best on the host, so that no step waits for the device.
-        teachers: {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}; where labels are about
-            images, answers have one cell, (B, classes, 1, 1), or one for each of F findings, (B, 2, F, 1).
-        index: position of each sample in the training dataset (B,); contrastive distillation needs it.
-        task: number of the data set that the whole batch comes from, for the gate network's task embedding.
-        known: ``has_label`` on the device of the images (B,).
-        rows: indices of the labelled samples there, None where all are labelled.
-    """
-
-    image: Tensor
+    image: Tensor  # (B, 3, H, W) in [0, 1]
+    # class indices, masks (B, 1, H, W), one class per image (B,) or 0 and 1 of findings (B, F); rows without a label
+    # may hold anything
     label: Tensor
-    has_label: Tensor
+    has_label: Tensor  # boolean (B,); best on the host, so that no step waits for the device
+    # {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}; where labels are about images, answers have one
+    # cell, (B, classes, 1, 1), or one for each of F findings, (B, 2, F, 1)
     teachers: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    # position of each sample in the training dataset (B,); contrastive distillation needs it
     index: Tensor | None = None
-    task: int = 0
-    known: Tensor = field(init=False)
-    rows: Tensor | None = field(init=False)
+    task: int = 0  # number of the data set that the whole batch comes from, for the gate network's task embedding
+    known: Tensor = field(init=False)  # ``has_label`` on the device of the images (B,)
+    rows: Tensor | None = field(init=False)  # indices of the labelled samples there, None where all are labelled
 
     def __post_init__(self) -> None:
         labelled, device = self.has_label.cpu(), self.image.device

@@ -375,21 +375,16 @@ VOLUME_RATIO_TOLERANCE = 0.10
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How good answers are on the labelled samples.
+    """How good answers are on the labelled samples."""
 
-    Attributes:
-        value: the score that decides, higher is better: for masks the mean Dice over cases (images or volumes) and
-            foreground classes, cases without foreground left out; for classes and findings of images the skill.
-        cross_entropy: mean over grid cells or images, nats.
-        further: ``volume_ratio`` of masks (predicted by true volume over all cases, of the foreground class whose ratio
-            is farthest from 1), ``macro_auroc`` of classes or findings.
-        name: of the score, ``dice`` or ``skill``.
-    """
-
+    # the score that decides, higher is better: for masks the mean Dice over cases (images or volumes) and foreground
+    # classes, cases without foreground left out; for classes and findings of images the skill
     value: float
-    cross_entropy: float
+    cross_entropy: float  # mean over grid cells or images, nats
+    # ``volume_ratio`` of masks (predicted by true volume over all cases, of the foreground class whose ratio is
+    # farthest from 1), ``macro_auroc`` of classes or findings
     further: dict[str, float] = field(default_factory=dict)
-    name: str = "dice"
+    name: str = "dice"  # of the score, ``dice`` or ``skill``
 
     def record(self) -> dict[str, float]:
         """All figures by name, rounded."""

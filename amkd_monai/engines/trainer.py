@@ -47,40 +47,28 @@ _WHOLE = ("batch_size", "warmup_steps", "min_steps", "slices")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Batches, augmentation and optimiser of a training; shared by the main run and by cross-fitting.
+    """Batches, augmentation and optimiser of a training; shared by the main run and by cross-fitting."""
 
-    Attributes:
-        batch_size: samples per process and step.
-        learning_rate: of everything but the encoder.
-        encoder_learning_rate: of the pretrained encoder.
-        weight_decay: of AdamW, not on biases and norms.
-        warmup_steps: linear warm-up of the learning rate.
-        labelled_fraction: part of a batch that is labelled, where unlabelled samples take part.
-        foreground_fraction: part of the labelled picks that show foreground; None takes them as they come.
-        class_balance: draws classes as often as they occur (0) to equally often (1); needs one class per image.
-        min_steps: steps that an epoch has at least, for few samples.
-        batch_dice: pool the task's soft Dice over the batch (slices of volumes).
-        ema: decay per step of an average of the student's weights, which takes their place; 0 averages nothing.
-        first_stage: where unlabelled samples take part and answers are admitted, part of the epochs in which the
-            student learns answers alone; then it learns labels and answers, on labelled samples. 0: both, on all.
-        augmentation: options of :class:`amkd_monai.data.augment.Augmentation`.
-        slices: of a patch of a 3D student, which is then what ``batch_size`` counts; 1 for other students.
-    """
-
-    batch_size: int = 8
-    learning_rate: float = 2e-3
-    encoder_learning_rate: float = 8e-4
-    weight_decay: float = 1e-3
-    warmup_steps: int = 20
-    labelled_fraction: float = 0.5
+    batch_size: int = 8  # samples per process and step
+    learning_rate: float = 2e-3  # of everything but the encoder
+    encoder_learning_rate: float = 8e-4  # of the pretrained encoder
+    weight_decay: float = 1e-3  # of AdamW, not on biases and norms
+    warmup_steps: int = 20  # linear warm-up of the learning rate
+    labelled_fraction: float = 0.5  # part of a batch that is labelled, where unlabelled samples take part
+    # part of the labelled picks that show foreground; None takes them as they come
     foreground_fraction: float | None = None
+    # draws classes as often as they occur (0) to equally often (1); needs one class per image
     class_balance: float = 0.0
-    min_steps: int = 1
-    batch_dice: bool = False
+    min_steps: int = 1  # steps that an epoch has at least, for few samples
+    batch_dice: bool = False  # pool the task's soft Dice over the batch (slices of volumes)
+    # decay per step of an average of the student's weights, which takes their place; 0 averages nothing
     ema: float = 0.0
+    # where unlabelled samples take part and answers are admitted, part of the epochs in which the student learns
+    # answers alone; then it learns labels and answers, on labelled samples. 0: both, on all.
     first_stage: float = 0.0
+    # options of :class:`amkd_monai.data.augment.Augmentation`.
     augmentation: dict[str, Any] = field(default_factory=dict)
-    slices: int = 1
+    slices: int = 1  # of a patch of a 3D student, which is then what ``batch_size`` counts; 1 for other students
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():

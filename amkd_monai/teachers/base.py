@@ -30,21 +30,15 @@ class TeacherFeatures:
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What is known of a teacher without its network.
-
-    Attributes:
-        fingerprint: SHA-256 over class, weights and preprocessing.
-        preprocessing: JSON-able description of what outputs depend on besides the weights.
-        side: pixels of the shorter side of images at which it sees all it can, None for images as they come.
-    """
+    """What is known of a teacher without its network."""
 
     name: str
     licence: str
-    fingerprint: str
-    preprocessing: dict[str, Any]
+    fingerprint: str  # SHA-256 over class, weights and preprocessing
+    preprocessing: dict[str, Any]  # JSON-able description of what outputs depend on besides the weights
     is_random: bool
     weights_file: dict[str, str] | None
-    side: int | None
+    side: int | None  # pixels of the shorter side of images at which it sees all it can, None for images as they come
 
 
 class Teacher(nn.Module):

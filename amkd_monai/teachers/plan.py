@@ -34,22 +34,16 @@ OUTPUTS = ("grid", "pooled", "logits")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a teacher needs and gives.
-
-    Attributes:
-        image_size: of its input in pixels, a side or (H, W); None for images as they come.
-        shapes: of its outputs for one image, by name; empty for features of images as they come.
-        flops: floating point operations per image, two per multiply-add.
-        memory: bytes that it takes at least: its weights and the largest result of an operation.
-        file: its weight file and the stamp of that.
-    """
+    """What a teacher needs and gives."""
 
     name: str
+    # of its input in pixels, a side or (H, W); None for images as they come
     image_size: int | tuple[int, int] | None = None
+    # of its outputs for one image, by name; empty for features of images as they come
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    flops: int = 0
-    memory: int = 0
-    file: tuple[Path, list[int]] | None = None
+    flops: int = 0  # floating point operations per image, two per multiply-add
+    memory: int = 0  # bytes that it takes at least: its weights and the largest result of an operation
+    file: tuple[Path, list[int]] | None = None  # its weight file and the stamp of that
 
     def bytes_per_image(self, dtype: str = "float16") -> int:
         """Space in the cache for one view; ``dtype`` is that of feature maps."""
@@ -59,14 +53,10 @@ class Plan:
 
 @dataclass
 class KnownTeacher:
-    """A teacher by its facts; the network is built when it is first needed.
-
-    Attributes:
-        of: description and folder of weights, from which it is built.
-    """
+    """A teacher by its facts; the network is built when it is first needed."""
 
     known: TeacherFacts
-    of: tuple[Mapping[str, Any], str | None]
+    of: tuple[Mapping[str, Any], str | None]  # description and folder of weights, from which it is built
     built: Teacher | None = None
 
     def facts(self) -> TeacherFacts:
