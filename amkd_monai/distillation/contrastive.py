@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from amkd_monai.distillation.interface import Counter
 
-COOLEST, WARMEST = 0.03, 0.3
-"""Range of the temperature."""
+COOLEST, WARMEST = 0.03, 0.3  # range of the temperature
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,8 @@ logger = logging.getLogger("amkd_monai")
 DEFAULT_LOSSES = {"output": 1.0, "feature": 0.2}
 ANSWER_LOSSES = ("output", "overlap")
 RETURN_CODES = ("none", "learned")
-STUDENT_STRIDES = (8, 16)
-"""Student levels that are aligned with a teacher (two, summed)."""
-SHARED_STRIDE = 16
-"""Student level that gates and contrastive heads see, and where gradients are compared."""
+STUDENT_STRIDES = (8, 16)  # student levels that are aligned with a teacher (two, summed)
+SHARED_STRIDE = 16  # student level that gates and contrastive heads see, and where gradients are compared
 
 
 def kd_temperature(progress: float, start: float = 2.0, end: float = 2.0, shape: str = "linear") -> float:

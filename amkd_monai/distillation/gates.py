@@ -19,8 +19,7 @@ from amkd_monai.distillation.losses import pool_finer, to_grid
 logger = logging.getLogger("amkd_monai")
 
 TASK_EMBEDDING = 8
-UNUSABLE = -1e9
-"""Score in place of minus infinity: a row without any teacher gives no NaN, nor does its gradient."""
+UNUSABLE = -1e9  # score in place of minus infinity: a row without any teacher gives no NaN, nor does its gradient
 
 
 def box_smooth(errors: Tensor) -> Tensor:

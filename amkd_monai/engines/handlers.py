@@ -388,8 +388,7 @@ def shared_facts(
     return {"is_test": is_test, "phantom": phantom, "missing_tasks": list(missing), **settings, "tasks": dict(tasks)}
 
 
-AFFINE_TOLERANCE = 1e-3
-"""Largest difference (mm) between the affines of a prediction and its label on one grid."""
+AFFINE_TOLERANCE = 1e-3  # largest difference (mm) between the affines of a prediction and its label on one grid
 
 
 class CaseReport(Handler):
@@ -599,8 +598,7 @@ class TrackEvaluation(MLFlowHandler):
         super().attach(engine)
 
 
-SAMPLES = 6
-"""Training images kept with the teacher outputs."""
+SAMPLES = 6  # training images kept with the teacher outputs
 
 
 class CasePreviews(Handler):

@@ -369,8 +369,7 @@ def _temperature(answers: FeatureStore, dataset: DecodedDataset) -> float:
 ADMISSION_MODES = ("cross_fit", "all", "none")
 STUDENT_FOLDS = 3
 
-VOLUME_RATIO_TOLERANCE = 0.10
-"""A volume teacher that draws more than 10 % too much or too little is not admitted."""
+VOLUME_RATIO_TOLERANCE = 0.10  # a volume teacher that draws more than 10 % too much or too little is not admitted
 
 
 @dataclass(frozen=True)

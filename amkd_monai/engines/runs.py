@@ -58,8 +58,7 @@ RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.ht
 RESULTS += ["split_*.json", "events.out.tfevents.*", "on_*", "per_case_seen.csv", TEACHERS, PREVIEWS]
 """What a run leaves in its output folder."""
 
-SEEN = ("refuse", "apart")
-"""What an evaluation of other data does with images that took part in the training."""
+SEEN = ("refuse", "apart")  # what an evaluation of other data does with images that took part in the training
 
 _OF_THE_SCORED = ("data_options", "mask_codes")
 """Settings that other data may need otherwise than the data of the training."""

@@ -18,16 +18,13 @@ from scipy import stats
 from amkd_monai.data.datasets import Task
 
 RELIABILITY_BINS = 15
-SENSITIVITIES = (82, 95)
-"""Sensitivities (%) at which specificity is reported: that of dermatologists, and a strict one."""
+SENSITIVITIES = (82, 95)  # sensitivities (%) at which specificity is reported: that of dermatologists, and a strict one
 
 Labels = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-Metric = Callable[[Labels, Floats], float]
-"""From labels (N,) and probabilities (N, C)."""
-CALLED = 0.5
-"""Probability from which a finding counts as predicted."""
+Metric = Callable[[Labels, Floats], float]  # from labels (N,) and probabilities (N, C)
+CALLED = 0.5  # probability from which a finding counts as predicted
 
 
 def confusion_matrix(label: ArrayLike, predicted: ArrayLike, classes: int) -> NDArray[np.int64]:

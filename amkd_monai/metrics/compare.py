@@ -16,8 +16,7 @@ from amkd_monai.storage import read_json
 from amkd_monai.terminal import align
 
 SIZE = "reference_volume"
-Key = tuple[str, ...]
-"""Key of a row in a case file: its id, and for masks its class."""
+Key = tuple[str, ...]  # key of a row in a case file: its id, and for masks its class
 
 
 def evaluated_task(metrics_json: str | Path) -> Task | None:

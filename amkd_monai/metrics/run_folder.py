@@ -16,10 +16,8 @@ from amkd_monai.metrics.classification import labels_and_probabilities, of_truth
 from amkd_monai.metrics.summary import PREVIEWS, Row, part_of, read_case_csv
 from amkd_monai.storage import read_json
 
-FAILED = 0.5
-"""Dice below which a mask failed."""
-FEW = 20
-"""Cases below which an interval is said to be rough."""
+FAILED = 0.5  # Dice below which a mask failed
+FEW = 20  # cases below which an interval is said to be rough
 
 
 @dataclass(frozen=True)

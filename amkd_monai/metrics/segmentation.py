@@ -11,8 +11,7 @@ from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 METRICS = ("dice", "iou", "nsd", "hd95")
 """The metric columns of a case row; all lie in [0, 1] but ``hd95``, which has the unit of the spacing."""
 
-BACKGROUND = "background"
-"""Class of the row of label 0."""
+BACKGROUND = "background"  # class of the row of label 0
 
 STATUSES = ("ok", "missed", "false_positive", "empty_both")
 """What a row can be: both masks present, prediction empty, reference empty, both empty."""

@@ -7,12 +7,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-BOOTSTRAP_CHUNK = 4_000_000
-"""Number of resampled indices held in memory at a time (32 MB)."""
-RESAMPLES = 2000
-"""Bootstrap samples for a metric of a whole set of cases."""
-TAILS = (50 * (1 - 0.95), 100 - 50 * (1 - 0.95))
-"""Percentiles that bound 95 %."""
+BOOTSTRAP_CHUNK = 4_000_000  # number of resampled indices held in memory at a time (32 MB)
+RESAMPLES = 2000  # bootstrap samples for a metric of a whole set of cases
+TAILS = (50 * (1 - 0.95), 100 - 50 * (1 - 0.95))  # percentiles that bound 95 %
 
 
 def bootstrap_ci(values: ArrayLike, resamples: int = 10000, seed: int = 0) -> tuple[float, float, float]:

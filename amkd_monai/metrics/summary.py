@@ -27,10 +27,8 @@ CASES, SEEN_CASES, FIGURES = "per_case.csv", "per_case_seen.csv", "metrics.json"
 TEXT_COLUMNS = ("id", "group", "class", "status")
 """Columns of a case file that hold text; every other column holds numbers."""
 
-PREVIEWS = "previews"
-"""Folder of the small copies of the cases of a run."""
-TEACHERS = "teachers.npz"
-"""File with the teacher outputs of a run for a few training images."""
+PREVIEWS = "previews"  # folder of the small copies of the cases of a run
+TEACHERS = "teachers.npz"  # file with the teacher outputs of a run for a few training images
 
 Row = dict[str, Any]
 

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STRIDES = (8, 16)
-"""In-plane strides of the maps that distillation compares with teachers."""
+STRIDES = (8, 16)  # in-plane strides of the maps that distillation compares with teachers
 
 
 class VolumeStudent(nn.Module):

@@ -26,8 +26,7 @@ from amkd_monai.teachers.official import COMMON, OfficialTeacher, read_official
 from amkd_monai.weights import CheckpointError
 
 VOCABULARY, CONTEXT = 49408, 77
-LEVELS = 3
-"""Maps of the pixel decoder that the queries of the mask decoder attend to in turn."""
+LEVELS = 3  # maps of the pixel decoder that the queries of the mask decoder attend to in turn
 
 LINEAR = re.compile(r"\.(modulation\.f|modulation\.proj|mlp\.fc1|mlp\.fc2)\.weight$")
 """Linear layers of the official network that timm computes as 1x1 convolutions."""

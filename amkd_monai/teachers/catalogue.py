@@ -130,8 +130,7 @@ CATALOGUE = (
     ),
 )
 
-FOUNDATION = ("medsam", "usfm", "retfound", "biomedparse")
-"""Kinds of the foundation teachers."""
+FOUNDATION = ("medsam", "usfm", "retfound", "biomedparse")  # kinds of the foundation teachers
 
 
 def entry(key: str) -> CatalogueEntry:

@@ -11,8 +11,7 @@ from amkd_monai.teachers.catalogue import CATALOGUE, FOUNDATION, CatalogueEntry,
 from amkd_monai.weights import CheckpointError
 
 Description = Mapping[str, Any]
-Official = tuple[CatalogueEntry, Path | None]
-"""A foundation teacher and its weight file, None where it was not found."""
+Official = tuple[CatalogueEntry, Path | None]  # a foundation teacher and its weight file, None where it was not found
 
 CREWS: dict[str, Description] = {
     f"crew{'' if size == 'default' else f'_{size}'}": {"name": "crew", "kind": "crew", "size": size}

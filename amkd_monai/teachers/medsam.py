@@ -24,8 +24,7 @@ logger = logging.getLogger("amkd_monai")
 PROMPTS = ("none", "whole_image", "label_box")
 PATCH = 16
 VIT_B = {"embed_dim": 768, "depth": 12, "num_heads": 12, "global_attn_indexes": (2, 5, 8, 11), "out_chans": 256}
-NO_OBJECT = -10.0
-"""Foreground logit where the label is empty: there is no box to prompt with, and no object."""
+NO_OBJECT = -10.0  # foreground logit where the label is empty: there is no box to prompt with, and no object
 
 GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 _TIED = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")

@@ -78,8 +78,7 @@ def imagenet_normalised(pixels: Tensor) -> Tensor:
     return (pixels / 255 - mean) / std
 
 
-COMMON = ("image_size", "resize", "normalisation", "grid_limit", "precision")
-"""Settings of all official teachers."""
+COMMON = ("image_size", "resize", "normalisation", "grid_limit", "precision")  # settings of all official teachers
 
 
 class OfficialTeacher(Teacher):

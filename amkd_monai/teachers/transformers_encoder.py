@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid
 from amkd_monai.weights import CheckpointError, check_finite
 
-MOST_PREFIX_TOKENS = 16
-"""Class, distillation and register tokens precede the patches; encoders have up to 9 of them."""
+MOST_PREFIX_TOKENS = 16  # Class, distillation and register tokens precede the patches; encoders have up to 9 of them
 
 
 class TransformersTeacher(Teacher):
