@@ -12,8 +12,7 @@ from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.engines.prepare import open_bundle
 from amkd_monai.teachers.base import CROSS_FITTED_KINDS, build_teacher
 from amkd_monai.teachers.catalogue import how_to_get
-from amkd_monai.teachers.choice import choose, official_teachers, seen
-from amkd_monai.teachers.plan import Plan, check, official_entry
+from amkd_monai.teachers.plan import Plan, check, choose, official_entry, official_teachers, seen
 from amkd_monai.terminal import align
 
 HEADER = ("teacher", "file", "teaches", "prompt", "input", "s/image", "MB/image", "licence", "seen in training")

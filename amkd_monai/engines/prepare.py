@@ -37,8 +37,7 @@ from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import macro_auroc, mean_auroc
 from amkd_monai.storage import fingerprint, read_memo, write_memo
 from amkd_monai.teachers.base import CROSS_FITTED_KINDS, TeacherFacts, validate_descriptions
-from amkd_monai.teachers.choice import choose
-from amkd_monai.teachers.plan import check, estimate, known_teacher, refuse_changed, refuse_other_answers
+from amkd_monai.teachers.plan import check, choose, estimate, known_teacher, refuse_changed, refuse_other_answers
 
 logger = logging.getLogger("amkd_monai")
 
@@ -53,7 +52,7 @@ def chosen_teachers(
 ) -> list[Mapping[str, Any]]:
     """Return the descriptions of a run's teachers, announced and checked before anything is computed.
 
-    The arguments are those of :func:`~amkd_monai.teachers.choice.choose`, the ``device`` of the teachers and
+    The arguments are those of :func:`~amkd_monai.teachers.plan.choose`, the ``device`` of the teachers and
     the ``cache_dir`` that keeps what is known of them.
     """
     of_task = get_task(task)

@@ -67,7 +67,7 @@ class Task:
         teacher_channels: one or three of them, which teachers are shown as a grey image (of volumes as a slice and its
             neighbours) or as RGB; () for the first of a volume, the first three of a picture.
         grid_limit: cells a side of foundation teachers' feature maps that are kept.
-        teacher_options: options of foundation teachers by kind, where the rules of `amkd_monai.teachers.choice` are not
+        teacher_options: options of foundation teachers by kind, where the rules of `amkd_monai.teachers.plan` are not
             right for these images.
         seen_by: whether foundation teachers saw these images in training, by kind, where the same rules do not know.
         layout: finds the items of a folder and splits them.
