@@ -14,13 +14,7 @@ from torch.func import functional_call
 from amkd_monai.distillation import baselines, gates, losses
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
 from amkd_monai.distillation.gates import GateReading, LossGate, ScaledLossGate, SharedGradients, TeacherGate
-from amkd_monai.distillation.interface import (
-    INTERVAL,
-    Batch,
-    DistillationOutput,
-    Faults,
-    TeacherTarget,
-)
+from amkd_monai.distillation.interface import INTERVAL, Batch, DistillationOutput, Faults, TeacherTarget
 from amkd_monai.errors import check_options, class_of
 
 logger = logging.getLogger("amkd_monai")

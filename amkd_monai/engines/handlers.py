@@ -38,7 +38,7 @@ from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import class_metrics, class_row
 from amkd_monai.metrics.segmentation import STATUSES
 from amkd_monai.metrics.summary import TEACHERS, Row, figures_of, mask_rows, preview_file, write_case_csv, write_figures
-from amkd_monai.networks.shared_student import initialised
+from amkd_monai.networks.student import initialised
 from amkd_monai.report.previews import mask_preview, save_arrays, small
 from amkd_monai.storage import atomic_path, atomic_write_json, file_sha256, jsonable, now
 from amkd_monai.weights import CheckpointError, load_state_dict, load_strict

@@ -28,7 +28,7 @@ from amkd_monai.distillation.interface import DistillationOutput
 from amkd_monai.engines.runs import expand
 from amkd_monai.engines.trainer import DistillationTrainer, TeacherTargets, distillation_batch
 from amkd_monai.errors import EXPECTED, is_own, root_cause
-from amkd_monai.networks.shared_student import Head, SharedStudent
+from amkd_monai.networks.student import Head, SharedStudent
 from amkd_monai.teachers.base import CROSS_FITTED_KINDS
 
 logger = logging.getLogger("amkd_monai")

@@ -9,14 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from amkd_monai.networks.shared_student import heads_of, state_of_task
-from amkd_monai.networks.student import (
-    CLASSIFIER_PREFIXES,
-    EncodedStudent,
-    create_encoder,
-    feature_encoder,
-    load_encoder_weights,
-)
+from amkd_monai.networks import student
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid, resize
 from amkd_monai.weights import PACKAGED, CheckpointError, load_state_dict, load_strict, packaged_file
 
@@ -68,13 +61,13 @@ class TimmTeacher(Teacher):
         licence: str | None = None,
     ) -> None:
         super().__init__(name, licence or (PACKAGED[model].licence if model in PACKAGED else "unknown"), precision)
-        self.network = create_encoder(model, num_classes=0, **(model_args or {}))
+        self.network = student.create_encoder(model, num_classes=0, **(model_args or {}))
         self.is_random = str(weights) == "random"
         if str(weights) in ("packaged", "random"):
-            load_encoder_weights(self.network, model, weights)
+            student.load_encoder_weights(self.network, model, weights)
         else:
             state = in_timms_layout(self.network, load_state_dict(weights), weights)
-            load_strict(self.network, state, weights, allow_unexpected=CLASSIFIER_PREFIXES)
+            load_strict(self.network, state, weights, allow_unexpected=student.CLASSIFIER_PREFIXES)
         if not self.is_random:
             self.came_from(packaged_file(model) if str(weights) == "packaged" else weights)
         config = self.network.pretrained_cfg
@@ -172,9 +165,9 @@ class StudentTeacher(Teacher):
     ) -> None:
         super().__init__(name, licence)
         state = load_state_dict(weights)
-        if heads := heads_of(state):
-            state = state_of_task(state, task or next(iter(heads)))
-        self.network = EncodedStudent(feature_encoder(model, range(1, 5), 0.0))
+        if heads := student.heads_of(state):
+            state = student.state_of_task(state, task or next(iter(heads)))
+        self.network = student.EncodedStudent(student.feature_encoder(model, range(1, 5), 0.0))
         load_strict(self.network, state, weights, allow_unexpected=("neck.", "head.", "temperature"))
         self.came_from(weights)
         self.model, self.image_size, self.grid_limit = model, image_size, grid_limit
