@@ -48,11 +48,7 @@ class FixedLossGate(LossGate):
 
 
 class PaperLossGate(LossGate):
-    """As published: initial weights times softmax(gate(f) / 2) over all losses and the task, trained end to end.
-
-    It minimises what it weighs, so the weight flows to the smallest loss. ``priors`` and ``task`` are the
-    initial weights of the losses and of the task.
-    """
+    """As published: initial weights times softmax(gate(f) / 2), trained by the losses that it weighs."""
 
     def __init__(
         self, priors: Mapping[str, float], warmup_steps: int = 100, channels: int = 0, task: float = 1.0

@@ -235,10 +235,7 @@ def _areas(batch: Batch, classes: int, size: tuple[int, int]) -> Tensor:
 
 
 class ReliabilityGate(TeacherGate):
-    """Softmax of negative errors against the label, with abstention; its weights have no gradient.
-
-    The part ``floor`` is spread evenly over the available teachers, so that none is ever switched off.
-    """
+    """Softmax of negative errors against the label, with abstention; all available teachers share a part ``floor``."""
 
     def __init__(self, setup: GateSetup, floor: float = 0.1, temperature: float = 0.25) -> None:
         super().__init__(setup)
@@ -291,10 +288,7 @@ GATES: dict[str, type[TeacherGate]] = {"learned": LearnedGate, "reliability": Re
 
 
 class SharedGradients(Counter):
-    """Measure, every ``every`` steps from the first, what each loss asks of the student's shared map.
-
-    At one map gradients cost a part of a step; with respect to all parameters they would cost several steps.
-    """
+    """Measure, every ``every`` steps from the first, what each loss asks of the student's shared map."""
 
     def __init__(self, every: int = INTERVAL) -> None:
         super().__init__("seen")

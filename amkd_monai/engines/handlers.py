@@ -57,10 +57,7 @@ class Handler:
 
 
 class KeptStudent(Handler):
-    """Save the student's flat state dict after every validation (``keep`` "last"), or after the best so far ("best").
-
-    Attach to the evaluator. The file, e.g. ``models/model.pt``, loads with ``weights_only=True``.
-    """
+    """Save the student's state dict after every validation (``keep`` "last"), or after the best so far ("best")."""
 
     def __init__(self, student: nn.Module, path: str | Path, keep: str = "best") -> None:
         self.student, self.path, self.keep = student, Path(path), keep
@@ -337,10 +334,7 @@ def step_figures(result: DistillationOutput, teachers: Sequence[str]) -> dict[st
 
 
 def effective_number(weights: Sequence[float]) -> float:
-    """Effective number of teachers, exp of the entropy of their shares: 1 if one has all weight, K if all have equal.
-
-    All weights 0 give 0; weights need not sum to 1.
-    """
+    """Effective number of teachers, exp of the entropy of their shares; K equal weights give K, all 0 give 0."""
     total = sum(weights)
     shares = [w / total for w in weights if w > 0]
     return math.exp(-sum(p * math.log(p) for p in shares)) if shares else 0.0

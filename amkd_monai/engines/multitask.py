@@ -323,10 +323,7 @@ def _average(tensors: Sequence[Tensor]) -> None:
 
 
 class MultiTaskEvaluator(Evaluator):
-    """Run the evaluators of all tasks, each over its view of the student, one after another.
-
-    ``state.metrics`` gets ``mean_over_tasks``, the mean of the key metrics, and each task's as ``<task>/<metric>``.
-    """
+    """Run the evaluators of all tasks; ``mean_over_tasks`` is the mean of their key metrics (higher is better)."""
 
     def __init__(
         self,

@@ -455,10 +455,7 @@ def decide(
 
 
 def prior_entropy(dataset: DecodedDataset) -> float:
-    """Entropy in nats of the class frequencies over all labelled pixels or images: the error of a constant answer.
-
-    Of findings it is the mean over them.
-    """
+    """Entropy in nats of the class frequencies over all labelled pixels or images; of findings the mean over them."""
     if dataset.findings:
         present = dataset.labels[dataset.has_label].mean(0).clip(1e-12, 1 - 1e-12)
         return float(-(present * np.log(present) + (1 - present) * np.log(1 - present)).mean())

@@ -331,10 +331,7 @@ class Identity:
 
 
 def identity(datalist: Datalist, further: Sequence[Item] = (), teachers: Sequence[Mapping[str, Any]] = ()) -> Identity:
-    """Describe the run of the config that is being read: data, split, input, preprocessing, network, classes, teachers.
-
-    ``further`` are images without labels beyond the data set's.
-    """
+    """Describe the run whose config is being read; ``further`` are images without labels beyond the data set's."""
     parser, classes = next(_callers(ConfigParser)), len(datalist.task.classes)
     if (given := parser.config["network_def"].get("num_classes", classes)) != classes:
         name, words = datalist.task.name, ", ".join(datalist.task.classes)
@@ -568,10 +565,7 @@ def _data_root(data: Mapping[str, Any]) -> str | None:
 
 
 def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Take each task's entry, data and split of a shared student, or one task's settings for inference.
-
-    Heads that the run carried on from an earlier student are not in its record, and their entries are not checked.
-    """
+    """Take each task's entry, data and split of a shared student, or one task's settings for inference."""
     entries, trained = record["tasks"], record["settings"]["tasks"]
     if "entry" in parser.config:
         task, entry = parser.config["task"], dict(parser.config["entry"])

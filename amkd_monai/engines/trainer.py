@@ -100,10 +100,7 @@ class Recipe:
         distributed: bool = True,
         num_workers: int = 0,
     ) -> DataLoader:
-        """Return the loader of training batches; options as of :class:`BatchSampler`.
-
-        ``distributed`` gives each process of torch.distributed its own part; 0 workers are fastest for mapped data.
-        """
+        """Return the loader of training batches, of this process where ``distributed``; options of the sampler."""
         own = ("labelled_fraction", "foreground_fraction", "class_balance", "min_steps", "first_stage")
         options: dict[str, Any] = {name: getattr(self, name) for name in own}
         options |= {"use_unlabelled": use_unlabelled, "indices": indices}
@@ -342,10 +339,7 @@ def distillation_batch(
     device: torch.device,
     task: int = 0,
 ) -> Batch:
-    """Bring a loader's batch to the device, read the teachers' targets and augment all alike.
-
-    ``data`` holds samples of a :class:`~amkd_monai.data.decoded.DecodedDataset`, ``task`` numbers the data set.
-    """
+    """Bring a loader's batch to the device, read the teachers' targets and augment all alike."""
     image = data["image"].to(device).float() / 255
     label = data["label"].to(device)
     indices, views = data["index"].tolist(), None

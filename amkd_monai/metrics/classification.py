@@ -34,10 +34,7 @@ def confusion_matrix(label: ArrayLike, predicted: ArrayLike, classes: int) -> ND
 
 
 def quadratic_weighted_kappa(label: ArrayLike, predicted: ArrayLike, classes: int) -> float:
-    """Cohen's kappa with quadratic weights (Cohen, 1968): 1 for agreement, 0 for chance.
-
-    NaN if all cases have the same true and predicted grade.
-    """
+    """Cohen's kappa with quadratic weights (Cohen, 1968): 1 for agreement, 0 for chance, NaN for one grade alone."""
     observed = confusion_matrix(label, predicted, classes).astype(float)
     grades = np.arange(classes)
     weight = (grades[:, None] - grades[None, :]) ** 2
@@ -86,10 +83,7 @@ def specificity(positive: ArrayLike, called: ArrayLike) -> float:
 
 
 def specificity_at_sensitivity(positive: ArrayLike, score: ArrayLike, wanted: float) -> float:
-    """Specificity of the strictest threshold (score >= threshold) whose sensitivity is at least ``wanted``.
-
-    NaN without positive or negative cases.
-    """
+    """Specificity of the strictest threshold (score >= threshold) whose sensitivity is at least ``wanted``, or NaN."""
     is_positive, s = np.asarray(positive, bool), np.asarray(score, float)
     if is_positive.all() or not is_positive.any():
         return math.nan

@@ -83,10 +83,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def badness(task: Task, rows: Sequence[Row]) -> float:
-    """Sort key of a case's rows, worst first: mean Dice of its classes, or the probability of what is true.
-
-    A false positive counts as -1; cases without anything come last.
-    """
+    """Sort key of a case's rows, worst first: mean Dice (false positives -1), or the probability of what is true."""
     if task.is_classification:
         return float(of_truth(task, int(rows[0]["label"]), labels_and_probabilities(task, rows)[1][0]).mean())
     own = [row for row in rows if part_of(row) == "classes" or len(rows) == 1]

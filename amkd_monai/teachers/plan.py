@@ -258,10 +258,7 @@ def _tried(found: Plan, network: nn.Module, shape: tuple[int, ...]) -> Plan:
 
 
 def known_teacher(description: Mapping[str, Any], weights_dir: str | None, cache_dir: str | Path) -> KnownTeacher:
-    """Return a teacher from the table of a cache folder; one that is not there, or whose file changed, is built.
-
-    Only :data:`PLANNED` is kept, since of others it is not known which files they read.
-    """
+    """Return a teacher from the table of a cache folder (:data:`PLANNED` are kept), or, if it changed, built."""
     memo, of = Path(cache_dir) / KNOWN, (description, weights_dir)
     table, key = read_memo(memo, lambda entry: isinstance(entry, dict)), teacher_key(*of)
     try:

@@ -100,11 +100,7 @@ class TimmTeacher(Teacher):
 
 
 def in_timms_layout(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """Return a file's tensors under timm's names, and set the network's input size to that of its positions.
-
-    Raises:
-        CheckpointError: the positions are not those of a square image.
-    """
+    """Return a file's tensors under timm's names, and set the network's input size to that of its square positions."""
     if "backbone.channel_reduction.0.weight" in state:
         state = {key.removeprefix("backbone."): v for key, v in state.items() if key.startswith("backbone.")}
         for pattern, replacement in OPENMMLAB_SAM:
