@@ -229,7 +229,7 @@ class DecodedDataset(DecodedImages):
         self.transform, self.on_bad_sample = transform, on_bad_sample
         self.classifies = any(_is_class(item.get("label")) for item in self.data)
         paths = [p for i in self.data for p in (*files_of(i["image"]), *label_files(i)) if Path(p).exists()]
-        by_path = dict(zip(paths, content_hashes(paths, cache_dir / "content_hashes.json"), strict=True))
+        by_path = dict(zip(paths, content_hashes(paths, cache_dir), strict=True))
         hashes = []
         for item in self.data:
             masks = "-".join(by_path.get(file, "missing") for file in label_files(item))

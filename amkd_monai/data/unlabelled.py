@@ -14,7 +14,7 @@ from amkd_monai.data.datalist import Datalist
 from amkd_monai.data.decoded import DecodedImages
 from amkd_monai.data.splits import Item
 from amkd_monai.files import names
-from amkd_monai.files.names import label_files
+from amkd_monai.files.names import files_of
 from amkd_monai.storage import content_hashes
 from amkd_monai.terminal import logger
 
@@ -76,11 +76,10 @@ def further_images(
     volumes = datalist.task.dimensions == 3
     items = [item for number, folder in enumerate(chosen) for item in _items(folder, f"unlabelled{number}", volumes)]
     found = len(items)
-    memo = None if cache_dir is None else Path(cache_dir) / "content_hashes.json"
     others = [i for section in datalist.sections.values() for i in section]
-    known = content_hashes([file for i in others for file in label_files({"label": i["image"]})], memo)
-    of_items = dict(zip((i["id"] for i in items), content_hashes([i["image"] for i in items], memo), strict=True))
-    items = [item for item in items if of_items[item["id"]] not in set(known)]
+    known = set(content_hashes([file for i in others for file in files_of(i["image"])], cache_dir))
+    contents = content_hashes([i["image"] for i in items], cache_dir)
+    items = [item for item, content in zip(items, contents, strict=True) if content not in known]
     copies = found - len(items)
     if not volumes:
         items = _unlike_held_out(items, [*datalist.validation, *datalist.test], cache_dir)
