@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -429,7 +429,8 @@ Compute = Callable[[int, int, Callable[[int], object]], Mapping[str, np.ndarray]
 """(view, shard, report) -> arrays of that shard; ``report`` is called with each number of images that is done."""
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """One of ``count`` equal parts of the work, counted from 0: shards are dealt out by their number."""
 
     index: int = 0
