@@ -23,10 +23,8 @@ OVERLAP = 46
 
 More than :data:`~amkd_monai.data.splits.NEAR`: copies that are shifted or rescaled by some pixels differ by up to 46,
 and to leave out an image too many costs less than to train on a test image."""
-COMPARED = 200
-"""Images of each kind whose look is compared, evenly spaced."""
-UNLIKE = 2.0
-"""Standard deviations between labelled images by which the mean of the further ones may differ."""
+COMPARED = 200  # images of each kind whose look is compared, evenly spaced
+UNLIKE = 2.0  # standard deviations between labelled images by which the mean of the further ones may differ
 
 
 @dataclass(frozen=True)
@@ -105,16 +103,15 @@ def further_images(
 def _items(folder: Path, prefix: str, volumes: bool) -> list[Item]:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: correct `unlabelled`.")
-    kinds = {"pictures": names.PICTURE_SUFFIXES, "NIfTI volumes": names.VOLUME_SUFFIXES}
-    what, other = ("NIfTI volumes", "pictures") if volumes else ("pictures", "NIfTI volumes")
-    suffixes = kinds[what]
+    kinds = [("pictures", names.PICTURE_SUFFIXES), ("NIfTI volumes", names.VOLUME_SUFFIXES)]
+    (what, suffixes), (other, of_others) = reversed(kinds) if volumes else kinds
     if files := names.images_to_predict(folder, suffixes):
         return [{"image": str(file), "id": f"{prefix}/{name}"} for name, file in files.items()]
     below = [child.name for child in sorted(folder.iterdir()) if child.is_dir() and names.image_files(child, suffixes)]
     hint = "give a folder of them"
     if below:
         hint = f"give the folders below it that hold images without labels, of {names.some(below)}"
-    elif names.image_files(folder, kinds[other]):
+    elif names.image_files(folder, of_others):
         hint = f"it holds {other}, and this task is on {what}"
     raise FileNotFoundError(f"{folder} holds no {what}: {hint}.")
 
@@ -149,8 +146,6 @@ def look_unlike(dataset: DecodedImages) -> str:
     for name, figure in (("mean grey level", np.mean), ("contrast", np.std)):
         known, new = (np.array([figure(dataset.images[i]) for i in indices]) for indices in shown)
         if abs(new.mean() - known.mean()) > UNLIKE * max(float(known.std()), 1.0):
-            return (
-                f"The unlabelled images look unlike the labelled ones: their {name} is {new.mean():.0f} of 255, that "
-                f"of the labelled ones {known.mean():.0f}. Check modality and window."
-            )
+            figures = f"their {name} is {new.mean():.0f} of 255, that of the labelled ones {known.mean():.0f}"
+            return f"The unlabelled images look unlike the labelled ones: {figures}. Check modality and window."
     return ""
