@@ -15,7 +15,7 @@ from amkd_monai.files import cases, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, read_mask
 from amkd_monai.files.names import expanded, file_id, file_of, files_of
 from amkd_monai.files.pictures import read_channels, write_mask
-from amkd_monai.files.steps import disc_box, squared
+from amkd_monai.files.steps import disc_box, neighbours, squared
 
 FILENAME = "filename_or_obj"  # keys of meta data: the file, and how the values of a mask were coded
 CODING = "mask_coding"
@@ -43,10 +43,8 @@ class _PerKey(MapTransform):
 class LoadPictured(_PerKey):
     """Load pictures of any mode as RGB (3, H, W), levels 0 to 255, float32, upright; see :mod:`..files.pictures`.
 
-    Several files are the grey channels (C, H, W) of one image.
-
-    A ``size`` (H, W) is resized to while decoding, many times faster for large JPEGs; ``Invertd`` does not undo it, so
-    it is for chains whose result is not mapped back to the original size.
+    Several files are the grey channels (C, H, W) of one image. A ``size`` (H, W) is resized to while decoding, many
+    times faster for large JPEGs, which ``Invertd`` does not undo.
     """
 
     def __init__(
@@ -89,9 +87,8 @@ class LoadMaskd(_PerKey):
 class LoadVolumed(LoadMaskd):
     """Load volumes (C, X, Y, Z), float32, in the order of the image's first file, with affines in mm.
 
-    Images are read by :func:`amkd_monai.files.cases.read_case`. Arguments are those of :class:`LoadMaskd`:
-    ``image_key`` is the image, every other key a label of it, which becomes class indices on the grid of the image, 255
-    where there is no label.
+    Images are read by :func:`amkd_monai.files.cases.read_case`. Arguments are those of :class:`LoadMaskd`; keys other
+    than ``image_key`` are labels, which become class indices on the grid of the image, 255 where there is no label.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -99,13 +96,13 @@ class LoadVolumed(LoadMaskd):
         result = dict(data)
         grid: volumes.Grid | None = None
         for key in sorted(self.key_iterator(result), key=lambda key: key != self.image_key):
-            file, used = result[key], None if key == self.image_key else set[str]()
-            if used is None:
-                array, grid = cases.read_case(files_of(file))
+            if key == self.image_key:
+                array, grid = cases.read_case(files := files_of(result[key]))
+                result[key] = _loaded(array, files[0], grid.affine)
             else:
+                file, used = result[key], set[str]()
                 label, grid = volumes.read_label_volume(file, grid, self.classes, self.codes, used)
-                array = label[None]
-            result[key] = _loaded(array, file if used is not None else files_of(file)[0], grid.affine, used)
+                result[key] = _loaded(label[None], file, grid.affine, used)
         return result
 
 
@@ -136,8 +133,7 @@ class CtWindowd(_PerKey):
 class CropFundusd(_PerKey):
     """Cut the black borders of (C, H, W) and pad the shorter side with black to a square, so that a disc stays round.
 
-    Deterministic: nothing is drawn. The size of the image, which in some data sets tells the camera and so the grade,
-    is lost with the borders.
+    The size of the image, which in some data sets tells the camera and so the grade, is lost with the borders.
     """
 
     def _changed(self, image: Any, data: Mapping[Hashable, Any]) -> Any:
@@ -152,9 +148,7 @@ class NeighbourSlicesd(_PerKey):
     """
 
     def _changed(self, volume: Any, data: Mapping[Hashable, Any]) -> Any:
-        before, after = (torch.cat(v, 1) for v in ([volume[:, :1], volume[:, :-1]], [volume[:, 1:], volume[:, -1:]]))
-        parts = [part[c : c + 1] for c in range(len(volume)) for part in (before, volume, after)]
-        return torch.cat(parts, 0)
+        return convert_to_dst_type(neighbours(np.asarray(volume)), volume)[0]
 
 
 class DropUnlabelledd(MapTransform):

@@ -75,10 +75,7 @@ def image_files(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> lis
 
 
 def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> dict[str, Path]:
-    """Map id to file for the images of a folder, without masks, overlays and earlier predictions.
-
-    Two files of one name get ids that keep their suffixes.
-    """
+    """Map id, with the suffix where two have one name, to file: images without masks, overlays and predictions."""
     files = image_files(folder, suffixes)
     stems = {file_id(file) for file in files}
     derived = [_DERIVED.fullmatch(file_id(file)) for file in files]

@@ -89,18 +89,16 @@ def eight_bits(levels: np.ndarray) -> np.ndarray:
     """Scale grey levels (H, W) of 16 or 32 bits or floating point to 0 to 255, uint8.
 
     Floating point up to 1 is a share of white. Otherwise white is the smallest of ``FULL_SCALES`` that is not below the
-    brightest level. Levels that are negative, not finite or above 65535 are a ValueError.
+    brightest level.
     """
     if not np.isfinite(levels).all() or levels.min() < 0:
         raise ValueError("it holds levels that are negative or not finite")
     highest = levels.max()
-    if levels.dtype.kind == "f" and highest <= 1:
-        return (levels * 255).round().astype(np.uint8)
     if highest > FULL_SCALES[-1]:
         raise ValueError(f"it holds levels up to {highest:g}, more than 16 bits")
     white = next(white for white in FULL_SCALES if highest <= white)
     if levels.dtype.kind == "f":
-        return (levels * (255 / white)).round().astype(np.uint8)
+        return (levels * (255 / (white if highest > 1 else 1))).round().astype(np.uint8)
     return (levels.astype(np.int64) * 255 // white).astype(np.uint8)
 
 
@@ -129,8 +127,8 @@ def level_problem(levels: np.ndarray) -> str:
 def read_picture(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """Read a picture of any mode as RGB (H, W, 3), uint8, upright as viewers show it.
 
-    With a ``size`` (H, W), a JPEG is decoded at the smallest of its own scales that is not below it, then resized with
-    anti-aliasing. A picture that cannot be read or has almost no levels is a ValueError.
+    A JPEG is decoded at the smallest of its own scales that is not below ``size`` (H, W), then resized. A picture that
+    cannot be read or has almost no levels is a ValueError.
     """
     with opened(path) as image:
         if size is not None:
@@ -143,10 +141,7 @@ def read_picture(path: str | Path, size: tuple[int, int] | None = None) -> np.nd
 
 
 def read_channels(files: Sequence[str | Path], size: tuple[int, int] | None = None) -> np.ndarray:
-    """Read one picture as RGB, or several grey pictures of one size as channels: (H, W, C), uint8.
-
-    A picture in colour among several, or one of another size, is a ValueError.
-    """
+    """Read one picture as RGB, or several grey pictures of one size as channels: (H, W, C), uint8."""
     first, *others = (read_picture(file, size) for file in files)
     if not others:
         return first
@@ -180,10 +175,7 @@ def contrasting(image: np.ndarray, count: int = 1) -> np.ndarray:
 
 
 def outlined(image: np.ndarray, masks: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Draw borders on a copy of an image (H, W, 3): each mask (H, W), boolean, in its colour with a black rim around.
-
-    The lines are as wide as a 160th of the longer side.
-    """
+    """Draw borders on a copy of an image (H, W, 3): each mask (H, W), boolean, in its colour rimmed in black."""
     picture, width = image.copy(), max(1, round(max(image.shape[:2]) / 160))
     for mask, _ in masks:
         picture[_grown(mask, (width + 1) // 2) & ~mask] = 0

@@ -72,34 +72,31 @@ def squared(image: np.ndarray) -> np.ndarray:
     return np.pad(image, [(0, 0), *((m // 2, m - m // 2) for m in missing)])
 
 
-def _to_unit(array: np.ndarray, low: float, high: float) -> np.ndarray:
-    return ((array - np.float32(low)) / np.float32((high - low) or 1.0)).clip(0, 1)
-
-
 def _scale(array: np.ndarray, grid: Grid | None, low: float, high: float) -> Stepped:
-    return _to_unit(array, low, high), None
+    return ((array - np.float32(low)) / np.float32((high - low) or 1.0)).clip(0, 1), None
 
 
 def _scale_percentiles(
     array: np.ndarray, grid: Grid | None, lower: float, upper: float, channel_wise: bool = False
 ) -> Stepped:
     parts = array if channel_wise else array[None]
-    scaled = [_to_unit(part, *map(float, np.percentile(part, [lower, upper]))) for part in parts]
+    scaled = [_scale(part, grid, *map(float, np.percentile(part, [lower, upper])))[0] for part in parts]
     return (np.stack(scaled) if channel_wise else scaled[0]), None
 
 
 def _ct_window(array: np.ndarray, grid: Grid | None, low: float, high: float, values: str) -> Stepped:
-    return _to_unit(array, *ct_range(array, low, high, values)), None
+    return _scale(array, grid, *ct_range(array, low, high, values))
 
 
 def _crop_disc(array: np.ndarray, grid: Grid | None, background_level: float, least_part: float) -> Stepped:
     return squared(array[:, *disc_box(array, background_level, least_part)]), None
 
 
-def _neighbours(array: np.ndarray, grid: Grid | None) -> Stepped:
+def neighbours(array: np.ndarray) -> np.ndarray:
+    """Slices of a volume (C, D, H, W) with their two neighbours as channels (3 C, D, H, W), see NeighbourSlicesd."""
     index = np.arange(array.shape[1])
     shifted = np.stack([array[:, (index + shift).clip(0, index[-1])] for shift in (-1, 0, 1)], 1)
-    return shifted.reshape(-1, *array.shape[1:]), None
+    return shifted.reshape(-1, *array.shape[1:])
 
 
 def _orientation(array: np.ndarray, grid: Grid, axes: str) -> Stepped:
@@ -130,22 +127,18 @@ def _spacing(array: np.ndarray, grid: Grid, pixdim: Sequence[float]) -> Stepped:
 
 
 def _crop(array: np.ndarray, grid: Grid | None, size: Sequence[int]) -> Stepped:
-    inside, widths = [slice(None)], [(0, 0)]
-    for n, wanted in zip(array.shape[1:], size, strict=True):
-        kept = n if wanted < 0 else min(wanted, n)
-        start = max(n // 2 - kept // 2, 0)
-        inside.append(slice(start, start + kept))
-        widths.append((start, n - start - kept))
-    return array[tuple(inside)], lambda answer: np.pad(answer, widths)
+    kept = [n if wanted < 0 else min(wanted, n) for n, wanted in zip(array.shape[1:], size, strict=True)]
+    starts = [n // 2 - k // 2 for n, k in zip(array.shape[1:], kept, strict=True)]
+    widths = [(0, 0), *((s, n - s - k) for n, s, k in zip(array.shape[1:], starts, kept, strict=True))]
+    return array[:, *(slice(s, s + k) for s, k in zip(starts, kept, strict=True))], lambda answer: np.pad(
+        answer, widths
+    )
 
 
 def _pad(array: np.ndarray, grid: Grid | None, size: Sequence[int]) -> Stepped:
-    inside, widths = [slice(None)], [(0, 0)]
-    for n, wanted in zip(array.shape[1:], size, strict=True):
-        missing = max(wanted - n, 0)
-        inside.append(slice(missing // 2, missing // 2 + n))
-        widths.append((missing // 2, missing - missing // 2))
-    return np.pad(array, widths), lambda answer: answer[tuple(inside)]
+    missing = [max(wanted - n, 0) for n, wanted in zip(array.shape[1:], size, strict=True)]
+    inside = [slice(m // 2, m // 2 + n) for n, m in zip(array.shape[1:], missing, strict=True)]
+    return np.pad(array, [(0, 0), *((m // 2, m - m // 2) for m in missing)]), lambda answer: answer[:, *inside]
 
 
 STEPS: dict[str, Callable[..., Stepped]] = {
@@ -153,7 +146,7 @@ STEPS: dict[str, Callable[..., Stepped]] = {
     "scale_percentiles": _scale_percentiles,
     "ct_window": _ct_window,
     "crop_disc": _crop_disc,
-    "neighbours": _neighbours,
+    "neighbours": lambda array, grid: (neighbours(array), None),
     "orientation": _orientation,
     "resize": _resize,
     "spacing": _spacing,
@@ -168,8 +161,7 @@ def prepare(
 ) -> tuple[np.ndarray, list[Inverse]]:
     """Apply steps, given by name under ``step`` with their settings, to (3, H, W), 0 to 255, or a volume (1, D, H, W).
 
-    Returns the network input (3, h, w) or (3, d, h, w), and the ways back, first step first. A step of another version
-    of this package is a ValueError.
+    Returns the network input (3, h, w) or (3, d, h, w), and the ways back. An unknown step is a ValueError.
     """
     inverses = []
     for step in steps:
