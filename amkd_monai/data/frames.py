@@ -16,18 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
-from monai.transforms import (
-    Affined,
-    Compose,
-    GaussianSmooth,
-    MapTransform,
-    Resized,
-    Rotated,
-    Spacingd,
-    SpatialResampled,
-    Transform,
-    Zoomd,
-)
+from monai.transforms import Compose, GaussianSmooth, MapTransform, Transform
+from monai.transforms.spatial.dictionary import Affined, Resized, Rotated, Spacingd, SpatialResampled, Zoomd
 from monai.transforms.traits import LazyTrait
 
 from amkd_monai.data.decoded import DecodedDataset
@@ -165,15 +155,8 @@ def finer(transform: Callable, size: tuple[int, int]) -> Compose:
 class FinerImages:
     """The images of a decoded data set, read from their files at finer sampling whenever they are asked for.
 
-    Args:
-        dataset: images at the student's size (H, W).
-        side: pixels that the shorter side of the frame is to have; a file of fewer pixels gives fewer.
-
-    Attributes:
-        size: (H', W') of an image, at most; the frame keeps its proportions.
-
-    Raises:
-        ValueError: the preprocessing is not understood (:func:`finer`).
+    The shorter side of the frame has ``side`` pixels, fewer where a file has fewer; ``size`` is (H', W') at most. A
+    ValueError if the preprocessing is not understood (:func:`finer`).
     """
 
     def __init__(self, dataset: DecodedDataset, side: int) -> None:
