@@ -49,7 +49,7 @@ def read_item(item: Mapping[str, Any], transform: Callable) -> dict[str, Any]:
     image = np.asarray(data["image"])
     if not np.isfinite(image).all():
         raise BadSampleError(f"{images[0]} holds values that are not finite: replace or remove the file.")
-    if problem := next(filter(None, map(level_problem, [image] if len(images) == 1 and image.ndim < 4 else image)), ""):
+    for problem in filter(None, map(level_problem, [image] if len(images) == 1 and image.ndim < 4 else image)):
         raise BadSampleError(f"{images[0]} cannot be used: {problem}.")
     return data
 

@@ -103,15 +103,16 @@ def further_images(
 def _items(folder: Path, prefix: str, volumes: bool) -> list[Item]:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: correct `unlabelled`.")
-    kinds = [("pictures", names.PICTURE_SUFFIXES), ("NIfTI volumes", names.VOLUME_SUFFIXES)]
-    (what, suffixes), (other, of_others) = reversed(kinds) if volumes else kinds
+    kinds = {"pictures": names.PICTURE_SUFFIXES, "NIfTI volumes": names.VOLUME_SUFFIXES}
+    what, other = ("NIfTI volumes", "pictures") if volumes else ("pictures", "NIfTI volumes")
+    suffixes = kinds[what]
     if files := names.images_to_predict(folder, suffixes):
         return [{"image": str(file), "id": f"{prefix}/{name}"} for name, file in files.items()]
     below = [child.name for child in sorted(folder.iterdir()) if child.is_dir() and names.image_files(child, suffixes)]
     hint = "give a folder of them"
     if below:
         hint = f"give the folders below it that hold images without labels, of {names.some(below)}"
-    elif names.image_files(folder, of_others):
+    elif names.image_files(folder, kinds[other]):
         hint = f"it holds {other}, and this task is on {what}"
     raise FileNotFoundError(f"{folder} holds no {what}: {hint}.")
 

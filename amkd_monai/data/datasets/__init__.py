@@ -444,8 +444,7 @@ def get_task(task: Named) -> Task:
 
     The keys of a description are the plain attributes of :class:`Task`, of which ``name`` and ``classes`` are needed,
     ``folder`` (of the data, relative to the file), and ``layout``, the attributes of
-    :class:`~amkd_monai.data.datasets.described.Described`. An unknown name and a description that cannot be used are a
-    ValueError, a file that is not there is a FileNotFoundError.
+    :class:`~amkd_monai.data.datasets.described.Described`. Raises a ValueError or, without the file, FileNotFoundError.
     """
     if isinstance(task, Task):
         return task
@@ -487,29 +486,27 @@ def _described(content: Any, where: str, base: Path) -> Task:
     texts = isinstance(classes, tuple) and all(isinstance(c, str) and c for c in classes)
     if not texts or len(set(classes)) < max(2, len(classes)):
         raise refuse(f"has the classes {classes!r}, which must be at least two different names")
-    values.setdefault("modality", "image")
-    values.setdefault("prompts", tuple(f"{c} in {values['modality']}" for c in classes[1:]))
-    if len(values["prompts"]) != len(classes) - 1:
-        raise refuse(f"has {len(values['prompts'])} prompts for {len(classes) - 1} classes after the first")
     kind, dimensions = values.get("kind", KINDS[0]), values.get("dimensions", 2)
     if kind not in KINDS or dimensions not in (2, 3) or (kind != KINDS[0] and dimensions == 3):
         raise refuse(f"has the kind {kind!r} in {dimensions!r} dimensions, not one of {', '.join(KINDS)} in 2")
-    if kind != KINDS[0]:
-        values.setdefault("primary_metric", "macro_auroc")
-        if len({named(c) for c in classes}) < len(classes):
-            raise refuse(f"has the classes {classes!r}, which must differ in more than case and signs")
+    if kind != KINDS[0] and len({named(c) for c in classes}) < len(classes):
+        raise refuse(f"has the classes {classes!r}, which must differ in more than case and signs")
+    modality = values.get("modality", "image")
+    defaults: dict[str, Any] = {"modality": modality, "prompts": tuple(f"{c} in {modality}" for c in classes[1:])}
+    values = defaults | ({} if kind == KINDS[0] else {"primary_metric": "macro_auroc"}) | values
+    if len(values["prompts"]) != len(classes) - 1:
+        raise refuse(f"has {len(values['prompts'])} prompts for {len(classes) - 1} classes after the first")
     options = content.get("layout", {})
     of_the_task = {"title", "classes", "kind", "volumes", "channels", "validation_fraction", "expected", "predict_in"}
     known = {f.name for f in fields(Described)} - of_the_task
     if not isinstance(options, Mapping) or not options.keys() <= known:
         raise refuse(f"has a layout that is not an object of {', '.join(sorted(known))}")
+    fixed: dict[str, Any] = {"volumes": dimensions == 3, "channels": max(1, len(values.get("channels", ())))}
     try:
         re.compile(str(options.get("groups", "")))
+        layout = Described(title=name, classes=classes, kind=kind, **fixed, **options)
+        return Task(layout=layout, description=dict(content), **values)
     except re.error as error:
         raise refuse(f"has an invalid pattern of groups ({error})") from error
-    fixed: dict[str, Any] = {"volumes": dimensions == 3, "channels": max(1, len(values.get("channels", ())))}
-    layout = Described(title=name, classes=classes, kind=kind, **fixed, **options)
-    try:
-        return Task(layout=layout, description=dict(content), **values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
