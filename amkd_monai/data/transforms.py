@@ -15,7 +15,7 @@ from amkd_monai.files import cases, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, read_mask
 from amkd_monai.files.names import expanded, file_id, file_of, files_of
 from amkd_monai.files.pictures import read_channels, write_mask
-from amkd_monai.files.steps import disc_box, neighbours, squared
+from amkd_monai.files.steps import crop_disc, neighbours
 
 FILENAME = "filename_or_obj"  # keys of meta data: the file, and how the values of a mask were coded
 CODING = "mask_coding"
@@ -137,8 +137,7 @@ class CropFundusd(_PerKey):
     """
 
     def _changed(self, image: Any, data: Mapping[Hashable, Any]) -> Any:
-        pixels = np.asarray(image)
-        return convert_to_dst_type(squared(pixels[:, *disc_box(pixels)]), image)[0]
+        return convert_to_dst_type(crop_disc(np.asarray(image)), image)[0]
 
 
 class NeighbourSlicesd(_PerKey):
