@@ -21,7 +21,6 @@ from monai.transforms.spatial.dictionary import Affined, Resized, Rotated, Spaci
 from monai.transforms.traits import LazyTrait
 
 from amkd_monai.data.decoded import DecodedDataset
-from amkd_monai.data.transforms import LoadPictured
 from amkd_monai.files.names import files_of
 from amkd_monai.storage import file_sha256, joint_hash
 
@@ -139,8 +138,6 @@ def finer(transform: Callable, size: tuple[int, int]) -> Compose:
     if not isinstance(transform, Compose):
         raise ValueError(f"the preprocessing is a {type(transform).__name__}, not a Compose of steps")
     steps: list[Any] = list(transform.flatten().transforms)
-    if any(isinstance(step, LoadPictured) and step.size is not None for step in steps):
-        raise ValueError("the preprocessing loads pictures at a size: load them whole and add Resized")
     resampled = [i for i, step in enumerate(steps) if isinstance(step, INTERPOLATING) and "image" in step.keys]
     if not resampled:
         raise ValueError("no step of the preprocessing is known to change the sampling of the image")

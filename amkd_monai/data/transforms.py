@@ -1,6 +1,6 @@
 """MONAI transforms around the reading and writing of files in :mod:`amkd_monai.files`."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +43,18 @@ class _PerKey(MapTransform):
 class LoadPictured(_PerKey):
     """Load pictures of any mode as RGB (3, H, W), levels 0 to 255, float32, upright; see :mod:`..files.pictures`.
 
-    Several files are the grey channels (C, H, W) of one image. A ``size`` (H, W) is resized to while decoding, many
-    times faster for large JPEGs, which ``Invertd`` does not undo.
+    Several files are the grey channels (C, H, W) of one image.
     """
-
-    def __init__(
-        self, keys: KeysCollection = "image", allow_missing_keys: bool = False, size: Sequence[int] | None = None
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.size = None if size is None else (int(size[0]), int(size[1]))
 
     def _changed(self, file: Any, data: Mapping[Hashable, Any]) -> MetaTensor:
         files = files_of(file)
-        return _loaded(read_channels(files, self.size).transpose(2, 0, 1), files[0])
+        return _loaded(read_channels(files).transpose(2, 0, 1), files[0])
 
 
 class LoadMaskd(_PerKey):
     """Load masks of pictures as class indices (1, H, W), float32, 255 where there is no label.
 
-    Several files are combined. ``image_key`` is the picture, a path or loaded from one, on which the mask must lie;
+    Several files are combined. The "image", a path or loaded from one, is the picture on which the mask must lie;
     ``classes`` and ``codes`` are as for :func:`amkd_monai.files.masks.decode`.
     """
 
@@ -69,15 +62,14 @@ class LoadMaskd(_PerKey):
         self,
         keys: KeysCollection = "label",
         allow_missing_keys: bool = True,
-        image_key: str = "image",
         classes: int = 2,
         codes: MaskCodes = "auto",
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.image_key, self.classes, self.codes = image_key, classes, codes
+        self.classes, self.codes = classes, codes
 
     def _changed(self, value: Any, data: Mapping[Hashable, Any]) -> MetaTensor:
-        files, used, image = [str(file) for file in ensure_tuple(value)], set[str](), data.get(self.image_key)
+        files, used, image = [str(file) for file in ensure_tuple(value)], set[str](), data.get("image")
         if not isinstance(image, (str, Path)):
             image = getattr(image, "meta", {}).get(FILENAME)
         mask = read_mask(files, image, self.classes, self.codes, used)
@@ -88,15 +80,15 @@ class LoadVolumed(LoadMaskd):
     """Load volumes (C, X, Y, Z), float32, in the order of the image's first file, with affines in mm.
 
     Images are read by :func:`amkd_monai.files.cases.read_case`. Arguments are those of :class:`LoadMaskd`; keys other
-    than ``image_key`` are labels, which become class indices on the grid of the image, 255 where there is no label.
+    than "image" are labels, which become class indices on the grid of the image, 255 where there is no label.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace each key's path by the volume."""
         result = dict(data)
         grid: volumes.Grid | None = None
-        for key in sorted(self.key_iterator(result), key=lambda key: key != self.image_key):
-            if key == self.image_key:
+        for key in sorted(self.key_iterator(result), key=lambda key: key != "image"):
+            if key == "image":
                 array, grid = cases.read_case(files := files_of(result[key]))
                 result[key] = _loaded(array, files[0], grid.affine)
             else:
@@ -175,15 +167,13 @@ class SaveMaskd(MapTransform):
     order and header geometry a volume's mask gets.
     """
 
-    def __init__(
-        self, keys: KeysCollection, output_dir: str | Path, image_key: str = "image", classes: int = 2
-    ) -> None:
+    def __init__(self, keys: KeysCollection, output_dir: str | Path, classes: int = 2) -> None:
         super().__init__(keys)
-        self.output_dir, self.image_key, self.classes = output_dir, image_key, classes
+        self.output_dir, self.classes = output_dir, classes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write each key's map; the data stay."""
-        source, folder = Path(data[self.image_key].meta[FILENAME]), expanded(self.output_dir)
+        source, folder = Path(data["image"].meta[FILENAME]), expanded(self.output_dir)
         name = str(data.get("id") or file_id(source))
         folder.mkdir(parents=True, exist_ok=True)
         for key in self.key_iterator(data):

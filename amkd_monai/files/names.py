@@ -115,10 +115,10 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def some(names: Iterable[str], limit: int = 5) -> str:
-    """Join the first names and count the others."""
+def some(names: Iterable[str]) -> str:
+    """Join the first five names and count the others."""
     names = sorted(names, key=natural)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def read_text(path: Path) -> str:

@@ -124,25 +124,22 @@ def level_problem(levels: np.ndarray) -> str:
     return f"it has only {found} of 256 levels (from {part.min()} to {part.max()}): it is blank or its scale is unknown"
 
 
-def read_picture(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_picture(path: str | Path) -> np.ndarray:
     """Read a picture of any mode as RGB (H, W, 3), uint8, upright as viewers show it.
 
-    A JPEG is decoded at the smallest of its own scales that is not below ``size`` (H, W), then resized. A picture that
-    cannot be read or has almost no levels is a ValueError.
+    A picture that cannot be read or has almost no levels is a ValueError.
     """
     with opened(path) as image:
-        if size is not None:
-            image.draft("RGB", size if frame(image)[1] >= 5 else size[::-1])
         rgb = to_rgb(upright(image))
     sample = np.asarray(rgb.resize((64, 64), Image.Resampling.NEAREST))  # settles most cases without a copy
     if level_problem(sample) and (problem := level_problem(np.asarray(rgb))):
         raise ValueError(f"{path} cannot be used: {problem}.")
-    return np.asarray(rgb if size is None else rgb.resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=2.0))
+    return np.asarray(rgb)
 
 
-def read_channels(files: Sequence[str | Path], size: tuple[int, int] | None = None) -> np.ndarray:
+def read_channels(files: Sequence[str | Path]) -> np.ndarray:
     """Read one picture as RGB, or several grey pictures of one size as channels: (H, W, C), uint8."""
-    first, *others = (read_picture(file, size) for file in files)
+    first, *others = map(read_picture, files)
     if not others:
         return first
     for file, picture in zip(files, (first, *others), strict=True):
