@@ -187,7 +187,7 @@ def _files_in(folder: Path) -> list[Path]:
 def content_hashes(paths: Sequence[str | os.PathLike[str]], cache_dir: str | Path | None = None) -> list[str]:
     """Hash many files; one whose path, size and time of change are in ``cache_dir``'s memo is not read again."""
     memo = None if cache_dir is None else Path(cache_dir) / CONTENT_HASHES
-    known = read_memo(memo, _is_entry)
+    known = read_memo(memo, lambda e: isinstance(e, list) and [*map(type, e)] == [int, int, str] and len(e[2]) == 64)
     entries, hashes = dict(known), []
     for path in progress(paths, desc="hash files", delay=1):
         absolute = Path(path).absolute()
@@ -198,11 +198,6 @@ def content_hashes(paths: Sequence[str | os.PathLike[str]], cache_dir: str | Pat
     if entries != known:
         write_memo(memo, entries)
     return hashes
-
-
-def _is_entry(entry: object) -> bool:
-    """Whether ``entry`` is ``[size in bytes, time of change in ns, sha256]``."""
-    return isinstance(entry, list) and [*map(type, entry)] == [int, int, str] and len(entry[2]) == 64
 
 
 def write_memo(memo: Path | None, entries: Mapping[str, Any]) -> None:

@@ -223,9 +223,8 @@ class DecodedDataset(DecodedImages):
         by_path = dict(zip(paths, content_hashes(paths, cache_dir), strict=True))
         hashes = []
         for item in self.data:
-            images, masks = (
-                [by_path.get(f, "missing") for f in fs] for fs in (files_of(item["image"]), label_files(item))
-            )
+            of_item = files_of(item["image"]), label_files(item)
+            images, masks = ([by_path.get(file, "missing") for file in files] for files in of_item)
             label = f"class {item['label']}" if _is_class(item.get("label")) else "-".join(masks)
             hashes.append([joint_hash(images), label])
         ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
@@ -245,10 +244,8 @@ class DecodedDataset(DecodedImages):
         if (self.teacher_channels or channels != (1 if self.sliced else 3)) and (
             len(self.teacher_channels) not in (1, 3) or not set(self.teacher_channels) <= set(range(channels))
         ):
-            raise ValueError(
-                f"The images have {channels} channels, teacher_channels are {list(self.teacher_channels)}: give one or "
-                f"three of 0 to {channels - 1} as teacher_channels."
-            )
+            has = f"The images have {channels} channels, teacher_channels are {list(self.teacher_channels)}"
+            raise ValueError(f"{has}: give one or three of 0 to {channels - 1} as teacher_channels.")
         labels = self.labels.astype(int) if self.classifies else self.labels
         labels = labels @ (1 << np.arange(findings)) if findings else labels
         self.classes = np.where(self.has_label, labels, -1) if self.classifies else None

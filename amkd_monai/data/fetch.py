@@ -97,8 +97,7 @@ def unpack(file: Path, folder: Path) -> None:
     """
     try:
         if file.suffix == ".zip":
-            with zipfile.ZipFile(file) as packed:
-                packed.extractall(folder)  # drops what would leave the folder from a path
+            zipfile.ZipFile(file).extractall(folder)  # drops what would leave the folder from a path
         elif file.name.endswith(ARCHIVES):
             shutil.unpack_archive(file, folder, filter="data")
         else:
