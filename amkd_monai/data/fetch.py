@@ -97,7 +97,8 @@ def unpack(file: Path, folder: Path) -> None:
     """
     try:
         if file.suffix == ".zip":
-            zipfile.ZipFile(file).extractall(folder)  # drops what would leave the folder from a path
+            with zipfile.ZipFile(file) as packed:
+                packed.extractall(folder)  # drops what would leave the folder from a path
         elif file.name.endswith(ARCHIVES):
             shutil.unpack_archive(file, folder, filter="data")
         else:

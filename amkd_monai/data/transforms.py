@@ -46,6 +46,9 @@ class LoadPictured(_PerKey):
     Several files are the grey channels (C, H, W) of one image.
     """
 
+    def __init__(self, keys: KeysCollection = "image", allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+
     def _changed(self, file: Any, data: Mapping[Hashable, Any]) -> MetaTensor:
         files = files_of(file)
         return _loaded(read_channels(files).transpose(2, 0, 1), files[0])
