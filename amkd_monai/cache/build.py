@@ -357,7 +357,7 @@ def answers_store(
 
     See :func:`keep_answers` for answers that are computed for a whole dataset at once.
     """
-    key = {**key, **({"views": views} if views > 1 else {}), **_list_key(dataset)}
+    key = {**key, "size": size, **({"views": views} if views > 1 else {}), **_list_key(dataset)}
     arrays = {"logits": ArraySpec((dataset.num_classes, *size), "float16"), **_matrices(views)}
     lists = key, dataset.ids, dataset.hashes, arrays, views, SHARD_SIZE
     directory = store_directory(cache_dir, f"{name}-answers", key)

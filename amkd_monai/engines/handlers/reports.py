@@ -16,8 +16,9 @@ from monai.handlers import MLFlowHandler
 from monai.utils import CommonKeys, ImageMetaKey
 from torch import Tensor, nn
 
-from amkd_monai.cache.probes import calibration_temperature
+from amkd_monai.cache.probes import fit_calibration
 from amkd_monai.data.datasets import get_task
+from amkd_monai.distillation.losses import as_map
 from amkd_monai.engines.handlers.checkpoints import Handler
 from amkd_monai.metrics.classification import class_metrics, class_row
 from amkd_monai.metrics.evaluation import figures_of, mask_rows, write_figures
@@ -197,7 +198,8 @@ class FitTemperature(Handler):
         p, label = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
         logits = p.clamp_min(1e-12).log()  # logits up to a constant per case
         with torch.enable_grad():
-            fitted = calibration_temperature(logits, F.one_hot(label, p.shape[1]).movedim(-1, 1).float())
+            targets = F.one_hot(label, p.shape[1]).movedim(-1, 1).float()
+            fitted = fit_calibration(as_map(logits), as_map(targets)).temperature
         self.student.temperature.fill_(fitted)
         engine.state.metrics["temperature"] = fitted
 
