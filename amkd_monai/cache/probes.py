@@ -24,6 +24,11 @@ WEIGHT_DECAY = 1e-3
 WEIGHT_DECAY_POOLED = 100.0
 """The same for pooled vectors, divided by the number of images, of which there may be fewer than channels."""
 
+CALIBRATED_ON = 256
+"""Masks, evenly spread over the split, that a calibration is fitted on at most."""
+LEAST_GROUPS = 5
+"""Groups (patients) of which offsets are fitted: those of fewer would be their own."""
+
 
 @dataclass(frozen=True)
 class LinearProbe:

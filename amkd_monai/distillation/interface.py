@@ -27,6 +27,10 @@ class Calibration:
         scaled = logits / self.temperature
         return scaled + logits.new_tensor(self.offsets).view(-1, *[1] * (logits.ndim - 2)) if self.offsets else scaled
 
+    def folded(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``weight`` and ``bias`` of a linear layer or convolution whose answers are then calibrated."""
+        return {"weight": layer["weight"] / self.temperature, "bias": self(layer["bias"][None])[0]}
+
 
 UNCALIBRATED = Calibration()
 

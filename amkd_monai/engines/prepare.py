@@ -365,18 +365,15 @@ class _Preparation:
         return score, length
 
 
-CALIBRATED_ON = 256
-"""Images or slices, evenly spread, that calibrations of masks are fitted on at most."""
-
-
 def _calibration(answers: FeatureStore, dataset: DecodedDataset) -> Calibration:
-    """Calibration of cached answers on a dataset's labels; that of masks has offsets."""
-    rows, masks = np.flatnonzero(dataset.has_label), dataset.classes is None
-    if masks and len(rows) > CALIBRATED_ON:
-        rows = rows[np.linspace(0, len(rows) - 1, CALIBRATED_ON).astype(int)]
+    """Calibration of cached answers on a dataset's labels; that of masks of enough groups has offsets."""
+    rows = np.flatnonzero(dataset.has_label)
+    offsets = dataset.classes is None and len({dataset.groups[i] for i in rows}) >= probes.LEAST_GROUPS
+    if dataset.classes is None and len(rows) > probes.CALIBRATED_ON:
+        rows = rows[np.linspace(0, len(rows) - 1, probes.CALIBRATED_ON).astype(int)]
     _, height, width = answers.arrays["logits"].shape
     targets = probes.cell_targets(dataset, rows, dataset.num_classes, (height, width))
-    return probes.fit_calibration(torch.from_numpy(answers.read("logits", rows)).float(), targets, offsets=masks)
+    return probes.fit_calibration(torch.from_numpy(answers.read("logits", rows)).float(), targets, offsets)
 
 
 ADMISSION_MODES = ("cross_fit", "all", "none")
