@@ -28,6 +28,7 @@ from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.unlabelled import look_unlike
 from amkd_monai.distillation import TeacherTarget
+from amkd_monai.distillation.interface import UNCALIBRATED, Calibration
 from amkd_monai.distillation.losses import UNLABELLED, one_hot_area, soft_cross_entropy
 from amkd_monai.engines import crossfit
 from amkd_monai.engines.crew import Crew, read_crew
@@ -37,8 +38,7 @@ from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import macro_auroc, mean_auroc
 from amkd_monai.storage import fingerprint, read_memo, write_memo
 from amkd_monai.teachers.base import CROSS_FITTED_KINDS, TeacherFacts, validate_descriptions
-from amkd_monai.teachers.choice import choose
-from amkd_monai.teachers.plan import check, estimate, known_teacher, refuse_changed, refuse_other_answers
+from amkd_monai.teachers.plan import check, choose, estimate, known_teacher, refuse_changed, refuse_other_answers
 
 logger = logging.getLogger("amkd_monai")
 
@@ -53,7 +53,7 @@ def chosen_teachers(
 ) -> list[Mapping[str, Any]]:
     """Return the descriptions of a run's teachers, announced and checked before anything is computed.
 
-    The arguments are those of :func:`~amkd_monai.teachers.choice.choose`, the ``device`` of the teachers and
+    The arguments are those of :func:`~amkd_monai.teachers.plan.choose`, the ``device`` of the teachers and
     the ``cache_dir`` that keeps what is known of them.
     """
     of_task = get_task(task)
@@ -74,10 +74,7 @@ def cache_image_teacher(
     description: Mapping[str, Any],
     **options: Any,
 ) -> tuple[TeacherFacts, FeatureStore, FeatureStore]:
-    """Build an image teacher's stores of the training section and of one view of the validation section.
-
-    ``options`` are those of :func:`~amkd_monai.cache.build.cache_teacher`.
-    """
+    """Build an image teacher's stores of the training section and of one view of the validation section."""
     teacher = known_teacher(description, weights_dir, options["cache_dir"])
     outputs = cache_teacher(teacher, train, views=views, description=description, **options)
     return teacher.facts(), outputs, cache_teacher(teacher, validation, description=description, **options)
@@ -152,7 +149,7 @@ def prepare_teachers(
             with ``own_answers`` False answers another task: a probe on its features answers in its place. The mode
             ``cross_fit`` admits no answers of one with ``cross_fit`` False, whatever their score.
         train: decoded training split, unlabelled samples included.
-        validation: decoded validation split: fits the calibration temperatures.
+        validation: decoded validation split: fits the calibrations of answers.
         student: the undistilled student as it starts; copied, never changed.
         recipe: the run's training recipe.
         epochs: the run's length.
@@ -163,7 +160,7 @@ def prepare_teachers(
         admission_options: ``mode`` (``cross_fit``: a teacher's answers are distilled only if their cross-fitted score,
             Dice or skill, beats the undistilled student's; ``all``; ``none``), ``features`` (``all``: also those of
             teachers that are not admitted; ``admitted``), ``margin`` (of the score), ``folds`` (None: those of a crew,
-            so that both learn from equally many labels, else 3) and ``epochs`` of the student's cross-fitting.
+            else 3) and ``epochs`` of the student's cross-fitting.
         weights_dir: folder searched first for the weights of foundation teachers.
         views: stored views of every training image; with several, the student is shown exactly these.
         cache_dtype: of stored feature maps, ``float16`` or ``int8``.
@@ -172,11 +169,8 @@ def prepare_teachers(
     """
     known: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": None, "epochs": epochs}
     options = known | dict(admission_options or {})
-    if (
-        options.keys() - known.keys()
-        or options["mode"] not in ADMISSION_MODES
-        or options["features"] not in ("all", "admitted")
-    ):
+    chosen = options["mode"] in ADMISSION_MODES and options["features"] in ("all", "admitted")
+    if options.keys() - known.keys() or not chosen:
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
         raise ValueError(f"The admission options {admission_options} are invalid: use {use}.")
     if note := look_unlike(train):
@@ -261,19 +255,20 @@ class _Preparation:
         refuse_other_answers(
             target.name, shape, self.train.num_classes, self.train.findings or int(self.train.classes is not None)
         )
-        temperature = _temperature(of_validation, self.validation)
-        score = self._score(target.answers, temperature)
-        record = {**target.record, **score.record(), "calibration_temperature": round(temperature, 3)}
-        figures: dict[str, Any] = {"mean_error": score.cross_entropy, "score": score.value, "temperature": temperature}
+        calibration = _calibration(of_validation, self.validation)
+        score = self._score(target.answers, calibration)
+        record = {**target.record, **score.record(), "calibration_temperature": round(calibration.temperature, 3)}
+        record |= {"calibration_offsets": [round(o, 3) for o in calibration.offsets]} if calibration.offsets else {}
+        figures: dict[str, Any] = {"mean_error": score.cross_entropy, "score": score.value, "calibration": calibration}
         return replace(target, logits=shape, record=record, **figures), score
 
-    def _score(self, answers: FeatureStore, temperature: float) -> AnswerScore:
+    def _score(self, answers: FeatureStore, calibration: Calibration) -> AnswerScore:
         """Score answers to the training section, unless it was done before: names of folders tell what they hold."""
         memo = Path(self.cache_dir) / "known_scores.json"
         known = read_memo(memo, lambda entry: isinstance(entry, dict) and "value" in entry)
-        key = fingerprint(answers.directory.name, self.train.directory.name, temperature, __version__)
+        key = fingerprint(answers.directory.name, self.train.directory.name, asdict(calibration), __version__)
         if key not in known:
-            score = score_answers(answers, self.train, temperature)
+            score = score_answers(answers, self.train, calibration)
             if np.isfinite([score.value, score.cross_entropy, *score.further.values()]).all():
                 write_memo(memo, {**known, key: asdict(score)})
             return score
@@ -284,14 +279,13 @@ class _Preparation:
         teacher, outputs, of_validation = self.cached(description)
         if teacher.is_random:
             logger.warning("The teacher '%s' has RANDOM weights: this run is a test, not a result.", teacher.name)
-        grid = outputs.arrays.get("grid")
-        stored = {"views": outputs.views, "dtype": "float16" if grid is None else grid.dtype}
-        identity = {"kind": description["kind"], "fingerprint": teacher.fingerprint}
+        grid, identity = outputs.arrays.get("grid"), {"kind": description["kind"], "fingerprint": teacher.fingerprint}
         record: dict[str, Any] = {"name": teacher.name, **identity, "licence": teacher.licence}
         record |= {"random_weights": teacher.is_random, "weights": teacher.weights_file}
         record["asked_at"] = shown_to(teacher, self.train)[1]
         record |= {"channels": list(channels)} if (channels := self.train.teacher_channels) else {}
-        record["stored"] = {**stored, "bytes_per_image": round(outputs.bytes_per_image)}
+        dtype, size = "float16" if grid is None else grid.dtype, round(outputs.bytes_per_image)
+        record["stored"] = {"views": outputs.views, "dtype": dtype, "bytes_per_image": size}
         target = TeacherTarget(teacher.name, **identity, record=record)
         if grid is not None:
             mean, std = probes.channel_statistics(outputs)
@@ -300,11 +294,11 @@ class _Preparation:
         if maps and description.get("own_answers", True):
             record["answers"] = "its own"
             return replace(target, answers=outputs), of_validation
-        if target.features is not None:
-            record["answers"] = f"linear probe, cross-fitted in {self.folds} folds"
-            answers, of_validation = self._probed(target, outputs, of_validation)
-            return replace(target, answers=answers), of_validation
-        return target, of_validation
+        if target.features is None:
+            return target, of_validation
+        record["answers"] = f"linear probe, cross-fitted in {self.folds} folds"
+        answers, of_validation = self._probed(target, outputs, of_validation)
+        return replace(target, answers=answers), of_validation
 
     def _probed(
         self, teacher: TeacherTarget, features: FeatureStore, of_validation: FeatureStore
@@ -357,46 +351,41 @@ class _Preparation:
             method = crossfit.of_students(self.recipe, length, self.seed, self.device, title)
             of_run = ((self.train,), method, folds, self.seed, self.cache_dir)
             (answers,) = crossfit.cross_fit("student", self.student, *of_run)
-            # Dice of masks knows no temperature; the likelihood of classes does, and teachers are calibrated for it.
-            temperature = 1.0 if self.train.classes is None else _temperature(answers, self.train)
-            score = self._score(answers, temperature)
+            score = self._score(answers, _calibration(answers, self.train))
             if score.value > goal:
                 break
         return score, length
 
 
-def _temperature(answers: FeatureStore, dataset: DecodedDataset) -> float:
-    """Calibration temperature of cached answers on a dataset's labels."""
+def _calibration(answers: FeatureStore, dataset: DecodedDataset) -> Calibration:
+    """Calibration of cached answers on a dataset's labels; that of masks of enough groups has offsets."""
     rows = np.flatnonzero(dataset.has_label)
+    offsets = dataset.classes is None and len({dataset.groups[i] for i in rows}) >= probes.LEAST_GROUPS
+    if dataset.classes is None and len(rows) > probes.CALIBRATED_ON:
+        rows = rows[np.linspace(0, len(rows) - 1, probes.CALIBRATED_ON).astype(int)]
     _, height, width = answers.arrays["logits"].shape
     targets = probes.cell_targets(dataset, rows, dataset.num_classes, (height, width))
-    return probes.calibration_temperature(torch.from_numpy(answers.read("logits", rows)).float(), targets)
+    return probes.fit_calibration(torch.from_numpy(answers.read("logits", rows)).float(), targets, offsets)
 
 
 ADMISSION_MODES = ("cross_fit", "all", "none")
 STUDENT_FOLDS = 3
 
-VOLUME_RATIO_TOLERANCE = 0.10
-"""A volume teacher that draws more than 10 % too much or too little is not admitted."""
+VOLUME_RATIO_TOLERANCE = 0.10  # a volume teacher that draws more than 10 % too much or too little is not admitted
 
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How good answers are on the labelled samples.
+    """How good answers are on the labelled samples."""
 
-    Attributes:
-        value: the score that decides, higher is better: for masks the mean Dice over cases (images or volumes) and
-            foreground classes, cases without foreground left out; for classes and findings of images the skill.
-        cross_entropy: mean over grid cells or images, nats.
-        further: ``volume_ratio`` of masks (predicted by true volume over all cases, of the foreground class whose ratio
-            is farthest from 1), ``macro_auroc`` of classes or findings.
-        name: of the score, ``dice`` or ``skill``.
-    """
-
+    # the score that decides, higher is better: for masks the mean Dice over cases (images or volumes) and foreground
+    # classes, cases without foreground left out; for classes and findings of images the skill
     value: float
-    cross_entropy: float
+    cross_entropy: float  # mean over grid cells or images, nats
+    # ``volume_ratio`` of masks (predicted by true volume over all cases, of the foreground class whose ratio is
+    # farthest from 1), ``macro_auroc`` of classes or findings
     further: dict[str, float] = field(default_factory=dict)
-    name: str = "dice"
+    name: str = "dice"  # of the score, ``dice`` or ``skill``
 
     def record(self) -> dict[str, float]:
         """All figures by name, rounded."""
@@ -405,17 +394,17 @@ class AnswerScore:
 
 
 @torch.inference_mode()
-def score_answers(store: FeatureStore, dataset: DecodedDataset, temperature: float = 1.0) -> AnswerScore:
+def score_answers(store: FeatureStore, dataset: DecodedDataset, calibration: Calibration = UNCALIBRATED) -> AnswerScore:
     """Score cached answers (``logits`` (N, classes, h, w)) against the labels.
 
     Masks are scored at the decoded size by Dice, classes of images by their skill 1 - CE / H (McFadden's pseudo R^2):
     0 for an answer that knows only the class frequencies, whose entropy is H, and 1 for the truth. That is the
-    log-likelihood on a scale that does not depend on the data set. ``temperature`` divides the logits.
+    log-likelihood on a scale that does not depend on the data set. ``calibration`` is that of the logits.
     """
     labelled = np.flatnonzero(dataset.has_label)
     if dataset.classes is not None:
         classes = dataset.labels[labelled].astype(int)  # (N,), or (N, F) of findings
-        logits = torch.from_numpy(store.read("logits", labelled)).float()[..., 0] / temperature
+        logits = calibration(torch.from_numpy(store.read("logits", labelled)).float())[..., 0]
         logits = logits if dataset.findings else logits[..., 0]
         cross_entropy = float(F.cross_entropy(logits, torch.from_numpy(classes)))
         skill = 1 - cross_entropy / max(prior_entropy(dataset), 1e-6)
@@ -427,7 +416,7 @@ def score_answers(store: FeatureStore, dataset: DecodedDataset, temperature: flo
     errors: list[float] = []
     for start in range(0, len(labelled), 32):
         rows = labelled[start : start + 32]
-        logits = torch.from_numpy(store.read("logits", rows)).float() / temperature
+        logits = calibration(torch.from_numpy(store.read("logits", rows)).float())
         label = torch.from_numpy(np.stack([dataset.labels[i] for i in rows]))
         target = one_hot_area(label, dataset.num_classes, (logits.shape[-2], logits.shape[-1]))
         errors += soft_cross_entropy(target, logits.log_softmax(1)).flatten(1).mean(1).tolist()
@@ -469,10 +458,7 @@ def decide(
 
 
 def prior_entropy(dataset: DecodedDataset) -> float:
-    """Entropy in nats of the class frequencies over all labelled pixels or images: the error of a constant answer.
-
-    Of findings it is the mean over them.
-    """
+    """Entropy in nats of the class frequencies over all labelled pixels or images; of findings the mean over them."""
     if dataset.findings:
         present = dataset.labels[dataset.has_label].mean(0).clip(1e-12, 1 - 1e-12)
         return float(-(present * np.log(present) + (1 - present) * np.log(1 - present)).mean())
