@@ -150,12 +150,12 @@ def _described(
         try:
             if gone := [f for f in (*files, *(label_files(item) if reader.masks else ())) if not Path(f).exists()]:
                 raise FileNotFoundError(f"{gone[0]} is not there: correct its path or remove its case.")
-            of = (True, case_grid(files)[1]) if is_volume(files[0]) else (False, len(files))
+            size = (True, case_grid(files)[1]) if is_volume(files[0]) else (False, len(files))
         except (OSError, ValueError) as error:
             wrong.append(item.get("problem", str(error)))
         else:
-            items += [] if "problem" in item else [{**item, "image": files[0], "of": of}]
-            kinds_of[of] += 1
+            items += [] if "problem" in item else [{**item, "image": files[0], "of": size}]
+            kinds_of[size] += 1
     if not items:
         raise DataProblems(wrong)
     (volume, count), _ = kinds_of.most_common(1)[0]
