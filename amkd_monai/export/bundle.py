@@ -47,18 +47,11 @@ REPEATS = 20
 BATCH = 8
 """Pictures, or slices of a volume, that a network takes at once."""
 INFERENCE, CARD = (Path(__file__).with_name(name) for name in ("inference.json", "card.md"))
-"""Config of a bundle that needs MONAI and TorchScript alone, and template of the model card."""
-CHANNELS = (
-    "$[{'image': [p.replace('_0000.', f'_{c:04d}.') for c in range(@channels)]} for p in "
-    "sorted(glob.glob(os.path.join(glob.escape(@dataset_dir), '*_0000.*'))) if p.lower().endswith(tuple(@suffixes))]"
-)
-"""The images of a folder whose channels are files ending in ``_0000`` and so on; of volumes else files of four axes."""
-ONE_MASK_EACH = (
-    "$(lambda names: np.testing.assert_equal(len(set(names)), len(names), 'Names that differ in their endings alone "
-    "would give one mask: rename the images.'))([os.path.splitext(p.removesuffix('.gz'))[0] for i in @datalist "
-    "for p in (i['image'][:1] if isinstance(i['image'], list) else [i['image']])])"
-)
-"""Refuses images of which MONAI's writer would keep the last one's mask alone."""
+"""Config of a bundle that needs MONAI and TorchScript alone, and template of the model card.
+
+In the config, ``datalist_of_channels`` lists a folder whose channels are files ending in ``_0000`` and so on, and
+``one_mask_each`` refuses images of which MONAI's writer would keep the last one's mask alone.
+"""
 SIZED = {
     "Spacingd": ("resampled to {} mm", "pixdim"),
     "Resized": ("resized to {}", "spatial_size"),
@@ -268,12 +261,13 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "suffixes": list(PICTURE_SUFFIXES if task.dimensions == 2 else VOLUME_SUFFIXES),
         "inferer": source.inferer,
     }
+    datalist, one_mask_each = inference.pop("datalist_of_channels"), inference.pop("one_mask_each")
     if not task.is_classification:
-        inference["run"].insert(0, ONE_MASK_EACH)
+        inference["run"].insert(0, one_mask_each)
         del inference["handlers"][1:]  # masks are saved by the postprocessing
     if channels := len(task.channels):
         single = f" or {inference['datalist'][1:]}" if task.dimensions == 3 else ""
-        inference["channels"], inference["datalist"] = channels, CHANNELS + single
+        inference["channels"], inference["datalist"] = channels, datalist + single
     present = [{"_target_": "Lambdad", "keys": "pred", "func": "$lambda p: p[1]"}] * task.has_findings
     inference["preprocessing"]["transforms"] = source.transforms
     inference["postprocessing"]["transforms"] = [*source.postprocessing, *present]
