@@ -334,27 +334,12 @@ def format_cells(facts: dict[str, Any]) -> list[Sequence[str]]:
 
 def model_card(source: Source, facts: dict[str, Any], name: str) -> str:
     """Return ``docs/README.md``; ``facts`` is the content of ``docs/export.json``, ``name`` the folder's."""
-    unknown = "not recorded: the run left no run.json"
-    recorded, distillation = source.record.get("data", {}), source.record.get("distillation", {})
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
-    environment.filters["number"] = _number
-    return environment.from_string(CARD.read_text(encoding="utf-8")).render(
-        about=source.metadata,
-        facts=facts,
-        name=name,
-        images=image_text(source),
-        is_phantom=source.data.is_phantom,
-        no_teachers="none: trained with labels alone" if "distillation" in source.record else unknown,
-        parameters=sum(p.numel() for p in source.student.parameters()),
-        recorded=recorded,
-        samples=", ".join(f"{k} {v}" for k, v in recorded.get("counts", {}).items()) or unknown,
-        summary=(summary := source.metrics.get("summary", {"metrics": {}})),
-        scores=[("", summary["metrics"]), *class_summaries(summary)],
-        table=format_cells(facts),
-        teachers=distillation.get("teachers", []) if isinstance(distillation, dict) else [],
-        temperature=float(source.state["temperature"]) if "temperature" in source.state else None,
-        unknown=unknown,
-        unscored=source.unscored,
+    environment.filters |= {"number": _number, "class_summaries": class_summaries}
+    template, table = environment.from_string(CARD.read_text(encoding="utf-8")), format_cells(facts)
+    parameters = sum(p.numel() for p in source.student.parameters())
+    return template.render(
+        source=source, facts=facts, name=name, images=image_text(source), parameters=parameters, table=table
     )
 
 
