@@ -37,7 +37,7 @@ PARTS = """(async () => {
     parts[name] = Math.round(performance.now() - start);
     return result;
   };
-  const image = checkImage(student.input_shape);
+  const image = checkImage([student.check_shape[0], 256, 256]);
   const binary = await timed("unpack WebAssembly", () => unpacked("runtime_wasm"));
   const model = await timed("unpack network", () => unpacked(student.networks[network.kind].file));
   await timed("compile WebAssembly", () => WebAssembly.compile(binary));

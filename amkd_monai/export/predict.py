@@ -27,7 +27,7 @@ SEEN = "docs/seen.json"
 OPACITY = 0.35
 """Of masks in overlays."""
 LETTERED_WIDTH = 320
-"""Pixels of width, at least, for which letters are made: a 16th of it is their height."""
+"""Pixels of width, at least, for which letters are made."""
 
 
 def predict(
@@ -284,7 +284,8 @@ def lettered(image: np.ndarray, texts: Sequence[str], colours: Sequence[Sequence
     """Write texts, each fitted to the width and beside its colour if it has one, below an image (H, W, 3), uint8."""
     from PIL import Image, ImageDraw, ImageFont
 
-    (height, width), letters = image.shape[:2], max(LETTERED_WIDTH, image.shape[1]) / 16
+    height, width = image.shape[:2]
+    letters = max(LETTERED_WIDTH, width) / (24 if colours else 16)
     line, indent = round(1.8 * letters), letters * (2 if colours else 0.5)
     picture = Image.new("RGB", (width, height + line * len(texts)))
     picture.paste(Image.fromarray(image))
