@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-from helpers import needs
+from helpers import needs, without
 
 OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -26,7 +25,7 @@ class Browser:
         self.folder, self.downloads = folder, folder / "downloads"
         self.downloads.mkdir(parents=True)
         if shutil.which("chromium") is None:
-            pytest.skip("chromium is not installed")
+            without("chromium", "install it")
         client = needs("websockets.sync.client")
         command = ["chromium", *OPTIONS, f"--user-data-dir={folder / 'profile'}", f"--window-size={width},1000"]
         with (folder / "stderr").open("wb") as stderr:

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from amkd_monai.files.cases import is_volume, read_case
 from amkd_monai.files.names import files_of
 from amkd_monai.files.pictures import opened, to_rgb, upright
+from amkd_monai.files.volumes import grey_levels, reorder
 from amkd_monai.storage import atomic_write_json, content_hashes, file_sha256, joint_hash, read_memo, size_and_time
 from amkd_monai.terminal import logger, progress
 
@@ -228,9 +231,11 @@ def joined(items: Sequence[Item], pairs: Sequence[tuple[int, int]]) -> list[Item
 
 
 def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None) -> tuple[np.ndarray, list[int]]:
-    """Hash pictures by their coarse look (`imagehash.phash`): booleans (M, 256) and the indices of the M paths.
+    """Hash images by their coarse look (`imagehash.phash`): booleans (M, 256) and the indices of the M paths.
 
-    ``cache_dir`` keeps the hashes by content, so that a picture is decoded once. Files that cannot be read are
+    Of a volume that is its middle slice from below, upright, so that a copy in another file, order or unit is the same.
+
+    ``cache_dir`` keeps the hashes by content, so that an image is decoded once. Files that cannot be read are
     announced and left out.
     """
     memo = None if cache_dir is None else Path(cache_dir) / f"perceptual_hashes_{HASH_SIZE}.json"
@@ -252,6 +257,10 @@ def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None)
 def _hash(path: str) -> str:
     import imagehash
 
+    if is_volume(path):
+        channels, grid = read_case([path])
+        levels = grey_levels(reorder(channels[0], grid, "RAS"))
+        return str(imagehash.phash(Image.fromarray(levels[..., levels.shape[2] // 2]), hash_size=HASH_SIZE))
     with opened(path) as image:
         image.draft("L", (8 * HASH_SIZE, 8 * HASH_SIZE))
         shown = upright(image)

@@ -13,9 +13,11 @@ from amkd_monai.data import splits
 from amkd_monai.data.datalist import Datalist
 from amkd_monai.data.decoded import DecodedImages
 from amkd_monai.data.splits import Item
-from amkd_monai.files import names
-from amkd_monai.files.names import label_files
-from amkd_monai.storage import content_hashes
+from amkd_monai.files import cases, names
+from amkd_monai.files.dicom import patient_and_study
+from amkd_monai.files.dicom_picture import SUFFIX, is_dicom_picture
+from amkd_monai.files.names import files_of
+from amkd_monai.storage import content_hashes, fingerprint
 from amkd_monai.terminal import logger
 
 OVERLAP = 46
@@ -51,12 +53,14 @@ def further_images(
 ) -> FurtherImages:
     r"""List the images of folders for a run's training section, without those of its other sections.
 
-    Left out are copies (equal bytes) of an image of any section, and pictures that look nearly like one of validation
-    or test. Pictures that look alike are one group; groups, not images, are drawn equally often.
+    Left out are copies (equal bytes) of an image of any section, images that look nearly like one of validation or
+    test, and DICOM of their patients. Images that look alike or are of one patient, by DICOM, are one group; groups,
+    not images, are drawn equally often.
 
     Args:
         datalist: the sections of the run.
-        folders: folders whose own files are taken: pictures, or NIfTI volumes for a task on volumes; None for none.
+        folders: folders whose own files are taken: pictures, also of DICOM (``.dcm``), or for a task on volumes NIfTI
+            files and folders of one DICOM series, which the folder itself may be; None for none.
         teachers: of the run; further images are of no use where it is empty.
         cache_dir: keeps hashes.
         groups: regular expression whose first group is the name of an image's group, searched in the file's name, such
@@ -77,27 +81,36 @@ def further_images(
     items = [item for number, folder in enumerate(chosen) for item in _items(folder, f"unlabelled{number}", volumes)]
     found = len(items)
     memo = None if cache_dir is None else Path(cache_dir) / "content_hashes.json"
-    others = [i for section in datalist.sections.values() for i in section]
-    known = content_hashes([file for i in others for file in label_files({"label": i["image"]})], memo)
+    others = [i for section in datalist.sections.values() for i in section if "problem" not in i]
+    known = content_hashes([file for i in others for file in files_of(i["image"])], memo)
     of_items = dict(zip((i["id"] for i in items), content_hashes([i["image"] for i in items], memo), strict=True))
     items = [item for item in items if of_items[item["id"]] not in set(known)]
     copies = found - len(items)
-    if not volumes:
-        items = _unlike_held_out(items, [*datalist.validation, *datalist.test], cache_dir)
+    held_out = [i for i in (*datalist.validation, *datalist.test) if "problem" not in i]
+    items = _unlike_held_out(items, held_out, cache_dir)
     near = found - copies - len(items)
+    patients = _patients([*held_out, *items])
+    theirs = {patients[file] for item in held_out for file in files_of(item["image"]) if file in patients}
+    items = [item for item in items if patients.get(item["image"]) not in theirs]
     if not items:
-        raise ValueError(f"All {found} images of {names.some(map(str, chosen))} are in this data set: give others.")
+        why = (
+            "are in this data set, or look like its validation and test images, or are of their patients: give others."
+        )
+        raise ValueError(f"All {found} images of {names.some(map(str, chosen))} {why}")
     if groups is not None:
         items = [{**item, "group": _group_of(item, groups)} for item in items]
-    elif volumes:
-        items = splits.group_identical_images(items)
     else:
+        items = [{**item, "group": patients.get(item["image"], item["id"])} for item in items]
         items = splits.group_near_duplicates(items, cache_dir=cache_dir)
     record = {
         "folders": [str(folder) for folder in chosen],
         "images": len(items),
         "groups": len({item["group"] for item in items}),
-        "left_out": {"copies": copies, "like_validation_or_test": near},
+        "left_out": {
+            "copies": copies,
+            "like_validation_or_test": near,
+            "of_their_patients": found - copies - near - len(items),
+        },
     }
     logger.info("unlabelled images: %s", {key: value for key, value in record.items() if key != "folders"})
     return FurtherImages(items, record)
@@ -106,12 +119,18 @@ def further_images(
 def _items(folder: Path, prefix: str, volumes: bool) -> list[Item]:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: correct `unlabelled`.")
-    kinds = {"pictures": names.PICTURE_SUFFIXES, "NIfTI volumes": names.VOLUME_SUFFIXES}
-    what, other = ("NIfTI volumes", "pictures") if volumes else ("pictures", "NIfTI volumes")
+    kinds = {"pictures": (*names.PICTURE_SUFFIXES, SUFFIX), "volumes": names.VOLUME_SUFFIXES}
+    what, other = ("volumes", "pictures") if volumes else ("pictures", "volumes")
     suffixes = kinds[what]
-    if files := names.images_to_predict(folder, suffixes):
+    files = names.images_to_predict(folder, suffixes)
+    for series in [folder, *cases.series_folders(folder)] if volumes else ():
+        if series != folder or cases.is_series(folder):
+            name = names.file_id(series)
+            files[f"{name}_" if name in files else name] = series
+    if files:
         return [{"image": str(file), "id": f"{prefix}/{name}"} for name, file in files.items()]
-    below = [child.name for child in sorted(folder.iterdir()) if child.is_dir() and names.image_files(child, suffixes)]
+    children = [child for child in sorted(folder.iterdir()) if child.is_dir()]
+    below = [c.name for c in children if names.image_files(c, suffixes) or (volumes and cases.series_folders(c))]
     hint = "give a folder of them"
     if below:
         hint = f"give the folders below it that hold images without labels, of {names.some(below)}"
@@ -122,11 +141,20 @@ def _items(folder: Path, prefix: str, volumes: bool) -> list[Item]:
 
 def _unlike_held_out(items: list[Item], held_out: list[Item], cache_dir: str | Path | None) -> list[Item]:
     """The items that do not look nearly like one of the held-out images."""
-    paths = [item["image"] for item in [*held_out, *items]]
+    paths = [files_of(item["image"])[0] for item in [*held_out, *items]]
     hashes, indices = splits.perceptual_hashes(paths, cache_dir)
     pairs = ((indices[i], indices[j]) for i, j in splits.near_pairs(hashes, OVERLAP))
     near = {j - len(held_out) for i, j in pairs if i < len(held_out) <= j}
     return [item for number, item in enumerate(items) if number not in near]
+
+
+def _patients(items: list[Item]) -> dict[str, str]:
+    """The patient of each DICOM image by its path, in a form that tells no name; the study if all have one patient."""
+    paths = [file for item in items for file in files_of(item["image"])]
+    found = {p: patient_and_study(Path(p)) for p in paths if Path(p).is_dir() or is_dicom_picture(p)}
+    known = len({patient for patient, _ in found.values()}) > 1
+    named = {path: patient if known and patient else study for path, (patient, study) in found.items()}
+    return {path: f"patient {fingerprint(name)[:16]}" for path, name in named.items() if name}
 
 
 def _group_of(item: Item, expression: str) -> str:

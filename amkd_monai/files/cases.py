@@ -15,10 +15,14 @@ def is_volume(path: str | Path) -> bool:
     return has_suffix(path, VOLUME_SUFFIXES) or Path(path).is_dir()
 
 
+def is_series(folder: Path) -> bool:
+    """Whether a folder holds files of a DICOM series."""
+    return any(is_slice(file) for file in folder.iterdir() if file.is_file())
+
+
 def series_folders(folder: Path) -> list[Path]:
     """List the folders of a folder that hold files of a DICOM series."""
-    inner = (f for f in sorted(folder.iterdir()) if f.is_dir() and not f.name.startswith("."))
-    return [f for f in inner if any(is_slice(file) for file in f.iterdir() if file.is_file())]
+    return [f for f in sorted(folder.iterdir()) if f.is_dir() and not f.name.startswith(".") and is_series(f)]
 
 
 def case_grid(files: Sequence[str | Path]) -> tuple[Grid, int]:

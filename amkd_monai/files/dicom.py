@@ -21,7 +21,7 @@ _TAGS = {
     "series": "0020|000e", "position": "0020|0032", "orientation": "0020|0037", "spacing": "0028|0030",
     "rows": "0028|0010", "columns": "0028|0011", "photometric": "0028|0004", "modality": "0008|0060",
     "bits": "0028|0101", "signed": "0028|0103", "slope": "0028|1053", "intercept": "0028|1052",
-    "samples": "0028|0002", "rescale_type": "0028|1054",
+    "samples": "0028|0002", "rescale_type": "0028|1054", "patient": "0010|0020", "study": "0020|000d",
 }  # fmt: skip
 
 
@@ -62,16 +62,10 @@ def find_series(folder: Path) -> list[list[Slice]]:
         if not is_slice(file):
             foreign.append(file_id(file))
             continue
-        try:
-            with _reader(file) as reader:
-                reader.ReadImageInformation()
-        except RuntimeError:
-            damaged.append(Slice(file, {}, 0))
+        if not (found := _header(file)).frames:
+            damaged.append(found)
             continue
-        tags = {name: reader.GetMetaData(tag).strip() for name, tag in _TAGS.items() if reader.HasMetaDataKey(tag)}
-        size = reader.GetSize()
-        found = Slice(file, tags, size[2] if len(size) > 2 else 1)
-        planes = groups[tags.get("series", "")]
+        planes = groups[found.tags.get("series", "")]
         plane = next((plane for plane in planes if _in_one_plane(plane[0], found)), None)
         if plane is None:
             planes.append(plane := [])
@@ -85,6 +79,24 @@ def find_series(folder: Path) -> list[list[Slice]]:
             logger.warning("%d slice(s) of another direction or size in the series in %s are left out.", left, folder)
         result += [[*slices, *damaged] for slices in kept]
     return result
+
+
+def _header(file: Path) -> Slice:
+    try:
+        with _reader(file) as reader:
+            reader.ReadImageInformation()
+    except RuntimeError:
+        return Slice(file, {}, 0)
+    tags = {name: reader.GetMetaData(tag).strip() for name, tag in _TAGS.items() if reader.HasMetaDataKey(tag)}
+    size = reader.GetSize()
+    return Slice(file, tags, size[2] if len(size) > 2 else 1)
+
+
+def patient_and_study(path: Path) -> tuple[str, str]:
+    """Patient ID and UID of the study of a DICOM file, or of the first one in a folder; "" where they are not said."""
+    files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
+    tags = next((_header(file).tags for file in files if is_slice(file)), {})
+    return tags.get("patient", ""), tags.get("study", "")
 
 
 def _in_one_plane(a: Slice, b: Slice) -> bool:

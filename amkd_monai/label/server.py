@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from amkd_monai.files.cases import is_series, series_folders
 from amkd_monai.storage import atomic_path, atomic_write_bytes, atomic_write_json, exclusive_lock, read_json
 from amkd_monai.weights import file_sha256
 
@@ -48,6 +49,8 @@ def serve(bundles: Sequence[str], studies: str, host: str, port: int, work: str 
     found, work = find_bundles(bundles), Path(work).resolve()
     if not studies.startswith(("http://", "https://")) and not Path(studies).is_dir():
         raise FileNotFoundError(f"There is no folder {studies}: give --studies a folder of images.")
+    if Path(studies).is_dir() and (is_series(Path(studies)) or series_folders(Path(studies))):
+        raise ValueError(f"{studies} holds DICOM, which is served from DICOMweb alone: convert it to NIfTI or PNG.")
     if importlib.util.find_spec("monailabel") is None:
         raise RuntimeError("MONAI Label is not installed here: run `make label-env`, then use .venv-label/bin/python.")
     try:

@@ -1,14 +1,19 @@
 """Further images without labels: none of a held-out section, one kind, by group, and only where a teacher answers."""
 
+import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
+from helpers import needs
+from own_data import dicom_series
 from PIL import Image, ImageFilter
 
 from amkd_monai.data.datalist import Datalist, datalist
 from amkd_monai.data.datasets import get_task
 from amkd_monai.data.sampling import BatchSampler
+from amkd_monai.data.transforms import load_rgb
 from amkd_monai.data.unlabelled import further_images, look_unlike
 
 TEACHERS = [{"name": "any"}]
@@ -48,7 +53,7 @@ def test_images_of_held_out_sections_are_left_out_and_counted(data, tmp_path):
     found = further_images(data, str(folder), TEACHERS, tmp_path / "cache")
     assert sorted(item["id"] for item in found.items) == ["unlabelled0/new", "unlabelled0/other"]
     assert not any("label" in item for item in found.items)
-    assert found.record["left_out"] == {"copies": 2, "like_validation_or_test": 1}
+    assert found.record["left_out"] == {"copies": 2, "like_validation_or_test": 1, "of_their_patients": 0}
     assert found.hash != further_images(data, None, TEACHERS).hash
 
 
@@ -68,7 +73,7 @@ def test_what_cannot_be_used_is_refused(data, tmp_path):
     below = folder_of(tmp_path / "above", x=picture(1)).rename(tmp_path / "inner")
     (tmp_path / "outer").mkdir()
     below.rename(tmp_path / "outer" / "images")
-    refused = {"missing": "missing", "empty": "empty", "volumes": "holds NIfTI volumes", "outer": "images"}
+    refused = {"missing": "missing", "empty": "empty", "volumes": "it holds volumes", "outer": "images"}
     for name, part in refused.items():
         with pytest.raises(FileNotFoundError, match=part):
             further_images(data, tmp_path / name, TEACHERS)
@@ -84,6 +89,110 @@ def test_what_cannot_be_used_is_refused(data, tmp_path):
     with pytest.raises(FileNotFoundError, match="pictures"):
         heart = Datalist(get_task("msd_heart"), data.root, "argument", data.train, data.validation, data.test, [])
         further_images(heart, folder, TEACHERS)
+
+
+def volume(path: Path, seed: int) -> Path:
+    """A NIfTI volume of whole numbers with large structures of its own."""
+    levels = np.asarray(picture(seed).resize((24, 28)).convert("L")).astype(np.int16)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.stack([levels + z for z in range(5)], 2), np.diag([2.0, 2.0, 3.0, 1.0])), path)
+    return path
+
+
+def signed(series: Path, patient: str, study: str) -> None:
+    """Give the slices of a series a patient and a study."""
+    pydicom = needs("pydicom")
+    for file in series.iterdir():
+        data = pydicom.dcmread(file)
+        data.PatientID, data.StudyInstanceUID = patient, study
+        data.save_as(file)
+
+
+def test_series_of_dicom_are_volumes_by_patient_without_those_of_held_out_sections(tmp_path):
+    held_out = volume(tmp_path / "held_out.nii.gz", 0)
+    test = dicom_series(tmp_path / "test" / "case", volume(tmp_path / "t.nii.gz", 1))
+    validation = [{"image": str(held_out), "id": "v", "group": "v"}, {"image": "gone", "id": "g", "problem": "gone"}]
+    known = [{"image": str(test), "id": "t", "group": "t"}]
+    heart = Datalist(get_task("msd_heart"), tmp_path, "argument", [], validation, known, [])
+    folder = tmp_path / "more"
+    shutil.copy(volume(tmp_path / "n.nii.gz", 2), folder.mkdir() or folder / "nifti.nii.gz")
+    dicom_series(folder / "again", held_out)
+    for number in range(3, 7):
+        dicom_series(folder / f"series{number}", volume(tmp_path / f"{number}.nii.gz", number))
+    found = further_images(heart, folder, TEACHERS, tmp_path / "cache")
+    assert {item["id"] for item in found.items} == {
+        f"unlabelled0/{n}" for n in ("nifti", *map("series{}".format, range(3, 7)))
+    }
+    assert found.record["left_out"] == {"copies": 0, "like_validation_or_test": 1, "of_their_patients": 0}
+    for series, patient, study in ((test, "A", "1"), *((folder / f"series{n}", p, s) for n, p, s in TOLD)):
+        signed(series, patient, study)
+    found = further_images(heart, folder, TEACHERS, tmp_path / "cache")
+    groups = {item["id"][12:]: item["group"] for item in found.items}
+    assert (
+        groups.keys() == {"nifti", "series4", "series5", "series6"}
+        and found.record["left_out"]["of_their_patients"] == 1
+    )
+    assert groups["series4"] == groups["series5"] != groups["series6"] and found.record["groups"] == 3
+    assert not any("Smith" in group for group in groups.values()), "a cache keeps groups"
+    one = further_images(heart, folder / "series6", TEACHERS)
+    assert [(item["id"], item["image"]) for item in one.items] == [("unlabelled0/series6", str(folder / "series6"))]
+    folder.rename(tmp_path / "test" / "more")
+    shutil.rmtree(tmp_path / "test" / "case")
+    with pytest.raises(FileNotFoundError, match="more"):
+        further_images(heart, tmp_path / "test", TEACHERS)
+
+
+TOLD = ((3, "A", "2"), (4, "Smith", "3"), (5, "Smith", "4"), (6, "", "5"))
+
+
+def dicom_picture(path: Path, values: np.ndarray, **tags) -> Path:
+    """Write grey values (H, W) or colours (H, W, 3) as one DICOM file."""
+    pydicom = needs("pydicom")
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.SOPClassUID, data.SOPInstanceUID = pydicom.uid.SecondaryCaptureImageStorage, pydicom.uid.generate_uid()
+    data.Rows, data.Columns = values.shape[-2:] if values.ndim == 2 else values.shape[:2]
+    data.SamplesPerPixel, data.PixelRepresentation = (3 if values.ndim == 3 else 1), int(values.dtype.kind == "i")
+    data.BitsAllocated = data.BitsStored = values.dtype.itemsize * 8
+    data.HighBit, data.PixelData = data.BitsStored - 1, values.tobytes()
+    data.PhotometricInterpretation = "RGB" if values.ndim == 3 else "MONOCHROME2"
+    if values.ndim == 3:
+        data.PlanarConfiguration = 0
+    for name, value in tags.items():
+        setattr(data, name, value)
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_pictures_of_dicom_are_read_as_they_are_shown_or_refused(data, tmp_path):
+    grey = np.asarray(picture(400).convert("L"))
+    wide = (grey.astype(np.int16) * 4) - 300  # a window from -200 on, 512 wide, after the rescaling by 2 and 100
+    window = {"RescaleSlope": "2", "RescaleIntercept": "100", "WindowCenter": ["56", "1"], "WindowWidth": ["512", "2"]}
+    files = {
+        "grey": (grey, {}),
+        "inverted": (255 - grey, {"PhotometricInterpretation": "MONOCHROME1"}),
+        "colour": (np.asarray(picture(401)), {"PatientID": "B"}),
+        "window": (wide, {**window, "PatientID": "A"}),
+    }
+    shown = {name: dicom_picture(tmp_path / f"{name}.dcm", *of[:1], **of[1]) for name, of in files.items()}
+    read = {name: load_rgb()({"image": str(file)})["image"].numpy() for name, file in shown.items()}
+    for name in ("grey", "inverted"):
+        assert np.array_equal(read[name], np.repeat(grey[None], 3, 0)), name
+    assert np.array_equal(read["colour"], np.asarray(picture(401)).transpose(2, 0, 1))
+    itk = needs("SimpleITK")
+    values = itk.GetArrayFromImage(itk.ReadImage(str(shown["window"])))[0].astype(float)
+    expected = np.interp(values, (56 - 0.5 - 511 / 2, 56 - 0.5 + 511 / 2), (0, 255)).round()
+    assert np.array_equal(read["window"][0], expected) and 20 < len(np.unique(expected)) < 200
+
+    found = further_images(data, tmp_path, TEACHERS, tmp_path / "cache")
+    assert {item["id"][12:]: item["group"] for item in found.items}.keys() == files.keys()
+    assert found.record["groups"] == 3, "two of them look alike"
+    refused = {"no window": (wide, {}), "sigmoid": (wide, {**window, "VOILUTFunction": "SIGMOID"})}
+    refused["frames"] = (grey, {"NumberOfFrames": 2, "Rows": 48})
+    for name, (values, tags) in refused.items():
+        with pytest.raises(ValueError, match=f"{name}.dcm"):
+            load_rgb()({"image": str(dicom_picture(tmp_path / f"{name}.dcm", values, **tags))})
 
 
 def test_groups_are_drawn_equally_often():

@@ -95,6 +95,9 @@ def test_a_volume_has_one_mask_in_every_order_and_everywhere(exported, tmp_path,
         answer = nib.Nifti1Image(served.answer(images / f"{name}.nii.gz").numpy(), source.affine)
         np.testing.assert_array_equal(nib.as_closest_canonical(answer).dataobj, expected, err_msg=f"server {name}")
     assert 0 < expected.mean() < 0.9
+    (tmp_path / "series").mkdir()
+    with pytest.raises((AssertionError, RuntimeError), match="holds no"):
+        by_exported_bundle(dist, tmp_path / "series", tmp_path / "none")
 
 
 def _parser_of(folder, **changes):

@@ -17,17 +17,13 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers import ROOT
+from helpers import ROOT, without
 
 
 def label_python() -> Path:
     """Return the interpreter that has MONAI Label; without it the test fails in CI and is skipped elsewhere."""
     python = Path(os.environ.get("AMKD_LABEL_PYTHON", ROOT / ".venv-label" / "bin" / "python"))
-    if not python.is_file():
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{python} is missing: run `make label-env`")
-        pytest.skip(f"{python} is missing: run `make label-env` or set AMKD_LABEL_PYTHON")
-    return python
+    return python if python.is_file() else without(str(python), "run `make label-env` or set AMKD_LABEL_PYTHON")
 
 
 @dataclass

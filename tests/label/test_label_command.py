@@ -40,6 +40,10 @@ def test_unknown_bundles_and_untrained_ones_are_named(bundle, tmp_path, capsys, 
 def test_missing_studies_and_repeated_names_are_named(bundle, tmp_path, capsys):
     assert "nowhere" in refusal(capsys, "--bundles", bundle, "--studies", tmp_path / "nowhere")
     assert "Two bundles" in refusal(capsys, "--bundles", bundle, bundle, "--studies", tmp_path)
+    (tmp_path / "studies" / "series").mkdir(parents=True)
+    (tmp_path / "studies" / "series" / "1.dcm").write_bytes(bytes(128) + b"DICM")
+    for studies in (tmp_path / "studies", tmp_path / "studies" / "series"):
+        assert "DICOMweb" in refusal(capsys, "--bundles", bundle, "--studies", studies)
 
 
 def test_without_monai_label_the_remedy_is_named_and_nothing_is_written(bundle, tmp_path, capsys, monkeypatch):

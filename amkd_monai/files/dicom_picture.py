@@ -1,0 +1,52 @@
+"""Single DICOM pictures, such as radiographs and ultrasound frames, as viewers show them."""
+
+from pathlib import Path
+
+import numpy as np
+
+from amkd_monai.files.names import has_suffix
+
+SUFFIX = ".dcm"
+PLAIN = ("MONOCHROME1", "MONOCHROME2", "LINEAR")  # how grey values may be shown
+
+
+def is_dicom_picture(path: str | Path) -> bool:
+    """Whether a file is a DICOM picture by its name."""
+    return has_suffix(path, [SUFFIX])
+
+
+def shown_levels(path: str | Path) -> np.ndarray:
+    """Levels of a DICOM file of one frame, uint8: (H, W), or (H, W, 3) in colour.
+
+    Grey values are scaled by the first window that the file states (PS3.3, C.11.2.1.2), values of 8 bits without one
+    are levels as they are; MONOCHROME1 is inverted.
+
+    Raises:
+        ValueError: another colour model, several frames, lookup tables, or values of more bits without a window.
+    """
+    try:
+        from pydicom import dcmread
+        from pydicom.pixels import pixel_array
+    except ImportError as error:
+        raise ValueError("DICOM pictures need pydicom: run `pip install 'amkd_monai[dicom]'`") from error
+    try:
+        data = dcmread(path)
+        array, colours = pixel_array(data), str(data.PhotometricInterpretation)  # colour becomes RGB
+    except Exception as error:  # its decoders raise whatever they like
+        raise ValueError(f"as DICOM: {error}") from error
+    if array.ndim != (3 if int(data.SamplesPerPixel) == 3 else 2):
+        raise ValueError("it holds several frames: save each as a file")
+    if array.ndim == 3 and array.dtype == np.uint8 and (colours == "RGB" or colours.startswith("YBR_")):
+        return array
+    how = [name for name in ("ModalityLUTSequence", "VOILUTSequence") if name in data]
+    how += [name for name in (colours, str(data.get("VOILUTFunction") or "LINEAR")) if name not in PLAIN]
+    if how:
+        raise ValueError(f"it is shown by {', '.join(how)}: convert it to PNG")
+    values = array * float(data.get("RescaleSlope") or 1) + float(data.get("RescaleIntercept") or 0)
+    if window := [data.get(name) for name in ("WindowCenter", "WindowWidth") if data.get(name) is not None]:
+        centre, width = (float(np.ravel(np.asarray(value, float))[0]) for value in window)
+        values = ((values - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5) * 255
+    elif int(data.BitsStored) > 8 or values.min() < 0 or values.max() > 255:
+        raise ValueError("it states no window for its values: convert it to PNG")
+    levels: np.ndarray = values.clip(0, 255).round().astype(np.uint8)
+    return 255 - levels if colours == "MONOCHROME1" else levels
