@@ -423,8 +423,7 @@ def _cache_prune(arguments: argparse.Namespace) -> None:
 def _cache_build(arguments: argparse.Namespace) -> None:
     from amkd_monai.cache.store import Part
 
-    part = Part.from_environment() if arguments.shard is None else Part.parse(arguments.shard)
-    settings = settings_of(arguments.set)
+    part, settings = Part.parse(arguments.shard), settings_of(arguments.set)
     from amkd_monai.engines.prepare import build_cache
     from amkd_monai.memory import own_peak
 

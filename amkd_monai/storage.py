@@ -1,8 +1,7 @@
 """Atomic files and folders, a lock for one writing process, and hashes.
 
 Everything is written next to its final place under a temporary name, flushed to the disk, and then renamed: a process
-killed at any moment leaves the old file or the new one, never half of one. Hashes of files and of settings name what is
-computed from them, so that nothing computed from other ones is ever used.
+killed at any moment leaves the old file or the new one. Hashes of files and settings name what is computed from them.
 """
 
 import contextlib
@@ -26,9 +25,8 @@ from amkd_monai.terminal import progress
 
 logger = logging.getLogger("amkd_monai")
 
-TEMPORARY_MARK = ".tmp-"
-"""Part of the name of every temporary file, by which leftovers of a killed process can be found."""
-
+TEMPORARY_MARK = ".tmp-"  # in the name of every temporary file, by which leftovers of killed processes are found
+CONTENT_HASHES = "content_hashes.json"
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _REASONS = {
@@ -39,10 +37,9 @@ _REASONS = {
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path next to ``path``; it becomes ``path`` when the block ends without an error.
+    """Yield a temporary path next to ``path``, of its suffix; it becomes ``path`` when the block ends without an error.
 
-    The folder is made if it is missing. The temporary name keeps the suffix, by which some writers choose the format.
-    If the file cannot be written (an OSError), the old one is untouched.
+    The folder is made if it is missing. After an OSError the old file is untouched.
     """
     target = Path(path)
     temporary = _temporary(target)
@@ -78,19 +75,23 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
     """
     target = Path(path)
     temporary = _temporary(target)
+
+    def make_room() -> None:
+        if replace:
+            shutil.rmtree(target, ignore_errors=True)
+        elif os.path.lexists(target):
+            raise FileExistsError(f"{target} already exists: remove it or give another folder.")
+
     try:
         with _one_sentence(target, temporary, target.parent):
             if not replace:
-                _refuse_existing(target)
+                make_room()
             temporary.mkdir(parents=True)
             for entry in target.parent.iterdir() if replace else ():
                 if entry.name.startswith(f".{target.stem}{TEMPORARY_MARK}") and entry != temporary:
                     shutil.rmtree(entry, ignore_errors=True)
             yield temporary
-            if replace:
-                shutil.rmtree(target, ignore_errors=True)
-            else:
-                _refuse_existing(target)
+            make_room()
             temporary.replace(target)
             _flush_to_disk(target.parent)
     finally:
@@ -99,11 +100,10 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
 
 @contextlib.contextmanager
 def exclusive_lock(path: str | os.PathLike[str], *, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock file ``path`` for the length of the block; waits up to ``wait_s`` seconds for another owner.
+    """Hold the lock file ``path``, which stays; a TimeoutError if another owner still holds it after ``wait_s``.
 
-    The kernel frees the lock when its process ends, however that ends; the file stays. On a file system without
-    ``flock`` the file itself is the lock: there, delete the file of a killed process by hand. A TimeoutError if another
-    process, or another thread of this one, holds the lock.
+    The kernel frees the lock when its process ends, however that ends. On a file system without ``flock`` the file
+    itself is the lock: there, delete the file of a killed process by hand.
     """
     lock = Path(path)
     with _one_sentence(lock, lock, lock.parent):
@@ -138,11 +138,6 @@ def _one_sentence(target: Path, *paths: Path) -> Iterator[None]:
         raise OSError(error.errno, f"cannot write {target}: {reason}; no partial file was left") from error
 
 
-def _refuse_existing(path: Path) -> None:
-    if os.path.lexists(path):
-        raise FileExistsError(f"{path} already exists: remove it or give another folder.")
-
-
 def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.stem}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}{target.suffix}")
 
@@ -167,10 +162,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 (64 hexadecimal digits) of a file, which is not held in memory; of a folder, that of its files'.
-
-    Names, hidden files and those in folders below do not count.
-    """
+    """SHA-256 (64 hexadecimal digits) of a file; of a folder, that of its visible files' own, whatever their names."""
     if Path(path).is_dir():
         return fingerprint(*sorted(map(file_sha256, _files_in(Path(path)))))
     with Path(path).open("rb", buffering=0) as stream:
@@ -192,13 +184,10 @@ def _files_in(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
 
 
-def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = None) -> list[str]:
-    """Hash many files; a file whose path, size and time of change are in ``memo`` is not read again.
-
-    The memo, a JSON file, only saves time: a damaged one is rebuilt, one that cannot be written is announced and left
-    alone. None reads every file.
-    """
-    known = {} if memo is None else read_memo(memo, _is_entry)
+def content_hashes(paths: Sequence[str | os.PathLike[str]], cache_dir: str | Path | None = None) -> list[str]:
+    """Hash many files; one whose path, size and time of change are in ``cache_dir``'s memo is not read again."""
+    memo = None if cache_dir is None else Path(cache_dir) / CONTENT_HASHES
+    known = read_memo(memo, lambda e: isinstance(e, list) and [*map(type, e)] == [int, int, str] and len(e[2]) == 64)
     entries, hashes = dict(known), []
     for path in progress(paths, desc="hash files", delay=1):
         absolute = Path(path).absolute()
@@ -206,23 +195,24 @@ def content_hashes(paths: Sequence[str | os.PathLike[str]], memo: Path | None = 
         if known.get(name, [])[:2] != at:
             entries[name] = [*at, file_sha256(absolute)]
         hashes.append(str(entries[name][2]))
-    if memo is not None and entries != known:
+    if entries != known:
         write_memo(memo, entries)
     return hashes
 
 
-def write_memo(memo: Path, entries: Mapping[str, Any]) -> None:
-    """Write a JSON object that only saves time; where it cannot be written that is announced."""
+def write_memo(memo: Path | None, entries: Mapping[str, Any]) -> None:
+    """Write a JSON object that only saves time, unless None; where it cannot be written that is announced."""
     try:
-        atomic_write_json(memo, entries, indent=None)
+        if memo is not None:
+            atomic_write_json(memo, entries, indent=None)
     except OSError as error:
         logger.warning("The next run computes this again: %s", error)
 
 
-def read_memo(memo: Path, is_entry: Callable[[Any], bool]) -> dict[str, Any]:
-    """Read a JSON object that only saves time: {} where it is missing or, with a warning, damaged."""
+def read_memo(memo: Path | None, is_entry: Callable[[Any], bool]) -> dict[str, Any]:
+    """Read a JSON object that only saves time: {} where it is None, missing or, with a warning, damaged."""
     try:
-        entries = json.loads(memo.read_bytes())
+        entries = {} if memo is None else json.loads(memo.read_bytes())
         if not isinstance(entries, dict) or not all(map(is_entry, entries.values())):
             raise ValueError("its content is not what is expected")
     except FileNotFoundError:
@@ -231,11 +221,6 @@ def read_memo(memo: Path, is_entry: Callable[[Any], bool]) -> dict[str, Any]:
         logger.warning("%s is damaged (%s) and is built again", memo, error)
         return {}
     return entries
-
-
-def _is_entry(entry: object) -> bool:
-    """Whether ``entry`` is ``[size in bytes, time of change in ns, sha256]``."""
-    return isinstance(entry, list) and [*map(type, entry)] == [int, int, str] and len(entry[2]) == 64
 
 
 def read_json(file: str | Path) -> dict[str, Any]:

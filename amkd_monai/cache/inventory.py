@@ -16,16 +16,12 @@ class StoredTeacher:
     """One store as found on the disk, in ``<teacher>-<key>``; the store is None where it cannot be opened."""
 
     directory: Path
-    store: FeatureStore | None
-    fault: str
-    size: int  # bytes of all its files
+    name: str  # of the teacher
     modified: float  # seconds since the epoch
-    state: str  # complete, incomplete (3 of 8 shards) or damaged
-
-    @property
-    def name(self) -> str:
-        """Name of the teacher."""
-        return self.directory.name.rpartition("-")[0]
+    store: FeatureStore | None = None
+    fault: str = ""
+    size: int = 0  # bytes of all its files
+    state: str = "damaged"  # or complete, or incomplete (3 of 8 shards)
 
 
 def find_stores(folder: str | Path) -> list[StoredTeacher]:
@@ -35,7 +31,7 @@ def find_stores(folder: str | Path) -> list[StoredTeacher]:
         raise FileNotFoundError(f"{folder} is not a folder: give the cache_dir of a run, such as bundles/.cache.")
     found = []
     for file in sorted(root.rglob(NAME)):
-        entry = StoredTeacher(file.parent, None, "", 0, file.stat().st_mtime, "damaged")
+        entry = StoredTeacher(file.parent, file.parent.name.rpartition("-")[0], file.stat().st_mtime)
         try:
             entry.store = store = FeatureStore.open(file.parent)
             there, shards = len(store.written()), len(store.shards)
@@ -97,8 +93,8 @@ def _superseded(entry: StoredTeacher, other: StoredTeacher) -> str:
     return f"the {' and '.join(parts)} changed" if parts else ""
 
 
-def prune(reasons: Iterable[Path]) -> None:
+def prune(folders: Iterable[Path]) -> None:
     """Remove stores; one that a process is building is refused with a TimeoutError."""
-    for directory in reasons:
+    for directory in folders:
         with exclusive_lock(directory / LOCK):
             shutil.rmtree(directory)

@@ -6,7 +6,6 @@ that has seen no image of its group, so that its answers are as good as they wou
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,23 +17,8 @@ from amkd_monai.data.decoded import DecodedDataset, as_label_maps
 from amkd_monai.data.splits import fold_of_groups
 from amkd_monai.distillation.losses import one_hot_area
 
-WEIGHT_DECAY = 1e-3
-"""L2 penalty of the probe of cells on standardised features."""
-WEIGHT_DECAY_POOLED = 100.0
-"""The same for pooled vectors, divided by the number of images, of which there may be fewer than channels."""
-
-
-@dataclass(frozen=True)
-class LinearProbe:
-    """A linear map from standardised features (C,) to class logits."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Return logits (B, classes, h, w) of standardised features (B, C, h, w)."""
-        return torch.einsum("kc,bchw->bkhw", self.weight, features) + self.bias[:, None, None]
-
+WEIGHT_DECAY = 1e-3  # L2 penalty of the probe of cells on standardised features
+WEIGHT_DECAY_POOLED = 100.0  # of pooled vectors, divided by the number of images: there may be fewer than channels
 
 Probe = Callable[[Tensor], Tensor]
 """From standardised features (B, C, h, w) to logits (B, classes, h, w), or (B, 2, F, 1) of findings."""
@@ -61,13 +45,12 @@ def _minimise(parameters: list[Tensor], loss: Callable[[], Tensor], steps: int, 
 
 def fit_probes(features: Tensor, targets: Tensor, weight_decay: float) -> Probe:
     """Fit a probe of the classes, or where targets (N, 2, F, 1) are of more cells than features, one of each cell."""
-    if features.shape[-2:] == targets.shape[-2:]:
-        return fit_probe(features, targets, weight_decay=weight_decay)
-    of_cells = [fit_probe(features, cell, weight_decay=weight_decay) for cell in targets.split(1, 2)]
-    return lambda features: torch.cat([probe(features) for probe in of_cells], 2)
+    cells = [targets] if features.shape[-2:] == targets.shape[-2:] else targets.split(1, 2)
+    fitted = [fit_probe(features, cell, weight_decay=weight_decay) for cell in cells]
+    return lambda features: torch.cat([probe(features) for probe in fitted], 2)
 
 
-def fit_probe(features: Tensor, targets: Tensor, steps: int = 40, weight_decay: float = WEIGHT_DECAY) -> LinearProbe:
+def fit_probe(features: Tensor, targets: Tensor, steps: int = 40, weight_decay: float = WEIGHT_DECAY) -> Probe:
     """Fit multinomial logistic regression of class fractions (N, classes, h, w) on standardised (N, C, h, w)."""
     x = features.permute(0, 2, 3, 1).flatten(0, 2)  # (N, C, h, w) -> (cells, C)
     y = targets.permute(0, 2, 3, 1).flatten(0, 2)
@@ -80,7 +63,8 @@ def fit_probe(features: Tensor, targets: Tensor, steps: int = 40, weight_decay: 
         return fit + weight_decay * weight.square().sum()
 
     _minimise([weight, bias], loss, steps, 10)
-    return LinearProbe(weight.detach(), bias.detach())
+    fitted, offset = weight.detach(), bias.detach()[:, None, None]
+    return lambda features: torch.einsum("kc,bchw->bkhw", fitted, features) + offset
 
 
 def cross_fit_probes(
@@ -94,8 +78,8 @@ def cross_fit_probes(
 ) -> tuple[np.ndarray, list[Probe]]:
     """Answer every training sample by a probe that has not seen its group, unlabelled ones by the mean of all probes.
 
-    ``array`` of the store, ``grid`` or ``pooled``, has features of ``mean`` and ``std`` (C,) over the dataset. Returns
-    logits (N, classes, h, w) float32, out of fold for labelled samples, and the probes of all folds.
+    ``array``, ``grid`` or ``pooled``, has features of ``mean`` and ``std`` (C,). Returns logits (N, classes, h, w)
+    float32, out of fold for labelled samples, and the probes of all folds.
     """
     labelled = np.flatnonzero(dataset.has_label)
     classes = None if dataset.classes is None else dataset.classes[labelled]

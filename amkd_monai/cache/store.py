@@ -6,10 +6,9 @@ A store is one folder::
     v0.s00003.safetensors       view 0, shard 3: every array of its samples, and the hash of the data
     building.lock               held while one process builds the whole store
 
-A shard is written next to its place and renamed, so a shard that exists is complete: a process killed at any moment
-loses at most its current shard, and two processes that write the same one do no harm. Size and header of its file
-follow from what the store holds, but for the SHA-256 of the data, which stands first in the header; so a file that is
-truncated, altered or of another store is found when a process first reads it, and by ``cache verify``.
+A shard is written next to its place and renamed: one that exists is complete, and two processes that write the same
+one do no harm. Size and header of its file follow from what the store holds, but for the SHA-256 of the data, which
+stands first in the header; so a damaged file, or one of another store, is found when a process first reads it.
 """
 
 from __future__ import annotations
@@ -59,12 +58,10 @@ class StoreError(RuntimeError):
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One stored array of every sample.
+    """One stored array of every sample, of ``shape`` (C, h, w) for a map, (C,) for a pooled vector.
 
-    Args:
-        shape: shape for one sample, ``(C, h, w)`` for a map, ``(C,)`` for a pooled vector.
-        dtype: ``float16`` and ``float32`` are read as stored. ``int8`` keeps one float32 scale per sample and
-            channel (axis 0 of ``shape``) and is read as float32; it needs at least two axes.
+    ``float16`` and ``float32`` are read as stored, ``int8`` as float32: it has one float32 scale per sample and channel
+    (axis 0 of at least two).
     """
 
     shape: tuple[int, ...]
@@ -92,8 +89,8 @@ class ArraySpec:
 def _tensors(arrays: Mapping[str, ArraySpec], n: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """Dtype and shape of every tensor of a shard of ``n`` samples, the widest dtype first, so that each is aligned."""
     found = {name: (np.dtype(spec.dtype).newbyteorder("<"), (n, *spec.shape)) for name, spec in arrays.items()}
-    coded = {name: spec for name, spec in arrays.items() if spec.dtype == "int8"}
-    found |= {f"{name}.scale": (np.dtype("<f4"), (n, spec.shape[0])) for name, spec in coded.items()}
+    coded = {f"{name}.scale": spec for name, spec in arrays.items() if spec.dtype == "int8"}
+    found |= {name: (np.dtype("<f4"), (n, spec.shape[0])) for name, spec in coded.items()}
     return dict(sorted(found.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
 
 
@@ -157,8 +154,7 @@ class FeatureStore:
     Args:
         directory: folder of this store, from :func:`store_directory`.
         key: what the arrays depend on (teacher fingerprint, preprocessing, views, hash of the list); JSON-able.
-        sample_ids: N unique ids; their order is the index.
-        content_hashes: hash of each sample's image file, length N.
+        sample_ids, content_hashes: N unique ids, whose order is the index, and the hash of each sample's image file.
         arrays: the arrays of every sample by name (letters, digits, ``_`` and ``-``).
         views: number of views of every image.
         shard_size: samples per file.
@@ -199,7 +195,7 @@ class FeatureStore:
             raise ValueError(f"{directory}: needs views, shard_size >= 1 and one of view_parameters per view")
         if not arrays or not all(re.fullmatch(r"[\w-]+", name, re.ASCII) for name in arrays):
             raise ValueError(f"{directory}: name arrays with letters, digits, _ and -, not {list(arrays)}")
-        self._maps: dict[Shard, dict[str, list[np.ndarray]]] = {}
+        self._maps: dict[Shard, dict[str, np.ndarray]] = {}
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> FeatureStore:
@@ -225,9 +221,7 @@ class FeatureStore:
 
     def _compare(self) -> None:
         """Compare with the store in the folder, if there is one, and take its origin."""
-        if not (self.directory / NAME).is_file():
-            return
-        stored = FeatureStore.open(self.directory)
+        stored = FeatureStore.open(self.directory) if (self.directory / NAME).is_file() else self
         for name in DESCRIPTION:
             if getattr(stored, name) != getattr(self, name):
                 raise StoreError(f"the store {self.directory} was built with another `{name}`; {_REMEDY}")
@@ -266,10 +260,6 @@ class FeatureStore:
         names = set(os.listdir(self.directory)) if self.directory.is_dir() else set()  # noqa: PTH208
         return {(v, s) for v, s in self.shards if f"v{v}.s{s:05d}.safetensors" in names}
 
-    def has(self, view: int, shard: int) -> bool:
-        """Whether one shard is there, without listing the folder."""
-        return self.path(view, shard).is_file()
-
     def missing(self) -> list[Shard]:
         """Pairs (view, shard) that are still to be written, view by view."""
         written = self.written()
@@ -285,8 +275,7 @@ class FeatureStore:
     ) -> np.ndarray:
         """Read one array of B samples (B, *shape), in the order asked for, in one view or in a view for each.
 
-        The values are float16 or float32 as stored, float32 for int8. A StoreError where a shard is still missing, or
-        its file is damaged, and then removed.
+        A StoreError where a shard is still missing, or its file is damaged, and then removed.
         """
         if (spec := self.arrays.get(array)) is None:
             raise KeyError(f"{self.directory} has no array {array!r}, only {', '.join(self.arrays)}")
@@ -296,14 +285,14 @@ class FeatureStore:
             if not (0 <= of < self.views and 0 <= index < len(self)):
                 raise IndexError(f"{self.directory} has no sample {index} in view {of}: {len(self)} in {self.views}")
             shard, offset = divmod(int(index), self.shard_size)
-            values, *scales = (self._maps.get((of, shard)) or self._map(of, shard))[array]
-            if scales:
-                np.multiply(values[offset], scales[0][offset], out=out[row])
+            maps = self._maps.get((of, shard)) or self._map(of, shard)
+            if spec.dtype == "int8":
+                np.multiply(maps[array][offset], maps[f"{array}.scale"][offset], out=out[row])
             else:
-                out[row] = values[offset]
+                out[row] = maps[array][offset]
         return out
 
-    def _map(self, view: int, shard: int) -> dict[str, list[np.ndarray]]:
+    def _map(self, view: int, shard: int) -> dict[str, np.ndarray]:
         """Check a shard and map it into memory: values (n, *shape) by array, and for int8 scales (n, C, 1, ...).
 
         They are read-only plain arrays: indexing a ``numpy.memmap`` costs more than reading a small sample.
@@ -324,15 +313,12 @@ class FeatureStore:
             raise StoreError(f"{error}: {remedy}, run again to compute it") from error
         mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
         mapped.flags.writeable = False
-        tensors = {}
+        maps = self._maps[view, shard] = {}
         for name, (dtype, shape) in _tensors(self.arrays, n).items():
-            tensors[name] = np.frombuffer(mapped, dtype, int(np.prod(shape)), offset).reshape(shape)
-            offset += tensors[name].nbytes
-        maps = {name: [tensors[name]] for name in self.arrays}
-        for name, spec in self.arrays.items():
-            if spec.dtype == "int8":
-                maps[name].append(tensors[f"{name}.scale"].reshape(n, spec.shape[0], *[1] * (len(spec.shape) - 1)))
-        self._maps[view, shard] = maps
+            axes = len(self.arrays[name.removesuffix(".scale")].shape) + 1
+            values = np.frombuffer(mapped, dtype, int(np.prod(shape)), offset)
+            maps[name] = values.reshape(*shape, *[1] * (axes - len(shape)))
+            offset += values.nbytes
         return maps
 
     def _check(self, view: int, shard: int) -> int:
@@ -368,16 +354,13 @@ class FeatureStore:
 
     @contextlib.contextmanager
     def building(self, wait_s: float = 0.0) -> Iterator[None]:
-        """Hold the store, so that no other process that holds it computes the same: ask :meth:`missing` inside.
-
-        A TimeoutError if another process still holds it after ``wait_s``.
-        """
+        """Hold the store for building, see :func:`exclusive_lock`; ask :meth:`missing` inside."""
         with exclusive_lock(self.directory / LOCK, wait_s=wait_s):
             self.create()
             yield
 
     def create(self) -> None:
-        """Make the folder and its ``store.json``, unless they are there, and remove what killed builders left."""
+        """Make ``store.json``, unless it is there, and remove what killed builders left."""
         path = self.directory / NAME
         if not path.is_file():
             made = {"amkd_monai": __version__, "numpy": np.__version__}
@@ -385,7 +368,7 @@ class FeatureStore:
             content |= {name: getattr(self, name) for name in DESCRIPTION}
             content["arrays"] = {name: asdict(spec) for name, spec in self.arrays.items()}
             lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items())
-            with _unless_there(path.is_file), atomic_path(path) as temporary:
+            with _unless_there(path), atomic_path(path) as temporary:
                 temporary.write_bytes(("{\n" + ",\n".join(lines) + "\n}\n").encode())
         self._compare()
         self.tidy()
@@ -401,9 +384,7 @@ class FeatureStore:
                     Path(entry.path).unlink()
 
     def write_shard(self, view: int, shard: int, values: Mapping[str, np.ndarray]) -> None:
-        """Store all arrays of one shard; it exists for readers once this returns. A shard that is there stays.
-
-        ``values`` are (n, *shape) for every array of the store, with n = ``len(samples_of(shard))``.
+        """Store all arrays of one shard, (n, *shape) with n = ``len(samples_of(shard))``; one that is there stays.
 
         Raises:
             ValueError: an array is missing, unknown, of a wrong shape or kind, or not finite in the stored dtype.
@@ -411,8 +392,8 @@ class FeatureStore:
         """
         if not 0 <= view < self.views:
             raise IndexError(f"{self.directory} has no view {view}: it holds {self.views}")
-        ids = [self.sample_ids[index] for index in self.samples_of(shard)]
-        if self.has(view, shard):
+        ids, path = [self.sample_ids[index] for index in self.samples_of(shard)], self.path(view, shard)
+        if path.is_file():
             return
         if set(values) != set(self.arrays):
             raise ValueError(f"the store holds the arrays {sorted(self.arrays)}, but was given {sorted(values)}")
@@ -427,30 +408,23 @@ class FeatureStore:
         header = _header(self.arrays, len(ids), self._identity(view, shard), digest.hexdigest())
         if not (self.directory / NAME).is_file():
             self.create()
-        with (
-            _unless_there(lambda: self.has(view, shard)),
-            atomic_path(self.path(view, shard)) as temporary,
-            temporary.open("wb") as file,
-        ):
+        with _unless_there(path), atomic_path(path) as temporary, temporary.open("wb") as file:
             file.writelines([header, *data])
 
 
 @contextlib.contextmanager
-def _unless_there(is_there: Callable[[], bool]) -> Iterator[None]:
+def _unless_there(path: Path) -> Iterator[None]:
     """Pass over a failure to write a file that another process has written meanwhile: it holds the same."""
     try:
         yield
     except OSError:
-        if not is_there():
+        if not path.is_file():
             raise
 
 
 # ------------------------------------------------------------- which process computes which shards of a store
 
-LOG_INTERVAL_S = 30.0
-"""Seconds between lines of progress where the output is not a terminal."""
-
-
+LOG_INTERVAL_S = 30.0  # between lines of progress where the output is not a terminal
 Compute = Callable[[int, int, Callable[[int], object]], Mapping[str, np.ndarray]]
 """(view, shard, report) -> arrays of that shard; ``report`` is called with each number of images that is done."""
 
@@ -462,21 +436,15 @@ class Part:
     index: int = 0
     count: int = 1
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise ValueError(f"Part {self.index + 1}/{self.count} does not exist: give 1/N to N/N.")
-
     @classmethod
-    def parse(cls, text: str) -> Part:
-        """Read ``3/8``, the third of eight parts."""
-        if not (found := re.fullmatch(r"(\d+)/(\d+)", text)):
-            raise ValueError(f"The part '{text}' is invalid: write 3/8 for the third of eight.")
+    def parse(cls, text: str | None = None) -> Part:
+        """Read ``3/8``, the third of eight parts; None: that of this process under torchrun, or everything."""
+        if text is None:
+            return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise ValueError(f"The part '{text}' is invalid: write 1/8 to 8/8 for one of eight.")
         return cls(int(found[1]) - 1, int(found[2]))
-
-    @classmethod
-    def from_environment(cls) -> Part:
-        """The part of this process under torchrun (``RANK``, ``WORLD_SIZE``); everything elsewhere."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 EVERYTHING = Part()
@@ -487,8 +455,7 @@ def build_missing(
 ) -> None:
     """Compute and write the missing shards of a part, with progress, rate and time left.
 
-    A process that builds everything holds the store meanwhile, so that a second one waits and then finds it complete.
-    Parts hold nothing: they run side by side, on any machines that share the folder.
+    A process that builds everything holds the store meanwhile; parts run side by side, on any machines.
     """
     if part.count > 1:
         store.create()
@@ -498,7 +465,7 @@ def build_missing(
         total, left = (sum(len(store.samples_of(shard)) for _, shard in shards) for shards in (own, missing))
         with progress_line(title, total, total - left) as bar:
             for view, shard in missing:
-                if store.has(view, shard):  # another process was faster
+                if store.path(view, shard).is_file():  # another process was faster
                     bar.update(len(store.samples_of(shard)))
                 else:
                     store.write_shard(view, shard, compute(view, shard, bar.update))

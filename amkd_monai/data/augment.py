@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-VALIDITIES = ("exact", "approximate", "invalid")
-"""What warping makes of a cached feature map."""
-
+VALIDITIES = ("exact", "approximate", "invalid")  # what warping makes of a cached feature map
 LARGEST_APPROXIMATE = {"rotation": 0.6, "scale": 0.5, "shift": 0.5, "flip_height": 1.0, "flip_width": 1.0}
 """Largest geometric changes of which warped feature maps are an approximation.
 
@@ -65,10 +63,7 @@ class Augmentation:
         return self.mixup + self.cutmix > 0
 
     def check_features(self, accepted: str) -> None:
-        """Refuse geometric changes that make warped cached feature maps worse than ``accepted``, one of ``VALIDITIES``.
-
-        Photometric changes touch the student's image alone.
-        """
+        """Refuse geometric changes that make warped cached feature maps worse than ``accepted``, of ``VALIDITIES``."""
         if accepted not in VALIDITIES:
             raise ValueError(f"`warped_features` is '{accepted}': use one of {', '.join(VALIDITIES)}.")
         for name, largest in LARGEST_APPROXIMATE.items():

@@ -191,9 +191,8 @@ def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[I
     """Report copies and near-copies; return the clusters."""
     items, kind = [item for item in report.items if "problem" not in item], "byte-identical"
     first, pairs = dict[str, int](), []
-    memo = None if cache_dir is None else Path(cache_dir) / "content_hashes.json"
     images = [files_of(item["image"]) for item in items]
-    contents = iter(content_hashes([file for files in images for file in files], memo))
+    contents = iter(content_hashes([file for files in images for file in files], cache_dir))
     for i, content in enumerate(joint_hash([next(contents) for _ in files]) for files in images):
         a, b = items[first.setdefault(content, i)], items[i]
         if a is b:

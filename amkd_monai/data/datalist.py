@@ -17,12 +17,7 @@ from amkd_monai.files.names import DataProblems, read_text, some
 from amkd_monai.storage import atomic_write_json, exclusive_lock
 from amkd_monai.terminal import logger
 
-STAND_IN_MARKER = "STAND-IN.txt"
-"""File in a data set's folder whose first line says which data these are and what they stand in for."""
-
-OTHER = "other data"
-"""Source of a datalist of :func:`labelled_folder`."""
-
+OTHER = "other data"  # the source of a datalist of :func:`labelled_folder`
 PHANTOM_NOTICE = """
 ==================================================================================================
  NO DATA FOUND for '{task}': this run uses generated PHANTOMS in {root}.
@@ -36,8 +31,7 @@ class Datalist:
     """The sections of a run; no group is in two of them.
 
     Attributes:
-        task: what is asked.
-        root: the data set's folder.
+        task, root: what is asked, and the data set's folder.
         source: how it was found: "argument", "environment", "data folder" or "phantoms".
         train, validation, test: items with "image", "label", "id", "group".
         unlabelled: items without "label"; they take part in distillation only.
@@ -92,8 +86,8 @@ class Datalist:
 
 
 def stand_in_note(folder: str | Path) -> str:
-    """Return the first line of a data set's ``STAND-IN.txt``, empty if there is no such file."""
-    marker = Path(folder) / STAND_IN_MARKER
+    """Return the first line of a data set's ``STAND-IN.txt``: what the data are and stand in for, or "" without one."""
+    marker = Path(folder) / "STAND-IN.txt"
     if not marker.is_file():
         return ""
     if not (note := read_text(marker).partition("\n")[0].strip()):
@@ -102,9 +96,9 @@ def stand_in_note(folder: str | Path) -> str:
 
 
 def find_dataset_dir(task: Named, dataset_dir: str | Path | None = None) -> tuple[Path, str] | None:
-    """Find a data set: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``; None where only phantoms are left.
+    """Find a data set and say how: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``; None without any.
 
-    Returns the folder and how it was found; a FileNotFoundError names a given folder that is not there.
+    A FileNotFoundError names a given folder that is not there.
     """
     folder = get_task(task).folder
     if dataset_dir:
@@ -163,7 +157,7 @@ def datalist(
         split_hash: refuse any other split than the one of this hash.
         options: further options of the data set's ``find_items``, e.g. ``{"normals": False}``.
         stand_in: what the data are and what they stand in for; None reads ``STAND-IN.txt`` in the folder.
-        other_data: a folder of labelled data, all of which become the test section, in place of the data set.
+        other_data: labelled data to test on in place of the data set, see :func:`labelled_folder`.
 
     Raises:
         FileNotFoundError: no such folder or layout.
@@ -187,10 +181,8 @@ def datalist(
                 raise ValueError(f"The group '{group}' is in the sections {other} and {name}: change the split.")
     if split_hash is not None and result.hash != split_hash:
         hashes = f"split {result.hash[:12]}, not {split_hash[:12]}"
-        raise ValueError(
-            f"The data in {root} are not split like those of the run ({hashes}): give its own data and settings, "
-            "such as dataset_dir; docs/runs.md tells how a student is evaluated on other data."
-        )
+        remedy = "give its own data and settings, such as dataset_dir; docs/runs.md tells how to evaluate on other data"
+        raise ValueError(f"The data in {root} are not split like those of the run ({hashes}): {remedy}.")
     return result
 
 
@@ -199,8 +191,7 @@ def labelled_folder(
 ) -> Datalist:
     """List all that is labelled in a folder, in the layout of the task's data set or in a common one, as test section.
 
-    Options of the task's layout that another one does not know are announced and not used. A folder without labelled
-    images is a FileNotFoundError.
+    Options that the common one does not know are announced. A folder without labelled images is a FileNotFoundError.
     """
     root, chosen = Path(folder).expanduser(), get_task(task)
     if not root.is_dir():
@@ -222,8 +213,7 @@ def find_items(
     task: Named, root: Path, cache_dir: str | Path | None = None, options: Mapping[str, Any] | None = None
 ) -> list[Item]:
     """List the items of a data set with options of its own, see :class:`amkd_monai.data.datasets.Layout`."""
-    task = get_task(task)
-    find = task.layout.find_items
+    task, find = get_task(task), get_task(task).layout.find_items
     known = inspect.signature(find).parameters.keys() - {"root", "cache_dir"}
     if unknown := set(options or {}) - known:
         raise ValueError(f"{task.name} has no data option {min(unknown)}: it has {', '.join(sorted(known)) or 'none'}.")

@@ -49,17 +49,13 @@ def read_item(item: Mapping[str, Any], transform: Callable) -> dict[str, Any]:
     image = np.asarray(data["image"])
     if not np.isfinite(image).all():
         raise BadSampleError(f"{images[0]} holds values that are not finite: replace or remove the file.")
-    if problem := next(filter(None, map(level_problem, [image] if len(images) == 1 and image.ndim < 4 else image)), ""):
+    for problem in filter(None, map(level_problem, [image] if len(images) == 1 and image.ndim < 4 else image)):
         raise BadSampleError(f"{images[0]} cannot be used: {problem}.")
     return data
 
 
 class Agreement:
-    """What all items of a data set share: the meaning of 255 in their masks, and the axes of their volumes.
-
-    Attributes:
-        axes: where the axes of volumes (C, X, Y, Z) point after the transforms, such as "RAS"; empty for pictures.
-    """
+    """What all items of a data set share: the meaning of 255 in masks, and the ``axes`` of volumes, "" of pictures."""
 
     def __init__(self) -> None:
         self.axes, self._codings = "", set[str]()
@@ -83,7 +79,6 @@ def _check_on_bad_sample(value: str) -> None:
 
 
 def _is_class(label: Any) -> bool:
-    """Whether a label is a class index, not the path of a mask."""
     return isinstance(label, (int, np.integer)) and not isinstance(label, bool)
 
 
@@ -120,8 +115,7 @@ class DecodedImages(Dataset):
     Attributes:
         ids, cases, groups, hashes: of each sample; slices are ``<case>#<slice>``.
         has_label, has_foreground: boolean arrays over samples.
-        labels: class indices, masks (N, 1, H, W) or one class per image (N,), or 0 and 1 of findings (N, F); 255 where
-            there is no label.
+        labels: masks (N, 1, H, W), classes (N,), or 0 and 1 of findings (N, F); 255 where there is no label.
         first, last: sample of the first and the last slice of each sample's volume (N,).
         axes: where the axes of volumes point, slices first, such as "RAS"; empty for pictures.
         skipped: ids of files that were left out.
@@ -164,8 +158,7 @@ class DecodedImages(Dataset):
     def view(self, image: np.ndarray) -> np.ndarray:
         """Return what teachers see (3, H, W) of an image (C, H, W), or of a slice and its neighbours (C, 3, H, W).
 
-        Without ``teacher_channels`` that is an RGB picture, or the three slices of the only channel; one channel is
-        shown as a grey picture or as its three slices, three channels are shown as RGB of the slice itself.
+        Of ``teacher_channels``, one is shown as a grey picture or as its three slices, three as RGB of the slice.
         """
         chosen = list(self.teacher_channels)
         if not self.sliced:
@@ -192,8 +185,7 @@ class DecodedDataset(DecodedImages):
     Args:
         data: datalist items with ``image``, ``id``, ``group`` and, where labelled, ``label``: a path, several paths of
             masks that are combined, or a class.
-        transform: deterministic chain that yields ``image`` in [0, 1] and ``label`` with class indices, all samples of
-            one size (H, W).
+        transform: deterministic chain to ``image`` in [0, 1] and ``label``, class indices, all of one size (H, W).
         cache_dir: folder for the memory maps; they are found again by content hashes and the chain's description.
         num_classes: labels must be below it.
         on_bad_sample: ``stop`` raises on the first unusable file, ``skip`` leaves it out and lists it in ``skipped``.
@@ -201,9 +193,9 @@ class DecodedDataset(DecodedImages):
         findings: number F of findings, where a label is the number whose bits they are, the first one lowest.
 
     Attributes:
-        data, transform, on_bad_sample: as given, from which a finer decoding of the same samples is made.
+        data, transform, on_bad_sample: as given.
         classes: (N,) class per image, or number of its findings, -1 where unknown; None for masks.
-        chain: hash of the transform chain, which makes a sample what it is together with its id and content hash.
+        chain: hash of the transform chain.
 
     Raises:
         BadSampleError: a file cannot be read, or image and label disagree in size, or a label is out of range.
@@ -225,16 +217,16 @@ class DecodedDataset(DecodedImages):
         if on_bad_sample == "stop" and (problems := [item["problem"] for item in data if "problem" in item]):
             raise DataProblems(problems)
         self.data, self.num_classes, cache_dir = list(data), 2 if findings else num_classes, Path(cache_dir)
-        self.findings = findings
-        self.transform, self.on_bad_sample = transform, on_bad_sample
+        self.transform, self.on_bad_sample, self.findings = transform, on_bad_sample, findings
         self.classifies = any(_is_class(item.get("label")) for item in self.data)
         paths = [p for i in self.data for p in (*files_of(i["image"]), *label_files(i)) if Path(p).exists()]
-        by_path = dict(zip(paths, content_hashes(paths, cache_dir / "content_hashes.json"), strict=True))
+        by_path = dict(zip(paths, content_hashes(paths, cache_dir), strict=True))
         hashes = []
         for item in self.data:
-            masks = "-".join(by_path.get(file, "missing") for file in label_files(item))
-            image = joint_hash([by_path.get(file, "missing") for file in files_of(item["image"])])
-            hashes.append([image, f"class {item['label']}" if _is_class(item.get("label")) else masks])
+            of_item = files_of(item["image"]), label_files(item)
+            images, masks = ([by_path.get(file, "missing") for file in files] for files in of_item)
+            label = f"class {item['label']}" if _is_class(item.get("label")) else "-".join(masks)
+            hashes.append([joint_hash(images), label])
         ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
         description = describe(transform)
         self.chain = fingerprint("decoded-4", description)
@@ -252,14 +244,11 @@ class DecodedDataset(DecodedImages):
         if (self.teacher_channels or channels != (1 if self.sliced else 3)) and (
             len(self.teacher_channels) not in (1, 3) or not set(self.teacher_channels) <= set(range(channels))
         ):
-            raise ValueError(
-                f"The images have {channels} channels, teacher_channels are {list(self.teacher_channels)}: give one or "
-                f"three of 0 to {channels - 1} as teacher_channels."
-            )
-        self.classes = None
-        if self.classifies:
-            number = self.labels.astype(int) @ (1 << np.arange(findings)) if findings else self.labels.astype(int)
-            self.classes = np.where(self.has_label, number, -1)
+            has = f"The images have {channels} channels, teacher_channels are {list(self.teacher_channels)}"
+            raise ValueError(f"{has}: give one or three of 0 to {channels - 1} as teacher_channels.")
+        labels = self.labels.astype(int) if self.classifies else self.labels
+        labels = labels @ (1 << np.arange(findings)) if findings else labels
+        self.classes = np.where(self.has_label, labels, -1) if self.classifies else None
 
     def _decode(self, transform: Callable, on_bad_sample: str, hashes: list[list[str]]) -> None:
         index: defaultdict[str, list[Any]] = defaultdict(list)
@@ -306,16 +295,13 @@ class DecodedDataset(DecodedImages):
         image = np.round(image.clip(0, 1) * 255).astype(np.uint8)
         of_task, given = f"the task has classes 0 to {self.num_classes - 1}", "label" in item
         if size and image.shape[1:] != size:
-            what, k = "channels, height and width", slice(None)
-            if image.shape[-2:] != size[-2:]:
-                what, k = "size", slice(-2, None)
+            same = image.shape[-2:] == size[-2:]
+            what, k = ("channels, height and width", slice(None)) if same else ("size", slice(-2, None))
             own, others = image.shape[1:][k], size[k]
             raise BadSampleError(f"{item['image']} has the {what} {own}, others {others}: give all images the same.")
         if self.classifies:
-            label = item.get("label", UNLABELLED)
-            if given and not (
-                _is_class(label) and 0 <= label < (1 << self.findings if self.findings else self.num_classes)
-            ):
+            label, most = item.get("label", UNLABELLED), 1 << self.findings if self.findings else self.num_classes
+            if given and not (_is_class(label) and 0 <= label < most):
                 raise BadSampleError(f"{item['image']} has the label {label!r}; {of_task}: correct its label.")
             if self.findings:
                 bits = label >> np.arange(self.findings) & 1 if given else np.full(self.findings, UNLABELLED)
@@ -333,10 +319,6 @@ class DecodedDataset(DecodedImages):
         return image, classes.astype(np.uint8)
 
 
-_VOLATILE = {"R", "_seed", "_do_transform", "_lazy", "_tracing", "logger"}
-"""What MONAI's transforms change when they are used; the options are described, not this."""
-
-
 class Unusable(NamedTuple):
     """An item that cannot be used, and why in one sentence."""
 
@@ -347,8 +329,7 @@ class Unusable(NamedTuple):
 class ReadableDataset(Dataset):
     """Items and their transform chain; an item that cannot be used is an :class:`Unusable`.
 
-    Items have ``image``, ``id`` and, where labelled, ``label``; with ``keep``, what the deterministic chain gives is
-    held in memory.
+    With ``keep``, what the deterministic chain gives is held in memory.
     """
 
     def __init__(self, data: Sequence[Mapping[str, Any]], transform: Callable, keep: bool = False) -> None:
@@ -368,8 +349,8 @@ class ReadableDataset(Dataset):
                 self._agreement.check(result, item)
             except BadSampleError as error:
                 result = Unusable(str(item.get("id", item["image"])), str(error))
-        if self.keep:
-            self._kept[index] = result
+            if self.keep:
+                self._kept[index] = result
         return result if isinstance(result, Unusable) else dict(result)
 
 
@@ -378,20 +359,16 @@ def _collate(batch: list[Any]) -> Any:
 
 
 class ReadableLoader(DataLoader):
-    """Loads one item at a time and passes over those that cannot be used.
+    """Loads one item at a time and lists those that cannot be used in ``skipped``, as ``{"id": ..., "reason": ...}``.
 
-    Attach it to the engine that uses it: the run ends after the usable items. With
-    ``on_bad_sample`` "stop" it then ends with an error that names the others; with "skip" they are only listed.
-
-    Attributes:
-        skipped: ``{"id": ..., "reason": ...}`` of each item that was passed over.
+    Attached to an engine, it ends the run after the usable items; with ``on_bad_sample`` "stop" it then raises an error
+    that names the others.
     """
 
     def __init__(self, dataset: ReadableDataset, on_bad_sample: str = "stop", **options: Any) -> None:
         _check_on_bad_sample(on_bad_sample)
         super().__init__(dataset, batch_size=1, collate_fn=_collate, **options)
-        self.on_bad_sample = on_bad_sample
-        self.skipped: list[dict[str, str]] = []
+        self.on_bad_sample, self.skipped = on_bad_sample, list[dict[str, str]]()
 
     def __len__(self) -> int:
         return len(self.sampler) - len(self.skipped)
@@ -431,10 +408,10 @@ class ReadableLoader(DataLoader):
 
 
 def describe(value: Any, _above: tuple[int, ...] = ()) -> Any:
-    """Return a JSON-able description of a transform: class names and options, recursively.
+    """Return a JSON-able description of a transform: class names and options, recursively, the same in every process.
 
-    Functions are described by module, name, bytecode and what they have captured, arrays by their values; random states
-    are left out. The description changes with any option and does not depend on addresses or the process.
+    Functions are described by module, name, bytecode and what they have captured, arrays by their values; what MONAI's
+    transforms change when they are used is left out.
     """
     if value is None or isinstance(value, (int, float, str)):
         return str(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -465,6 +442,7 @@ def describe(value: Any, _above: tuple[int, ...] = ()) -> Any:
         captured = [cell.cell_contents for cell in value.__closure__ or ()]
         name = f"{value.__module__}.{value.__qualname__}"
         return [name, inside(value.__code__), inside([value.__defaults__, value.__kwdefaults__, captured])]
-    state = {k: v for k, v in getattr(value, "__dict__", {}).items() if k not in _VOLATILE}
+    used = {"R", "_seed", "_do_transform", "_lazy", "_tracing", "logger"}
+    state = {k: v for k, v in getattr(value, "__dict__", {}).items() if k not in used}
     name = getattr(value, "__name__", "") if callable(value) else ""  # built-in functions differ by name alone
     return {"class": f"{type(value).__module__}.{type(value).__qualname__}", "name": str(name), **inside(state)}

@@ -26,14 +26,13 @@ def steps(name: str) -> str:
 def fetch(name: str, to: str | Path = "data", retries: int = 4) -> Path | None:
     """Fetch a data set into a data root and return its folder; None where its terms ask for steps by hand.
 
-    The folder appears when all files are there, verified and unpacked. Next to it ``<folder>.source.json`` records
-    addresses, SHA-256, terms and date. A call after an interrupted one keeps the files that were complete; ``retries``
-    are further attempts at a file whose download breaks off.
+    The folder appears when all files are there, verified and unpacked, with ``<folder>.source.json`` next to it:
+    addresses, SHA-256, terms and date. A call after an interrupted one keeps complete files; ``retries`` are further
+    attempts at a file whose download breaks off.
 
     Raises:
         ValueError: unknown name, not an HTTPS address, an archive without checksum or damaged, or a wrong checksum.
-        FileExistsError: the folder is there already.
-        OSError: a server cannot be reached.
+        FileExistsError, OSError: the folder is there already; a server cannot be reached.
     """
     import pooch
     import requests

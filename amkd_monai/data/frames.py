@@ -16,22 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
-from monai.transforms import (
-    Affined,
-    Compose,
-    GaussianSmooth,
-    MapTransform,
-    Resized,
-    Rotated,
-    Spacingd,
-    SpatialResampled,
-    Transform,
-    Zoomd,
-)
+from monai.transforms import Compose, GaussianSmooth, MapTransform, Transform
+from monai.transforms.spatial.dictionary import Affined, Resized, Rotated, Spacingd, SpatialResampled, Zoomd
 from monai.transforms.traits import LazyTrait
 
 from amkd_monai.data.decoded import DecodedDataset
-from amkd_monai.data.transforms import LoadPictured
 from amkd_monai.files.names import files_of
 from amkd_monai.storage import file_sha256, joint_hash
 
@@ -149,8 +138,6 @@ def finer(transform: Callable, size: tuple[int, int]) -> Compose:
     if not isinstance(transform, Compose):
         raise ValueError(f"the preprocessing is a {type(transform).__name__}, not a Compose of steps")
     steps: list[Any] = list(transform.flatten().transforms)
-    if any(isinstance(step, LoadPictured) and step.size is not None for step in steps):
-        raise ValueError("the preprocessing loads pictures at a size: load them whole and add Resized")
     resampled = [i for i, step in enumerate(steps) if isinstance(step, INTERPOLATING) and "image" in step.keys]
     if not resampled:
         raise ValueError("no step of the preprocessing is known to change the sampling of the image")
@@ -165,15 +152,8 @@ def finer(transform: Callable, size: tuple[int, int]) -> Compose:
 class FinerImages:
     """The images of a decoded data set, read from their files at finer sampling whenever they are asked for.
 
-    Args:
-        dataset: images at the student's size (H, W).
-        side: pixels that the shorter side of the frame is to have; a file of fewer pixels gives fewer.
-
-    Attributes:
-        size: (H', W') of an image, at most; the frame keeps its proportions.
-
-    Raises:
-        ValueError: the preprocessing is not understood (:func:`finer`).
+    The shorter side of the frame has ``side`` pixels, fewer where a file has fewer; ``size`` is (H', W') at most. A
+    ValueError if the preprocessing is not understood (:func:`finer`).
     """
 
     def __init__(self, dataset: DecodedDataset, side: int) -> None:

@@ -14,7 +14,7 @@ class BatchSampler(Sampler[list[int]]):
     """Batches that mix labelled with unlabelled samples and can prefer those with foreground, or rare classes.
 
     Every labelled sample is drawn about equally often (permutations, one after another). An epoch has as many steps
-    as all samples fill, whether unlabelled ones are used or not, so that runs with and without them have equal length.
+    as all samples fill, whether unlabelled ones are used or not.
 
     Args:
         has_label: boolean per sample.
@@ -65,16 +65,15 @@ class BatchSampler(Sampler[list[int]]):
         if not 0 <= class_balance <= 1 or (class_balance > 0 and classes is None):
             raise ValueError(f"class_balance is {class_balance}: give 0 to 1, and 0 where labels are masks.")
         self.strata: list[tuple[np.ndarray, float]] = []
+        front = foreground_mask[self.labelled]
         if class_balance > 0:
             known = np.asarray(classes)[self.labelled]
             pools = [self.labelled[known == c] for c in np.unique(known)]
             sizes = np.array([len(members) ** (1 - class_balance) for members in pools])
             self.strata = list(zip(pools, (sizes / sizes.sum()).tolist(), strict=True))
-        elif foreground_fraction is not None:
-            front = foreground_mask[self.labelled]
-            if front.any() and not front.all():
-                parts = (self.labelled[front], self.labelled[~front])
-                self.strata = list(zip(parts, (foreground_fraction, 1 - foreground_fraction), strict=True))
+        elif foreground_fraction is not None and front.any() and not front.all():
+            shares = foreground_fraction, 1 - foreground_fraction
+            self.strata = list(zip((self.labelled[front], self.labelled[~front]), shares, strict=True))
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.labelled_fraction, self.first_stage, self.labelled_only = labelled_fraction, first_stage, False
         self.steps = max(min_steps, math.ceil(len(pool) / (batch_size * world_size)))
@@ -90,16 +89,14 @@ class BatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng([self.seed, self.epoch])
         total = self.steps * self.batch_size * self.world_size
-        unlabelled = round(self.batch_size * (1 - self.labelled_fraction)) if len(self.unlabelled) else 0
-        unlabelled = 0 if self.labelled_only else unlabelled
-        unlabelled = min(unlabelled, self.batch_size - 1)
+        mixes = len(self.unlabelled) > 0 and not self.labelled_only
+        unlabelled = min(round(self.batch_size * (1 - self.labelled_fraction)), self.batch_size - 1) if mixes else 0
         count = (self.batch_size - unlabelled) * self.steps * self.world_size
-        if not self.strata:
-            labelled = _cycle(self.labelled, count, rng)
-        else:
-            ends = [round(count * share) for share in np.cumsum([share for _, share in self.strata])]
-            counts = np.diff([0, *ends[:-1], count])
-            labelled = np.concatenate([_cycle(s[0], int(n), rng) for s, n in zip(self.strata, counts, strict=True)])
+        strata = self.strata or [(self.labelled, 1.0)]
+        ends = [round(count * share) for share in np.cumsum([share for _, share in strata])]
+        counts = np.diff([0, *ends[:-1], count])
+        labelled = np.concatenate([_cycle(pool, int(n), rng) for (pool, _), n in zip(strata, counts, strict=True)])
+        if self.strata:
             rng.shuffle(labelled)
         order = _cycle(np.arange(len(self.unlabelled_groups)), total - count, rng)
         others = np.zeros(len(order), dtype=int)
@@ -112,9 +109,8 @@ class BatchSampler(Sampler[list[int]]):
 class PatchSampler(BatchSampler):
     """Batches of patches of volumes: ``slices`` consecutive slices around each sample that a batch sampler draws.
 
-    A case with fewer slices gives its last one several times. Options are those of :class:`BatchSampler`, whose
-    ``batch_size`` counts patches; ``first`` and ``last`` are the indices of the first and last slice of each sample's
-    case.
+    A case with fewer slices gives its last one several times. ``batch_size`` counts patches; ``first`` and ``last`` are
+    the first and last slice of each sample's case, the other options those of :class:`BatchSampler`.
     """
 
     def __init__(
@@ -153,12 +149,9 @@ def _cycle(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray
 class MultiTaskLoader:
     """Steps of several tasks: each step holds one batch of every task that it drew, ``{task: batch}``.
 
-    Tasks are drawn without replacement, with probabilities that follow N^alpha for N training samples; alpha 1 draws
-    them as often as they have samples, 0 equally often.
-
     Args:
         loaders: {task: loader over a :class:`BatchSampler`}.
-        alpha: exponent, 0 to 1.
+        alpha: 0 draws tasks equally often, 1 as often as they have samples N; between, with N^alpha.
         tasks_per_step: tasks in a step, at most as many as there are; None takes all of them.
         steps: steps of an epoch; None takes as many as all samples fill.
         seed: seed of the run.

@@ -9,9 +9,9 @@ import numpy as np
 from amkd_monai.data.datalist import Datalist
 from amkd_monai.data.splits import NEAR, Item, near_pairs, perceptual_hashes
 from amkd_monai.files.cases import read_case
-from amkd_monai.files.names import label_files
+from amkd_monai.files.names import files_of
 from amkd_monai.files.volumes import reorder
-from amkd_monai.storage import atomic_write_json, content_hashes, fingerprint, read_memo
+from amkd_monai.storage import content_hashes, fingerprint, read_memo, write_memo
 
 Seen = dict[str, list[str]]
 """By section and id, ``train/<id>``: the fingerprint of an image, and of a picture its perceptual hash."""
@@ -23,23 +23,17 @@ def fingerprints(sections: Mapping[str, Sequence[Item]], volumes: bool, cache_di
     The fingerprint of a picture is that of its file, of a volume that of its values in anatomical order, so that a copy
     that is packed or turned otherwise is the same. ``cache_dir`` keeps what has been computed, by the content of files.
     """
-    items = {
-        f"{name}/{item['id']}": label_files({"label": item["image"]})[0]
-        for name, part in sections.items()
-        for item in part
-    }
+    items = {f"{name}/{i['id']}": files_of(i["image"])[0] for name, part in sections.items() for i in part}
     paths = {name: path for name, path in items.items() if Path(path).exists()}
-    memo = None if cache_dir is None else Path(cache_dir) / "content_hashes.json"
-    contents = content_hashes(list(paths.values()), memo)
+    contents = content_hashes(list(paths.values()), cache_dir)
     found = dict(zip(paths, ([content] for content in contents), strict=True))
     if volumes:
         memo = None if cache_dir is None else Path(cache_dir) / "volume_hashes.json"
-        known = {} if memo is None else read_memo(memo, lambda value: isinstance(value, str))
+        known = read_memo(memo, lambda value: isinstance(value, str))
         for (content,), path in zip(found.values(), paths.values(), strict=True):
             if content not in known:
                 known[content] = _of_values(path) or content
-        if memo is not None:
-            atomic_write_json(memo, known, indent=None)
+        write_memo(memo, known)
         return {name: [known[content]] for name, (content,) in found.items()}
     hashes, readable = perceptual_hashes(list(paths.values()), cache_dir)
     names = list(found)

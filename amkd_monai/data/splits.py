@@ -1,14 +1,14 @@
 """Splits that never cut a group (a patient, a volume, a cluster of duplicates), and the groups of duplicates.
 
-An item is a dict with "image", "id", "group" and, where it is known, "label". Every function sorts by id or group
-before it draws, so a result depends on ids, groups and seed only. Own code: scikit-learn's group splitters do not
-balance three sections by size and class, and the hash of a split is a promise beyond its versions.
+An item is a dict with "image", "id", "group" and, where it is known, "label". Every result depends on ids, groups and
+seed only. Own code: scikit-learn's group splitters do not balance three sections by size and class, and the hash of a
+split is a promise beyond its versions.
 """
 
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from amkd_monai.files.cases import is_volume, read_case
 from amkd_monai.files.names import files_of
 from amkd_monai.files.pictures import opened, to_rgb, upright
 from amkd_monai.files.volumes import grey_levels, reorder
-from amkd_monai.storage import atomic_write_json, content_hashes, file_sha256, joint_hash, read_memo, size_and_time
+from amkd_monai.storage import content_hashes, file_sha256, joint_hash, read_memo, size_and_time, write_memo
 from amkd_monai.terminal import logger, progress
 
 Item = dict[str, Any]
@@ -36,8 +36,7 @@ class SplitOptions:
 
     Attributes:
         fractions: shares of train, validation and test, where items are split at random.
-        folds: number of folds, in place of official sections and random ones; None: those of the data set, or 5 where
-            it is cross-validated.
+        folds: number of folds, in place of all other sections; None: as the data set has it.
         fold: the fold that is the test section.
         seed: of everything that is drawn.
     """
@@ -61,16 +60,14 @@ def random_split(items: Iterable[Item], fractions: Sequence[float] = (0.7, 0.15,
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"Split fractions {tuple(fractions)} are not usable: give three shares that sum to 1.")
     items = _sorted_by_id(items)
-    groups = [item["group"] for item in items]
-    sizes = Counter(groups)
+    sizes, strata = Counter(item["group"] for item in items), _strata(items)
     empty = {section for section, fraction in enumerate(fractions) if fraction > 0}
     if len(sizes) < len(empty):
         raise ValueError(f"{len(sizes)} group(s) cannot fill {len(empty)} sections of a split: set a fraction to 0.")
-    strata = _strata(items)
-    totals = Counter(strata[group] for group in groups)
+    totals = Counter(strata[item["group"]] for item in items)
     missing = {stratum: [fraction * n for fraction in fractions] for stratum, n in totals.items()}
     open_sections, section_of = sorted(empty), dict[str, int]()
-    for group in _in_order(groups, strata, seed):
+    for group in _in_order(sizes, strata, seed):
         candidates = sorted(empty) if len(sizes) - len(section_of) <= len(empty) else open_sections
         missing_here = missing[strata[group]]
         section = section_of[group] = max(candidates, key=lambda candidate: missing_here[candidate])
@@ -124,7 +121,7 @@ def fold_of_groups(
     used = min(folds, len(sizes))
     of_stratum = {stratum: [0] * used for stratum in strata.values()}
     samples_in_fold, fold_of = [0] * used, dict[str, int]()
-    for group in _in_order(groups, strata, seed):
+    for group in _in_order(sizes, strata, seed):
         own = of_stratum[strata[group]]
         fold = fold_of[group] = min(range(used), key=lambda k: (own[k], samples_in_fold[k]))
         own[fold] += sizes[group]
@@ -133,11 +130,10 @@ def fold_of_groups(
 
 
 def few_labels(train: Iterable[Item], count: int, seed: int = 0) -> tuple[list[Item], list[Item]]:
-    """Keep ``count`` training items labelled; return them and the others without "label", each sorted by id.
+    """Keep up to ``count`` training items labelled; return them and the others without "label", each sorted by id.
 
-    Whole groups are kept, in shuffled order, as long as they fit, so fewer items than ``count`` stay labelled when
-    groups are large. With groups of one item the labelled sets of one seed are nested: those of 12 lie within those
-    of 24. A ``count`` out of range, or below the smallest group, is a ValueError.
+    Whole groups are kept, in shuffled order, as long as they fit. With groups of one item the labelled sets of one seed
+    are nested. A ``count`` out of range, or below the smallest group, is a ValueError.
     """
     train = _sorted_by_id(train)
     if not 1 <= count <= len(train):
@@ -173,14 +169,15 @@ def _sorted_by_id(items: Iterable[Item]) -> list[Item]:
 
 
 def _shuffled(groups: Iterable[str], seed: int) -> list[str]:
-    """Shuffle group names; the result does not depend on the order they come in."""
     names = sorted(groups)
     return [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
 
 
-def _in_order(groups: Sequence[str], strata: dict[str, str], seed: int) -> list[str]:
+def _in_order(sizes: Mapping[str, int], strata: Mapping[str, str], seed: int) -> list[str]:
     """Groups of the stratum with fewest items first, within it the largest first, those of one size shuffled."""
-    sizes, count = Counter(groups), Counter(strata[group] for group in groups)
+    count = Counter[str]()
+    for group, size in sizes.items():
+        count[strata[group]] += size
     return sorted(_shuffled(sizes, seed), key=lambda group: (count[strata[group]], strata[group], -sizes[group]))
 
 
@@ -208,7 +205,7 @@ text, other brightness or JPEG quality differ by up to 28 bits, different pictur
 def group_identical_images(items: Iterable[Item]) -> list[Item]:
     """Give byte-identical images one common group, see :func:`joined`; return copies of the items, sorted by id.
 
-    Only files of equal size are read, so this costs one `stat` per image on a data set without duplicates.
+    Only files of equal size are read.
     """
     ordered = sorted(items, key=lambda item: item["id"])
     sizes = [sum(size_and_time(file)[0] for file in files_of(item["image"])) for item in ordered]
@@ -234,21 +231,19 @@ def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None)
     """Hash images by their coarse look (`imagehash.phash`): booleans (M, 256) and the indices of the M paths.
 
     Of a volume that is its middle slice from below, upright, so that a copy in another file, order or unit is the same.
-
-    ``cache_dir`` keeps the hashes by content, so that an image is decoded once. Files that cannot be read are
-    announced and left out.
+    ``cache_dir`` keeps the hashes by content. Files that cannot be read are announced and left out.
     """
     memo = None if cache_dir is None else Path(cache_dir) / f"perceptual_hashes_{HASH_SIZE}.json"
-    contents = content_hashes(paths, None if cache_dir is None else Path(cache_dir) / "content_hashes.json")
-    known = {} if memo is None else read_memo(memo, lambda v: isinstance(v, str) and len(v) == HASH_SIZE**2 // 4)
+    contents = content_hashes(paths, cache_dir)
+    known = read_memo(memo, lambda v: isinstance(v, str) and len(v) == HASH_SIZE**2 // 4)
     missing = {content: path for content, path in zip(contents, paths, strict=True) if content not in known}
     for content, path in progress(missing.items(), desc="compare images", delay=1):
         try:
             known[content] = _hash(path)
         except (OSError, SyntaxError, ValueError) as error:
             logger.warning("%s cannot be read (%s) and is compared with no other image", path, error)
-    if memo is not None and missing.keys() & known.keys():
-        atomic_write_json(memo, known, indent=None)
+    if missing.keys() & known.keys():
+        write_memo(memo, known)
     readable = [index for index, content in enumerate(contents) if content in known]
     packed = np.array([list(bytes.fromhex(known[contents[index]])) for index in readable], dtype=np.uint8)
     return np.unpackbits(packed.reshape(len(readable), HASH_SIZE**2 // 8), axis=1).astype(bool), readable

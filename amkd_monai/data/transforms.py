@@ -1,6 +1,6 @@
 """MONAI transforms around the reading and writing of files in :mod:`amkd_monai.files`."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from amkd_monai.files import cases, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, read_mask
 from amkd_monai.files.names import expanded, file_id, file_of, files_of
 from amkd_monai.files.pictures import read_channels, write_mask
-from amkd_monai.files.steps import disc_box, squared
+from amkd_monai.files.steps import crop_disc, neighbours
 
 FILENAME = "filename_or_obj"  # keys of meta data: the file, and how the values of a mask were coded
 CODING = "mask_coding"
@@ -44,26 +44,20 @@ class LoadPictured(_PerKey):
     """Load pictures of any mode as RGB (3, H, W), levels 0 to 255, float32, upright; see :mod:`..files.pictures`.
 
     Several files are the grey channels (C, H, W) of one image.
-
-    A ``size`` (H, W) is resized to while decoding, many times faster for large JPEGs; ``Invertd`` does not undo it, so
-    it is for chains whose result is not mapped back to the original size.
     """
 
-    def __init__(
-        self, keys: KeysCollection = "image", allow_missing_keys: bool = False, size: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, keys: KeysCollection = "image", allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.size = None if size is None else (int(size[0]), int(size[1]))
 
     def _changed(self, file: Any, data: Mapping[Hashable, Any]) -> MetaTensor:
         files = files_of(file)
-        return _loaded(read_channels(files, self.size).transpose(2, 0, 1), files[0])
+        return _loaded(read_channels(files).transpose(2, 0, 1), files[0])
 
 
 class LoadMaskd(_PerKey):
     """Load masks of pictures as class indices (1, H, W), float32, 255 where there is no label.
 
-    Several files are combined. ``image_key`` is the picture, a path or loaded from one, on which the mask must lie;
+    Several files are combined. The "image", a path or loaded from one, is the picture on which the mask must lie;
     ``classes`` and ``codes`` are as for :func:`amkd_monai.files.masks.decode`.
     """
 
@@ -71,15 +65,14 @@ class LoadMaskd(_PerKey):
         self,
         keys: KeysCollection = "label",
         allow_missing_keys: bool = True,
-        image_key: str = "image",
         classes: int = 2,
         codes: MaskCodes = "auto",
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.image_key, self.classes, self.codes = image_key, classes, codes
+        self.classes, self.codes = classes, codes
 
     def _changed(self, value: Any, data: Mapping[Hashable, Any]) -> MetaTensor:
-        files, used, image = [str(file) for file in ensure_tuple(value)], set[str](), data.get(self.image_key)
+        files, used, image = [str(file) for file in ensure_tuple(value)], set[str](), data.get("image")
         if not isinstance(image, (str, Path)):
             image = getattr(image, "meta", {}).get(FILENAME)
         mask = read_mask(files, image, self.classes, self.codes, used)
@@ -89,23 +82,22 @@ class LoadMaskd(_PerKey):
 class LoadVolumed(LoadMaskd):
     """Load volumes (C, X, Y, Z), float32, in the order of the image's first file, with affines in mm.
 
-    Images are read by :func:`amkd_monai.files.cases.read_case`. Arguments are those of :class:`LoadMaskd`:
-    ``image_key`` is the image, every other key a label of it, which becomes class indices on the grid of the image, 255
-    where there is no label.
+    Images are read by :func:`amkd_monai.files.cases.read_case`. Arguments are those of :class:`LoadMaskd`; keys other
+    than "image" are labels, which become class indices on the grid of the image, 255 where there is no label.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace each key's path by the volume."""
         result = dict(data)
         grid: volumes.Grid | None = None
-        for key in sorted(self.key_iterator(result), key=lambda key: key != self.image_key):
-            file, used = result[key], None if key == self.image_key else set[str]()
-            if used is None:
-                array, grid = cases.read_case(files_of(file))
+        for key in sorted(self.key_iterator(result), key=lambda key: key != "image"):
+            if key == "image":
+                array, grid = cases.read_case(files := files_of(result[key]))
+                result[key] = _loaded(array, files[0], grid.affine)
             else:
+                file, used = result[key], set[str]()
                 label, grid = volumes.read_label_volume(file, grid, self.classes, self.codes, used)
-                array = label[None]
-            result[key] = _loaded(array, file if used is not None else files_of(file)[0], grid.affine, used)
+                result[key] = _loaded(label[None], file, grid.affine, used)
         return result
 
 
@@ -136,13 +128,11 @@ class CtWindowd(_PerKey):
 class CropFundusd(_PerKey):
     """Cut the black borders of (C, H, W) and pad the shorter side with black to a square, so that a disc stays round.
 
-    Deterministic: nothing is drawn. The size of the image, which in some data sets tells the camera and so the grade,
-    is lost with the borders.
+    The size of the image, which in some data sets tells the camera and so the grade, is lost with the borders.
     """
 
     def _changed(self, image: Any, data: Mapping[Hashable, Any]) -> Any:
-        pixels = np.asarray(image)
-        return convert_to_dst_type(squared(pixels[:, *disc_box(pixels)]), image)[0]
+        return convert_to_dst_type(crop_disc(np.asarray(image)), image)[0]
 
 
 class NeighbourSlicesd(_PerKey):
@@ -152,9 +142,7 @@ class NeighbourSlicesd(_PerKey):
     """
 
     def _changed(self, volume: Any, data: Mapping[Hashable, Any]) -> Any:
-        before, after = (torch.cat(v, 1) for v in ([volume[:, :1], volume[:, :-1]], [volume[:, 1:], volume[:, -1:]]))
-        parts = [part[c : c + 1] for c in range(len(volume)) for part in (before, volume, after)]
-        return torch.cat(parts, 0)
+        return convert_to_dst_type(neighbours(np.asarray(volume)), volume)[0]
 
 
 class DropUnlabelledd(MapTransform):
@@ -182,15 +170,13 @@ class SaveMaskd(MapTransform):
     order and header geometry a volume's mask gets.
     """
 
-    def __init__(
-        self, keys: KeysCollection, output_dir: str | Path, image_key: str = "image", classes: int = 2
-    ) -> None:
+    def __init__(self, keys: KeysCollection, output_dir: str | Path, classes: int = 2) -> None:
         super().__init__(keys)
-        self.output_dir, self.image_key, self.classes = output_dir, image_key, classes
+        self.output_dir, self.classes = output_dir, classes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write each key's map; the data stay."""
-        source, folder = Path(data[self.image_key].meta[FILENAME]), expanded(self.output_dir)
+        source, folder = Path(data["image"].meta[FILENAME]), expanded(self.output_dir)
         name = str(data.get("id") or file_id(source))
         folder.mkdir(parents=True, exist_ok=True)
         for key in self.key_iterator(data):

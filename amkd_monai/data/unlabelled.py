@@ -25,10 +25,8 @@ OVERLAP = 46
 
 More than :data:`~amkd_monai.data.splits.NEAR`: copies that are shifted or rescaled by some pixels differ by up to 46,
 and to leave out an image too many costs less than to train on a test image."""
-COMPARED = 200
-"""Images of each kind whose look is compared, evenly spaced."""
-UNLIKE = 2.0
-"""Standard deviations between labelled images by which the mean of the further ones may differ."""
+COMPARED = 200  # images of each kind whose look is compared, evenly spaced
+UNLIKE = 2.0  # standard deviations between labelled images by which the mean of the further ones may differ
 
 
 @dataclass(frozen=True)
@@ -80,11 +78,10 @@ def further_images(
     volumes = datalist.task.dimensions == 3
     items = [item for number, folder in enumerate(chosen) for item in _items(folder, f"unlabelled{number}", volumes)]
     found = len(items)
-    memo = None if cache_dir is None else Path(cache_dir) / "content_hashes.json"
     others = [i for section in datalist.sections.values() for i in section if "problem" not in i]
-    known = content_hashes([file for i in others for file in files_of(i["image"])], memo)
-    of_items = dict(zip((i["id"] for i in items), content_hashes([i["image"] for i in items], memo), strict=True))
-    items = [item for item in items if of_items[item["id"]] not in set(known)]
+    known = set(content_hashes([file for i in others for file in files_of(i["image"])], cache_dir))
+    contents = content_hashes([i["image"] for i in items], cache_dir)
+    items = [item for item, content in zip(items, contents, strict=True) if content not in known]
     copies = found - len(items)
     held_out = [i for i in (*datalist.validation, *datalist.test) if "problem" not in i]
     items = _unlike_held_out(items, held_out, cache_dir)
@@ -93,10 +90,8 @@ def further_images(
     theirs = {patients[file] for item in held_out for file in files_of(item["image"]) if file in patients}
     items = [item for item in items if patients.get(item["image"]) not in theirs]
     if not items:
-        why = (
-            "are in this data set, or look like its validation and test images, or are of their patients: give others."
-        )
-        raise ValueError(f"All {found} images of {names.some(map(str, chosen))} {why}")
+        why = "are in this data set, look like its validation and test images, or are of their patients: give others"
+        raise ValueError(f"All {found} images of {names.some(map(str, chosen))} {why}.")
     if groups is not None:
         items = [{**item, "group": _group_of(item, groups)} for item in items]
     else:
@@ -178,8 +173,6 @@ def look_unlike(dataset: DecodedImages) -> str:
     for name, figure in (("mean grey level", np.mean), ("contrast", np.std)):
         known, new = (np.array([figure(dataset.images[i]) for i in indices]) for indices in shown)
         if abs(new.mean() - known.mean()) > UNLIKE * max(float(known.std()), 1.0):
-            return (
-                f"The unlabelled images look unlike the labelled ones: their {name} is {new.mean():.0f} of 255, that "
-                f"of the labelled ones {known.mean():.0f}. Check modality and window."
-            )
+            figures = f"their {name} is {new.mean():.0f} of 255, that of the labelled ones {known.mean():.0f}"
+            return f"The unlabelled images look unlike the labelled ones: {figures}. Check modality and window."
     return ""

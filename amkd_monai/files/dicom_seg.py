@@ -31,14 +31,9 @@ EMPTY = (
 def write_segmentation(
     path: Path, mask: np.ndarray, grid: Grid, series: Sequence[Path], classes: Sequence[str]
 ) -> None:
-    """Write class indices (X, Y, Z) of a series as a binary DICOM segmentation, one segment for each class.
+    """Write class indices (X, Y, Z) on the ``grid`` of a series, its files, as a binary DICOM segmentation.
 
-    Args:
-        path: file to write.
-        mask: on ``grid``.
-        grid: of the series, as it was read.
-        series: files of its slices.
-        classes: names, the background first.
+    It has one segment for each of ``classes``, names, but the first, the background.
 
     Raises:
         ValueError: a slice lacks what a segmentation refers to, or highdicom is not installed.
@@ -53,22 +48,12 @@ def write_segmentation(
         if not item.get("SliceThickness"):
             item.SliceThickness = f"{grid.spacing[2]:.6g}"
     planes = np.stack([_plane(mask, grid, item) for item in slices])
-    how = highdicom.AlgorithmIdentificationSequence("amkd_monai", codes.DCM.ArtificialIntelligence, __version__)
-    segments = []
-    for label in range(1, len(classes)):
-        category, kind = CODES.get(
-            classes[label].lower(), (MORPHOLOGY, (f"CLASS{label}", "99AMKD", classes[label][:64]))
-        )
-        segments.append(
-            highdicom.seg.SegmentDescription(
-                label,
-                classes[label][:64],
-                highdicom.sr.CodedConcept(*category),
-                highdicom.sr.CodedConcept(*kind),
-                highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-                how,
-            )
-        )
+    by = highdicom.AlgorithmIdentificationSequence("amkd_monai", codes.DCM.ArtificialIntelligence, __version__)
+    how, segments = (highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC, by), []
+    for label, name in enumerate(classes[1:], 1):
+        coded = CODES.get(name.lower(), (MORPHOLOGY, (f"CLASS{label}", "99AMKD", name[:64])))
+        category, kind = (highdicom.sr.CodedConcept(*code) for code in coded)
+        segments.append(highdicom.seg.SegmentDescription(label, name[:64], category, kind, *how))
     result = highdicom.seg.Segmentation(
         source_images=slices,
         pixel_array=planes,
@@ -96,15 +81,10 @@ def write_captures(
     series: Sequence[Path],
     draw: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> None:
-    """Write a new series of secondary captures, a picture of each slice of a series with its mask, into a folder.
+    """Write a new series of secondary captures, a picture of each slice of a series, to a new or replaced folder.
 
-    Args:
-        folder: to make, or to replace.
-        mask: class indices (X, Y, Z) on ``grid``.
-        levels: grey levels 0 to 255 of the series on ``grid``.
-        grid: of the series, as it was read.
-        series: files of its slices.
-        draw: makes a picture (rows, columns, 3), uint8, of levels and mask (rows, columns).
+    Class indices and grey levels 0 to 255 (X, Y, Z) lie on the ``grid`` of the series; ``draw`` makes a picture (rows,
+    columns, 3), uint8, of levels and mask of a slice.
 
     Raises:
         ValueError: a slice lacks what a capture refers to, or highdicom is not installed.
@@ -162,22 +142,16 @@ def _headers(series: Sequence[Path]) -> list[Any]:
 
 def _plane(mask: np.ndarray, grid: Grid, item: Any) -> np.ndarray:
     """The part of an array (X, Y, Z) that lies in a slice, (rows, columns)."""
-    read = {name: np.array(getattr(item, name), float) for name in ("ImagePositionPatient", "ImageOrientationPatient")}
-    down, across = (float(v) for v in item.PixelSpacing)
+    along_row, along_column = np.array(item.ImageOrientationPatient, float).reshape(2, 3)
     affine = np.eye(4)  # from (row, column, 0) to mm, left, posterior, superior
-    affine[:3, 0], affine[:3, 1] = (
-        read["ImageOrientationPatient"][3:] * down,
-        read["ImageOrientationPatient"][:3] * across,
-    )
-    affine[:3, 3] = read["ImagePositionPatient"]
+    affine[:3, 0], affine[:3, 1] = along_column * float(item.PixelSpacing[0]), along_row * float(item.PixelSpacing[1])
+    affine[:3, 3] = np.array(item.ImagePositionPatient, float)
     affine[:2] *= -1
     rows, columns = np.indices((int(item.Rows), int(item.Columns)))
-    places = (
-        np.stack([rows, columns, np.zeros_like(rows), np.ones_like(rows)], -1) @ (np.linalg.inv(grid.affine) @ affine).T
-    )
-    voxels = places[..., :3].round().astype(int)
-    if np.abs(places[..., :3] - voxels).max() > 0.1 or (voxels < 0).any() or (voxels >= mask.shape).any():
-        raise ValueError(
-            f"The slice {item.SOPInstanceUID} does not lie on the grid of its series: leave out the DICOM options."
-        )
+    pixels = np.stack([rows, columns, np.zeros_like(rows), np.ones_like(rows)], -1)
+    places = (pixels @ (np.linalg.inv(grid.affine) @ affine).T)[..., :3]
+    voxels = places.round().astype(int)
+    if np.abs(places - voxels).max() > 0.1 or (voxels < 0).any() or (voxels >= mask.shape).any():
+        where = f"The slice {item.SOPInstanceUID} does not lie on the grid of its series"
+        raise ValueError(f"{where}: leave out the DICOM options.")
     return mask[tuple(np.moveaxis(voxels, -1, 0))]

@@ -137,10 +137,7 @@ def _is_grey_scale(grey: np.ndarray) -> bool:
 
 
 def _values(image: Image.Image, classes: int, codes: MaskCodes) -> np.ndarray:
-    """Values (H, W) of an upright mask: levels, indices of a palette, or 0 and 1 for colours and transparency.
-
-    Colours and transparency do not say which of more than two classes is meant, and are refused.
-    """
+    """Values (H, W) of an upright mask: levels, indices of a palette, or 0 and 1 for colours and transparency."""
     if image.mode.startswith(("I", "F")):
         return np.asarray(image)
     if pictures.has_alpha(image):
@@ -205,9 +202,8 @@ def read_mask(
 ) -> np.ndarray:
     """Read the masks of one picture by :func:`decode` as class indices (H, W), uint8; 255 where there is no label.
 
-    A later file's classes win over background and no label. A mask lies on the picture ``image`` as viewers show it;
-    where only one of both has an EXIF orientation, the sizes decide whether the mask was drawn on the turned picture.
-    ``used`` gets how each file is coded, see :func:`coding_problem`.
+    A later file's classes win over background and no label. A mask lies on the picture ``image`` as viewers show it,
+    see :func:`_onto`. ``used`` gets how each file is coded, see :func:`coding_problem`.
 
     Raises:
         ValueError: a file cannot be read, has values that the codes do not explain, or another size than the picture.

@@ -75,10 +75,7 @@ def image_files(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> lis
 
 
 def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> dict[str, Path]:
-    """Map id to file for the images of a folder, without masks, overlays and earlier predictions.
-
-    Two files of one name get ids that keep their suffixes.
-    """
+    """Map id, with the suffix where two have one name, to file: images without masks, overlays and predictions."""
     files = image_files(folder, suffixes)
     stems = {file_id(file) for file in files}
     derived = [_DERIVED.fullmatch(file_id(file)) for file in files]
@@ -118,10 +115,10 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def some(names: Iterable[str], limit: int = 5) -> str:
-    """Join the first names and count the others."""
+def some(names: Iterable[str]) -> str:
+    """Join the first five names and count the others."""
     names = sorted(names, key=natural)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def read_text(path: Path) -> str:

@@ -90,18 +90,16 @@ def eight_bits(levels: np.ndarray) -> np.ndarray:
     """Scale grey levels (H, W) of 16 or 32 bits or floating point to 0 to 255, uint8.
 
     Floating point up to 1 is a share of white. Otherwise white is the smallest of ``FULL_SCALES`` that is not below the
-    brightest level. Levels that are negative, not finite or above 65535 are a ValueError.
+    brightest level.
     """
     if not np.isfinite(levels).all() or levels.min() < 0:
         raise ValueError("it holds levels that are negative or not finite")
     highest = levels.max()
-    if levels.dtype.kind == "f" and highest <= 1:
-        return (levels * 255).round().astype(np.uint8)
     if highest > FULL_SCALES[-1]:
         raise ValueError(f"it holds levels up to {highest:g}, more than 16 bits")
     white = next(white for white in FULL_SCALES if highest <= white)
     if levels.dtype.kind == "f":
-        return (levels * (255 / white)).round().astype(np.uint8)
+        return (levels * (255 / (white if highest > 1 else 1))).round().astype(np.uint8)
     return (levels.astype(np.int64) * 255 // white).astype(np.uint8)
 
 
@@ -127,28 +125,22 @@ def level_problem(levels: np.ndarray) -> str:
     return f"it has only {found} of 256 levels (from {part.min()} to {part.max()}): it is blank or its scale is unknown"
 
 
-def read_picture(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_picture(path: str | Path) -> np.ndarray:
     """Read a picture of any mode as RGB (H, W, 3), uint8, upright as viewers show it.
 
-    With a ``size`` (H, W), a JPEG is decoded at the smallest of its own scales that is not below it, then resized with
-    anti-aliasing. A picture that cannot be read or has almost no levels is a ValueError.
+    A picture that cannot be read or has almost no levels is a ValueError.
     """
     with opened(path) as image:
-        if size is not None:
-            image.draft("RGB", size if frame(image)[1] >= 5 else size[::-1])
         rgb = to_rgb(upright(image))
     sample = np.asarray(rgb.resize((64, 64), Image.Resampling.NEAREST))  # settles most cases without a copy
     if level_problem(sample) and (problem := level_problem(np.asarray(rgb))):
         raise ValueError(f"{path} cannot be used: {problem}.")
-    return np.asarray(rgb if size is None else rgb.resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=2.0))
+    return np.asarray(rgb)
 
 
-def read_channels(files: Sequence[str | Path], size: tuple[int, int] | None = None) -> np.ndarray:
-    """Read one picture as RGB, or several grey pictures of one size as channels: (H, W, C), uint8.
-
-    A picture in colour among several, or one of another size, is a ValueError.
-    """
-    first, *others = (read_picture(file, size) for file in files)
+def read_channels(files: Sequence[str | Path]) -> np.ndarray:
+    """Read one picture as RGB, or several grey pictures of one size as channels: (H, W, C), uint8."""
+    first, *others = map(read_picture, files)
     if not others:
         return first
     for file, picture in zip(files, (first, *others), strict=True):
@@ -181,10 +173,7 @@ def contrasting(image: np.ndarray, count: int = 1) -> np.ndarray:
 
 
 def outlined(image: np.ndarray, masks: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Draw borders on a copy of an image (H, W, 3): each mask (H, W), boolean, in its colour with a black rim around.
-
-    The lines are as wide as a 160th of the longer side.
-    """
+    """Draw borders on a copy of an image (H, W, 3): each mask (H, W), boolean, in its colour rimmed in black."""
     picture, width = image.copy(), max(1, round(max(image.shape[:2]) / 160))
     for mask, _ in masks:
         picture[_grown(mask, (width + 1) // 2) & ~mask] = 0

@@ -1,7 +1,6 @@
 """Preprocessing of an image before the network, and postprocessing after it, in NumPy alone.
 
-Each step returns the changed array and the way back for the answer, None where there is nothing to undo. Resizing and
-resampling are linear and separable, so each axis has a matrix; the values are those of MONAI's transforms.
+Resizing and resampling are linear and separable, so each axis has a matrix; the values are those of MONAI's transforms.
 """
 
 import math
@@ -13,7 +12,7 @@ import numpy as np
 from amkd_monai.files.volumes import Grid, ct_range
 
 Inverse = Callable[[np.ndarray], np.ndarray]
-Stepped = tuple[np.ndarray, Inverse | None]
+Stepped = tuple[np.ndarray, Inverse]
 
 SPACING_TOLERANCE = 1e-3  # voxel sizes (mm) closer than this count as equal, as in MONAI
 TRUNCATED = 4.0  # standard deviations at which MONAI cuts a Gaussian
@@ -55,51 +54,34 @@ def _along_axes(array: np.ndarray, matrices: Sequence[np.ndarray]) -> np.ndarray
     return np.ascontiguousarray(array, np.float32)
 
 
-def disc_box(
+def scale(array: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Map values from ``low`` to ``high`` to [0, 1]."""
+    return ((array - np.float32(low)) / np.float32((high - low) or 1.0)).clip(0, 1)
+
+
+def _scale_percentiles(array: np.ndarray, lower: float, upper: float, channel_wise: bool = False) -> np.ndarray:
+    parts = array if channel_wise else array[None]
+    scaled = [scale(part, *map(float, np.percentile(part, [lower, upper]))) for part in parts]
+    return np.stack(scaled) if channel_wise else scaled[0]
+
+
+def crop_disc(
     image: np.ndarray, background_level: float = BACKGROUND_LEVEL, least_part: float = LEAST_PART
-) -> tuple[slice, slice]:
-    """Rows and columns of (C, H, W) that show the retina; all of them where everything is dark."""
+) -> np.ndarray:
+    """Cut what is dark around the retina from (C, H, W), and pad the shorter side with 0 on both ends to (C, S, S)."""
     brightest = image.max(0)
     inside = brightest > background_level * max(float(brightest.max()), 1e-6)
     used = [np.flatnonzero(inside.mean(axis) > least_part) for axis in (1, 0)]
-    rows, columns = (slice(int(u[0]), int(u[-1]) + 1) if len(u) else slice(None) for u in used)
-    return rows, columns
-
-
-def squared(image: np.ndarray) -> np.ndarray:
-    """Pad the shorter side of (C, H, W) with 0 on both ends to (C, S, S)."""
+    image = image[:, *(slice(int(u[0]), int(u[-1]) + 1) if len(u) else slice(None) for u in used)]
     missing = [max(image.shape[1:]) - n for n in image.shape[1:]]
     return np.pad(image, [(0, 0), *((m // 2, m - m // 2) for m in missing)])
 
 
-def _to_unit(array: np.ndarray, low: float, high: float) -> np.ndarray:
-    return ((array - np.float32(low)) / np.float32((high - low) or 1.0)).clip(0, 1)
-
-
-def _scale(array: np.ndarray, grid: Grid | None, low: float, high: float) -> Stepped:
-    return _to_unit(array, low, high), None
-
-
-def _scale_percentiles(
-    array: np.ndarray, grid: Grid | None, lower: float, upper: float, channel_wise: bool = False
-) -> Stepped:
-    parts = array if channel_wise else array[None]
-    scaled = [_to_unit(part, *map(float, np.percentile(part, [lower, upper]))) for part in parts]
-    return (np.stack(scaled) if channel_wise else scaled[0]), None
-
-
-def _ct_window(array: np.ndarray, grid: Grid | None, low: float, high: float, values: str) -> Stepped:
-    return _to_unit(array, *ct_range(array, low, high, values)), None
-
-
-def _crop_disc(array: np.ndarray, grid: Grid | None, background_level: float, least_part: float) -> Stepped:
-    return squared(array[:, *disc_box(array, background_level, least_part)]), None
-
-
-def _neighbours(array: np.ndarray, grid: Grid | None) -> Stepped:
+def neighbours(array: np.ndarray) -> np.ndarray:
+    """Slices of a volume (C, D, H, W) with their two neighbours as channels (3 C, D, H, W), see NeighbourSlicesd."""
     index = np.arange(array.shape[1])
     shifted = np.stack([array[:, (index + shift).clip(0, index[-1])] for shift in (-1, 0, 1)], 1)
-    return shifted.reshape(-1, *array.shape[1:]), None
+    return shifted.reshape(-1, *array.shape[1:])
 
 
 def _orientation(array: np.ndarray, grid: Grid, axes: str) -> Stepped:
@@ -113,7 +95,7 @@ def _orientation(array: np.ndarray, grid: Grid, axes: str) -> Stepped:
 def _resize(array: np.ndarray, grid: Grid | None, size: Sequence[int], anti_aliasing: bool) -> Stepped:
     sizes = array.shape[1:]
     if tuple(sizes) == tuple(size):
-        return array, None
+        return array, lambda answer: answer
     there = [_resize_matrix(a, b, anti_aliasing) for a, b in zip(sizes, size, strict=True)]
     back = [_resize_matrix(b, a, False) for a, b in zip(sizes, size, strict=True)]
     return _along_axes(array, there), lambda answer: _along_axes(answer, back)
@@ -140,27 +122,26 @@ def _crop(array: np.ndarray, grid: Grid | None, size: Sequence[int]) -> Stepped:
 
 
 def _pad(array: np.ndarray, grid: Grid | None, size: Sequence[int]) -> Stepped:
-    inside, widths = [slice(None)], [(0, 0)]
-    for n, wanted in zip(array.shape[1:], size, strict=True):
-        missing = max(wanted - n, 0)
-        inside.append(slice(missing // 2, missing // 2 + n))
-        widths.append((missing // 2, missing - missing // 2))
-    return np.pad(array, widths), lambda answer: answer[tuple(inside)]
+    missing = [max(wanted - n, 0) for n, wanted in zip(array.shape[1:], size, strict=True)]
+    inside = [slice(m // 2, m // 2 + n) for n, m in zip(array.shape[1:], missing, strict=True)]
+    return np.pad(array, [(0, 0), *((m // 2, m - m // 2) for m in missing)]), lambda answer: answer[:, *inside]
 
 
-STEPS: dict[str, Callable[..., Stepped]] = {
-    "scale": _scale,
+ONE_WAY: dict[str, Callable[..., np.ndarray]] = {
+    "scale": scale,
     "scale_percentiles": _scale_percentiles,
-    "ct_window": _ct_window,
-    "crop_disc": _crop_disc,
-    "neighbours": _neighbours,
+    "ct_window": lambda array, low, high, values: scale(array, *ct_range(array, low, high, values)),
+    "crop_disc": crop_disc,
+    "neighbours": neighbours,
+}
+"""Steps without a way back, by name, as an exported bundle's ``configs/predict.json`` lists them."""
+INVERTIBLE: dict[str, Callable[..., Stepped]] = {
     "orientation": _orientation,
     "resize": _resize,
     "spacing": _spacing,
     "crop": _crop,
     "pad": _pad,
 }
-"""By name, as an exported bundle's ``configs/predict.json`` lists them."""
 
 
 def prepare(
@@ -168,17 +149,18 @@ def prepare(
 ) -> tuple[np.ndarray, list[Inverse]]:
     """Apply steps, given by name under ``step`` with their settings, to (3, H, W), 0 to 255, or a volume (1, D, H, W).
 
-    Returns the network input (3, h, w) or (3, d, h, w), and the ways back, first step first. A step of another version
-    of this package is a ValueError.
+    Returns the network input (3, h, w) or (3, d, h, w), and the ways back. An unknown step is a ValueError.
     """
     inverses = []
     for step in steps:
         settings = dict(step)
-        if (name := settings.pop("step")) not in STEPS:
+        if (name := settings.pop("step")) in ONE_WAY:
+            array = ONE_WAY[name](array, **settings)
+            continue
+        if name not in INVERTIBLE:
             raise ValueError(f"There is no step '{name}' in this version: update amkd_monai or export again.")
-        array, inverse = STEPS[name](array, grid, **settings)
-        if inverse is not None:
-            inverses.append(inverse)
+        array, inverse = INVERTIBLE[name](array, grid, **settings)
+        inverses.append(inverse)
         if name == "orientation" and grid is not None:
             grid = grid.reordered(settings["axes"])
     return array, inverses

@@ -33,10 +33,7 @@ CT_VALUES = ("auto", "hu", "levels", "shares")
 LOWEST_AIR, HIGHEST_MINIMUM = -1100.0, -200.0  # HU; every CT holds air or fat between them, below is padding
 BRIGHTEST = 0.75  # part of the scale that a windowed volume reaches at least
 AXES = ("left to right", "posterior to anterior", "inferior to superior")
-_GEOMETRY = (
-    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
-    *("sform_code", "srow_x", "srow_y", "srow_z"),
-)
+_GEOMETRY = "qform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z sform_code srow_x srow_y srow_z"
 
 
 @dataclass(frozen=True)
@@ -97,8 +94,8 @@ def affine_problem(affine: np.ndarray) -> str:
 def volume_grid(file: str | Path, several: bool = False) -> Grid:
     """Grid of a NIfTI volume from its header, in mm; axes of length 1 after the third are dropped.
 
-    A file that is damaged, cut short, no volume of 3 axes (of 4, if it may hold ``several`` channels) and one real
-    number per voxel and channel, or does not say where its voxels lie, is a ValueError.
+    A ValueError unless the file is whole, says where its voxels lie, and has 3 axes (4 if it may hold ``several``
+    channels) of real numbers.
     """
     return _nifti(Path(file), several=several)[1]
 
@@ -208,11 +205,7 @@ def read_label_volume(
 ) -> tuple[np.ndarray, Grid]:
     """Read a label volume as class indices (X, Y, Z), uint8, 255 where there is no label, and their grid.
 
-    The label gets the array order of its ``image``; the last arguments are as for
-    :func:`amkd_monai.files.masks.read_mask`.
-
-    Raises:
-        ValueError: it cannot be read, lies on another grid, or holds values that the codes do not explain.
+    The label gets the array order of its ``image``; see :func:`amkd_monai.files.masks.read_mask`, for errors, too.
     """
     array, grid = _nifti(Path(file), True)
     if image is not None:
@@ -225,10 +218,7 @@ def read_label_volume(
 
 
 def write_mask_volume(path: Path, mask: np.ndarray, grid: Grid) -> None:
-    """Write class indices (X, Y, Z) as ``.nii.gz``, uint8.
-
-    The sform, the qform, their codes and the units are those of the grid's header; without one they are written in mm.
-    """
+    """Write class indices (X, Y, Z) as ``.nii.gz``, uint8, with the geometry of the grid's header, or else in mm."""
     header = nibabel.Nifti1Header()
     if grid.header is None:
         header.set_sform(grid.affine, 1)
@@ -236,7 +226,7 @@ def write_mask_volume(path: Path, mask: np.ndarray, grid: Grid) -> None:
         header.set_xyzt_units("mm")
     else:
         header.set_xyzt_units(grid.header.get_xyzt_units()[0])
-        for name in _GEOMETRY:
+        for name in _GEOMETRY.split():
             header[name] = grid.header[name]
         header["pixdim"][:4] = grid.header["pixdim"][:4]
     header["descrip"] = MARK.encode()
@@ -277,7 +267,5 @@ def ct_range(volume: np.ndarray, low: float, high: float, values: str = "auto") 
     for name in ("shares", "levels"):
         if lowest >= 0 and BRIGHTEST * ends[name][1] <= highest <= ends[name][1]:
             return ends[name]
-    raise ValueError(
-        f"the values {lowest:g} to {highest:g} are neither Hounsfield units nor windowed to 0..255 or 0..1: take off "
-        "an offset such as 1024, or say what they are (`values` of CtWindowd)"
-    )
+    what = f"the values {lowest:g} to {highest:g} are neither Hounsfield units nor windowed to 0..255 or 0..1"
+    raise ValueError(f"{what}: take off an offset such as 1024, or say what they are (`values` of CtWindowd)")

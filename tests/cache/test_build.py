@@ -211,12 +211,12 @@ def test_parts_build_one_store_side_by_side(many, tmp_path):
 
 
 def test_the_part_of_a_process(monkeypatch):
-    assert Part.parse("3/8") == Part(2, 8) and Part.from_environment() == Part(0, 1)
+    assert Part.parse("3/8") == Part(2, 8) and Part.parse() == Part(0, 1)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert Part.from_environment() == Part(3, 4)
+    assert Part.parse() == Part(3, 4)
     for wrong in ("0/8", "9/8", "3", "a/b", "-1/2"):
-        with pytest.raises(ValueError, match=r"does not exist|is invalid"):
+        with pytest.raises(ValueError, match="is invalid"):
             Part.parse(wrong)
 
 

@@ -147,7 +147,9 @@ def test_a_probe_equals_logistic_regression():
     label = (features[:, 0] + torch.randn((30, 3, 3), generator=rng) > 0).long()
     targets = torch.nn.functional.one_hot(label, 2).permute(0, 3, 1, 2).float()
     probe = probes.fit_probe(features, targets, steps=200)
-    weight, bias = probe.weight.requires_grad_(), probe.bias.requires_grad_()
+    bias = probe(torch.zeros(1, 4, 1, 1))[0, :, 0, 0]
+    weight = (probe(torch.eye(4)[:, :, None, None])[..., 0, 0] - bias).T  # of each unit vector of features
+    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     logits = torch.einsum("kc,nchw->nkhw", weight, features) + bias[:, None, None]
     loss = torch.nn.functional.cross_entropy(logits, label) + probes.WEIGHT_DECAY * weight.square().sum()
     loss.backward()

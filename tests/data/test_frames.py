@@ -143,7 +143,6 @@ def test_slices_can_be_read_alone(volume):
     ("chain", "named"),
     [
         (Compose([load_rgb("image"), TO_UNIT, Resized("label", (8, 8))]), "sampling"),
-        (Compose([load_rgb("image", size=(8, 8)), Resized("image", (4, 4))]), "at a size"),
         (Compose([load_rgb("image"), Resized("image", (8, 8)), TO_UNIT]), "ScaleIntensityRanged"),
         (Compose([*volume_chain((8, 8)).transforms, NeighbourSlicesd("image")]), "NeighbourSlicesd"),
         (lambda data: data, "Compose"),

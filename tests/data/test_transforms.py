@@ -5,9 +5,7 @@ import torch
 from monai.data import MetaTensor
 from PIL import Image
 
-from amkd_monai.data.decoded import describe
 from amkd_monai.data.transforms import CtWindowd, NeighbourSlicesd, SaveMaskd, load_mask, load_rgb, load_volume
-from amkd_monai.files import pictures
 
 SIZE = (5, 9)  # height, width
 
@@ -102,32 +100,6 @@ def test_the_ringing_of_a_jpeg_mask_is_no_foreground(tmp_path):
 def test_a_missing_label_is_left_out(tmp_path):
     Image.fromarray(ramp()).save(tmp_path / "photo.png")
     assert set(load_mask()({"image": str(tmp_path / "photo.png")})) == {"image"}
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
-@pytest.mark.parametrize("size", [(64, 96), (100, 80), (500, 700)])
-def test_photos_are_resized_while_they_are_decoded(tmp_path, suffix, size):
-    rows, columns = np.mgrid[:400, :600]
-    pixels = np.stack([rows * 255 / 400, columns * 255 / 600, 127 + 100 * np.sin(columns / 30)], axis=-1)
-    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"photo.{suffix}")
-    image = load(load_rgb(size=size), tmp_path / f"photo.{suffix}", "image")
-    assert image.shape == (3, *size)
-    whole = Image.open(tmp_path / f"photo.{suffix}").resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    assert np.abs(image - np.asarray(whole, dtype=float).transpose(2, 0, 1)).mean() < 1.5
-
-
-def test_a_large_jpeg_is_not_decoded_in_full(tmp_path, monkeypatch):
-    Image.linear_gradient("L").resize((1600, 1200)).convert("RGB").save(tmp_path / "photo.jpg")
-    seen = []
-    convert = pictures.to_rgb
-    monkeypatch.setattr(pictures, "to_rgb", lambda image: seen.append(image.size) or convert(image))
-    assert load(load_rgb(size=(120, 160)), tmp_path / "photo.jpg", "image").shape == (3, 120, 160)
-    assert seen == [(200, 150)]
-
-
-def test_the_size_is_part_of_the_description():
-    assert describe(load_rgb()) == describe(load_rgb())
-    assert len({str(describe(load_rgb(size=size))) for size in (None, (64, 64), (64, 96))}) == 3
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, None])

@@ -39,9 +39,6 @@ def test_every_exif_orientation_is_shown_upright(tmp_path, orientation, suffix):
     assert picture_frame(path) == ((expected.shape[1], expected.shape[0]), orientation)
     if suffix == "png":
         np.testing.assert_array_equal(found, turned(scene(), orientation))
-    small = read_picture(path, (20, 24))
-    whole = np.asarray(Image.fromarray(expected).resize((24, 20), Image.Resampling.BOX)).astype(float)
-    assert small.shape == (20, 24, 3) and np.abs(small - whole).mean() < 6
 
 
 @pytest.mark.parametrize(

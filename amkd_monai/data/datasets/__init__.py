@@ -56,8 +56,7 @@ class Task:
             "multilabel" whether each of `classes`, the findings, is there, as the bits of a number per image.
         dimensions: spatial dimensions of an image, 2 or 3.
         primary_metric: the metric that selects the best checkpoint.
-        nsd_tolerance: tolerance of the normalised surface distance, in `unit` (segmentation); or one for each class of
-            `classes[1:]` and each of `regions`, by name.
+        nsd_tolerance: of the normalised surface distance, in `unit`, one or by name of each class and region.
         regions: foreground classes that are also scored together, by name, as {"whole tumour": (1, 2, 3)}.
         referable_from: classes are ordered grades, and this is the first one at which a patient is referred.
         singled_out: classes that are judged one against all others, as in two binary problems.
@@ -67,9 +66,8 @@ class Task:
         teacher_channels: one or three of them, which teachers are shown as a grey image (of volumes as a slice and its
             neighbours) or as RGB; () for the first of a volume, the first three of a picture.
         grid_limit: cells a side of foundation teachers' feature maps that are kept.
-        teacher_options: options of foundation teachers by kind, where the rules of `amkd_monai.teachers.choice` are not
-            right for these images.
-        seen_by: whether foundation teachers saw these images in training, by kind, where the same rules do not know.
+        teacher_options, seen_by: options of foundation teachers, and whether they saw these images in training, by
+            kind, where the rules of `amkd_monai.teachers.choice` are not right.
         layout: finds the items of a folder and splits them.
         source: where the data come from.
         phantom: fills an empty folder with generated data in the layout; None: the data set has none.
@@ -118,12 +116,11 @@ class Task:
         if isinstance(self.nsd_tolerance, Mapping) and {*self.nsd_tolerance} != {*scored}:
             wanted = f"one number, or one for each of {', '.join(scored)}"
             raise ValueError(f"nsd_tolerance of the task '{self.name}' is {dict(self.nsd_tolerance)}: give {wanted}.")
-
         if self.channels or self.teacher_channels:
             named, shown = self.channels, self.teacher_channels
             if len(named) < 2 or len({*named}) < len(named) or not {*shown} <= {*named} or len(shown) not in (0, 1, 3):
-                has, wanted = f"the channels {named}, for teachers {shown}", "two different names or more"
-                raise ValueError(f"The task '{self.name}' has {has}: give {wanted}, one or three to teachers.")
+                has = f"the channels {named}, for teachers {shown}"
+                raise ValueError(f"The task '{self.name}' has {has}: give two names or more, one or three to teachers.")
 
     @property
     def shown_channels(self) -> tuple[int, ...]:
@@ -180,6 +177,8 @@ class Task:
         return target
 
 
+_KVASIR = "https://datasets.simula.no/downloads/kvasir-seg.zip"
+_HEART = "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task02_Heart.tar"
 _ISIC = "https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_"
 _ISIC_SUMS = {
     "Training_Data.zip": "md5:a14a7e622c67a358797ae59abb8a0b0c",
@@ -194,15 +193,21 @@ _ISIC_SUMS = {
 }
 _ISIC_SOURCE = Source("CC-0.", tuple((_ISIC + name, checksum) for name, checksum in _ISIC_SUMS.items()), inside=True)
 _ISIC_CLASSES = ("nevus", "melanoma", "seborrheic keratosis")
-_ISIC_SECTIONS = {"train": "Training", "validation": "Validation", "test": "Test_v2"}
 _ISIC_LAYOUT: dict[str, Any] = {
     "title": "ISIC 2017",
     "beside": ("_superpixels", "_segmentation"),
-    "predict_in": tuple(f"ISIC-2017_{name}_Data" for name in ("Test_v2", "Validation", "Training")),
+    "predict_in": [f"ISIC-2017_{name}_Data" for name in ("Test_v2", "Validation", "Training")],
     "validation_fraction": 0.2,
 }
 _GRADES = ("no DR", "mild", "moderate", "severe", "proliferative")
-_TRAINING, _TESTING = "TrainingSet/LungInfection-Train/Doctor-label", "TestingSet/LungInfection-Test"
+_PROLIFERATIVE = ("proliferate", "proliferateDR", "proliferativeDR")
+_COVID_SECTIONS = {"train": "TrainingSet/LungInfection-Train/Doctor-label", "test": "TestingSet/LungInfection-Test"}
+
+
+def _isic_sections(labels: str) -> dict[str, tuple[str, str]]:
+    """The folder of images and the masks or table of each section."""
+    names = {"train": "Training", "validation": "Validation", "test": "Test_v2"}
+    return {section: (f"ISIC-2017_{name}_Data", f"ISIC-2017_{name}_{labels}") for section, name in names.items()}
 
 
 @dataclass(frozen=True)
@@ -252,9 +257,8 @@ _TASKS = (
         ),
     ),
     # Slices with infection masks: COVID-SemiSeg (Fan et al., "Inf-Net", IEEE TMI 2020, from the slices of
-    # medicalsegmentation.com) or two folders. Slices come without patient ids, so slices of one patient that do not
-    # look alike may lie in several sections. Masks of several classes (ground glass, consolidation, effusion) are
-    # merged.
+    # medicalsegmentation.com) or two folders. There are no patient ids, so slices of one patient that do not look alike
+    # may lie in several sections. Masks of several classes (ground glass, consolidation, effusion) are merged.
     Task(
         name="covid",
         modality="CT",
@@ -271,11 +275,8 @@ _TASKS = (
             duplicate_distance=NEAR,
             expected="the folders of COVID-SemiSeg (TrainingSet/, TestingSet/), or images/ and masks/ with one file "
             "each per slice",
-            official={
-                "train": (f"{_TRAINING}/Imgs", f"{_TRAINING}/GT"),
-                "test": (f"{_TESTING}/Imgs", f"{_TESTING}/GT"),
-            },
-            predict_in=(f"{_TESTING}/Imgs", "images", "frames", "Imgs"),
+            official={name: (f"{place}/Imgs", f"{place}/GT") for name, place in _COVID_SECTIONS.items()},
+            predict_in=(f"{_COVID_SECTIONS['test']}/Imgs", "images", "frames", "Imgs"),
         ),
         source=Source(
             "COVID-SemiSeg is for non-commercial use only.",
@@ -329,12 +330,7 @@ _TASKS = (
         ),
         source=Source(
             "Research and education only; anything else needs the owners' permission. Cite Jha et al., MMM 2020.",
-            files=(
-                (
-                    "https://datasets.simula.no/downloads/kvasir-seg.zip",
-                    "sha256:03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7",
-                ),
-            ),
+            ((_KVASIR, "sha256:03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7"),),
         ),
     ),
     Task(
@@ -359,15 +355,7 @@ _TASKS = (
             validation_fraction=0.1,
             expected="dataset.json with the folders imagesTr/ and labelsTr/ next to it",
         ),
-        source=Source(
-            "CC-BY-SA 4.0.",
-            files=(
-                (
-                    "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task02_Heart.tar",
-                    "md5:06ee59366e1e5124267b774dbd654057",
-                ),
-            ),
-        ),
+        source=Source("CC-BY-SA 4.0.", ((_HEART, "md5:06ee59366e1e5124267b774dbd654057"),)),
     ),
     # Kaggle, "APTOS 2019 Blindness Detection": grades 0 to 4 of diabetic retinopathy. The original's `test.csv` has no
     # grades; a re-split of the same images has three tables with grades; others have a folder per grade.
@@ -393,10 +381,7 @@ _TASKS = (
                 "test": (("test_images", "test"), "test.csv"),
             },
             columns={"image": "id_code", "label": "diagnosis"},
-            aliases={
-                "normal": "no DR",
-                **dict.fromkeys(("proliferate", "proliferateDR", "proliferativeDR"), _GRADES[4]),
-            },
+            aliases={"normal": _GRADES[0], **dict.fromkeys(_PROLIFERATIVE, _GRADES[4])},
             validation_fraction=0.2,
             expected="train.csv (id_code,diagnosis) with train_images/<id_code>.png, three such tables, or a folder "
             "per grade",
@@ -425,10 +410,7 @@ _TASKS = (
             kind="classification",
             classes=_ISIC_CLASSES,
             form="table",
-            official={
-                section: (f"ISIC-2017_{name}_Data", f"ISIC-2017_{name}_Part3_GroundTruth.csv")
-                for section, name in _ISIC_SECTIONS.items()
-            },
+            official=_isic_sections("Part3_GroundTruth.csv"),
             columns={"image": "image_id", "label": ("melanoma", "seborrheic_keratosis")},
             expected="ISIC-2017_Training_Data/ISIC_XXXXXXX.jpg and ISIC-2017_Training_Part3_GroundTruth.csv",
         ),
@@ -444,10 +426,7 @@ _TASKS = (
         layout=Described(
             **_ISIC_LAYOUT,
             form="pairs",
-            official={
-                section: (f"ISIC-2017_{name}_Data", f"ISIC-2017_{name}_Part1_GroundTruth")
-                for section, name in _ISIC_SECTIONS.items()
-            },
+            official=_isic_sections("Part1_GroundTruth"),
             mask_ending="_segmentation",
             expected="ISIC-2017_Training_Data/ISIC_XXXXXXX.jpg and ISIC-2017_Training_Part1_GroundTruth/",
         ),
@@ -465,8 +444,7 @@ def get_task(task: Named) -> Task:
 
     The keys of a description are the plain attributes of :class:`Task`, of which ``name`` and ``classes`` are needed,
     ``folder`` (of the data, relative to the file), and ``layout``, the attributes of
-    :class:`~amkd_monai.data.datasets.described.Described`. An unknown name and a description that cannot be used are a
-    ValueError, a file that is not there is a FileNotFoundError.
+    :class:`~amkd_monai.data.datasets.described.Described`. Raises a ValueError or, without the file, FileNotFoundError.
     """
     if isinstance(task, Task):
         return task
@@ -508,29 +486,27 @@ def _described(content: Any, where: str, base: Path) -> Task:
     texts = isinstance(classes, tuple) and all(isinstance(c, str) and c for c in classes)
     if not texts or len(set(classes)) < max(2, len(classes)):
         raise refuse(f"has the classes {classes!r}, which must be at least two different names")
-    values.setdefault("modality", "image")
-    values.setdefault("prompts", tuple(f"{c} in {values['modality']}" for c in classes[1:]))
-    if len(values["prompts"]) != len(classes) - 1:
-        raise refuse(f"has {len(values['prompts'])} prompts for {len(classes) - 1} classes after the first")
     kind, dimensions = values.get("kind", KINDS[0]), values.get("dimensions", 2)
     if kind not in KINDS or dimensions not in (2, 3) or (kind != KINDS[0] and dimensions == 3):
         raise refuse(f"has the kind {kind!r} in {dimensions!r} dimensions, not one of {', '.join(KINDS)} in 2")
-    if kind != KINDS[0]:
-        values.setdefault("primary_metric", "macro_auroc")
-        if len({named(c) for c in classes}) < len(classes):
-            raise refuse(f"has the classes {classes!r}, which must differ in more than case and signs")
+    if kind != KINDS[0] and len({named(c) for c in classes}) < len(classes):
+        raise refuse(f"has the classes {classes!r}, which must differ in more than case and signs")
+    modality = values.get("modality", "image")
+    defaults: dict[str, Any] = {"modality": modality, "prompts": tuple(f"{c} in {modality}" for c in classes[1:])}
+    values = defaults | ({} if kind == KINDS[0] else {"primary_metric": "macro_auroc"}) | values
+    if len(values["prompts"]) != len(classes) - 1:
+        raise refuse(f"has {len(values['prompts'])} prompts for {len(classes) - 1} classes after the first")
     options = content.get("layout", {})
     of_the_task = {"title", "classes", "kind", "volumes", "channels", "validation_fraction", "expected", "predict_in"}
     known = {f.name for f in fields(Described)} - of_the_task
     if not isinstance(options, Mapping) or not options.keys() <= known:
         raise refuse(f"has a layout that is not an object of {', '.join(sorted(known))}")
+    fixed: dict[str, Any] = {"volumes": dimensions == 3, "channels": max(1, len(values.get("channels", ())))}
     try:
         re.compile(str(options.get("groups", "")))
+        layout = Described(title=name, classes=classes, kind=kind, **fixed, **options)
+        return Task(layout=layout, description=dict(content), **values)
     except re.error as error:
         raise refuse(f"has an invalid pattern of groups ({error})") from error
-    fixed: dict[str, Any] = {"volumes": dimensions == 3, "channels": max(1, len(values.get("channels", ())))}
-    layout = Described(title=name, classes=classes, kind=kind, **fixed, **options)
-    try:
-        return Task(layout=layout, description=dict(content), **values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

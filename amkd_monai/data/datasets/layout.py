@@ -22,12 +22,10 @@ class Layout:
 
     ``find_items(root, cache_dir=None, **options)`` lists the labelled items with "image", "label", "id" and "group";
     "section" is an official one, "problem" says why an item cannot be used. A label is a mask file, several mask files,
-    or a class index. Further parameters are the data set's options. It raises FileNotFoundError or ValueError, one
-    sentence that names the file, where the folder does not have the layout or contradicts itself.
+    or a class index. A FileNotFoundError or ValueError if the folder lacks the layout or contradicts itself.
 
     Attributes:
-        title: name of the data set in messages.
-        expected: the layout in words.
+        title, expected: name of the data set and the layout in words, for messages.
         predict_in: folders that may hold the images to predict; the data set's own folder is looked at last.
         volumes: images are NIfTI volumes or folders of DICOM slices, not pictures.
         validation_fraction: part of the items outside the test fold that validates, where a data set without sections
@@ -84,7 +82,7 @@ class Layout:
         if official:
             train, validation, test = _official_sections(items)
             if not validation:
-                share = how.fractions[0] / (how.fractions[0] + how.fractions[1])
+                share = how.fractions[0] / sum(how.fractions[:2])
                 train, validation, _ = splits.random_split(train, (share, 1 - share, 0), how.seed)
             return train, validation, test
         items = [splits.without(item, "section") for item in items]
@@ -106,12 +104,10 @@ def _official_sections(items: Iterable[Item]) -> Sections:
         sections[item["section"]].append(splits.without(item, "section"))
     taken: set[str] = set()
     for name in reversed(SECTIONS):
-        kept = [item for item in sections[name] if item["group"] not in taken]
-        if len(kept) < len(sections[name]):
-            lost = {item["id"] for item in sections[name]} - {item["id"] for item in kept}
+        if lost := [item["id"] for item in sections[name] if item["group"] in taken]:
             logger.warning("Left out of %s, as the same images lie in a later section: %s.", name, some(lost))
-        sections[name] = kept
-        taken |= {item["group"] for item in kept}
+        sections[name] = [item for item in sections[name] if item["group"] not in taken]
+        taken |= {item["group"] for item in sections[name]}
     return sections["train"], sections["validation"], sections["test"]
 
 
