@@ -21,6 +21,7 @@ from amkd_monai.cache.probes import CALIBRATED_ON, LEAST_GROUPS, fit_calibration
 from amkd_monai.data.datasets import get_task
 from amkd_monai.distillation.losses import as_map, class_areas
 from amkd_monai.engines.handlers.checkpoints import Handler
+from amkd_monai.engines.runs import is_true
 from amkd_monai.metrics.classification import class_metrics, class_row
 from amkd_monai.metrics.evaluation import figures_of, mask_rows, write_figures
 from amkd_monai.metrics.segmentation import STATUSES
@@ -220,9 +221,9 @@ class CalibrateMasks(Handler):
     :data:`~amkd_monai.cache.probes.LEAST_GROUPS` calibrate nothing, nor does a student of another kind.
     """
 
-    def __init__(self, student: nn.Module, groups: Sequence[str]) -> None:
+    def __init__(self, student: nn.Module, groups: Sequence[str], enabled: bool | str = True) -> None:
         self.student = student
-        self.is_on = isinstance(student, Student) and len(set(groups)) >= LEAST_GROUPS
+        self.is_on = is_true(enabled) and isinstance(student, Student) and len(set(groups)) >= LEAST_GROUPS
 
     def attach(self, engine: Engine) -> None:
         """Register with an evaluator."""
