@@ -25,7 +25,6 @@ from tables import Row, table
 ROOT = Path(__file__).resolve().parent.parent
 BEST: dict[str, Any] = {
     "keep": "best",
-    "patience": 1000,
     "recipe#ema": 0.0,
     "recipe#first_stage": 0.0,
     "loss_strength#decay": 0.3,

@@ -15,8 +15,7 @@ from amkd_monai.files.names import some
 from amkd_monai.files.pictures import class_colours, contrasting
 from amkd_monai.metrics.classification import labels_and_probabilities, problems_of, slug
 from amkd_monai.metrics.compare import compare_runs
-from amkd_monai.metrics.failures import FAILED, badness, failures, outcomes
-from amkd_monai.metrics.run_folder import RunFolder, read_arrays, read_run
+from amkd_monai.metrics.run_folder import FAILED, RunFolder, badness, failures, outcomes, read_arrays, read_run
 from amkd_monai.metrics.summary import TEACHERS, Row, class_summaries, part_of, preview_file
 from amkd_monai.report import figures
 from amkd_monai.report.previews import PLANES, SIDE, SLICES
