@@ -419,18 +419,14 @@ def _datalist(layout: Described, root: Path) -> Iterator[Item]:
     for section, entry in entries:
         if "label" not in entry:
             if section == "train":
-                problem = f"{_first(entry['image'])} has no label in {file}: add it, or remove the entry."
-                image = str(file.parent / _first(entry["image"]))
-                yield {"image": image, "id": _stem(image), "problem": problem}
+                (image, *_), problem = files_of(entry["image"]), f"has no label in {file}: add it, or remove the entry."
+                path = str(file.parent / image)
+                yield {"image": path, "id": _stem(path), "problem": f"{image} {problem}"}
             continue
-        image, label = (
-            _resolved(v, file.parent) if k == "image" or layout.masks else v
-            for k, v in ((k, entry[k]) for k in ("image", "label"))
-        )
-        item = {"image": image, "label": label, "id": _stem(entry["image"])}
+        label = _resolved(entry["label"], file.parent) if layout.masks else entry["label"]
+        item = {"image": _resolved(entry["image"], file.parent), "label": label, "id": _stem(entry["image"])}
         item |= {"section": section} if len(sections) > 1 else {}
-        known = {key: entry[key] for key in ("group", "fold") if key in entry}
-        yield item | known
+        yield item | {key: entry[key] for key in ("group", "fold") if key in entry}
 
 
 def _nnunet(layout: Described, root: Path) -> Iterator[Item]:
@@ -541,13 +537,18 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _entries(file: Path, needed: bool = True) -> list[tuple[str, dict[str, Any]]]:
-    """The entries of a datalist with their sections; plain paths have no label. None with one is refused if needed."""
+    """The entries of a datalist with their sections; plain paths have no label.
+
+    If they are needed, a list without any label and an entry without image are refused.
+    """
     found = []
     for key, entries in _json(file).items():
         for entry in entries if isinstance(entries, list) and _section(key) else ():
             entry = {"image": entry} if isinstance(entry, str) else entry
             image = entry.get("image") if isinstance(entry, dict) else None
-            if isinstance(image, (str, list)) and not _stem(image).startswith("."):  # archives hold copies by macOS
+            if needed and not files_of(image):
+                raise ValueError(f'{file} has an entry without "image" in its list "{key}": {entry}. Complete it.')
+            if files_of(image) and not _stem(image).startswith("."):  # archives hold copies by macOS
                 found.append((_section(key), {**entry, "image": _resolved(image, Path())}))
     if labelled := any("label" in entry for _, entry in found):
         return found
@@ -602,13 +603,13 @@ def _class_images(root: Path) -> Iterator[tuple[dict[str, str], str, Path]]:
 def _named(items: Iterable[Item], root: Path) -> list[Item]:
     """Make ids unique: names, else paths; what still has the id of another has a problem."""
     listed = list(items)
-    paths = [_path_id(_first(item["image"]), root) for item in listed]
+    paths = [_path_id(files_of(item["image"])[0], root) for item in listed]
     if len(set(paths)) > len({item["id"] for item in listed}):
         listed = [{**item, "id": path} for item, path in zip(listed, paths, strict=True)]
     seen: dict[str, str] = {}
     result: list[Item] = []
     for item in listed:
-        image, name = _first(item["image"]), item["id"]
+        image, name = files_of(item["image"])[0], item["id"]
         if other := seen.get(name):
             twice = f"{image} is listed twice" if other == image else f"{other} and {image} have the same name"
             item = {**item, "problem": item.get("problem", f"{twice}: keep one of them.")}
@@ -624,12 +625,8 @@ def _path_id(image: str, root: Path) -> str:
     return "_".join([*(part for part in path.parts[:-1] if part not in ("..", ".")), file_id(path)])
 
 
-def _first(image: str | list[str]) -> str:
-    return image if isinstance(image, str) else image[0]
-
-
-def _stem(image: str | list[str]) -> str:
-    return file_id(Path(_first(image).replace("\\", "/")))
+def _stem(image: Any) -> str:
+    return file_id(Path(files_of(image)[0].replace("\\", "/")))
 
 
 def _resolved(value: Any, base: Path) -> Any:
