@@ -109,74 +109,7 @@ class _Rows:
         self.file.write(np.ascontiguousarray(rows).data)
 
 
-class DecodedImages(Dataset):
-    """What a :class:`DecodedDataset` left in its folder ``decoded-<key>``, read without the original files.
-
-    Attributes:
-        ids, cases, groups, hashes: of each sample; slices are ``<case>#<slice>``.
-        has_label, has_foreground: boolean arrays over samples.
-        labels: masks (N, 1, H, W), classes (N,), or 0 and 1 of findings (N, F); 255 where there is no label.
-        first, last: sample of the first and the last slice of each sample's volume (N,).
-        axes: where the axes of volumes point, slices first, such as "RAS"; empty for pictures.
-        skipped: ids of files that were left out.
-        sliced: whether samples are slices of volumes.
-        teacher_channels: the channels that teachers are shown, see :meth:`shown`.
-    """
-
-    teacher_channels: tuple[int, ...] = ()
-    findings = 0
-
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        index = json.loads((self.directory / "index.json").read_text(encoding="utf-8"))
-        self.ids: list[str] = index["ids"]
-        self.cases: list[str] = index["cases"]
-        self.groups: list[str] = index["groups"]
-        self.hashes: list[str] = index["hashes"]
-        self.skipped: list[str] = index["skipped"]
-        self.axes: str = index["axes"]
-        self.has_label, self.has_foreground = (np.array(index[n], bool) for n in ("has_label", "has_foreground"))
-        self.first, self.last = (np.array(index[n]) for n in ("first", "last"))
-        self.images, self.labels = (np.load(self.directory / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))
-        self.sliced = self.ids[0] != self.cases[0]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def image(self, index: int) -> np.ndarray:
-        """Return the image (C, H, W) uint8 of a sample, RGB or its channels; each of a slice with its neighbours."""
-        if not self.sliced:
-            return self.images[index]
-        found = self.images[self.neighbours(index)]  # (3, C, H, W)
-        return found.swapaxes(0, 1).reshape(-1, *found.shape[2:])
-
-    def shown(self, index: int) -> np.ndarray:
-        """Return the image (3, H, W) uint8 that teachers see of a sample, see :meth:`view`."""
-        image = self.image(index)
-        return self.view(image.reshape(-1, 3, *image.shape[1:]) if self.sliced else image)
-
-    def view(self, image: np.ndarray) -> np.ndarray:
-        """Return what teachers see (3, H, W) of an image (C, H, W), or of a slice and its neighbours (C, 3, H, W).
-
-        Of ``teacher_channels``, one is shown as a grey picture or as its three slices, three as RGB of the slice.
-        """
-        chosen = list(self.teacher_channels)
-        if not self.sliced:
-            return image[chosen * 3 if len(chosen) == 1 else chosen or slice(None)]
-        return image[chosen, 1] if len(chosen) == 3 else image[chosen[0] if chosen else 0]
-
-    def neighbours(self, index: int) -> np.ndarray:
-        """Return the samples (3,) before, at and after a slice; the ends of a volume are their own neighbours."""
-        return np.clip([index - 1, index, index + 1], self.first[index], self.last[index])
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return image (C, H, W), label (1, H, W), () or (F,), uint8 (255 where unlabelled), id, index, has_label."""
-        image, label = (torch.from_numpy(np.array(rows)) for rows in (self.image(index), self.labels[index]))
-        known = bool(self.has_label[index])
-        return {"image": image, "label": label, "id": self.ids[index], "index": index, "has_label": known}
-
-
-class DecodedDataset(DecodedImages):
+class DecodedDataset(Dataset):
     """A dataset whose files are decoded once by a MONAI transform chain and then read from memory maps.
 
     Pictures (C, H, W) are one sample each; volumes (C, D, H, W) give D samples, each slice with its two neighbours
@@ -194,7 +127,15 @@ class DecodedDataset(DecodedImages):
 
     Attributes:
         data, transform, on_bad_sample: as given.
+        directory: the folder ``decoded-<key>`` of the memory maps.
+        ids, cases, groups, hashes: of each sample; slices are ``<case>#<slice>``.
+        has_label, has_foreground: boolean arrays over samples.
+        labels: masks (N, 1, H, W), classes (N,), or 0 and 1 of findings (N, F); 255 where there is no label.
         classes: (N,) class per image, or number of its findings, -1 where unknown; None for masks.
+        first, last: sample of the first and the last slice of each sample's volume (N,).
+        axes: where the axes of volumes point, slices first, such as "RAS"; empty for pictures.
+        skipped: ids of files that were left out.
+        sliced: whether samples are slices of volumes.
         chain: hash of the transform chain.
 
     Raises:
@@ -238,8 +179,17 @@ class DecodedDataset(DecodedImages):
             with exclusive_lock(self.directory.with_suffix(".lock"), wait_s=3600):
                 if not finished.is_file():  # nor has another process made it meanwhile
                     self._decode(transform, on_bad_sample, hashes)
-        super().__init__(self.directory)
-        self.teacher_channels = tuple(teacher_channels)
+        index = json.loads(finished.read_text(encoding="utf-8"))
+        self.ids: list[str] = index["ids"]
+        self.cases: list[str] = index["cases"]
+        self.groups: list[str] = index["groups"]
+        self.hashes: list[str] = index["hashes"]
+        self.skipped: list[str] = index["skipped"]
+        self.axes: str = index["axes"]
+        self.has_label, self.has_foreground = (np.array(index[n], bool) for n in ("has_label", "has_foreground"))
+        self.first, self.last = (np.array(index[n]) for n in ("first", "last"))
+        self.images, self.labels = (np.load(self.directory / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))
+        self.sliced, self.teacher_channels = self.ids[0] != self.cases[0], tuple(teacher_channels)
         channels = self.images.shape[1]
         if (self.teacher_channels or channels != (1 if self.sliced else 3)) and (
             len(self.teacher_channels) not in (1, 3) or not set(self.teacher_channels) <= set(range(channels))
@@ -249,6 +199,41 @@ class DecodedDataset(DecodedImages):
         labels = self.labels.astype(int) if self.classifies else self.labels
         labels = labels @ (1 << np.arange(findings)) if findings else labels
         self.classes = np.where(self.has_label, labels, -1) if self.classifies else None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def image(self, index: int) -> np.ndarray:
+        """Return the image (C, H, W) uint8 of a sample, RGB or its channels; each of a slice with its neighbours."""
+        if not self.sliced:
+            return self.images[index]
+        found = self.images[self.neighbours(index)]  # (3, C, H, W)
+        return found.swapaxes(0, 1).reshape(-1, *found.shape[2:])
+
+    def shown(self, index: int) -> np.ndarray:
+        """Return the image (3, H, W) uint8 that teachers see of a sample, see :meth:`view`."""
+        image = self.image(index)
+        return self.view(image.reshape(-1, 3, *image.shape[1:]) if self.sliced else image)
+
+    def view(self, image: np.ndarray) -> np.ndarray:
+        """Return what teachers see (3, H, W) of an image (C, H, W), or of a slice and its neighbours (C, 3, H, W).
+
+        Of ``teacher_channels``, one is shown as a grey picture or as its three slices, three as RGB of the slice.
+        """
+        chosen = list(self.teacher_channels)
+        if not self.sliced:
+            return image[chosen * 3 if len(chosen) == 1 else chosen or slice(None)]
+        return image[chosen, 1] if len(chosen) == 3 else image[chosen[0] if chosen else 0]
+
+    def neighbours(self, index: int) -> np.ndarray:
+        """Return the samples (3,) before, at and after a slice; the ends of a volume are their own neighbours."""
+        return np.clip([index - 1, index, index + 1], self.first[index], self.last[index])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return image (C, H, W), label (1, H, W), () or (F,), uint8 (255 where unlabelled), id, index, has_label."""
+        image, label = (torch.from_numpy(np.array(rows)) for rows in (self.image(index), self.labels[index]))
+        known = bool(self.has_label[index])
+        return {"image": image, "label": label, "id": self.ids[index], "index": index, "has_label": known}
 
     def _decode(self, transform: Callable, on_bad_sample: str, hashes: list[list[str]]) -> None:
         index: defaultdict[str, list[Any]] = defaultdict(list)
