@@ -8,7 +8,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import nibabel
 import numpy as np
@@ -304,28 +304,20 @@ class DecodedDataset(Dataset):
         return image, classes.astype(np.uint8)
 
 
-class Unusable(NamedTuple):
-    """An item that cannot be used, and why in one sentence."""
-
-    id: str
-    reason: str
-
-
 class ReadableDataset(Dataset):
-    """Items and their transform chain; an item that cannot be used is an :class:`Unusable`.
+    """Items and their transform chain; of an item that cannot be used ``{"id": ..., "reason": ...}``.
 
     With ``keep``, what the deterministic chain gives is held in memory.
     """
 
     def __init__(self, data: Sequence[Mapping[str, Any]], transform: Callable, keep: bool = False) -> None:
         self.data, self.transform, self.keep = list(data), transform, keep
-        self._kept: dict[int, dict[str, Any] | Unusable] = {}
-        self._agreement = Agreement()
+        self._kept, self._agreement = dict[int, dict[str, Any]](), Agreement()
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | Unusable:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """Return what the chain gives, or why it gives nothing."""
         item, result = self.data[index], self._kept.get(index)
         if result is None:
@@ -333,18 +325,18 @@ class ReadableDataset(Dataset):
                 result = read_item(item, self.transform)
                 self._agreement.check(result, item)
             except BadSampleError as error:
-                result = Unusable(str(item.get("id", item["image"])), str(error))
+                result = {"id": str(item.get("id", item["image"])), "reason": str(error)}
             if self.keep:
                 self._kept[index] = result
-        return result if isinstance(result, Unusable) else dict(result)
+        return dict(result)
 
 
-def _collate(batch: list[Any]) -> Any:
-    return batch[0] if isinstance(batch[0], Unusable) else list_data_collate(batch)
+def _collate(batch: list[dict[str, Any]]) -> Any:
+    return batch[0] if "reason" in batch[0] else list_data_collate(batch)
 
 
 class ReadableLoader(DataLoader):
-    """Loads one item at a time and lists those that cannot be used in ``skipped``, as ``{"id": ..., "reason": ...}``.
+    """Loads one item at a time and lists those that cannot be used in ``skipped``, see :class:`ReadableDataset`.
 
     Attached to an engine, it ends the run after the usable items; with ``on_bad_sample`` "stop" it then raises an error
     that names the others.
@@ -363,9 +355,9 @@ class ReadableLoader(DataLoader):
         self.skipped.clear()
         waiting: list[Any] = []
         for batch in super().__iter__():
-            if isinstance(batch, Unusable):
-                logger.warning("left out: %s", batch.reason)
-                self.skipped.append(batch._asdict())
+            if "reason" in batch:
+                logger.warning("left out: %s", batch["reason"])
+                self.skipped.append(batch)
                 continue
             yield from waiting
             waiting = [batch]
