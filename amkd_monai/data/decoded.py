@@ -8,7 +8,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -93,22 +93,6 @@ def _samples(array: np.ndarray) -> np.ndarray:
     return array[None] if array.ndim == 3 else array.swapaxes(0, 1)
 
 
-class _Rows:
-    """An ``.npy`` file written row by row: NumPy's header leaves room for the number of rows."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.shape, self.count = file, (), 0
-
-    def append(self, rows: np.ndarray) -> None:
-        """Add rows (n, ...) of one shape and type."""
-        self.shape, self.count = rows.shape[1:], self.count + len(rows)
-        header = {**np.lib.format.header_data_from_array_1_0(rows), "shape": (self.count, *self.shape)}
-        self.file.seek(0)
-        np.lib.format.write_array_header_1_0(self.file, header)
-        self.file.seek(0, 2)
-        self.file.write(np.ascontiguousarray(rows).data)
-
-
 class DecodedDataset(Dataset):
     """A dataset whose files are decoded once by a MONAI transform chain and then read from memory maps.
 
@@ -170,9 +154,9 @@ class DecodedDataset(Dataset):
             hashes.append([joint_hash(images), label])
         ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
         description = describe(transform)
-        self.chain = fingerprint("decoded-4", description)
+        self.chain = fingerprint("decoded-5", description)
         of_labels = [findings] if findings else num_classes
-        key = fingerprint("decoded-4", hashes, ids, description, of_labels, on_bad_sample)
+        key = fingerprint("decoded-5", hashes, ids, description, of_labels, on_bad_sample)
         self.directory = cache_dir / f"decoded-{key[:16]}"
         finished = self.directory / "index.json"
         if not finished.is_file():  # a finished folder may lie on a disk that cannot be written
@@ -188,7 +172,10 @@ class DecodedDataset(Dataset):
         self.axes: str = index["axes"]
         self.has_label, self.has_foreground = (np.array(index[n], bool) for n in ("has_label", "has_foreground"))
         self.first, self.last = (np.array(index[n]) for n in ("first", "last"))
-        self.images, self.labels = (np.load(self.directory / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))
+        self.images, self.labels = (
+            np.memmap(self.directory / f"{name}.u8", np.uint8, "r", shape=(len(self), *index["shapes"][name]))
+            for name in ("images", "labels")
+        )
         self.sliced, self.teacher_channels = self.ids[0] != self.cases[0], tuple(teacher_channels)
         channels = self.images.shape[1]
         if (self.teacher_channels or channels != (1 if self.sliced else 3)) and (
@@ -196,9 +183,10 @@ class DecodedDataset(Dataset):
         ):
             has = f"The images have {channels} channels, teacher_channels are {list(self.teacher_channels)}"
             raise ValueError(f"{has}: give one or three of 0 to {channels - 1} as teacher_channels.")
-        labels = self.labels.astype(int) if self.classifies else self.labels
-        labels = labels @ (1 << np.arange(findings)) if findings else labels
-        self.classes = np.where(self.has_label, labels, -1) if self.classifies else None
+        self.classes = None
+        if self.classifies:
+            number = self.labels.astype(int) @ (1 << np.arange(findings)) if findings else self.labels.astype(int)
+            self.classes = np.where(self.has_label, number, -1)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -237,25 +225,24 @@ class DecodedDataset(Dataset):
 
     def _decode(self, transform: Callable, on_bad_sample: str, hashes: list[list[str]]) -> None:
         index: defaultdict[str, list[Any]] = defaultdict(list)
-        agreement, skipped = Agreement(), []
+        agreement, skipped, shapes = Agreement(), [], dict[str, tuple[int, ...]]()
         with (
             atomic_folder(self.directory, replace=True) as folder,
-            (folder / "images.npy").open("wb") as image_file,
-            (folder / "labels.npy").open("wb") as label_file,
+            (folder / "images.u8").open("wb") as images,
+            (folder / "labels.u8").open("wb") as labels,
         ):
-            images, labels = _Rows(image_file), _Rows(label_file)
             for item, item_hashes in progress(list(zip(self.data, hashes, strict=True)), desc="decode"):
                 try:
                     decoded = read_item(item, transform)
                     agreement.check(decoded, item)
-                    image, label = self._decode_item(item, decoded, images.shape)
+                    image, label = self._decode_item(item, decoded, shapes.get("images", ()))
                 except BadSampleError as error:
                     if on_bad_sample == "stop":
                         raise
                     logger.warning("skipped: %s", error)
                     skipped.append(item["id"])
                     continue
-                count, name = len(image), item["id"]
+                count, name, first = len(image), item["id"], len(index["ids"])
                 foreground = ((label > 0) & (label != UNLABELLED)).reshape(count, -1).any(1)
                 sliced = np.ndim(decoded["image"]) == 4
                 index["ids"] += [f"{name}#{i:03d}" for i in range(count)] if sliced else [name]
@@ -264,13 +251,15 @@ class DecodedDataset(Dataset):
                 index["hashes"] += ["-".join(h[:16] for h in item_hashes)] * count
                 index["has_label"] += ["label" in item] * count
                 index["has_foreground"] += foreground.tolist()
-                index["first"] += [images.count] * count
-                index["last"] += [images.count + count - 1] * count
-                images.append(image)
-                labels.append(label)
-            if not images.count:
+                index["first"] += [first] * count
+                index["last"] += [first + count - 1] * count
+                images.write(image.tobytes())
+                labels.write(label.tobytes())
+                shapes = {"images": image.shape[1:], "labels": label.shape[1:]}
+            if not shapes:
                 raise BadSampleError("No usable image is left: check dataset_dir.")
-            atomic_write_json(folder / "index.json", {**index, "skipped": skipped, "axes": agreement.axes})
+            facts = {"skipped": skipped, "axes": agreement.axes, "shapes": shapes}
+            atomic_write_json(folder / "index.json", {**index, **facts})
 
     def _decode_item(
         self, item: dict[str, Any], decoded: dict[str, Any], size: tuple[int, ...]
