@@ -384,11 +384,9 @@ def describe(value: Any, _above: tuple[int, ...] = ()) -> Any:
     if id(value) in _above or len(_above) > 60:
         return "..."
     inside = functools.partial(describe, _above=(*_above, id(value)))
-    if isinstance(value, enum.Enum):
-        return value.name
     if isinstance(value, (np.ndarray, torch.Tensor, np.generic)):
         return inside(np.asarray(value).tolist())
-    if isinstance(value, (torch.dtype, torch.device, np.dtype, Path)):
+    if isinstance(value, (enum.Enum, torch.dtype, torch.device, np.dtype, Path)):
         return str(value)
     if isinstance(value, Mapping):
         return {str(k): inside(v) for k, v in value.items()}
