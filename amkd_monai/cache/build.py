@@ -330,7 +330,7 @@ def answers_store(
     views: int = 1,
 ) -> FeatureStore:
     """Open the store of answers (N, classes, h, w) of probes and cross-fitted networks to views of a dataset."""
-    key = {**key, **({"views": views} if views > 1 else {}), **_list_key(dataset)}
+    key = {**key, "size": size, **({"views": views} if views > 1 else {}), **_list_key(dataset)}
     arrays = {"logits": ArraySpec((dataset.num_classes, *size), "float16"), **_matrices(views)}
     lists = key, dataset.ids, dataset.hashes, arrays, views, SHARD_SIZE
     directory = stores.store_directory(cache_dir, f"{name}-answers", key)

@@ -15,7 +15,13 @@ from torch import Tensor
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset, as_label_maps
 from amkd_monai.data.splits import fold_of_groups
+from amkd_monai.distillation.interface import Calibration
 from amkd_monai.distillation.losses import one_hot_area
+
+CALIBRATED_ON = 256
+"""Masks, evenly spread over the split, that a calibration is fitted on at most."""
+LEAST_GROUPS = 5
+"""Groups (patients) of which offsets are fitted: those of fewer would be their own."""
 
 WEIGHT_DECAY = 1e-3  # L2 penalty of the probe of cells on standardised features
 WEIGHT_DECAY_POOLED = 100.0  # of pooled vectors, divided by the number of images: there may be fewer than channels
@@ -143,15 +149,21 @@ def pooled_features(store: FeatureStore) -> Tensor:
     return torch.cat([torch.from_numpy(batch.astype(np.float32).mean((2, 3))) for batch in batches])
 
 
-def calibration_temperature(logits: Tensor, targets: Tensor) -> float:
-    """Temperature in [0.25, 8] that minimises the cross entropy of softmax(logits / T) (Guo et al., 2017).
+def fit_calibration(logits: Tensor, targets: Tensor, offsets: bool = False) -> Calibration:
+    """The temperature in [0.25, 8] that minimises the cross entropy of the answers (Guo et al., 2017).
 
-    Logits and targets, fractions of the classes, are (N, classes, h, w).
+    With ``offsets`` also one in [-4, 4] for each class but the first (Platt, 1999): what few labels taught draws too
+    little or too much. A class without target keeps 0. Logits and targets, fractions of the classes, are
+    (N, classes, h, w); cells whose fractions are all 0 don't count.
     """
     log_temperature = torch.zeros((), requires_grad=True)
+    shift = torch.zeros(logits.shape[1], requires_grad=offsets)
+    free = (targets.sum((0, 2, 3)) > 0) & (torch.arange(len(shift)) > 0)
 
     def loss() -> Tensor:
-        return -(targets * F.log_softmax(logits / log_temperature.exp(), dim=1)).sum(1).mean()
+        scaled = logits / log_temperature.exp() + (shift * free)[:, None, None]
+        return -(targets * F.log_softmax(scaled, dim=1)).sum(1).mean()
 
-    _minimise([log_temperature], loss, 50, 100)
-    return float(log_temperature.detach().exp().clamp(0.25, 8.0))
+    _minimise([log_temperature, *([shift] if offsets else [])], loss, 50, 100)
+    own = (shift.detach() * free).clamp(-4, 4).tolist()
+    return Calibration(float(log_temperature.detach().exp().clamp(0.25, 8.0)), tuple(own) if offsets else ())

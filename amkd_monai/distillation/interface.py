@@ -16,6 +16,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What makes answers as sure as they are right: logits / ``temperature`` + ``offsets`` by class, of all if none."""
+
+    temperature: float = 1.0
+    offsets: tuple[float, ...] = ()
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Calibrate logits (B, classes, ...)."""
+        scaled = logits / self.temperature
+        return scaled + logits.new_tensor(self.offsets).view(-1, *[1] * (logits.ndim - 2)) if self.offsets else scaled
+
+    def folded(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``weight`` and ``bias`` of a linear layer or convolution whose answers are then calibrated."""
+        return {"weight": layer["weight"] / self.temperature, "bias": self(layer["bias"][None])[0]}
+
+
+UNCALIBRATED = Calibration()
+
+
+@dataclass(frozen=True)
 class TeacherTarget:
     """A teacher in a run: what it teaches, how good it is, and the stores that hold its targets.
 
@@ -34,7 +54,7 @@ class TeacherTarget:
         fingerprint: hash of the weights and the preprocessing, or of the cross-fitting.
         features: store with ``grid``, or None.
         answers: store with ``logits``, or None.
-        temperature: calibration temperature by which the stored logits are divided, fitted on the validation split.
+        calibration: of the stored logits, fitted on the validation split.
         record: facts for ``run.json``; nothing reads them back.
     """
 
@@ -50,7 +70,7 @@ class TeacherTarget:
     fingerprint: str = ""
     features: FeatureStore | None = None
     answers: FeatureStore | None = None
-    temperature: float = 1.0
+    calibration: Calibration = UNCALIBRATED
     record: Mapping[str, Any] = field(default_factory=dict)
 
 

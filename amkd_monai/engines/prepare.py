@@ -28,6 +28,7 @@ from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.unlabelled import look_unlike
 from amkd_monai.distillation import TeacherTarget
+from amkd_monai.distillation.interface import UNCALIBRATED, Calibration
 from amkd_monai.distillation.losses import UNLABELLED, one_hot_area, soft_cross_entropy
 from amkd_monai.engines import crossfit
 from amkd_monai.engines.crew import Crew, read_crew
@@ -152,7 +153,7 @@ def prepare_teachers(
             with ``own_answers`` False answers another task: a probe on its features answers in its place. The mode
             ``cross_fit`` admits no answers of one with ``cross_fit`` False, whatever their score.
         train: decoded training split, unlabelled samples included.
-        validation: decoded validation split: fits the calibration temperatures.
+        validation: decoded validation split: fits the calibrations of answers.
         student: the undistilled student as it starts; copied, never changed.
         recipe: the run's training recipe.
         epochs: the run's length.
@@ -261,19 +262,20 @@ class _Preparation:
         refuse_other_answers(
             target.name, shape, self.train.num_classes, self.train.findings or int(self.train.classes is not None)
         )
-        temperature = _temperature(of_validation, self.validation)
-        score = self._score(target.answers, temperature)
-        record = {**target.record, **score.record(), "calibration_temperature": round(temperature, 3)}
-        figures: dict[str, Any] = {"mean_error": score.cross_entropy, "score": score.value, "temperature": temperature}
+        calibration = _calibration(of_validation, self.validation)
+        score = self._score(target.answers, calibration)
+        record = {**target.record, **score.record(), "calibration_temperature": round(calibration.temperature, 3)}
+        record |= {"calibration_offsets": [round(o, 3) for o in calibration.offsets]} if calibration.offsets else {}
+        figures: dict[str, Any] = {"mean_error": score.cross_entropy, "score": score.value, "calibration": calibration}
         return replace(target, logits=shape, record=record, **figures), score
 
-    def _score(self, answers: FeatureStore, temperature: float) -> AnswerScore:
+    def _score(self, answers: FeatureStore, calibration: Calibration) -> AnswerScore:
         """Score answers to the training section, unless it was done before: names of folders tell what they hold."""
         memo = Path(self.cache_dir) / "known_scores.json"
         known = read_memo(memo, lambda entry: isinstance(entry, dict) and "value" in entry)
-        key = fingerprint(answers.directory.name, self.train.directory.name, temperature, __version__)
+        key = fingerprint(answers.directory.name, self.train.directory.name, asdict(calibration), __version__)
         if key not in known:
-            score = score_answers(answers, self.train, temperature)
+            score = score_answers(answers, self.train, calibration)
             if np.isfinite([score.value, score.cross_entropy, *score.further.values()]).all():
                 write_memo(memo, {**known, key: asdict(score)})
             return score
@@ -357,20 +359,21 @@ class _Preparation:
             method = crossfit.of_students(self.recipe, length, self.seed, self.device, title)
             of_run = ((self.train,), method, folds, self.seed, self.cache_dir)
             (answers,) = crossfit.cross_fit("student", self.student, *of_run)
-            # Dice of masks knows no temperature; the likelihood of classes does, and teachers are calibrated for it.
-            temperature = 1.0 if self.train.classes is None else _temperature(answers, self.train)
-            score = self._score(answers, temperature)
+            score = self._score(answers, _calibration(answers, self.train))
             if score.value > goal:
                 break
         return score, length
 
 
-def _temperature(answers: FeatureStore, dataset: DecodedDataset) -> float:
-    """Calibration temperature of cached answers on a dataset's labels."""
+def _calibration(answers: FeatureStore, dataset: DecodedDataset) -> Calibration:
+    """Calibration of cached answers on a dataset's labels; that of masks of enough groups has offsets."""
     rows = np.flatnonzero(dataset.has_label)
+    offsets = dataset.classes is None and len({dataset.groups[i] for i in rows}) >= probes.LEAST_GROUPS
+    if dataset.classes is None and len(rows) > probes.CALIBRATED_ON:
+        rows = rows[np.linspace(0, len(rows) - 1, probes.CALIBRATED_ON).astype(int)]
     _, height, width = answers.arrays["logits"].shape
     targets = probes.cell_targets(dataset, rows, dataset.num_classes, (height, width))
-    return probes.calibration_temperature(torch.from_numpy(answers.read("logits", rows)).float(), targets)
+    return probes.fit_calibration(torch.from_numpy(answers.read("logits", rows)).float(), targets, offsets)
 
 
 ADMISSION_MODES = ("cross_fit", "all", "none")
@@ -405,17 +408,17 @@ class AnswerScore:
 
 
 @torch.inference_mode()
-def score_answers(store: FeatureStore, dataset: DecodedDataset, temperature: float = 1.0) -> AnswerScore:
+def score_answers(store: FeatureStore, dataset: DecodedDataset, calibration: Calibration = UNCALIBRATED) -> AnswerScore:
     """Score cached answers (``logits`` (N, classes, h, w)) against the labels.
 
     Masks are scored at the decoded size by Dice, classes of images by their skill 1 - CE / H (McFadden's pseudo R^2):
     0 for an answer that knows only the class frequencies, whose entropy is H, and 1 for the truth. That is the
-    log-likelihood on a scale that does not depend on the data set. ``temperature`` divides the logits.
+    log-likelihood on a scale that does not depend on the data set. ``calibration`` is that of the logits.
     """
     labelled = np.flatnonzero(dataset.has_label)
     if dataset.classes is not None:
         classes = dataset.labels[labelled].astype(int)  # (N,), or (N, F) of findings
-        logits = torch.from_numpy(store.read("logits", labelled)).float()[..., 0] / temperature
+        logits = calibration(torch.from_numpy(store.read("logits", labelled)).float())[..., 0]
         logits = logits if dataset.findings else logits[..., 0]
         cross_entropy = float(F.cross_entropy(logits, torch.from_numpy(classes)))
         skill = 1 - cross_entropy / max(prior_entropy(dataset), 1e-6)
@@ -427,7 +430,7 @@ def score_answers(store: FeatureStore, dataset: DecodedDataset, temperature: flo
     errors: list[float] = []
     for start in range(0, len(labelled), 32):
         rows = labelled[start : start + 32]
-        logits = torch.from_numpy(store.read("logits", rows)).float() / temperature
+        logits = calibration(torch.from_numpy(store.read("logits", rows)).float())
         label = torch.from_numpy(np.stack([dataset.labels[i] for i in rows]))
         target = one_hot_area(label, dataset.num_classes, (logits.shape[-2], logits.shape[-1]))
         errors += soft_cross_entropy(target, logits.log_softmax(1)).flatten(1).mean(1).tolist()

@@ -21,6 +21,7 @@ logger = logging.getLogger("amkd_monai")
 
 LOAD = "amkd_monai.engines.handlers.LoadStudent"
 _OF_THE_WHOLE_RUN = {"@kept_student", LOAD, "ignite.handlers.ProgressBar", "StatsHandler", "TensorBoardStatsHandler"}
+_OF_THE_WHOLE_RUN |= {"amkd_monai.engines.handlers.CalibrateMasks"}
 """Handlers of a bundle that act on its own student's file or on logs; the shared run has its own."""
 
 

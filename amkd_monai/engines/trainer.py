@@ -229,7 +229,7 @@ class TeacherTargets:
                     continue
                 stored = views if store.views > 1 else None
                 values = to_device(store.read(array, indices, 0 if stored is None else stored), device).float()
-                values = values / teacher.temperature if array == "logits" else values
+                values = teacher.calibration(values) if array == "logits" else values
                 warped = theta is not None and stored is None
                 targets[teacher.name][array] = warp(values, theta) if warped else values
         return targets

@@ -163,7 +163,20 @@ def test_the_calibration_temperature_recovers_a_planted_scale(scale):
     logits = 2 * torch.randn((60, 2, 10, 10), generator=rng)
     label = (torch.rand((60, 10, 10), generator=rng) < logits.softmax(1)[:, 1]).long()
     targets = torch.nn.functional.one_hot(label, 2).permute(0, 3, 1, 2).float()
-    assert probes.calibration_temperature(logits * scale, targets) == pytest.approx(scale, rel=0.06)
+    assert probes.fit_calibration(logits * scale, targets).temperature == pytest.approx(scale, rel=0.06)
+
+
+def test_calibration_recovers_planted_offsets_and_leaves_a_class_without_targets_alone():
+    rng = torch.Generator().manual_seed(1)
+    logits, planted = 2 * torch.randn((200, 4, 8, 8), generator=rng), torch.tensor([0.0, 1.5, -1.0, 0.0])
+    logits[:, 3] -= 40  # never drawn, never seen
+    p = (logits / 1.5 + planted[:, None, None]).softmax(1)
+    label = torch.multinomial(p.movedim(1, -1).flatten(0, 2), 1, generator=rng).view(200, 8, 8)
+    found = probes.fit_calibration(logits, torch.nn.functional.one_hot(label, 4).movedim(-1, 1).float(), offsets=True)
+    assert found.temperature == pytest.approx(1.5, rel=0.06) and found.offsets[0] == found.offsets[3] == 0
+    assert found.offsets[1:3] == pytest.approx((1.5, -1.0), abs=0.1)
+    drawn, true = found(logits).softmax(1)[:, 1].sum(), (label == 1).sum()
+    assert float(drawn / true) == pytest.approx(1, abs=0.01)  # what is too little by itself is right in the mean
 
 
 def test_the_calibration_temperature_stays_in_its_range():
@@ -171,9 +184,9 @@ def test_the_calibration_temperature_stays_in_its_range():
     logits[:, 1] = 5.0
     right = torch.zeros(4, 2, 3, 3)
     right[:, 1] = 1
-    assert 0.25 <= probes.calibration_temperature(logits, right) < 1
-    assert probes.calibration_temperature(logits, right.flip(1)) == pytest.approx(8.0)
-    assert probes.calibration_temperature(0 * logits, right) == pytest.approx(1.0)
+    assert 0.25 <= probes.fit_calibration(logits, right).temperature < 1
+    assert probes.fit_calibration(logits, right.flip(1)).temperature == pytest.approx(8.0)
+    assert probes.fit_calibration(0 * logits, right).temperature == pytest.approx(1.0)
 
 
 def test_channel_statistics_are_those_of_numpy(tmp_path):

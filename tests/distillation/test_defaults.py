@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy_problem import make_batch, make_distiller, spec
 
-from amkd_monai.distillation.distiller import DistillationConfig, distillation_strength, kd_temperature
+from amkd_monai.distillation.distiller import DEFAULT_LOSSES, DistillationConfig, distillation_strength, kd_temperature
 from amkd_monai.distillation.gates import AgreementLossGate, LearnedGate
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
@@ -62,12 +62,16 @@ def test_by_default_the_gates_learn_and_nothing_else_is_built():
 @pytest.mark.parametrize("bundle", sorted(path.parent.parent.name for path in BUNDLES.glob("*/configs/train.json")))
 def test_a_bundle_has_the_defaults_of_the_distiller(bundle):
     config = json.loads((BUNDLES / bundle / "configs" / "train.json").read_text())
-    defaults = DistillationConfig()
+    of_masks = "mask_codes" in config
+    defaults = DistillationConfig(
+        losses={"output": 0.5, "overlap": 0.5, "feature": 0.2} if of_masks else DEFAULT_LOSSES
+    )
     for key in ("gate", "gate_options", "losses", "loss_gate", "loss_gate_options", "return_code", "code_channels"):
         assert config[key] == getattr(defaults, key), key
     for key, schedule in (("kd_temperature", kd_temperature), ("loss_strength", distillation_strength)):
         arguments = inspect.signature(schedule).parameters.values()
-        assert config[key] == {p.name: p.default for p in arguments if p.name != "progress"}
+        expected = {p.name: p.default for p in arguments if p.name != "progress"}
+        assert config[key] == expected | ({"start": 1.0, "end": 1.0} if of_masks and key == "kd_temperature" else {})
 
 
 STEPS = [i / 200 for i in range(201)]

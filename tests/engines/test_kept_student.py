@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import IterationEvents
 from torch import nn
 
-from amkd_monai.engines.handlers import AveragedStudent, EarlyStopping, KeptStudent
+from amkd_monai.engines.handlers import AveragedStudent, CalibrateMasks, EarlyStopping, KeptStudent
+from amkd_monai.networks import Student
 
 SCORES = [0.1, 0.5, 0.3]
 
@@ -64,3 +66,47 @@ def test_the_average_of_the_steps_is_validated_and_kept_and_training_goes_on_fro
     state = {"steps": state["steps"], "average": {k: v.clone() for k, v in state["average"].items()}}
     resumed = run(tmp_path / "resumed.pt", "last", decay=0.5, state=state)
     assert resumed[0] == pytest.approx(expected[-2:]) and resumed[2] == kept
+
+
+@pytest.mark.parametrize("groups", [5, 4])
+def test_a_student_that_draws_too_little_is_kept_with_masks_that_are_right_in_the_mean(groups, tmp_path):
+    torch.manual_seed(0)
+    student = Student(num_classes=3, weights="random").eval()
+    image = torch.rand(16, 3, 64, 64)
+    with torch.inference_mode():
+        logits = 3 * (student(image) - student(image).mean((0, 2, 3), keepdim=True))  # what the labels follow
+        student.head.weight.mul_(6)
+        student.head.bias.copy_(
+            6 * (student.head.bias - student(image).mean((0, 2, 3)) / 6) + torch.tensor([0, -4, 2.0])
+        )
+    p = logits.softmax(1).movedim(1, -1).flatten(0, 2)
+    label = torch.multinomial(p, 1).view(16, 1, 64, 64)
+    label[:2, :, :8] = 255  # without label: counts nowhere
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+
+    def step(engine, i):
+        engine.state.output = {"image": image[i : i + 4], "label": label[i : i + 4], "pred": student(image[i : i + 4])}
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+        return engine.state.output
+
+    evaluator = Engine(step)
+    evaluator.register_events(*IterationEvents)
+    evaluator.state.key_metric_name, evaluator.state.metrics = "score", {"score": 0.5}
+    evaluator.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.metrics.setdefault("score", 0.5))
+    CalibrateMasks(student, [str(i % groups) for i in range(16)]).attach(evaluator)
+    KeptStudent(student, tmp_path / "model.pt", "last").attach(evaluator)
+    with torch.no_grad():
+        evaluator.run([0, 4, 8, 12])
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())  # training goes on
+    kept = Student(num_classes=3, weights="random").eval()
+    kept.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    known = label[:, 0] != 255
+    with torch.inference_mode():
+        drawn = [
+            float(net(image).softmax(1).movedim(1, -1)[known].sum(0)[c]) for net in (student, kept) for c in (1, 2)
+        ]
+    true = [int((label == c).sum()) for c in (1, 2)]
+    if groups < 5:  # those of so few would be their own
+        assert drawn[:2] == drawn[2:]
+    else:
+        assert drawn[2:] == pytest.approx(true, rel=0.05) and drawn[0] < 0.5 * true[0]

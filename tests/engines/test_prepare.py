@@ -164,7 +164,7 @@ def test_cross_fitting_never_asks_a_network_about_what_it_has_seen(data, caplog)
     def predict(network, dataset, indices):
         if dataset is train:
             assert not network.groups & {dataset.groups[i] for i in indices if dataset.has_label[i]}
-        return np.zeros((len(indices), 2, 16, 16), dtype=np.float32)
+        return np.zeros((len(indices), 2, 32, 32), dtype=np.float32)
 
     method = crossfit.Method(fit, predict, {"k": 1}, "for ever")
     stores = crossfit.cross_fit("memoriser", Memoriser(), (train, validation), method, 3, 0, str(folder / "memoriser"))
@@ -185,7 +185,7 @@ def test_an_interrupted_cross_fit_keeps_its_finished_folds(data):
         fitted.append(fold)
 
     def predict(network, dataset, indices):
-        return np.zeros((len(indices), 2, 16, 16), dtype=np.float32)
+        return np.zeros((len(indices), 2, 32, 32), dtype=np.float32)
 
     arguments = ((train,), crossfit.Method(fit, predict, {"k": 2}, "twice"), 3, 0, str(folder / "interrupted"))
     with pytest.raises(KeyboardInterrupt):

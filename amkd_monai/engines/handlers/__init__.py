@@ -11,6 +11,7 @@ from amkd_monai.engines.handlers.checkpoints import (
 )
 from amkd_monai.engines.handlers.pictures import CasePreviews, TeacherPictures
 from amkd_monai.engines.handlers.reports import (
+    CalibrateMasks,
     CaseReport,
     ClassPredictions,
     ClassScore,

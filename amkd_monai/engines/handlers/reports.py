@@ -12,17 +12,20 @@ import torch.nn.functional as F
 from ignite.engine import Engine, Events
 from ignite.metrics import EpochMetric
 from monai.data.utils import affine_to_spacing
+from monai.engines import IterationEvents
 from monai.handlers import MLFlowHandler
 from monai.utils import CommonKeys, ImageMetaKey
 from torch import Tensor, nn
 
-from amkd_monai.cache.probes import calibration_temperature
+from amkd_monai.cache.probes import CALIBRATED_ON, LEAST_GROUPS, fit_calibration
 from amkd_monai.data.datasets import get_task
+from amkd_monai.distillation.losses import as_map, class_areas
 from amkd_monai.engines.handlers.checkpoints import Handler
 from amkd_monai.metrics.classification import class_metrics, class_row
 from amkd_monai.metrics.evaluation import figures_of, mask_rows, write_figures
 from amkd_monai.metrics.segmentation import STATUSES
 from amkd_monai.metrics.summary import Row, write_case_csv
+from amkd_monai.networks import Student
 
 logger = logging.getLogger("amkd_monai")
 
@@ -167,6 +170,10 @@ def _numbered(output: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
     return (pred, label) if pred.ndim == 2 else (pred[:, 1], label @ (1 << torch.arange(label.shape[1])))
 
 
+CALIBRATED_SIDE = 32
+"""Pixels of each side of a mask that its calibration is fitted on."""
+
+
 def _stack(output: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
     """Probabilities (B, C) and classes (B,), or of findings (B, 2, F) and labels (B, F), of decollated items."""
     pred = torch.stack([torch.as_tensor(item[CommonKeys.PRED]).float().cpu() for item in output])
@@ -197,9 +204,58 @@ class FitTemperature(Handler):
         p, label = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
         logits = p.clamp_min(1e-12).log()  # logits up to a constant per case
         with torch.enable_grad():
-            fitted = calibration_temperature(logits, F.one_hot(label, p.shape[1]).movedim(-1, 1).float())
+            targets = F.one_hot(label, p.shape[1]).movedim(-1, 1).float()
+            fitted = fit_calibration(as_map(logits), as_map(targets)).temperature
         self.student.temperature.fill_(fitted)
         engine.state.metrics["temperature"] = fitted
+
+
+class CalibrateMasks(Handler):
+    """Calibrate a student of masks on validation, by a temperature and an offset for each foreground class.
+
+    A student of few labels draws too little; an offset of its logits makes its masks right in the mean. Attach to the
+    validation evaluator, before the handler that saves the student: both are folded into the weights of its last layer,
+    which is linear up to its answers, while the student is saved, and taken out behind it. Scores of validation are of
+    the uncalibrated student. ``groups`` are those of the validation split; fewer than
+    :data:`~amkd_monai.cache.probes.LEAST_GROUPS` calibrate nothing, nor does a student of another kind.
+    """
+
+    def __init__(self, student: nn.Module, groups: Sequence[str]) -> None:
+        self.student = student
+        self.is_on = isinstance(student, Student) and len(set(groups)) >= LEAST_GROUPS
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an evaluator."""
+        super().attach(engine)
+        if self.is_on:
+            engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._keep)
+
+    def _epoch_started(self, engine: Engine) -> None:
+        self.outputs: list[tuple[Tensor, Tensor]] = []
+
+    def _keep(self, engine: Engine) -> None:
+        logits, label = (engine.state.output[key].as_subclass(Tensor) for key in (CommonKeys.PRED, CommonKeys.LABEL))
+        step = max(1, logits.shape[-1] // CALIBRATED_SIDE)
+        some = (..., slice(step // 2, None, step), slice(step // 2, None, step))
+        self.outputs.append((logits[some].float().cpu(), label[some].long().cpu()))
+
+    def _epoch_completed(self, engine: Engine) -> None:
+        if self.is_on:
+            logits, label = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
+            some = torch.linspace(0, len(label) - 1, min(len(label), CALIBRATED_ON)).long()
+            logits, label = logits[some], label[some]
+            targets = class_areas(label, logits.shape[1], (logits.shape[-2], logits.shape[-1]))
+            with torch.enable_grad():
+                fitted = fit_calibration(logits, targets, offsets=True)
+            head = self.student.head
+            self.kept = {name: value.clone() for name, value in head.state_dict().items()}
+            head.load_state_dict(fitted.folded(self.kept))
+            offsets = {f"offset_{c}": value for c, value in enumerate(fitted.offsets) if c}
+            engine.state.metrics |= {"temperature": fitted.temperature, **offsets}
+
+    def _completed(self, engine: Engine) -> None:
+        if self.is_on:
+            self.student.head.load_state_dict(self.kept)
 
 
 class EmptyReferences(Handler):
