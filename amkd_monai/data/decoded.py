@@ -82,12 +82,6 @@ def _is_class(label: Any) -> bool:
     return isinstance(label, (int, np.integer)) and not isinstance(label, bool)
 
 
-def as_label_maps(labels: np.ndarray, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Pick labels, masks (N, 1, H, W), classes (N,) or findings (N, F), as maps (n, 1, H, W), (n, 1, F, 1) of F."""
-    picked = np.stack([labels[i] for i in indices])
-    return picked if picked.ndim == 4 else picked.reshape(len(picked), 1, -1, 1)
-
-
 def _samples(array: np.ndarray) -> np.ndarray:
     """Samples (N, C, H, W) of one image (C, H, W) or of the slices of a volume (C, D, H, W)."""
     return array[None] if array.ndim == 3 else array.swapaxes(0, 1)
