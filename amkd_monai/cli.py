@@ -83,9 +83,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--overlay", default="", help="configs on top, such as volumes of bundles/covid")
     export.add_argument("--accept-loss", action="store_true", help="keep 8 bits whatever accuracy they lose")
     export.add_argument("--cases", type=_positive, default=100, help="most validation images to check (default: 100)")
-    export.add_argument(
-        "--calibration", type=_positive, default=32, help="most training images for 8 bits (default: 32)"
-    )
+    export.add_argument("--calibration", type=_positive, default=32, help="images for 8 bits (default: %(default)s)")
     export.add_argument("--set", help="setting of the run, such as ckpt_dir=FOLDER or image_size=128", **SETTING)
 
     push = add("push", _push, "upload a student exported with --formats hub to the Hugging Face hub")
@@ -176,11 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read ``KEY=VALUE`` pairs; a value is JSON, or else text.
-
-    Raises:
-        ValueError: a pair without ``=``.
-    """
+    """Read ``KEY=VALUE`` pairs; a value is JSON, or else text."""
     settings = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -243,11 +237,8 @@ def _new(arguments: argparse.Namespace) -> None:
     classes = [name.strip() for name in arguments.classes.split(",")] if arguments.classes else []
     how = classes, arguments.groups, arguments.kind, arguments.modality
     folder, facts = new_bundle(arguments.name, arguments.data, arguments.to, *how)
-    print(
-        *facts,
-        f"{folder} is ready: python -m monai.bundle run training --config_file {folder}/configs/train.json",
-        sep="\n",
-    )
+    command = f"python -m monai.bundle run training --config_file {folder}/configs/train.json"
+    print(*facts, f"{folder} is ready: {command}", sep="\n")
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
@@ -268,11 +259,8 @@ def _data_check(arguments: argparse.Namespace) -> int:
     how = {key: config.get(key) if value is None else value for key, value in given.items()}
     cache = Path(arguments.cache_dir or bundles / ".cache" / get_task(name).name)
     root, _ = resolve_dataset_dir(name, how["dataset_dir"], cache)
-    split, codes = (
-        SplitOptions(folds=how["folds"], fold=how["fold"] or 0, seed=how["split_seed"] or 0),
-        how["mask_codes"],
-    )
-    report = check_data(name, root, cache, how["data_options"], split, codes)
+    split = SplitOptions(folds=how["folds"], fold=how["fold"] or 0, seed=how["split_seed"] or 0)
+    report = check_data(name, root, cache, how["data_options"], split, codes := how["mask_codes"])
     print(report)
     if usable := [item for item in report.items if item["id"] not in report.damaged]:
         sheet = arguments.sheet or cache / "contact_sheet.png"
@@ -310,16 +298,16 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _push(arguments: argparse.Namespace) -> None:
-    from amkd_monai.export.hub import push
+    from amkd_monai.export.repositories import push
 
     print(f"uploaded to {push(arguments.folder, arguments.repository, arguments.public)}")
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from amkd_monai.export.predict import predict
+    from amkd_monai.export.predict import Predictor, predict
 
-    how = arguments.int8, arguments.threads, arguments.dicom_seg, arguments.dicom_captures
-    return predict(arguments.model, arguments.input, arguments.output, *how)
+    predictor = Predictor(Path(arguments.model), arguments.int8, arguments.threads)
+    return predict(predictor, arguments.input, arguments.output, arguments.dicom_seg, arguments.dicom_captures)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -333,9 +321,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if not data or arguments.overlay:
             raise ValueError(f"{bundle} is an exported student: give --data, and no --overlay.")
         from amkd_monai.export.evaluate import evaluate
+        from amkd_monai.export.predict import Predictor
 
+        predictor = Predictor(bundle, arguments.int8, arguments.threads)
         options, codes = (settings.get(name) for name in ("data_options", "mask_codes"))
-        print(evaluate(bundle, data, Path(output), arguments.seen, options, codes, arguments.int8, arguments.threads))
+        print(evaluate(predictor, data, Path(output), arguments.seen, options, codes))
         return
     if arguments.int8 or arguments.threads:
         raise ValueError(f"{bundle} is not an exported student: leave out --int8 and --threads.")
@@ -367,10 +357,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     for package in ("fastapi", "uvicorn", "python_multipart"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"serve needs {package}: run `pip install 'amkd_monai[serve]'`.")
+    from amkd_monai.export.predict import Predictor
     from amkd_monai.export.serve import serve
 
-    how = arguments.host, arguments.port, arguments.limit, arguments.int8, arguments.threads
-    serve(arguments.model, *how)
+    predictor = Predictor(Path(arguments.model), arguments.int8, arguments.threads)
+    serve(predictor, arguments.host, arguments.port, arguments.limit)
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -389,8 +380,7 @@ def _cache_verify(arguments: argparse.Namespace) -> int:
     from amkd_monai.cache.build import verify_store
     from amkd_monai.cache.inventory import find_stores
 
-    found = find_stores(arguments.folder)
-    wrong = 0
+    found, wrong = find_stores(arguments.folder), 0
     for entry in found:
         faults, how = [entry.fault], "not opened"
         if entry.store is not None:
@@ -406,8 +396,7 @@ def _cache_verify(arguments: argparse.Namespace) -> int:
 def _cache_prune(arguments: argparse.Namespace) -> None:
     from amkd_monai.cache.inventory import find_stores, prune, useless
 
-    found = find_stores(arguments.folder)
-    reasons = useless(found)
+    reasons = useless(found := find_stores(arguments.folder))
     removed = [entry for entry in found if entry.directory in reasons]
     for entry in removed:
         print(f"{entry.directory} ({entry.size / 1e6:.1f} MB): {reasons[entry.directory]}")

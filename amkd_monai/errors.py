@@ -1,8 +1,12 @@
-"""Errors as one sentence at the terminal."""
+"""Errors as one sentence at the terminal; classes and options that are asked for by name."""
 
+import importlib
+import inspect
 import sys
 import traceback
+from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import Any
 
 from amkd_monai.terminal import print_any_name
 
@@ -40,3 +44,28 @@ def report_plainly() -> None:
             previous(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any], arguments: int = 0) -> None:
+    """Raise a ValueError for options that a function or class does not take after its first ``arguments``."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*[None] * arguments, **options)
+    except TypeError as error:
+        takes = ", ".join(list(signature.parameters)[arguments:]) or "none"
+        raise ValueError(f"The {what} has options that do not fit ({error}): it takes {takes}.") from error
+
+
+def class_of(what: str, mode: str, known: Mapping[str, type | str], base: type) -> Any:
+    """Return the class derived from ``base`` that is chosen by name or by its dotted path, or raise a ValueError."""
+    chosen = known.get(mode, mode)
+    if isinstance(chosen, str):
+        module, _, name = chosen.rpartition(".")
+        try:
+            chosen = getattr(importlib.import_module(module or "."), name)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            others = f"use one of {', '.join(known)}, or the dotted path of a class"
+            raise ValueError(f"There is no {what} '{mode}' ({error}): {others}.") from error
+    if not (inspect.isclass(chosen) and issubclass(chosen, base)):
+        raise ValueError(f"The {what} '{mode}' must derive from {base.__module__}.{base.__name__}: change its class.")
+    return chosen

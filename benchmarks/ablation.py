@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bundle_runner import BEST, ROOT, Setting, main, options
+from bundle_runner import BEST_MASKS, ROOT, Setting, main, options
 from results import FEATURES_ONLY, HEART, HEART_DATA, HEART_FOLD
 from torch import Tensor, nn
 
@@ -31,7 +31,10 @@ FULL: dict[str, Any] = {
 """Everything switched on."""
 SCALED = {"loss_gate": "scaled"}
 """The loss gate that weighs nothing anew: what the other gates are compared with."""
-FIXED = {"specialist": 0.4, "lite2": 0.4, "constant": 0.1, "noise": 0.1}
+FIXED: dict[str, Any] = {
+    "gate": "benchmarks.ablation_gates.FixedGate",
+    "gate_options": {"weights": {"specialist": 0.4, "lite2": 0.4, "constant": 0.1, "noise": 0.1}},
+}
 """Weights of somebody who knows roughly which teachers are good."""
 
 
@@ -80,9 +83,9 @@ def polyps(planted: dict[str, str]) -> dict[str, Setting]:
     without_decoder = {**FULL, "return_code": "none", "losses": {"output": 1.0, "feature": 0.2, "contrastive": 0.1}}
     without_crd = {**FULL, "losses": {"output": 1.0, "feature": 0.2, "reconstruction": 0.1}}
     arms: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
-        "best_single": (good + bad, {**SCALED, "gate": "best_single"}),
+        "best_single": (good + bad, {**SCALED, "gate": "benchmarks.ablation_gates.BestSingleGate"}),
         "uniform": (good + bad, {**SCALED, "gate": "uniform", "admission": every}),
-        "fixed": (good + bad, {**SCALED, "gate": "fixed", "gate_options": {"weights": FIXED}, "admission": every}),
+        "fixed": (good + bad, {**SCALED, **FIXED, "admission": every}),
         "reliability": (good + bad, {**SCALED, "gate": "reliability"}),
         "reliability_all_admitted": (good + bad, {**SCALED, "gate": "reliability", "admission": every}),
         "default_good_teachers": (good, {}),
@@ -96,7 +99,7 @@ def polyps(planted: dict[str, str]) -> dict[str, Setting]:
         "learned_without_loss_gate": (good + bad, {**FULL, **SCALED}),
         "paper": (good + bad, PAPER),
     }
-    common = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, **BEST}
+    common = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, **BEST_MASKS}
     result: dict[str, Setting] = {}
     for label, extra in (("12", {"labelled": 12}), ("all", {})):
         base = {**common, "max_epochs": 40, **extra}

@@ -35,8 +35,6 @@ class Augmentation:
         offset: largest added intensity, in [0, 1] units.
         colour: largest relative gain change per channel.
         gamma: largest relative change of the exponent, e.g. 0.4 for x^(1/1.4) to x^1.4.
-        mixup: probability that the images of a batch are blended in pairs (Zhang et al., 2018).
-        cutmix: probability that each shows a rectangle of another one (Yun et al., 2019).
         together: samples, one after another, that are changed alike: the slices of a patch.
     """
 
@@ -49,18 +47,7 @@ class Augmentation:
     offset: float = 0.0
     colour: float = 0.0
     gamma: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
     together: int = 1
-
-    def __post_init__(self) -> None:
-        if min(self.mixup, self.cutmix) < 0 or self.mixup + self.cutmix > 1:
-            raise ValueError(f"mixup is {self.mixup}, cutmix {self.cutmix}: give probabilities of at most 1 in sum.")
-
-    @property
-    def mixes(self) -> bool:
-        """Whether images are mixed at times."""
-        return self.mixup + self.cutmix > 0
 
     def check_features(self, accepted: str) -> None:
         """Refuse geometric changes that make warped cached feature maps worse than ``accepted``, of ``VALIDITIES``."""
@@ -104,60 +91,6 @@ class Augmentation:
         gamma = torch.exp(draw[:, 5] * math.log1p(self.gamma))
         image = image.clamp_min(0) ** gamma[:, None, None, None]
         return (image * gain[:, :, None, None] + self.offset * draw[:, 4, None, None, None]).clamp(0, 1)
-
-    def mixture(
-        self, has_label: Tensor, size: tuple[int, int], generator: torch.Generator, device: torch.device
-    ) -> Mixture | None:
-        """Draw how a batch of images of (H, W) is mixed, those with a label (B,) among themselves; None if not."""
-        if not self.mixes:
-            return None
-        draw, share, top, left = torch.rand(4, generator=generator).tolist()
-        share /= 2  # of the other image; the larger part stays
-        if draw >= self.mixup + self.cutmix:
-            return None
-        part = torch.full((1, 1, *size), share, device=device)
-        if cut := draw >= self.mixup:
-            height, width = (round(side * math.sqrt(share)) for side in size)
-            y, x = round(top * (size[0] - height)), round(left * (size[1] - width))
-            part.zero_()[..., y : y + height, x : x + width] = 1
-            share = height * width / (size[0] * size[1])
-        partner = torch.arange(len(has_label))
-        for rows in (has_label.nonzero()[:, 0], (~has_label).nonzero()[:, 0]):
-            partner[rows] = rows.roll(1)
-        return Mixture(partner.to(device), part, share, cut)
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """How each image of a batch is mixed with another one, and all that belongs to it alike.
-
-    Attributes:
-        partner: index of the other image of each (B,).
-        part: of the other image in each pixel (1, 1, H, W).
-        share: of the other image, the mean of ``part``.
-        cut: whether every pixel is of one image alone.
-    """
-
-    partner: Tensor
-    part: Tensor
-    share: float
-    cut: bool
-
-    def maps(self, maps: Tensor) -> Tensor:
-        """Mix maps (B, C, h, w), by the area that the other image has in a cell."""
-        size = maps.shape[-2:] if maps.shape[-1] > 1 else (1, 1)
-        return torch.lerp(maps, maps[self.partner], F.adaptive_avg_pool2d(self.part, size).to(maps))
-
-    def logits(self, logits: Tensor) -> Tensor:
-        """Mix the probabilities of answers (B, classes, h, w); returns their logarithms."""
-        return self.maps(logits.softmax(1)).clamp_min(1e-7).log()
-
-    def labels(self, label: Tensor) -> tuple[Tensor, Tensor | None, float]:
-        """Mix labels of :class:`Batch`: the label, and the other with its share where both count."""
-        other = label[self.partner]
-        if self.cut and label.ndim == 4:
-            return torch.where(self.part > 0, other, label), None, 0.0
-        return label, other, self.share
 
 
 def warp(maps: Tensor, theta: Tensor, mode: str = "bilinear") -> Tensor:

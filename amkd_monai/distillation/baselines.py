@@ -1,13 +1,8 @@
-"""Gates for comparison: without knowledge of the labels, and those of the published system.
-
-Nothing here is a default. A mode is chosen by its name in the tables at the end, or by a dotted path as any class of
-your own is.
-"""
+"""Gates for comparison, no defaults: without knowledge of the labels, and those of the published system."""
 
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amkd_monai.distillation import gates
@@ -20,40 +15,6 @@ class UniformGate(TeacherGate):
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
         """Weights (B, K, h, w), 0 for a teacher that is not available (K,)."""
         return gates.uniform(reading.errors, available).detach()
-
-
-class FixedGate(TeacherGate):
-    """Given weights, {teacher: weight >= 0}; a ValueError if one is missing or all are 0."""
-
-    def __init__(self, setup: GateSetup, weights: Mapping[str, float] | None = None) -> None:
-        super().__init__(setup)
-        names, given = [t.name for t in self.teachers], dict(weights or {})
-        if names and (set(given) != set(names) or min(given.values()) < 0 or max(given.values()) <= 0):
-            needed = f"one weight >= 0 for each of {', '.join(names)}, not all 0"
-            raise ValueError(f"The teacher gate 'fixed' needs {needed}: give them as gate_options.weights.")
-        self.given = [float(given[name]) for name in names]
-
-    def weights(self, reading: GateReading, available: Tensor) -> Tensor:
-        """The given weights (B, K, h, w), shared among the available teachers in proportion."""
-        masked = torch.tensor(self.given, device=available.device) * available
-        weights = masked / masked.sum(-1, keepdim=True).clamp_min(1e-12)
-        return weights[..., None, None].expand_as(reading.errors)
-
-
-class BestSingleGate(TeacherGate):
-    """The available teacher of the highest cross-fitted score alone; a ValueError if none has a score."""
-
-    def __init__(self, setup: GateSetup) -> None:
-        super().__init__(setup)
-        if self.teachers and all(t.score is None for t in self.teachers):
-            raise ValueError("The teacher gate 'best_single' needs scores, no teacher has answers: use another gate.")
-        self.scores = [-torch.inf if t.score is None else float(t.score) for t in self.teachers]
-
-    def weights(self, reading: GateReading, available: Tensor) -> Tensor:
-        """1 for the best available teacher (B, K, h, w), 0 where none has a score."""
-        ranked = torch.where(available.bool(), torch.tensor(self.scores, device=available.device), -torch.inf)
-        chosen = F.one_hot(ranked.argmax(-1), ranked.shape[-1]) * torch.isfinite(ranked.max(-1, keepdim=True).values)
-        return chosen.float()[..., None, None].expand_as(reading.errors)
 
 
 class PaperGate(TeacherGate):
@@ -87,11 +48,7 @@ class FixedLossGate(LossGate):
 
 
 class PaperLossGate(LossGate):
-    """As published: initial weights times softmax(gate(f) / 2) over all losses and the task, trained end to end.
-
-    It minimises what it weighs, so the weight flows to the smallest loss. ``priors`` and ``task`` are the
-    initial weights of the losses and of the task.
-    """
+    """As published: initial weights times softmax(gate(f) / 2), trained by the losses that it weighs."""
 
     def __init__(
         self, priors: Mapping[str, float], warmup_steps: int = 100, channels: int = 0, task: float = 1.0
@@ -108,5 +65,5 @@ class PaperLossGate(LossGate):
         return {n: factor if n == "task" else strength * factor for n, factor in factors.items()}
 
 
-GATES = {"uniform": UniformGate, "fixed": FixedGate, "best_single": BestSingleGate, "paper": PaperGate}
+GATES = {"uniform": UniformGate, "paper": PaperGate}
 LOSS_GATES = {"fixed": FixedLossGate, "paper": PaperLossGate}

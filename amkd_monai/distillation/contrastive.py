@@ -10,23 +10,17 @@ from torch import Tensor, nn
 
 from amkd_monai.distillation.interface import Counter
 
-COOLEST, WARMEST = 0.03, 0.3
-"""Range of the temperature."""
+COOLEST, WARMEST = 0.03, 0.3  # range of the temperature
 
 
 @dataclass(frozen=True)
 class SampleTable:
-    """What contrastive distillation must know of the whole training dataset of n samples.
+    """What contrastive distillation must know of the whole training dataset of n samples."""
 
-    Attributes:
-        vectors: {teacher: pooled features (n, C)}.
-        groups: (n,) integers; samples of one group (image, patient, volume, duplicates) are never negatives of
-            each other.
-        classes: (n,) class per sample, -1 where unknown; None for masks. Equal classes are never negatives.
-    """
-
-    vectors: Mapping[str, Tensor]
+    vectors: Mapping[str, Tensor]  # {teacher: pooled features (n, C)}
+    # (n,) integers; samples of one group (image, patient, volume, duplicates) are never negatives of each other
     groups: Tensor
+    # (n,) class per sample, -1 where unknown; None for masks. Equal classes are never negatives.
     classes: Tensor | None = None
 
 
@@ -44,8 +38,8 @@ def contrastive_loss(similar: Tensor, own: Tensor, eligible: Tensor, temperature
 class ContrastiveDistillation(Counter):
     """Heads from the pooled student map to each teacher's pooled standardised vectors, and the negatives.
 
-    The vectors of all samples are on the device, and up to ``negatives`` of them are drawn for each sample in every
-    step. The table is not part of the state; the temperature, trained if ``learnable``, and the count of steps are.
+    Up to ``negatives`` samples are drawn for each sample in every step. The temperature, trained if ``learnable``, and
+    the count of steps are part of the state; the table of vectors is not.
     """
 
     def __init__(
@@ -83,8 +77,7 @@ class ContrastiveDistillation(Counter):
     def forward(self, features: Tensor, index: Tensor | None) -> dict[str, Tensor]:
         """Compute the loss of each teacher, {teacher: (B,)}, of a student map (B, C, h, w).
 
-        ``index`` is the position of each sample in the training dataset (B,); one that is missing or outside it is a
-        ValueError. When a step was counted, other negatives are drawn.
+        ``index`` is the position of each sample in the training dataset (B,). Each counted step draws new negatives.
         """
         if index is None:
             raise ValueError("Contrastive distillation needs the index of each sample: give the batch its index.")

@@ -14,25 +14,16 @@ from torch.func import functional_call
 from amkd_monai.distillation import baselines, gates, losses
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
 from amkd_monai.distillation.gates import GateReading, LossGate, ScaledLossGate, SharedGradients, TeacherGate
-from amkd_monai.distillation.interface import (
-    INTERVAL,
-    Batch,
-    DistillationOutput,
-    Faults,
-    TeacherTarget,
-    check_options,
-    mode_class,
-)
+from amkd_monai.distillation.interface import INTERVAL, Batch, DistillationOutput, Faults, TeacherTarget
+from amkd_monai.errors import check_options, class_of
 
 logger = logging.getLogger("amkd_monai")
 
 DEFAULT_LOSSES = {"output": 1.0, "feature": 0.2}
-ANSWER_LOSSES = ("output", "overlap", "relation", "standardised")
+ANSWER_LOSSES = ("output", "overlap")
 RETURN_CODES = ("none", "learned")
-STUDENT_STRIDES = (8, 16)
-"""Student levels that are aligned with a teacher (two, summed)."""
-SHARED_STRIDE = 16
-"""Student level that gates and contrastive heads see, and where gradients are compared."""
+STUDENT_STRIDES = (8, 16)  # student levels that are aligned with a teacher (two, summed)
+SHARED_STRIDE = 16  # student level that gates and contrastive heads see, and where gradients are compared
 
 
 def kd_temperature(progress: float, start: float = 2.0, end: float = 2.0, shape: str = "linear") -> float:
@@ -61,11 +52,9 @@ def _two_layers(channels: int, hidden: int, out_channels: int) -> list[nn.Module
 
 
 class Alignment(nn.Module):
-    """Sum over student levels of LayerNorm, 1x1, GELU, 1x1, at the teacher's grid.
+    """Sum over student levels, {stride: channels}, of LayerNorm, 1x1, GELU, 1x1, at the teacher's grid.
 
-    The student is resized to the teacher's grid, the teacher's map never is. A finer level is area-pooled before it is
-    projected, a coarser one is projected before it is made larger: each is projected where it has fewer cells.
-    ``channels`` maps the strides of the student levels used to their channels; the teacher has ``out_channels``.
+    A finer level is area-pooled before it is projected, a coarser one is projected before it is made larger.
     """
 
     def __init__(self, channels: Mapping[int, int], out_channels: int, hidden: int = 128) -> None:
@@ -111,11 +100,7 @@ class LearnedCode(nn.Module):
         return self.encoder(target)
 
     def autoencoder_loss(self, target: Tensor) -> Tensor:
-        """Reconstruction of features (B, C, h, w) from their own code; trains encoder and decoder alone.
-
-        Both treat all cells alike and augmentation moves the image under the grid, so every second row and column of
-        cells is enough: a quarter of the work. Returns (B, ceil(h / 2), ceil(w / 2)).
-        """
+        """Reconstruction (B, ceil(h/2), ceil(w/2)) of every second cell of features (B, C, h, w) from their code."""
         cells = target.detach()[..., ::2, ::2].contiguous(memory_format=torch.channels_last)
         return losses.reconstruction_loss(self.decoder(self.encoder(cells)), cells)
 
@@ -127,34 +112,26 @@ class LearnedCode(nn.Module):
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """What is distilled and how it is weighed: the settings of a run, under the names they have in ``train.json``.
+    """What is distilled and how it is weighed: the settings of a run, under the names they have in ``train.json``."""
 
-    Attributes:
-        gate: of the teachers: a name in :data:`gates.GATES` or :data:`baselines.GATES`, or the dotted path of a class.
-        gate_options: of that gate, e.g. ``floor``, ``temperature``; ``tasks``: number of data sets that share it.
-        losses: relative importance of the :data:`LOSSES`; 0 or absence switches one off.
-        loss_gate: a name in :data:`gates.LOSS_GATES` or :data:`baselines.LOSS_GATES`, or a dotted path.
-        loss_gate_options: of that gate.
-        scale_steps: steps over which loss scales are measured before they freeze.
-        return_code: ``none`` compares features directly; ``learned`` compares them in a code, from which they can be
-            reconstructed (:class:`LearnedCode`).
-        code_channels: size of the code at most.
-        contrastive: options of :class:`~amkd_monai.distillation.contrastive.ContrastiveDistillation`.
-        kd_temperature: options of :func:`kd_temperature`.
-        loss_strength: options of :func:`distillation_strength`.
-    """
-
+    # of the teachers: a name in :data:`gates.GATES` or :data:`baselines.GATES`, or the dotted path of a class.
     gate: str = "learned"
+    # of that gate, e.g. ``floor``, ``temperature``; ``tasks``: number of data sets that share it.
     gate_options: Mapping[str, Any] = field(default_factory=dict)
+    # relative importance of the :data:`LOSSES`; 0 or absence switches one off
     losses: Mapping[str, float] = field(default_factory=DEFAULT_LOSSES.copy)
+    # a name in :data:`gates.LOSS_GATES` or :data:`baselines.LOSS_GATES`, or a dotted path.
     loss_gate: str = "agreement"
-    loss_gate_options: Mapping[str, Any] = field(default_factory=dict)
-    scale_steps: int = 100
+    loss_gate_options: Mapping[str, Any] = field(default_factory=dict)  # of that gate
+    scale_steps: int = 100  # steps over which loss scales are measured before they freeze
+    # ``none`` compares features directly; ``learned`` compares them in a code, from which they can be reconstructed
+    # (:class:`LearnedCode`)
     return_code: str = "none"
-    code_channels: int = 64
+    code_channels: int = 64  # size of the code at most
+    # options of :class:`~amkd_monai.distillation.contrastive.ContrastiveDistillation`.
     contrastive: Mapping[str, Any] = field(default_factory=dict)
-    kd_temperature: Mapping[str, Any] = field(default_factory=dict)
-    loss_strength: Mapping[str, float] = field(default_factory=dict)
+    kd_temperature: Mapping[str, Any] = field(default_factory=dict)  # options of :func:`kd_temperature`
+    loss_strength: Mapping[str, float] = field(default_factory=dict)  # options of :func:`distillation_strength`
 
     def __post_init__(self) -> None:
         if unknown := set(self.losses) - set(LOSSES):
@@ -180,11 +157,11 @@ class DistillationConfig:
 
     @property
     def _gate_class(self) -> type[TeacherGate]:
-        return mode_class("teacher gate", self.gate, {**gates.GATES, **baselines.GATES}, TeacherGate)
+        return class_of("teacher gate", self.gate, {**gates.GATES, **baselines.GATES}, TeacherGate)
 
     @property
     def _loss_gate_class(self) -> type[LossGate]:
-        return mode_class("loss gate", self.loss_gate, {**gates.LOSS_GATES, **baselines.LOSS_GATES}, LossGate)
+        return class_of("loss gate", self.loss_gate, {**gates.LOSS_GATES, **baselines.LOSS_GATES}, LossGate)
 
     def make_gate(self, teachers: Sequence[TeacherTarget], prior_entropy: float, channels: int) -> TeacherGate:
         """Return the teacher gate; ``prior_entropy`` in nats, ``channels`` of the student map that it may look at."""
@@ -209,17 +186,14 @@ class DistillationConfig:
         offered = dict.fromkeys(("feature", "reconstruction"), any(t.grid is not None for t in teachers))
         admitted = [t.logits for t in teachers if t.admitted and t.logits is not None]
         offered |= dict.fromkeys(ANSWER_LOSSES, bool(admitted))
-        if self.losses.get("standardised") and any(shape[0] < 3 for shape in admitted):
-            raise ValueError("The loss 'standardised' compares three classes or more, two are +-1: leave it out.")
         if self.losses.get("overlap") and any(shape[-1] == 1 for shape in admitted):
             raise ValueError("The loss 'overlap' compares masks, these answers are about whole images: leave it out.")
         offered["contrastive"] = samples is not None and bool(samples.vectors)
         chosen = {name: prior if offered[name] else 0.0 for name, prior in self.losses.items()}
         if not any(chosen.values()):
             raise ValueError("No teacher has what the `losses` compare, or is admitted: change them or the teachers.")
-        for name, prior in self.losses.items():
-            if prior and not offered[name]:
-                logger.warning("No teacher offers what the loss '%s' needs: this run leaves it out.", name)
+        if left_out := [name for name, prior in self.losses.items() if prior and not offered[name]]:
+            logger.warning("No teacher serves the losses %s: this run leaves them out.", " and ".join(left_out))
         return chosen
 
 
@@ -266,7 +240,6 @@ class Distiller(nn.Module):
         config: what is distilled and how it is weighed.
         samples: table of the training dataset, for the contrastive loss.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
-        class_weights: (C,) factors of the classes in the task's cross entropy, where an image has one class.
     """
 
     def __init__(
@@ -277,11 +250,9 @@ class Distiller(nn.Module):
         config: DistillationConfig | None = None,
         samples: SampleTable | None = None,
         batch_dice: bool = False,
-        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.student, self.teachers, self.batch_dice = student, list(teachers), batch_dice
-        self.register_buffer("class_weights", class_weights, persistent=False)
         self.config = config or DistillationConfig()
         self.faults, self._until_read = Faults(), 0
         self.loss_priors = self.config.priors(self.teachers, samples)
@@ -319,7 +290,7 @@ class Distiller(nn.Module):
         logits = self.student.decode(levels, list(batch.image.shape[-2:]))
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
-            named = {"task": batch.by_label(partial(self._task_loss, batch, logits))}
+            named = {"task": self._task_loss(batch, logits)}
             weights: dict[str, Tensor] = {}
             figures: dict[str, float | Tensor] = {}
             view: Tensor | None = None
@@ -348,12 +319,12 @@ class Distiller(nn.Module):
         plain = {name: f.detach() if isinstance(f, Tensor) else f for name, f in factors.items()}
         return DistillationOutput(total, named, plain, weights, logits, figures)
 
-    def _task_loss(self, batch: Batch, logits: Tensor, label: Tensor) -> Tensor:
-        """The supervised loss of the labelled samples by one label of the batch."""
-        label = batch.labelled(label)
+    def _task_loss(self, batch: Batch, logits: Tensor) -> Tensor:
+        """The supervised loss of the labelled samples."""
+        label = batch.labelled(batch.label)
         losses.note_classes(self.faults, label, logits.shape[1])
         label = label.clamp(0, logits.shape[1] - 1)  # indexing by another class would end the process on a GPU
-        return losses.task_loss(batch.labelled(logits), label, self.batch_dice, self.class_weights)
+        return losses.task_loss(batch.labelled(logits), label, self.batch_dice)
 
     @torch.no_grad()
     def teacher_maps(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -459,8 +430,6 @@ def _contrastive_maps(distiller: Distiller, seen: _Seen) -> dict[str, Tensor]:
 LOSSES: dict[str, Callable[[Distiller, _Seen], dict[str, Tensor]]] = {
     "output": partial(_answer_maps, losses.output_loss),
     "overlap": partial(_answer_maps, losses.overlap_loss),
-    "relation": partial(_answer_maps, losses.relation_loss),
-    "standardised": partial(_answer_maps, losses.standardised_loss),
     "feature": _feature_maps,
     "reconstruction": _reconstruction_maps,
     "contrastive": _contrastive_maps,

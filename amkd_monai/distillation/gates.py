@@ -1,15 +1,12 @@
 """Gates: the weight of each teacher per sample and location, and of each distillation loss.
 
 Reliability is grounded in labels, so a teacher can't win by being easy to imitate. An abstain slot takes the weight
-where every teacher is worse than the label prior; a floor keeps every available teacher alive. The learned gate
-predicts reliability from the student's features, so that it needs no label. The factors
-of the losses are relative to the task, whose own factor is always exactly 1.
+where every teacher is worse than the label prior; a floor keeps every available teacher alive.
 """
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +19,7 @@ from amkd_monai.distillation.losses import pool_finer, to_grid
 logger = logging.getLogger("amkd_monai")
 
 TASK_EMBEDDING = 8
-UNUSABLE = -1e9
-"""Score in place of minus infinity: a row without any teacher gives no NaN, nor does its gradient."""
+UNUSABLE = -1e9  # score in place of minus infinity: a row without any teacher gives no NaN, nor does its gradient
 
 
 def box_smooth(errors: Tensor) -> Tensor:
@@ -105,10 +101,7 @@ class GateNetwork(nn.Module):
 
 
 def gate_log_probabilities(scores: Tensor, available: Tensor) -> Tensor:
-    """Log-softmax of scores (B, K or K + 1, h, w) over the available teachers (K,) and, if scored, the abstention.
-
-    Finite and very low where a slot may not be used.
-    """
+    """Log-softmax of scores (B, K or K + 1, h, w) over the available teachers (K,) and, if scored, the abstention."""
     return torch.log_softmax(torch.where(_usable(scores, available), scores, UNUSABLE), dim=1)
 
 
@@ -169,10 +162,9 @@ class GateReading:
 class TeacherGate(nn.Module):
     """Weights (B, K, h, w) of the teachers on the gate's grid, the coarsest grid among their targets.
 
-    Call :meth:`measure` once per batch, then :meth:`weights` per loss. A gate of your own derives from this class; its
-    dotted path is the mode, and what its constructor takes after ``setup`` are its options.
-
-    A gate that ``looks`` sees the student: its features, and how similar they are to each teacher's.
+    Call :meth:`measure` once per batch, then :meth:`weights` per loss. A gate of your own derives from this class: its
+    dotted path is the mode, what its constructor takes after ``setup`` are its options. One that ``looks`` sees the
+    student: its features, and how similar they are to each teacher's.
     """
 
     mean_errors: Tensor
@@ -199,10 +191,7 @@ class TeacherGate(nn.Module):
     def measure(
         self, batch: Batch, answers: Mapping[str, Tensor], classes: int, features: Tensor, cosines: Mapping[str, Tensor]
     ) -> GateReading:
-        """Look at a batch: at answers {teacher: logits (B, classes, h, w)} and, if the gate looks, at the student.
-
-        That is its map (B, C, h, w) and {teacher: cosine (B, h, w)} of those whose features are compared.
-        """
+        """Look at answers {teacher: (B, classes, h, w)}, student map (B, C, h, w) and cosines {teacher: (B, h, w)}."""
         scores = None
         if self.looks:
             nothing = features.new_zeros((len(features), *self.grid))
@@ -214,14 +203,13 @@ class TeacherGate(nn.Module):
     def _errors(self, batch: Batch, answers: Mapping[str, Tensor], classes: int) -> Tensor:
         """Cross entropy of each teacher's answer against the label at the gate's grid (B, K, h, w), nats.
 
-        Without a label a teacher's mean error over the labelled training samples stands in; a teacher that gives no
-        answers counts as one that knows nothing.
+        Its mean over the labelled training samples where there is no label; without answers, of knowing nothing.
         """
         means = self.mean_errors[None, :, None, None].repeat(len(batch.label), 1, *self.grid).unbind(1)
         errors = dict(zip((t.name for t in self.teachers), means, strict=True))
         for size, group in losses.by_size(answers).items():
             log_probabilities = torch.stack(list(group.values())).float().log_softmax(2)  # (teachers, B, classes, h, w)
-            areas = batch.by_label(partial(_areas, batch, classes, size))
+            areas = _areas(batch, classes, size)
             measured = losses.area_logits(losses.soft_cross_entropy(areas, log_probabilities), self.grid)
             for name, error in zip(group, measured, strict=True):
                 errors[name] = torch.where(batch.known[:, None, None], error, errors[name])
@@ -240,17 +228,14 @@ class TeacherGate(nn.Module):
         raise NotImplementedError
 
 
-def _areas(batch: Batch, classes: int, size: tuple[int, int], label: Tensor) -> Tensor:
-    """Area fractions (B, classes, h, w) of a label of a batch; those of samples without a label mean nothing."""
-    known = losses.label_map(label)
+def _areas(batch: Batch, classes: int, size: tuple[int, int]) -> Tensor:
+    """Area fractions (B, classes, h, w) of the labels of a batch; those of samples without a label mean nothing."""
+    known = losses.label_map(batch.label)
     return losses.class_areas(known if batch.rows is None else known * batch.known[:, None, None, None], classes, size)
 
 
 class ReliabilityGate(TeacherGate):
-    """Softmax of negative errors against the label, with abstention; its weights have no gradient.
-
-    The part ``floor`` is spread evenly over the available teachers, so that none is ever switched off.
-    """
+    """Softmax of negative errors against the label, with abstention; all available teachers share a part ``floor``."""
 
     def __init__(self, setup: GateSetup, floor: float = 0.1, temperature: float = 0.25) -> None:
         super().__init__(setup)
@@ -303,11 +288,7 @@ GATES: dict[str, type[TeacherGate]] = {"learned": LearnedGate, "reliability": Re
 
 
 class SharedGradients(Counter):
-    """Measure, every ``every`` steps from the first, what each loss asks of the student's shared map.
-
-    Gradients with respect to all parameters would cost several times a step; at one map they cost a part of a step,
-    and that only now and then. The steps are counted in the state, so a resumed run measures in the same ones.
-    """
+    """Measure, every ``every`` steps from the first, what each loss asks of the student's shared map."""
 
     def __init__(self, every: int = INTERVAL) -> None:
         super().__init__("seen")
@@ -318,8 +299,7 @@ class SharedGradients(Counter):
     def forward(self, losses: Mapping[str, Tensor], names: Iterable[str], shared: Tensor) -> dict[str, Tensor]:
         """Count a step and, if it is one of those that are measured, return {name: gradient (B * C * h * w,)}.
 
-        Gradients of the mean losses {name: (B,)} of ``names`` at the shared student map (B, C, h, w), 0 where a loss
-        does not depend on it; nothing without autograd. Graph and ``.grad`` stay as they are.
+        Of the mean losses {name: (B,)} of ``names`` at the shared map (B, C, h, w); nothing without autograd.
         """
         due = self.steps % self.every == 0
         self.count_step()
@@ -333,10 +313,7 @@ class SharedGradients(Counter):
 
 
 class LossGate(nn.Module):
-    """What every loss gate offers.
-
-    A gate of your own derives from this class; its dotted path is the mode, and what its constructor takes after
-    ``channels`` are its options.
+    """Base of loss gates, also of your own: its options are what the constructor takes after ``channels``.
 
     Args:
         priors: {loss: relative importance}, e.g. {"output": 1.0, "feature": 0.2}; 0 switches a loss off.
@@ -364,11 +341,9 @@ class LossGate(nn.Module):
 class ScaledLossGate(Counter, LossGate):
     """L = L_task + beta(t) sum_k v_k L_k / S_k, with scales S_k measured once and then frozen.
 
-    S_k is the median of L_k over the first ``warmup_steps`` steps, floored at 1e-3. Because it is frozen, a loss that
-    has been driven to 0 can't raise its own weight. v is the given priors' share, of which ``floor`` is spread evenly.
-
-    ``served`` is the part of the requested importance that some teacher can serve: where answers are not distilled,
-    features keep their small share of the weight instead of inheriting all of it.
+    S_k is the median of L_k over the first ``warmup_steps`` steps, at least 1e-3; frozen, it lets no loss that is
+    driven to 0 raise its own weight. v is the given priors' share, of which ``floor`` is spread evenly. ``served`` is
+    the part of the requested importance that some teacher can serve: without answers, features keep their small share.
     """
 
     history: Tensor

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,94 +35,60 @@ UNCALIBRATED = Calibration()
 
 @dataclass(frozen=True)
 class TeacherTarget:
-    """A teacher in a run: what it teaches, how good it is, and the stores that hold its targets.
+    """A teacher in a run: what it teaches, how good it is, and the stores that hold its targets."""
 
-    The preparation (:mod:`amkd_monai.engines.prepare`) makes it of a description; the distiller and
-    :class:`~amkd_monai.engines.trainer.TeacherTargets` read it.
-
-    Attributes:
-        name: key of its targets in a batch.
-        grid: (C, h, w) of its feature map, None if it gives none.
-        mean, std: (C,) of its features over the training split.
-        logits: (classes, h, w) of its own answer or its probe's, h = w = 1 for classes of images, w = 1 for h findings.
-        admitted: whether its answers are distilled (they beat the undistilled student); features always are.
-        mean_error: mean cross entropy of its answers over the labelled training samples, nats; used without a label.
-        score: cross-fitted score of its answers, higher is better; None if it gives none.
-        kind: that of its description.
-        fingerprint: hash of the weights and the preprocessing, or of the cross-fitting.
-        features: store with ``grid``, or None.
-        answers: store with ``logits``, or None.
-        calibration: of the stored logits, fitted on the validation split.
-        record: facts for ``run.json``; nothing reads them back.
-    """
-
-    name: str
-    grid: tuple[int, ...] | None = None
-    mean: Tensor | None = None
+    name: str  # key of its targets in a batch
+    grid: tuple[int, ...] | None = None  # (C, h, w) of its feature map, None if it gives none
+    mean: Tensor | None = None  # (C,) of its features over the training split, like std
     std: Tensor | None = None
+    # (classes, h, w) of its own answer or its probe's, h = w = 1 for classes of images, w = 1 for h findings
     logits: tuple[int, ...] | None = None
-    admitted: bool = False
+    admitted: bool = False  # whether its answers are distilled (they beat the undistilled student); features always are
+    # mean cross entropy of its answers over the labelled training samples, nats; used without a label
     mean_error: float | None = None
-    score: float | None = None
-    kind: str = ""
-    fingerprint: str = ""
-    features: FeatureStore | None = None
-    answers: FeatureStore | None = None
-    calibration: Calibration = UNCALIBRATED
-    record: Mapping[str, Any] = field(default_factory=dict)
+    score: float | None = None  # cross-fitted score of its answers, higher is better; None if it gives none
+    kind: str = ""  # of its description
+    fingerprint: str = ""  # hash of the weights and the preprocessing, or of the cross-fitting
+    features: FeatureStore | None = None  # store with ``grid``
+    answers: FeatureStore | None = None  # store with ``logits``
+    calibration: Calibration = UNCALIBRATED  # of the stored logits, fitted on the validation split
+    record: Mapping[str, Any] = field(default_factory=dict)  # facts for ``run.json``; nothing reads them back
 
 
 @dataclass
 class DistillationOutput:
-    """Result of a forward of the distiller.
+    """Result of a forward of the distiller."""
 
-    Attributes:
-        total: the loss to minimise, a scalar.
-        losses: {name: (B,)}; ``task`` and ``gate`` are (number of labelled samples,). ``gate`` and ``autoencoder``
-            train parts of the distiller alone and never reach the student.
-        loss_weights: {name: factor} by which each loss entered the total; double scalars where the device knows them.
-        teacher_weights: {loss: (B, K)} mean weight of each teacher per sample, without gradient.
-        logits: student logits (B, C, H, W), or (B, C) where an image has one class, (B, 2, F) where it has findings.
-        figures: further figures worth recording, by name; scalars of the device where it knows them.
-    """
-
-    total: Tensor
+    total: Tensor  # the loss to minimise, a scalar
+    # {name: (B,)}; ``task`` and ``gate`` are (number of labelled samples,). ``gate`` and ``autoencoder`` train parts of
+    # the distiller alone and never reach the student.
     losses: dict[str, Tensor]
+    # {name: factor} by which each loss entered the total; double scalars where the device knows them
     loss_weights: dict[str, float | Tensor]
-    teacher_weights: dict[str, Tensor]
+    teacher_weights: dict[str, Tensor]  # {loss: (B, K)} mean weight of each teacher per sample, without gradient
+    # student logits (B, C, H, W), or (B, C) where an image has one class, (B, 2, F) where it has findings
     logits: Tensor
+    # further figures worth recording, by name; scalars of the device where it knows them
     figures: dict[str, float | Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Batch:
-    """Input of the distiller.
+    """Input of the distiller."""
 
-    Attributes:
-        image: (B, 3, H, W) in [0, 1].
-        label: class indices, masks (B, 1, H, W), one class per image (B,) or 0 and 1 of findings (B, F); rows without a
-            label may hold anything.
-        has_label: boolean (B,); best on the host, so that no step waits for the device.
-        teachers: {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}; where labels are about
-            images, answers have one cell, (B, classes, 1, 1), or one for each of F findings, (B, 2, F, 1).
-        index: position of each sample in the training dataset (B,); contrastive distillation needs it.
-        task: number of the data set that the whole batch comes from, for the gate network's task embedding.
-        other: label of the image that each one is mixed with, as ``label``; None where none counts beside it.
-        share: part that ``other`` has in each image.
-        known: ``has_label`` on the device of the images (B,).
-        rows: indices of the labelled samples there, None where all are labelled.
-    """
-
-    image: Tensor
+    image: Tensor  # (B, 3, H, W) in [0, 1]
+    # class indices, masks (B, 1, H, W), one class per image (B,) or 0 and 1 of findings (B, F); rows without a label
+    # may hold anything
     label: Tensor
-    has_label: Tensor
+    has_label: Tensor  # boolean (B,); best on the host, so that no step waits for the device
+    # {name: {"grid": (B, C, h, w), "logits": (B, classes, h', w')}}; where labels are about images, answers have one
+    # cell, (B, classes, 1, 1), or one for each of F findings, (B, 2, F, 1)
     teachers: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    # position of each sample in the training dataset (B,); contrastive distillation needs it
     index: Tensor | None = None
-    task: int = 0
-    other: Tensor | None = None
-    share: float = 0.0
-    known: Tensor = field(init=False)
-    rows: Tensor | None = field(init=False)
+    task: int = 0  # number of the data set that the whole batch comes from, for the gate network's task embedding
+    known: Tensor = field(init=False)  # ``has_label`` on the device of the images (B,)
+    rows: Tensor | None = field(init=False)  # indices of the labelled samples there, None where all are labelled
 
     def __post_init__(self) -> None:
         labelled, device = self.has_label.cpu(), self.image.device
@@ -134,34 +98,6 @@ class Batch:
     def labelled(self, values: Tensor) -> Tensor:
         """The rows of values (B, ...) whose samples have a label, the same tensor where all have."""
         return values if self.rows is None else values.index_select(0, self.rows)
-
-    def by_label(self, measure: Callable[[Tensor], Tensor]) -> Tensor:
-        """What is measured of the label; of a mixed image the mean over both labels by their shares."""
-        value = measure(self.label)
-        return value if self.other is None else torch.lerp(value, measure(self.other), self.share)
-
-
-def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any], arguments: int = 0) -> None:
-    """Raise a ValueError for options that a function or class does not take after its first ``arguments``."""
-    signature = inspect.signature(function)
-    try:
-        signature.bind(*[None] * arguments, **options)
-    except TypeError as error:
-        takes = ", ".join(list(signature.parameters)[arguments:]) or "none"
-        raise ValueError(f"The {what} has options that do not fit ({error}): it takes {takes}.") from error
-
-
-def mode_class(what: str, mode: str, known: Mapping[str, type], base: type) -> Any:
-    """Return the class derived from ``base`` that is chosen by name or by its dotted path, or raise a ValueError."""
-    module, _, name = mode.rpartition(".")
-    try:
-        chosen = known[mode] if mode in known else getattr(importlib.import_module(module or "."), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        others = f"use one of {', '.join(known)}, or the dotted path of a class"
-        raise ValueError(f"There is no {what} '{mode}': {others}.") from error
-    if not (inspect.isclass(chosen) and issubclass(chosen, base)):
-        raise ValueError(f"The {what} '{mode}' must derive from {base.__module__}.{base.__name__}: change its class.")
-    return chosen
 
 
 INTERVAL = 50
@@ -193,10 +129,7 @@ class Faults:
 
 
 class Counter(nn.Module):
-    """A module that counts steps in a buffer called ``name``, part of its state, and on the host, where they are read.
-
-    Further arguments go to the next base class.
-    """
+    """A module that counts steps in a buffer called ``name``, part of its state, and on the host to be read."""
 
     def __init__(self, name: str, *arguments: Any) -> None:
         super().__init__(*arguments)

@@ -1,6 +1,6 @@
 """The losses: pure functions from tensors to one value per location or per sample, in float32."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,20 +21,18 @@ SURE = 30.0
 _dice, _batch_dice = DiceLoss(**_DICE), DiceLoss(**_DICE, batch=True)
 
 
-def task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False, class_weights: Tensor | None = None) -> Tensor:
+def task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False) -> Tensor:
     """The supervised loss per sample: cross entropy of classes and findings, :func:`segmentation_task_loss` of masks.
 
     Logits (B, C), (B, 2, F) or (B, C, H, W) meet class indices in 0 to C - 1, (B,), (B, F) or (B, 1, H, W); the result
-    is (B,), in nats, of F findings their mean: the binary cross entropy. ``class_weights`` (C,), for classes of images,
-    are not normalised; pass weights that average 1 over the samples.
+    is (B,), in nats, of F findings their mean: the binary cross entropy.
     """
     if logits.ndim == 4:
         return segmentation_task_loss(logits, label, batch_dice)
     if label.ndim != logits.ndim - 1:
         what = "one class" if logits.ndim == 2 else "several findings"
         raise ValueError(f"The student answers {what} per image, the labels are others: use a student for them.")
-    weights = None if class_weights is None else class_weights.to(logits).float()
-    loss = F.cross_entropy(logits.float(), label.long(), weight=weights, reduction="none")
+    loss = F.cross_entropy(logits.float(), label.long(), reduction="none")
     return loss if loss.ndim == 1 else loss.mean(1)
 
 
@@ -114,31 +112,6 @@ def output_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     log_teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-3)
     divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(-3)
     return temperature**2 * divergence.clamp_min(0)
-
-
-def standardised(values: Tensor, dims: Sequence[int]) -> Tensor:
-    """Values with mean 0 and deviation 1 over some dimensions, 0 where they are all alike."""
-    centred = values - values.mean(dims, keepdim=True)
-    return centred * (centred.square().mean(dims, keepdim=True) + 1e-6).rsqrt()
-
-
-def standardised_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """As :func:`output_loss`, of logits that are standardised over three classes or more (Sun et al., CVPR 2024)."""
-    student, teacher = (standardised(logits.float(), (-3,)) for logits in (student_logits, teacher_logits))
-    return output_loss(student, teacher, temperature)
-
-
-def relation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 (1 - correlation) of class probabilities, per location (DIST: Huang et al., NeurIPS 2022).
-
-    Shapes as in :func:`output_loss`. For each class the correlation is over the locations of an image, over the images
-    of the batch where answers are about images; that over three classes or more in each location is added. The mean
-    over what is correlated is 1 - Pearson's r: half the squared distance of the standardised probabilities.
-    """
-    student, teacher = ((x.float() / temperature).softmax(-3) for x in (student_logits, teacher_logits.detach()))
-    over = [(-4,) if student.shape[-1] == 1 else (-2, -1), *([(-3,)] if student.shape[-3] > 2 else [])]
-    squares = [(standardised(student, dims) - standardised(teacher, dims)).square().mean(-3) / 2 for dims in over]
-    return temperature**2 * torch.stack(squares).sum(0)
 
 
 def overlap_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -28,10 +28,10 @@ from amkd_monai.data.augment import warp
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.frames import finer
 from amkd_monai.data.splits import fold_of_groups
-from amkd_monai.distillation.interface import check_options
 from amkd_monai.distillation.losses import area_logits, as_map
 from amkd_monai.engines.crossfit import Method, answer_size, fitted, of_students
 from amkd_monai.engines.trainer import Recipe
+from amkd_monai.errors import check_options
 from amkd_monai.networks import ClassStudent, FindingStudent, Student
 from amkd_monai.storage import fingerprint
 from amkd_monai.weights import state_hash

@@ -133,8 +133,7 @@ def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
     """Train students, supervised, with the run's own recipe; answers (n, classes, H / 2, W / 2), or of images."""
 
     def fit(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray, fold: int) -> None:
-        weights, of_patches = recipe.class_weights(dataset), isinstance(network, VolumeStudent)
-        distiller = Distiller(network, batch_dice=recipe.batch_dice, class_weights=weights)
+        of_patches, distiller = isinstance(network, VolumeStudent), Distiller(network, batch_dice=recipe.batch_dice)
         distiller.to(device, memory_format=torch.preserve_format if of_patches else torch.channels_last)
         loader = recipe.loader(dataset, seed + fold, indices=indices, distributed=False)
         optimizer = recipe.optimizer(distiller)

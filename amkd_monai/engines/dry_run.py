@@ -12,8 +12,7 @@ from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.engines.prepare import open_bundle
 from amkd_monai.teachers.base import CROSS_FITTED_KINDS, build_teacher
 from amkd_monai.teachers.catalogue import how_to_get
-from amkd_monai.teachers.choice import choose, official_teachers, seen
-from amkd_monai.teachers.plan import Plan, check, official_entry
+from amkd_monai.teachers.plan import Plan, check, choose, official_entry, official_teachers, seen
 from amkd_monai.terminal import align
 
 HEADER = ("teacher", "file", "teaches", "prompt", "input", "s/image", "MB/image", "licence", "seen in training")
@@ -22,8 +21,7 @@ HEADER = ("teacher", "file", "teaches", "prompt", "input", "s/image", "MB/image"
 def format_bundle(bundle: str | Path, settings: Mapping[str, Any], weights_dir: str | None = None) -> str:
     """Return the table of a bundle's teachers, one for each task where it has several, and how to get missing ones.
 
-    Every teacher is built and asked once, with an image of noise; nothing else is computed. ``settings`` are top-level
-    settings that a run would change.
+    Every teacher is built and asked once, with an image of noise; ``settings`` are those that a run would change.
     """
     parser = open_bundle(bundle, {**settings, **({"weights_dir": weights_dir} if weights_dir else {})})
     if "task_set" not in parser.config:

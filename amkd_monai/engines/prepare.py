@@ -38,8 +38,7 @@ from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import macro_auroc, mean_auroc
 from amkd_monai.storage import fingerprint, read_memo, write_memo
 from amkd_monai.teachers.base import CROSS_FITTED_KINDS, TeacherFacts, validate_descriptions
-from amkd_monai.teachers.choice import choose
-from amkd_monai.teachers.plan import check, estimate, known_teacher, refuse_changed, refuse_other_answers
+from amkd_monai.teachers.plan import check, choose, estimate, known_teacher, refuse_changed, refuse_other_answers
 
 logger = logging.getLogger("amkd_monai")
 
@@ -54,7 +53,7 @@ def chosen_teachers(
 ) -> list[Mapping[str, Any]]:
     """Return the descriptions of a run's teachers, announced and checked before anything is computed.
 
-    The arguments are those of :func:`~amkd_monai.teachers.choice.choose`, the ``device`` of the teachers and
+    The arguments are those of :func:`~amkd_monai.teachers.plan.choose`, the ``device`` of the teachers and
     the ``cache_dir`` that keeps what is known of them.
     """
     of_task = get_task(task)
@@ -75,10 +74,7 @@ def cache_image_teacher(
     description: Mapping[str, Any],
     **options: Any,
 ) -> tuple[TeacherFacts, FeatureStore, FeatureStore]:
-    """Build an image teacher's stores of the training section and of one view of the validation section.
-
-    ``options`` are those of :func:`~amkd_monai.cache.build.cache_teacher`.
-    """
+    """Build an image teacher's stores of the training section and of one view of the validation section."""
     teacher = known_teacher(description, weights_dir, options["cache_dir"])
     outputs = cache_teacher(teacher, train, views=views, description=description, **options)
     return teacher.facts(), outputs, cache_teacher(teacher, validation, description=description, **options)
@@ -164,7 +160,7 @@ def prepare_teachers(
         admission_options: ``mode`` (``cross_fit``: a teacher's answers are distilled only if their cross-fitted score,
             Dice or skill, beats the undistilled student's; ``all``; ``none``), ``features`` (``all``: also those of
             teachers that are not admitted; ``admitted``), ``margin`` (of the score), ``folds`` (None: those of a crew,
-            so that both learn from equally many labels, else 3) and ``epochs`` of the student's cross-fitting.
+            else 3) and ``epochs`` of the student's cross-fitting.
         weights_dir: folder searched first for the weights of foundation teachers.
         views: stored views of every training image; with several, the student is shown exactly these.
         cache_dtype: of stored feature maps, ``float16`` or ``int8``.
@@ -173,11 +169,8 @@ def prepare_teachers(
     """
     known: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": None, "epochs": epochs}
     options = known | dict(admission_options or {})
-    if (
-        options.keys() - known.keys()
-        or options["mode"] not in ADMISSION_MODES
-        or options["features"] not in ("all", "admitted")
-    ):
+    chosen = options["mode"] in ADMISSION_MODES and options["features"] in ("all", "admitted")
+    if options.keys() - known.keys() or not chosen:
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
         raise ValueError(f"The admission options {admission_options} are invalid: use {use}.")
     if note := look_unlike(train):
@@ -286,14 +279,13 @@ class _Preparation:
         teacher, outputs, of_validation = self.cached(description)
         if teacher.is_random:
             logger.warning("The teacher '%s' has RANDOM weights: this run is a test, not a result.", teacher.name)
-        grid = outputs.arrays.get("grid")
-        stored = {"views": outputs.views, "dtype": "float16" if grid is None else grid.dtype}
-        identity = {"kind": description["kind"], "fingerprint": teacher.fingerprint}
+        grid, identity = outputs.arrays.get("grid"), {"kind": description["kind"], "fingerprint": teacher.fingerprint}
         record: dict[str, Any] = {"name": teacher.name, **identity, "licence": teacher.licence}
         record |= {"random_weights": teacher.is_random, "weights": teacher.weights_file}
         record["asked_at"] = shown_to(teacher, self.train)[1]
         record |= {"channels": list(channels)} if (channels := self.train.teacher_channels) else {}
-        record["stored"] = {**stored, "bytes_per_image": round(outputs.bytes_per_image)}
+        dtype, size = "float16" if grid is None else grid.dtype, round(outputs.bytes_per_image)
+        record["stored"] = {"views": outputs.views, "dtype": dtype, "bytes_per_image": size}
         target = TeacherTarget(teacher.name, **identity, record=record)
         if grid is not None:
             mean, std = probes.channel_statistics(outputs)
@@ -302,11 +294,11 @@ class _Preparation:
         if maps and description.get("own_answers", True):
             record["answers"] = "its own"
             return replace(target, answers=outputs), of_validation
-        if target.features is not None:
-            record["answers"] = f"linear probe, cross-fitted in {self.folds} folds"
-            answers, of_validation = self._probed(target, outputs, of_validation)
-            return replace(target, answers=answers), of_validation
-        return target, of_validation
+        if target.features is None:
+            return target, of_validation
+        record["answers"] = f"linear probe, cross-fitted in {self.folds} folds"
+        answers, of_validation = self._probed(target, outputs, of_validation)
+        return replace(target, answers=answers), of_validation
 
     def _probed(
         self, teacher: TeacherTarget, features: FeatureStore, of_validation: FeatureStore
@@ -379,27 +371,21 @@ def _calibration(answers: FeatureStore, dataset: DecodedDataset) -> Calibration:
 ADMISSION_MODES = ("cross_fit", "all", "none")
 STUDENT_FOLDS = 3
 
-VOLUME_RATIO_TOLERANCE = 0.10
-"""A volume teacher that draws more than 10 % too much or too little is not admitted."""
+VOLUME_RATIO_TOLERANCE = 0.10  # a volume teacher that draws more than 10 % too much or too little is not admitted
 
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How good answers are on the labelled samples.
+    """How good answers are on the labelled samples."""
 
-    Attributes:
-        value: the score that decides, higher is better: for masks the mean Dice over cases (images or volumes) and
-            foreground classes, cases without foreground left out; for classes and findings of images the skill.
-        cross_entropy: mean over grid cells or images, nats.
-        further: ``volume_ratio`` of masks (predicted by true volume over all cases, of the foreground class whose ratio
-            is farthest from 1), ``macro_auroc`` of classes or findings.
-        name: of the score, ``dice`` or ``skill``.
-    """
-
+    # the score that decides, higher is better: for masks the mean Dice over cases (images or volumes) and foreground
+    # classes, cases without foreground left out; for classes and findings of images the skill
     value: float
-    cross_entropy: float
+    cross_entropy: float  # mean over grid cells or images, nats
+    # ``volume_ratio`` of masks (predicted by true volume over all cases, of the foreground class whose ratio is
+    # farthest from 1), ``macro_auroc`` of classes or findings
     further: dict[str, float] = field(default_factory=dict)
-    name: str = "dice"
+    name: str = "dice"  # of the score, ``dice`` or ``skill``
 
     def record(self) -> dict[str, float]:
         """All figures by name, rounded."""
@@ -472,10 +458,7 @@ def decide(
 
 
 def prior_entropy(dataset: DecodedDataset) -> float:
-    """Entropy in nats of the class frequencies over all labelled pixels or images: the error of a constant answer.
-
-    Of findings it is the mean over them.
-    """
+    """Entropy in nats of the class frequencies over all labelled pixels or images; of findings the mean over them."""
     if dataset.findings:
         present = dataset.labels[dataset.has_label].mean(0).clip(1e-12, 1 - 1e-12)
         return float(-(present * np.log(present) + (1 - present) * np.log(1 - present)).mean())

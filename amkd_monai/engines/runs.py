@@ -1,10 +1,7 @@
-"""The identity of a run: a record next to the student tells how it was trained, and all its users read it.
+"""The identity of a run: ``student.json``, written beside ``model.pt``, tells how a student was trained.
 
-A training writes ``student.json`` beside ``model.pt`` before its first step. Evaluation, inference and export take the
-settings that the student depends on from there; a setting that was given and differs is refused.
-
-MONAI builds a workflow before any expression of a config runs, so these functions, called from the configs, find the
-workflow or parser that is calling them on the stack.
+Evaluation, inference and export take the settings that the student depends on from there; a setting that was given and
+differs is refused. Called from configs, these functions find the workflow or parser that calls them on the stack.
 """
 
 import difflib
@@ -57,14 +54,11 @@ LOCK = ".running"
 OVERRIDDEN = "overridden"
 PLACES = ["bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "cache_dir", "weights_dir", "init_from", "resume_dir"]
 PLACES += ["other_data"]
-RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html"]
-RESULTS += ["masks", "predictions.csv", "split_*.json", "events.out.tfevents.*"]
-RESULTS += ["on_*", "per_case_seen.csv"]
-RESULTS += [TEACHERS, PREVIEWS]
+RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html", "masks", "predictions.csv"]
+RESULTS += ["split_*.json", "events.out.tfevents.*", "on_*", "per_case_seen.csv", TEACHERS, PREVIEWS]
 """What a run leaves in its output folder."""
 
-SEEN = ("refuse", "apart")
-"""What an evaluation of other data does with images that took part in the training."""
+SEEN = ("refuse", "apart")  # what an evaluation of other data does with images that took part in the training
 
 _OF_THE_SCORED = ("data_options", "mask_codes")
 """Settings that other data may need otherwise than the data of the training."""
@@ -103,10 +97,7 @@ def _callers(kind: type[T]) -> Iterator[T]:
 
 
 def bundle_root(name: str) -> str:
-    """Return the folder of the bundle whose config is being read, wherever the command is started.
-
-    ``name`` is the folder below ``bundles/``, for a parser that read its config without MONAI's commands.
-    """
+    """Return the folder of the bundle whose config is being read; ``bundles/<name>`` without MONAI's commands."""
     if (workflow := next(_callers(ConfigWorkflow), None)) is not None:
         folder = Path(workflow.config_root_path)
     else:
@@ -120,8 +111,7 @@ def bundle_root(name: str) -> str:
 def check(purpose: str) -> None:
     """Refuse options that do not exist and bad values, then take the student's settings from its record.
 
-    Call it first in ``initialize``; it starts nothing and reads a few small files. ``purpose`` is ``training``, or one
-    of :func:`adopt`. Options that change how a run is scored are refused in the run's own folder.
+    Called first in ``initialize``; it starts nothing. ``purpose`` is ``training``, or one of :func:`adopt`.
     """
     if (workflow := next(_callers(ConfigWorkflow), None)) is None:
         return
@@ -138,8 +128,6 @@ def check(purpose: str) -> None:
     given = {**_places(parser), **given}
     parser["bundle_root"] = parser.get_parsed_content("bundle_root")  # while the workflow is on the stack
     _check_values(parser, purpose in ("training", "serving"))
-    if purpose == "training" and "patience" in given and parser.config.get("keep") == "last":
-        raise ValueError("patience ends a run early, keep 'last' trains it to its end: leave --patience out.")
     if purpose != "training":
         adopt(parser, purpose, given)
     if purpose == "evaluation":
@@ -150,10 +138,7 @@ def check(purpose: str) -> None:
 
 
 def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of the config files, and what was set beyond them.
-
-    Where a workflow is built by its class alone, the files are those of its folder, and what differs was given.
-    """
+    """The content of the config files (of a workflow built by its class: of its folder), and what was set beyond."""
     parser = workflow.parser
     tracked = {key: None for settings in DEFAULT_EXP_MGMT_SETTINGS.values() for key in settings["configs"]}
     if names := next((names for names in _commands() if "workflow_class" in names), None):  # of create_workflow
@@ -227,38 +212,36 @@ def _check_option(key: str, content: Mapping[str, Any]) -> None:
 
 def _check_values(parser: ConfigParser, trains: bool) -> None:
     """Refuse numbers that end a run late or without a student, and make words of switches true or false."""
-    config = parser.config
-    least = {"seed": 0, "num_workers": 0, **({"max_epochs": 1, "val_interval": 1, "patience": 1} if trains else {})}
+    config = {name: value for name, value in parser.config.items() if not _is_expression(value)}
+    least = {"seed": 0, "num_workers": 0, **({"max_epochs": 1, "val_interval": 1} if trains else {})}
     data = {"image_size": 1, "split_seed": 0, "fold": 0, "folds": 2}
     least |= {name: low for name, low in data.items() if config.get(name) is not None}
     for name, low in least.items():
         value = config.get(name, low)
-        if not (_is_expression(value) or (isinstance(value, int) and not isinstance(value, bool) and value >= low)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{name} is {value!r}: give a whole number of at least {low}.")
     for name in ("volume_size", "spacing"):
         value = config.get(name)
         triple = isinstance(value, (list, tuple)) and [isinstance(n, (int, float)) for n in value] == [True] * 3
-        if not (value is None or _is_expression(value) or triple):
+        if value is not None and not triple:
             raise ValueError(f"{name} is {value!r}: give three numbers.")
-    codes = config.get("mask_codes", "auto")
-    if not (codes in NAMED_CODES or isinstance(codes, dict) or _is_expression(codes)):
+    if not isinstance(codes := config.get("mask_codes", "auto"), dict) and codes not in NAMED_CODES:
         raise ValueError(f"mask_codes is {codes!r}: use one of {', '.join(NAMED_CODES)}, or {{value: class}}.")
-    if isinstance(device := config.get("device"), str) and not _is_expression(device):
+    if isinstance(device := config.get("device"), str):
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device is {device!r}, which cannot be used: {str(error).splitlines()[0]}") from error
-    if config.get("seen", SEEN[0]) not in SEEN:
-        raise ValueError(f"seen is {config['seen']!r}: use one of {', '.join(SEEN)}.")
+    for name, known in (("seen", SEEN), ("keep", ("best", "last") if trains else ())):
+        if known and config.get(name, known[0]) not in known:
+            raise ValueError(f"{name} is {config[name]!r}: use one of {', '.join(known)}.")
     for name in ("amp", "resume"):
-        if name in config and not _is_expression(config[name]):
+        if name in config:
             parser[name] = is_true(config[name], name)
-    epochs, interval, keep = (config.get(name, 1) for name in ("max_epochs", "val_interval", "keep"))
+    epochs, interval = (parser.config.get(name, 1) for name in ("max_epochs", "val_interval"))
     if trains and interval > epochs:
         raise ValueError(f"val_interval is {interval}, above max_epochs: no student would be kept.")
-    if trains and keep not in (1, "best", "last"):
-        raise ValueError(f"keep is {keep!r}: use best or last.")
-    if trains and keep == "last" and epochs % interval:
+    if trains and config.get("keep") == "last" and epochs % interval:
         raise ValueError(f"max_epochs is {epochs}, not a multiple of val_interval: keep 'last' needs the last epoch's.")
 
 
@@ -303,8 +286,8 @@ def _places(parser: ConfigParser) -> dict[str, str]:
 class Identity:
     """What a run is about to make a student from: the content of ``student.json``, and its folders.
 
-    ``datalists`` are the data by folder below the output folder, ``""`` for that itself, ``further`` images without
-    labels; ``init_from`` is the file of the student that the run starts from.
+    ``datalists`` and ``further`` images without labels are by folder below the output folder, ``""`` for that itself;
+    ``init_from`` is the file of the student that the run starts from.
     """
 
     record: dict[str, Any]
@@ -348,11 +331,7 @@ class Identity:
 
 
 def identity(datalist: Datalist, further: Sequence[Item] = (), teachers: Sequence[Mapping[str, Any]] = ()) -> Identity:
-    """Describe the run of the config that is being read: its data, split, input, preprocessing, network and classes.
-
-    ``further`` are images without labels beyond the data set's; ``teachers`` the descriptions of its
-    teachers, which it records with name and size of their files.
-    """
+    """Describe the run whose config is being read; ``further`` are images without labels beyond the data set's."""
     parser, classes = next(_callers(ConfigParser)), len(datalist.task.classes)
     if (given := parser.config["network_def"].get("num_classes", classes)) != classes:
         name, words = datalist.task.name, ", ".join(datalist.task.classes)
@@ -513,11 +492,9 @@ def record_weights(ckpt_dir: Path, digest: str) -> None:
 def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Take the settings that a trained student depends on into a config, and return its record, empty without one.
 
-    Args:
-        parser: of a config with ``ckpt_dir``; changed in place.
-        purpose: ``evaluation`` and ``export`` use the run's own data and split, ``inference`` its data if no others are
-            given, ``serving`` (answers or further training on a server's images) none of them.
-        given: settings of this command; one that differs from the student's is refused.
+    ``purpose``: ``evaluation`` and ``export`` use the run's own data and split, ``inference`` its data if no others are
+    given, ``serving`` (answers or further training on a server's images) none of them. A setting of this command,
+    ``given``, that differs from the student's is refused.
     """
     given = {**_places(parser), **given}
     ckpt_dir = Path(parser.get_parsed_content("ckpt_dir"))
@@ -536,10 +513,9 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
     if not entries and asked is not None and "entry" not in config:
         asked = get_task(parser.get_parsed_content("task")).name
     if bool(entries) != ("task_set" in config or "entry" in config) or (asked is not None and asked not in known):
-        raise ValueError(
-            f"The student {student} was trained for {', '.join(known)}, this config is for {asked or 'several tasks'}: "
-            f"open the bundle {record['bundle']} with the overlay of its training, or give another --ckpt_dir."
-        )
+        what = f"trained for {', '.join(known)}, this config is for {asked or 'several tasks'}"
+        remedy = f"open the bundle {record['bundle']} with the overlay of its training, or give another --ckpt_dir"
+        raise ValueError(f"The student {student} was {what}: {remedy}.")
     wanted = {key: value for key, value in record["settings"].items() if key != "tasks"}
     if not entries and scored:
         wanted |= record["split"]
@@ -589,10 +565,7 @@ def _data_root(data: Mapping[str, Any]) -> str | None:
 
 
 def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Take each task's entry, data and split of a shared student, or one task's settings for inference.
-
-    Heads that the run carried on from an earlier student are not in its record, and their entries are not checked.
-    """
+    """Take each task's entry, data and split of a shared student, or one task's settings for inference."""
     entries, trained = record["tasks"], record["settings"]["tasks"]
     if "entry" in parser.config:
         task, entry = parser.config["task"], dict(parser.config["entry"])
@@ -719,8 +692,7 @@ def start_evaluation(
 ) -> None:
     """Start an evaluation: lock its folder, and refuse to write over the figures of another run or of other data.
 
-    A student whose training still runs and changed files of the test section are refused too, as are images of other
-    data that the student has seen, unless ``seen`` is ``apart``.
+    A student in training, changed test files and, unless ``seen`` is ``apart``, images it has seen are refused too.
     """
     folder, record, student = Path(output_dir), read_record(ckpt_dir), Path(ckpt_dir) / STUDENT
     if idist.get_rank() != 0:
@@ -771,10 +743,7 @@ def _recorded_overrides() -> dict[str, Any]:
 
 
 def evaluated(data: Datalist, ckpt_dir: str | Path, skipped: Sequence[Mapping[str, str]] = ()) -> dict[str, Any]:
-    """Return the facts of a report: the data, which student of which run was scored, and which cases were left out.
-
-    ``skipped`` is the list of a :class:`amkd_monai.data.decoded.ReadableLoader`, filled while the evaluation runs.
-    """
+    """Return the facts of a report: the data, which student of which run was scored, and which cases were left out."""
     student = Path(ckpt_dir) / STUDENT
     facts: dict[str, Any] = {"data": data.describe(), "skipped_samples": skipped, "student": str(student)}
     facts["student_sha256"] = file_sha256(student) if student.is_file() else None

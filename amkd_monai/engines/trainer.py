@@ -47,42 +47,28 @@ _WHOLE = ("batch_size", "warmup_steps", "min_steps", "slices")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Batches, augmentation and optimiser of a training; shared by the main run and by cross-fitting.
+    """Batches, augmentation and optimiser of a training; shared by the main run and by cross-fitting."""
 
-    Attributes:
-        batch_size: samples per process and step.
-        learning_rate: of everything but the encoder.
-        encoder_learning_rate: of the pretrained encoder.
-        weight_decay: of AdamW, not on biases and norms.
-        warmup_steps: linear warm-up of the learning rate.
-        labelled_fraction: part of a batch that is labelled, where unlabelled samples take part.
-        foreground_fraction: part of the labelled picks that show foreground; None takes them as they come.
-        class_balance: draws classes as often as they occur (0) to equally often (1); needs one class per image.
-        class_weighting: weights the task's loss of a class by n^-class_weighting, 1 on average over the samples.
-        min_steps: steps that an epoch has at least, for few samples.
-        batch_dice: pool the task's soft Dice over the batch (slices of volumes).
-        ema: decay per step of an average of the student's weights, which takes their place; 0 averages nothing.
-        first_stage: where unlabelled samples take part and answers are admitted, part of the epochs in which the
-            student learns answers alone; then it learns labels and answers, on labelled samples. 0: both, on all.
-        augmentation: options of :class:`amkd_monai.data.augment.Augmentation`.
-        slices: of a patch of a 3D student, which is then what ``batch_size`` counts; 1 for other students.
-    """
-
-    batch_size: int = 8
-    learning_rate: float = 2e-3
-    encoder_learning_rate: float = 8e-4
-    weight_decay: float = 1e-3
-    warmup_steps: int = 20
-    labelled_fraction: float = 0.5
+    batch_size: int = 8  # samples per process and step
+    learning_rate: float = 2e-3  # of everything but the encoder
+    encoder_learning_rate: float = 8e-4  # of the pretrained encoder
+    weight_decay: float = 1e-3  # of AdamW, not on biases and norms
+    warmup_steps: int = 20  # linear warm-up of the learning rate
+    labelled_fraction: float = 0.5  # part of a batch that is labelled, where unlabelled samples take part
+    # part of the labelled picks that show foreground; None takes them as they come
     foreground_fraction: float | None = None
+    # draws classes as often as they occur (0) to equally often (1); needs one class per image
     class_balance: float = 0.0
-    class_weighting: float = 0.0
-    min_steps: int = 1
-    batch_dice: bool = False
+    min_steps: int = 1  # steps that an epoch has at least, for few samples
+    batch_dice: bool = False  # pool the task's soft Dice over the batch (slices of volumes)
+    # decay per step of an average of the student's weights, which takes their place; 0 averages nothing
     ema: float = 0.0
+    # where unlabelled samples take part and answers are admitted, part of the epochs in which the student learns
+    # answers alone; then it learns labels and answers, on labelled samples. 0: both, on all.
     first_stage: float = 0.0
+    # options of :class:`amkd_monai.data.augment.Augmentation`.
     augmentation: dict[str, Any] = field(default_factory=dict)
-    slices: int = 1
+    slices: int = 1  # of a patch of a 3D student, which is then what ``batch_size`` counts; 1 for other students
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -114,10 +100,7 @@ class Recipe:
         distributed: bool = True,
         num_workers: int = 0,
     ) -> DataLoader:
-        """Return the loader of training batches; options as of :class:`BatchSampler`.
-
-        ``distributed`` gives each process of torch.distributed its own part; 0 workers are fastest for mapped data.
-        """
+        """Return the loader of training batches, of this process where ``distributed``; options of the sampler."""
         own = ("labelled_fraction", "foreground_fraction", "class_balance", "min_steps", "first_stage")
         options: dict[str, Any] = {name: getattr(self, name) for name in own}
         options |= {"use_unlabelled": use_unlabelled, "indices": indices}
@@ -130,16 +113,6 @@ class Recipe:
             options["slices"] = self.slices
         sampler = kind(dataset.has_label, dataset.has_foreground, self.batch_size, seed, **options)
         return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers)
-
-    def class_weights(self, dataset: DecodedDataset) -> Tensor | None:
-        """Return the weights of the classes in the task loss (C,), from labelled samples; None if equal."""
-        if self.class_weighting == 0:
-            return None
-        if dataset.classes is None or dataset.findings:
-            raise ValueError("class_weighting needs one class per image, the labels are others: set it to 0.")
-        counts = np.bincount(dataset.classes[dataset.has_label], minlength=dataset.num_classes).astype(float)
-        weights = np.maximum(counts, 1) ** -self.class_weighting
-        return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()
 
     def optimizer(self, distiller: nn.Module) -> torch.optim.Optimizer:
         """Return AdamW with the encoder's own learning rate and no decay on biases and norms."""
@@ -240,7 +213,7 @@ class DistillationTrainer(SupervisedTrainer):
 
     All randomness of an epoch depends on seed and epoch alone, so a resumed run repeats an uninterrupted one.
     ``state.output`` holds image, label and pred of the labelled rows and the total ``loss``; ``state.distillation``
-    the last :class:`~amkd_monai.distillation.DistillationOutput`. Parameters that are not listed are MONAI's.
+    the last :class:`~amkd_monai.distillation.DistillationOutput`. Further parameters are MONAI's.
 
     Args:
         train_data_loader: loader over a :class:`BatchSampler`.
@@ -252,10 +225,6 @@ class DistillationTrainer(SupervisedTrainer):
             (:meth:`~amkd_monai.data.augment.Augmentation.check_features`).
         seed: seed of the run.
         amp: bfloat16 autocast of the student's forward (GPU).
-
-    Raises:
-        ValueError: the augmentation makes less of cached features than ``warped_features`` accepts, or in training a
-            loss is not finite.
     """
 
     def __init__(
@@ -284,10 +253,8 @@ class DistillationTrainer(SupervisedTrainer):
         if slices != self.augmentation.together:
             what = f"patches of {self.augmentation.together} slices, the student takes {slices}"
             raise ValueError(f"The training batches hold {what}: set recipe#slices to {slices}.")
-        if slices > 1 and (self.augmentation.mixes or (self.targets is not None and self.targets.views > 1)):
-            raise ValueError("A 3D student's slices are changed alike: set `views` to 1, and no mixup and cutmix.")
-        if self.augmentation.mixes and any(getattr(module, "contrast", None) for module in network.modules()):
-            raise ValueError("The loss 'contrastive' compares whole images: leave it out, or mixup and cutmix.")
+        if slices > 1 and self.targets is not None and self.targets.views > 1:
+            raise ValueError("A 3D student's slices are changed alike: set `views` to 1.")
         self.seed, self.generator, self.faults = seed, torch.Generator(), Faults()
         loss = nn.Identity()  # the distiller computes it
         options: dict[str, Any] = {"inferer": inferer, "postprocessing": postprocessing, "amp": amp}
@@ -372,10 +339,7 @@ def distillation_batch(
     device: torch.device,
     task: int = 0,
 ) -> Batch:
-    """Bring a loader's batch to the device, read the teachers' targets and augment all alike.
-
-    ``data`` holds samples of a :class:`~amkd_monai.data.decoded.DecodedDataset`, ``task`` numbers the data set.
-    """
+    """Bring a loader's batch to the device, read the teachers' targets and augment all alike."""
     image = data["image"].to(device).float() / 255
     label = data["label"].to(device)
     indices, views = data["index"].tolist(), None
@@ -387,10 +351,5 @@ def distillation_batch(
     teachers = targets.read(indices, device, theta, views) if targets is not None else {}
     image = augmentation.photometric(warp(image, theta), generator)
     label = label.long() if label.ndim < 4 else warp(label.float(), theta, mode="nearest").round().long()
-    mixed: dict[str, Any] = {}
-    if mixture := augmentation.mixture(data["has_label"], (image.shape[-2], image.shape[-1]), generator, device):
-        image, mix = mixture.maps(image), {"grid": mixture.maps, "logits": mixture.logits}
-        teachers = {name: {kind: mix[kind](values) for kind, values in of.items()} for name, of in teachers.items()}
-        label, mixed["other"], mixed["share"] = mixture.labels(label)
     image = image.contiguous(memory_format=torch.channels_last)
-    return Batch(image, label, data["has_label"], teachers, data["index"].to(device), task=task, **mixed)
+    return Batch(image, label, data["has_label"], teachers, data["index"].to(device), task=task)

@@ -2,9 +2,8 @@
 
 ``label`` (N,) holds class indices, ``probabilities`` (N, C) sum to 1 per case; of F findings, numbers whose bits they
 are, and a probability of each (N, F). ``positive`` (N,) is boolean and ``score`` (N,) is higher for what is more likely
-positive. A metric that is undefined on a set of cases is NaN. Written
-in NumPy for the bootstrap: kappa, areas and accuracy of 2,000 resamples of 600 cases take 3 s, with scikit-learn 52 s
-(the tests compare the values). No maintained package has DeLong's test.
+positive. A metric that is undefined on a set of cases is NaN. Written in NumPy for the bootstrap: 2,000 resamples of
+600 cases take 3 s, with scikit-learn 52 s. No maintained package has DeLong's test.
 """
 
 import math
@@ -19,16 +18,13 @@ from scipy import stats
 from amkd_monai.data.datasets import Task
 
 RELIABILITY_BINS = 15
-SENSITIVITIES = (82, 95)
-"""Sensitivities (%) at which specificity is reported: that of dermatologists, and a strict one."""
+SENSITIVITIES = (82, 95)  # sensitivities (%) at which specificity is reported: that of dermatologists, and a strict one
 
 Labels = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-Metric = Callable[[Labels, Floats], float]
-"""From labels (N,) and probabilities (N, C)."""
-CALLED = 0.5
-"""Probability from which a finding counts as predicted."""
+Metric = Callable[[Labels, Floats], float]  # from labels (N,) and probabilities (N, C)
+CALLED = 0.5  # probability from which a finding counts as predicted
 
 
 def confusion_matrix(label: ArrayLike, predicted: ArrayLike, classes: int) -> NDArray[np.int64]:
@@ -38,10 +34,7 @@ def confusion_matrix(label: ArrayLike, predicted: ArrayLike, classes: int) -> ND
 
 
 def quadratic_weighted_kappa(label: ArrayLike, predicted: ArrayLike, classes: int) -> float:
-    """Cohen's kappa with quadratic weights (Cohen, 1968): 1 for agreement, 0 for chance.
-
-    NaN if all cases have the same true and predicted grade.
-    """
+    """Cohen's kappa with quadratic weights (Cohen, 1968): 1 for agreement, 0 for chance, NaN for one grade alone."""
     observed = confusion_matrix(label, predicted, classes).astype(float)
     grades = np.arange(classes)
     weight = (grades[:, None] - grades[None, :]) ** 2
@@ -61,9 +54,8 @@ def auroc(positive: ArrayLike, score: ArrayLike) -> float:
 
 def macro_auroc(label: ArrayLike, probabilities: ArrayLike) -> float:
     """Mean one-against-rest area over the classes that occur."""
-    true, p = np.asarray(label, int), np.asarray(probabilities, float)
-    known = [area for c in range(p.shape[1]) if not math.isnan(area := auroc(true == c, p[:, c]))]
-    return math.fsum(known) / len(known) if known else math.nan
+    p = np.asarray(probabilities, float)
+    return mean_auroc(np.asarray(label, int)[:, None] == np.arange(p.shape[1]), p)
 
 
 def mean_auroc(present: ArrayLike, probabilities: ArrayLike) -> float:
@@ -91,10 +83,7 @@ def specificity(positive: ArrayLike, called: ArrayLike) -> float:
 
 
 def specificity_at_sensitivity(positive: ArrayLike, score: ArrayLike, wanted: float) -> float:
-    """Specificity of the strictest threshold (score >= threshold) whose sensitivity is at least ``wanted``.
-
-    NaN without positive or negative cases.
-    """
+    """Specificity of the strictest threshold (score >= threshold) whose sensitivity is at least ``wanted``, or NaN."""
     is_positive, s = np.asarray(positive, bool), np.asarray(score, float)
     if is_positive.all() or not is_positive.any():
         return math.nan

@@ -16,8 +16,7 @@ from amkd_monai.storage import read_json
 from amkd_monai.terminal import align
 
 SIZE = "reference_volume"
-Key = tuple[str, ...]
-"""Key of a row in a case file: its id, and for masks its class."""
+Key = tuple[str, ...]  # key of a row in a case file: its id, and for masks its class
 
 
 def evaluated_task(metrics_json: str | Path) -> Task | None:
@@ -37,8 +36,8 @@ def compare_runs(
     returned rows form one family for the Holm adjustment.
 
     Args:
-        reference_csv: case file of the reference run, for example the undistilled student's.
-        other_csvs: case file of each run to compare with it, by name.
+        reference_csv: case file of the reference run.
+        other_csvs: case file of each run to compare with it, by name; of the same cases and labels.
         metric: what to compare; None takes the Dice of masks, and of classes the primary metric and all single areas.
         task: task of the runs; None if their images have masks.
 
@@ -46,10 +45,6 @@ def compare_runs(
         One row per run and class (of masks) or metric (of classes): ``name``, ``class`` (of classes the metric),
         ``metric``, ``n`` (pairs), ``left_out``, ``reference_mean``, ``mean`` (both over the pairs), ``difference`` (run
         minus reference) with ``ci_low`` and ``ci_high`` (95 %), ``test``, its two-sided ``p``, and ``p_holm``.
-
-    Raises:
-        ValueError: a file lacks the metric, repeats a case, or does not have the cases and labels (of
-            masks: their sizes) of the reference; or the metric is unknown.
     """
     classes = task if task is not None and task.is_classification else None
     if classes is not None and metric not in (None, *(known := class_metrics(classes))):
@@ -64,10 +59,8 @@ def compare_runs(
             raise ValueError(f"{len(unpaired)} case(s) are only in one of '{name}' and the reference: {shown}.")
         pairs = {case: (row.get(SIZE), other[case].get(SIZE)) for case, row in reference.items()}
         if changed := [" ".join(case) for case, pair in pairs.items() if None not in pair and not _same(*pair)]:
-            raise ValueError(
-                f"The run '{name}' was scored on other labels than the reference, {len(changed)} case(s) differ in "
-                f"size: {some(changed)}. Compare runs on the same data."
-            )
+            what = f"other labels than the reference, {len(changed)} case(s) differ in size: {some(changed)}"
+            raise ValueError(f"The run '{name}' was scored on {what}. Compare runs on the same data.")
         if classes is not None:
             found = _compare_classes(other, reference, metric, classes, name)
         else:

@@ -8,21 +8,19 @@ from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.files import names, volumes
 from amkd_monai.files.masks import MaskCodes, other_size, read_mask
 from amkd_monai.files.names import some
-from amkd_monai.metrics.evaluation import figures_of, mask_rows, write_figures
-from amkd_monai.metrics.summary import Row
+from amkd_monai.metrics.summary import Row, figures_of, mask_rows, write_figures
 from amkd_monai.terminal import logger, progress
 
 ENDINGS = ("_mask", "_segmentation", "_seg", "_pred", "_prediction")
 """What the name of a mask may have behind that of its image."""
 
 
-def task_of(classes: Sequence[str], folder: Path, nsd_tolerance: float | None = None) -> Task:
+def task_of(classes: Sequence[str], folder: Path) -> Task:
     """Describe masks of a folder by the names of their classes, background first."""
     if len(classes) < 2 or len(set(classes)) != len(classes) or not all(classes):
         raise ValueError(f"The classes are {list(classes)}: give different names, background first.")
     dimensions = 3 if any(names.has_suffix(file, names.VOLUME_SUFFIXES) for file in folder.iterdir()) else 2
-    task = Task("masks", tuple(classes), "unknown", folder.name, (), dimensions=dimensions)
-    return task if nsd_tolerance is None else replace(task, nsd_tolerance=nsd_tolerance)
+    return Task("masks", tuple(classes), "unknown", folder.name, (), dimensions=dimensions)
 
 
 def score(
@@ -36,7 +34,7 @@ def score(
     """Score each mask of a folder against the reference of its name and write what an evaluation leaves.
 
     Args:
-        predictions: folder of masks, pictures or NIfTI volumes, with class indices, or 0 and another value.
+        predictions: folder of masks, pictures or NIfTI volumes.
         references: folder of the masks that they should be.
         output: folder for ``per_case.csv`` and ``metrics.json``.
         task: a task, or the names of the classes, background first.
@@ -45,19 +43,13 @@ def score(
 
     Returns:
         The table of the figures.
-
-    Raises:
-        ValueError: masks without partner, on another grid than their partner, or with values that no class has.
     """
     folders = {"predictions": names.expanded(predictions), "references": names.expanded(references)}
     for name, folder in folders.items():
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder} of {name}: give a folder of masks.")
-    if isinstance(task, str):
-        asked = get_task(task)
-        asked = asked if nsd_tolerance is None else replace(asked, nsd_tolerance=nsd_tolerance)
-    else:
-        asked = task_of(task, folders["references"], nsd_tolerance)
+    asked = get_task(task) if isinstance(task, str) else task_of(task, folders["references"])
+    asked = asked if nsd_tolerance is None else replace(asked, nsd_tolerance=nsd_tolerance)
     if asked.is_classification:
         raise ValueError(f"{asked.name} has one class per image: `score` compares masks.")
     pairs = paired(folders["predictions"], folders["references"], asked.dimensions)

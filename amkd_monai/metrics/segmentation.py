@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.ndimage import binary_erosion, distance_transform_edt
+from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 
 METRICS = ("dice", "iou", "nsd", "hd95")
 """The metric columns of a case row; all lie in [0, 1] but ``hd95``, which has the unit of the spacing."""
 
-BACKGROUND = "background"
-"""Class of the row of label 0."""
+BACKGROUND = "background"  # class of the row of label 0
 
 STATUSES = ("ok", "missed", "false_positive", "empty_both")
 """What a row can be: both masks present, prediction empty, reference empty, both empty."""
@@ -38,10 +37,10 @@ def case_metrics(
     A surface is the set of foreground pixels (voxels) with a background neighbour across a face, where outside the
     image is background; distances run between pixel centres. NSD is the fraction of both surfaces within the tolerance
     of the other one, each surface element counting once. HD95 is the larger of the two directed 95th percentiles. These
-    are the definitions of :py:mod:`monai.metrics`, which needs torch.
+    are the definitions of :py:mod:`monai.metrics`, which needs torch. Background has neither NSD nor HD95.
 
     Args:
-        pred: predicted label map, shape (H, W) or (D, H, W) in any axis order, any dtype holding integers.
+        pred: predicted label map, (H, W) or (D, H, W) in any axis order, integers in [0, num_classes).
         reference: reference label map of the same shape.
         num_classes: number of classes including the background, which is label 0.
         spacing: size of a pixel or voxel along each axis of the arrays (mm, or 1 for pixels).
@@ -51,12 +50,8 @@ def case_metrics(
         known: where background counts, boolean in the shape of the maps; by default everywhere.
 
     Returns:
-        Rows with ``class``, ``label`` (NaN for a region), ``status``, ``dice``, ``iou``, ``nsd``, ``hd95``,
-        ``pred_volume`` and ``reference_volume`` (unit of ``spacing`` to the power of the number of axes). Background
-        has neither NSD nor HD95.
-
-    Raises:
-        ValueError: shapes differ, a label is not an integer of [0, num_classes), or another argument does not fit.
+        Rows with ``class``, ``label`` (NaN for a region), ``status``, the :data:`METRICS`, ``pred_volume`` and
+        ``reference_volume`` (unit of ``spacing`` to the power of the number of axes).
     """
     pred, reference = np.asarray(pred), np.asarray(reference)
     if pred.shape != reference.shape or pred.ndim not in (2, 3) or pred.size == 0:
@@ -90,10 +85,7 @@ def case_metrics(
 def _class_row(
     pred: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float | None
 ) -> dict[str, Any]:
-    """Status, metrics and volumes of one class from two boolean masks of shape (H, W) or (D, H, W).
-
-    Without a ``tolerance`` no surfaces are looked at.
-    """
+    """Status, metrics and volumes of one class from two boolean masks; no surfaces without a ``tolerance``."""
     n_pred, n_reference, voxel = int(pred.sum()), int(reference.sum()), math.prod(float(s) for s in spacing)
     row: dict[str, Any] = {"status": "ok", **dict.fromkeys(METRICS, math.nan)}
     if n_reference == 0:
@@ -118,12 +110,9 @@ def _class_row(
 
 def _crop_to_foreground(pred: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Cut both maps to the joint bounding box of their foreground; to nothing where there is none."""
-    inside = (pred > 0) | (reference > 0)
-    box = []
-    for axis in range(inside.ndim):
-        filled = np.flatnonzero(inside.any(axis=tuple(other for other in range(inside.ndim) if other != axis)))
-        box.append(slice(filled[0], filled[-1] + 1) if len(filled) else slice(0, 0))
-    return pred[tuple(box)], reference[tuple(box)]
+    boxes = find_objects(((pred > 0) | (reference > 0)).astype(np.int8))
+    box = boxes[0] if boxes else (slice(0),) * pred.ndim
+    return pred[box], reference[box]
 
 
 def _label_map(array: np.ndarray, name: str, num_classes: int) -> np.ndarray:

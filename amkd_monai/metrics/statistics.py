@@ -1,8 +1,4 @@
-"""Confidence intervals over cases, and paired tests.
-
-SciPy does what it can. It has no Holm's adjustment; metrics of a whole set of cases are resampled by
-:py:func:`resampled`, so that the same draws serve all metrics.
-"""
+"""Confidence intervals over cases, and paired tests; the same draws (:func:`resampled`) serve all metrics of a set."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +7,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-BOOTSTRAP_CHUNK = 4_000_000
-"""Number of resampled indices held in memory at a time (32 MB)."""
-RESAMPLES = 2000
-"""Bootstrap samples for a metric of a whole set of cases."""
-TAILS = (50 * (1 - 0.95), 100 - 50 * (1 - 0.95))
-"""Percentiles that bound 95 %."""
+BOOTSTRAP_CHUNK = 4_000_000  # number of resampled indices held in memory at a time (32 MB)
+RESAMPLES = 2000  # bootstrap samples for a metric of a whole set of cases
+TAILS = (50 * (1 - 0.95), 100 - 50 * (1 - 0.95))  # percentiles that bound 95 %
 
 
 def bootstrap_ci(values: ArrayLike, resamples: int = 10000, seed: int = 0) -> tuple[float, float, float]:
@@ -40,10 +33,7 @@ def paired_bootstrap_ci(a: ArrayLike, b: ArrayLike) -> tuple[float, float, float
 
 
 def paired_wilcoxon(a: ArrayLike, b: ArrayLike) -> float:
-    """Two-sided p value of the Wilcoxon signed-rank test on metrics (N,) of the same cases.
-
-    1 where no case differs, NaN without a pair; pairs with a NaN are left out.
-    """
+    """Two-sided p value of the Wilcoxon signed-rank test on metrics (N,) of the same cases; NaN without a pair."""
     difference = _differences(a, b)
     difference = difference[~np.isnan(difference)]
     if len(difference) == 0:

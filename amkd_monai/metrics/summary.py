@@ -1,4 +1,4 @@
-"""Turns the rows of all cases into reported numbers and a table; reads and writes the files of a run."""
+"""Turns the rows of all cases into reported numbers and a table; reads and writes the files of an evaluation."""
 
 import csv
 import hashlib
@@ -11,22 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from amkd_monai.data.datasets import Task
+from amkd_monai.files.masks import IGNORED
 from amkd_monai.files.names import file_of
 from amkd_monai.metrics import classification
 from amkd_monai.metrics.classification import class_metrics, labels_and_probabilities
+from amkd_monai.metrics.segmentation import METRICS, case_metrics
 from amkd_monai.metrics.statistics import bootstrap_ci, interval, resampled
-from amkd_monai.storage import atomic_write_bytes
+from amkd_monai.storage import atomic_write_bytes, atomic_write_json, jsonable, now, read_json
 from amkd_monai.terminal import align
 
+CASES, SEEN_CASES, FIGURES = "per_case.csv", "per_case_seen.csv", "metrics.json"
 TEXT_COLUMNS = ("id", "group", "class", "status")
 """Columns of a case file that hold text; every other column holds numbers."""
 
-PREVIEWS = "previews"
-"""Folder of the small copies of the cases of a run."""
-TEACHERS = "teachers.npz"
-"""File with the teacher outputs of a run for a few training images."""
+PREVIEWS = "previews"  # folder of the small copies of the cases of a run
+TEACHERS = "teachers.npz"  # file with the teacher outputs of a run for a few training images
 
 Row = dict[str, Any]
 
@@ -38,17 +40,15 @@ def preview_file(output_dir: str | Path, case: str) -> Path:
     return file_of(Path(output_dir) / PREVIEWS, f"{plain}{mark}.npz")
 
 
-def summarise(rows: Sequence[Row], metrics: Sequence[str] = ("dice", "iou", "nsd", "hd95")) -> dict[str, Any]:
+def summarise(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> dict[str, Any]:
     """Aggregate case rows: a mean over cases with its 95 % bootstrap interval, never pooled over pixels.
 
     The case is the unit: with several foreground classes a case first gets the mean of its classes (NaN left
     out); regions and background enter no such mean. Cases that have no value are left out of a metric and counted under
     ``status``.
 
-    Args:
-        rows: of :py:func:`~amkd_monai.metrics.segmentation.case_metrics`, with the ``id`` of the case; a class of a
-            case that comes twice is refused.
-        metrics: columns to aggregate.
+    ``rows`` are those of :py:func:`~amkd_monai.metrics.segmentation.case_metrics`, with the ``id`` of the case, each
+    class of a case once.
 
     Returns:
         ``cases`` (number of ids), ``status`` (rows per status), ``empty_references`` (rows on which no metric is
@@ -166,10 +166,7 @@ def write_case_csv(path: str | Path, rows: Sequence[Row]) -> None:
 
 
 def read_case_csv(path: str | Path) -> list[Row]:
-    """Read what :py:func:`write_case_csv` wrote: text in ``TEXT_COLUMNS``, else numbers, NaN if empty.
-
-    A row that is cut short and a number that cannot be read are refused with their line.
-    """
+    """Read what :func:`write_case_csv` wrote: text in ``TEXT_COLUMNS``, else numbers, NaN if empty."""
     rows = []
     with Path(path).open(newline="", encoding="utf-8") as file:
         for number, raw in enumerate(csv.DictReader(file), start=2):
@@ -184,3 +181,57 @@ def read_case_csv(path: str | Path) -> list[Row]:
 
 def _parse(text: str) -> int | float:
     return int(text) if text.lstrip("-").isdigit() else float(text or math.nan)
+
+
+def mask_rows(task: Task, case: str, pred: ArrayLike, reference: ArrayLike, spacing: Sequence[float]) -> list[Row]:
+    """Score label maps (H, W) or (X, Y, Z) of one case by a task; pixels whose reference is 255 count nowhere."""
+    known = np.asarray(reference) != IGNORED
+    if not known.all():
+        pred, reference = np.where(known, pred, 0), np.where(known, reference, 0)
+    scored = task.nsd_tolerance, task.classes[1:], task.regions, known
+    return [{"id": case, **row} for row in case_metrics(pred, reference, len(task.classes), spacing, *scored)]
+
+
+def figures_of(task: Task, rows: Sequence[Row], seen: Mapping[str, str]) -> dict[str, Any]:
+    """Return what ``metrics.json`` says of the rows of all cases: the task, ``summary``, and ``seen`` where there is.
+
+    Cases in ``seen``, {id: where}, took part in the training; they count under ``seen`` alone. One must be left.
+    """
+
+    def summary(rows: Sequence[Row]) -> dict[str, Any]:
+        return summarise_classes(rows, task) if task.is_classification else summarise(rows)
+
+    apart, kept = ([row for row in rows if (row["id"] in seen) is which] for which in (True, False))
+    if not kept:
+        raise ValueError("Every case took part in the student's training: give data of another origin.")
+    figures: dict[str, Any] = dict(task.identity)
+    if task.is_classification:
+        figures["primary_metric"] = task.primary_metric
+    else:
+        figures |= {"unit": task.unit, "nsd_tolerance": task.nsd_tolerance}
+    if apart:
+        figures["seen"] = {"cases": dict(seen), "summary": summary(apart)}
+    return figures | {"summary": summary(kept)}
+
+
+def write_figures(folder: Path, rows: Sequence[Row], figures: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Write the files of an evaluation and return its table; ``facts`` are further content of ``metrics.json``.
+
+    If some cases could not be used, a folder with the figures of all cases is refused.
+    """
+    skipped, seen = facts.get("skipped_samples", ()), figures.get("seen", {"cases": {}})
+    old = read_json(folder / FIGURES) if skipped else {}
+    if old and old.get("student_sha256") == facts.get("student_sha256") and not old.get("skipped_samples"):
+        raise ValueError(
+            f"{folder / FIGURES} holds the figures of all cases and stays: {len(skipped)} case(s) could not be used "
+            f"now: {skipped[0]['reason']} Restore the files, or give an --output_dir of its own."
+        )
+    title = figures["task"] + (f", HD95 in {figures['unit']}" if "unit" in figures else "")
+    tables = [format_table(figures["summary"], title)]
+    if seen["cases"]:
+        apart = f"{title}: {len(seen['cases'])} case(s) of the student's training, in no figure above"
+        tables.append(format_table(seen["summary"], apart))
+        write_case_csv(folder / SEEN_CASES, [row for row in rows if row["id"] in seen["cases"]])
+    write_case_csv(folder / CASES, [row for row in rows if row["id"] not in seen["cases"]])
+    atomic_write_json(folder / FIGURES, jsonable({"written": now(), **facts, **figures}))
+    return "\n".join(tables)

@@ -9,20 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STRIDES = (8, 16)
-"""In-plane strides of the maps that distillation compares with teachers."""
+STRIDES = (8, 16)  # in-plane strides of the maps that distillation compares with teachers
 
 
 class VolumeStudent(nn.Module):
     """A 3D network whose training is that of a student of slices.
 
     Outside training it takes volumes, so that ``SlidingWindowInferer`` runs it on patches of ``slices`` whole slices. A
-    training batch holds such patches as their slices, one after another: the logits, and the feature maps at
-    :data:`STRIDES`, are handed to distillation slice by slice, and teachers of slices and of volumes teach it alike.
-
-    A feature map is the network's widest one before the next coarser one, averaged to its stride where the network has
-    none of it, and repeated along the slices. The network goes on from that map, to the same values, so
-    that gradients with respect to it are those of the answer.
+    training batch holds such patches as their slices, one after another; logits and feature maps at :data:`STRIDES`
+    are handed to distillation slice by slice. A feature map is the network's widest one before the next coarser one,
+    averaged to its stride where the network has none of it, and repeated along the slices. The network goes on from
+    that map, to the same values, so that gradients with respect to it are those of the answer.
 
     Args:
         network: makes the network (in a config, ``"_mode_": "callable"``): one input channel, ``num_classes`` outputs.
@@ -46,10 +43,8 @@ class VolumeStudent(nn.Module):
         logits = self.network(volume) if volume.ndim == 5 else None
         if not isinstance(logits, Tensor) or logits.shape != (len(volume), self.num_classes, *volume.shape[2:]):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(
-                f"A 3D student answers {tuple(volume.shape)} by {found}: use a network of {self.num_classes} classes "
-                "that answers (B, channels, D, H, W) at its size, without deep supervision."
-            )
+            needs = f"{self.num_classes} classes that answers (B, channels, D, H, W) at its size, no deep supervision"
+            raise ValueError(f"A 3D student answers {tuple(volume.shape)} by {found}: use a network of {needs}.")
         return logits
 
     def encode(self, image: Tensor) -> list[Tensor]:

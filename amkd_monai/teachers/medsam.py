@@ -24,8 +24,7 @@ logger = logging.getLogger("amkd_monai")
 PROMPTS = ("none", "whole_image", "label_box")
 PATCH = 16
 VIT_B = {"embed_dim": 768, "depth": 12, "num_heads": 12, "global_attn_indexes": (2, 5, 8, 11), "out_chans": 256}
-NO_OBJECT = -10.0
-"""Foreground logit where the label is empty: there is no box to prompt with, and no object."""
+NO_OBJECT = -10.0  # foreground logit where the label is empty: there is no box to prompt with, and no object
 
 GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 _TIED = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
@@ -101,10 +100,8 @@ class MedSAMTeacher(OfficialTeacher):
         if (key := "image_encoder.pos_embed") in official.state:
             trained = official.shape(key, 4, "(1, n, n, channels)")[1]
             if trained != side:
-                raise CheckpointError(
-                    f"{official.path} is for images resized to {trained * PATCH} pixels, not {image_size}: set "
-                    f"`image_size` to it."
-                )
+                sizes_differ = f"images resized to {trained * PATCH} pixels, not {image_size}"
+                raise CheckpointError(f"{official.path} is for {sizes_differ}: set `image_size` to it.")
         sizes = {**VIT_B, **(sizes or {})}
         channels, norm = sizes["out_chans"], partial(nn.LayerNorm, eps=1e-6)
         with fixed_initialisation():
@@ -158,9 +155,7 @@ class MedSAMTeacher(OfficialTeacher):
     def forward(self, image: Tensor, label: Tensor | None = None) -> TeacherFeatures:
         """Return grid (B, C, h, w), pooled (B, C) and, with a prompt, two-class logits (B, 2, S/4, S/4).
 
-        Args:
-            image: (B, 3, H, W), RGB in [0, 1].
-            label: class indices (B, 1, h, w) of the same frame, 255 where unlabelled; only ``label_box`` reads it.
+        Only ``label_box`` reads the label: class indices (B, 1, h, w) of the same frame, 255 where unlabelled.
         """
         with self.autocast(image):  # one image at a time: global attention takes more than 2 GB at 1024 pixels
             parts = [self.network["image_encoder"](one) for one in self.prepare(image).split(1)]

@@ -37,15 +37,9 @@ class OfficialWeights:
 
 
 def read_official(key: str, weights: str | Path | None) -> OfficialWeights:
-    """Find and read a teacher's weights.
+    """Find and read the weights of a teacher by its key in the catalogue; a CheckpointError if there are none.
 
-    Args:
-        key: the teacher's key in the catalogue.
-        weights: a file, a folder that holds it, None to search the weights folders and the Hugging Face cache, or
-            ``random``.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
+    ``weights``: a file, a folder that holds it, None to search for it (:func:`find_weights`), or ``random``.
     """
     if str(weights) == "random":
         return OfficialWeights({}, None)
@@ -56,20 +50,15 @@ def read_official(key: str, weights: str | Path | None) -> OfficialWeights:
 
 
 def pooled_patches(grid: Tensor) -> Tensor:
-    """Mean of the raw patch tokens (B, C, h, w), then a LayerNorm without weights: (B, C).
-
-    This is what upstream's global pooling computes once a pretrained file without ``fc_norm`` is loaded; the
-    pretrained final norm has no part in it.
-    """
+    """Mean of the raw patch tokens (B, C, h, w), then a LayerNorm without weights: (B, C), as upstream pools."""
     mean = grid.mean((2, 3))
     return F.layer_norm(mean, mean.shape[-1:], eps=1e-6)
 
 
 def each_image(image: Tensor, function: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    """Apply a function of 8-bit pixels, (H, W, 3) uint8 -> (h, w, 3), to every image of a batch.
+    """Apply a function of 8-bit pixels, (H, W, 3) uint8 -> (h, w, 3), to every image of a batch (B, 3, H, W) in [0, 1].
 
-    ``image`` is (B, 3, H, W), RGB in [0, 1], rounded to 256 steps; the result (B, 3, h, w), in the function's units.
-    Images on the meta device count as black.
+    Returns (B, 3, h, w), in the function's units. Images on the meta device count as black.
     """
     known = torch.zeros(image.shape, device="cpu") if image.is_meta else image.detach()
     pixels = (known.clamp(0, 1) * 255).round().byte()
@@ -89,8 +78,7 @@ def imagenet_normalised(pixels: Tensor) -> Tensor:
     return (pixels / 255 - mean) / std
 
 
-COMMON = ("image_size", "resize", "normalisation", "grid_limit", "precision")
-"""Settings of all official teachers."""
+COMMON = ("image_size", "resize", "normalisation", "grid_limit", "precision")  # settings of all official teachers
 
 
 class OfficialTeacher(Teacher):

@@ -1,6 +1,7 @@
-"""Checks teachers before they run: whether they fit their files and the task, and what they cost.
+"""Chooses the teachers of a run, and checks before they run whether they fit their files and the task, and their cost.
 
-A teacher of this package is built on the meta device, from names and shapes alone, by the code that builds it later.
+Words such as ``auto`` become descriptions that suit the data set. A teacher of this package is then built on the meta
+device, from names and shapes alone, by the code that builds it later.
 """
 
 import copy
@@ -20,9 +21,128 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from amkd_monai import __version__
+from amkd_monai.data.datasets import Task
 from amkd_monai.storage import fingerprint, read_memo, write_memo
+from amkd_monai.teachers import base, catalogue
 from amkd_monai.teachers.base import KINDS, Teacher, TeacherFacts, bound, build_teacher, fixed_initialisation
-from amkd_monai.teachers.catalogue import CATALOGUE, FOUNDATION, CatalogueEntry, entry, find_weights, official_file
+from amkd_monai.teachers.catalogue import CATALOGUE, FOUNDATION, CatalogueEntry, find_weights, how_to_get
+from amkd_monai.weights import CheckpointError
+
+Description = Mapping[str, Any]
+Official = tuple[CatalogueEntry, Path | None]  # a foundation teacher and its weight file, None where it was not found
+
+CREWS: dict[str, Description] = {
+    f"crew{'' if size == 'default' else f'_{size}'}": {"name": "crew", "kind": "crew", "size": size}
+    for size in ("default", "small", "large")
+}
+"""Crews by word: ``crew``, ``crew_small`` and ``crew_large``."""
+
+
+def choose(
+    teachers: str | Sequence[str | Description],
+    task: Task,
+    weights_dir: str | None = None,
+    fallback: Sequence[Description] = (),
+) -> tuple[list[Description], list[str]]:
+    """Return the descriptions of a run's teachers, and lines that announce those that were chosen here.
+
+    Args:
+        teachers: ``auto`` (the foundation teachers whose files are found, else ``fallback``), ``foundation`` (all
+            four), ``none``, or names joined by ``+``, of foundation teachers, of :data:`CREWS` or of ``fallback``; or
+            a list of such words and of descriptions.
+        task: what is to be taught.
+        weights_dir: folder searched first for weight files.
+        fallback: descriptions of the teachers where no foundation teacher is found.
+    """
+    described: list[Description] = []
+    lines: list[str] = []
+    named = {str(other["name"]): other for other in fallback}
+    offered = {**named, **CREWS, **named}  # in the order of the fallback, which also has the last word
+    words = teachers.replace(" ", "").split("+") if isinstance(teachers, str) else teachers
+    if not isinstance(words, (list, tuple)):
+        raise ValueError(f"teachers is {teachers!r}: give a word or a list of descriptions, see docs/teachers.md.")
+    for word in [] if words == ["none"] else words:
+        if not isinstance(word, str) or word in offered:
+            described.append(offered[word] if isinstance(word, str) else word)
+            continue
+        wanted = official_teachers(word, task, weights_dir, list(offered))
+        if word == "auto":
+            wanted = [(teacher, file) for teacher, file in wanted if file]
+        elif absent := [how_to_get(teacher, weights_dir) for teacher, file in wanted if file is None]:
+            raise CheckpointError(" ".join(absent))
+        for teacher, file in wanted:
+            if packages := catalogue.missing_packages(teacher):
+                lines.append(f"{teacher.name} needs a package: run `pip install {packages[0]}`.")
+                if word != "auto":
+                    raise ValueError(lines[-1])
+            else:
+                name = teacher.key if word == teacher.key else teacher.kind
+                described.append({"name": name, **options(teacher, task)})
+                known = f"licence {teacher.licence}; these images seen in training: {seen(teacher, task)}"
+                lines.append(f"{teacher.name} teaches: {file}, {known}.")
+        if word == "auto" and not described:
+            described += fallback
+            names = " and ".join(str(other["name"]) for other in described) or "labels alone"
+            places = ", ".join(map(str, catalogue.weights_folders(weights_dir)))
+            how = "`python -m amkd_monai teachers` says how to get MedSAM, USFM, RETFound and BiomedParse"
+            lines.append(f"No foundation teacher's file is in {places}, so {names} teach: {how}.")
+    base.validate_descriptions(described)
+    return described, lines
+
+
+def official_teachers(
+    word: str, task: Task, weights_dir: str | None = None, others: Sequence[str] = ()
+) -> list[Official]:
+    """Return the foundation teachers that a word means: one, or for ``auto`` and ``foundation`` all four.
+
+    Of several files of one kind, such as RETFound's, one that was trained on the task's modality goes first. ``others``
+    are named where the word is not understood, which is a ValueError.
+    """
+    kinds = FOUNDATION if word in ("auto", "foundation") else [word]
+    chosen = []
+    for kind in kinds:
+        own = [e for e in CATALOGUE if e.kind in FOUNDATION and kind in (e.kind, e.key)]
+        if not own:
+            known = ", ".join(("auto", "foundation", "none", *FOUNDATION, *others))
+            raise ValueError(f"teachers names '{word}': use one of {known}, several joined by +, or descriptions.")
+        found = [(e, find_weights(e, weights_dir)) for e in sorted(own, key=lambda e: not suits(e, task))]
+        chosen.append(next((official for official in found if official[1]), found[0]))
+    return chosen
+
+
+def suits(teacher: CatalogueEntry, task: Task) -> bool:
+    """Whether a teacher was trained on images of a task's modality, or of many."""
+    return teacher.domain.lower() in task.modality.lower()
+
+
+def options(teacher: CatalogueEntry, task: Task) -> dict[str, Any]:
+    """Return kind and options of a foundation teacher that are right for a task; the task's own exceptions go first.
+
+    MedSAM gets no box, since a box of the label would know the label. Where an image has one class BiomedParse gets no
+    prompt, as masks are no answer. RETFound's own framing cuts the border off, which only its own images can spare.
+    """
+    chosen: dict[str, Any] = {"kind": teacher.kind, "grid_limit": task.grid_limit}
+    if teacher.kind == "medsam":
+        chosen["prompt"] = "none"
+    elif teacher.kind == "retfound":
+        centred = task.is_classification and suits(teacher, task)
+        chosen |= {"variant": teacher.key.removeprefix("retfound_"), "framing": "crop" if centred else "squash"}
+    elif teacher.kind == "biomedparse":
+        prompts = task.prompts or [f"{name} in {task.modality}" for name in task.classes[1:]]
+        chosen["prompts"] = [] if task.is_classification else list(prompts)
+    return chosen | dict(task.teacher_options.get(teacher.kind, {}))
+
+
+def seen(teacher: CatalogueEntry, task: Task) -> str:
+    """Say whether a foundation teacher may have seen a task's images in training, in a few words."""
+    if task.source is None:
+        return "your images only if they were public"
+    masks = teacher.kind in ("medsam", "biomedparse")  # trained with masks, the others without labels
+    possible = not task.is_classification if masks else suits(teacher, task)
+    usual = f"possible{'' if masks else ', without labels'}" if possible else "no"
+    other = "" if suits(teacher, task) else f"; trained on {teacher.domain} images alone"
+    return task.seen_by.get(teacher.kind, usual) + other
+
 
 PLANNED = set(KINDS) - {"transformers"}
 """Kinds that read one file of weights and nothing else, and can be built from its names and shapes."""
@@ -34,22 +154,16 @@ OUTPUTS = ("grid", "pooled", "logits")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a teacher needs and gives.
-
-    Attributes:
-        image_size: of its input in pixels, a side or (H, W); None for images as they come.
-        shapes: of its outputs for one image, by name; empty for features of images as they come.
-        flops: floating point operations per image, two per multiply-add.
-        memory: bytes that it takes at least: its weights and the largest result of an operation.
-        file: its weight file and the stamp of that.
-    """
+    """What a teacher needs and gives."""
 
     name: str
+    # of its input in pixels, a side or (H, W); None for images as they come
     image_size: int | tuple[int, int] | None = None
+    # of its outputs for one image, by name; empty for features of images as they come
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    flops: int = 0
-    memory: int = 0
-    file: tuple[Path, list[int]] | None = None
+    flops: int = 0  # floating point operations per image, two per multiply-add
+    memory: int = 0  # bytes that it takes at least: its weights and the largest result of an operation
+    file: tuple[Path, list[int]] | None = None  # its weight file and the stamp of that
 
     def bytes_per_image(self, dtype: str = "float16") -> int:
         """Space in the cache for one view; ``dtype`` is that of feature maps."""
@@ -59,14 +173,10 @@ class Plan:
 
 @dataclass
 class KnownTeacher:
-    """A teacher by its facts; the network is built when it is first needed.
-
-    Attributes:
-        of: description and folder of weights, from which it is built.
-    """
+    """A teacher by its facts; the network is built when it is first needed."""
 
     known: TeacherFacts
-    of: tuple[Mapping[str, Any], str | None]
+    of: tuple[Mapping[str, Any], str | None]  # description and folder of weights, from which it is built
     built: Teacher | None = None
 
     def facts(self) -> TeacherFacts:
@@ -74,11 +184,7 @@ class KnownTeacher:
         return self.known
 
     def ready(self) -> Teacher:
-        """Build the network unless it is there.
-
-        Raises:
-            ValueError: it is not the teacher that was known; it changed without its file's size or time.
-        """
+        """Build the network unless it is there; one that changed without its file's size or time is refused."""
         if self.built is None:
             with fixed_initialisation():
                 built = build_teacher(*self.of)
@@ -109,59 +215,50 @@ def plan(
 ) -> Plan:
     """Build a teacher without its weights, and run it on an image without content, if its input's size is known.
 
-    Of other kinds than :data:`PLANNED` no more is known than that it takes its options.
-
-    Args:
-        description: of the teacher.
-        weights_dir: folder searched first for weight files.
-        size: (H, W) of the images to come, if known: where a specialist is tried.
-        cache_dir: folder that keeps plans, None for none.
-
-    Raises:
-        ValueError: options that the kind does not take.
-        CheckpointError: weights that are missing or do not fit, by their names and shapes.
+    Of other kinds than :data:`PLANNED` no more is known than that it takes its options. ``size`` is (H, W) of the
+    images to come, where a specialist is tried; ``cache_dir`` keeps plans. Wrong options are a ValueError, weights that
+    are missing or do not fit, by their names and shapes, a CheckpointError.
     """
-    kind = str(description["kind"])
-    _, options = bound(description, weights_dir)
+    kind, (_, options) = str(description["kind"]), bound(description, weights_dir)
     file = weight_file(description, weights_dir)
     found = Plan(str(description["name"]), file=(file, stamp(file)) if file and stamp(file) else None)
+    if kind == VOLUMES:
+        network, patch = copy.deepcopy(options["network"]).cpu().eval(), options.get("patch_size", (64, 64, 64))
+        return _tried(found, network, (1, *patch))
+    if kind not in PLANNED:
+        return found
     memo = Path(cache_dir or "") / PLANS
-    table = read_memo(memo, lambda entry: isinstance(entry, dict)) if cache_dir and kind in PLANNED else {}
+    table = read_memo(memo, lambda entry: isinstance(entry, dict)) if cache_dir else {}
     size = size if kind == "specialist" else None  # others without a size of their own answer nothing
-    key = fingerprint(teacher_key(description, weights_dir), size, str(found.file)) if kind in PLANNED else ""
+    key = fingerprint(teacher_key(description, weights_dir), size, str(found.file))
     if key in table:
         return replace(found, **table[key])
-    network: nn.Module | None = None
-    shape = None if size is None else (3, *size)
-    if kind == VOLUMES:
-        network, shape = copy.deepcopy(options["network"]).cpu().eval(), (1, *options.get("patch_size", (64, 64, 64)))
-    elif kind in PLANNED:
-        place = "cpu" if kind == "specialist" else "meta"  # a program has its device fixed
-        with torch.device(place), fixed_initialisation():
-            network = build_teacher(description, weights_dir)
-        if wanted := network.image_size:
-            sides = (wanted, wanted) if isinstance(wanted, int) else wanted
-            found, shape = replace(found, image_size=wanted), (3, *sides)
-    if network is not None and shape is not None:
-        weights = list(network.parameters())
-        where = weights[0].device if weights else torch.device("cpu")
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter, _Largest() as largest:
-            output = network(torch.zeros(1, *shape, device=where))
-        values = {n: getattr(output, n) for n in OUTPUTS} if isinstance(network, Teacher) else {"logits": output}
-        shapes = {n: tuple(v.shape[1:]) for n, v in values.items() if v is not None}
-        memory = sum(w.numel() * w.element_size() for w in weights) + largest.bytes
-        found = replace(found, shapes=shapes, flops=counter.get_total_flops(), memory=memory)
-    if cache_dir and kind in PLANNED:
+    with torch.device("cpu" if kind == "specialist" else "meta"), fixed_initialisation():  # a program has its device
+        teacher = build_teacher(description, weights_dir)
+    if wanted := teacher.image_size:
+        size, found = (wanted, wanted) if isinstance(wanted, int) else wanted, replace(found, image_size=wanted)
+    if size is not None:
+        found = _tried(found, teacher, (3, *size))
+    if cache_dir:
         kept = {k: v for k, v in asdict(found).items() if k not in ("name", "file")}
         write_memo(memo, {**table, key: kept})
     return found
 
 
-def known_teacher(description: Mapping[str, Any], weights_dir: str | None, cache_dir: str | Path) -> KnownTeacher:
-    """Return a teacher from the table of a cache folder; one that is not there, or whose file changed, is built.
+def _tried(found: Plan, network: nn.Module, shape: tuple[int, ...]) -> Plan:
+    """Run a network on one input of zeros, and note its outputs and costs."""
+    weights = list(network.parameters())
+    where = weights[0].device if weights else torch.device("cpu")
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter, _Largest() as largest:
+        output = network(torch.zeros(1, *shape, device=where))
+    values = {n: getattr(output, n) for n in OUTPUTS} if isinstance(network, Teacher) else {"logits": output}
+    shapes = {n: tuple(v.shape[1:]) for n, v in values.items() if v is not None}
+    memory = sum(w.numel() * w.element_size() for w in weights) + largest.bytes
+    return replace(found, shapes=shapes, flops=counter.get_total_flops(), memory=memory)
 
-    Only :data:`PLANNED` is kept, since of others it is not known which files they read.
-    """
+
+def known_teacher(description: Mapping[str, Any], weights_dir: str | None, cache_dir: str | Path) -> KnownTeacher:
+    """Return a teacher from the table of a cache folder (:data:`PLANNED` are kept), or, if it changed, built."""
     memo, of = Path(cache_dir) / KNOWN, (description, weights_dir)
     table, key = read_memo(memo, lambda entry: isinstance(entry, dict)), teacher_key(*of)
     try:
@@ -194,14 +291,14 @@ def weight_file(description: Mapping[str, Any], weights_dir: str | None = None) 
     if given in ("random", "packaged") or not (given or kind in FOUNDATION):
         return None
     known = official_entry(description)
-    return official_file(known, given or weights_dir) if known else Path(given)
+    return catalogue.official_file(known, given or weights_dir) if known else Path(given)
 
 
 def official_entry(description: Mapping[str, Any]) -> CatalogueEntry | None:
     """Return what the catalogue knows of a foundation teacher, None for other kinds."""
     if (kind := description["kind"]) not in FOUNDATION:
         return None
-    return entry(f"retfound_{description['variant']}" if "variant" in description else kind)
+    return catalogue.entry(f"retfound_{description['variant']}" if "variant" in description else kind)
 
 
 def stamp(file: Path) -> list[int]:
@@ -227,18 +324,8 @@ def check(
 ) -> list[Plan]:
     """Refuse what cannot teach a task before any teacher is asked; return the plans of all teachers.
 
-    Args:
-        descriptions: of the teachers.
-        classes: names of the task's classes.
-        single: number of answers about a whole image, see :attr:`~amkd_monai.data.datasets.Task.per_image`.
-        weights_dir: folder searched first for weight files.
-        size: (H, W) of the images to come, if known.
-        device: where teachers will run.
-        cache_dir: folder that keeps plans, None for none.
-
-    Raises:
-        ValueError: options or answers that do not fit, or a GPU too small.
-        CheckpointError: weights that are missing or do not fit, by their names and shapes.
+    ``classes`` are the task's, ``single`` is its number of answers about a whole image
+    (:attr:`~amkd_monai.data.datasets.Task.per_image`), ``device`` where teachers will run; others as of :func:`plan`.
     """
     plans = []
     for description in descriptions:
@@ -270,9 +357,9 @@ def refuse_other_answers(name: str, shape: Sequence[int], classes: int, single: 
     if given != classes or (cells != [single, 1] if single else cells == [1, 1]):
         answers = "one answer" if single == 1 else f"{single} answers"
         needed = f"{f'{answers} per image' if single else 'a map'} with {classes} classes"
+        remedy = "give a teacher of this task, set its `own_answers` to false, or drop it"
         raise ValueError(
-            f"The teacher '{name}' gives logits of {given} classes in {cells} cells, the task needs {needed}: give "
-            "a teacher of this task, set its `own_answers` to false, or drop it."
+            f"'{name}' gives logits of {given} classes in {cells} cells, the task needs {needed}: {remedy}."
         )
 
 

@@ -78,10 +78,7 @@ class SpecialistTeacher(Teacher):
         return {"file": self.file_hash, **super().preprocessing(), **answers}
 
     def forward(self, image: Tensor) -> TeacherFeatures:
-        """Return logits (B, num_classes, h, w) and, where the file gives one, the feature map of (B, 3, H, W).
-
-        Answers that are classes of images are maps of one cell, h = w = 1.
-        """
+        """Return logits (B, classes, h, w), h = w = 1 for classes of images, and the feature map if there is one."""
         output = self.network(self.prepare(image))
         logits, grid = output if isinstance(output, (tuple, list)) else (output, None)
         of_images = self.answers == "classes"

@@ -9,14 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from amkd_monai.networks.shared_student import heads_of, state_of_task
-from amkd_monai.networks.student import (
-    CLASSIFIER_PREFIXES,
-    EncodedStudent,
-    create_encoder,
-    feature_encoder,
-    load_encoder_weights,
-)
+from amkd_monai.networks import student
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid, resize
 from amkd_monai.weights import PACKAGED, CheckpointError, load_state_dict, load_strict, packaged_file
 
@@ -68,13 +61,13 @@ class TimmTeacher(Teacher):
         licence: str | None = None,
     ) -> None:
         super().__init__(name, licence or (PACKAGED[model].licence if model in PACKAGED else "unknown"), precision)
-        self.network = create_encoder(model, num_classes=0, **(model_args or {}))
+        self.network = student.create_encoder(model, num_classes=0, **(model_args or {}))
         self.is_random = str(weights) == "random"
         if str(weights) in ("packaged", "random"):
-            load_encoder_weights(self.network, model, weights)
+            student.load_encoder_weights(self.network, model, weights)
         else:
             state = in_timms_layout(self.network, load_state_dict(weights), weights)
-            load_strict(self.network, state, weights, allow_unexpected=CLASSIFIER_PREFIXES)
+            load_strict(self.network, state, weights, allow_unexpected=student.CLASSIFIER_PREFIXES)
         if not self.is_random:
             self.came_from(packaged_file(model) if str(weights) == "packaged" else weights)
         config = self.network.pretrained_cfg
@@ -107,11 +100,7 @@ class TimmTeacher(Teacher):
 
 
 def in_timms_layout(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """Return a file's tensors under timm's names, and set the network's input size to that of its positions.
-
-    Raises:
-        CheckpointError: the positions are not those of a square image.
-    """
+    """Return a file's tensors under timm's names, and set the network's input size to that of its square positions."""
     if "backbone.channel_reduction.0.weight" in state:
         state = {key.removeprefix("backbone."): v for key, v in state.items() if key.startswith("backbone.")}
         for pattern, replacement in OPENMMLAB_SAM:
@@ -136,11 +125,7 @@ def in_timms_layout(network: nn.Module, state: dict[str, Tensor], source: str | 
 
 
 def set_network_size(network: nn.Module, size: int | tuple[int, int] | None, name: str) -> int | tuple[int, int]:
-    """Resize the table of positions of a network of fixed input size, and return that size; None keeps it.
-
-    Raises:
-        ValueError: the network cannot take images of that size.
-    """
+    """Resize the table of positions of a network of fixed input size, and return that size; None keeps it."""
     embed = getattr(network, "patch_embed", network)
     own = tuple(getattr(embed, "img_size", None) or network.pretrained_cfg["input_size"][-2:])
     wanted = (size, size) if isinstance(size, int) else size or own
@@ -158,12 +143,8 @@ def set_network_size(network: nn.Module, size: int | tuple[int, int] | None, nam
 class StudentTeacher(Teacher):
     """The encoder of a student of this project, shared or of one task; it gives features, no answers of its own.
 
-    Args:
-        weights: flat state dict, e.g. ``bundles/multitask/models/model.pt``.
-        model: timm name of its encoder.
-        task: whose batch norms are taken where a shared student has them per data set; None takes the first task's.
-        image_size: None takes images as they come.
-        licence: of the weights; it follows from the data and teachers that the student was trained with.
+    ``weights`` is its flat state dict, ``model`` the timm name of its encoder, ``task`` whose batch norms are taken of
+    a shared student (None: the first task's).
     """
 
     settings = ("model", "image_size", "grid_limit")
@@ -180,9 +161,9 @@ class StudentTeacher(Teacher):
     ) -> None:
         super().__init__(name, licence)
         state = load_state_dict(weights)
-        if heads := heads_of(state):
-            state = state_of_task(state, task or next(iter(heads)))
-        self.network = EncodedStudent(feature_encoder(model, range(1, 5), 0.0))
+        if heads := student.heads_of(state):
+            state = student.state_of_task(state, task or next(iter(heads)))
+        self.network = student.EncodedStudent(student.feature_encoder(model, range(1, 5), 0.0))
         load_strict(self.network, state, weights, allow_unexpected=("neck.", "head.", "temperature"))
         self.came_from(weights)
         self.model, self.image_size, self.grid_limit = model, image_size, grid_limit

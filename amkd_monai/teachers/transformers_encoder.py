@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid
 from amkd_monai.weights import CheckpointError, check_finite
 
-MOST_PREFIX_TOKENS = 16
-"""Class, distillation and register tokens precede the patches; encoders have up to 9 of them."""
+MOST_PREFIX_TOKENS = 16  # Class, distillation and register tokens precede the patches; encoders have up to 9 of them
 
 
 class TransformersTeacher(Teacher):
@@ -120,11 +119,7 @@ class TransformersTeacher(Teacher):
 
 
 def local_folder(model: str | Path, download: bool) -> Path:
-    """Return the folder of an encoder: itself, or its snapshot in the Hugging Face cache.
-
-    Raises:
-        CheckpointError: there is no such folder, and no snapshot.
-    """
+    """Return the folder of an encoder: itself, or its snapshot in the Hugging Face cache."""
     from huggingface_hub import errors, snapshot_download
 
     if os.path.isdir(model):  # noqa: PTH112 - never raises
@@ -133,10 +128,8 @@ def local_folder(model: str | Path, download: bool) -> Path:
         wanted = ["*.json", "*.safetensors"]
         return Path(snapshot_download(str(model), local_files_only=not download, allow_patterns=wanted))
     except (errors.HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"There is no folder {model}, nor a snapshot in the Hugging Face cache: give the folder of `model`, or set "
-            "`download` to true for a name on huggingface.co."
-        ) from error
+        remedy = "give the folder of `model`, or set `download` to true for a name on huggingface.co"
+        raise CheckpointError(f"There is no folder {model}, nor a snapshot in the cache: {remedy}.") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

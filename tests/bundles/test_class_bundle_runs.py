@@ -104,7 +104,7 @@ def test_real_images_train_and_evaluate(bundle, tmp_path, cache):
 def test_few_labels_and_every_part_of_the_method_work_and_a_killed_run_resumes_to_the_same_student(tmp_path, cache):
     options = {"gate": "learned", "return_code": "learned", "loss_gate": "agreement", "labelled": 30, "max_epochs": 3}
     options["losses"] = {"output": 1.0, "feature": 0.2, "reconstruction": 0.2, "contrastive": 0.1}
-    options |= {"admission": {"mode": "all"}, "recipe#class_balance": 0.0, "recipe#class_weighting": 1.0}
+    options |= {"admission": {"mode": "all"}, "recipe#class_balance": 0.0}
     options |= {"recipe#min_steps": 3}
     options["teachers"] = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
     whole, broken = tmp_path / "whole", tmp_path / "broken"

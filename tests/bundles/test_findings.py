@@ -102,7 +102,7 @@ def test_findings_are_trained_scored_exported_and_predicted(data, tmp_path, monk
     monai.bundle.run(config_file=infer, dataset_dir=str(data / "images"))
     offline = {int(row["id"]): row for row in read_case_csv(bundle / "eval" / "predictions" / "predictions.csv")}
     assert main(["export", "bundles/chest", "--to", "out", "--formats", "ts,onnx,hub,triton", "--cases", "4"]) == 0
-    assert predict(tmp_path / "out", data / "images", tmp_path / "answers") == 0
+    assert predict(Predictor(tmp_path / "out"), data / "images", tmp_path / "answers") == 0
     table = {int(row["id"]): row for row in read_case_csv(tmp_path / "answers" / "predictions.csv")}
     assert len(table) == len(offline) == 64
     for case, row in table.items():

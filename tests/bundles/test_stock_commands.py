@@ -12,7 +12,7 @@ from bundle_runs import ALL_BUNDLES, SHARED, settings, workflow
 from helpers import ROOT, shared_data
 from monai.bundle import ckpt_export, create_workflow, onnx_export, verify_metadata, verify_net_in_out
 
-from amkd_monai.networks.shared_student import Head, SharedStudent
+from amkd_monai.networks.student import Head, SharedStudent
 from amkd_monai.weights import CheckpointError
 
 SPATIAL = {2: "height", 3: "width"}

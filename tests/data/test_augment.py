@@ -155,33 +155,3 @@ def test_an_answer_for_the_whole_image_is_not_moved():
     theta = Augmentation(rotation=1.0, scale=0.3, shift=0.4, flip_width=True).sample(3, (8, 12), generator())
     answer = torch.randn(3, 5, 1, 1)
     assert torch.equal(warp(answer, theta), answer)
-
-
-@pytest.mark.parametrize("how", ["mixup", "cutmix"])
-def test_images_labels_and_maps_are_mixed_alike(how):
-    """An image shows its label, a teacher knows it: so it is after mixing, and labels never meet unlabelled images."""
-    known = torch.tensor([True, True, True, False, False])
-    label = torch.randint(0, 2, (5, 1, 32, 32), generator=generator())
-    label = label[..., ::8, ::8].repeat_interleave(8, 2).repeat_interleave(8, 3)
-    image, mixed = label.expand(-1, 3, -1, -1).float(), 0
-    logits = 20 * torch.cat([1 - 2 * label, 2 * label - 1], 1)[..., ::8, ::8].float()
-    for seed in range(20):
-        mixture = Augmentation(**{how: 0.5}).mixture(known, (32, 32), generator(seed), image.device)
-        if mixture is None:
-            continue
-        mixed += 1
-        assert known[mixture.partner].tolist() == known.tolist() and mixture.share <= 0.5
-        shown, (first, other, share) = mixture.maps(image)[:, :1], mixture.labels(label)
-        expected = first.float() if other is None else torch.lerp(first.float(), other.float(), share)
-        assert (other is None) == (how == "cutmix")
-        torch.testing.assert_close(shown, expected)
-        fractions = torch.nn.functional.avg_pool2d(shown, 8)
-        torch.testing.assert_close(mixture.logits(logits).softmax(1)[:, 1:], fractions, atol=1e-5, rtol=0)
-        classes = torch.arange(5)
-        assert torch.equal(mixture.labels(classes)[1], classes[mixture.partner])
-        assert mixture.labels(classes)[2] == pytest.approx(float(mixture.part.mean()))
-    assert 4 <= mixed <= 16, "with probability 1/2"
-    assert Augmentation().mixture(known, (32, 32), generator(), image.device) is None
-    for wrong in ({"mixup": -0.1}, {"mixup": 0.6, "cutmix": 0.6}):
-        with pytest.raises(ValueError, match="mixup"):
-            Augmentation(**wrong)

@@ -88,7 +88,7 @@ def test_targets_change_the_step_and_get_no_gradient(gate, kind):
         other.teachers[name][kind] = other.teachers[name][kind] + torch.randn(other.teachers[name][kind].shape)
         distiller.zero_grad()
         change = (after_one_step(distiller, batch) - after_one_step(distiller, other)).abs().max()
-        assert change > 1e-6 or (gate == "best_single" and name == "b" and change == 0)
+        assert change > 1e-6
 
 
 def test_projections_learn_and_statistics_stay():

@@ -146,8 +146,6 @@ def test_weights_are_bounded_finite_and_without_gradient(
     errors = (scale * torch.rand((batch, teachers, height, width), generator=rng)).to(dtype).requires_grad_()
     available = torch.rand((batch, teachers), generator=rng) < 0.6
     options = {"floor": floor} if mode == "reliability" else {}
-    if mode == "fixed":
-        options["weights"] = {f"t{k}": 1.0 for k in range(teachers)}
     weights = weights_of(mode, errors, available, **options)
     assert weights.shape == errors.shape and not weights.requires_grad and torch.isfinite(weights).all()
     assert (weights.sum(1) <= 1 + 0.02).all() and (weights >= 0).all()
@@ -179,26 +177,6 @@ def test_a_gate_of_ones_own_is_reached_by_its_dotted_path():
         with pytest.raises(ValueError) as error:
             make_distiller(specs, gate=mode, gate_options=options)
         assert all(word in str(error.value) for word in words) and str(error.value).endswith(".")
-
-
-def test_given_weights_are_shared_among_those_available():
-    available = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 0]])
-    weights = {"t0": 2.0, "t1": 1.0, "t2": 1.0}
-    got = weights_of("fixed", torch.zeros(3, 3, 2, 2), available, weights=weights)[:, :, 1, 1]
-    torch.testing.assert_close(got, torch.tensor([[0.5, 0.25, 0.25], [0, 0.5, 0.5], [1, 0, 0]]))
-
-
-def test_the_best_available_teacher_gets_all():
-    available = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
-    got = weights_of("best_single", torch.zeros(4, 3, 2, 2), available, [None, 0.7, 0.9])[:, :, 0, 0]
-    torch.testing.assert_close(got, torch.tensor([[0, 0, 1.0], [0, 1, 0], [0, 0, 0], [0, 0, 0]]))
-
-
-@pytest.mark.parametrize("mode", ["fixed", "best_single"])
-def test_what_a_mode_needs_is_named(mode):
-    with pytest.raises(ValueError, match=f"'{mode}' needs") as error:
-        weights_of(mode, torch.zeros(1, 1, 2, 2), torch.ones(1, 1), scores=[None])
-    assert str(error.value).endswith(".")
 
 
 THREE = [spec("a"), spec("b", grid=(5, 3, 3), logits=(2, 4, 4)), spec("c", logits=None)]

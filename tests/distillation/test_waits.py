@@ -56,7 +56,7 @@ def train(distiller, batch):
 @pytest.mark.parametrize("teachers", [TWO, []], ids=["default", "undistilled"])
 @pytest.mark.parametrize("known", [[True, True, True], [True, False, True]])
 def test_a_default_step_waits_once_in_an_interval(monkeypatch, teachers, known):
-    distiller = make_distiller(teachers, scale_steps=5, class_weights=None)
+    distiller = make_distiller(teachers, scale_steps=5)
     batches = [make_batch(teachers, 3, seed=seed, has_label=known) for seed in range(4)]
     train(distiller, batches[0])  # the first step reads what it finds
     waits = Waits(monkeypatch)

@@ -98,14 +98,12 @@ def make_batch(specs, batch=2, size=(64, 64), seed=0, label=None, has_label=None
     return Batch(image, label, known, teachers)
 
 
-def make_distiller(specs, seed=0, samples=None, student=None, prior_entropy=0.69, class_weights=None, **settings):
+def make_distiller(specs, seed=0, samples=None, student=None, prior_entropy=0.69, **settings):
     """A distiller; ``settings`` are those of its config."""
-    if settings.get("gate") == "fixed":
-        settings.setdefault("gate_options", {"weights": {s.name: 1.0 for s in specs}})
     torch.manual_seed(seed)
     config = DistillationConfig(**settings)
     student = student or ToyStudent(seed)
-    return Distiller(student, specs, prior_entropy, config, samples, class_weights=class_weights)
+    return Distiller(student, specs, prior_entropy, config, samples)
 
 
 def student_gradient(distiller):

@@ -16,7 +16,7 @@ from toy_task import TASK, write
 
 from amkd_monai.bundles.new import new_bundle
 from amkd_monai.data.datasets import TASKS, get_task
-from amkd_monai.engines.task_bundles import teachers_of
+from amkd_monai.engines.multitask import teachers_of
 from amkd_monai.errors import root_cause
 
 TEACHER = {"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}

@@ -179,23 +179,6 @@ def test_training_learns_the_stripes_and_is_the_same_twice(data):
     assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
 
 
-def test_class_weights_and_balance_come_from_the_labelled_samples(data):
-    counts = np.array([9, 9, 9])
-    assert Recipe().class_weights(data[0]) is None
-    weights = Recipe(class_weighting=1.0).class_weights(data[0])
-    assert weights.tolist() == pytest.approx([1, 1, 1]) and counts.sum() == 27
-
-    class Skewed:
-        classes, has_label, num_classes = np.array([0] * 8 + [1] * 2 + [-1]), np.array([True] * 10 + [False]), 2
-        findings = 0
-
-    weights = Recipe(class_weighting=1.0).class_weights(Skewed())
-    assert weights.tolist() == pytest.approx([0.625, 2.5]) and float((weights * torch.tensor([8, 2])).sum()) == 10
-    Skewed.classes = None
-    with pytest.raises(ValueError, match="one class per image"):
-        Recipe(class_weighting=1.0).class_weights(Skewed())
-
-
 def test_teachers_without_pooled_vectors_are_pooled(data):
     targets = prepare(data, [LITE1], admission_options={"mode": "all"})
     store = targets.teachers[0].features

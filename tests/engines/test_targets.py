@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_prepare import LITE1, data, prepare  # noqa: F401 (a fixture)
 
-from amkd_monai.engines.handlers.run_record import effective_number
+from amkd_monai.engines.handlers import effective_number
 
 
 def grids_of(targets):

@@ -10,7 +10,7 @@ from test_prepare import LITE1, data, prepare  # noqa: F401 (a fixture)
 from amkd_monai.cache.build import MATRIX, ask
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.augment import warp
-from amkd_monai.distillation import Batch, DistillationConfig, Distiller
+from amkd_monai.distillation import Distiller
 from amkd_monai.engines.trainer import DistillationTrainer, Recipe
 from amkd_monai.networks import Student
 from amkd_monai.teachers.base import build_teacher
@@ -133,46 +133,3 @@ def test_a_wrong_label_of_any_step_is_raised_before_the_epoch_ends(data):  # noq
     with pytest.raises(ValueError, match="class 7"):
         trainer.run()
     assert trainer.state.iteration == trainer.state.epoch_length > 2 and trainer.state.epoch == 1
-
-
-@pytest.mark.parametrize("views", [1, 4])
-def test_a_batch_is_mixed_with_all_that_belongs_to_it(data, several, views):  # noqa: F811
-    targets = several if views == 4 else prepare(data, [LITE1], admission_options={"mode": "all"})
-    plain, mixing = (trainer_of(data, targets, {"mixup": share}) for share in (0.0, 1.0))
-    raw = next(iter(plain.data_loader))
-    first, mixed = (trainer.prepare_distillation_batch(raw) for trainer in (plain, mixing))
-    partner = torch.arange(len(first.label)).roll(1)
-    assert torch.equal(mixed.other, first.label[partner]) and torch.equal(mixed.label, first.label)
-    torch.testing.assert_close(
-        mixed.image, torch.lerp(first.image, first.image[partner], mixed.share), atol=1e-4, rtol=0
-    )
-    grid, logits = (first.teachers["lite1"][kind] for kind in ("grid", "logits"))
-    torch.testing.assert_close(
-        mixed.teachers["lite1"]["grid"], torch.lerp(grid, grid[partner], mixed.share), atol=1e-4, rtol=1e-3
-    )
-    p = logits.softmax(1)
-    said = torch.lerp(p, p[partner], mixed.share)
-    torch.testing.assert_close(mixed.teachers["lite1"]["logits"].softmax(1), said, atol=1e-5, rtol=0)
-    distiller = mixing.network.eval()
-    out = distiller(mixed)
-    task = []
-    for label in (mixed.label, mixed.other):
-        alone = Batch(mixed.image, label, mixed.has_label, mixed.teachers)
-        task.append(distiller(alone).losses["task"])
-    torch.testing.assert_close(out.losses["task"], torch.lerp(*task, mixed.share))
-    gate = distiller.teacher_gate
-    answers = {"lite1": mixed.teachers["lite1"]["logits"]}
-    found, *alone = (
-        gate._errors(batch, answers, 2)[:, 0]
-        for batch in (mixed, *(Batch(mixed.image, label, mixed.has_label) for label in (mixed.label, mixed.other)))
-    )
-    torch.testing.assert_close(found, torch.lerp(*alone, mixed.share), atol=1e-5, rtol=1e-4)
-
-
-def test_mixing_and_the_contrast_of_whole_images_are_refused_together(data):  # noqa: F811
-    targets = prepare(data, [LITE1], admission_options={"mode": "all"})
-    config, samples = DistillationConfig(losses={"contrastive": 1.0}), targets.samples_for({"contrastive": 1.0})
-    distiller, recipe = Distiller(Student(), targets.teachers, config=config, samples=samples), Recipe()
-    parts = recipe.loader(data[0], 0), distiller, recipe.optimizer(distiller), targets
-    with pytest.raises(ValueError, match=r"'contrastive'.*mixup"):
-        DistillationTrainer("cpu", 1, *parts, augmentation=Recipe(augmentation={"cutmix": 0.1}).augment())

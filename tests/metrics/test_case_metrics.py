@@ -14,9 +14,8 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 from amkd_monai.data.datasets import get_task
-from amkd_monai.metrics.evaluation import mask_rows
 from amkd_monai.metrics.segmentation import METRICS, STATUSES, case_metrics
-from amkd_monai.metrics.summary import format_table, summarise
+from amkd_monai.metrics.summary import format_table, mask_rows, summarise
 
 
 def score(pred, reference, spacing=None, tolerance=1.0):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from amkd_monai.networks import ClassStudent, SharedStudent, Student
-from amkd_monai.networks.shared_student import heads_of, initialised, with_heads_of
+from amkd_monai.networks.student import heads_of, initialised, with_heads_of
 from amkd_monai.teachers.base import build_teacher
 from amkd_monai.weights import CheckpointError
 

@@ -24,9 +24,8 @@ from amkd_monai.__main__ import main
 from amkd_monai.data.datasets import get_task
 from amkd_monai.files.pictures import class_colours
 from amkd_monai.metrics.classification import class_row
-from amkd_monai.metrics.evaluation import figures_of, mask_rows, write_figures
-from amkd_monai.metrics.failures import failures, outcomes
-from amkd_monai.metrics.summary import preview_file
+from amkd_monai.metrics.run_folder import failures, outcomes
+from amkd_monai.metrics.summary import figures_of, mask_rows, preview_file, write_figures
 from amkd_monai.report.page import write_report
 from amkd_monai.report.previews import PLANES, mask_preview, save_arrays
 

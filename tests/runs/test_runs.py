@@ -330,7 +330,7 @@ def test_an_empty_place_is_refused(name, tmp_path):
     assert name in refusal(built, "kvasir_seg", ("train",), **{"ckpt_dir": str(tmp_path), name: ""})
 
 
-BAD = [("max_epochs", 0), ("max_epochs", "many"), ("max_epochs", 1.5), ("val_interval", 99), ("patience", 0)]
+BAD = [("max_epochs", 0), ("max_epochs", "many"), ("max_epochs", 1.5), ("val_interval", 99)]
 BAD += [("seed", "x"), ("seed", -1), ("num_workers", -1), ("amp", "perhaps"), ("resume", "no"), ("keep", "first")]
 
 
@@ -339,7 +339,7 @@ def test_bad_values_are_refused_by_name(bundle, tmp_path):
     for name, value in BAD:
         text = refusal(built, bundle, ("train",), ckpt_dir=str(tmp_path), **{name: value})
         assert name in text and str(value) in text and not list(tmp_path.iterdir())
-    for wrong in ({"val_interval": 3, "max_epochs": 40}, {"patience": 5}):
+    for wrong in ({"val_interval": 3, "max_epochs": 40},):
         text = refusal(built, bundle, ("train",), ckpt_dir=str(tmp_path), keep="last", **wrong)
         assert "'last'" in text and next(iter(wrong)) in text
 
@@ -775,7 +775,7 @@ def test_a_run_that_is_refused_on_resuming_changes_nothing(trained, tmp_path, po
     (tmp_path / "eval" / "run.json").write_text('{"run": "of another"}')
     elsewhere = {**values, "output_dir": str(tmp_path / "eval")}
     assert str(tmp_path / "eval") in refusal(workflow, "kvasir_seg", ("train",), elsewhere)
-    others = [{"split_seed": 4}, {"image_size": 64}, {"seed": 7}, {"amp": True}, {"patience": 3, "keep": "best"}]
+    others = [{"split_seed": 4}, {"image_size": 64}, {"seed": 7}, {"amp": True}, {"keep": "best"}]
     for given in (*others, {"warped_features": "exact"}, {"encoder_weights": "random"}):
         text = refusal(workflow, "kvasir_seg", ("train",), {**values, **given}, kind=CheckpointError)
         assert "another" in text and next(iter(given)) in text

@@ -5,8 +5,7 @@ import torch
 from reference.biomedparse_fill import filled
 from safetensors.torch import save_file
 
-from amkd_monai.teachers.biomedparse import BiomedParseTeacher
-from amkd_monai.teachers.biomedparse_network import BiomedParse, FocalBackbone, Sizes, official_name
+from amkd_monai.teachers.biomedparse import BiomedParse, BiomedParseTeacher, FocalBackbone, Sizes, official_name
 from amkd_monai.weights import CheckpointError
 
 SIZES = {"backbone": 8, "depths": [1, 1, 1, 1], "width": 32, "heads": 2, "hidden": 8, "queries": 3}

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from reference.biomedparse_fill import filled
 
 from amkd_monai.teachers.base import build_teacher
-from amkd_monai.teachers.biomedparse import BiomedParseTeacher
-from amkd_monai.teachers.biomedparse_network import BiomedParse, Sizes, _outside
+from amkd_monai.teachers.biomedparse import BiomedParse, BiomedParseTeacher, Sizes, _outside
 from amkd_monai.weights import file_sha256
 
 TINY = {"backbone": 16, "depths": [1, 1, 1, 1], "width": 64, "heads": 4, "hidden": 64}

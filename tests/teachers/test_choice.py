@@ -10,7 +10,7 @@ from teachers.tiny_teachers import OFFICIAL
 from amkd_monai.data.datasets import TASKS
 from amkd_monai.teachers import catalogue
 from amkd_monai.teachers.catalogue import FOUNDATION, entry
-from amkd_monai.teachers.choice import choose, seen
+from amkd_monai.teachers.plan import choose, seen
 from amkd_monai.weights import CheckpointError
 
 LITE = [{"name": f"imagenet_lite{n}", "kind": "timm", "model": f"tf_efficientnet_lite{n}"} for n in (1, 2)]

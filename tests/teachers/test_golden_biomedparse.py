@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from reference.biomedparse_fill import GOLDEN, KEYS, filled, gap, image_a, tolerance
 from torch import nn
 
-from amkd_monai.teachers import biomedparse_network
-from amkd_monai.teachers.biomedparse_network import UNUSED, BiomedParse, Sizes
+from amkd_monai.teachers import biomedparse
+from amkd_monai.teachers.biomedparse import UNUSED, BiomedParse, Sizes
 from amkd_monai.teachers.official import each_image, imagenet_normalised, squash
 from amkd_monai.weights import load_strict
 
@@ -183,7 +183,7 @@ class TestMistakesAreSeen:
             assert not fits("res2", self.first_map(network, pixels))
 
     def test_gelu_in_the_text_encoder(self, network):
-        with replaced(biomedparse_network, "quick_gelu", F.gelu):
+        with replaced(biomedparse, "quick_gelu", F.gelu):
             words = network.read(IDS)
         assert not fits("grounding_tokens", words[0]) and not fits("class_emb", words[:, -1])
 
@@ -224,7 +224,7 @@ class TestMistakesAreSeen:
         assert not fits("mask_logits_matched", values["mask_logits_matched"])
 
     def test_queries_that_look_everywhere(self, network, image, words):
-        with replaced(biomedparse_network, "_outside", lambda _, scale: torch.zeros(1, 101, scale[0, 0].numel()) > 0):
+        with replaced(biomedparse, "_outside", lambda _, scale: torch.zeros(1, 101, scale[0, 0].numel()) > 0):
             values = decoded(network, image[1], words)
         assert not fits("mask_logits_matched", values["mask_logits_matched"])
 
@@ -243,6 +243,6 @@ class TestMistakesAreSeen:
         def smooth(x, size, mode):
             return F.interpolate(x, size, mode="bilinear")
 
-        with replaced(biomedparse_network, "F", SimpleNamespace(interpolate=smooth, relu=F.relu)):
+        with replaced(biomedparse, "F", SimpleNamespace(interpolate=smooth, relu=F.relu)):
             features = network.sem_seg_head["pixel_decoder"](image[0])
         assert fits("multi_scale_0", features.scales[0]) and not fits("multi_scale_1", features.scales[1])

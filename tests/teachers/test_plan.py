@@ -76,7 +76,7 @@ WRONG = [
     (described("biomedparse", token_ids=TINY["biomedparse"]["token_ids"] * 2), "2 prompts.*polyp"),
     (described("usfm_upernet", num_classes=5), "5 classes.*2 classes"),
     (described("usfm", image_sise=64), "image_sise"),
-    ({"name": "own", "kind": "no.such.Teacher"}, "cannot be imported"),
+    ({"name": "own", "kind": "no.such.Teacher"}, "no.such.Teacher"),
     ({"name": "fold", "kind": plan.VOLUMES}, "needs a network"),
     ({"name": "fold", "kind": plan.VOLUMES, "network": nn.Identity(), "epoch": 3}, "no option 'epoch'"),
     ({"name": "fold", "kind": plan.VOLUMES, "network": nn.Conv3d(1, 5, 1)}, "5 classes, the task has 2"),

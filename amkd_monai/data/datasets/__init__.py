@@ -66,7 +66,7 @@ class Task:
             neighbours) or as RGB; () for the first of a volume, the first three of a picture.
         grid_limit: cells a side of foundation teachers' feature maps that are kept.
         teacher_options, seen_by: options of foundation teachers, and whether they saw these images in training, by
-            kind, where the rules of `amkd_monai.teachers.choice` are not right.
+            kind, where the rules of `amkd_monai.teachers.plan` are not right.
         layout: finds the items of a folder and splits them.
         source: where the data come from.
         phantom: fills an empty folder with generated data in the layout; None: the data set has none.
