@@ -243,8 +243,7 @@ class Described:
         """The items that the file lists name, with their sections."""
         files, known = [root / name for name in self.file_lists], {item["id"]: item for item in items}
         if absent := [file for file in files if not file.is_file()]:
-            pair = " and ".join(file.name for file in files)
-            raise FileNotFoundError(f"File list {absent[0]} is missing: give both {pair}, or none.")
+            raise FileNotFoundError(f"File list {absent[0]} is missing: give both {files[0]} and {files[1]}, or none.")
         train, test = (_read_ids(file, known) for file in files)
         if both := train & test:
             raise ValueError(f"{some(both)} appear in both {files[0]} and {files[1]}: keep each id in one list.")
@@ -340,10 +339,9 @@ class Described:
 
     def findings_of(self, label: object) -> int | None:
         """Return the number whose bits are the findings of a label, names joined by "|" or "none"; None for others."""
-        parts = str(label).split("|")
         if named(str(label)) in NO_FINDINGS:
             return 0
-        numbers = [self.class_of(part) for part in parts]
+        numbers = [self.class_of(part) for part in str(label).split("|")]
         return None if None in numbers else sum({1 << number for number in numbers if number is not None})
 
     def _of_channels(self, item: Item) -> Item:
@@ -488,10 +486,8 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
             named.add(image.name)
             label = of["label"] if "label" in of else _single(layout, [row[name] for name in columns["label"]])
             if label.lower() in NO_LABEL:
-                listed = ", ".join(columns["label"])
-                one = f"not 1 for one of {listed} at most, else 0"
-                several = f"not 0 or 1 for each of {listed}" if layout.kind == "multilabel" else one
-                cells = "no label" if "label" in of else several
+                several = "0 or 1 for each" if layout.kind == "multilabel" else "1 for one at most, else 0,"
+                cells = "no label" if "label" in of else f"not {several} of {', '.join(columns['label'])}"
                 yield {**item, "problem": f"{table} gives '{of['image']}' {cells}: complete or remove the line."}
                 continue
             item["label"] = str(_found(root, label, [".", *LABELS])) if layout.masks else label
