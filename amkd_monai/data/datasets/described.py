@@ -486,8 +486,9 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
             named.add(image.name)
             label = of["label"] if "label" in of else _single(layout, [row[name] for name in columns["label"]])
             if label.lower() in NO_LABEL:
-                several = "0 or 1 for each" if layout.kind == "multilabel" else "1 for one at most, else 0,"
-                cells = "no label" if "label" in of else f"not {several} of {', '.join(columns['label'])}"
+                listed, rest = ", ".join(columns["label"]), "" if layout.kind == "multilabel" else " at most, else 0"
+                several = f"not {'1 for one' if rest else '0 or 1 for each'} of {listed}{rest}"
+                cells = "no label" if "label" in of else several
                 yield {**item, "problem": f"{table} gives '{of['image']}' {cells}: complete or remove the line."}
                 continue
             item["label"] = str(_found(root, label, [".", *LABELS])) if layout.masks else label
