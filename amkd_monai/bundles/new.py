@@ -15,17 +15,7 @@ from amkd_monai.data.datasets.described import BINARY, COLUMNS, READERS, Describ
 from amkd_monai.data.splits import Item, without
 from amkd_monai.files import masks, volumes
 from amkd_monai.files.cases import case_grid, is_volume, read_case
-from amkd_monai.files.names import (
-    SUFFIXES,
-    VOLUME_SUFFIXES,
-    DataProblems,
-    files_of,
-    has_suffix,
-    label_files,
-    natural,
-    some,
-    table_rows,
-)
+from amkd_monai.files.names import SUFFIXES, DataProblems, files_of, has_suffix, label_files, natural, some, table_rows
 from amkd_monai.files.pictures import picture_frame, read_picture
 from amkd_monai.storage import atomic_folder
 from amkd_monai.terminal import progress
@@ -214,7 +204,8 @@ def _mask_classes(
     """Classes and meaning of the values in masks, with a fact that counts them; what is no name is a ValueError."""
     counts: Counter[float] = Counter()
     for item in progress(items, desc="read masks", delay=1):
-        counts.update({float(value) for file in label_files(item) for value in np.unique(_values(file))})
+        read = [volumes.read_volume(f)[0] if is_volume(f) else masks.raw_mask(f) for f in label_files(item)]
+        counts.update({float(value) for values in read for value in np.unique(values)})
     values = sorted(counts)
     shown = ", ".join(f"{value:g} in {counts[value]}" for value in values[: masks.LARGEST_INDEX])
     facts = [f"values in the masks, and in how many: {shown}{' ...' if len(values) > masks.LARGEST_INDEX else ''}"]
@@ -243,10 +234,6 @@ def _mask_classes(
     if len(classes) == len(kept) and regions:
         found["regions"] = {name: [kept.index(value) for value in values] for name, values in regions.items()}
     return found
-
-
-def _values(file: str) -> np.ndarray:
-    return volumes.read_volume(file)[0] if has_suffix(file, VOLUME_SUFFIXES) else masks.raw_mask(file)
 
 
 def _spread(items: Sequence[Item]) -> list[Item]:

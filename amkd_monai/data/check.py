@@ -65,7 +65,10 @@ def check_data(
     except (OSError, ValueError) as error:
         report.problems.append(str(error))
         return report
-    report.held = {item["id"]: _held(item, report.task) for item in items if _has_class(item)}
+    classes = range(len(report.task.classes))
+    for item in filter(_has_class, items):
+        label, several = item["label"], report.task.has_findings
+        report.held[item["id"]] = {n for n in classes if label >> n & 1} if several else {label}
     report.items = sorted(items, key=lambda item: natural(item["id"]))
     flat, codes = report.task.dimensions == 2, report.task.mask_codes if mask_codes is None else mask_codes
     sizes, modes, shares, codings = [], [], {}, set[str]()
@@ -232,12 +235,6 @@ def _describe_split(report: DataReport, found: list[list[Item]], how: SplitOptio
                 f"{alike} look alike and lie in several sections ({sections}): scores would be flattered; leave copies "
                 "out, or use the data option duplicate_distance."
             )
-
-
-def _held(item: Item, task: Task) -> set[int]:
-    """The classes of an image."""
-    label = item["label"]
-    return {n for n in range(len(task.classes)) if label >> n & 1} if task.has_findings else {label}
 
 
 def _has_class(item: Item) -> bool:

@@ -15,7 +15,7 @@ from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.splits import Item
 from amkd_monai.files import cases, names
 from amkd_monai.files.dicom import patient_and_study
-from amkd_monai.files.dicom_picture import SUFFIX, is_dicom_picture
+from amkd_monai.files.dicom_picture import SUFFIX
 from amkd_monai.files.names import files_of
 from amkd_monai.storage import content_hashes, fingerprint
 from amkd_monai.terminal import logger
@@ -89,6 +89,7 @@ def further_images(
     patients = _patients([*held_out, *items])
     theirs = {patients[file] for item in held_out for file in files_of(item["image"]) if file in patients}
     items = [item for item in items if patients.get(item["image"]) not in theirs]
+    theirs_too = found - copies - near - len(items)
     if not items:
         why = "are in this data set, look like its validation and test images, or are of their patients: give others"
         raise ValueError(f"All {found} images of {names.some(map(str, chosen))} {why}.")
@@ -101,11 +102,7 @@ def further_images(
         "folders": [str(folder) for folder in chosen],
         "images": len(items),
         "groups": len({item["group"] for item in items}),
-        "left_out": {
-            "copies": copies,
-            "like_validation_or_test": near,
-            "of_their_patients": found - copies - near - len(items),
-        },
+        "left_out": {"copies": copies, "like_validation_or_test": near, "of_their_patients": theirs_too},
     }
     logger.info("unlabelled images: %s", {key: value for key, value in record.items() if key != "folders"})
     return FurtherImages(items, record)
@@ -115,9 +112,8 @@ def _items(folder: Path, prefix: str, volumes: bool) -> list[Item]:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: correct `unlabelled`.")
     kinds = {"pictures": (*names.PICTURE_SUFFIXES, SUFFIX), "volumes": names.VOLUME_SUFFIXES}
-    what, other = ("volumes", "pictures") if volumes else ("pictures", "volumes")
-    suffixes = kinds[what]
-    files = names.images_to_predict(folder, suffixes)
+    what, other = list(kinds)[::-1] if volumes else list(kinds)
+    files = names.images_to_predict(folder, suffixes := kinds[what])
     for series in [folder, *cases.series_folders(folder)] if volumes else ():
         if series != folder or cases.is_series(folder):
             name = names.file_id(series)
@@ -129,6 +125,8 @@ def _items(folder: Path, prefix: str, volumes: bool) -> list[Item]:
     hint = "give a folder of them"
     if below:
         hint = f"give the folders below it that hold images without labels, of {names.some(below)}"
+    elif not volumes and cases.is_series(folder):
+        hint = f"the names of its DICOM files must end in {SUFFIX}"
     elif names.image_files(folder, kinds[other]):
         hint = f"it holds {other}, and this task is on {what}"
     raise FileNotFoundError(f"{folder} holds no {what}: {hint}.")
@@ -146,7 +144,7 @@ def _unlike_held_out(items: list[Item], held_out: list[Item], cache_dir: str | P
 def _patients(items: list[Item]) -> dict[str, str]:
     """The patient of each DICOM image by its path, in a form that tells no name; the study if all have one patient."""
     paths = [file for item in items for file in files_of(item["image"])]
-    found = {p: patient_and_study(Path(p)) for p in paths if Path(p).is_dir() or is_dicom_picture(p)}
+    found = {p: patient_and_study(Path(p)) for p in paths if Path(p).is_dir() or names.has_suffix(p, [SUFFIX])}
     known = len({patient for patient, _ in found.values()}) > 1
     named = {path: patient if known and patient else study for path, (patient, study) in found.items()}
     return {path: f"patient {fingerprint(name)[:16]}" for path, name in named.items() if name}

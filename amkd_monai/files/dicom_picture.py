@@ -4,15 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from amkd_monai.files.names import has_suffix
-
 SUFFIX = ".dcm"
 PLAIN = ("MONOCHROME1", "MONOCHROME2", "LINEAR")  # how grey values may be shown
-
-
-def is_dicom_picture(path: str | Path) -> bool:
-    """Whether a file is a DICOM picture by its name."""
-    return has_suffix(path, [SUFFIX])
 
 
 def shown_levels(path: str | Path) -> np.ndarray:

@@ -73,7 +73,15 @@ def test_what_cannot_be_used_is_refused(data, tmp_path):
     below = folder_of(tmp_path / "above", x=picture(1)).rename(tmp_path / "inner")
     (tmp_path / "outer").mkdir()
     below.rename(tmp_path / "outer" / "images")
-    refused = {"missing": "missing", "empty": "empty", "volumes": "it holds volumes", "outer": "images"}
+    (tmp_path / "slices").mkdir()
+    (tmp_path / "slices" / "1").write_bytes(bytes(128) + b"DICM")
+    refused = {
+        "slices": "dcm",
+        "missing": "missing",
+        "empty": "empty",
+        "volumes": "it holds volumes",
+        "outer": "images",
+    }
     for name, part in refused.items():
         with pytest.raises(FileNotFoundError, match=part):
             further_images(data, tmp_path / name, TEACHERS)

@@ -620,9 +620,10 @@ def _class_images(root: Path) -> Iterator[tuple[dict[str, str], str, Path]]:
 def _named(items: Iterable[Item], root: Path) -> list[Item]:
     """Make ids unique: names, else paths; what still has the id of another has a problem."""
     listed = list(items)
-    paths = [_path_id(files_of(item["image"])[0], root) for item in listed]
-    if len(set(paths)) > len({item["id"] for item in listed}):
-        listed = [{**item, "id": path} for item, path in zip(listed, paths, strict=True)]
+    paths = [Path(os.path.relpath(files_of(item["image"])[0], root)) for item in listed]
+    ids = ["_".join([*(part for part in p.parts[:-1] if part not in ("..", ".")), file_id(p)]) for p in paths]
+    if len(set(ids)) > len({item["id"] for item in listed}):
+        listed = [{**item, "id": name} for item, name in zip(listed, ids, strict=True)]
     seen: dict[str, str] = {}
     result: list[Item] = []
     for item in listed:
@@ -635,11 +636,6 @@ def _named(items: Iterable[Item], root: Path) -> list[Item]:
         seen[name] = image
         result.append({**item, "id": name})
     return result
-
-
-def _path_id(image: str, root: Path) -> str:
-    path = Path(os.path.relpath(image, root))
-    return "_".join([*(part for part in path.parts[:-1] if part not in ("..", ".")), file_id(path)])
 
 
 def _stem(image: Any) -> str:
