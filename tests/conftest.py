@@ -24,11 +24,27 @@ def characters_of_the_start():
     locale.setlocale(locale.LC_CTYPE, CHARACTERS)
 
 
-FIRST = ("export", "label", "bundles", "engines", "runs", "teachers")
+@pytest.fixture(scope="session")
+def students(tmp_path_factory):
+    """Train and evaluate a task's small student of phantoms, once; return the folder of its run and its settings."""
+    from bundle_runs import small_student
+
+    done = {}
+
+    def get(task):
+        if task not in done:
+            folder = tmp_path_factory.mktemp(task)
+            done[task] = folder, small_student(task, folder)
+        return done[task]
+
+    return get
+
+
+FIRST = ("export", "label", "report", "bundles", "engines", "runs", "docs", "teachers")
 """Folders of the longest tests, which two workers share best from the start. The export comes first of all: torch's
 ONNX exporter has died in a process that had run hundreds of other tests."""
 
-TOGETHER = ("export", "label")
+TOGETHER = ("export", "label", "report")
 """Folders that one worker runs, since all their files use what is trained for the session."""
 
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import torch
 from helpers import ROOT
 from monai.bundle import ConfigWorkflow
+from PIL import Image
 
 from amkd_monai.data.datasets import TASKS
+from amkd_monai.files.names import file_id
 
 ALL_BUNDLES = sorted(path.parent.parent.name for path in ROOT.glob("bundles/*/configs/metadata.json"))
 SHARED = "multitask"
@@ -45,8 +52,17 @@ SMALL[SHARED] = {
 }
 
 
+PHANTOMS = tempfile.TemporaryDirectory()
+
+
 def settings(bundle: str, folder: Path, cache: Path, **overrides: Any) -> dict[str, Any]:
-    """Return small settings with all output under a folder."""
+    """Return small settings with all output under a folder; a cache gets phantoms, which are generated once."""
+    alone = [] if overrides.get("dataset_dir") else [(overrides.get("task", bundle), Path(cache))]
+    names = overrides.get("only") or overrides.get("tasks", SMALL[SHARED]["tasks"])
+    several = [(name, Path(cache) / name) for name in names]
+    for task, place in several if bundle == SHARED else alone:
+        if task in TASKS and TASKS[task].phantom and not (target := place / "phantoms" / TASKS[task].folder).exists():
+            shutil.copytree(TASKS[task].write_phantom(PHANTOMS.name), target)
     places = {"output_dir": str(folder / "eval"), "ckpt_dir": str(folder / "models"), "cache_dir": str(cache)}
     return {"bundle_root": str(ROOT / "bundles" / bundle), **SMALL[bundle], **places, **overrides}
 
@@ -90,6 +106,41 @@ def run(bundle: str, configs: tuple[str, ...], values: dict[str, Any]) -> Config
     built.run()
     built.finalize()
     return built
+
+
+OVERLAYS = {"covid_volumes": ("covid", "volumes")}
+"""Bundle and overlay of the tasks that are served by an overlay."""
+
+
+def small_student(task: str, folder: Path) -> dict[str, Any]:
+    """Train and evaluate a student of phantoms without teachers; return its settings."""
+    bundle, overlay = OVERLAYS.get(task, (task, ""))
+    values = settings(bundle, folder, folder / "cache", teachers=[])
+    if task == "msd_heart":
+        values["volume_size"] = [16, 64, 32]  # multiples of 32, as exports need
+    if overlay:
+        values |= {"spacing": [8.0, 8.0, 8.0], "volume_size": [-1, 64, 64], "max_epochs": 8}
+    configs = ("train", overlay) if overlay else ("train",)
+    run(bundle, configs, values)
+    run(bundle, (*configs, "evaluate", *([f"{overlay}_evaluate"] if overlay else [])), values)
+    return values
+
+
+def check_masks(folder: Path, items: Iterable[dict[str, Any]], dimensions: int) -> None:
+    """Every image has a mask on its own grid."""
+    written = {p.name.split("_mask.")[0]: p for p in folder.iterdir() if p.is_file()}
+    assert written.keys() == {file_id(Path(item["image"])) for item in items}
+    for item in items:
+        path = written[file_id(Path(item["image"]))]
+        if dimensions == 2:
+            source, mask = Image.open(item["image"]), Image.open(path)
+            assert mask.size == source.size and mask.size[0] != mask.size[1]
+            assert set(np.unique(np.asarray(mask))) <= {0, 255}
+        else:
+            source, mask = nib.load(item["image"]), nib.load(path)
+            assert mask.shape == source.shape
+            np.testing.assert_allclose(mask.affine, source.affine, atol=1e-5)
+            assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 1}
 
 
 def run_ranks(count: int, bundle: str, values: dict[str, Any]) -> None:

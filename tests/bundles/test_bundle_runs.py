@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import csv
-from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 import pytest
 import torch
-from bundle_runs import SEGMENTATION, read_json, run, settings, workflow
+from bundle_runs import SEGMENTATION, check_masks, read_json, run, settings, workflow
 from helpers import shared_data
-from PIL import Image
 
 from amkd_monai.data.datalist import inference_datalist
 from amkd_monai.data.datasets import TASKS
-from amkd_monai.files.names import file_id
-
-SHORT = {"mode": "cross_fit", "folds": 2, "epochs": 1}
-"""Admission by a student that learns for one epoch: the same code in a third of the time."""
 
 
 @pytest.mark.parametrize("bundle", SEGMENTATION)
 def test_a_run_on_phantoms_trains_evaluates_and_predicts(bundle, tmp_path, cache):
-    values = settings(bundle, tmp_path, cache, admission=SHORT)
+    values = settings(bundle, tmp_path, cache)
     training = workflow(bundle, ("train",), values)
     assert training.check_properties() == []
     training.run()
@@ -51,35 +43,6 @@ def test_a_run_on_phantoms_trains_evaluates_and_predicts(bundle, tmp_path, cache
     inference = {**values, "output_dir": str(tmp_path / "masks")}
     run(bundle, ("inference",), inference)
     check_masks(tmp_path / "masks", inference_datalist(bundle, cache_dir=cache), TASKS[bundle].dimensions)
-
-
-def check_masks(folder, items, dimensions):
-    """Every image has a mask on its own grid."""
-    written = {p.name.split("_mask.")[0]: p for p in folder.iterdir() if p.is_file()}
-    assert written.keys() == {file_id(Path(item["image"])) for item in items}
-    for item in items:
-        path = written[file_id(Path(item["image"]))]
-        if dimensions == 2:
-            source, mask = Image.open(item["image"]), Image.open(path)
-            assert mask.size == source.size and mask.size[0] != mask.size[1]
-            assert set(np.unique(np.asarray(mask))) <= {0, 255}
-        else:
-            source, mask = nib.load(item["image"]), nib.load(path)
-            assert mask.shape == source.shape
-            np.testing.assert_allclose(mask.affine, source.affine, atol=1e-5)
-            assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 1}
-
-
-def test_ct_volumes_train_evaluate_and_predict_by_an_overlay(tmp_path, cache):
-    values = settings("covid", tmp_path, cache, teachers=[], max_epochs=8)
-    values |= {"spacing": [8.0, 8.0, 8.0], "volume_size": [-1, 48, 48]}
-    run("covid", ("train", "volumes"), values)
-    run("covid", ("train", "volumes", "evaluate", "volumes_evaluate"), values)
-    metrics = read_json(tmp_path / "eval" / "metrics.json")
-    assert (metrics["task"], metrics["unit"]) == ("covid_volumes", "mm")
-    assert 0.1 < metrics["summary"]["metrics"]["dice"]["mean"] <= 1
-    run("covid", ("inference", "volumes_inference"), {**values, "output_dir": str(tmp_path / "masks")})
-    check_masks(tmp_path / "masks", inference_datalist("covid_volumes", cache_dir=cache), 3)
 
 
 def test_real_ultrasound_images_are_scored_with_empty_references_apart(tmp_path, cache):
@@ -117,8 +80,9 @@ def test_real_polyps_with_few_labels_learn_from_the_specialist(tmp_path, cache):
         "path": str(shared_data("..", "weights", "kvasir_specialist.ts")),
         "image_size": 224,
     }
+    short = {"mode": "cross_fit", "folds": 2, "epochs": 1}
     values = settings("kvasir_seg", tmp_path, cache, dataset_dir=str(data), labelled=12, teachers=[specialist])
-    values |= {"image_size": 96, "max_epochs": 3, "split_fractions": [0.5, 0.15, 0.35], "admission": SHORT}
+    values |= {"image_size": 96, "max_epochs": 3, "split_fractions": [0.5, 0.15, 0.35], "admission": short}
     run("kvasir_seg", ("train",), values)
     record = read_json(tmp_path / "eval" / "run.json")
     assert record["labelled_samples"] == 12 and record["training_samples"] == 77

@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from browser import Browser
-from helpers import shared_data
+from helpers import shared_data, without
 from PIL import Image, ImageCms, PngImagePlugin
 from test_reading import pictures, volumes
 
@@ -30,7 +30,7 @@ def archive():
     try:
         return runtime_archive()
     except FileNotFoundError as error:
-        pytest.skip(str(error))
+        without("npm", str(error))
 
 
 @pytest.fixture(scope="module")
