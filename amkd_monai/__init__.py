@@ -24,7 +24,7 @@ def load(where: str | Path, revision: str | None = None, int8: bool = False) -> 
         OSError: there is no such folder, or the hub does not give it.
         ValueError: it is no exported student, or holds no such network.
     """
-    from amkd_monai.export.hub import located
     from amkd_monai.export.predict import Predictor
+    from amkd_monai.export.repositories import located
 
     return Predictor(located(where, revision), int8)

@@ -298,16 +298,16 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _push(arguments: argparse.Namespace) -> None:
-    from amkd_monai.export.hub import push
+    from amkd_monai.export.repositories import push
 
     print(f"uploaded to {push(arguments.folder, arguments.repository, arguments.public)}")
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from amkd_monai.export.predict import predict
+    from amkd_monai.export.predict import Predictor, predict
 
-    how = arguments.int8, arguments.threads, arguments.dicom_seg, arguments.dicom_captures
-    return predict(arguments.model, arguments.input, arguments.output, *how)
+    predictor = Predictor(Path(arguments.model), arguments.int8, arguments.threads)
+    return predict(predictor, arguments.input, arguments.output, arguments.dicom_seg, arguments.dicom_captures)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -321,9 +321,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if not data or arguments.overlay:
             raise ValueError(f"{bundle} is an exported student: give --data, and no --overlay.")
         from amkd_monai.export.evaluate import evaluate
+        from amkd_monai.export.predict import Predictor
 
+        predictor = Predictor(bundle, arguments.int8, arguments.threads)
         options, codes = (settings.get(name) for name in ("data_options", "mask_codes"))
-        print(evaluate(bundle, data, Path(output), arguments.seen, options, codes, arguments.int8, arguments.threads))
+        print(evaluate(predictor, data, Path(output), arguments.seen, options, codes))
         return
     if arguments.int8 or arguments.threads:
         raise ValueError(f"{bundle} is not an exported student: leave out --int8 and --threads.")
@@ -355,9 +357,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     for package in ("fastapi", "uvicorn", "python_multipart"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"serve needs {package}: run `pip install 'amkd_monai[serve]'`.")
+    from amkd_monai.export.predict import Predictor
     from amkd_monai.export.serve import serve
 
-    serve(arguments.model, arguments.host, arguments.port, arguments.limit, arguments.int8, arguments.threads)
+    predictor = Predictor(Path(arguments.model), arguments.int8, arguments.threads)
+    serve(predictor, arguments.host, arguments.port, arguments.limit)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bundle_runner import BEST, ROOT, Setting, main, options
+from bundle_runner import BEST_MASKS, ROOT, Setting, main, options
 from results import FEATURES_ONLY, HEART, HEART_DATA, HEART_FOLD
 from torch import Tensor, nn
 
@@ -99,7 +99,7 @@ def polyps(planted: dict[str, str]) -> dict[str, Setting]:
         "learned_without_loss_gate": (good + bad, {**FULL, **SCALED}),
         "paper": (good + bad, PAPER),
     }
-    common = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, **BEST}
+    common = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, **BEST_MASKS}
     result: dict[str, Setting] = {}
     for label, extra in (("12", {"labelled": 12}), ("all", {})):
         base = {**common, "max_epochs": 40, **extra}

@@ -28,8 +28,11 @@ BEST: dict[str, Any] = {
     "recipe#ema": 0.0,
     "recipe#first_stage": 0.0,
     "loss_strength#decay": 0.3,
+    "losses": {"output": 1.0, "overlap": 0.0, "feature": 0.2},
+    "kd_temperature": {"start": 2.0, "end": 2.0},
 }
 """Runs that keep the student of the best validation; others keep the averaged one of the last epoch, the default."""
+BEST_MASKS = {**BEST, "calibrate_masks": False}
 
 
 @dataclass(frozen=True)

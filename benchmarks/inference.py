@@ -62,15 +62,18 @@ sys.exit(code)
 """
 
 
-def export(folder: Path, image_size: int) -> tuple[torch.nn.Module, Path]:
+def export(
+    folder: Path, image_size: int, formats: Sequence[str] = EXPORTED, cases: int = 4, calibration: int = 8
+) -> tuple[torch.nn.Module, Path]:
     """Export an untrained student of the polyp bundle; return it and the exported bundle."""
     parser = ConfigParser()
     parser.read_config(str(BUNDLE / "configs" / "inference.json"))
     student = parser.get_parsed_content("network_def").eval()
     torch.save(student.state_dict(), folder / "model.pt")
     settings = {"ckpt_dir": folder, "output_dir": folder / "eval", "cache_dir": folder, "image_size": image_size}
-    arguments = ["export", str(BUNDLE), "--to", str(folder / "dist"), "--formats", ",".join(EXPORTED), "--accept-loss"]
-    arguments += ["--cases", "4", "--calibration", "8", *(f"--set={key}={value}" for key, value in settings.items())]
+    arguments = ["export", str(BUNDLE), "--to", str(folder / "dist"), "--formats", ",".join(formats), "--accept-loss"]
+    arguments += ["--cases", str(cases), "--calibration", str(calibration)]
+    arguments += [f"--set={key}={value}" for key, value in settings.items()]
     if amkd_monai(arguments):
         raise SystemExit("the student could not be exported")
     return student, folder / "dist"

@@ -1,26 +1,28 @@
 """How long the page of a student takes from opening to its first mask, and how much a browser loads for it.
 
-    python benchmarks/page.py
+    python benchmarks/page.py                        # exports an untrained student of 256 px first
+    python benchmarks/page.py --dist dist/mybundle   # a student that was exported with the format web
 
-An untrained student of 256 px is exported. Headless Chromium without a network opens its page from disk and gets a
-phantom: WebAssembly, one thread. The exit code is 1 if a goal is missed."""
+Headless Chromium without a network opens the page from disk and gets a phantom: WebAssembly, one thread. Wall time is
+what a user waits; the processor's time, of all processes of the browser, is what to read on a busy machine. Then the
+parts of the start are timed one by one in the open page. The exit code is 1 if a goal is missed."""
 
 from __future__ import annotations
 
 import argparse
+import platform
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from browser import Browser
-from inference import export
-
-from amkd_monai.data.datalist import inference_datalist
-from amkd_monai.export.page import runtime_archive, write_page
+from PIL import Image
 
 MOST_SECONDS, MOST_MEGABYTES = 2.0, 15.0
 COMMON = ("index.html", "page.css", "student.js", "files.js", "network.js", "page.js", "steps.js")
@@ -29,33 +31,73 @@ LOADED = {
     "32 bits, WebAssembly": ("network_float.js", "runtime_wasm.js", "runtime_wasm_glue.js", "ort.wasm.min.js"),
     "32 bits, WebGPU": ("network_float.js", "runtime_jspi.js", "runtime_jspi_glue.js", "ort.jspi.min.js"),
 }
+PARTS = """(async () => {
+  const parts = {}, timed = async (name, run) => {
+    const start = performance.now(), result = await run();
+    parts[name] = Math.round(performance.now() - start);
+    return result;
+  };
+  const image = checkImage([student.check_shape[0], 256, 256]);
+  const binary = await timed("unpack WebAssembly", () => unpacked("runtime_wasm"));
+  const model = await timed("unpack network", () => unpacked(student.networks[network.kind].file));
+  await timed("compile WebAssembly", () => WebAssembly.compile(binary));
+  const how = {executionProviders: ["wasm"]};
+  const session = await timed("create session", () => ort.InferenceSession.create(model, how));
+  const given = {image: new ort.Tensor("float32", image.data, image.shape)};
+  for (const name of ["first run", "second run"]) await timed(name, () => session.run(given));
+  return Object.entries(parts).map(([name, ms]) => `${name} ${ms} ms`).join(", ");
+})()"""
+
+
+def exported(folder: Path) -> Path:
+    """Export an untrained student with its page."""
+    from inference import export
+
+    from amkd_monai.export.page import runtime_archive, write_page
+
+    dist = export(folder, 256, ("onnx", "ort-int8"), cases=1, calibration=2)[1]
+    write_page(dist, runtime_archive())
+    return dist
+
+
+def spent(browser: Browser) -> float:
+    """Seconds of processor that the browser's processes have taken."""
+    processes = [psutil.Process(browser.process.pid), *psutil.Process(browser.process.pid).children(recursive=True)]
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def main() -> int:
     """Measure and print; exit code 1 if a goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    rounds, seconds, kept = parser.parse_args().rounds, [], True
+    parser.add_argument("--dist", type=Path, help="folder written by export (default: one is made)")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    wall, processor, kept = [], [], True
     with tempfile.TemporaryDirectory() as temporary:
-        dist = export(Path(temporary), 256)[1]
-        write_page(dist, runtime_archive())
-        page, picture = dist / "web", Path(inference_datalist("kvasir_seg", cache_dir=Path(temporary))[0]["image"])
+        page = (arguments.dist or exported(Path(temporary))).resolve() / "web"
+        picture = Path(temporary) / "picture.png"
+        Image.effect_mandelbrot((512, 384), (-2, -1.5, 1, 1.5), 80).convert("RGB").save(picture)
         for name, files in LOADED.items():
             megabytes = sum((page / file).stat().st_size for file in (*COMMON, *files)) / 1e6
             kept &= megabytes <= MOST_MEGABYTES
             print(f"{name}: {megabytes:.1f} MB are loaded (at most {MOST_MEGABYTES:g})", flush=True)
-        for number in range(rounds):
+        for number in range(arguments.rounds):
             browser = Browser(Path(temporary) / str(number))
-            start = time.perf_counter()
+            start, before = time.perf_counter(), spent(browser)
             browser.open((page / "index.html").as_uri())
             opened = time.perf_counter() - start
-            browser.give(picture.resolve())
-            seconds.append(time.perf_counter() - start)
-            runtime = browser.evaluate("by('runtime').textContent")
+            browser.give(picture)
+            wall.append(time.perf_counter() - start)
+            processor.append(spent(browser) - before)
+            runtime = browser.evaluate("by('runtime').textContent.split('(')[0]")
+            print(f"{runtime}: ready after {opened:.2f} s, mask after {wall[-1]:.2f} s, {processor[-1]:.2f} s of CPU")
+            if number == arguments.rounds - 1:
+                print(f"parts, with the page open: {browser.evaluate(PARTS)}")
             browser.close()
-            print(f"{runtime[:20]}: ready after {opened:.2f} s, first mask after {seconds[-1]:.2f} s", flush=True)
-    kept &= statistics.median(seconds) <= MOST_SECONDS
-    print(f"median {statistics.median(seconds):.2f} s (at most {MOST_SECONDS:g}): {'kept' if kept else 'MISSED'}")
+    median, cpu = statistics.median(wall), statistics.median(processor)
+    kept &= median <= MOST_SECONDS
+    verdict = f"{platform.machine()}: {'kept' if kept else 'MISSED'}"
+    print(f"median {median:.2f} s (at most {MOST_SECONDS:g}), {cpu:.2f} s of CPU, {verdict}")
     return 0 if kept else 1
 
 

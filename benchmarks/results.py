@@ -9,21 +9,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from bundle_runner import BEST, Setting, main, options
+from bundle_runner import BEST, BEST_MASKS, Setting, main, options
 
 SPECIALIST = {"name": "kvasir_specialist", "kind": "specialist", "image_size": 256, "licence": "research only"}
-KVASIR = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, **BEST}
+KVASIR = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, **BEST_MASKS}
 FEATURES_ONLY = {"admission": {"mode": "none"}}  # what cross-fitted admission decides for the ImageNet teachers
 LONG = {**KVASIR, "max_epochs": 60}
-HEART = dict(BEST)
+HEART = dict(BEST_MASKS)
 HEART_DATA = "MSD-Heart/Task02_Heart_half"
 HEART_FOLD = (2,)  # of five; the learning rate was chosen on folds 0 and 1
 HEART_FOLDS = (0, 1, 2, 3, 4)
-FOLD_OF_THREE = {"folds": 3, "val_interval": 2, **BEST}
+FOLD_OF_THREE = {"folds": 3, "val_interval": 2}
 SMALL = {  # the other bundles: data, what differs from the bundle's own defaults
-    "busi": ("BUSI/Dataset_BUSI_with_GT", {**FOLD_OF_THREE, "image_size": 128}),
+    "busi": ("BUSI/Dataset_BUSI_with_GT", {**FOLD_OF_THREE, **BEST_MASKS, "image_size": 128}),
     "covid": ("COVID", {**KVASIR, "val_interval": 2, "max_epochs": 80}),
-    "aptos2019": ("APTOS2019_standin_IDRiD", {**FOLD_OF_THREE, "image_size": 224}),
+    "aptos2019": ("APTOS2019_standin_IDRiD", {**FOLD_OF_THREE, **BEST, "image_size": 224}),
     "isic2017": ("ISIC2017", {"image_size": 160, **BEST}),
 }
 SETTINGS = {
@@ -50,7 +50,7 @@ AT_ONCE = {"recipe#first_stage": 0.0}  # labels and unlabelled images together, 
 
 def by_default(overrides: dict[str, Any]) -> dict[str, Any]:
     """The overrides without those that keep the best student on validation."""
-    return {name: value for name, value in overrides.items() if name not in BEST}
+    return {name: value for name, value in overrides.items() if name not in BEST_MASKS}
 
 
 for bundle in (*SMALL, "kvasir_all", "kvasir_12", "heart"):
@@ -72,11 +72,15 @@ WITH_POOL = {**crew_of_12.overrides, **ADMITTED, "max_epochs": 6, "val_interval"
 # 481 CT slices of 10 other volumes, as many steps as without them
 POOL = {"unlabelled_groups": r"(.*)_\d+", "max_epochs": 6, "val_interval": 1}
 pool = replace(slices, overrides={**slices.overrides, **POOL}, pool="covid/images/*radiopaedia*")
+covid = SETTINGS["covid_last"]
+OUTPUT_ALONE = {"losses": {"output": 1.0, "overlap": 0.0, "feature": 0.2}}
 LONG_CREW = {"teachers": [{"name": "crew", "kind": "crew", "size": "small", "folds": 2, "images": 3072}]}
 SETTINGS |= {
     "kvasir_12_pool_admitted": replace(crew_of_12, overrides=WITH_POOL, pool="kvasir/images/*"),
-    "kvasir_12_overlap": replace(
-        crew_of_12, overrides={**crew_of_12.overrides, "losses": {"output": 1.0, "overlap": 1.0, "feature": 0.2}}
+    "kvasir_12_output_alone": replace(crew_of_12, overrides={**crew_of_12.overrides, **OUTPUT_ALONE}),
+    "covid_12_last": replace(covid, overrides={**covid.overrides, "labelled": 12}),
+    "covid_12_small_crew": replace(
+        covid, reference="covid_12_last", overrides={**covid.overrides, "labelled": 12}, **SMALL_CREW
     ),
     "kvasir_12_admitted": few,
     "kvasir_12_admitted_at_once": replace(few, overrides={**few.overrides, **AT_ONCE}),

@@ -188,9 +188,8 @@ class DistillationConfig:
         chosen = {name: prior if offered[name] else 0.0 for name, prior in self.losses.items()}
         if not any(chosen.values()):
             raise ValueError("No teacher has what the `losses` compare, or is admitted: change them or the teachers.")
-        for name, prior in self.losses.items():
-            if prior and not offered[name]:
-                logger.warning("No teacher offers what the loss '%s' needs: this run leaves it out.", name)
+        if left_out := [name for name, prior in self.losses.items() if prior and not offered[name]]:
+            logger.warning("No teacher serves the losses %s: this run leaves them out.", " and ".join(left_out))
         return chosen
 
 

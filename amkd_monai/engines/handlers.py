@@ -558,9 +558,9 @@ class CalibrateMasks(Handler):
     :data:`~amkd_monai.cache.probes.LEAST_GROUPS` calibrate nothing, nor does a student of another kind.
     """
 
-    def __init__(self, student: nn.Module, groups: Sequence[str]) -> None:
+    def __init__(self, student: nn.Module, groups: Sequence[str], enabled: bool | str = True) -> None:
         self.student = student
-        self.is_on = isinstance(student, Student) and len(set(groups)) >= LEAST_GROUPS
+        self.is_on = is_true(enabled) and isinstance(student, Student) and len(set(groups)) >= LEAST_GROUPS
 
     def attach(self, engine: Engine) -> None:
         """Register with an evaluator."""

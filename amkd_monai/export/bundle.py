@@ -11,9 +11,8 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +23,11 @@ from amkd_monai.data.datasets import Task
 from amkd_monai.data.splits import Item
 from amkd_monai.errors import root_cause
 from amkd_monai.export import formats
-from amkd_monai.export.hub import write_hub
 from amkd_monai.export.page import write_page
 from amkd_monai.export.predict import SEEN, VERSION
+from amkd_monai.export.repositories import write_hub, write_triton
 from amkd_monai.export.runners import Runner, peak_memory, runner, torch_runner
 from amkd_monai.export.source import Case, Source, spread
-from amkd_monai.export.triton import write_triton
 from amkd_monai.files.masks import IGNORED
 from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES
 from amkd_monai.files.steps import softmax
@@ -46,10 +44,24 @@ TOLERANCE = 1e-4
 LARGEST_LOSS = 0.005
 """Dice (half a point) or AUC that 8 bits may cost."""
 REPEATS = 20
+BATCH = 8
+"""Pictures, or slices of a volume, that a network takes at once."""
+INFERENCE, CARD = (Path(__file__).with_name(name) for name in ("inference.json", "card.md"))
+"""Config of a bundle that needs MONAI and TorchScript alone, and template of the model card.
+
+In the config, ``datalist_of_channels`` lists a folder whose channels are files ending in ``_0000`` and so on, and
+``one_mask_each`` refuses images of which MONAI's writer would keep the last one's mask alone.
+"""
+SIZED = {
+    "Spacingd": ("resampled to {} mm", "pixdim"),
+    "Resized": ("resized to {}", "spatial_size"),
+    "CenterSpatialCropd": ("centre-cropped to {}", "roi_size"),
+    "SpatialPadd": ("padded to {}", "spatial_size"),
+}
+"""Words of a transform that sets a size, and its setting."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What was measured about one format."""
 
     name: str  # ``eager`` is the student itself
@@ -63,7 +75,7 @@ class Row:
 
 def export_bundle(
     source: Source,
-    to: str | Path,
+    to: Path,
     names: Sequence[str],
     accept_loss: bool,
     cases: int,
@@ -90,37 +102,34 @@ def export_bundle(
         ValueError: TorchScript does not answer as the student does.
         FileExistsError: ``to`` exists.
     """
-    to = Path(to)
     with atomic_folder(to) as folder:
         networks = [name for name in names if name in formats.FORMATS]
-        facts = _write_models(source, folder / "models", networks, accept_loss, cases, calibration)
-        repositories = [name for name in names if name in formats.REPOSITORIES]
-        if not (folder / "models" / formats.FORMATS["onnx"]).is_file():
-            facts["left_out"] += [f"{name} is left out: it needs the format onnx." for name in repositories]
-            repositories = []
+        checked = [source.case(item) for item in spread(source.data.validation, cases)]
+        facts = _write_models(source, folder / "models", networks, accept_loss, checked, calibration)
         for name, content in configs(source, facts).items():
             atomic_write_json(folder / "configs" / f"{name}.json", content)
-        atomic_write_json(folder / "docs" / "export.json", facts)
-        seen = {
-            name: image for of_folder in source.identity.get("seen", {}).values() for name, image in of_folder.items()
-        }
-        atomic_write_json(folder / SEEN, seen)
-        (folder / "docs" / "README.md").write_text(model_card(source, facts, to.name), encoding="utf-8")
+        seen = [image for of_folder in source.identity.get("seen", {}).values() for image in of_folder.items()]
+        atomic_write_json(folder / SEEN, dict(seen))
         origin = f"Student exported from the bundle {source.bundle.resolve().name} by amkd_monai {__version__}."
         changelog = f"# Changelog\n\n## {source.metadata['version']}\n\n{origin}\n"
-        (folder / "CHANGELOG.md").write_text(changelog, encoding="utf-8")
+        for file, text in (("docs/README.md", model_card(source, facts, to.name)), ("CHANGELOG.md", changelog)):
+            (folder / file).write_text(text, encoding="utf-8")
         for place in ("LICENSE", "docs/data_license.txt", "configs/logging.conf"):
             shutil.copyfile(source.bundle / place, folder / place)
-        if "hub" in repositories:
-            write_hub(folder, source)
-        if "triton" in repositories:
-            write_triton(folder, to.name)
-        if web_runtime:
-            try:
+        for name in (name for name in names if name in formats.REPOSITORIES):
+            if not (folder / "models" / formats.FORMATS["onnx"]).is_file():
+                facts["left_out"].append(f"{name} is left out: it needs the format onnx.")
+            elif name == "hub":
+                write_hub(folder, source)
+            else:
+                write_triton(folder, to.name)
+        atomic_write_json(folder / "docs" / "export.json", facts)
+        try:
+            if web_runtime:
                 write_page(folder, web_runtime)
-            except ValueError as error:
-                facts["left_out"].append(f"{formats.PAGE} is left out: {error}")
-                atomic_write_json(folder / "docs" / "export.json", facts)
+        except ValueError as error:
+            facts["left_out"].append(f"{formats.PAGE} is left out: {error}")
+            atomic_write_json(folder / "docs" / "export.json", facts)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         lines = [f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
         (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
@@ -128,24 +137,23 @@ def export_bundle(
 
 
 def _write_models(
-    source: Source, folder: Path, names: Sequence[str], accept_loss: bool, most_cases: int, most_calibration: int
+    source: Source, folder: Path, names: Sequence[str], accept_loss: bool, cases: list[Case], most_calibration: int
 ) -> dict[str, Any]:
     """Write and check every format; return the content of ``export.json``."""
     folder.mkdir()
-    cases = [source.case(item) for item in spread(source.data.validation, most_cases)]
     formats.check_size(names, cases[0].batch.shape[-2:])
-    run = torch_runner(source.student)
+    run, threads = torch_runner(source.student), torch.get_num_threads()
     expected = [_probabilities(run, case) for case in cases]
     torch.save(source.state, folder / "model.pt")
     rows = [_measure("eager", run, folder / "model.pt", None, cases, expected, source.task)]
     calibration = spread(source.data.train, most_calibration) if any(map(formats.is_int8, names)) else []
-    slices = calibration_batches(source, calibration)
-    image, threads = np.ascontiguousarray(cases[0].batch[:1]), torch.get_num_threads()
-    metadata, remarks, left_out = _metadata(source, cases[0].batch.shape), list[str](), list[str]()
+    slices, metadata = calibration_batches(source, calibration), _metadata(source, cases[0].batch.shape)
+    remarks, left_out = list[str](), list[str]()
     for name in progress(names, desc="export"):
+        before = {*folder.iterdir()}
         try:
             path = formats.write(name, source.student, folder, slices, metadata)
-            memory = peak_memory(name, path, image, threads)
+            memory = peak_memory(name, path, np.ascontiguousarray(cases[0].batch[:1]), threads)
             row = _measure(name, runner(name, path, threads), path, memory, cases, expected, source.task)
             remarks += [remark] if (remark := judge(row, rows[0], accept_loss)) else []
             rows.append(row)
@@ -153,12 +161,12 @@ def _write_models(
             if name == "ts":
                 raise
             logger.debug("The format %s failed.", name, exc_info=True)
-            for suffix in (".xml", ".bin") if name.startswith("openvino") else (Path(formats.FORMATS[name]).suffix,):
-                (folder / formats.FORMATS[name]).with_suffix(suffix).unlink(missing_ok=True)
+            for file in {*folder.iterdir()} - before:
+                file.unlink()
             reason = " ".join(str(root_cause(error)).split()) or type(error).__name__
             left_out.append(f"{name} is left out: {reason}")
     facts = {
-        "formats": [asdict(row) for row in rows],
+        "formats": [row._asdict() for row in rows],
         "threads": threads,
         "metric": "macro_auroc" if source.task.is_classification else "dice",
         "validation_cases": [case.id for case in cases],
@@ -242,47 +250,27 @@ def judge(row: Row, student: Row, accept_loss: bool) -> str:
     return f"{remark}, accepted by --accept-loss."
 
 
-BATCH = 8
-"""Pictures, or slices of a volume, that a network takes at once."""
-INFERENCE, CARD = (Path(__file__).with_name(name) for name in ("inference.json", "card.md"))
-"""Config of a bundle that needs MONAI and TorchScript alone, and template of the model card."""
-
-
-CHANNELS = (
-    "$[{'image': [p.replace('_0000.', f'_{c:04d}.') for c in range(@channels)]} for p in "
-    "sorted(glob.glob(os.path.join(glob.escape(@dataset_dir), '*_0000.*'))) if p.lower().endswith(tuple(@suffixes))]"
-)
-"""The images of a folder whose channels are files ending in ``_0000`` and so on; of volumes else files of four axes."""
-ONE_MASK_EACH = (
-    "$(lambda names: np.testing.assert_equal(len(set(names)), len(names), 'Names that differ in their endings alone "
-    "would give one mask: rename the images.'))([os.path.splitext(p.removesuffix('.gz'))[0] for i in @datalist "
-    "for p in (i['image'][:1] if isinstance(i['image'], list) else [i['image']])])"
-)
-"""Refuses images of which MONAI's writer would keep the last one's mask alone."""
-
-
 def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the contents of ``configs/`` by name; ``facts`` is the content of ``docs/export.json``."""
     inference, task = json.loads(INFERENCE.read_text(encoding="utf-8")), source.task
     module = source.network["_target_"].rpartition(".")[0] or "monai"
-    inference["student"] = source.network | {"_disabled_": f"$not monai.utils.optional_import('{module}')[1]"}
-    inference["torchscript"] = formats.network_text(source.student)
-    buffers = dict(source.student.named_buffers())
-    inference["not_in_checkpoints"] = [name for name in buffers if name not in source.state]
-    inference["suffixes"] = list(PICTURE_SUFFIXES if task.dimensions == 2 else VOLUME_SUFFIXES)
+    inference |= {
+        "student": source.network | {"_disabled_": f"$not monai.utils.optional_import('{module}')[1]"},
+        "torchscript": formats.network_text(source.student),
+        "not_in_checkpoints": [name for name, _ in source.student.named_buffers() if name not in source.state],
+        "suffixes": list(PICTURE_SUFFIXES if task.dimensions == 2 else VOLUME_SUFFIXES),
+        "inferer": source.inferer,
+    }
+    datalist, one_mask_each = inference.pop("datalist_of_channels"), inference.pop("one_mask_each")
     if not task.is_classification:
-        inference["run"].insert(0, ONE_MASK_EACH)
+        inference["run"].insert(0, one_mask_each)
+        del inference["handlers"][1:]  # masks are saved by the postprocessing
     if channels := len(task.channels):
         single = f" or {inference['datalist'][1:]}" if task.dimensions == 3 else ""
-        inference["channels"], inference["datalist"] = channels, CHANNELS + single
+        inference["channels"], inference["datalist"] = channels, datalist + single
+    present = [{"_target_": "Lambdad", "keys": "pred", "func": "$lambda p: p[1]"}] * task.has_findings
     inference["preprocessing"]["transforms"] = source.transforms
-    inference["inferer"] = source.inferer
-    inference["postprocessing"]["transforms"] = source.postprocessing
-    if task.has_findings:
-        present = {"_target_": "Lambdad", "keys": "pred", "func": "$lambda p: p[1]"}
-        inference["postprocessing"]["transforms"] = [*source.postprocessing, present]
-    if not task.is_classification:
-        del inference["handlers"][1:]  # masks are saved by the postprocessing
+    inference["postprocessing"]["transforms"] = [*source.postprocessing, *present]
     written = {row["name"] for row in facts["formats"]}
     parts = [t["applied_labels"] for t in source.postprocessing if t["_target_"] == "KeepLargestConnectedComponentd"]
     predict = {
@@ -327,17 +315,10 @@ def _metadata(source: Source, shape: Sequence[int]) -> dict[str, Any]:
 def image_text(source: Source) -> str:
     """Describe an image and its preparation, with the sizes of this student's preprocessing."""
     text = [part for part in source.metadata["image_classes"].split(", ") if not re.search(r"\d x \d", part)]
-    words = {
-        "Spacingd": ("resampled to", "pixdim", " mm"),
-        "Resized": ("resized to", "spatial_size", ""),
-        "CenterSpatialCropd": ("centre-cropped to", "roi_size", ""),
-        "SpatialPadd": ("padded to", "spatial_size", ""),
-    }
     for step in source.image_steps:
-        if step["transform"] in words:
-            verb, key, unit = words[step["transform"]]
-            sizes = " x ".join("any" if n == -1 else f"{n:g}" for n in step[key])
-            text.append(f"{verb} {sizes}{unit}")
+        if step["transform"] in SIZED:
+            words, key = SIZED[step["transform"]]
+            text.append(words.format(" x ".join("any" if n == -1 else f"{n:g}" for n in step[key])))
     return ", ".join(text)
 
 
@@ -346,36 +327,19 @@ def format_cells(facts: dict[str, Any]) -> list[Sequence[str]]:
     metric = {"macro_auroc": "macro AUC", "dice": "Dice"}[facts["metric"]]
     cells: list[Sequence[str]] = [("format", "MB", "p50 ms", "p95 ms", "peak MB", "max difference", metric)]
     for row in facts["formats"]:
-        sizes = [_number(row[key], 1) for key in ("megabytes", "p50", "p95")]
-        cells.append(
-            [row["name"], *sizes, _number(row["memory"], 0), f"{row['difference']:.1e}", _number(row["metric"])]
-        )
+        sizes = [_number(row[key], digits) for key, digits in (("megabytes", 1), ("p50", 1), ("p95", 1), ("memory", 0))]
+        cells.append([row["name"], *sizes, f"{row['difference']:.1e}", _number(row["metric"])])
     return cells
 
 
 def model_card(source: Source, facts: dict[str, Any], name: str) -> str:
     """Return ``docs/README.md``; ``facts`` is the content of ``docs/export.json``, ``name`` the folder's."""
-    unknown = "not recorded: the run left no run.json"
-    recorded, distillation = source.record.get("data", {}), source.record.get("distillation", {})
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
-    environment.filters["number"] = _number
-    return environment.from_string(CARD.read_text(encoding="utf-8")).render(
-        about=source.metadata,
-        facts=facts,
-        name=name,
-        images=image_text(source),
-        is_phantom=source.data.is_phantom,
-        no_teachers="none: trained with labels alone" if "distillation" in source.record else unknown,
-        parameters=sum(p.numel() for p in source.student.parameters()),
-        recorded=recorded,
-        samples=", ".join(f"{k} {v}" for k, v in recorded.get("counts", {}).items()) or unknown,
-        summary=(summary := source.metrics.get("summary", {"metrics": {}})),
-        scores=[("", summary["metrics"]), *class_summaries(summary)],
-        table=format_cells(facts),
-        teachers=distillation.get("teachers", []) if isinstance(distillation, dict) else [],
-        temperature=float(source.state["temperature"]) if "temperature" in source.state else None,
-        unknown=unknown,
-        unscored=source.unscored,
+    environment.filters |= {"number": _number, "class_summaries": class_summaries}
+    template, table = environment.from_string(CARD.read_text(encoding="utf-8")), format_cells(facts)
+    parameters = sum(p.numel() for p in source.student.parameters())
+    return template.render(
+        source=source, facts=facts, name=name, images=image_text(source), parameters=parameters, table=table
     )
 
 

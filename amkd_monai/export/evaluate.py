@@ -4,17 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from amkd_monai.data.datalist import labelled_folder
 from amkd_monai.data.datasets import Task, recorded_task
 from amkd_monai.data.seen import seen_before
 from amkd_monai.data.splits import Item
-from amkd_monai.export.predict import SEEN, Predictor
-from amkd_monai.files.cases import read_case
+from amkd_monai.export.predict import SEEN, Input, Predictor, pictured
 from amkd_monai.files.masks import MaskCodes, read_mask
 from amkd_monai.files.names import DataProblems, files_of, label_files
-from amkd_monai.files.pictures import read_channels
 from amkd_monai.files.volumes import read_label_volume
 from amkd_monai.metrics.classification import class_row
 from amkd_monai.metrics.segmentation import mask_rows
@@ -26,48 +22,42 @@ from amkd_monai.terminal import logger, progress
 
 
 def evaluate(
-    model: Path,
+    predictor: Predictor,
     data: str | Path,
     output: Path,
     seen: str = "refuse",
     options: Mapping[str, Any] | None = None,
     codes: MaskCodes | None = None,
-    int8: bool = False,
-    threads: int | None = None,
 ) -> str:
     """Score all that is labelled in a folder, write tables, pictures and report, and return the table.
 
     Args:
-        model: folder that `export` made.
+        predictor: an opened student.
         data: folder of labelled data.
         output: folder for what is written.
         seen: ``refuse`` or ``apart``: images that took part in the training.
         options: of the data set's ``find_items``.
         codes: meaning of the values of masks, in place of the training's.
-        int8: use the network of 8 bits.
-        threads: of ONNX Runtime; None leaves it to choose.
 
     Raises:
         ValueError: files that cannot be used, images that the student has seen, or figures of another student or of
             other data in the folder.
     """
-    predictor = Predictor(model, int8, threads)
     config, task = predictor.config, recorded_task(predictor.config)
     if config["classes"] != list(task.classes):
         own = ", ".join(config["classes"])
-        raise ValueError(f"{model} has the classes {own}, not those of {task.name}: export again.")
+        raise ValueError(f"{predictor.folder} has the classes {own}, not those of {task.name}: export again.")
     codes = config["mask_codes"] if codes is None else codes
     found = labelled_folder(task, data, None, options).checked("stop")
-    if not (known := read_json(model / SEEN)):
+    if not (known := read_json(predictor.folder / SEEN)):
         logger.warning("%s is empty: whether the student has seen images of %s could not be checked.", SEEN, data)
     found.seen.update(seen_before(known, found, seen))
     facts: dict[str, Any] = {"data": found.describe(), "student": str(predictor.model), "seen": found.seen}
     facts |= {"student_sha256": file_sha256(predictor.model), "seen_is_known": bool(known)}
     facts |= {"mask_codes": codes, "data_options": dict(options or {}), "run": config["run"]}
     old = read_json(output / FIGURES)
-    for key, now in (("student_sha256", facts["student_sha256"]), ("data", facts["data"])):
-        if old.get(key, now) != now:
-            raise ValueError(f"{output} holds figures of another student or of other data: give another --output.")
+    if any(old.get(key, facts[key]) != facts[key] for key in ("student_sha256", "data")):
+        raise ValueError(f"{output} holds figures of another student or of other data: give another --output.")
     rows: list[Row] = []
     problems: list[str] = []
     for item in progress(sorted(found.test, key=lambda item: str(item["id"])), desc="evaluate"):
@@ -83,20 +73,15 @@ def evaluate(
 
 def _case(predictor: Predictor, task: Task, item: Item, codes: MaskCodes, output: Path) -> list[Row]:
     """Answer one image, keep its pictures and score it."""
-    case, files, masks, spacing = str(item["id"]), files_of(item["image"]), label_files(item), [1.0, 1.0]
-    image = files[0]
-    if task.dimensions == 3:
-        volume, grid = read_case(files)
-        found, spacing = predictor.mask(volume, grid), grid.spacing
+    case, files, masks = str(item["id"]), files_of(item["image"]), label_files(item)
+    image = Input(case, Path(files[0]), (), files if len(files) > 1 else ())
+    array, grid, answer = predictor.answered(image)
+    if task.is_classification:
+        save_arrays(preview_file(output, case), {"image": small(pictured(image, array)[None])})
+        return [class_row(task, case, int(item["label"]), answer)]
+    if grid is not None:
         reference = read_label_volume(masks[0], grid, len(task.classes), codes)[0]
     else:
-        picture = read_channels(files)
-        array = picture.transpose(2, 0, 1).astype(np.float32)
-        if task.is_classification:
-            shown = picture if len(files) == 1 else np.repeat(picture[..., :1], 3, -1)
-            save_arrays(preview_file(output, case), {"image": small(shown[None])})
-            return [class_row(task, case, int(item["label"]), predictor.probabilities(array)[0])]
-        found, reference = predictor.mask(array), read_mask(masks, image, len(task.classes), codes)
-    rows = mask_rows(task, case, found, reference, spacing)
-    save_arrays(preview_file(output, case), mask_preview(image, reference, found))
-    return rows
+        reference = read_mask(masks, files[0], len(task.classes), codes)
+    save_arrays(preview_file(output, case), mask_preview(files[0], reference, answer))
+    return mask_rows(task, case, answer, reference, grid.spacing if grid else (1.0, 1.0))

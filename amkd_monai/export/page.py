@@ -41,8 +41,8 @@ NETWORKS = {"float": ("onnx", 1e-3), "int8": ("ort-int8", 0.1)}
 
 8 bits: kernels round differently, and one level of a layer moves the probabilities of some pixels by hundredths.
 """
-CHECKED = 64
-"""Probabilities of each network that the page compares before it answers anything."""
+CHECKED, CHECK_SIDE = 64, 96
+"""Probabilities of each network that the page compares before it answers anything, and the sides of that image, px."""
 
 
 def runtime_archive(given: str | Path | None = None) -> Path:
@@ -101,11 +101,12 @@ def write_page(folder: Path, archive: Path) -> None:
     if predict["kind"] == "multilabel":
         raise ValueError("The format web shows one class or a mask, this student answers findings: leave it out.")
     page, networks = folder / "web", dict[str, Any]()
+    shape = [facts["input_shape"][0], *(min(side, CHECK_SIDE) for side in facts["input_shape"][-2:])]
     shutil.copytree(PAGE, page)
     for kind, form in found.items():
         model = folder / predict["models"][form]
         _write_script(page, f"network_{kind}", _rounded(model) if kind == "float" else model.read_bytes(), planes=4)
-        answer = softmax(runner(form, model, 1)(check_image(facts["input_shape"])), 1).ravel()
+        answer = softmax(runner(form, model, 1)(check_image(shape)), 1).ravel()
         places = [i * (answer.size - 1) // (CHECKED - 1) for i in range(CHECKED)]
         check = [round(float(answer[i]), 7) for i in places]
         networks[kind] = {"file": f"network_{kind}", "check": check, "tolerance": NETWORKS[kind][1]}
@@ -122,7 +123,7 @@ def write_page(folder: Path, archive: Path) -> None:
         "warnings": re.findall(r"^\*\*(This student was .+)\*\*$", card, re.MULTILINE),
         "calibration": " ".join(calibration[1].split()) if calibration else "",
         "colours": CLASS_COLOURS,
-        **{"networks": networks, "input_shape": facts["input_shape"], "runtime": f"{RUNTIME} {RELEASE}"},
+        **{"networks": networks, "check_shape": shape, "runtime": f"{RUNTIME} {RELEASE}"},
         "origin": f"Exported by amkd_monai {__version__}.",
     }
     (page / "student.js").write_text(f'"use strict";\nconst student = {json.dumps(student)};\n', encoding="ascii")

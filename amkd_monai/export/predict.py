@@ -11,19 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from amkd_monai.export.runners import runner
-from amkd_monai.files import names
+from amkd_monai.files import names, pictures
 from amkd_monai.files.cases import read_case
 from amkd_monai.files.dicom import Slice, find_series, read_series
 from amkd_monai.files.dicom_seg import write_captures, write_segmentation
-from amkd_monai.files.pictures import (
-    class_colours,
-    contrasting,
-    level_problem,
-    outlined,
-    read_channels,
-    write_mask,
-    write_png,
-)
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
 from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, write_mask_volume
 from amkd_monai.storage import atomic_path, read_json
@@ -35,54 +26,48 @@ SEEN = "docs/seen.json"
 """File of an exported bundle with the fingerprints of the images that the student has seen."""
 OPACITY = 0.35
 """Of masks in overlays."""
-CAPTION_SCALE = 16
-"""A captioned picture's width in heights of its letters."""
-CAPTIONED_WIDTH = 320
-"""Pixels; narrower pictures are enlarged, so that a caption can be read."""
+LETTERED_WIDTH = 320
+"""Pixels of width, at least, for which letters are made."""
 
 
 def predict(
-    model: str | Path,
+    predictor: "Predictor",
     source: str | Path,
     output: str | Path,
-    int8: bool = False,
-    threads: int | None = None,
     dicom_seg: bool = False,
     dicom_captures: bool = False,
 ) -> int:
     """Predict an image or a folder; a file that cannot be read is reported, the rest goes on, and 1 is returned.
 
     Args:
-        model: exported bundle.
+        predictor: an opened student.
         source: image, volume, folder of them, or folder of a DICOM series.
         output: folder for overlays, and masks or ``predictions.csv``.
-        int8: use the network of 8 bits.
-        threads: of ONNX Runtime; None leaves it to choose.
         dicom_seg: write the mask of a DICOM series as DICOM segmentation, too.
         dicom_captures: write overlays of all its slices as secondary captures, too.
     """
-    predictor = Predictor(names.expanded(model), int8, threads)
     images = predictor.images(source)
     if (dicom_seg or dicom_captures) and not any(image.slices for image in images):
         raise ValueError(f"{source} holds no DICOM series, of which DICOM answers are made: leave out their options.")
     folder = names.expanded(output)
     folder.mkdir(parents=True, exist_ok=True)
-    refused: tuple[type[Exception], ...] = (ValueError, OSError, MemoryError, *refusals())
     rows, failed = [], 0
     for image in progress(images, desc="predict"):
         try:
             if row := _predict_one(predictor, image, folder, dicom_seg, dicom_captures):
                 rows.append(row)
-        except refused as error:
+        except refusals() as error:
             failed += 1
             reason = " ".join(str(error).split()) or "it does not fit into memory"
             place = "" if str(image.path) in reason else f"{image.path} cannot be predicted: "
             tqdm.write(f"error: {place}{reason}", file=sys.stderr)
     if rows:
         columns = ["p_" + name.lower().replace(" ", "_") for name in predictor.config["classes"]]
-        table = folder / "predictions.csv"
-        with atomic_path(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream, lineterminator="\n").writerows([["id", "class", *columns], *rows])
+        with (
+            atomic_path(folder / "predictions.csv") as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as f,
+        ):
+            csv.writer(f, lineterminator="\n").writerows([["id", "class", *columns], *rows])
     print(f"{len(images) - failed} of {len(images)} predicted, answers in {folder}")
     return 1 if failed else 0
 
@@ -110,23 +95,19 @@ def find_images(path: Path, dimensions: int, channels: int = 1) -> list[Input]:
     kind = "pictures (PNG, JPEG, TIFF, BMP)" if dimensions == 2 else "volumes (NIfTI, or a folder of one DICOM series)"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give an image or a folder.")
-    if channels > 1:
-        cases = names.channel_files(path, suffixes)
-        ends = " and ".join(f"_{channel:04d}" for channel in range(channels))
-        if not cases and dimensions == 2:
-            raise ValueError(f"{path} is not a folder of images with {channels} files each, whose names end in {ends}.")
-        if wrong := [case for case, files in cases.items() if sorted(files) != list(range(channels))]:
-            raise ValueError(f"{path} lacks channels of {names.some(wrong)}: give files ending in {ends}, no others.")
-        if cases:
-            return [Input(c, Path(f[0]), (), [f[k] for k in sorted(f)]) for c, f in sorted(cases.items())]
-    if path.is_file():
-        if not names.has_suffix(path, suffixes):
-            raise ValueError(f"{path} does not fit the model: it takes {kind}.")
+    cases = names.channel_files(path, suffixes) if channels > 1 else {}
+    wrong = [case for case, files in cases.items() if sorted(files) != list(range(channels))]
+    if wrong or (channels > 1 and dimensions == 2 and not cases):
+        ends, of = " and ".join(f"_{channel:04d}" for channel in range(channels)), names.some(wrong) or "its images"
+        raise ValueError(f"{path} lacks channels of {of}: give {channels} files an image, ending in {ends}, no others.")
+    if cases:
+        return [Input(c, Path(f[0]), (), [f[k] for k in sorted(f)]) for c, f in sorted(cases.items())]
+    if path.is_file() and names.has_suffix(path, suffixes):
         if names.is_prediction(path):
             raise ValueError(f"{path} is a prediction: give the image it was made from.")
         return [Input(names.file_id(path), path)]
-    found = {name: Input(name, file) for name, file in names.images_to_predict(path, suffixes).items()}
-    if dimensions == 3:
+    found = {n: Input(n, f) for n, f in names.images_to_predict(path, suffixes).items()} if path.is_dir() else {}
+    if path.is_dir() and dimensions == 3:
         folders = {f.resolve(): f for f in (path, *sorted(f for f in path.iterdir() if f.is_dir()))}
         for resolved, folder in folders.items():
             series = find_series(folder)
@@ -144,24 +125,23 @@ class Predictor:
     """An exported student: the folder that ``python -m amkd_monai export`` made, opened by ONNX Runtime."""
 
     def __init__(self, folder: Path, int8: bool = False, threads: int | None = None) -> None:
-        config = folder / "configs" / "predict.json"
-        self.config = read_json(config)
+        self.folder, file, name = folder, folder / "configs" / "predict.json", "ort-int8" if int8 else "onnx"
+        self.config = read_json(file)
         if not self.config:
             raise ValueError(f"{folder} is not an exported bundle: it lacks configs/predict.json: run `export` first.")
         if self.config.get("version") != VERSION:
-            raise ValueError(f"{config} is of another version of amkd_monai: update it, or export again.")
-        name = "ort-int8" if int8 else "onnx"
-        self.model = model = folder / self.config["models"].get(name, "-")
-        if not model.is_file():
+            raise ValueError(f"{file} is of another version of amkd_monai: update it, or export again.")
+        self.model, self.channels = folder / self.config["models"].get(name, "-"), self.config["channels"]
+        if not self.model.is_file():
             raise ValueError(f"{folder} holds no {name} network: export again with --formats {name}.")
         try:
-            self._run = runner(name, model, threads or 0)
+            self._run = runner(name, self.model, threads or 0)
         except refusals() as error:
-            raise ValueError(f"{model} cannot be opened by ONNX Runtime: export again.") from error
+            raise ValueError(f"{self.model} cannot be opened by ONNX Runtime: export again.") from error
 
     def images(self, source: str | Path) -> list[Input]:
         """List the images of a file or folder, see :func:`find_images`."""
-        return find_images(names.expanded(source), self.config["dimensions"], self.config.get("channels", 1))
+        return find_images(names.expanded(source), self.config["dimensions"], self.channels)
 
     def answer(self, image: str | Path) -> np.ndarray:
         """Predict a file, or a folder of one DICOM series.
@@ -177,19 +157,25 @@ class Predictor:
         images = self.images(image)
         if len(images) > 1:
             raise ValueError(f"{image} holds {len(images)} images: give one of them, or use the command `predict`.")
-        array, grid = self.read(images[0])
-        return self.mask(array, grid) if self.config["kind"] == "segmentation" else self.probabilities(array)[0]
+        return self.answered(images[0])[2]
+
+    def answered(self, image: Input) -> tuple[np.ndarray, Grid | None, np.ndarray]:
+        """Return an image (C, H, W), or a volume (C, X, Y, Z) and its grid, and its label map or probabilities (C,)."""
+        array, grid = self.read(image)
+        is_mask = self.config["kind"] == "segmentation"
+        return array, grid, self.mask(array, grid) if is_mask else self.probabilities(array)[0]
 
     def read(self, image: Input) -> tuple[np.ndarray, Grid | None]:
         """Read a picture (C, H, W), levels 0 to 255, or a volume (C, X, Y, Z) and its grid."""
         files = image.channels or [str(image.path)]
         if self.config["dimensions"] == 2:
-            return read_channels(files).transpose(2, 0, 1).astype(np.float32), None
+            return pictures.read_channels(files).transpose(2, 0, 1).astype(np.float32), None
         if not image.slices:
-            return read_case(files, self.config.get("channels", 1))
-        volume, grid = read_series(image.path, image.slices)
-        if (count := self.config.get("channels", 1)) > 1:
+            return read_case(files, self.channels)
+        if self.channels > 1:
+            count = self.channels
             raise ValueError(f"{image.path} is one DICOM series, the student takes {count} channels: give NIfTI files.")
+        volume, grid = read_series(image.path, image.slices)
         return volume[None], grid
 
     def probabilities(self, image: np.ndarray, grid: Grid | None = None) -> tuple[np.ndarray, list[Inverse]]:
@@ -200,11 +186,10 @@ class Predictor:
             image's.
         """
         array, inverses = prepare(image, self.config["steps"], grid)
-        if problem := level_problem(array):
+        if problem := pictures.level_problem(array):
             raise ValueError(problem)
-        is_volume = array.ndim == 4
+        is_volume, size = array.ndim == 4, self.config["batch_size"]
         batch = np.moveaxis(array, 0, 1) if is_volume else array[None]  # slices are the batch of a volume
-        size = self.config["batch_size"]
         parts = [np.ascontiguousarray(batch[i : i + size], np.float32) for i in range(0, len(batch), size)]
         answer = softmax(np.concatenate([self._run(part) for part in parts]), 1)
         if self.config["kind"] == "multilabel":
@@ -234,39 +219,42 @@ class Predictor:
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises, for example where it gets no memory."""
+    """What an image or a network that cannot be used raises, ONNX Runtime's own errors included."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     kinds = ("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented")
-    return tuple(getattr(state, kind) for kind in (*kinds, "RuntimeException"))
+    return ValueError, OSError, MemoryError, *(getattr(state, kind) for kind in (*kinds, "RuntimeException"))
 
 
 def _predict_one(predictor: Predictor, image: Input, folder: Path, dicom_seg: bool, dicom_captures: bool) -> list[str]:
     """Write the files of one answer; return the row of ``predictions.csv``, empty for masks."""
-    overlay, classes = names.file_of(folder, f"{image.id}_overlay.png"), predictor.config["classes"]
-    array, grid = predictor.read(image)
+    (array, grid, answer), classes = predictor.answered(image), predictor.config["classes"]
+
+    def to(end: str) -> Path:
+        return names.file_of(folder, f"{image.id}_{end}")
+
     if grid is not None:
-        mask = predictor.mask(array, grid)
-        write_mask_volume(names.file_of(folder, f"{image.id}_mask.nii.gz"), mask, grid)
+        write_mask_volume(to("mask.nii.gz"), answer, grid)
         levels, series = grey_levels(array[0]), [item.file for item in image.slices]
         if dicom_seg and series:
-            write_segmentation(names.file_of(folder, f"{image.id}_mask.dcm"), mask, grid, series, classes)
+            write_segmentation(to("mask.dcm"), answer, grid, series, classes)
         if dicom_captures and series:
-            draw = partial(drawn_overlay, classes=classes)
-            write_captures(names.file_of(folder, f"{image.id}_captures"), mask, levels, grid, series, draw)
-        grey, outline = (np.rot90(plane) for plane in middle_slice(levels, mask))
-        write_png(overlay, drawn_overlay(grey, outline, classes))
+            write_captures(to("captures"), answer, levels, grid, series, partial(drawn_overlay, classes=classes))
+        grey, outline = map(np.rot90, middle_slice(levels, answer))
+        pictures.write_png(to("overlay.png"), drawn_overlay(grey, outline, classes))
         return []
-    picture = (array[[0, 0, 0]] if image.channels else array).transpose(1, 2, 0).astype(np.uint8)
-    if predictor.config["kind"] != "segmentation":
-        answer = predictor.probabilities(array)[0]
-        found, sure = predictor.named(answer), answer.max()
-        write_captioned(overlay, picture, f"{found}  {sure:.2f}")
-        return [image.id, found, *(f"{v:.6f}" for v in answer)]
-    mask = predictor.mask(array)
-    write_mask(names.file_of(folder, f"{image.id}_mask.png"), mask, len(classes))
-    write_png(overlay, drawn_overlay(picture, mask, classes))
-    return []
+    picture = pictured(image, array)
+    if answer.ndim == 2:
+        pictures.write_mask(to("mask.png"), answer, len(classes))
+        pictures.write_png(to("overlay.png"), drawn_overlay(picture, answer, classes))
+        return []
+    write_captioned(to("overlay.png"), picture, f"{(found := predictor.named(answer))}  {answer.max():.2f}")
+    return [image.id, found, *(f"{v:.6f}" for v in answer)]
+
+
+def pictured(image: Input, array: np.ndarray) -> np.ndarray:
+    """The picture (H, W, 3), uint8, that was read as (C, H, W); of several files the first."""
+    return (array[[0, 0, 0]] if image.channels else array).transpose(1, 2, 0).astype(np.uint8)
 
 
 def drawn_overlay(image: np.ndarray, mask: np.ndarray, classes: Sequence[str]) -> np.ndarray:
@@ -275,44 +263,40 @@ def drawn_overlay(image: np.ndarray, mask: np.ndarray, classes: Sequence[str]) -
     A single class has the colour that differs most from the image around it; of several, each has its own, and a legend
     stands below.
     """
-    image = image if image.ndim == 3 else np.repeat(image[..., None], 3, -1)
-    rows, columns = np.flatnonzero((mask > 0).any(1)), np.flatnonzero((mask > 0).any(0))
-    near = (
-        image[max(0, rows[0] - 16) : rows[-1] + 16, max(0, columns[0] - 16) : columns[-1] + 16] if mask.any() else image
-    )
-    colours = contrasting(near) if len(classes) == 2 else class_colours(range(1, len(classes)))
+    image = near = image if image.ndim == 3 else np.repeat(image[..., None], 3, -1)
+    for axis in (0, 1) if mask.any() else ():
+        places = np.flatnonzero((mask > 0).any(1 - axis))
+        near = near.take(range(max(0, places[0] - 16), min(places[-1] + 16, mask.shape[axis])), axis)
+    colours = pictures.contrasting(near) if len(classes) == 2 else pictures.class_colours(range(1, len(classes)))
     opacity = OPACITY * (mask > 0)[..., None]
     picture = (image * (1 - opacity) + colours[mask.astype(int) - 1] * opacity).round().astype(np.uint8)
-    picture = outlined(picture, [(mask == label, colours[label - 1]) for label in np.unique(mask[mask > 0])])
-    return picture if len(classes) == 2 else np.concatenate([picture, legend(classes[1:], picture.shape[1])])
-
-
-def legend(names: Sequence[str], width: int) -> np.ndarray:
-    """Draw the names of labels 1, 2, ... beside their colours, a line for each, (h, width, 3) uint8."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    line = max(CAPTIONED_WIDTH, width) // CAPTION_SCALE
-    picture = Image.new("RGB", (width, line * len(names)))
-    draw = ImageDraw.Draw(picture)
-    for row, (name, colour) in enumerate(zip(names, class_colours(range(1, len(names) + 1)).tolist(), strict=True)):
-        size = 0.8 * line * min(1.0, (width - 1.2 * line) / ImageFont.load_default(0.8 * line).getlength(name))
-        draw.rectangle((0, row * line, line - 3, (row + 1) * line - 3), tuple(colour))
-        draw.text((line, (row + 0.5) * line), name, (255, 255, 255), ImageFont.load_default(max(size, 1)), anchor="lm")
-    return np.asarray(picture)
+    picture = pictures.outlined(picture, [(mask == label, colours[label - 1]) for label in np.unique(mask[mask > 0])])
+    return picture if len(classes) == 2 else lettered(picture, classes[1:], colours.tolist())
 
 
 def write_captioned(path: Path, image: np.ndarray, caption: str) -> None:
-    """Write an image (H, W, 3), uint8, above a band with one line of text that fits its width."""
+    """Write an image (H, W, 3), uint8, enlarged if it is narrow, above a line of text."""
+    factor = -(-LETTERED_WIDTH // image.shape[1])
+    pictures.write_png(path, lettered(image.repeat(factor, 0).repeat(factor, 1), [caption]))
+
+
+def lettered(image: np.ndarray, texts: Sequence[str], colours: Sequence[Sequence[int]] = ()) -> np.ndarray:
+    """Write texts, each fitted to the width and beside its colour if it has one, below an image (H, W, 3), uint8."""
     from PIL import Image, ImageDraw, ImageFont
 
-    picture = Image.fromarray(image)
-    factor = -(-CAPTIONED_WIDTH // picture.width)
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    height = picture.width / CAPTION_SCALE
-    length = ImageFont.load_default(height).getlength(caption)
-    font = ImageFont.load_default(height * min(1.0, (picture.width - height) / length))
-    result = Image.new("RGB", (picture.width, picture.height + round(1.8 * height)))
-    result.paste(picture)
-    place = (height / 2, picture.height + 0.9 * height)
-    ImageDraw.Draw(result).text(place, caption, (255, 255, 255), font, anchor="lm")
-    write_png(path, result)
+    height, width = image.shape[:2]
+    letters = max(LETTERED_WIDTH, width) / (24 if colours else 16)
+    line, indent = round(1.8 * letters), letters * (2 if colours else 0.5)
+    picture = Image.new("RGB", (width, height + line * len(texts)))
+    picture.paste(Image.fromarray(image))
+    draw = ImageDraw.Draw(picture)
+    for row, text in enumerate(texts):
+        top, room = (
+            height + row * line,
+            (width - indent - letters / 2) / ImageFont.load_default(letters).getlength(text),
+        )
+        if colours:
+            draw.rectangle((0, top, line - 3, top + line - 3), tuple(colours[row]))
+        font = ImageFont.load_default(max(letters * min(1.0, room), 1))
+        draw.text((indent, top + line / 2), text, (255, 255, 255), font, anchor="lm")
+    return np.asarray(picture)

@@ -35,7 +35,7 @@ class Source:
 
     Args:
         bundle: folder with ``configs/inference.json`` and ``configs/train.json``.
-        settings: top-level settings that the run changed, such as ``dataset_dir``, ``ckpt_dir`` or ``image_size``.
+        settings: top-level settings that the run changed, such as ``dataset_dir`` or ``image_size``.
         overlay: configs that the run put on top, such as ``volumes``.
 
     Raises:
@@ -66,7 +66,7 @@ class Source:
         if not model.is_file():
             raise CheckpointError(f"There is no trained student at {model}: train it, or add --set ckpt_dir=FOLDER.")
         self.identity = runs.adopt(training, "export", settings)
-        if identity := self.identity:
+        if self.identity:
             runs.adopt(inference, "inference", settings)
         self.mask_codes = training.get_parsed_content("mask_codes") if "mask_codes" in training.config else "auto"
         self.task = get_task(inference.get_parsed_content("task"))
@@ -74,29 +74,26 @@ class Source:
         load_strict(self.student, self.state, model)
         if isinstance(self.student, VolumeStudent):
             raise ValueError(f"{model} is a 3D student, which is not exported: predict by {overlay}_inference.json.")
-        output = Path(training.get_parsed_content("output_dir"))
+        output, self.data = Path(training.get_parsed_content("output_dir")), training.get_parsed_content("datalist")
         self.record, self.metrics = (runs.read_json(output / name) for name in ("run.json", "metrics.json"))
-        self.data, self.unscored = training.get_parsed_content("datalist"), ""
-        if identity and self.record.get("run") != identity["run"]:
+        if self.identity and self.record.get("run") != self.identity["run"]:
             self.record = {}
         split = self.metrics.get("data", {}).get("split_hash", self.data.hash)
         of = "other data or options" if self.metrics.get(runs.OVERRIDDEN) or split != self.data.hash else ""
-        if identity and self.metrics and self.metrics.get("student_sha256") != file_sha256(model):
+        if self.identity and self.metrics and self.metrics.get("student_sha256") != file_sha256(model):
             of = "another student"
-        if of:
-            self.metrics, self.unscored = {}, f"the figures in {output.name}/metrics.json are for {of}"
+        self.unscored = of and f"the figures in {output.name}/metrics.json are for {of}"
+        self.metrics = {} if of else self.metrics
         self.transforms, self.steps = list[dict[str, Any]](), list[dict[str, Any]]()
         for number, raw in enumerate(inference.config["preprocessing"]["transforms"]):
-            place = f"preprocessing#transforms#{number}"
-            values = {key: _resolved(inference, f"{place}#{key}") for key in raw if not key.startswith("_")}
-            transforms, steps = translate.preprocessing(raw["_target_"], values, bool(self.task.channels))
+            values = _resolved(inference, f"preprocessing#transforms#{number}", raw)
+            transforms, steps = translate.preprocessing(values.pop("_target_"), values, bool(self.task.channels))
             self.transforms += transforms
             self.steps += steps
-        network = inference.config["network_def"]
-        self.network = {k: v if k[0] == "_" else _resolved(inference, f"network_def#{k}") for k, v in network.items()}
+        self.network = _resolved(inference, "network_def", inference.config["network_def"])
         answers = inference.config["postprocessing"]["transforms"]
         self.postprocessing = [c for t in answers for c in translate.postprocessing(t, self.task.dimensions)]
-        self.inferer = {key: _resolved(inference, f"inferer#{key}") for key in inference.config["inferer"]}
+        self.inferer = _resolved(inference, "inferer", inference.config["inferer"])
         self.metadata = ConfigParser.load_config_files([str(file) for file in configs["metadata"]])
         self.image_steps = runs.image_steps(inference, "preprocessing")
         self._chain = training.get_parsed_content("validate#preprocessing")
@@ -142,6 +139,7 @@ def _parser(bundle: Path, files: Sequence[Path], settings: Mapping[str, Any]) ->
     return parser
 
 
-def _resolved(parser: ConfigParser, place: str) -> Any:
-    value = parser.get_parsed_content(place)
-    return [float(v) if isinstance(v, float) else int(v) for v in value] if isinstance(value, tuple) else value
+def _resolved(parser: ConfigParser, place: str, block: Mapping[str, Any]) -> dict[str, Any]:
+    """A block of a config with its references resolved, tuples as lists."""
+    found = {k: v if k[0] == "_" else parser.get_parsed_content(f"{place}#{k}") for k, v in block.items()}
+    return {k: np.array(v).tolist() if isinstance(v, tuple) else v for k, v in found.items()}

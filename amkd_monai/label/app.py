@@ -34,7 +34,7 @@ class StudentApp(MONAILabelApp):
         self.work = Path(app_dir)
         names = json.loads((self.work / "models.json").read_text(encoding="utf-8"))
         self.students = {name: ServedStudent(self.work / "model" / name) for name in names}
-        self.scores = {f"uncertainty_{name}": UncertaintyScores(student) for name, student in self.students.items()}
+        self.scores = {f"uncertainty_{name}": ScoreUncertainty(student) for name, student in self.students.items()}
         description = "Distilled students. Research only, not for clinical use."
         super().__init__(app_dir, studies, conf, "amkd_monai", description)
 
@@ -56,11 +56,11 @@ class StudentApp(MONAILabelApp):
 
     def init_strategies(self) -> dict[str, Strategy]:
         """MONAI Label's own ``random``, and ``uncertainty_<model>``."""
-        return {**{n: MostUncertain(scores) for n, scores in self.scores.items()}, **super().init_strategies()}
+        return {**{name: MostUncertain(scores) for name, scores in self.scores.items()}, **super().init_strategies()}
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         """``uncertainty_<model>``."""
-        return {name: ScoreUncertainty(scores) for name, scores in self.scores.items()}
+        return dict(self.scores)
 
     def init_batch_infer(self) -> BatchInferTask:
         """Inference on the images that the model takes."""
@@ -122,9 +122,9 @@ class StudentInferTask(InferTask):
         """Return True: a bundle that cannot be opened stops the start of the server instead."""
         return True
 
-    def get_path(self, validate: bool = True) -> str | None:
+    def get_path(self, validate: bool = True) -> str:
         """Return the file of weights."""
-        return str(self.student.model) if self.student.model.is_file() or not validate else None
+        return str(self.student.model)
 
     def __call__(self, request: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
         """Answer for the file ``request["image"]``: the mask file, which the caller removes, or None; and JSON."""
@@ -148,7 +148,7 @@ class SuitableImages(BatchInferTask):
 
     def __call__(self, request: dict[str, Any], datastore: Datastore, infer: Callable) -> dict[str, Any]:
         """Answer for each image; without a GPU on the CPU, where MONAI Label would look for a first GPU."""
-        several = bool(request.get("multi_gpu", True)) and torch.cuda.is_available()
+        several = request.get("multi_gpu", True) and torch.cuda.is_available()
         return dict(super().__call__({**request, "multi_gpu": several}, datastore, infer))
 
     def get_images(self, request: dict[str, Any], datastore: Datastore) -> list[str]:
@@ -157,14 +157,19 @@ class SuitableImages(BatchInferTask):
         return [i for i in super().get_images(request, datastore) if student.takes(datastore.get_image_uri(i))]
 
 
-class UncertaintyScores:
+class ScoreUncertainty(ScoringMethod):
     """Uncertainty of unlabelled images, kept in ``uncertainty.json`` of the bundle until the student changes.
 
     The datastore is not written, so that no label is lost to a second process.
     """
 
     def __init__(self, student: ServedStudent) -> None:
+        super().__init__(f"How unsure {student.bundle.name} is about each unlabelled image")
         self.student, self.file = student, student.bundle / "uncertainty.json"
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Score all unlabelled images and return the scores by image id."""
+        return {"uncertainty": self.update(datastore)}
 
     def update(self, datastore: Datastore, budget_s: float | None = None) -> dict[str, float]:
         """Score unlabelled images that have no score yet; return the scores by image id.
@@ -186,26 +191,14 @@ class UncertaintyScores:
 
 
 class MostUncertain(Strategy):
-    """Give the unlabelled image with the highest uncertainty."""
+    """Give the unlabelled image with the highest uncertainty, or None if every image has a label."""
 
-    def __init__(self, scores: UncertaintyScores) -> None:
-        super().__init__(f"The image that {scores.student.bundle.name} is least sure about")
-        self.scores = scores
+    def __init__(self, scoring: ScoreUncertainty) -> None:
+        super().__init__(f"The image that {scoring.student.bundle.name} is least sure about")
+        self.scoring = scoring
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
-        """Return the id and its uncertainty, or None if every image has a label."""
-        scores = self.scores.update(datastore, BUDGET_S)
+        """Return the id and its uncertainty."""
+        scores = self.scoring.update(datastore, BUDGET_S)
         image = max(sorted(scores), key=scores.__getitem__, default=None)
         return None if image is None else {"id": image, "uncertainty": scores[image]}
-
-
-class ScoreUncertainty(ScoringMethod):
-    """Score all unlabelled images."""
-
-    def __init__(self, scores: UncertaintyScores) -> None:
-        super().__init__(f"How unsure {scores.student.bundle.name} is about each unlabelled image")
-        self.scores = scores
-
-    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """Return the scores by image id."""
-        return {"uncertainty": self.scores.update(datastore)}

@@ -27,6 +27,9 @@ from amkd_monai.weights import load_state_dict, load_strict, state_hash
 OF_THE_SERVER = {"model", "gpus", "local_rank", "client_id"}
 """What MONAI Label and its clients add to the options of a training."""
 
+NUMBERS = {"max_epochs": 20, "learning_rate_scale": 0.25, "val_split": 0.2}
+"""Options that are numbers above 0, whole ones where the default is."""
+
 STEPS = 4
 """Steps of an epoch, at least: the batches of a few labels would be one or two."""
 
@@ -47,8 +50,7 @@ class FineTune(TrainTask):
 
     def config(self) -> dict[str, Any]:
         """Return the options with their defaults; a list offers choices, the first one is the default."""
-        numbers = {"max_epochs": 20, "learning_rate_scale": 0.25, "val_split": 0.2}
-        return {**numbers, "teachers": ["none", "bundle"], "device": device_list()}
+        return {**NUMBERS, "teachers": ["none", "bundle"], "device": device_list()}
 
     def stats(self) -> dict[str, Any]:
         """Return the result of the last fine-tuning, if the student served is the one that it left."""
@@ -60,12 +62,13 @@ class FineTune(TrainTask):
         """Return the options and the data of a training; raise a ValueError for what cannot work."""
         defaults = self.config()
         own = {key for key, value in request.items() if not isinstance(value, dict)}  # a dict: another model's options
-        for key in sorted(own - defaults.keys() - OF_THE_SERVER):
-            raise ValueError(f"Fine-tuning has no option '{key}': use {', '.join(defaults)}.")
+        if unknown := own - defaults.keys() - OF_THE_SERVER:
+            raise ValueError(f"Fine-tuning has no option '{min(unknown)}': use {', '.join(defaults)}.")
         options = {key: request.get(key, default) for key, default in defaults.items()}
         options = {k: v[0] if isinstance(v, list) and v else v for k, v in options.items()}  # choices sent back as such
-        for key, kind in (("max_epochs", int), ("learning_rate_scale", float), ("val_split", float)):
-            options[key] = _positive(key, options[key], kind)
+        options |= {key: _positive(key, options[key], type(default)) for key, default in NUMBERS.items()}
+        if options["val_split"] >= 1:
+            raise ValueError(f"val_split is {options['val_split']}: give a part between 0 and 1.")
         if options["teachers"] not in ("none", "bundle"):
             raise ValueError(f"teachers is '{options['teachers']}': use none or bundle.")
         try:
@@ -97,9 +100,7 @@ class FineTune(TrainTask):
         result = {
             "model": student.bundle.name,
             "student": state_hash(load_state_dict(models / "model.pt")) if is_better else student.identity(),
-            "train": len(data.train),
-            "validation": len(data.validation),
-            "unlabelled": len(data.unlabelled),
+            **{part: len(getattr(data, part)) for part in ("train", "validation", "unlabelled")},
             "total_epochs": options["max_epochs"],
             "metric": data.task.primary_metric,
             "metric_before": before,
@@ -115,28 +116,22 @@ class FineTune(TrainTask):
         folder, models = self.student.bundle, str(self._training / "models")
         file, meta = (str(folder / "configs" / name) for name in ("train.json", "metadata.json"))
         config = read_json(Path(file))
-        scale, recipe = options["learning_rate_scale"], config["recipe"]
         values = {
             "bundle_root": str(folder),
             "purpose": "serving",
-            "output_dir": str(self._training / "eval"),
-            "ckpt_dir": models,
-            "cache_dir": str(self.cache),
-            "resume_dir": models,
+            **{"ckpt_dir": models, "resume_dir": models},
+            **{"output_dir": str(self._training / "eval"), "cache_dir": str(self.cache)},
             "device": name_to_device(options["device"]),
             "datalist": data,
-            "max_epochs": options["max_epochs"],
-            "val_interval": 1,
-            "keep": "best",
+            **{"max_epochs": options["max_epochs"], "val_interval": 1, "keep": "best"},
             "teachers": config["teachers"] if options["teachers"] == "bundle" else [],
             "admission": {"mode": "none"},
             "encoder_weights": "random",
             **({} if data.task.is_classification else {"mask_codes": "auto"}),  # saved labels hold class indices
-            "recipe#min_steps": STEPS,
-            "recipe#warmup_steps": STEPS,
-            "recipe#learning_rate": recipe["learning_rate"] * scale,
-            "recipe#encoder_learning_rate": recipe["encoder_learning_rate"] * scale,
+            **{"recipe#min_steps": STEPS, "recipe#warmup_steps": STEPS},
         }
+        for rate in ("learning_rate", "encoder_learning_rate"):
+            values[f"recipe#{rate}"] = config["recipe"][rate] * options["learning_rate_scale"]
         workflow = ConfigWorkflow(file, meta, logging_file=False, workflow_type="train", **values)
         workflow.initialize()
         return workflow
@@ -150,18 +145,14 @@ def saved_labels(
     Which ones are held out depends on their names alone, so that an image keeps its section when labels are added, up
     to the rounding of the part; with classes, each class is split by itself. Teachers use images without a label too.
     """
-    task = student.task
-    if validation_part >= 1:
-        raise ValueError(f"val_split is {validation_part}: give a part between 0 and 1.")
-    items = []
+    task, items = student.task, []
     for entry in datastore.datalist():
         image, label = entry["image"], entry["label"]
-        if not student.takes(image) or label.endswith(".json") != task.is_classification:
-            continue  # of another model
-        if not task.is_classification:
-            items.append(_item(image, label=label))
-        elif (name := read_class(Path(label))) in task.classes:
-            items.append(_item(image, label=task.classes.index(name)))
+        if student.takes(image) and label.endswith(".json") == task.is_classification:  # else of another model
+            if not task.is_classification:
+                items.append(_item(image, label=label))
+            elif (name := read_class(Path(label))) in task.classes:
+                items.append(_item(image, label=task.classes.index(name)))
     by_class = defaultdict(list)
     for item in sorted(items, key=lambda item: hashlib.sha256(item["id"].encode()).digest()):
         by_class[item["label"] if task.is_classification else None].append(item)
@@ -182,8 +173,8 @@ def _item(image: str, **label: Any) -> dict[str, Any]:
     return {"image": image, "id": file_id(Path(image)), "group": file_id(Path(image)), **label}
 
 
-def _positive(name: str, value: Any, kind: type[int] | type[float]) -> Any:
-    """Return a finite number above 0, whole where ``kind`` is int; clients send numbers as text, too."""
+def _positive(name: str, value: Any, kind: type) -> Any:
+    """Return a finite number above 0 of a kind; clients send numbers as text, too."""
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         number = kind(value)
         if not isinstance(value, bool) and math.isfinite(number) and number > 0 and number == float(value):

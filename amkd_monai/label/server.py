@@ -5,7 +5,6 @@ images and teacher outputs, ``logs`` what the server logs.
 """
 
 import importlib.util
-import json
 import logging
 import os
 import shutil
@@ -16,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from amkd_monai.files.cases import is_series, series_folders
-from amkd_monai.storage import atomic_path, atomic_write_bytes, atomic_write_json, exclusive_lock
+from amkd_monai.storage import atomic_path, atomic_write_bytes, atomic_write_json, exclusive_lock, read_json
 from amkd_monai.weights import file_sha256
 
 logger = logging.getLogger("amkd_monai")
@@ -141,7 +140,7 @@ def prepare(bundles: Mapping[str, Path], work: Path) -> None:
                     with atomic_path(target / "models" / file) as temporary:
                         shutil.copyfile(source / "models" / file, temporary)
             atomic_write_json(record, origin)
-        elif json.loads(record.read_text(encoding="utf-8")) != origin:
+        elif read_json(record) != origin:
             logger.warning("%s has a new student; remove %s to serve that one.", source, target)
     atomic_write_json(work / "models.json", list(bundles))
     atomic_write_bytes(work / "main.py", MAIN)

@@ -46,16 +46,13 @@ class ServedStudent:
         parser["bundle_root"] = str(self.bundle)
         runs.adopt(parser, "serving", {})
         self.task = get_task(parser.get_parsed_content("task"))
-        if self.task.has_findings:
-            raise ValueError(f"{bundle} answers several findings an image, the label server one class: use `predict`.")
-        if self.task.channels:
-            raise ValueError(f"{bundle} takes {len(self.task.channels)} files an image, the label server one: predict.")
+        if self.task.has_findings or self.task.channels:
+            several = "answers several findings" if self.task.has_findings else f"takes {len(self.task.channels)} files"
+            raise ValueError(f"{bundle} {several} an image, the label server one: use `predict`.")
         self.suffixes = PICTURE_SUFFIXES if self.task.dimensions == 2 else VOLUME_SUFFIXES
-        self.device: torch.device = parser.get_parsed_content("device")
-        self._network = parser.get_parsed_content("network").eval()
-        self._inferer = parser.get_parsed_content("inferer")
-        self._before: Compose = parser.get_parsed_content("preprocessing")
-        after = parser.get_parsed_content("postprocessing").transforms
+        names = ("device", "network", "inferer", "preprocessing", "postprocessing")
+        self._device, network, self._inferer, self._before, postprocessing = map(parser.get_parsed_content, names)
+        self._network, after = network.eval(), postprocessing.transforms
         ends = [i for i, t in enumerate(after) if isinstance(t, SaveMaskd)]
         self._activation: Activationsd = after[0]
         self._after = Compose(after[1 : ends[0]] if ends else after[1:])
@@ -98,7 +95,7 @@ class ServedStudent:
             kind = "pictures" if self.task.dimensions == 2 else "volumes"
             raise ValueError(f"The model for {self.task.name} takes {kind} ({', '.join(self.suffixes)}), not {image}.")
         data = read_item({"image": str(image)}, self._before)
-        batch = data["image"].as_tensor()[None].to(self.device)
+        batch = data["image"].as_tensor()[None].to(self._device)
         with self._lock:  # one image at a time: memory for one, and no change of weights meanwhile
             if (stamp := self._stamp()) != self._loaded:
                 load_strict(self._network, load_state_dict(self.model), self.model)

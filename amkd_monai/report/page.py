@@ -46,13 +46,14 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
         raise ValueError(f"The runs have different tasks ({', '.join(sorted(tasks))}): make one report for each.")
     rows, why = _comparison(runs)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": _number, "some": some, "basename": lambda path: Path(str(path)).name}
     page = environment.from_string(PAGE.read_text(encoding="utf-8"))
     task, names = runs[0].task, [run.name for run in runs]
     about = f"{task.modality}, {task.kind} of {', '.join(task.classes[0 if task.is_classification else 1 :])}"
     shown: dict[str, Any] = {"title": task.name if names == [task.name] else f"{task.name} ({', '.join(names)})"}
     shown |= {"version": amkd_monai.__version__, "about": about, "why": why, "failed": FAILED, "listed": LISTED}
     shown |= {"comparison": [*map(_compared, rows)], "spread": _by_size(runs), "trust": _trust(runs)}
-    shown["several"] = len(task.classes) > 2
+    shown |= {"several": len(task.classes) > 2, "is_volume": task.dimensions == 3}
     for slices in (SLICES, 8, 3):
         text = page.render(shown, runs=[_describe(run, runs, rows, slices) for run in runs]).encode()
         if len(text) < LARGEST:
@@ -125,11 +126,8 @@ def _describe(run: RunFolder, runs: Sequence[RunFolder], comparison: Sequence[Ro
         for m, v in block.items()
     ]
     return {
-        "name": run.name,
-        "missing": run.missing,
-        "warnings": _warnings(run),
+        **{"name": run.name, "missing": run.missing, "record": run.record, "metrics": run.metrics},
         "score": [*scores[0][1], summary["cases"]] if scores else None,
-        "sentences": _sentences(run),
         "gain": _gain(run, runs[0], comparison),
         "scores": scores,
         "curves": _training_figures(run),
@@ -137,7 +135,6 @@ def _describe(run: RunFolder, runs: Sequence[RunFolder], comparison: Sequence[Ro
         "teachers": _teachers(run),
         "samples": _samples(run),
         **_shown(run, [rows for rows in groups if math.isfinite(badness(run.task, rows))], len(runs), slices),
-        "facts": _facts(run),
         "outcomes": "" if run.task.is_classification else outcomes(run.cases),
         "failures": failures(run.task, run.cases),
         "columns": columns,
@@ -167,22 +164,6 @@ def _metric(run: RunFolder, metric: str, of: str = "") -> str:
     return NAMES.get(metric, words) + about.get(metric, "")
 
 
-def _sentences(run: RunFolder) -> list[str]:
-    """What was trained on what, from whom, and scored on what."""
-    record, data, scored = run.record, run.record.get("data", {}), run.metrics.get("data", {})
-    counts, names = data.get("counts", {}), [Path(str(of.get("root", "unknown"))).name for of in (data, scored)]
-    found, size = [], " x ".join(map(str, record.get("image_size", ())))
-    if counts:
-        images = f"{counts['train']} labelled{f' and {n} unlabelled' if (n := counts.get('unlabelled')) else ''} "
-        images += "images" if run.task.dimensions == 2 else "volumes, in slices"
-        found.append(f"Trained on {names[0]}: {images}{f' of {size} pixels' if size else ''}.")
-        taught = [t["name"] + ("" if t["outputs_admitted"] else " (features alone)") for t in _teachers(run)]
-        found.append(f"Distilled from {', '.join(taught)}." if taught else "Not distilled: supervised training alone.")
-    if scored:
-        found.append(f"Scored on {scored.get('counts', {}).get('test', '')} test cases of {names[1]}.")
-    return found
-
-
 def _gain(run: RunFolder, first: RunFolder, comparison: Sequence[Row]) -> str:
     """The gain over the undistilled student in words, or that it was not measured."""
     if run.record and not _teachers(run):
@@ -197,53 +178,6 @@ def _gain(run: RunFolder, first: RunFolder, comparison: Sequence[Row]) -> str:
     differ = [key.replace("_", " ") for key in same if run.record.get(key) != first.record.get(key)]
     also = f" The two runs also differ in {', '.join(differ)}." if differ else ""
     return f"Gain over the undistilled student ({first.name}): {', '.join(told)}{unclear}.{also}"
-
-
-def _warnings(run: RunFolder) -> list[str]:
-    """What a reader must know before the score."""
-    record, metrics, warnings = run.record, run.metrics, []
-    for used in (record.get("data") or {}, metrics.get("data") or {}):
-        if used.get("phantom"):
-            warnings.append("PHANTOM DATA: generated images. No figure on this page says anything about patients.")
-        if used.get("stand_in"):
-            warnings.append(f"STAND-IN DATA: {used['stand_in']}")
-    if record.get("is_test"):
-        warnings.append("TEST RUN: a teacher had random weights.")
-    if overridden := metrics.get("overridden"):
-        warnings.append(f"Not scored as the bundle does: {', '.join(overridden)}.")
-    if apart := metrics.get("seen"):
-        count = len(apart["cases"])
-        warnings.append(f"{count} image(s) took part in the student's training: they are excluded here.")
-    if metrics.get("seen_is_known") is False:
-        warnings.append("Whether these images took part in the student's training could not be checked.")
-    if skipped := [sample["id"] for sample in metrics.get("skipped_samples", ())]:
-        warnings.append(f"{len(skipped)} case(s) could not be used and are excluded: {some(skipped)}.")
-    return list(dict.fromkeys(warnings))
-
-
-def _facts(run: RunFolder) -> list[tuple[str, str]]:
-    """Names and values of what the record says."""
-    record, metrics, data = run.record, run.metrics, run.record.get("data") or run.metrics.get("data") or {}
-    best, kept = record.get("best_validation"), {"best": "best validation", "last": "last epoch"}
-    facts: dict[str, Any] = {
-        "training ended": record.get("written"),
-        "scored": metrics.get("written"),
-        "images": ", ".join(f"{n} {v}" for n, v in data.get("counts", {}).items()),
-        "image size": " x ".join(map(str, record.get("image_size", ()))),
-        "split hash": data.get("split_hash", "")[:16],
-        "seed": record.get("seed"),
-        "losses": ", ".join(f"{name} {weight}" for name, weight in record.get("losses", {}).items()),
-        "gate": record.get("gate") if _teachers(run) else record and "none: undistilled",
-        "epochs": record and f"{record['epochs_done']} of {record['max_epochs']}",
-        "best validation": best and f"{best['metric']} {_number(best['value'])} in epoch {best['epoch']}",
-        "student kept": kept.get(record.get("keep", "")),
-        "checkpoint, SHA-256": metrics.get("student_sha256"),
-        "student": record and f"{record['student_parameters'] / 1e6:.2f} M parameters",
-        "CPU time, peak memory": record and f"{record['cpu_seconds'] / 60:.1f} min, {record['peak_rss_mb']} MB",
-        "run": record.get("run"),
-        "versions": ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items()),
-    }
-    return [(key, str(value)) for key, value in facts.items() if value not in (None, "", {})]
 
 
 def _teachers(run: RunFolder) -> list[dict[str, Any]]:

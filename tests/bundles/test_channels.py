@@ -20,7 +20,7 @@ from PIL import Image
 from amkd_monai.__main__ import main
 from amkd_monai.data import datalist
 from amkd_monai.data.decoded import DecodedDataset
-from amkd_monai.export.predict import predict
+from amkd_monai.export.predict import Predictor, predict
 from amkd_monai.export.serve import application
 from amkd_monai.files.cases import read_case
 from amkd_monai.label.student import ServedStudent
@@ -85,7 +85,7 @@ def test_pictures_of_two_files_are_learned_and_predicted_with_both(tmp_path, mon
     assert network["num_channels"] == 2 and network["channel_def"] == {"0": "sequence 0", "1": "sequence 1"}
 
     assert main(["export", "bundles/two", "--to", "out", "--formats", "ts,onnx", "--cases", "2"]) == 0
-    predict(tmp_path / "out", data / "imagesTs", tmp_path / "masks")
+    predict(Predictor(tmp_path / "out"), data / "imagesTs", tmp_path / "masks")
     (mask,) = (tmp_path / "masks").glob("*_mask.png")
     (offline,) = (bundle / "eval" / "masks").glob("*_mask.png")
     answer = np.asarray(Image.open(offline))
@@ -103,11 +103,11 @@ def test_pictures_of_two_files_are_learned_and_predicted_with_both(tmp_path, mon
     other.mkdir()
     for channel, source in enumerate((1, 0)):
         (other / f"case_{channel:04d}.png").write_bytes((data / "imagesTs" / f"case8_{source:04d}.png").read_bytes())
-    predict(tmp_path / "out", other, tmp_path / "swapped")
+    predict(Predictor(tmp_path / "out"), other, tmp_path / "swapped")
     assert (np.asarray(Image.open(tmp_path / "swapped" / "case_mask.png")) != answer).any(), "order matters"
     (other / "case_0001.png").unlink()
     with pytest.raises(ValueError, match="case"):
-        predict(tmp_path / "out", other, tmp_path / "swapped")
+        predict(Predictor(tmp_path / "out"), other, tmp_path / "swapped")
     with pytest.raises(ValueError, match="2 files"):
         ServedStudent(bundle)
 
@@ -138,7 +138,7 @@ def test_volumes_of_four_axes_give_slices_of_each_channel(tmp_path, monkeypatch,
     (offline,) = (bundle / "eval" / "masks").glob("*_mask.nii.gz")
     answer = np.asarray(nib.load(offline).dataobj)
     for number, images in enumerate((files / "imagesTs", data / "imagesTs")):
-        predict(tmp_path / "out", images, tmp_path / f"masks{number}")
+        predict(Predictor(tmp_path / "out"), images, tmp_path / f"masks{number}")
         plain = {"bundle_root": str(tmp_path / "out"), "output_dir": str(tmp_path / f"plain{number}")}
         monai.bundle.run(config_file=str(tmp_path / "out/configs/inference.json"), dataset_dir=str(images), **plain)
         for masks in (f"masks{number}", f"plain{number}"):
@@ -147,7 +147,7 @@ def test_volumes_of_four_axes_give_slices_of_each_channel(tmp_path, monkeypatch,
             assert found.shape == (40, 44, 20) and (found != answer).mean() < 2e-3, mask
     assert main(["evaluate", "out", "--data", str(data), "--output", "scores", "--seen", "apart"]) == 0
 
-    served = application(tmp_path / "out", False, 1, 3_000_000, ("*",))
+    served = application(Predictor(tmp_path / "out", threads=1), 3_000_000, ("*",))
     (asked,) = (route.endpoint for route in served.routes if route.path == "/predict")
     response = asked(UploadFile((data / "imagesTs" / "case6.nii.gz").open("rb")))
     mask = nib.Nifti1Image.from_bytes(gzip.decompress(response.body))
@@ -161,7 +161,7 @@ def test_volumes_of_four_axes_give_slices_of_each_channel(tmp_path, monkeypatch,
     capsys.readouterr()
     assert main(["data", "check", "bundles/mr"]) == 1
     assert "case2.nii.gz gives 3 channel(s), not 2" in capsys.readouterr().out
-    assert predict(tmp_path / "out", tmp_path / "three.nii.gz", tmp_path / "refused") == 1
+    assert predict(Predictor(tmp_path / "out"), tmp_path / "three.nii.gz", tmp_path / "refused") == 1
     with pytest.raises(ValueError, match="3 channel"):
         read_case([tmp_path / "three.nii.gz"], 2)
     with pytest.raises(ValueError, match="3 axes"):
@@ -222,6 +222,8 @@ def test_series_of_dicom_are_trained_on_like_the_volumes_they_are(tmp_path, monk
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  - ")]
     for case in ("1.2.1", "1.2.2", "1.2.4", "1.2.9"):
         assert sum(case in line for line in said) == 1, (case, said)
+    assert main(["new", "again", "--data", str(folders["dicom"])]) == 0
+    assert "4 of them cannot be used" in capsys.readouterr().out
 
 
 def test_samples_hold_every_channel_and_teachers_see_the_chosen_ones(tmp_path):

@@ -102,7 +102,7 @@ def test_findings_are_trained_scored_exported_and_predicted(data, tmp_path, monk
     monai.bundle.run(config_file=infer, dataset_dir=str(data / "images"))
     offline = {int(row["id"]): row for row in read_case_csv(bundle / "eval" / "predictions" / "predictions.csv")}
     assert main(["export", "bundles/chest", "--to", "out", "--formats", "ts,onnx,hub,triton", "--cases", "4"]) == 0
-    assert predict(tmp_path / "out", data / "images", tmp_path / "answers") == 0
+    assert predict(Predictor(tmp_path / "out"), data / "images", tmp_path / "answers") == 0
     table = {int(row["id"]): row for row in read_case_csv(tmp_path / "answers" / "predictions.csv")}
     assert len(table) == len(offline) == 64
     for case, row in table.items():
@@ -157,6 +157,21 @@ def test_tables_of_findings_are_read_or_refused_by_row_and_column(data, tmp_path
     problems = check_data(task, root).problems
     assert any("1.png" in p and "rib" in p for p in problems) and any("'2.png'" in p for p in problems)
     assert any("No image" in p and "Pleural Effusion" in p for p in problems)
+
+    for odd, named in (
+        ("2", "'2' in the column rib"),
+        ("", "'' in the column rib"),
+        ("nan", "'nan' in the column rib"),
+    ):
+        table(["1,0,1", f"1,{odd},0", *["1,0,0", "1,1,1"] * 5], "image,mass,rib,device,patient")
+        with pytest.raises(ValueError, match=named):
+            new_bundle("odd", root, tmp_path / "b")
+    table(["nan", "a||b", *["a", "b"] * 5], "image,label,patient")
+    with pytest.raises(ValueError, match=r"a\|\|b"):
+        new_bundle("odd", root, tmp_path / "b")
+    table(["nan", *["a", "b", "a|b"] * 3], "image,label,patient")
+    task = get_task(new_bundle("said", root, tmp_path / "b")[0] / "configs" / "task.json")
+    assert task.classes == ("a", "b") and any("0.png" in problem for problem in check_data(task, root).problems)
 
     table(["1,0,1", "1,1,0", "1,0,0", "1,0,1"] * 3, "image,mass,rib,device,patient")
     bundle, _ = new_bundle("columns", root, tmp_path / "b", classes=["rib", "mass"], groups="patient")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from amkd_monai.__main__ import main
 from amkd_monai.data import datalist
-from amkd_monai.export.predict import predict
+from amkd_monai.export.predict import Predictor, predict
 from amkd_monai.label.student import ServedStudent
 from amkd_monai.report.page import write_report
 
@@ -102,7 +102,7 @@ def test_three_commands_lead_from_pictures_of_three_classes_to_a_scored_student(
     assert "mybundle" in write_report([bundle / "eval"], tmp_path / "report.html").read_text(encoding="utf-8")
 
     assert main(["export", "bundles/mybundle", "--to", "exported", "--formats", "onnx", "--cases", "2"]) == 0
-    predict(tmp_path / "exported", data / "images", tmp_path / "masks")
+    predict(Predictor(tmp_path / "exported"), data / "images", tmp_path / "masks")
     image, _ = references(sections.test[0]["id"])
     (written,) = (tmp_path / "masks").glob(f"{image.stem}_mask.png")
     answer = np.asarray(student.answer(image))

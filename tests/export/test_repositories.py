@@ -18,7 +18,7 @@ from test_export import images_of
 
 import amkd_monai
 from amkd_monai.__main__ import main
-from amkd_monai.export.hub import front_matter
+from amkd_monai.export.repositories import front_matter
 
 KINDS = ("kvasir_seg", "aptos2019")
 INT32, INT64, STRING, MESSAGE, ENUM = 5, 3, 9, 11, 14

@@ -54,6 +54,8 @@ COLUMNS = {
 
 NO_FINDING, NO_FINDINGS = "none", ("none", "nofinding", "nofindings")
 """A label of an image without findings, and ways to write it."""
+NO_LABEL = ("", "nan", "null", "n/a")
+"""Cells of a label that say nothing, in lower case."""
 BINARY = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
 """Cells that say whether something is there."""
 
@@ -475,7 +477,7 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
             item = {"image": str(image), "id": _stem(of["image"]), "group": of.get("group"), **section}
             named.add(image.name)
             label = of["label"] if "label" in of else _single(layout, [row[name] for name in columns["label"]])
-            if not label:
+            if label.lower() in NO_LABEL:
                 listed = ", ".join(columns["label"])
                 one = f"not 1 for one of {listed} at most, else 0"
                 several = f"not 0 or 1 for each of {listed}" if layout.kind == "multilabel" else one

@@ -17,13 +17,19 @@ function ensure(condition, sentence) {
 
 /** Bytes sent through a compression or decompression stream; more than `most` bytes are refused. */
 async function through(bytes, stream, most = 2 * MOST_BYTES) {
-  const parts = [], reader = new Blob([bytes]).stream().pipeThrough(stream).getReader();
-  let total = 0;
+  let at = 0, total = 0;
+  const source = new ReadableStream({ pull: (to) => { // by parts, so that `most` stops what unpacks to too much
+    if (at < bytes.length) to.enqueue(bytes.subarray(at, (at += 2 ** 20)));
+    else to.close();
+  } });
+  const parts = [], reader = source.pipeThrough(stream).getReader();
   for (let read = await reader.read(); !read.done; read = await reader.read()) {
     parts.push(read.value);
     ensure((total += read.value.length) <= most, "it unpacks to more than this page can hold: use `predict`");
   }
-  return new Uint8Array(await new Blob(parts).arrayBuffer());
+  const result = new Uint8Array(total);
+  parts.reduce((to, part) => (result.set(part, to), to + part.length), 0);
+  return result;
 }
 
 async function inflated(bytes, format, most) {
@@ -99,7 +105,7 @@ async function readPng(bytes) {
   ensure(channels && [1, 2, 4, 8, 16].includes(bits) && width * height, "its header is damaged: replace the file");
   ensure(width * height <= MOST_PIXELS,
     `it has ${width} x ${height} pixels, more than this page takes: use \`predict\``);
-  const raw = await inflated(await new Blob(data).arrayBuffer(), "deflate",
+  const raw = await inflated(new Uint8Array(await new Blob(data).arrayBuffer()), "deflate",
     width * height * channels * 2 + 16 * height + 64);
   const samples = new Uint16Array(width * height * channels), back = Math.max(1, (bits * channels) >> 3);
   let at = 0;

@@ -57,7 +57,7 @@ async function opened(kind, backend) {
     softmax(data, pred.dims);
     return { data, shape: pred.dims };
   } };
-  const answer = (await network.run(checkImage(student.input_shape))).data, last = check.length - 1;
+  const answer = (await network.run(checkImage(student.check_shape))).data, last = check.length - 1;
   const off = check.map((p, i) => Math.abs(p - answer[Math.floor((i * (answer.length - 1)) / last)]));
   ensure(off.every((d) => d <= tolerance),
     `ONNX Runtime on ${backend} answers otherwise than the exported network (by ` +

@@ -1,8 +1,10 @@
-"""The student as a model repository of the Hugging Face hub: format ``hub``, reading it back, and `push`."""
+"""The student as a model repository: of the Hugging Face hub, read back and pushed, and of the Triton server."""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,19 +21,20 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 ANSWERING = ["configs/predict.json", "models/*.onnx"]
 """Files of a repository that prediction reads."""
+LARGEST_BATCH, LONGEST_WAIT = 32, 2000
+"""Images that the server puts into one batch, and microseconds that an image waits for others of its size."""
 
 
 def write_hub(folder: Path, source: Source) -> None:
     """Put what the hub looks for into the folder of an export: weights as safetensors, ``config.json``, model card."""
     from safetensors.torch import save_file
 
-    metadata, predict = (read_json(folder / "configs" / f"{name}.json") for name in ("metadata", "predict"))
+    predict, metadata = _described(folder)
     state = {name: value.contiguous() for name, value in source.state.items()}
     save_file(state, str(folder / WEIGHTS), {"format": "pt"})
-    network = source.network
     config = {
-        "architectures": [network["_target_"].rpartition(".")[2]],
-        "network": network,
+        "architectures": [source.network["_target_"].rpartition(".")[2]],
+        "network": source.network,
         "id2label": dict(enumerate(predict["classes"])),
         "preprocessing": predict["steps"],
     }
@@ -41,6 +44,10 @@ def write_hub(folder: Path, source: Source) -> None:
         card = card.replace(f"`{name}`", f"`docs/{name}`")
     head = yaml.safe_dump(front_matter(metadata, predict, source.data.is_phantom), sort_keys=False, allow_unicode=True)
     (folder / "README.md").write_text(f"---\n{head}---\n{card}", encoding="utf-8")
+
+
+def _described(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    return read_json(folder / "configs" / "predict.json"), read_json(folder / "configs" / "metadata.json")
 
 
 def front_matter(metadata: Mapping[str, Any], predict: Mapping[str, Any], is_phantom: bool) -> dict[str, Any]:
@@ -116,3 +123,31 @@ def _unreachable(repository: str, error: Exception) -> str:
         f"https://huggingface.co/{repository} cannot be reached or is closed to you ({reason}): log in by "
         "`hf auth login` or set HF_TOKEN, and check the network and HF_HUB_OFFLINE."
     )
+
+
+def write_triton(folder: Path, name: str) -> None:
+    """Write ``triton/`` into the folder of an export: each ONNX network as a model that takes batches.
+
+    Args:
+        folder: with ``configs/predict.json`` and the networks.
+        name: of the float model; that of 8 bits is ``<name>_int8``.
+    """
+    predict, metadata = _described(folder)
+    channels = metadata["network_data_format"]["inputs"]["image"]["num_channels"]
+    count = len(predict["classes"])
+    answers = {"segmentation": [count, -1, -1], "classification": [count], "multilabel": [2, count]}
+    shapes = {"image": [channels, -1, -1], "pred": answers[predict["kind"]]}
+    image, pred = (f"{{ name: {json.dumps(of)} data_type: TYPE_FP32 dims: {dims} }}" for of, dims in shapes.items())
+    for form, model in predict["models"].items():
+        called = f"{name}_int8" if form == "ort-int8" else name
+        target = folder / "triton" / called
+        (target / "1").mkdir(parents=True)
+        shutil.copyfile(folder / model, target / "1" / "model.onnx")
+        config = f"""name: {json.dumps(called)}
+backend: "onnxruntime"
+max_batch_size: {LARGEST_BATCH}
+input [ {image} ]
+output [ {pred} ]
+dynamic_batching {{ max_queue_delay_microseconds: {LONGEST_WAIT} }}
+"""
+        (target / "config.pbtxt").write_text(config, encoding="utf-8")
