@@ -197,8 +197,7 @@ def labelled_folder(
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}: give a folder of labelled data.")
     layout, given = chosen.layout, dict(options or {})
-    named = (getattr(layout, name, "") for name in ("images", "labels", "file"))
-    if not (layout.is_in(root) and all((root / name).exists() for name in named)):
+    if not (layout.form_of(root) and (root / layout.file).exists()):
         channels = max(1, len(chosen.channels))
         layout = Described("labelled", chosen.classes, chosen.kind, chosen.dimensions == 3, channels=channels)
         known = inspect.signature(layout.find_items).parameters
@@ -212,7 +211,7 @@ def labelled_folder(
 def find_items(
     task: Named, root: Path, cache_dir: str | Path | None = None, options: Mapping[str, Any] | None = None
 ) -> list[Item]:
-    """List the items of a data set with options of its own, see :class:`amkd_monai.data.datasets.Layout`."""
+    """List the items of a data set with options of its own, see ``Described.find_items``."""
     task, find = get_task(task), get_task(task).layout.find_items
     known = inspect.signature(find).parameters.keys() - {"root", "cache_dir"}
     if unknown := set(options or {}) - known:

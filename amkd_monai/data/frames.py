@@ -166,7 +166,7 @@ class FinerImages:
         self._frame: Frame | None = None
 
     def image(self, index: int) -> np.ndarray:
-        """Return the image (3, H', W') uint8 of a sample, as :meth:`DecodedImages.shown` does at the student's size.
+        """Return the image (3, H', W') uint8 of a sample, as :meth:`DecodedDataset.shown` does at the student's size.
 
         Raises:
             ValueError: the file was changed since it was decoded, or its frame is not the one that was decoded.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from amkd_monai.data import splits
-from amkd_monai.data.datasets.layout import Layout, checked, report_conflicts
+from amkd_monai.data.datasets.layout import checked, divided, listed_images, report_conflicts
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
 from amkd_monai.files.cases import is_volume, series_folders
 from amkd_monai.files.names import (
@@ -64,14 +64,19 @@ Table = tuple[dict[str, str], Path, Path | None]
 
 
 @dataclass(frozen=True)
-class Described(Layout):
-    """A layout in words; what they leave open is found in the folder.
+class Described:
+    """How the files of a data set lie in its folder and are divided; what the attributes leave open is found there.
 
-    Images that cannot be used (without a mask, listed but gone, of another size or number of dimensions, without all
-    channels, of a repeated name) are items with a "problem", so that all of them are named at once.
+    A folder without the layout, or that contradicts itself, is a FileNotFoundError or ValueError. Images that cannot be
+    used (without a mask, listed but gone, of another size or number of dimensions, without all channels, of a repeated
+    name) are items with a "problem", so that all of them are named at once.
 
     Attributes:
-        title, volumes, expected, predict_in, validation_fraction: see :class:`Layout`.
+        title, expected: name of the data set and the layout in words, for messages.
+        predict_in: folders that may hold the images to predict; the data set's own folder is looked at last.
+        volumes: images are NIfTI volumes or folders of DICOM slices, not pictures.
+        validation_fraction: part of the items outside the test fold that validates, where a data set without sections
+            of its own is cross-validated; None: it is split at random.
         classes: names by label value; class folders and tables may use names or values.
         kind: of the task, see :class:`~amkd_monai.data.datasets.Task`.
         form: one of `READERS`.
@@ -123,9 +128,18 @@ class Described(Layout):
         """Whether labels are masks."""
         return self.kind == "segmentation"
 
-    def is_in(self, folder: Path) -> bool:
-        """Whether a folder has one of the forms."""
-        return bool(self.form_of(folder))
+    def check(self, root: Path) -> None:
+        """Raise a FileNotFoundError that names the right folder if ``root`` is one level too high or too low."""
+        if self.form_of(root):
+            return
+        fix = f"expected {self.expected}"
+        if root.is_dir() and (below := [child for child in sorted(root.iterdir()) if self.form_of(child)]):
+            fix += f"; you are one level too high, use {below[0]}"
+        elif self.form_of(root.parent):
+            fix += f"; you are one level too low, use {root.parent}"
+        if any(root.rglob("*.dcm")):
+            fix += "; of DICOM, images/<case>/ with the slices of one series and masks/<case>.nii.gz"
+        raise FileNotFoundError(f"No {self.title} data in {root}: {fix}.")
 
     def form_of(self, root: Path) -> str:
         """Return the form of a folder, "" where it has none."""
@@ -195,10 +209,10 @@ class Described(Layout):
             if items:
                 return list(map(self._of_channels, items))
         if self.strata and (folders := [root / images for images, _ in self.folders if (root / images).is_dir()]):
-            return [item for folder in folders for item in super(Described, self).inference_items(folder)]
+            return [item for folder in folders for item in listed_images(folder, self.predict_in, self.volumes)]
         if self.form_of(root) in ("classes", "table") and not self.official:
             return [{"image": i["image"], "id": i["id"]} for i in self.find_items(root) if "problem" not in i]
-        return [self._of_channels(item) for item in super().inference_items(root)]
+        return [self._of_channels(item) for item in listed_images(root, self.predict_in, self.volumes)]
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
         """Keep the sections or folds that the data name; without a test section, it is drawn from the training one."""
@@ -223,7 +237,7 @@ class Described(Layout):
         if loose := [item["id"] for item in items if "section" not in item and sections - {None}]:
             raise ValueError(f"{some(loose)} in {root} belong to no section, others do: give all of them one.")
         how = replace(how, fold=0) if folds else how
-        return super().split(root, [splits.without(item, "fold") for item in items], how)
+        return divided(root, [splits.without(item, "fold") for item in items], how, self.validation_fraction)
 
     def _listed(self, root: Path, items: list[Item]) -> list[Item]:
         """The items that the file lists name, with their sections."""

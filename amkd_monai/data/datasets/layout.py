@@ -1,11 +1,11 @@
-"""File layouts of data sets: what all share."""
+"""Images to predict, sections, and checks of items."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from amkd_monai.data import splits
-from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
+from amkd_monai.data.splits import Item, Sections, SplitOptions
 from amkd_monai.files import cases, names
 from amkd_monai.files.masks import other_size
 from amkd_monai.files.names import natural, some
@@ -17,81 +17,39 @@ SECTIONS = ("train", "validation", "test")
 FOLDS = 5
 
 
-class Layout:
-    """How the files of a data set lie in its folder and are divided; a subclass reads one layout.
+def listed_images(root: Path, places: Sequence[str], volumes: bool) -> list[Item]:
+    """List the images to predict, {"image", "id"}: those of the first of some folders that has any, the root's last."""
+    suffixes = names.VOLUME_SUFFIXES if volumes else names.PICTURE_SUFFIXES
+    for folder in (root / name for name in (*places, ".")):
+        folder = folder / folder.name if (folder / folder.name).is_dir() else folder
+        files = names.images_to_predict(folder, suffixes) if folder.is_dir() else {}
+        if volumes and folder.is_dir():
+            files |= {names.file_id(series): series for series in cases.series_folders(folder)}
+        if files:
+            return [{"image": str(files[name]), "id": name} for name in sorted(files, key=natural)]
+    what, where = "volumes" if volumes else "images", " or ".join(["it", *places])
+    raise FileNotFoundError(f"No {what} to predict in {root}: expected {' or '.join(suffixes)} in {where}.")
 
-    ``find_items(root, cache_dir=None, **options)`` lists the labelled items with "image", "label", "id" and "group";
-    "section" is an official one, "problem" says why an item cannot be used. A label is a mask file, several mask files,
-    or a class index. A FileNotFoundError or ValueError if the folder lacks the layout or contradicts itself.
 
-    Attributes:
-        title, expected: name of the data set and the layout in words, for messages.
-        predict_in: folders that may hold the images to predict; the data set's own folder is looked at last.
-        volumes: images are NIfTI volumes or folders of DICOM slices, not pictures.
-        validation_fraction: part of the items outside the test fold that validates, where a data set without sections
-            of its own is cross-validated; None: it is split at random.
-    """
-
-    find_items: Callable[..., list[Item]]
-    title: str
-    expected: str
-    predict_in: Sequence[str] = ()
-    volumes: bool = False
-    validation_fraction: float | None = None
-
-    def is_in(self, folder: Path) -> bool:
-        """Whether a folder has the layout."""
-        raise NotImplementedError
-
-    def check(self, root: Path) -> None:
-        """Raise a FileNotFoundError that names the right folder if ``root`` is one level too high or too low."""
-        if self.is_in(root):
-            return
-        fix = f"expected {self.expected}"
-        if root.is_dir() and (below := [child for child in sorted(root.iterdir()) if self.is_in(child)]):
-            fix += f"; you are one level too high, use {below[0]}"
-        elif self.is_in(root.parent):
-            fix += f"; you are one level too low, use {root.parent}"
-        if any(root.rglob("*.dcm")):
-            fix += "; of DICOM, images/<case>/ with the slices of one series and masks/<case>.nii.gz"
-        raise FileNotFoundError(f"No {self.title} data in {root}: {fix}.")
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Suffixes of image files."""
-        return names.VOLUME_SUFFIXES if self.volumes else names.PICTURE_SUFFIXES
-
-    def inference_items(self, root: Path) -> list[Item]:
-        """List the images to predict, {"image", "id"}: those of an official layout, else the folder's own files."""
-        for folder in (root / name for name in (*self.predict_in, ".")):
-            folder = folder / folder.name if (folder / folder.name).is_dir() else folder
-            files = names.images_to_predict(folder, self.suffixes) if folder.is_dir() else {}
-            if self.volumes and folder.is_dir():
-                files |= {names.file_id(series): series for series in cases.series_folders(folder)}
-            if files:
-                return [{"image": str(files[name]), "id": name} for name in sorted(files, key=natural)]
-        what, places = "volumes" if self.volumes else "images", " or ".join(["it", *self.predict_in])
-        raise FileNotFoundError(f"No {what} to predict in {root}: expected {' or '.join(self.suffixes)} in {places}.")
-
-    def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
-        """Keep official sections (of train and test alone, validation is taken from train), else, or by folds, draw."""
-        official = how.folds is None and {"train", "test"} <= {item.get("section") for item in items}
-        folds = None if official else how.folds or (FOLDS if self.validation_fraction else None)
-        if folds is None and how.fold:
-            raise ValueError(f"fold is {how.fold}, but {root} is not split into folds: give `folds`, too.")
-        if official:
-            train, validation, test = _official_sections(items)
-            if not validation:
-                share = how.fractions[0] / sum(how.fractions[:2])
-                train, validation, _ = splits.random_split(train, (share, 1 - share, 0), how.seed)
-            return train, validation, test
-        items = [splits.without(item, "section") for item in items]
-        if folds is None:
-            logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
-            return splits.random_split(items, how.fractions, how.seed)
-        share = self.validation_fraction or how.fractions[1] / (sum(how.fractions[:2]) or 1)
-        logger.info("The test section of %s is fold %d of %d.", root, how.fold, folds)
-        return splits.k_fold(items, folds, how.fold, share, how.seed)
+def divided(root: Path, items: list[Item], how: SplitOptions, validation_fraction: float | None) -> Sections:
+    """Keep official sections (of train and test alone, validation is taken from train), else, or by folds, draw."""
+    official = how.folds is None and {"train", "test"} <= {item.get("section") for item in items}
+    folds = None if official else how.folds or (FOLDS if validation_fraction else None)
+    if folds is None and how.fold:
+        raise ValueError(f"fold is {how.fold}, but {root} is not split into folds: give `folds`, too.")
+    if official:
+        train, validation, test = _official_sections(items)
+        if not validation:
+            share = how.fractions[0] / sum(how.fractions[:2])
+            train, validation, _ = splits.random_split(train, (share, 1 - share, 0), how.seed)
+        return train, validation, test
+    items = [splits.without(item, "section") for item in items]
+    if folds is None:
+        logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
+        return splits.random_split(items, how.fractions, how.seed)
+    share = validation_fraction or how.fractions[1] / (sum(how.fractions[:2]) or 1)
+    logger.info("The test section of %s is fold %d of %d.", root, how.fold, folds)
+    return splits.k_fold(items, folds, how.fold, share, how.seed)
 
 
 def _official_sections(items: Iterable[Item]) -> Sections:
