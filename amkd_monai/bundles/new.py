@@ -133,7 +133,9 @@ def _described(
         raise DataProblems([item["problem"] for item in every] or [nothing])
     labels = [item["label"] for item in listed]
     if not kind:
-        of_files = form in ("pairs", "nnunet") or any(_is_file(label) for label in labels)
+        of_files = form in ("pairs", "nnunet") or any(
+            has_suffix(f, SUFFIXES) for label in labels for f in files_of(label)
+        )
         several = not of_files and any("|" in str(label) for label in labels)
         kind = "segmentation" if of_files else "multilabel" if several else "classification"
     layout: dict[str, Any] = {"form": form}
@@ -167,16 +169,7 @@ def _described(
         description["teacher_channels"] = description["channels"][: 3 if count > 2 and not volume else 1]
     if kind == "segmentation":
         return description | _mask_classes(items, list(classes), *names_of_values(root)), items
-    if kind == "multilabel":
-        return _findings(list(map(str, labels)), list(classes), said) | description, items
-    names = list(classes) or sorted({str(label) for label in labels}, key=natural)
-    known = Described(classes=names)
-    if lost := {str(label) for label in labels if known.class_of(label) is None}:
-        raise ValueError(f"The labels {some(lost)} are not among --classes {','.join(names)}: name all of them.")
-    counts = Counter(names[known.class_of(label) or 0] for label in labels)
-    facts = [f"images of each class: {', '.join(f'{n} {counts[n]}' for n in names)}"]
-    single = {"singled_out": names[1:]} if len(names) == 2 else {}
-    return {"facts": facts, **description, "classes": names, **single}, items
+    return description | _image_classes(list(map(str, labels)), list(classes), kind == "multilabel", said), items
 
 
 def _binary_columns(table: Path, chosen: Sequence[str], raw: Described) -> tuple[list[str], list[str]]:
@@ -188,31 +181,31 @@ def _binary_columns(table: Path, chosen: Sequence[str], raw: Described) -> tuple
     rows, named = [row for row in rows if any(row.values())], raw.columns_of(table)
     cells = {name: [row[name] for row in rows] for name in header if name not in named.values()}
     for name in chosen or cells:
-        given = [cell for cell in cells.get(name, ["", "no such column"]) if cell]
-        odd = [cell for cell in cells.get(name, given) if cell not in BINARY]
-        if odd and (chosen or 2 * sum(cell in BINARY for cell in given) > len(given)):
-            what = f"{table} holds '{odd[0]}' in the column {name}, which is 0 or 1 elsewhere"
-            raise ValueError(f"{what}: correct its cells, or name the columns of findings by --classes.")
+        of = cells.get(name, ["no such column"])
+        odd = [cell for cell in of if cell not in BINARY]
+        if odd and (chosen or 2 * (len(of) - len(odd)) > sum(map(bool, of))):
+            what = f"{table} needs 0 or 1 in each cell of the column {name} and has '{odd[0]}'"
+            raise ValueError(f"{what}: correct it, or name the columns of findings by --classes.")
     found = list(chosen) or [name for name, of in cells.items() if of and all(cell in BINARY for cell in of)]
     return found, [name for name in header if name not in found]
 
 
-def _findings(labels: Sequence[str], names: list[str], said: list[str]) -> dict[str, Any]:
-    """Findings of labels such as "a|b", with facts that count them; labels of others are a ValueError."""
-    named = {part.strip() for label in labels for part in label.split("|")} - {""}
-    names = names or sorted((n for n in named if Described().findings_of(n) != 0), key=natural)
+def _image_classes(labels: Sequence[str], names: list[str], several: bool, said: list[str]) -> dict[str, Any]:
+    """Classes of images, or findings of labels such as "a|b", with facts that count them; others are a ValueError."""
+    named = {part.strip() for label in labels for part in (label.split("|") if several else [label])} - {""}
+    names = names or sorted((n for n in named if not several or Described().findings_of(n) != 0), key=natural)
     known = Described(classes=names)
-    numbers = [known.findings_of(label) for label in labels]
-    if lost := {label for label, number in zip(labels, numbers, strict=True) if number is None}:
-        raise ValueError(f"The labels {some(lost)} are none of --classes {','.join(names)}: name all of them.")
-    counts = [sum((number or 0) >> place & 1 for number in numbers) for place in range(len(names))]
+    found = [(known.findings_of if several else known.class_of)(label) for label in labels]
+    if lost := {label for label, number in zip(labels, found, strict=True) if number is None}:
+        raise ValueError(f"The labels {some(lost)} are not among --classes {','.join(names)}: name all of them.")
+    numbers = [number or 0 for number in found]
+    counts = [sum(n >> place & 1 if several else n == place for n in numbers) for place in range(len(names))]
     shown = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
-    facts = [f"several findings per picture: {shown}; none of them {numbers.count(0)}", *said]
-    return {"facts": facts, "classes": names}
-
-
-def _is_file(label: Any) -> bool:
-    return all(has_suffix(str(part), SUFFIXES) for part in (label if isinstance(label, list) else [label]))
+    if several:
+        said = [f"several findings per picture: {shown}; none of them {numbers.count(0)}", *said]
+        return {"facts": said, "classes": names}
+    single = {"singled_out": names[1:]} if len(names) == 2 else {}
+    return {"facts": [f"images of each class: {shown}"], "classes": names, **single}
 
 
 def _mask_classes(

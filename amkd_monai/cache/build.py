@@ -349,10 +349,7 @@ def keep_answers(store: FeatureStore, logits: np.ndarray) -> None:
 
 
 def verify_store(store: FeatureStore, weights_dir: str | None = None) -> tuple[list[str], str]:
-    """Compare all hashes of a store, and the weights and preprocessing of its teacher as its files are now.
-
-    Returns what is wrong, one sentence each, and what was compared or why not.
-    """
+    """Compare all hashes of a store, and its teacher as its files are now: what is wrong, and what was compared."""
     faults = [f"{fault}: delete it to compute it anew" for fault in store.verify().values()]
     if (description := store.origin.get("teacher")) is None:
         return faults, "checksums alone: how its teacher is built is not recorded"

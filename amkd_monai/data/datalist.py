@@ -96,10 +96,7 @@ def stand_in_note(folder: str | Path) -> str:
 
 
 def find_dataset_dir(task: Named, dataset_dir: str | Path | None = None) -> tuple[Path, str] | None:
-    """Find a data set and say how: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``; None without any.
-
-    A FileNotFoundError names a given folder that is not there.
-    """
+    """Find a data set and say how: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``; None without any."""
     folder = get_task(task).folder
     if dataset_dir:
         if not (given := Path(dataset_dir).expanduser()).is_dir():

@@ -158,13 +158,9 @@ def test_tables_of_findings_are_read_or_refused_by_row_and_column(data, tmp_path
     assert any("1.png" in p and "rib" in p for p in problems) and any("'2.png'" in p for p in problems)
     assert any("No image" in p and "Pleural Effusion" in p for p in problems)
 
-    for odd, named in (
-        ("2", "'2' in the column rib"),
-        ("", "'' in the column rib"),
-        ("nan", "'nan' in the column rib"),
-    ):
+    for odd in ("2", "", "nan"):
         table(["1,0,1", f"1,{odd},0", *["1,0,0", "1,1,1"] * 5], "image,mass,rib,device,patient")
-        with pytest.raises(ValueError, match=named):
+        with pytest.raises(ValueError, match=f"rib and has '{odd}'"):
             new_bundle("odd", root, tmp_path / "b")
     table(["nan", "a||b", *["a", "b"] * 5], "image,label,patient")
     with pytest.raises(ValueError, match=r"a\|\|b"):

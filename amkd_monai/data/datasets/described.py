@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 
 from amkd_monai.data import splits
-from amkd_monai.data.datasets.layout import checked, divided, listed_images, report_conflicts
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
-from amkd_monai.files.cases import is_volume, series_folders
+from amkd_monai.files.cases import case_grid, is_volume, series_folders
+from amkd_monai.files.masks import other_size
 from amkd_monai.files.names import (
+    PICTURE_SUFFIXES,
     SUFFIXES,
+    VOLUME_SUFFIXES,
     channel_files,
     file_id,
     files_of,
     has_suffix,
     image_files,
+    images_to_predict,
     label_files,
     natural,
     read_text,
@@ -30,6 +33,8 @@ from amkd_monai.files.names import (
     table_rows,
     without_suffix,
 )
+from amkd_monai.files.pictures import picture_frame
+from amkd_monai.files.volumes import check_grid, volume_grid
 from amkd_monai.terminal import logger
 
 IMAGES = ("images", "imagesTr", "image", "imgs", "Imgs", "frames")
@@ -52,6 +57,7 @@ COLUMNS = {
 }
 """Columns of a table by the names they usually have, the image's first."""
 
+FOLDS = 5
 NO_FINDING, NO_FINDINGS = "none", ("none", "nofinding", "nofindings")
 """A label of an image without findings, and ways to write it."""
 NO_LABEL = ("", "nan", "null", "n/a")
@@ -243,8 +249,7 @@ class Described:
         """The items that the file lists name, with their sections."""
         files, known = [root / name for name in self.file_lists], {item["id"]: item for item in items}
         if absent := [file for file in files if not file.is_file()]:
-            pair = " and ".join(file.name for file in files)
-            raise FileNotFoundError(f"File list {absent[0]} is missing: give both {pair}, or none.")
+            raise FileNotFoundError(f"File list {absent[0]} is missing: give both {files[0]} and {files[1]}, or none.")
         train, test = (_read_ids(file, known) for file in files)
         if both := train & test:
             raise ValueError(f"{some(both)} appear in both {files[0]} and {files[1]}: keep each id in one list.")
@@ -340,10 +345,9 @@ class Described:
 
     def findings_of(self, label: object) -> int | None:
         """Return the number whose bits are the findings of a label, names joined by "|" or "none"; None for others."""
-        parts = str(label).split("|")
         if named(str(label)) in NO_FINDINGS:
             return 0
-        numbers = [self.class_of(part) for part in parts]
+        numbers = [self.class_of(part) for part in str(label).split("|")]
         return None if None in numbers else sum({1 << number for number in numbers if number is not None})
 
     def _of_channels(self, item: Item) -> Item:
@@ -433,18 +437,14 @@ def _datalist(layout: Described, root: Path) -> Iterator[Item]:
     for section, entry in entries:
         if "label" not in entry:
             if section == "train":
-                problem = f"{_first(entry['image'])} has no label in {file}: add it, or remove the entry."
-                image = str(file.parent / _first(entry["image"]))
-                yield {"image": image, "id": _stem(image), "problem": problem}
+                (image, *_), problem = files_of(entry["image"]), f"has no label in {file}: add it, or remove the entry."
+                path = str(file.parent / image)
+                yield {"image": path, "id": _stem(path), "problem": f"{image} {problem}"}
             continue
-        image, label = (
-            _resolved(v, file.parent) if k == "image" or layout.masks else v
-            for k, v in ((k, entry[k]) for k in ("image", "label"))
-        )
-        item = {"image": image, "label": label, "id": _stem(entry["image"])}
+        label = _resolved(entry["label"], file.parent) if layout.masks else entry["label"]
+        item = {"image": _resolved(entry["image"], file.parent), "label": label, "id": _stem(entry["image"])}
         item |= {"section": section} if len(sections) > 1 else {}
-        known = {key: entry[key] for key in ("group", "fold") if key in entry}
-        yield item | known
+        yield item | {key: entry[key] for key in ("group", "fold") if key in entry}
 
 
 def _nnunet(layout: Described, root: Path) -> Iterator[Item]:
@@ -492,9 +492,8 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
             named.add(image.name)
             label = of["label"] if "label" in of else _single(layout, [row[name] for name in columns["label"]])
             if label.lower() in NO_LABEL:
-                listed = ", ".join(columns["label"])
-                one = f"not 1 for one of {listed} at most, else 0"
-                several = f"not 0 or 1 for each of {listed}" if layout.kind == "multilabel" else one
+                listed, rest = ", ".join(columns["label"]), "" if layout.kind == "multilabel" else " at most, else 0"
+                several = f"not {'1 for one' if rest else '0 or 1 for each'} of {listed}{rest}"
                 cells = "no label" if "label" in of else several
                 yield {**item, "problem": f"{table} gives '{of['image']}' {cells}: complete or remove the line."}
                 continue
@@ -555,13 +554,18 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _entries(file: Path, needed: bool = True) -> list[tuple[str, dict[str, Any]]]:
-    """The entries of a datalist with their sections; plain paths have no label. None with one is refused if needed."""
+    """The entries of a datalist with their sections; plain paths have no label.
+
+    If they are needed, a list without any label and an entry without image are refused.
+    """
     found = []
     for key, entries in _json(file).items():
         for entry in entries if isinstance(entries, list) and _section(key) else ():
             entry = {"image": entry} if isinstance(entry, str) else entry
             image = entry.get("image") if isinstance(entry, dict) else None
-            if isinstance(image, (str, list)) and not _stem(image).startswith("."):  # archives hold copies by macOS
+            if needed and not files_of(image):
+                raise ValueError(f'{file} has an entry without "image" in its list "{key}": {entry}. Complete it.')
+            if files_of(image) and not _stem(image).startswith("."):  # archives hold copies by macOS
                 found.append((_section(key), {**entry, "image": _resolved(image, Path())}))
     if labelled := any("label" in entry for _, entry in found):
         return found
@@ -616,13 +620,13 @@ def _class_images(root: Path) -> Iterator[tuple[dict[str, str], str, Path]]:
 def _named(items: Iterable[Item], root: Path) -> list[Item]:
     """Make ids unique: names, else paths; what still has the id of another has a problem."""
     listed = list(items)
-    paths = [_path_id(_first(item["image"]), root) for item in listed]
+    paths = [_path_id(files_of(item["image"])[0], root) for item in listed]
     if len(set(paths)) > len({item["id"] for item in listed}):
         listed = [{**item, "id": path} for item, path in zip(listed, paths, strict=True)]
     seen: dict[str, str] = {}
     result: list[Item] = []
     for item in listed:
-        image, name = _first(item["image"]), item["id"]
+        image, name = files_of(item["image"])[0], item["id"]
         if other := seen.get(name):
             twice = f"{image} is listed twice" if other == image else f"{other} and {image} have the same name"
             item = {**item, "problem": item.get("problem", f"{twice}: keep one of them.")}
@@ -638,12 +642,8 @@ def _path_id(image: str, root: Path) -> str:
     return "_".join([*(part for part in path.parts[:-1] if part not in ("..", ".")), file_id(path)])
 
 
-def _first(image: str | list[str]) -> str:
-    return image if isinstance(image, str) else image[0]
-
-
-def _stem(image: str | list[str]) -> str:
-    return file_id(Path(_first(image).replace("\\", "/")))
+def _stem(image: Any) -> str:
+    return file_id(Path(files_of(image)[0].replace("\\", "/")))
 
 
 def _resolved(value: Any, base: Path) -> Any:
@@ -663,3 +663,87 @@ def _found(root: Path, name: str, folders: Sequence[str]) -> Path:
 def named(name: str) -> str:
     """Return a name as labels are compared: lower case, without signs."""
     return "".join(c for c in name.lower() if c.isalnum()) or name
+
+
+def listed_images(root: Path, places: Sequence[str], volumes: bool) -> list[Item]:
+    """List the images to predict, {"image", "id"}: those of the first of some folders that has any, the root's last."""
+    suffixes = VOLUME_SUFFIXES if volumes else PICTURE_SUFFIXES
+    for folder in (root / name for name in (*places, ".")):
+        folder = folder / folder.name if (folder / folder.name).is_dir() else folder
+        files = images_to_predict(folder, suffixes) if folder.is_dir() else {}
+        if volumes and folder.is_dir():
+            files |= {file_id(series): series for series in series_folders(folder)}
+        if files:
+            return [{"image": str(files[name]), "id": name} for name in sorted(files, key=natural)]
+    what, where = "volumes" if volumes else "images", " or ".join(["it", *places])
+    raise FileNotFoundError(f"No {what} to predict in {root}: expected {' or '.join(suffixes)} in {where}.")
+
+
+def divided(root: Path, items: list[Item], how: SplitOptions, validation_fraction: float | None) -> Sections:
+    """Keep official sections (of train and test alone, validation is taken from train), else, or by folds, draw."""
+    official = how.folds is None and {"train", "test"} <= {item.get("section") for item in items}
+    folds = None if official else how.folds or (FOLDS if validation_fraction else None)
+    if folds is None and how.fold:
+        raise ValueError(f"fold is {how.fold}, but {root} is not split into folds: give `folds`, too.")
+    if official:
+        train, validation, test = _official_sections(items)
+        if not validation:
+            share = how.fractions[0] / sum(how.fractions[:2])
+            train, validation, _ = splits.random_split(train, (share, 1 - share, 0), how.seed)
+        return train, validation, test
+    items = [splits.without(item, "section") for item in items]
+    if folds is None:
+        logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
+        return splits.random_split(items, how.fractions, how.seed)
+    share = validation_fraction or how.fractions[1] / (sum(how.fractions[:2]) or 1)
+    logger.info("The test section of %s is fold %d of %d.", root, how.fold, folds)
+    return splits.k_fold(items, folds, how.fold, share, how.seed)
+
+
+def _official_sections(items: Iterable[Item]) -> Sections:
+    """Split items by their "section", which is dropped; a group stays in the latest section that has it.
+
+    What would leak from test into validation or training, or from validation into training, is left out there.
+    """
+    sections: dict[str, list[Item]] = {name: [] for name in SECTIONS}
+    for item in sorted(items, key=lambda item: str(item["id"])):
+        sections[item["section"]].append(splits.without(item, "section"))
+    taken: set[str] = set()
+    for name in reversed(SECTIONS):
+        if lost := [item["id"] for item in sections[name] if item["group"] in taken]:
+            logger.warning("Left out of %s, as the same images lie in a later section: %s.", name, some(lost))
+        sections[name] = [item for item in sections[name] if item["group"] not in taken]
+        taken |= {item["group"] for item in sections[name]}
+    return sections["train"], sections["validation"], sections["test"]
+
+
+def checked(item: Item, volumes: bool = False, channels: int = 1) -> Item:
+    """Return an item, with what is wrong with the headers of its files, if anything is, under "problem"."""
+    (image, *others), masks = files_of(item["image"]), label_files(item)
+    try:
+        if volumes:
+            grid, count = case_grid([image, *others])
+            if count != channels:
+                raise ValueError(f"{image} gives {count} channel(s), not {channels}: give all, or take it out.")
+            for file in masks:
+                check_grid(file, volume_grid(file), grid)
+        else:
+            (size, tag), *of_masks = map(picture_frame, (image, *others, *masks))
+            for mask, (found, own) in zip((*others, *masks), of_masks, strict=True):
+                if found != size and not ((tag >= 5) != (own >= 5) and found == size[::-1]):
+                    same = f"{mask} has another size than {image}: all channels of an image need one size."
+                    raise ValueError(other_size(mask, found, size) if mask in masks else same)
+    except ValueError as error:
+        return {**item, "problem": str(error)}
+    return item
+
+
+def report_conflicts(items: Iterable[Item], name_of: Callable[[int], str]) -> None:
+    """Warn of identical images with different classes; they stay, in one group."""
+    members: defaultdict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        members[item["group"]].append(item)
+    groups = [group for group in members.values() if len({item["label"] for item in group}) > 1]
+    listed = "; ".join(", ".join(f"{item['id']} ({name_of(item['label'])})" for item in group) for group in groups)
+    if groups:
+        logger.warning("%d group(s) of identical images have conflicting labels: %s.", len(groups), listed)
