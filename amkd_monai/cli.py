@@ -199,7 +199,7 @@ def _codes(text: str) -> str | dict[str, int | str]:
 
 def _teachers(arguments: argparse.Namespace) -> None:
     if arguments.bundle:
-        from amkd_monai.engines.dry_run import format_bundle
+        from amkd_monai.engines.prepare import format_bundle
 
         print(format_bundle(arguments.bundle, settings_of(arguments.set), arguments.weights_dir))
         return

@@ -25,7 +25,8 @@ from amkd_monai.data.datasets import get_task
 from amkd_monai.files.pictures import class_colours
 from amkd_monai.metrics.classification import class_row
 from amkd_monai.metrics.run_folder import failures, outcomes
-from amkd_monai.metrics.summary import figures_of, mask_rows, preview_file, write_figures
+from amkd_monai.metrics.segmentation import mask_rows
+from amkd_monai.metrics.summary import figures_of, preview_file, write_figures
 from amkd_monai.report.page import write_report
 from amkd_monai.report.previews import PLANES, mask_preview, save_arrays
 
