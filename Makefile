@@ -11,7 +11,7 @@ DEMO      := kvasir_seg
 OUT       := build/demo
 CREW      := [{'name':'crew','kind':'crew','members':[{'encoder':'tf_efficientnet_lite1'}],'image_size':96,'images':768}]
 SETTINGS  := --dataset_dir $(OUT)/Kvasir-SEG --cache_dir $(OUT)/cache --image_size 64 --labelled 6 \
-             --split_fractions [0.5,0.05,0.45] --max_epochs 12 --val_interval 12 --losses "{'output':1.0,'overlap':1.0}"
+             --split_fractions [0.5,0.05,0.45] --max_epochs 12 --val_interval 12
 
 LABEL_VENV      := .venv-label
 LABEL_PYTHON    := $(LABEL_VENV)/bin/python

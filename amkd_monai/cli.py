@@ -199,7 +199,7 @@ def _codes(text: str) -> str | dict[str, int | str]:
 
 def _teachers(arguments: argparse.Namespace) -> None:
     if arguments.bundle:
-        from amkd_monai.engines.dry_run import format_bundle
+        from amkd_monai.engines.prepare import format_bundle
 
         print(format_bundle(arguments.bundle, settings_of(arguments.set), arguments.weights_dir))
         return
@@ -371,14 +371,14 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _cache_status(arguments: argparse.Namespace) -> None:
-    from amkd_monai.cache.inventory import find_stores, format_stores
+    from amkd_monai.cache.store import find_stores, format_stores
 
     print(format_stores(find_stores(arguments.folder), arguments.folder))
 
 
 def _cache_verify(arguments: argparse.Namespace) -> int:
     from amkd_monai.cache.build import verify_store
-    from amkd_monai.cache.inventory import find_stores
+    from amkd_monai.cache.store import find_stores
 
     found, wrong = find_stores(arguments.folder), 0
     for entry in found:
@@ -394,7 +394,7 @@ def _cache_verify(arguments: argparse.Namespace) -> int:
 
 
 def _cache_prune(arguments: argparse.Namespace) -> None:
-    from amkd_monai.cache.inventory import find_stores, prune, useless
+    from amkd_monai.cache.store import find_stores, prune, useless
 
     reasons = useless(found := find_stores(arguments.folder))
     removed = [entry for entry in found if entry.directory in reasons]

@@ -129,7 +129,7 @@ PAPER: dict[str, Any] = {
     "loss_gate_options": {"task": 1.0},
     "return_code": "learned",
     "contrastive": {"temperature": 0.07, "learnable": False, "negatives": 16384},
-    "kd_temperature": {"start": 4.0, "end": 1.0, "shape": "linear"},
+    "kd_temperature": {"start": 4.0, "end": 1.0},
     "loss_strength": {"warmup": 0.0, "decay": 0.0, "end": 1.0},
     "admission": {"mode": "all"},
 }

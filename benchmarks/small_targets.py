@@ -1,4 +1,4 @@
-"""Few labels on phantoms at 64 px: what the loss `overlap` and the stages are worth where targets are small.
+"""Few labels on phantoms at 64 px: what the loss `overlap`, the KD temperature and the stages are worth.
 
 python benchmarks/small_targets.py --seeds 1
 """
@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from bundle_runner import Setting, main, options
 
 from amkd_monai.data.datasets import get_task
 
-OVERLAP = {"losses": {"output": 1.0, "overlap": 1.0}}
+LOSSES: dict[str, dict[str, Any]] = {
+    "": {},
+    "_output_alone": {"losses": {"output": 1.0, "overlap": 0.0}},
+    "_output_alone_at_2": {"losses": {"output": 1.0, "overlap": 0.0}, "kd_temperature": {"start": 2.0, "end": 2.0}},
+}
 AT_ONCE = {"recipe#first_stage": 0.0}
 FEW = {"image_size": 64, "admission": {"mode": "all"}}  # admission lets both crews in
 SETS = {
@@ -33,7 +38,7 @@ def settings(data: Path) -> dict[str, Setting]:
         crew = {"name": "crew", "kind": "crew", "members": members, "image_size": side, "images": images}
         distilled = replace(undistilled, reference=f"{bundle}_undistilled", teachers=[crew])
         rows[f"{bundle}_undistilled"] = undistilled
-        for name, further in {"": {}, "_overlap": OVERLAP}.items():
+        for name, further in LOSSES.items():
             for stages, first in {"two_stages": {}, "at_once": AT_ONCE}.items():
                 rows[f"{bundle}_{stages}{name}"] = replace(distilled, overrides={**overrides, **further, **first})
     return rows

@@ -37,3 +37,13 @@ def needs(module: str) -> ModuleType:
         return importlib.import_module(module)
     imported: ModuleType = pytest.importorskip(module)
     return imported
+
+
+def case_metrics(pred, reference, classes, spacing, tolerance, names=None, regions=None):
+    """Rows of a case whose classes are given by their number or names, without its id."""
+    from amkd_monai.data.datasets import Task
+    from amkd_monai.metrics.segmentation import mask_rows
+
+    named = ("background", *(names or (f"class_{n}" for n in range(1, classes))))
+    task = Task("task", named, "unknown", "folder", (), regions=regions or {}, nsd_tolerance=tolerance)
+    return [{k: v for k, v in row.items() if k != "id"} for row in mask_rows(task, "case", pred, reference, spacing)]

@@ -1,7 +1,6 @@
 """Writes a bundle for your own data: inspects a folder, reports its findings, builds the configs from the parts."""
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,11 +12,10 @@ import numpy as np
 from amkd_monai.bundles.merge import ABSENT, PARTS, bundle_files, resolved
 from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.data.datasets.described import BINARY, COLUMNS, READERS, Described, names_of_channels, names_of_values
-from amkd_monai.data.splits import Item
+from amkd_monai.data.splits import Item, without
 from amkd_monai.files import masks, volumes
 from amkd_monai.files.cases import case_grid, is_volume, read_case
 from amkd_monai.files.names import (
-    PICTURE_SUFFIXES,
     SUFFIXES,
     VOLUME_SUFFIXES,
     DataProblems,
@@ -117,7 +115,7 @@ def _described(
     tables = [] if form and kind != "multilabel" else sorted(root.glob("*.[ct]sv"))
     tables = [table for table in tables if "image" in raw.columns_of(table)]
     if tables and not (form and "label" in raw.columns_of(tables[0])):
-        columns, others = _binary_columns(tables[0], classes)
+        columns, others = _binary_columns(tables[0], classes, raw)
         if len(columns) < 2 or kind not in ("", "multilabel"):
             found, usual = ", ".join(table_rows(tables[0])[0]), ", ".join(COLUMNS["label"])
             raise ValueError(
@@ -129,13 +127,15 @@ def _described(
         raw = Described(kind=kind, form=form, classes=columns, columns={"label": columns})
     if not form:
         Described(kind=kinds[0]).check(root)
-    listed = [item for item in READERS[form](raw, root) if "problem" not in item]
-    if not listed:
-        raise FileNotFoundError(f"There are no labelled images in {root}: expected {Described.expected}.")
+    every = list(READERS[form](raw, root))
+    if not (listed := [item for item in every if "problem" not in item]):
+        nothing = f"There are no labelled images in {root}: expected {Described.expected}."
+        raise DataProblems([item["problem"] for item in every] or [nothing])
     labels = [item["label"] for item in listed]
-    volume = is_volume(files_of(listed[0]["image"])[0])
     if not kind:
-        of_files = form in ("pairs", "nnunet") or all(label_files(i) and _is_file(i["label"]) for i in listed)
+        of_files = form in ("pairs", "nnunet") or any(
+            has_suffix(f, SUFFIXES) for label in labels for f in files_of(label)
+        )
         several = not of_files and any("|" in str(label) for label in labels)
         kind = "segmentation" if of_files else "multilabel" if several else "classification"
     layout: dict[str, Any] = {"form": form}
@@ -146,11 +146,22 @@ def _described(
     elif groups:
         layout["groups"] = groups
     reader = raw if raw.columns else Described(kind=kind, form=form)
-    items = [i for i in READERS[form](reader, root) if "problem" not in i]
-    images = [files_of(item["image"]) for item in items]
-    numbers = (case_grid(files)[1] if is_volume(files[0]) else len(files) for files in images)
-    count = Counter(numbers).most_common(1)[0][0]
-    items = [{**item, "image": files_of(item["image"])[0]} for item in items]
+    items, kinds_of, wrong = [], Counter[tuple[bool, int]](), list[str]()
+    for item in READERS[form](reader, root):
+        files = files_of(item["image"])
+        try:
+            if gone := [f for f in (*files, *(label_files(item) if reader.masks else ())) if not Path(f).exists()]:
+                raise FileNotFoundError(f"{gone[0]} is not there: correct its path or remove its case.")
+            size = (True, case_grid(files)[1]) if is_volume(files[0]) else (False, len(files))
+        except (OSError, ValueError) as error:
+            wrong.append(item.get("problem", str(error)))
+        else:
+            items += [] if "problem" in item else [{**item, "image": files[0], "of": size}]
+            kinds_of[size] += 1
+    if not items:
+        raise DataProblems(wrong)
+    (volume, count), _ = kinds_of.most_common(1)[0]
+    items = [without(item, "of") for item in items if item["of"][0] == volume]
     description: dict[str, Any] = {"name": name, "kind": kind, "dimensions": 3 if volume else 2, "layout": layout}
     if count > 1:
         named = names_of_channels(root)
@@ -158,45 +169,43 @@ def _described(
         description["teacher_channels"] = description["channels"][: 3 if count > 2 and not volume else 1]
     if kind == "segmentation":
         return description | _mask_classes(items, list(classes), *names_of_values(root)), items
-    if kind == "multilabel":
-        return _findings(list(map(str, labels)), list(classes), said) | description, items
-    names = list(classes) or sorted({str(label) for label in labels}, key=natural)
-    known = Described(classes=names)
-    if lost := {str(label) for label in labels if known.class_of(label) is None}:
-        raise ValueError(f"The labels {some(lost)} are not among --classes {','.join(names)}: name all of them.")
-    counts = Counter(names[known.class_of(label) or 0] for label in labels)
-    facts = [f"images of each class: {', '.join(f'{n} {counts[n]}' for n in names)}"]
-    single = {"singled_out": names[1:]} if len(names) == 2 else {}
-    return {"facts": facts, **description, "classes": names, **single}, items
+    return description | _image_classes(list(map(str, labels)), list(classes), kind == "multilabel", said), items
 
 
-def _binary_columns(table: Path, chosen: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The columns of a table whose cells are 0 or 1, all or those chosen, and the others."""
+def _binary_columns(table: Path, chosen: Sequence[str], raw: Described) -> tuple[list[str], list[str]]:
+    """The columns of a table whose cells are 0 or 1, all or those chosen, and the others.
+
+    A column chosen, or filled mostly with 0 and 1, that holds something else is a ValueError.
+    """
     header, rows = table_rows(table)
-    rows, other = [row for row in rows if any(row.values())], Described().columns_of(table).values()
-    binary = [name for name in header if rows and all(row[name] in BINARY for row in rows) and name not in other]
-    if wrong := sorted(set(chosen) - set(binary)):
-        raise ValueError(f"{table} has no column of 0 and 1 {', '.join(wrong)}: correct its cells or --classes.")
-    found = list(chosen) or binary
+    rows, named = [row for row in rows if any(row.values())], raw.columns_of(table)
+    cells = {name: [row[name] for row in rows] for name in header if name not in named.values()}
+    for name in chosen or cells:
+        of = cells.get(name, ["no such column"])
+        odd = [cell for cell in of if cell not in BINARY]
+        if odd and (chosen or 2 * (len(of) - len(odd)) > sum(map(bool, of))):
+            what = f"{table} needs 0 or 1 in each cell of the column {name} and has '{odd[0]}'"
+            raise ValueError(f"{what}: correct it, or name the columns of findings by --classes.")
+    found = list(chosen) or [name for name, of in cells.items() if of and all(cell in BINARY for cell in of)]
     return found, [name for name in header if name not in found]
 
 
-def _findings(labels: Sequence[str], names: list[str], said: list[str]) -> dict[str, Any]:
-    """Findings of labels such as "a|b", with facts that count them; labels of others are a ValueError."""
-    named = {part.strip() for label in labels for part in label.split("|")}
-    names = names or sorted((n for n in named if Described().findings_of(n) != 0), key=natural)
+def _image_classes(labels: Sequence[str], names: list[str], several: bool, said: list[str]) -> dict[str, Any]:
+    """Classes of images, or findings of labels such as "a|b", with facts that count them; others are a ValueError."""
+    named = {part.strip() for label in labels for part in (label.split("|") if several else [label])} - {""}
+    names = names or sorted((n for n in named if not several or Described().findings_of(n) != 0), key=natural)
     known = Described(classes=names)
-    numbers = [known.findings_of(label) for label in labels]
-    if lost := {label for label, number in zip(labels, numbers, strict=True) if number is None}:
-        raise ValueError(f"The labels {some(lost)} are none of --classes {','.join(names)}: name all of them.")
-    counts = [sum((number or 0) >> place & 1 for number in numbers) for place in range(len(names))]
+    found = [(known.findings_of if several else known.class_of)(label) for label in labels]
+    if lost := {label for label, number in zip(labels, found, strict=True) if number is None}:
+        raise ValueError(f"The labels {some(lost)} are not among --classes {','.join(names)}: name all of them.")
+    numbers = [number or 0 for number in found]
+    counts = [sum(n >> place & 1 if several else n == place for n in numbers) for place in range(len(names))]
     shown = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
-    facts = [f"several findings per picture: {shown}; none of them {numbers.count(0)}", *said]
-    return {"facts": facts, "classes": names}
-
-
-def _is_file(label: Any) -> bool:
-    return all(has_suffix(str(part), SUFFIXES) for part in (label if isinstance(label, list) else [label]))
+    if several:
+        said = [f"several findings per picture: {shown}; none of them {numbers.count(0)}", *said]
+        return {"facts": said, "classes": names}
+    single = {"singled_out": names[1:]} if len(names) == 2 else {}
+    return {"facts": [f"images of each class: {shown}"], "classes": names, **single}
 
 
 def _mask_classes(
@@ -246,7 +255,7 @@ def _spread(items: Sequence[Item]) -> list[Item]:
 
 def _pictures(items: Sequence[Item]) -> tuple[list[str], dict[str, Any]]:
     """Facts about pictures; the side that the student sees, and whether they are grey."""
-    sizes = np.array([picture_frame(item["image"])[0] for item in items if has_suffix(item["image"], PICTURE_SUFFIXES)])
+    sizes = np.array([picture_frame(item["image"])[0] for item in items])
     shorter = float(np.median(sizes.min(axis=1)))
     side = int(min(LARGEST_SIDE, max(32, 32 * round(shorter / 32))))
     grey = all((p == p[..., :1]).all() for p in (read_picture(item["image"]) for item in _spread(items)))
@@ -258,7 +267,7 @@ def _pictures(items: Sequence[Item]) -> tuple[list[str], dict[str, Any]]:
 
 def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) -> tuple[list[str], dict[str, Any]]:
     """Facts about volumes; the grid that the student sees and, of a CT, the window of its labels in HU."""
-    grids = [case_grid([item["image"]])[0].reordered("RAS") for item in items if is_volume(item["image"])]
+    grids = [case_grid([item["image"]])[0].reordered("RAS") for item in items]
     spacings, shapes = (np.array([getattr(grid, key) for grid in grids], float) for key in ("spacing", "shape"))
     spacing, extent = np.median(spacings, axis=0), (shapes * spacings).max(axis=0)
     through = int(spacing.argmax()) if spacing.max() > 1.2 * spacing.min() else 2
@@ -266,10 +275,7 @@ def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) 
     spacing, extent = spacing[order], extent[order]
     spacing[1:] = np.maximum(spacing[1:], extent[1:] / LARGEST_SIDE)
     spacing = spacing.round(4)
-    size = [
-        -1,
-        *(int(32 * math.ceil((mm / step - 0.5) / 32)) for mm, step in zip(extent[1:], spacing[1:], strict=True)),
-    ]
+    size = [-1, *(32 * np.ceil((extent[1:] / spacing[1:] - 0.5) / 32).astype(int)).tolist()]
     inside: list[np.ndarray] = []
     for item in _spread(items):
         channels, grid = read_case([item["image"]])
@@ -297,46 +303,30 @@ def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) 
 
 def _part(name: str, task: Task, found: dict[str, Any]) -> dict[str, Any]:
     """The bundle's own part, merged onto those of its kind of data."""
-    classes, masked, flat = task.classes, not task.is_classification, task.dimensions == 2
-    several = task.has_findings
+    classes, masked, flat, several = task.classes, not task.is_classification, task.dimensions == 2, task.has_findings
     size = [found["image_size"]] * 2 if flat else found["volume_size"][1:]
-    listed = ", ".join(f"{number} is {label}" for number, label in enumerate(classes))
     about = f"{', '.join(classes[1:] if masked else classes)} in {task.modality}"
-    values = {
-        **found,
-        **{"about": about, "does": f"{'outlines' if masked else 'finds' if several else 'tells apart'} {about}"},
-        "listed": listed,
-        **{"kind": task.kind, "modality": task.modality, "metric": task.primary_metric, "foreground": classes[1]},
-        "classes": len(classes),
-        **{"shown": f"{'pictures' if flat else 'slices'} of {size[0]} x {size[1]}", "answered": size if masked else []},
-        **{
-            "height": size[0],
-            "width": size[1],
-            "colour": found.get("colour", ABSENT),
-            "gamma": found.get("gamma", 0.4),
-        },
-    }
+    does = "outlines" if masked else "finds" if several else "tells apart"
+    inputs = [
+        f"{of}{c}" for c in task.channels for of in ([""] if flat else ["previous slice of ", "", "next slice of "])
+    ]
+    channels = {"shown_channels": "$@datalist.task.shown_channels" if inputs else ABSENT}
+    values = {"colour": ABSENT, "gamma": 0.4, **found, "about": about, "does": f"{does} {about}", "kind": task.kind}
+    values |= {"listed": ", ".join(map("{0[0]} is {0[1]}".format, enumerate(classes))), "classes": len(classes)}
+    values |= {"modality": task.modality, "metric": task.primary_metric, "foreground": classes[1], "height": size[0]}
+    values |= {"shown": f"{'pictures' if flat else 'slices'} of {size[0]} x {size[1]}", "width": size[1]}
+    values |= {"answered": size if masked else [], "in_channels": len(inputs) or ABSENT, **channels}
     if not flat:
-        window = "low" in found
-        values |= {"window": ["<ct_window>"] if window else [], "percentiles": [] if window else ["<shares>"]}
-    volumetric = [] if flat else ["volumes"]
-    slices = [""] if flat else ["previous slice of ", "", "next slice of "]
-    inputs = [f"{of}{channel}" for channel in task.channels for of in slices]
-    values["in_channels"] = len(inputs) if inputs else ABSENT
-    values["shown_channels"] = "$@datalist.task.shown_channels" if inputs else ABSENT
-    shown = {"num_channels": len(inputs), "format": "magnitude"} if inputs else {}
-    shown |= (
-        {"channel_def": {str(n): inputs[n] if n < len(inputs) else ABSENT for n in range(max(3, len(inputs)))}}
-        if inputs
-        else {}
-    )
-    channels = {str(number): label for number, label in enumerate(task.answers)}
-    kind, last = ("classification", [task.kind]) if several else (task.kind, [])
+        how = ("window", "<ct_window>") if "low" in found else ("percentiles", "<shares>")
+        values |= {"window": [], "percentiles": [], how[0]: [how[1]]}
+    named = dict(zip(map(str, range(max(3, len(inputs)))), [*inputs, *[ABSENT] * 3], strict=False))
+    shown = {"num_channels": len(inputs), "format": "magnitude", "channel_def": named} if inputs else {}
+    answers = {"channel_def": {str(number): label for number, label in enumerate(task.answers)}}
+    kind, volumetric = "classification" if several else task.kind, [] if flat else ["volumes"]
+    own = ["own", *(f"own_{part}" for part in volumetric), *([task.kind] if several else [])]
     return {
-        "parts": ["common", "single", kind, *volumetric, "own", *(f"own_{part}" for part in volumetric), *last],
+        "parts": ["common", "single", kind, *volumetric, *own],
         "values": values,
         "train": {"mask_codes": task.mask_codes} if masked else {},
-        "metadata": {
-            "network_data_format": {"inputs": {"image": shown}, "outputs": {"pred": {"channel_def": channels}}}
-        },
+        "metadata": {"network_data_format": {"inputs": {"image": shown}, "outputs": {"pred": answers}}},
     }

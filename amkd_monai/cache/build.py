@@ -16,7 +16,7 @@ from torch import Tensor
 from amkd_monai.cache import store as stores
 from amkd_monai.cache.store import EVERYTHING, NAME, ArraySpec, FeatureStore, Part, StoreError
 from amkd_monai.data.augment import warp
-from amkd_monai.data.decoded import DecodedDataset, DecodedImages
+from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.frames import FinerImages
 from amkd_monai.memory import own_peak
 from amkd_monai.storage import fingerprint
@@ -71,14 +71,14 @@ def to_device(values: np.ndarray, device: torch.device | str) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if "cuda" in str(device) else tensor.to(device)
 
 
-def images_of(dataset: DecodedImages, indices: Sequence[int], device: torch.device | str) -> Tensor:
+def images_of(dataset: DecodedDataset, indices: Sequence[int], device: torch.device | str) -> Tensor:
     """Stack the student's images (B, C, H, W) in [0, 1]."""
     return to_device(np.stack([dataset.image(i) for i in indices]), device).float() / 255
 
 
 def ask(
     teacher: Teacher,
-    dataset: DecodedImages,
+    dataset: DecodedDataset,
     indices: Sequence[int],
     device: torch.device | str,
     matrices: np.ndarray | None = None,
@@ -349,10 +349,7 @@ def keep_answers(store: FeatureStore, logits: np.ndarray) -> None:
 
 
 def verify_store(store: FeatureStore, weights_dir: str | None = None) -> tuple[list[str], str]:
-    """Compare all hashes of a store, and the weights and preprocessing of its teacher as its files are now.
-
-    Returns what is wrong, one sentence each, and what was compared or why not.
-    """
+    """Compare all hashes of a store, and its teacher as its files are now: what is wrong, and what was compared."""
     faults = [f"{fault}: delete it to compute it anew" for fault in store.verify().values()]
     if (description := store.origin.get("teacher")) is None:
         return faults, "checksums alone: how its teacher is built is not recorded"

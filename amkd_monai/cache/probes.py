@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amkd_monai.cache.store import FeatureStore
-from amkd_monai.data.decoded import DecodedDataset, as_label_maps
+from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.splits import fold_of_groups
 from amkd_monai.distillation.interface import Calibration
 from amkd_monai.distillation.losses import one_hot_area
@@ -32,8 +32,9 @@ Probe = Callable[[Tensor], Tensor]
 
 def cell_targets(dataset: DecodedDataset, indices: np.ndarray, classes: int, size: tuple[int, int]) -> Tensor:
     """Area fractions of the classes in grid cells (N, classes, h, w), 0 where nothing is labelled."""
-    batches = (as_label_maps(dataset.labels, indices[start : start + 64]) for start in range(0, len(indices), 64))
-    return torch.cat([one_hot_area(torch.from_numpy(label), classes, size) for label in batches])
+    batches = (np.array(dataset.labels[indices[start : start + 64]]) for start in range(0, len(indices), 64))
+    maps = (labels if labels.ndim == 4 else labels.reshape(len(labels), 1, -1, 1) for labels in batches)
+    return torch.cat([one_hot_area(torch.from_numpy(label), classes, size) for label in maps])
 
 
 def _minimise(parameters: list[Tensor], loss: Callable[[], Tensor], steps: int, history: int) -> None:

@@ -19,8 +19,9 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from amkd_monai import __version__
 from amkd_monai.storage import TEMPORARY_MARK, atomic_path, exclusive_lock, fingerprint
-from amkd_monai.terminal import progress
+from amkd_monai.terminal import align, progress
 
 logger = logging.getLogger("amkd_monai")
 
@@ -476,3 +477,95 @@ def progress_line(title: str, total: int, done: int) -> tqdm:
     """A progress line with rate and time left: live on a terminal, else now and then."""
     interval: dict[str, Any] = {} if os.isatty(2) else {"mininterval": LOG_INTERVAL_S, "maxinterval": LOG_INTERVAL_S}
     return progress(total=total, initial=done, desc=title, unit="image", disable=False, **interval)
+
+
+# ------------------------------------------------------------------------------------------- the stores in a folder
+
+
+@dataclass
+class StoredTeacher:
+    """One store as found on the disk, in ``<teacher>-<key>``; the store is None where it cannot be opened."""
+
+    directory: Path
+    name: str  # of the teacher
+    modified: float  # seconds since the epoch
+    store: FeatureStore | None = None
+    fault: str = ""
+    size: int = 0  # bytes of all its files
+    state: str = "damaged"  # or complete, or incomplete (3 of 8 shards)
+
+
+def find_stores(folder: str | Path) -> list[StoredTeacher]:
+    """Open every store below a folder."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: give the cache_dir of a run, such as bundles/.cache.")
+    found = []
+    for file in sorted(root.rglob(NAME)):
+        entry = StoredTeacher(file.parent, file.parent.name.rpartition("-")[0], file.stat().st_mtime)
+        try:
+            entry.store = store = FeatureStore.open(file.parent)
+            there, shards = len(store.written()), len(store.shards)
+            entry.state = "complete" if there == shards else f"incomplete ({there} of {shards} shards)"
+        except StoreError as error:
+            entry.fault = str(error)
+        for path in file.parent.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a temporary file of a builder
+                entry.size += path.stat().st_size
+        found.append(entry)
+    return found
+
+
+def format_stores(found: Sequence[StoredTeacher], folder: str | Path) -> str:
+    """Table of stores: teacher, images, views, arrays, size, state."""
+    rows = [("data set", "teacher", "images", "views", "arrays", "kB/image", "MB", "state", "folder")]
+    for entry in found:
+        store, what = entry.store, ("-",) * 4
+        if store is not None:
+            arrays = (f"{n} {spec.dtype} {'x'.join(map(str, spec.shape))}" for n, spec in store.arrays.items())
+            what = (str(len(store)), str(store.views), ", ".join(arrays), f"{store.bytes_per_image / 1e3:.1f}")
+        place = str(entry.directory.relative_to(folder))
+        rows.append((entry.directory.parent.name, entry.name, *what, f"{entry.size / 1e6:.1f}", entry.state, place))
+    if len(rows) == 1:
+        return f"{folder} holds no feature store."
+    return "\n".join([align(rows, left=None, ruled=True), *(entry.fault for entry in found if entry.fault)])
+
+
+def useless(found: Iterable[StoredTeacher]) -> dict[Path, str]:
+    """Return the stores that no run can use as they are, and why: ``{folder: reason}``.
+
+    A store is useless if it is damaged, incomplete, of an older format, orphaned (its decoded images were deleted) or
+    superseded: a newer one has the same teacher name and samples with other weights, preprocessing or image contents.
+    """
+    entries, reasons = list(found), {}
+    for entry in entries:
+        if entry.store is None or entry.state != "complete":
+            reasons[entry.directory] = entry.fault or entry.state
+        elif not (entry.directory.parent / str(entry.store.key.get("decoded")) / "index.json").is_file():
+            reasons[entry.directory] = "stale: the decoded images it belongs to are gone"
+        else:
+            for other in entries:
+                if change := _superseded(entry, other):
+                    reasons[entry.directory] = f"stale: {change} since; {other.directory.name} is newer"
+    return reasons
+
+
+def _superseded(entry: StoredTeacher, other: StoredTeacher) -> str:
+    """What changed between a store and a newer one of the same teacher name and samples; empty if it is none."""
+    old, new = entry.store, other.store
+    if old is None or new is None or other.modified <= entry.modified or other.state != "complete":
+        return ""
+    same = (entry.directory.parent, entry.name) == (other.directory.parent, other.name) and "preprocessing" in old.key
+    if not same or old.sample_ids != new.sample_ids:
+        return ""
+    if old.content_hashes != new.content_hashes:
+        return "images changed"
+    parts = [part for part in ("teacher", "preprocessing") if old.key.get(part) != new.key.get(part)]
+    return f"the {' and '.join(parts)} changed" if parts else ""
+
+
+def prune(folders: Iterable[Path]) -> None:
+    """Remove stores; one that a process is building is refused with a TimeoutError."""
+    for directory in folders:
+        with exclusive_lock(directory / LOCK):
+            shutil.rmtree(directory)

@@ -79,7 +79,7 @@ def check_data(
         sizes.append(image.shape[1::-1] if flat else image.shape)
         modes.append(mode)
         if mask is not None:
-            shares[item["id"]] = float(_inside(mask).mean())
+            shares[item["id"]] = float(((mask > 0) & (mask != IGNORED)).mean())
             report.held[item["id"]] = set(np.unique(mask).tolist())
     report.problems += filter(None, [coding_problem(codings)])
     _describe_others(report)
@@ -125,11 +125,6 @@ def _read(
         if files:
             mask, _ = volumes.read_label_volume(files[0], grid, classes, codes, codings)
     return image, mask, mode
-
-
-def _inside(mask: np.ndarray) -> np.ndarray:
-    """Where a mask of classes has foreground."""
-    return (mask > 0) & (mask != IGNORED)
 
 
 def _naming(files: Sequence[str | Path], error: Exception) -> str:
@@ -266,9 +261,7 @@ def write_contact_sheet(
 ) -> Path:
     """Draw at most ``count`` evenly spaced items with the outlines of their masks, to see whether labels fit images.
 
-    Of several foreground classes each has its colour, with a legend.
-
-    Of a volume, the PNG has the slice with most foreground.
+    Of several foreground classes each has its colour, with a legend; of a volume, the slice with most foreground shows.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -285,11 +278,11 @@ def write_contact_sheet(
         axes.axis("off")
     for axes, item in zip(places, chosen, strict=False):
         image, mask, _ = _read(item, task, codes)
+        mask = None if mask is None else np.where(mask == IGNORED, 0, mask)
         if task.dimensions == 3:
-            outline = np.zeros(image.shape, np.uint8) if mask is None else np.where(mask == IGNORED, 0, mask)
+            outline = np.zeros(image.shape, np.uint8) if mask is None else mask
             image, outline = volumes.middle_slice(volumes.grey_levels(image), outline, int(np.argmin(image.shape)))
             mask = None if mask is None else outline
-        mask = None if mask is None else np.where(mask == IGNORED, 0, mask)
         picture, words = Image.fromarray(image), [_class_of(item, task)]
         picture.thumbnail((400, 400))
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255)

@@ -96,10 +96,7 @@ def stand_in_note(folder: str | Path) -> str:
 
 
 def find_dataset_dir(task: Named, dataset_dir: str | Path | None = None) -> tuple[Path, str] | None:
-    """Find a data set and say how: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``; None without any.
-
-    A FileNotFoundError names a given folder that is not there.
-    """
+    """Find a data set and say how: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``; None without any."""
     folder = get_task(task).folder
     if dataset_dir:
         if not (given := Path(dataset_dir).expanduser()).is_dir():
@@ -197,8 +194,7 @@ def labelled_folder(
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}: give a folder of labelled data.")
     layout, given = chosen.layout, dict(options or {})
-    named = (getattr(layout, name, "") for name in ("images", "labels", "file"))
-    if not (layout.is_in(root) and all((root / name).exists() for name in named)):
+    if not (layout.form_of(root) and (root / layout.file).exists()):
         channels = max(1, len(chosen.channels))
         layout = Described("labelled", chosen.classes, chosen.kind, chosen.dimensions == 3, channels=channels)
         known = inspect.signature(layout.find_items).parameters
@@ -212,7 +208,7 @@ def labelled_folder(
 def find_items(
     task: Named, root: Path, cache_dir: str | Path | None = None, options: Mapping[str, Any] | None = None
 ) -> list[Item]:
-    """List the items of a data set with options of its own, see :class:`amkd_monai.data.datasets.Layout`."""
+    """List the items of a data set with options of its own, see ``Described.find_items``."""
     task, find = get_task(task), get_task(task).layout.find_items
     known = inspect.signature(find).parameters.keys() - {"root", "cache_dir"}
     if unknown := set(options or {}) - known:

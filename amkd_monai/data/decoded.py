@@ -8,7 +8,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -82,53 +82,82 @@ def _is_class(label: Any) -> bool:
     return isinstance(label, (int, np.integer)) and not isinstance(label, bool)
 
 
-def as_label_maps(labels: np.ndarray, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Pick labels, masks (N, 1, H, W), classes (N,) or findings (N, F), as maps (n, 1, H, W), (n, 1, F, 1) of F."""
-    picked = np.stack([labels[i] for i in indices])
-    return picked if picked.ndim == 4 else picked.reshape(len(picked), 1, -1, 1)
-
-
 def _samples(array: np.ndarray) -> np.ndarray:
     """Samples (N, C, H, W) of one image (C, H, W) or of the slices of a volume (C, D, H, W)."""
     return array[None] if array.ndim == 3 else array.swapaxes(0, 1)
 
 
-class _Rows:
-    """An ``.npy`` file written row by row: NumPy's header leaves room for the number of rows."""
+class DecodedDataset(Dataset):
+    """A dataset whose files are decoded once by a MONAI transform chain and then read from memory maps.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.shape, self.count = file, (), 0
+    Pictures (C, H, W) are one sample each; volumes (C, D, H, W) give D samples, each slice with its two neighbours
+    as further channels. Images are stored in 256 steps.
 
-    def append(self, rows: np.ndarray) -> None:
-        """Add rows (n, ...) of one shape and type."""
-        self.shape, self.count = rows.shape[1:], self.count + len(rows)
-        header = {**np.lib.format.header_data_from_array_1_0(rows), "shape": (self.count, *self.shape)}
-        self.file.seek(0)
-        np.lib.format.write_array_header_1_0(self.file, header)
-        self.file.seek(0, 2)
-        self.file.write(np.ascontiguousarray(rows).data)
-
-
-class DecodedImages(Dataset):
-    """What a :class:`DecodedDataset` left in its folder ``decoded-<key>``, read without the original files.
+    Args:
+        data: datalist items with ``image``, ``id``, ``group`` and, where labelled, ``label``: a path, several paths of
+            masks that are combined, or a class.
+        transform: deterministic chain to ``image`` in [0, 1] and ``label``, class indices, all of one size (H, W).
+        cache_dir: folder for the memory maps; they are found again by content hashes and the chain's description.
+        num_classes: labels must be below it.
+        on_bad_sample: ``stop`` raises on the first unusable file, ``skip`` leaves it out and lists it in ``skipped``.
+        teacher_channels: one or three channels of images that have several, which teachers are shown.
+        findings: number F of findings, where a label is the number whose bits they are, the first one lowest.
 
     Attributes:
+        data, transform, on_bad_sample: as given.
+        directory: the folder ``decoded-<key>`` of the memory maps.
         ids, cases, groups, hashes: of each sample; slices are ``<case>#<slice>``.
         has_label, has_foreground: boolean arrays over samples.
         labels: masks (N, 1, H, W), classes (N,), or 0 and 1 of findings (N, F); 255 where there is no label.
+        classes: (N,) class per image, or number of its findings, -1 where unknown; None for masks.
         first, last: sample of the first and the last slice of each sample's volume (N,).
         axes: where the axes of volumes point, slices first, such as "RAS"; empty for pictures.
         skipped: ids of files that were left out.
         sliced: whether samples are slices of volumes.
-        teacher_channels: the channels that teachers are shown, see :meth:`shown`.
+        chain: hash of the transform chain.
+
+    Raises:
+        BadSampleError: a file cannot be read, or image and label disagree in size, or a label is out of range.
     """
 
-    teacher_channels: tuple[int, ...] = ()
-    findings = 0
-
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        index = json.loads((self.directory / "index.json").read_text(encoding="utf-8"))
+    def __init__(
+        self,
+        data: list[Item],
+        transform: Callable,
+        cache_dir: str | Path,
+        num_classes: int = 2,
+        on_bad_sample: str = "stop",
+        teacher_channels: Sequence[int] = (),
+        findings: int = 0,
+    ) -> None:
+        _check_on_bad_sample(on_bad_sample)
+        if not data:
+            raise ValueError("The list of images to decode is empty: check dataset_dir and the split.")
+        if on_bad_sample == "stop" and (problems := [item["problem"] for item in data if "problem" in item]):
+            raise DataProblems(problems)
+        self.data, self.num_classes, cache_dir = list(data), 2 if findings else num_classes, Path(cache_dir)
+        self.transform, self.on_bad_sample, self.findings = transform, on_bad_sample, findings
+        self.classifies = any(_is_class(item.get("label")) for item in self.data)
+        paths = [p for i in self.data for p in (*files_of(i["image"]), *label_files(i)) if Path(p).exists()]
+        by_path = dict(zip(paths, content_hashes(paths, cache_dir), strict=True))
+        hashes = []
+        for item in self.data:
+            of_item = files_of(item["image"]), label_files(item)
+            images, masks = ([by_path.get(file, "missing") for file in files] for files in of_item)
+            label = f"class {item['label']}" if _is_class(item.get("label")) else "-".join(masks)
+            hashes.append([joint_hash(images), label])
+        ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
+        description = describe(transform)
+        self.chain = fingerprint("decoded-5", description)
+        of_labels = [findings] if findings else num_classes
+        key = fingerprint("decoded-5", hashes, ids, description, of_labels, on_bad_sample)
+        self.directory = cache_dir / f"decoded-{key[:16]}"
+        finished = self.directory / "index.json"
+        if not finished.is_file():  # a finished folder may lie on a disk that cannot be written
+            with exclusive_lock(self.directory.with_suffix(".lock"), wait_s=3600):
+                if not finished.is_file():  # nor has another process made it meanwhile
+                    self._decode(transform, on_bad_sample, hashes)
+        index = json.loads(finished.read_text(encoding="utf-8"))
         self.ids: list[str] = index["ids"]
         self.cases: list[str] = index["cases"]
         self.groups: list[str] = index["groups"]
@@ -137,8 +166,21 @@ class DecodedImages(Dataset):
         self.axes: str = index["axes"]
         self.has_label, self.has_foreground = (np.array(index[n], bool) for n in ("has_label", "has_foreground"))
         self.first, self.last = (np.array(index[n]) for n in ("first", "last"))
-        self.images, self.labels = (np.load(self.directory / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))
-        self.sliced = self.ids[0] != self.cases[0]
+        self.images, self.labels = (
+            np.memmap(self.directory / f"{name}.u8", np.uint8, "r", shape=(len(self), *index["shapes"][name]))
+            for name in ("images", "labels")
+        )
+        self.sliced, self.teacher_channels = self.ids[0] != self.cases[0], tuple(teacher_channels)
+        channels = self.images.shape[1]
+        if (self.teacher_channels or channels != (1 if self.sliced else 3)) and (
+            len(self.teacher_channels) not in (1, 3) or not set(self.teacher_channels) <= set(range(channels))
+        ):
+            has = f"The images have {channels} channels, teacher_channels are {list(self.teacher_channels)}"
+            raise ValueError(f"{has}: give one or three of 0 to {channels - 1} as teacher_channels.")
+        self.classes = None
+        if self.classifies:
+            number = self.labels.astype(int) @ (1 << np.arange(findings)) if findings else self.labels.astype(int)
+            self.classes = np.where(self.has_label, number, -1)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -175,102 +217,26 @@ class DecodedImages(Dataset):
         known = bool(self.has_label[index])
         return {"image": image, "label": label, "id": self.ids[index], "index": index, "has_label": known}
 
-
-class DecodedDataset(DecodedImages):
-    """A dataset whose files are decoded once by a MONAI transform chain and then read from memory maps.
-
-    Pictures (C, H, W) are one sample each; volumes (C, D, H, W) give D samples, each slice with its two neighbours
-    as further channels. Images are stored in 256 steps.
-
-    Args:
-        data: datalist items with ``image``, ``id``, ``group`` and, where labelled, ``label``: a path, several paths of
-            masks that are combined, or a class.
-        transform: deterministic chain to ``image`` in [0, 1] and ``label``, class indices, all of one size (H, W).
-        cache_dir: folder for the memory maps; they are found again by content hashes and the chain's description.
-        num_classes: labels must be below it.
-        on_bad_sample: ``stop`` raises on the first unusable file, ``skip`` leaves it out and lists it in ``skipped``.
-        teacher_channels: one or three channels of images that have several, which teachers are shown.
-        findings: number F of findings, where a label is the number whose bits they are, the first one lowest.
-
-    Attributes:
-        data, transform, on_bad_sample: as given.
-        classes: (N,) class per image, or number of its findings, -1 where unknown; None for masks.
-        chain: hash of the transform chain.
-
-    Raises:
-        BadSampleError: a file cannot be read, or image and label disagree in size, or a label is out of range.
-    """
-
-    def __init__(
-        self,
-        data: list[Item],
-        transform: Callable,
-        cache_dir: str | Path,
-        num_classes: int = 2,
-        on_bad_sample: str = "stop",
-        teacher_channels: Sequence[int] = (),
-        findings: int = 0,
-    ) -> None:
-        _check_on_bad_sample(on_bad_sample)
-        if not data:
-            raise ValueError("The list of images to decode is empty: check dataset_dir and the split.")
-        if on_bad_sample == "stop" and (problems := [item["problem"] for item in data if "problem" in item]):
-            raise DataProblems(problems)
-        self.data, self.num_classes, cache_dir = list(data), 2 if findings else num_classes, Path(cache_dir)
-        self.transform, self.on_bad_sample, self.findings = transform, on_bad_sample, findings
-        self.classifies = any(_is_class(item.get("label")) for item in self.data)
-        paths = [p for i in self.data for p in (*files_of(i["image"]), *label_files(i)) if Path(p).exists()]
-        by_path = dict(zip(paths, content_hashes(paths, cache_dir), strict=True))
-        hashes = []
-        for item in self.data:
-            of_item = files_of(item["image"]), label_files(item)
-            images, masks = ([by_path.get(file, "missing") for file in files] for files in of_item)
-            label = f"class {item['label']}" if _is_class(item.get("label")) else "-".join(masks)
-            hashes.append([joint_hash(images), label])
-        ids = [[item["id"], item.get("group", item["id"])] for item in self.data]
-        description = describe(transform)
-        self.chain = fingerprint("decoded-4", description)
-        of_labels = [findings] if findings else num_classes
-        key = fingerprint("decoded-4", hashes, ids, description, of_labels, on_bad_sample)
-        self.directory = cache_dir / f"decoded-{key[:16]}"
-        finished = self.directory / "index.json"
-        if not finished.is_file():  # a finished folder may lie on a disk that cannot be written
-            with exclusive_lock(self.directory.with_suffix(".lock"), wait_s=3600):
-                if not finished.is_file():  # nor has another process made it meanwhile
-                    self._decode(transform, on_bad_sample, hashes)
-        super().__init__(self.directory)
-        self.teacher_channels = tuple(teacher_channels)
-        channels = self.images.shape[1]
-        if (self.teacher_channels or channels != (1 if self.sliced else 3)) and (
-            len(self.teacher_channels) not in (1, 3) or not set(self.teacher_channels) <= set(range(channels))
-        ):
-            has = f"The images have {channels} channels, teacher_channels are {list(self.teacher_channels)}"
-            raise ValueError(f"{has}: give one or three of 0 to {channels - 1} as teacher_channels.")
-        labels = self.labels.astype(int) if self.classifies else self.labels
-        labels = labels @ (1 << np.arange(findings)) if findings else labels
-        self.classes = np.where(self.has_label, labels, -1) if self.classifies else None
-
     def _decode(self, transform: Callable, on_bad_sample: str, hashes: list[list[str]]) -> None:
         index: defaultdict[str, list[Any]] = defaultdict(list)
-        agreement, skipped = Agreement(), []
+        agreement, skipped, shapes = Agreement(), [], dict[str, tuple[int, ...]]()
         with (
             atomic_folder(self.directory, replace=True) as folder,
-            (folder / "images.npy").open("wb") as image_file,
-            (folder / "labels.npy").open("wb") as label_file,
+            (folder / "images.u8").open("wb") as images,
+            (folder / "labels.u8").open("wb") as labels,
         ):
-            images, labels = _Rows(image_file), _Rows(label_file)
             for item, item_hashes in progress(list(zip(self.data, hashes, strict=True)), desc="decode"):
                 try:
                     decoded = read_item(item, transform)
                     agreement.check(decoded, item)
-                    image, label = self._decode_item(item, decoded, images.shape)
+                    image, label = self._decode_item(item, decoded, shapes.get("images", ()))
                 except BadSampleError as error:
                     if on_bad_sample == "stop":
                         raise
                     logger.warning("skipped: %s", error)
                     skipped.append(item["id"])
                     continue
-                count, name = len(image), item["id"]
+                count, name, first = len(image), item["id"], len(index["ids"])
                 foreground = ((label > 0) & (label != UNLABELLED)).reshape(count, -1).any(1)
                 sliced = np.ndim(decoded["image"]) == 4
                 index["ids"] += [f"{name}#{i:03d}" for i in range(count)] if sliced else [name]
@@ -279,13 +245,15 @@ class DecodedDataset(DecodedImages):
                 index["hashes"] += ["-".join(h[:16] for h in item_hashes)] * count
                 index["has_label"] += ["label" in item] * count
                 index["has_foreground"] += foreground.tolist()
-                index["first"] += [images.count] * count
-                index["last"] += [images.count + count - 1] * count
-                images.append(image)
-                labels.append(label)
-            if not images.count:
+                index["first"] += [first] * count
+                index["last"] += [first + count - 1] * count
+                images.write(image.tobytes())
+                labels.write(label.tobytes())
+                shapes = {"images": image.shape[1:], "labels": label.shape[1:]}
+            if not shapes:
                 raise BadSampleError("No usable image is left: check dataset_dir.")
-            atomic_write_json(folder / "index.json", {**index, "skipped": skipped, "axes": agreement.axes})
+            facts = {"skipped": skipped, "axes": agreement.axes, "shapes": shapes}
+            atomic_write_json(folder / "index.json", {**index, **facts})
 
     def _decode_item(
         self, item: dict[str, Any], decoded: dict[str, Any], size: tuple[int, ...]
@@ -319,28 +287,20 @@ class DecodedDataset(DecodedImages):
         return image, classes.astype(np.uint8)
 
 
-class Unusable(NamedTuple):
-    """An item that cannot be used, and why in one sentence."""
-
-    id: str
-    reason: str
-
-
 class ReadableDataset(Dataset):
-    """Items and their transform chain; an item that cannot be used is an :class:`Unusable`.
+    """Items and their transform chain; of an item that cannot be used ``{"id": ..., "reason": ...}``.
 
     With ``keep``, what the deterministic chain gives is held in memory.
     """
 
     def __init__(self, data: Sequence[Mapping[str, Any]], transform: Callable, keep: bool = False) -> None:
         self.data, self.transform, self.keep = list(data), transform, keep
-        self._kept: dict[int, dict[str, Any] | Unusable] = {}
-        self._agreement = Agreement()
+        self._kept, self._agreement = dict[int, dict[str, Any]](), Agreement()
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | Unusable:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """Return what the chain gives, or why it gives nothing."""
         item, result = self.data[index], self._kept.get(index)
         if result is None:
@@ -348,18 +308,18 @@ class ReadableDataset(Dataset):
                 result = read_item(item, self.transform)
                 self._agreement.check(result, item)
             except BadSampleError as error:
-                result = Unusable(str(item.get("id", item["image"])), str(error))
+                result = {"id": str(item.get("id", item["image"])), "reason": str(error)}
             if self.keep:
                 self._kept[index] = result
-        return result if isinstance(result, Unusable) else dict(result)
+        return dict(result)
 
 
-def _collate(batch: list[Any]) -> Any:
-    return batch[0] if isinstance(batch[0], Unusable) else list_data_collate(batch)
+def _collate(batch: list[dict[str, Any]]) -> Any:
+    return batch[0] if "reason" in batch[0] else list_data_collate(batch)
 
 
 class ReadableLoader(DataLoader):
-    """Loads one item at a time and lists those that cannot be used in ``skipped``, as ``{"id": ..., "reason": ...}``.
+    """Loads one item at a time and lists those that cannot be used in ``skipped``, see :class:`ReadableDataset`.
 
     Attached to an engine, it ends the run after the usable items; with ``on_bad_sample`` "stop" it then raises an error
     that names the others.
@@ -378,9 +338,9 @@ class ReadableLoader(DataLoader):
         self.skipped.clear()
         waiting: list[Any] = []
         for batch in super().__iter__():
-            if isinstance(batch, Unusable):
-                logger.warning("left out: %s", batch.reason)
-                self.skipped.append(batch._asdict())
+            if "reason" in batch:
+                logger.warning("left out: %s", batch["reason"])
+                self.skipped.append(batch)
                 continue
             yield from waiting
             waiting = [batch]
@@ -418,11 +378,9 @@ def describe(value: Any, _above: tuple[int, ...] = ()) -> Any:
     if id(value) in _above or len(_above) > 60:
         return "..."
     inside = functools.partial(describe, _above=(*_above, id(value)))
-    if isinstance(value, enum.Enum):
-        return value.name
     if isinstance(value, (np.ndarray, torch.Tensor, np.generic)):
         return inside(np.asarray(value).tolist())
-    if isinstance(value, (torch.dtype, torch.device, np.dtype, Path)):
+    if isinstance(value, (enum.Enum, torch.dtype, torch.device, np.dtype, Path)):
         return str(value)
     if isinstance(value, Mapping):
         return {str(k): inside(v) for k, v in value.items()}

@@ -166,11 +166,7 @@ class FinerImages:
         self._frame: Frame | None = None
 
     def image(self, index: int) -> np.ndarray:
-        """Return the image (3, H', W') uint8 of a sample, as :meth:`DecodedImages.shown` does at the student's size.
-
-        Raises:
-            ValueError: the file was changed since it was decoded, or its frame is not the one that was decoded.
-        """
+        """Return the image (3, H', W') uint8 of a sample; a ValueError if its file or frame is not what was decoded."""
         dataset = self.dataset
         if self._frame is None or self._case != dataset.cases[index]:
             self._case, self._frame = dataset.cases[index], self._read(index)

@@ -110,23 +110,13 @@ class PatchSampler(BatchSampler):
     """Batches of patches of volumes: ``slices`` consecutive slices around each sample that a batch sampler draws.
 
     A case with fewer slices gives its last one several times. ``batch_size`` counts patches; ``first`` and ``last`` are
-    the first and last slice of each sample's case, the other options those of :class:`BatchSampler`.
+    the first and last slice of each sample's case, the other arguments those of :class:`BatchSampler`.
     """
 
     def __init__(
-        self,
-        has_label: np.ndarray,
-        has_foreground: np.ndarray,
-        batch_size: int,
-        seed: int,
-        *,
-        first: np.ndarray,
-        last: np.ndarray,
-        slices: int,
-        min_steps: int = 1,
-        **options: Any,
+        self, *arguments: Any, first: np.ndarray, last: np.ndarray, slices: int, min_steps: int = 1, **options: Any
     ) -> None:
-        super().__init__(has_label, has_foreground, batch_size, seed, **options)
+        super().__init__(*arguments, **options)
         self.first, self.last, self.slices = first, last, slices
         self.steps = max(min_steps, math.ceil(self.steps / slices))
 

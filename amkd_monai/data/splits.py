@@ -82,9 +82,8 @@ def k_fold(
 ) -> Sections:
     """Cross-validation: test is one fold, validation a part of the rest (one group at least), by whole groups.
 
-    Where labels are classes, folds have about equal numbers of each class. With fewer groups than folds there are as
-    many folds as groups. A repeated id, fewer than 3 groups, an unknown fold or a fraction outside (0, 1) is a
-    ValueError.
+    Folds are those of :func:`fold_of_groups`. A repeated id, fewer than 3 groups, an unknown fold or a fraction outside
+    (0, 1) is a ValueError.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"The validation fraction is {validation_fraction}: give one between 0 and 1.")
@@ -109,8 +108,8 @@ def fold_of_groups(
 ) -> np.ndarray:
     """Assign each sample to a fold, int64 (N,), so that no group is cut and folds have about equal sizes.
 
-    With fewer groups than folds there are as many folds as groups. Where ``classes`` are given, one per sample, folds
-    have about equal numbers of each class. The seed shuffles groups of one size.
+    With fewer groups than folds there are as many folds as groups. With ``classes``, one per sample, folds have about
+    equal numbers of each. The seed shuffles groups of one size.
     """
     sizes = Counter(groups)
     if folds < 2:
@@ -203,10 +202,7 @@ text, other brightness or JPEG quality differ by up to 28 bits, different pictur
 
 
 def group_identical_images(items: Iterable[Item]) -> list[Item]:
-    """Give byte-identical images one common group, see :func:`joined`; return copies of the items, sorted by id.
-
-    Only files of equal size are read.
-    """
+    """Give byte-identical images one common group, see :func:`joined`; return copies of the items, sorted by id."""
     ordered = sorted(items, key=lambda item: item["id"])
     sizes = [sum(size_and_time(file)[0] for file in files_of(item["image"])) for item in ordered]
     shared, first, pairs = Counter(sizes), dict[str, int](), []
@@ -293,8 +289,5 @@ def clusters(count: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
 def group_near_duplicates(
     items: Sequence[Item], distance: int = NEAR, cache_dir: str | Path | None = None
 ) -> list[Item]:
-    """Give near-duplicate pictures one common group, see :func:`joined`; return copies of the items in their order.
-
-    ``distance`` is the number of bits in which two hashes of one group differ at most; 0 joins equal hashes only.
-    """
+    """Give near-duplicate pictures one common group, see :func:`joined`; return copies of the items in their order."""
     return joined(items, near_duplicates([files_of(item["image"])[0] for item in items], distance, cache_dir))

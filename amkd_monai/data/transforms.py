@@ -106,10 +106,7 @@ load_rgb, load_mask, load_volume = LoadPictured, LoadMaskd, LoadVolumed
 
 
 class CtWindowd(_PerKey):
-    """Scale a CT to [0, 1] by a window in HU, that of lungs by default; see :func:`amkd_monai.files.volumes.ct_range`.
-
-    A CT that was windowed to 0..255 or 0..1 before is scaled from there.
-    """
+    """Scale a CT to [0, 1] by a window in HU, lungs by default, see :func:`amkd_monai.files.volumes.ct_range`."""
 
     def __init__(
         self, keys: KeysCollection, low: float = -1250.0, high: float = 250.0, values: str = volumes.CT_VALUES[0]

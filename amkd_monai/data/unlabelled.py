@@ -11,7 +11,7 @@ import numpy as np
 
 from amkd_monai.data import splits
 from amkd_monai.data.datalist import Datalist
-from amkd_monai.data.decoded import DecodedImages
+from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.splits import Item
 from amkd_monai.files import cases, names
 from amkd_monai.files.dicom import patient_and_study
@@ -164,7 +164,7 @@ def _group_of(item: Item, expression: str) -> str:
     return f"{item['id'].partition('/')[0]}/{of}"
 
 
-def look_unlike(dataset: DecodedImages) -> str:
+def look_unlike(dataset: DecodedDataset) -> str:
     """Say whether unlabelled samples look unlike the labelled ones, by grey level and contrast; empty if not."""
     labelled, further = np.flatnonzero(dataset.has_label), np.flatnonzero(~dataset.has_label)
     if not len(further) or len(labelled) < 2:

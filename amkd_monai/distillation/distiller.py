@@ -26,15 +26,11 @@ STUDENT_STRIDES = (8, 16)  # student levels that are aligned with a teacher (two
 SHARED_STRIDE = 16  # student level that gates and contrastive heads see, and where gradients are compared
 
 
-def kd_temperature(progress: float, start: float = 2.0, end: float = 2.0, shape: str = "linear") -> float:
-    """KD temperature at ``progress`` in [0, 1], from ``start`` to ``end``, ``linear`` or ``cosine``."""
+def kd_temperature(progress: float, start: float = 2.0, end: float = 2.0) -> float:
+    """KD temperature at ``progress`` in [0, 1], linear from ``start`` to ``end``."""
     if min(start, end) < 1:
         raise ValueError(f"The KD temperature runs from {start} to {end}; it must not be below 1.")
-    if shape == "linear":
-        return start + (end - start) * progress
-    if shape == "cosine":
-        return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
-    raise ValueError(f"There is no KD temperature schedule '{shape}': use 'linear' or 'cosine'.")
+    return start + (end - start) * progress
 
 
 def distillation_strength(progress: float, warmup: float = 0.05, decay: float = 0.0, end: float = 0.1) -> float:

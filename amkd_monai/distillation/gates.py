@@ -207,9 +207,12 @@ class TeacherGate(nn.Module):
         """
         means = self.mean_errors[None, :, None, None].repeat(len(batch.label), 1, *self.grid).unbind(1)
         errors = dict(zip((t.name for t in self.teachers), means, strict=True))
+        label = losses.label_map(batch.label)
+        if batch.rows is not None:  # a label that is none may hold anything
+            label = label * batch.known[:, None, None, None]
         for size, group in losses.by_size(answers).items():
             log_probabilities = torch.stack(list(group.values())).float().log_softmax(2)  # (teachers, B, classes, h, w)
-            areas = _areas(batch, classes, size)
+            areas = losses.class_areas(label, classes, size)
             measured = losses.area_logits(losses.soft_cross_entropy(areas, log_probabilities), self.grid)
             for name, error in zip(group, measured, strict=True):
                 errors[name] = torch.where(batch.known[:, None, None], error, errors[name])
@@ -226,12 +229,6 @@ class TeacherGate(nn.Module):
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
         """Weights (B, K, h, w) over the teachers that are available (K,); 0 for the others."""
         raise NotImplementedError
-
-
-def _areas(batch: Batch, classes: int, size: tuple[int, int]) -> Tensor:
-    """Area fractions (B, classes, h, w) of the labels of a batch; those of samples without a label mean nothing."""
-    known = losses.label_map(batch.label)
-    return losses.class_areas(known if batch.rows is None else known * batch.known[:, None, None, None], classes, size)
 
 
 class ReliabilityGate(TeacherGate):

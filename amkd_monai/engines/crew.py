@@ -163,26 +163,17 @@ def _teams(name: str, train: DecodedDataset, folds: int, seed: int) -> np.ndarra
 
 @dataclass(frozen=True)
 class Crew:
-    """Members, and how they are trained and asked; :func:`read_crew` makes it.
-
-    Attributes:
-        members: networks (B, 3, H, W) -> logits as they start; copied, never changed.
-        side: (H, W) of the members' images.
-        team: (N,) fold of each training sample, ``folds`` where it has no label.
-        mirrors: axes over which an image is mirrored for each part of an answer.
-        views: stored views of every training image.
-        steps: of each training.
-    """
+    """Members, and how they are trained and asked; :func:`read_crew` makes it."""
 
     name: str
-    members: Sequence[nn.Module]
-    side: tuple[int, int]
+    members: Sequence[nn.Module]  # networks (B, 3, H, W) -> logits as they start; copied, never changed
+    side: tuple[int, int]  # (H, W) of the members' images
     folds: int
-    team: np.ndarray
-    mirrors: Sequence[tuple[int, ...]]
-    views: int
+    team: np.ndarray  # (N,) fold of each training sample, ``folds`` where it has no label
+    mirrors: Sequence[tuple[int, ...]]  # axes over which an image is mirrored for each part of an answer
+    views: int  # stored views of every training image
     recipe: Recipe
-    steps: int
+    steps: int  # of each training
     seed: int
     device: torch.device | str
     cache_dir: str

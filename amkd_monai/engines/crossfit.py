@@ -39,19 +39,13 @@ PATCHES_PER_STEP = 2
 
 @dataclass(frozen=True)
 class Method:
-    """How the copies of a network are trained on samples of a dataset, and how they answer them.
+    """How the copies of a network are trained on samples of a dataset, and how they answer them."""
 
-    Attributes:
-        fit: (network, dataset, indices, fold).
-        predict: (network, dataset, n indices), returns logits (n, classes, h, w).
-        key: what the answers depend on besides network, folds and seed.
-        title: what is trained and for how long, for messages.
-    """
-
-    fit: Callable[[nn.Module, DecodedDataset, np.ndarray, int], None]
+    fit: Callable[[nn.Module, DecodedDataset, np.ndarray, int], None]  # (network, dataset, indices, fold)
+    # (network, dataset, n indices), returns logits (n, classes, h, w)
     predict: Callable[[nn.Module, DecodedDataset, np.ndarray], np.ndarray]
-    key: dict[str, Any]
-    title: str
+    key: dict[str, Any]  # what the answers depend on besides network, folds and seed
+    title: str  # what is trained and for how long, for messages
 
 
 def answer_size(dataset: DecodedDataset) -> tuple[int, int]:

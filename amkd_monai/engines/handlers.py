@@ -37,8 +37,8 @@ from amkd_monai.engines.runs import Identity, is_true, record_weights, refuse_an
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import class_metrics, class_row
-from amkd_monai.metrics.segmentation import STATUSES
-from amkd_monai.metrics.summary import TEACHERS, Row, figures_of, mask_rows, preview_file, write_case_csv, write_figures
+from amkd_monai.metrics.segmentation import STATUSES, mask_rows
+from amkd_monai.metrics.summary import TEACHERS, Row, figures_of, preview_file, write_case_csv, write_figures
 from amkd_monai.networks.student import Student, initialised
 from amkd_monai.report.previews import mask_preview, save_arrays, small
 from amkd_monai.storage import atomic_path, atomic_write_json, file_sha256, jsonable, now

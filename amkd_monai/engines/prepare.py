@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -24,7 +25,7 @@ from amkd_monai import __version__
 from amkd_monai.cache import probes
 from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers, shown_to
 from amkd_monai.cache.store import EVERYTHING, FeatureStore, Part
-from amkd_monai.data.datasets import get_task
+from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.unlabelled import look_unlike
 from amkd_monai.distillation import TeacherTarget
@@ -37,8 +38,11 @@ from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import macro_auroc, mean_auroc
 from amkd_monai.storage import fingerprint, read_memo, write_memo
-from amkd_monai.teachers.base import CROSS_FITTED_KINDS, TeacherFacts, validate_descriptions
-from amkd_monai.teachers.plan import check, choose, estimate, known_teacher, refuse_changed, refuse_other_answers
+from amkd_monai.teachers import plan
+from amkd_monai.teachers.base import CROSS_FITTED_KINDS, TeacherFacts, build_teacher, validate_descriptions
+from amkd_monai.teachers.catalogue import how_to_get
+from amkd_monai.teachers.plan import known_teacher
+from amkd_monai.terminal import align
 
 logger = logging.getLogger("amkd_monai")
 
@@ -57,12 +61,12 @@ def chosen_teachers(
     the ``cache_dir`` that keeps what is known of them.
     """
     of_task = get_task(task)
-    described, lines = choose(teachers, of_task, weights_dir, fallback)
+    described, lines = plan.choose(teachers, of_task, weights_dir, fallback)
     if shown := [of_task.channels[index] for index in of_task.shown_channels]:
         lines = [*lines, f"Of the channels {', '.join(of_task.channels)} teachers see {', '.join(shown)}."]
     for line in lines:
         logger.info(line)
-    check(described, of_task.answers, of_task.per_image, weights_dir, device=device, cache_dir=cache_dir)
+    plan.check(described, of_task.answers, of_task.per_image, weights_dir, device=device, cache_dir=cache_dir)
     return described
 
 
@@ -188,10 +192,10 @@ def prepare_teachers(
     classes = [str(number) for number in range(train.num_classes)]
     single = train.findings or int(train.classes is not None)
     height, width = train.images.shape[-2:]
-    plans = check(teachers, classes, single, weights_dir, (height, width), device, cache_dir)
+    plans = plan.check(teachers, classes, single, weights_dir, (height, width), device, cache_dir)
     if any(found.flops for found in plans):
         images = len(train) * views + len(validation)
-        logger.info("teachers take %s, less what is cached", estimate(plans, images, cache_dtype, device))
+        logger.info("teachers take %s, less what is cached", plan.estimate(plans, images, cache_dtype, device))
     if idist.get_world_size() > 1:
         for description in alone:
             cached(description=description, part=Part(idist.get_rank(), idist.get_world_size()))
@@ -208,7 +212,7 @@ def prepare_teachers(
             own, length = preparation.student_score(int(options["folds"]), length, max(values) - margin)
             record |= {f"undistilled_student_{name}": value for name, value in own.record().items()}
             record["undistilled_student_epochs"] = length
-    refuse_changed(plans)
+    plan.refuse_changed(plans)
     taught, facts = [], []
     for (teacher, score), ask in zip(scored, asked, strict=True):
         admitted, why = decide(score, own, options["mode"], margin, teacher.kind)
@@ -252,7 +256,7 @@ class _Preparation:
         if target.answers is None:
             return target, None
         shape = target.answers.arrays["logits"].shape
-        refuse_other_answers(
+        plan.refuse_other_answers(
             target.name, shape, self.train.num_classes, self.train.findings or int(self.train.classes is not None)
         )
         calibration = _calibration(of_validation, self.validation)
@@ -467,3 +471,66 @@ def prior_entropy(dataset: DecodedDataset) -> float:
         counts += np.bincount(dataset.labels[i].ravel(), minlength=dataset.num_classes)[: dataset.num_classes]
     frequency = (counts / counts.sum()).clip(1e-12)
     return float(-(frequency * np.log(frequency)).sum())
+
+
+HEADER = ("teacher", "file", "teaches", "prompt", "input", "s/image", "MB/image", "licence", "seen in training")
+
+
+def format_bundle(bundle: str | Path, settings: Mapping[str, Any], weights_dir: str | None = None) -> str:
+    """Return the table of a bundle's teachers, one for each task where it has several, and how to get missing ones.
+
+    Every teacher is built and asked once, with an image of noise; ``settings`` are those that a run would change.
+    """
+    parser = open_bundle(bundle, {**settings, **({"weights_dir": weights_dir} if weights_dir else {})})
+    if "task_set" not in parser.config:
+        return format_task(parser)
+    tasks = parser.get_parsed_content("task_set").bundles
+    return "\n\n".join(f"{name}\n{format_task(of_task.parser)}" for name, of_task in tasks.items())
+
+
+def format_task(parser: ConfigParser) -> str:
+    """Return the table of the teachers of one task, whose bundle's config was read."""
+    names = ("teachers", "weights_dir", "fallback_teachers", "device")
+    (teachers, weights_dir, fallback, device), task = map(parser.get_parsed_content, names), get_task(parser["task"])
+    described, lines = plan.choose(teachers, task, weights_dir, fallback)
+    height, width = parser.get("volume_size", [0, *[parser.get("image_size")] * 2])[1:]
+    size = int(height), int(width)
+    plans = plan.check(described, task.answers, task.per_image, weights_dir, size, device)
+    rows = [_row(d, found, task, size, device, weights_dir) for d, found in zip(described, plans, strict=True)]
+    official = plan.official_teachers("auto", task, weights_dir)
+    missing = [how_to_get(teacher, weights_dir) for teacher, file in official if file is None]
+    return "\n".join([align([HEADER, *rows], left=None, ruled=True), *lines, *missing])
+
+
+def _row(
+    description: Mapping[str, Any],
+    found: plan.Plan,
+    task: Task,
+    size: tuple[int, int],
+    device: torch.device,
+    weights_dir: str | None,
+) -> tuple[str, ...]:
+    name, kind, file = found.name, description["kind"], found.file[0].name if found.file else "packaged"
+    if kind in CROSS_FITTED_KINDS:
+        return name, "none", "answers of networks trained in folds", "", "", "", "", "yours", "your training split"
+    teacher = build_teacher(description, weights_dir).to(device)
+    sides = (found.image_size,) * 2 if isinstance(found.image_size, int) else found.image_size or size
+    image = torch.rand(1, 3, *sides, device=device)
+    inputs = [image, *([torch.zeros_like(image[:, :1]).long()] if teacher.uses_labels else [])]
+    start = time.perf_counter()
+    with torch.inference_mode():
+        outputs = teacher(*inputs)
+    values = [v for v in (outputs.grid, outputs.pooled, outputs.logits) if v is not None]
+    if not all(value.isfinite().all() for value in values):  # reading a value waits for the device
+        raise ValueError(f"The teacher '{name}' answers with NaN or infinity: check its weights.")
+    seconds, megabytes = time.perf_counter() - start, sum(v.numel() for v in values) * 2 / 1e6
+    own = outputs.logits is not None and outputs.logits.ndim == 4 and description.get("own_answers", True)
+    features = outputs.grid is not None
+    probed = features and description.get("cross_fit", True)
+    teaches = [*(["features"] if features else []), *(["its own answers"] if own else ["a probe's answers"] * probed)]
+    prompt = description.get("prompts") or description.get("token_ids") or description.get("prompt") or "none"
+    known = plan.official_entry(description)
+    learned = plan.seen(known, task) if known else "no" if file == "packaged" else "not known"
+    side = " x ".join(map(str, image.shape[-2:]))
+    text = ", ".join(map(str, prompt)) if isinstance(prompt, list) else str(prompt)
+    return name, file, " and ".join(teaches), text, side, f"{seconds:.2f}", f"{megabytes:.2f}", teacher.licence, learned

@@ -13,7 +13,8 @@ from amkd_monai.files.masks import MaskCodes, read_mask
 from amkd_monai.files.names import DataProblems, files_of, label_files
 from amkd_monai.files.volumes import read_label_volume
 from amkd_monai.metrics.classification import class_row
-from amkd_monai.metrics.summary import FIGURES, Row, figures_of, mask_rows, preview_file, write_figures
+from amkd_monai.metrics.segmentation import mask_rows
+from amkd_monai.metrics.summary import FIGURES, Row, figures_of, preview_file, write_figures
 from amkd_monai.report.page import write_report
 from amkd_monai.report.previews import mask_preview, save_arrays, small
 from amkd_monai.storage import file_sha256, read_json

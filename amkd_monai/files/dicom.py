@@ -53,8 +53,9 @@ def is_slice(file: Path) -> bool:
 def find_series(folder: Path) -> list[list[Slice]]:
     """Find the slices of each volume among the files of a folder, not below it.
 
-    Files that are not DICOM images are left out and counted, and so are single slices of another direction or size
-    (localizers) next to a volume. A series of several directions becomes several volumes.
+    Files that are not DICOM images are left out and counted, and so are single slices of another direction (localizers)
+    next to a volume. A series of several directions becomes several volumes; a single slice of another size stays in
+    the volume of its direction, which :func:`series_grid` refuses.
     """
     groups: defaultdict[str, list[list[Slice]]] = defaultdict(list)
     foreign, damaged = [], []
@@ -75,8 +76,12 @@ def find_series(folder: Path) -> list[list[Slice]]:
     result: list[list[Slice]] = []
     for planes in groups.values():
         kept = [slices for slices in planes if len(slices) > 1] or planes
-        if left := sum(map(len, planes)) - sum(map(len, kept)):
-            logger.warning("%d slice(s) of another direction or size in the series in %s are left out.", left, folder)
+        single = [plane[0] for plane in planes if plane not in kept]
+        left = [item for item in single if not any(_alike(item, slices[0], "orientation", 6) for slices in kept)]
+        for slices in kept:
+            slices += [s for s in single if s not in left and _alike(s, slices[0], "orientation", 6)]
+        if left:
+            logger.warning("%d slice(s) of another direction in the series in %s are left out.", len(left), folder)
         result += [[*slices, *damaged] for slices in kept]
     return result
 
@@ -101,9 +106,13 @@ def patient_and_study(path: Path) -> tuple[str, str]:
 
 def _in_one_plane(a: Slice, b: Slice) -> bool:
     """Whether two slices have one direction, size and pixel size."""
-    pairs = [(a.numbers(*tag), b.numbers(*tag)) for tag in (("orientation", 6), ("spacing", 2))]
     same = all(a.tags.get(name) == b.tags.get(name) for name in ("rows", "columns"))
-    return same and all(len(x) == len(y) and np.allclose(x, y, rtol=1e-3, atol=1e-3) for x, y in pairs)
+    return same and _alike(a, b, "orientation", 6) and _alike(a, b, "spacing", 2)
+
+
+def _alike(a: Slice, b: Slice, name: str, count: int) -> bool:
+    x, y = a.numbers(name, count), b.numbers(name, count)
+    return len(x) == len(y) and np.allclose(x, y, rtol=1e-3, atol=1e-3)
 
 
 @contextmanager
@@ -188,8 +197,10 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
     if len(slices) < 2:
         raise refuse("alone", "give at least two slices")
     positions, orientations, spacings = (np.array(values) for values in zip(*placed, strict=True))
-    if np.abs(spacings - spacings[0]).max() > 1e-3 or np.abs(orientations - orientations[0]).max() > 2e-3:
-        raise refuse("with several directions or pixel sizes", "give one series at a time")
+    sizes = {(item.tags.get("rows"), item.tags.get("columns")) for item in slices}
+    turned = np.abs(orientations - orientations[0]).max() > 2e-3
+    if turned or len(sizes) > 1 or np.abs(spacings - spacings[0]).max() > 1e-3:
+        raise refuse("with several directions, sizes or pixel sizes", "give one series at a time")
     row, column = orientations[0, :3], orientations[0, 3:]
     normal = np.cross(row, column)
     order = np.argsort(positions @ normal, kind="stable")

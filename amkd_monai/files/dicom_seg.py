@@ -31,12 +31,9 @@ EMPTY = (
 def write_segmentation(
     path: Path, mask: np.ndarray, grid: Grid, series: Sequence[Path], classes: Sequence[str]
 ) -> None:
-    """Write class indices (X, Y, Z) on the ``grid`` of a series, its files, as a binary DICOM segmentation.
+    """Write class indices (X, Y, Z) on the ``grid`` of a series as a binary DICOM segmentation.
 
-    It has one segment for each of ``classes``, names, but the first, the background.
-
-    Raises:
-        ValueError: a slice lacks what a segmentation refers to, or highdicom is not installed.
+    Each of ``classes`` but the background has a segment. A ValueError if a slice lacks what it refers to.
     """
     slices = _headers(series)
     import highdicom
@@ -84,10 +81,7 @@ def write_captures(
     """Write a new series of secondary captures, a picture of each slice of a series, to a new or replaced folder.
 
     Class indices and grey levels 0 to 255 (X, Y, Z) lie on the ``grid`` of the series; ``draw`` makes a picture (rows,
-    columns, 3), uint8, of levels and mask of a slice.
-
-    Raises:
-        ValueError: a slice lacks what a capture refers to, or highdicom is not installed.
+    columns, 3), uint8, of levels and mask of a slice. A ValueError if a slice lacks what a capture refers to.
     """
     slices = _headers(series)
     import highdicom

@@ -134,14 +134,22 @@ def read_text(path: Path) -> str:
 def table_rows(path: Path, columns: Sequence[str] = ()) -> tuple[list[str], list[dict[str, str]]]:
     """Read a table separated by comma, semicolon or tab: names of columns, and rows {name: cell} without blanks.
 
-    ``columns`` are written as they stand there, whatever their case in the file.
+    ``columns`` are written as they stand there, whatever their case in the file. A column that comes twice, or a row
+    with more cells than there are columns, is a ValueError.
     """
     text = read_text(path).lstrip("\r\n")
     separator = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, delimiter=separator)
     known = {name.lower(): name for name in columns}
     reader.fieldnames = found = [known.get(n.strip().lower(), n.strip()) for n in reader.fieldnames or []]
-    return found, [{name: (row[name] or "").strip() for name in found} for row in reader]
+    if twice := [name for name, count in Counter(found).items() if name and count > 1]:
+        raise ValueError(f"{path} has several columns {twice[0]}: rename all but one.")
+    rows = list(reader)
+    if longer := [number for number, row in enumerate(rows, 2) if any(row.get(None) or ())]:
+        raise ValueError(
+            f"{path} has more cells than columns in the line {longer[0]}: put cells with commas in quotes."
+        )
+    return found, [{name: (row[name] or "").strip() for name in found} for row in rows]
 
 
 def label_files(item: Mapping[str, object]) -> list[str]:

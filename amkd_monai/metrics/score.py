@@ -8,7 +8,8 @@ from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.files import names, volumes
 from amkd_monai.files.masks import MaskCodes, other_size, read_mask
 from amkd_monai.files.names import some
-from amkd_monai.metrics.summary import Row, figures_of, mask_rows, write_figures
+from amkd_monai.metrics.segmentation import mask_rows
+from amkd_monai.metrics.summary import Row, figures_of, write_figures
 from amkd_monai.terminal import logger, progress
 
 ENDINGS = ("_mask", "_segmentation", "_seg", "_pred", "_prediction")

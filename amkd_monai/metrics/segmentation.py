@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 
+from amkd_monai.data.datasets import Task
+from amkd_monai.files.masks import IGNORED
+
 METRICS = ("dice", "iou", "nsd", "hd95")
 """The metric columns of a case row; all lie in [0, 1] but ``hd95``, which has the unit of the spacing."""
 
@@ -17,15 +20,8 @@ STATUSES = ("ok", "missed", "false_positive", "empty_both")
 """What a row can be: both masks present, prediction empty, reference empty, both empty."""
 
 
-def case_metrics(
-    pred: ArrayLike,
-    reference: ArrayLike,
-    num_classes: int,
-    spacing: Sequence[float],
-    nsd_tolerance: float | Mapping[str, float],
-    class_names: Sequence[str] | None = None,
-    regions: Mapping[str, Sequence[int]] | None = None,
-    known: np.ndarray | None = None,
+def mask_rows(
+    task: Task, case: str, pred: ArrayLike, reference: ArrayLike, spacing: Sequence[float]
 ) -> list[dict[str, Any]]:
     """Score one case, one row per foreground class and region, and of several foreground classes one of background.
 
@@ -40,46 +36,41 @@ def case_metrics(
     are the definitions of :py:mod:`monai.metrics`, which needs torch. Background has neither NSD nor HD95.
 
     Args:
-        pred: predicted label map, (H, W) or (D, H, W) in any axis order, integers in [0, num_classes).
-        reference: reference label map of the same shape.
-        num_classes: number of classes including the background, which is label 0.
+        task: gives classes, regions and the tolerance of the NSD in the unit of ``spacing``.
+        case: id of the case.
+        pred: predicted label map, (H, W) or (D, H, W) in any axis order, class indices.
+        reference: reference label map of the same shape; pixels of 255 count nowhere.
         spacing: size of a pixel or voxel along each axis of the arrays (mm, or 1 for pixels).
-        nsd_tolerance: boundary tolerance of the NSD in the unit of ``spacing``; or one for each class and region.
-        class_names: names of the foreground classes 1, 2, ...; ``class_1`` and so on when left out.
-        regions: foreground labels that are scored together, as one mask, by the region's name.
-        known: where background counts, boolean in the shape of the maps; by default everywhere.
 
     Returns:
-        Rows with ``class``, ``label`` (NaN for a region), ``status``, the :data:`METRICS`, ``pred_volume`` and
+        Rows with ``id``, ``class``, ``label`` (NaN for a region), ``status``, the :data:`METRICS`, ``pred_volume`` and
         ``reference_volume`` (unit of ``spacing`` to the power of the number of axes).
     """
-    pred, reference = np.asarray(pred), np.asarray(reference)
+    pred, reference, names = np.asarray(pred), np.asarray(reference), task.classes[1:]
     if pred.shape != reference.shape or pred.ndim not in (2, 3) or pred.size == 0:
         shapes = f"{pred.shape} and {reference.shape}"
         raise ValueError(f"pred and reference must be one non-empty (H, W) or (D, H, W), got shapes {shapes}.")
     if len(spacing) != pred.ndim or not all(math.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"spacing must be {pred.ndim} positive numbers, one per axis, got {list(spacing)}.")
-    names, regions = list(class_names or (f"class_{label}" for label in range(1, num_classes))), dict(regions or {})
-    every = [*names, *regions]
-    tolerances = nsd_tolerance if isinstance(nsd_tolerance, Mapping) else dict.fromkeys(every, nsd_tolerance)
-    if {*tolerances} != {*every} or not all(math.isfinite(t) and t >= 0 for t in tolerances.values()):
-        wanted = f"one number, finite and not negative, or one for each of {', '.join(every)}"
-        raise ValueError(f"nsd_tolerance must be {wanted}, got {nsd_tolerance}.")
-    if num_classes < 2 or len(set(names)) != num_classes - 1 or len(names) != num_classes - 1:
-        raise ValueError(f"class_names must be one name per foreground class of {num_classes} classes, got {names}.")
-    pred, reference = _label_map(pred, "pred", num_classes), _label_map(reference, "reference", num_classes)
-    background = [(labels == 0)[... if known is None else known] for labels in (pred, reference)]
+    given = task.nsd_tolerance
+    tolerances = given if isinstance(given, Mapping) else dict.fromkeys([*names, *task.regions], given)
+    if not all(math.isfinite(t) and t >= 0 for t in tolerances.values()):
+        raise ValueError(f"nsd_tolerance is {given}: give finite numbers that are not negative.")
+    known = reference != IGNORED
+    pred = _label_map(np.where(known, pred, 0), "pred", len(task.classes))
+    reference = _label_map(np.where(known, reference, 0), "reference", len(task.classes))
+    background = [(labels == 0)[known] for labels in (pred, reference)]
     pred, reference = _crop_to_foreground(pred, reference)
     rows = [
         {"class": name, "label": label, **_class_row(pred == label, reference == label, spacing, tolerances[name])}
-        for label, name in zip(range(1, num_classes), names, strict=True)
+        for label, name in enumerate(names, 1)
     ]
-    for name, members in regions.items():
+    for name, members in task.regions.items():
         found, true = (np.isin(labels, members) for labels in (pred, reference))
         rows.append({"class": name, "label": math.nan, **_class_row(found, true, spacing, tolerances[name])})
     if len(names) > 1:
         rows.append({"class": BACKGROUND, "label": 0, **_class_row(background[0], background[1], spacing, None)})
-    return rows
+    return [{"id": case, **row} for row in rows]
 
 
 def _class_row(

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from amkd_monai.data.datasets import Task
-from amkd_monai.files.masks import IGNORED
 from amkd_monai.files.names import file_of
 from amkd_monai.metrics import classification
 from amkd_monai.metrics.classification import class_metrics, labels_and_probabilities
-from amkd_monai.metrics.segmentation import METRICS, case_metrics
+from amkd_monai.metrics.segmentation import METRICS
 from amkd_monai.metrics.statistics import bootstrap_ci, interval, resampled
 from amkd_monai.storage import atomic_write_bytes, atomic_write_json, jsonable, now, read_json
 from amkd_monai.terminal import align
@@ -47,8 +45,7 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> dict[str
     out); regions and background enter no such mean. Cases that have no value are left out of a metric and counted under
     ``status``.
 
-    ``rows`` are those of :py:func:`~amkd_monai.metrics.segmentation.case_metrics`, with the ``id`` of the case, each
-    class of a case once.
+    ``rows`` are those of :py:func:`~amkd_monai.metrics.segmentation.mask_rows`, each class of a case once.
 
     Returns:
         ``cases`` (number of ids), ``status`` (rows per status), ``empty_references`` (rows on which no metric is
@@ -181,15 +178,6 @@ def read_case_csv(path: str | Path) -> list[Row]:
 
 def _parse(text: str) -> int | float:
     return int(text) if text.lstrip("-").isdigit() else float(text or math.nan)
-
-
-def mask_rows(task: Task, case: str, pred: ArrayLike, reference: ArrayLike, spacing: Sequence[float]) -> list[Row]:
-    """Score label maps (H, W) or (X, Y, Z) of one case by a task; pixels whose reference is 255 count nowhere."""
-    known = np.asarray(reference) != IGNORED
-    if not known.all():
-        pred, reference = np.where(known, pred, 0), np.where(known, reference, 0)
-    scored = task.nsd_tolerance, task.classes[1:], task.regions, known
-    return [{"id": case, **row} for row in case_metrics(pred, reference, len(task.classes), spacing, *scored)]
 
 
 def figures_of(task: Task, rows: Sequence[Row], seen: Mapping[str, str]) -> dict[str, Any]:

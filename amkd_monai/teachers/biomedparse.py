@@ -22,7 +22,7 @@ from timm.models.focalnet import FocalNet
 from torch import Tensor, nn
 
 from amkd_monai.teachers.base import TeacherFeatures, binary_to_two_class, fixed_initialisation, pool_to_grid
-from amkd_monai.teachers.official import COMMON, OfficialTeacher, read_official
+from amkd_monai.teachers.official import OfficialTeacher, read_official
 from amkd_monai.weights import CheckpointError
 
 VOCABULARY, CONTEXT = 49408, 77
@@ -369,7 +369,7 @@ class BiomedParseTeacher(OfficialTeacher):
         precision: of the pixel decoder.
     """
 
-    settings = (*COMMON, "token_ids", "stride")
+    settings = (*OfficialTeacher.settings, "token_ids", "stride")
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from skimage.transform import resize
 from torch import Tensor, nn
 
 from amkd_monai.teachers.base import TeacherFeatures, binary_to_two_class, fixed_initialisation, pool_to_grid
-from amkd_monai.teachers.official import COMMON, OfficialTeacher, each_image, read_official
+from amkd_monai.teachers.official import OfficialTeacher, each_image, read_official
 from amkd_monai.weights import CheckpointError
 
 logger = logging.getLogger("amkd_monai")
@@ -71,7 +71,7 @@ class MedSAMTeacher(OfficialTeacher):
 
     resize = "scikit-image bicubic spline, anti-aliased, squashed, 8 bit"
     normalisation = "minimum to maximum of the image"
-    settings = (*COMMON, "prompt")
+    settings = (*OfficialTeacher.settings, "prompt")
 
     def __init__(
         self,

@@ -78,25 +78,18 @@ def imagenet_normalised(pixels: Tensor) -> Tensor:
     return (pixels / 255 - mean) / std
 
 
-COMMON = ("image_size", "resize", "normalisation", "grid_limit", "precision")  # settings of all official teachers
-
-
 class OfficialTeacher(Teacher):
     """A foundation teacher: a network of fixed input size, filled from an official weight file.
 
     The default preprocessing is that of most authors: 8-bit RGB, squashed to a square, ImageNet's statistics.
-
-    Attributes:
-        image_size: side of the network's input in pixels.
-        resize: how images get that size; part of the fingerprint, like ``normalisation``.
     """
 
-    image_size: int
+    image_size: int  # side of the network's input in pixels
     grid_limit: int
     network: nn.Module
-    resize = "Pillow bicubic, squashed"
+    resize = "Pillow bicubic, squashed"  # how images get that size; part of the fingerprint
     normalisation = "ImageNet"
-    settings: tuple[str, ...] = COMMON
+    settings: tuple[str, ...] = ("image_size", "resize", "normalisation", "grid_limit", "precision")
 
     def patches(self, size: int) -> int:
         """Return the number of patches of a size along a side of the input."""

@@ -16,14 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from amkd_monai.teachers.base import TeacherFeatures, fixed_initialisation, pool_to_grid
-from amkd_monai.teachers.official import (
-    COMMON,
-    OfficialTeacher,
-    each_image,
-    imagenet_normalised,
-    pooled_patches,
-    read_official,
-)
+from amkd_monai.teachers.official import OfficialTeacher, each_image, imagenet_normalised, pooled_patches, read_official
 from amkd_monai.weights import CheckpointError
 
 VARIANTS = ("mae_natureCFP", "mae_natureOCT", "mae_meh", "mae_shanghai", "dinov2_meh", "dinov2_shanghai")
@@ -48,7 +41,7 @@ class RETFoundTeacher(OfficialTeacher):
         sizes: ``embed_dim``, ``depth`` and ``num_heads`` other than the official ones, for tests.
     """
 
-    settings = (*COMMON, "variant", "fc_norm_applications")
+    settings = (*OfficialTeacher.settings, "variant", "fc_norm_applications")
 
     def __init__(
         self,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from amkd_monai.teachers.base import TeacherFeatures, fixed_initialisation, pool_to_grid
 from amkd_monai.teachers.official import (
-    COMMON,
     OfficialTeacher,
     OfficialWeights,
     imagenet_normalised,
@@ -41,7 +40,7 @@ class USFMTeacher(OfficialTeacher):
         sizes: ``embed_dim``, ``depth`` and ``num_heads`` other than the official ones, for tests.
     """
 
-    settings = (*COMMON, "taps")
+    settings = (*OfficialTeacher.settings, "taps")
 
     def __init__(
         self,

@@ -222,6 +222,8 @@ def test_series_of_dicom_are_trained_on_like_the_volumes_they_are(tmp_path, monk
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  - ")]
     for case in ("1.2.1", "1.2.2", "1.2.4", "1.2.9"):
         assert sum(case in line for line in said) == 1, (case, said)
+    assert main(["new", "again", "--data", str(folders["dicom"])]) == 0
+    assert "4 of them cannot be used" in capsys.readouterr().out
 
 
 def test_samples_hold_every_channel_and_teachers_see_the_chosen_ones(tmp_path):

@@ -158,6 +158,17 @@ def test_tables_of_findings_are_read_or_refused_by_row_and_column(data, tmp_path
     assert any("1.png" in p and "rib" in p for p in problems) and any("'2.png'" in p for p in problems)
     assert any("No image" in p and "Pleural Effusion" in p for p in problems)
 
+    for odd in ("2", "", "nan"):
+        table(["1,0,1", f"1,{odd},0", *["1,0,0", "1,1,1"] * 5], "image,mass,rib,device,patient")
+        with pytest.raises(ValueError, match=f"rib and has '{odd}'"):
+            new_bundle("odd", root, tmp_path / "b")
+    table(["nan", "a||b", *["a", "b"] * 5], "image,label,patient")
+    with pytest.raises(ValueError, match=r"a\|\|b"):
+        new_bundle("odd", root, tmp_path / "b")
+    table(["nan", *["a", "b", "a|b"] * 3], "image,label,patient")
+    task = get_task(new_bundle("said", root, tmp_path / "b")[0] / "configs" / "task.json")
+    assert task.classes == ("a", "b") and any("0.png" in problem for problem in check_data(task, root).problems)
+
     table(["1,0,1", "1,1,0", "1,0,0", "1,0,1"] * 3, "image,mass,rib,device,patient")
     bundle, _ = new_bundle("columns", root, tmp_path / "b", classes=["rib", "mass"], groups="patient")
     task = get_task(bundle / "configs" / "task.json")

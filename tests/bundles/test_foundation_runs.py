@@ -13,7 +13,7 @@ from helpers import ROOT
 from teachers.tiny_teachers import OFFICIAL, TINY, official_state, tiny_tasks, write_official
 
 from amkd_monai.data.datasets import TASKS
-from amkd_monai.engines.dry_run import format_bundle
+from amkd_monai.engines.prepare import format_bundle
 from amkd_monai.errors import root_cause
 
 

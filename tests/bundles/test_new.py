@@ -38,6 +38,23 @@ def test_values_that_are_no_class_indices_get_a_meaning(tmp_path):
         made("three", data, tmp_path)
 
 
+def test_files_that_cannot_be_used_leave_the_others_a_bundle(tmp_path):
+    data = rimmed_pictures(tmp_path / "polyps", count=5)
+    names = sorted(file.name for file in (data / "images").iterdir())
+    entries = [{"image": f"images/{name}", "label": f"masks/{name}"} for name in names]
+    gone = [{"image": "/gone/a.png", "label": f"masks/{names[0]}"}, {"image": f"images/{names[0]}", "label": "/gone/b"}]
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.eye(4)), data / "images" / "v.nii.gz")
+    stray = {"image": "images/v.nii.gz", "label": "images/v.nii.gz"}
+    (data / "list.json").write_text(json.dumps({"training": [stray, *gone, *entries[1:]]}))
+    task, _, facts = made("listed", data, tmp_path)
+    assert task.dimensions == 2 and "3 of them cannot be used" in facts
+    problems = check_data(task, data).problems
+    assert all(any(name in problem for problem in problems) for name in ("/gone/a.png", "/gone/b", "v.nii.gz"))
+    (data / "list.json").write_text(json.dumps({"training": gone}))
+    with pytest.raises(ValueError, match=r"/gone/a\.png is not there"):
+        made("nothing", data, tmp_path)
+
+
 def test_two_values_and_grey_levels_are_background_and_foreground(tmp_path):
     data = rimmed_pictures(tmp_path / "polyps", count=3, values=(0, 255, 255))
     assert made("two", data, tmp_path)[0].classes == ("background", "foreground")

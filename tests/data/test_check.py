@@ -13,7 +13,8 @@ from PIL import Image
 
 from amkd_monai.__main__ import main
 from amkd_monai.data.check import check_data, write_contact_sheet
-from amkd_monai.data.datasets import TASKS, Layout, Task, get_task
+from amkd_monai.data.datasets import TASKS, Task, get_task
+from amkd_monai.data.datasets.described import Described
 from amkd_monai.data.splits import SplitOptions
 from amkd_monai.files.pictures import class_colours
 
@@ -114,7 +115,7 @@ def test_class_labels_are_counted_and_conflicts_named(tmp_path, monkeypatch):
         Image.fromarray(rng.integers(0, 255, (40, 50), dtype=np.uint8)).save(tmp_path / f"{n}.png")
     shutil.copy(tmp_path / "0.png", tmp_path / "20.png")
 
-    class Grades(Layout):
+    class Grades(Described):
         def find_items(self, root, cache_dir=None):
             files = sorted(root.glob("*.png"))
             return [{"image": str(f), "label": int(f.stem) % 3, "id": f.stem, "group": f.stem} for f in files]

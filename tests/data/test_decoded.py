@@ -289,7 +289,7 @@ def test_a_half_written_folder_is_decoded_again(photos, tmp_path):
     good = decode(photos, tmp_path)
     images = np.array(good.images)
     (good.directory / "index.json").unlink()
-    (good.directory / "images.npy").write_bytes(b"half")
+    (good.directory / "images.u8").write_bytes(b"half")
     np.testing.assert_array_equal(decode(photos, tmp_path).images, images)
     shutil.rmtree(good.directory)
     np.testing.assert_array_equal(decode(photos, tmp_path).images, images)

@@ -90,6 +90,9 @@ def test_a_datalist_with_folds_is_split_by_them_and_absolute_paths_that_are_gone
     entries.append({"image": "/gone/a.png", "label": "/gone/b.png", "fold": 0})
     (tmp_path / "datalist.json").write_text(json.dumps(content))
     assert any("/gone/a.png" in problem for problem in check_data(CELLS, tmp_path).problems)
+    for entry in ({"img": "data/0.png", "label": "data/0_m.png"}, {"image": [], "label": "data/0_m.png"}):
+        (tmp_path / "datalist.json").write_text(json.dumps({"training": [*entries[:8], entry]}))
+        assert any("without" in problem and "0_m.png" in problem for problem in check_data(CELLS, tmp_path).problems)
     content["testing"] = [{"image": "data/0.png", "label": "data/0_m.png"}]
     content["training"], content["validation"] = entries[2:8], entries[1:2]
     for entry in entries:

@@ -3,7 +3,6 @@
 import inspect
 import itertools
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -77,24 +76,19 @@ def test_a_bundle_has_the_defaults_of_the_distiller(bundle):
 STEPS = [i / 200 for i in range(201)]
 
 
-@pytest.mark.parametrize("shape", ["linear", "cosine"])
-def test_the_temperature_falls_from_start_to_end(shape):
-    values = [kd_temperature(p, 4.0, 1.0, shape) for p in STEPS]
+def test_the_temperature_falls_from_start_to_end():
+    values = [kd_temperature(p, 4.0, 1.0) for p in STEPS]
     assert values[0] == pytest.approx(4) and values[-1] == pytest.approx(1) and values[100] == pytest.approx(2.5)
     assert values == sorted(values, reverse=True)
 
 
-def test_the_shapes_differ_where_they_should():
-    assert kd_temperature(0.25, 4.0, 1.0) == pytest.approx(3.25)
-    assert kd_temperature(0.25, 4.0, 1.0, "cosine") == pytest.approx(1 + 1.5 * (1 + math.cos(math.pi / 4)))
-    assert kd_temperature(0.7) == 2.0
+def test_the_temperature_is_linear_and_2_by_default():
+    assert kd_temperature(0.25, 4.0, 1.0) == pytest.approx(3.25) and kd_temperature(0.7) == 2.0
 
 
 def test_wrong_temperatures_are_named():
     with pytest.raises(ValueError, match=r"0\.5"):
         kd_temperature(0.0, 4.0, 0.5)
-    with pytest.raises(ValueError, match="stairs"):
-        kd_temperature(0.0, shape="stairs")
 
 
 def test_the_strength_warms_up_and_stays_or_fades():

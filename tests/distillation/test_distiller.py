@@ -282,7 +282,7 @@ def test_unknown_gates_losses_and_schedules_are_named():
     with pytest.raises(ValueError) as error:
         distiller_of(losses={"outputs": 1.0})
     assert_one_sentence(error, "outputs", "output", "feature")
-    with pytest.raises(ValueError, match="stairs"):
+    with pytest.raises(ValueError, match="shape"):
         distiller_of(kd_temperature={"shape": "stairs"})
 
 

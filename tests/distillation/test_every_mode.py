@@ -146,7 +146,7 @@ def test_it_runs_under_autocast():
         ({"gate_options": {"tau": 1}}, ("tau", "temperature")),
         ({"loss_gate_options": {"tau": 1}}, ("tau", "temperature")),
         ({"contrastive": {"tau": 0.1}}, ("tau", "negatives")),
-        ({"kd_temperature": {"tau": 2}}, ("tau", "shape")),
+        ({"kd_temperature": {"tau": 2}}, ("tau", "start")),
         ({"loss_strength": {"tau": 2}}, ("tau", "warmup")),
     ],
 )

@@ -8,6 +8,12 @@ import pytest
 from helpers import ROOT
 
 pytestmark = pytest.mark.slow
+SHORTER = {
+    '"max_epochs": 20': '"max_epochs": 4',
+    '"val_interval": 10': '"val_interval": 4',
+    '"images": 192': '"images": 48',
+}
+"""What changes in the notebook's settings: the same cells in a third of the time."""
 
 
 def test_the_notebook_goes_from_data_to_an_exported_student(tmp_path, monkeypatch):
@@ -19,7 +25,12 @@ def test_the_notebook_goes_from_data_to_an_exported_student(tmp_path, monkeypatc
     names: dict = {}
     for cell in cells:
         if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), "first_student.ipynb", "exec"), names)
+            text = "".join(cell["source"])
+            if '"max_epochs"' in text:
+                assert all(text.count(setting) == 1 for setting in SHORTER)
+                for setting, short in SHORTER.items():
+                    text = text.replace(setting, short)
+            exec(compile(text, "first_student.ipynb", "exec"), names)
     assert names["teacher"]["name"] == "crew" and names["metrics"]["summary"]["cases"] == 16
     for image, mask in zip(names["images"], names["predicted"], strict=True):
         assert mask.shape == image.shape[:2] and set(np.unique(mask)) <= {0, 1}

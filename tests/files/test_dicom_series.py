@@ -97,6 +97,10 @@ def test_two_directions_of_several_slices_are_two_volumes(tmp_path):
     [
         (lambda f: series(f, keep=[0, 1, 2, 5, 6, 7]), r"6 slices and 2 missing"),
         (lambda f: (series(f), write(f / "x.dcm", STORED[2], (-60, -30, 14.0), number=50))[0], "9 slices of which 1 "),
+        (
+            lambda f: (series(f), write(f / "x.dcm", STORED[2][:, :-2], (-60, -30, 26.0), number=50))[0],
+            "9 slices with several .*sizes",
+        ),
         (lambda f: series(f, lean=0.5), "gantry tilt"),
         (
             lambda f: (series(f, keep=range(6)), write(f / "x.dcm", STORED[6], (-60, -30, 22.9), number=50))[0],

@@ -101,6 +101,15 @@ def test_tables_of_every_encoding_and_separator(tmp_path, encoding, text):
     assert [(row["image_id"], row["grade"]) for row in found if any(row.values())] == ROWS
 
 
+def test_tables_whose_cells_have_no_place_are_refused(tmp_path):
+    for text, named in (("image,a,a\n1,0,1\n", "several columns a"), ("image,a\n1,0\n2,0,5\n", "line 3")):
+        (tmp_path / "t.csv").write_text(text)
+        with pytest.raises(ValueError, match=named):
+            table_rows(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text("image,a\n1,0,\n")
+    assert table_rows(tmp_path / "t.csv")[1] == [{"image": "1", "a": "0"}], "an empty cell more is nothing"
+
+
 def test_a_text_of_another_encoding_is_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes("größe".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt.*UTF-8"):

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from helpers import case_metrics
 from monai.data import DataLoader, Dataset, DistributedSampler, MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.inferers import SimpleInferer
@@ -24,7 +25,6 @@ from monai.transforms import (
 from monai.utils import ImageMetaKey
 
 from amkd_monai.engines.handlers import CaseReport
-from amkd_monai.metrics.segmentation import case_metrics
 from amkd_monai.metrics.summary import read_case_csv
 
 

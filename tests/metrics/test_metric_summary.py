@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import case_metrics
 
-from amkd_monai.metrics.segmentation import case_metrics
 from amkd_monai.metrics.statistics import bootstrap_ci
 from amkd_monai.metrics.summary import format_table, read_case_csv, summarise, write_case_csv
 from amkd_monai.storage import jsonable

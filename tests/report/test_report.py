@@ -13,7 +13,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, without
 
 sys.path.insert(0, str(ROOT / "tests" / "bundles"))
 from bundle_runs import run, settings
@@ -25,7 +25,8 @@ from amkd_monai.data.datasets import get_task
 from amkd_monai.files.pictures import class_colours
 from amkd_monai.metrics.classification import class_row
 from amkd_monai.metrics.run_folder import failures, outcomes
-from amkd_monai.metrics.summary import figures_of, mask_rows, preview_file, write_figures
+from amkd_monai.metrics.segmentation import mask_rows
+from amkd_monai.metrics.summary import figures_of, preview_file, write_figures
 from amkd_monai.report.page import write_report
 from amkd_monai.report.previews import PLANES, mask_preview, save_arrays
 
@@ -33,21 +34,16 @@ TEACHER = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, students):
     """Trained and evaluated runs on phantoms: polyps with and without a teacher, a volume, classes."""
     root = tmp_path_factory.mktemp("runs")
-    found = {}
-    for name, bundle, teachers in (
-        ("polyps", "kvasir_seg", TEACHER),
-        ("undistilled", "kvasir_seg", []),
-        ("heart", "msd_heart", []),
-        ("skin", "isic2017", TEACHER),
-    ):
-        values = settings(bundle, root / name, root / "cache", teachers=teachers, admission={"mode": "all"})
+    for name, task in (("undistilled", "kvasir_seg"), ("heart", "msd_heart")):
+        shutil.copytree(students(task)[0] / "eval", root / name / "eval")
+    for name, bundle in (("polyps", "kvasir_seg"), ("skin", "isic2017")):
+        values = settings(bundle, root / name, root / "cache", teachers=TEACHER, admission={"mode": "all"})
         run(bundle, ("train",), values)
         run(bundle, ("train", "evaluate"), values)
-        found[name] = root / name / "eval"
-    return found
+    return {name: root / name / "eval" for name in ("polyps", "undistilled", "heart", "skin")}
 
 
 def test_several_classes_are_told_apart(tmp_path):
@@ -328,8 +324,9 @@ def test_a_task_of_a_shared_student_has_the_record_of_their_run(runs, tmp_path):
         write_report([shared], tmp_path / "page.html")
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_a_browser_opens_the_page_without_complaint(runs, tmp_path):
+    if shutil.which("chromium") is None:
+        without("chromium", "install it")
     page = tmp_path / "page.html"
     text = (runs["heart"] / "report.html").read_text()
     clicks = """<script>addEventListener("load", function () {

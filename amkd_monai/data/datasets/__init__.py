@@ -9,7 +9,6 @@ from typing import Any
 
 from amkd_monai.data import phantoms
 from amkd_monai.data.datasets.described import Described, named
-from amkd_monai.data.datasets.layout import Layout
 from amkd_monai.data.splits import NEAR, Item
 from amkd_monai.files.names import read_text
 from amkd_monai.storage import atomic_folder
@@ -93,7 +92,7 @@ class Task:
     grid_limit: int = 16
     teacher_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seen_by: Mapping[str, str] = field(default_factory=dict)
-    layout: Layout = field(default_factory=Described)
+    layout: Described = field(default_factory=Described)
     source: Source | None = None
     phantom: Callable[..., None] | None = None
     description: Mapping[str, Any] | None = None

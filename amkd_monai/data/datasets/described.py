@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 
 from amkd_monai.data import splits
-from amkd_monai.data.datasets.layout import Layout, checked, report_conflicts
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
-from amkd_monai.files.cases import is_volume, series_folders
+from amkd_monai.files.cases import case_grid, is_volume, series_folders
+from amkd_monai.files.masks import other_size
 from amkd_monai.files.names import (
+    PICTURE_SUFFIXES,
     SUFFIXES,
+    VOLUME_SUFFIXES,
     channel_files,
     file_id,
     files_of,
     has_suffix,
     image_files,
+    images_to_predict,
     label_files,
     natural,
     read_text,
@@ -30,6 +33,8 @@ from amkd_monai.files.names import (
     table_rows,
     without_suffix,
 )
+from amkd_monai.files.pictures import picture_frame
+from amkd_monai.files.volumes import check_grid, volume_grid
 from amkd_monai.terminal import logger
 
 IMAGES = ("images", "imagesTr", "image", "imgs", "Imgs", "frames")
@@ -52,8 +57,11 @@ COLUMNS = {
 }
 """Columns of a table by the names they usually have, the image's first."""
 
+FOLDS = 5
 NO_FINDING, NO_FINDINGS = "none", ("none", "nofinding", "nofindings")
 """A label of an image without findings, and ways to write it."""
+NO_LABEL = ("", "nan", "null", "n/a")
+"""Cells of a label that say nothing, in lower case."""
 BINARY = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
 """Cells that say whether something is there."""
 
@@ -62,14 +70,19 @@ Table = tuple[dict[str, str], Path, Path | None]
 
 
 @dataclass(frozen=True)
-class Described(Layout):
-    """A layout in words; what they leave open is found in the folder.
+class Described:
+    """How the files of a data set lie in its folder and are divided; what the attributes leave open is found there.
 
-    Images that cannot be used (without a mask, listed but gone, of another size or number of dimensions, without all
-    channels, of a repeated name) are items with a "problem", so that all of them are named at once.
+    A folder without the layout, or that contradicts itself, is a FileNotFoundError or ValueError. Images that cannot be
+    used (without a mask, listed but gone, of another size or number of dimensions, without all channels, of a repeated
+    name) are items with a "problem", so that all of them are named at once.
 
     Attributes:
-        title, volumes, expected, predict_in, validation_fraction: see :class:`Layout`.
+        title, expected: name of the data set and the layout in words, for messages.
+        predict_in: folders that may hold the images to predict; the data set's own folder is looked at last.
+        volumes: images are NIfTI volumes or folders of DICOM slices, not pictures.
+        validation_fraction: part of the items outside the test fold that validates, where a data set without sections
+            of its own is cross-validated; None: it is split at random.
         classes: names by label value; class folders and tables may use names or values.
         kind: of the task, see :class:`~amkd_monai.data.datasets.Task`.
         form: one of `READERS`.
@@ -121,9 +134,18 @@ class Described(Layout):
         """Whether labels are masks."""
         return self.kind == "segmentation"
 
-    def is_in(self, folder: Path) -> bool:
-        """Whether a folder has one of the forms."""
-        return bool(self.form_of(folder))
+    def check(self, root: Path) -> None:
+        """Raise a FileNotFoundError that names the right folder if ``root`` is one level too high or too low."""
+        if self.form_of(root):
+            return
+        fix = f"expected {self.expected}"
+        if root.is_dir() and (below := [child for child in sorted(root.iterdir()) if self.form_of(child)]):
+            fix += f"; you are one level too high, use {below[0]}"
+        elif self.form_of(root.parent):
+            fix += f"; you are one level too low, use {root.parent}"
+        if any(root.rglob("*.dcm")):
+            fix += "; of DICOM, images/<case>/ with the slices of one series and masks/<case>.nii.gz"
+        raise FileNotFoundError(f"No {self.title} data in {root}: {fix}.")
 
     def form_of(self, root: Path) -> str:
         """Return the form of a folder, "" where it has none."""
@@ -193,10 +215,10 @@ class Described(Layout):
             if items:
                 return list(map(self._of_channels, items))
         if self.strata and (folders := [root / images for images, _ in self.folders if (root / images).is_dir()]):
-            return [item for folder in folders for item in super(Described, self).inference_items(folder)]
+            return [item for folder in folders for item in listed_images(folder, self.predict_in, self.volumes)]
         if self.form_of(root) in ("classes", "table") and not self.official:
             return [{"image": i["image"], "id": i["id"]} for i in self.find_items(root) if "problem" not in i]
-        return [self._of_channels(item) for item in super().inference_items(root)]
+        return [self._of_channels(item) for item in listed_images(root, self.predict_in, self.volumes)]
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
         """Keep the sections or folds that the data name; without a test section, it is drawn from the training one."""
@@ -221,14 +243,13 @@ class Described(Layout):
         if loose := [item["id"] for item in items if "section" not in item and sections - {None}]:
             raise ValueError(f"{some(loose)} in {root} belong to no section, others do: give all of them one.")
         how = replace(how, fold=0) if folds else how
-        return super().split(root, [splits.without(item, "fold") for item in items], how)
+        return divided(root, [splits.without(item, "fold") for item in items], how, self.validation_fraction)
 
     def _listed(self, root: Path, items: list[Item]) -> list[Item]:
         """The items that the file lists name, with their sections."""
         files, known = [root / name for name in self.file_lists], {item["id"]: item for item in items}
         if absent := [file for file in files if not file.is_file()]:
-            pair = " and ".join(file.name for file in files)
-            raise FileNotFoundError(f"File list {absent[0]} is missing: give both {pair}, or none.")
+            raise FileNotFoundError(f"File list {absent[0]} is missing: give both {files[0]} and {files[1]}, or none.")
         train, test = (_read_ids(file, known) for file in files)
         if both := train & test:
             raise ValueError(f"{some(both)} appear in both {files[0]} and {files[1]}: keep each id in one list.")
@@ -324,10 +345,9 @@ class Described(Layout):
 
     def findings_of(self, label: object) -> int | None:
         """Return the number whose bits are the findings of a label, names joined by "|" or "none"; None for others."""
-        parts = str(label).split("|")
         if named(str(label)) in NO_FINDINGS:
             return 0
-        numbers = [self.class_of(part) for part in parts]
+        numbers = [self.class_of(part) for part in str(label).split("|")]
         return None if None in numbers else sum({1 << number for number in numbers if number is not None})
 
     def _of_channels(self, item: Item) -> Item:
@@ -417,18 +437,14 @@ def _datalist(layout: Described, root: Path) -> Iterator[Item]:
     for section, entry in entries:
         if "label" not in entry:
             if section == "train":
-                problem = f"{_first(entry['image'])} has no label in {file}: add it, or remove the entry."
-                image = str(file.parent / _first(entry["image"]))
-                yield {"image": image, "id": _stem(image), "problem": problem}
+                (image, *_), problem = files_of(entry["image"]), f"has no label in {file}: add it, or remove the entry."
+                path = str(file.parent / image)
+                yield {"image": path, "id": _stem(path), "problem": f"{image} {problem}"}
             continue
-        image, label = (
-            _resolved(v, file.parent) if k == "image" or layout.masks else v
-            for k, v in ((k, entry[k]) for k in ("image", "label"))
-        )
-        item = {"image": image, "label": label, "id": _stem(entry["image"])}
+        label = _resolved(entry["label"], file.parent) if layout.masks else entry["label"]
+        item = {"image": _resolved(entry["image"], file.parent), "label": label, "id": _stem(entry["image"])}
         item |= {"section": section} if len(sections) > 1 else {}
-        known = {key: entry[key] for key in ("group", "fold") if key in entry}
-        yield item | known
+        yield item | {key: entry[key] for key in ("group", "fold") if key in entry}
 
 
 def _nnunet(layout: Described, root: Path) -> Iterator[Item]:
@@ -475,10 +491,9 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
             item = {"image": str(image), "id": _stem(of["image"]), "group": of.get("group"), **section}
             named.add(image.name)
             label = of["label"] if "label" in of else _single(layout, [row[name] for name in columns["label"]])
-            if not label:
-                listed = ", ".join(columns["label"])
-                one = f"not 1 for one of {listed} at most, else 0"
-                several = f"not 0 or 1 for each of {listed}" if layout.kind == "multilabel" else one
+            if label.lower() in NO_LABEL:
+                listed, rest = ", ".join(columns["label"]), "" if layout.kind == "multilabel" else " at most, else 0"
+                several = f"not {'1 for one' if rest else '0 or 1 for each'} of {listed}{rest}"
                 cells = "no label" if "label" in of else several
                 yield {**item, "problem": f"{table} gives '{of['image']}' {cells}: complete or remove the line."}
                 continue
@@ -539,13 +554,18 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _entries(file: Path, needed: bool = True) -> list[tuple[str, dict[str, Any]]]:
-    """The entries of a datalist with their sections; plain paths have no label. None with one is refused if needed."""
+    """The entries of a datalist with their sections; plain paths have no label.
+
+    If they are needed, a list without any label and an entry without image are refused.
+    """
     found = []
     for key, entries in _json(file).items():
         for entry in entries if isinstance(entries, list) and _section(key) else ():
             entry = {"image": entry} if isinstance(entry, str) else entry
             image = entry.get("image") if isinstance(entry, dict) else None
-            if isinstance(image, (str, list)) and not _stem(image).startswith("."):  # archives hold copies by macOS
+            if needed and not files_of(image):
+                raise ValueError(f'{file} has an entry without "image" in its list "{key}": {entry}. Complete it.')
+            if files_of(image) and not _stem(image).startswith("."):  # archives hold copies by macOS
                 found.append((_section(key), {**entry, "image": _resolved(image, Path())}))
     if labelled := any("label" in entry for _, entry in found):
         return found
@@ -600,13 +620,13 @@ def _class_images(root: Path) -> Iterator[tuple[dict[str, str], str, Path]]:
 def _named(items: Iterable[Item], root: Path) -> list[Item]:
     """Make ids unique: names, else paths; what still has the id of another has a problem."""
     listed = list(items)
-    paths = [_path_id(_first(item["image"]), root) for item in listed]
+    paths = [_path_id(files_of(item["image"])[0], root) for item in listed]
     if len(set(paths)) > len({item["id"] for item in listed}):
         listed = [{**item, "id": path} for item, path in zip(listed, paths, strict=True)]
     seen: dict[str, str] = {}
     result: list[Item] = []
     for item in listed:
-        image, name = _first(item["image"]), item["id"]
+        image, name = files_of(item["image"])[0], item["id"]
         if other := seen.get(name):
             twice = f"{image} is listed twice" if other == image else f"{other} and {image} have the same name"
             item = {**item, "problem": item.get("problem", f"{twice}: keep one of them.")}
@@ -622,12 +642,8 @@ def _path_id(image: str, root: Path) -> str:
     return "_".join([*(part for part in path.parts[:-1] if part not in ("..", ".")), file_id(path)])
 
 
-def _first(image: str | list[str]) -> str:
-    return image if isinstance(image, str) else image[0]
-
-
-def _stem(image: str | list[str]) -> str:
-    return file_id(Path(_first(image).replace("\\", "/")))
+def _stem(image: Any) -> str:
+    return file_id(Path(files_of(image)[0].replace("\\", "/")))
 
 
 def _resolved(value: Any, base: Path) -> Any:
@@ -647,3 +663,87 @@ def _found(root: Path, name: str, folders: Sequence[str]) -> Path:
 def named(name: str) -> str:
     """Return a name as labels are compared: lower case, without signs."""
     return "".join(c for c in name.lower() if c.isalnum()) or name
+
+
+def listed_images(root: Path, places: Sequence[str], volumes: bool) -> list[Item]:
+    """List the images to predict, {"image", "id"}: those of the first of some folders that has any, the root's last."""
+    suffixes = VOLUME_SUFFIXES if volumes else PICTURE_SUFFIXES
+    for folder in (root / name for name in (*places, ".")):
+        folder = folder / folder.name if (folder / folder.name).is_dir() else folder
+        files = images_to_predict(folder, suffixes) if folder.is_dir() else {}
+        if volumes and folder.is_dir():
+            files |= {file_id(series): series for series in series_folders(folder)}
+        if files:
+            return [{"image": str(files[name]), "id": name} for name in sorted(files, key=natural)]
+    what, where = "volumes" if volumes else "images", " or ".join(["it", *places])
+    raise FileNotFoundError(f"No {what} to predict in {root}: expected {' or '.join(suffixes)} in {where}.")
+
+
+def divided(root: Path, items: list[Item], how: SplitOptions, validation_fraction: float | None) -> Sections:
+    """Keep official sections (of train and test alone, validation is taken from train), else, or by folds, draw."""
+    official = how.folds is None and {"train", "test"} <= {item.get("section") for item in items}
+    folds = None if official else how.folds or (FOLDS if validation_fraction else None)
+    if folds is None and how.fold:
+        raise ValueError(f"fold is {how.fold}, but {root} is not split into folds: give `folds`, too.")
+    if official:
+        train, validation, test = _official_sections(items)
+        if not validation:
+            share = how.fractions[0] / sum(how.fractions[:2])
+            train, validation, _ = splits.random_split(train, (share, 1 - share, 0), how.seed)
+        return train, validation, test
+    items = [splits.without(item, "section") for item in items]
+    if folds is None:
+        logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
+        return splits.random_split(items, how.fractions, how.seed)
+    share = validation_fraction or how.fractions[1] / (sum(how.fractions[:2]) or 1)
+    logger.info("The test section of %s is fold %d of %d.", root, how.fold, folds)
+    return splits.k_fold(items, folds, how.fold, share, how.seed)
+
+
+def _official_sections(items: Iterable[Item]) -> Sections:
+    """Split items by their "section", which is dropped; a group stays in the latest section that has it.
+
+    What would leak from test into validation or training, or from validation into training, is left out there.
+    """
+    sections: dict[str, list[Item]] = {name: [] for name in SECTIONS}
+    for item in sorted(items, key=lambda item: str(item["id"])):
+        sections[item["section"]].append(splits.without(item, "section"))
+    taken: set[str] = set()
+    for name in reversed(SECTIONS):
+        if lost := [item["id"] for item in sections[name] if item["group"] in taken]:
+            logger.warning("Left out of %s, as the same images lie in a later section: %s.", name, some(lost))
+        sections[name] = [item for item in sections[name] if item["group"] not in taken]
+        taken |= {item["group"] for item in sections[name]}
+    return sections["train"], sections["validation"], sections["test"]
+
+
+def checked(item: Item, volumes: bool = False, channels: int = 1) -> Item:
+    """Return an item, with what is wrong with the headers of its files, if anything is, under "problem"."""
+    (image, *others), masks = files_of(item["image"]), label_files(item)
+    try:
+        if volumes:
+            grid, count = case_grid([image, *others])
+            if count != channels:
+                raise ValueError(f"{image} gives {count} channel(s), not {channels}: give all, or take it out.")
+            for file in masks:
+                check_grid(file, volume_grid(file), grid)
+        else:
+            (size, tag), *of_masks = map(picture_frame, (image, *others, *masks))
+            for mask, (found, own) in zip((*others, *masks), of_masks, strict=True):
+                if found != size and not ((tag >= 5) != (own >= 5) and found == size[::-1]):
+                    same = f"{mask} has another size than {image}: all channels of an image need one size."
+                    raise ValueError(other_size(mask, found, size) if mask in masks else same)
+    except ValueError as error:
+        return {**item, "problem": str(error)}
+    return item
+
+
+def report_conflicts(items: Iterable[Item], name_of: Callable[[int], str]) -> None:
+    """Warn of identical images with different classes; they stay, in one group."""
+    members: defaultdict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        members[item["group"]].append(item)
+    groups = [group for group in members.values() if len({item["label"] for item in group}) > 1]
+    listed = "; ".join(", ".join(f"{item['id']} ({name_of(item['label'])})" for item in group) for group in groups)
+    if groups:
+        logger.warning("%d group(s) of identical images have conflicting labels: %s.", len(groups), listed)
