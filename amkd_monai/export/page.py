@@ -105,7 +105,8 @@ def write_page(folder: Path, archive: Path) -> None:
     shutil.copytree(PAGE, page)
     for kind, form in found.items():
         model = folder / predict["models"][form]
-        _write_script(page, f"network_{kind}", _rounded(model) if kind == "float" else model.read_bytes(), planes=4)
+        content, planes = (_rounded(model), 4) if kind == "float" else (model.read_bytes(), 1)
+        _write_script(page, f"network_{kind}", content, planes)
         answer = softmax(runner(form, model, 1)(check_image(shape)), 1).ravel()
         places = [i * (answer.size - 1) // (CHECKED - 1) for i in range(CHECKED)]
         check = [round(float(answer[i]), 7) for i in places]

@@ -82,6 +82,12 @@ function overBlack(level, alpha) {
   return alpha ? ((sum >> 8) + sum) >> 15 : 0;
 }
 
+/** What the filters 1 to 4 of PNG expect of a byte from those on its left, above, and above the left. */
+const PREDICTED = [null, (a) => a, (a, b) => b, (a, b) => (a + b) >> 1, (a, b, c) => {
+  const pa = Math.abs(b - c), pb = Math.abs(a - c), pc = Math.abs(a + b - 2 * c);
+  return pa <= pb && pa <= pc ? a : pb <= pc ? b : c;
+}];
+
 async function readPng(bytes) {
   const view = viewOf(bytes), data = [], chunks = {};
   let ended = false, xmp = "";
@@ -117,10 +123,8 @@ async function readPng(bytes) {
     for (let row = 0; row < rows; row++, at += length) {
       const filter = raw[at++], line = raw.subarray(at, at + length);
       ensure(line.length === length && filter <= 4, "it is damaged or cut short: replace it by an intact copy");
-      for (let i = 0; i < length && filter; i++) {
-        const a = i < back ? 0 : line[i - back], b = above[i], c = i < back ? 0 : above[i - back];
-        const [pa, pb, pc] = [Math.abs(b - c), Math.abs(a - c), Math.abs(a + b - 2 * c)];
-        line[i] += [0, a, b, (a + b) >> 1, pa <= pb && pa <= pc ? a : pb <= pc ? b : c][filter];
+      for (let i = 0, predicted = PREDICTED[filter]; i < length && filter; i++) {
+        line[i] += predicted(i < back ? 0 : line[i - back], above[i], i < back ? 0 : above[i - back]);
       }
       for (let x = 0; x < columns; x++) for (let k = 0; k < channels; k++) {
         const i = x * channels + k, bit = i * bits;
@@ -136,6 +140,7 @@ async function readPng(bytes) {
 }
 
 function pngColours(samples, bits, kind, channels, { PLTE, tRNS }) {
+  if (kind === 2 && bits === 8 && !tRNS) return Uint8Array.from(samples);
   const count = samples.length / channels, result = new Uint8Array(3 * count);
   const keys = tRNS && kind !== 3 ? Array.from({ length: channels }, (_, k) => viewOf(tRNS).getUint16(2 * k)) : null;
   ensure(!(keys && kind === 2 && bits === 16), "it has 16 bits and a transparent colour: save it without transparency");
