@@ -110,7 +110,7 @@ def _stored(file: UploadFile, upload: Path, dimensions: int, limit: int) -> Path
     file.file.seek(0)
     if not (suffix := next((suffix for start, suffix in known.items() if head.startswith(start)), "")):
         raise HTTPException(415, f"The student takes {taken}, which this file is not.")
-    source: Any = gzip.GzipFile(fileobj=file.file) if head.startswith(PACKED) else file.file
+    source: Any = gzip.GzipFile(fileobj=file.file, mode="rb") if head.startswith(PACKED) else file.file
     written, path = 0, upload.with_suffix(suffix)
     with path.open("wb") as target:
         try:
