@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_teachers import TINY, official_state, tiny
 
+from amkd_monai.distillation.interface import UNCALIBRATED, Calibration
 from amkd_monai.engines import prepare
 from amkd_monai.engines.prepare import cache_image_teacher
 from amkd_monai.teachers.plan import KNOWN, known_teacher
@@ -136,8 +137,8 @@ def test_the_score_of_the_same_answers_is_computed_once(tmp_path, monkeypatch):
     for store in stores:
         keep_answers(store, rng.normal(size=(4, 2, 4, 4)).astype(np.float32))
     shared = SimpleNamespace(cache_dir=str(tmp_path), train=train)
-    given = [(stores[0], 1.0), (stores[1], 1.0), (stores[0], 3.0)]
+    given = [(stores[0], UNCALIBRATED), (stores[1], UNCALIBRATED), (stores[0], Calibration(3.0))]
     first = [prepare._Preparation._score(shared, *one) for one in given]
-    assert first == [prepare.score_answers(store, train, temperature) for store, temperature in given]
+    assert first == [prepare.score_answers(store, train, calibration) for store, calibration in given]
     monkeypatch.setattr(prepare, "score_answers", None)
     assert [prepare._Preparation._score(shared, *one) for one in given] == first
