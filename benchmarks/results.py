@@ -77,6 +77,9 @@ OUTPUT_ALONE = {"losses": {"output": 1.0, "overlap": 0.0, "feature": 0.2}}
 LONG_CREW = {"teachers": [{"name": "crew", "kind": "crew", "size": "small", "folds": 2, "images": 3072}]}
 SETTINGS |= {
     "kvasir_12_pool_admitted": replace(crew_of_12, overrides=WITH_POOL, pool="kvasir/images/*"),
+    "kvasir_12_uncalibrated": replace(
+        SETTINGS["kvasir_12_last"], overrides={**SETTINGS["kvasir_12_last"].overrides, "calibrate_masks": False}
+    ),
     "kvasir_12_output_alone": replace(crew_of_12, overrides={**crew_of_12.overrides, **OUTPUT_ALONE}),
     "covid_12_last": replace(covid, overrides={**covid.overrides, "labelled": 12}),
     "covid_12_small_crew": replace(

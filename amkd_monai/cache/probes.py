@@ -5,6 +5,7 @@ treated as maps of one cell; each of several findings has its own. It is cross-f
 that has seen no image of its group, so that its answers are as good as they would be on new images.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -154,7 +155,8 @@ def fit_calibration(logits: Tensor, targets: Tensor, offsets: bool = False) -> C
     """The temperature in [0.25, 8] that minimises the cross entropy of the answers (Guo et al., 2017).
 
     With ``offsets`` also one in [-4, 4] for each class but the first (Platt, 1999): what few labels taught draws too
-    little or too much. A class without target keeps 0. Logits and targets, fractions of the classes, are
+    little or too much. A class without target keeps 0, and all do where offsets would lower the mean Dice: the
+    likeliest answer of one that knows little is background. Logits and targets, fractions of the classes, are
     (N, classes, h, w); cells whose fractions are all 0 don't count.
     """
     log_temperature = torch.zeros((), requires_grad=True)
@@ -166,5 +168,20 @@ def fit_calibration(logits: Tensor, targets: Tensor, offsets: bool = False) -> C
         return -(targets * F.log_softmax(scaled, dim=1)).sum(1).mean()
 
     _minimise([log_temperature, *([shift] if offsets else [])], loss, 50, 100)
-    own = (shift.detach() * free).clamp(-4, 4).tolist()
-    return Calibration(float(log_temperature.detach().exp().clamp(0.25, 8.0)), tuple(own) if offsets else ())
+    log_temperature = log_temperature.detach().clamp(math.log(0.25), math.log(8.0))
+    if offsets:
+        _minimise([shift], loss, 50, 100)  # those of a temperature at the end of its range
+    own = (shift.detach() * free).clamp(-4, 4)
+    fitted = Calibration(float(log_temperature.exp()), tuple(own.tolist()) if offsets else ())
+    if offsets and _mean_dice(fitted(logits), targets) < _mean_dice(logits, targets):
+        return fit_calibration(logits, targets)
+    return fitted
+
+
+def _mean_dice(logits: Tensor, targets: Tensor) -> float:
+    """Mean Dice of the likeliest classes over images and the foreground classes that they show."""
+    known = targets.sum(1, keepdim=True) > 0
+    drawn = F.one_hot(logits.argmax(1), logits.shape[1]).movedim(-1, 1) * known
+    both, true = (drawn * targets).sum((2, 3))[:, 1:], targets.sum((2, 3))[:, 1:]
+    dice = 2 * both / (drawn.sum((2, 3))[:, 1:] + true).clamp_min(1e-6)
+    return float(dice[true > 0].mean()) if (true > 0).any() else 0.0

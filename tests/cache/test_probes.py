@@ -179,6 +179,17 @@ def test_calibration_recovers_planted_offsets_and_leaves_a_class_without_targets
     assert float(drawn / true) == pytest.approx(1, abs=0.01)  # what is too little by itself is right in the mean
 
 
+def test_offsets_that_would_leave_a_weak_answer_without_foreground_are_not_taken():
+    rng = torch.Generator().manual_seed(2)
+    label = torch.zeros(20, 8, 8, dtype=torch.long)
+    label[:, 2:5, 2:5] = 1
+    guess = (torch.rand((20, 8, 8), generator=rng) < 0.3) | (label == 1)  # a third of what it draws is right
+    targets = torch.nn.functional.one_hot(label, 2).movedim(-1, 1).float()
+    logits = 0.5 * torch.randn(targets.shape, generator=rng) + torch.stack([~guess, guess], 1)
+    found = probes.fit_calibration(logits, targets, offsets=True)
+    assert found.offsets == () and torch.equal(found(logits).argmax(1), logits.argmax(1))
+
+
 def test_the_calibration_temperature_stays_in_its_range():
     logits = torch.zeros(4, 2, 3, 3)
     logits[:, 1] = 5.0
