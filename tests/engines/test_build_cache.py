@@ -72,7 +72,7 @@ def test_torchrun_gives_each_rank_its_part(tmp_path, teachers, capsys, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shard", "9/8"], "does not exist"),
+        (["--shard", "9/8"], "'9/8'"),
         (["--set", "vews=2"], "has no setting 'vews'"),
         (["--set", "views=0"], "give the number of stored views"),
         (["--set", "cache_dtype=int4"], "use one of float16, int8"),

@@ -193,7 +193,7 @@ def test_views_are_answered_as_they_are_shown_and_mirrored_as_trained(tmp_path):
     assert list(crew.mirrors) == [(), (-1,)]
     assert list(crew_of(train, tmp_path, recipe, members=[Threshold()], flips=False).mirrors) == [()]
     store = crew.answers(train, train)[0]
-    assert store.views == 3 and store.arrays["logits"].shape == (2, 4, 4)
+    assert store.views == 3 and store.arrays["logits"].shape == (2, 8, 8)
     plain, flipped, cropped = (store.read("logits", range(6), view) for view in range(3))
     np.testing.assert_allclose(flipped, plain[..., ::-1], atol=2e-2)
     assert np.abs(cropped - plain).max() > 0.1
@@ -202,9 +202,10 @@ def test_views_are_answered_as_they_are_shown_and_mirrored_as_trained(tmp_path):
     options = {"cache_dir": str(tmp_path), "admission_options": {"mode": "all"}}
     targets = prepare_teachers([described], train, train, Threshold(), recipe, 1, **options)
     read = targets.read([2], "cpu", targets.view_matrices([2], [2]), [2])["crew"]["logits"]
-    np.testing.assert_allclose(
-        read * targets.teachers[0].temperature, targets.teachers[0].answers.read("logits", [2], 2), rtol=1e-5
-    )
+    teacher = targets.teachers[0]
+    stored = torch.from_numpy(teacher.answers.read("logits", [2], 2)).float()
+    np.testing.assert_allclose(read, teacher.calibration(stored), rtol=1e-5)
+    assert teacher.calibration.offsets and teacher.calibration.temperature != 1
     assert targets.views == 3 and targets.record["teachers"][0]["dice"] > 0.5
 
 
