@@ -155,7 +155,8 @@ class FeatureStore:
     Args:
         directory: folder of this store, from :func:`store_directory`.
         key: what the arrays depend on (teacher fingerprint, preprocessing, views, hash of the list); JSON-able.
-        sample_ids, content_hashes: N unique ids, whose order is the index, and the hash of each sample's image file.
+        sample_ids: N unique ids; their order is the index.
+        content_hashes: the hash of each sample's image file.
         arrays: the arrays of every sample by name (letters, digits, ``_`` and ``-``).
         views: number of views of every image.
         shard_size: samples per file.

@@ -9,6 +9,7 @@ from monai.networks.nets import SegResNet
 from torch import nn
 
 from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.distillation.interface import Calibration
 from amkd_monai.engines import crossfit
 from amkd_monai.engines.prepare import prepare_teachers, prior_entropy, score_answers
 from amkd_monai.engines.trainer import Recipe
@@ -204,7 +205,7 @@ def test_a_3d_specialist_answers_slices(tmp_path):
     description = {"name": "segresnet", "kind": "crossfit_volume_specialist", "network": network, "folds": 2}
     description |= {"patch_size": [16, 32, 32], "steps": 30, "learning_rate": 5e-3}
     targets = prepare((train, validation, tmp_path), [description], admission_options={"mode": "all"})
-    assert targets.teachers[0].logits == (2, 8, 8)
+    assert targets.teachers[0].logits == (2, 16, 16)
     record = targets.record["teachers"][0]
     assert record["dice"] > 0.5 and 0.3 < record["volume_ratio"] < 3
 
@@ -246,7 +247,7 @@ def test_scores_of_three_classes_equal_a_computation_by_hand(tmp_path):
     dataset = DecodedDataset(items, load, tmp_path, num_classes=3)
     store = answers_store("a", {}, dataset, (16, 24), tmp_path)
     keep_answers(store, answers)
-    score = score_answers(store, dataset, temperature=2.0)
+    score = score_answers(store, dataset, Calibration(2.0))
     found, labels = answers.argmax(1), np.stack(truth)
     known, dices, volumes = labels != 255, [], []
     for c in (1, 2):

@@ -82,9 +82,12 @@ def test_probes_answer_images_by_pooled_vectors_and_know_the_stripes(data):
     (spec,) = targets.teachers
     assert spec.admitted and spec.grid == (112, 4, 4) and spec.logits == (CLASSES, 1, 1)
     (source,) = targets.teachers
-    score = score_answers(source.answers, data[0], source.temperature)
+    score = score_answers(source.answers, data[0], source.calibration)
     assert score.name == "skill" and score.value > 0.3 and score.further["macro_auroc"] > 0.9
-    z = torch.from_numpy(source.answers.read("logits", np.arange(27))).float()[:, :, 0, 0] / source.temperature
+    z = (
+        torch.from_numpy(source.answers.read("logits", np.arange(27))).float()[:, :, 0, 0]
+        / source.calibration.temperature
+    )
     label = torch.from_numpy(data[0].classes[:27])
     assert score.cross_entropy == pytest.approx(float(nn.functional.cross_entropy(z, label)), rel=1e-4)
     assert score.further["macro_auroc"] == pytest.approx(macro_auroc(label, z.softmax(1)))
@@ -151,7 +154,7 @@ def test_a_mask_specialist_is_refused_for_classes_and_a_class_specialist_accepte
     pooled = {"name": "pooled", "kind": "specialist", "path": str(tmp_path / "pooled.ts"), "answers": "classes"}
     targets = prepare(data, [pooled], admission_options={"mode": "all"})
     image = torch.from_numpy(data[0].image(7)).float() / 255
-    read = targets.read([7], "cpu")["pooled"]["logits"][0, :, 0, 0] * targets.teachers[0].temperature
+    read = targets.read([7], "cpu")["pooled"]["logits"][0, :, 0, 0] * targets.teachers[0].calibration.temperature
     torch.testing.assert_close(read, image.mean((1, 2)), atol=1e-3, rtol=1e-3)
     dense = {"name": "dense", "kind": "specialist", "path": str(tmp_path / "dense.ts")}
     with pytest.raises(ValueError, match="one answer per image with 3 classes"):

@@ -58,7 +58,7 @@ def test_image_label_and_maps_of_a_batch_are_one_view(data, several):  # noqa: F
         assert torch.cosine_similarity(said, stored, dim=1).mean() > 0.9999
         assert torch.equal(torch.from_numpy(ask(teacher, data[0], indices, "cpu", matrices)["grid"]), said)
         answers = several.teachers[0].answers
-        probed = torch.from_numpy(answers.read("logits", indices)).float() / several.teachers[0].temperature
+        probed = several.teachers[0].calibration(torch.from_numpy(answers.read("logits", indices)).float())
         torch.testing.assert_close(batch.teachers["lite1"]["logits"], warp(probed, theta))
     assert seen == {0, 1, 2, 3}
 
