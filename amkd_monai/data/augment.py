@@ -50,7 +50,11 @@ class Augmentation:
     together: int = 1
 
     def check_features(self, accepted: str) -> None:
-        """Refuse geometric changes that make warped cached feature maps worse than ``accepted``, of ``VALIDITIES``."""
+        """Refuse geometric changes that make warped cached feature maps worse than ``accepted``, of ``VALIDITIES``.
+
+        Raises:
+            ValueError: a change is worse, or ``accepted`` is no validity.
+        """
         if accepted not in VALIDITIES:
             raise ValueError(f"`warped_features` is '{accepted}': use one of {', '.join(VALIDITIES)}.")
         for name, largest in LARGEST_APPROXIMATE.items():

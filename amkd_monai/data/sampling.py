@@ -125,7 +125,7 @@ class PatchSampler(BatchSampler):
             yield [int(index) for centre in batch for index in self.patch(centre)]
 
     def patch(self, centre: int) -> np.ndarray:
-        """Return the samples of the patch around one."""
+        """Return the indices (slices,) of the patch around a sample; the last one repeats at the end of its volume."""
         start = max(self.first[centre], min(centre - self.slices // 2, self.last[centre] - self.slices + 1))
         return np.minimum(np.arange(start, start + self.slices), self.last[centre])
 

@@ -26,6 +26,9 @@ def task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False) -> Tensor
 
     Logits (B, C), (B, 2, F) or (B, C, H, W) meet class indices in 0 to C - 1, (B,), (B, F) or (B, 1, H, W); the result
     is (B,), in nats, of F findings their mean: the binary cross entropy.
+
+    Raises:
+        ValueError: the labels are not what the logits answer.
     """
     if logits.ndim == 4:
         return segmentation_task_loss(logits, label, batch_dice)
@@ -41,6 +44,9 @@ def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = Fal
 
     ``batch_dice`` pools overlaps over the batch, as for slices of volumes, many of which show no foreground; else every
     image counts alike, as in the per-image metric. Pixels labelled 255 count in neither loss.
+
+    Raises:
+        ValueError: the labels are not masks.
     """
     if label.ndim != 4:
         raise ValueError("The student answers masks, the labels are of whole images: use a student for classes.")

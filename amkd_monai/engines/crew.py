@@ -81,6 +81,9 @@ def read_crew(
         views: stored views of every image, unless the description tells.
         device: where members are trained and answer.
         cache_dir: folder of all stores; trained members are kept there.
+
+    Raises:
+        ValueError: an option or its value is unknown, or a fold would lack a class.
     """
     name, size = str(description["name"]), str(description.get("size", "default"))
     if size not in SIZES:

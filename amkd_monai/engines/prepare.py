@@ -90,7 +90,11 @@ def image_teachers(descriptions: Sequence[Mapping[str, Any]]) -> list[Mapping[st
 
 
 def open_bundle(bundle: str | Path, settings: Mapping[str, Any], configs: Sequence[str] = ()) -> ConfigParser:
-    """Read a bundle's training config, with ``configs`` on top and top-level ``settings`` changed."""
+    """Read a bundle's training config, with ``configs`` on top and top-level ``settings`` changed.
+
+    Raises:
+        ValueError: it is not a training bundle, or has no such setting.
+    """
     bundle = Path(bundle).expanduser()
     config = bundle / "configs" / "train.json"
     if not config.is_file():
