@@ -72,7 +72,7 @@ endef
 test: export OMP_NUM_THREADS = 1
 test: export MKL_NUM_THREADS = 1
 test: $(INSTALLED) $(LABEL_INSTALLED) ## run the test suite, the MONAI Label server included
-	$(VPYTHON) -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	$(VPYTHON) -m pytest -n 2 --dist loadscope --no-loadscope-reorder --max-worker-restart 0
 
 bundles: $(INSTALLED) ## write the configs of all bundles from bundles/source
 	$(VPYTHON) bundles/source/build.py

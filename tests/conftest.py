@@ -66,3 +66,9 @@ def pytest_xdist_make_scheduler(config, log):
             return next((folder for folder in TOGETHER if f"/{folder}/" in file), file)
 
     return ByFile(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem):
+    """End the run at once: other workers would go on for minutes before the test is named."""
+    pytest.exit(f"a worker died in {crashitem}", returncode=1)
