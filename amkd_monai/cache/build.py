@@ -145,7 +145,7 @@ class Batches:
                 yield batch, result
                 continue
             # Here, not above: as long as the error is handled its traceback holds the tensors of the batch.
-            logger.warning("no memory for %d images at once: now %d", len(batch), self.size)
+            logger.warning("out of memory with %d images at once: continuing with %d", len(batch), self.size)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

@@ -191,7 +191,7 @@ class DistillationConfig:
         admitted = [t.logits for t in teachers if t.admitted and t.logits is not None]
         offered |= dict.fromkeys(ANSWER_LOSSES, bool(admitted))
         if self.losses.get("overlap") and any(shape[-1] == 1 for shape in admitted):
-            raise ValueError("The loss 'overlap' compares masks, these answers are about whole images: leave it out.")
+            raise ValueError("The loss 'overlap' compares masks, these outputs are of whole images: leave it out.")
         offered["contrastive"] = samples is not None and bool(samples.vectors)
         chosen = {name: prior if offered[name] else 0.0 for name, prior in self.losses.items()}
         if not any(chosen.values()):

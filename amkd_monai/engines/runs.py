@@ -564,7 +564,7 @@ def _data_root(data: Mapping[str, Any]) -> str | None:
     """Where a run's data lie, None where they must be searched for; phantoms never replace real data that are gone."""
     if Path(data["root"]).is_dir():
         if data["phantom"]:
-            logger.warning("The student was trained on generated PHANTOMS, here are the same: %s", data["root"])
+            logger.warning("The student was trained on generated PHANTOMS, which are used here, too: %s", data["root"])
         return str(data["root"])
     if not data["phantom"] and find_dataset_dir(recorded_task(data)) is None:
         raise ValueError(f"The run's data were in {data['root']}, which does not exist: give --dataset_dir.")

@@ -52,7 +52,7 @@ def predict(
     """
     images = predictor.images(source)
     if (dicom_seg or dicom_captures) and not any(image.slices for image in images):
-        raise ValueError(f"{source} holds no DICOM series, of which DICOM answers are made: leave out their options.")
+        raise ValueError(f"{source} holds no DICOM series, which DICOM output needs: leave out its options.")
     folder = names.expanded(output)
     folder.mkdir(parents=True, exist_ok=True)
     rows, failed = [], 0
@@ -72,7 +72,7 @@ def predict(
             temporary.open("w", newline="", encoding="utf-8") as f,
         ):
             csv.writer(f, lineterminator="\n").writerows([["id", "class", *columns], *rows])
-    print(f"{len(images) - failed} of {len(images)} predicted, answers in {folder}")
+    print(f"{len(images) - failed} of {len(images)} predicted, results in {folder}")
     return 1 if failed else 0
 
 

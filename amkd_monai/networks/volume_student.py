@@ -47,8 +47,8 @@ class VolumeStudent(nn.Module):
         logits = self.network(volume) if volume.ndim == 5 else None
         if not isinstance(logits, Tensor) or logits.shape != (len(volume), self.num_classes, *volume.shape[2:]):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            needs = f"{self.num_classes} classes that answers (B, channels, D, H, W) at its size, no deep supervision"
-            raise ValueError(f"A 3D student answers {tuple(volume.shape)} by {found}: use a network of {needs}.")
+            needs = f"{self.num_classes} classes that returns (B, channels, D, H, W) at its size, no deep supervision"
+            raise ValueError(f"A 3D student returns {tuple(volume.shape)} by {found}: use a network of {needs}.")
         return logits
 
     def encode(self, image: Tensor) -> list[Tensor]:
