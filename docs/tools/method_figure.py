@@ -2,14 +2,7 @@
 
 python docs/tools/method_figure.py RUN      # writes docs/method_teachers.jpg and docs/method_run.svg
 
-RUN is the output folder of a training. That of the page goes on from `make demo`, with one teacher more:
-
-make demo
-python -m monai.bundle run training --config_file bundles/kvasir_seg/configs/train.json \
-    --dataset_dir build/demo/Kvasir-SEG --cache_dir build/demo/cache --image_size 64 --labelled 6 \
-    --split_fractions [0.5,0.05,0.45] --max_epochs 12 --val_interval 12 --output_dir RUN --ckpt_dir RUN \
-    --teachers "[{'name':'crew','kind':'crew','members':[{'encoder':'tf_efficientnet_lite1'}],'image_size':96,
-    'images':768},{'name':'imagenet_lite2','kind':'timm','model':'tf_efficientnet_lite2'}]" --admission#mode all
+RUN is the output folder of a training with teacher outputs. The page shows build/demo/distilled, a run of `make demo`.
 """
 
 from __future__ import annotations
@@ -21,6 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from amkd_monai.files.pictures import contrasting
 from amkd_monai.metrics.run_folder import RunFolder, read_arrays, read_run
@@ -72,6 +66,7 @@ def draw_run(run: RunFolder) -> Figure:
         for k, (name, values) in enumerate(lines.items()):
             axes.plot(epochs, values, label=name, color=COLOURS[k % len(COLOURS)], linestyle=DASHES[k % len(DASHES)])
         axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3, axis="y")
         axes.legend(fontsize=8, frameon=False)
     return figure
