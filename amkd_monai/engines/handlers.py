@@ -26,7 +26,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from amkd_monai.cache.probes import CALIBRATED_ON, LEAST_GROUPS, fit_calibration
+from amkd_monai.cache.probes import LEAST_GROUPS, calibrated_on, fit_calibration
 from amkd_monai.data.datalist import Datalist
 from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import UNLABELLED, DecodedDataset
@@ -564,7 +564,8 @@ class CalibrateMasks(Handler):
 
     def __init__(self, student: nn.Module, groups: Sequence[str], enabled: bool | str = True) -> None:
         self.student = student
-        self.is_on = is_true(enabled) and isinstance(student, Student) and len(set(groups)) >= LEAST_GROUPS
+        self.groups = len(set(groups))
+        self.is_on = is_true(enabled) and isinstance(student, Student) and self.groups >= LEAST_GROUPS
 
     def attach(self, engine: Engine) -> None:
         """Register with an evaluator."""
@@ -584,11 +585,11 @@ class CalibrateMasks(Handler):
     def _epoch_completed(self, engine: Engine) -> None:
         if self.is_on:
             logits, label = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
-            some = torch.linspace(0, len(label) - 1, min(len(label), CALIBRATED_ON)).long()
+            some = torch.from_numpy(calibrated_on(len(label)))
             logits, label = logits[some], label[some]
             targets = class_areas(label, logits.shape[1], (logits.shape[-2], logits.shape[-1]))
             with torch.enable_grad():
-                fitted = fit_calibration(logits, targets, offsets=True)
+                fitted = fit_calibration(logits, targets, self.groups)
             head = self.student.head
             self.kept = {name: value.clone() for name, value in head.state_dict().items()}
             head.load_state_dict(fitted.folded(self.kept))
