@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 import resource
 import subprocess
 import sys
@@ -21,11 +22,13 @@ from monai.bundle import ckpt_export, create_workflow, load, onnx_export, verify
 from PIL import Image
 
 from amkd_monai.__main__ import main
+from amkd_monai.cli import parser, settings_of
 from amkd_monai.data.datalist import inference_datalist
 from amkd_monai.data.datasets import TASKS
 from amkd_monai.errors import root_cause
-from amkd_monai.export.bundle import judge
+from amkd_monai.export.bundle import judge, model_card
 from amkd_monai.export.runners import runner
+from amkd_monai.export.source import Source
 from amkd_monai.files.names import file_id
 
 KINDS = ("kvasir_seg", "aptos2019", "msd_heart", "covid_volumes")
@@ -53,6 +56,7 @@ for dist, images, output in zip(*[iter(sys.argv[1:])] * 3):
 BARE = """
 import sys
 from amkd_monai.__main__ import main
+from amkd_monai.cli import parser, settings_of
 code = main(sys.argv[1:])
 heavy = {"torch", "monai", "ignite", "timm"} & set(sys.modules)
 assert not heavy, heavy
@@ -116,6 +120,18 @@ def test_the_bundle_is_whole_and_fits_the_schema(bundle, exported):
     for name, other in ((name, other) for name, other in made_from.items() if name in rows):
         assert rows[name]["difference"] > 0 and rows[name]["megabytes"] < 0.5 * rows[other]["megabytes"]
     assert rows["eager"]["memory"] is None and rows["ts"]["memory"] > 2 * rows["onnx"]["memory"] > 50
+
+
+def test_the_card_tells_whether_masks_are_calibrated(exported):
+    folder, words = exported("kvasir_seg")
+    given = parser().parse_args(["export", *words, "--to", "x"])
+    source = Source(given.bundle, settings_of(given.set))
+    facts = read_json(folder / "dist" / "kvasir_seg" / "docs" / "export.json")
+    latest = source.record["latest"]
+    for source.record["latest"], said in (({**latest, "temperature": 0.9}, "offset"), ({"val_dice": 0.5}, "not calib")):
+        assert re.search(rf"^- Calibration: .*{said}", model_card(source, facts, "x"), re.MULTILINE)
+    source.record = {}
+    assert "- Calibration: not recorded" in model_card(source, facts, "x")
 
 
 @pytest.fixture(scope="module")
