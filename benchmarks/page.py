@@ -99,7 +99,7 @@ def main() -> int:
             if number == arguments.rounds - 1:
                 if arguments.picture:
                     browser.picture(made)
-                    Image.open(made).convert("RGB").save(arguments.picture, quality=85)
+                    Image.open(made).convert("RGB").crop((0, 0, 1280, 880)).save(arguments.picture, quality=75)
                 print(f"parts, with the page open: {browser.evaluate(PARTS)}")
             browser.close()
     median, cpu = statistics.median(wall), statistics.median(processor)

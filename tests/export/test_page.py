@@ -263,7 +263,7 @@ def test_files_that_cannot_be_used_get_a_sentence_and_the_page_lives_on(page, tm
         assert word in said[name] and said[name].count(". ") == 0, (name, said[name])
     assert "larger than 1 GiB" in browser.evaluate("readInput({ size: 2 ** 31 }).catch((error) => error.message)")
     assert browser.evaluate("entries.at(-1).state") == "done"
-    assert "1 of 10 answered" in browser.evaluate("by('status').textContent")
+    assert "1 of 10 predicted" in browser.evaluate("by('status').textContent")
 
 
 def test_a_student_of_another_version_or_that_answers_otherwise_is_refused_by_name(page):

@@ -94,7 +94,7 @@ async function addFiles(files) {
       list();
     }
     const done = added.filter((entry) => entry.state === "done").length;
-    await say(network ? `${done} of ${added.length} answered.` : by("status").textContent);
+    await say(network ? `${done} of ${added.length} predicted.` : by("status").textContent);
   });
   await busy;
 }
