@@ -99,7 +99,8 @@ def main() -> int:
             if number == arguments.rounds - 1:
                 if arguments.picture:
                     browser.picture(made)
-                    Image.open(made).convert("RGB").crop((0, 0, 1280, 880)).save(arguments.picture, quality=75)
+                    shot = Image.open(made).convert("RGB").crop((0, 0, 1280, 880))
+                    shot.resize((1024, 704)).save(arguments.picture, quality=80)
                 print(f"parts, with the page open: {browser.evaluate(PARTS)}")
             browser.close()
     median, cpu = statistics.median(wall), statistics.median(processor)

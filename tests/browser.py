@@ -18,6 +18,9 @@ OPTIONS = (
 )
 
 
+HOW: dict[str, Any] = {"max_size": None, "ping_interval": None, "open_timeout": 60}
+
+
 class Browser:
     """One page; what it asks of the network is in ``asked``, its errors are in ``complaints``."""
 
@@ -33,7 +36,7 @@ class Browser:
         port = folder / "profile" / "DevToolsActivePort"
         self.wait(lambda: port.is_file() and port.read_text().count("\n") == 1, 60)
         number, path = port.read_text().split("\n")
-        self.socket = client.connect(f"ws://127.0.0.1:{number}{path}", max_size=None, ping_interval=None)
+        self.socket = client.connect(f"ws://127.0.0.1:{number}{path}", **HOW)
         self.numbers, self.session, self.asked, self.complaints = itertools.count(1), {}, list[str](), list[str]()
         target = next(t for t in self("Target.getTargets")["targetInfos"] if t["type"] == "page")["targetId"]
         self.session = {"sessionId": self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
