@@ -26,8 +26,7 @@ from amkd_monai.cache import probes
 from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers, shown_to
 from amkd_monai.cache.store import EVERYTHING, FeatureStore, Part
 from amkd_monai.data.datasets import Task, get_task
-from amkd_monai.data.decoded import DecodedDataset
-from amkd_monai.data.unlabelled import look_unlike
+from amkd_monai.data.decoded import DecodedDataset, look_unlike
 from amkd_monai.distillation import TeacherTarget
 from amkd_monai.distillation.interface import UNCALIBRATED, Calibration
 from amkd_monai.distillation.losses import UNLABELLED, one_hot_area, soft_cross_entropy
