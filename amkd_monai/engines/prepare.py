@@ -22,7 +22,6 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from amkd_monai import __version__
-from amkd_monai.cache import probes
 from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers, shown_to
 from amkd_monai.cache.store import EVERYTHING, FeatureStore, Part
 from amkd_monai.data.datasets import Task, get_task
@@ -291,7 +290,7 @@ class _Preparation:
         record["stored"] = {"views": outputs.views, "dtype": dtype, "bytes_per_image": size}
         target = TeacherTarget(teacher.name, **identity, record=record)
         if grid is not None:
-            mean, std = probes.channel_statistics(outputs)
+            mean, std = crossfit.channel_statistics(outputs)
             target = replace(target, grid=grid.shape, mean=mean, std=std, features=outputs)
         maps = "logits" in outputs.arrays and len(outputs.arrays["logits"].shape) == 3  # not one vector per image
         if maps and description.get("own_answers", True):
@@ -317,11 +316,11 @@ class _Preparation:
             for section, dataset in (("train", self.train), ("validation", self.validation))
         )
         if not (train.is_complete and validation.is_complete):
-            mean, std = probes.channel_statistics(features, array)
-            logits, fitted = probes.cross_fit_probes(features, self.train, mean, std, self.folds, self.seed, array)
+            mean, std = crossfit.channel_statistics(features, array)
+            logits, fitted = crossfit.cross_fit_probes(features, self.train, mean, std, self.folds, self.seed, array)
             keep_answers(train, logits)
             rows = np.arange(len(self.validation))
-            keep_answers(validation, probes.answer(of_validation, rows, mean, std, fitted, array))
+            keep_answers(validation, crossfit.answer_of_probes(of_validation, rows, mean, std, fitted, array))
         return train, validation
 
     def _cross_fitted(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, FeatureStore]:
@@ -363,12 +362,12 @@ class _Preparation:
 def _calibration(answers: FeatureStore, dataset: DecodedDataset) -> Calibration:
     """Calibration of cached answers on a dataset's labels; that of masks of enough groups has offsets."""
     rows = np.flatnonzero(dataset.has_label)
-    offsets = dataset.classes is None and len({dataset.groups[i] for i in rows}) >= probes.LEAST_GROUPS
-    if dataset.classes is None and len(rows) > probes.CALIBRATED_ON:
-        rows = rows[np.linspace(0, len(rows) - 1, probes.CALIBRATED_ON).astype(int)]
+    offsets = dataset.classes is None and len({dataset.groups[i] for i in rows}) >= crossfit.LEAST_GROUPS
+    if dataset.classes is None and len(rows) > crossfit.CALIBRATED_ON:
+        rows = rows[np.linspace(0, len(rows) - 1, crossfit.CALIBRATED_ON).astype(int)]
     _, height, width = answers.arrays["logits"].shape
-    targets = probes.cell_targets(dataset, rows, dataset.num_classes, (height, width))
-    return probes.fit_calibration(torch.from_numpy(answers.read("logits", rows)).float(), targets, offsets)
+    targets = crossfit.cell_targets(dataset, rows, dataset.num_classes, (height, width))
+    return crossfit.fit_calibration(torch.from_numpy(answers.read("logits", rows)).float(), targets, offsets)
 
 
 ADMISSION_MODES = ("cross_fit", "all", "none")

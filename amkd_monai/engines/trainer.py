@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from amkd_monai.cache.build import MATRIX, to_device
-from amkd_monai.cache.probes import pooled_features
+from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.sampling import Augmentation, BatchSampler, PatchSampler, warp
 from amkd_monai.distillation import SampleTable, TeacherTarget
@@ -163,7 +163,7 @@ class TeacherTargets:
         if not losses.get("contrastive") or not self.teachers:
             return None
         groups = torch.from_numpy(np.unique(self.groups, return_inverse=True)[1]).long()
-        vectors = {t.name: pooled_features(t.features) for t in self.teachers if t.features is not None}
+        vectors = {t.name: _pooled_features(t.features) for t in self.teachers if t.features is not None}
         return SampleTable(vectors, groups, None if self.classes is None else torch.from_numpy(self.classes).long())
 
     @property
@@ -352,3 +352,10 @@ def distillation_batch(
     label = label.long() if label.ndim < 4 else warp(label.float(), theta, mode="nearest").round().long()
     image = image.contiguous(memory_format=torch.channels_last)
     return Batch(image, label, data["has_label"], teachers, data["index"].to(device), task=task)
+
+
+def _pooled_features(store: FeatureStore) -> Tensor:
+    """Mean over the cells of the cached features of each sample, (N, C) float32."""
+    samples = range(len(store))
+    batches = (store.read("grid", samples[start : start + 64]) for start in range(0, len(store), 64))
+    return torch.cat([torch.from_numpy(batch.astype(np.float32).mean((2, 3))) for batch in batches])
