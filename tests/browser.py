@@ -95,7 +95,7 @@ class Browser:
         shot = self("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         file.write_bytes(base64.b64decode(shot["data"]))
 
-    def wait(self, condition: Any, seconds: float = 60) -> None:
+    def wait(self, condition: Any, seconds: float = 180) -> None:
         """Wait for a condition."""
         end = time.monotonic() + seconds
         while not condition():

@@ -48,6 +48,7 @@ CALIBRATED_ON = 256
 """Masks, evenly spread over the split, that a calibration is fitted on at most."""
 LEAST_GROUPS = 5
 """Groups (patients) of which offsets are fitted: those of fewer would be their own."""
+OFFSET_PENALTY = 0.03  # L2 penalty of offsets, divided by the number of groups: few speak for themselves
 
 WEIGHT_DECAY = 1e-3  # L2 penalty of the probe of cells on standardised features
 WEIGHT_DECAY_POOLED = 100.0  # of pooled vectors, divided by the number of images: there may be fewer than channels
@@ -354,21 +355,29 @@ def channel_statistics(store: FeatureStore, array: str = "grid") -> tuple[Tensor
     return torch.from_numpy(mean).float(), torch.from_numpy(np.where(std > 1e-6, std, 1.0)).float()
 
 
-def fit_calibration(logits: Tensor, targets: Tensor, offsets: bool = False) -> Calibration:
+def calibrated_on(count: int) -> np.ndarray:
+    """Which of so many masks a calibration is fitted on: all, or :data:`CALIBRATED_ON`, evenly spread."""
+    return np.linspace(0, count - 1, min(count, CALIBRATED_ON)).astype(int)
+
+
+def fit_calibration(logits: Tensor, targets: Tensor, groups: int = 0) -> Calibration:
     """The temperature in [0.25, 8] that minimises the cross entropy of the answers (Guo et al., 2017).
 
-    With ``offsets`` also one in [-4, 4] for each class but the first (Platt, 1999): what few labels taught draws too
-    little or too much. A class without target keeps 0, and all do where offsets would lower the mean Dice: the
-    likeliest answer of one that knows little is background. Logits and targets, fractions of the classes, are
-    (N, classes, h, w); cells whose fractions are all 0 don't count.
+    Of ``groups`` patients or images, at least :data:`LEAST_GROUPS`, also one offset in [-4, 4] for each class but the
+    first (Platt, 1999), with an L2 penalty: what few labels taught draws too little or too much. A class without target
+    keeps 0, and all do where offsets would lower the mean Dice: the likeliest answer of one that knows little is
+    background. Logits and targets, fractions of the classes, are (N, classes, h, w); cells whose fractions are all 0
+    don't count.
     """
+    offsets = groups >= LEAST_GROUPS
     log_temperature = torch.zeros((), requires_grad=True)
     shift = torch.zeros(logits.shape[1], requires_grad=offsets)
     free = (targets.sum((0, 2, 3)) > 0) & (torch.arange(len(shift)) > 0)
 
     def loss() -> Tensor:
         scaled = logits / log_temperature.exp() + (shift * free)[:, None, None]
-        return -(targets * F.log_softmax(scaled, dim=1)).sum(1).mean()
+        fit = -(targets * F.log_softmax(scaled, dim=1)).sum(1).mean()
+        return fit + OFFSET_PENALTY / max(groups, 1) * shift.square().sum()
 
     _minimise([log_temperature, *([shift] if offsets else [])], loss, 50, 100)
     log_temperature = log_temperature.detach().clamp(math.log(0.25), math.log(8.0))

@@ -32,7 +32,7 @@ from amkd_monai.data.decoded import UNLABELLED, DecodedDataset
 from amkd_monai.distillation import Batch, DistillationConfig
 from amkd_monai.distillation.interface import DistillationOutput
 from amkd_monai.distillation.losses import as_map, class_areas, label_map
-from amkd_monai.engines.crossfit import CALIBRATED_ON, LEAST_GROUPS, fit_calibration
+from amkd_monai.engines.crossfit import LEAST_GROUPS, calibrated_on, fit_calibration
 from amkd_monai.engines.runs import Identity, is_true, record_weights, refuse_another, versions
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
@@ -560,7 +560,8 @@ class CalibrateMasks(Handler):
 
     def __init__(self, student: nn.Module, groups: Sequence[str], enabled: bool | str = True) -> None:
         self.student = student
-        self.is_on = is_true(enabled) and isinstance(student, Student) and len(set(groups)) >= LEAST_GROUPS
+        self.groups = len(set(groups))
+        self.is_on = is_true(enabled) and isinstance(student, Student) and self.groups >= LEAST_GROUPS
 
     def attach(self, engine: Engine) -> None:
         """Register with an evaluator."""
@@ -580,11 +581,11 @@ class CalibrateMasks(Handler):
     def _epoch_completed(self, engine: Engine) -> None:
         if self.is_on:
             logits, label = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
-            some = torch.linspace(0, len(label) - 1, min(len(label), CALIBRATED_ON)).long()
+            some = torch.from_numpy(calibrated_on(len(label)))
             logits, label = logits[some], label[some]
             targets = class_areas(label, logits.shape[1], (logits.shape[-2], logits.shape[-1]))
             with torch.enable_grad():
-                fitted = fit_calibration(logits, targets, offsets=True)
+                fitted = fit_calibration(logits, targets, self.groups)
             head = self.student.head
             self.kept = {name: value.clone() for name, value in head.state_dict().items()}
             head.load_state_dict(fitted.folded(self.kept))

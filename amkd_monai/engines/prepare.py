@@ -361,13 +361,13 @@ class _Preparation:
 
 def _calibration(answers: FeatureStore, dataset: DecodedDataset) -> Calibration:
     """Calibration of cached answers on a dataset's labels; that of masks of enough groups has offsets."""
-    rows = np.flatnonzero(dataset.has_label)
-    offsets = dataset.classes is None and len({dataset.groups[i] for i in rows}) >= crossfit.LEAST_GROUPS
-    if dataset.classes is None and len(rows) > crossfit.CALIBRATED_ON:
-        rows = rows[np.linspace(0, len(rows) - 1, crossfit.CALIBRATED_ON).astype(int)]
+    rows, groups = np.flatnonzero(dataset.has_label), 0
+    if dataset.classes is None:
+        groups = len({dataset.groups[i] for i in rows})
+        rows = rows[crossfit.calibrated_on(len(rows))]
     _, height, width = answers.arrays["logits"].shape
     targets = crossfit.cell_targets(dataset, rows, dataset.num_classes, (height, width))
-    return crossfit.fit_calibration(torch.from_numpy(answers.read("logits", rows)).float(), targets, offsets)
+    return crossfit.fit_calibration(torch.from_numpy(answers.read("logits", rows)).float(), targets, groups)
 
 
 ADMISSION_MODES = ("cross_fit", "all", "none")

@@ -172,11 +172,15 @@ def test_calibration_recovers_planted_offsets_and_leaves_a_class_without_targets
     logits[:, 3] -= 40  # never drawn, never seen
     p = (logits / 1.5 + planted[:, None, None]).softmax(1)
     label = torch.multinomial(p.movedim(1, -1).flatten(0, 2), 1, generator=rng).view(200, 8, 8)
-    found = crossfit.fit_calibration(logits, torch.nn.functional.one_hot(label, 4).movedim(-1, 1).float(), offsets=True)
+    targets = torch.nn.functional.one_hot(label, 4).movedim(-1, 1).float()
+    found = crossfit.fit_calibration(logits, targets, groups=200)
     assert found.temperature == pytest.approx(1.5, rel=0.06) and found.offsets[0] == found.offsets[3] == 0
     assert found.offsets[1:3] == pytest.approx((1.5, -1.0), abs=0.1)
     drawn, true = found(logits).softmax(1)[:, 1].sum(), (label == 1).sum()
     assert float(drawn / true) == pytest.approx(1, abs=0.01)  # what is too little by itself is right in the mean
+    few = crossfit.fit_calibration(logits, targets, groups=crossfit.LEAST_GROUPS)
+    assert 0.5 < few.offsets[1] < found.offsets[1] - 0.05  # few groups speak less for others
+    assert crossfit.fit_calibration(logits, targets, groups=crossfit.LEAST_GROUPS - 1).offsets == ()
 
 
 def test_offsets_that_would_leave_a_weak_answer_without_foreground_are_not_taken():
@@ -186,7 +190,7 @@ def test_offsets_that_would_leave_a_weak_answer_without_foreground_are_not_taken
     guess = (torch.rand((20, 8, 8), generator=rng) < 0.3) | (label == 1)  # a third of what it draws is right
     targets = torch.nn.functional.one_hot(label, 2).movedim(-1, 1).float()
     logits = 0.5 * torch.randn(targets.shape, generator=rng) + torch.stack([~guess, guess], 1)
-    found = crossfit.fit_calibration(logits, targets, offsets=True)
+    found = crossfit.fit_calibration(logits, targets, groups=20)
     assert found.offsets == () and torch.equal(found(logits).argmax(1), logits.argmax(1))
 
 
