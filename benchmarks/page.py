@@ -2,6 +2,7 @@
 
     python benchmarks/page.py                        # exports an untrained student of 256 px first
     python benchmarks/page.py --dist dist/mybundle   # a student that was exported with the format web
+    python benchmarks/page.py --dist dist/demo --file IMAGE --picture docs/page.jpg    # and a picture of the page
 
 Headless Chromium without a network opens the page from disk and gets a picture: WebAssembly, one thread. Wall time is
 what a user waits. On a busy machine read the processor's time of the page's thread, which does all but compile. Then
@@ -72,12 +73,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dist", type=Path, help="folder written by export (default: one is made)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--file", type=Path, help="image to give (default: one is made)")
+    parser.add_argument("--picture", type=Path, help="JPEG of the page with the last answer")
     arguments = parser.parse_args()
     wall, processor, kept = [], [], True
     with tempfile.TemporaryDirectory() as temporary:
         page = (arguments.dist or exported(Path(temporary))).resolve() / "web"
-        picture = Path(temporary) / "picture.png"
-        Image.effect_mandelbrot((512, 384), (-2, -1.5, 1, 1.5), 80).convert("RGB").save(picture)
+        made = Path(temporary) / "picture.png"
+        Image.effect_mandelbrot((512, 384), (-2, -1.5, 1, 1.5), 80).convert("RGB").save(made)
         for name, files in LOADED.items():
             megabytes = sum((page / file).stat().st_size for file in (*COMMON, *files)) / 1e6
             kept &= megabytes <= MOST_MEGABYTES
@@ -87,13 +90,16 @@ def main() -> int:
             start, before = time.perf_counter(), spent(browser)
             browser.open((page / "index.html").as_uri())
             opened, ready = time.perf_counter() - start, spent(browser) - before
-            browser.give(picture)
+            browser.give((arguments.file or made).resolve())
             wall.append(time.perf_counter() - start)
             processor.append(spent(browser) - before)
             runtime = browser.evaluate("by('runtime').textContent.split('(')[0]")
             print(f"{runtime}: ready after {opened:.2f} s ({ready:.2f} s of CPU), ", end="")
             print(f"mask after {wall[-1]:.2f} s ({processor[-1]:.2f} s of CPU)", flush=True)
             if number == arguments.rounds - 1:
+                if arguments.picture:
+                    browser.picture(made)
+                    Image.open(made).convert("RGB").save(arguments.picture, quality=85)
                 print(f"parts, with the page open: {browser.evaluate(PARTS)}")
             browser.close()
     median, cpu = statistics.median(wall), statistics.median(processor)

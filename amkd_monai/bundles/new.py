@@ -46,12 +46,13 @@ def new_bundle(
         data: the folder, in any form that :class:`~amkd_monai.data.datasets.described.Described` reads.
         to: the folder of bundles.
         classes: names by label value, background first where labels are masks; () takes those of the data.
-        groups: what never must be cut by the split, such as patients: a column of the table, or a regular expression
+        groups: what the split must never cut, such as patients: a column of the table, or a regular expression
             whose first group in an image's name it is.
         kind: of the task; "" finds it out.
         modality: how the images were made; "" guesses.
 
     Raises:
+        DataProblems: files that cannot be used; all of them are named.
         FileExistsError: there is such a bundle.
         ValueError: the folder has no known form, or its labels do not fit ``classes``.
     """

@@ -40,7 +40,11 @@ Result = TypeVar("Result")
 
 
 def view_set(views: int) -> list[dict[str, Any]]:
-    """Describe the first ``views`` views: identity, horizontal flip, then random resized crops with mild rotation."""
+    """Describe the first ``views`` views: identity, horizontal flip, then random resized crops with mild rotation.
+
+    Raises:
+        ValueError: ``views`` is below 1.
+    """
     if views < 1:
         raise ValueError(f"`views` is {views}: give the number of stored views of every image, 1 or more.")
     crop: dict[str, Any] = {"view": "crop", "smallest": SMALLEST_CROP, "rotation": LARGEST_ROTATION}
@@ -66,7 +70,7 @@ def view_matrix(parameters: Mapping[str, Any], sample_id: str, content_hash: str
 
 
 def to_device(values: np.ndarray, device: torch.device | str) -> Tensor:
-    """Copy an array to a device; by pinned memory to a GPU, so that the host does not wait for what is queued there."""
+    """Copy an array to a device; to a GPU by pinned memory, so that the host does not wait for its queue."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if "cuda" in str(device) else tensor.to(device)
 
@@ -141,7 +145,7 @@ class Batches:
                 yield batch, result
                 continue
             # Here, not above: as long as the error is handled its traceback holds the tensors of the batch.
-            logger.warning("no memory for %d images at once: now %d", len(batch), self.size)
+            logger.warning("out of memory with %d images at once: continuing with %d", len(batch), self.size)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

@@ -278,6 +278,10 @@ class FeatureStore:
         """Read one array of B samples (B, *shape), in the order asked for, in one view or in a view for each.
 
         A StoreError where a shard is still missing, or its file is damaged, and then removed.
+
+        Raises:
+            KeyError: the store has no such array.
+            IndexError: it has no such sample or view.
         """
         if (spec := self.arrays.get(array)) is None:
             raise KeyError(f"{self.directory} has no array {array!r}, only {', '.join(self.arrays)}")
@@ -389,6 +393,7 @@ class FeatureStore:
         """Store all arrays of one shard, (n, *shape) with n = ``len(samples_of(shard))``; one that is there stays.
 
         Raises:
+            IndexError: the store has no such view.
             ValueError: an array is missing, unknown, of a wrong shape or kind, or not finite in the stored dtype.
             OSError: the folder is not writable or the disk is full; no part of the shard is left.
         """
@@ -440,7 +445,11 @@ class Part:
 
     @classmethod
     def parse(cls, text: str | None = None) -> Part:
-        """Read ``3/8``, the third of eight parts; None: that of this process under torchrun, or everything."""
+        """Read ``3/8``, the third of eight parts; None: that of this process under torchrun, or everything.
+
+        Raises:
+            ValueError: it is no part, such as ``9/8``.
+        """
         if text is None:
             return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         found = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -497,7 +506,11 @@ class StoredTeacher:
 
 
 def find_stores(folder: str | Path) -> list[StoredTeacher]:
-    """Open every store below a folder."""
+    """Open every store below a folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give the cache_dir of a run, such as bundles/.cache.")

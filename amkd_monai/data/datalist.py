@@ -125,7 +125,11 @@ def stand_in_note(folder: str | Path) -> str:
 
 
 def find_dataset_dir(task: Named, dataset_dir: str | Path | None = None) -> tuple[Path, str] | None:
-    """Find a data set and say how: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``; None without any."""
+    """Find a data set and say how: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``; None without any.
+
+    Raises:
+        FileNotFoundError: a folder that is named does not exist.
+    """
     folder = get_task(task).folder
     if dataset_dir:
         if not (given := Path(dataset_dir).expanduser()).is_dir():
@@ -237,7 +241,11 @@ def labelled_folder(
 def find_items(
     task: Named, root: Path, cache_dir: str | Path | None = None, options: Mapping[str, Any] | None = None
 ) -> list[Item]:
-    """List the items of a data set with options of its own, see ``Described.find_items``."""
+    """List the items of a data set with options of its own, see ``Described.find_items``.
+
+    Raises:
+        ValueError: the data set has no such option.
+    """
     task, find = get_task(task), get_task(task).layout.find_items
     known = inspect.signature(find).parameters.keys() - {"root", "cache_dir"}
     if unknown := set(options or {}) - known:

@@ -137,7 +137,7 @@ class PatchSampler(BatchSampler):
             yield [int(index) for centre in batch for index in self.patch(centre)]
 
     def patch(self, centre: int) -> np.ndarray:
-        """Return the samples of the patch around one."""
+        """Return the indices (slices,) of the patch around a sample; the last one repeats at the end of its volume."""
         start = max(self.first[centre], min(centre - self.slices // 2, self.last[centre] - self.slices + 1))
         return np.minimum(np.arange(start, start + self.slices), self.last[centre])
 
@@ -240,7 +240,11 @@ class Augmentation:
     together: int = 1
 
     def check_features(self, accepted: str) -> None:
-        """Refuse geometric changes that make warped cached feature maps worse than ``accepted``, of ``VALIDITIES``."""
+        """Refuse geometric changes that make warped cached feature maps worse than ``accepted``, of ``VALIDITIES``.
+
+        Raises:
+            ValueError: a change is worse, or ``accepted`` is no validity.
+        """
         if accepted not in VALIDITIES:
             raise ValueError(f"`warped_features` is '{accepted}': use one of {', '.join(VALIDITIES)}.")
         for name, largest in LARGEST_APPROXIMATE.items():

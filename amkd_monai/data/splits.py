@@ -110,6 +110,9 @@ def fold_of_groups(
 
     With fewer groups than folds there are as many folds as groups. With ``classes``, one per sample, folds have about
     equal numbers of each. The seed shuffles groups of one size.
+
+    Raises:
+        ValueError: fewer than 2 folds or groups.
     """
     sizes = Counter(groups)
     if folds < 2:

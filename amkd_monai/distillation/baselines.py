@@ -28,13 +28,13 @@ class PaperGate(TeacherGate):
             self.network = GateNetwork(setup.channels, k, k, setup.tasks, hidden)
 
     def score(self, features: Tensor, cosines: Tensor, task: int) -> Tensor:
-        """Scores of the network for the means over the image."""
+        """Scores (B, K, h, w), equal in all cells, of the network for the means over the image."""
         assert self.network is not None
         pooled = features.mean((2, 3), keepdim=True), cosines.mean((2, 3), keepdim=True)
         return self.network(*pooled, task).expand(-1, -1, *self.grid)
 
     def weights(self, reading: GateReading, available: Tensor) -> Tensor:
-        """The softmax, with gradient to the network."""
+        """The softmax (B, K, h, w) over the available teachers (K,), with gradient to the network."""
         assert reading.scores is not None
         return gates.gate_probabilities(reading.scores, available)
 
@@ -43,7 +43,7 @@ class FixedLossGate(LossGate):
     """The priors times the strength are the factors, whatever the size of the losses."""
 
     def weights(self, strength: float, features: Tensor | None = None) -> Mapping[str, float | Tensor]:
-        """Return the factor of each loss and of ``task``."""
+        """Return the factor of each loss and of ``task``, numbers."""
         return {"task": 1.0, **{name: strength * prior for name, prior in self.priors.items()}}
 
 
@@ -58,7 +58,7 @@ class PaperLossGate(LossGate):
         self.gate = nn.Sequential(nn.Linear(channels, 32), nn.ReLU(), nn.Linear(32, len(self.initial)))
 
     def weights(self, strength: float, features: Tensor | None = None) -> Mapping[str, float | Tensor]:
-        """Return the factors, means over the batch, with gradient to the gate."""
+        """Return the factors, scalars, of a map (B, C, h, w): means over the batch, with gradient to the gate."""
         assert features is not None
         shares = torch.softmax(self.gate(features.float().mean((2, 3))) / 2, dim=1).mean(0)
         factors = {n: share * self.initial[n] for n, share in zip(self.initial, shares, strict=True)}

@@ -71,13 +71,16 @@ class ContrastiveDistillation(Counter):
 
     @property
     def temperature(self) -> Tensor:
-        """The temperature, within its range."""
+        """The temperature, a scalar within its range."""
         return self.log_temperature.exp().clamp(COOLEST, WARMEST)
 
     def forward(self, features: Tensor, index: Tensor | None) -> dict[str, Tensor]:
         """Compute the loss of each teacher, {teacher: (B,)}, of a student map (B, C, h, w).
 
         ``index`` is the position of each sample in the training dataset (B,). Each counted step draws new negatives.
+
+        Raises:
+            ValueError: the batch has no index, or one beyond the table.
         """
         if index is None:
             raise ValueError("Contrastive distillation needs the index of each sample: give the batch its index.")

@@ -27,7 +27,11 @@ SHARED_STRIDE = 16  # student level that gates and contrastive heads see, and wh
 
 
 def kd_temperature(progress: float, start: float = 2.0, end: float = 2.0) -> float:
-    """KD temperature at ``progress`` in [0, 1], linear from ``start`` to ``end``."""
+    """KD temperature at ``progress`` in [0, 1], linear from ``start`` to ``end``.
+
+    Raises:
+        ValueError: a temperature below 1.
+    """
     if min(start, end) < 1:
         raise ValueError(f"The KD temperature runs from {start} to {end}; it must not be below 1.")
     return start + (end - start) * progress
@@ -174,7 +178,11 @@ class DistillationConfig:
         return gate
 
     def priors(self, teachers: Sequence[TeacherTarget], samples: SampleTable | None) -> dict[str, float]:
-        """Return the importance of each loss, 0 where no teacher can serve it; empty without teachers."""
+        """Return the importance of each loss, 0 where no teacher can serve it; empty without teachers.
+
+        Raises:
+            ValueError: no teacher can serve any loss, or a loss does not fit the labels.
+        """
         if not teachers:
             return {}
         if self.losses.get("contrastive") and samples is None:
@@ -183,7 +191,7 @@ class DistillationConfig:
         admitted = [t.logits for t in teachers if t.admitted and t.logits is not None]
         offered |= dict.fromkeys(ANSWER_LOSSES, bool(admitted))
         if self.losses.get("overlap") and any(shape[-1] == 1 for shape in admitted):
-            raise ValueError("The loss 'overlap' compares masks, these answers are about whole images: leave it out.")
+            raise ValueError("The loss 'overlap' compares masks, these outputs are of whole images: leave it out.")
         offered["contrastive"] = samples is not None and bool(samples.vectors)
         chosen = {name: prior if offered[name] else 0.0 for name, prior in self.losses.items()}
         if not any(chosen.values()):
@@ -279,7 +287,11 @@ class Distiller(nn.Module):
         return any(self.loss_priors.get(name) for name in ANSWER_LOSSES)
 
     def forward(self, batch: Batch, progress: float = 0.0, learns_labels: bool = True) -> DistillationOutput:
-        """Compute all losses of a batch at ``progress`` in [0, 1] of the run, the task's with weight 0 on request."""
+        """Compute all losses of a batch at ``progress`` in [0, 1] of the run, the task's with weight 0 on request.
+
+        Raises:
+            ValueError: the batch has no labelled sample.
+        """
         if batch.rows is not None and not len(batch.rows):
             raise ValueError("The batch holds no labelled sample: the task loss needs at least one.")
         levels = self.student.encode(batch.image)

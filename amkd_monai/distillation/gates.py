@@ -62,7 +62,7 @@ class ChannelNorm(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise each location over its channels."""
+        """Normalise each location of a map (B, C, h, w) over its channels."""
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, h, w) -> (B, h, w, C) and back
 
 
@@ -106,7 +106,7 @@ def gate_log_probabilities(scores: Tensor, available: Tensor) -> Tensor:
 
 
 def gate_probabilities(scores: Tensor, available: Tensor) -> Tensor:
-    """The softmax of :func:`gate_log_probabilities`; 0 where not available, all 0 where nothing is."""
+    """The softmax of :func:`gate_log_probabilities`, of its shape; 0 where not available, all 0 where nothing is."""
     mask = _usable(scores, available)
     return torch.softmax(torch.where(mask, scores, UNUSABLE), dim=1) * mask
 
@@ -247,7 +247,7 @@ class ReliabilityGate(TeacherGate):
         return self.with_floor(self.trusted(reading.errors, available), available)
 
     def with_floor(self, weights: Tensor, available: Tensor) -> Tensor:
-        """(1 - floor) w + floor / n for the n available teachers, without gradient."""
+        """(1 - floor) w + floor / n of weights w (B, K, h, w) for the n available teachers (K,), without gradient."""
         return ((1 - self.floor) * weights + self.floor * uniform(weights, available)).detach()
 
 
@@ -262,12 +262,12 @@ class LearnedGate(ReliabilityGate):
             self.network = GateNetwork(setup.channels, k, k + 1, setup.tasks, hidden)
 
     def score(self, features: Tensor, cosines: Tensor, task: int) -> Tensor:
-        """Scores of the network, without gradient to what it looks at."""
+        """Scores (B, K + 1, h, w) of the network, without gradient to maps (B, C, h', w') and cosines."""
         assert self.network is not None
         return self.network(features.detach(), cosines.detach(), task)
 
     def compare(self, batch: Batch, reading: GateReading) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Compare the network with the reliabilities of labelled samples."""
+        """Compare the network with the reliabilities: a loss (labelled samples,) and the figure ``gate_auc``."""
         assert reading.scores is not None
         everyone = self.available(reading.errors.device)
         target = with_abstention(self.trusted(batch.labelled(reading.errors), everyone))
@@ -331,7 +331,7 @@ class LossGate(nn.Module):
         """Learn from the losses {name: (B,)} of a training step, and from :class:`SharedGradients` where measured."""
 
     def weights(self, strength: float, features: Tensor | None = None) -> Mapping[str, float | Tensor]:
-        """Return the factor of each loss and of ``task``; ``strength`` is beta(t), the map is for a gate's network."""
+        """Return the factor of each loss and of ``task``; ``strength`` is beta(t), ``features`` (B, C, h, w)."""
         raise NotImplementedError
 
 
@@ -357,7 +357,7 @@ class ScaledLossGate(Counter, LossGate):
 
     @torch.no_grad()
     def observe(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None) -> None:
-        """Take part in measuring the scales; without effect once they are frozen."""
+        """Measure the scales by losses (B,) of a step; without effect once they are frozen."""
         if (step := self.steps) >= self.history.shape[1]:
             return
         for k, name in enumerate(self.names):
@@ -366,7 +366,7 @@ class ScaledLossGate(Counter, LossGate):
         self.scale.copy_(self.history[:, : step + 1].median(dim=1).values.clamp_min(1e-3))
 
     def importance(self) -> Mapping[str, float | Tensor]:
-        """The share v_k of each loss."""
+        """The share v_k of each loss; they sum to 1."""
         return self.share
 
     def weights(self, strength: float, features: Tensor | None = None) -> Mapping[str, float | Tensor]:
@@ -409,7 +409,7 @@ class AgreementLossGate(ScaledLossGate):
 
     @torch.no_grad()
     def observe(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None) -> None:
-        """Measure the scales and, where there are gradients, how well they agree."""
+        """Measure the scales by losses (B,) and, where there are gradients (B * C * h * w,), how well they agree."""
         super().observe(losses)
         if not gradients:
             return

@@ -26,7 +26,7 @@ class Calibration:
         return scaled + logits.new_tensor(self.offsets).view(-1, *[1] * (logits.ndim - 2)) if self.offsets else scaled
 
     def folded(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``weight`` and ``bias`` of a linear layer or convolution whose answers are then calibrated."""
+        """``weight`` (classes, ...) and ``bias`` (classes,) of a last layer whose logits are then calibrated."""
         return {"weight": layer["weight"] / self.temperature, "bias": self(layer["bias"][None])[0]}
 
 

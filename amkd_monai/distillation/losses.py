@@ -26,12 +26,15 @@ def task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False) -> Tensor
 
     Logits (B, C), (B, 2, F) or (B, C, H, W) meet class indices in 0 to C - 1, (B,), (B, F) or (B, 1, H, W); the result
     is (B,), in nats, of F findings their mean: the binary cross entropy.
+
+    Raises:
+        ValueError: the labels are not what the logits answer.
     """
     if logits.ndim == 4:
         return segmentation_task_loss(logits, label, batch_dice)
     if label.ndim != logits.ndim - 1:
         what = "one class" if logits.ndim == 2 else "several findings"
-        raise ValueError(f"The student answers {what} per image, the labels are others: use a student for them.")
+        raise ValueError(f"The student predicts {what} per image, the labels are others: use a student for them.")
     loss = F.cross_entropy(logits.float(), label.long(), reduction="none")
     return loss if loss.ndim == 1 else loss.mean(1)
 
@@ -41,9 +44,12 @@ def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = Fal
 
     ``batch_dice`` pools overlaps over the batch, as for slices of volumes, many of which show no foreground; else every
     image counts alike, as in the per-image metric. Pixels labelled 255 count in neither loss.
+
+    Raises:
+        ValueError: the labels are not masks.
     """
     if label.ndim != 4:
-        raise ValueError("The student answers masks, the labels are of whole images: use a student for classes.")
+        raise ValueError("The student predicts masks, the labels are of whole images: use a student for classes.")
     known = (label != UNLABELLED).flatten(1).sum(1)
     logits, label = without_unlabelled(logits.float(), label)
     dice = _batch_dice(logits, label).mean() if batch_dice else _dice(logits, label).flatten(1).mean(1)

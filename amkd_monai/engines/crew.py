@@ -81,6 +81,9 @@ def read_crew(
         views: stored views of every image, unless the description tells.
         device: where members are trained and answer.
         cache_dir: folder of all stores; trained members are kept there.
+
+    Raises:
+        ValueError: an option or its value is unknown, or a fold would lack a class.
     """
     name, size = str(description["name"]), str(description.get("size", "default"))
     if size not in SIZES:
@@ -238,7 +241,7 @@ class Crew:
         image = sum(seconds.values()) / self.recipe.batch_size * ANSWER_COST * len(self.mirrors)
         if left:
             logger.info(
-                "crew %s: %d trainings of %d steps at %d x %d and %d answers, about %.0f minutes here",
+                "teacher %s: %d trainings of %d steps at %d x %d and %d predictions, about %.0f minutes here",
                 *(self.name, len(left), self.steps, *self.side, answers),
                 (self.steps * sum(seconds[m] for m in left) + image * answers) / 60,
             )
@@ -247,7 +250,7 @@ class Crew:
             if not path.is_file():
                 minutes = self.steps * sum(seconds[n] for n in left) / 60
                 at = (self.name, number + 1, len(jobs), minutes)
-                logger.info("crew %s: training %d of %d; about %.0f minutes of training left", *at)
+                logger.info("teacher %s: training %d of %d; about %.0f minutes of training left", *at)
                 left.pop(0)
             rows = labelled[self.team[labelled] != fold]
             member = fitted(self.members[m], path, self._method(self.steps), fine, rows, number)

@@ -454,7 +454,11 @@ class CaseReport(Handler):
 
 
 def identify(item: Mapping[str, Any]) -> tuple[str, str]:
-    """Id and image file of a case; the id may be the name of the file, the file may be unknown."""
+    """Id and image file of a case; the id may be the name of the file, the file may be unknown.
+
+    Raises:
+        ValueError: the case has neither an id nor a file name.
+    """
     filename = getattr(item.get(CommonKeys.IMAGE), "meta", {}).get(ImageMetaKey.FILENAME_OR_OBJ)
     if "id" in item:
         return str(item["id"]), str(filename)

@@ -110,6 +110,10 @@ def open_tasks(
         only: names of the tasks of this run; None takes all.
         dataset_dir: folder that holds the data sets' folders; a task's own ``dataset_dir`` goes first.
         configs: configs of each bundle, later ones on top.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: a task is unknown, or given twice.
     """
     if unknown := sorted(set(only or ()) - set(tasks)):
         raise ValueError(f"There is no task '{unknown[0]}' in this run: it has {', '.join(tasks)}.")
@@ -238,7 +242,7 @@ class MultiTaskDistiller(nn.Module):
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, the tensor itself where there is one."""
+    """The mean of a tensor of any shape over all processes, the tensor itself where there is one."""
     return value if idist.get_world_size() == 1 else idist.all_reduce(value.clone()) / idist.get_world_size()
 
 

@@ -88,7 +88,11 @@ def image_teachers(descriptions: Sequence[Mapping[str, Any]]) -> list[Mapping[st
 
 
 def open_bundle(bundle: str | Path, settings: Mapping[str, Any], configs: Sequence[str] = ()) -> ConfigParser:
-    """Read a bundle's training config, with ``configs`` on top and top-level ``settings`` changed."""
+    """Read a bundle's training config, with ``configs`` on top and top-level ``settings`` changed.
+
+    Raises:
+        ValueError: it is not a training bundle, or has no such setting.
+    """
     bundle = Path(bundle).expanduser()
     config = bundle / "configs" / "train.json"
     if not config.is_file():
@@ -215,7 +219,7 @@ def prepare_teachers(
     for (teacher, score), ask in zip(scored, asked, strict=True):
         admitted, why = decide(score, own, options["mode"], margin, teacher.kind)
         if options["mode"] == "cross_fit" and not ask:
-            admitted, why = False, "its answers are left out by `cross_fit` of its description"
+            admitted, why = False, "its outputs are left out by `cross_fit` of its description"
         distilled = admitted or options["features"] == "all"
         parts = {"outputs": admitted, "features": distilled and teacher.features is not None}
         named = " and ".join(part for part, is_taught in parts.items() if is_taught)
@@ -444,7 +448,7 @@ def decide(
     cautious teacher that tells the classes apart less well than its student is not one to learn from.
     """
     if score is None:
-        return False, "it gives no answers"
+        return False, "it has no outputs"
     if mode != "cross_fit" or student is None:
         return mode == "all", f"admission is set to '{mode}'"
     measure = f"{score.name.capitalize()} {score.value:.3f}"
@@ -520,7 +524,7 @@ def _row(
         outputs = teacher(*inputs)
     values = [v for v in (outputs.grid, outputs.pooled, outputs.logits) if v is not None]
     if not all(value.isfinite().all() for value in values):  # reading a value waits for the device
-        raise ValueError(f"The teacher '{name}' answers with NaN or infinity: check its weights.")
+        raise ValueError(f"The teacher '{name}' returns NaN or infinity: check its weights.")
     seconds, megabytes = time.perf_counter() - start, sum(v.numel() for v in values) * 2 / 1e6
     own = outputs.logits is not None and outputs.logits.ndim == 4 and description.get("own_answers", True)
     features = outputs.grid is not None

@@ -469,7 +469,11 @@ def _refuse_changed(record: Mapping[str, Any], folder: str, contents: Mapping[st
 
 
 def read_record(ckpt_dir: str | Path) -> dict[str, Any] | None:
-    """Return what was recorded of the student in a folder; None where there is no record."""
+    """Return what was recorded of the student in a folder; None where there is no record.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
     file = Path(ckpt_dir) / RECORD
     if not file.is_file():
         return None
@@ -495,6 +499,9 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
     ``purpose``: ``evaluation`` and ``export`` use the run's own data and split, ``inference`` its data if no others are
     given, ``serving`` (answers or further training on a server's images) none of them. A setting of this command,
     ``given``, that differs from the student's is refused.
+
+    Raises:
+        ValueError: a setting is not that of the student.
     """
     given = {**_places(parser), **given}
     ckpt_dir = Path(parser.get_parsed_content("ckpt_dir"))
@@ -557,7 +564,7 @@ def _data_root(data: Mapping[str, Any]) -> str | None:
     """Where a run's data lie, None where they must be searched for; phantoms never replace real data that are gone."""
     if Path(data["root"]).is_dir():
         if data["phantom"]:
-            logger.warning("The student was trained on generated PHANTOMS, here are the same: %s", data["root"])
+            logger.warning("The student was trained on generated PHANTOMS, which are used here, too: %s", data["root"])
         return str(data["root"])
     if not data["phantom"] and find_dataset_dir(recorded_task(data)) is None:
         raise ValueError(f"The run's data were in {data['root']}, which does not exist: give --dataset_dir.")
@@ -642,7 +649,12 @@ def _differences(now: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tup
 
 
 def start(found: Identity, resume: bool | str = False) -> None:
-    """Start a training: lock its folders before anything is computed, and refuse those of another bundle or run."""
+    """Start a training: lock its folders before anything is computed, and refuse those of another bundle or run.
+
+    Raises:
+        ValueError: the folders hold another run or bundle.
+        CheckpointError: there is nothing to resume.
+    """
     found.resume = is_true(resume)
     if idist.get_rank() == 0:
         hold(*found.places.values())
@@ -693,6 +705,9 @@ def start_evaluation(
     """Start an evaluation: lock its folder, and refuse to write over the figures of another run or of other data.
 
     A student in training, changed test files and, unless ``seen`` is ``apart``, images it has seen are refused too.
+
+    Raises:
+        ValueError: the folder holds figures of another student or of other data.
     """
     folder, record, student = Path(output_dir), read_record(ckpt_dir), Path(ckpt_dir) / STUDENT
     if idist.get_rank() != 0:
@@ -776,7 +791,11 @@ def tell_predicted(evaluator: Evaluator, output_dir: str | Path) -> None:
 
 
 def hold(*folders: Path) -> list[Path]:
-    """Lock folders for this process and return those that it did not hold; the kernel frees the locks on a kill."""
+    """Lock folders for this process and return those that it did not hold; the kernel frees the locks on a kill.
+
+    Raises:
+        TimeoutError: another process holds one of them.
+    """
     taken: list[Path] = []
     for folder in dict.fromkeys(f.expanduser().resolve() for f in folders):
         if folder in _locks:

@@ -40,8 +40,8 @@ def evaluate(
         codes: meaning of the values of masks, in place of the training's.
 
     Raises:
-        ValueError: files that cannot be used, images that the student has seen, or figures of another student or of
-            other data in the folder.
+        DataProblems: files that cannot be used.
+        ValueError: images that the student has seen, or figures of another student or of other data in the folder.
     """
     config, task = predictor.config, recorded_task(predictor.config)
     if config["classes"] != list(task.classes):

@@ -45,10 +45,14 @@ def predict(
         output: folder for overlays, and masks or ``predictions.csv``.
         dicom_seg: write the mask of a DICOM series as DICOM segmentation, too.
         dicom_captures: write overlays of all its slices as secondary captures, too.
+
+    Raises:
+        FileNotFoundError: there is nothing to predict.
+        ValueError: DICOM answers of something else.
     """
     images = predictor.images(source)
     if (dicom_seg or dicom_captures) and not any(image.slices for image in images):
-        raise ValueError(f"{source} holds no DICOM series, of which DICOM answers are made: leave out their options.")
+        raise ValueError(f"{source} holds no DICOM series, which DICOM output needs: leave out its options.")
     folder = names.expanded(output)
     folder.mkdir(parents=True, exist_ok=True)
     rows, failed = [], 0
@@ -68,7 +72,7 @@ def predict(
             temporary.open("w", newline="", encoding="utf-8") as f,
         ):
             csv.writer(f, lineterminator="\n").writerows([["id", "class", *columns], *rows])
-    print(f"{len(images) - failed} of {len(images)} predicted, answers in {folder}")
+    print(f"{len(images) - failed} of {len(images)} predicted, results in {folder}")
     return 1 if failed else 0
 
 
@@ -166,7 +170,11 @@ class Predictor:
         return array, grid, self.mask(array, grid) if is_mask else self.probabilities(array)[0]
 
     def read(self, image: Input) -> tuple[np.ndarray, Grid | None]:
-        """Read a picture (C, H, W), levels 0 to 255, or a volume (C, X, Y, Z) and its grid."""
+        """Read a picture (C, H, W), levels 0 to 255, or a volume (C, X, Y, Z) and its grid.
+
+        Raises:
+            ValueError: a file that cannot be used.
+        """
         files = image.channels or [str(image.path)]
         if self.config["dimensions"] == 2:
             return pictures.read_channels(files).transpose(2, 0, 1).astype(np.float32), None
@@ -184,6 +192,9 @@ class Predictor:
         Returns:
             (C,) of classes or findings, (C, h, w) or (C, d, h, w) at the network's resolution, and the ways back to the
             image's.
+
+        Raises:
+            ValueError: the image is blank, or has other channels.
         """
         array, inverses = prepare(image, self.config["steps"], grid)
         if problem := pictures.level_problem(array):

@@ -48,7 +48,7 @@ def runner(name: str, path: Path, threads: int) -> Runner:
 
 
 def torch_runner(network: Callable[[torch.Tensor], torch.Tensor]) -> Runner:
-    """Run a torch network on arrays."""
+    """Run a torch network on arrays (B, C, H, W)."""
     import torch
 
     def run(batch: np.ndarray) -> np.ndarray:
@@ -59,7 +59,11 @@ def torch_runner(network: Callable[[torch.Tensor], torch.Tensor]) -> Runner:
 
 
 def peak_memory(name: str, path: Path, image: np.ndarray, threads: int) -> float:
-    """Largest resident memory, MB, of a fresh process that runs one image (1, 3, H, W) through a written format."""
+    """Largest resident memory, MB, of a fresh process that runs one image (1, 3, H, W) through a written format.
+
+    Raises:
+        RuntimeError: the process fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         array = Path(folder) / "image.npy"
         np.save(array, image)

@@ -122,12 +122,12 @@ def _headers(series: Sequence[Path]) -> list[Any]:
         import highdicom  # noqa: F401
         from pydicom import dcmread
     except ImportError as error:
-        raise ValueError("DICOM answers need highdicom: run `pip install 'amkd_monai[dicom]'`.") from error
+        raise ValueError("DICOM output needs highdicom: run `pip install 'amkd_monai[dicom]'`.") from error
 
     slices = [dcmread(file, stop_before_pixels=True) for file in series]
     for item, file in zip(slices, series, strict=True):
         if missing := [name for name in NEEDED if not item.get(name)]:
-            raise ValueError(f"{file} lacks {missing[0]}, which DICOM answers refer to: leave out the DICOM options.")
+            raise ValueError(f"{file} lacks {missing[0]}, which DICOM output refers to: leave out the DICOM options.")
         for name in EMPTY:
             if name not in item:
                 setattr(item, name, "")

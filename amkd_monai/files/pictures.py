@@ -91,6 +91,9 @@ def eight_bits(levels: np.ndarray) -> np.ndarray:
 
     Floating point up to 1 is a share of white. Otherwise white is the smallest of ``FULL_SCALES`` that is not below the
     brightest level.
+
+    Raises:
+        ValueError: levels that are negative, not finite or above 65535.
     """
     if not np.isfinite(levels).all() or levels.min() < 0:
         raise ValueError("it holds levels that are negative or not finite")
@@ -139,7 +142,11 @@ def read_picture(path: str | Path) -> np.ndarray:
 
 
 def read_channels(files: Sequence[str | Path]) -> np.ndarray:
-    """Read one picture as RGB, or several grey pictures of one size as channels: (H, W, C), uint8."""
+    """Read one picture as RGB, or several grey pictures of one size as channels: (H, W, C), uint8.
+
+    Raises:
+        ValueError: a file that cannot be read, in colour among several, or of another size.
+    """
     first, *others = map(read_picture, files)
     if not others:
         return first

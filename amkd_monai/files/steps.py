@@ -55,7 +55,7 @@ def _along_axes(array: np.ndarray, matrices: Sequence[np.ndarray]) -> np.ndarray
 
 
 def scale(array: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Map values from ``low`` to ``high`` to [0, 1]."""
+    """Map values of any shape from ``low`` to ``high`` to [0, 1]; others are clipped."""
     return ((array - np.float32(low)) / np.float32((high - low) or 1.0)).clip(0, 1)
 
 

@@ -45,6 +45,12 @@ def serve(bundles: Sequence[str], studies: str, host: str, port: int, work: str 
         host: address to listen on.
         port: to listen on.
         work: folder for copies, caches and logs, made if it is missing; one server works in it.
+
+    Raises:
+        FileNotFoundError: there is no folder of studies.
+        ValueError: a folder of DICOM.
+        RuntimeError: MONAI Label is not installed.
+        OSError: the port is taken.
     """
     found, work = find_bundles(bundles), Path(work).resolve()
     if not studies.startswith(("http://", "https://")) and not Path(studies).is_dir():

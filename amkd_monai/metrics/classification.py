@@ -128,6 +128,9 @@ def delong(positive: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[Floats, Fl
 
     DeLong, DeLong and Clarke-Pearson, Biometrics 44, 1988, by mid-ranks (Sun and Xu, IEEE Signal Processing Letters
     21, 2014). Fewer than two positive or two negative cases are refused.
+
+    Raises:
+        ValueError: fewer than two cases of either kind.
     """
     is_positive = np.asarray(positive, bool)
     s = np.stack([np.asarray(score, float) for score in scores])
@@ -240,6 +243,9 @@ def class_row(task: Task, case: str, label: int | None, probabilities: ArrayLike
 
     Of findings, ``label`` and ``prediction`` are the numbers whose bits they are. Probabilities that are not one per
     class with sum 1, or one per finding, and a label that is none of the task are refused.
+
+    Raises:
+        ValueError: not one probability per class, or a label that is no class.
     """
     p, count = np.asarray(probabilities, dtype=float), len(task.classes)
     whole = task.has_findings or abs(p.sum() - 1) <= 1e-3

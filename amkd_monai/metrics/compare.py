@@ -45,6 +45,9 @@ def compare_runs(
         One row per run and class (of masks) or metric (of classes): ``name``, ``class`` (of classes the metric),
         ``metric``, ``n`` (pairs), ``left_out``, ``reference_mean``, ``mean`` (both over the pairs), ``difference`` (run
         minus reference) with ``ci_low`` and ``ci_high`` (95 %), ``test``, its two-sided ``p``, and ``p_holm``.
+
+    Raises:
+        ValueError: no such metric, or runs on different cases or data.
     """
     classes = task if task is not None and task.is_classification else None
     if classes is not None and metric not in (None, *(known := class_metrics(classes))):

@@ -35,7 +35,12 @@ class RunFolder:
 
 
 def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
-    """Read a run's output folder; one without a run record and evaluation, and a damaged file, are refused."""
+    """Read a run's output folder; one without a run record and evaluation, and a damaged file, are refused.
+
+    Raises:
+        FileNotFoundError: no record and no figures.
+        ValueError: the folder of several tasks, or a damaged file.
+    """
     folder = Path(folder)
     metrics = read_json(folder / "metrics.json")
     record, place = read_json(folder / "run.json"), folder
@@ -72,7 +77,7 @@ def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """Read an ``.npz`` file of a run; None where it was not kept."""
+    """Read an ``.npz`` file of a run; None where it was not kept, ValueError where it is damaged."""
     if not path.is_file():
         return None
     try:

@@ -44,6 +44,10 @@ def score(
 
     Returns:
         The table of the figures.
+
+    Raises:
+        FileNotFoundError: a folder or a partner is missing.
+        ValueError: a task of classes, or masks that do not fit; the first is named.
     """
     folders = {"predictions": names.expanded(predictions), "references": names.expanded(references)}
     for name, folder in folders.items():

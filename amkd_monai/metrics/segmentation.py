@@ -45,6 +45,9 @@ def mask_rows(
     Returns:
         Rows with ``id``, ``class``, ``label`` (NaN for a region), ``status``, the :data:`METRICS`, ``pred_volume`` and
         ``reference_volume`` (unit of ``spacing`` to the power of the number of axes).
+
+    Raises:
+        ValueError: different or empty shapes, spacing or tolerance that is no size.
     """
     pred, reference, names = np.asarray(pred), np.asarray(reference), task.classes[1:]
     if pred.shape != reference.shape or pred.ndim not in (2, 3) or pred.size == 0:

@@ -53,6 +53,9 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> dict[str
         ``metrics`` (for each metric ``mean``, ``ci_low``, ``ci_high``, ``median``, ``n``); with several classes
         ``classes``, the same for each of them, and ``with_background``, the metrics that background has, where its
         rows count as a class; with regions ``regions``, the same as ``classes`` for each of them.
+
+    Raises:
+        ValueError: two rows of one case and class.
     """
     seen = Counter((row["id"], row["class"]) for row in rows)
     if twice := [key for key, count in seen.items() if count > 1]:
@@ -151,7 +154,11 @@ def _number(value: float) -> str:
 
 
 def write_case_csv(path: str | Path, rows: Sequence[Row]) -> None:
-    """Write rows as CSV (UTF-8, atomic); floats keep every digit, NaN and missing values are empty cells."""
+    """Write rows as CSV (UTF-8, atomic); floats keep every digit, NaN and missing values are empty cells.
+
+    Raises:
+        ValueError: no rows.
+    """
     if not rows:
         raise ValueError(f"There are no cases to write to {path}.")
     text = io.StringIO()
@@ -163,7 +170,11 @@ def write_case_csv(path: str | Path, rows: Sequence[Row]) -> None:
 
 
 def read_case_csv(path: str | Path) -> list[Row]:
-    """Read what :func:`write_case_csv` wrote: text in ``TEXT_COLUMNS``, else numbers, NaN if empty."""
+    """Read what :func:`write_case_csv` wrote: text in ``TEXT_COLUMNS``, else numbers, NaN if empty.
+
+    Raises:
+        ValueError: a damaged line, by its number.
+    """
     rows = []
     with Path(path).open(newline="", encoding="utf-8") as file:
         for number, raw in enumerate(csv.DictReader(file), start=2):
@@ -206,6 +217,9 @@ def write_figures(folder: Path, rows: Sequence[Row], figures: Mapping[str, Any],
     """Write the files of an evaluation and return its table; ``facts`` are further content of ``metrics.json``.
 
     If some cases could not be used, a folder with the figures of all cases is refused.
+
+    Raises:
+        ValueError: figures of all cases are there, and some of these could not be used.
     """
     skipped, seen = facts.get("skipped_samples", ()), figures.get("seen", {"cases": {}})
     old = read_json(folder / FIGURES) if skipped else {}

@@ -300,7 +300,11 @@ class SharedStudent(nn.Module):
             self.set_submodule(name, nn.Identity())
 
     def for_task(self, task: str) -> Student | ClassStudent:
-        """Return the student of one task, made of these very modules; move the shared student to its device before."""
+        """Return the student of one task, made of these very modules; move the shared student to its device before.
+
+        Raises:
+            ValueError: there is no such task.
+        """
         if task not in self.specs:
             raise ValueError(f"The shared student has no head for '{task}': it has {', '.join(self.specs)}.")
         head = self.specs[task]
@@ -336,6 +340,10 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
         parts: ``all``: encoder, neck and heads, which must be the same on both sides; ``known``: encoder, neck and the
             heads that both have, so that a new task joins (shared students only); ``encoder``: that alone,
             with the batch norms of the ``task`` if it is there.
+
+    Raises:
+        ValueError: no such parts, or nothing to take them from.
+        CheckpointError: the file does not hold them.
     """
     if path is None:
         if parts != "all":

@@ -39,18 +39,25 @@ class VolumeStudent(nn.Module):
         self.strides = [1, *STRIDES]
 
     def forward(self, volume: Tensor) -> Tensor:
-        """Return logits (B, num_classes, D, H, W) for volumes (B, channels, D, H, W) in [0, 1]."""
+        """Return logits (B, num_classes, D, H, W) for volumes (B, channels, D, H, W) in [0, 1].
+
+        Raises:
+            ValueError: the network answers another shape.
+        """
         logits = self.network(volume) if volume.ndim == 5 else None
         if not isinstance(logits, Tensor) or logits.shape != (len(volume), self.num_classes, *volume.shape[2:]):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            needs = f"{self.num_classes} classes that answers (B, channels, D, H, W) at its size, no deep supervision"
-            raise ValueError(f"A 3D student answers {tuple(volume.shape)} by {found}: use a network of {needs}.")
+            needs = f"{self.num_classes} classes that returns (B, channels, D, H, W) at its size, no deep supervision"
+            raise ValueError(f"A 3D student returns {tuple(volume.shape)} by {found}: use a network of {needs}.")
         return logits
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """Return logits (N, num_classes, H, W) and maps (N, C, H / stride, W / stride) of slices (N, 3 channels, H, W).
 
         N is a multiple of ``slices``; of the three slices of each channel, the slice itself is the middle one.
+
+        Raises:
+            ValueError: the slices are no whole patches.
         """
         if image.ndim != 4 or len(image) % self.slices:
             raise ValueError(f"{len(image)} slices are no patches of {self.slices}: set recipe#slices to that.")
@@ -68,7 +75,7 @@ class VolumeStudent(nn.Module):
         return [_sliced(logits), *(maps[stride] for stride in STRIDES)]
 
     def decode(self, levels: list[Tensor], size: list[int]) -> Tensor:
-        """Return the logits among what ``encode`` gave; ``size`` plays no part."""
+        """Return the logits (N, num_classes, H, W) among what ``encode`` gave; ``size`` plays no part."""
         return levels[0]
 
     def channels_at(self, stride: int) -> int:

@@ -38,6 +38,10 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
     """Write one self-contained HTML page about the output folders of runs of one task, and return its file.
 
     The first run is the reference of all comparisons. Runs of different tasks and damaged files are refused.
+
+    Raises:
+        FileNotFoundError: a folder holds no run.
+        ValueError: runs of different tasks.
     """
     different = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     runs = [read_run(folder, name) for folder, name in zip(different, _names(different), strict=True)]

@@ -201,7 +201,11 @@ VOLUME_OPTIONS = ("network", "folds", "patch_size", "steps", "learning_rate")
 
 
 def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
-    """Check names and kinds before anything is built."""
+    """Check names and kinds before anything is built.
+
+    Raises:
+        ValueError: a name or kind is missing, unknown or given twice.
+    """
     if not (isinstance(descriptions, (list, tuple)) and all(isinstance(d, Mapping) for d in descriptions)):
         raise ValueError(f"teachers is {descriptions!r}: give a word or a list of descriptions, see docs/teachers.md.")
     seen: set[str] = set()
@@ -234,6 +238,9 @@ def bound(
         description: ``name``, ``kind`` and the options of the kind; the preparation reads ``own_answers``
             and ``cross_fit``.
         weights_dir: folder searched first where the kind has official weights and the description names none.
+
+    Raises:
+        ValueError: an option is unknown or missing.
     """
     validate_descriptions([description])
     name, kind = description["name"], description["kind"]
@@ -255,7 +262,12 @@ def bound(
 
 
 def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None) -> Teacher:
-    """Build one frozen teacher from its description, as :func:`bound` reads it."""
+    """Build one frozen teacher from its description, as :func:`bound` reads it.
+
+    Raises:
+        ValueError: options that do not fit, or a teacher that only a run can make.
+        CheckpointError: weights that are missing or do not fit.
+    """
     chosen, options = bound(description, weights_dir)
     if chosen is None:
         kind, name = description["kind"], description["name"]

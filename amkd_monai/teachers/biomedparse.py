@@ -194,7 +194,7 @@ class PixelDecoder(nn.Module):
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """Return CLIP's activation; it is near GELU, but not GELU."""
+    """Return CLIP's activation, of the same shape; it is near GELU, but not GELU."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -420,7 +420,11 @@ class BiomedParseTeacher(OfficialTeacher):
 
 
 def tokenised(prompts: Sequence[str]) -> list[list[int]]:
-    """Return CLIP's token ids of prompts, from the start to the end token; nothing is downloaded."""
+    """Return CLIP's token ids of prompts, from the start to the end token; nothing is downloaded.
+
+    Raises:
+        ValueError: open_clip is not installed.
+    """
     try:
         from open_clip.tokenizer import SimpleTokenizer
     except ImportError as error:

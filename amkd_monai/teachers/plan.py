@@ -53,6 +53,10 @@ def choose(
         task: what is to be taught.
         weights_dir: folder searched first for weight files.
         fallback: descriptions of the teachers where no foundation teacher is found.
+
+    Raises:
+        ValueError: an unknown word or description.
+        CheckpointError: weight files that are requested are missing.
     """
     described: list[Description] = []
     lines: list[str] = []
@@ -326,6 +330,10 @@ def check(
 
     ``classes`` are the task's, ``single`` is its number of answers about a whole image
     (:attr:`~amkd_monai.data.datasets.Task.per_image`), ``device`` where teachers will run; others as of :func:`plan`.
+
+    Raises:
+        ValueError: options or answers that do not fit the task.
+        CheckpointError: a weight file that does not fit.
     """
     plans = []
     for description in descriptions:

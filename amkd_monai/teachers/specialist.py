@@ -13,7 +13,11 @@ from amkd_monai.weights import DAMAGE_ERRORS, CheckpointError, file_sha256
 
 
 def load_network_file(path: str | Path) -> nn.Module:
-    """Load a network from a ``.ts`` (TorchScript) or ``.pt2`` (torch.export) file; neither holds Python code."""
+    """Load a network from a ``.ts`` (TorchScript) or ``.pt2`` (torch.export) file; neither holds Python code.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged.
+    """
     path = Path(path)
     if not is_file(path):
         raise CheckpointError(f"There is no network file at {path}: give the path of a .ts or .pt2 file.")
@@ -78,7 +82,11 @@ class SpecialistTeacher(Teacher):
         return {"file": self.file_hash, **super().preprocessing(), **answers}
 
     def forward(self, image: Tensor) -> TeacherFeatures:
-        """Return logits (B, classes, h, w), h = w = 1 for classes of images, and the feature map if there is one."""
+        """Return logits (B, classes, h, w), h = w = 1 for classes of images, and the feature map if there is one.
+
+        Raises:
+            ValueError: the network gives other shapes.
+        """
         output = self.network(self.prepare(image))
         logits, grid = output if isinstance(output, (tuple, list)) else (output, None)
         of_images = self.answers == "classes"

@@ -50,7 +50,7 @@ def test_without_memory_the_batch_is_halved_for_good(caplog, kind):
     batches, error = Batches(7), OUT_OF_MEMORY[kind]
     with caplog.at_level(logging.WARNING):
         found = list(batches.run(room_for(2, error), range(5)))
-    assert [said for _, said in found] == [[0, 1], [2, 3], [4]] and "no memory for 5 images" in caplog.text
+    assert [said for _, said in found] == [[0, 1], [2, 3], [4]] and "memory with 5 images" in caplog.text
     assert sizes(batches, 4, room_for(2, error)) == [2, 2]
     with pytest.raises(type(error)):
         list(Batches(7).run(room_for(0, error), range(5)))

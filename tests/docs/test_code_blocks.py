@@ -67,10 +67,26 @@ def test_files_and_tests_named_in_the_text_exist():
     assert set(re.findall(r"\b(test_\w*[a-z0-9])\b", text)) - tests == set()
 
 
-def test_figures_of_gains_show_the_rows_of_their_pages():
-    spec = importlib.util.spec_from_file_location("gain_figure", ROOT / "docs" / "tools" / "gain_figure.py")
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_links_lead_to_files_and_headings(tmp_path, monkeypatch):
+    links = tool("links")
+    assert {page.name for page in links.PAGES} >= {"README.md", "method.md", "first_student.ipynb", "CONTRIBUTING.md"}
+    assert [problem for page in links.PAGES for problem in links.missing(page)] == []
+    monkeypatch.setattr(links, "ROOT", tmp_path)
+    (tmp_path / "b.md").write_text("# A, b & c?\n## Twice\n## Twice\n[x](#twice)")
+    wrong = ["b.md#a", "b.md#a-b-c", "b.md#twice-1", "c.md", "../b.md", "#x"]
+    (tmp_path / "a.md").write_text("[good](b.md) `[code](d.md)`\n" + "".join(f"![x]({target})\n" for target in wrong))
+    assert len(list(links.missing(tmp_path / "a.md"))) == len(wrong) and not list(links.missing(tmp_path / "b.md"))
+
+
+def test_figures_of_gains_show_the_rows_of_their_pages():
+    module = tool("gain_figure")
     for page, rows in (("results", 7), ("ablation", 13)):
         series = module.gains(ROOT / "docs" / f"{page}.md")
         assert len(series) == 2 and all(len(values) >= rows for values in series.values())

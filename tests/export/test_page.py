@@ -62,6 +62,14 @@ def page(exported, archive, tmp_path_factory):
 BITS_32 = "opened('float', 'wasm').then((other) => { networks = { 8: network, 32: other }; network = other; })"
 
 
+def test_a_browser_loads_less_than_15_megabytes_and_8_with_the_network_of_8_bits(page):
+    browser, dist = page("kvasir_seg")
+    names = {url.rpartition("/")[2] for url in browser.asked if url.startswith("file:")}
+    sizes = {name: (dist / "web" / name).stat().st_size for name in names}
+    assert sum(sizes.values()) - sizes["network_float.js"] < 8e6
+    assert sum(sizes.values()) - sizes["network_int8.js"] < 15e6
+
+
 def dice(a, b):
     whole = np.count_nonzero(a) + np.count_nonzero(b)
     return 2 * np.count_nonzero((a == b) & (a > 0)) / whole if whole else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -135,6 +136,20 @@ def test_teachers_are_shown_with_their_weights(runs):
         assert 0 < kept["weight_lite1"].mean() <= 255 and kept["student"].std() > 0
     page = Page(runs["polyps"] / "report.html")
     assert "output of lite1" in page.text and "weight of lite1" in page.text
+
+
+def test_the_figures_of_the_method_show_a_run(runs, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("method_figure", ROOT / "docs" / "tools" / "method_figure.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "DOCS", tmp_path)
+    module.main(runs["polyps"])
+    drawn = (tmp_path / "method_run.svg").read_text()
+    assert (
+        all(word in drawn for word in ("lite1", "abstention", "task")) and (tmp_path / "method_teachers.jpg").is_file()
+    )
+    with pytest.raises(ValueError, match="with teachers"):
+        module.main(runs["undistilled"])
 
 
 def test_runs_side_by_side_are_compared_with_the_first(runs, tmp_path, capsys):
