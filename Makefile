@@ -9,9 +9,9 @@ INSTALLED := $(VENV)/.installed
 TORCH     := torch==2.14.1 torchvision==0.29.1
 DEMO      := kvasir_seg
 OUT       := build/demo
-CREW      := [{'name':'crew','kind':'crew','members':[{'encoder':'tf_efficientnet_lite1'}],'image_size':96,'images':768}]
+CREW      := [{'name':'crew','kind':'crew','members':[{'encoder':'tf_efficientnet_lite1'}],'image_size':96,'images':768,'folds':2}]
 SETTINGS  := --dataset_dir $(OUT)/Kvasir-SEG --cache_dir $(OUT)/cache --image_size 64 --labelled 6 \
-             --split_fractions [0.5,0.05,0.45] --max_epochs 12 --val_interval 12
+             --split_fractions [0.5,0.1,0.4] --max_epochs 12 --val_interval 12
 
 LABEL_VENV      := .venv-label
 LABEL_PYTHON    := $(LABEL_VENV)/bin/python

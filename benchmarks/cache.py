@@ -24,9 +24,9 @@ from paired import Row, paired, print_table
 
 from amkd_monai.cache.build import BATCH_SIZE, ask, cache_teacher
 from amkd_monai.cache.store import ArraySpec, FeatureStore, shard_bytes
-from amkd_monai.data.augment import Augmentation, warp
 from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.data.sampling import Augmentation, warp
 from amkd_monai.teachers.base import build_teacher
 
 GRIDS = {"medsam": (256, 16, 16), "retfound": (1024, 14, 14), "usfm": (768, 14, 14), "biomedparse": (1536, 16, 16)}

@@ -30,9 +30,9 @@ from monai.transforms import (
 from paired import Row, paired, print_table
 from PIL import Image
 
-from amkd_monai.data.augment import Augmentation, warp
 from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.data.sampling import Augmentation, warp
 from amkd_monai.data.transforms import load_mask, load_rgb
 
 LIMIT = 1 / 3

@@ -17,7 +17,7 @@ from paired import Row, paired, print_table
 from step_cost import TEACHERS, batches, block, build
 
 from amkd_monai.cache.build import Batches, images_of
-from amkd_monai.data.augment import warp
+from amkd_monai.data.sampling import warp
 from amkd_monai.engines.trainer import DistillationTrainer, TeacherTargets
 from amkd_monai.teachers.base import Teacher, build_teacher
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from amkd_monai.cache import store as stores
 from amkd_monai.cache.store import EVERYTHING, NAME, ArraySpec, FeatureStore, Part, StoreError
-from amkd_monai.data.augment import warp
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.frames import FinerImages
+from amkd_monai.data.sampling import warp
 from amkd_monai.memory import own_peak
 from amkd_monai.storage import fingerprint
 from amkd_monai.teachers.base import Teacher, TeacherFacts, build_teacher

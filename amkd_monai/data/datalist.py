@@ -1,9 +1,10 @@
-"""The datalist of a run: data, source, and the section of each sample."""
+"""The datalist of a run: data, source, the section of each sample, and further images (`--unlabelled FOLDER`)."""
 
 from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,40 @@ from typing import Any
 
 from amkd_monai.data.datasets import Named, Task, get_task, is_phantom
 from amkd_monai.data.datasets.described import Described
-from amkd_monai.data.splits import Item, SplitOptions, few_labels, without
+from amkd_monai.data.splits import (
+    Item,
+    SplitOptions,
+    few_labels,
+    group_near_duplicates,
+    near_pairs,
+    perceptual_hashes,
+    without,
+)
 from amkd_monai.data.splits import split_hash as hash_of_split
-from amkd_monai.files.names import DataProblems, read_text, some
-from amkd_monai.storage import atomic_write_json, exclusive_lock
+from amkd_monai.files import cases
+from amkd_monai.files.dicom import patient_and_study
+from amkd_monai.files.dicom_picture import SUFFIX
+from amkd_monai.files.names import (
+    PICTURE_SUFFIXES,
+    VOLUME_SUFFIXES,
+    DataProblems,
+    expanded,
+    file_id,
+    files_of,
+    has_suffix,
+    image_files,
+    images_to_predict,
+    read_text,
+    some,
+)
+from amkd_monai.storage import atomic_write_json, content_hashes, exclusive_lock, fingerprint
 from amkd_monai.terminal import logger
 
+OVERLAP = 46
+"""Bits of 256 in which a further image differs at most from one of the validation or test section to be left out.
+
+More than :data:`~amkd_monai.data.splits.NEAR`: copies that are shifted or rescaled by some pixels differ by up to 46,
+and to leave out an image too many costs less than to train on a test image."""
 OTHER = "other data"  # the source of a datalist of :func:`labelled_folder`
 PHANTOM_NOTICE = """
 ==================================================================================================
@@ -230,3 +259,136 @@ def inference_datalist(
     """List the images to predict, {"image", "id"}: those of an official layout, or of a plain folder."""
     root, _ = resolve_dataset_dir(task, dataset_dir, cache_dir)
     return get_task(task).layout.inference_items(root)
+
+
+@dataclass(frozen=True)
+class FurtherImages:
+    """Items without label, {"image", "id", "group"}, and facts for the run record."""
+
+    items: list[Item] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of ids and groups."""
+        return hash_of_split(unlabelled=self.items)
+
+
+def further_images(
+    datalist: Datalist,
+    folders: str | Sequence[str] | None,
+    teachers: Sequence[object],
+    cache_dir: str | Path | None = None,
+    groups: str | None = None,
+) -> FurtherImages:
+    r"""List the images of folders for a run's training section, without those of its other sections.
+
+    Left out are copies (equal bytes) of an image of any section, images that look nearly like one of validation or
+    test, and DICOM of their patients. Images that look alike or are of one patient, by DICOM, are one group; groups,
+    not images, are drawn equally often.
+
+    Args:
+        datalist: the sections of the run.
+        folders: folders whose own files are taken: pictures, also of DICOM (``.dcm``), or for a task on volumes NIfTI
+            files and folders of one DICOM series, which the folder itself may be; None for none.
+        teachers: of the run; further images are of no use where it is empty.
+        cache_dir: keeps hashes.
+        groups: regular expression whose first group is the name of an image's group, searched in the file's name, such
+            as ``(.*)_\d+`` for slices of volumes.
+
+    Raises:
+        FileNotFoundError: a folder that is not there or holds no image of the task's kind.
+        ValueError: no teachers, an expression that does not fit a name, or images that are all left out.
+    """
+    if not folders:
+        return FurtherImages()
+    if not teachers:
+        raise ValueError("unlabelled images teach nothing without teachers: leave `unlabelled` out, or name teachers.")
+    if datalist.task.channels and datalist.task.dimensions == 2:
+        raise ValueError("unlabelled folders hold one file an image, this task has several channels: leave it out.")
+    chosen = [expanded(folder) for folder in ([folders] if isinstance(folders, (str, os.PathLike)) else folders)]
+    volumes = datalist.task.dimensions == 3
+    items = [item for number, folder in enumerate(chosen) for item in _items(folder, f"unlabelled{number}", volumes)]
+    found = len(items)
+    others = [i for section in datalist.sections.values() for i in section if "problem" not in i]
+    known = set(content_hashes([file for i in others for file in files_of(i["image"])], cache_dir))
+    contents = content_hashes([i["image"] for i in items], cache_dir)
+    items = [item for item, content in zip(items, contents, strict=True) if content not in known]
+    copies = found - len(items)
+    held_out = [i for i in (*datalist.validation, *datalist.test) if "problem" not in i]
+    items = _unlike_held_out(items, held_out, cache_dir)
+    near = found - copies - len(items)
+    patients = _patients([*held_out, *items])
+    theirs = {patients[file] for item in held_out for file in files_of(item["image"]) if file in patients}
+    items = [item for item in items if patients.get(item["image"]) not in theirs]
+    theirs_too = found - copies - near - len(items)
+    if not items:
+        why = "are in this data set, look like its validation and test images, or are of their patients: give others"
+        raise ValueError(f"All {found} images of {some(map(str, chosen))} {why}.")
+    if groups is not None:
+        items = [{**item, "group": _group_of(item, groups)} for item in items]
+    else:
+        items = [{**item, "group": patients.get(item["image"], item["id"])} for item in items]
+        items = group_near_duplicates(items, cache_dir=cache_dir)
+    record = {
+        "folders": [str(folder) for folder in chosen],
+        "images": len(items),
+        "groups": len({item["group"] for item in items}),
+        "left_out": {"copies": copies, "like_validation_or_test": near, "of_their_patients": theirs_too},
+    }
+    logger.info("unlabelled images: %s", {key: value for key, value in record.items() if key != "folders"})
+    return FurtherImages(items, record)
+
+
+def _items(folder: Path, prefix: str, volumes: bool) -> list[Item]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}: correct `unlabelled`.")
+    kinds = {"pictures": (*PICTURE_SUFFIXES, SUFFIX), "volumes": VOLUME_SUFFIXES}
+    what, other = list(kinds)[::-1] if volumes else list(kinds)
+    files = images_to_predict(folder, suffixes := kinds[what])
+    for series in [folder, *cases.series_folders(folder)] if volumes else ():
+        if series != folder or cases.is_series(folder):
+            name = file_id(series)
+            files[f"{name}_" if name in files else name] = series
+    if files:
+        return [{"image": str(file), "id": f"{prefix}/{name}"} for name, file in files.items()]
+    children = [child for child in sorted(folder.iterdir()) if child.is_dir()]
+    below = [c.name for c in children if image_files(c, suffixes) or (volumes and cases.series_folders(c))]
+    hint = "give a folder of them"
+    if below:
+        hint = f"give the folders below it that hold images without labels, of {some(below)}"
+    elif not volumes and cases.is_series(folder):
+        hint = f"the names of its DICOM files must end in {SUFFIX}"
+    elif image_files(folder, kinds[other]):
+        hint = f"it holds {other}, and this task is on {what}"
+    raise FileNotFoundError(f"{folder} holds no {what}: {hint}.")
+
+
+def _unlike_held_out(items: list[Item], held_out: list[Item], cache_dir: str | Path | None) -> list[Item]:
+    """The items that do not look nearly like one of the held-out images."""
+    paths = [files_of(item["image"])[0] for item in [*held_out, *items]]
+    hashes, indices = perceptual_hashes(paths, cache_dir)
+    pairs = ((indices[i], indices[j]) for i, j in near_pairs(hashes, OVERLAP))
+    near = {j - len(held_out) for i, j in pairs if i < len(held_out) <= j}
+    return [item for number, item in enumerate(items) if number not in near]
+
+
+def _patients(items: list[Item]) -> dict[str, str]:
+    """The patient of each DICOM image by its path, in a form that tells no name; the study if all have one patient."""
+    paths = [file for item in items for file in files_of(item["image"])]
+    found = {p: patient_and_study(Path(p)) for p in paths if Path(p).is_dir() or has_suffix(p, [SUFFIX])}
+    known = len({patient for patient, _ in found.values()}) > 1
+    named = {path: patient if known and patient else study for path, (patient, study) in found.items()}
+    return {path: f"patient {fingerprint(name)[:16]}" for path, name in named.items() if name}
+
+
+def _group_of(item: Item, expression: str) -> str:
+    name = Path(item["image"]).name
+    try:
+        found = re.search(expression, name)
+        of = found[1] if found else None
+    except (re.error, IndexError) as error:
+        raise ValueError(f"unlabelled_groups is {expression!r} ({error}): give an expression with a group.") from error
+    if of is None:
+        raise ValueError(f"unlabelled_groups, {expression!r}, does not fit the name {name}: correct it.")
+    return f"{item['id'].partition('/')[0]}/{of}"

@@ -26,6 +26,9 @@ from amkd_monai.files.pictures import DAMAGED, level_problem
 from amkd_monai.storage import atomic_folder, atomic_write_json, content_hashes, exclusive_lock, fingerprint, joint_hash
 from amkd_monai.terminal import logger, progress
 
+COMPARED = 200  # images of each kind whose look is compared, evenly spaced
+UNLIKE = 2.0  # standard deviations between labelled images by which the mean of the further ones may differ
+
 UNREADABLE = (*DAMAGED, RuntimeError)  # MONAI and torch (out of memory) raise RuntimeError
 
 
@@ -404,3 +407,17 @@ def describe(value: Any, _above: tuple[int, ...] = ()) -> Any:
     state = {k: v for k, v in getattr(value, "__dict__", {}).items() if k not in used}
     name = getattr(value, "__name__", "") if callable(value) else ""  # built-in functions differ by name alone
     return {"class": f"{type(value).__module__}.{type(value).__qualname__}", "name": str(name), **inside(state)}
+
+
+def look_unlike(dataset: DecodedDataset) -> str:
+    """Say whether unlabelled samples look unlike the labelled ones, by grey level and contrast; empty if not."""
+    labelled, further = np.flatnonzero(dataset.has_label), np.flatnonzero(~dataset.has_label)
+    if not len(further) or len(labelled) < 2:
+        return ""
+    shown = [of[np.unique(np.linspace(0, len(of) - 1, COMPARED).astype(int))] for of in (labelled, further)]
+    for name, figure in (("mean grey level", np.mean), ("contrast", np.std)):
+        known, new = (np.array([figure(dataset.images[i]) for i in indices]) for indices in shown)
+        if abs(new.mean() - known.mean()) > UNLIKE * max(float(known.std()), 1.0):
+            figures = f"their {name} is {new.mean():.0f} of 255, that of the labelled ones {known.mean():.0f}"
+            return f"The unlabelled images look unlike the labelled ones: {figures}. Check modality and window."
+    return ""

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from amkd_monai.cache.build import MATRIX, answers_store, images_of, view_matrix
 from amkd_monai.cache.store import FeatureStore, build_missing
-from amkd_monai.data.augment import warp
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.frames import finer
+from amkd_monai.data.sampling import warp
 from amkd_monai.data.splits import fold_of_groups
 from amkd_monai.distillation.losses import area_logits, as_map
 from amkd_monai.engines.crossfit import Method, answer_size, fitted, of_students

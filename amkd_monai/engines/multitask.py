@@ -18,10 +18,9 @@ from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
 
-from amkd_monai.data.augment import Augmentation
 from amkd_monai.data.datalist import find_dataset_dir
 from amkd_monai.data.datasets import Task, get_task
-from amkd_monai.data.sampling import MultiTaskLoader
+from amkd_monai.data.sampling import Augmentation, MultiTaskLoader
 from amkd_monai.distillation import Batch, Distiller
 from amkd_monai.distillation.gates import LossGate, ScaledLossGate
 from amkd_monai.distillation.interface import DistillationOutput

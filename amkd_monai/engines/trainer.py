@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from amkd_monai.cache.build import MATRIX, to_device
-from amkd_monai.cache.probes import pooled_features
-from amkd_monai.data.augment import Augmentation, warp
+from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset
-from amkd_monai.data.sampling import BatchSampler, PatchSampler
+from amkd_monai.data.sampling import Augmentation, BatchSampler, PatchSampler, warp
 from amkd_monai.distillation import SampleTable, TeacherTarget
 from amkd_monai.distillation.distiller import Batch, DistillationOutput, Distiller
 from amkd_monai.distillation.interface import INTERVAL, Faults
@@ -66,7 +65,7 @@ class Recipe:
     # where unlabelled samples take part and answers are admitted, part of the epochs in which the student learns
     # answers alone; then it learns labels and answers, on labelled samples. 0: both, on all.
     first_stage: float = 0.0
-    # options of :class:`amkd_monai.data.augment.Augmentation`.
+    # options of :class:`amkd_monai.data.sampling.Augmentation`.
     augmentation: dict[str, Any] = field(default_factory=dict)
     slices: int = 1  # of a patch of a 3D student, which is then what ``batch_size`` counts; 1 for other students
 
@@ -164,7 +163,7 @@ class TeacherTargets:
         if not losses.get("contrastive") or not self.teachers:
             return None
         groups = torch.from_numpy(np.unique(self.groups, return_inverse=True)[1]).long()
-        vectors = {t.name: pooled_features(t.features) for t in self.teachers if t.features is not None}
+        vectors = {t.name: _pooled_features(t.features) for t in self.teachers if t.features is not None}
         return SampleTable(vectors, groups, None if self.classes is None else torch.from_numpy(self.classes).long())
 
     @property
@@ -222,7 +221,7 @@ class DistillationTrainer(SupervisedTrainer):
         augmentation: random changes of a batch. With several stored views these are the geometric changes, and only
             the photometric ones of the augmentation are made.
         warped_features: what warping may make of cached feature maps: ``exact``, ``approximate`` or ``invalid``
-            (:meth:`~amkd_monai.data.augment.Augmentation.check_features`).
+            (:meth:`~amkd_monai.data.sampling.Augmentation.check_features`).
         seed: seed of the run.
         amp: bfloat16 autocast of the student's forward (GPU).
     """
@@ -353,3 +352,10 @@ def distillation_batch(
     label = label.long() if label.ndim < 4 else warp(label.float(), theta, mode="nearest").round().long()
     image = image.contiguous(memory_format=torch.channels_last)
     return Batch(image, label, data["has_label"], teachers, data["index"].to(device), task=task)
+
+
+def _pooled_features(store: FeatureStore) -> Tensor:
+    """Mean over the cells of the cached features of each sample, (N, C) float32."""
+    samples = range(len(store))
+    batches = (store.read("grid", samples[start : start + 64]) for start in range(0, len(store), 64))
+    return torch.cat([torch.from_numpy(batch.astype(np.float32).mean((2, 3))) for batch in batches])

@@ -26,10 +26,18 @@ STYLE |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtic
 STYLE |= {"legend.fontsize": 8, "axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 5)}
 
 
-def _axes(**options: Any) -> Axes:
-    axes = Figure(figsize=SIZE, layout="constrained").subplots()
+def _axes(legend: Sequence[str] | Mapping[str, Any] = (), **options: Any) -> Axes:
+    """Axes above a legend of that many names; fixed margins, since a search for them takes half of the drawing."""
+    rows = (len(legend) + 1) // 2 if len(legend) > 1 else 0
+    bottom = 0.17 + 0.065 * rows
+    axes = Figure(figsize=SIZE).add_axes((0.16, bottom, 0.81, 0.92 - bottom))
     axes.set(**options)
     return axes
+
+
+def _legend(axes: Axes, names: Sequence[str] | Mapping[str, Any]) -> None:
+    if len(names) > 1:
+        axes.figure.legend(loc="lower center", ncols=2, borderaxespad=0)
 
 
 def _svg(axes: Axes) -> str:
@@ -45,7 +53,7 @@ def curves(lines: Mapping[str, np.ndarray], epochs: np.ndarray, label: str, loga
     """Lines over epochs; values (epochs,) may hold NaN; ``logarithmic`` where they differ tenfold."""
     known = np.concatenate([values[values > 0] for values in lines.values()])
     logarithmic = logarithmic and bool(len(known)) and known.max() > 10 * known.min()
-    axes = _axes(xlabel="epoch", ylabel=label, yscale="log" if logarithmic else "linear")
+    axes = _axes(lines, xlabel="epoch", ylabel=label, yscale="log" if logarithmic else "linear")
     for i, (name, values) in enumerate(lines.items()):
         known, dashes = ~np.isnan(values), DASHES[i // len(COLOURS) % len(DASHES)]
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes}
@@ -55,8 +63,7 @@ def curves(lines: Mapping[str, np.ndarray], epochs: np.ndarray, label: str, loga
         axes.set_ylim(low - 0.01 * abs(high), high + 0.01 * abs(high))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    if len(lines) > 1:
-        axes.figure.legend(loc="outside lower center", ncols=2)
+    _legend(axes, lines)
     return _svg(axes)
 
 
@@ -65,7 +72,8 @@ def heat_map(
     values: np.ndarray, rows: Sequence[str], columns: Sequence[str], label: str, scale: str, texts: Any
 ) -> str:
     """A table (R, C) of shares, 0 to 1, as colours with their ``scale`` beside it and ``texts`` (R, C) in them."""
-    axes = _axes(xlabel=label)
+    axes = Figure(figsize=SIZE, layout="constrained").subplots()  # names of any length
+    axes.set_xlabel(label)
     axes.figure.colorbar(axes.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto"), label=scale)
     for (r, c), value in np.ndenumerate(values):
         axes.text(c, r, texts[r][c], ha="center", va="center", color="black" if value > 0.5 else "white")
@@ -79,15 +87,14 @@ def by_size(groups: Mapping[str, Sequence[tuple[float, float]]], label: str, uni
     """Metric of each case over the size of its reference, {name: (size, metric) of each case}."""
     sizes = [size for points in groups.values() for size, _ in points]
     scale = "log" if max(sizes) > 10 * min(sizes) else "linear"
-    axes = _axes(xlabel=unit, ylabel=label, ylim=(-0.03, 1.03), xscale=scale)
+    axes = _axes(groups, xlabel=unit, ylabel=label, ylim=(-0.03, 1.03), xscale=scale)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter("")
     for i, (name, points) in enumerate(groups.items()):
         x, y = np.transpose(points)
         axes.scatter(x, y, s=12, alpha=0.6, color=COLOURS[i % len(COLOURS)], label=name)
     axes.grid(alpha=0.3)
-    if len(groups) > 1:
-        axes.figure.legend(loc="outside lower center", ncols=2)
+    _legend(axes, groups)
     return _svg(axes)
 
 

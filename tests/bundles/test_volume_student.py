@@ -12,8 +12,7 @@ from helpers import ROOT
 from monai.networks.nets import DynUNet, SegResNet
 
 from amkd_monai.cli import main
-from amkd_monai.data.augment import Augmentation
-from amkd_monai.data.sampling import PatchSampler
+from amkd_monai.data.sampling import Augmentation, PatchSampler
 from amkd_monai.errors import root_cause
 from amkd_monai.networks import VolumeStudent
 

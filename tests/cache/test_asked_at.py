@@ -22,9 +22,9 @@ from toy_dataset import chain as unresized_chain
 from toy_dataset import write_items
 
 from amkd_monai.cache.build import ask, cache_teacher, shown_to, view_matrix, view_set
-from amkd_monai.data.augment import warp
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.frames import FinerImages
+from amkd_monai.data.sampling import warp
 from amkd_monai.data.transforms import load_mask, load_rgb, load_volume
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, resize
 

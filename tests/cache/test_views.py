@@ -9,7 +9,7 @@ from toy_dataset import CountingTeacher, decoded, write_items
 
 from amkd_monai.cache.build import MATRIX, ask, cache_teacher, view_matrix, view_set
 from amkd_monai.cache.store import ArraySpec
-from amkd_monai.data.augment import warp
+from amkd_monai.data.sampling import warp
 from amkd_monai.teachers.base import build_teacher
 
 LITE0 = {"name": "lite0", "kind": "timm", "model": "tf_efficientnet_lite0"}

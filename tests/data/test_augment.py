@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from amkd_monai.data.augment import Augmentation, warp
+from amkd_monai.data.sampling import Augmentation, warp
 
 ALL = Augmentation(
     rotation=0.6, scale=0.25, shift=0.1, flip_height=True, flip_width=True, gain=0.3, offset=0.2, colour=0.2

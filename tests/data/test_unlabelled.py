@@ -10,11 +10,11 @@ from helpers import needs
 from own_data import dicom_series
 from PIL import Image, ImageFilter
 
-from amkd_monai.data.datalist import Datalist, datalist
+from amkd_monai.data.datalist import Datalist, datalist, further_images
 from amkd_monai.data.datasets import get_task
+from amkd_monai.data.decoded import look_unlike
 from amkd_monai.data.sampling import BatchSampler
 from amkd_monai.data.transforms import load_rgb
-from amkd_monai.data.unlabelled import further_images, look_unlike
 
 TEACHERS = [{"name": "any"}]
 

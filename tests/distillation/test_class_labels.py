@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from toy_problem import GATES, LOSS_GATES, ToyStudent, generator, make_batch, make_distiller, spec, student_gradient
 
-from amkd_monai.data.augment import Augmentation, warp
+from amkd_monai.data.sampling import Augmentation, warp
 from amkd_monai.distillation import SampleTable, losses
 
 CLASSES = 3

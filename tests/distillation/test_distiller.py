@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_problem import GATES, ToyStudent, make_batch, make_distiller, spec, squares, student_gradient
 
-from amkd_monai.data.augment import Augmentation, warp
+from amkd_monai.data.sampling import Augmentation, warp
 from amkd_monai.distillation import losses
 from amkd_monai.distillation.distiller import Batch
 

@@ -9,7 +9,7 @@ from test_prepare import LITE1, data, prepare  # noqa: F401 (a fixture)
 
 from amkd_monai.cache.build import MATRIX, ask
 from amkd_monai.cache.store import FeatureStore
-from amkd_monai.data.augment import warp
+from amkd_monai.data.sampling import warp
 from amkd_monai.distillation import Distiller
 from amkd_monai.engines.trainer import DistillationTrainer, Recipe
 from amkd_monai.networks import Student
