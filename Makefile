@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 TORCH     := torch==2.14.1 torchvision==0.29.1
 DEMO      := kvasir_seg
 OUT       := build/demo
-CREW      := [{'name':'crew','kind':'crew','members':[{'encoder':'tf_efficientnet_lite1'}],'image_size':96,'images':640,'folds':2}]
+CREW      := [{'name':'crew','kind':'crew','members':[{'encoder':'tf_efficientnet_lite1'}],'image_size':96,'images':768,'folds':2}]
 SETTINGS  := --dataset_dir $(OUT)/Kvasir-SEG --cache_dir $(OUT)/cache --image_size 64 --labelled 6 \
              --split_fractions [0.5,0.1,0.4] --max_epochs 12 --val_interval 12
 
