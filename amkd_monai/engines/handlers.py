@@ -32,7 +32,7 @@ from amkd_monai.data.decoded import UNLABELLED, DecodedDataset
 from amkd_monai.distillation import Batch, DistillationConfig
 from amkd_monai.distillation.interface import DistillationOutput
 from amkd_monai.distillation.losses import as_map, class_areas, label_map
-from amkd_monai.engines.crossfit import LEAST_GROUPS, calibrated_on, fit_calibration
+from amkd_monai.engines.probes import LEAST_GROUPS, calibrated_on, fit_calibration
 from amkd_monai.engines.runs import Identity, is_true, record_weights, refuse_another, versions
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
@@ -559,7 +559,7 @@ class CalibrateMasks(Handler):
     validation evaluator, before the handler that saves the student: both are folded into the weights of its last layer,
     which is linear up to its answers, while the student is saved, and taken out behind it. Scores of validation are of
     the uncalibrated student. ``groups`` are those of the validation split; fewer than
-    :data:`~amkd_monai.engines.crossfit.LEAST_GROUPS` calibrate nothing, nor does a student of another kind.
+    :data:`~amkd_monai.engines.probes.LEAST_GROUPS` calibrate nothing, nor does a student of another kind.
     """
 
     def __init__(self, student: nn.Module, groups: Sequence[str], enabled: bool | str = True) -> None:

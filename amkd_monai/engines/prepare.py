@@ -29,7 +29,7 @@ from amkd_monai.data.decoded import DecodedDataset, look_unlike
 from amkd_monai.distillation import TeacherTarget
 from amkd_monai.distillation.interface import UNCALIBRATED, Calibration
 from amkd_monai.distillation.losses import UNLABELLED, one_hot_area, soft_cross_entropy
-from amkd_monai.engines import crossfit
+from amkd_monai.engines import crossfit, probes
 from amkd_monai.engines.crew import Crew, read_crew
 from amkd_monai.engines.runs import expand
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
@@ -294,7 +294,7 @@ class _Preparation:
         record["stored"] = {"views": outputs.views, "dtype": dtype, "bytes_per_image": size}
         target = TeacherTarget(teacher.name, **identity, record=record)
         if grid is not None:
-            mean, std = crossfit.channel_statistics(outputs)
+            mean, std = probes.channel_statistics(outputs)
             target = replace(target, grid=grid.shape, mean=mean, std=std, features=outputs)
         maps = "logits" in outputs.arrays and len(outputs.arrays["logits"].shape) == 3  # not one vector per image
         if maps and description.get("own_answers", True):
@@ -320,11 +320,11 @@ class _Preparation:
             for section, dataset in (("train", self.train), ("validation", self.validation))
         )
         if not (train.is_complete and validation.is_complete):
-            mean, std = crossfit.channel_statistics(features, array)
-            logits, fitted = crossfit.cross_fit_probes(features, self.train, mean, std, self.folds, self.seed, array)
+            mean, std = probes.channel_statistics(features, array)
+            logits, fitted = probes.cross_fit_probes(features, self.train, mean, std, self.folds, self.seed, array)
             keep_answers(train, logits)
             rows = np.arange(len(self.validation))
-            keep_answers(validation, crossfit.answer_of_probes(of_validation, rows, mean, std, fitted, array))
+            keep_answers(validation, probes.answer(of_validation, rows, mean, std, fitted, array))
         return train, validation
 
     def _cross_fitted(self, description: Mapping[str, Any]) -> tuple[TeacherTarget, FeatureStore]:
@@ -368,10 +368,10 @@ def _calibration(answers: FeatureStore, dataset: DecodedDataset) -> Calibration:
     rows, groups = np.flatnonzero(dataset.has_label), 0
     if dataset.classes is None:
         groups = len({dataset.groups[i] for i in rows})
-        rows = rows[crossfit.calibrated_on(len(rows))]
+        rows = rows[probes.calibrated_on(len(rows))]
     _, height, width = answers.arrays["logits"].shape
-    targets = crossfit.cell_targets(dataset, rows, dataset.num_classes, (height, width))
-    return crossfit.fit_calibration(torch.from_numpy(answers.read("logits", rows)).float(), targets, groups)
+    targets = probes.cell_targets(dataset, rows, dataset.num_classes, (height, width))
+    return probes.fit_calibration(torch.from_numpy(answers.read("logits", rows)).float(), targets, groups)
 
 
 ADMISSION_MODES = ("cross_fit", "all", "none")

@@ -132,7 +132,7 @@ def test_the_second_call_computes_nothing(data, monkeypatch):
         raise AssertionError("computed again")
 
     monkeypatch.setattr("amkd_monai.engines.crossfit.DistillationTrainer", refuse)
-    monkeypatch.setattr("amkd_monai.engines.crossfit.fit_probe", refuse)
+    monkeypatch.setattr("amkd_monai.engines.probes.fit_probe", refuse)
     monkeypatch.setattr("amkd_monai.cache.store.FeatureStore.write_shard", refuse)
     second = prepare(data, [LITE1], epochs=1, admission_options={"folds": 2})
     assert second.record["teachers"] == first.record["teachers"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from amkd_monai.data.decoded import BadSampleError, DecodedDataset
 from amkd_monai.distillation import Distiller
-from amkd_monai.engines import crossfit
+from amkd_monai.engines import probes
 from amkd_monai.engines.prepare import AnswerScore, decide, prepare_teachers, prior_entropy, score_answers
 from amkd_monai.engines.trainer import DistillationTrainer, Recipe
 from amkd_monai.metrics.classification import macro_auroc
@@ -186,8 +186,8 @@ def test_teachers_without_pooled_vectors_are_pooled(data):
     targets = prepare(data, [LITE1], admission_options={"mode": "all"})
     store = targets.teachers[0].features
     del store.arrays["pooled"]
-    mean, std = crossfit.channel_statistics(store, "pooled")
-    features = crossfit.standardised(store, np.arange(5), mean, std, "pooled")
+    mean, std = probes.channel_statistics(store, "pooled")
+    features = probes.standardised(store, np.arange(5), mean, std, "pooled")
     expected = store.read("grid", np.arange(5)).astype(np.float32).mean((2, 3))
     torch.testing.assert_close(features[:, :, 0, 0] * std + mean, torch.from_numpy(expected), atol=1e-3, rtol=1e-3)
 
