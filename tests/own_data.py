@@ -75,3 +75,23 @@ def dicom_series(folder: Path, volume: Path) -> Path:
         writer.SetFileName(str(folder / f"{(7 * z) % 1009:04d}.dcm"))
         writer.Execute(plane)
     return folder
+
+
+def dicom_picture(path: Path, values: np.ndarray, **tags) -> Path:
+    """Write grey values (H, W) or colours (H, W, 3) as one DICOM file."""
+    pydicom = needs("pydicom")
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.SOPClassUID, data.SOPInstanceUID = pydicom.uid.SecondaryCaptureImageStorage, pydicom.uid.generate_uid()
+    data.Rows, data.Columns = values.shape[-2:] if values.ndim == 2 else values.shape[:2]
+    data.SamplesPerPixel, data.PixelRepresentation = (3 if values.ndim == 3 else 1), int(values.dtype.kind == "i")
+    data.BitsAllocated = data.BitsStored = values.dtype.itemsize * 8
+    data.HighBit, data.PixelData = data.BitsStored - 1, values.tobytes()
+    data.PhotometricInterpretation = "RGB" if values.ndim == 3 else "MONOCHROME2"
+    if values.ndim == 3:
+        data.PlanarConfiguration = 0
+    for name, value in tags.items():
+        setattr(data, name, value)
+    data.save_as(path, enforce_file_format=True)
+    return path

@@ -69,6 +69,7 @@ def new_bundle(
     task = get_task(description)
     found = task.layout.find_items(root)
     problems, grouped = [item["problem"] for item in found if "problem" in item], {item["group"] for item in found}
+    of_patients = any(group.startswith("patient ") for group in grouped)
     if len(problems) == len(found):
         raise DataProblems(problems)
     facts = [
@@ -77,8 +78,8 @@ def new_bundle(
         *of_labels,
         *facts,
         f"channels: {', '.join(task.channels)}; teachers see {', '.join(task.teacher_channels)}" if several else "",
-        f"groups: {len(grouped)}"
-        if groups or any("group" in item for item in items)
+        f"groups: {len(grouped)}{', images of a DICOM patient are one' if of_patients else ''}"
+        if groups or of_patients or any("group" in item for item in items)
         else f"EACH IMAGE IS A GROUP OF ITS OWN ({len(grouped)}): if several are of one patient, give --groups",
         f"{len(problems)} of them cannot be used: python -m amkd_monai data check {folder}" if problems else "",
     ]

@@ -137,7 +137,9 @@ def _naming(files: Sequence[str | Path], error: Exception) -> str:
 def _describe_others(report: DataReport) -> None:
     """Count the files that no item names, and read them; name dead links."""
     known = {str(f) for item in report.items for f in (*files_of(item["image"]), *label_files(item))}
-    found = (file for file in sorted(report.root.rglob("*")) if names.has_suffix(file, names.SUFFIXES))
+    slices = () if report.task.dimensions == 2 else (names.DICOM_SUFFIX,)
+    kinds = [suffix for suffix in names.SUFFIXES if suffix not in slices]
+    found = (file for file in sorted(report.root.rglob("*")) if names.has_suffix(file, kinds))
     visible = [file for file in found if not any(p.startswith(".") for p in file.relative_to(report.root).parts)]
     others = [file for file in visible if file.is_file() and str(file) not in known]
     dead = [names.file_id(file) for file in visible if file.is_symlink() and not file.is_file()]

@@ -23,22 +23,21 @@ from amkd_monai.data.splits import (
 )
 from amkd_monai.data.splits import split_hash as hash_of_split
 from amkd_monai.files import cases
-from amkd_monai.files.dicom import patient_and_study
-from amkd_monai.files.dicom_picture import SUFFIX
+from amkd_monai.files.dicom import patients
 from amkd_monai.files.names import (
+    DICOM_SUFFIX,
     PICTURE_SUFFIXES,
     VOLUME_SUFFIXES,
     DataProblems,
     expanded,
     file_id,
     files_of,
-    has_suffix,
     image_files,
     images_to_predict,
     read_text,
     some,
 )
-from amkd_monai.storage import atomic_write_json, content_hashes, exclusive_lock, fingerprint
+from amkd_monai.storage import atomic_write_json, content_hashes, exclusive_lock
 from amkd_monai.terminal import logger
 
 OVERLAP = 46
@@ -318,9 +317,9 @@ def further_images(
     held_out = [i for i in (*datalist.validation, *datalist.test) if "problem" not in i]
     items = _unlike_held_out(items, held_out, cache_dir)
     near = found - copies - len(items)
-    patients = _patients([*held_out, *items])
-    theirs = {patients[file] for item in held_out for file in files_of(item["image"]) if file in patients}
-    items = [item for item in items if patients.get(item["image"]) not in theirs]
+    of = patients([file for item in (*held_out, *items) for file in files_of(item["image"])])
+    theirs = {of[file] for item in held_out for file in files_of(item["image"]) if file in of}
+    items = [item for item in items if of.get(item["image"]) not in theirs]
     theirs_too = found - copies - near - len(items)
     if not items:
         why = "are in this data set, look like its validation and test images, or are of their patients: give others"
@@ -328,7 +327,7 @@ def further_images(
     if groups is not None:
         items = [{**item, "group": _group_of(item, groups)} for item in items]
     else:
-        items = [{**item, "group": patients.get(item["image"], item["id"])} for item in items]
+        items = [{**item, "group": of.get(item["image"], item["id"])} for item in items]
         items = group_near_duplicates(items, cache_dir=cache_dir)
     record = {
         "folders": [str(folder) for folder in chosen],
@@ -343,7 +342,7 @@ def further_images(
 def _items(folder: Path, prefix: str, volumes: bool) -> list[Item]:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: correct `unlabelled`.")
-    kinds = {"pictures": (*PICTURE_SUFFIXES, SUFFIX), "volumes": VOLUME_SUFFIXES}
+    kinds = {"pictures": PICTURE_SUFFIXES, "volumes": VOLUME_SUFFIXES}
     what, other = list(kinds)[::-1] if volumes else list(kinds)
     files = images_to_predict(folder, suffixes := kinds[what])
     for series in [folder, *cases.series_folders(folder)] if volumes else ():
@@ -358,7 +357,7 @@ def _items(folder: Path, prefix: str, volumes: bool) -> list[Item]:
     if below:
         hint = f"give the folders below it that hold images without labels, of {some(below)}"
     elif not volumes and cases.is_series(folder):
-        hint = f"the names of its DICOM files must end in {SUFFIX}"
+        hint = f"the names of its DICOM files must end in {DICOM_SUFFIX}"
     elif image_files(folder, kinds[other]):
         hint = f"it holds {other}, and this task is on {what}"
     raise FileNotFoundError(f"{folder} holds no {what}: {hint}.")
@@ -371,15 +370,6 @@ def _unlike_held_out(items: list[Item], held_out: list[Item], cache_dir: str | P
     pairs = ((indices[i], indices[j]) for i, j in near_pairs(hashes, OVERLAP))
     near = {j - len(held_out) for i, j in pairs if i < len(held_out) <= j}
     return [item for number, item in enumerate(items) if number not in near]
-
-
-def _patients(items: list[Item]) -> dict[str, str]:
-    """The patient of each DICOM image by its path, in a form that tells no name; the study if all have one patient."""
-    paths = [file for item in items for file in files_of(item["image"])]
-    found = {p: patient_and_study(Path(p)) for p in paths if Path(p).is_dir() or has_suffix(p, [SUFFIX])}
-    known = len({patient for patient, _ in found.values()}) > 1
-    named = {path: patient if known and patient else study for path, (patient, study) in found.items()}
-    return {path: f"patient {fingerprint(name)[:16]}" for path, name in named.items() if name}
 
 
 def _group_of(item: Item, expression: str) -> str:

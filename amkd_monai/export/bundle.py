@@ -29,7 +29,7 @@ from amkd_monai.export.repositories import write_hub, write_triton
 from amkd_monai.export.runners import Runner, peak_memory, runner, torch_runner
 from amkd_monai.export.source import Case, Source, spread
 from amkd_monai.files.masks import IGNORED
-from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES
+from amkd_monai.files.names import DICOM_SUFFIX, PICTURE_SUFFIXES, VOLUME_SUFFIXES
 from amkd_monai.files.steps import softmax
 from amkd_monai.metrics.classification import class_metrics
 from amkd_monai.metrics.summary import class_summaries
@@ -258,7 +258,7 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "student": source.network | {"_disabled_": f"$not monai.utils.optional_import('{module}')[1]"},
         "torchscript": formats.network_text(source.student),
         "not_in_checkpoints": [name for name, _ in source.student.named_buffers() if name not in source.state],
-        "suffixes": list(PICTURE_SUFFIXES if task.dimensions == 2 else VOLUME_SUFFIXES),
+        "suffixes": [s for s in (PICTURE_SUFFIXES if task.dimensions == 2 else VOLUME_SUFFIXES) if s != DICOM_SUFFIX],
         "inferer": source.inferer,
     }
     datalist, one_mask_each = inference.pop("datalist_of_channels"), inference.pop("one_mask_each")

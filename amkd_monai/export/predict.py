@@ -96,7 +96,11 @@ def find_images(path: Path, dimensions: int, channels: int = 1) -> list[Input]:
         ValueError: no image of this model's kind.
     """
     suffixes = names.PICTURE_SUFFIXES if dimensions == 2 else names.VOLUME_SUFFIXES
-    kind = "pictures (PNG, JPEG, TIFF, BMP)" if dimensions == 2 else "volumes (NIfTI, or a folder of one DICOM series)"
+    kind = (
+        "pictures (PNG, JPEG, TIFF, BMP, .dcm)"
+        if dimensions == 2
+        else "volumes (NIfTI, or a folder of one DICOM series)"
+    )
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give an image or a folder.")
     cases = names.channel_files(path, suffixes) if channels > 1 else {}

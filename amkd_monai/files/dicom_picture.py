@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-SUFFIX = ".dcm"
+PREDICTED_BY = "amkd_monai"  # as its manufacturer
 PLAIN = ("MONOCHROME1", "MONOCHROME2", "LINEAR")  # how grey values may be shown
 
 
@@ -15,7 +15,8 @@ def shown_levels(path: str | Path) -> np.ndarray:
     are levels as they are; MONOCHROME1 is inverted.
 
     Raises:
-        ValueError: another colour model, several frames, lookup tables, or values of more bits without a window.
+        ValueError: another colour model, several frames, lookup tables, values of more bits without a window, or a file
+            that a prediction wrote.
     """
     try:
         from pydicom import dcmread
@@ -27,6 +28,8 @@ def shown_levels(path: str | Path) -> np.ndarray:
         array, colours = pixel_array(data), str(data.PhotometricInterpretation)  # colour becomes RGB
     except Exception as error:  # its decoders raise whatever they like
         raise ValueError(f"as DICOM: {error}") from error
+    if str(data.get("Manufacturer")) == PREDICTED_BY:
+        raise ValueError("it is a prediction: give the image it was made from")
     if array.ndim != (3 if int(data.SamplesPerPixel) == 3 else 2):
         raise ValueError("it holds several frames: save each as a file")
     if array.ndim == 3 and array.dtype == np.uint8 and (colours == "RGB" or colours.startswith("YBR_")):

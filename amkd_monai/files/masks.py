@@ -1,13 +1,14 @@
 """Mask files: maps values to classes and finds pixels without a label."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from amkd_monai.files import pictures
-from amkd_monai.files.names import some
+from amkd_monai.files.names import DICOM_SUFFIX, has_suffix, some
 from amkd_monai.files.pictures import OPAQUE
 
 IGNORED = 255  # class index of pixels without a label: no loss and no metric counts them
@@ -187,9 +188,18 @@ def _opaque(alpha: np.ndarray) -> np.ndarray:
     return alpha > OPAQUE
 
 
+@contextmanager
+def _opened(file: str | Path) -> Iterator[Image.Image]:
+    """Open a mask; of DICOM it is a ValueError: what its window shows is not what its values are."""
+    if has_suffix(file, [DICOM_SUFFIX]):
+        raise ValueError(f"Mask {file} is DICOM, whose values are read for pictures alone: save it as PNG.")
+    with pictures.opened(file) as stored:
+        yield stored
+
+
 def raw_mask(file: str | Path) -> np.ndarray:
     """Read the values (H, W) of a mask before any meaning; one that has no values is a ValueError."""
-    with pictures.opened(file) as stored:
+    with _opened(file) as stored:
         return _values(pictures.upright(stored), 2, "auto")
 
 
@@ -210,7 +220,7 @@ def read_mask(
     """
     of_image, result = None if image is None else pictures.picture_frame(image), np.empty(0)
     for file in files:
-        with pictures.opened(file) as stored:
+        with _opened(file) as stored:
             tag, stored = pictures.frame(stored)[1], pictures.upright(stored)
         try:
             mask = decode_plausible(_values(stored, classes, codes), classes, codes, used)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from amkd_monai.terminal import logger
 
-PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
+DICOM_SUFFIX = ".dcm"
+PICTURE_SUFFIXES = (".bmp", DICOM_SUFFIX, ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
 SUFFIXES = (*PICTURE_SUFFIXES, *VOLUME_SUFFIXES)
 UNREAD_SUFFIXES = (".gif", ".hdr", ".img", ".jp2", ".mgz", ".mha", ".mhd", ".nrrd", ".webp")  # named when left out

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageOps, PngImagePlugin
 
-from amkd_monai.files.dicom_picture import SUFFIX, shown_levels
-from amkd_monai.files.names import MARK, has_suffix
+from amkd_monai.files.dicom_picture import shown_levels
+from amkd_monai.files.names import DICOM_SUFFIX, MARK, has_suffix
 from amkd_monai.storage import atomic_path
 
 FULL_SCALES = (255, 4095, 65535)  # white of grey pictures: the smallest that holds the brightest level
@@ -32,7 +32,7 @@ DAMAGED = (
 def opened(path: str | Path) -> Iterator[Image.Image]:
     """Open a picture of one page; what goes wrong in the block is a ValueError that names the file."""
     try:
-        with Image.fromarray(shown_levels(path)) if has_suffix(path, [SUFFIX]) else Image.open(path) as image:
+        with Image.fromarray(shown_levels(path)) if has_suffix(path, [DICOM_SUFFIX]) else Image.open(path) as image:
             if image.format != "MPO" and (pages := getattr(image, "n_frames", 1)) > 1:
                 raise ValueError(f"it has {pages} pages, of which only one could be read; save each as a file")
             if image.mode[0] in "IF" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:
@@ -60,7 +60,7 @@ def frame(image: Image.Image) -> tuple[tuple[int, int], int]:
 
 
 def picture_frame(path: str | Path) -> tuple[tuple[int, int], int]:
-    """Upright (width, height) and EXIF orientation, 1 to 8, of a picture; only the header is read."""
+    """Upright (width, height) and EXIF orientation, 1 to 8, of a picture, by its header alone unless it is DICOM."""
     with opened(path) as image:
         return frame(image)
 

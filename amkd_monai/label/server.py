@@ -14,7 +14,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from amkd_monai.files.cases import is_series, series_folders
+from amkd_monai.files.cases import series_folders
+from amkd_monai.files.dicom import holds_series, is_slice
+from amkd_monai.files.names import DICOM_SUFFIX, has_suffix
 from amkd_monai.storage import atomic_path, atomic_write_bytes, atomic_write_json, exclusive_lock, read_json
 from amkd_monai.weights import file_sha256
 
@@ -48,15 +50,15 @@ def serve(bundles: Sequence[str], studies: str, host: str, port: int, work: str 
 
     Raises:
         FileNotFoundError: there is no folder of studies.
-        ValueError: a folder of DICOM.
+        ValueError: a folder of DICOM series.
         RuntimeError: MONAI Label is not installed.
         OSError: the port is taken.
     """
     found, work = find_bundles(bundles), Path(work).resolve()
     if not studies.startswith(("http://", "https://")) and not Path(studies).is_dir():
         raise FileNotFoundError(f"There is no folder {studies}: give --studies a folder of images.")
-    if Path(studies).is_dir() and (is_series(Path(studies)) or series_folders(Path(studies))):
-        raise ValueError(f"{studies} holds DICOM, which is served from DICOMweb alone: convert it to NIfTI or PNG.")
+    if Path(studies).is_dir():
+        _check_dicom(Path(studies))
     if importlib.util.find_spec("monailabel") is None:
         raise RuntimeError("MONAI Label is not installed here: run `make label-env`, then use .venv-label/bin/python.")
     try:
@@ -66,6 +68,15 @@ def serve(bundles: Sequence[str], studies: str, host: str, port: int, work: str 
     with exclusive_lock(work / ".lock"):
         prepare(found, work)
         _start(work, studies, host, port)
+
+
+def _check_dicom(studies: Path) -> None:
+    """Refuse DICOM that no model would see: series, and files with other names; pictures are served."""
+    if series_folders(studies) or holds_series(studies):
+        raise ValueError(f"{studies} holds DICOM series, served from DICOMweb alone: convert them to NIfTI or PNG.")
+    files = (file for file in studies.iterdir() if file.is_file() and not has_suffix(file, [DICOM_SUFFIX]))
+    if other := next(filter(is_slice, files), None):
+        raise ValueError(f"{other} is DICOM but not called so: let its name end in {DICOM_SUFFIX}.")
 
 
 def _start(work: Path, studies: str, host: str, port: int) -> None:

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from helpers import needs
-from own_data import dicom_series
+from own_data import dicom_picture, dicom_series
 from PIL import Image, ImageFilter
 
 from amkd_monai.data.datalist import Datalist, datalist, further_images
@@ -151,26 +151,6 @@ def test_series_of_dicom_are_volumes_by_patient_without_those_of_held_out_sectio
 
 
 TOLD = ((3, "A", "2"), (4, "Smith", "3"), (5, "Smith", "4"), (6, "", "5"))
-
-
-def dicom_picture(path: Path, values: np.ndarray, **tags) -> Path:
-    """Write grey values (H, W) or colours (H, W, 3) as one DICOM file."""
-    pydicom = needs("pydicom")
-    data = pydicom.Dataset()
-    data.file_meta = pydicom.dataset.FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    data.SOPClassUID, data.SOPInstanceUID = pydicom.uid.SecondaryCaptureImageStorage, pydicom.uid.generate_uid()
-    data.Rows, data.Columns = values.shape[-2:] if values.ndim == 2 else values.shape[:2]
-    data.SamplesPerPixel, data.PixelRepresentation = (3 if values.ndim == 3 else 1), int(values.dtype.kind == "i")
-    data.BitsAllocated = data.BitsStored = values.dtype.itemsize * 8
-    data.HighBit, data.PixelData = data.BitsStored - 1, values.tobytes()
-    data.PhotometricInterpretation = "RGB" if values.ndim == 3 else "MONOCHROME2"
-    if values.ndim == 3:
-        data.PlanarConfiguration = 0
-    for name, value in tags.items():
-        setattr(data, name, value)
-    data.save_as(path, enforce_file_format=True)
-    return path
 
 
 def test_pictures_of_dicom_are_read_as_they_are_shown_or_refused(data, tmp_path):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import shutil
 
+import nibabel as nib
+import numpy as np
 import pytest
 from helpers import ROOT
+from own_data import dicom_picture, dicom_series
 
 from amkd_monai.__main__ import main
 
@@ -40,10 +43,14 @@ def test_unknown_bundles_and_untrained_ones_are_named(bundle, tmp_path, capsys, 
 def test_missing_studies_and_repeated_names_are_named(bundle, tmp_path, capsys):
     assert "nowhere" in refusal(capsys, "--bundles", bundle, "--studies", tmp_path / "nowhere")
     assert "Two bundles" in refusal(capsys, "--bundles", bundle, bundle, "--studies", tmp_path)
-    (tmp_path / "studies" / "series").mkdir(parents=True)
-    (tmp_path / "studies" / "series" / "1.dcm").write_bytes(bytes(128) + b"DICM")
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 3), np.int16), np.eye(4)), tmp_path / "volume.nii.gz")
+    dicom_series(tmp_path / "studies" / "series", tmp_path / "volume.nii.gz")
     for studies in (tmp_path / "studies", tmp_path / "studies" / "series"):
         assert "DICOMweb" in refusal(capsys, "--bundles", bundle, "--studies", studies)
+    (tmp_path / "pictures").mkdir()
+    picture = dicom_picture(tmp_path / "pictures" / "a.dcm", np.zeros((8, 8), np.uint8))
+    picture.rename(tmp_path / "pictures" / "a")
+    assert "pictures/a is DICOM" in refusal(capsys, "--bundles", bundle, "--studies", tmp_path / "pictures")
 
 
 def test_without_monai_label_the_remedy_is_named_and_nothing_is_written(bundle, tmp_path, capsys, monkeypatch):

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from amkd_monai.data import splits
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
 from amkd_monai.files.cases import case_grid, is_volume, series_folders
+from amkd_monai.files.dicom import patients
 from amkd_monai.files.masks import other_size
 from amkd_monai.files.names import (
     PICTURE_SUFFIXES,
@@ -144,7 +145,8 @@ class Described:
         elif self.form_of(root.parent):
             fix += f"; you are one level too low, use {root.parent}"
         if any(root.rglob("*.dcm")):
-            fix += "; of DICOM, images/<case>/ with the slices of one series and masks/<case>.nii.gz"
+            fix += "; of DICOM, pictures images/<case>.dcm with masks/<case>.png, or the slices of one series in "
+            fix += "images/<case>/ with masks/<case>.nii.gz"
         raise FileNotFoundError(f"No {self.title} data in {root}: {fix}.")
 
     def form_of(self, root: Path) -> str:
@@ -191,6 +193,7 @@ class Described:
         if not items:
             raise FileNotFoundError(f"No images in {root}: expected {self.expected}.")
         usable = [item for item in items if "problem" not in item]
+        usable = self._by_patient(usable, root)
         if distance is None:
             grouped = splits.group_identical_images(usable)
         elif self.volumes:
@@ -201,6 +204,26 @@ class Described:
             report_conflicts(grouped, self.text_of)
         others = [item for item in items if "problem" in item]
         return sorted([*grouped, *others], key=lambda item: natural(item["id"]))
+
+    def _by_patient(self, items: list[Item], root: Path) -> list[Item]:
+        """Return items whose DICOM files are of one patient as one group, unless they have a group of their own.
+
+        Classes of one patient each are a ValueError: folders of series are no classes.
+        """
+        of = patients([file for item in items for file in files_of(item["image"])])
+        images = Counter(patient for item in items if (patient := of.get(files_of(item["image"])[0])))
+        result = []
+        for item in items:
+            patient = of.get(files_of(item["image"])[0], "")
+            own = images[patient] < 2 or item["group"] != item["id"]
+            result.append(item if own else {**item, "group": patient})
+        by_class = {item["label"]: set[str]() for item in result if self.kind == "classification" and images}
+        for item in result if by_class else ():
+            by_class[item["label"]].add(item["group"])
+        if len(result) > len(by_class) > 1 and all(len(groups) == 1 for groups in by_class.values()):
+            what = f"Each class in {root} is one DICOM study, so that nothing tells classes from patients"
+            raise ValueError(f"{what}: give each class images of several patients.")
+        return result
 
     def inference_items(self, root: Path) -> list[Item]:
         """List the images to predict: unlabelled ones of a datalist, those of the usual folders, tables and classes."""
