@@ -51,6 +51,21 @@ def students(tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="session")
+def finding_bundle(tmp_path_factory):
+    """A bundle of several findings per picture, trained without teachers; its data lie in ``data`` beside it."""
+    import monai.bundle
+    from own_data import finding_pictures
+
+    from amkd_monai.bundles.new import new_bundle
+
+    folder = tmp_path_factory.mktemp("findings")
+    bundle, _ = new_bundle("chest", finding_pictures(folder / "data"), folder)
+    quick = {"teachers": [], "max_epochs": 4, "recipe#batch_size": 8, "bundle_root": str(bundle)}
+    monai.bundle.run(run_id="training", config_file=str(bundle / "configs" / "train.json"), **quick)
+    return bundle
+
+
 FIRST = ("export", "label", "report", "bundles", "engines", "runs", "docs", "teachers")
 """Folders of the longest tests, which two workers share best from the start. The export comes first of all: torch's
 ONNX exporter has died in a process that had run hundreds of other tests."""

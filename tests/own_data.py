@@ -95,3 +95,23 @@ def dicom_picture(path: Path, values: np.ndarray, **tags) -> Path:
         setattr(data, name, value)
     data.save_as(path, enforce_file_format=True)
     return path
+
+
+FINDINGS = ["mass", "Fluid level", "stripes"]
+
+
+def finding_pictures(folder: Path, count: int = 64) -> Path:
+    """Write noisy grey pictures with a bright disc, a bright lower edge and stripes, each or not, and their table."""
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:64, :64]
+    rows = [["image", "patient", "age", *FINDINGS]]
+    (folder / "images").mkdir(parents=True)
+    for number in range(count):
+        present = (rng.random(3) < 0.5).astype(int)
+        values = rng.normal(90, 12, (64, 64)) + np.kron(rng.normal(0, 25, (4, 4)), np.ones((16, 16)))
+        values[(y - 24) ** 2 + (x - 16) ** 2 < 80] += 110 * present[0]
+        values[52:] += 110 * present[1]
+        values[:, 40:] += 60 * present[2] * np.sin(x[:, 40:] * 1.6)
+        Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"{number:02d}.png")
+        rows.append([f"{number:02d}", f"p{number // 2}", str(40 + number % 7), *map(str, present)])
+    (folder / "labels.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    return folder

@@ -98,8 +98,6 @@ def write_page(folder: Path, archive: Path) -> None:
         raise ValueError("The format web needs the format onnx or ort-int8, and neither was written.")
     if (channels := predict["channels"]) > 1:
         raise ValueError(f"The format web opens one file an image, this student takes {channels}: leave it out.")
-    if predict["kind"] == "multilabel":
-        raise ValueError("The format web shows one class or a mask, this student predicts findings: leave it out.")
     page, networks = folder / "web", dict[str, Any]()
     shape = [facts["input_shape"][0], *(min(side, CHECK_SIDE) for side in facts["input_shape"][-2:])]
     shutil.copytree(PAGE, page)

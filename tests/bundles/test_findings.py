@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from bundle_runs import read_json
-from PIL import Image
+from own_data import FINDINGS, finding_pictures
 from sklearn.metrics import accuracy_score, brier_score_loss, recall_score, roc_auc_score
 
 from amkd_monai.__main__ import main
@@ -22,34 +22,14 @@ from amkd_monai.label.student import ServedStudent
 from amkd_monai.metrics.compare import compare_runs
 from amkd_monai.metrics.summary import read_case_csv
 
-FINDINGS = ["mass", "Fluid level", "stripes"]
 CREW = {"name": "crew", "kind": "crew", "folds": 2, "images": 48, "members": [{"seed": 0}], "image_size": 1}
 TEACHERS = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}, CREW]
 QUICK = {"max_epochs": 2, "teachers": TEACHERS, "admission": {"mode": "all"}, "recipe#batch_size": 8}
 
 
-def picture(present, rng):
-    """A noisy grey picture with a bright disc on the left, a bright lower edge and stripes on the right, as asked."""
-    y, x = np.mgrid[:64, :64]
-    values = rng.normal(90, 12, (64, 64)) + np.kron(rng.normal(0, 25, (4, 4)), np.ones((16, 16)))
-    values[(y - 24) ** 2 + (x - 16) ** 2 < 80] += 110 * present[0]
-    values[52:] += 110 * present[1]
-    values[:, 40:] += 60 * present[2] * np.sin(x[:, 40:] * 1.6)
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("findings"), np.random.default_rng(0)
-    (folder / "images").mkdir()
-    rows = [["image", "patient", "age", *FINDINGS]]
-    for number in range(64):
-        present = (rng.random(3) < 0.5).astype(int)
-        picture(present, rng).save(folder / "images" / f"{number:02d}.png")
-        rows.append([f"{number:02d}", f"p{number // 2}", 40 + number % 7, *present])
-    with (folder / "labels.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return folder
+    return finding_pictures(tmp_path_factory.mktemp("findings"))
 
 
 def bits(number):

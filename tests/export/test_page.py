@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from browser import Browser
 from helpers import shared_data, without
+from own_data import FINDINGS
 from PIL import Image, ImageCms, PngImagePlugin
 from test_reading import pictures, volumes
 
@@ -34,15 +35,19 @@ def archive():
 
 
 @pytest.fixture(scope="module")
-def page(exported, archive, tmp_path_factory):
-    """Open the page of a task's student of 32 bits in a browser, once."""
+def page(exported, finding_bundle, archive, tmp_path_factory):
+    """Open the page of a student of 32 bits, of a task or of findings, in a browser, once."""
     opened = {}
 
     def get(task):
         if task not in opened:
             folder = tmp_path_factory.mktemp("page")
             dist = folder / "dist"
-            shutil.copytree(exported(task)[0] / "dist" / task, dist)
+            if task == "findings":
+                formats = ["--formats", "ts,onnx,ort-int8", "--accept-loss", "--calibration", "4"]
+                assert main(["export", str(finding_bundle), "--to", str(dist), *formats]) == 0
+            else:
+                shutil.copytree(exported(task)[0] / "dist" / task, dist)
             write_page(dist, archive)
             browser = Browser(folder / "browser")
             opened[task] = browser, dist
@@ -159,6 +164,40 @@ def test_classes_are_those_of_predict(page, tmp_path):
         for key in list(ours)[2:]:
             assert float(ours[key]) == pytest.approx(float(theirs[key]), abs=2e-3)
     assert "temperature" in browser.evaluate("by('calibration').textContent")
+
+
+def test_findings_are_those_of_predict(page, finding_bundle, tmp_path):
+    browser, dist = page("findings")
+    images = tmp_path / "images"
+    images.mkdir()
+    for file in sorted((finding_bundle.parent / "data" / "images").iterdir())[:12]:
+        shutil.copyfile(file, images / file.name)
+    predicted(dist, images, tmp_path / "predict")
+    browser.give(*sorted(images.iterdir()))
+    browser.click("save_all")
+    saved, expected = (
+        list(csv.DictReader(file.open()))
+        for file in (browser.download("predictions.csv"), tmp_path / "predict" / "predictions.csv")
+    )
+    said = browser.evaluate("entries.map((entry) => entry.said)")
+    columns = ["p_mass", "p_fluid_level", "p_stripes"]
+    assert len(saved) == 12 and len({row["class"] for row in saved}) > 2
+    for ours, theirs, sentence in zip(saved, expected, said, strict=True):
+        assert list(ours) == list(theirs) == ["id", "class", *columns]
+        assert (ours["id"], ours["class"]) == (theirs["id"], theirs["class"])
+        values = [float(theirs[name]) for name in columns]
+        assert [float(ours[name]) for name in columns] == pytest.approx(values, abs=2e-3)
+        shown = [f"{n} {float(ours[c]):.2f}" for n, c in zip(FINDINGS, columns, strict=True) if float(ours[c]) >= 0.5]
+        assert sentence == (", ".join(shown) or "none")
+    cells = "[...by('figures').querySelectorAll('tr')].map((row) => [...row.cells].map((cell) => cell.textContent))"
+    browser.evaluate("show(entries[3])")
+    for (name, probability, _, verdict), column in zip(browser.evaluate(cells), columns, strict=True):
+        value = float(saved[3][column])
+        assert name.lower().replace(" ", "_") == column[2:] and float(probability) == pytest.approx(value, abs=6e-4)
+        assert verdict == ("present" if value >= 0.5 else "absent")
+    assert browser.evaluate("student.networks.float.check.length") == 64
+    wrong = "(student.networks.int8.check[63] += 0.5, openStudent().catch((error) => error.message))"
+    assert "answers otherwise" in browser.evaluate(wrong)
 
 
 def odd_pictures(picture, folder):

@@ -2,7 +2,8 @@
 /* The page: files in, answers, looking at them, saving them. */
 
 const by = (id) => document.getElementById(id);
-const isVolume = student.dimensions === 3, isClasses = student.kind === "classification";
+const isVolume = student.dimensions === 3, isClasses = student.kind !== "segmentation",
+  hasFindings = student.kind === "multilabel";
 const entries = []; // {file, id, state, said, and for an answer: mask, certainty, shape, grid, or probabilities}
 let network = null, shown = null, busy = Promise.resolve(), cross = null;
 
@@ -59,18 +60,24 @@ async function readInput(file) {
 
 async function answer(entry) {
   const input = await readInput(entry.file), advance = (part) => say(by("status").textContent, part);
-  if (isClasses) entry.probabilities = [...(await probabilities(network, input.array))[0].data];
+  if (isClasses) {
+    const { data, shape } = (await probabilities(network, input.array))[0];
+    entry.probabilities = [...(hasFindings ? data.subarray(shape[1]) : data)]; // of (2, F) those of presence
+  }
   else Object.assign(entry, await maskOf(network, input.array, input.grid, isVolume ? advance : undefined));
   entry.shape = input.array.shape.slice(1);
   entry.grid = input.grid;
   entry.state = "done";
-  entry.said = isClasses ? student.classes[best(entry)] + " " + Math.max(...entry.probabilities).toFixed(2)
+  entry.said = isClasses ? namesOf(entry).map((name) => `${name} ${probabilityOf(entry, name)}`).join(", ") || "none"
     : student.classes.slice(1).filter((_, i) => entry.mask.includes(i + 1)).join(", ") || "nothing found";
   entry.input = input;
   for (const other of entries) if (other !== entry && other !== shown) delete other.input; // one image in memory
 }
 
-const best = (entry) => entry.probabilities.indexOf(Math.max(...entry.probabilities));
+/** The likeliest class, or the findings of probability 0.5 and more. */
+const namesOf = ({ probabilities }) => student.classes.filter((_, i) =>
+  (hasFindings ? probabilities[i] >= 0.5 : i === probabilities.indexOf(Math.max(...probabilities))));
+const probabilityOf = ({ probabilities }, name) => probabilities[student.classes.indexOf(name)].toFixed(2);
 
 async function addFiles(files) {
   const added = [...files].map((file) => ({ file, id: file.name.replace(suffix, ""), state: "waiting", said: "" }));
@@ -203,7 +210,8 @@ function draw() {
 const classTable = () => element("table", {},
   ...student.classes.map((name, i) => element("tr", {}, element("th", { textContent: name }),
   element("td", { textContent: shown.probabilities[i].toFixed(3) }),
-    element("td", {}, element("meter", { value: shown.probabilities[i] })))));
+    element("td", {}, element("meter", { value: shown.probabilities[i] })),
+    ...(hasFindings ? [element("td", { textContent: namesOf(shown).includes(name) ? "present" : "absent" })] : []))));
 
 /** Pixels, voxels, areas (mm2), volumes (ml) and mean probability of each class but background. */
 function figuresOf({ mask, certainty, grid }) {
@@ -260,7 +268,7 @@ async function save(answers) {
   if (isClasses) {
     const cell = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
     const head = ["id", "class", ...student.classes.map((name) => `p_${name.toLowerCase().replaceAll(" ", "_")}`)];
-    const rows = answers.map((a) => [a.id, student.classes[best(a)], ...a.probabilities.map((p) => p.toFixed(6))]);
+    const rows = answers.map((a) => [a.id, namesOf(a).join("|") || "none", ...a.probabilities.map((p) => p.toFixed(6))]);
     return download(new Blob([[head, ...rows].map((row) => `${row.map(cell)}\n`).join("")], { type: "text/csv" }),
       "predictions.csv");
   }
