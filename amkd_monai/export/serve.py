@@ -20,11 +20,14 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from amkd_monai import __version__
 from amkd_monai.errors import root_cause
 from amkd_monai.export.predict import Input, Predictor, refusals
+from amkd_monai.files.names import DICOM_SUFFIX
 from amkd_monai.files.pictures import write_mask
 from amkd_monai.files.volumes import write_mask_volume
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PICTURES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"II*\0": ".tif", b"MM\0*": ".tif", b"BM": ".bmp"}
+DICOM = b"DICM"
+"""Behind 128 bytes of any content, which may look like another kind of file."""
 PACKED = b"\x1f\x8b"
 VOLUMES = dict.fromkeys((PACKED, b"\x5c\1\0\0", b"\0\0\1\x5c", b"\x1c\2\0\0", b"\0\0\2\x1c"), ".nii")
 """Suffix by the first bytes of a file: the name that a client gives decides nothing."""
@@ -84,7 +87,7 @@ def application(predictor: Predictor, limit: int, hosts: Sequence[str]) -> FastA
     }
 
     @app.post("/predict", response_class=Response, responses=described)
-    def predict(file: Annotated[UploadFile, "a picture (PNG, JPEG, TIFF, BMP) or a NIfTI volume"]) -> Response:
+    def predict(file: Annotated[UploadFile, "a picture (PNG, JPEG, TIFF, BMP, DICOM) or a NIfTI volume"]) -> Response:
         """Answer one file: a mask of its size and geometry (PNG or .nii.gz), or the probability of each class."""
         with turn, tempfile.TemporaryDirectory() as place:
             path = _stored(file, Path(place) / "upload", config["dimensions"], limit)
@@ -104,11 +107,14 @@ def application(predictor: Predictor, limit: int, hosts: Sequence[str]) -> FastA
 
 def _stored(file: UploadFile, upload: Path, dimensions: int, limit: int) -> Path:
     """Store an upload under a name of its own, a volume unpacked."""
-    kinds, named = (PICTURES, "pictures (PNG, JPEG, TIFF, BMP)"), (VOLUMES, "NIfTI volumes (.nii, .nii.gz)")
-    known, taken = kinds if dimensions == 2 else named
-    head = file.file.read(4)
+    pictures, volumes = (PICTURES, "pictures (PNG, JPEG, TIFF, BMP, DICOM)"), (VOLUMES, "NIfTI volumes (.nii, .nii.gz)")
+    known, taken = pictures if dimensions == 2 else volumes
+    head = file.file.read(132)
     file.file.seek(0)
-    if not (suffix := next((suffix for start, suffix in known.items() if head.startswith(start)), "")):
+    suffix = next((suffix for start, suffix in known.items() if head.startswith(start)), "")
+    if head[128:] == DICOM:
+        suffix = DICOM_SUFFIX if dimensions == 2 else ""
+    if not suffix:
         raise HTTPException(415, f"The student takes {taken}, which this file is not.")
     source: Any = gzip.GzipFile(fileobj=file.file, mode="rb") if head.startswith(PACKED) else file.file
     written, path = 0, upload.with_suffix(suffix)

@@ -21,6 +21,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 from amkd_monai.label.fine_tune import FineTune
 from amkd_monai.label.student import ServedStudent, write_mask
 from amkd_monai.label.studies import Studies
+from amkd_monai.metrics.classification import class_row
 from amkd_monai.storage import atomic_write_json, read_json
 
 BUDGET_S = 10.0
@@ -105,7 +106,7 @@ class StudentApp(MONAILabelApp):
 class StudentInferTask(InferTask):
     """One student as a model of the server.
 
-    Segmentation gives a file with class indices on the grid of the image, classification JSON without a file.
+    Segmentation gives a file with class indices on the grid of the image, classes and findings JSON without a file.
     """
 
     def __init__(self, student: ServedStudent) -> None:
@@ -134,7 +135,10 @@ class StudentInferTask(InferTask):
         if task.is_classification:
             scores = zip(task.classes, answer.tolist(), strict=True)
             facts["prediction"] = [{"idx": i, "label": n, "score": p} for i, (n, p) in enumerate(scores)]
-            facts["class"] = task.classes[int(answer.argmax())]
+            row = class_row(task, str(request["image"]), None, answer)
+            facts["class"] = task.text_of(row["prediction"])
+            if task.has_findings:  # in the form of a label
+                facts["findings"] = {n: bool(row["prediction"] >> i & 1) for i, n in enumerate(task.classes)}
         else:
             file = str(write_mask(answer, request["image"]))
         return file, {**facts, "latencies": {"total": round(time.perf_counter() - start, 3)}}

@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list, name_to_device
 
 from amkd_monai.data.datalist import Datalist
+from amkd_monai.data.datasets import Task
+from amkd_monai.data.splits import Item
 from amkd_monai.engines.runs import RECORD
 from amkd_monai.errors import report_plainly
 from amkd_monai.files.names import file_id
 from amkd_monai.label.student import ServedStudent
-from amkd_monai.label.studies import read_class
+from amkd_monai.label.studies import read_label
 from amkd_monai.storage import TEMPORARY_MARK, atomic_write_json, read_json
 from amkd_monai.weights import load_state_dict, load_strict, state_hash
 
@@ -143,7 +146,8 @@ def saved_labels(
     """List the images with a final label that a student can learn from, each its own group.
 
     Which ones are held out depends on their names alone, so that an image keeps its section when labels are added, up
-    to the rounding of the part; with classes, each class is split by itself. Teachers use images without a label too.
+    to the rounding of the part. Each class is split by itself; of findings, the images with each and those without it
+    are, the rarest first. Teachers use images without a label too. Too few labels are a ValueError.
     """
     task, items = student.task, []
     for entry in datastore.datalist():
@@ -151,22 +155,43 @@ def saved_labels(
         if student.takes(image) and label.endswith(".json") == task.is_classification:  # else of another model
             if not task.is_classification:
                 items.append(_item(image, label=label))
-            elif (name := read_class(Path(label))) in task.classes:
-                items.append(_item(image, label=task.classes.index(name)))
-    by_class = defaultdict(list)
-    for item in sorted(items, key=lambda item: hashlib.sha256(item["id"].encode()).digest()):
-        by_class[item["label"] if task.is_classification else None].append(item)
-    train, validation = [], []
-    for members in by_class.values():
-        held_out = max(1, round(validation_part * len(members))) if len(members) > 1 else 0
-        validation += members[:held_out]
-        train += members[held_out:]
-    if not validation or (task.is_classification and len({item["label"] for item in validation}) < 2):
-        needed = "two images of each of two classes" if task.is_classification else "two"
-        raise ValueError(f"{len(items)} final label(s) for {task.name} are too few: save at least {needed}.")
+            elif (number := read_label(Path(label), task)) is not None:
+                items.append(_item(image, label=number))
+    items.sort(key=lambda item: hashlib.sha256(item["id"].encode()).digest())
+    strata = defaultdict[Hashable, list[str]](list)
+    for item in items:
+        for stratum in _strata(task, item["label"]):
+            strata[stratum].append(item["id"])
+    held_out = set[str]()
+    for members in sorted(strata.values(), key=len):
+        wanted = max(1, round(validation_part * len(members))) if len(members) > 1 else 0
+        missing = wanted - len(held_out.intersection(members))
+        held_out.update([member for member in members if member not in held_out][: max(0, missing)])
+    train, validation = ([item for item in items if (item["id"] in held_out) is held] for held in (False, True))
+    if not _is_enough(task, train, validation):
+        needed = {"classification": "two images of each of two classes", "segmentation": "two"}
+        said = needed.get(task.kind, "two images with and two without one of its findings")
+        raise ValueError(f"{len(items)} final label(s) for {task.name} are too few: save at least {said}.")
     images = sorted(datastore.get_unlabeled_images()) if with_unlabelled else ()
     unlabelled = [_item(file) for file in map(datastore.get_image_uri, images) if student.takes(file)]
     return Datalist(task, Path(items[0]["image"]).parent, "saved labels", train, validation, [], unlabelled)
+
+
+def _strata(task: Task, label: Any) -> list[Hashable]:
+    """What an image with a label is one of: its class, the presence or absence of each finding, or all masks."""
+    if task.has_findings:
+        return [(n, label >> n & 1) for n in range(len(task.classes))]
+    return [label if task.is_classification else None]
+
+
+def _is_enough(task: Task, train: list[Item], validation: list[Item]) -> bool:
+    """Whether held-out labels can be scored and others can teach what they score."""
+    if not task.has_findings:
+        return len({label for item in validation for label in _strata(task, item["label"])}) > task.is_classification
+    sections = [
+        {stratum for item in section for stratum in _strata(task, item["label"])} for section in (train, validation)
+    ]
+    return any(all({(n, 0), (n, 1)} <= section for section in sections) for n in range(len(task.classes)))
 
 
 def _item(image: str, **label: Any) -> dict[str, Any]:

@@ -46,9 +46,8 @@ class ServedStudent:
         parser["bundle_root"] = str(self.bundle)
         runs.adopt(parser, "serving", {})
         self.task = get_task(parser.get_parsed_content("task"))
-        if self.task.has_findings or self.task.channels:
-            several = "answers several findings" if self.task.has_findings else f"takes {len(self.task.channels)} files"
-            raise ValueError(f"{bundle} {several} an image, the label server one: use `predict`.")
+        if count := len(self.task.channels):
+            raise ValueError(f"{bundle} takes {count} files an image, the label server one: use `predict`.")
         self.suffixes = PICTURE_SUFFIXES if self.task.dimensions == 2 else VOLUME_SUFFIXES
         names = ("device", "network", "inferer", "preprocessing", "postprocessing")
         self._device, network, self._inferer, self._before, postprocessing = map(parser.get_parsed_content, names)
@@ -80,8 +79,17 @@ class ServedStudent:
                     shutil.copyfile(source, temporary)
 
     def answer(self, image: str | Path) -> Tensor:
-        """Answer as offline inference does: a label map (H, W) or (D, H, W), uint8, or class probabilities (C,)."""
+        """Answer as offline inference does.
+
+        Returns:
+            A label map (H, W) or (D, H, W), uint8, or probabilities (C,) of the classes or findings.
+
+        Raises:
+            ValueError: an image that cannot be read or is of another kind.
+        """
         result = torch.as_tensor(self._after(self._probabilities(image))["pred"]).cpu()
+        if self.task.has_findings:
+            return result[1]
         return result if self.task.is_classification else result[0]
 
     def uncertainty(self, image: str | Path) -> float:
@@ -129,9 +137,9 @@ def mask_uncertainty(probabilities: Tensor) -> float:
 
 
 def class_uncertainty(probabilities: Tensor) -> float:
-    """Entropy of class probabilities (C,) as a part of its largest value, ln C: 0 (sure) to 1."""
+    """Entropy of class probabilities (C,), or the mean of findings' (2, F), as a part of the largest: 0 (sure) to 1."""
     p = probabilities.double()
-    return float(-torch.xlogy(p, p).sum() / math.log(len(p)))
+    return float((-torch.xlogy(p, p).sum(0) / math.log(len(p))).mean())
 
 
 def write_mask(mask: np.ndarray, image: str | Path) -> Path:

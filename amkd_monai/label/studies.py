@@ -38,7 +38,7 @@ class Studies(LocalDatastore):
 
     def __init__(self, folder: str, suffixes: Sequence[str], tasks: Sequence[Task]) -> None:
         self._suffixes, self._changing = tuple(suffixes), threading.RLock()
-        self._classes = [name for task in tasks if task.is_classification for name in task.classes]
+        self._of_images = [task for task in tasks if task.is_classification]
         masks = [task for task in tasks if not task.is_classification]
         self._counts = {n: sorted({len(task.classes) for task in masks if task.dimensions == n}) or [2] for n in (2, 3)}
         super().__init__(
@@ -103,7 +103,7 @@ class Studies(LocalDatastore):
             return dict(super().status())
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
-        """Save a label: a mask on the image's grid, or ``{"class": name}`` as JSON."""
+        """Save a label: a mask on the image's grid, or JSON as :func:`read_label` takes it for a model served."""
         if label_tag not in (DefaultLabelTag.FINAL.value, DefaultLabelTag.ORIGINAL.value):
             raise ValueError(f"There is no tag '{label_tag}': use final or original.")
         image = self.get_image_uri(image_id)
@@ -124,9 +124,12 @@ class Studies(LocalDatastore):
 
     def _check_label(self, image: Path, label: Path) -> None:
         if label.suffix == ".json":
-            name = read_class(label)
-            if name not in self._classes:
-                raise ValueError(f"'{name}' is not among the classes {', '.join(self._classes) or '(none is served)'}.")
+            if all(read_label(label, task) is None for task in self._of_images):
+                said, kind = _content(label)
+                known = " or ".join(", ".join(task.classes) for task in self._of_images if task.kind == kind)
+                what = "are not all and only the findings" if isinstance(said, dict) else "is not among the classes"
+                names = said if isinstance(said, str) else ", ".join(said)
+                raise ValueError(f"'{names}' {what} {known or '(none is served)'}.")
             return
         is_volume = has_suffix(image, VOLUME_SUFFIXES)
         for remaining, count in enumerate(counts := self._counts[3 if is_volume else 2], 1 - len(counts)):
@@ -141,9 +144,31 @@ class Studies(LocalDatastore):
                     raise
 
 
-def read_class(label: Path) -> str:
-    """Read the class in a label file ``{"class": name}``; raise a ValueError if it holds something else."""
+def read_label(label: Path, task: Task) -> int | None:
+    """Read a label of a whole image: the class, or the number whose bits are its findings; None if of another task.
+
+    It is JSON: ``{"class": name}``, or ``{"findings": {name: true or false}}`` with each finding of the task.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    said, kind = _content(label)
+    if kind != task.kind:
+        return None
+    if isinstance(said, dict):
+        return sum(said[n] << i for i, n in enumerate(task.classes)) if said.keys() == {*task.classes} else None
+    return task.classes.index(said) if said in task.classes else None
+
+
+def _content(label: Path) -> tuple[str | dict[str, bool], str]:
+    """The class, or the presence of each finding, in a label file, and the kind of task that it is for."""
     try:
-        return str(json.loads(label.read_text(encoding="utf-8"))["class"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError('a class label must be JSON such as {"class": "melanoma"}.') from error
+        content = json.loads(label.read_text(encoding="utf-8"))
+        if content.keys() == {"findings"}:
+            return {
+                name: {False: False, True: True}[value] for name, value in content["findings"].items()
+            }, "multilabel"
+        return str(content["class"]), "classification"
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        forms = '{"class": "melanoma"} or {"findings": {"mass": true, "effusion": false}}'
+        raise ValueError(f"a label of a whole image must be JSON such as {forms}.") from error

@@ -109,8 +109,8 @@ def test_findings_are_trained_scored_exported_and_predicted(data, tmp_path, monk
             row["p_mass"], abs=2e-3
         )
     assert Predictor(tmp_path / "out").answer(data / "images" / "07.png").shape == (3,)
-    with pytest.raises(ValueError, match="findings"):
-        ServedStudent(bundle)
+    served = ServedStudent(bundle).answer(data / "images" / "07.png").tolist()
+    assert served == pytest.approx([offline[7][f"p_{n}"] for n in ("mass", "fluid_level", "stripes")], abs=1e-5)
 
 
 def test_tables_of_findings_are_read_or_refused_by_row_and_column(data, tmp_path, capsys):

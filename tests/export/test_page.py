@@ -35,7 +35,7 @@ def archive():
 
 
 @pytest.fixture(scope="module")
-def page(exported, finding_bundle, archive, tmp_path_factory):
+def page(exported, request, archive, tmp_path_factory):
     """Open the page of a student of 32 bits, of a task or of findings, in a browser, once."""
     opened = {}
 
@@ -45,7 +45,8 @@ def page(exported, finding_bundle, archive, tmp_path_factory):
             dist = folder / "dist"
             if task == "findings":
                 formats = ["--formats", "ts,onnx,ort-int8", "--accept-loss", "--calibration", "4"]
-                assert main(["export", str(finding_bundle), "--to", str(dist), *formats]) == 0
+                bundle = request.getfixturevalue("finding_bundle")
+                assert main(["export", str(bundle), "--to", str(dist), *formats]) == 0
             else:
                 shutil.copytree(exported(task)[0] / "dist" / task, dist)
             write_page(dist, archive)

@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from helpers import needs, shared_data
+from own_data import dicom_picture
 from PIL import Image
 
 from amkd_monai.export.predict import Predictor
@@ -108,6 +109,32 @@ def test_a_volume_and_classes_are_answered(served, tmp_path):
     expected = Predictor(dist, False, 1).probabilities(read_picture(file).transpose(2, 0, 1).astype(np.float32))[0]
     assert status == 200 and list(found["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
     assert found["class"] == list(found["probabilities"])[int(expected.argmax())]
+
+
+def test_a_dicom_picture_is_answered_as_predict_reads_it(served, tmp_path):
+    port, dist = served("kvasir_seg")
+    grey = np.asarray(Image.open(sorted(shared_data("Kvasir-SEG", "images").glob("*.jpg"))[0]).convert("L"))
+    values, window = grey.astype(np.uint16) * 8 + 300, {"WindowCenter": "1200", "WindowWidth": "1500"}
+    how = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11, **window}
+    file, predictor = dicom_picture(tmp_path / "x.dcm", values, **how), Predictor(dist, False, 1)
+    content = file.read_bytes()
+    for sent in (content, b"\x89PNG" + content[4:], b"II*\0" + content[4:]):  # the first 128 bytes may be anything
+        status, body, _ = post(port, sent, "x.png")
+        assert status == 200, body
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(body))) > 0, predictor.answer(file) > 0)
+    refused = {
+        "states no window": (values, {}),
+        "several frames": (values[: len(values) // 2 * 2], {**window, "NumberOfFrames": 2, "Rows": len(values) // 2}),
+        "SIGMOID": (values, {**window, "VOILUTFunction": "SIGMOID"}),
+    }
+    for word, (array, tags) in refused.items():
+        status, body, _ = post(port, dicom_picture(tmp_path / "y.dcm", array, **tags).read_bytes())
+        detail = json.loads(body)["detail"]
+        assert status == 422 and word in detail and detail.count(". ") == 0 and "/tmp" not in detail, detail
+    status, body, _ = post(port, content[:600])
+    assert status == 422 and b"cannot be read" in body and b"/tmp" not in body
+    status, body, _ = post(served("msd_heart")[0], content)
+    assert status == 415 and b"NIfTI" in body
 
 
 def test_what_cannot_be_used_is_refused_in_one_sentence_and_serving_goes_on(served, tmp_path):

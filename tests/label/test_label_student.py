@@ -108,4 +108,6 @@ def test_entropy_of_classes_is_a_part_of_the_largest():
     assert class_uncertainty(torch.tensor([0.0, 1.0, 0.0])) == 0
     assert class_uncertainty(torch.full((4,), 0.25)) == pytest.approx(1)
     p = [0.5, 0.3, 0.2]
+    both = torch.tensor([[0.5, 1.0], [0.5, 0.0]])
+    assert class_uncertainty(both) == pytest.approx(0.5), "the mean of two findings"
     assert class_uncertainty(torch.tensor(p)) == pytest.approx(-sum(v * math.log(v) for v in p) / math.log(3))
