@@ -16,8 +16,8 @@ def shown_levels(path: str | Path) -> np.ndarray:
     are levels as they are; MONOCHROME1 is inverted.
 
     Raises:
-        ValueError: another colour model, several frames, lookup tables, values of more bits without a window or than
-            stated, a file that a prediction wrote, or colour that pydicom below 3 would decode.
+        ValueError: another colour model, several frames, lookup tables, values of more bits without a window, a file
+            that a prediction wrote, or one that pydicom below 3 would read otherwise.
     """
     try:
         from pydicom import dcmread
@@ -32,9 +32,6 @@ def shown_levels(path: str | Path) -> np.ndarray:
         raise ValueError("it is a prediction: give the image it was made from")
     if array.ndim != (3 if int(data.SamplesPerPixel) == 3 else 2):
         raise ValueError("it holds several frames: save each as a file")
-    bits, signed = int(data.BitsStored), int(data.get("PixelRepresentation") or 0)
-    if array.min() < -signed * 2 ** (bits - 1) or array.max() >= 2 ** (bits - signed):
-        raise ValueError(f"it holds values of more than the {bits} bits that it states: convert it to PNG")
     if array.ndim == 3 and array.dtype == np.uint8 and (colours == "RGB" or colours.startswith("YBR_")):
         return array
     how = [name for name in ("ModalityLUTSequence", "VOILUTSequence") if name in data]
@@ -45,19 +42,22 @@ def shown_levels(path: str | Path) -> np.ndarray:
     if window := [data.get(name) for name in ("WindowCenter", "WindowWidth") if data.get(name) is not None]:
         centre, width = (float(np.ravel(np.asarray(value, float))[0]) for value in window)
         values = ((values - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5) * 255
-    elif bits > 8 or values.min() < 0 or values.max() > 255:
+    elif int(data.BitsStored) > 8 or values.min() < 0 or values.max() > 255:
         raise ValueError("it states no window for its values: convert it to PNG")
     levels: np.ndarray = values.clip(0, 255).round().astype(np.uint8)
     return 255 - levels if colours == "MONOCHROME1" else levels
 
 
 def _pixels(data: Any) -> np.ndarray:
-    """Stored values of a data set; colour becomes RGB, which pydicom below 3, that of MONAI Label, leaves as stored."""
+    """Stored values of a data set, colour as RGB; what pydicom below 3 (MONAI Label has it) reads otherwise is refused."""
     try:
         from pydicom.pixels import pixel_array
     except ImportError:
         compressed, colours = data.file_meta.TransferSyntaxUID.is_compressed, str(data.PhotometricInterpretation)
         if int(data.SamplesPerPixel) > 1 and (compressed or colours != "RGB"):
             raise ValueError("its colours need pydicom 3: convert it to PNG") from None
-        return np.asarray(data.pixel_array)
+        array, bits, signed = data.pixel_array, int(data.BitsStored), int(data.PixelRepresentation)
+        if array.min() < -signed * 2 ** (bits - 1) or array.max() >= 2 ** (bits - signed):
+            raise ValueError("its overlay in unused bits needs pydicom 3: convert it to PNG") from None
+        return np.asarray(array)
     return np.asarray(pixel_array(data))

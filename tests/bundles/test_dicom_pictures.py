@@ -175,9 +175,8 @@ def test_what_dicom_pictures_cannot_be_used_for_is_named(tmp_path):
     dicom_picture(root / "images" / "1.2.4.dcm", values[:60], **WINDOW)
     (root / "masks" / "1.2.5.png").unlink()
     dicom_picture(root / "masks" / "1.2.5.dcm", scene(5)[1])
-    dicom_picture(root / "images" / "1.2.6.dcm", values, **WINDOW, BitsStored=9, HighBit=8)
     problems = check_data(task, root).problems
-    words = ("no window", "several frames", "is a prediction", "as DICOM", "64 pixels", "Mask", "9 bits")
+    words = ("no window", "several frames", "is a prediction", "as DICOM", "64 pixels", "Mask")
     for number, word in enumerate(words):
         (said,) = (problem for problem in problems if f"1.2.{number}." in problem)
         assert word in said and said.count(". ") == 0, said
