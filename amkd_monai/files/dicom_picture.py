@@ -49,7 +49,7 @@ def shown_levels(path: str | Path) -> np.ndarray:
 
 
 def _pixels(data: Any) -> np.ndarray:
-    """Stored values, colour as RGB; a file that pydicom below 3, as MONAI Label has, would read otherwise is refused."""
+    """Stored values, colour as RGB; a file that pydicom below 3, which MONAI Label has, reads otherwise is refused."""
     try:
         from pydicom.pixels import pixel_array
     except ImportError:
