@@ -172,6 +172,9 @@ def prepare_teachers(
         cache_dtype: of stored feature maps, ``float16`` or ``int8``.
         teacher_batch_size: images per forward of a teacher, halved when memory runs out; None for 4 on a CPU, 64 on a
             GPU.
+
+    Raises:
+        ValueError: an option is invalid, or the training section lacks a class, which no student could learn.
     """
     known: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": None, "epochs": epochs}
     options = known | dict(admission_options or {})
@@ -179,6 +182,10 @@ def prepare_teachers(
     if options.keys() - known.keys() or not chosen:
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
         raise ValueError(f"The admission options {admission_options} are invalid: use {use}.")
+    shown = train.shown_classes()
+    if missing := [train.class_in_words(n) for n in range(shown.shape[1]) if not shown[:, n].any()]:
+        lacks = f"The training section has no labelled image of {', '.join(missing)}"
+        raise ValueError(f"{lacks}: give images that show it, another split (fold, split_seed) or a larger image_size.")
     if note := look_unlike(train):
         logger.warning("%s", note)
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import nibabel as nib
 import numpy as np
 import pytest
+from own_data import dicom_series, signed
 from PIL import Image
 
 from amkd_monai.data.check import check_data
@@ -172,3 +174,17 @@ def test_a_class_that_a_section_lacks_is_named(tmp_path):
         mask(tmp_path / "masks" / f"{number}.png", (1, 2) if number == 0 else (1, 1))
     problems = check_data(CELLS, tmp_path).problems
     assert len(problems) == 2 and all("has no rim" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("patients", ["AABBCD", "AAAAAA", ["", "", "A", "A", "B", ""]])
+def test_series_of_one_patient_are_one_group(patients, tmp_path):
+    for number, patient in enumerate(patients):
+        volume(tmp_path / f"{number}.nii.gz", (0, 90))
+        signed(dicom_series(tmp_path / "set" / "images" / f"c{number}", tmp_path / f"{number}.nii.gz"), patient, "1.2")
+        volume(tmp_path / "set" / "masks" / f"c{number}.nii.gz", (0, 1))
+    items = find_items({**CELLS, "classes": ["background", "cell"], "dimensions": 3}, tmp_path / "set")
+    groups = [item["group"] for item in items]
+    several = len(set(patients)) > 1
+    for a, b in itertools.combinations(range(6), 2):
+        assert (groups[a] == groups[b]) == (several and patients[a] == patients[b]), "or of one study, without patient"
+    assert patients != "AABBCD" or groups[4:] == ["c4", "c5"]

@@ -190,6 +190,8 @@ class Described:
             logger.warning("dataset.json in %s names the classes %s, the task %s.", root, named, list(self.classes))
         if not items:
             raise FileNotFoundError(f"No images in {root}: expected {self.expected}.")
+        if not self.groups:
+            items = splits.group_patients(items)
         usable = [item for item in items if "problem" not in item]
         if distance is None:
             grouped = splits.group_identical_images(usable)
