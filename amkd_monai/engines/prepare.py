@@ -174,7 +174,7 @@ def prepare_teachers(
             GPU.
 
     Raises:
-        ValueError: an option is invalid, or the training section lacks a class, which no student could learn.
+        ValueError: an option is invalid.
     """
     known: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": None, "epochs": epochs}
     options = known | dict(admission_options or {})
@@ -183,9 +183,10 @@ def prepare_teachers(
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
         raise ValueError(f"The admission options {admission_options} are invalid: use {use}.")
     shown = train.shown_classes()
-    if missing := [train.class_in_words(n) for n in range(shown.shape[1]) if not shown[:, n].any()]:
-        lacks = f"The training section has no labelled image of {', '.join(missing)}"
-        raise ValueError(f"{lacks}: give images that show it, another split (fold, split_seed) or a larger image_size.")
+    unseen = [train.class_in_words(n) for n in range(shown.shape[1]) if not shown[:, n].any()]
+    if unseen:
+        lacks = "no labelled training image shows %s, which the student cannot learn: give more, or another split"
+        logger.warning(lacks, ", ".join(unseen))
     if note := look_unlike(train):
         logger.warning("%s", note)
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
@@ -212,6 +213,7 @@ def prepare_teachers(
     with idist.one_rank_first():
         scored = [preparation.scored_teacher(description) for description in teachers]
         record: dict[str, Any] = {"admission": options} | ({"unlabelled_images": note} if note else {})
+        record |= {"classes_without_images": unseen} if unseen else {}
         own: AnswerScore | None = None
         asked = [description.get("cross_fit", True) for description in teachers]
         found = [score for (_, score), ask in zip(scored, asked, strict=True) if score is not None and ask]
