@@ -78,7 +78,7 @@ def new_bundle(
         *facts,
         f"channels: {', '.join(task.channels)}; teachers see {', '.join(task.teacher_channels)}" if several else "",
         f"groups: {len(grouped)}"
-        if groups or any("group" in item for item in items)
+        if groups or any(item.get("group") for item in items)
         else f"groups: {len(grouped)}, with DICOM images of one patient together"
         if any(group.startswith(PATIENT) for group in grouped)
         else f"EACH IMAGE IS A GROUP OF ITS OWN ({len(grouped)}): if several are of one patient, give --groups",

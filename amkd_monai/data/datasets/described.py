@@ -653,6 +653,7 @@ def _resolved(value: Any, base: Path) -> Any:
 
 def _found(root: Path, name: str, folders: Sequence[str]) -> Path:
     """The file of a cell, in the folder itself or one of the usual ones, with its suffix or without."""
+    name = name.replace("\\", "/")
     places = [root / folder / f"{name}{suffix}" for folder in folders for suffix in ("", *SUFFIXES)]
     there = (place for kind in (Path.is_file, Path.is_dir) for place in places if name and kind(place))
     return next(there, root / folders[0] / name)
