@@ -115,3 +115,12 @@ def finding_pictures(folder: Path, count: int = 64) -> Path:
         rows.append([f"{number:02d}", f"p{number // 2}", str(40 + number % 7), *map(str, present)])
     (folder / "labels.csv").write_text("".join(",".join(row) + "\n" for row in rows))
     return folder
+
+
+def signed(series: Path, patient: str, study: str) -> None:
+    """Give the slices of a series a patient and a study."""
+    pydicom = needs("pydicom")
+    for file in series.iterdir():
+        data = pydicom.dcmread(file)
+        data.PatientID, data.StudyInstanceUID = patient, study
+        data.save_as(file)

@@ -12,7 +12,7 @@ import numpy as np
 from amkd_monai.bundles.merge import ABSENT, PARTS, bundle_files, resolved
 from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.data.datasets.described import BINARY, COLUMNS, READERS, Described, names_of_channels, names_of_values
-from amkd_monai.data.splits import Item, without
+from amkd_monai.data.splits import PATIENT, Item, without
 from amkd_monai.files import masks, volumes
 from amkd_monai.files.cases import case_grid, is_volume, read_case
 from amkd_monai.files.names import SUFFIXES, DataProblems, files_of, has_suffix, label_files, natural, some, table_rows
@@ -69,7 +69,6 @@ def new_bundle(
     task = get_task(description)
     found = task.layout.find_items(root)
     problems, grouped = [item["problem"] for item in found if "problem" in item], {item["group"] for item in found}
-    of_patients = any(group.startswith("patient ") for group in grouped)
     if len(problems) == len(found):
         raise DataProblems(problems)
     facts = [
@@ -78,8 +77,10 @@ def new_bundle(
         *of_labels,
         *facts,
         f"channels: {', '.join(task.channels)}; teachers see {', '.join(task.teacher_channels)}" if several else "",
-        f"groups: {len(grouped)}{', images of a DICOM patient are one' if of_patients else ''}"
-        if groups or of_patients or any("group" in item for item in items)
+        f"groups: {len(grouped)}"
+        if groups or any(item.get("group") for item in items)
+        else f"groups: {len(grouped)}, with DICOM images of one patient together"
+        if any(group.startswith(PATIENT) for group in grouped)
         else f"EACH IMAGE IS A GROUP OF ITS OWN ({len(grouped)}): if several are of one patient, give --groups",
         f"{len(problems)} of them cannot be used: python -m amkd_monai data check {folder}" if problems else "",
     ]

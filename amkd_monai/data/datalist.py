@@ -18,12 +18,12 @@ from amkd_monai.data.splits import (
     few_labels,
     group_near_duplicates,
     near_pairs,
+    patients_of,
     perceptual_hashes,
     without,
 )
 from amkd_monai.data.splits import split_hash as hash_of_split
 from amkd_monai.files import cases
-from amkd_monai.files.dicom import patients
 from amkd_monai.files.names import (
     DICOM_SUFFIX,
     PICTURE_SUFFIXES,
@@ -317,9 +317,9 @@ def further_images(
     held_out = [i for i in (*datalist.validation, *datalist.test) if "problem" not in i]
     items = _unlike_held_out(items, held_out, cache_dir)
     near = found - copies - len(items)
-    of = patients([file for item in (*held_out, *items) for file in files_of(item["image"])])
-    theirs = {of[file] for item in held_out for file in files_of(item["image"]) if file in of}
-    items = [item for item in items if of.get(item["image"]) not in theirs]
+    patients = patients_of([*held_out, *items])
+    theirs = {patients[file] for item in held_out for file in files_of(item["image"]) if file in patients}
+    items = [item for item in items if patients.get(item["image"]) not in theirs]
     theirs_too = found - copies - near - len(items)
     if not items:
         why = "are in this data set, look like its validation and test images, or are of their patients: give others"
@@ -327,7 +327,7 @@ def further_images(
     if groups is not None:
         items = [{**item, "group": _group_of(item, groups)} for item in items]
     else:
-        items = [{**item, "group": of.get(item["image"], item["id"])} for item in items]
+        items = [{**item, "group": patients.get(item["image"], item["id"])} for item in items]
         items = group_near_duplicates(items, cache_dir=cache_dir)
     record = {
         "folders": [str(folder) for folder in chosen],

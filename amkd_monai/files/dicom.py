@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,6 @@ import numpy as np
 
 from amkd_monai.files.names import DICOM_SUFFIX, file_id, has_suffix, some
 from amkd_monai.files.volumes import AFFINE_TOLERANCE, Grid, affine_problem, is_finite
-from amkd_monai.storage import fingerprint
 from amkd_monai.terminal import logger
 
 SPACING_TOLERANCE = 0.02  # largest difference between two distances of slices, as a part of the distance
@@ -108,18 +107,7 @@ def holds_series(folder: Path) -> bool:
     return any(len(found) > 1 for found in places.values())
 
 
-def patients(paths: Iterable[str]) -> dict[str, str]:
-    """The patient of each DICOM file or series by its path, in a form that tells no name; the study if all have one.
-
-    Other files, and those that say neither, are left out.
-    """
-    found = {p: _patient_and_study(Path(p)) for p in paths if has_suffix(p, [DICOM_SUFFIX]) or Path(p).is_dir()}
-    known = len({patient for patient, _ in found.values()}) > 1
-    named = {path: patient if known and patient else study for path, (patient, study) in found.items()}
-    return {path: f"patient {fingerprint(name)[:16]}" for path, name in named.items() if name}
-
-
-def _patient_and_study(path: Path) -> tuple[str, str]:
+def patient_and_study(path: Path) -> tuple[str, str]:
     """Patient ID and UID of the study of a DICOM file, or of the first one in a folder; "" where they are not said."""
     files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
     tags = next((_header(file).tags for file in files if is_slice(file)), {})

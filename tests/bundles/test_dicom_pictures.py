@@ -106,7 +106,7 @@ LAYOUTS = {
 def test_every_layout_reads_labelled_dicom_pictures_and_keeps_patients_together(layout, tmp_path):
     LAYOUTS[layout](tmp_path / "data")
     bundle, facts = new_bundle("own", tmp_path / "data", tmp_path / "bundles")
-    assert any(fact.startswith(f"groups: {COUNT // 2},") for fact in facts), facts
+    assert any(fact.startswith(f"groups: {COUNT // 2}, with DICOM images of one patient") for fact in facts), facts
     task = get_task(bundle / "configs" / "task.json")
     assert task.dimensions == 2 and (task.layout.form or "pairs") == ("table" if layout == "findings" else layout)
     found = datalist(task, tmp_path / "data")
@@ -187,5 +187,5 @@ def test_what_dicom_pictures_cannot_be_used_for_is_named(tmp_path):
         file = tmp_path / "series" / case / f"{number}.dcm"
         file.parent.mkdir(parents=True, exist_ok=True)
         dicom_picture(file, scene(number)[0], **WINDOW, PatientID=case)
-    with pytest.raises(ValueError, match="one DICOM study"):
+    with pytest.raises(ValueError, match="one DICOM patient or study"):
         new_bundle("cases", tmp_path / "series", tmp_path / "b")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -15,15 +16,23 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from helpers import ROOT, without
+from PIL import Image
 
 
 def label_python() -> Path:
     """Return the interpreter that has MONAI Label; without it the test fails in CI and is skipped elsewhere."""
     python = Path(os.environ.get("AMKD_LABEL_PYTHON", ROOT / ".venv-label" / "bin" / "python"))
     return python if python.is_file() else without(str(python), "run `make label-env` or set AMKD_LABEL_PYTHON")
+
+
+def png(picture: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    return stream.getvalue()
 
 
 @dataclass
@@ -67,13 +76,13 @@ class LabelServer:
     def stop(self) -> None:
         assert self.process is not None
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(120)
 
     def kill(self) -> None:
         """SIGKILL the server alone; its trainers are left to themselves."""
         assert self.process is not None
         self.process.kill()
-        self.process.wait(30)
+        self.process.wait(120)
 
     def trainers(self) -> list[psutil.Process]:
         """Processes that the server has started."""

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,6 @@ import numpy as np
 from amkd_monai.data import splits
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
 from amkd_monai.files.cases import case_grid, is_volume, series_folders
-from amkd_monai.files.dicom import patients
 from amkd_monai.files.masks import other_size
 from amkd_monai.files.names import (
     PICTURE_SUFFIXES,
@@ -192,8 +191,16 @@ class Described:
             logger.warning("dataset.json in %s names the classes %s, the task %s.", root, named, list(self.classes))
         if not items:
             raise FileNotFoundError(f"No images in {root}: expected {self.expected}.")
+        if not self.groups:
+            items = splits.group_patients(items)
         usable = [item for item in items if "problem" not in item]
-        usable = self._by_patient(usable, root)
+        of_class = defaultdict[object, set[str]](set)
+        for item in usable if self.kind == "classification" else ():
+            of_class[item["label"]].add(item["group"])
+        one_each = all(len(groups) == 1 and min(groups).startswith(splits.PATIENT) for groups in of_class.values())
+        if len(of_class) > 1 and one_each:
+            what = f"Each class in {root} is of one DICOM patient or study, as folders of series are"
+            raise ValueError(f"{what}: give each class images of several patients.")
         if distance is None:
             grouped = splits.group_identical_images(usable)
         elif self.volumes:
@@ -204,26 +211,6 @@ class Described:
             report_conflicts(grouped, self.text_of)
         others = [item for item in items if "problem" in item]
         return sorted([*grouped, *others], key=lambda item: natural(item["id"]))
-
-    def _by_patient(self, items: list[Item], root: Path) -> list[Item]:
-        """Return items whose DICOM files are of one patient as one group, unless they have a group of their own.
-
-        Classes of one patient each are a ValueError: folders of series are no classes.
-        """
-        of = patients([file for item in items for file in files_of(item["image"])])
-        images = Counter(patient for item in items if (patient := of.get(files_of(item["image"])[0])))
-        result = []
-        for item in items:
-            patient = of.get(files_of(item["image"])[0], "")
-            own = images[patient] < 2 or item["group"] != item["id"]
-            result.append(item if own else {**item, "group": patient})
-        by_class = {item["label"]: set[str]() for item in result if self.kind == "classification" and images}
-        for item in result if by_class else ():
-            by_class[item["label"]].add(item["group"])
-        if len(result) > len(by_class) > 1 and all(len(groups) == 1 for groups in by_class.values()):
-            what = f"Each class in {root} is one DICOM study, so that nothing tells classes from patients"
-            raise ValueError(f"{what}: give each class images of several patients.")
-        return result
 
     def inference_items(self, root: Path) -> list[Item]:
         """List the images to predict: unlabelled ones of a datalist, those of the usual folders, tables and classes."""
@@ -674,6 +661,7 @@ def _resolved(value: Any, base: Path) -> Any:
 
 def _found(root: Path, name: str, folders: Sequence[str]) -> Path:
     """The file of a cell, in the folder itself or one of the usual ones, with its suffix or without."""
+    name = name.replace("\\", "/")
     places = [root / folder / f"{name}{suffix}" for folder in folders for suffix in ("", *SUFFIXES)]
     there = (place for kind in (Path.is_file, Path.is_dir) for place in places if name and kind(place))
     return next(there, root / folders[0] / name)
