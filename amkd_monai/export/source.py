@@ -21,7 +21,7 @@ class Case(NamedTuple):
 
     Attributes:
         id: of the item.
-        batch: (1, 3, H, W), or the slices of a volume (D, 3, H, W), float32 in [0, 1].
+        batch: (1, C, H, W), or the slices of a volume (D, C, H, W), float32 in [0, 1].
         label: label map (1 or D, H, W), or the class ().
     """
 
@@ -47,7 +47,8 @@ class Source:
         student: in evaluation mode, on the CPU; ``state`` is its flat state dict, ``network`` its class as config.
         transforms: MONAI transforms of an image, as config; ``steps`` are the same for prediction without MONAI.
         postprocessing: MONAI transforms of an answer, as config.
-        inferer: as config, references resolved.
+        inferer: as config, references resolved; ``window`` are its settings for prediction without MONAI if the
+            student is a 3D one, else None.
         metadata, record, metrics: ``metadata.json``; ``run.json`` and ``metrics.json`` of the run, empty if missing.
         identity: ``student.json`` of the run, empty if missing.
         mask_codes: meaning of the values of masks in the training.
@@ -72,8 +73,6 @@ class Source:
         self.task = get_task(inference.get_parsed_content("task"))
         self.student, self.state = inference.get_parsed_content("network_def").eval(), load_state_dict(model)
         load_strict(self.student, self.state, model)
-        if isinstance(self.student, VolumeStudent):
-            raise ValueError(f"{model} is a 3D student, which is not exported: predict by {overlay}_inference.json.")
         output, self.data = Path(training.get_parsed_content("output_dir")), training.get_parsed_content("datalist")
         self.record, self.metrics = (runs.read_json(output / name) for name in ("run.json", "metrics.json"))
         if self.identity and self.record.get("run") != self.identity["run"]:
@@ -94,6 +93,7 @@ class Source:
         answers = inference.config["postprocessing"]["transforms"]
         self.postprocessing = [c for t in answers for c in translate.postprocessing(t, self.task.dimensions)]
         self.inferer = _resolved(inference, "inferer", inference.config["inferer"])
+        self.window = translate.window(self.inferer, isinstance(self.student, VolumeStudent))
         self.metadata = ConfigParser.load_config_files([str(file) for file in configs["metadata"]])
         self.image_steps = runs.image_steps(inference, "preprocessing")
         self._chain = training.get_parsed_content("validate#preprocessing")
@@ -144,6 +144,14 @@ def _parser(bundle: Path, files: Sequence[Path], settings: Mapping[str, Any]) ->
 
 
 def _resolved(parser: ConfigParser, place: str, block: Mapping[str, Any]) -> dict[str, Any]:
-    """A block of a config with its references resolved, tuples as lists."""
-    found = {k: v if k[0] == "_" else parser.get_parsed_content(f"{place}#{k}") for k, v in block.items()}
-    return {k: np.array(v).tolist() if isinstance(v, tuple) else v for k, v in found.items()}
+    """A block of a config, and those within it, with their references resolved, tuples as lists."""
+    found = {}
+    for key, raw in block.items():
+        if key[0] == "_":
+            found[key] = raw
+        elif isinstance(raw, Mapping) and "_target_" in raw:
+            found[key] = _resolved(parser, f"{place}#{key}", raw)
+        else:
+            value = parser.get_parsed_content(f"{place}#{key}")
+            found[key] = np.array(value).tolist() if isinstance(value, tuple) else value
+    return found
