@@ -111,14 +111,25 @@ def _example(student: nn.Module, patch: Sequence[int] | None) -> tuple[torch.Ten
     return (torch.zeros(2, *(patch or (getattr(student, "in_channels", 3), 2 * STRIDE, 3 * STRIDE))),)
 
 
+def scripted(network: nn.Module) -> torch.jit.ScriptModule:
+    """The network as TorchScript; a ValueError if torch does not take it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.jit.script(network)
+    except Exception as error:  # what a compiler raises
+        name, reason = type(getattr(network, "network", network)).__name__, str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{name} cannot be exported, torch.jit.script refuses it ({reason}): use another network."
+        ) from error
+
+
 def network_text(student: nn.Module) -> str:
     """The network as TorchScript without weights, compressed, in base 64: a definition that needs no package."""
     empty = copy.deepcopy(student).eval()
     for value in empty.state_dict().values():
         value.zero_()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        written, lean = io.BytesIO(torch.jit.script(empty).save_to_buffer()), io.BytesIO()
+    written, lean = io.BytesIO(scripted(empty).save_to_buffer()), io.BytesIO()
     with zipfile.ZipFile(written) as source, zipfile.ZipFile(lean, "w") as target:
         for entry in source.infolist():
             if not entry.filename.endswith(".debug_pkl"):
@@ -271,8 +282,7 @@ def write(
     if name == "ts":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            script = torch.jit.script(student)  # takes any size
-            save_net_with_metadata(script, str(path), include_config_vals=False, meta_values=metadata)
+            save_net_with_metadata(scripted(student), str(path), include_config_vals=False, meta_values=metadata)
     elif name == "pt2":
         write_pt2(student, path, patch)
     elif name == "onnx":

@@ -71,8 +71,9 @@ class Source:
             runs.adopt(inference, "inference", settings)
         self.mask_codes = training.get_parsed_content("mask_codes") if "mask_codes" in training.config else "auto"
         self.task = get_task(inference.get_parsed_content("task"))
-        self.student, self.state = inference.get_parsed_content("network_def").eval(), load_state_dict(model)
-        load_strict(self.student, self.state, model)
+        self.student = inference.get_parsed_content("network_def").eval()
+        load_strict(self.student, load_state_dict(model), model)
+        self.state = dict(self.student.state_dict())
         output, self.data = Path(training.get_parsed_content("output_dir")), training.get_parsed_content("datalist")
         self.record, self.metrics = (runs.read_json(output / name) for name in ("run.json", "metrics.json"))
         if self.identity and self.record.get("run") != self.identity["run"]:

@@ -28,6 +28,8 @@ class VolumeStudent(nn.Module):
         seed: of the initial values; the global random state is left alone.
     """
 
+    __jit_ignored_attributes__ = ("_places",)
+
     def __init__(self, network: Callable[[], nn.Module], slices: int = 32, num_classes: int = 2, seed: int = 0) -> None:
         super().__init__()
         if slices < 2:
