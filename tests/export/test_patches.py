@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 
 import jsonschema
 import monai.bundle
@@ -17,6 +18,7 @@ from fastapi import UploadFile
 from helpers import ROOT, needs, shared_data
 from monai.bundle import verify_net_in_out
 from monai.inferers import SlidingWindowInferer
+from monai.networks import nets
 from own_data import dicom_series
 from safetensors.torch import load_file
 from test_export import BARE, BLOCKED, python
@@ -25,13 +27,14 @@ from test_repositories import triton_config
 import amkd_monai
 from amkd_monai.__main__ import main
 from amkd_monai.data.datasets import get_task
-from amkd_monai.export.formats import DEFAULT, FORMATS, chosen_formats, of_volumes, scripted
+from amkd_monai.export.formats import DEFAULT, FORMATS, chosen_formats, of_volumes, scripted, write
 from amkd_monai.export.predict import Predictor, predict
 from amkd_monai.export.runners import runner, torch_runner
 from amkd_monai.export.serve import application
 from amkd_monai.export.translate import window
 from amkd_monai.export.windows import logits_of
 from amkd_monai.metrics.summary import read_case_csv
+from amkd_monai.networks import VolumeStudent
 
 NAME = "heart_patches"
 INFERER = {"_target_": "SlidingWindowInferer", "roi_size": [4, 8, 8]}
@@ -225,6 +228,28 @@ def test_formats_that_a_3d_student_has_not_are_named(exported, tmp_path, capsys)
         with pytest.raises(ValueError, match=f"no {form}"):
             of_volumes(["ts", form], are_chosen=True)
     assert of_volumes(chosen_formats(DEFAULT), are_chosen=False) == ["ts", "pt2", "onnx"]
+
+
+NETWORKS = {
+    "DynUNet": {
+        **{"kernel_size": [[1, 3, 3], 3, 3], "strides": [1, [1, 2, 2], 2], "upsample_kernel_size": [[1, 2, 2], 2]},
+        "filters": [4, 8, 8],
+    },
+    "UNet": {"channels": (4, 8, 8), "strides": (2, 2)},
+    "AttentionUnet": {"channels": (4, 8, 8), "strides": (2, 2)},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_other_networks_of_monai_are_exported(name, tmp_path):
+    torch.manual_seed(0)
+    network = partial(getattr(nets, name), spatial_dims=3, in_channels=2, out_channels=3, **NETWORKS[name])
+    student, patch = VolumeStudent(network, slices=4, num_classes=3).eval(), torch.rand(3, 2, 4, 24, 16)
+    with torch.inference_mode():
+        expected = student(patch).numpy()
+    for form in ("ts", "pt2", "onnx"):
+        path = write(form, student, tmp_path, [], patch=patch.shape[1:])
+        np.testing.assert_allclose(runner(form, path, 1)(patch.numpy()), expected, atol=1e-4, err_msg=form)
 
 
 def test_a_network_that_torch_cannot_script_is_named():
