@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from monai.bundle import ConfigParser
 
 from amkd_monai.data.datasets import get_task
@@ -94,6 +96,7 @@ class Source:
         answers = inference.config["postprocessing"]["transforms"]
         self.postprocessing = [c for t in answers for c in translate.postprocessing(t, self.task.dimensions)]
         self.inferer = _resolved(inference, "inferer", inference.config["inferer"])
+        self._infer = inference.get_parsed_content("inferer")
         self.window = translate.window(self.inferer, isinstance(self.student, VolumeStudent))
         self.metadata = ConfigParser.load_config_files([str(file) for file in configs["metadata"]])
         self.image_steps = runs.image_steps(inference, "preprocessing")
@@ -109,6 +112,14 @@ class Source:
         elif self.task.dimensions == 3:
             label = label[0]
         return Case(str(item["id"]), batch, label)
+
+    def logits_of(self, case: Case) -> np.ndarray:
+        """Logits of a case by the bundle's own inferer: (B, classes, H, W), (1, classes) or (1, 2, F) of findings."""
+        image = torch.from_numpy(case.batch)
+        with torch.inference_mode():
+            if self.task.dimensions == 2:
+                return np.asarray(self._infer(image, self.student))
+            return np.asarray(self._infer(image.transpose(0, 1)[None], self.student)[0].transpose(0, 1))
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
@@ -154,5 +165,8 @@ def _resolved(parser: ConfigParser, place: str, block: Mapping[str, Any]) -> dic
             found[key] = _resolved(parser, f"{place}#{key}", raw)
         else:
             value = parser.get_parsed_content(f"{place}#{key}")
+            if not isinstance(value, (str, int, float, list, tuple, dict, NoneType)):
+                what = f"{place}#{key} is {raw!r}, which cannot be exported"
+                raise ValueError(f"{what}: write its class and arguments in its place.")
             found[key] = np.array(value).tolist() if isinstance(value, tuple) else value
     return found
