@@ -72,19 +72,26 @@ WITH_POOL = {**crew_of_12.overrides, **ADMITTED, "max_epochs": 6, "val_interval"
 # 481 CT slices of 10 other volumes, as many steps as without them
 POOL = {"unlabelled_groups": r"(.*)_\d+", "max_epochs": 6, "val_interval": 1}
 pool = replace(slices, overrides={**slices.overrides, **POOL}, pool="covid/images/*radiopaedia*")
-covid = SETTINGS["covid_last"]
 OUTPUT_ALONE = {"losses": {"output": 1.0, "overlap": 0.0, "feature": 0.2}}
 LONG_CREW = {"teachers": [{"name": "crew", "kind": "crew", "size": "small", "folds": 2, "images": 3072}]}
+# further images without labels, as many steps as without them
+FURTHER = {"covid": ("covid/images/*radiopaedia*", POOL), "busi": ("busi/images_256/*", {"max_epochs": 3})}
+FEW = {"covid": 12, "busi": 12, "isic2017": 30}  # labels; all other training images take part without theirs
+for bundle, labels in FEW.items():
+    last = SETTINGS[f"{bundle}_last"]
+    last = replace(last, overrides={**last.overrides, "labelled": labels})
+    SETTINGS[f"{bundle}_{labels}_last"] = last
+    crew = SETTINGS[f"{bundle}_{labels}_small_crew"] = replace(last, reference=f"{bundle}_{labels}_last", **SMALL_CREW)
+    if bundle in FURTHER:
+        files, length = FURTHER[bundle]
+        overrides = {**crew.overrides, **length}
+        SETTINGS[f"{bundle}_{labels}_pool"] = replace(crew, overrides=overrides, pool=files)
 SETTINGS |= {
     "kvasir_12_pool_admitted": replace(crew_of_12, overrides=WITH_POOL, pool="kvasir/images/*"),
     "kvasir_12_uncalibrated": replace(
         SETTINGS["kvasir_12_last"], overrides={**SETTINGS["kvasir_12_last"].overrides, "calibrate_masks": False}
     ),
     "kvasir_12_output_alone": replace(crew_of_12, overrides={**crew_of_12.overrides, **OUTPUT_ALONE}),
-    "covid_12_last": replace(covid, overrides={**covid.overrides, "labelled": 12}),
-    "covid_12_small_crew": replace(
-        covid, reference="covid_12_last", overrides={**covid.overrides, "labelled": 12}, **SMALL_CREW
-    ),
     "kvasir_12_admitted": few,
     "kvasir_12_admitted_at_once": replace(few, overrides={**few.overrides, **AT_ONCE}),
     "covid_admitted": slices,

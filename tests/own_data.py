@@ -76,3 +76,12 @@ def dicom_series(folder: Path, volume: Path) -> Path:
         writer.SetFileName(str(folder / f"{(7 * z) % 1009:04d}.dcm"))
         writer.Execute(plane)
     return folder
+
+
+def signed(series: Path, patient: str, study: str) -> None:
+    """Give the slices of a series a patient and a study."""
+    pydicom = needs("pydicom")
+    for file in series.iterdir():
+        data = pydicom.dcmread(file)
+        data.PatientID, data.StudyInstanceUID = patient, study
+        data.save_as(file)

@@ -12,7 +12,7 @@ import numpy as np
 from amkd_monai.bundles.merge import ABSENT, PARTS, bundle_files, resolved
 from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.data.datasets.described import BINARY, COLUMNS, READERS, Described, names_of_channels, names_of_values
-from amkd_monai.data.splits import Item, without
+from amkd_monai.data.splits import PATIENT, Item, without
 from amkd_monai.files import masks, volumes
 from amkd_monai.files.cases import case_grid, is_volume, read_case
 from amkd_monai.files.names import SUFFIXES, DataProblems, files_of, has_suffix, label_files, natural, some, table_rows
@@ -78,7 +78,9 @@ def new_bundle(
         *facts,
         f"channels: {', '.join(task.channels)}; teachers see {', '.join(task.teacher_channels)}" if several else "",
         f"groups: {len(grouped)}"
-        if groups or any("group" in item for item in items)
+        if groups or any(item.get("group") for item in items)
+        else f"groups: {len(grouped)}, with DICOM images of one patient together"
+        if any(group.startswith(PATIENT) for group in grouped)
         else f"EACH IMAGE IS A GROUP OF ITS OWN ({len(grouped)}): if several are of one patient, give --groups",
         f"{len(problems)} of them cannot be used: python -m amkd_monai data check {folder}" if problems else "",
     ]

@@ -18,12 +18,12 @@ from amkd_monai.data.splits import (
     few_labels,
     group_near_duplicates,
     near_pairs,
+    patients_of,
     perceptual_hashes,
     without,
 )
 from amkd_monai.data.splits import split_hash as hash_of_split
 from amkd_monai.files import cases
-from amkd_monai.files.dicom import patient_and_study
 from amkd_monai.files.dicom_picture import SUFFIX
 from amkd_monai.files.names import (
     PICTURE_SUFFIXES,
@@ -32,13 +32,12 @@ from amkd_monai.files.names import (
     expanded,
     file_id,
     files_of,
-    has_suffix,
     image_files,
     images_to_predict,
     read_text,
     some,
 )
-from amkd_monai.storage import atomic_write_json, content_hashes, exclusive_lock, fingerprint
+from amkd_monai.storage import atomic_write_json, content_hashes, exclusive_lock
 from amkd_monai.terminal import logger
 
 OVERLAP = 46
@@ -318,7 +317,7 @@ def further_images(
     held_out = [i for i in (*datalist.validation, *datalist.test) if "problem" not in i]
     items = _unlike_held_out(items, held_out, cache_dir)
     near = found - copies - len(items)
-    patients = _patients([*held_out, *items])
+    patients = patients_of([*held_out, *items])
     theirs = {patients[file] for item in held_out for file in files_of(item["image"]) if file in patients}
     items = [item for item in items if patients.get(item["image"]) not in theirs]
     theirs_too = found - copies - near - len(items)
@@ -371,15 +370,6 @@ def _unlike_held_out(items: list[Item], held_out: list[Item], cache_dir: str | P
     pairs = ((indices[i], indices[j]) for i, j in near_pairs(hashes, OVERLAP))
     near = {j - len(held_out) for i, j in pairs if i < len(held_out) <= j}
     return [item for number, item in enumerate(items) if number not in near]
-
-
-def _patients(items: list[Item]) -> dict[str, str]:
-    """The patient of each DICOM image by its path, in a form that tells no name; the study if all have one patient."""
-    paths = [file for item in items for file in files_of(item["image"])]
-    found = {p: patient_and_study(Path(p)) for p in paths if Path(p).is_dir() or has_suffix(p, [SUFFIX])}
-    known = len({patient for patient, _ in found.values()}) > 1
-    named = {path: patient if known and patient else study for path, (patient, study) in found.items()}
-    return {path: f"patient {fingerprint(name)[:16]}" for path, name in named.items() if name}
 
 
 def _group_of(item: Item, expression: str) -> str:

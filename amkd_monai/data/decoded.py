@@ -220,6 +220,19 @@ class DecodedDataset(Dataset):
         known = bool(self.has_label[index])
         return {"image": image, "label": label, "id": self.ids[index], "index": index, "has_label": known}
 
+    def shown_classes(self) -> np.ndarray:
+        """Which classes the label of each sample shows (N, classes); of findings, each present, then each absent."""
+        if self.findings:
+            return np.concatenate([self.labels == 1, self.labels == 0], 1)
+        counts = (np.bincount(label.ravel(), minlength=self.num_classes) for label in self.labels)
+        return np.stack([count[: self.num_classes] > 0 for count in counts])
+
+    def class_in_words(self, number: int) -> str:
+        """Name a column of :meth:`shown_classes`."""
+        if not self.findings:
+            return f"class {number}"
+        return f"finding {number}" if number < self.findings else f"absence of finding {number - self.findings}"
+
     def _decode(self, transform: Callable, on_bad_sample: str, hashes: list[list[str]]) -> None:
         index: defaultdict[str, list[Any]] = defaultdict(list)
         agreement, skipped, shapes = Agreement(), [], dict[str, tuple[int, ...]]()

@@ -20,11 +20,23 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from amkd_monai.files.cases import is_volume, read_case
-from amkd_monai.files.names import files_of
+from amkd_monai.files.dicom import patient_and_study
+from amkd_monai.files.dicom_picture import SUFFIX
+from amkd_monai.files.names import files_of, has_suffix
 from amkd_monai.files.pictures import opened, to_rgb, upright
 from amkd_monai.files.volumes import grey_levels, reorder
-from amkd_monai.storage import content_hashes, file_sha256, joint_hash, read_memo, size_and_time, write_memo
+from amkd_monai.storage import (
+    content_hashes,
+    file_sha256,
+    fingerprint,
+    joint_hash,
+    read_memo,
+    size_and_time,
+    write_memo,
+)
 from amkd_monai.terminal import logger, progress
+
+PATIENT = "patient "  # how the groups of DICOM images of one patient begin
 
 Item = dict[str, Any]
 Sections = tuple[list[Item], list[Item], list[Item]]
@@ -214,6 +226,30 @@ def group_identical_images(items: Iterable[Item]) -> list[Item]:
             content = joint_hash([file_sha256(file) for file in files_of(item["image"])])
             pairs.append((first.setdefault(content, number), number))
     return joined(ordered, pairs)
+
+
+def patients_of(items: Iterable[Item]) -> dict[str, str]:
+    """Map DICOM images, by path, to their patient in a form that tells no name; to their study if all have one patient.
+
+    Other images, and those that name neither, are left out.
+    """
+    paths = [file for item in items for file in files_of(item["image"])]
+    found = {p: patient_and_study(Path(p)) for p in paths if Path(p).is_dir() or has_suffix(p, [SUFFIX])}
+    known = len({patient for patient, _ in found.values()}) > 1
+    named = {path: patient if known and patient else study for path, (patient, study) in found.items()}
+    return {path: f"{PATIENT}{fingerprint(name)[:16]}" for path, name in named.items() if name}
+
+
+def group_patients(items: Sequence[Item]) -> list[Item]:
+    """Put DICOM images of one patient that are groups of their own into one; see :func:`patients_of`."""
+    alone = [item for item in items if item["group"] == item["id"] and "problem" not in item]
+    patients = patients_of(alone)
+    of_item = {item["id"]: patients.get(files_of(item["image"])[0], "") for item in alone}
+    counts = Counter(of_item.values())
+    if len(counts) < 2:  # none is named, or all are of one: nothing to keep apart
+        return list(items)
+    several = {name: patient for name, patient in of_item.items() if patient and counts[patient] > 1}
+    return [{**item, "group": several.get(item["id"], item["group"])} for item in items]
 
 
 def joined(items: Sequence[Item], pairs: Sequence[tuple[int, int]]) -> list[Item]:

@@ -148,16 +148,10 @@ def _teams(name: str, train: DecodedDataset, folds: int, seed: int) -> np.ndarra
         few = f"the training section has {len(set(groups))} labelled groups (patients, volumes)"
         raise ValueError(f"The crew '{name}' has {folds} folds, but {few}: give fewer folds.")
     fold = fold_of_groups(groups, folds, seed, None if train.classes is None else train.classes[labelled])
-    counts = (np.bincount(train.labels[i].ravel(), minlength=train.num_classes) for i in labelled)
-    shown = np.stack([count[: train.num_classes] > 0 for count in counts])
-    if train.findings:
-        present = train.labels[labelled] == 1
-        shown = np.concatenate([present, ~present], 1)  # of each finding, then without each
+    shown = train.shown_classes()[labelled]
     for k in range(folds):
         if len(missing := np.flatnonzero(~shown[fold != k].any(0))):
-            what, without = f"{'finding' if train.findings else 'class'} {missing[0]}", missing[0] - train.findings
-            what = f"absence of finding {without}" if train.findings and without >= 0 else what
-            lacks = f"no labelled image of {what} outside fold {k + 1} of {folds}"
+            lacks = f"no labelled image of {train.class_in_words(int(missing[0]))} outside fold {k + 1} of {folds}"
             raise ValueError(f"The crew '{name}' has {lacks}: label more groups that show it, or drop the crew.")
     team = np.full(len(train), folds)
     team[labelled] = fold

@@ -172,6 +172,9 @@ def prepare_teachers(
         cache_dtype: of stored feature maps, ``float16`` or ``int8``.
         teacher_batch_size: images per forward of a teacher, halved when memory runs out; None for 4 on a CPU, 64 on a
             GPU.
+
+    Raises:
+        ValueError: an option is invalid.
     """
     known: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": None, "epochs": epochs}
     options = known | dict(admission_options or {})
@@ -179,6 +182,11 @@ def prepare_teachers(
     if options.keys() - known.keys() or not chosen:
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
         raise ValueError(f"The admission options {admission_options} are invalid: use {use}.")
+    shown = train.shown_classes()
+    unseen = [train.class_in_words(n) for n in range(shown.shape[1]) if not shown[:, n].any()]
+    if unseen:
+        lacks = "no labelled training image shows %s, which the student cannot learn: give more, or another split"
+        logger.warning(lacks, ", ".join(unseen))
     if note := look_unlike(train):
         logger.warning("%s", note)
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
@@ -205,6 +213,7 @@ def prepare_teachers(
     with idist.one_rank_first():
         scored = [preparation.scored_teacher(description) for description in teachers]
         record: dict[str, Any] = {"admission": options} | ({"unlabelled_images": note} if note else {})
+        record |= {"classes_without_images": unseen} if unseen else {}
         own: AnswerScore | None = None
         asked = [description.get("cross_fit", True) for description in teachers]
         found = [score for (_, score), ask in zip(scored, asked, strict=True) if score is not None and ask]

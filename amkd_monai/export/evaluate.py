@@ -9,7 +9,7 @@ from amkd_monai.data.datasets import Task, recorded_task
 from amkd_monai.data.seen import seen_before
 from amkd_monai.data.splits import Item
 from amkd_monai.export.predict import SEEN, Input, Predictor, pictured
-from amkd_monai.files.masks import MaskCodes, read_mask
+from amkd_monai.files.masks import MaskCodes, coding_problem, read_mask
 from amkd_monai.files.names import DataProblems, files_of, label_files
 from amkd_monai.files.volumes import read_label_volume
 from amkd_monai.metrics.classification import class_row
@@ -60,18 +60,19 @@ def evaluate(
         raise ValueError(f"{output} holds figures of another student or of other data: give another --output.")
     rows: list[Row] = []
     problems: list[str] = []
+    codings = set[str]()
     for item in progress(sorted(found.test, key=lambda item: str(item["id"])), desc="evaluate"):
         try:
-            rows += _case(predictor, task, item, codes, output)
+            rows += _case(predictor, task, item, codes, codings, output)
         except (ValueError, OSError) as error:
             problems.append(f"{files_of(item['image'])[0]}: {error}")
-    if problems:
+    if problems := [*problems, *filter(None, [coding_problem(codings)])]:
         raise DataProblems(problems)
     table = write_figures(output, rows, figures_of(task, rows, found.seen), facts)
     return f"{table}\nreport: {write_report([output], output / 'report.html')}"
 
 
-def _case(predictor: Predictor, task: Task, item: Item, codes: MaskCodes, output: Path) -> list[Row]:
+def _case(predictor: Predictor, task: Task, item: Item, codes: MaskCodes, codings: set[str], output: Path) -> list[Row]:
     """Answer one image, keep its pictures and score it."""
     case, files, masks = str(item["id"]), files_of(item["image"]), label_files(item)
     image = Input(case, Path(files[0]), (), files if len(files) > 1 else ())
@@ -80,8 +81,8 @@ def _case(predictor: Predictor, task: Task, item: Item, codes: MaskCodes, output
         save_arrays(preview_file(output, case), {"image": small(pictured(image, array)[None])})
         return [class_row(task, case, int(item["label"]), answer)]
     if grid is not None:
-        reference = read_label_volume(masks[0], grid, len(task.classes), codes)[0]
+        reference = read_label_volume(masks[0], grid, len(task.classes), codes, codings)[0]
     else:
-        reference = read_mask(masks, files[0], len(task.classes), codes)
+        reference = read_mask(masks, files[0], len(task.classes), codes, codings)
     save_arrays(preview_file(output, case), mask_preview(files[0], reference, answer))
     return mask_rows(task, case, answer, reference, grid.spacing if grid else (1.0, 1.0))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.files import names, volumes
-from amkd_monai.files.masks import MaskCodes, other_size, read_mask
+from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, other_size, read_mask
 from amkd_monai.files.names import some
 from amkd_monai.metrics.segmentation import mask_rows
 from amkd_monai.metrics.summary import Row, figures_of, write_figures
@@ -53,23 +53,29 @@ def score(
     for name, folder in folders.items():
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder} of {name}: give a folder of masks.")
+    if folders["predictions"].samefile(folders["references"]):
+        raise ValueError(f"{predictions} is the folder of predictions and of references: give two folders.")
     asked = get_task(task) if isinstance(task, str) else task_of(task, folders["references"])
     asked = asked if nsd_tolerance is None else replace(asked, nsd_tolerance=nsd_tolerance)
     if asked.is_classification:
         raise ValueError(f"{asked.name} has one class per image: `score` compares masks.")
     pairs = paired(folders["predictions"], folders["references"], asked.dimensions)
-    used = {"references": asked.mask_codes, **(codes or {})}
+    used: dict[str, MaskCodes] = {"references": asked.mask_codes, "predictions": "auto", **(codes or {})}
+    codings: dict[str, set[str]] = {name: set() for name in folders}
     rows: list[Row] = []
     problems: list[str] = []
     for case, (made, truth) in progress(pairs.items(), desc="score", delay=1):
         try:
-            rows += _case(asked, case, made, truth, used)
+            rows += _case(asked, case, made, truth, used, codings)
         except (ValueError, OSError) as error:
             problems.append(str(error) if any(str(f) in str(error) for f in (made, truth)) else f"{made}: {error}")
     for problem in problems[1:]:
         logger.warning("%s", problem)
     if problems:
         raise ValueError(f"{len(problems)} of {len(pairs)} masks cannot be scored: {problems[0]}")
+    for name, folder in folders.items():
+        if problem := coding_problem(codings[name]):
+            raise ValueError(f"{folder}: {problem}")
     figures = figures_of(asked, rows, {})
     facts = {"data": {name: str(folder) for name, folder in folders.items()}, "mask_codes": used}
     return write_figures(names.expanded(output), rows, figures, facts)
@@ -101,14 +107,20 @@ def _masks(folder: Path, dimensions: int) -> dict[str, Path]:
     return found
 
 
-def _case(task: Task, case: str, made: Path, truth: Path, codes: Mapping[str, MaskCodes]) -> list[Row]:
+def _case(
+    task: Task, case: str, made: Path, truth: Path, codes: Mapping[str, MaskCodes], codings: Mapping[str, set[str]]
+) -> list[Row]:
     count = len(task.classes)
+    spacing: Sequence[float] = (1.0, 1.0)
+    of_truth, of_made = ((count, codes[name], codings[name]) for name in ("references", "predictions"))
     if task.dimensions == 3:
-        reference, grid = volumes.read_label_volume(truth, None, count, codes["references"])
-        found, _ = volumes.read_label_volume(made, grid, count, codes.get("predictions", "auto"))
-        return mask_rows(task, case, found, reference, grid.spacing)
-    reference = read_mask([truth], None, count, codes["references"])
-    found = read_mask([made], None, count, codes.get("predictions", "auto"))
-    if found.shape != reference.shape:
-        raise ValueError(other_size(made, found.shape[::-1], reference.shape[::-1]))
-    return mask_rows(task, case, found, reference, (1.0, 1.0))
+        reference, grid = volumes.read_label_volume(truth, None, *of_truth)
+        found, _ = volumes.read_label_volume(made, grid, *of_made)
+        spacing = grid.spacing
+    else:
+        reference, found = read_mask([truth], None, *of_truth), read_mask([made], None, *of_made)
+        if found.shape != reference.shape:
+            raise ValueError(other_size(made, found.shape[::-1], reference.shape[::-1]))
+    if (found == IGNORED).any():
+        raise ValueError(f"{made} has pixels without a class ({IGNORED}): predict a class for each.")
+    return mask_rows(task, case, found, reference, spacing)

@@ -108,6 +108,9 @@ def test_a_table_gives_classes_and_a_column_the_groups(tmp_path, capsys):
     assert {item["group"] for item in task.layout.find_items(tmp_path / "data")} == {f"p{n}" for n in range(6)}
     assert main([*command[:1], "found", *command[2:]]) == 0
     assert "groups: 6" in capsys.readouterr().out, "a column of a usual name is taken"
+    (tmp_path / "data" / "list.csv").write_text("\n".join(row.rpartition(";")[0] for row in rows))
+    assert main([*command[:1], "alone", *command[2:]]) == 0
+    assert "EACH IMAGE IS A GROUP OF ITS OWN" in capsys.readouterr().out
     assert main(["new", "none", "--data", str(tmp_path / "bundles")]) == 1
     assert "expected" in capsys.readouterr().err
     (tmp_path / "data").rename(tmp_path / "images")

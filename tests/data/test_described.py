@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import nibabel as nib
 import numpy as np
 import pytest
+from own_data import dicom_series, signed
 from PIL import Image
 
 from amkd_monai.data.check import check_data
@@ -128,7 +130,8 @@ def test_class_folders_and_tables_give_classes_groups_and_sections(tmp_path):
         section, grade = ("train", "val", "test")[number // 3 % 3], GRADES["classes"][number % 3]
         picture(folders / section / grade.title().replace(" ", "_") / f"{number}.png")
         picture(table / "images" / f"{number}.png")
-        rows.append(f"{number}.png,{number % 3 if number % 2 else grade},p{number // 9}_{section},{section}")
+        name = f"images\\{number}.png" if number % 4 else f"{number}.png"  # as Windows writes paths
+        rows.append(f"{name},{number % 3 if number % 2 else grade},p{number // 9}_{section},{section}")
     (table / "labels.csv").write_text("\n".join(rows))
     layout = {"columns": {"label": "grade"}}
     for root, options in ((folders, {}), (table, layout)):
@@ -172,3 +175,17 @@ def test_a_class_that_a_section_lacks_is_named(tmp_path):
         mask(tmp_path / "masks" / f"{number}.png", (1, 2) if number == 0 else (1, 1))
     problems = check_data(CELLS, tmp_path).problems
     assert len(problems) == 2 and all("has no rim" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("patients", ["AABBCD", "AAAAAA", ["", "", "A", "A", "B", ""]])
+def test_series_of_one_patient_are_one_group(patients, tmp_path):
+    for number, patient in enumerate(patients):
+        volume(tmp_path / f"{number}.nii.gz", (0, 90))
+        signed(dicom_series(tmp_path / "set" / "images" / f"c{number}", tmp_path / f"{number}.nii.gz"), patient, "1.2")
+        volume(tmp_path / "set" / "masks" / f"c{number}.nii.gz", (0, 1))
+    items = find_items({**CELLS, "classes": ["background", "cell"], "dimensions": 3}, tmp_path / "set")
+    groups = [item["group"] for item in items]
+    several = len(set(patients)) > 1
+    for a, b in itertools.combinations(range(6), 2):
+        assert (groups[a] == groups[b]) == (several and patients[a] == patients[b]), "or of one study, without patient"
+    assert patients != "AABBCD" or groups[4:] == ["c4", "c5"]

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from helpers import needs
-from own_data import dicom_series
+from own_data import dicom_series, signed
 from PIL import Image, ImageFilter
 
 from amkd_monai.data.datalist import Datalist, datalist, further_images
@@ -105,15 +105,6 @@ def volume(path: Path, seed: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(np.stack([levels + z for z in range(5)], 2), np.diag([2.0, 2.0, 3.0, 1.0])), path)
     return path
-
-
-def signed(series: Path, patient: str, study: str) -> None:
-    """Give the slices of a series a patient and a study."""
-    pydicom = needs("pydicom")
-    for file in series.iterdir():
-        data = pydicom.dcmread(file)
-        data.PatientID, data.StudyInstanceUID = patient, study
-        data.save_as(file)
 
 
 def test_series_of_dicom_are_volumes_by_patient_without_those_of_held_out_sections(tmp_path):

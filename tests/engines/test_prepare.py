@@ -286,3 +286,10 @@ def test_a_teacher_of_answers_alone_that_is_not_admitted_leaves_the_undistilled_
     targets = prepare(data, [crew], admission_options={"mode": "none"})
     assert len(targets) == 0 and "distils nothing" in caplog.text
     assert [t["outputs_admitted"] for t in targets.record["teachers"]] == [False]
+
+
+def test_a_class_that_no_training_image_shows_is_warned_of_and_recorded(data, tmp_path, caplog):
+    train = DecodedDataset(discs(tmp_path, 3), load, tmp_path / "cache", num_classes=3)
+    targets = prepare((train, *data[1:]), [], Student(num_classes=3, seed=0))
+    assert targets.record["classes_without_images"] == ["class 2"] and "class 2" in caplog.text
+    assert "classes_without_images" not in prepare(data, []).record

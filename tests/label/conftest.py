@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import monai.bundle
 import nibabel
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from bundle_runs import run, settings
 from helpers import ROOT, shared_data
-from label_server import LabelServer, label_python
+from label_server import Answer, LabelServer, label_python, png
 from own_data import rimmed_pictures
 from PIL import Image
 
@@ -34,6 +36,24 @@ class Lab:
 
     def file(self, image: str) -> Path:
         return next(self.studies.glob(f"{image}.*"))
+
+    def put_image(self, name: str, content: bytes, file: str = "x.png", **params: Any) -> Answer:
+        return self.server.send(f"/datastore/image?image={name}", "PUT", json.dumps(params), file=(file, content))
+
+    def put_label(self, name: str, content: bytes, file: str = "mask.png", tag: str = "final") -> Answer:
+        return self.server.send(f"/datastore/label?image={name}&tag={tag}", "PUT", label=(file, content))
+
+    def mask(self, image: str, share: float = 7 / 8) -> bytes:
+        """A mask of the lower part of a picture."""
+        width, height = Image.open(self.file(image)).size
+        mask = np.ones((height, width), np.uint8)
+        mask[: round(height * (1 - share))] = 0
+        return png(mask)
+
+    def kept(self) -> dict[tuple[str, ...], bytes]:
+        """Content of the replaced files, by their path in the studies."""
+        folder = self.studies / "replaced"
+        return {f.relative_to(folder).parts[1:]: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
     def offline(self, model: str, folder: Path) -> Path:
         """Run the bundle's own inference over the studies of one model; return the folder of its answers."""
@@ -82,7 +102,8 @@ def bundles(tmp_path_factory):
     own, _ = new_bundle("rims", rimmed_pictures(folder / "polyps", 8), folder, ["background", "rim", "polyp"])
     small = {"teachers": [], "max_epochs": 1, "image_size": 64, "recipe#min_steps": 12, "bundle_root": str(own)}
     monai.bundle.run(run_id="training", config_file=str(own / "configs" / "train.json"), **small)
-    return {**trained, "rims": own}
+    killed = Path(shutil.copytree(folder / "busi", folder / "killed"))  # a student of its own for the kills
+    return {**trained, "rims": own, "killed": killed}
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -15,15 +16,23 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from helpers import ROOT, without
+from PIL import Image
 
 
 def label_python() -> Path:
     """Return the interpreter that has MONAI Label; without it the test fails in CI and is skipped elsewhere."""
     python = Path(os.environ.get("AMKD_LABEL_PYTHON", ROOT / ".venv-label" / "bin" / "python"))
     return python if python.is_file() else without(str(python), "run `make label-env` or set AMKD_LABEL_PYTHON")
+
+
+def png(picture: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    return stream.getvalue()
 
 
 @dataclass

@@ -15,6 +15,7 @@ import nibabel
 import numpy as np
 import pytest
 from helpers import shared_data
+from label_server import png
 from PIL import Image
 
 from amkd_monai.label.student import ServedStudent
@@ -30,12 +31,6 @@ def picture(answer):
 def volume(answer):
     assert answer.status == 200, answer.content
     return nibabel.Nifti1Image.from_bytes(gzip.decompress(answer.content))
-
-
-def png(mask):
-    stream = io.BytesIO()
-    Image.fromarray(mask).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def digests(folder):
@@ -172,12 +167,11 @@ def test_active_learning_gives_the_image_the_student_is_least_sure_about(lab):
     first, second = sorted(expected, key=expected.get, reverse=True)[:2]
     answer = lab.server.post_json("/activelearning/uncertainty_busi").json()
     assert answer["id"] == first and answer["uncertainty"] == pytest.approx(expected[first], abs=1e-6)
-    size = Image.open(lab.file(first)).size
-    mask = np.ones(size[::-1], np.uint8)
-    mask[: len(mask) // 8] = 0
-    label = png(mask)
-    saved = lab.server.send(f"/datastore/label?image={first}&tag=final", "PUT", label=("mask.png", label))
-    assert saved.status == 200 and lab.server.get(f"/datastore/label?label={first}&tag=final").content == label
+    label = lab.mask(first)
+    assert (
+        lab.put_label(first, label).status == 200
+        and lab.server.get(f"/datastore/label?label={first}&tag=final").content == label
+    )
     assert lab.server.post_json("/activelearning/uncertainty_busi").json()["id"] == second
 
 
@@ -200,11 +194,7 @@ def test_training_on_saved_labels_changes_the_student_and_survives_a_restart(lab
     old = picture(server.infer("busi", "busi0"))
     checksum = server.get("/model/info/busi").json()["checksum"]
     for image in lab.images["busi"][:4]:  # everything is lesion: a lesson that one epoch is enough for
-        width, height = Image.open(lab.file(image)).size
-        mask = np.ones((height, width), np.uint8)
-        mask[: height // 8] = 0
-        label = png(mask)
-        assert server.send(f"/datastore/label?image={image}", "PUT", label=("mask.png", label)).status == 200
+        assert lab.put_label(image, lab.mask(image)).status == 200
     state = server.train("busi", max_epochs=1, learning_rate_scale=4.0)
     assert state["status"] == "DONE", state["details"]
     stats = server.get("/info/").json()["train_stats"]["busi"]

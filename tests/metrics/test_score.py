@@ -123,3 +123,24 @@ def test_what_does_not_fit_is_named(polyps, tmp_path, capsys):
     assert f"{second}.png" in refusal()
     assert "compares masks" in refusal("--task", "aptos2019")
     assert "Unknown task" in refusal("--task", "polyps")
+
+
+def test_255_has_one_meaning_and_every_pixel_of_a_prediction_a_class(tmp_path, capsys):
+    mask = np.zeros((40, 50), np.uint8)
+    mask[10:20, 10:30] = 255
+    for folder in ("made", "truth"):
+        (tmp_path / folder).mkdir()
+        for name in "ab":
+            Image.fromarray(mask).save(tmp_path / folder / f"{name}.png")
+
+    def refusal(made="made"):
+        words = ["score", str(tmp_path / made), str(tmp_path / "truth"), "--classes", "background,disc"]
+        assert main([*words, "--output", str(tmp_path / "out")]) == 1 and not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    assert "two folders" in refusal("truth")
+    mask[12:15, 12:20] = 1
+    for folder, named in (("made", "made/b.png"), ("truth", "truth: ")):
+        Image.fromarray(mask).save(tmp_path / folder / "b.png")
+        assert named in (text := refusal()) and "255" in text
+        Image.fromarray(np.where(mask > 1, 0, mask)).save(tmp_path / "made" / "b.png")

@@ -68,11 +68,11 @@ OFFICIAL = {
 """What the authors call their files."""
 
 
-def write_official(folder, descriptions=TINY):
+def write_official(folder):
     """Write the four files, in the official layouts, into a folder."""
     folder.mkdir(exist_ok=True)
     for which, file in OFFICIAL.items():
-        state = official_state(which, build_teacher({"name": which, **descriptions[which]}))
+        state = official_state(which)
         torch.save({"model": state} if which == "retfound" else state, folder / file)
     return folder
 

@@ -190,6 +190,8 @@ class Described:
             logger.warning("dataset.json in %s names the classes %s, the task %s.", root, named, list(self.classes))
         if not items:
             raise FileNotFoundError(f"No images in {root}: expected {self.expected}.")
+        if not self.groups:
+            items = splits.group_patients(items)
         usable = [item for item in items if "problem" not in item]
         if distance is None:
             grouped = splits.group_identical_images(usable)
@@ -651,6 +653,7 @@ def _resolved(value: Any, base: Path) -> Any:
 
 def _found(root: Path, name: str, folders: Sequence[str]) -> Path:
     """The file of a cell, in the folder itself or one of the usual ones, with its suffix or without."""
+    name = name.replace("\\", "/")
     places = [root / folder / f"{name}{suffix}" for folder in folders for suffix in ("", *SUFFIXES)]
     there = (place for kind in (Path.is_file, Path.is_dir) for place in places if name and kind(place))
     return next(there, root / folders[0] / name)
