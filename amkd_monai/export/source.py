@@ -88,14 +88,14 @@ class Source:
         self.metrics = {} if of else self.metrics
         self.transforms, self.steps = list[dict[str, Any]](), list[dict[str, Any]]()
         for number, raw in enumerate(inference.config["preprocessing"]["transforms"]):
-            values = _resolved(inference, f"preprocessing#transforms#{number}", raw)
+            values = resolved(inference, f"preprocessing#transforms#{number}", raw)
             transforms, steps = translate.preprocessing(values.pop("_target_"), values, bool(self.task.channels))
             self.transforms += transforms
             self.steps += steps
-        self.network = _resolved(inference, "network_def", inference.config["network_def"])
+        self.network = resolved(inference, "network_def", inference.config["network_def"])
         answers = inference.config["postprocessing"]["transforms"]
         self.postprocessing = [c for t in answers for c in translate.postprocessing(t, self.task.dimensions)]
-        self.inferer = _resolved(inference, "inferer", inference.config["inferer"])
+        self.inferer = resolved(inference, "inferer", inference.config["inferer"])
         self._infer = inference.get_parsed_content("inferer")
         self.window = translate.window(self.inferer, isinstance(self.student, VolumeStudent))
         self.metadata = ConfigParser.load_config_files([str(file) for file in configs["metadata"]])
@@ -155,14 +155,14 @@ def _parser(bundle: Path, files: Sequence[Path], settings: Mapping[str, Any]) ->
     return parser
 
 
-def _resolved(parser: ConfigParser, place: str, block: Mapping[str, Any]) -> dict[str, Any]:
+def resolved(parser: ConfigParser, place: str, block: Mapping[str, Any]) -> dict[str, Any]:
     """A block of a config, and those within it, with their references resolved, tuples as lists."""
     found = {}
     for key, raw in block.items():
         if key[0] == "_":
             found[key] = raw
         elif isinstance(raw, Mapping) and "_target_" in raw:
-            found[key] = _resolved(parser, f"{place}#{key}", raw)
+            found[key] = resolved(parser, f"{place}#{key}", raw)
         else:
             value = parser.get_parsed_content(f"{place}#{key}")
             if not isinstance(value, (str, int, float, list, tuple, dict, NoneType)):

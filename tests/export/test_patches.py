@@ -16,7 +16,7 @@ import torch
 from bundle_runs import read_json, run
 from fastapi import UploadFile
 from helpers import ROOT, needs, shared_data
-from monai.bundle import verify_net_in_out
+from monai.bundle import ConfigParser, verify_net_in_out
 from monai.inferers import SlidingWindowInferer
 from monai.networks import nets
 from own_data import dicom_series
@@ -31,6 +31,7 @@ from amkd_monai.export.formats import DEFAULT, FORMATS, chosen_formats, of_volum
 from amkd_monai.export.predict import Predictor, predict
 from amkd_monai.export.runners import runner, torch_runner
 from amkd_monai.export.serve import application
+from amkd_monai.export.source import resolved
 from amkd_monai.export.translate import window
 from amkd_monai.export.windows import logits_of
 from amkd_monai.metrics.summary import read_case_csv
@@ -228,6 +229,16 @@ def test_formats_that_a_3d_student_has_not_are_named(exported, tmp_path, capsys)
         with pytest.raises(ValueError, match=f"no {form}"):
             of_volumes(["ts", form], are_chosen=True)
     assert of_volumes(chosen_formats(DEFAULT), are_chosen=False) == ["ts", "pt2", "onnx"]
+
+
+def test_a_network_that_its_config_only_refers_to_is_named():
+    parser = ConfigParser({"net": {"_target_": "UNet", "_mode_": "callable"}, "size": 8})
+    parser["network_def"] = {"_target_": "x.VolumeStudent", "network": "@net", "slices": "@size"}
+    with pytest.raises(ValueError, match="network_def#network is '@net'"):
+        resolved(parser, "network_def", parser.config["network_def"])
+    parser["network_def#network"] = {"_target_": "UNet", "_mode_": "callable", "channels": "$(1, @size)"}
+    found = resolved(parser, "network_def", parser.config["network_def"])
+    assert found["slices"] == 8 and found["network"]["channels"] == [1, 8]
 
 
 NETWORKS = {
