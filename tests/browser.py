@@ -34,7 +34,7 @@ class Browser:
         with (folder / "stderr").open("wb") as stderr:
             self.process = subprocess.Popen([*command, "about:blank"], stderr=stderr)
         port = folder / "profile" / "DevToolsActivePort"
-        self.wait(lambda: port.is_file() and port.read_text().count("\n") == 1, 60)
+        self.wait(lambda: port.is_file() and port.read_text().count("\n") == 1)
         number, path = port.read_text().split("\n")
         self.socket = client.connect(f"ws://127.0.0.1:{number}{path}", **HOW)
         self.numbers, self.session, self.asked, self.complaints = itertools.count(1), {}, list[str](), list[str]()
@@ -109,4 +109,4 @@ class Browser:
         """End the browser."""
         self.session = {}
         self.socket.send(json.dumps({"id": 0, "method": "Browser.close"}))
-        self.process.wait(30)
+        self.process.wait(120)

@@ -238,10 +238,7 @@ def decode_plausible(values: np.ndarray, classes: int, codes: MaskCodes, used: s
     if (share := inside.mean()) > LARGEST_SHARE or (border and on_border == border):
         raise ValueError(f"is foreground at {share:.0%} of the image or along its whole border, as if inverted: {HOW}")
     if used is not None and (values == 255).any():
-        if ((values > 0) & (values < LARGEST_INDEX)).any():
-            used.add("1 and 255")
-        elif values.max() == 255:
-            used.add("255")
+        used.add("1 and 255" if (mask == IGNORED).any() else "255")
     return mask
 
 

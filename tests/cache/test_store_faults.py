@@ -83,7 +83,7 @@ def test_two_builders_of_the_same_shards_do_no_harm(tmp_path):
         directory = tmp_path / f"both-{turn}"
         processes = [start(directory, "1/1", "unlocked") for _ in range(2)]
         for process in processes:
-            process.communicate(timeout=60)
+            process.communicate(timeout=300)
         assert [process.returncode for process in processes] == [0, 0]
         assert open_store(directory).verify() == {} and files_of(directory) == expected
 
@@ -228,7 +228,7 @@ def test_a_builder_that_waits_does_not_repeat_the_work(tmp_path):
         for view, shard in store.missing():
             store.write_shard(view, shard, features(view, store.samples_of(shard)))
         written = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("v*")}
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=300) == 0
     process.communicate()
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("v*")} == written
 

@@ -66,6 +66,14 @@ def test_images_of_the_training_and_bad_files_are_named(exported, tmp_path, caps
     Image.new("L", (7, 7)).save(first)
     assert main([*dist, str(copy), "--seen", "apart"]) == 1
     assert first.name in capsys.readouterr().err
+    masks = [np.asarray(Image.open(file).convert("L")) > 127 for file in sorted((own / "masks").iterdir())[:2]]
+    values = masks[0] * np.uint8(255), masks[1] * np.uint8(1)
+    values[1][:3, :3] = 255
+    for file, mask in zip(sorted((copy / "masks").iterdir())[:2], values, strict=True):
+        file.unlink()
+        Image.fromarray(mask).save(file.with_suffix(".png"))
+    assert main([*dist, str(copy), "--seen", "apart"]) == 1
+    assert "255" in capsys.readouterr().err and not (tmp_path / "out" / "metrics.json").exists()
     (tmp_path / "empty").mkdir()
     for words in ([*dist, str(tmp_path / "empty")], [*dist, str(tmp_path / "none")], dist[:-1]):
         assert main(words) == 1

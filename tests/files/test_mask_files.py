@@ -159,6 +159,12 @@ def test_one_set_of_masks_has_one_meaning_of_255(tmp_path):
         grey(values).save(tmp_path / name)
         read_mask([tmp_path / name], used=used)
         assert bool(coding_problem(used)) == (name == "c.png")
+    used.clear()
+    grey(DISC * 255).save(tmp_path / "d.jpg", quality=60)  # holds 1 and 255, too, by its noise
+    assert {1, 255} <= set(np.unique(Image.open(tmp_path / "d.jpg")))
+    for name in ("c.png", "d.jpg"):
+        read_mask([tmp_path / name], used=used)
+    assert not coding_problem(used)
 
 
 def test_no_label_in_one_of_several_masks_stays(tmp_path):

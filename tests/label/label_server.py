@@ -76,13 +76,13 @@ class LabelServer:
     def stop(self) -> None:
         assert self.process is not None
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(120)
 
     def kill(self) -> None:
         """SIGKILL the server alone; its trainers are left to themselves."""
         assert self.process is not None
         self.process.kill()
-        self.process.wait(30)
+        self.process.wait(120)
 
     def trainers(self) -> list[psutil.Process]:
         """Processes that the server has started."""
