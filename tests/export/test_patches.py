@@ -34,6 +34,8 @@ from amkd_monai.export.serve import application
 from amkd_monai.export.source import resolved
 from amkd_monai.export.translate import window
 from amkd_monai.export.windows import logits_of
+from amkd_monai.files.steps import prepare
+from amkd_monai.files.volumes import read_volume
 from amkd_monai.metrics.summary import read_case_csv
 from amkd_monai.networks import VolumeStudent
 
@@ -116,6 +118,11 @@ def test_predict_without_torch_and_monai_without_this_package_give_the_masks_of_
     exported, hearts, expected, tmp_path
 ):
     dist = exported(NAME)[0] / "dist" / NAME
+    slices = {}
+    for name in expected:
+        array, grid = read_volume(hearts / f"{name}.nii.gz")
+        slices[name] = prepare(array[None], read_json(dist / "configs" / "predict.json")["steps"], grid)[0].shape[1]
+    assert slices["short"] < 16 < slices["whole"]
     ended = python(BARE, "predict", "--model", dist, hearts, "--output", tmp_path / "predict")
     assert ended.returncode == 0, ended.stderr[-3000:]
     check_same(masks_of(tmp_path / "predict"), expected, hearts)
