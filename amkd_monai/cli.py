@@ -77,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
     export = add("export", _export, "export a trained student in several formats, each checked")
     export.add_argument("bundle", help="training bundle, such as bundles/kvasir_seg")
     export.add_argument("--to", required=True, help="new folder to write")
-    formats, further = "ts,pt2,onnx,ort-int8", "openvino, openvino-int8, web, hub, triton"
-    export.add_argument("--formats", default=formats, help=f"comma-separated: %(default)s (the default), {further}")
+    formats = "ts,pt2,onnx,ort-int8 (the default; no 8 bits of a 3D student), openvino, openvino-int8, web, hub, triton"
+    export.add_argument("--formats", help=f"comma-separated: {formats}")
     export.add_argument("--web-runtime", help="file onnxruntime-web-VERSION.tgz, if npm has no network")
     export.add_argument("--overlay", default="", help="configs on top, such as volumes of bundles/covid")
     export.add_argument("--accept-loss", action="store_true", help="keep 8 bits whatever accuracy they lose")
@@ -280,15 +280,16 @@ def _export(arguments: argparse.Namespace) -> int:
     settings, to = settings_of(arguments.set), Path(arguments.to)
     if to.exists():
         raise FileExistsError(f"{to} already exists: remove it or give another folder.")
-    from amkd_monai.export.formats import PAGE, chosen_formats
-    from amkd_monai.export.page import runtime_archive
+    from amkd_monai.export.formats import DEFAULT, PAGE, chosen_formats, of_volumes
 
-    names = chosen_formats(arguments.formats)
-    runtime = runtime_archive(arguments.web_runtime) if PAGE in names else None
+    names = chosen_formats(DEFAULT if arguments.formats is None else arguments.formats)
     from amkd_monai.export.bundle import export_bundle
+    from amkd_monai.export.page import runtime_archive
     from amkd_monai.export.source import Source
 
     source = Source(arguments.bundle, settings, arguments.overlay)
+    names = of_volumes(names, arguments.formats is not None) if source.window else names
+    runtime = runtime_archive(arguments.web_runtime) if PAGE in names else None
     how = arguments.accept_loss, arguments.cases, arguments.calibration, runtime
     left_out = export_bundle(source, to, names, *how)
     print(f"exported to {to}; card: {to / 'docs' / 'README.md'}")

@@ -66,6 +66,7 @@ def dicom_series(folder: Path, volume: Path) -> Path:
         plane = image[:, :, z]
         plane = itk.JoinSeries([plane])
         tags = {"0008|0060": "MR", "0020|000e": uid, "0020|000d": f"{uid}.1", "0008|0018": f"{uid}.2.{z + 1}"}
+        tags["0020|0052"] = f"{uid}.3"
         tags["0020|0032"] = "\\".join(f"{c:.6f}" for c in image.TransformIndexToPhysicalPoint((0, 0, z)))
         tags["0020|0037"] = "\\".join(f"{c:.6f}" for c in direction[:, :2].T.ravel())
         for key, value in tags.items():

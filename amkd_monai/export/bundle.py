@@ -5,12 +5,13 @@ Everything is written to a temporary folder and appears only when it is complete
 
 import copy
 import importlib.metadata
+import itertools
 import json
 import math
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from amkd_monai.export.predict import SEEN, VERSION
 from amkd_monai.export.repositories import write_hub, write_triton
 from amkd_monai.export.runners import Runner, peak_memory, runner, torch_runner
 from amkd_monai.export.source import Case, Source, spread
+from amkd_monai.export.windows import first_input, logits_of
 from amkd_monai.files.masks import IGNORED
 from amkd_monai.files.names import DICOM_SUFFIX, PICTURE_SUFFIXES, VOLUME_SUFFIXES
 from amkd_monai.files.steps import softmax
@@ -141,20 +143,23 @@ def _write_models(
 ) -> dict[str, Any]:
     """Write and check every format; return the content of ``export.json``."""
     folder.mkdir()
-    formats.check_size(names, cases[0].batch.shape[-2:])
+    image = first_input(cases[0].batch, source.window)
+    patch = image.shape[1:] if source.window else None
+    if not patch:
+        formats.check_size(names, image.shape[-2:])
     run, threads = torch_runner(source.student), torch.get_num_threads()
-    expected = [_probabilities(run, case) for case in cases]
+    expected = [softmax(source.logits_of(case), 1) for case in cases]
     torch.save(source.state, folder / "model.pt")
-    rows = [_measure("eager", run, folder / "model.pt", None, cases, expected, source.task)]
+    rows = [_measure("eager", run, folder / "model.pt", None, cases, expected, source)]
     calibration = spread(source.data.train, most_calibration) if any(map(formats.is_int8, names)) else []
-    slices, metadata = calibration_batches(source, calibration), _metadata(source, cases[0].batch.shape)
+    slices, metadata = calibration_batches(source, calibration), _metadata(source, image.shape[1:])
     remarks, left_out = list[str](), list[str]()
     for name in progress(names, desc="export"):
         before = {*folder.iterdir()}
         try:
-            path = formats.write(name, source.student, folder, slices, metadata)
-            memory = peak_memory(name, path, np.ascontiguousarray(cases[0].batch[:1]), threads)
-            row = _measure(name, runner(name, path, threads), path, memory, cases, expected, source.task)
+            path = formats.write(name, source.student, folder, slices, metadata, patch)
+            memory = peak_memory(name, path, image, threads)
+            row = _measure(name, runner(name, path, threads), path, memory, cases, expected, source)
             remarks += [remark] if (remark := judge(row, rows[0], accept_loss)) else []
             rows.append(row)
         except Exception as error:  # exporters and runtimes raise whatever they like
@@ -171,11 +176,13 @@ def _write_models(
         "metric": "macro_auroc" if source.task.is_classification else "dice",
         "validation_cases": [case.id for case in cases],
         "calibration_images": [str(item["id"]) for item in calibration],
-        "input_shape": list(cases[0].batch.shape[1:]),
+        "input_shape": list(image.shape[1:]),
+        "window": source.window,
         "remarks": remarks,
         "left_out": left_out,
     }
-    print(align(format_cells(facts)), f"(one image, CPU, threads: {threads})", *remarks, sep="\n")
+    of = "patch" if patch else "image"
+    print(align(format_cells(facts)), f"(one {of}, CPU, threads: {threads})", *remarks, sep="\n")
     return facts
 
 
@@ -186,19 +193,24 @@ def calibration_batches(source: Source, items: Sequence[Item]) -> list[np.ndarra
     return [batch[i : i + 1] for batch, of_batch in zip(batches, places, strict=True) for i in of_batch]
 
 
-def _probabilities(run: Runner, case: Case) -> np.ndarray:
+def _probabilities(run: Runner, case: Case, source: Source) -> np.ndarray:
     """Probabilities of a case: (B, C, H, W), (1, C), or (1, 2, F) of findings."""
-    parts = [case.batch[i : i + BATCH] for i in range(0, len(case.batch), BATCH)]
-    return softmax(np.concatenate([run(part) for part in parts]), 1)
+    return softmax(logits_of(run, case.batch, BATCH, source.window), 1)
 
 
 def _measure(
-    name: str, run: Runner, path: Path, memory: float | None, cases: list[Case], expected: list[np.ndarray], task: Task
+    name: str,
+    run: Runner,
+    path: Path,
+    memory: float | None,
+    cases: list[Case],
+    expected: list[np.ndarray],
+    source: Source,
 ) -> Row:
     """Measure a format against the student's probabilities, ``expected``."""
-    answers = [_probabilities(run, case) for case in cases]
+    answers = [_probabilities(run, case, source) for case in cases]
     difference = max(float(np.abs(a - e).max()) for a, e in zip(answers, expected, strict=True))
-    image, times = np.ascontiguousarray(cases[0].batch[:1]), []
+    image, times = first_input(cases[0].batch, source.window), []
     for _ in range(3 + REPEATS):
         start = time.perf_counter()
         run(image)
@@ -206,7 +218,7 @@ def _measure(
     p50, p95 = np.percentile(times[3:], (50, 95)).tolist()  # the first are a warm-up
     files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]  # OpenVINO keeps weights aside
     size = sum(file.stat().st_size for file in files) / 1e6
-    return Row(name, size, p50, p95, memory, difference, _score(answers, cases, task))
+    return Row(name, size, p50, p95, memory, difference, _score(answers, cases, source.task))
 
 
 def _score(answers: Sequence[np.ndarray], cases: Sequence[Case], task: Task) -> float | None:
@@ -253,9 +265,9 @@ def judge(row: Row, student: Row, accept_loss: bool) -> str:
 def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the contents of ``configs/`` by name; ``facts`` is the content of ``docs/export.json``."""
     inference, task = json.loads(INFERENCE.read_text(encoding="utf-8")), source.task
-    module = source.network["_target_"].rpartition(".")[0] or "monai"
+    is_there = " and ".join(f"monai.utils.optional_import('{module}')[1]" for module in _modules(source.network))
     inference |= {
-        "student": source.network | {"_disabled_": f"$not monai.utils.optional_import('{module}')[1]"},
+        "student": source.network | {"_disabled_": f"$not ({is_there})"},
         "torchscript": formats.network_text(source.student),
         "not_in_checkpoints": [name for name, _ in source.student.named_buffers() if name not in source.state],
         "suffixes": [s for s in (PICTURE_SUFFIXES if task.dimensions == 2 else VOLUME_SUFFIXES) if s != DICOM_SUFFIX],
@@ -280,6 +292,7 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "channels": max(1, len(task.channels)),
         "models": {name: f"models/{formats.FORMATS[name]}" for name in ("onnx", "ort-int8") if name in written},
         "steps": source.steps,
+        **({"window": source.window} if source.window else {}),
         "largest_component": [label for labels in parts for label in labels],
         "batch_size": BATCH,
         "mask_codes": source.mask_codes,
@@ -288,10 +301,16 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"inference": inference, "metadata": _metadata(source, facts["input_shape"]), "predict": predict}
 
 
+def _modules(network: Mapping[str, Any]) -> list[str]:
+    """Modules of the classes in a network's config."""
+    inner = [_modules(value) for value in network.values() if isinstance(value, Mapping) and "_target_" in value]
+    return sorted({network["_target_"].rpartition(".")[0] or "monai", *itertools.chain(*inner)})
+
+
 def _metadata(source: Source, shape: Sequence[int]) -> dict[str, Any]:
     """``metadata.json``: the training bundle's with what was measured, without the packages of training.
 
-    ``shape`` is that of an input, (..., H, W).
+    ``shape`` is that of an input, (C, H, W) or (C, D, H, W).
     """
     values = source.metrics.get("summary", {}).get("metrics", {})
     measured = {name: value.get("mean", value.get("value")) for name, value in values.items()}
@@ -305,10 +324,11 @@ def _metadata(source: Source, shape: Sequence[int]) -> dict[str, Any]:
     for key, package in (("monai_version", "monai"), ("pytorch_version", "torch"), ("numpy_version", "numpy")):
         result[key] = version(package).split("+")[0]
     tensors = [result["network_data_format"]["inputs"]["image"]]
+    tensors[0]["num_channels"] = shape[0]
     if not source.task.is_classification:
         tensors.append(result["network_data_format"]["outputs"]["pred"])
     for tensor in tensors:
-        tensor["spatial_shape"] = list(shape[-2:])
+        tensor["spatial_shape"] = list(shape[1:])
     return result
 
 

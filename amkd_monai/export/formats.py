@@ -27,12 +27,15 @@ FORMATS = {
     "openvino-int8": "model_int8.xml",
 }
 """File in ``models/`` by format; OpenVINO keeps the weights next to its file, as ``.bin``."""
+DEFAULT = "ts,pt2,onnx,ort-int8"
 PAGE, REPOSITORIES = "web", ("hub", "triton")
 """A page, and model repositories, with the ONNX networks, made when everything else is written."""
 MADE_FROM = {"ort-int8": "onnx", "openvino": "onnx", "openvino-int8": "ort-int8"}
 """Formats that are made from another one."""
 QUANTISED = ("Conv", "Add", "Clip")
 """Nodes of 8 bits; the linear head of classes stays in floats."""
+FLAT = ("ort-int8", "openvino-int8", PAGE)
+"""Formats that a 3D student has not: its 8 bits are not calibrated, and a page slides no window over a volume."""
 RARE = 1e-4
 """Share of the values of a tensor in an image, on each side, that 8 bits need not span."""
 STRIDE = 32
@@ -56,6 +59,17 @@ def chosen_formats(text: str) -> list[str]:
     if {*REPOSITORIES} & {*names} or (PAGE in names and not {"onnx", "ort-int8"} & {*names}):
         names.append("onnx")
     return [name for name in (*FORMATS, PAGE, *REPOSITORIES) if name in names or name == "ts"]
+
+
+def of_volumes(names: Sequence[str], are_chosen: bool) -> list[str]:
+    """Return the formats of a 3D student among some.
+
+    Raises:
+        ValueError: one that it has not ``are_chosen`` by the user.
+    """
+    if are_chosen and (wrong := [name for name in names if name in FLAT]):
+        raise ValueError(f"A 3D student has no {' and no '.join(wrong)}: leave out {', '.join(FLAT)} of --formats.")
+    return [name for name in names if name not in FLAT]
 
 
 def is_int8(name: str) -> bool:
@@ -92,9 +106,22 @@ def with_fixed_padding(student: nn.Module) -> nn.Module:
     return result.eval()
 
 
-def _example(student: nn.Module) -> tuple[torch.Tensor]:
+def _example(student: nn.Module, patch: Sequence[int] | None) -> tuple[torch.Tensor]:
     """The input with which a network is traced: exporters take sides of one stride for constants."""
-    return (torch.zeros(2, getattr(student, "in_channels", 3), 2 * STRIDE, 3 * STRIDE),)
+    return (torch.zeros(2, *(patch or (getattr(student, "in_channels", 3), 2 * STRIDE, 3 * STRIDE))),)
+
+
+def scripted(network: nn.Module) -> torch.jit.ScriptModule:
+    """The network as TorchScript; a ValueError if torch does not take it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.jit.script(network)
+    except Exception as error:  # what a compiler raises
+        name, reason = type(getattr(network, "network", network)).__name__, str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{name} cannot be exported, torch.jit.script refuses it ({reason}): use another network."
+        ) from error
 
 
 def network_text(student: nn.Module) -> str:
@@ -102,9 +129,7 @@ def network_text(student: nn.Module) -> str:
     empty = copy.deepcopy(student).eval()
     for value in empty.state_dict().values():
         value.zero_()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        written, lean = io.BytesIO(torch.jit.script(empty).save_to_buffer()), io.BytesIO()
+    written, lean = io.BytesIO(scripted(empty).save_to_buffer()), io.BytesIO()
     with zipfile.ZipFile(written) as source, zipfile.ZipFile(lean, "w") as target:
         for entry in source.infolist():
             if not entry.filename.endswith(".debug_pkl"):
@@ -112,25 +137,26 @@ def network_text(student: nn.Module) -> str:
     return base64.b64encode(lzma.compress(lean.getvalue())).decode()
 
 
-def write_pt2(student: nn.Module, path: Path) -> None:
-    """Write an exported program of dynamic batch, height and width."""
+def write_pt2(student: nn.Module, path: Path, patch: Sequence[int] | None = None) -> None:
+    """Write an exported program of dynamic batch, height and width, or of patches (C, D, H, W) of one size."""
     batch, height, width = (
         torch.export.Dim(n, min=1, max=m) for n, m in (("batch", 1024), ("height", 128), ("width", 128))
     )
-    shapes = {"image": {0: batch, 2: STRIDE * height, 3: STRIDE * width}}
-    program = torch.export.export(with_fixed_padding(student), _example(student), dynamic_shapes=shapes, strict=False)
+    shapes = ({0: batch} if patch else {0: batch, 2: STRIDE * height, 3: STRIDE * width},)
+    given = with_fixed_padding(student), _example(student, patch)
+    program = torch.export.export(*given, dynamic_shapes=shapes, strict=False)
     torch.export.save(program, str(path))
 
 
-def write_onnx(student: nn.Module, path: Path) -> None:
-    """Write ONNX, ``image`` (B, 3, H, W) to ``pred``, with dynamic batch, height and width."""
-    spatial = {2: "height", 3: "width"}
+def write_onnx(student: nn.Module, path: Path, patch: Sequence[int] | None = None) -> None:
+    """Write ONNX, ``image`` to ``pred``, with dynamic batch, height and width, or patches (C, D, H, W) of one size."""
+    spatial = {} if patch else {2: "height", 3: "width"}
     has_map = getattr(student, "temperature", None) is None
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             with_fixed_padding(student),
-            _example(student),
+            _example(student, patch),
             str(path),
             input_names=["image"],
             output_names=["pred"],
@@ -233,7 +259,12 @@ def _calibrate(
 
 
 def write(
-    name: str, student: nn.Module, folder: Path, calibration: Sequence[Any], metadata: Mapping[str, Any] | None = None
+    name: str,
+    student: nn.Module,
+    folder: Path,
+    calibration: Sequence[Any],
+    metadata: Mapping[str, Any] | None = None,
+    patch: Sequence[int] | None = None,
 ) -> Path:
     """Write one format into a folder and return the file.
 
@@ -245,22 +276,22 @@ def write(
         folder: to write to.
         calibration: batches (1, 3, H, W) for the formats of 8 bits.
         metadata: put into the TorchScript file, where ``monai.data.load_net_with_metadata`` finds it.
+        patch: (C, D, H, W) of a 3D student.
     """
     path = folder / FORMATS[name]
     if name == "ts":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            script = torch.jit.script(student)  # takes any size
-            save_net_with_metadata(script, str(path), include_config_vals=False, meta_values=metadata)
+            save_net_with_metadata(scripted(student), str(path), include_config_vals=False, meta_values=metadata)
     elif name == "pt2":
-        write_pt2(student, path)
+        write_pt2(student, path, patch)
     elif name == "onnx":
-        write_onnx(student, path)
+        write_onnx(student, path, patch)
     else:
         with tempfile.TemporaryDirectory() as temporary:
             given = folder / FORMATS[MADE_FROM[name]]
             if not given.is_file():
-                given = write(MADE_FROM[name], student, Path(temporary), calibration)
+                given = write(MADE_FROM[name], student, Path(temporary), calibration, patch=patch)
             if name == "ort-int8":
                 write_int8(given, calibration, path)
             else:

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from amkd_monai.export.runners import runner
+from amkd_monai.export.windows import logits_of
 from amkd_monai.files import names, pictures
 from amkd_monai.files.cases import read_case
 from amkd_monai.files.dicom import Slice, find_series, read_series
@@ -203,10 +204,9 @@ class Predictor:
         array, inverses = prepare(image, self.config["steps"], grid)
         if problem := pictures.level_problem(array):
             raise ValueError(problem)
-        is_volume, size = array.ndim == 4, self.config["batch_size"]
+        is_volume = array.ndim == 4
         batch = np.moveaxis(array, 0, 1) if is_volume else array[None]  # slices are the batch of a volume
-        parts = [np.ascontiguousarray(batch[i : i + size], np.float32) for i in range(0, len(batch), size)]
-        answer = softmax(np.concatenate([self._run(part) for part in parts]), 1)
+        answer = softmax(logits_of(self._run, batch, self.config["batch_size"], self.config.get("window")), 1)
         if self.config["kind"] == "multilabel":
             return answer[0, 1], inverses
         return (np.moveaxis(answer, 0, 1) if is_volume else answer[0]), inverses

@@ -21,8 +21,8 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 ANSWERING = ["configs/predict.json", "models/*.onnx"]
 """Files of a repository that prediction reads."""
-LARGEST_BATCH, LONGEST_WAIT = 32, 2000
-"""Images that the server puts into one batch, and microseconds that an image waits for others of its size."""
+LARGEST_BATCH, PATCHES, LONGEST_WAIT = 32, 4, 2000
+"""Images, and patches of volumes, that the server puts into one batch, and microseconds that one waits for others."""
 
 
 def write_hub(folder: Path, source: Source) -> None:
@@ -37,6 +37,7 @@ def write_hub(folder: Path, source: Source) -> None:
         "network": source.network,
         "id2label": dict(enumerate(predict["classes"])),
         "preprocessing": predict["steps"],
+        **({"window": source.window} if source.window else {}),
     }
     atomic_write_json(folder / CONFIG, config)
     card = (folder / "docs" / "README.md").read_text(encoding="utf-8")
@@ -134,9 +135,10 @@ def write_triton(folder: Path, name: str) -> None:
     """
     predict, metadata = _described(folder)
     channels = metadata["network_data_format"]["inputs"]["image"]["num_channels"]
-    count = len(predict["classes"])
-    answers = {"segmentation": [count, -1, -1], "classification": [count], "multilabel": [2, count]}
-    shapes = {"image": [channels, -1, -1], "pred": answers[predict["kind"]]}
+    count, patch = len(predict["classes"]), predict.get("window", {}).get("roi_size")
+    size, largest = (patch, PATCHES) if patch else ([-1, -1], LARGEST_BATCH)
+    answers = {"segmentation": [count, *size], "classification": [count], "multilabel": [2, count]}
+    shapes = {"image": [channels, *size], "pred": answers[predict["kind"]]}
     image, pred = (f"{{ name: {json.dumps(of)} data_type: TYPE_FP32 dims: {dims} }}" for of, dims in shapes.items())
     for form, model in predict["models"].items():
         called = f"{name}_int8" if form == "ort-int8" else name
@@ -145,7 +147,7 @@ def write_triton(folder: Path, name: str) -> None:
         shutil.copyfile(folder / model, target / "1" / "model.onnx")
         config = f"""name: {json.dumps(called)}
 backend: "onnxruntime"
-max_batch_size: {LARGEST_BATCH}
+max_batch_size: {largest}
 input [ {image} ]
 output [ {pred} ]
 dynamic_batching {{ max_queue_delay_microseconds: {LONGEST_WAIT} }}

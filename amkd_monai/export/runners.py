@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 Runner = Callable[[np.ndarray], np.ndarray]
-"""Logits of a batch (B, 3, H, W)."""
+"""Logits of a batch (B, C, H, W), or of patches (B, C, D, H, W)."""
 
 
 def runner(name: str, path: Path, threads: int) -> Runner:
@@ -48,7 +48,7 @@ def runner(name: str, path: Path, threads: int) -> Runner:
 
 
 def torch_runner(network: Callable[[torch.Tensor], torch.Tensor]) -> Runner:
-    """Run a torch network on arrays (B, C, H, W)."""
+    """Run a torch network on arrays of a batch."""
     import torch
 
     def run(batch: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ def torch_runner(network: Callable[[torch.Tensor], torch.Tensor]) -> Runner:
 
 
 def peak_memory(name: str, path: Path, image: np.ndarray, threads: int) -> float:
-    """Largest resident memory, MB, of a fresh process that runs one image (1, 3, H, W) through a written format.
+    """Largest resident memory, MB, of a fresh process that runs a batch of one image or patch through a written format.
 
     Raises:
         RuntimeError: the process fails.

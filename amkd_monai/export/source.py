@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from monai.bundle import ConfigParser
 
 from amkd_monai.data.datasets import get_task
@@ -21,7 +23,7 @@ class Case(NamedTuple):
 
     Attributes:
         id: of the item.
-        batch: (1, 3, H, W), or the slices of a volume (D, 3, H, W), float32 in [0, 1].
+        batch: (1, C, H, W), or the slices of a volume (D, C, H, W), float32 in [0, 1].
         label: label map (1 or D, H, W), or the class ().
     """
 
@@ -47,7 +49,8 @@ class Source:
         student: in evaluation mode, on the CPU; ``state`` is its flat state dict, ``network`` its class as config.
         transforms: MONAI transforms of an image, as config; ``steps`` are the same for prediction without MONAI.
         postprocessing: MONAI transforms of an answer, as config.
-        inferer: as config, references resolved.
+        inferer: as config, references resolved; ``window`` are its settings for prediction without MONAI if the
+            student is a 3D one, else None.
         metadata, record, metrics: ``metadata.json``; ``run.json`` and ``metrics.json`` of the run, empty if missing.
         identity: ``student.json`` of the run, empty if missing.
         mask_codes: meaning of the values of masks in the training.
@@ -70,10 +73,9 @@ class Source:
             runs.adopt(inference, "inference", settings)
         self.mask_codes = training.get_parsed_content("mask_codes") if "mask_codes" in training.config else "auto"
         self.task = get_task(inference.get_parsed_content("task"))
-        self.student, self.state = inference.get_parsed_content("network_def").eval(), load_state_dict(model)
-        load_strict(self.student, self.state, model)
-        if isinstance(self.student, VolumeStudent):
-            raise ValueError(f"{model} is a 3D student, which is not exported: predict by {overlay}_inference.json.")
+        self.student = inference.get_parsed_content("network_def").eval()
+        load_strict(self.student, load_state_dict(model), model)
+        self.state = dict(self.student.state_dict())
         output, self.data = Path(training.get_parsed_content("output_dir")), training.get_parsed_content("datalist")
         self.record, self.metrics = (runs.read_json(output / name) for name in ("run.json", "metrics.json"))
         if self.identity and self.record.get("run") != self.identity["run"]:
@@ -86,14 +88,16 @@ class Source:
         self.metrics = {} if of else self.metrics
         self.transforms, self.steps = list[dict[str, Any]](), list[dict[str, Any]]()
         for number, raw in enumerate(inference.config["preprocessing"]["transforms"]):
-            values = _resolved(inference, f"preprocessing#transforms#{number}", raw)
+            values = resolved(inference, f"preprocessing#transforms#{number}", raw)
             transforms, steps = translate.preprocessing(values.pop("_target_"), values, bool(self.task.channels))
             self.transforms += transforms
             self.steps += steps
-        self.network = _resolved(inference, "network_def", inference.config["network_def"])
+        self.network = resolved(inference, "network_def", inference.config["network_def"])
         answers = inference.config["postprocessing"]["transforms"]
         self.postprocessing = [c for t in answers for c in translate.postprocessing(t, self.task.dimensions)]
-        self.inferer = _resolved(inference, "inferer", inference.config["inferer"])
+        self.inferer = resolved(inference, "inferer", inference.config["inferer"])
+        self._infer = inference.get_parsed_content("inferer")
+        self.window = translate.window(self.inferer, isinstance(self.student, VolumeStudent))
         self.metadata = ConfigParser.load_config_files([str(file) for file in configs["metadata"]])
         self.image_steps = runs.image_steps(inference, "preprocessing")
         self._chain = training.get_parsed_content("validate#preprocessing")
@@ -108,6 +112,14 @@ class Source:
         elif self.task.dimensions == 3:
             label = label[0]
         return Case(str(item["id"]), batch, label)
+
+    def logits_of(self, case: Case) -> np.ndarray:
+        """Logits of a case by the bundle's own inferer: (B, classes, H, W), (1, classes) or (1, 2, F) of findings."""
+        image = torch.from_numpy(case.batch)
+        with torch.inference_mode():
+            if self.task.dimensions == 2:
+                return np.asarray(self._infer(image, self.student))
+            return np.asarray(self._infer(image.transpose(0, 1)[None], self.student)[0].transpose(0, 1))
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
@@ -143,7 +155,18 @@ def _parser(bundle: Path, files: Sequence[Path], settings: Mapping[str, Any]) ->
     return parser
 
 
-def _resolved(parser: ConfigParser, place: str, block: Mapping[str, Any]) -> dict[str, Any]:
-    """A block of a config with its references resolved, tuples as lists."""
-    found = {k: v if k[0] == "_" else parser.get_parsed_content(f"{place}#{k}") for k, v in block.items()}
-    return {k: np.array(v).tolist() if isinstance(v, tuple) else v for k, v in found.items()}
+def resolved(parser: ConfigParser, place: str, block: Mapping[str, Any]) -> dict[str, Any]:
+    """A block of a config, and those within it, with their references resolved, tuples as lists."""
+    found = {}
+    for key, raw in block.items():
+        if key[0] == "_":
+            found[key] = raw
+        elif isinstance(raw, Mapping) and "_target_" in raw:
+            found[key] = resolved(parser, f"{place}#{key}", raw)
+        else:
+            value = parser.get_parsed_content(f"{place}#{key}")
+            if not isinstance(value, (str, int, float, list, tuple, dict, NoneType)):
+                what = f"{place}#{key} is {raw!r}, which cannot be exported"
+                raise ValueError(f"{what}: write its class and arguments in its place.")
+            found[key] = np.array(value).tolist() if isinstance(value, tuple) else value
+    return found

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from monai.utils import BlendMode, ensure_tuple_rep
+
 from amkd_monai.data.transforms import CtWindowd
 from amkd_monai.files.steps import BACKGROUND_LEVEL, LEAST_PART
 from amkd_monai.files.volumes import BRIGHTEST, HIGHEST_MINIMUM, LOWEST_AIR
@@ -63,6 +65,8 @@ OF_MONAI: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
 }
 """MONAI's transforms by ``_target_``: the step, settings that must have a value, and the settings of the step."""
 
+_WHOLE = ("SimpleInferer", "SliceInferer")
+
 
 def preprocessing(target: str, settings: Mapping[str, Any], several: bool = False) -> Translated:
     """Translate one transform of an image, whose channels may be several files.
@@ -114,6 +118,30 @@ def _windowed(low: float, high: float, values: str) -> str:
         f"if v.min() >= 0 and {BRIGHTEST} * e[1] <= v.max() <= e[1]][0]"
     )
     return f"$lambda v: (lambda e: ((v - e[0]) / (e[1] - e[0])).clip(0, 1))({ends.get(values, auto)})"
+
+
+def window(inferer: Mapping[str, Any], is_3d: bool) -> Config | None:
+    """Translate an inferer: the settings of :func:`amkd_monai.export.windows.slide`, None of a network of whole slices.
+
+    Raises:
+        ValueError: an inferer, or a setting of it, that prediction cannot repeat.
+    """
+    name, known = str(inferer["_target_"]).rpartition(".")[2], ("SlidingWindowInferer",) if is_3d else _WHOLE
+    if name not in known:
+        of = "3D student" if is_3d else "student of pictures or slices"
+        raise ValueError(f"The inferer is {name}, which cannot be exported of a {of}: use {' or '.join(known)}.")
+    if not is_3d:
+        return None
+    given = {"overlap": 0.25, "mode": "constant", "sigma_scale": 0.125, **inferer}
+    for key, value in {"padding_mode": "constant", "cval": 0.0, "with_coord": False}.items():
+        if (found := given.get(key, value)) != value:
+            raise ValueError(f"{name} has {key} {found!r}, which cannot be exported: use {value!r}.")
+    found = {key: [*ensure_tuple_rep(given[key], 3)] for key in ("roi_size", "overlap", "sigma_scale")}
+    if min(found["roi_size"]) < 1:
+        raise ValueError(
+            f"{name} has roi_size {found['roi_size']}, which cannot be exported: give the size of a patch."
+        )
+    return found | {"mode": str(BlendMode(given["mode"]))}
 
 
 def postprocessing(transform: Mapping[str, Any], dimensions: int) -> list[Config]:

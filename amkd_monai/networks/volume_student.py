@@ -28,6 +28,8 @@ class VolumeStudent(nn.Module):
         seed: of the initial values; the global random state is left alone.
     """
 
+    __jit_ignored_attributes__ = ("_places",)
+
     def __init__(self, network: Callable[[], nn.Module], slices: int = 32, num_classes: int = 2, seed: int = 0) -> None:
         super().__init__()
         if slices < 2:
@@ -42,10 +44,15 @@ class VolumeStudent(nn.Module):
         """Return logits (B, num_classes, D, H, W) for volumes (B, channels, D, H, W) in [0, 1].
 
         Raises:
-            ValueError: the network answers another shape.
+            ValueError: the network answers another shape; as TorchScript it is not looked at.
         """
+        if not torch.jit.is_scripting():
+            return self._checked(volume)
+        return self.network(volume)
+
+    def _checked(self, volume: Tensor) -> Tensor:
         logits = self.network(volume) if volume.ndim == 5 else None
-        if not isinstance(logits, Tensor) or logits.shape != (len(volume), self.num_classes, *volume.shape[2:]):
+        if not isinstance(logits, Tensor) or logits.shape != (volume.shape[0], self.num_classes, *volume.shape[2:]):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             needs = f"{self.num_classes} classes that returns (B, channels, D, H, W) at its size, no deep supervision"
             raise ValueError(f"A 3D student returns {tuple(volume.shape)} by {found}: use a network of {needs}.")

@@ -108,8 +108,8 @@ def run(bundle: str, configs: tuple[str, ...], values: dict[str, Any]) -> Config
     return built
 
 
-OVERLAYS = {"covid_volumes": ("covid", "volumes")}
-"""Bundle and overlay of the tasks that are served by an overlay."""
+OVERLAYS = {"covid_volumes": ("covid", "volumes"), "heart_patches": ("msd_heart", "volumes3d")}
+"""Bundle and overlay of the students that are trained by an overlay."""
 
 
 def small_student(task: str, folder: Path) -> dict[str, Any]:
@@ -118,7 +118,9 @@ def small_student(task: str, folder: Path) -> dict[str, Any]:
     values = settings(bundle, folder, folder / "cache", teachers=[])
     if task == "msd_heart":
         values["volume_size"] = [16, 64, 32]  # multiples of 32, as exports need
-    if overlay:
+    if task == "heart_patches":  # sides that are no multiples of 32, and volumes of more and less than a patch
+        values |= {"volume_size": [20, 48, 40], "patch_slices": 16, "network_def#network#init_filters": 8}
+    if task == "covid_volumes":
         values |= {"spacing": [8.0, 8.0, 8.0], "volume_size": [-1, 64, 64], "max_epochs": 8}
     configs = ("train", overlay) if overlay else ("train",)
     run(bundle, configs, values)

