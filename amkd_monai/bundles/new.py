@@ -105,8 +105,17 @@ def _described(
     kinds = [kind] if kind else ["segmentation", "classification"]
     form = next((found for k in kinds if (found := Described(kind=k).form_of(root))), "")
     raw, said = Described(kind="classification", form=form), list[str]()  # leaves labels as they are written
-    tables = [] if form and kind != "multilabel" else sorted(root.glob("*.[ct]sv"))
+    tables = (
+        sorted(root.glob("*.[ct]sv")) if kind == "multilabel" or not form or (form == "classes" and not kind) else []
+    )
     tables = [table for table in tables if "image" in raw.columns_of(table)]
+    if form == "classes" and not kind and tables:
+        several = len({item["label"] for item in READERS[form](raw, root)}) > 1
+        findings = len(_binary_columns(tables[0], (), raw, odd_is_error=not several)[0]) > 1
+        if several and findings:
+            what = f"{root} holds folders of classes and {tables[0].name}, a table of findings"
+            raise ValueError(f"{what}: say by --kind classification or --kind multilabel which of them counts.")
+        tables, form = (tables, "") if findings else ([], form)
     if tables and not (form and "label" in raw.columns_of(tables[0])):
         columns, others = _binary_columns(tables[0], classes, raw)
         if len(columns) < 2 or kind not in ("", "multilabel"):
@@ -165,10 +174,12 @@ def _described(
     return description | _image_classes(list(map(str, labels)), list(classes), kind == "multilabel", said), items
 
 
-def _binary_columns(table: Path, chosen: Sequence[str], raw: Described) -> tuple[list[str], list[str]]:
+def _binary_columns(
+    table: Path, chosen: Sequence[str], raw: Described, odd_is_error: bool = True
+) -> tuple[list[str], list[str]]:
     """The columns of a table whose cells are 0 or 1, all or those chosen, and the others.
 
-    A column chosen, or filled mostly with 0 and 1, that holds something else is a ValueError.
+    A column chosen, or filled mostly with 0 and 1, that holds something else is a ValueError if that is an error.
     """
     header, rows = table_rows(table)
     rows, named = [row for row in rows if any(row.values())], raw.columns_of(table)
@@ -176,7 +187,7 @@ def _binary_columns(table: Path, chosen: Sequence[str], raw: Described) -> tuple
     for name in chosen or cells:
         of = cells.get(name, ["no such column"])
         odd = [cell for cell in of if cell not in BINARY]
-        if odd and (chosen or 2 * (len(of) - len(odd)) > sum(map(bool, of))):
+        if odd_is_error and odd and (chosen or 2 * (len(of) - len(odd)) > sum(map(bool, of))):
             what = f"{table} needs 0 or 1 in each cell of the column {name} and has '{odd[0]}'"
             raise ValueError(f"{what}: correct it, or name the columns of findings by --classes.")
     found = list(chosen) or [name for name, of in cells.items() if of and all(cell in BINARY for cell in of)]

@@ -162,3 +162,27 @@ def test_tables_of_findings_are_read_or_refused_by_row_and_column(data, tmp_path
         new_bundle("wrong", root, tmp_path / "b", classes=["rib", "mass"])
     with pytest.raises(ValueError, match="ribs"):
         new_bundle("wrong", root, tmp_path / "b", classes=["ribs", "mass"])
+
+
+def test_a_table_of_findings_counts_before_the_folder_of_its_pictures(data, tmp_path):
+    root = tmp_path / "xray"
+    for folder in ("img", "more"):
+        (root / folder).mkdir(parents=True)
+    for number in range(12):
+        (root / "img" / f"{number}.png").write_bytes((data / "images" / f"{number:02d}.png").read_bytes())
+    (root / "labels.csv").write_text(
+        "\n".join(["file,mass,rib", *(f"img/{n}.png,{n % 2},{n % 3 % 2}" for n in range(12))])
+    )
+    bundle, _ = new_bundle("one", root, tmp_path / "b")
+    task = get_task(bundle / "configs" / "task.json")
+    assert task.has_findings and [i["label"] for i in find_items(task, root)] == [
+        n % 2 + 2 * (n % 3 % 2) for n in range(12)
+    ]
+    (root / "img" / "11.png").rename(root / "more" / "11.png")
+    with pytest.raises(ValueError, match="--kind classification or --kind multilabel"):
+        new_bundle("two", root, tmp_path / "b")
+    bundle, _ = new_bundle("folders", root, tmp_path / "b", kind="classification")
+    assert get_task(bundle / "configs" / "task.json").classes == ("img", "more")
+    (root / "labels.csv").write_text("file,mass,age\nimg/1.png,1,50\nimg/2.png,,60\nimg/3.png,0,61\n")
+    bundle, _ = new_bundle("ages", root, tmp_path / "b")
+    assert get_task(bundle / "configs" / "task.json").classes == ("img", "more")
