@@ -196,7 +196,8 @@ def _binary_columns(
 
 def _image_classes(labels: Sequence[str], names: list[str], several: bool, said: list[str]) -> dict[str, Any]:
     """Classes of images, or findings of labels such as "a|b", with facts that count them; others are a ValueError."""
-    named = {part.strip() for label in labels for part in (label.split("|") if several else [label])} - {""}
+    parts = (part.strip() for label in labels for part in (label.split("|") if several else [label]))
+    named = {part.removesuffix(".0") for part in parts} - {""}
     names = names or sorted((n for n in named if not several or Described().findings_of(n) != 0), key=natural)
     known = Described(classes=names)
     found = [(known.findings_of if several else known.class_of)(label) for label in labels]

@@ -75,9 +75,18 @@ def image_files(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> lis
     return [file for file in wanted if file.is_file()]
 
 
+def warn_of_deeper(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES, known: Sequence[Path] = ()) -> None:
+    """Name the images in folders below a folder, which are not read, but for those in folders that are known."""
+    below = (child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    files = [f for child in sorted(below) if child not in known for f in sorted(child.rglob("[!.]*"))]
+    if deeper := [printable(str(f.relative_to(folder))) for f in files if has_suffix(f, suffixes) and f.is_file()]:
+        logger.warning("%d file(s) in folders below %s are left out: %s.", len(deeper), folder, some(deeper))
+
+
 def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> dict[str, Path]:
     """Map id, with the suffix where two have one name, to file: images without masks, overlays and predictions."""
-    files = image_files(folder, suffixes)
+    if files := image_files(folder, suffixes):
+        warn_of_deeper(folder, suffixes)
     stems = {file_id(file) for file in files}
     derived = [_DERIVED.fullmatch(file_id(file)) for file in files]
     kept = [f for f, m in zip(files, derived, strict=True) if not m or not (m["image"] in stems or is_prediction(f))]

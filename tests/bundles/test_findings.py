@@ -149,6 +149,10 @@ def test_tables_of_findings_are_read_or_refused_by_row_and_column(data, tmp_path
     task = get_task(new_bundle("said", root, tmp_path / "b")[0] / "configs" / "task.json")
     assert task.classes == ("a", "b") and any("0.png" in problem for problem in check_data(task, root).problems)
 
+    table(["0.0", "10.0", "2.0"] * 4, "image,label,patient")
+    task = get_task(new_bundle("decimals", root, tmp_path / "b")[0] / "configs" / "task.json")
+    assert task.classes == ("0", "2", "10") and {i["id"]: i["label"] for i in find_items(task, root)}["4"] == 2
+
     table(["1,0,1", "1,1,0", "1,0,0", "1,0,1"] * 3, "image,mass,rib,device,patient")
     bundle, _ = new_bundle("columns", root, tmp_path / "b", classes=["rib", "mass"], groups="patient")
     task = get_task(bundle / "configs" / "task.json")

@@ -14,7 +14,7 @@ from PIL import Image
 from amkd_monai.data.check import check_data
 from amkd_monai.data.datalist import datalist, find_items, inference_datalist
 from amkd_monai.data.datasets import get_task, recorded_task
-from amkd_monai.files.names import DataProblems
+from amkd_monai.files.names import DataProblems, images_to_predict
 
 CELLS = {"name": "cells", "classes": ["background", "cell", "rim"], "modality": "microscopy"}
 GRADES = {"name": "grades", "classes": ["no finding", "mild", "severe"], "kind": "classification"}
@@ -74,6 +74,20 @@ def test_everything_wrong_with_a_folder_is_named_at_once(tmp_path):
     with pytest.raises(DataProblems) as refused:
         datalist(CELLS, tmp_path).checked("stop")
     assert len(refused.value.problems) == 5, "values are seen where masks are read"
+
+
+def test_images_in_folders_below_those_that_are_read_are_named(tmp_path, caplog):
+    for number in range(6):
+        picture(tmp_path / "pairs" / "images" / ("." if number else "deep") / f"{number}.png")
+        mask(tmp_path / "pairs" / "masks" / f"{number}.png")
+        picture(tmp_path / "classes" / "ab"[number % 2] / ("p1" if number == 4 else ".") / f"{number}.png")
+    cells = get_task({"name": "c", "kind": "classification", "classes": ["a", "b"], "modality": "microscopy"})
+    assert [item["id"] for item in cells.layout.find_items(tmp_path / "classes")] == ["0", "1", "2", "3", "5"]
+    assert "p1/4.png" in caplog.text
+    caplog.clear()
+    assert len(get_task(CELLS).layout.find_items(tmp_path / "pairs")) == 6 and "deep/0.png" in caplog.text
+    caplog.clear()
+    assert len(images_to_predict(tmp_path / "pairs" / "images")) == 5 and "deep/0.png" in caplog.text
 
 
 def test_a_datalist_with_folds_is_split_by_them_and_absolute_paths_that_are_gone_are_named(tmp_path):

@@ -31,6 +31,7 @@ from amkd_monai.files.names import (
     read_text,
     some,
     table_rows,
+    warn_of_deeper,
     without_suffix,
 )
 from amkd_monai.files.pictures import picture_frame
@@ -408,7 +409,8 @@ def _pairs(layout: Described, root: Path) -> Iterator[Item]:
     """
     for section, *folders in layout.pairs_in(root):
         images, found = (image_files(folder, SUFFIXES) for folder in folders)
-        images += series_folders(folders[0])
+        warn_of_deeper(folders[0], SUFFIXES, series := series_folders(folders[0]))
+        images += series
         images = [image for image in images if not file_id(image).endswith(tuple(layout.beside) or "/")]
         ids, masks = {file_id(image) for image in images}, defaultdict[str, list[str]](list)
         given = [layout.mask_ending] if layout.mask_ending else ENDINGS
@@ -479,7 +481,10 @@ def _nnunet(layout: Described, root: Path) -> Iterator[Item]:
 
 def _classes(layout: Described, root: Path) -> Iterator[Item]:
     """A folder of pictures per class, in the data set's folder or in those of sections."""
-    for section, name, file in _class_images(root):
+    found = list(_class_images(root))
+    for folder in dict.fromkeys(file.parent for *_, file in found):
+        warn_of_deeper(folder, SUFFIXES)
+    for section, name, file in found:
         yield {"image": str(file), "label": name, "id": file_id(file), **section}
 
 
