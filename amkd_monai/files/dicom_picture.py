@@ -16,8 +16,8 @@ def shown_levels(path: str | Path) -> np.ndarray:
     are levels as they are; MONOCHROME1 is inverted.
 
     Raises:
-        ValueError: another colour model, several frames, lookup tables, values of more bits without a window, a file
-            that a prediction wrote, or one that pydicom below 3 would read otherwise.
+        ValueError: another colour model, several frames, lookup tables, values of other bits without a window or not
+            in the lowest bits, a file that a prediction wrote, or one that pydicom below 3 would read otherwise.
     """
     try:
         from pydicom import dcmread
@@ -34,6 +34,8 @@ def shown_levels(path: str | Path) -> np.ndarray:
         raise ValueError("it holds several frames: save each as a file")
     if array.ndim == 3 and array.dtype == np.uint8 and (colours == "RGB" or colours.startswith("YBR_")):
         return array
+    if int(data.get("HighBit", int(data.BitsStored) - 1)) != int(data.BitsStored) - 1:
+        raise ValueError("its values are not in the lowest bits (HighBit): convert it to PNG")
     how = [name for name in ("ModalityLUTSequence", "VOILUTSequence") if name in data]
     how += [name for name in (colours, str(data.get("VOILUTFunction") or "LINEAR")) if name not in PLAIN]
     if how:
@@ -42,7 +44,7 @@ def shown_levels(path: str | Path) -> np.ndarray:
     if window := [data.get(name) for name in ("WindowCenter", "WindowWidth") if data.get(name) is not None]:
         centre, width = (float(np.ravel(np.asarray(value, float))[0]) for value in window)
         values = ((values - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5) * 255
-    elif int(data.BitsStored) > 8 or values.min() < 0 or values.max() > 255:
+    elif int(data.BitsStored) != 8 or values.min() < 0 or values.max() > 255:
         raise ValueError("it states no window for its values: convert it to PNG")
     levels: np.ndarray = values.clip(0, 255).round().astype(np.uint8)
     return 255 - levels if colours == "MONOCHROME1" else levels
