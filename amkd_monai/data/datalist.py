@@ -152,6 +152,8 @@ def resolve_dataset_dir(
     if found := find_dataset_dir(task, dataset_dir):
         return found
     chosen, phantoms = get_task(task), Path(cache_dir) / "phantoms"
+    if chosen.phantom is None:
+        raise FileNotFoundError(f"There are no data of '{chosen.name}' in {chosen.folder}: give dataset_dir.")
     with exclusive_lock(phantoms / f"{chosen.folder}.lock", wait_s=600):
         written = chosen.write_phantom(phantoms)
     logger.warning(PHANTOM_NOTICE.format(task=chosen.name, root=written, folder=chosen.folder))

@@ -38,6 +38,18 @@ def ids(items):
     return [item["id"] for item in items]
 
 
+def test_own_data_that_are_gone_are_named_and_nothing_is_written(workplace):
+    own = {
+        "name": "own",
+        "classes": ["background", "cell"],
+        "modality": "x",
+        "folder": str(workplace / "gone" / "data"),
+    }
+    with pytest.raises(FileNotFoundError, match=own["folder"]):
+        resolve_dataset_dir(own, cache_dir="cache")
+    assert not list(workplace.iterdir())
+
+
 def test_order_of_the_places_that_are_searched(workplace, pristine, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "amkd_monai"):
         root, source = resolve_dataset_dir("kvasir_seg", cache_dir="cache")

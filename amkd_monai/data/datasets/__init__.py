@@ -168,7 +168,7 @@ class Task:
         """
         target = Path(root) / self.folder
         if self.phantom is None:
-            raise FileNotFoundError(f"No data of '{self.name}' and no phantoms of it: give dataset_dir.")
+            raise FileNotFoundError(f"There are no phantoms of '{self.name}': give data.")
         if not is_phantom(target):
             with atomic_folder(target) as folder:
                 self.phantom(folder, **options)
