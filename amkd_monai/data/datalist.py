@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amkd_monai.data.datasets import Named, Task, get_task, is_phantom
-from amkd_monai.data.datasets.described import Described
+from amkd_monai.data.datasets.described import Described, names_of_channels, names_of_values
 from amkd_monai.data.splits import (
     Item,
     SplitOptions,
@@ -235,6 +235,7 @@ def labelled_folder(
         if unknown := given.keys() - known.keys():
             logger.warning("The option(s) %s of %s do not apply to %s.", some(unknown), chosen.name, root)
         given = {name: value for name, value in given.items() if name in known}
+    _check_order(chosen, root)
     items = [without(item, "section") for item in layout.find_items(root, cache_dir, **given)]
     return Datalist(chosen, root, OTHER, [], [], items, stand_in=stand_in_note(root))
 
@@ -251,7 +252,21 @@ def find_items(
     known = inspect.signature(find).parameters.keys() - {"root", "cache_dir"}
     if unknown := set(options or {}) - known:
         raise ValueError(f"{task.name} has no data option {min(unknown)}: it has {', '.join(sorted(known)) or 'none'}.")
+    _check_order(task, root)
     return find(root, cache_dir, **(options or {}))
+
+
+def _check_order(task: Task, root: Path, labelled: bool = True) -> None:
+    """Raise a ValueError if dataset.json gives classes or channels of the task's names in another order."""
+    codes = task.mask_codes if isinstance(task.mask_codes, Mapping) else {}
+    of_class = {codes.get(str(value), value): name for value, name in names_of_values(root)[0].items()}
+    classes = [name for number, name in sorted((n, name) for n, name in of_class.items() if isinstance(n, int))]
+    named = [("channels", names_of_channels(root), task.channels), ("classes", classes, task.classes)]
+    for what, given, own in named if labelled and task.layout.masks else named[:1]:
+        given, wanted = ([name.lower() for name in names] for names in (given, own))
+        if given != wanted and sorted(given) == sorted(wanted):
+            remedy = "write the files again in that order, or correct their names"
+            raise ValueError(f"{root / 'dataset.json'} has the {what} {given}, {task.name} has {wanted}: {remedy}.")
 
 
 def inference_datalist(
@@ -259,6 +274,7 @@ def inference_datalist(
 ) -> list[Item]:
     """List the images to predict, {"image", "id"}: those of an official layout, or of a plain folder."""
     root, _ = resolve_dataset_dir(task, dataset_dir, cache_dir)
+    _check_order(get_task(task), root, labelled=False)
     return get_task(task).layout.inference_items(root)
 
 

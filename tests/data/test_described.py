@@ -12,7 +12,7 @@ from own_data import dicom_series, signed
 from PIL import Image
 
 from amkd_monai.data.check import check_data
-from amkd_monai.data.datalist import datalist, find_items, inference_datalist
+from amkd_monai.data.datalist import datalist, find_items, inference_datalist, labelled_folder
 from amkd_monai.data.datasets import get_task, recorded_task
 from amkd_monai.files.names import DataProblems, images_to_predict
 
@@ -37,6 +37,13 @@ def volume(file, values=None, shape=(6, 7, 8)):
     file.parent.mkdir(parents=True, exist_ok=True)
     array = RNG.normal(size=shape).astype(np.float32) if values is None else RNG.choice(values, shape).astype(np.uint8)
     nib.save(nib.Nifti1Image(array, np.eye(4)), file)
+
+
+def problem_of(call, *arguments):
+    try:
+        call(*arguments)
+    except (ValueError, OSError) as error:
+        return error
 
 
 def ids(sections):
@@ -135,6 +142,28 @@ def test_nnunet_folders_are_read_as_they_are_and_a_missing_channel_is_named(tmp_
     problems = check_data(volumes, tmp_path).problems
     assert len(problems) == 4 and any("lacks a_002_0001" in problem for problem in problems)
     assert any("a_001_0000.nii.gz gives 2 channel(s)" in problem for problem in problems)
+
+
+def test_classes_and_channels_of_another_order_are_refused(tmp_path):
+    for case in ("a", "b", "c"):
+        volume(tmp_path / "imagesTr" / f"{case}_0000.nii.gz")
+        volume(tmp_path / "imagesTr" / f"{case}_0001.nii.gz")
+        volume(tmp_path / "labelsTr" / f"{case}.nii.gz", [0, 1, 2])
+    scans = {**CELLS, "dimensions": 3, "channels": ["T1", "FLAIR"]}
+    ordered = {"channel_names": {"0": "T1", "1": "flair"}, "labels": {"background": 0, "Cell": 1, "rim": 2}}
+
+    def refusals(task=scans, **changes):
+        (tmp_path / "dataset.json").write_text(json.dumps({**ordered, **changes}))
+        reads = (datalist, labelled_folder, inference_datalist)
+        return [isinstance(problem_of(read, task, tmp_path), ValueError) for read in reads]
+
+    other = {"background": 0, "rim": 1, "cell": 2}
+    assert refusals() == [False] * 3
+    assert refusals(labels=other) == [True, True, False]
+    assert refusals({**scans, "mask_codes": {"0": 0, "1": 2, "2": 1}}, labels=other) == [False] * 3
+    assert refusals({**scans, "mask_codes": {"0": 0, "1": 2, "2": 1}}) == [True, True, False]
+    assert refusals(labels={"background": 0, "lumen": 1, "wall": 2}) == [False] * 3, "other names may be other words"
+    assert refusals(channel_names={"0": "FLAIR", "1": "T1"}) == [True] * 3
 
 
 def test_class_folders_and_tables_give_classes_groups_and_sections(tmp_path):
