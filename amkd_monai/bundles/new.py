@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -198,6 +199,9 @@ def _image_classes(labels: Sequence[str], names: list[str], several: bool, said:
     """Classes of images, or findings of labels such as "a|b", with facts that count them; others are a ValueError."""
     parts = (part.strip() for label in labels for part in (label.split("|") if several else [label]))
     named = {part.removesuffix(".0") for part in parts} - {""}
+    for name in () if several or names else sorted(named):
+        if len(of := {part.strip() for part in re.split("[;,/+]", name)}) > 1 and of <= named:
+            raise ValueError(f"The label '{name}' joins others: join findings by |, or give --classes.")
     names = names or sorted((n for n in named if not several or Described().findings_of(n) != 0), key=natural)
     known = Described(classes=names)
     found = [(known.findings_of if several else known.class_of)(label) for label in labels]

@@ -149,6 +149,9 @@ def test_tables_of_findings_are_read_or_refused_by_row_and_column(data, tmp_path
     task = get_task(new_bundle("said", root, tmp_path / "b")[0] / "configs" / "task.json")
     assert task.classes == ("a", "b") and any("0.png" in problem for problem in check_data(task, root).problems)
 
+    table(["a;b", "a", "b"] * 4, "image,label,patient")
+    with pytest.raises(ValueError, match="'a;b'"):
+        new_bundle("odd", root, tmp_path / "b")
     table(["0.0", "10.0", "2.0"] * 4, "image,label,patient")
     task = get_task(new_bundle("decimals", root, tmp_path / "b")[0] / "configs" / "task.json")
     assert task.classes == ("0", "2", "10") and {i["id"]: i["label"] for i in find_items(task, root)}["4"] == 2

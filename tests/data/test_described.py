@@ -124,6 +124,50 @@ def test_a_datalist_with_folds_is_split_by_them_and_absolute_paths_that_are_gone
     assert ids(datalist(CELLS, tmp_path)) == [["2", "3", "4", "5", "6", "7"], ["1"], ["0"]]
 
 
+def test_folds_patients_and_labels_of_a_datalist_are_used_or_refused(tmp_path):
+    task = {"name": "c", "kind": "classification", "classes": ["a", "b"], "modality": "microscopy"}
+
+    def listed(test=(), **keys):
+        entries = [{"image": f"{n}.png", "label": "ab"[n % 2], **{k: v(n) for k, v in keys.items()}} for n in range(12)]
+        (tmp_path / "list.json").write_text(
+            json.dumps({"training": entries[len(test) :], "test": entries[: len(test)]})
+        )
+        return task
+
+    for number in range(12):
+        picture(tmp_path / f"{number}.png")
+    words = {"fold": lambda n: str(n % 4)}
+    assert ids(datalist(listed(**words), tmp_path, fold=1)) == ids(
+        datalist(listed(fold=lambda n: n % 4), tmp_path, fold=1)
+    )
+    for folds in (lambda n: 0, lambda n: n % 2, lambda n: f"f{n % 4}", lambda n: n % 4 if n else None):
+        with pytest.raises(ValueError, match=r"fold"):
+            datalist(listed(fold=folds), tmp_path)
+    with pytest.raises(ValueError, match=r"1 fold.*training"):
+        datalist(listed(test=range(3), fold=lambda n: 0), tmp_path)
+    for key in ("patient", "PatientID", "group"):
+        items = find_items(get_task(listed(**{key: lambda n: n // 4})), tmp_path)
+        assert [item["group"] for item in items] == [str(n // 4) for n in range(12)], key
+    for silent in (None, float("nan"), ""):
+        problems = check_data(listed(label=lambda n, s=silent: s if n == 3 else "a"), tmp_path).problems
+        assert any("3.png has no label" in problem for problem in problems), silent
+    findings = {**task, "kind": "multilabel"}
+    listed(label=lambda n: [["a", "b"], [], ["b"]][n % 3])
+    assert [item["label"] for item in find_items(get_task(findings), tmp_path)][:3] == [3, 0, 2]
+    listed(label=lambda n: [n % 2, 1])
+    assert len([p for p in check_data(findings, tmp_path).problems if "[0, 1]" in p or "[1, 1]" in p]) == 12
+
+
+def test_sections_without_one_for_training_are_refused(tmp_path):
+    for section in ("val", "test"):
+        for number in range(6):
+            picture(tmp_path / section / "images" / f"{section}{number}.png")
+            mask(tmp_path / section / "masks" / f"{section}{number}.png")
+    with pytest.raises(ValueError, match="training"):
+        datalist(CELLS, tmp_path)
+    assert len(labelled_folder(CELLS, tmp_path).test) == 12
+
+
 def test_nnunet_folders_are_read_as_they_are_and_a_missing_channel_is_named(tmp_path):
     for case in ("a_001", "a_002", "a_003", "a_004"):
         volume(tmp_path / "imagesTr" / f"{case}_0000.nii.gz")

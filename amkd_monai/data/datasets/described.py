@@ -53,7 +53,10 @@ COLUMNS = {
         *("label", "class", "diagnosis", "target", "mask", "mask_path", "segmentation", "label_path"),
         *("findings", "finding labels"),
     ),
-    "group": ("group", "patient", "patient_id", "patient id", "subject", "subject_id", "case_id"),
+    "group": (
+        *("group", "patient", "patient_id", "patient id", "patientid"),
+        *("subject", "subject_id", "subject id", "subjectid", "case_id"),
+    ),
     "section": ("section", "split", "set", "subset"),
 }
 """Columns of a table by the names they usually have, the image's first."""
@@ -251,8 +254,13 @@ class Described:
             drawn = splits.random_split(train, (1 - how.fractions[2], 0, how.fractions[2]), how.seed)[2]
             ids = {item["id"] for item in drawn}
             items = [{**item, "section": "test"} if item["id"] in ids else item for item in items]
-        if loose := [item["id"] for item in items if "section" not in item and sections - {None}]:
-            raise ValueError(f"{some(loose)} in {root} belong to no section, others do: give all of them one.")
+        named = {item.get("section") for item in items} - {None}
+        if loose := [item["id"] for item in items if "section" not in item and named]:
+            what = "fold" if folds else "section"
+            raise ValueError(f"{some(loose)} in {root} belong to no {what}, others do: give all of them one.")
+        if named and "train" not in named and how.folds is None:
+            where = f"{len(folds)} fold(s)" if folds else f"the section(s) {', '.join(sorted(map(str, named)))}"
+            raise ValueError(f"The data in {root} have {where}, which leave none for training: add such images.")
         how = replace(how, fold=0) if folds else how
         return divided(root, [splits.without(item, "fold") for item in items], how, self.validation_fraction)
 
@@ -456,7 +464,17 @@ def _datalist(layout: Described, root: Path) -> Iterator[Item]:
         label = _resolved(entry["label"], file.parent) if layout.masks else entry["label"]
         item = {"image": _resolved(entry["image"], file.parent), "label": label, "id": _stem(entry["image"])}
         item |= {"section": section} if len(sections) > 1 else {}
-        yield item | {key: entry[key] for key in ("group", "fold") if key in entry}
+        if not layout.masks and isinstance(label, list) and not any(has_suffix(f, SUFFIXES) for f in files_of(label)):
+            item["label"] = "|".join(map(str, label)) or NO_FINDING
+            if not all(isinstance(name, str) for name in label):
+                item["problem"] = f"{file} gives '{item['id']}' the label {label}: write the names of its findings."
+        known = {key.lower(): value for key, value in entry.items()}
+        item |= next(({"group": str(known[key])} for key in COLUMNS["group"] if known.get(key) not in (None, "")), {})
+        if (fold := entry.get("fold")) is not None:
+            if not str(fold).isdecimal():
+                raise ValueError(f"{file} gives '{item['id']}' the fold {fold!r}: number the folds from 0.")
+            item["fold"] = int(fold)
+        yield item
 
 
 def _nnunet(layout: Described, root: Path) -> Iterator[Item]:
@@ -581,6 +599,8 @@ def _entries(file: Path, needed: bool = True) -> list[tuple[str, dict[str, Any]]
             if needed and not files_of(image):
                 raise ValueError(f'{file} has an entry without "image" in its list "{key}": {entry}. Complete it.')
             if files_of(image) and not _stem(image).startswith("."):  # archives hold copies by macOS
+                silent = str(entry.get("label", "")).lower() in NO_LABEL or entry.get("label") is None
+                entry = {k: v for k, v in entry.items() if k != "label" or not silent}
                 found.append((_section(key), {**entry, "image": _resolved(image, Path())}))
     if labelled := any("label" in entry for _, entry in found):
         return found
