@@ -228,6 +228,8 @@ def _mask_classes(
     values = sorted(counts)
     shown = ", ".join(f"{value:g} in {counts[value]}" for value in values[: masks.LARGEST_INDEX])
     facts = [f"values in the masks, and in how many: {shown}{' ...' if len(values) > masks.LARGEST_INDEX else ''}"]
+    if len(values) < 2:
+        raise ValueError(f"All masks hold the value {values[0]:g} alone: give some with what is to be found.")
     small = [value for value in values if value != masks.IGNORED]
     codes: str | dict[str, int | str] = "auto"
     kept = [value for value, name in named.items() if name != "ignore"]

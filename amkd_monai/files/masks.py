@@ -139,6 +139,11 @@ def _is_grey_scale(grey: np.ndarray) -> bool:
 
 def _values(image: Image.Image, classes: int, codes: MaskCodes) -> np.ndarray:
     """Values (H, W) of an upright mask: levels, indices of a palette, or 0 and 1 for colours and transparency."""
+    if (
+        image.format in ("JPEG", "MPO")
+        and 0 < max(high for _, high in np.reshape(image.getextrema(), (-1, 2))) < LARGEST_INDEX
+    ):
+        raise ValueError("is a JPEG of class indices, which it changes: save it as PNG")
     if image.mode.startswith(("I", "F")):
         return np.asarray(image)
     if pictures.has_alpha(image):

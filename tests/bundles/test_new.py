@@ -58,6 +58,9 @@ def test_files_that_cannot_be_used_leave_the_others_a_bundle(tmp_path):
 def test_two_values_and_grey_levels_are_background_and_foreground(tmp_path):
     data = rimmed_pictures(tmp_path / "polyps", count=3, values=(0, 255, 255))
     assert made("two", data, tmp_path)[0].classes == ("background", "foreground")
+    empty = rimmed_pictures(tmp_path / "empty", count=3, values=(0, 0, 0))
+    with pytest.raises(ValueError, match="0 alone"):
+        made("empty", empty, tmp_path)
     for mask in (data / "masks").iterdir():
         Image.open(mask).save(mask.with_suffix(".jpg"), quality=60)
         mask.unlink()

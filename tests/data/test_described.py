@@ -158,6 +158,15 @@ def test_folds_patients_and_labels_of_a_datalist_are_used_or_refused(tmp_path):
     assert len([p for p in check_data(findings, tmp_path).problems if "[0, 1]" in p or "[1, 1]" in p]) == 12
 
 
+def test_a_table_without_a_column_is_named(tmp_path):
+    picture(tmp_path / "images" / "1.png")
+    (tmp_path / "t.csv").write_text("image,mass\n1,0\n")
+    findings = {"name": "c", "kind": "multilabel", "classes": ["mass", "rib"], "layout": {"form": "table"}}
+    for read in (find_items, labelled_folder):
+        with pytest.raises(FileNotFoundError, match=r"t\.csv.*label.*mass, rib"):
+            read(get_task(findings), tmp_path)
+
+
 def test_sections_without_one_for_training_are_refused(tmp_path):
     for section in ("val", "test"):
         for number in range(6):

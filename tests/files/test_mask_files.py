@@ -229,3 +229,14 @@ def test_a_mask_of_another_size_than_its_picture_is_refused(tmp_path):
     files, image = pair(tmp_path, 1, DISC[:, :-1])
     with pytest.raises(ValueError, match=r"mask\.png is 59x40"):
         read_mask(files, image)
+
+
+def test_a_jpeg_of_class_indices_is_refused(tmp_path):
+    indices = np.zeros((40, 40), np.uint8)
+    indices[8:20, 8:30], indices[24:34, 10:20] = 1, 2
+    Image.fromarray(indices).save(tmp_path / "mask.jpg", quality=90)
+    for codes in ("auto", "indices", "nonzero"):
+        with pytest.raises(ValueError, match=r"mask\.jpg"):
+            read_mask([tmp_path / "mask.jpg"], None, 3 if codes != "nonzero" else 2, codes)
+    Image.fromarray(indices * 0).save(tmp_path / "black.jpg")
+    assert not read_mask([tmp_path / "black.jpg"]).any()

@@ -143,6 +143,12 @@ class Described:
         if self.form_of(root):
             return
         fix = f"expected {self.expected}"
+        for table in sorted(root.glob("*.[ct]sv")) if root.is_dir() and not self.official else ():
+            for what in ("image", "label"):
+                if what not in self.columns_of(table):
+                    usual = ", ".join(self.columns.get(what) or COLUMNS[what])
+                    usual += f" or all of {', '.join(self.classes)}" if what == "label" and not self.masks else ""
+                    fix += f"; {table.name} has no column of the {what} ({usual})"
         if root.is_dir() and (below := [child for child in sorted(root.iterdir()) if self.form_of(child)]):
             fix += f"; you are one level too high, use {below[0]}"
         elif self.form_of(root.parent):
