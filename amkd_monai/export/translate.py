@@ -44,7 +44,8 @@ _DISC = (
 _MILLIMETRES = (
     "$lambda v: (lambda m, a: (np.testing.assert_equal([v.ndim, bool(v.isfinite().all())], [4, True], 'no volume'), "
     "np.testing.assert_array_less(0, int(m['sform_code']) + int(m['qform_code']), 'no orientation'), "
-    "(lambda b: type(v)(v.as_tensor(), meta={**m, 'original_affine': b}, affine=b))(torch.cat([torch.cat(["
+    "(lambda b: type(v)(v.as_tensor(), meta={**m, 'original_affine': b, 'original_channel_dim': float('nan')}, "
+    "affine=b))(torch.cat([torch.cat(["
     "a[:3, :3] / a[:3, :3].norm(dim=0) * a[:3, :3].norm(dim=0).round(decimals=6), a[:3, 3:]], 1), a[3:]])))[-1])"
     "(v.meta, torch.diag(torch.tensor([*[{0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}[int(v.meta['xyzt_units']) & 7]] * 3, "
     "1.0], dtype=v.affine.dtype)).matmul(v.affine))"
