@@ -5,6 +5,7 @@ differs is refused. Called from configs, these functions find the workflow or pa
 """
 
 import difflib
+import functools
 import importlib.metadata
 import inspect
 import itertools
@@ -560,11 +561,16 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
     return record
 
 
+@functools.cache  # once, though an export reads the record for several configs
+def _warn_of_phantoms(root: str) -> None:
+    logger.warning("The student was trained on generated PHANTOMS, which are used here, too: %s", root)
+
+
 def _data_root(data: Mapping[str, Any]) -> str | None:
     """Where a run's data lie, None where they must be searched for; phantoms never replace real data that are gone."""
     if Path(data["root"]).is_dir():
         if data["phantom"]:
-            logger.warning("The student was trained on generated PHANTOMS, which are used here, too: %s", data["root"])
+            _warn_of_phantoms(data["root"])
         return str(data["root"])
     if not data["phantom"] and find_dataset_dir(recorded_task(data)) is None:
         raise ValueError(f"The run's data were in {data['root']}, which does not exist: give --dataset_dir.")
