@@ -200,6 +200,10 @@ def _image_classes(labels: Sequence[str], names: list[str], several: bool, said:
     parts = (part.strip() for label in labels for part in (label.split("|") if several else [label]))
     named = {part.removesuffix(".0") for part in parts} - {""}
     for name in () if several or names else sorted(named):
+        if re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", name.lower()):
+            raise ValueError(
+                f"The label {name} is a measurement, not a class: write classes, or name them by --classes."
+            )
         if len(of := {part.strip() for part in re.split("[;,/+]", name)}) > 1 and of <= named:
             raise ValueError(f"The label '{name}' joins others: join findings by |, or give --classes.")
     names = names or sorted((n for n in named if not several or Described().findings_of(n) != 0), key=natural)

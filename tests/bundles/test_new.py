@@ -114,6 +114,8 @@ def test_a_table_gives_classes_and_a_column_the_groups(tmp_path, capsys):
     (tmp_path / "data" / "list.csv").write_text("\n".join(row.rpartition(";")[0] for row in rows))
     assert main([*command[:1], "alone", *command[2:]]) == 0
     assert "EACH IMAGE IS A GROUP OF ITS OWN" in capsys.readouterr().out
+    (tmp_path / "data" / "list.csv").write_text("\n".join(["file,label", *(f"{n}.png,{n / 8}" for n in range(12))]))
+    assert main([*command[:1], "measured", *command[2:]]) == 1 and "0.125" in capsys.readouterr().err
     assert main(["new", "none", "--data", str(tmp_path / "bundles")]) == 1
     assert "expected" in capsys.readouterr().err
     (tmp_path / "data").rename(tmp_path / "images")
