@@ -285,3 +285,12 @@ def test_series_of_one_patient_are_one_group(patients, tmp_path):
     for a, b in itertools.combinations(range(6), 2):
         assert (groups[a] == groups[b]) == (several and patients[a] == patients[b]), "or of one study, without patient"
     assert patients != "AABBCD" or groups[4:] == ["c4", "c5"]
+
+
+def test_another_folder_of_pictures_does_not_make_the_folder_above_a_data_set(tmp_path):
+    picture(tmp_path / "others" / "a.png")
+    (tmp_path / "empty").mkdir()
+    for folder, is_hinted in ((tmp_path / "empty", False), (tmp_path / "others", True)):
+        with pytest.raises(FileNotFoundError) as error:
+            find_items(GRADES, folder)
+        assert ("too low" in str(error.value)) == is_hinted

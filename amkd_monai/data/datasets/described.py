@@ -151,7 +151,7 @@ class Described:
                     fix += f"; {table.name} has no column of the {what} ({usual})"
         if root.is_dir() and (below := [child for child in sorted(root.iterdir()) if self.form_of(child)]):
             fix += f"; you are one level too high, use {below[0]}"
-        elif self.form_of(root.parent):
+        elif (above := self.form_of(root.parent)) and (above != "classes" or image_files(root)):
             fix += f"; you are one level too low, use {root.parent}"
         if any(root.rglob("*.dcm")):
             fix += "; of DICOM, pictures images/<case>.dcm with masks/<case>.png, or the slices of one series in "
