@@ -146,19 +146,22 @@ def test_masks_of_volumes_are_those_of_predict_in_every_order(page, tmp_path):
     assert float(shown.removesuffix(" ml").replace(",", "")) == pytest.approx(volume, rel=5e-3)
 
 
+def both_tables(browser, dist, images, tmp_path):
+    """The rows that the page saves and those of `predict`."""
+    predicted(dist, images, tmp_path / "predict")
+    browser.give(*sorted(images.iterdir()))
+    browser.click("save_all")
+    files = browser.download("predictions.csv"), tmp_path / "predict" / "predictions.csv"
+    return [list(csv.DictReader(file.open())) for file in files]
+
+
 def test_classes_are_those_of_predict(page, tmp_path):
     browser, dist = page("aptos2019")
     images = tmp_path / "images"
     images.mkdir()
     for file in sorted(shared_data("APTOS2019_standin_IDRiD", "train_images").iterdir())[:3]:
         shutil.copyfile(file, images / file.name)
-    predicted(dist, images, tmp_path / "predict")
-    browser.give(*sorted(images.iterdir()))
-    browser.click("save_all")
-    saved, expected = (
-        list(csv.DictReader(file.open()))
-        for file in (browser.download("predictions.csv"), tmp_path / "predict" / "predictions.csv")
-    )
+    saved, expected = both_tables(browser, dist, images, tmp_path)
     assert len(saved) == 3
     for ours, theirs in zip(saved, expected, strict=True):
         assert ours.keys() == theirs.keys() and (ours["id"], ours["class"]) == (theirs["id"], theirs["class"])
@@ -173,13 +176,7 @@ def test_findings_are_those_of_predict(page, finding_bundle, tmp_path):
     images.mkdir()
     for file in sorted((finding_bundle.parent / "data" / "images").iterdir())[:12]:
         shutil.copyfile(file, images / file.name)
-    predicted(dist, images, tmp_path / "predict")
-    browser.give(*sorted(images.iterdir()))
-    browser.click("save_all")
-    saved, expected = (
-        list(csv.DictReader(file.open()))
-        for file in (browser.download("predictions.csv"), tmp_path / "predict" / "predictions.csv")
-    )
+    saved, expected = both_tables(browser, dist, images, tmp_path)
     said = browser.evaluate("entries.map((entry) => entry.said)")
     columns = ["p_mass", "p_fluid_level", "p_stripes"]
     assert len(saved) == 12 and len({row["class"] for row in saved}) > 2
