@@ -8,10 +8,7 @@ Estimation using Deep Ensembles, NeurIPS 2017).
 
 from __future__ import annotations
 
-import copy
 import itertools
-import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,14 +26,12 @@ from amkd_monai.data.frames import finer
 from amkd_monai.data.sampling import warp
 from amkd_monai.data.splits import fold_of_groups
 from amkd_monai.distillation.losses import area_logits, as_map
-from amkd_monai.engines.crossfit import Method, answer_size, fitted, of_students
+from amkd_monai.engines.crossfit import Method, answer_size, of_students, trained
 from amkd_monai.engines.trainer import Recipe
 from amkd_monai.errors import check_options
 from amkd_monai.networks import ClassStudent, FindingStudent, Student
 from amkd_monai.storage import fingerprint
 from amkd_monai.weights import state_hash
-
-logger = logging.getLogger("amkd_monai")
 
 LITE1, LITE2 = ({"encoder": f"tf_efficientnet_lite{number}"} for number in (1, 2))
 SIZES: dict[str, dict[str, Any]] = {
@@ -54,8 +49,6 @@ PART_OF_LENGTH = 4
 SMALLEST_BATCH = 8
 """Images per step of a member at least, unless the student has fewer; else as many pixels as in the student's step."""
 PER_FORWARD = 16
-ANSWER_COST = 0.25
-"""Time to answer an image, as a part of what it takes in a training step."""
 
 
 def read_crew(
@@ -191,7 +184,7 @@ class Crew:
         labelled = np.flatnonzero(self.team < self.folds)
         labels = fingerprint([(fine.ids[i], fine.hashes[i], int(self.team[i])) for i in labelled])
         networks = [state_hash(member.state_dict()) for member in self.members]
-        key = {"members": networks, "labels": labels, "chain": fine.chain, **self._method(self.steps).key}
+        key = {"members": networks, "labels": labels, "chain": fine.chain, **self._method().key}
         key |= {"seed": self.seed}
         sections, teams = (train, validation), (self.team, np.full(len(validation), self.folds))
         stores = []
@@ -200,13 +193,16 @@ class Crew:
             stores.append(answers_store(self.name, asked, dataset, answer_size(dataset), self.cache_dir, views))
         if all(store.is_complete for store in stores):
             return stores
-        trained = self._trained(fine, labelled, key, sum(len(store) * store.views for store in stores))
+        networks = self._trained(fine, labelled, key)
         for store, dataset, images, team in zip(stores, sections, seen, teams, strict=True):
-            build_missing(store, partial(self._shard, store, dataset, images, team, trained), title=f"crew {self.name}")
+            build_missing(
+                store, partial(self._shard, store, dataset, images, team, networks), title=f"crew {self.name}"
+            )
         return stores
 
-    def _method(self, steps: int) -> Method:
-        return of_students(replace(self.recipe, min_steps=steps), 1, self.seed, self.device, f"crew {self.name}")
+    def _method(self) -> Method:
+        title = f"{self.steps} steps at {self.side[0]} x {self.side[1]}"
+        return of_students(replace(self.recipe, min_steps=self.steps), 1, self.seed, self.device, title)
 
     def _finer(self, dataset: DecodedDataset) -> DecodedDataset:
         """The samples of a dataset as the members see them: the same frame at their size."""
@@ -224,41 +220,14 @@ class Crew:
             raise ValueError(f"The crew '{self.name}' reads other samples than the student: give it image_size 1.")
         return fine
 
-    def _trained(
-        self, fine: DecodedDataset, labelled: np.ndarray, key: Mapping[str, Any], answers: int
-    ) -> list[list[nn.Module]]:
+    def _trained(self, fine: DecodedDataset, labelled: np.ndarray, key: Mapping[str, Any]) -> list[list[nn.Module]]:
         """The members of every fold, then those of all labels: read from ``cache_dir``, or trained."""
-        jobs = list(itertools.product(range(self.folds + 1), range(len(self.members))))
-        paths = [Path(self.cache_dir) / f"{self.name}-member-{fingerprint(key, *job)[:16]}.pt" for job in jobs]
-        left = [m for (_, m), path in zip(jobs, paths, strict=True) if not path.is_file()]
-        seconds = {m: self._seconds(self.members[m], fine, labelled) for m in set(left)}
-        image = sum(seconds.values()) / self.recipe.batch_size * ANSWER_COST * len(self.mirrors)
-        if left:
-            logger.info(
-                "teacher %s: %d trainings of %d steps at %d x %d and %d predictions, about %.0f minutes here",
-                *(self.name, len(left), self.steps, *self.side, answers),
-                (self.steps * sum(seconds[m] for m in left) + image * answers) / 60,
-            )
-        teams: list[list[nn.Module]] = [[] for _ in range(self.folds + 1)]
-        for number, ((fold, m), path) in enumerate(zip(jobs, paths, strict=True)):
-            if not path.is_file():
-                minutes = self.steps * sum(seconds[n] for n in left) / 60
-                at = (self.name, number + 1, len(jobs), minutes)
-                logger.info("teacher %s: training %d of %d; about %.0f minutes of training left", *at)
-                left.pop(0)
-            rows = labelled[self.team[labelled] != fold]
-            member = fitted(self.members[m], path, self._method(self.steps), fine, rows, number)
-            teams[fold].append(member.to(self.device))
-        return teams
-
-    def _seconds(self, member: nn.Module, fine: DecodedDataset, labelled: np.ndarray) -> float:
-        """Seconds of a training step, measured on the second and third one."""
-        taken = []
-        for steps in (1, 3):
-            start, copied = time.monotonic(), copy.deepcopy(member)
-            self._method(steps).fit(copied, fine, labelled[: steps * self.recipe.batch_size], 0)
-            taken.append(time.monotonic() - start)
-        return max(0.0, taken[1] - taken[0]) / 2
+        jobs = []
+        for fold, m in itertools.product(range(self.folds + 1), range(len(self.members))):
+            path = Path(self.cache_dir) / f"{self.name}-member-{fingerprint(key, fold, m)[:16]}.pt"
+            jobs.append((self.members[m], path, labelled[self.team[labelled] != fold]))
+        networks = [n.to(self.device) for n in trained(f"teacher {self.name}", self._method(), fine, jobs)]
+        return [networks[k : k + len(self.members)] for k in range(0, len(networks), len(self.members))]
 
     def _shard(
         self,
@@ -266,7 +235,7 @@ class Crew:
         dataset: DecodedDataset,
         images: DecodedDataset,
         team: np.ndarray,
-        trained: Sequence[Sequence[nn.Module]],
+        networks: Sequence[Sequence[nn.Module]],
         view: int,
         shard: int,
         report: Callable[[int], object],
@@ -281,7 +250,7 @@ class Crew:
             for rows in np.split(own, range(PER_FORWARD, len(own), PER_FORWARD)):
                 image = images_of(images, samples[rows].tolist(), self.device)
                 image = warp(image, torch.from_numpy(matrices[rows])) if view else image
-                values["logits"][rows] = self._ask(trained[k], image, answer_size(dataset)).cpu().numpy()
+                values["logits"][rows] = self._ask(networks[k], image, answer_size(dataset)).cpu().numpy()
                 report(len(rows))
         return {name: values[name] for name in store.arrays}
 

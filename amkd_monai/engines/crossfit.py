@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,19 +57,27 @@ def answer_size(dataset: DecodedDataset) -> tuple[int, int]:
     return height // ANSWER_STRIDE, width // ANSWER_STRIDE
 
 
-def fitted(network: nn.Module, path: Path, method: Method, *where: Any) -> nn.Module:
-    """A trained copy of a network, read from the file that an earlier, perhaps interrupted, call left, or fitted.
+def trained(
+    name: str, method: Method, dataset: DecodedDataset, jobs: Sequence[tuple[nn.Module, Path, np.ndarray]]
+) -> Iterator[nn.Module]:
+    """Yield a trained copy of each network: read from its file, where an earlier, perhaps interrupted, call left it.
 
-    ``where`` are the other arguments of :attr:`Method.fit`.
+    ``jobs`` are the network as it starts, the file, and the samples (n,) of the dataset that it learns.
     """
-    copied = copy.deepcopy(network)
-    if path.is_file():
-        load_strict(copied, load_state_dict(path), path)
-    else:
-        method.fit(copied, *where)
-        with atomic_path(path) as temporary:
-            torch.save(copied.state_dict(), temporary)
-    return copied
+    seconds: list[float] = []
+    for number, (network, path, rows) in enumerate(jobs):
+        copied, missing = copy.deepcopy(network), sum(not file.is_file() for _, file, _ in jobs[number:])
+        if path.is_file():
+            load_strict(copied, load_state_dict(path), path)
+        else:
+            left = f"; about {np.mean(seconds) * missing / 60:.1f} minutes of training left" if seconds else ""
+            logger.info("%s, %s: training %d of %d%s", name, method.title, number + 1, len(jobs), left)
+            start = time.monotonic()
+            method.fit(copied, dataset, rows, number)
+            seconds.append(time.monotonic() - start)
+            with atomic_path(path) as temporary:
+                torch.save(copied.state_dict(), temporary)
+        yield copied
 
 
 def cross_fit(
@@ -103,24 +111,19 @@ def cross_fit(
     logits = np.zeros((len(train), train.num_classes, *size), dtype=np.float32)
     unseen = [(train, unlabelled), *((dataset, np.arange(len(dataset))) for dataset in sections[1:])]
     means = [np.zeros((len(rows), *logits.shape[1:]), dtype=np.float32) for _, rows in unseen]
-    trained = [stores[0].directory.with_name(f"{stores[0].directory.name}-fold{k}.pt") for k in range(count)]
-    seconds: list[float] = []
-    for k in range(count):
-        left = f"; about {np.mean(seconds) * (count - k) / 60:.1f} minutes left" if seconds else ""
-        logger.info("cross-fitting %s, %s: fold %d of %d%s", name, method.title, k + 1, count, left)
-        rows, is_new, started = np.concatenate([labelled[fold != k], unlabelled]), not trained[k].is_file(), time.time()
-        copied = fitted(network, trained[k], method, train, rows, k)
+    files = [stores[0].directory.with_name(f"{stores[0].directory.name}-fold{k}.pt") for k in range(count)]
+    jobs = [(network, file, np.concatenate([labelled[fold != k], unlabelled])) for k, file in enumerate(files)]
+    for k, copied in enumerate(trained(f"cross-fitting {name}", method, train, jobs)):
         held_out = labelled[fold == k]
         logits[held_out] = method.predict(copied, train, held_out)
         for mean, (dataset, rows) in zip(means, unseen, strict=True):
             if len(rows):
                 mean += torch.from_numpy(method.predict(copied, dataset, rows)).softmax(1).numpy() / count
-        seconds += [time.time() - started] if is_new else []
     logits[unlabelled], *others = (np.log(mean.clip(1e-7)) for mean in means)
     for store, answers in zip(stores, (logits, *others), strict=True):
         keep_answers(store, answers)
-    for path in trained:
-        path.unlink(missing_ok=True)
+    for file in files:
+        file.unlink(missing_ok=True)
     return stores
 
 
