@@ -226,7 +226,7 @@ class Crew:
         for fold, m in itertools.product(range(self.folds + 1), range(len(self.members))):
             path = Path(self.cache_dir) / f"{self.name}-member-{fingerprint(key, fold, m)[:16]}.pt"
             jobs.append((self.members[m], path, labelled[self.team[labelled] != fold]))
-        networks = [n.to(self.device) for n in trained(f"teacher {self.name}", self._method(), fine, jobs)]
+        networks = [n.to(self.device) for n in trained(self.name, self._method(), fine, jobs)]
         return [networks[k : k + len(self.members)] for k in range(0, len(networks), len(self.members))]
 
     def _shard(

@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,15 @@ import torch
 from ignite.engine import Events
 from monai.handlers import LrScheduleHandler
 from monai.inferers import sliding_window_inference
-from monai.losses import DiceCELoss
-from monai.transforms import Compose, RandCropByPosNegLabeld, RandScaleIntensityd, RandShiftIntensityd, SpatialPadd
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 from amkd_monai.cache.build import answers_store, images_of, keep_answers
 from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.splits import fold_of_groups
 from amkd_monai.distillation import Distiller
-from amkd_monai.distillation.losses import area_logits, as_map, without_unlabelled
+from amkd_monai.distillation.losses import area_logits, as_map
 from amkd_monai.engines.trainer import DistillationTrainer, Recipe
 from amkd_monai.networks.volume_student import VolumeStudent
 from amkd_monai.storage import atomic_path
@@ -35,7 +32,6 @@ logger = logging.getLogger("amkd_monai")
 
 ANSWER_STRIDE = 2
 """Cross-fitted networks' answers are kept at half the image's side: at a quarter small targets are learned worse."""
-PATCHES_PER_STEP = 2
 
 
 @dataclass(frozen=True)
@@ -70,8 +66,8 @@ def trained(
         if path.is_file():
             load_strict(copied, load_state_dict(path), path)
         else:
-            left = f"; about {np.mean(seconds) * missing / 60:.1f} minutes of training left" if seconds else ""
-            logger.info("%s, %s: training %d of %d%s", name, method.title, number + 1, len(jobs), left)
+            left = f"; about {np.mean(seconds) * missing / 60:.1f} minutes left" if seconds else ""
+            logger.info("training %s, %s: %d of %d%s", name, method.title, number + 1, len(jobs), left)
             start = time.monotonic()
             method.fit(copied, dataset, rows, number)
             seconds.append(time.monotonic() - start)
@@ -113,7 +109,7 @@ def cross_fit(
     means = [np.zeros((len(rows), *logits.shape[1:]), dtype=np.float32) for _, rows in unseen]
     files = [stores[0].directory.with_name(f"{stores[0].directory.name}-fold{k}.pt") for k in range(count)]
     jobs = [(network, file, np.concatenate([labelled[fold != k], unlabelled])) for k, file in enumerate(files)]
-    for k, copied in enumerate(trained(f"cross-fitting {name}", method, train, jobs)):
+    for k, copied in enumerate(trained(name, method, train, jobs)):
         held_out = labelled[fold == k]
         logits[held_out] = method.predict(copied, train, held_out)
         for mean, (dataset, rows) in zip(means, unseen, strict=True):
@@ -155,7 +151,7 @@ def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
         where = next(network.parameters()).device
         network.eval()
         if isinstance(network, VolumeStudent):
-            return _answer_volumes(network, dataset, indices, (network.slices, *dataset.images.shape[-2:]), where)
+            return _answer_volumes(network, dataset, indices)
         batches = (indices[start : start + 16].tolist() for start in range(0, len(indices), 16))
         answers = (as_map(network(images_of(dataset, rows, where))) for rows in batches)
         return np.concatenate([area_logits(logits, answer_size(dataset)).cpu().numpy() for logits in answers])
@@ -164,69 +160,16 @@ def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
     return Method(fit, predict, {"recipe": own, "epochs": epochs}, title)
 
 
-def of_volumes(
-    patch_size: Sequence[int], steps: int, learning_rate: float, seed: int, device: torch.device | str
-) -> Method:
-    """Train 3D networks on patches of whole volumes; a slice's answer is (classes, H / 2, W / 2) of its volume's.
-
-    In bfloat16 on a GPU alone: on some processors its gradients of 3D convolutions are NaN now and then.
-    """
-    kind = torch.device(device).type
-    low_precision = partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=kind == "cuda")
-
-    def fit(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray, fold: int) -> None:
-        keys = ["image", "label"]
-        crop = RandCropByPosNegLabeld(keys, "label", patch_size, pos=2, neg=1, num_samples=PATCHES_PER_STEP)
-        light = RandScaleIntensityd("image", 0.15, 1.0), RandShiftIntensityd("image", 0.1, prob=1.0)
-        patches = Compose([SpatialPadd(keys, patch_size), crop, *light])
-        patches.set_random_state(seed + fold)
-        volumes = [(image, label) for _, image, label in _volumes(dataset, indices[dataset.has_label[indices]])]
-        network.to(device, memory_format=torch.channels_last_3d).train()
-        loss_function = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-4)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-        rng = np.random.default_rng([seed, fold])
-        for _ in progress(range(steps), desc=f"volume specialist, fold {fold + 1}"):
-            image, label = volumes[rng.integers(len(volumes))]
-            batch = patches({"image": image, "label": label})
-            x, y = (torch.stack([p[key] for p in batch]).as_subclass(Tensor).to(device) for key in keys)
-            optimizer.zero_grad(set_to_none=True)
-            with low_precision():
-                logits = network(x.contiguous(memory_format=torch.channels_last_3d))
-            loss_function(*without_unlabelled(logits.float(), y)).backward()
-            optimizer.step()
-            scheduler.step()
-
-    @torch.inference_mode()
-    def predict(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray) -> np.ndarray:
-        network.eval()
-        with low_precision():
-            return _answer_volumes(network, dataset, indices, patch_size, device)
-
-    return Method(
-        fit, predict, {"volume": [patch_size, steps, learning_rate, kind == "cuda"]}, f"3D network of {steps} steps"
-    )
-
-
-def _answer_volumes(
-    network: nn.Module, dataset: DecodedDataset, indices: np.ndarray, patch: Sequence[int], device: torch.device | str
-) -> np.ndarray:
+def _answer_volumes(network: VolumeStudent, dataset: DecodedDataset, indices: np.ndarray) -> np.ndarray:
     """Answers (n, classes, H / 2, W / 2) of a 3D network to slices, each from its whole volume, patch by patch."""
+    cases, device = np.asarray(dataset.cases), next(network.parameters()).device
     answers: dict[int, np.ndarray] = {}
-    for rows, image, _ in _volumes(dataset, indices):
-        logits = sliding_window_inference(image[None].to(device), patch, 2, network, overlap=0.25)
+    for case in dict.fromkeys(cases[indices]):
+        rows = np.flatnonzero(cases == case)
+        volume = torch.from_numpy(np.array(dataset.images[rows[0] : rows[-1] + 1].swapaxes(0, 1))).float() / 255
+        patch = (network.slices, *volume.shape[-2:])
+        logits = sliding_window_inference(volume[None].to(device), patch, 2, network, overlap=0.25)
         slices = logits[0].float().transpose(0, 1)  # (C, D, H, W) -> (D, C, H, W)
         slices = nn.functional.adaptive_avg_pool2d(slices, answer_size(dataset)).cpu().numpy()
         answers.update(zip(rows.tolist(), slices, strict=True))
     return np.stack([answers[int(i)] for i in indices])
-
-
-def _volumes(dataset: DecodedDataset, indices: np.ndarray) -> Sequence[tuple[np.ndarray, Tensor, Tensor]]:
-    """The volumes to which samples belong: indices of all slices, image (C, D, H, W) in [0, 1] and label."""
-    found = []
-    for case in dict.fromkeys(dataset.cases[i] for i in indices):
-        rows = np.flatnonzero(np.asarray(dataset.cases) == case)
-        slices = (array[rows[0] : rows[-1] + 1].swapaxes(0, 1) for array in (dataset.images, dataset.labels))
-        image, label = (torch.from_numpy(np.array(part)) for part in slices)
-        found.append((rows, image.float() / 255, label.long()))
-    return found

@@ -48,7 +48,21 @@ logger = logging.getLogger("amkd_monai")
 
 
 class Handler:
-    """Base of the handlers: ``_started``, ``_epoch_completed`` and so on run at the events of these names."""
+    """Base of the handlers: ``_started``, ``_epoch_completed`` and so on run at the events of these names.
+
+    ``state`` names the attributes that a checkpoint keeps, as ``state_dict`` and ``load_state_dict``.
+    """
+
+    state: tuple[str, ...] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        return {name: getattr(self, name) for name in self.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+        for name in self.state:
+            setattr(self, name, state[name])
 
     def attach(self, engine: Engine) -> None:
         """Register with an engine."""
@@ -59,6 +73,8 @@ class Handler:
 
 class KeptStudent(Handler):
     """Save the student's state dict after every validation (``keep`` "last"), or after the best so far ("best")."""
+
+    state = ("best",)
 
     def __init__(self, student: nn.Module, path: str | Path, keep: str = "best") -> None:
         self.student, self.path, self.keep = student, Path(path), keep
@@ -75,14 +91,6 @@ class KeptStudent(Handler):
                 with atomic_path(self.path) as temporary:
                     torch.save({k: v.detach().cpu() for k, v in self.student.state_dict().items()}, temporary)
                     record_weights(self.path.parent, file_sha256(temporary))
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the best value, for resuming."""
-        return {"best": self.best}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore the best value."""
-        self.best = float(state["best"])
 
 
 class AveragedStudent(Handler):
@@ -112,11 +120,11 @@ class AveragedStudent(Handler):
                 averaged.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the average, for resuming."""
+        """Return the number of steps and the average, nothing without one."""
         return {} if self.average is None else {"steps": self.steps, "average": self.average.module.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the average."""
+        """Restore them."""
         if self.average is not None:
             self.steps = state["steps"]
             self.average.module.load_state_dict(state["average"])
@@ -125,16 +133,9 @@ class AveragedStudent(Handler):
 class ResumeCheckpoint(Handler):
     """Save all state at the end of every epoch; with ``resume`` continue from there.
 
-    Attach last to the trainer, so that an epoch counts as done only with its validation. A run that is killed within
-    an epoch repeats that epoch.
-
-    Args:
-        path: file to write, e.g. ``models/distillation.pt``.
-        distiller: student and distillation state, or DistributedDataParallel around them.
-        objects: further ones with a state: optimizer, scheduler, handlers.
-        evaluator: its best metric and epoch are kept too.
-        resume: continue from ``path``.
-        identity: what must be the same on resuming (split, seed, teachers).
+    Attach last to the trainer, so that an epoch counts as done only with its validation: a run that is killed within an
+    epoch repeats it. Besides the ``distiller`` the ``objects`` have a state (optimizer, scheduler, handlers), and of
+    the ``evaluator`` the best metric and epoch are kept; ``identity`` must be the same on resuming.
     """
 
     def __init__(
@@ -223,6 +224,8 @@ class RunRecord(Handler):
     end of the epoch. ``identity`` claims its folders before the first step. Attach after the validation handler.
     """
 
+    state = ("rows",)
+
     def __init__(
         self,
         output_dir: str | Path,
@@ -302,14 +305,6 @@ class RunRecord(Handler):
             best = float(state.best_metric) if epoch > 0 else None
             record["best_validation"] = {"metric": state.key_metric_name, "value": best, "epoch": epoch}
         atomic_write_json(self.output_dir / "run.json", record)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the history, for resuming."""
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the history."""
-        self.rows = [dict(row) for row in state["rows"]]
 
 
 def _kept(result: DistillationOutput) -> DistillationOutput:

@@ -35,6 +35,7 @@ from amkd_monai.engines.runs import expand
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import macro_auroc, mean_auroc
+from amkd_monai.networks import VolumeStudent
 from amkd_monai.storage import fingerprint, read_memo, write_memo
 from amkd_monai.teachers import plan
 from amkd_monai.teachers.base import CROSS_FITTED_KINDS, TeacherFacts, build_teacher, validate_descriptions
@@ -344,10 +345,12 @@ class _Preparation:
             answers, of_validation = crew.answers(*sections)
             facts = crew.facts(self.train)
         else:
-            network, folds = description["network"], int(description.get("folds", self.folds))
-            patch = tuple(int(n) for n in description.get("patch_size", (64, 64, 64)))
-            steps, rate = int(description.get("steps", 300)), float(description.get("learning_rate", 2e-3))
-            method = crossfit.of_volumes(patch, steps, rate, self.seed, self.device)
+            options = {"slices": 32, "steps": 300, "learning_rate": 2e-3, "folds": self.folds, **description}
+            slices, steps, folds = (int(options[key]) for key in ("slices", "steps", "folds"))
+            network = VolumeStudent(lambda: options["network"], slices, self.train.num_classes, self.seed)
+            rates = dict.fromkeys(("learning_rate", "encoder_learning_rate"), float(options["learning_rate"]))
+            recipe = Recipe(batch_size=1, slices=slices, min_steps=steps, batch_dice=True, **rates, **VOLUME_RECIPE)
+            method = crossfit.of_students(recipe, 1, self.seed, self.device, f"3D network of {steps} steps")
             of_run = (sections, method, folds, self.seed, self.cache_dir)
             answers, of_validation = crossfit.cross_fit(name, network, *of_run)
             facts = {"answers": f"cross-fitted in {folds} folds"}
@@ -385,6 +388,7 @@ def _calibration(answers: FeatureStore, dataset: DecodedDataset) -> Calibration:
 
 ADMISSION_MODES = ("cross_fit", "all", "none")
 STUDENT_FOLDS = 3
+VOLUME_RECIPE: dict[str, Any] = {"foreground_fraction": 0.67, "augmentation": {"gain": 0.15, "offset": 0.1}}
 
 VOLUME_RATIO_TOLERANCE = 0.10  # a volume teacher that draws more than 10 % too much or too little is not admitted
 

@@ -196,7 +196,7 @@ KINDS: dict[str, str] = {
 CROSS_FITTED_KINDS = ("crew", "crossfit_volume_specialist")
 """Teachers that are trained on the run's own training split, in folds (``crew`` and ``crossfit`` of ``engines``)."""
 
-VOLUME_OPTIONS = ("network", "folds", "patch_size", "steps", "learning_rate")
+VOLUME_OPTIONS = ("network", "folds", "slices", "steps", "learning_rate")
 """Options of a ``crossfit_volume_specialist``; those of a crew are checked by itself."""
 
 

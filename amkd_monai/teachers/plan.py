@@ -227,8 +227,8 @@ def plan(
     file = weight_file(description, weights_dir)
     found = Plan(str(description["name"]), file=(file, stamp(file)) if file and stamp(file) else None)
     if kind == VOLUMES:
-        network, patch = copy.deepcopy(options["network"]).cpu().eval(), options.get("patch_size", (64, 64, 64))
-        return _tried(found, network, (1, *patch))
+        network, slices = copy.deepcopy(options["network"]).cpu().eval(), int(options.get("slices", 32))
+        return _tried(found, network, (1, slices, *(size or (64, 64))))
     if kind not in PLANNED:
         return found
     memo = Path(cache_dir or "") / PLANS

@@ -65,7 +65,7 @@ def test_patches_are_consecutive_slices_of_one_case_changed_alike():
 
 def test_a_3d_student_learns_from_a_3d_specialist_and_is_evaluated(tmp_path, cache):
     network = {"_target_": "SegResNet", "spatial_dims": 3, "init_filters": 8, "in_channels": 1, "out_channels": 2}
-    specialist = {"name": "specialist", "kind": "crossfit_volume_specialist", "patch_size": [16, 32, 32], "steps": 4}
+    specialist = {"name": "specialist", "kind": "crossfit_volume_specialist", "slices": 16, "steps": 4}
     values = settings("msd_heart", tmp_path, cache, patch_slices=8, admission={"mode": "all"}, max_epochs=2)
     values |= {"teachers": [{**specialist, "network": network, "folds": 2}], "network_def#network#init_filters": 8}
     run("msd_heart", ("train", "volumes3d"), values)

@@ -170,7 +170,7 @@ def test_cross_fitting_never_asks_a_network_about_what_it_has_seen(data, caplog)
     method = crossfit.Method(fit, predict, {"k": 1}, "for ever")
     stores = crossfit.cross_fit("memoriser", Memoriser(), (train, validation), method, 3, 0, str(folder / "memoriser"))
     assert folds == [0, 1, 2] and all(store.is_complete for store in stores)
-    told = [record.getMessage() for record in caplog.records if "fold" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "training" in record.getMessage()]
     assert all("for ever" in message for message in told)
     assert ["left" in message for message in told] == [False, True, True], told
 
@@ -203,7 +203,7 @@ def test_a_3d_specialist_answers_slices(tmp_path):
         spatial_dims=3, init_filters=8, in_channels=1, out_channels=2, blocks_down=(1, 1), blocks_up=(1,)
     )
     description = {"name": "segresnet", "kind": "crossfit_volume_specialist", "network": network, "folds": 2}
-    description |= {"patch_size": [16, 32, 32], "steps": 30, "learning_rate": 5e-3}
+    description |= {"slices": 16, "steps": 30, "learning_rate": 5e-3}
     targets = prepare((train, validation, tmp_path), [description], admission_options={"mode": "all"})
     assert targets.teachers[0].logits == (2, 16, 16)
     record = targets.record["teachers"][0]

@@ -122,7 +122,7 @@ def test_a_crew_is_cross_fitted_on_classes_and_the_student_in_as_many_folds(data
     members = [{"encoder": "tf_efficientnet_lite1"}]
     description = {"name": "own", "kind": "crew", "members": members, "image_size": 1, "images": 36, "folds": 2}
     targets = prepare((*data[:2], tmp_path), [description], admission_options={"margin": -9.0})
-    assert targets.record["admission"]["folds"] == 2 and "cross-fitting student" in caplog.text
+    assert targets.record["admission"]["folds"] == 2 and "training student" in caplog.text
     assert [r.args[2:4] for r in caplog.records if r.args and r.args[0] == "student"] == [(1, 2), (2, 2)]
     assert targets.teachers[0].logits == (CLASSES, 1, 1) and targets.teachers[0].grid is None
     assert targets.read([0, 29], "cpu")["own"]["logits"].shape == (2, CLASSES, 1, 1)
