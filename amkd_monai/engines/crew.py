@@ -193,10 +193,10 @@ class Crew:
             stores.append(answers_store(self.name, asked, dataset, answer_size(dataset), self.cache_dir, views))
         if all(store.is_complete for store in stores):
             return stores
-        networks = self._trained(fine, labelled, key)
+        trained_teams = self._trained(fine, labelled, key)
         for store, dataset, images, team in zip(stores, sections, seen, teams, strict=True):
             build_missing(
-                store, partial(self._shard, store, dataset, images, team, networks), title=f"crew {self.name}"
+                store, partial(self._shard, store, dataset, images, team, trained_teams), title=f"crew {self.name}"
             )
         return stores
 
@@ -222,7 +222,7 @@ class Crew:
 
     def _trained(self, fine: DecodedDataset, labelled: np.ndarray, key: Mapping[str, Any]) -> list[list[nn.Module]]:
         """The members of every fold, then those of all labels: read from ``cache_dir``, or trained."""
-        jobs = []
+        jobs: list[tuple[nn.Module, Path, np.ndarray]] = []
         for fold, m in itertools.product(range(self.folds + 1), range(len(self.members))):
             path = Path(self.cache_dir) / f"{self.name}-member-{fingerprint(key, fold, m)[:16]}.pt"
             jobs.append((self.members[m], path, labelled[self.team[labelled] != fold]))

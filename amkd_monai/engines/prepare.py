@@ -348,8 +348,14 @@ class _Preparation:
             options = {"slices": 32, "steps": 300, "learning_rate": 2e-3, "folds": self.folds, **description}
             slices, steps, folds = (int(options[key]) for key in ("slices", "steps", "folds"))
             network = VolumeStudent(lambda: options["network"], slices, self.train.num_classes, self.seed)
-            rates = dict.fromkeys(("learning_rate", "encoder_learning_rate"), float(options["learning_rate"]))
-            recipe = Recipe(batch_size=1, slices=slices, min_steps=steps, batch_dice=True, **rates, **VOLUME_RECIPE)
+            rate = float(options["learning_rate"])
+            own: dict[str, Any] = {
+                "slices": slices,
+                "min_steps": steps,
+                "learning_rate": rate,
+                "encoder_learning_rate": rate,
+            }
+            recipe = Recipe(**VOLUME_RECIPE, **own)
             method = crossfit.of_students(recipe, 1, self.seed, self.device, f"3D network of {steps} steps")
             of_run = (sections, method, folds, self.seed, self.cache_dir)
             answers, of_validation = crossfit.cross_fit(name, network, *of_run)
@@ -388,7 +394,8 @@ def _calibration(answers: FeatureStore, dataset: DecodedDataset) -> Calibration:
 
 ADMISSION_MODES = ("cross_fit", "all", "none")
 STUDENT_FOLDS = 3
-VOLUME_RECIPE: dict[str, Any] = {"foreground_fraction": 0.67, "augmentation": {"gain": 0.15, "offset": 0.1}}
+VOLUME_RECIPE: dict[str, Any] = {"batch_size": 1, "foreground_fraction": 0.67, "batch_dice": True}
+VOLUME_RECIPE |= {"augmentation": {"gain": 0.15, "offset": 0.1}}
 
 VOLUME_RATIO_TOLERANCE = 0.10  # a volume teacher that draws more than 10 % too much or too little is not admitted
 
