@@ -99,7 +99,7 @@ def open_tasks(
 ) -> TaskSet:
     """Open the bundles of the tasks whose data are there.
 
-    Tasks without data are announced and left out. If none has data, all of them use generated phantoms.
+    Tasks without data are announced and left out; if none has data, all of them use generated phantoms.
 
     Args:
         tasks: {name: {"bundle": name or path of its bundle, and settings of that bundle that this run changes}}.
@@ -107,13 +107,9 @@ def open_tasks(
         output_dir: each task gets a folder in it.
         cache_dir: likewise, shared with single runs.
         settings: settings of all tasks, wherever a bundle has them; ``teachers`` may name their ``tasks``.
-        only: names of the tasks of this run; None takes all.
+        only: names of the tasks of this run; None takes all. An unknown one, or a task given twice, is a ValueError.
         dataset_dir: folder that holds the data sets' folders; a task's own ``dataset_dir`` goes first.
         configs: configs of each bundle, later ones on top.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: a task is unknown, or given twice.
     """
     if unknown := sorted(set(only or ()) - set(tasks)):
         raise ValueError(f"There is no task '{unknown[0]}' in this run: it has {', '.join(tasks)}.")

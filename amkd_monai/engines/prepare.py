@@ -152,9 +152,9 @@ def prepare_teachers(
     the rest, then the others read it.
 
     Args:
-        teachers: descriptions (:mod:`amkd_monai.teachers.base`); an empty list means no distillation. A teacher
-            with ``own_answers`` False answers another task: a probe on its features answers in its place. The mode
-            ``cross_fit`` admits no answers of one with ``cross_fit`` False, whatever their score.
+        teachers: descriptions (:mod:`amkd_monai.teachers.base`); an empty list means no distillation. A probe answers
+            in place of one with ``own_answers`` False; of one with ``cross_fit`` False the mode ``cross_fit`` admits
+            no answers, whatever their score.
         train: decoded training split, unlabelled samples included.
         validation: decoded validation split: fits the calibrations of answers.
         student: the undistilled student as it starts; copied, never changed.
@@ -164,18 +164,14 @@ def prepare_teachers(
         device: where teachers and students run.
         seed: of folds and trainings.
         folds: of probes and cross-fitted volume specialists.
-        admission_options: ``mode`` (``cross_fit``: a teacher's answers are distilled only if their cross-fitted score,
-            Dice or skill, beats the undistilled student's; ``all``; ``none``), ``features`` (``all``: also those of
-            teachers that are not admitted; ``admitted``), ``margin`` (of the score), ``folds`` (None: those of a crew,
-            else 3) and ``epochs`` of the student's cross-fitting.
+        admission_options: ``mode`` (``cross_fit``: answers are distilled only if their cross-fitted score, Dice or
+            skill, beats the undistilled student's by ``margin``; ``all``; ``none``), ``features`` (``all``, or
+            ``admitted``: of admitted teachers only), ``folds`` (None: those of a crew, else 3) and ``epochs`` of the
+            student's cross-fitting; others are a ValueError.
         weights_dir: folder searched first for the weights of foundation teachers.
         views: stored views of every training image; with several, the student is shown exactly these.
         cache_dtype: of stored feature maps, ``float16`` or ``int8``.
-        teacher_batch_size: images per forward of a teacher, halved when memory runs out; None for 4 on a CPU, 64 on a
-            GPU.
-
-    Raises:
-        ValueError: an option is invalid.
+        teacher_batch_size: images per forward of a teacher, see :class:`~amkd_monai.cache.build.Batches`.
     """
     known: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": None, "epochs": epochs}
     options = known | dict(admission_options or {})
@@ -198,7 +194,7 @@ def prepare_teachers(
     crews = [read_crew(description, *of_run) for description in teachers if description["kind"] == "crew"]
     if options["folds"] is None:
         options["folds"] = max((crew.folds for crew in crews), default=STUDENT_FOLDS)
-    shared = (train, validation, student, recipe, epochs, cache_dir, device, seed, folds, cached)
+    shared = (train, validation, student, recipe, cache_dir, device, seed, folds, cached)
     preparation = _Preparation(*shared, {crew.name: crew for crew in crews})
     classes = [str(number) for number in range(train.num_classes)]
     single = train.findings or int(train.classes is not None)
@@ -253,7 +249,6 @@ class _Preparation:
     validation: DecodedDataset
     student: nn.Module
     recipe: Recipe
-    epochs: int
     cache_dir: str
     device: torch.device | str
     seed: int
