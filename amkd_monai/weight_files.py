@@ -33,11 +33,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def kind_of_file(path: Path) -> str:
-    """Return ``safetensors``, ``PyTorch``, or "" where only a reader could tell.
-
-    Raises:
-        CheckpointError: the file is missing, may not be read, is cut off, or plainly no checkpoint.
-    """
+    """Return ``safetensors``, ``PyTorch``, or "" where only a reader could tell; no checkpoint, a CheckpointError."""
     try:
         with path.open("rb") as stream:
             head = stream.read(512)

@@ -40,11 +40,7 @@ Result = TypeVar("Result")
 
 
 def view_set(views: int) -> list[dict[str, Any]]:
-    """Describe the first ``views`` views: identity, horizontal flip, then random resized crops with mild rotation.
-
-    Raises:
-        ValueError: ``views`` is below 1.
-    """
+    """Describe so many views, at least 1: identity, horizontal flip, then random resized crops with mild rotation."""
     if views < 1:
         raise ValueError(f"`views` is {views}: give the number of stored views of every image, 1 or more.")
     crop: dict[str, Any] = {"view": "crop", "smallest": SMALLEST_CROP, "rotation": LARGEST_ROTATION}

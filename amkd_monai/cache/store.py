@@ -277,11 +277,8 @@ class FeatureStore:
     ) -> np.ndarray:
         """Read one array of B samples (B, *shape), in the order asked for, in one view or in a view for each.
 
-        A StoreError where a shard is still missing, or its file is damaged, and then removed.
-
-        Raises:
-            KeyError: the store has no such array.
-            IndexError: it has no such sample or view.
+        A StoreError where a shard is still missing, or its file is damaged, and then removed; a KeyError or IndexError
+        where the store has no such array, sample or view.
         """
         if (spec := self.arrays.get(array)) is None:
             raise KeyError(f"{self.directory} has no array {array!r}, only {', '.join(self.arrays)}")
@@ -445,11 +442,7 @@ class Part:
 
     @classmethod
     def parse(cls, text: str | None = None) -> Part:
-        """Read ``3/8``, the third of eight parts; None: that of this process under torchrun, or everything.
-
-        Raises:
-            ValueError: it is no part, such as ``9/8``.
-        """
+        """Read ``3/8``, the third of eight parts; None: that under torchrun, or all. Else a ValueError."""
         if text is None:
             return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         found = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -506,11 +499,7 @@ class StoredTeacher:
 
 
 def find_stores(folder: str | Path) -> list[StoredTeacher]:
-    """Open every store below a folder.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-    """
+    """Open every store below a folder, which must exist (FileNotFoundError)."""
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give the cache_dir of a run, such as bundles/.cache.")

@@ -27,11 +27,7 @@ SHARED_STRIDE = 16  # student level that gates and contrastive heads see, and wh
 
 
 def kd_temperature(progress: float, start: float = 2.0, end: float = 2.0) -> float:
-    """KD temperature at ``progress`` in [0, 1], linear from ``start`` to ``end``.
-
-    Raises:
-        ValueError: a temperature below 1.
-    """
+    """KD temperature at ``progress`` in [0, 1], linear from ``start`` to ``end``; one below 1 is a ValueError."""
     if min(start, end) < 1:
         raise ValueError(f"The KD temperature runs from {start} to {end}; it must not be below 1.")
     return start + (end - start) * progress

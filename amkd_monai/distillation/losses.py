@@ -24,11 +24,8 @@ _dice, _batch_dice = DiceLoss(**_DICE), DiceLoss(**_DICE, batch=True)
 def task_loss(logits: Tensor, label: Tensor, batch_dice: bool = False) -> Tensor:
     """The supervised loss per sample: cross entropy of classes and findings, :func:`segmentation_task_loss` of masks.
 
-    Logits (B, C), (B, 2, F) or (B, C, H, W) meet class indices in 0 to C - 1, (B,), (B, F) or (B, 1, H, W); the result
-    is (B,), in nats, of F findings their mean: the binary cross entropy.
-
-    Raises:
-        ValueError: the labels are not what the logits answer.
+    Logits (B, C), (B, 2, F) or (B, C, H, W) meet class indices in 0 to C - 1, (B,), (B, F) or (B, 1, H, W), else a
+    ValueError; the result is (B,), in nats, of F findings their mean: the binary cross entropy.
     """
     if logits.ndim == 4:
         return segmentation_task_loss(logits, label, batch_dice)
@@ -43,10 +40,7 @@ def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = Fal
     """Mean soft Dice loss of the foreground classes plus mean cross entropy (nats) per sample (B,).
 
     ``batch_dice`` pools overlaps over the batch, as for slices of volumes, many of which show no foreground; else every
-    image counts alike, as in the per-image metric. Pixels labelled 255 count in neither loss.
-
-    Raises:
-        ValueError: the labels are not masks.
+    image counts alike, as in the per-image metric. Pixels labelled 255 count in neither loss; no masks, a ValueError.
     """
     if label.ndim != 4:
         raise ValueError("The student predicts masks, the labels are of whole images: use a student for classes.")

@@ -449,11 +449,7 @@ class CaseReport(Handler):
 
 
 def identify(item: Mapping[str, Any]) -> tuple[str, str]:
-    """Id and image file of a case; the id may be the name of the file, the file may be unknown.
-
-    Raises:
-        ValueError: the case has neither an id nor a file name.
-    """
+    """Id and image file of a case; an id may be the name of the file, a file unknown. Without both a ValueError."""
     filename = getattr(item.get(CommonKeys.IMAGE), "meta", {}).get(ImageMetaKey.FILENAME_OR_OBJ)
     if "id" in item:
         return str(item["id"]), str(filename)

@@ -91,8 +91,7 @@ def image_teachers(descriptions: Sequence[Mapping[str, Any]]) -> list[Mapping[st
 def open_bundle(bundle: str | Path, settings: Mapping[str, Any], configs: Sequence[str] = ()) -> ConfigParser:
     """Read a bundle's training config, with ``configs`` on top and top-level ``settings`` changed.
 
-    Raises:
-        ValueError: it is not a training bundle, or has no such setting.
+    Another folder, and a setting that it has not, are a ValueError.
     """
     bundle = Path(bundle).expanduser()
     config = bundle / "configs" / "train.json"

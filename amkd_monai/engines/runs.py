@@ -470,11 +470,7 @@ def _refuse_changed(record: Mapping[str, Any], folder: str, contents: Mapping[st
 
 
 def read_record(ckpt_dir: str | Path) -> dict[str, Any] | None:
-    """Return what was recorded of the student in a folder; None where there is no record.
-
-    Raises:
-        CheckpointError: the record is damaged.
-    """
+    """Return what was recorded of the student in a folder, None without a record; a CheckpointError if damaged."""
     file = Path(ckpt_dir) / RECORD
     if not file.is_file():
         return None
@@ -499,10 +495,7 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
 
     ``purpose``: ``evaluation`` and ``export`` use the run's own data and split, ``inference`` its data if no others are
     given, ``serving`` (answers or further training on a server's images) none of them. A setting of this command,
-    ``given``, that differs from the student's is refused.
-
-    Raises:
-        ValueError: a setting is not that of the student.
+    ``given``, that differs from the student's is a ValueError.
     """
     given = {**_places(parser), **given}
     ckpt_dir = Path(parser.get_parsed_content("ckpt_dir"))
@@ -655,11 +648,9 @@ def _differences(now: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tup
 
 
 def start(found: Identity, resume: bool | str = False) -> None:
-    """Start a training: lock its folders before anything is computed, and refuse those of another bundle or run.
+    """Start a training: lock its folders before anything is computed.
 
-    Raises:
-        ValueError: the folders hold another run or bundle.
-        CheckpointError: there is nothing to resume.
+    Folders of another run or bundle are a ValueError, nothing to resume is a CheckpointError.
     """
     found.resume = is_true(resume)
     if idist.get_rank() == 0:
@@ -710,10 +701,8 @@ def start_evaluation(
 ) -> None:
     """Start an evaluation: lock its folder, and refuse to write over the figures of another run or of other data.
 
-    A student in training, changed test files and, unless ``seen`` is ``apart``, images it has seen are refused too.
-
-    Raises:
-        ValueError: the folder holds figures of another student or of other data.
+    A student in training, changed test files and, unless ``seen`` is ``apart``, images it has seen are refused too, all
+    by a ValueError.
     """
     folder, record, student = Path(output_dir), read_record(ckpt_dir), Path(ckpt_dir) / STUDENT
     if idist.get_rank() != 0:
@@ -799,8 +788,7 @@ def tell_predicted(evaluator: Evaluator, output_dir: str | Path) -> None:
 def hold(*folders: Path) -> list[Path]:
     """Lock folders for this process and return those that it did not hold; the kernel frees the locks on a kill.
 
-    Raises:
-        TimeoutError: another process holds one of them.
+    A TimeoutError where another process holds one of them.
     """
     taken: list[Path] = []
     for folder in dict.fromkeys(f.expanduser().resolve() for f in folders):

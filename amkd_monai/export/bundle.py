@@ -84,25 +84,18 @@ def export_bundle(
     calibration: int,
     web_runtime: Path | None = None,
 ) -> list[str]:
-    """Export a student to a new folder and print how each format compares with it.
+    """Export a student to a new folder, print how each format compares with it, and return why some were left out.
 
-    A format other than TorchScript that fails, or does not answer as the student does, is left out.
+    A format that fails, or does not answer as the student does, is left out; of TorchScript that is a ValueError.
 
     Args:
         source: the opened training bundle.
-        to: new folder.
-        names: formats, as from :py:func:`amkd_monai.export.formats.chosen_formats`.
+        to: new folder; one that exists is a FileExistsError.
+        names: formats, as from :func:`~amkd_monai.export.formats.chosen_formats`.
         accept_loss: keep 8 bits whatever they cost.
         cases: validation images that each format answers, at most.
         calibration: training images that calibrate 8 bits, at most.
         web_runtime: archive of ONNX Runtime Web; with it the page is written.
-
-    Returns:
-        Why formats were left out, a sentence for each.
-
-    Raises:
-        ValueError: TorchScript does not answer as the student does.
-        FileExistsError: ``to`` exists.
     """
     with atomic_folder(to) as folder:
         networks = [name for name in names if name in formats.FORMATS]

@@ -43,11 +43,7 @@ STRIDE = 32
 
 
 def chosen_formats(text: str) -> list[str]:
-    """Read a list such as ``ts,onnx``.
-
-    Raises:
-        ValueError: an unknown format, or one whose package is not installed.
-    """
+    """Read a list such as ``ts,onnx``; an unknown format, or one without its package, is a ValueError."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in (*FORMATS, PAGE, *REPOSITORIES):
@@ -62,11 +58,7 @@ def chosen_formats(text: str) -> list[str]:
 
 
 def of_volumes(names: Sequence[str], are_chosen: bool) -> list[str]:
-    """Return the formats of a 3D student among some.
-
-    Raises:
-        ValueError: one that it has not ``are_chosen`` by the user.
-    """
+    """Return the formats of a 3D student among some; where they ``are_chosen`` by the user, others are a ValueError."""
     if are_chosen and (wrong := [name for name in names if name in FLAT]):
         raise ValueError(f"A 3D student has no {' and no '.join(wrong)}: leave out {', '.join(FLAT)} of --formats.")
     return [name for name in names if name not in FLAT]
@@ -78,11 +70,7 @@ def is_int8(name: str) -> bool:
 
 
 def check_size(names: Sequence[str], size: Sequence[int]) -> None:
-    """Check that a network's input, height and width, suits the formats.
-
-    Raises:
-        ValueError: a format but TorchScript is asked for, and a side is no multiple of 32.
-    """
+    """Refuse, by a ValueError, formats but TorchScript of an input (H, W) whose sides are no multiples of 32."""
     others = [name for name in names if name != "ts"]
     if others and any(side % STRIDE for side in size):
         given, names = f"{size[0]} x {size[1]}", ", ".join(others)

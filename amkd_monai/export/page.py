@@ -84,11 +84,7 @@ def _is_intact(file: Path) -> bool:
 
 
 def write_page(folder: Path, archive: Path) -> None:
-    """Write ``web/`` into the folder of an export from its configs, model card and networks.
-
-    Raises:
-        ValueError: the folder holds no ONNX network.
-    """
+    """Write ``web/`` into the folder of an export from its other files; without an ONNX network a ValueError."""
     files = ("configs/predict.json", "configs/metadata.json", "docs/export.json")
     predict, metadata, facts = (read_json(folder / name) for name in files)
     card = (folder / "docs" / "README.md").read_text(encoding="utf-8")

@@ -153,15 +153,10 @@ class Predictor:
         return find_images(names.expanded(source), self.config["dimensions"], self.channels)
 
     def answer(self, image: str | Path) -> np.ndarray:
-        """Predict a file, or a folder of one DICOM series.
+        """Predict a file, or a folder of one DICOM series: a label map, or probabilities (C,) of classes or findings.
 
-        Returns:
-            A label map, uint8, (H, W) or (X, Y, Z) in the order of the volume; or probabilities (C,) of the classes or
-            findings.
-
-        Raises:
-            OSError: there is no such file.
-            ValueError: it cannot be read, does not fit the student, or holds several images.
+        The map is uint8, (H, W) or (X, Y, Z) in the order of the volume. No such file is an OSError; one that cannot be
+        read, does not fit the student, or holds several images is a ValueError.
         """
         images = self.images(image)
         if len(images) > 1:
@@ -175,11 +170,7 @@ class Predictor:
         return array, grid, self.mask(array, grid) if is_mask else self.probabilities(array)[0]
 
     def read(self, image: Input) -> tuple[np.ndarray, Grid | None]:
-        """Read a picture (C, H, W), levels 0 to 255, or a volume (C, X, Y, Z) and its grid.
-
-        Raises:
-            ValueError: a file that cannot be used.
-        """
+        """Read a picture (C, H, W), levels 0 to 255, or a volume (C, X, Y, Z) and its grid; else a ValueError."""
         files = image.channels or [str(image.path)]
         if self.config["dimensions"] == 2:
             return pictures.read_channels(files).transpose(2, 0, 1).astype(np.float32), None
@@ -194,12 +185,8 @@ class Predictor:
     def probabilities(self, image: np.ndarray, grid: Grid | None = None) -> tuple[np.ndarray, list[Inverse]]:
         """Return the answer for an image (C, H, W) with levels 0 to 255, or for a volume (C, D, H, W) on its grid.
 
-        Returns:
-            (C,) of classes or findings, (C, h, w) or (C, d, h, w) at the network's resolution, and the ways back to the
-            image's.
-
-        Raises:
-            ValueError: the image is blank, or has other channels.
+        It is (C,) of classes or findings, (C, h, w) or (C, d, h, w) at the network's resolution, with the ways back to
+        the image's. A blank image, or one of other channels, is a ValueError.
         """
         array, inverses = prepare(image, self.config["steps"], grid)
         if problem := pictures.level_problem(array):

@@ -94,14 +94,9 @@ def located(where: str | Path, revision: str | None = None) -> Path:
 
 
 def push(folder: str | Path, repository: str, public: bool = False) -> str:
-    """Upload a folder of the format ``hub``; the repository is made, private unless ``public``, if it is not there.
+    """Upload a folder of the format ``hub`` and return its address; a new repository is private unless ``public``.
 
-    Returns:
-        Address of the repository.
-
-    Raises:
-        ValueError: the folder is not of that format, or the name is none of the hub's.
-        OSError: the hub does not take it.
+    Another folder, or a name that is none of the hub's, is a ValueError; what the hub does not take is an OSError.
     """
     folder = expanded(folder)
     if missing := [name for name in (WEIGHTS, CONFIG, "README.md") if not (folder / name).is_file()]:

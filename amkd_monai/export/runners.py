@@ -59,11 +59,7 @@ def torch_runner(network: Callable[[torch.Tensor], torch.Tensor]) -> Runner:
 
 
 def peak_memory(name: str, path: Path, image: np.ndarray, threads: int) -> float:
-    """Largest resident memory, MB, of a fresh process that runs a batch of one image or patch through a written format.
-
-    Raises:
-        RuntimeError: the process fails.
-    """
+    """Peak memory, MB, of a fresh process that runs one image or patch through a file; a RuntimeError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         array = Path(folder) / "image.npy"
         np.save(array, image)

@@ -130,11 +130,7 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def config_files(bundle: Path, name: str, overlay: str) -> list[Path]:
-    """Return a config, and what an overlay puts on top of it: ``volumes.json`` on ``train.json``, and so on.
-
-    Raises:
-        ValueError: the bundle has no such config.
-    """
+    """Return a config and what an overlay puts on it, ``volumes.json`` on ``train.json``; else a ValueError."""
     on_top = overlay if name == "train" else f"{overlay}_{name}"
     files = [bundle / "configs" / f"{file}.json" for file in ((name, on_top) if overlay else (name,))]
     for file in files:

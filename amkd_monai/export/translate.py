@@ -70,11 +70,7 @@ _WHOLE = ("SimpleInferer", "SliceInferer")
 
 
 def preprocessing(target: str, settings: Mapping[str, Any], several: bool = False) -> Translated:
-    """Translate one transform of an image, whose channels may be several files.
-
-    Raises:
-        ValueError: a transform, or a setting of it, that prediction cannot repeat.
-    """
+    """Translate one transform of an image, perhaps of several files; what cannot be repeated is a ValueError."""
     name = target.removeprefix("amkd_monai.data.transforms.")
     if name in OF_MONAI:
         step, required, keys = OF_MONAI[name]
@@ -122,11 +118,7 @@ def _windowed(low: float, high: float, values: str) -> str:
 
 
 def window(inferer: Mapping[str, Any], is_3d: bool) -> Config | None:
-    """Translate an inferer: the settings of :func:`amkd_monai.export.windows.slide`, None of a network of whole slices.
-
-    Raises:
-        ValueError: an inferer, or a setting of it, that prediction cannot repeat.
-    """
+    """Settings of :func:`amkd_monai.export.windows.slide` of an inferer, None for whole slices; else a ValueError."""
     name, known = str(inferer["_target_"]).rpartition(".")[2], ("SlidingWindowInferer",) if is_3d else _WHOLE
     if name not in known:
         of = "3D student" if is_3d else "student of pictures or slices"
@@ -146,11 +138,7 @@ def window(inferer: Mapping[str, Any], is_3d: bool) -> Config | None:
 
 
 def postprocessing(transform: Mapping[str, Any], dimensions: int) -> list[Config]:
-    """Translate one transform of an answer for an image of 2 or 3 dimensions.
-
-    Raises:
-        ValueError: a transform of this package that has no counterpart in MONAI.
-    """
+    """Translate one transform of an answer of 2 or 3 dimensions; one without counterpart is a ValueError."""
     target = str(transform["_target_"])
     if target == "amkd_monai.data.transforms.SaveMaskd":
         save = {

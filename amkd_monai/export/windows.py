@@ -19,16 +19,13 @@ LEAST_WEIGHT = 1e-3
 
 
 def logits_of(run: Runner, batch: np.ndarray, size: int, window: Mapping[str, Any] | None = None) -> np.ndarray:
-    """Return the logits of pictures, or of the slices of a volume.
+    """Return the logits (B, classes, H, W) of pictures or slices of a volume, or (B, classes).
 
     Args:
         run: the network.
         batch: (B, C, H, W).
         size: images that the network takes at once.
         window: of a network of patches, the settings of :func:`slide`; ``batch`` is then one volume of B slices.
-
-    Returns:
-        (B, classes, H, W), or (B, classes).
     """
     if window is not None:
         return np.moveaxis(slide(run, np.moveaxis(batch, 0, 1), **window), 0, 1)

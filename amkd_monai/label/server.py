@@ -120,9 +120,7 @@ def end_with_server() -> None:
 def find_bundles(names: Sequence[str]) -> dict[str, Path]:
     """Find trained bundles by name in ``bundles/`` or by folder; return the folders by the name of the model.
 
-    Raises:
-        FileNotFoundError: no such bundle, or it is not trained.
-        ValueError: two of one name.
+    One that is not there or not trained is a FileNotFoundError, two of one name are a ValueError.
     """
     found: dict[str, Path] = {}
     for name in names:

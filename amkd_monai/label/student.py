@@ -79,13 +79,9 @@ class ServedStudent:
                     shutil.copyfile(source, temporary)
 
     def answer(self, image: str | Path) -> Tensor:
-        """Answer as offline inference does.
+        """Answer as offline inference does: a label map (H, W) or (D, H, W), uint8, or probabilities (C,).
 
-        Returns:
-            A label map (H, W) or (D, H, W), uint8, or probabilities (C,) of the classes or findings.
-
-        Raises:
-            ValueError: an image that cannot be read or is of another kind.
+        Those are of the classes or findings. An image that cannot be read or is of another kind is a ValueError.
         """
         result = torch.as_tensor(self._after(self._probabilities(image))["pred"]).cpu()
         if self.task.has_findings:

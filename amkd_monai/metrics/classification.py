@@ -127,10 +127,7 @@ def delong(positive: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[Floats, Fl
     """Areas (K,) under the ROC curves of K scores (N,) on the same cases, and their covariance (K, K).
 
     DeLong, DeLong and Clarke-Pearson, Biometrics 44, 1988, by mid-ranks (Sun and Xu, IEEE Signal Processing Letters
-    21, 2014). Fewer than two positive or two negative cases are refused.
-
-    Raises:
-        ValueError: fewer than two cases of either kind.
+    21, 2014). Fewer than two positive or two negative cases are a ValueError.
     """
     is_positive = np.asarray(positive, bool)
     s = np.stack([np.asarray(score, float) for score in scores])
@@ -242,10 +239,7 @@ def class_row(task: Task, case: str, label: int | None, probabilities: ArrayLike
     """One case as a row: ``id``, ``class`` and ``label`` (where it is known), ``prediction``, ``p_<class>``.
 
     Of findings, ``label`` and ``prediction`` are the numbers whose bits they are. Probabilities that are not one per
-    class with sum 1, or one per finding, and a label that is none of the task are refused.
-
-    Raises:
-        ValueError: not one probability per class, or a label that is no class.
+    class with sum 1, or one per finding, and a label that is none of the task are a ValueError.
     """
     p, count = np.asarray(probabilities, dtype=float), len(task.classes)
     whole = task.has_findings or abs(p.sum() - 1) <= 1e-3

@@ -35,11 +35,9 @@ class RunFolder:
 
 
 def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
-    """Read a run's output folder; one without a run record and evaluation, and a damaged file, are refused.
+    """Read a run's output folder; without a run record and an evaluation it is a FileNotFoundError.
 
-    Raises:
-        FileNotFoundError: no record and no figures.
-        ValueError: the folder of several tasks, or a damaged file.
+    The folder of several tasks, and a damaged file, are a ValueError.
     """
     folder = Path(folder)
     metrics = read_json(folder / "metrics.json")

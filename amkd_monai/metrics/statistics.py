@@ -44,10 +44,7 @@ def paired_wilcoxon(a: ArrayLike, b: ArrayLike) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust the p values of one family of tests (Holm, Scand. J. Statist. 6, 1979: step-down Bonferroni).
 
-    NaN (a test that could not be made) stays NaN and does not count; a value outside [0, 1] is refused.
-
-    Raises:
-        ValueError: a value outside [0, 1].
+    NaN (a test that could not be made) stays NaN and does not count; a value outside [0, 1] is a ValueError.
     """
     p = _vector(p_values)
     made = np.flatnonzero(~np.isnan(p))

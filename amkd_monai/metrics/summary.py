@@ -154,11 +154,7 @@ def _number(value: float) -> str:
 
 
 def write_case_csv(path: str | Path, rows: Sequence[Row]) -> None:
-    """Write rows as CSV (UTF-8, atomic); floats keep every digit, NaN and missing values are empty cells.
-
-    Raises:
-        ValueError: no rows.
-    """
+    """Write rows as CSV (UTF-8, atomic): all digits, NaN and missing values as empty cells; no rows, a ValueError."""
     if not rows:
         raise ValueError(f"There are no cases to write to {path}.")
     text = io.StringIO()
@@ -170,11 +166,7 @@ def write_case_csv(path: str | Path, rows: Sequence[Row]) -> None:
 
 
 def read_case_csv(path: str | Path) -> list[Row]:
-    """Read what :func:`write_case_csv` wrote: text in ``TEXT_COLUMNS``, else numbers, NaN if empty.
-
-    Raises:
-        ValueError: a damaged line, by its number.
-    """
+    """Read what :func:`write_case_csv` wrote; a damaged line is a ValueError with its number."""
     rows = []
     with Path(path).open(newline="", encoding="utf-8") as file:
         for number, raw in enumerate(csv.DictReader(file), start=2):
@@ -216,10 +208,7 @@ def figures_of(task: Task, rows: Sequence[Row], seen: Mapping[str, str]) -> dict
 def write_figures(folder: Path, rows: Sequence[Row], figures: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """Write the files of an evaluation and return its table; ``facts`` are further content of ``metrics.json``.
 
-    If some cases could not be used, a folder with the figures of all cases is refused.
-
-    Raises:
-        ValueError: figures of all cases are there, and some of these could not be used.
+    If some cases could not be used, a folder with the figures of all cases is refused by a ValueError.
     """
     skipped, seen = facts.get("skipped_samples", ()), figures.get("seen", {"cases": {}})
     old = read_json(folder / FIGURES) if skipped else {}

@@ -300,11 +300,7 @@ class SharedStudent(nn.Module):
             self.set_submodule(name, nn.Identity())
 
     def for_task(self, task: str) -> Student | ClassStudent:
-        """Return the student of one task, made of these very modules; move the shared student to its device before.
-
-        Raises:
-            ValueError: there is no such task.
-        """
+        """Return the student of a task (else a ValueError), of these very modules: move them to their device before."""
         if task not in self.specs:
             raise ValueError(f"The shared student has no head for '{task}': it has {', '.join(self.specs)}.")
         head = self.specs[task]

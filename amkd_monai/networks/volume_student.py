@@ -61,10 +61,7 @@ class VolumeStudent(nn.Module):
     def encode(self, image: Tensor) -> list[Tensor]:
         """Return logits (N, num_classes, H, W) and maps (N, C, H / stride, W / stride) of slices (N, 3 channels, H, W).
 
-        N is a multiple of ``slices``; of the three slices of each channel, the slice itself is the middle one.
-
-        Raises:
-            ValueError: the slices are no whole patches.
+        N is a multiple of ``slices``, else a ValueError; of a channel's three slices the middle one is the slice.
         """
         if image.ndim != 4 or len(image) % self.slices:
             raise ValueError(f"{len(image)} slices are no patches of {self.slices}: set recipe#slices to that.")

@@ -37,11 +37,8 @@ NAMES |= {"mean_auc": "Mean AUC", "macro_auroc": "Macro AUROC"}
 def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
     """Write one self-contained HTML page about the output folders of runs of one task, and return its file.
 
-    The first run is the reference of all comparisons. Runs of different tasks and damaged files are refused.
-
-    Raises:
-        FileNotFoundError: a folder holds no run.
-        ValueError: runs of different tasks.
+    The first run is the reference of all comparisons. Runs of different tasks and damaged files are a ValueError, a
+    folder without a run is a FileNotFoundError.
     """
     different = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     runs = [read_run(folder, name) for folder, name in zip(different, _names(different), strict=True)]
