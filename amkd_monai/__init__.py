@@ -16,13 +16,9 @@ def load(where: str | Path, revision: str | None = None, int8: bool = False) -> 
     """Open an exported student, whose ``answer(file)`` is that of the command `predict`, without torch.
 
     Args:
-        where: folder that `export` made, or OWNER/NAME of a repository on the Hugging Face hub.
+        where: folder that `export` made, else a ValueError, or OWNER/NAME on the Hugging Face hub, else an OSError.
         revision: of the repository: branch, tag or commit.
         int8: use the network of 8 bits.
-
-    Raises:
-        OSError: there is no such folder, or the hub does not give it.
-        ValueError: it is no exported student, or holds no such network.
     """
     from amkd_monai.export.predict import Predictor
     from amkd_monai.export.repositories import located

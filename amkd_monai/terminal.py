@@ -38,12 +38,9 @@ def progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
 
 
 def align(rows: Sequence[Sequence[str]], left: int | None = 1, ruled: bool = False) -> str:
-    """Format rows of cells as text columns.
+    """Format equally long rows of cells, the header first, as text columns, ``ruled`` by a line below it.
 
-    Args:
-        rows: equally long rows of cells; the first row is the header.
-        left: number of left-aligned columns, the others are right-aligned; None aligns all to the left.
-        ruled: draw a line below the header.
+    ``left`` columns are aligned to the left, the others to the right; None aligns all to the left.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = len(widths) if left is None else left

@@ -164,19 +164,15 @@ def cache_teacher(
     their files (:class:`~amkd_monai.data.frames.FinerImages`).
 
     Args:
-        teacher: frozen teacher, built or known.
+        teacher: frozen teacher, built or known; an output that is not finite is a ValueError that names the sample.
         dataset: decoded images; sample i of the store is sample i of the dataset.
-        cache_dir: folder of the stores.
+        cache_dir: folder of the stores; something else in the store's folder is a StoreError.
         device: where the teacher runs.
         batch_size: images per forward, see :class:`Batches`.
         views: stored views of every image (:func:`view_set`).
         dtype: of feature maps, ``float16``, or ``int8`` with a scale per image and channel; the rest is float16.
         part: what this process computes; with several parts the store may be incomplete on return.
         description: from which the teacher was built; kept with the store, so that it can be verified.
-
-    Raises:
-        ValueError: a teacher's output is not finite (the sample is named), or an unknown dtype or batch size.
-        StoreError: the store's folder holds something else, or a damaged ``store.json``.
     """
     if dtype not in DTYPES:
         raise ValueError(f"`cache_dtype` is '{dtype}': use one of {', '.join(DTYPES)}.")

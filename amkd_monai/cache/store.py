@@ -389,10 +389,8 @@ class FeatureStore:
     def write_shard(self, view: int, shard: int, values: Mapping[str, np.ndarray]) -> None:
         """Store all arrays of one shard, (n, *shape) with n = ``len(samples_of(shard))``; one that is there stays.
 
-        Raises:
-            IndexError: the store has no such view.
-            ValueError: an array is missing, unknown, of a wrong shape or kind, or not finite in the stored dtype.
-            OSError: the folder is not writable or the disk is full; no part of the shard is left.
+        No such view is an IndexError. An array that is missing, unknown, of a wrong shape or kind, or not finite in the
+        stored dtype is a ValueError. After an OSError (full disk) no part of the shard is left.
         """
         if not 0 <= view < self.views:
             raise IndexError(f"{self.directory} has no view {view}: it holds {self.views}")

@@ -67,16 +67,13 @@ def read_crew(
             student's class such as ``encoder`` and ``seed``, or networks), ``image_size`` (side in pixels, or a factor
             of the student's), ``folds``, ``images`` (that a member sees in training, at least), ``flips`` (whether
             answers are means over the flips of the recipe's augmentation), ``views``, and ``seed`` of folds and
-            trainings, so that runs of several seeds share a crew.
-        train: the training section at the student's size.
+            trainings, so that runs of several seeds share a crew. Others, and wrong values, are a ValueError.
+        train: the training section at the student's size; a fold that would lack a class is a ValueError.
         recipe: of the run; the members' weights are averaged.
         epochs: of the run.
         views: stored views of every image, unless the description tells.
         device: where members are trained and answer.
         cache_dir: folder of all stores; trained members are kept there.
-
-    Raises:
-        ValueError: an option or its value is unknown, or a fold would lack a class.
     """
     name, size = str(description["name"]), str(description.get("size", "default"))
     if size not in SIZES:

@@ -129,14 +129,11 @@ class Recipe:
 
 
 class TeacherTargets:
-    """Targets of all teachers over the training dataset.
+    """Targets of the teachers that teach, over the training dataset.
 
-    Args:
-        teachers: those that teach.
-        prior_entropy: entropy of the label prior of the training split, nats.
-        record: facts for the run record; its ``teachers`` also describe those that teach nothing.
-        groups: group of each training sample, as in :class:`~amkd_monai.distillation.SampleTable`.
-        classes: class of each training sample, -1 where unknown; None for masks.
+    ``prior_entropy`` is that of the label prior of the training split, nats; ``record`` are facts for the run record,
+    whose ``teachers`` also describe those that teach nothing; ``groups`` and ``classes`` (-1 where unknown, None for
+    masks) are those of each sample, as in :class:`~amkd_monai.distillation.SampleTable`.
     """
 
     def __init__(

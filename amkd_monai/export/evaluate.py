@@ -29,19 +29,12 @@ def evaluate(
     options: Mapping[str, Any] | None = None,
     codes: MaskCodes | None = None,
 ) -> str:
-    """Score all that is labelled in a folder, write tables, pictures and report, and return the table.
+    """Score all that is labelled in a folder, write tables, pictures and report to ``output``, and return the table.
 
-    Args:
-        predictor: an opened student.
-        data: folder of labelled data.
-        output: folder for what is written.
-        seen: ``refuse`` or ``apart``: images that took part in the training.
-        options: of the data set's ``find_items``.
-        codes: meaning of the values of masks, in place of the training's.
-
-    Raises:
-        DataProblems: files that cannot be used.
-        ValueError: images that the student has seen, or figures of another student or of other data in the folder.
+    ``seen`` is what to do with images of the training, ``refuse`` or ``apart``; ``options`` are those of the data set's
+    ``find_items``, ``codes`` the meaning of the values of masks, in place of the training's. Files that cannot be used
+    are DataProblems; images that the student has seen, and figures of another student or of other data in the folder,
+    are a ValueError.
     """
     config, task = predictor.config, recorded_task(predictor.config)
     if config["classes"] != list(task.classes):

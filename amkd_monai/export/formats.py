@@ -254,17 +254,11 @@ def write(
     metadata: Mapping[str, Any] | None = None,
     patch: Sequence[int] | None = None,
 ) -> Path:
-    """Write one format into a folder and return the file.
+    """Write one format of a student in evaluation mode into a folder and return the file.
 
     Uses the source format (:data:`MADE_FROM`) in ``folder`` if present; otherwise writes it to a temporary directory.
-
-    Args:
-        name: of the format.
-        student: in evaluation mode.
-        folder: to write to.
-        calibration: batches (1, 3, H, W) for the formats of 8 bits.
-        metadata: put into the TorchScript file, where ``monai.data.load_net_with_metadata`` finds it.
-        patch: (C, D, H, W) of a 3D student.
+    ``calibration`` are batches (1, 3, H, W) for 8 bits; ``metadata`` is put into the TorchScript file, for
+    ``monai.data.load_net_with_metadata``; ``patch`` is (C, D, H, W) of a 3D student.
     """
     path = folder / FORMATS[name]
     if name == "ts":

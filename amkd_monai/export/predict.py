@@ -40,16 +40,9 @@ def predict(
 ) -> int:
     """Predict an image or a folder; a file that cannot be read is reported, the rest goes on, and 1 is returned.
 
-    Args:
-        predictor: an opened student.
-        source: image, volume, folder of them, or folder of a DICOM series.
-        output: folder for overlays, and masks or ``predictions.csv``.
-        dicom_seg: write the mask of a DICOM series as DICOM segmentation, too.
-        dicom_captures: write overlays of all its slices as secondary captures, too.
-
-    Raises:
-        FileNotFoundError: there is nothing to predict.
-        ValueError: DICOM answers of something else.
+    ``source`` is an image, a volume, a folder of them, or of a DICOM series; nothing there is a FileNotFoundError.
+    Overlays and masks, or ``predictions.csv``, go to the folder ``output``. Of a DICOM series (else a ValueError) also
+    the mask as DICOM segmentation, and overlays of all slices as secondary captures.
     """
     images = predictor.images(source)
     if (dicom_seg or dicom_captures) and not any(image.slices for image in images):
@@ -90,11 +83,7 @@ def find_images(path: Path, dimensions: int, channels: int = 1) -> list[Input]:
     """List the images of a file, a folder, or a folder of DICOM series; masks and predictions are left out.
 
     Images of several ``channels`` are those of a folder whose files end in ``_0000``, ``_0001`` and so on, or NIfTI
-    volumes of four axes.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: no image of this model's kind.
+    volumes of four axes. Nothing there is a FileNotFoundError, no image of this model's kind a ValueError.
     """
     suffixes = names.PICTURE_SUFFIXES if dimensions == 2 else names.VOLUME_SUFFIXES
     kind = (

@@ -124,9 +124,7 @@ def _unreachable(repository: str, error: Exception) -> str:
 def write_triton(folder: Path, name: str) -> None:
     """Write ``triton/`` into the folder of an export: each ONNX network as a model that takes batches.
 
-    Args:
-        folder: with ``configs/predict.json`` and the networks.
-        name: of the float model; that of 8 bits is ``<name>_int8``.
+    ``name`` is that of the float model; that of 8 bits is ``<name>_int8``.
     """
     predict, metadata = _described(folder)
     channels = metadata["network_data_format"]["inputs"]["image"]["num_channels"]

@@ -41,16 +41,10 @@ HEADERS = {
 
 
 def application(predictor: Predictor, limit: int, hosts: Sequence[str]) -> FastAPI:
-    """Return the web application of an exported student.
+    """Return the web application of an exported student; one of several pictures an image is a ValueError.
 
-    Args:
-        predictor: an opened student.
-        limit: largest upload, bytes.
-        hosts: names under which requests may come, so that other web pages cannot reach a local server by a name of
-            their own; ``*`` for all.
-
-    Raises:
-        ValueError: a student of several pictures an image.
+    ``limit`` is the largest upload, bytes; requests may come under the names ``hosts``, ``*`` for all, so that other
+    web pages cannot reach a local server by a name of their own.
     """
     config, turn = predictor.config, threading.Semaphore(2)  # a third answer at a time would only take memory
     if predictor.channels > 1 and config["dimensions"] == 2:

@@ -36,14 +36,12 @@ class Source:
     """A training bundle, opened with the settings its run had.
 
     Args:
-        bundle: folder with ``configs/inference.json`` and ``configs/train.json``.
-        settings: top-level settings that the run changed, such as ``dataset_dir`` or ``image_size``.
+        bundle: folder with ``configs/inference.json`` and ``configs/train.json``, else a ValueError.
+        settings: top-level settings that the run changed, such as ``dataset_dir``; unknown ones, and those that are not
+            the run's, are a ValueError.
         overlay: configs that the run put on top, such as ``volumes``.
 
-    Raises:
-        ValueError: not a bundle, an unknown setting, one that is not the run's, another split, or transforms without
-            counterpart.
-        CheckpointError: there is no trained student, or it is another network's.
+    Transforms without counterpart are a ValueError; no trained student, or another network's, is a CheckpointError.
 
     Attributes:
         student: in evaluation mode, on the CPU; ``state`` is its flat state dict, ``network`` its class as config.

@@ -43,13 +43,9 @@ def slide(
 ) -> np.ndarray:
     """Return the logits (classes, D, H, W) of a volume (C, D, H, W): the weighted mean of those of overlapping patches.
 
-    Args:
-        run: the network, of patches (1, C, d, h, w).
-        volume: padded with 0 on both ends of an axis that is shorter than a patch.
-        roi_size: d, h, w of a patch.
-        overlap: part of a patch that the next one along an axis covers, 0 to below 1.
-        mode: ``gaussian``, or ``constant`` for equal weights.
-        sigma_scale: standard deviations of the Gaussian, in patches.
+    ``run`` takes patches (1, C, d, h, w) of ``roi_size`` (d, h, w); ``overlap`` is the part that the next one along an
+    axis covers, 0 to below 1. A volume is padded with 0 on both ends of an axis that is shorter than a patch. ``mode``
+    is ``gaussian``, of standard deviations ``sigma_scale`` in patches, or ``constant`` for equal weights.
     """
     padded, back = INVERTIBLE["pad"](volume, None, size=roi_size)
     weight, size = _weights(roi_size, mode, sigma_scale), padded.shape[1:]

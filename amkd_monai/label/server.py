@@ -39,20 +39,11 @@ __all__ = ["StudentApp"]
 
 
 def serve(bundles: Sequence[str], studies: str, host: str, port: int, work: str | Path) -> None:
-    """Serve trained bundles; returns when the server is stopped.
+    """Serve trained bundles, names in ``bundles/`` or folders; returns when the server is stopped.
 
-    Args:
-        bundles: names in ``bundles/``, or folders.
-        studies: folder of images, or http(s) address of a DICOMweb server.
-        host: address to listen on.
-        port: to listen on.
-        work: folder for copies, caches and logs, made if it is missing; one server works in it.
-
-    Raises:
-        FileNotFoundError: there is no folder of studies.
-        ValueError: a folder of DICOM series.
-        RuntimeError: MONAI Label is not installed.
-        OSError: the port is taken.
+    ``studies`` is a folder of images (DICOM series are a ValueError), or the http(s) address of a DICOMweb server.
+    ``work`` is the folder for copies, caches and logs, made if it is missing; one server works in it. Without MONAI
+    Label it is a RuntimeError, on a port that is taken an OSError.
     """
     found, work = find_bundles(bundles), Path(work).resolve()
     if not studies.startswith(("http://", "https://")) and not Path(studies).is_dir():

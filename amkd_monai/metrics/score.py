@@ -32,22 +32,16 @@ def score(
     codes: Mapping[str, MaskCodes] | None = None,
     nsd_tolerance: float | None = None,
 ) -> str:
-    """Score each mask of a folder against the reference of its name and write what an evaluation leaves.
+    """Score each mask of a folder against the reference of its name; write what an evaluation leaves, return its table.
 
     Args:
         predictions: folder of masks, pictures or NIfTI volumes.
-        references: folder of the masks that they should be.
+        references: folder of the masks that they should be; a folder or partner that is missing is a FileNotFoundError.
         output: folder for ``per_case.csv`` and ``metrics.json``.
-        task: a task, or the names of the classes, background first.
-        codes: meaning of the values of ``predictions`` and ``references``, see :func:`..files.masks.decode`.
+        task: a task, of masks, or the names of the classes, background first.
+        codes: meaning of the values of ``predictions`` and ``references``, see :func:`..files.masks.decode`; masks that
+            do not fit are a ValueError that names the first.
         nsd_tolerance: tolerance of the NSD in pixels or mm, in place of the task's.
-
-    Returns:
-        The table of the figures.
-
-    Raises:
-        FileNotFoundError: a folder or a partner is missing.
-        ValueError: a task of classes, or masks that do not fit; the first is named.
     """
     folders = {"predictions": names.expanded(predictions), "references": names.expanded(references)}
     for name, folder in folders.items():

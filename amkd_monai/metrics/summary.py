@@ -41,11 +41,10 @@ def preview_file(output_dir: str | Path, case: str) -> Path:
 def summarise(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> dict[str, Any]:
     """Aggregate case rows: a mean over cases with its 95 % bootstrap interval, never pooled over pixels.
 
-    The case is the unit: with several foreground classes a case first gets the mean of its classes (NaN left
-    out); regions and background enter no such mean. Cases that have no value are left out of a metric and counted under
-    ``status``.
-
-    ``rows`` are those of :py:func:`~amkd_monai.metrics.segmentation.mask_rows`, each class of a case once.
+    The case is the unit: with several foreground classes a case first gets the mean of its classes (NaN left out);
+    regions and background enter no such mean. Cases that have no value are left out of a metric and counted under
+    ``status``. ``rows`` are those of :py:func:`~amkd_monai.metrics.segmentation.mask_rows`; two of one case and class
+    are a ValueError.
 
     Returns:
         ``cases`` (number of ids), ``status`` (rows per status), ``empty_references`` (rows on which no metric is
@@ -53,9 +52,6 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> dict[str
         ``metrics`` (for each metric ``mean``, ``ci_low``, ``ci_high``, ``median``, ``n``); with several classes
         ``classes``, the same for each of them, and ``with_background``, the metrics that background has, where its
         rows count as a class; with regions ``regions``, the same as ``classes`` for each of them.
-
-    Raises:
-        ValueError: two rows of one case and class.
     """
     seen = Counter((row["id"], row["class"]) for row in rows)
     if twice := [key for key, count in seen.items() if count > 1]:

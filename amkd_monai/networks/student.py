@@ -245,16 +245,9 @@ class SharedStudent(nn.Module):
     """One encoder and one feature pyramid for all tasks, each with its own batch norms in them.
 
     :meth:`for_task` gives the student of one task. The flat state dict has ``encoder.*``, ``neck.*``,
-    ``heads.<task>.*``, ``norms.<task>.*`` and ``calibration.<task>`` (temperatures of class heads).
-
-    Args:
-        heads: {task: :class:`Head`, or the same as a dict}.
-        encoder: timm name; this and further arguments as of :class:`Student` and :class:`ClassStudent`.
-        neck_channels: channels of the feature pyramid.
-        weights: of the encoder: ``packaged``, ``random``, or a checkpoint file.
-        dropout: rate before the linear layer of class heads.
-        drop_path: rate of stochastic depth in the encoder.
-        seed: of the initial values that the weights don't give.
+    ``heads.<task>.*``, ``norms.<task>.*`` and ``calibration.<task>`` (temperatures of class heads). ``heads`` are
+    {task: :class:`Head`, or the same as a dict}; further arguments are those of :class:`Student` and
+    :class:`ClassStudent`.
     """
 
     def __init__(
@@ -331,15 +324,11 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
 
     Args:
         student: a :class:`SharedStudent`, or the student of one task.
-        path: flat state dict of a shared student; None leaves the student as it is.
+        path: flat state dict of a shared student, else a CheckpointError; None leaves the student as it is.
         task: whose head (and batch norms) the student of one task takes.
         parts: ``all``: encoder, neck and heads, which must be the same on both sides; ``known``: encoder, neck and the
             heads that both have, so that a new task joins (shared students only); ``encoder``: that alone,
-            with the batch norms of the ``task`` if it is there.
-
-    Raises:
-        ValueError: no such parts, or nothing to take them from.
-        CheckpointError: the file does not hold them.
+            with the batch norms of the ``task`` if it is there. Others are a ValueError.
     """
     if path is None:
         if parts != "all":
