@@ -394,10 +394,23 @@ class CaseReport(Handler):
     ``dice_ci_low`` and so on, ``cases_missed`` etc. with the number of rows of each status and ``false_positive_rate``
     where a reference is empty; of classes ``<metric>``, ``<metric>_ci_low`` and ``<metric>_ci_high``. Under
     torch.distributed the cases of all ranks are gathered, repeated ones counted once, and rank 0 writes.
+
+    Where they are ``shown``, each case gets a file ``previews/<case>.npz``, and the run ``report.html``. Of masks it
+    holds :func:`amkd_monai.report.previews.mask_preview`, of classes ``image`` (1, h, w, 3) and, with the ``student``,
+    ``cam`` (1, h, w) uint8, the Grad-CAM of the predicted class or of all findings (Selvaraju et al., 2017).
     """
 
-    def __init__(self, task: str, output_dir: str | Path, facts: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        task: str,
+        output_dir: str | Path,
+        facts: Mapping[str, Any] | None = None,
+        shown: bool = False,
+        student: nn.Module | None = None,
+    ) -> None:
         self.task, self.output_dir, self.facts = get_task(task), Path(output_dir), dict(facts or {})
+        self.shown, self.student = shown, student
+        self.camera: GradCAM | None = None
         self._cases: dict[tuple[str, str], list[Row]] = {}
 
     def _started(self, engine: Engine) -> None:
@@ -409,7 +422,7 @@ class CaseReport(Handler):
             raise TypeError("CaseReport needs a list of dicts: run the evaluator with decollate=True.")
         sources = batch if isinstance(batch, list) and len(batch) == len(output) else [{}] * len(output)
         for item, source in zip(output, sources, strict=True):
-            key = case, _ = identify({**source, **item})
+            key = case, filename = identify({**source, **item})
             if key in self._cases:
                 logger.info("The case %s appeared again and is counted once.", case)
                 continue
@@ -417,6 +430,8 @@ class CaseReport(Handler):
                 self._cases[key] = self._rows(item, case)
             except ValueError as error:
                 raise ValueError(f"Case {case}: {error}") from error
+            if self.shown:
+                save_arrays(preview_file(self.output_dir, case), self._preview(item, filename))
 
     def _rows(self, item: Mapping[str, Any], case: str) -> list[Row]:
         task, pred, label = self.task, item[CommonKeys.PRED], item[CommonKeys.LABEL]
@@ -446,6 +461,28 @@ class CaseReport(Handler):
             flat["false_positive_rate"] = summary["false_positive_rate"]
         if idist.get_rank() == 0:
             logger.info("%s", write_figures(self.output_dir, rows, figures, self.facts))
+            if self.shown:
+                from amkd_monai.report.page import write_report
+
+                logger.info("report: %s", write_report([self.output_dir], self.output_dir / "report.html"))
+
+    def _preview(self, item: Mapping[str, Any], filename: str) -> dict[str, np.ndarray]:
+        if not self.task.is_classification:
+            return mask_preview(filename, *(np.asarray(item[k][0]) for k in (CommonKeys.LABEL, CommonKeys.PRED)))
+        image = torch.as_tensor(item[CommonKeys.IMAGE]).float()
+        shown = image if len(image) == 3 else image[:1].expand(3, -1, -1)
+        arrays = {"image": small(_byte(shown.permute(1, 2, 0))[None])}
+        if self.student is not None:
+            if self.camera is None:  # a copy, since its hooks stay; made now, since the weights are loaded by now
+                name = str(self.student.encoder.feature_info.module_name(-1))  # module of the coarsest map
+                modules = dict(self.student.named_modules())
+                layer = next(n for n in (f"encoder.{name}", f"encoder.{name.replace('.', '_')}") if n in modules)
+                self.camera = GradCAM(copy.deepcopy(self.student).eval(), layer)
+            predicted = 1 if self.task.has_findings else int(torch.as_tensor(item[CommonKeys.PRED]).argmax())
+            with torch.enable_grad():
+                heat = self.camera(image[None].to(next(self.student.parameters()).device), class_idx=predicted)
+            arrays["cam"] = small((heat[0].detach().cpu().numpy() * 255).astype(np.uint8))
+        return arrays
 
 
 def identify(item: Mapping[str, Any]) -> tuple[str, str]:
@@ -616,20 +653,6 @@ class EmptyReferences(Handler):
             engine.state.metrics |= metrics
 
 
-class WriteReport(Handler):
-    """Write ``report.html`` next to the results of an evaluation. Attach it after the case report."""
-
-    def __init__(self, output_dir: str | Path) -> None:
-        self.output_dir = Path(output_dir)
-
-    def _completed(self, engine: Engine) -> None:
-        idist.barrier()
-        if idist.get_rank() == 0:
-            from amkd_monai.report.page import write_report
-
-            logger.info("report: %s", write_report([self.output_dir], self.output_dir / "report.html"))
-
-
 class TrackEvaluation(MLFlowHandler):
     """MONAI's handler for evaluations whose metrics are complete when they end; attach it after other handlers."""
 
@@ -640,44 +663,6 @@ class TrackEvaluation(MLFlowHandler):
 
 
 SAMPLES = 6  # training images kept with the teacher outputs
-
-
-class CasePreviews(Handler):
-    """Write ``previews/<case>.npz`` for each case of an evaluation.
-
-    Masks: see :func:`amkd_monai.report.previews.mask_preview`. Classes: ``image`` (1, h, w, 3) and, where the student
-    is given, ``cam`` (1, h, w) uint8, the Grad-CAM of the predicted class or of all findings (Selvaraju et al., 2017).
-    """
-
-    def __init__(self, task: str, output_dir: str | Path, student: nn.Module | None = None) -> None:
-        self.task, self.output_dir, self.student = get_task(task), Path(output_dir), student
-        self.camera: GradCAM | None = None
-
-    def _iteration_completed(self, engine: Engine) -> None:
-        for item, source in zip(engine.state.output, engine.state.batch, strict=True):
-            case, filename = identify({**source, **item})
-            if self.task.is_classification:
-                arrays = self._class_preview(item)
-            else:
-                reference, prediction = (np.asarray(item[k][0]) for k in (CommonKeys.LABEL, CommonKeys.PRED))
-                arrays = mask_preview(filename, reference, prediction)
-            save_arrays(preview_file(self.output_dir, case), arrays)
-
-    def _class_preview(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        image = torch.as_tensor(item[CommonKeys.IMAGE]).float()
-        shown = image if len(image) == 3 else image[:1].expand(3, -1, -1)
-        arrays = {"image": small(_byte(shown.permute(1, 2, 0))[None])}
-        if self.student is not None:
-            if self.camera is None:  # a copy, since its hooks stay; made now, since the weights are loaded by now
-                name = str(self.student.encoder.feature_info.module_name(-1))  # module of the coarsest map
-                modules = dict(self.student.named_modules())
-                layer = next(n for n in (f"encoder.{name}", f"encoder.{name.replace('.', '_')}") if n in modules)
-                self.camera = GradCAM(copy.deepcopy(self.student).eval(), layer)
-            predicted = 1 if self.task.has_findings else int(torch.as_tensor(item[CommonKeys.PRED]).argmax())
-            with torch.enable_grad():
-                heat = self.camera(image[None].to(next(self.student.parameters()).device), class_idx=predicted)
-            arrays["cam"] = small((heat[0].detach().cpu().numpy() * 255).astype(np.uint8))
-        return arrays
 
 
 def _byte(values: Tensor) -> np.ndarray:
