@@ -221,7 +221,8 @@ class RunRecord(Handler):
 
     The means over an epoch's steps and the validation become a row of ``history.csv``, the scalars ``epoch/...`` of
     TensorBoard, and, each figure's last known value, ``latest`` in ``run.json``. Steps are read from the device at the
-    end of the epoch. ``identity`` claims its folders before the first step. Attach after the validation handler.
+    end of the epoch. ``identity`` claims its folders before the first step. Attach after the validation handler. At the
+    end the teachers of a run on one task are shown, see :func:`write_teacher_pictures`.
     """
 
     state = ("rows",)
@@ -282,6 +283,8 @@ class RunRecord(Handler):
         self._write(engine, "completed")
         if self.board is not None:
             self.board.close()
+            if engine.targets is not None:
+                write_teacher_pictures(engine, self.output_dir)
 
     @idist.one_rank_only()
     def _write(self, engine: Engine, status: str) -> None:
@@ -669,46 +672,38 @@ def _byte(values: Tensor) -> np.ndarray:
     return (values.float() * 255).round().clamp(0, 255).byte().cpu().numpy()
 
 
-class TeacherPictures(Handler):
-    """Write ``teachers.npz`` when a training with teachers ends.
+def write_teacher_pictures(engine: Engine, output_dir: Path) -> None:
+    """Write ``teachers.npz`` of a training with teachers.
 
     Six labelled training samples without augmentation, of a 3D student slices of one patch: ``image`` (N, H, W, 3),
     ``label`` (N, H, W) class indices, ``student`` (N, H, W), ``answer_<teacher>`` (N, h, w) where it has outputs,
     ``weight_<teacher>`` (N, h, w); all uint8, outputs and weights with 255 for 1. Outputs are probabilities of any
     foreground, or of the true class (one cell); weights are the gate's, over all teachers.
     """
-
-    def __init__(self, output_dir: str | Path) -> None:
-        self.path = Path(output_dir) / TEACHERS
-
-    @idist.one_rank_only()
-    def _completed(self, engine: Engine) -> None:
-        if engine.targets is None:
-            return
-        dataset, device = engine.data_loader.dataset, engine.state.device
-        distiller = getattr(engine.network, "module", engine.network)
-        shows = dataset.has_label & (dataset.has_foreground | (dataset.classes is not None))
-        wanted = np.flatnonzero(shows if shows.any() else dataset.has_label)
-        indices = np.unique(wanted[np.linspace(0, len(wanted) - 1, SAMPLES).round().astype(int)]).tolist()
-        if (slices := getattr(distiller.student, "slices", 1)) > 1:
-            indices = engine.data_loader.batch_sampler.patch(wanted[len(wanted) // 2]).tolist()
-        items = [dataset[i] for i in indices]
-        label = torch.stack([item["label"] for item in items]).long().to(device)
-        image = torch.stack([item["image"] for item in items])
-        targets = engine.targets.read(indices, device)
-        known = torch.ones(len(indices), dtype=torch.bool, device=device)
-        batch = Batch(image.to(device).float() / 255, label, known, targets, torch.tensor(indices, device=device))
-        with eval_mode(distiller):
-            logits, answers, weights = distiller.teacher_maps(batch)
-        classes = label if label.ndim == 1 else None
-        shown = label_map(label if classes is None else torch.ones_like(label))[:, 0]
-        shown = shown.masked_fill(shown == UNLABELLED, 0).byte().cpu().numpy()
-        seen = np.stack([dataset.shown(i) for i in indices]).transpose(0, 2, 3, 1)
-        arrays = {"image": seen, "label": shown, "student": _shown(logits, classes)}
-        arrays |= {f"weight_{t.name}": _byte(weights[:, k]) for k, t in enumerate(distiller.teachers)}
-        arrays |= {f"answer_{name}": _shown(answer, classes) for name, answer in answers.items()}
-        arrays["ids"] = np.array([item["id"] for item in items])
-        save_arrays(self.path, {name: array[:: -(-slices // SAMPLES)] for name, array in arrays.items()})
+    dataset, device = engine.data_loader.dataset, engine.state.device
+    distiller = getattr(engine.network, "module", engine.network)
+    shows = dataset.has_label & (dataset.has_foreground | (dataset.classes is not None))
+    wanted = np.flatnonzero(shows if shows.any() else dataset.has_label)
+    indices = np.unique(wanted[np.linspace(0, len(wanted) - 1, SAMPLES).round().astype(int)]).tolist()
+    if (slices := getattr(distiller.student, "slices", 1)) > 1:
+        indices = engine.data_loader.batch_sampler.patch(wanted[len(wanted) // 2]).tolist()
+    items = [dataset[i] for i in indices]
+    label = torch.stack([item["label"] for item in items]).long().to(device)
+    image = torch.stack([item["image"] for item in items])
+    targets = engine.targets.read(indices, device)
+    known = torch.ones(len(indices), dtype=torch.bool, device=device)
+    batch = Batch(image.to(device).float() / 255, label, known, targets, torch.tensor(indices, device=device))
+    with eval_mode(distiller):
+        logits, answers, weights = distiller.teacher_maps(batch)
+    classes = label if label.ndim == 1 else None
+    shown = label_map(label if classes is None else torch.ones_like(label))[:, 0]
+    shown = shown.masked_fill(shown == UNLABELLED, 0).byte().cpu().numpy()
+    seen = np.stack([dataset.shown(i) for i in indices]).transpose(0, 2, 3, 1)
+    arrays = {"image": seen, "label": shown, "student": _shown(logits, classes)}
+    arrays |= {f"weight_{t.name}": _byte(weights[:, k]) for k, t in enumerate(distiller.teachers)}
+    arrays |= {f"answer_{name}": _shown(answer, classes) for name, answer in answers.items()}
+    arrays["ids"] = np.array([item["id"] for item in items])
+    save_arrays(output_dir / TEACHERS, {name: array[:: -(-slices // SAMPLES)] for name, array in arrays.items()})
 
 
 def _shown(logits: Tensor, classes: Tensor | None) -> np.ndarray:
