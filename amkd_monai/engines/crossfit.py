@@ -4,7 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | s
         answers = (as_map(network(images_of(dataset, rows, where))) for rows in batches)
         return np.concatenate([area_logits(logits, answer_size(dataset)).cpu().numpy() for logits in answers])
 
-    own = {name: value for name, value in recipe.describe().items() if name != "first_stage"}  # needs teachers
+    own = {name: value for name, value in asdict(recipe).items() if name != "first_stage"}  # needs teachers
     return Method(fit, predict, {"recipe": own, "epochs": epochs}, title)
 
 

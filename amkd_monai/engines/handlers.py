@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -362,7 +362,7 @@ def run_facts(
         "distillation": targets.record if teachers else "none: the undistilled student",
         **distillation.facts(**method),
         **settings,
-        "recipe": recipe.describe(),
+        "recipe": asdict(recipe),
         "student_parameters": sum(p.numel() for p in student.parameters()),
     }
 

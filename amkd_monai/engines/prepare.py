@@ -83,11 +83,6 @@ def cache_image_teacher(
     return teacher.facts(), outputs, cache_teacher(teacher, validation, description=description, **options)
 
 
-def image_teachers(descriptions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the descriptions of teachers whose outputs do not depend on the run."""
-    return [description for description in descriptions if description["kind"] not in CROSS_FITTED_KINDS]
-
-
 def open_bundle(bundle: str | Path, settings: Mapping[str, Any], configs: Sequence[str] = ()) -> ConfigParser:
     """Read a bundle's training config, with ``configs`` on top and top-level ``settings`` changed.
 
@@ -123,7 +118,8 @@ def build_cache(
     get, names = parser.get_parsed_content, ("train#dataset", "validation_data", "views", "weights_dir")
     how = {"cache_dir": get("cache_dir"), "device": get("device"), "dtype": get("cache_dtype"), "part": part}
     cached = partial(cache_image_teacher, *map(get, names), batch_size=batch_size, **how)
-    built = [cached(description=description)[1:] for description in image_teachers(get("chosen_teachers"))]
+    alone = [d for d in get("chosen_teachers") if d["kind"] not in CROSS_FITTED_KINDS]
+    built = [cached(description=description)[1:] for description in alone]
     return [store.directory for stores in built for store in stores]
 
 
@@ -188,7 +184,6 @@ def prepare_teachers(
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
     cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
     validate_descriptions(teachers)
-    alone = image_teachers(teachers)
     of_run: tuple[Any, ...] = (train, recipe.of_slices(), epochs, views, device, cache_dir)
     crews = [read_crew(description, *of_run) for description in teachers if description["kind"] == "crew"]
     if options["folds"] is None:
@@ -203,7 +198,7 @@ def prepare_teachers(
         images = len(train) * views + len(validation)
         logger.info("teachers take %s, less what is cached", plan.estimate(plans, images, cache_dtype, device))
     if idist.get_world_size() > 1:
-        for description in alone:
+        for description in (d for d in teachers if d["kind"] not in CROSS_FITTED_KINDS):
             cached(description=description, part=Part(idist.get_rank(), idist.get_world_size()))
         idist.barrier()
     with idist.one_rank_first():

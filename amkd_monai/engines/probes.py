@@ -52,15 +52,14 @@ def _minimise(parameters: list[Tensor], loss: Callable[[], Tensor], steps: int, 
     optimiser.step(closure)
 
 
-def fit_probes(features: Tensor, targets: Tensor, weight_decay: float) -> Probe:
-    """Fit a probe of the classes, or where targets (N, 2, F, 1) are of more cells than features, one of each cell."""
-    cells = [targets] if features.shape[-2:] == targets.shape[-2:] else targets.split(1, 2)
-    fitted = [fit_probe(features, cell, weight_decay=weight_decay) for cell in cells]
-    return lambda features: torch.cat([probe(features) for probe in fitted], 2)
+def fit_probe(features: Tensor, targets: Tensor, weight_decay: float = WEIGHT_DECAY, steps: int = 40) -> Probe:
+    """Fit multinomial logistic regression of class fractions (N, classes, h, w) on standardised (N, C, h, w).
 
-
-def fit_probe(features: Tensor, targets: Tensor, steps: int = 40, weight_decay: float = WEIGHT_DECAY) -> Probe:
-    """Fit multinomial logistic regression of class fractions (N, classes, h, w) on standardised (N, C, h, w)."""
+    Where targets (N, 2, F, 1) are of more cells than features, one is fitted of each cell.
+    """
+    if features.shape[-2:] != targets.shape[-2:]:
+        fitted_cells = [fit_probe(features, cell, weight_decay, steps) for cell in targets.split(1, 2)]
+        return lambda features: torch.cat([probe(features) for probe in fitted_cells], 2)
     x = features.permute(0, 2, 3, 1).flatten(0, 2)  # (N, C, h, w) -> (cells, C)
     y = targets.permute(0, 2, 3, 1).flatten(0, 2)
     classes = y.shape[1]
@@ -102,7 +101,7 @@ def cross_fit_probes(
         inside = torch.from_numpy(np.flatnonzero(fold != k))
         outside = np.flatnonzero(fold == k)
         decay = WEIGHT_DECAY_POOLED / len(inside) if array == "pooled" else WEIGHT_DECAY
-        probe = fit_probes(features[inside], targets[inside], decay)
+        probe = fit_probe(features[inside], targets[inside], decay)
         answers[labelled[outside]] = probe(features[torch.from_numpy(outside)]).numpy()
         probes.append(probe)
     if len(unlabelled := np.flatnonzero(~dataset.has_label)):

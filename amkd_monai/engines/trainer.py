@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ignite.distributed as idist
@@ -77,10 +77,6 @@ class Recipe:
             number = isinstance(value, int) or (isinstance(value, float) and not whole and math.isfinite(value))
             if not number or isinstance(value, bool) or not low <= value <= high:
                 raise ValueError(f"recipe#{name} is {value!r}: give a {whole}number from {low} to {high}.")
-
-    def describe(self) -> dict[str, Any]:
-        """Return the recipe as plain data."""
-        return asdict(self)
 
     def of_slices(self) -> Recipe:
         """Return the same for networks of slices: a batch holds as many as its patches do."""

@@ -186,11 +186,6 @@ def calibration_batches(source: Source, items: Sequence[Item]) -> list[np.ndarra
     return [batch[i : i + 1] for batch, of_batch in zip(batches, places, strict=True) for i in of_batch]
 
 
-def _probabilities(run: Runner, case: Case, source: Source) -> np.ndarray:
-    """Probabilities of a case: (B, C, H, W), (1, C), or (1, 2, F) of findings."""
-    return softmax(logits_of(run, case.batch, BATCH, source.window), 1)
-
-
 def _measure(
     name: str,
     run: Runner,
@@ -201,7 +196,7 @@ def _measure(
     source: Source,
 ) -> Row:
     """Measure a format against the student's probabilities, ``expected``."""
-    answers = [_probabilities(run, case, source) for case in cases]
+    answers = [softmax(logits_of(run, case.batch, BATCH, source.window), 1) for case in cases]
     difference = max(float(np.abs(a - e).max()) for a, e in zip(answers, expected, strict=True))
     image, times = first_input(cases[0].batch, source.window), []
     for _ in range(3 + REPEATS):

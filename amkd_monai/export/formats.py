@@ -82,12 +82,9 @@ def with_fixed_padding(student: nn.Module) -> nn.Module:
     result = copy.deepcopy(student).eval()
     for name, module in list(result.named_modules()):
         if type(module).__name__ == "Conv2dSame":
-            kernel, stride, channels = (
-                module.kernel_size[0],
-                module.stride[0],
-                (module.in_channels, module.out_channels),
-            )
-            conv = nn.Conv2d(*channels, kernel, stride, groups=module.groups, bias=module.bias is not None)
+            kernel, stride = module.kernel_size[0], module.stride[0]
+            how = {"groups": module.groups, "bias": module.bias is not None}
+            conv = nn.Conv2d(module.in_channels, module.out_channels, kernel, stride, **how)
             conv.load_state_dict(module.state_dict())
             padding = nn.ZeroPad2d(((kernel - stride) // 2, (kernel - stride + 1) // 2) * 2)
             result.set_submodule(name, nn.Sequential(padding, conv))
@@ -127,9 +124,8 @@ def network_text(student: nn.Module) -> str:
 
 def write_pt2(student: nn.Module, path: Path, patch: Sequence[int] | None = None) -> None:
     """Write an exported program of dynamic batch, height and width, or of patches (C, D, H, W) of one size."""
-    batch, height, width = (
-        torch.export.Dim(n, min=1, max=m) for n, m in (("batch", 1024), ("height", 128), ("width", 128))
-    )
+    largest = {"batch": 1024, "height": 128, "width": 128}
+    batch, height, width = (torch.export.Dim(name, min=1, max=n) for name, n in largest.items())
     shapes = ({0: batch} if patch else {0: batch, 2: STRIDE * height, 3: STRIDE * width},)
     given = with_fixed_padding(student), _example(student, patch)
     program = torch.export.export(*given, dynamic_shapes=shapes, strict=False)

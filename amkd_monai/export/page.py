@@ -28,10 +28,8 @@ from amkd_monai.storage import atomic_path, read_json
 from amkd_monai.terminal import logger
 
 RUNTIME = "onnxruntime-web"
-RELEASE, INTEGRITY = (
-    "1.30.0",
-    "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==",
-)
+RELEASE = "1.30.0"
+INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 """Version of the package of npm, and SHA-512 of its archive as npm states it."""
 ESCAPE = 0xE000
 """Letter before one that a string cannot hold, whose highest bit is turned."""

@@ -86,11 +86,7 @@ def find_images(path: Path, dimensions: int, channels: int = 1) -> list[Input]:
     volumes of four axes. Nothing there is a FileNotFoundError, no image of this model's kind a ValueError.
     """
     suffixes = names.PICTURE_SUFFIXES if dimensions == 2 else names.VOLUME_SUFFIXES
-    kind = (
-        "pictures (PNG, JPEG, TIFF, BMP, .dcm)"
-        if dimensions == 2
-        else "volumes (NIfTI, or a folder of one DICOM series)"
-    )
+    kinds = {2: "pictures (PNG, JPEG, TIFF, BMP, .dcm)", 3: "volumes (NIfTI, or a folder of one DICOM series)"}
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give an image or a folder.")
     cases = names.channel_files(path, suffixes) if channels > 1 else {}
@@ -115,7 +111,7 @@ def find_images(path: Path, dimensions: int, channels: int = 1) -> list[Input]:
                     name += "_"
                 found[name] = Input(name, folder, slices)
     if not found:
-        raise ValueError(f"{path} holds nothing that fits the model: it takes {kind}.")
+        raise ValueError(f"{path} holds nothing that fits the model: it takes {kinds[dimensions]}.")
     return list(found.values())
 
 
@@ -282,10 +278,8 @@ def lettered(image: np.ndarray, texts: Sequence[str], colours: Sequence[Sequence
     picture.paste(Image.fromarray(image))
     draw = ImageDraw.Draw(picture)
     for row, text in enumerate(texts):
-        top, room = (
-            height + row * line,
-            (width - indent - letters / 2) / ImageFont.load_default(letters).getlength(text),
-        )
+        top = height + row * line
+        room = (width - indent - letters / 2) / ImageFont.load_default(letters).getlength(text)
         if colours:
             draw.rectangle((0, top, line - 3, top + line - 3), tuple(colours[row]))
         font = ImageFont.load_default(max(letters * min(1.0, room), 1))

@@ -165,9 +165,8 @@ def _content(label: Path) -> tuple[str | dict[str, bool], str]:
     try:
         content = json.loads(label.read_text(encoding="utf-8"))
         if content.keys() == {"findings"}:
-            return {
-                name: {False: False, True: True}[value] for name, value in content["findings"].items()
-            }, "multilabel"
+            there = {False: False, True: True}
+            return {name: there[value] for name, value in content["findings"].items()}, "multilabel"
         return str(content["class"]), "classification"
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         forms = '{"class": "melanoma"} or {"findings": {"mass": true, "effusion": false}}'
