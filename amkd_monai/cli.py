@@ -80,7 +80,6 @@ def parser() -> argparse.ArgumentParser:
     formats = "ts,pt2,onnx,ort-int8 (the default; no 8 bits of a 3D student), openvino, openvino-int8, web, hub, triton"
     export.add_argument("--formats", help=f"comma-separated: {formats}")
     export.add_argument("--web-runtime", help="file onnxruntime-web-VERSION.tgz, if npm has no network")
-    export.add_argument("--overlay", default="", help="configs on top, such as volumes of bundles/covid")
     export.add_argument("--accept-loss", action="store_true", help="keep 8 bits whatever accuracy they lose")
     export.add_argument("--cases", type=_positive, default=100, help="most validation images to check (default: 100)")
     export.add_argument("--calibration", type=_positive, default=32, help="images for 8 bits (default: %(default)s)")
@@ -97,17 +96,12 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--output", required=True, help="folder for the predictions")
     predict.add_argument("--dicom-seg", action="store_true", help="also write a DICOM segmentation of a DICOM series")
     predict.add_argument("--dicom-captures", action="store_true", help="also write overlays of its slices as captures")
-    predict.add_argument("--int8", action="store_true", help="use the 8-bit network")
-    predict.add_argument("--threads", type=_positive, help="threads of ONNX Runtime (default: ONNX Runtime chooses)")
 
     evaluate = add("evaluate", _evaluate, "score a student on its test section, or on a folder of labelled data")
     evaluate.add_argument("bundle", help="trained bundle, such as bundles/kvasir_seg, or folder written by export")
     evaluate.add_argument("--data", help="folder of labelled data that the student has not seen")
     evaluate.add_argument("--output", help="folder for results (default: eval/on_<data folder> in the bundle)")
     evaluate.add_argument("--seen", choices=("refuse", "apart"), default="refuse", help="images of the training")
-    evaluate.add_argument("--overlay", default="", help="configs on top, such as volumes of bundles/covid")
-    evaluate.add_argument("--int8", action="store_true", help="use the 8-bit network of an exported student")
-    evaluate.add_argument("--threads", type=_positive, help="threads of ONNX Runtime, for an exported student")
     evaluate.add_argument("--set", help="setting of the run, such as ckpt_dir=FOLDER or mask_codes=nonzero", **SETTING)
 
     score = add("score", _score, "score masks of any program against references")
@@ -124,17 +118,19 @@ def parser() -> argparse.ArgumentParser:
     label = add("label", _label, "serve trained students to 3D Slicer and OHIF through MONAI Label")
     label.add_argument("--bundles", nargs="+", required=True, help="names in bundles/, or folders of trained bundles")
     label.add_argument("--studies", required=True, help="folder of images, or http(s) address of a DICOMweb server")
-    label.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    label.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     label.add_argument("--work", default=".label", help="folder for fine-tuned copies and logs (default: %(default)s)")
 
     served = add("serve", _serve, "serve an exported student over HTTP: its page, and POST /predict")
     served.add_argument("model", help="folder written by export")
-    served.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    served.add_argument("--port", type=int, default=8080, help="port to listen on (default: %(default)s)")
+    for command, port in ((label, 8000), (served, 8080)):
+        command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+        command.add_argument("--port", type=int, default=port, help="port to listen on (default: %(default)s)")
     served.add_argument("--limit", type=_positive, default=200, help="largest upload in MB (default: %(default)s)")
-    served.add_argument("--int8", action="store_true", help="use the 8-bit network")
-    served.add_argument("--threads", type=_positive, help="threads of ONNX Runtime (default: ONNX Runtime chooses)")
+    for command in (predict, evaluate, served):
+        command.add_argument("--int8", action="store_true", help="use the 8-bit network of an exported student")
+        command.add_argument("--threads", type=_positive, help="threads of ONNX Runtime (default: it chooses)")
+    for command in (export, evaluate):
+        command.add_argument("--overlay", default="", help="configs on top, such as volumes of bundles/covid")
 
     report = add("report", _report, "write one HTML page about one or several runs")
     report.add_argument("runs", nargs="+", help="output folders of runs of one task; the first is the reference")
