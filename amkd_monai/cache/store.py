@@ -371,8 +371,7 @@ class FeatureStore:
             content |= {name: getattr(self, name) for name in DESCRIPTION}
             content["arrays"] = {name: asdict(spec) for name, spec in self.arrays.items()}
             lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items())
-            with _unless_there(path), atomic_path(path) as temporary:
-                temporary.write_bytes(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+            _write_once(path, [("{\n" + ",\n".join(lines) + "\n}\n").encode()])
         self._compare()
         self.tidy()
 
@@ -410,15 +409,14 @@ class FeatureStore:
         header = _header(self.arrays, len(ids), self._identity(view, shard), digest.hexdigest())
         if not (self.directory / NAME).is_file():
             self.create()
-        with _unless_there(path), atomic_path(path) as temporary, temporary.open("wb") as file:
-            file.writelines([header, *data])
+        _write_once(path, [header, *data])
 
 
-@contextlib.contextmanager
-def _unless_there(path: Path) -> Iterator[None]:
-    """Pass over a failure to write a file that another process has written meanwhile: it holds the same."""
+def _write_once(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    """Write a file; pass over a failure where another process has written it meanwhile: it holds the same."""
     try:
-        yield
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            file.writelines(parts)
     except OSError:
         if not path.is_file():
             raise

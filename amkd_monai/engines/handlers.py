@@ -195,16 +195,16 @@ class ResumeCheckpoint(Handler):
 
 
 class LoadStudent(Handler):
-    """Load a trained student, strictly, before an evaluation or inference; of a shared student the ``task``'s part."""
+    """Load a trained student, strictly, before an evaluation or inference; of a shared student its task's part."""
 
-    def __init__(self, student: nn.Module, path: str | Path, task: str | None = None) -> None:
-        self.student, self.path, self.task = student, Path(path), task
+    def __init__(self, student: nn.Module, path: str | Path) -> None:
+        self.student, self.path = student, Path(path)
 
     def _started(self, engine: Engine) -> None:
         if not self.path.is_file():
             raise CheckpointError(f"There is no trained student at {self.path}: run `training` first.")
-        if self.task is not None:
-            initialised(self.student, self.path, self.task)
+        if task := getattr(self.student, "part", None):
+            initialised(self.student, self.path, task)
         else:
             load_strict(self.student, load_state_dict(self.path), self.path)
 

@@ -32,9 +32,8 @@ from amkd_monai.teachers.base import CROSS_FITTED_KINDS
 
 logger = logging.getLogger("amkd_monai")
 
-LOAD = "amkd_monai.engines.handlers.LoadStudent"
-_OF_THE_WHOLE_RUN = {"@kept_student", LOAD, "ignite.handlers.ProgressBar", "StatsHandler", "TensorBoardStatsHandler"}
-_OF_THE_WHOLE_RUN |= {"amkd_monai.engines.handlers.CalibrateMasks"}
+_OF_THE_WHOLE_RUN = {"@kept_student", "ignite.handlers.ProgressBar", "StatsHandler", "TensorBoardStatsHandler"}
+_OF_THE_WHOLE_RUN |= {f"amkd_monai.engines.handlers.{name}" for name in ("LoadStudent", "CalibrateMasks")}
 """Handlers of a bundle that act on its own student's file or on logs; the shared run has its own."""
 
 
@@ -165,8 +164,6 @@ def open_inference(
 ) -> TaskBundle:
     """Open the inference config of one task's bundle, with ``settings`` of it, for the shared student's part in it."""
     parser = _parser(task, entry, Path(bundle_root), settings, ("inference",))
-    load = {"_target_": LOAD, "student": "@network", "path": "$@ckpt_dir + '/model.pt'", "task": task}
-    parser["handlers"] = [load, *parser["handlers"]]
     if "neck_channels" in parser.config["network_def"]:
         parser["network_def"]["neck_channels"] = neck_channels
     return TaskBundle(task, parser)
@@ -194,9 +191,8 @@ def _parser(
         parser.set({**old, **value} if part else value, key)  # part of an object leaves its other settings
     parser["bundle_root"], parser["network"] = str(folder), "$task_view"
     expand(parser)
-    for section in (parser.config.get("validate", {}), parser.config):  # training configs, or one for inference
-        if "handlers" in section:
-            section["handlers"] = [h for h in section["handlers"] if not _OF_THE_WHOLE_RUN & set(h.values())]
+    if validate := parser.config.get("validate"):  # a config for inference has none
+        validate["handlers"] = [h for h in validate["handlers"] if not _OF_THE_WHOLE_RUN & set(h.values())]
     return parser
 
 

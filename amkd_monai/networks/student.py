@@ -367,7 +367,7 @@ def initialised(student: nn.Module, path: str | Path | None, task: str | None = 
 
 
 def takes_part_of(student: nn.Module, task: str) -> nn.Module:
-    """Let the student of one task load its part of a shared student's state dict, as stock commands do."""
+    """Let the student of one task load its part, ``student.part``, of a shared student's state dict."""
 
     def take(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
         there = heads_of(state)
@@ -379,6 +379,7 @@ def takes_part_of(student: nn.Module, task: str) -> nn.Module:
         state.clear()
         state.update(part)
 
+    student.part = task
     student.register_load_state_dict_pre_hook(take)
     return student
 
