@@ -519,7 +519,7 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
         raise ValueError(f"The student {student} was {what}: {remedy}.")
     wanted = {key: value for key, value in record["settings"].items() if key != "tasks"}
     if not entries and scored:
-        wanted |= record["split"]
+        wanted |= record["split"] | ({} if other else {"split_hash": record["data"]["split_hash"]})
     wanted = {k: v for k, v in wanted.items() if not (other and k in _OF_THE_SCORED and k in given)}
     if network and network["_target_"] != own.get("_target_"):  # a class of the user's own
         wanted["network_def"] = network
@@ -527,31 +527,31 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
     for key, value in wanted.items():
         if key.split("#")[0] in config and _as_json(parser.get(key)) != value:
             if any(_overlap(key, name) for name in given):
-                was = f"the student {student} was trained with {_shown(value)}"
-                raise ValueError(f"{key} is {_shown(parser.get(key))}, but {was}: leave --{key} out.")
+                _agree({key: parser.get(key)}, {key: value}, student)
             parser[key] = value
             logger.info("%s is %s, as the student %s was trained with", key, _shown(value), student)
     if scored and not other and "output_dir" not in given and _run_of(Path(record["output_dir"])) == record["run"]:
         copied = _run_of(Path(parser.get_parsed_content("output_dir"))) == record["run"]
         parser["output_dir"] = config["output_dir"] if copied else record["output_dir"]
     if entries:
-        _adopt_tasks(parser, record, given)
+        _adopt_tasks(parser, record, given, student)
         return record
     _check_task(parser, record, student, data=scored and not other)
     _check_steps(parser, record, student)
     if other:
         if not given.get("output_dir"):
             raise ValueError("other_data needs an --output_dir of its own.")
-    elif purpose != "serving":
-        data = record["data"]
-        if not given.get("dataset_dir") and (root := _data_root(data)):
-            parser["dataset_dir"] = root
-        if scored and "split_hash" in config:
-            if (asked := given.get("split_hash") or data["split_hash"]) != data["split_hash"]:
-                was = f"that of the student's training is {data['split_hash']}"
-                raise ValueError(f"split_hash is {asked}, {was}: leave it out.")
-            parser["split_hash"] = data["split_hash"]
+    elif purpose != "serving" and not given.get("dataset_dir") and (root := _data_root(record["data"])):
+        parser["dataset_dir"] = root
     return record
+
+
+def _agree(now: Mapping[str, Any], then: Mapping[str, Any], student: Path, remedy: str = "leave --{} out") -> None:
+    """Refuse settings, by name, that are not those of a student's training."""
+    for name in {**now, **then}:
+        if _as_json(now.get(name)) != _as_json(then.get(name)):
+            was = f"the student {student} was trained with {_shown(then.get(name))}"
+            raise ValueError(f"{name} is {_shown(now.get(name))}, but {was}: {remedy.format(name)}.")
 
 
 @functools.cache  # once, though an export reads the record for several configs
@@ -570,52 +570,45 @@ def _data_root(data: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping[str, Any], student: Path) -> None:
     """Take each task's entry, data and split of a shared student, or one task's settings for inference."""
     entries, trained = record["tasks"], record["settings"]["tasks"]
     if "entry" in parser.config:
-        task, entry = parser.config["task"], dict(parser.config["entry"])
-        settings = {k: v for k, v in entries[task]["settings"].items() if k not in ("encoder", "mask_codes")}
-        for key, value in settings.items():
-            if _as_json(entry.get(key, value)) != value:
-                raise ValueError(f"{key} is {_shown(entry[key])}, but {task} was trained with {_shown(value)}.")
+        settings, entry = entries[parser.config["task"]]["settings"], parser.config["entry"]
+        settings = {k: v for k, v in settings.items() if k not in ("encoder", "mask_codes")}
+        _agree({k: entry.get(k, v) for k, v in settings.items()}, settings, student)
         parser["entry"] = {**entry, **settings}
         return
     named = any(_overlap("tasks", option) for option in given)
     if not (named or "only" in given):
         parser["only"] = list(entries)
-    tasks = {name: dict(entry) for name, entry in parser.config["tasks"].items()}
+    tasks = dict(parser.config["tasks"])
     for name, of_task in entries.items():
-        entry, then = tasks.get(name, trained[name]), trained[name]
-        for key in (entry.keys() | then.keys()) - {"dataset_dir"}:
-            if named and _as_json(entry.get(key)) != then.get(key):
-                was = f"the student was trained with {_shown(then.get(key))}"
-                raise ValueError(f"tasks#{name}#{key} is {_shown(entry.get(key))}, but {was}: leave --tasks out.")
-        place = entry.get("dataset_dir") if named else None
+        place = None
+        if named and name in tasks:
+            place, left = tasks[name].get("dataset_dir"), {"dataset_dir"}
+            now, then = ({f"tasks#{name}#{k}": of[k] for k in of.keys() - left} for of in (tasks[name], trained[name]))
+            _agree(now, then, student)
         if place is None and name in (given.get("only") or entries) and not given.get("dataset_dir"):
             place = _data_root(of_task["data"])
-        tasks[name] = {**then, "dataset_dir": place, "split_hash": of_task["data"]["split_hash"]}
+        tasks[name] = {**trained[name], "dataset_dir": place, "split_hash": of_task["data"]["split_hash"]}
     parser["tasks"] = tasks
 
 
 def _check_task(parser: ConfigParser, record: Mapping[str, Any], student: Path, data: bool) -> None:
     """Refuse a task that is described otherwise than when the student was trained; the layout counts with its data."""
     task = get_task(parser.get_parsed_content("task")) if "task" in parser.config else recorded_task(record)
-    now, then = (task.description or {}), (record.get("description") or {})
-    differing = [key for key in now.keys() | then.keys() if now.get(key) != then.get(key)]
-    if differing := [key for key in differing if key != "folder" and (data or key != "layout")]:
-        what = ", ".join(sorted(differing))
-        raise ValueError(f"{student} was trained for a task with another {what}: restore its description.")
-    if record["classes"] != list(task.classes):
-        raise ValueError(f"{student} was trained for the classes {', '.join(record['classes'])}: train again.")
+    left = {"folder"} if data else {"folder", "layout"}
+    described = (task.description or {}, record.get("description") or {})
+    now, then = ({k: v for k, v in of.items() if k not in left} for of in described)
+    _agree(now, then, student, "restore the description of the task")
+    _agree({"classes": list(task.classes)}, {"classes": record["classes"]}, student, "train again")
 
 
 def _check_steps(parser: ConfigParser, record: Mapping[str, Any], student: Path) -> None:
     place = "preprocessing" if "preprocessing" in parser.config else "validate#preprocessing"
     for now, then in itertools.zip_longest(image_steps(parser, place), record["preprocessing"]):
-        if now != then:
-            was = f"the student {student} was trained with {_shown(then or 'nothing')}"
-            raise ValueError(f"{place} does {_shown(now or 'nothing')}, but {was}: restore the preprocessing.")
+        _agree({place: now or "nothing"}, {place: then or "nothing"}, student, "restore it")
 
 
 def _overridden(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -714,24 +707,23 @@ def start_evaluation(
     other = data if isinstance(data, Datalist) and data.source == OTHER else None
     if other_data and not other:
         raise ValueError(f"other_data is {other_data}, but another datalist is given: leave one of both out.")
+    before, wrong = metrics.get("data", {}), dict[str, bool]()
     if record is None:
         scored = metrics.get("student_sha256")
-        if scored and student.is_file() and file_sha256(student) != scored:
-            raise ValueError(f"{folder} holds the figures of another student: give an --output_dir of its own.")
-        if other:
-            _find_seen(other, None, seen)
-        return
-    run, own = _run_of(folder), "" if other or changed else record["run"]
-    scored, split = metrics.get("data", {}).get("split_hash"), getattr(data, "hash", None)
-    if (run and run != own) or (metrics.get("run") or record["run"]) != record["run"]:
-        raise ValueError(f"{folder} holds another run than that of {ckpt_dir}: give an --output_dir of its own.")
-    if (scored and split and scored != split) or (metrics and metrics.get(OVERRIDDEN, {}) != changed):
-        raise ValueError(f"{folder} holds figures of other data or options: give an --output_dir of its own.")
-    if other:
-        if (root := metrics.get("data", {}).get("root", str(other.root))) != str(other.root):
-            raise ValueError(f"{folder} holds figures of other data, {root}: give an --output_dir of its own.")
-        _find_seen(other, record.get("seen"), seen)
+        wrong["another student"] = bool(scored) and student.is_file() and file_sha256(student) != scored
     else:
+        run, own = _run_of(folder), "" if other or changed else record["run"]
+        is_another = run not in ("", own) or metrics.get("run") not in (None, "", record["run"])
+        wrong[f"another run than that of {ckpt_dir}"] = is_another
+        splits = {before.get("split_hash"), getattr(data, "hash", None)} - {None}
+        wrong["other data or options"] = len(splits) > 1 or bool(metrics and metrics.get(OVERRIDDEN, {}) != changed)
+        root = str(other.root) if other else ""
+        wrong[f"other data, {before.get('root')}"] = bool(other) and before.get("root", root) != root
+    for what in (what for what, is_so in wrong.items() if is_so):
+        raise ValueError(f"{folder} holds figures of {what}: give an --output_dir of its own.")
+    if other:
+        _find_seen(other, (record or {}).get("seen"), seen)
+    elif record is not None:
         for name, of_task in ({"": data} if isinstance(data, Datalist) else data).items():
             _refuse_changed(record, name, _contents(of_task.test))
 
