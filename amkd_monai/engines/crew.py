@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,23 +51,16 @@ SMALLEST_BATCH = 8
 PER_FORWARD = 16
 
 
-def read_crew(
-    description: Mapping[str, Any],
-    train: DecodedDataset,
-    recipe: Recipe,
-    epochs: int,
-    views: int,
-    device: torch.device | str,
-    cache_dir: str,
-) -> Crew:
-    """Check the description of a crew and the folds of a training section, and make the members.
+class Crew:
+    """Members, and how they are trained and asked.
 
     Args:
         description: ``name``, ``size`` (a key of :data:`SIZES`) and what differs from it: ``members`` (options of the
-            student's class such as ``encoder`` and ``seed``, or networks), ``image_size`` (side in pixels, or a factor
-            of the student's), ``folds``, ``images`` (that a member sees in training, at least), ``flips`` (whether
-            answers are means over the flips of the recipe's augmentation), ``views``, and ``seed`` of folds and
-            trainings, so that runs of several seeds share a crew. Others, and wrong values, are a ValueError.
+            student's class such as ``encoder`` and ``seed``, or networks (B, 3, H, W) -> logits, which are copied),
+            ``image_size`` (side in pixels, or a factor of the student's), ``folds``, ``images`` (that a member sees in
+            training, at least), ``flips`` (whether answers are means over the flips of the recipe's augmentation),
+            ``views``, and ``seed`` of folds and trainings, so that runs of several seeds share a crew. Others, and
+            wrong values, are a ValueError.
         train: the training section at the student's size; a fold that would lack a class is a ValueError.
         recipe: of the run; the members' weights are averaged.
         epochs: of the run.
@@ -75,95 +68,82 @@ def read_crew(
         device: where members are trained and answer.
         cache_dir: folder of all stores; trained members are kept there.
     """
-    name, size = str(description["name"]), str(description.get("size", "default"))
-    if size not in SIZES:
-        raise ValueError(f"The crew '{name}' has the size '{size}': use one of {', '.join(SIZES)}.")
-    options = {**SIZES[size], "flips": True, "views": views, "seed": 0}
-    given = {key: value for key, value in description.items() if key not in ("name", "kind", "size")}
-    if unknown := sorted(given.keys() - options.keys()):
-        raise ValueError(f"The crew '{name}' has no option '{unknown[0]}': use size, {', '.join(options)}.")
-    options |= given
-    for key, least in (("folds", 2), ("images", 1), ("views", 1), ("seed", 0)):
-        if not (isinstance(options[key], int) and not isinstance(options[key], bool) and options[key] >= least):
-            raise ValueError(f"The crew '{name}' has {key} {options[key]!r}: give a whole number of at least {least}.")
-    student = FindingStudent if train.findings else Student if train.classes is None else ClassStudent
-    members: list[nn.Module] = []
-    for number, member in enumerate(options["members"]):
-        if isinstance(member, Mapping):
-            classes = train.findings or train.num_classes
-            member = {"seed": number, **member, "num_classes": classes, "in_channels": len(train.image(0))}
-            check_options(f"member {number + 1} of the crew '{name}'", student, member)
-            member = student(**member)
-        members.append(member)
-    if not members or not all(isinstance(member, nn.Module) for member in members):
-        raise ValueError(f"The crew '{name}' has members {options['members']}: give options such as encoder and seed.")
-    side = _side(name, options["image_size"], (train.images.shape[-2], train.images.shape[-1]))
-    fitting = recipe.batch_size * train.images[0, 0].size // (side[0] * side[1])
-    batch_size = min(recipe.batch_size, max(SMALLEST_BATCH, fitting))
-    labelled = int(train.has_label.sum())
-    images = max(options["images"], epochs * labelled // PART_OF_LENGTH)
-    augment = recipe.augment()
-    axes = [axis for axis, wanted in ((-1, augment.flip_width), (-2, augment.flip_height)) if wanted]
-    counts = range(len(axes) + 1) if options["flips"] else (0,)
-    return Crew(
-        name,
-        members,
-        side=side,
-        folds=options["folds"],
-        team=_teams(name, train, options["folds"], options["seed"]),
-        mirrors=[mirrored for count in counts for mirrored in itertools.combinations(axes, count)],
-        views=options["views"],
-        seed=options["seed"],
-        recipe=replace(recipe, ema=EMA, batch_size=batch_size),
-        steps=-(-max(images, labelled) // batch_size),
-        device=device,
-        cache_dir=cache_dir,
-    )
 
+    def __init__(
+        self,
+        description: Mapping[str, Any],
+        train: DecodedDataset,
+        recipe: Recipe,
+        epochs: int,
+        views: int,
+        device: torch.device | str,
+        cache_dir: str,
+    ) -> None:
+        self.name, size = str(description["name"]), str(description.get("size", "default"))
+        if size not in SIZES:
+            raise self._refusal(f"has the size '{size}': use one of {', '.join(SIZES)}")
+        options = {**SIZES[size], "flips": True, "views": views, "seed": 0}
+        given = {key: value for key, value in description.items() if key not in ("name", "kind", "size")}
+        if unknown := sorted(given.keys() - options.keys()):
+            raise self._refusal(f"has no option '{unknown[0]}': use size, {', '.join(options)}")
+        options |= given
+        for key, least in (("folds", 2), ("images", 1), ("views", 1), ("seed", 0)):
+            if not (isinstance(options[key], int) and not isinstance(options[key], bool) and options[key] >= least):
+                raise self._refusal(f"has {key} {options[key]!r}: give a whole number of at least {least}")
+        self.folds, self.views, self.seed = (int(options[key]) for key in ("folds", "views", "seed"))
+        student = FindingStudent if train.findings else Student if train.classes is None else ClassStudent
+        self.members: list[nn.Module] = []
+        for number, member in enumerate(options["members"]):
+            if isinstance(member, Mapping):
+                classes = train.findings or train.num_classes
+                member = {"seed": number, **member, "num_classes": classes, "in_channels": len(train.image(0))}
+                check_options(f"member {number + 1} of the crew '{self.name}'", student, member)
+                member = student(**member)
+            self.members.append(member)
+        if not self.members or not all(isinstance(member, nn.Module) for member in self.members):
+            raise self._refusal(f"has members {options['members']}: give options such as encoder and seed")
+        self.side = self._side(options["image_size"], (train.images.shape[-2], train.images.shape[-1]))
+        fitting = recipe.batch_size * train.images[0, 0].size // (self.side[0] * self.side[1])
+        self.recipe = replace(recipe, ema=EMA, batch_size=min(recipe.batch_size, max(SMALLEST_BATCH, fitting)))
+        labelled = int(train.has_label.sum())
+        images = max(options["images"], epochs * labelled // PART_OF_LENGTH, labelled)
+        self.steps = -(-images // self.recipe.batch_size)  # of each training
+        augment = recipe.augment()
+        axes = [axis for axis, wanted in ((-1, augment.flip_width), (-2, augment.flip_height)) if wanted]
+        counts = range(len(axes) + 1) if options["flips"] else (0,)
+        # axes over which an image is mirrored for each part of an answer
+        self.mirrors = [mirrored for count in counts for mirrored in itertools.combinations(axes, count)]
+        self.team, self.device, self.cache_dir = self._teams(train), device, cache_dir
 
-def _side(name: str, asked: Any, student: tuple[int, int]) -> tuple[int, int]:
-    """Size (H, W) of the members' images, of an ``image_size`` and the student's (H, W)."""
-    if isinstance(asked, bool) or not isinstance(asked, (int, float)) or not (asked >= 32 or 1 <= asked <= 4):
-        raise ValueError(f"The crew '{name}' has image_size {asked!r}: give pixels, or a factor from 1 to 4.")
-    factor = asked / max(student) if asked >= 32 else min(asked, max(1.0, FINEST / max(student)))
-    height, width = (round(n * factor) for n in student)
-    return height, width
+    def _refusal(self, why: str) -> ValueError:
+        return ValueError(f"The crew '{self.name}' {why}.")
 
+    def _side(self, asked: Any, student: tuple[int, int]) -> tuple[int, int]:
+        """Size (H, W) of the members' images, of an ``image_size`` and the student's (H, W)."""
+        if isinstance(asked, bool) or not isinstance(asked, (int, float)) or not (asked >= 32 or 1 <= asked <= 4):
+            raise self._refusal(f"has image_size {asked!r}: give pixels, or a factor from 1 to 4")
+        factor = asked / max(student) if asked >= 32 else min(asked, max(1.0, FINEST / max(student)))
+        height, width = (round(n * factor) for n in student)
+        return height, width
 
-def _teams(name: str, train: DecodedDataset, folds: int, seed: int) -> np.ndarray:
-    """Fold of each sample (N,), ``folds`` without a label; the labels outside every fold show all classes."""
-    labelled = np.flatnonzero(train.has_label)
-    groups = [train.groups[i] for i in labelled]
-    if folds > len(set(groups)):
-        few = f"the training section has {len(set(groups))} labelled groups (patients, volumes)"
-        raise ValueError(f"The crew '{name}' has {folds} folds, but {few}: give fewer folds.")
-    fold = fold_of_groups(groups, folds, seed, None if train.classes is None else train.classes[labelled])
-    shown = train.shown_classes()[labelled]
-    for k in range(folds):
-        if len(missing := np.flatnonzero(~shown[fold != k].any(0))):
-            lacks = f"no labelled image of {train.class_in_words(int(missing[0]))} outside fold {k + 1} of {folds}"
-            raise ValueError(f"The crew '{name}' has {lacks}: label more groups that show it, or drop the crew.")
-    team = np.full(len(train), folds)
-    team[labelled] = fold
-    return team
-
-
-@dataclass(frozen=True)
-class Crew:
-    """Members, and how they are trained and asked; :func:`read_crew` makes it."""
-
-    name: str
-    members: Sequence[nn.Module]  # networks (B, 3, H, W) -> logits as they start; copied, never changed
-    side: tuple[int, int]  # (H, W) of the members' images
-    folds: int
-    team: np.ndarray  # (N,) fold of each training sample, ``folds`` where it has no label
-    mirrors: Sequence[tuple[int, ...]]  # axes over which an image is mirrored for each part of an answer
-    views: int  # stored views of every training image
-    recipe: Recipe
-    steps: int  # of each training
-    seed: int
-    device: torch.device | str
-    cache_dir: str
+    def _teams(self, train: DecodedDataset) -> np.ndarray:
+        """Fold of each sample (N,), ``folds`` without a label; the labels outside every fold show all classes."""
+        labelled = np.flatnonzero(train.has_label)
+        groups = [train.groups[i] for i in labelled]
+        if self.folds > (count := len(set(groups))):
+            few = f"the training section has {count} labelled groups (patients, volumes)"
+            raise self._refusal(f"has {self.folds} folds, but {few}: give fewer folds")
+        classes = None if train.classes is None else train.classes[labelled]
+        team = np.full(len(train), self.folds)
+        team[labelled] = fold_of_groups(groups, self.folds, self.seed, classes)
+        shown = train.shown_classes()
+        for k in range(self.folds):
+            others = labelled[team[labelled] != k]
+            if len(missing := np.flatnonzero(~shown[others].any(0))):
+                lacks = f"no labelled image of {train.class_in_words(int(missing[0]))} outside fold {k + 1}"
+                remedy = "label more groups that show it, or drop the crew"
+                raise self._refusal(f"has {lacks} of {self.folds}: {remedy}")
+        return team
 
     def facts(self, train: DecodedDataset) -> dict[str, Any]:
         """What the run record tells of the crew of a training section."""
@@ -181,8 +161,7 @@ class Crew:
         labelled = np.flatnonzero(self.team < self.folds)
         labels = fingerprint([(fine.ids[i], fine.hashes[i], int(self.team[i])) for i in labelled])
         networks = [state_hash(member.state_dict()) for member in self.members]
-        key = {"members": networks, "labels": labels, "chain": fine.chain, **self._method().key}
-        key |= {"seed": self.seed}
+        key = {"members": networks, "labels": labels, "chain": fine.chain, **self._method().key, "seed": self.seed}
         sections, teams = (train, validation), (self.team, np.full(len(validation), self.folds))
         stores = []
         for of, dataset, views in (("train", train, self.views), ("validation", validation, 1)):
@@ -208,13 +187,12 @@ class Crew:
         try:
             chain = finer(dataset.transform, self.side)
         except ValueError as error:
-            why = f"cannot see finer images, {error}"
-            raise ValueError(f"The crew '{self.name}' {why}: give it image_size 1.") from error
+            raise self._refusal(f"cannot see finer images, {error}: give it image_size 1") from error
         options: dict[str, Any] = {"num_classes": dataset.num_classes, "on_bad_sample": dataset.on_bad_sample}
         options |= {"teacher_channels": dataset.teacher_channels, "findings": dataset.findings}
         fine = DecodedDataset(dataset.data, chain, dataset.directory.parent, **options)
         if fine.ids != dataset.ids:
-            raise ValueError(f"The crew '{self.name}' reads other samples than the student: give it image_size 1.")
+            raise self._refusal("reads other samples than the student: give it image_size 1")
         return fine
 
     def _trained(self, fine: DecodedDataset, labelled: np.ndarray, key: Mapping[str, Any]) -> list[list[nn.Module]]:

@@ -30,7 +30,7 @@ from amkd_monai.distillation import TeacherTarget
 from amkd_monai.distillation.interface import UNCALIBRATED, Calibration
 from amkd_monai.distillation.losses import UNLABELLED, one_hot_area, soft_cross_entropy
 from amkd_monai.engines import crossfit, probes
-from amkd_monai.engines.crew import Crew, read_crew
+from amkd_monai.engines.crew import Crew
 from amkd_monai.engines.runs import expand
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.memory import own_peak
@@ -185,7 +185,7 @@ def prepare_teachers(
     cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
     validate_descriptions(teachers)
     of_run: tuple[Any, ...] = (train, recipe.of_slices(), epochs, views, device, cache_dir)
-    crews = [read_crew(description, *of_run) for description in teachers if description["kind"] == "crew"]
+    crews = [Crew(description, *of_run) for description in teachers if description["kind"] == "crew"]
     if options["folds"] is None:
         options["folds"] = max((crew.folds for crew in crews), default=STUDENT_FOLDS)
     shared = (train, validation, student, recipe, cache_dir, device, seed, folds, cached)

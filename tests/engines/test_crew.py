@@ -13,7 +13,7 @@ from torch import nn
 
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.transforms import load_mask, load_rgb
-from amkd_monai.engines.crew import read_crew
+from amkd_monai.engines.crew import Crew
 from amkd_monai.engines.prepare import prepare_teachers
 from amkd_monai.engines.trainer import Recipe
 from amkd_monai.networks import ClassStudent
@@ -90,7 +90,7 @@ def data(tmp_path_factory):
 def crew_of(train, folder, recipe=None, **description):
     description = {"name": "crew", "members": [Linear(), Linear()], "folds": 2, "image_size": 1, **description}
     recipe = recipe or Recipe(batch_size=8, learning_rate=0.02)
-    return read_crew({"images": 160, **description}, train, recipe, 1, 1, "cpu", str(folder))
+    return Crew({"images": 160, **description}, train, recipe, 1, 1, "cpu", str(folder))
 
 
 def right(dataset, logits, rows):
@@ -239,5 +239,5 @@ def test_a_fold_without_a_class_is_refused(tmp_path):
 def test_words_for_the_size_make_students_of_the_task(data, tmp_path):
     crew = crew_of(data[0], tmp_path, size="small", members=[{"encoder": "tf_efficientnet_lite0", "dropout": 0.1}])
     assert isinstance(crew.members[0], ClassStudent) and crew.members[0].num_classes == data[0].num_classes
-    default = read_crew({"name": "crew"}, data[0], Recipe(batch_size=16), 1, 1, "cpu", str(tmp_path))
+    default = Crew({"name": "crew"}, data[0], Recipe(batch_size=16), 1, 1, "cpu", str(tmp_path))
     assert default.side == (28, 28) and default.folds == 3 and default.steps == 3072 // 8 and len(default.members) == 2
