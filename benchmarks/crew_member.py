@@ -17,7 +17,7 @@ from amkd_monai.cache.build import images_of
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.frames import finer
 from amkd_monai.engines.crew import EMA
-from amkd_monai.engines.crossfit import of_students
+from amkd_monai.engines.crossfit import Method
 from amkd_monai.engines.prepare import open_bundle
 from amkd_monai.networks import Student
 
@@ -46,7 +46,7 @@ def main() -> None:
     seen, asked = (DecodedDataset(items, chain, a.output, num_classes=2) for items in (train.data, test))
     network = Student(encoder=a.encoder, num_classes=2)
     recipe = replace(get("recipe"), ema=EMA, min_steps=a.steps)
-    of_students(recipe, 1, 0, "cpu", f"{a.encoder} at {a.side}").fit(network, seen, np.arange(len(seen)), 0)
+    Method(recipe, 1, 0, "cpu", f"{a.encoder} at {a.side}").fit(network, seen, np.arange(len(seen)), 0)
     true, size = np.stack([labels.labels[i][0] for i in range(len(labels))]) == 1, (STUDENT_SIDE, STUDENT_SIDE)
     with torch.inference_mode():
         image = images_of(asked, list(range(len(asked))), "cpu")

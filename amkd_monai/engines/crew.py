@@ -26,7 +26,7 @@ from amkd_monai.data.frames import finer
 from amkd_monai.data.sampling import warp
 from amkd_monai.data.splits import fold_of_groups
 from amkd_monai.distillation.losses import area_logits, as_map
-from amkd_monai.engines.crossfit import Method, answer_size, of_students, trained
+from amkd_monai.engines.crossfit import Method, answer_size, trained
 from amkd_monai.engines.trainer import Recipe
 from amkd_monai.errors import check_options
 from amkd_monai.networks import ClassStudent, FindingStudent, Student
@@ -178,7 +178,7 @@ class Crew:
 
     def _method(self) -> Method:
         title = f"{self.steps} steps at {self.side[0]} x {self.side[1]}"
-        return of_students(replace(self.recipe, min_steps=self.steps), 1, self.seed, self.device, title)
+        return Method(replace(self.recipe, min_steps=self.steps), 1, self.seed, self.device, title)
 
     def _finer(self, dataset: DecodedDataset) -> DecodedDataset:
         """The samples of a dataset as the members see them: the same frame at their size."""

@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,52 @@ ANSWER_STRIDE = 2
 
 @dataclass(frozen=True)
 class Method:
-    """How the copies of a network are trained on samples of a dataset, and how they answer them."""
+    """How copies of a student are trained in folds, supervised, and how they answer."""
 
-    fit: Callable[[nn.Module, DecodedDataset, np.ndarray, int], None]  # (network, dataset, indices, fold)
-    # (network, dataset, n indices), returns logits (n, classes, h, w)
-    predict: Callable[[nn.Module, DecodedDataset, np.ndarray], np.ndarray]
-    key: dict[str, Any]  # what the answers depend on besides network, folds and seed
+    recipe: Recipe
+    epochs: int
+    seed: int
+    device: torch.device | str
     title: str  # what is trained and for how long, for messages
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the answers depend on besides network, folds and seed."""
+        own = {name: value for name, value in asdict(self.recipe).items() if name != "first_stage"}  # needs teachers
+        return {"recipe": own, "epochs": self.epochs}
+
+    def fit(self, network: nn.Module, dataset: DecodedDataset, indices: np.ndarray, fold: int) -> None:
+        """Train a network on samples of a dataset; ``fold`` is the number of the training."""
+        recipe, seed, device = self.recipe, self.seed + fold, self.device
+        of_patches, distiller = isinstance(network, VolumeStudent), Distiller(network, batch_dice=recipe.batch_dice)
+        distiller.to(device, memory_format=torch.preserve_format if of_patches else torch.channels_last)
+        loader = recipe.loader(dataset, seed, indices=indices, distributed=False)
+        optimizer = recipe.optimizer(distiller)
+        scheduler = recipe.scheduler(optimizer, self.epochs * len(loader))
+        options: dict[str, Any] = {"augmentation": recipe.augment(), "seed": seed}
+        options["train_handlers"] = [LrScheduleHandler(scheduler, print_lr=False, epoch_level=False)]
+        trainer = DistillationTrainer(device, self.epochs, loader, distiller, optimizer, **options)
+        trainer.logger.setLevel(logging.WARNING)
+        average = ModelEmaV3(network, recipe.ema, use_warmup=True) if recipe.ema else None
+        with progress(total=self.epochs * len(loader), desc=f"{self.title}, training {fold + 1}") as bar:
+            step = Events.ITERATION_COMPLETED
+            trainer.add_event_handler(step, lambda _: bar.update(1))
+            if average is not None:
+                trainer.add_event_handler(step, lambda e: average.update(network, e.state.iteration))
+            trainer.run()
+        if average is not None:
+            network.load_state_dict(average.module.state_dict())
+
+    @torch.inference_mode()
+    def predict(self, network: nn.Module, dataset: DecodedDataset, indices: np.ndarray) -> np.ndarray:
+        """Answers (n, classes, H / 2, W / 2), or (n, classes, 1, 1) and (n, 2, F, 1) of images, to n samples."""
+        where = next(network.parameters()).device
+        network.eval()
+        if isinstance(network, VolumeStudent):
+            return _answer_volumes(network, dataset, indices)
+        batches = (indices[start : start + 16].tolist() for start in range(0, len(indices), 16))
+        answers = (as_map(network(images_of(dataset, rows, where))) for rows in batches)
+        return np.concatenate([area_logits(logits, answer_size(dataset)).cpu().numpy() for logits in answers])
 
 
 def answer_size(dataset: DecodedDataset) -> tuple[int, int]:
@@ -121,43 +160,6 @@ def cross_fit(
     for file in files:
         file.unlink(missing_ok=True)
     return stores
-
-
-def of_students(recipe: Recipe, epochs: int, seed: int, device: torch.device | str, title: str) -> Method:
-    """Train students, supervised, with the run's own recipe; answers (n, classes, H / 2, W / 2), or of images."""
-
-    def fit(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray, fold: int) -> None:
-        of_patches, distiller = isinstance(network, VolumeStudent), Distiller(network, batch_dice=recipe.batch_dice)
-        distiller.to(device, memory_format=torch.preserve_format if of_patches else torch.channels_last)
-        loader = recipe.loader(dataset, seed + fold, indices=indices, distributed=False)
-        optimizer = recipe.optimizer(distiller)
-        scheduler = recipe.scheduler(optimizer, epochs * len(loader))
-        options: dict[str, Any] = {"augmentation": recipe.augment(), "seed": seed + fold}
-        options["train_handlers"] = [LrScheduleHandler(scheduler, print_lr=False, epoch_level=False)]
-        trainer = DistillationTrainer(device, epochs, loader, distiller, optimizer, **options)
-        trainer.logger.setLevel(logging.WARNING)
-        average = ModelEmaV3(network, recipe.ema, use_warmup=True) if recipe.ema else None
-        with progress(total=epochs * len(loader), desc=f"{title}, training {fold + 1}") as bar:
-            step = Events.ITERATION_COMPLETED
-            trainer.add_event_handler(step, lambda _: bar.update(1))
-            if average is not None:
-                trainer.add_event_handler(step, lambda e: average.update(network, e.state.iteration))
-            trainer.run()
-        if average is not None:
-            network.load_state_dict(average.module.state_dict())
-
-    @torch.inference_mode()
-    def predict(network: nn.Module, dataset: DecodedDataset, indices: np.ndarray) -> np.ndarray:
-        where = next(network.parameters()).device
-        network.eval()
-        if isinstance(network, VolumeStudent):
-            return _answer_volumes(network, dataset, indices)
-        batches = (indices[start : start + 16].tolist() for start in range(0, len(indices), 16))
-        answers = (as_map(network(images_of(dataset, rows, where))) for rows in batches)
-        return np.concatenate([area_logits(logits, answer_size(dataset)).cpu().numpy() for logits in answers])
-
-    own = {name: value for name, value in asdict(recipe).items() if name != "first_stage"}  # needs teachers
-    return Method(fit, predict, {"recipe": own, "epochs": epochs}, title)
 
 
 def _answer_volumes(network: VolumeStudent, dataset: DecodedDataset, indices: np.ndarray) -> np.ndarray:

@@ -345,7 +345,7 @@ class _Preparation:
                 "encoder_learning_rate": rate,
             }
             recipe = Recipe(**VOLUME_RECIPE, **own)
-            method = crossfit.of_students(recipe, 1, self.seed, self.device, f"3D network of {steps} steps")
+            method = crossfit.Method(recipe, 1, self.seed, self.device, f"3D network of {steps} steps")
             of_run = (sections, method, folds, self.seed, self.cache_dir)
             answers, of_validation = crossfit.cross_fit(name, network, *of_run)
             facts = {"answers": f"cross-fitted in {folds} folds"}
@@ -361,7 +361,7 @@ class _Preparation:
         """
         for length in dict.fromkeys((max(1, epochs // 4), epochs)):
             title = f"undistilled for {length} of {epochs} epochs"
-            method = crossfit.of_students(self.recipe, length, self.seed, self.device, title)
+            method = crossfit.Method(self.recipe, length, self.seed, self.device, title)
             of_run = ((self.train,), method, folds, self.seed, self.cache_dir)
             (answers,) = crossfit.cross_fit("student", self.student, *of_run)
             score = self._score(answers, _calibration(answers, self.train))

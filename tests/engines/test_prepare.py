@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -91,7 +93,7 @@ def test_a_teacher_that_is_not_to_be_compared_is_never_admitted_and_needs_no_stu
     def never(*_, **__):
         raise AssertionError("a student was trained")
 
-    monkeypatch.setattr(crossfit, "of_students", never)
+    monkeypatch.setattr(crossfit, "Method", never)
     targets = prepare(data, [{**LITE1, "cross_fit": False}])
     (teacher,) = targets.teachers
     assert not teacher.admitted and teacher.grid is not None and "undistilled_student_dice" not in targets.record
@@ -167,7 +169,7 @@ def test_cross_fitting_never_asks_a_network_about_what_it_has_seen(data, caplog)
             assert not network.groups & {dataset.groups[i] for i in indices if dataset.has_label[i]}
         return np.zeros((len(indices), 2, 32, 32), dtype=np.float32)
 
-    method = crossfit.Method(fit, predict, {"k": 1}, "for ever")
+    method = SimpleNamespace(fit=fit, predict=predict, key={"k": 1}, title="for ever")
     stores = crossfit.cross_fit("memoriser", Memoriser(), (train, validation), method, 3, 0, str(folder / "memoriser"))
     assert folds == [0, 1, 2] and all(store.is_complete for store in stores)
     told = [record.getMessage() for record in caplog.records if "training" in record.getMessage()]
@@ -188,7 +190,8 @@ def test_an_interrupted_cross_fit_keeps_its_finished_folds(data):
     def predict(network, dataset, indices):
         return np.zeros((len(indices), 2, 32, 32), dtype=np.float32)
 
-    arguments = ((train,), crossfit.Method(fit, predict, {"k": 2}, "twice"), 3, 0, str(folder / "interrupted"))
+    method = SimpleNamespace(fit=fit, predict=predict, key={"k": 2}, title="twice")
+    arguments = ((train,), method, 3, 0, str(folder / "interrupted"))
     with pytest.raises(KeyboardInterrupt):
         crossfit.cross_fit("killed", Memoriser(), *arguments)
     crossfit.cross_fit("killed", Memoriser(), *arguments)
