@@ -67,36 +67,7 @@ class TaskBundle:
 
 
 class TaskSet:
-    """The tasks of a run: opened bundles by name, their numbers, and names of tasks that have no data (``missing``)."""
-
-    def __init__(self, bundles: Mapping[str, TaskBundle], numbers: Mapping[str, int], missing: Sequence[str]) -> None:
-        self.bundles, self.missing = dict(bundles), list(missing)
-        self.numbers = {name: numbers[name] for name in bundles}
-        self.heads = {name: bundle.head for name, bundle in bundles.items()}
-        self.tasks = {name: bundle.task for name, bundle in bundles.items()}
-
-    def around(self, student: SharedStudent) -> TaskSet:
-        """Give every bundle its view of a student, which is on its device, and return the tasks."""
-        for name, bundle in self.bundles.items():
-            bundle.with_student(student.for_task(name))
-        return self
-
-    def all(self, item: str) -> dict[str, Any]:
-        """Return an item of every bundle's config, {task: item}."""
-        return {name: bundle.get(item) for name, bundle in self.bundles.items()}
-
-
-def open_tasks(
-    tasks: Mapping[str, Mapping[str, Any]],
-    bundle_root: str | Path,
-    output_dir: str | Path,
-    cache_dir: str | Path,
-    settings: Mapping[str, Any],
-    only: Sequence[str] | None = None,
-    dataset_dir: str | Path | None = None,
-    configs: Sequence[str] = ("train",),
-) -> TaskSet:
-    """Open the bundles of the tasks whose data are there.
+    """The tasks of a run whose data are there: opened bundles by name, their numbers, and names of ``missing`` tasks.
 
     Tasks without data are announced and left out; if none has data, all of them use generated phantoms.
 
@@ -110,33 +81,60 @@ def open_tasks(
         dataset_dir: folder that holds the data sets' folders; a task's own ``dataset_dir`` goes first.
         configs: configs of each bundle, later ones on top.
     """
-    if unknown := sorted(set(only or ()) - set(tasks)):
-        raise ValueError(f"There is no task '{unknown[0]}' in this run: it has {', '.join(tasks)}.")
-    dataset_dir = Path(dataset_dir).expanduser() if dataset_dir else None
-    if dataset_dir and not dataset_dir.is_dir():
-        raise FileNotFoundError(f"There is no folder {dataset_dir}: give the folder that holds the data sets' folders.")
-    common = {**settings, "gate_options": {**settings.get("gate_options", {}), "tasks": len(tasks)}}
-    teachers = common.pop("teachers", [])
-    parsers: dict[str, ConfigParser] = {}
-    seen: dict[str, str] = {}
-    found: dict[str, bool] = {}
-    for name, entry in tasks.items():
-        parser = parsers[name] = _parser(name, entry, Path(bundle_root), common, configs)
-        task = get_task(parser.get_parsed_content("task"))
-        if (other := seen.setdefault(task.name, name)) != name:
-            raise ValueError(f"'{other}' and '{name}' are the task {task.name}: keep one, or name its own task.")
-        place = parser.config.get("dataset_dir")
-        if place is None and dataset_dir and (dataset_dir / task.folder).is_dir():
-            place = str(dataset_dir / task.folder)
-        found[name] = find_dataset_dir(task, place) is not None
-        parser.update({"dataset_dir": place, "teachers": teachers_of(name, teachers)})
-        parser.update({"output_dir": f"{output_dir}/{name}", "cache_dir": f"{cache_dir}/{task.name}"})
-    chosen = [name for name in tasks if only is None or name in only]
-    missing = [name for name in chosen if not found[name] and any(found[n] for n in chosen)]
-    for name in missing:
-        logger.warning("NO DATA FOUND for the task '%s': this run continues without it.", name)
-    numbers = dict(zip(tasks, range(len(tasks)), strict=True))
-    return TaskSet({n: TaskBundle(n, parsers[n]) for n in chosen if n not in missing}, numbers, missing)
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Mapping[str, Any]],
+        bundle_root: str | Path,
+        output_dir: str | Path,
+        cache_dir: str | Path,
+        settings: Mapping[str, Any],
+        only: Sequence[str] | None = None,
+        dataset_dir: str | Path | None = None,
+        configs: Sequence[str] = ("train",),
+    ) -> None:
+        if unknown := sorted(set(only or ()) - set(tasks)):
+            raise ValueError(f"There is no task '{unknown[0]}' in this run: it has {', '.join(tasks)}.")
+        dataset_dir = Path(dataset_dir).expanduser() if dataset_dir else None
+        if dataset_dir and not dataset_dir.is_dir():
+            raise FileNotFoundError(
+                f"There is no folder {dataset_dir}: give the one that holds the data sets' folders."
+            )
+        common = {**settings, "gate_options": {**settings.get("gate_options", {}), "tasks": len(tasks)}}
+        teachers = common.pop("teachers", [])
+        parsers: dict[str, ConfigParser] = {}
+        seen: dict[str, str] = {}
+        found: dict[str, bool] = {}
+        for name, entry in tasks.items():
+            parser = parsers[name] = _parser(name, entry, Path(bundle_root), common, configs)
+            task = get_task(parser.get_parsed_content("task"))
+            if (other := seen.setdefault(task.name, name)) != name:
+                raise ValueError(f"'{other}' and '{name}' are the task {task.name}: keep one, or name its own task.")
+            place = parser.config.get("dataset_dir")
+            if place is None and dataset_dir and (dataset_dir / task.folder).is_dir():
+                place = str(dataset_dir / task.folder)
+            found[name] = find_dataset_dir(task, place) is not None
+            parser.update({"dataset_dir": place, "teachers": teachers_of(name, teachers)})
+            parser.update({"output_dir": f"{output_dir}/{name}", "cache_dir": f"{cache_dir}/{task.name}"})
+        chosen = [name for name in tasks if only is None or name in only]
+        missing = [name for name in chosen if not found[name] and any(found[n] for n in chosen)]
+        for name in missing:
+            logger.warning("NO DATA FOUND for the task '%s': this run continues without it.", name)
+        numbers = {name: number for number, name in enumerate(tasks)}
+        self.bundles = {name: TaskBundle(name, parsers[name]) for name in chosen if name not in missing}
+        self.missing, self.numbers = missing, {name: numbers[name] for name in self.bundles}
+        self.heads = {name: bundle.head for name, bundle in self.bundles.items()}
+        self.tasks = {name: bundle.task for name, bundle in self.bundles.items()}
+
+    def around(self, student: SharedStudent) -> TaskSet:
+        """Give every bundle its view of a student, which is on its device, and return the tasks."""
+        for name, bundle in self.bundles.items():
+            bundle.with_student(student.for_task(name))
+        return self
+
+    def all(self, item: str) -> dict[str, Any]:
+        """Return an item of every bundle's config, {task: item}."""
+        return {name: bundle.get(item) for name, bundle in self.bundles.items()}
 
 
 def teachers_of(task: str, teachers: str | Sequence[str | Mapping[str, Any]]) -> str | list[str | dict[str, Any]]:

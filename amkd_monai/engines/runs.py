@@ -18,7 +18,6 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc import locate
 from types import FrameType
@@ -283,21 +282,28 @@ def _places(parser: ConfigParser) -> dict[str, str]:
     return {key: value for key, value in values.items() if isinstance(value, str) and not _is_expression(value)}
 
 
-@dataclass
 class Identity:
-    """What a run is about to make a student from: the content of ``student.json``, and its folders.
+    """What a run is about to make a student from: the content of ``student.json``, ``record``, and its folders.
 
-    ``datalists`` and ``further`` images without labels are by folder below the output folder, ``""`` for that itself;
-    ``init_from`` is the file of the student that the run starts from.
+    ``facts`` are further content of the record. ``datalists`` and ``further`` images without labels are by folder below
+    the output folder, ``""`` for that itself.
     """
 
-    record: dict[str, Any]
-    places: dict[str, Path]
-    datalists: dict[str, Datalist] = field(default_factory=dict)
-    resume: bool = False
-    further: dict[str, Sequence[Item]] = field(default_factory=dict)
-    cache_dir: str | None = None
-    init_from: str | None = None
+    def __init__(
+        self,
+        parser: ConfigParser,
+        facts: Mapping[str, Any],
+        datalists: Mapping[str, Datalist],
+        further: Mapping[str, Sequence[Item]],
+    ) -> None:
+        self.datalists, self.further, self.resume = datalists, further, False
+        root, names = Path(parser.get_parsed_content("bundle_root")), ("output_dir", "ckpt_dir", "resume_dir")
+        self.places = {name: Path(parser.get_parsed_content(name)).expanduser().resolve() for name in names}
+        self.record = {"version": VERSION, "run": uuid.uuid4().hex, "bundle": root.resolve().name, **facts}
+        self.record["training"] = _settings(parser.config, "training", without=_NOT_OF_A_TRAINING)
+        self.record |= {"output_dir": str(self.places["output_dir"]), "versions": versions()}
+        known = (k in parser.config and parser.get_parsed_content(k) for k in ("cache_dir", "init_from"))
+        self.cache_dir, self.init_from = (value or None for value in known)
 
     @idist.one_rank_only()
     def claim(self, keep: bool = False) -> None:
@@ -347,7 +353,7 @@ def identity(datalist: Datalist, further: Sequence[Item] = (), teachers: Sequenc
         "preprocessing": image_steps(parser, "validate#preprocessing"),
         "teachers": [recorded(teacher, parser.get_parsed_content("weights_dir")) for teacher in teachers],
     }
-    return _identity(parser, facts, {"": datalist}, {"": further})
+    return Identity(parser, facts, {"": datalist}, {"": further})
 
 
 def shared_identity(tasks: Mapping[str, Identity], settings: Sequence[str]) -> Identity:
@@ -357,25 +363,13 @@ def shared_identity(tasks: Mapping[str, Identity], settings: Sequence[str]) -> I
     records = {name: {k: v for k, v in of.record.items() if k not in left} for name, of in tasks.items()}
     facts = {"tasks": records, "settings": {key: parser.config[key] for key in settings}}
     data, further = ({name: getattr(of, what)[""] for name, of in tasks.items()} for what in ("datalists", "further"))
-    return _identity(parser, facts, data, further)
+    return Identity(parser, facts, data, further)
 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide a result."""
     found = {name: importlib.metadata.version(name) for name in ("torch", "monai", "pytorch-ignite", "timm", "numpy")}
     return {"python": platform.python_version(), "amkd_monai": __version__, **found}
-
-
-def _identity(
-    parser: ConfigParser, facts: Mapping[str, Any], data: dict[str, Datalist], further: dict[str, Any]
-) -> Identity:
-    root, names = Path(parser.get_parsed_content("bundle_root")), ("output_dir", "ckpt_dir", "resume_dir")
-    places = {name: Path(parser.get_parsed_content(name)).expanduser().resolve() for name in names}
-    record = {"version": VERSION, "run": uuid.uuid4().hex, "bundle": root.resolve().name, **facts}
-    record["training"] = _settings(parser.config, "training", without=_NOT_OF_A_TRAINING)
-    record |= {"output_dir": str(places["output_dir"]), "versions": versions()}
-    known = (k in parser.config and parser.get_parsed_content(k) for k in ("cache_dir", "init_from"))
-    return Identity(record, places, data, False, further, *(value or None for value in known))
 
 
 def _references(value: Any) -> set[str]:
