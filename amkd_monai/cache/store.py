@@ -481,38 +481,30 @@ def progress_line(title: str, total: int, done: int) -> tqdm:
 # ------------------------------------------------------------------------------------------- the stores in a folder
 
 
-@dataclass
 class StoredTeacher:
     """One store as found on the disk, in ``<teacher>-<key>``; the store is None where it cannot be opened."""
 
-    directory: Path
-    name: str  # of the teacher
-    modified: float  # seconds since the epoch
-    store: FeatureStore | None = None
-    fault: str = ""
-    size: int = 0  # bytes of all its files
-    state: str = "damaged"  # or complete, or incomplete (3 of 8 shards)
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.name = directory, directory.name.rpartition("-")[0]
+        self.modified = (directory / NAME).stat().st_mtime  # seconds since the epoch
+        self.store: FeatureStore | None = None
+        self.fault, self.state, self.size = "", "damaged", 0  # bytes of all its files
+        try:
+            self.store = store = FeatureStore.open(directory)
+            there, shards = len(store.written()), len(store.shards)
+            self.state = "complete" if there == shards else f"incomplete ({there} of {shards} shards)"
+        except StoreError as error:
+            self.fault = str(error)
+        for path in directory.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a temporary file of a builder
+                self.size += path.stat().st_size
 
 
 def find_stores(folder: str | Path) -> list[StoredTeacher]:
     """Open every store below a folder, which must exist (FileNotFoundError)."""
-    root = Path(folder)
-    if not root.is_dir():
+    if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give the cache_dir of a run, such as bundles/.cache.")
-    found = []
-    for file in sorted(root.rglob(NAME)):
-        entry = StoredTeacher(file.parent, file.parent.name.rpartition("-")[0], file.stat().st_mtime)
-        try:
-            entry.store = store = FeatureStore.open(file.parent)
-            there, shards = len(store.written()), len(store.shards)
-            entry.state = "complete" if there == shards else f"incomplete ({there} of {shards} shards)"
-        except StoreError as error:
-            entry.fault = str(error)
-        for path in file.parent.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # a temporary file of a builder
-                entry.size += path.stat().st_size
-        found.append(entry)
-    return found
+    return [StoredTeacher(file.parent) for file in sorted(Path(folder).rglob(NAME))]
 
 
 def format_stores(found: Sequence[StoredTeacher], folder: str | Path) -> str:

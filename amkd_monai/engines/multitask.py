@@ -97,9 +97,7 @@ class TaskSet:
             raise ValueError(f"There is no task '{unknown[0]}' in this run: it has {', '.join(tasks)}.")
         dataset_dir = Path(dataset_dir).expanduser() if dataset_dir else None
         if dataset_dir and not dataset_dir.is_dir():
-            raise FileNotFoundError(
-                f"There is no folder {dataset_dir}: give the one that holds the data sets' folders."
-            )
+            raise FileNotFoundError(f"There is no folder {dataset_dir}: give the one with the data sets' folders.")
         common = {**settings, "gate_options": {**settings.get("gate_options", {}), "tasks": len(tasks)}}
         teachers = common.pop("teachers", [])
         parsers: dict[str, ConfigParser] = {}

@@ -5,9 +5,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,58 +18,48 @@ FAILED = 0.5  # Dice below which a mask failed
 FEW = 20  # cases below which an interval is said to be rough
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """A run's files, empty where missing, ``history`` by column with NaN for no value, and what is missing in words."""
+    """The output folder of a run; without a run record and an evaluation it is a FileNotFoundError.
 
-    name: str
-    folder: Path
-    task: Task
-    record: dict[str, Any]
-    metrics: dict[str, Any]
-    history: dict[str, np.ndarray]
-    cases: list[Row]
-    missing: list[str]
-
-
-def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
-    """Read a run's output folder; without a run record and an evaluation it is a FileNotFoundError.
-
-    The folder of several tasks, and a damaged file, are a ValueError.
+    ``record``, ``metrics`` and ``cases`` are empty where missing, ``history`` is by column with NaN for no value, and
+    ``missing`` says in words what is. The folder of several tasks, and a damaged file, are a ValueError.
     """
-    folder = Path(folder)
-    metrics = read_json(folder / "metrics.json")
-    record, place = read_json(folder / "run.json"), folder
-    if not record and metrics.get("run"):  # figures on other data or of one of several tasks lie below their run's
-        above = read_json(folder.parent / "run.json")
-        record, place = (above, folder.parent) if above.get("run") == metrics["run"] else ({}, folder)
-    shared, prefix = record.get("tasks", {}), ""
-    if shared and place != folder:
-        record, prefix = {**shared.get(folder.name, {}), **record}, f"{folder.name}/"
-    elif shared:
-        raise ValueError(f"{folder} is of a student for {len(shared)} tasks: give one, such as {folder / min(shared)}.")
-    known = metrics if "task" in metrics else record.get("data", {})
-    if "task" not in known:
-        raise FileNotFoundError(f"{folder} holds neither run.json nor metrics.json: give the output folder of a run.")
-    files = folder / "per_case.csv", place / "history.csv"
-    cases, rows = (read_case_csv(file) if file.is_file() else [] for file in files)
-    missing = []
-    if not metrics or not cases:
-        missing.append("This run was not evaluated: there are no scores and no cases. Run its evaluation.")
-    if 0 < (count := metrics.get("summary", {}).get("cases", 0)) < FEW:
-        missing.append(f"The interval is rough: there are only {count} cases.")
-    if not record:
-        missing.append("There is no run record (run.json): data and teachers of the training are unknown.")
-    elif record.get("status") != "completed":
-        missing.append(f"The training stopped after epoch {record.get('epochs_done', 0)}: resume it.")
-    if record and len(rows) < 2:
-        missing.append("The training has one epoch: curves are points." if rows else "There is no history.csv.")
-    if cases and not (folder / PREVIEWS).is_dir():
-        missing.append("No pictures of the cases were kept: evaluate the run again to see them.")
-    history = {column: np.array([row[column] for row in rows], float) for column in (rows[0] if rows else ())}
-    history |= {k.removeprefix(prefix): history.pop(k) for k in list(history) if prefix and k.startswith(prefix)}
-    history = {column: values for column, values in history.items() if "/" not in column}
-    return RunFolder(name or folder.name, folder, recorded_task(known), record, metrics, history, cases, missing)
+
+    def __init__(self, folder: str | Path, name: str | None = None) -> None:
+        folder = Path(folder)
+        metrics = read_json(folder / "metrics.json")
+        record, place = read_json(folder / "run.json"), folder
+        if not record and metrics.get("run"):  # figures on other data or of one of several tasks lie below their run's
+            above = read_json(folder.parent / "run.json")
+            record, place = (above, folder.parent) if above.get("run") == metrics["run"] else ({}, folder)
+        shared, prefix = record.get("tasks", {}), ""
+        if shared and place != folder:
+            record, prefix = {**shared.get(folder.name, {}), **record}, f"{folder.name}/"
+        elif shared:
+            raise ValueError(f"{folder} is of a student for {len(shared)} tasks: give one, as {folder / min(shared)}.")
+        known = metrics if "task" in metrics else record.get("data", {})
+        if "task" not in known:
+            raise FileNotFoundError(f"{folder} holds neither run.json nor metrics.json: give a run's output folder.")
+        files = folder / "per_case.csv", place / "history.csv"
+        cases, rows = (read_case_csv(file) if file.is_file() else [] for file in files)
+        missing = []
+        if not metrics or not cases:
+            missing.append("This run was not evaluated: there are no scores and no cases. Run its evaluation.")
+        if 0 < (count := metrics.get("summary", {}).get("cases", 0)) < FEW:
+            missing.append(f"The interval is rough: there are only {count} cases.")
+        if not record:
+            missing.append("There is no run record (run.json): data and teachers of the training are unknown.")
+        elif record.get("status") != "completed":
+            missing.append(f"The training stopped after epoch {record.get('epochs_done', 0)}: resume it.")
+        if record and len(rows) < 2:
+            missing.append("The training has one epoch: curves are points." if rows else "There is no history.csv.")
+        if cases and not (folder / PREVIEWS).is_dir():
+            missing.append("No pictures of the cases were kept: evaluate the run again to see them.")
+        history = {column: np.array([row[column] for row in rows], float) for column in (rows[0] if rows else ())}
+        history |= {k.removeprefix(prefix): history.pop(k) for k in list(history) if prefix and k.startswith(prefix)}
+        self.name, self.folder, self.task = name or folder.name, folder, recorded_task(known)
+        self.record, self.metrics, self.cases, self.missing = record, metrics, cases, missing
+        self.history = {column: values for column, values in history.items() if "/" not in column}
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:

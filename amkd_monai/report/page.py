@@ -15,7 +15,7 @@ from amkd_monai.files.names import some
 from amkd_monai.files.pictures import class_colours, contrasting
 from amkd_monai.metrics.classification import labels_and_probabilities, problems_of, slug
 from amkd_monai.metrics.compare import compare_runs
-from amkd_monai.metrics.run_folder import FAILED, RunFolder, badness, failures, outcomes, read_arrays, read_run
+from amkd_monai.metrics.run_folder import FAILED, RunFolder, badness, failures, outcomes, read_arrays
 from amkd_monai.metrics.summary import TEACHERS, Row, class_summaries, part_of, preview_file
 from amkd_monai.report import figures
 from amkd_monai.report.previews import PLANES, SIDE, SLICES
@@ -41,7 +41,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
     folder without a run is a FileNotFoundError.
     """
     different = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
-    runs = [read_run(folder, name) for folder, name in zip(different, _names(different), strict=True)]
+    runs = [RunFolder(folder, name) for folder, name in zip(different, _names(different), strict=True)]
     tasks = {run.task.name for run in runs}
     if len(tasks) != 1:
         raise ValueError(f"The runs have different tasks ({', '.join(sorted(tasks))}): make one report for each.")

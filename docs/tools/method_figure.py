@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from amkd_monai.files.pictures import contrasting
-from amkd_monai.metrics.run_folder import RunFolder, read_arrays, read_run
+from amkd_monai.metrics.run_folder import RunFolder, read_arrays
 from amkd_monai.metrics.summary import TEACHERS
 from amkd_monai.report.figures import COLOURS, DASHES, drawn, enlarged, mapped
 
@@ -78,7 +78,7 @@ def main(folder: Path) -> None:
     Raises:
         ValueError: the run is not one on phantoms, or has no teacher outputs; images of patients get into no figure.
     """
-    run, arrays = read_run(folder), read_arrays(folder / TEACHERS)
+    run, arrays = RunFolder(folder), read_arrays(folder / TEACHERS)
     if not run.record["data"]["phantom"] or arrays is None:
         raise ValueError(f"{folder} is not a run on phantoms with teachers.")
     draw_teachers(arrays).savefig(DOCS / "method_teachers.jpg", dpi=85, pil_kwargs={"quality": 85})
