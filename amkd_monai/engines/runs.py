@@ -531,7 +531,9 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
         _adopt_tasks(parser, record, given, student)
         return record
     _check_task(parser, record, student, data=scored and not other)
-    _check_steps(parser, record, student)
+    place = "preprocessing" if "preprocessing" in config else "validate#preprocessing"
+    for now, then in itertools.zip_longest(image_steps(parser, place), record["preprocessing"]):
+        _agree({place: now or "nothing"}, {place: then or "nothing"}, student, "restore it")
     if other:
         if not given.get("output_dir"):
             raise ValueError("other_data needs an --output_dir of its own.")
@@ -599,12 +601,6 @@ def _check_task(parser: ConfigParser, record: Mapping[str, Any], student: Path, 
     _agree({"classes": list(task.classes)}, {"classes": record["classes"]}, student, "train again")
 
 
-def _check_steps(parser: ConfigParser, record: Mapping[str, Any], student: Path) -> None:
-    place = "preprocessing" if "preprocessing" in parser.config else "validate#preprocessing"
-    for now, then in itertools.zip_longest(image_steps(parser, place), record["preprocessing"]):
-        _agree({place: now or "nothing"}, {place: then or "nothing"}, student, "restore it")
-
-
 def _overridden(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Parts of an evaluation that differ from the bundle's own configs; plain settings are compared with the record."""
     handlers = [h for h in config["validate"]["handlers"] or () if "tracking_uri" not in h]
@@ -643,7 +639,7 @@ def start(found: Identity, resume: bool | str = False) -> None:
     if idist.get_rank() == 0:
         hold(*found.places.values())
     folder, results = found.places["ckpt_dir"], found.places["output_dir"]
-    old = read_record(folder)
+    old, run, task = read_record(folder), read_json(results / "run.json"), found.record.get("task")
     if found.resume:
         checkpoint = found.places["resume_dir"] / CHECKPOINT
         if not checkpoint.is_file():
@@ -654,14 +650,10 @@ def start(found: Identity, resume: bool | str = False) -> None:
             found.record = {**old, "output_dir": found.record["output_dir"]}
             if _run_of(results) not in ("", old["run"]):
                 raise ValueError(f"{results} holds another run: give the --output_dir of the one resumed.")
-    elif old is not None and old.get("task") != found.record.get("task"):
+    elif old is not None and old.get("task") != task:
         raise ValueError(f"{folder} holds a student of the bundle {old['bundle']}: give another --ckpt_dir.")
-    elif _task_of(read_json(results / "run.json"), found.record.get("task")) != found.record.get("task"):
+    elif run.get("data", {}).get("task", None if "tasks" in run else task) != task:
         raise ValueError(f"{results} holds the results of another bundle: give an --output_dir of this run.")
-
-
-def _task_of(run: Mapping[str, Any], unknown: str | None) -> str | None:
-    return run.get("data", {}).get("task", None if "tasks" in run else unknown)
 
 
 def _core(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,42 +79,6 @@ class Input(NamedTuple):
     channels: Sequence[str] = ()
 
 
-def find_images(path: Path, dimensions: int, channels: int = 1) -> list[Input]:
-    """List the images of a file, a folder, or a folder of DICOM series; masks and predictions are left out.
-
-    Images of several ``channels`` are those of a folder whose files end in ``_0000``, ``_0001`` and so on, or NIfTI
-    volumes of four axes. Nothing there is a FileNotFoundError, no image of this model's kind a ValueError.
-    """
-    suffixes = names.PICTURE_SUFFIXES if dimensions == 2 else names.VOLUME_SUFFIXES
-    kinds = {2: "pictures (PNG, JPEG, TIFF, BMP, .dcm)", 3: "volumes (NIfTI, or a folder of one DICOM series)"}
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: give an image or a folder.")
-    cases = names.channel_files(path, suffixes) if channels > 1 else {}
-    wrong = [case for case, files in cases.items() if sorted(files) != list(range(channels))]
-    if wrong or (channels > 1 and dimensions == 2 and not cases):
-        ends, of = " and ".join(f"_{channel:04d}" for channel in range(channels)), names.some(wrong) or "its images"
-        raise ValueError(f"{path} lacks channels of {of}: give {channels} files an image, ending in {ends}, no others.")
-    if cases:
-        return [Input(c, Path(f[0]), (), [f[k] for k in sorted(f)]) for c, f in sorted(cases.items())]
-    if path.is_file() and names.has_suffix(path, suffixes):
-        if names.is_prediction(path):
-            raise ValueError(f"{path} is a prediction: give the image it was made from.")
-        return [Input(names.file_id(path), path)]
-    found = {n: Input(n, f) for n, f in names.images_to_predict(path, suffixes).items()} if path.is_dir() else {}
-    if path.is_dir() and dimensions == 3:
-        folders = {f.resolve(): f for f in (path, *sorted(f for f in path.iterdir() if f.is_dir()))}
-        for resolved, folder in folders.items():
-            series = find_series(folder)
-            for number, slices in enumerate(series, 1):
-                name = names.printable(resolved.name) + (f"_{number}" if len(series) > 1 else "")
-                while name in found:
-                    name += "_"
-                found[name] = Input(name, folder, slices)
-    if not found:
-        raise ValueError(f"{path} holds nothing that fits the model: it takes {kinds[dimensions]}.")
-    return list(found.values())
-
-
 class Predictor:
     """An exported student: the folder that ``python -m amkd_monai export`` made, opened by ONNX Runtime."""
 
@@ -134,8 +98,41 @@ class Predictor:
             raise ValueError(f"{self.model} cannot be opened by ONNX Runtime: export again.") from error
 
     def images(self, source: str | Path) -> list[Input]:
-        """List the images of a file or folder, see :func:`find_images`."""
-        return find_images(names.expanded(source), self.config["dimensions"], self.channels)
+        """List the images of a file, a folder, or a folder of DICOM series; masks and predictions are left out.
+
+        Images of several channels are those of a folder whose files end in ``_0000``, ``_0001`` and so on, or NIfTI
+        volumes of four axes. Nothing there is a FileNotFoundError, no image of this model's kind a ValueError.
+        """
+        path, dimensions, channels = names.expanded(source), self.config["dimensions"], self.channels
+        suffixes = names.PICTURE_SUFFIXES if dimensions == 2 else names.VOLUME_SUFFIXES
+        kinds = {2: "pictures (PNG, JPEG, TIFF, BMP, .dcm)", 3: "volumes (NIfTI, or a folder of one DICOM series)"}
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: give an image or a folder.")
+        cases = names.channel_files(path, suffixes) if channels > 1 else {}
+        wrong = [case for case, files in cases.items() if sorted(files) != list(range(channels))]
+        if wrong or (channels > 1 and dimensions == 2 and not cases):
+            ends, of = " and ".join(f"_{channel:04d}" for channel in range(channels)), names.some(wrong) or "its images"
+            remedy = f"give {channels} files an image, ending in {ends}, no others"
+            raise ValueError(f"{path} lacks channels of {of}: {remedy}.")
+        if cases:
+            return [Input(c, Path(f[0]), (), [f[k] for k in sorted(f)]) for c, f in sorted(cases.items())]
+        if path.is_file() and names.has_suffix(path, suffixes):
+            if names.is_prediction(path):
+                raise ValueError(f"{path} is a prediction: give the image it was made from.")
+            return [Input(names.file_id(path), path)]
+        found = {n: Input(n, f) for n, f in names.images_to_predict(path, suffixes).items()} if path.is_dir() else {}
+        if path.is_dir() and dimensions == 3:
+            folders = {f.resolve(): f for f in (path, *sorted(f for f in path.iterdir() if f.is_dir()))}
+            for resolved, folder in folders.items():
+                series = find_series(folder)
+                for number, slices in enumerate(series, 1):
+                    name = names.printable(resolved.name) + (f"_{number}" if len(series) > 1 else "")
+                    while name in found:
+                        name += "_"
+                    found[name] = Input(name, folder, slices)
+        if not found:
+            raise ValueError(f"{path} holds nothing that fits the model: it takes {kinds[dimensions]}.")
+        return list(found.values())
 
     def answer(self, image: str | Path) -> np.ndarray:
         """Predict a file, or a folder of one DICOM series: a label map, or probabilities (C,) of classes or findings.
