@@ -337,14 +337,9 @@ class _Preparation:
             options = {"slices": 32, "steps": 300, "learning_rate": 2e-3, "folds": self.folds, **description}
             slices, steps, folds = (int(options[key]) for key in ("slices", "steps", "folds"))
             network = VolumeStudent(lambda: options["network"], slices, self.train.num_classes, self.seed)
-            rate = float(options["learning_rate"])
-            own: dict[str, Any] = {
-                "slices": slices,
-                "min_steps": steps,
-                "learning_rate": rate,
-                "encoder_learning_rate": rate,
-            }
-            recipe = Recipe(**VOLUME_RECIPE, **own)
+            rates = dict.fromkeys(("learning_rate", "encoder_learning_rate"), float(options["learning_rate"]))
+            own: dict[str, Any] = {**VOLUME_RECIPE, **rates, "slices": slices, "min_steps": steps}
+            recipe = Recipe(**own)
             method = crossfit.Method(recipe, 1, self.seed, self.device, f"3D network of {steps} steps")
             of_run = (sections, method, folds, self.seed, self.cache_dir)
             answers, of_validation = crossfit.cross_fit(name, network, *of_run)
