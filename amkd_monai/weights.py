@@ -103,11 +103,9 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Containers (:data:`CONTAINERS`) are unwrapped, even if tensors such as ``best_acc1`` are stored next to them, and
     prefixes that all keys share (:data:`PREFIXES`) are stripped; :func:`load_strict` puts them back where the network
-    has them itself. While the default device is ``meta`` names and shapes alone are read.
-
-    Raises:
-        CheckpointError: the file is missing, unreadable, cut off, of another kind, unsafe to unpickle, without tensors,
-            or holds NaN or infinity.
+    has them itself. While the default device is ``meta`` names and shapes alone are read. A file that is missing,
+    unreadable, cut off, of another kind, unsafe to unpickle, without tensors, or holds NaN or infinity is a
+    CheckpointError.
     """
     path = Path(path)
     state = _read(path)
@@ -185,8 +183,7 @@ def load_strict(
 ) -> None:
     """Load a state dict into a network; all keys must match, but for surplus ones that begin with ``allow_unexpected``.
 
-    Raises:
-        CheckpointError: a key is missing, surplus, or has another shape or kind of number (quantised weights).
+    A key that is missing, surplus, or of another shape or kind of number (quantised weights) is a CheckpointError.
     """
     expected = module.state_dict()
     own = _shared_prefix(expected)

@@ -77,10 +77,8 @@ class ContrastiveDistillation(Counter):
     def forward(self, features: Tensor, index: Tensor | None) -> dict[str, Tensor]:
         """Compute the loss of each teacher, {teacher: (B,)}, of a student map (B, C, h, w).
 
-        ``index`` is the position of each sample in the training dataset (B,). Each counted step draws new negatives.
-
-        Raises:
-            ValueError: the batch has no index, or one beyond the table.
+        ``index`` is the position of each sample in the training dataset (B,); none, or one beyond the table, is a
+        ValueError. Each counted step draws new negatives.
         """
         if index is None:
             raise ValueError("Contrastive distillation needs the index of each sample: give the batch its index.")

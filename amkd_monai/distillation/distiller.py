@@ -176,8 +176,7 @@ class DistillationConfig:
     def priors(self, teachers: Sequence[TeacherTarget], samples: SampleTable | None) -> dict[str, float]:
         """Return the importance of each loss, 0 where no teacher can serve it; empty without teachers.
 
-        Raises:
-            ValueError: no teacher can serve any loss, or a loss does not fit the labels.
+        Where no teacher can serve any loss, or a loss does not fit the labels, it is a ValueError.
         """
         if not teachers:
             return {}
@@ -283,10 +282,9 @@ class Distiller(nn.Module):
         return any(self.loss_priors.get(name) for name in ANSWER_LOSSES)
 
     def forward(self, batch: Batch, progress: float = 0.0, learns_labels: bool = True) -> DistillationOutput:
-        """Compute all losses of a batch at ``progress`` in [0, 1] of the run, the task's with weight 0 on request.
+        """Compute all losses of a batch, at least one labelled, at ``progress`` in [0, 1] of the run.
 
-        Raises:
-            ValueError: the batch has no labelled sample.
+        The task's loss has weight 0 unless the step ``learns_labels``; without a labelled sample it is a ValueError.
         """
         if batch.rows is not None and not len(batch.rows):
             raise ValueError("The batch holds no labelled sample: the task loss needs at least one.")

@@ -228,8 +228,7 @@ def _score(answers: Sequence[np.ndarray], cases: Sequence[Case], task: Task) -> 
 def judge(row: Row, student: Row, accept_loss: bool) -> str:
     """Return a remark on what a format costs, empty if it costs nothing.
 
-    Raises:
-        ValueError: a float format differs from the student, or 8 bits lose too much and that is not accepted.
+    A float format that differs from the student, and 8 bits that lose too much unless accepted, are a ValueError.
     """
     is_int8 = formats.is_int8(row.name)
     tolerance = 1.0 if is_int8 else TOLERANCE  # 1: not a number is refused for 8 bits too

@@ -46,9 +46,7 @@ CHECKED, CHECK_SIDE = 64, 96
 def runtime_archive(given: str | Path | None = None) -> Path:
     """Return the archive of ONNX Runtime Web: the given file, that of the user's cache, or npm's, which is kept there.
 
-    Raises:
-        ValueError: the file has another SHA-512.
-        FileNotFoundError: there is none, and npm does not get it.
+    A file of another SHA-512 is a ValueError; none, where npm does not get it, is a FileNotFoundError.
     """
     name = f"{RUNTIME}-{RELEASE}.tgz"
     if given:

@@ -74,10 +74,8 @@ def front_matter(metadata: Mapping[str, Any], predict: Mapping[str, Any], is_pha
 def located(where: str | Path, revision: str | None = None) -> Path:
     """Return an exported folder: a local one, or the part of a repository on the hub that prediction reads.
 
-    A name such as ``dist/polyps`` is never looked up on the hub where there is a local folder ``dist``.
-
-    Raises:
-        OSError: there is no such folder, or the hub does not give it.
+    A name such as ``dist/polyps`` is never looked up on the hub where there is a local folder ``dist``. No such folder,
+    and what the hub does not give, are an OSError.
     """
     folder = expanded(where)
     if folder.is_dir():

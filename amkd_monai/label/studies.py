@@ -147,10 +147,8 @@ class Studies(LocalDatastore):
 def read_label(label: Path, task: Task) -> int | None:
     """Read a label of a whole image: the class, or the number whose bits are its findings; None if of another task.
 
-    It is JSON: ``{"class": name}``, or ``{"findings": {name: true or false}}`` with each finding of the task.
-
-    Raises:
-        ValueError: the file holds something else.
+    It is JSON: ``{"class": name}``, or ``{"findings": {name: true or false}}`` with each finding of the task; else a
+    ValueError.
     """
     said, kind = _content(label)
     if kind != task.kind:

@@ -41,11 +41,7 @@ class VolumeStudent(nn.Module):
         self.strides = [1, *STRIDES]
 
     def forward(self, volume: Tensor) -> Tensor:
-        """Return logits (B, num_classes, D, H, W) for volumes (B, channels, D, H, W) in [0, 1].
-
-        Raises:
-            ValueError: the network answers another shape; as TorchScript it is not looked at.
-        """
+        """Return logits (B, num_classes, D, H, W) for volumes (B, channels, D, H, W) in [0, 1]; else a ValueError."""
         if not torch.jit.is_scripting():
             return self._checked(volume)
         return self.network(volume)
