@@ -27,11 +27,11 @@ LARGEST_BATCH, PATCHES, LONGEST_WAIT = 32, 4, 2000
 
 def write_hub(folder: Path, source: Source) -> None:
     """Put what the hub looks for into the folder of an export: weights as safetensors, ``config.json``, model card."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     predict, metadata = _described(folder)
     state = {name: value.contiguous() for name, value in source.state.items()}
-    save_file(state, str(folder / WEIGHTS), {"format": "pt"})
+    (folder / WEIGHTS).write_bytes(save(state, {"format": "pt"}))  # its own `save_file` makes it private to the user
     config = {
         "architectures": [source.network["_target_"].rpartition(".")[2]],
         "network": source.network,

@@ -56,6 +56,7 @@ def test_a_hub_repository_is_complete_and_read_back_without_a_network(bundle, ex
     folder, _ = exported(bundle)
     dist = folder / "dist" / bundle
     state, saved = torch.load(dist / "models" / "model.pt", weights_only=True), load_file(dist / "model.safetensors")
+    assert (dist / "model.safetensors").stat().st_mode == (dist / "config.json").stat().st_mode
     assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in state)
     card = huggingface_hub.ModelCard.load(dist / "README.md")
     is_mask = bundle == "kvasir_seg"
