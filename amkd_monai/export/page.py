@@ -103,7 +103,7 @@ def write_page(folder: Path, archive: Path) -> None:
     shutil.copytree(PAGE, page)
     for kind, form in found.items():
         model = folder / predict["models"][form]
-        content, planes = (_rounded(model), 4) if kind == "float" else (_fused(model), 1)
+        content, planes = (_rounded(model), 4) if kind == "float" else (fused(model), 1)
         _write_script(page, f"network_{kind}", content, planes)
         answer = softmax(runner(form, model, 1)(check_image(shape)), 1).ravel()
         places = [i * (answer.size - 1) // (CHECKED - 1) for i in range(CHECKED)]
@@ -148,7 +148,7 @@ def _rounded(model: Path) -> bytes:
     return bytes(network.SerializeToString())
 
 
-def _fused(model: Path) -> bytes:
+def fused(model: Path) -> bytes:
     """Return an ONNX network of 8 bits with the nodes that ONNX Runtime makes of it when it opens it.
 
     Made here, they spare the browser this work, which is most of the time in which the page opens.
