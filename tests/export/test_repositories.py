@@ -62,6 +62,7 @@ def test_a_hub_repository_is_complete_and_read_back_without_a_network(bundle, ex
     is_mask = bundle == "kvasir_seg"
     assert card.data.pipeline_tag == ("image-segmentation" if is_mask else "image-classification")
     assert card.data.license == "other" and (dist / card.data.license_link).is_file() and not card.data.eval_results
+    assert "knowledge-distillation" not in card.data.tags, "no teacher taught it"
     assert "NOT FOR CLINICAL USE" in card.content and "`docs/data_license.txt`" in card.content
     config = read_json(dist / "config.json")
     classes = read_json(dist / "configs" / "predict.json")["classes"]
