@@ -4,8 +4,9 @@ import math
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,14 @@ class RunFolder:
         self.name, self.folder, self.task = name or folder.name, folder, recorded_task(known)
         self.record, self.metrics, self.cases, self.missing = record, metrics, cases, missing
         self.history = {column: values for column, values in history.items() if "/" not in column}
+
+
+def teachers_of(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the teachers in the record of a run, and those of them whose outputs or features were distilled."""
+    distillation = record.get("distillation")  # a sentence for an undistilled student
+    teachers = distillation.get("teachers", []) if isinstance(distillation, Mapping) else []
+    parts = ("outputs_admitted", "features_admitted")
+    return teachers, [teacher for teacher in teachers if any(teacher.get(part, True) for part in parts)]
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
