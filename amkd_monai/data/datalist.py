@@ -231,10 +231,9 @@ def labelled_folder(
     if not (layout.form_of(root) and (root / layout.file).exists()):
         channels = max(1, len(chosen.channels))
         layout = Described("labelled", chosen.classes, chosen.kind, chosen.dimensions == 3, channels=channels)
-        known = inspect.signature(layout.find_items).parameters
-        if unknown := given.keys() - known.keys():
+        if unknown := given.keys() - _options_of(layout):
             logger.warning("The option(s) %s of %s do not apply to %s.", some(unknown), chosen.name, root)
-        given = {name: value for name, value in given.items() if name in known}
+        given = {name: value for name, value in given.items() if name not in unknown}
     _check_order(chosen, root)
     items = [without(item, "section") for item in layout.find_items(root, cache_dir, **given)]
     return Datalist(chosen, root, OTHER, [], [], items, stand_in=stand_in_note(root))
@@ -248,12 +247,18 @@ def find_items(
     Raises:
         ValueError: the data set has no such option.
     """
-    task, find = get_task(task), get_task(task).layout.find_items
-    known = inspect.signature(find).parameters.keys() - {"root", "cache_dir"}
+    task = get_task(task)
+    known = _options_of(task.layout)
     if unknown := set(options or {}) - known:
         raise ValueError(f"{task.name} has no data option {min(unknown)}: it has {', '.join(sorted(known)) or 'none'}.")
     _check_order(task, root)
-    return find(root, cache_dir, **(options or {}))
+    return task.layout.find_items(root, cache_dir, **(options or {}))
+
+
+def _options_of(layout: Described) -> set[str]:
+    """The options of a layout's ``find_items``."""
+    left = {"root", "cache_dir"} if layout.normals else {"root", "cache_dir", "normals"}
+    return inspect.signature(layout.find_items).parameters.keys() - left
 
 
 def _check_order(task: Task, root: Path, labelled: bool = True) -> None:

@@ -3,11 +3,13 @@
 import csv
 import gzip
 import io
+import json
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from amkd_monai.terminal import logger
 
@@ -139,6 +141,14 @@ def read_text(path: Path) -> str:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is neither UTF-8 nor UTF-16: save it as UTF-8.") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, as :func:`read_text` does; another content is a ValueError."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): correct it.") from error
 
 
 def table_rows(path: Path, columns: Sequence[str] = ()) -> tuple[list[str], list[dict[str, str]]]:

@@ -1,7 +1,6 @@
 """The layout of described data: folders of images and masks, datalists, nnU-Net's folders, class folders, tables."""
 
 import itertools
-import json
 import os
 import re
 from collections import defaultdict
@@ -28,6 +27,7 @@ from amkd_monai.files.names import (
     images_to_predict,
     label_files,
     natural,
+    read_json,
     read_text,
     some,
     table_rows,
@@ -91,6 +91,7 @@ class Described:
         kind: of the task, see :class:`~amkd_monai.data.datasets.Task`.
         form: one of `READERS`.
         folders: the two folders of "pairs", images and masks, the first two that are there; () for the usual names.
+        normals: which of ``folders`` holds images without a lesion, which can be left out.
         strata: all of ``folders`` are read, in each of which an item's "class" is the name of its folder of images.
         official: by section, the folder of images and that of masks, or the table; each may be several names, of which
             one is there. They go before anything else; a section without masks is left out.
@@ -114,6 +115,7 @@ class Described:
     volumes: bool = False
     form: str = ""
     folders: Sequence[Sequence[str]] = ()
+    normals: str = ""
     strata: bool = False
     official: Mapping[str, Sequence[str | Sequence[str]]] = field(default_factory=dict)
     beside: Sequence[str] = ()
@@ -176,6 +178,7 @@ class Described:
         folders: Sequence[str] | None = None,
         mask_ending: str = "",
         duplicate_distance: int | None = None,
+        normals: bool = True,
     ) -> list[Item]:
         """List all labelled images in natural order; of pictures only headers are read.
 
@@ -185,7 +188,10 @@ class Described:
             folders: the folder of images and that of masks, relative to ``root``; they may be one folder.
             mask_ending: replaces the attribute.
             duplicate_distance: replaces the attribute; of pictures only.
+            normals: whether images without a lesion are listed, where they lie in a folder of their own.
         """
+        if not normals:
+            self = replace(self, folders=[pair for pair in self.folders if pair[0] != self.normals])
         if folders is not None:
             if isinstance(folders, str) or len(folders) != 2:
                 raise ValueError(f"folders must name two folders, images and masks, not {folders}.")
@@ -584,11 +590,9 @@ def _read_ids(file: Path, known: Collection[str]) -> set[str]:
     return ids
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_text(file))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}): correct it.") from error
+def _object(file: Path) -> dict[str, Any]:
+    """A JSON object, empty without the file or of another content."""
+    content = read_json(file) if file.is_file() else {}
     return content if isinstance(content, dict) else {}
 
 
@@ -598,7 +602,7 @@ def _entries(file: Path, needed: bool = True) -> list[tuple[str, dict[str, Any]]
     If they are needed, a list without any label and an entry without image are refused.
     """
     found = []
-    for key, entries in _json(file).items():
+    for key, entries in _object(file).items():
         for entry in entries if isinstance(entries, list) and _section(key) else ():
             entry = {"image": entry} if isinstance(entry, str) else entry
             image = entry.get("image") if isinstance(entry, dict) else None
@@ -618,7 +622,7 @@ def _entries(file: Path, needed: bool = True) -> list[tuple[str, dict[str, Any]]
 def names_of_values(root: Path) -> tuple[dict[int, str], dict[str, list[int]]]:
     """Names of mask values, sorted, and regions of several values, by nnU-Net's or the decathlon's dataset.json."""
     file = root / "dataset.json"
-    labels = _json(file).get("labels") if file.is_file() else None
+    labels = _object(file).get("labels")
     pairs = [(k, v) if str(k).isdecimal() else (v, k) for k, v in labels.items()] if isinstance(labels, dict) else []
     of = [([int(v) for v in value] if isinstance(value, list) else [int(value)], str(name)) for value, name in pairs]
     single = {values[0]: name for values, name in of if len(values) == 1}
@@ -630,7 +634,7 @@ def names_of_values(root: Path) -> tuple[dict[int, str], dict[str, list[int]]]:
 def names_of_channels(root: Path) -> list[str]:
     """Names of channels in their order, by nnU-Net's or the decathlon's dataset.json; empty without."""
     file = root / "dataset.json"
-    about = _json(file) if file.is_file() else {}
+    about = _object(file)
     named = about.get("channel_names", about.get("modality"))
     return [str(named[number]) for number in sorted(named, key=natural)] if isinstance(named, dict) else []
 
