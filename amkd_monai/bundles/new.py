@@ -144,7 +144,8 @@ def _described(
     layout: dict[str, Any] = {"form": form}
     if raw.columns:
         layout["columns"] = dict(raw.columns)
-    if groups and form == "table" and (of := raw.tables_in(root)) and groups in table_rows(of[0][1])[0]:
+    table = raw.tables_in(root)[0][1] if form == "table" else None
+    if groups and table and groups in table_rows(table)[0]:
         layout["columns"] = {**raw.columns, "group": groups}
     elif groups:
         layout["groups"] = groups
@@ -206,9 +207,9 @@ def _image_classes(labels: Sequence[str], names: list[str], several: bool, said:
             )
         if len(of := {part.strip() for part in re.split("[;,/+]", name)}) > 1 and of <= named:
             raise ValueError(f"The label '{name}' joins others: join findings by |, or give --classes.")
-    names = names or sorted((n for n in named if not several or Described().findings_of(n) != 0), key=natural)
-    known = Described(classes=names)
-    found = [(known.findings_of if several else known.class_of)(label) for label in labels]
+    kind = "multilabel" if several else "classification"
+    names = names or sorted((n for n in named if Described(kind=kind).label_of(n) != 0), key=natural)
+    found = [Described(kind=kind, classes=names).label_of(label) for label in labels]
     if lost := {label for label, number in zip(labels, found, strict=True) if number is None}:
         raise ValueError(f"The labels {some(lost)} are not among --classes {','.join(names)}: name all of them.")
     numbers = [number or 0 for number in found]

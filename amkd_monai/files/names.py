@@ -85,15 +85,21 @@ def warn_of_deeper(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES, kno
         logger.warning("%d file(s) in folders below %s are left out: %s.", len(deeper), folder, some(deeper))
 
 
-def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> dict[str, Path]:
-    """Map id, with the suffix where two have one name, to file: images without masks, overlays and predictions."""
-    if files := image_files(folder, suffixes):
-        warn_of_deeper(folder, suffixes)
+def originals(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> list[Path]:
+    """List the images of a folder as :func:`image_files` does, without masks, overlays and predictions of others."""
+    files = image_files(folder, suffixes)
     stems = {file_id(file) for file in files}
     derived = [_DERIVED.fullmatch(file_id(file)) for file in files]
     kept = [f for f, m in zip(files, derived, strict=True) if not m or not (m["image"] in stems or is_prediction(f))]
     if len(kept) < len(files):
         logger.info("%d file(s) in %s are masks or predictions and are left out.", len(files) - len(kept), folder)
+    return kept
+
+
+def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> dict[str, Path]:
+    """Map id, with the suffix where two have one name, to file, of the :func:`originals` of a folder."""
+    if kept := originals(folder, suffixes):
+        warn_of_deeper(folder, suffixes)
     ids = Counter(map(file_id, kept))
     result: dict[str, Path] = {}
     for file in sorted(kept, key=lambda file: ids[file_id(file)]):
