@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from amkd_monai.files.dicom import Slice, find_series, is_slice, read_series, series_grid
-from amkd_monai.files.names import VOLUME_SUFFIXES, has_suffix
+from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES, file_id, has_suffix, images_to_predict
 from amkd_monai.files.volumes import Grid, check_grid, read_volume, reorder, volume_grid
 
 
@@ -23,6 +23,15 @@ def is_series(folder: Path) -> bool:
 def series_folders(folder: Path) -> list[Path]:
     """List the folders of a folder that hold files of a DICOM series."""
     return [f for f in sorted(folder.iterdir()) if f.is_dir() and not f.name.startswith(".") and is_series(f)]
+
+
+def to_predict(folder: Path, volumes: bool) -> dict[str, Path]:
+    """Map id to path of the pictures of a folder, or its volumes and folders of a series, that are no predictions."""
+    files = images_to_predict(folder, VOLUME_SUFFIXES if volumes else PICTURE_SUFFIXES)
+    for series in series_folders(folder) if volumes else ():
+        name = file_id(series)
+        files[f"{name}_" if name in files else name] = series
+    return files
 
 
 def case_grid(files: Sequence[str | Path]) -> tuple[Grid, int]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from amkd_monai.data import splits
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
-from amkd_monai.files.cases import case_grid, is_volume, series_folders
+from amkd_monai.files.cases import case_grid, is_volume, series_folders, to_predict
 from amkd_monai.files.masks import other_size
 from amkd_monai.files.names import (
     PICTURE_SUFFIXES,
@@ -24,7 +24,6 @@ from amkd_monai.files.names import (
     files_of,
     has_suffix,
     image_files,
-    images_to_predict,
     label_files,
     natural,
     originals,
@@ -706,16 +705,13 @@ def named(name: str) -> str:
 
 def listed_images(root: Path, places: Sequence[str], volumes: bool) -> list[Item]:
     """List the images to predict, {"image", "id"}: those of the first of some folders that has any, the root's last."""
-    suffixes = VOLUME_SUFFIXES if volumes else PICTURE_SUFFIXES
     for folder in (root / name for name in (*places, ".")):
         folder = folder / folder.name if (folder / folder.name).is_dir() else folder
-        files = images_to_predict(folder, suffixes) if folder.is_dir() else {}
-        if volumes and folder.is_dir():
-            files |= {file_id(series): series for series in series_folders(folder)}
-        if files:
+        if files := to_predict(folder, volumes) if folder.is_dir() else {}:
             return [{"image": str(files[name]), "id": name} for name in sorted(files, key=natural)]
-    what, where = "volumes" if volumes else "images", " or ".join(["it", *places])
-    raise FileNotFoundError(f"No {what} to predict in {root}: expected {' or '.join(suffixes)} in {where}.")
+    what, suffixes = ("volumes", VOLUME_SUFFIXES) if volumes else ("images", PICTURE_SUFFIXES)
+    expected = f"{' or '.join(suffixes)} in {' or '.join(['it', *places])}"
+    raise FileNotFoundError(f"No {what} to predict in {root}: expected {expected}.")
 
 
 def divided(root: Path, items: list[Item], how: SplitOptions, validation_fraction: float | None) -> Sections:
