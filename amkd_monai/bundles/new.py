@@ -129,7 +129,7 @@ def _described(
         form, kind, classes = "table", "multilabel", columns
         raw = Described(kind=kind, form=form, classes=columns, columns={"label": columns})
     if not form:
-        Described(kind=kinds[0]).check(root)
+        Described(title="labelled", kind=kinds[0]).check(root)
     every = list(READERS[form](raw, root))
     if not (listed := [item for item in every if "problem" not in item]):
         nothing = f"There are no labelled images in {root}: expected {Described.expected}."

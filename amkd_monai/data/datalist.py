@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +35,18 @@ PHANTOM_NOTICE = """
 
 @dataclass(frozen=True)
 class Datalist:
-    """The sections of a run; no group is in two of them.
-
-    Attributes:
-        task, root: what is asked, and the data set's folder.
-        source: how it was found: "argument", "environment", "data folder" or "phantoms".
-        train, validation, test: items with "image", "label", "id", "group".
-        unlabelled: items without "label"; they take part in distillation only.
-        stand_in: what the data are and what they stand in for, shown with every result; empty if they do not.
-        seen: test items that took part in the training of the student that is scored, by id, with where.
-    """
+    """The sections of a run; no group is in two of them. Items have "image", "label", "id" and "group"."""
 
     task: Task
-    root: Path
-    source: str
+    root: Path  # the data set's folder
+    source: str  # how it was found: "argument", "environment", "data folder", "phantoms" or OTHER
     train: list[Item]
     validation: list[Item]
     test: list[Item]
-    unlabelled: list[Item] = field(default_factory=list)
-    stand_in: str = ""
+    unlabelled: list[Item] = field(default_factory=list)  # without "label"; they take part in distillation only
+    stand_in: str = ""  # what the data are and what they stand in for, shown with every result
     seen: dict[str, str] = field(default_factory=dict)
+    """Test items that took part in the training of the student that is scored, by id, with where."""
 
     @property
     def sections(self) -> dict[str, list[Item]]:
@@ -204,8 +196,7 @@ def labelled_folder(
         raise FileNotFoundError(f"There is no folder {root}: give a folder of labelled data.")
     layout, given = chosen.layout, dict(options or {})
     if not (layout.form_of(root) and (root / layout.file).exists()):
-        channels = max(1, len(chosen.channels))
-        layout = Described("labelled", chosen.classes, chosen.kind, chosen.dimensions == 3, channels=channels)
+        layout = replace(chosen, layout=Described("labelled")).layout
         if unknown := given.keys() - _options_of(layout):
             logger.warning("The option(s) %s of %s do not apply to %s.", some(unknown), chosen.name, root)
         given = {name: value for name, value in given.items() if name not in unknown}

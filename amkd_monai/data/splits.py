@@ -43,19 +43,12 @@ Sections = tuple[list[Item], list[Item], list[Item]]
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """How a data set is divided where its own split does not decide; a data set takes what it can use.
+    """How a data set is divided where its own split does not decide; a data set takes what it can use."""
 
-    Attributes:
-        fractions: shares of train, validation and test, where items are split at random.
-        folds: number of folds, in place of all other sections; None: as the data set has it.
-        fold: the fold that is the test section.
-        seed: of everything that is drawn.
-    """
-
-    fractions: Sequence[float] = (0.7, 0.15, 0.15)
-    folds: int | None = None
-    fold: int = 0
-    seed: int = 0
+    fractions: Sequence[float] = (0.7, 0.15, 0.15)  # of train, validation and test, where items are split at random
+    folds: int | None = None  # in place of all other sections; None: as the data set has it
+    fold: int = 0  # the fold that is the test section
+    seed: int = 0  # of everything that is drawn
 
 
 DEFAULT_SPLIT = SplitOptions()

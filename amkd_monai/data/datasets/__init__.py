@@ -24,76 +24,51 @@ def is_phantom(folder: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set comes from.
+    """Where a data set comes from."""
 
-    Attributes:
-        terms: its licence in a sentence.
-        files: addresses with checksums, ``sha256:...`` or ``md5:...``; None where none is known, never of an archive.
-        inside: whether archives are unpacked inside the data set's folder; otherwise they bring it along.
-        steps: what to do by hand where there are no ``files``.
-    """
-
-    terms: str
+    terms: str  # its licence in a sentence
     files: tuple[tuple[str, str | None], ...] = ()
-    inside: bool = False
-    steps: str = ""
+    """Addresses with checksums, ``sha256:...`` or ``md5:...``; None where none is known, never of an archive."""
+    inside: bool = False  # whether archives are unpacked inside the data set's folder; otherwise they bring it along
+    steps: str = ""  # what to do by hand where there are no files
 
 
 @dataclass(frozen=True)
 class Task:
-    """One prediction task on one data set.
+    """One prediction task on one data set."""
 
-    Attributes:
-        name: key in `TASKS`, also the name of the bundle unless a bundle serves several tasks.
-        classes: class names by label value; in segmentation index 0 is "background".
-        modality: how the images were made.
-        folder: the folder name the data set has when it is unpacked as published.
-        prompts: one text prompt for each of `classes[1:]`.
-        kind: what is predicted; "segmentation" is one class index per pixel or voxel, "classification" one per image,
-            "multilabel" whether each of `classes`, the findings, is there, as the bits of a number per image.
-        dimensions: spatial dimensions of an image, 2 or 3.
-        primary_metric: the metric that selects the best checkpoint.
-        nsd_tolerance: of the normalised surface distance, in `unit`, one or by name of each class and region.
-        regions: foreground classes that are also scored together, by name, as {"whole tumour": (1, 2, 3)}.
-        referable_from: classes are ordered grades, and this is the first one at which a patient is referred.
-        singled_out: classes that are judged one against all others, as in two binary problems.
-        mask_codes: what the values of mask files mean, see `amkd_monai.files.masks.decode`.
-        values: what the images hold: "levels" of pictures, "any" scale (MRI, taken by percentiles), or "ct".
-        channels: names of the files that make one image, in their order; () where an image is one file.
-        teacher_channels: one or three of them, which teachers are shown as a grey image (of volumes as a slice and its
-            neighbours) or as RGB; () for the first of a volume, the first three of a picture.
-        grid_limit: cells a side of foundation teachers' feature maps that are kept.
-        teacher_options, seen_by: options of foundation teachers, and whether they saw these images in training, by
-            kind, where the rules of `amkd_monai.teachers.plan` are not right.
-        layout: finds the items of a folder and splits them.
-        source: where the data come from.
-        phantom: fills an empty folder with generated data in the layout; None: the data set has none.
-        description: the content of the file that describes the task; None for those of `TASKS`.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    modality: str
-    folder: str
-    prompts: tuple[str, ...]
+    name: str  # key in `TASKS`, also the name of the bundle unless a bundle serves several tasks
+    classes: tuple[str, ...]  # names by label value; in segmentation index 0 is "background"
+    modality: str  # how the images were made
+    folder: str  # the folder name the data set has when it is unpacked as published
+    prompts: tuple[str, ...]  # one text prompt for each of `classes[1:]`
+    # "segmentation" is one class index per pixel or voxel, "classification" one per image, "multilabel" whether each of
+    # `classes`, the findings, is there, as the bits of a number per image
     kind: str = "segmentation"
-    dimensions: int = 2
-    primary_metric: str = "dice"
+    dimensions: int = 2  # spatial dimensions of an image, 2 or 3
+    primary_metric: str = "dice"  # the metric that selects the best checkpoint
+    # of the normalised surface distance, in `unit`, one or by name of each class and region
     nsd_tolerance: float | Mapping[str, float] = 2.0
+    # foreground classes that are also scored together, by name, as {"whole tumour": (1, 2, 3)}
     regions: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    referable_from: int | None = None
-    singled_out: tuple[str, ...] = ()
+    referable_from: int | None = None  # classes are ordered grades; the first one at which a patient is referred
+    singled_out: tuple[str, ...] = ()  # classes that are judged one against all others, as in two binary problems
+    # what the values of mask files mean, see `amkd_monai.files.masks.decode`
     mask_codes: str | Mapping[str, int | str] = "auto"
-    values: str = "levels"
-    channels: tuple[str, ...] = ()
+    values: str = "levels"  # of images: "levels" of pictures, "any" scale (MRI, taken by percentiles), or "ct"
+    channels: tuple[str, ...] = ()  # names of the files that make one image, in order; () where an image is one file
+    # one or three channels, which teachers are shown as a grey image (of volumes as a slice and its neighbours) or as
+    # RGB; () for the first of a volume, the first three of a picture
     teacher_channels: tuple[str, ...] = ()
-    grid_limit: int = 16
+    grid_limit: int = 16  # cells a side of foundation teachers' feature maps that are kept
+    # options of foundation teachers, and whether they saw these images in training, by kind, where the rules of
+    # `amkd_monai.teachers.plan` are not right
     teacher_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seen_by: Mapping[str, str] = field(default_factory=dict)
-    layout: Described = field(default_factory=Described)
+    layout: Described = field(default_factory=Described)  # finds the items of a folder and splits them
     source: Source | None = None
-    phantom: Callable[..., None] | None = None
-    description: Mapping[str, Any] | None = None
+    phantom: Callable[..., None] | None = None  # fills an empty folder with generated data in the layout
+    description: Mapping[str, Any] | None = None  # content of the file that describes the task; None in `TASKS`
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -101,6 +76,9 @@ class Task:
         return {"task": self.name, **({} if self.description is None else {"description": self.description})}
 
     def __post_init__(self) -> None:
+        of_layout: dict[str, Any] = {"classes": self.classes, "kind": self.kind, "volumes": self.dimensions == 3}
+        of_layout |= {"channels": max(1, len(self.channels)), "title": self.layout.title or self.name}
+        object.__setattr__(self, "layout", replace(self.layout, **of_layout))
         scored, labels = [*self.classes[1:], *self.regions], range(1, len(self.classes))
         if self.has_findings and any("|" in name for name in self.classes):
             raise ValueError(f"The task '{self.name}' has findings with | in their names: write others.")
@@ -147,7 +125,7 @@ class Task:
 
     def text_of(self, label: int) -> str:
         """Return the name of an image's class, or those of its findings joined by "|"."""
-        return Described(classes=self.classes, kind=self.kind).text_of(label)
+        return self.layout.text_of(label)
 
     @property
     def unit(self) -> str:
@@ -237,11 +215,9 @@ def _described(content: Any, where: str, base: Path) -> Task:
     known = {f.name for f in fields(Described)} - {"classes", "kind", "volumes", "channels"}
     if not isinstance(options, Mapping) or not options.keys() <= known:
         raise refuse(f"has a layout that is not an object of {', '.join(sorted(known))}")
-    fixed: dict[str, Any] = {"volumes": dimensions == 3, "channels": max(1, len(values.get("channels", ())))}
     try:
         re.compile(str(options.get("groups", "")))
-        layout = Described(classes=classes, kind=kind, **fixed, **{"title": name, **options})
-        return Task(layout=layout, description=dict(content), **values)
+        return Task(layout=Described(**options), description=dict(content), **values)
     except re.error as error:
         raise refuse(f"has an invalid pattern of groups ({error})") from error
     except ValueError as error:

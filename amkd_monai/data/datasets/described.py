@@ -77,56 +77,40 @@ class Described:
     A folder without the layout, or that contradicts itself, is a FileNotFoundError or ValueError. Images that cannot be
     used (without a mask, listed but gone, of another size or number of dimensions, without all channels, of a repeated
     name) are items with a "problem", so that all of them are named at once.
-
-    Attributes:
-        title, expected: name of the data set and the layout in words, for messages.
-        predict_in: folders that may hold the images to predict; the data set's own folder is looked at last.
-        volumes: images are NIfTI volumes or folders of DICOM slices, not pictures.
-        validation_fraction: part of the items outside the test fold that validates, where a data set without sections
-            of its own is cross-validated; None: it is split at random.
-        classes: names by label value; class folders and tables may use names or values.
-        kind: of the task, see :class:`~amkd_monai.data.datasets.Task`.
-        form: one of `READERS`.
-        folders: the two folders of "pairs", images and masks, the first two that are there; () for the usual names.
-        normals: which of ``folders`` holds images without a lesion, which can be left out.
-        strata: all of ``folders`` are read, in each of which an item's "class" is the name of its folder of images.
-        official: by section, the folder of images and that of masks, or the table; each may be several names, of which
-            one is there. They go before anything else; a section without masks is left out.
-        file_lists: files of ids, training and test, which fix the sections if they are there.
-        duplicate_distance: bits in which the perceptual hashes of one group differ at most, see
-            :func:`~amkd_monai.data.splits.group_near_duplicates`; None: a group has byte-identical images only.
-        mask_ending: what the names of masks end with before the suffix, such as ``_mask``.
-        file: the datalist or the table.
-        columns: names of the table's columns by "image", "label", "group", "section"; several of "label" hold 1 for the
-            class of their place, from 1 on, and 0 otherwise; of findings one each, with 1 and 0.
-        aliases: further names of classes.
-        channels: files that make an image, in the order in which nnU-Net numbers or a datalist lists them.
-        groups: regular expression of which the first group, in an image's id, is the item's group.
     """
 
-    title: str = "described"
-    classes: Sequence[str] = ()
-    kind: str = "segmentation"
-    volumes: bool = False
-    form: str = ""
+    title: str = ""  # name of the data set, for messages
+    classes: Sequence[str] = ()  # names by label value; class folders and tables may use names or values
+    kind: str = "segmentation"  # of the task, see :class:`~amkd_monai.data.datasets.Task`
+    volumes: bool = False  # images are NIfTI volumes or folders of DICOM slices, not pictures
+    form: str = ""  # one of `READERS`
+    # of "pairs": images and masks, of several the first two that are there; () for the usual names
     folders: Sequence[Sequence[str]] = ()
-    normals: str = ""
-    strata: bool = False
+    normals: str = ""  # which of `folders` holds images without a lesion, which can be left out
+    strata: bool = False  # all of `folders` are read; an item's "class" is the name of its folder of images
+    # by section, the folder of images and that of masks, or the table; each may be several names, of which one is
+    # there. They go before anything else; a section without masks is left out.
     official: Mapping[str, Sequence[str | Sequence[str]]] = field(default_factory=dict)
-    file_lists: Sequence[str] = ()
+    file_lists: Sequence[str] = ()  # files of ids, training and test, which fix the sections if they are there
+    # bits in which the perceptual hashes of one group differ at most, see
+    # :func:`~amkd_monai.data.splits.group_near_duplicates`; None: a group has byte-identical images only
     duplicate_distance: int | None = None
-    mask_ending: str = ""
-    file: str = ""
+    mask_ending: str = ""  # what the names of masks end with before the suffix, such as ``_mask``
+    file: str = ""  # the datalist or the table
+    # names of the table's columns by "image", "label", "group", "section"; several of "label" hold 1 for the class of
+    # their place, from 1 on, and 0 otherwise; of findings one each, with 1 and 0
     columns: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    groups: str = ""
-    channels: int = 1
+    aliases: Mapping[str, str] = field(default_factory=dict)  # further names of classes
+    groups: str = ""  # regular expression of which the first group, in an image's id, is the item's group
+    channels: int = 1  # files that make an image, in the order in which nnU-Net numbers or a datalist lists them
+    # part of the items outside the test fold that validates, where a data set without sections of its own is
+    # cross-validated; None: it is split at random
     validation_fraction: float | None = None
-    expected: str = (
+    expected: str = (  # the layout in words, for messages
         "images/ and masks/ (or labels/), a JSON datalist, nnU-Net's imagesTr/, labelsTr/ and dataset.json, a folder "
         "per class, or a table (CSV)"
     )
-    predict_in: Sequence[str] = ("imagesTs", *IMAGES)
+    predict_in: Sequence[str] = ("imagesTs", *IMAGES)  # may hold the images to predict; the root is looked at last
 
     @property
     def masks(self) -> bool:
