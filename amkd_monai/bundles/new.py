@@ -42,15 +42,10 @@ def new_bundle(
 ) -> tuple[Path, list[str]]:
     """Write a bundle for the data in a folder, and return its folder and what was found, one fact a line.
 
-    Args:
-        name: of the bundle and its task.
-        data: the folder, in any form that :class:`~amkd_monai.data.datasets.described.Described` reads.
-        to: the folder of bundles.
-        classes: names by label value, background first where labels are masks; () takes those of the data.
-        groups: what the split must never cut, such as patients: a column of the table, or a regular expression
-            whose first group in an image's name it is.
-        kind: of the task; "" finds it out.
-        modality: how the images were made; "" guesses.
+    ``data`` has any form that :class:`~amkd_monai.data.datasets.described.Described` reads, ``to`` is the folder of
+    bundles. ``classes`` are names by label value, background first where labels are masks; () takes those of the data.
+    ``groups`` is what the split must never cut, such as patients: a column of the table, or a regular expression whose
+    first group in an image's name it is. "" finds out ``kind`` and guesses ``modality`` (how the images were made).
 
     Raises:
         DataProblems: files that cannot be used; all of them are named.

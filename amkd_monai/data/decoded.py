@@ -106,22 +106,26 @@ class DecodedDataset(Dataset):
         teacher_channels: one or three channels of images that have several, which teachers are shown.
         findings: number F of findings, where a label is the number whose bits they are, the first one lowest.
 
-    Attributes:
-        data, transform, on_bad_sample: as given.
-        directory: the folder ``decoded-<key>`` of the memory maps.
-        ids, cases, groups, hashes: of each sample; slices are ``<case>#<slice>``.
-        has_label, has_foreground: boolean arrays over samples.
-        labels: masks (N, 1, H, W), classes (N,), or 0 and 1 of findings (N, F); 255 where there is no label.
-        classes: (N,) class per image, or number of its findings, -1 where unknown; None for masks.
-        first, last: sample of the first and the last slice of each sample's volume (N,).
-        axes: where the axes of volumes point, slices first, such as "RAS"; empty for pictures.
-        skipped: ids of files that were left out.
-        sliced: whether samples are slices of volumes.
-        chain: hash of the transform chain.
-
     Raises:
         BadSampleError: a file cannot be read, or image and label disagree in size, or a label is out of range.
     """
+
+    directory: Path  # the folder ``decoded-<key>`` of the memory maps
+    ids: list[str]  # of each sample; slices are ``<case>#<slice>``
+    cases: list[str]
+    groups: list[str]
+    hashes: list[str]
+    skipped: list[str]  # ids of files that were left out
+    axes: str  # where the axes of volumes point, slices first, such as "RAS"; empty for pictures
+    has_label: np.ndarray  # (N,) boolean
+    has_foreground: np.ndarray  # (N,) boolean
+    first: np.ndarray  # (N,) sample of the first and the last slice of each sample's volume
+    last: np.ndarray
+    images: np.ndarray  # (N, C, H, W) uint8
+    labels: np.ndarray  # masks (N, 1, H, W), classes (N,), or 0 and 1 of findings (N, F); 255 where there is no label
+    classes: np.ndarray | None  # (N,) class per image, or number of its findings, -1 where unknown; None for masks
+    sliced: bool  # whether samples are slices of volumes
+    chain: str  # hash of the transform chain
 
     def __init__(
         self,
@@ -161,12 +165,8 @@ class DecodedDataset(Dataset):
                 if not finished.is_file():  # nor has another process made it meanwhile
                     self._decode(transform, on_bad_sample, hashes)
         index = json.loads(finished.read_text(encoding="utf-8"))
-        self.ids: list[str] = index["ids"]
-        self.cases: list[str] = index["cases"]
-        self.groups: list[str] = index["groups"]
-        self.hashes: list[str] = index["hashes"]
-        self.skipped: list[str] = index["skipped"]
-        self.axes: str = index["axes"]
+        for name in ("ids", "cases", "groups", "hashes", "skipped", "axes"):
+            setattr(self, name, index[name])
         self.has_label, self.has_foreground = (np.array(index[n], bool) for n in ("has_label", "has_foreground"))
         self.first, self.last = (np.array(index[n]) for n in ("first", "last"))
         self.images, self.labels = (

@@ -208,16 +208,16 @@ NEAR = 32
 text, other brightness or JPEG quality differ by up to 28 bits, different pictures of one kind by 36 or more."""
 
 
-def group_identical_images(items: Iterable[Item]) -> list[Item]:
-    """Give byte-identical images one common group, see :func:`joined`; return copies of the items, sorted by id."""
-    ordered = sorted(items, key=lambda item: item["id"])
-    sizes = [sum(size_and_time(file)[0] for file in files_of(item["image"])) for item in ordered]
+def identical(items: Sequence[Item]) -> list[tuple[int, int]]:
+    """Return the pairs (i < j) of items whose images are byte-identical, each with the first of its kind."""
+    sizes = [sum(size_and_time(file)[0] for file in files_of(item["image"])) for item in items]
     shared, first, pairs = Counter(sizes), dict[str, int](), []
-    for number, (item, size) in enumerate(zip(ordered, sizes, strict=True)):
+    for number, (item, size) in enumerate(zip(items, sizes, strict=True)):
         if shared[size] > 1:
             content = joint_hash([file_sha256(file) for file in files_of(item["image"])])
-            pairs.append((first.setdefault(content, number), number))
-    return joined(ordered, pairs)
+            if (other := first.setdefault(content, number)) != number:
+                pairs.append((other, number))
+    return pairs
 
 
 def patients_of(items: Iterable[Item]) -> dict[str, str]:

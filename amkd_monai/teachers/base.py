@@ -50,21 +50,12 @@ class Teacher(nn.Module):
     come) and ``grid_limit`` (feature maps are area-pooled down to at most this many cells a side). Wrong options are a
     ``ValueError``, weights that are missing or do not fit a ``CheckpointError``.
 
-    Args:
-        name: unique name of the teacher in a run.
-        licence: licence of its weights; students may inherit limits from it.
-        precision: ``float32``, or ``bfloat16`` for autocast of the network (inputs and outputs stay float32).
-
-    Attributes:
-        is_random: its weights are random, so the run is a test.
-        weights_file: name and SHA-256 of the file its weights came from, or None.
-        read_from: paths of such files.
-        uses_labels: its forward takes the label (B, 1, H, W) as a second argument.
-        settings: names of the attributes, besides the weights, on which its outputs depend.
+    ``name`` is unique in a run; students may inherit limits from the ``licence`` of the weights. ``precision`` is
+    ``float32``, or ``bfloat16`` for autocast of the network (inputs and outputs stay float32).
     """
 
-    uses_labels = False
-    settings: tuple[str, ...] = ()
+    uses_labels = False  # whether its forward takes the label (B, 1, H, W) as a second argument
+    settings: tuple[str, ...] = ()  # names of the attributes, besides the weights, on which its outputs depend
     image_size: int | tuple[int, int] | None = None
     interpolation = "bilinear"
 
@@ -73,9 +64,9 @@ class Teacher(nn.Module):
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"The teacher '{name}' has the precision '{precision}': use float32 or bfloat16.")
         self.name, self.licence, self.precision = name, licence, precision
-        self.is_random = False
-        self.weights_file: dict[str, str] | None = None
-        self.read_from: list[Path] = []
+        self.is_random = False  # random weights make the run a test
+        self.weights_file: dict[str, str] | None = None  # name and SHA-256 of the file its weights came from
+        self.read_from: list[Path] = []  # paths of such files
 
     def came_from(self, path: str | Path) -> None:
         """Remember the file of the weights for the run record; a network on the meta device holds none of them."""
@@ -234,10 +225,8 @@ def bound(
 ) -> tuple[type[Teacher] | None, dict[str, Any]]:
     """Return the class of a teacher and its arguments; None and its options for a cross-fitted one.
 
-    Args:
-        description: ``name``, ``kind`` and the options of the kind; the preparation reads ``own_answers``
-            and ``cross_fit``.
-        weights_dir: folder searched first where the kind has official weights and the description names none.
+    A description has ``name``, ``kind`` and the options of the kind; the preparation reads ``own_answers`` and
+    ``cross_fit``. ``weights_dir`` is searched first where the kind has official weights and none are named.
 
     Raises:
         ValueError: an option is unknown or missing.

@@ -46,13 +46,9 @@ def choose(
 ) -> tuple[list[Description], list[str]]:
     """Return the descriptions of a run's teachers, and lines that announce those that were chosen here.
 
-    Args:
-        teachers: ``auto`` (the foundation teachers whose files are found, else ``fallback``), ``foundation`` (all
-            four), ``none``, or names joined by ``+``, of foundation teachers, of :data:`CREWS` or of ``fallback``; or
-            a list of such words and of descriptions.
-        task: what is to be taught.
-        weights_dir: folder searched first for weight files.
-        fallback: descriptions of the teachers where no foundation teacher is found.
+    ``teachers`` is ``auto`` (the foundation teachers whose files are found, else ``fallback``), ``foundation`` (all
+    four), ``none``, or names joined by ``+``, of foundation teachers, of :data:`CREWS` or of ``fallback``; or a list of
+    such words and of descriptions. ``weights_dir`` is searched first for weight files.
 
     Raises:
         ValueError: an unknown word or description.

@@ -195,7 +195,8 @@ class Described:
             what = f"Each class in {root} is of one DICOM patient or study, as folders of series are"
             raise ValueError(f"{what}: give each class images of several patients.")
         if distance is None:
-            grouped = splits.group_identical_images(usable)
+            usable = sorted(usable, key=lambda item: item["id"])
+            grouped = splits.joined(usable, splits.identical(usable))
         elif self.volumes:
             raise ValueError("duplicate_distance compares pictures, not volumes: leave it out.")
         else:
