@@ -248,9 +248,7 @@ def write_contact_sheet(
     """Draw at most ``count`` evenly spaced items with the outlines of their masks, to see whether labels fit images.
 
     Of several foreground classes each has its colour, with a legend; of a volume, the slice with most foreground shows.
-
-    Raises:
-        ValueError: there is no item.
+    No item is a ValueError.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

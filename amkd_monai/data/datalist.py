@@ -97,8 +97,7 @@ def stand_in_note(folder: str | Path) -> str:
 def find_dataset_dir(task: Named, dataset_dir: str | Path | None = None) -> tuple[Path, str] | None:
     """Find a data set and say how: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``; None without any.
 
-    Raises:
-        FileNotFoundError: a folder that is named does not exist.
+    A named folder that is not there is a FileNotFoundError.
     """
     folder = get_task(task).folder
     if dataset_dir:
@@ -210,8 +209,7 @@ def find_items(
 ) -> list[Item]:
     """List the items of a data set with options of its own, see ``Described.find_items``.
 
-    Raises:
-        ValueError: the data set has no such option.
+    Other options are a ValueError.
     """
     task = get_task(task)
     known = _options_of(task.layout)
@@ -238,6 +236,8 @@ def _check_order(task: Task, root: Path, labelled: bool = True) -> None:
         if given != wanted and sorted(given) == sorted(wanted):
             remedy = "write the files again in that order, or correct their names"
             raise ValueError(f"{root / 'dataset.json'} has the {what} {given}, {task.name} has {wanted}: {remedy}.")
+        if given and given != wanted and what == "classes":
+            logger.warning("dataset.json in %s names the classes %s, the task %s.", root, given, wanted)
 
 
 def inference_datalist(

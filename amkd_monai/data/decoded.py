@@ -383,6 +383,16 @@ class ReadableLoader(DataLoader):
             raise BadSampleError(f"{count} could not be used ({accept}): {reason}")
 
 
+PARTS = {
+    functools.partial: "func args keywords",
+    types.MethodType: "__func__ __self__",
+    types.CodeType: "co_code co_names co_consts",
+    types.FunctionType: "__module__ __qualname__ __code__ __defaults__ __kwdefaults__ __closure__",
+    types.CellType: "cell_contents",
+}
+"""Attributes that make a function or its parts what it is."""
+
+
 def describe(value: Any, _above: tuple[int, ...] = ()) -> Any:
     """Return a JSON-able description of a transform: class names and options, recursively, the same in every process.
 
@@ -406,16 +416,11 @@ def describe(value: Any, _above: tuple[int, ...] = ()) -> Any:
         return [inside(v) for v in value]
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, functools.partial):
-        return {"partial": inside(value.func), "args": inside(value.args), "keywords": inside(value.keywords)}
-    if isinstance(value, types.MethodType):
-        return {"method": inside(value.__func__), "of": inside(value.__self__)}
-    if isinstance(value, types.CodeType):
-        return [value.co_code.hex(), list(value.co_names), inside(value.co_consts)]
-    if isinstance(value, types.FunctionType):
-        captured = [cell.cell_contents for cell in value.__closure__ or ()]
-        name = f"{value.__module__}.{value.__qualname__}"
-        return [name, inside(value.__code__), inside([value.__defaults__, value.__kwdefaults__, captured])]
+    if isinstance(value, bytes):
+        return value.hex()
+    for kind, parts in PARTS.items():
+        if isinstance(value, kind):
+            return {part: inside(getattr(value, part)) for part in parts.split()}
     used = {"R", "_seed", "_do_transform", "_lazy", "_tracing", "logger"}
     state = {k: v for k, v in getattr(value, "__dict__", {}).items() if k not in used}
     name = getattr(value, "__name__", "") if callable(value) else ""  # built-in functions differ by name alone

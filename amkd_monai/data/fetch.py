@@ -92,8 +92,7 @@ def _check_address(url: str) -> None:
 def unpack(file: Path, folder: Path) -> None:
     """Unpack a verified .zip or .tar into a folder, or copy a file that is neither; nothing is written outside it.
 
-    Raises:
-        ValueError: a damaged archive, or a tar with devices or with paths or links that leave the folder.
+    A damaged archive, or a tar with devices or with paths or links that leave the folder, is a ValueError.
     """
     try:
         if file.suffix == ".zip":

@@ -123,11 +123,9 @@ class Finer(Transform):
 def finer(transform: Callable, size: tuple[int, int]) -> Compose:
     """Return the chain whose samples are (H', W') = ``size`` in the frame of ``transform``.
 
-    Steps before the first that interpolates the image (:data:`INTERPOLATING`) are the chain's own; the rest, which
-    must be MONAI's spatial steps, becomes one interpolation of image and label. Slices keep their axis.
-
-    Raises:
-        ValueError: no step is known to interpolate, or one after it is not known to be spatial alone; it is named.
+    Steps before the first that interpolates the image (:data:`INTERPOLATING`) are the chain's own; the rest, which must
+    be MONAI's spatial steps, becomes one interpolation of image and label. Slices keep their axis. A ValueError if no
+    step is known to interpolate, or one after it is not known to be spatial alone.
     """
     if not isinstance(transform, Compose):
         raise ValueError(f"the preprocessing is a {type(transform).__name__}, not a Compose of steps")

@@ -113,10 +113,7 @@ def fold_of_groups(
     """Assign each sample to a fold, int64 (N,), so that no group is cut and folds have about equal sizes.
 
     With fewer groups than folds there are as many folds as groups. With ``classes``, one per sample, folds have about
-    equal numbers of each. The seed shuffles groups of one size.
-
-    Raises:
-        ValueError: fewer than 2 folds or groups.
+    equal numbers of each. The seed shuffles groups of one size. Fewer than 2 folds or groups are a ValueError.
     """
     sizes = Counter(groups)
     if folds < 2:

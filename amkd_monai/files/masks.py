@@ -218,10 +218,8 @@ def read_mask(
     """Read the masks of one picture by :func:`decode` as class indices (H, W), uint8; 255 where there is no label.
 
     A later file's classes win over background and no label. A mask lies on the picture ``image`` as viewers show it,
-    see :func:`_onto`. ``used`` gets how each file is coded, see :func:`coding_problem`.
-
-    Raises:
-        ValueError: a file cannot be read, has values that the codes do not explain, or another size than the picture.
+    see :func:`_onto`. ``used`` gets how each file is coded, see :func:`coding_problem`. A ValueError if a file cannot
+    be read, has values that the codes do not explain, or another size than the picture.
     """
     of_image, result = None if image is None else pictures.picture_frame(image), np.empty(0)
     for file in files:

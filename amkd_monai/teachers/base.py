@@ -192,11 +192,7 @@ VOLUME_OPTIONS = ("network", "folds", "patch_size", "steps", "learning_rate")
 
 
 def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
-    """Check names and kinds before anything is built.
-
-    Raises:
-        ValueError: a name or kind is missing, unknown or given twice.
-    """
+    """Check names and kinds before anything is built; one that is missing, unknown or given twice is a ValueError."""
     if not (isinstance(descriptions, (list, tuple)) and all(isinstance(d, Mapping) for d in descriptions)):
         raise ValueError(f"teachers is {descriptions!r}: give a word or a list of descriptions, see docs/teachers.md.")
     seen: set[str] = set()
@@ -226,10 +222,8 @@ def bound(
     """Return the class of a teacher and its arguments; None and its options for a cross-fitted one.
 
     A description has ``name``, ``kind`` and the options of the kind; the preparation reads ``own_answers`` and
-    ``cross_fit``. ``weights_dir`` is searched first where the kind has official weights and none are named.
-
-    Raises:
-        ValueError: an option is unknown or missing.
+    ``cross_fit``. ``weights_dir`` is searched first where the kind has official weights and none are named. An option
+    that is unknown or missing is a ValueError.
     """
     validate_descriptions([description])
     name, kind = description["name"], description["kind"]

@@ -422,8 +422,7 @@ class BiomedParseTeacher(OfficialTeacher):
 def tokenised(prompts: Sequence[str]) -> list[list[int]]:
     """Return CLIP's token ids of prompts, from the start to the end token; nothing is downloaded.
 
-    Raises:
-        ValueError: open_clip is not installed.
+    A ValueError without open_clip.
     """
     try:
         from open_clip.tokenizer import SimpleTokenizer

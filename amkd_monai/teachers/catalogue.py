@@ -134,11 +134,7 @@ FOUNDATION = ("medsam", "usfm", "retfound", "biomedparse")  # kinds of the found
 
 
 def entry(key: str) -> CatalogueEntry:
-    """Return a teacher by its key, or the first one of the kind that ``key`` names.
-
-    Raises:
-        ValueError: there is no such teacher.
-    """
+    """Return a teacher by its key, or the first one of the kind that ``key`` names; others are a ValueError."""
     own = [e for e in CATALOGUE if e.key]
     for teacher in own:
         if key in (teacher.key, teacher.kind):
@@ -197,8 +193,7 @@ def missing_packages(teacher: CatalogueEntry) -> list[str]:
 def fetch(repository: str, files: Sequence[str]) -> Path:
     """Download the first of ``files`` that a repository on huggingface.co has into the cache, where teachers look.
 
-    Raises:
-        OSError: the hub does not give the file.
+    An OSError if the hub does not give the file.
     """
     from huggingface_hub import errors, hf_hub_download
     from huggingface_hub.utils import disable_progress_bars

@@ -126,8 +126,7 @@ class MedSAMTeacher(OfficialTeacher):
     def boxes(self, image: Tensor, label: Tensor | None) -> Tensor:
         """Return one box (B, 4) per image, x and y of two corners in the network's pixels; NaN where none fits.
 
-        Raises:
-            ValueError: boxes of labels are asked for without a label.
+        A ValueError if boxes of labels are wanted without a label.
         """
         whole = torch.tensor([0, 0, self.image_size, self.image_size], dtype=torch.float32, device=image.device)
         boxes = whole.repeat(len(image), 1)

@@ -121,8 +121,7 @@ class TransformersTeacher(Teacher):
 def local_folder(model: str | Path, download: bool) -> Path:
     """Return the folder of an encoder: itself, or its snapshot in the Hugging Face cache.
 
-    Raises:
-        CheckpointError: it is neither there nor in the cache.
+    A CheckpointError if it is neither there nor in the cache.
     """
     from huggingface_hub import errors, snapshot_download
 

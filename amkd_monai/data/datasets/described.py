@@ -179,9 +179,6 @@ class Described:
         distance = self.duplicate_distance if duplicate_distance is None else duplicate_distance
         self.check(root)
         items = [self._completed(item) for item in _named(READERS[self.form_of(root)](self, root), root)]
-        named = [name.lower() for name in names_of_values(root)[0].values()]
-        if self.masks and named and named != [name.lower() for name in self.classes]:
-            logger.warning("dataset.json in %s names the classes %s, the task %s.", root, named, list(self.classes))
         if not items:
             raise FileNotFoundError(f"No images in {root}: expected {self.expected}.")
         if not self.groups:
