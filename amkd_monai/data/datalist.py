@@ -324,22 +324,16 @@ def further_images(
 def _items(folder: Path, prefix: str, volumes: bool) -> list[Item]:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: correct `unlabelled`.")
-    is_series = cases.is_series(folder)
     files = cases.to_predict(folder, volumes)
-    if volumes and is_series:
+    if volumes and cases.is_series(folder):
         name = names.file_id(folder)
         files[f"{name}_" if name in files else name] = folder
     if files:
         return [{"image": str(file), "id": f"{prefix}/{name}"} for name, file in files.items()]
-    what, other = ("volumes", "pictures") if volumes else ("pictures", "volumes")
-    hint = "give a folder of them"
-    if below := [child.name for child in folder.iterdir() if child.is_dir() and cases.to_predict(child, volumes)]:
-        hint = f"give the folders below it that hold images without labels, of {some(below)}"
-    elif is_series:
-        hint = f"the names of its DICOM files must end in {names.DICOM_SUFFIX}"
-    elif cases.to_predict(folder, not volumes):
-        hint = f"it holds {other}, and this task is on {what}"
-    raise FileNotFoundError(f"{folder} holds no {what}: {hint}.")
+    held = some(names.printable(child.name) for child in folder.iterdir()) or "nothing"
+    wanted = f"volumes ({', '.join(names.VOLUME_SUFFIXES)}, folders of a series)"
+    wanted = wanted if volumes else f"pictures ({', '.join(names.PICTURE_SUFFIXES)})"
+    raise FileNotFoundError(f"{folder} holds {held}: give a folder that itself holds {wanted} without labels.")
 
 
 def _unlike_held_out(items: list[Item], held_out: list[Item], cache_dir: str | Path | None) -> list[Item]:

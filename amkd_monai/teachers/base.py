@@ -61,12 +61,19 @@ class Teacher(nn.Module):
 
     def __init__(self, name: str, licence: str = "unknown", precision: str = "float32") -> None:
         super().__init__()
-        if precision not in ("float32", "bfloat16"):
-            raise ValueError(f"The teacher '{name}' has the precision '{precision}': use float32 or bfloat16.")
-        self.name, self.licence, self.precision = name, licence, precision
+        self.name, self.licence = name, licence
+        self.precision = self.one_of("precision", precision, ("float32", "bfloat16"))
         self.is_random = False  # random weights make the run a test
         self.weights_file: dict[str, str] | None = None  # name and SHA-256 of the file its weights came from
         self.read_from: list[Path] = []  # paths of such files
+
+    def one_of(self, option: str, value: Any, known: Sequence[Any]) -> Any:
+        """Return the value of an option; any other than the known ones is a ValueError."""
+        if value not in known:
+            raise ValueError(
+                f"The teacher '{self.name}' has {option} {value}: use one of {', '.join(map(str, known))}."
+            )
+        return value
 
     def came_from(self, path: str | Path) -> None:
         """Remember the file of the weights for the run record; a network on the meta device holds none of them."""
@@ -85,12 +92,10 @@ class Teacher(nn.Module):
         sides = [image_size] if isinstance(image_size, int) else list(image_size or [1])
         if len(sides) > 2 or not all(isinstance(side, int) and side > 0 for side in sides):
             raise ValueError(f"The teacher '{self.name}' has image_size {image_size}: use a side or [height, width].")
-        if interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(f"The teacher '{self.name}' has interpolation '{interpolation}': use bilinear or bicubic.")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"The teacher '{self.name}' has mean {mean}, std {std}: give three numbers each, std > 0.")
         self.image_size = image_size if image_size is None or isinstance(image_size, int) else (sides[0], sides[-1])
-        self.interpolation = interpolation
+        self.interpolation = self.one_of("interpolation", interpolation, ("bilinear", "bicubic"))
         for key, values in (("mean", mean), ("std", std)):
             self.register_buffer(key, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
 

@@ -85,13 +85,11 @@ class MedSAMTeacher(OfficialTeacher):
         licence: str = "Apache-2.0",
     ) -> None:
         super().__init__(name, licence, precision)
-        if prompt not in PROMPTS:
-            raise ValueError(f"The teacher '{name}' has the prompt '{prompt}': use one of {', '.join(PROMPTS)}.")
         try:
             from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
         except ImportError as error:
             raise ValueError("MedSAM needs segment-anything: run `pip install segment-anything`.") from error
-        self.prompt, self.image_size, self.grid_limit = prompt, image_size, grid_limit
+        self.prompt, self.image_size, self.grid_limit = self.one_of("prompt", prompt, PROMPTS), image_size, grid_limit
         self.uses_labels = prompt == "label_box"
         side = self.patches(PATCH)
         official = read_official("medsam", weights)

@@ -58,11 +58,9 @@ class SpecialistTeacher(Teacher):
         answers: str = "masks",
     ) -> None:
         super().__init__(name, licence)
-        if answers not in ("masks", "classes"):
-            raise ValueError(f"The specialist '{name}' answers '{answers}': use 'masks' or 'classes'.")
         self.network, self.file_hash = load_network_file(path), file_sha256(path)
         self.came_from(path)
-        self.answers, self.grid_limit = answers, grid_limit
+        self.answers, self.grid_limit = self.one_of("answers", answers, ("masks", "classes")), grid_limit
         self.set_input(image_size, mean, std)
         self.requires_grad_(False)
         if not str(path).endswith(".pt2"):  # an exported program has its mode fixed
