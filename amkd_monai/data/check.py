@@ -15,7 +15,7 @@ from amkd_monai.data.splits import DEFAULT_SPLIT, NEAR, Item, SplitOptions, clus
 from amkd_monai.files import cases, names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
 from amkd_monai.files.names import files_of, label_files, natural, some
-from amkd_monai.files.pictures import class_colours, contrasting, level_problem, opened, read_channels
+from amkd_monai.files.pictures import class_colours, contrasting, level_problem, opened, outlined, read_channels
 from amkd_monai.terminal import progress
 
 
@@ -270,19 +270,19 @@ def write_contact_sheet(
             outline = np.zeros(image.shape, np.uint8) if mask is None else mask
             image, outline = volumes.middle_slice(volumes.grey_levels(image), outline, int(np.argmin(image.shape)))
             mask = None if mask is None else outline
-        picture, words = Image.fromarray(image), [_class_of(item, task)]
+        picture, words = Image.fromarray(image).convert("RGB"), [_class_of(item, task)]
         picture.thumbnail((400, 400))
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        shown = np.asarray(picture)
         if mask is not None:
             words.append(f"{(mask > 0).mean():.1%}" if mask.any() else "empty mask")
             outline = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))
-            for label in np.unique(outline[outline > 0]) if min(outline.shape) > 1 else ():
-                colour = (class_colours(label) if several else contrasting(np.asarray(picture.convert("RGB")))[0]) / 255
-                for width, drawn in ((3, "black"), (1.5, colour)):
-                    axes.contour(outline == label, [0.5], colors=[drawn], linewidths=width, antialiased=False)
+            labels = np.unique(outline[outline > 0])
+            colours = class_colours(labels) if several else contrasting(shown)
+            shown = outlined(shown, [(outline == n, colour) for n, colour in zip(labels, colours, strict=False)])
+        axes.imshow(shown, interpolation="nearest")
         axes.set_title(f"{item['id'][:28]}\n{', '.join(filter(None, words))}", fontsize=7, parse_math=False)
     if several and not task.is_classification:
-        colours = (class_colours(range(1, len(task.classes))) / 255).tolist()
+        colours = class_colours(range(1, len(task.classes))) / 255
         key = [Line2D([], [], color=c, label=name) for c, name in zip(colours, task.classes[1:], strict=True)]
         figure.legend(handles=key, loc="outside lower center", ncols=4, fontsize=7)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

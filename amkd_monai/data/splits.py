@@ -19,20 +19,12 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from amkd_monai import storage
 from amkd_monai.files.cases import is_volume, read_case
 from amkd_monai.files.dicom import patient_and_study
 from amkd_monai.files.names import DICOM_SUFFIX, files_of, has_suffix
 from amkd_monai.files.pictures import opened, to_rgb, upright
 from amkd_monai.files.volumes import grey_levels, reorder
-from amkd_monai.storage import (
-    content_hashes,
-    file_sha256,
-    fingerprint,
-    joint_hash,
-    read_memo,
-    size_and_time,
-    write_memo,
-)
 from amkd_monai.terminal import logger, progress
 
 PATIENT = "patient "  # how the groups of DICOM images of one patient begin
@@ -207,11 +199,11 @@ text, other brightness or JPEG quality differ by up to 28 bits, different pictur
 
 def identical(items: Sequence[Item]) -> list[tuple[int, int]]:
     """Return the pairs (i < j) of items whose images are byte-identical, each with the first of its kind."""
-    sizes = [sum(size_and_time(file)[0] for file in files_of(item["image"])) for item in items]
+    sizes = [sum(storage.size_and_time(file)[0] for file in files_of(item["image"])) for item in items]
     shared, first, pairs = Counter(sizes), dict[str, int](), []
     for number, (item, size) in enumerate(zip(items, sizes, strict=True)):
         if shared[size] > 1:
-            content = joint_hash([file_sha256(file) for file in files_of(item["image"])])
+            content = storage.joint_hash([storage.file_sha256(file) for file in files_of(item["image"])])
             if (other := first.setdefault(content, number)) != number:
                 pairs.append((other, number))
     return pairs
@@ -226,7 +218,7 @@ def patients_of(items: Iterable[Item]) -> dict[str, str]:
     found = {p: patient_and_study(Path(p)) for p in paths if Path(p).is_dir() or has_suffix(p, [DICOM_SUFFIX])}
     known = len({patient for patient, _ in found.values()}) > 1
     named = {path: patient if known and patient else study for path, (patient, study) in found.items()}
-    return {path: f"{PATIENT}{fingerprint(name)[:16]}" for path, name in named.items() if name}
+    return {path: f"{PATIENT}{storage.fingerprint(name)[:16]}" for path, name in named.items() if name}
 
 
 def group_patients(items: Sequence[Item]) -> list[Item]:
@@ -258,8 +250,8 @@ def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None)
     ``cache_dir`` keeps the hashes by content. Files that cannot be read are announced and left out.
     """
     memo = None if cache_dir is None else Path(cache_dir) / f"perceptual_hashes_{HASH_SIZE}.json"
-    contents = content_hashes(paths, cache_dir)
-    known = read_memo(memo, lambda v: isinstance(v, str) and len(v) == HASH_SIZE**2 // 4)
+    contents = storage.content_hashes(paths, cache_dir)
+    known = storage.read_memo(memo, lambda v: isinstance(v, str) and len(v) == HASH_SIZE**2 // 4)
     missing = {content: path for content, path in zip(contents, paths, strict=True) if content not in known}
     for content, path in progress(missing.items(), desc="compare images", delay=1):
         try:
@@ -267,7 +259,7 @@ def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None)
         except (OSError, SyntaxError, ValueError) as error:
             logger.warning("%s cannot be read (%s) and is compared with no other image", path, error)
     if missing.keys() & known.keys():
-        write_memo(memo, known)
+        storage.write_memo(memo, known)
     readable = [index for index, content in enumerate(contents) if content in known]
     packed = np.array([list(bytes.fromhex(known[contents[index]])) for index in readable], dtype=np.uint8)
     return np.unpackbits(packed.reshape(len(readable), HASH_SIZE**2 // 8), axis=1).astype(bool), readable

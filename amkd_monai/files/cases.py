@@ -45,13 +45,9 @@ def case_grid(files: Sequence[str | Path]) -> tuple[Grid, int]:
 def read_case(files: Sequence[str | Path], channels: int | None = None) -> tuple[np.ndarray, Grid]:
     """Read the channels of a case, such as MR sequences, (C, X, Y, Z) float32, on the grid of the first file.
 
-    Args:
-        files: NIfTI volumes and folders of one DICOM series, a channel each, or one NIfTI volume whose last axis of
-            four is that of the channels.
-        channels: their number; None takes any.
-
-    Raises:
-        ValueError: a file or series that cannot be read or lies on another grid, or another number of channels.
+    ``files`` are NIfTI volumes and folders of one DICOM series, a channel each, or one NIfTI volume whose last axis of
+    four is that of the channels. A file or series that cannot be read or lies on another grid, or another number of
+    ``channels`` than a given one, is a ValueError.
     """
     found, grid = _read(files[0], len(files) == 1)
     for file in files[1:]:

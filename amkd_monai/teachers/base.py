@@ -252,9 +252,7 @@ def bound(
 def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None) -> Teacher:
     """Build one frozen teacher from its description, as :func:`bound` reads it.
 
-    Raises:
-        ValueError: options that do not fit, or a teacher that only a run can make.
-        CheckpointError: weights that are missing or do not fit.
+    A ValueError if only a run can make it, a CheckpointError if its weights are missing or do not fit.
     """
     chosen, options = bound(description, weights_dir)
     if chosen is None:

@@ -33,8 +33,8 @@ class CatalogueEntry:
 
 
 def _entry(listed: dict[str, Any]) -> CatalogueEntry:
-    values = {"files": [], **listed}
-    return CatalogueEntry(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in {"files": [], **listed}.items()}
+    return CatalogueEntry(**values)
 
 
 CATALOGUE = tuple(map(_entry, json.loads(Path(__file__).with_name("catalogue.json").read_text(encoding="utf-8"))))

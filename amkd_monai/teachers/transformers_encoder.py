@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amkd_monai.files.names import read_json
+from amkd_monai.storage import read_json
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid
 from amkd_monai.weights import CheckpointError, check_finite
 
@@ -71,7 +71,7 @@ class TransformersTeacher(Teacher):
             self.came_from(min([*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]))
             self.read_from += folder.absolute().glob("*.json")
         self.config = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
-        stated = read_json(file) if (file := folder / "preprocessor_config.json").is_file() else {}
+        stated = read_json(folder / "preprocessor_config.json")
         size = stated.get("crop_size") or stated.get("size") or getattr(config, "image_size", None)
         if isinstance(size, dict):
             size = [size["height"], size["width"]] if "height" in size else size.get("shortest_edge")

@@ -81,7 +81,9 @@ class USFMTeacher(OfficialTeacher):
             if num_classes:
                 backbone.norm = nn.Identity()
                 channels = backbone.embed_dim
-                add_pyramid(backbone, channels)
+                up = [nn.ConvTranspose2d(channels, channels, 2, stride=2) for _ in range(3)]
+                backbone.fpn1 = nn.Sequential(up[0], nn.BatchNorm2d(channels), nn.GELU(), up[1])  # x4, below x2
+                backbone.fpn2 = nn.Sequential(up[2])
                 self.resize = "bilinear, squashed"  # its authors' segmentation code does not smooth
                 self.network["decode_head"] = UPerHead(channels, width or channels, num_classes)
         for key in tables:
@@ -120,19 +122,8 @@ def _side(official: OfficialWeights, key: str) -> int:
     return side
 
 
-def add_pyramid(backbone: nn.Module, channels: int) -> None:
-    """Give a transformer the up-sampling layers ``fpn1`` (x4) and ``fpn2`` (x2) of its two finest maps."""
-    backbone.fpn1 = nn.Sequential(
-        nn.ConvTranspose2d(channels, channels, 2, stride=2),
-        nn.BatchNorm2d(channels),
-        nn.GELU(),
-        nn.ConvTranspose2d(channels, channels, 2, stride=2),
-    )
-    backbone.fpn2 = nn.Sequential(nn.ConvTranspose2d(channels, channels, 2, stride=2))
-
-
 def pyramid(backbone: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
-    """Turn four maps (B, C, h, w) of a backbone with :func:`add_pyramid` into strides 4, 8, 16, 32 (patch 16)."""
+    """Turn four maps (B, C, h, w) of a backbone with ``fpn1`` and ``fpn2`` into strides 4, 8, 16, 32 (patch 16)."""
     return [backbone.fpn1(maps[0]), backbone.fpn2(maps[1]), maps[2], F.max_pool2d(maps[3], 2)]
 
 

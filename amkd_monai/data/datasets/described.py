@@ -123,11 +123,10 @@ class Described:
             return
         fix = f"expected {self.expected}"
         for table in sorted(root.glob("*.[ct]sv")) if root.is_dir() and not self.official else ():
-            for what in ("image", "label"):
-                if what not in self.columns_of(table):
-                    usual = ", ".join(self.columns.get(what) or COLUMNS[what])
-                    usual += f" or all of {', '.join(self.classes)}" if what == "label" and not self.masks else ""
-                    fix += f"; {table.name} has no column of the {what} ({usual})"
+            for what in sorted({"image", "label"} - self.columns_of(table).keys()):
+                usual = ", ".join(self.columns.get(what) or COLUMNS[what])
+                usual += f" or all of {', '.join(self.classes)}" if what == "label" and not self.masks else ""
+                fix += f"; {table.name} has no column of the {what} ({usual})"
         if root.is_dir() and (below := [child for child in sorted(root.iterdir()) if self.form_of(child)]):
             fix += f"; you are one level too high, use {below[0]}"
         elif (above := self.form_of(root.parent)) and (above != "classes" or image_files(root)):
@@ -159,13 +158,9 @@ class Described:
     ) -> list[Item]:
         """List all labelled images in natural order; of pictures only headers are read.
 
-        Args:
-            root: the folder of the data set.
-            cache_dir: keeps perceptual hashes.
-            folders: the folder of images and that of masks, relative to ``root``; they may be one folder.
-            mask_ending: replaces the attribute.
-            duplicate_distance: replaces the attribute; of pictures only.
-            normals: whether images without a lesion are listed, where they lie in a folder of their own.
+        ``folders``, that of images and that of masks, relative to ``root``, may be one folder. ``mask_ending`` and
+        ``duplicate_distance`` (of pictures only) replace the attributes. ``normals`` says whether images without a
+        lesion are listed, where they lie in a folder of their own. ``cache_dir`` keeps perceptual hashes.
         """
         if not normals:
             self = replace(self, folders=[pair for pair in self.folders if pair[0] != self.normals])
