@@ -46,11 +46,8 @@ def new_bundle(
     bundles. ``classes`` are names by label value, background first where labels are masks; () takes those of the data.
     ``groups`` is what the split must never cut, such as patients: a column of the table, or a regular expression whose
     first group in an image's name it is. "" finds out ``kind`` and guesses ``modality`` (how the images were made).
-
-    Raises:
-        DataProblems: files that cannot be used; all of them are named.
-        FileExistsError: there is such a bundle.
-        ValueError: the folder has no known form, or its labels do not fit ``classes``.
+    Files that cannot be used are DataProblems, which name all of them; an existing bundle is a FileExistsError; a
+    folder without known form, or labels that do not fit ``classes``, a ValueError.
     """
     root, folder = Path(data).expanduser().resolve(), Path(to).expanduser() / name
     if folder.exists():

@@ -154,11 +154,8 @@ def datalist(
     others become unlabelled. ``split_hash`` refuses any other split than the one of this hash. ``options`` are those of
     the data set's ``find_items``, e.g. ``{"normals": False}``. ``stand_in`` says what the data are and what they stand
     in for; None reads ``STAND-IN.txt`` in the folder. ``other_data`` are labelled data to test on in place of the data
-    set, see :func:`labelled_folder`.
-
-    Raises:
-        FileNotFoundError: no such folder or layout.
-        ValueError: a data set that contradicts itself, a section that is empty, or another split than ``split_hash``.
+    set, see :func:`labelled_folder`. No such folder or layout is a FileNotFoundError; a data set that contradicts
+    itself, or an empty section, a ValueError.
     """
     if other_data is not None:
         return labelled_folder(task, other_data, cache_dir, options)
@@ -278,11 +275,9 @@ def further_images(
     ``folders`` (None for none) hold the files themselves: pictures, also of DICOM (``.dcm``), or for a task on volumes
     NIfTI files and folders of one DICOM series, which the folder itself may be. Without ``teachers`` such images are of
     no use. ``cache_dir`` keeps hashes. ``groups`` is a regular expression whose first group is the name of an image's
-    group, searched in the file's name, such as ``(.*)_\d+`` for slices of volumes.
-
-    Raises:
-        FileNotFoundError: a folder that is not there or holds no image of the task's kind.
-        ValueError: no teachers, an expression that does not fit a name, or images that are all left out.
+    group, searched in the file's name, such as ``(.*)_\d+`` for slices of volumes. A folder that is not there or holds
+    no image of the task's kind is a FileNotFoundError; no teachers, an expression that does not fit a name, or images
+    that are all left out are a ValueError.
     """
     if not folders:
         return FurtherImages()

@@ -279,10 +279,8 @@ class DecodedDataset(Dataset):
         image = np.round(image.clip(0, 1) * 255).astype(np.uint8)
         of_task, given = f"the task has classes 0 to {self.num_classes - 1}", "label" in item
         if size and image.shape[1:] != size:
-            same = image.shape[-2:] == size[-2:]
-            what, k = ("channels, height and width", slice(None)) if same else ("size", slice(-2, None))
-            own, others = image.shape[1:][k], size[k]
-            raise BadSampleError(f"{item['image']} has the {what} {own}, others {others}: give all images the same.")
+            own, others = (f"{c} channel(s) of the size {tuple(hw)}" for c, *hw in (image.shape[1:], size))
+            raise BadSampleError(f"{item['image']} has {own}, others {others}: give all images the same.")
         if self.classifies:
             label, most = item.get("label", UNLABELLED), 1 << self.findings if self.findings else self.num_classes
             if given and not (_is_class(label) and 0 <= label < most):

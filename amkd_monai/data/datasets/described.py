@@ -244,8 +244,24 @@ class Described:
         if named and "train" not in named and how.folds is None:
             where = f"{len(folds)} fold(s)" if folds else f"the section(s) {', '.join(sorted(map(str, named)))}"
             raise ValueError(f"The data in {root} have {where}, which leave none for training: add such images.")
-        how = replace(how, fold=0) if folds else how
-        return divided(root, [splits.without(item, "fold") for item in items], how, self.validation_fraction)
+        items, how = [splits.without(item, "fold") for item in items], replace(how, fold=0) if folds else how
+        is_official = how.folds is None and {"train", "test"} <= named
+        number = None if is_official else how.folds or (FOLDS if self.validation_fraction else None)
+        if number is None and how.fold:
+            raise ValueError(f"fold is {how.fold}, but {root} is not split into folds: give `folds`, too.")
+        if is_official:
+            train, validation, test = _official_sections(items)
+            if not validation:
+                share = how.fractions[0] / sum(how.fractions[:2])
+                train, validation, _ = splits.random_split(train, (share, 1 - share, 0), how.seed)
+            return train, validation, test
+        items = [splits.without(item, "section") for item in items]
+        if number is None:
+            logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
+            return splits.random_split(items, how.fractions, how.seed)
+        logger.info("The test section of %s is fold %d of %d.", root, how.fold, number)
+        share = self.validation_fraction or how.fractions[1] / (sum(how.fractions[:2]) or 1)
+        return splits.k_fold(items, number, how.fold, share, how.seed)
 
     def _listed(self, root: Path, items: list[Item]) -> list[Item]:
         """The items that the file lists name, one id a line, with their sections."""
@@ -689,27 +705,6 @@ def listed_images(root: Path, places: Sequence[str], volumes: bool) -> list[Item
     what, suffixes = ("volumes", VOLUME_SUFFIXES) if volumes else ("images", PICTURE_SUFFIXES)
     expected = f"{' or '.join(suffixes)} in {' or '.join(['it', *places])}"
     raise FileNotFoundError(f"No {what} to predict in {root}: expected {expected}.")
-
-
-def divided(root: Path, items: list[Item], how: SplitOptions, validation_fraction: float | None) -> Sections:
-    """Keep official sections (of train and test alone, validation is taken from train), else, or by folds, draw."""
-    official = how.folds is None and {"train", "test"} <= {item.get("section") for item in items}
-    folds = None if official else how.folds or (FOLDS if validation_fraction else None)
-    if folds is None and how.fold:
-        raise ValueError(f"fold is {how.fold}, but {root} is not split into folds: give `folds`, too.")
-    if official:
-        train, validation, test = _official_sections(items)
-        if not validation:
-            share = how.fractions[0] / sum(how.fractions[:2])
-            train, validation, _ = splits.random_split(train, (share, 1 - share, 0), how.seed)
-        return train, validation, test
-    items = [splits.without(item, "section") for item in items]
-    if folds is None:
-        logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
-        return splits.random_split(items, how.fractions, how.seed)
-    share = validation_fraction or how.fractions[1] / (sum(how.fractions[:2]) or 1)
-    logger.info("The test section of %s is fold %d of %d.", root, how.fold, folds)
-    return splits.k_fold(items, folds, how.fold, share, how.seed)
 
 
 def _official_sections(items: Iterable[Item]) -> Sections:
