@@ -243,11 +243,11 @@ def joined(items: Sequence[Item], pairs: Sequence[tuple[int, int]]) -> list[Item
     return [{**item, "group": groups[index]} for index, item in enumerate(items)]
 
 
-def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None) -> tuple[np.ndarray, list[int]]:
-    """Hash images by their coarse look (`imagehash.phash`): booleans (M, 256) and the indices of the M paths.
+def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None) -> list[str]:
+    """Hash images by their coarse look (`imagehash.phash`): 64 hexadecimal digits each.
 
     Of a volume that is its middle slice from below, upright, so that a copy in another file, order or unit is the same.
-    ``cache_dir`` keeps the hashes by content. Files that cannot be read are announced and left out.
+    ``cache_dir`` keeps the hashes by content. Files that cannot be read are announced; their hash is empty.
     """
     memo = None if cache_dir is None else Path(cache_dir) / f"perceptual_hashes_{HASH_SIZE}.json"
     contents = storage.content_hashes(paths, cache_dir)
@@ -260,9 +260,7 @@ def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None)
             logger.warning("%s cannot be read (%s) and is compared with no other image", path, error)
     if missing.keys() & known.keys():
         storage.write_memo(memo, known)
-    readable = [index for index, content in enumerate(contents) if content in known]
-    packed = np.array([list(bytes.fromhex(known[contents[index]])) for index in readable], dtype=np.uint8)
-    return np.unpackbits(packed.reshape(len(readable), HASH_SIZE**2 // 8), axis=1).astype(bool), readable
+    return [known.get(content, "") for content in contents]
 
 
 def _hash(path: str) -> str:
@@ -283,18 +281,20 @@ def near_duplicates(
     paths: Sequence[str], distance: int = NEAR, cache_dir: str | Path | None = None
 ) -> list[tuple[int, int]]:
     """Return the pairs (i < j) of pictures whose hashes differ in at most ``distance`` bits."""
-    hashes, indices = perceptual_hashes(paths, cache_dir)
-    return [(indices[i], indices[j]) for i, j in near_pairs(hashes, distance)]
+    return near_pairs(perceptual_hashes(paths, cache_dir), distance)
 
 
-def near_pairs(hashes: np.ndarray, distance: int = NEAR) -> list[tuple[int, int]]:
-    """Return the pairs (i < j) of hashes (N, bits) that differ in at most ``distance`` bits."""
-    signs = hashes.astype(np.float32) * 2 - 1
+def near_pairs(hashes: Sequence[str], distance: int = NEAR) -> list[tuple[int, int]]:
+    """Return the pairs (i < j) of hexadecimal hashes, unless empty, that differ in at most ``distance`` bits."""
+    known = [number for number, text in enumerate(hashes) if text]
+    rows_of_bytes = [list(bytes.fromhex(hashes[number])) for number in known] or np.empty((0, 1))
+    bits = np.unpackbits(np.array(rows_of_bytes, np.uint8), axis=1)
+    signs = bits.astype(np.float32) * 2 - 1
     pairs: list[tuple[int, int]] = []
     for start in range(0, len(signs), 512):
-        differing = (hashes.shape[1] - signs[start : start + 512] @ signs.T) / 2  # (rows, N)
+        differing = (bits.shape[1] - signs[start : start + 512] @ signs.T) / 2  # (rows, N)
         rows, columns = np.nonzero(differing <= distance + 0.5)
-        pairs += [(int(i) + start, int(j)) for i, j in zip(rows, columns, strict=True) if i + start < j]
+        pairs += [(known[i + start], known[j]) for i, j in zip(rows, columns, strict=True) if i + start < j]
     return pairs
 
 
