@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     teachers = add("teachers", _teachers, "list teachers usable here, or what those of a bundle would do and cost")
     teachers.add_argument("bundle", nargs="?", help="bundle, such as bundles/busi; runs each teacher on one image")
     teachers.add_argument("--weights_dir", help="folder of weight files (default: $AMKD_WEIGHTS, then weights/)")
-    teachers.add_argument("--set", help="setting of the run, such as teachers=foundation", **SETTING)
+    teachers.add_argument("--set", help="settings, after BUNDLE, such as teachers=foundation", **SETTING)
 
     fetch = add("fetch", _fetch, "download teacher weights from the Hugging Face hub")
     fetch.add_argument("teacher", help="medsam, retfound, retfound_mae_natureOCT, ...")
@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     check = add("check", _data_check, "list counts, sizes, duplicates and all problems; draw a sheet", data)
     check.add_argument("name", help="task, such as busi, or the folder of a bundle")
     check.add_argument("--dataset_dir", help="folder of the data set (default: as in training)")
-    check.add_argument("--cache_dir", help="folder for hashes, phantoms and the sheet (default: the bundle's .cache)")
+    check.add_argument(
+        "--cache_dir", help="folder for hashes, phantoms and sheet (default: bundles/.cache or the user's)"
+    )
     check.add_argument("--data_options", type=json.loads, help="JSON, as in the bundle: '{\"normals\": false}'")
     check.add_argument("--folds", type=int, help="number of folds, in place of the data set's own sections")
     check.add_argument("--fold", type=int, help="fold of the split, for cross-validated data sets")
@@ -84,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--accept-loss", action="store_true", help="keep 8 bits whatever accuracy they lose")
     export.add_argument("--cases", type=_positive, default=100, help="most validation images to check (default: 100)")
     export.add_argument("--calibration", type=_positive, default=32, help="images for 8 bits (default: %(default)s)")
-    export.add_argument("--set", help="setting of the run, such as ckpt_dir=FOLDER or image_size=128", **SETTING)
+    export.add_argument("--set", help="settings, after BUNDLE, such as ckpt_dir=FOLDER image_size=128", **SETTING)
 
     push = add("push", _push, "upload a student exported with --formats hub to the Hugging Face hub")
     push.add_argument("folder", help="folder written by export")
@@ -108,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--overlay", default="", help="configs on top, such as volumes of bundles/covid")
     evaluate.add_argument("--int8", action="store_true", help="use the 8-bit network of an exported student")
     evaluate.add_argument("--threads", type=_positive, help="threads of ONNX Runtime, for an exported student")
-    evaluate.add_argument("--set", help="setting of the run, such as ckpt_dir=FOLDER or mask_codes=nonzero", **SETTING)
+    evaluate.add_argument("--set", help="settings, after BUNDLE, such as ckpt_dir=FOLDER mask_codes=nonzero", **SETTING)
 
     score = add("score", _score, "score masks of any program against references")
     score.add_argument("predictions", help="folder of masks")
@@ -153,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--shard", help="compute one part, such as 1/8 (default: all, or this rank's under torchrun)")
     build.add_argument("--batch_size", type=int, help="images per forward pass, halved when memory runs out")
     build.add_argument("--config", action="append", default=[], help="config on top, such as my_teachers.json")
-    build.add_argument("--set", help="setting of the run, such as views=4", **SETTING)
+    build.add_argument("--set", help="settings, after BUNDLE, such as views=4", **SETTING)
     return top
 
 
@@ -242,6 +244,8 @@ def _new(arguments: argparse.Namespace) -> None:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
+    import pooch
+
     from amkd_monai.data.check import check_data, write_contact_sheet
     from amkd_monai.data.datalist import resolve_dataset_dir
     from amkd_monai.data.datasets import get_task
@@ -257,7 +261,8 @@ def _data_check(arguments: argparse.Namespace) -> int:
     settings = ("dataset_dir", "data_options", "folds", "fold", "split_seed", "mask_codes")
     given = {key: getattr(arguments, key) for key in settings}
     how = {key: config.get(key) if value is None else value for key, value in given.items()}
-    cache = Path(arguments.cache_dir or bundles / ".cache" / get_task(name).name)
+    caches = bundles / ".cache" if bundles.is_dir() else pooch.os_cache("amkd_monai")  # leaves no folder just anywhere
+    cache = Path(arguments.cache_dir or caches / get_task(name).name)
     root, _ = resolve_dataset_dir(name, how["dataset_dir"], cache)
     split = SplitOptions(folds=how["folds"], fold=how["fold"] or 0, seed=how["split_seed"] or 0)
     report = check_data(name, root, cache, how["data_options"], split, codes := how["mask_codes"])

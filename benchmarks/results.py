@@ -94,10 +94,12 @@ for bundle, (files, epochs) in ALL.items():
     overrides = {**crew.overrides, "max_epochs": epochs, "val_interval": 1}
     SETTINGS[f"{bundle}_pool"] = replace(crew, overrides=overrides, pool=files)
 # at 2.5 times the length, where a distilled student of few labels still gains and an undistilled one no longer does
-LONGER = {"covid_12_last": 200, "covid_12_small_crew": 200, "covid_12_pool": 15, "kvasir_12_small_crew": 150}
+LONGER = {"covid_12_last": 200, "covid_12_pool": 15, "kvasir_12_last": 150, "kvasir_12_small_crew": 150}
 for name, epochs in LONGER.items():
     row = SETTINGS[name]
-    SETTINGS[f"{name}_longer"] = replace(row, overrides={**row.overrides, "max_epochs": epochs, "val_interval": 5})
+    overrides = {**row.overrides, "max_epochs": epochs, "val_interval": 5}
+    reference = row.reference and f"{row.reference}_longer"
+    SETTINGS[f"{name}_longer"] = replace(row, overrides=overrides, reference=reference)
 SETTINGS |= {
     "kvasir_12_pool_admitted": replace(crew_of_12, overrides=WITH_POOL, pool="kvasir/images/*"),
     "kvasir_12_uncalibrated": replace(

@@ -129,6 +129,8 @@ def check(purpose: str) -> None:
     given = {**_places(parser), **given}
     parser["bundle_root"] = parser.get_parsed_content("bundle_root")  # while the workflow is on the stack
     _check_values(parser, purpose in ("training", "serving"))
+    if workflow.workflow_type == "train":
+        _check_names_alone(workflow)
     if purpose != "training":
         adopt(parser, purpose, given)
     if purpose == "evaluation":
@@ -136,6 +138,20 @@ def check(purpose: str) -> None:
         if parser[OVERRIDDEN] and "output_dir" not in given:
             changed = ", ".join(parser[OVERRIDDEN])
             raise ValueError(f"{changed} changes what is scored or how: give it its own --output_dir, or leave it out.")
+
+
+def _check_names_alone(workflow: ConfigWorkflow) -> None:
+    """Let ``check_properties`` look for the names of properties: MONAI's builds them, and so runs the teachers."""
+    check_all = workflow.check_properties
+
+    def check_properties() -> list[str] | None:
+        vars(workflow)["_get_property"] = workflow._get_prop_id
+        try:
+            return check_all()
+        finally:
+            del vars(workflow)["_get_property"]
+
+    vars(workflow)["check_properties"] = check_properties
 
 
 def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -27,11 +27,11 @@ LARGEST_BATCH, PATCHES, LONGEST_WAIT = 32, 4, 2000
 
 def write_hub(folder: Path, source: Source) -> None:
     """Put what the hub looks for into the folder of an export: weights as safetensors, ``config.json``, model card."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     predict, metadata = _described(folder)
     state = {name: value.contiguous() for name, value in source.state.items()}
-    save_file(state, str(folder / WEIGHTS), {"format": "pt"})
+    (folder / WEIGHTS).write_bytes(save(state, {"format": "pt"}))  # its own `save_file` makes it private to the user
     config = {
         "architectures": [source.network["_target_"].rpartition(".")[2]],
         "network": source.network,
@@ -43,7 +43,8 @@ def write_hub(folder: Path, source: Source) -> None:
     card = (folder / "docs" / "README.md").read_text(encoding="utf-8")
     for name in ("data_license.txt", "export.json"):
         card = card.replace(f"`{name}`", f"`docs/{name}`")
-    head = yaml.safe_dump(front_matter(metadata, predict, source.data.is_phantom), sort_keys=False, allow_unicode=True)
+    fields = front_matter(metadata, predict, source.data.is_phantom, bool(source.taught))
+    head = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
     (folder / "README.md").write_text(f"---\n{head}---\n{card}", encoding="utf-8")
 
 
@@ -51,14 +52,16 @@ def _described(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return read_json(folder / "configs" / "predict.json"), read_json(folder / "configs" / "metadata.json")
 
 
-def front_matter(metadata: Mapping[str, Any], predict: Mapping[str, Any], is_phantom: bool) -> dict[str, Any]:
+def front_matter(
+    metadata: Mapping[str, Any], predict: Mapping[str, Any], is_phantom: bool, is_distilled: bool = True
+) -> dict[str, Any]:
     """What the hub reads at the head of a model card; scores on phantoms are no results and stay out."""
     task = "image-segmentation" if predict["kind"] == "segmentation" else "image-classification"
     modality = metadata["network_data_format"]["inputs"]["image"]["modality"]
     result: dict[str, Any] = {
         "pipeline_tag": task,
         "library_name": "monai",
-        "tags": ["monai", "medical", "knowledge-distillation", "onnx", modality],
+        "tags": ["monai", "medical", *["knowledge-distillation"] * is_distilled, "onnx", modality],
         "license": "other",
         "license_name": "terms-of-data-and-teachers",
         "license_link": "docs/data_license.txt",

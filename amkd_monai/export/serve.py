@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, UploadFile
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -71,6 +72,10 @@ def application(predictor: Predictor, limit: int, hosts: Sequence[str]) -> FastA
             answer = await pass_on(request)
         answer.headers.update(HEADERS)
         return answer
+
+    @app.exception_handler(RequestValidationError)
+    async def without_file(request: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"detail": "The request holds no file: send a form whose field `file` is one."}, 422)
 
     @app.get("/model")
     def describe() -> dict[str, Any]:

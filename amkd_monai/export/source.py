@@ -14,6 +14,7 @@ from amkd_monai.data.decoded import read_item
 from amkd_monai.data.splits import Item
 from amkd_monai.engines import runs
 from amkd_monai.export import translate
+from amkd_monai.metrics.run_folder import teachers_of
 from amkd_monai.networks import VolumeStudent
 from amkd_monai.weights import CheckpointError, file_sha256, load_state_dict, load_strict
 
@@ -30,6 +31,13 @@ class Case(NamedTuple):
     id: str
     batch: np.ndarray
     label: np.ndarray
+
+
+UNDISTILLED = {
+    "name": (", distilled student", ", undistilled student"),
+    "description": ("labels and with the features and outputs of several frozen teachers", "labels alone"),
+}
+"""Words of a bundle's ``metadata.json`` that do not hold for a student without teachers, and those that do."""
 
 
 class Source:
@@ -51,7 +59,9 @@ class Source:
         postprocessing: MONAI transforms of an answer, as config.
         inferer: as config, references resolved; ``window`` are its settings for prediction without MONAI if the
             student is a 3D one, else None.
-        metadata, record, metrics: ``metadata.json``; ``run.json`` and ``metrics.json`` of the run, empty if missing.
+        metadata: ``metadata.json``, in the words of an undistilled student if no teacher taught this one.
+        record, metrics: ``run.json`` and ``metrics.json`` of the run, empty if missing.
+        taught: records of the teachers that taught the student something.
         identity: ``student.json`` of the run, empty if missing.
         mask_codes: meaning of the values of masks in the training.
         unscored: why ``metrics.json`` is not about this student, if so.
@@ -99,6 +109,10 @@ class Source:
         self._infer = inference.get_parsed_content("inferer")
         self.window = translate.window(self.inferer, isinstance(self.student, VolumeStudent))
         self.metadata = ConfigParser.load_config_files([str(file) for file in configs["metadata"]])
+        self.taught = teachers_of(self.record)[1]
+        if "distillation" in self.record and not self.taught:
+            for key, (distilled, alone) in UNDISTILLED.items():
+                self.metadata[key] = self.metadata[key].replace(distilled, alone)
         self.image_steps = runs.image_steps(inference, "preprocessing")
         self._chain = training.get_parsed_content("validate#preprocessing")
 

@@ -4,7 +4,7 @@ import math
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,14 @@ def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
     history |= {k.removeprefix(prefix): history.pop(k) for k in list(history) if prefix and k.startswith(prefix)}
     history = {column: values for column, values in history.items() if "/" not in column}
     return RunFolder(name or folder.name, folder, recorded_task(known), record, metrics, history, cases, missing)
+
+
+def teachers_of(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the teachers in the record of a run, and those of them whose outputs or features were distilled."""
+    distillation = record.get("distillation")  # a sentence for an undistilled student
+    teachers = distillation.get("teachers", []) if isinstance(distillation, Mapping) else []
+    parts = ("outputs_admitted", "features_admitted")
+    return teachers, [teacher for teacher in teachers if any(teacher.get(part, True) for part in parts)]
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:

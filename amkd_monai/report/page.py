@@ -15,7 +15,16 @@ from amkd_monai.files.names import some
 from amkd_monai.files.pictures import class_colours, contrasting
 from amkd_monai.metrics.classification import labels_and_probabilities, problems_of, slug
 from amkd_monai.metrics.compare import compare_runs
-from amkd_monai.metrics.run_folder import FAILED, RunFolder, badness, failures, outcomes, read_arrays, read_run
+from amkd_monai.metrics.run_folder import (
+    FAILED,
+    RunFolder,
+    badness,
+    failures,
+    outcomes,
+    read_arrays,
+    read_run,
+    teachers_of,
+)
 from amkd_monai.metrics.summary import TEACHERS, Row, class_summaries, part_of, preview_file
 from amkd_monai.report import figures
 from amkd_monai.report.previews import PLANES, SIDE, SLICES
@@ -136,7 +145,7 @@ def _describe(run: RunFolder, runs: Sequence[RunFolder], comparison: Sequence[Ro
         "scores": scores,
         "curves": _training_figures(run),
         "class_figures": _class_figures(run),
-        "teachers": _teachers(run),
+        **dict(zip(("teachers", "taught"), teachers_of(run.record), strict=True)),
         "samples": _samples(run),
         **_shown(run, [rows for rows in groups if math.isfinite(badness(run.task, rows))], len(runs), slices),
         "outcomes": "" if run.task.is_classification else outcomes(run.cases),
@@ -170,9 +179,9 @@ def _metric(run: RunFolder, metric: str, of: str = "") -> str:
 
 def _gain(run: RunFolder, first: RunFolder, comparison: Sequence[Row]) -> str:
     """The gain over the undistilled student in words, or that it was not measured."""
-    if run.record and not _teachers(run):
+    if run.record and not teachers_of(run.record)[1]:
         return ""
-    rows = [row for row in comparison if row["name"] == run.name and first.record and not _teachers(first)]
+    rows = [row for row in comparison if row["name"] == run.name and first.record and not teachers_of(first.record)[1]]
     if not rows:
         how = "give the folder of the same training without teachers first (report UNDISTILLED RUN)."
         return f"Gain over the undistilled student: not measured; {how}"
@@ -182,11 +191,6 @@ def _gain(run: RunFolder, first: RunFolder, comparison: Sequence[Row]) -> str:
     differ = [key.replace("_", " ") for key in same if run.record.get(key) != first.record.get(key)]
     also = f" The two runs also differ in {', '.join(differ)}." if differ else ""
     return f"Gain over the undistilled student ({first.name}): {', '.join(told)}{unclear}.{also}"
-
-
-def _teachers(run: RunFolder) -> list[dict[str, Any]]:
-    distillation = run.record.get("distillation")  # a sentence for an undistilled student
-    return distillation.get("teachers", []) if isinstance(distillation, dict) else []
 
 
 def _training_figures(run: RunFolder) -> list[tuple[str, str]]:

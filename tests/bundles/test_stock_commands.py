@@ -60,8 +60,12 @@ def test_a_training_is_created_without_its_preparation(tmp_path):
     places = {name: str(tmp_path / name) for name in ("output_dir", "ckpt_dir", "cache_dir")}
     files = {**configs("kvasir_seg"), "config_file": str(ROOT / "bundles/kvasir_seg/configs/train.json")}
     created = create_workflow(workflow_type="train", **files, **places)
+    assert created.check_properties() == []
     assert not {"datalist", "targets", "distiller"} & set(created.parser.ref_resolver.resolved_content)
     assert isinstance(created.network_def, torch.nn.Module) and not list(tmp_path.iterdir())
+    del created.parser.config["train"]["inferer"]
+    with pytest.raises(KeyError, match="train_inferer"):
+        created.check_properties()
 
 
 def test_a_shared_student_is_exported_by_task(tmp_path):

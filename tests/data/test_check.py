@@ -209,6 +209,15 @@ def test_the_command_prints_writes_and_tells_by_its_exit_code(root, tmp_path, ca
     assert "kvasir_seg has no data option colour" in capsys.readouterr().out
 
 
+def test_the_command_leaves_nothing_in_a_folder_without_bundles(root, tmp_path, capsys, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(["data", "check", "kvasir_seg", "--dataset_dir", str(root)]) == 0
+    assert not list((tmp_path / "here").iterdir())
+    assert (tmp_path / "cache" / "amkd_monai" / "kvasir_seg" / "contact_sheet.png").is_file()
+
+
 def test_help_and_data_commands_import_neither_torch_nor_monai(root, tmp_path):
     script = (
         "import sys; from amkd_monai.__main__ import main\n"

@@ -122,11 +122,13 @@ def test_the_bundle_is_whole_and_fits_the_schema(bundle, exported):
     assert rows["eager"]["memory"] is None and rows["ts"]["memory"] > 2 * rows["onnx"]["memory"] > 50
 
 
-def test_the_card_tells_whether_masks_are_calibrated(exported):
+def test_the_card_tells_whether_masks_are_calibrated_and_that_no_teacher_taught(exported):
     folder, words = exported("kvasir_seg")
     given = parser().parse_args(["export", *words, "--to", "x"])
     source = Source(given.bundle, settings_of(given.set))
     facts = read_json(folder / "dist" / "kvasir_seg" / "docs" / "export.json")
+    for key, word in (("name", "undistilled student"), ("description", "labels alone")):
+        assert word in source.metadata[key] and word in model_card(source, facts, "x")
     latest = source.record["latest"]
     for source.record["latest"], said in (({**latest, "temperature": 0.9}, "offset"), ({"val_dice": 0.5}, "not calib")):
         assert re.search(rf"^- Calibration: .*{said}", model_card(source, facts, "x"), re.MULTILINE)

@@ -11,6 +11,8 @@ import zlib
 
 import nibabel as nib
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from browser import Browser
 from helpers import shared_data, without
@@ -19,7 +21,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from test_reading import pictures, volumes
 
 from amkd_monai.__main__ import main
-from amkd_monai.export.page import runtime_archive, write_page
+from amkd_monai.export.page import check_image, fused, runtime_archive, write_page
 from amkd_monai.export.predict import Predictor
 from amkd_monai.files.pictures import read_picture
 from amkd_monai.files.steps import prepare
@@ -74,6 +76,18 @@ def test_a_browser_loads_less_than_15_megabytes_and_8_with_the_network_of_8_bits
     sizes = {name: (dist / "web" / name).stat().st_size for name in names}
     assert sum(sizes.values()) - sizes["network_float.js"] < 8e6
     assert sum(sizes.values()) - sizes["network_int8.js"] < 15e6
+
+
+def test_the_network_of_8_bits_is_fused_for_the_page_and_answers_as_the_exported_one(exported):
+    model = exported("kvasir_seg")[0] / "dist" / "kvasir_seg" / "models" / "model_int8.onnx"
+    given, image = fused(model), check_image([3, 64, 96])
+    assert len(onnx.load_from_string(given).graph.node) < len(onnx.load(model).graph.node) / 2
+    answers = []
+    for network, level in ((given, "ORT_DISABLE_ALL"), (str(model), "ORT_ENABLE_EXTENDED")):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+        answers += onnxruntime.InferenceSession(network, options).run(None, {"image": image})
+    np.testing.assert_array_equal(*answers)
 
 
 def dice(a, b):
@@ -298,6 +312,8 @@ def test_files_that_cannot_be_used_get_a_sentence_and_the_page_lives_on(page, tm
     said = dict(browser.evaluate("entries.map((e) => [e.file.name, e.said])"))
     for name, (_, word) in wrong.items():
         assert word in said[name] and said[name].count(". ") == 0, (name, said[name])
+    seen = "getComputedStyle(document.querySelector('.refused button')).opacity"
+    assert browser.evaluate(seen) == "1", "the sentence is no pale text of a button that is off"
     assert "larger than 1 GiB" in browser.evaluate("readInput({ size: 2 ** 31 }).catch((error) => error.message)")
     assert browser.evaluate("entries.at(-1).state") == "done"
     assert "1 of 10 predicted" in browser.evaluate("by('status').textContent")

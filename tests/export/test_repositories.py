@@ -56,11 +56,13 @@ def test_a_hub_repository_is_complete_and_read_back_without_a_network(bundle, ex
     folder, _ = exported(bundle)
     dist = folder / "dist" / bundle
     state, saved = torch.load(dist / "models" / "model.pt", weights_only=True), load_file(dist / "model.safetensors")
+    assert (dist / "model.safetensors").stat().st_mode == (dist / "config.json").stat().st_mode
     assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in state)
     card = huggingface_hub.ModelCard.load(dist / "README.md")
     is_mask = bundle == "kvasir_seg"
     assert card.data.pipeline_tag == ("image-segmentation" if is_mask else "image-classification")
     assert card.data.license == "other" and (dist / card.data.license_link).is_file() and not card.data.eval_results
+    assert "knowledge-distillation" not in card.data.tags, "no teacher taught it"
     assert "NOT FOR CLINICAL USE" in card.content and "`docs/data_license.txt`" in card.content
     config = read_json(dist / "config.json")
     classes = read_json(dist / "configs" / "predict.json")["classes"]

@@ -155,6 +155,12 @@ def test_what_cannot_be_used_is_refused_in_one_sentence_and_serving_goes_on(serv
             and b"/tmp" not in body
             and b"upload" not in body.replace(b"The upload", b"")
         )
+    for body in (b"", b"file=abc", b'--edge\r\nContent-Disposition: form-data; name="file"\r\n\r\nabc\r\n--edge--\r\n'):
+        status, answer, _ = ask(
+            port, "POST", "/predict", body, **{"Content-Type": "multipart/form-data; boundary=edge"}
+        )
+        detail = json.loads(answer)["detail"]
+        assert status in (400, 422) and isinstance(detail, str) and detail.count(". ") == 0, detail
     stated = ask(port, "POST", "/predict", b"", **{"Content-Length": "2000000000"})
     assert stated[0] == 413 and b"larger" in stated[1]
 

@@ -339,6 +339,19 @@ def test_a_task_of_a_shared_student_has_the_record_of_their_run(runs, tmp_path):
         write_report([shared], tmp_path / "page.html")
 
 
+def test_teachers_that_were_not_admitted_have_not_taught_the_student(runs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(runs["polyps"], folder)
+    record = json.loads((folder / "run.json").read_text())
+    (teacher,) = record["distillation"]["teachers"]
+    assert "Distilled from lite1" in Page(write_report([folder], tmp_path / "page.html")).text
+    teacher |= {"outputs_admitted": False, "features_admitted": False}
+    (folder / "run.json").write_text(json.dumps(record))
+    text = Page(write_report([folder], tmp_path / "page.html")).text
+    assert "Distilled from" not in text and "Not distilled" in text and "Taught nothing: lite1." in text
+    assert "Gain over" not in text
+
+
 def test_a_browser_opens_the_page_without_complaint(runs, tmp_path):
     if shutil.which("chromium") is None:
         without("chromium", "install it")

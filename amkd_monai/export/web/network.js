@@ -50,7 +50,8 @@ async function opened(kind, backend) {
   ort.env.wasm.wasmPaths = { mjs: URL.createObjectURL(new Blob([glue], { type: "text/javascript" })) };
   ort.env.wasm.wasmBinary = binary.buffer;
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
-  const session = await ort.InferenceSession.create(model, { executionProviders: [backend] });
+  const session = await ort.InferenceSession.create(model, { executionProviders: [backend],
+    graphOptimizationLevel: kind === "int8" ? "disabled" : "all" }); // `export` has done what there is to do
   const network = { kind, backend, async run(batch) { // (B, C, H, W) to probabilities
     const { pred } = await session.run({ image: new ort.Tensor("float32", batch.data, batch.shape) });
     const data = new Float32Array(await pred.getData());

@@ -175,14 +175,16 @@ function draw() {
   context.drawImage(under, 0, 0, columns, rows);
   if (mask) {
     const image = context.getImageData(0, 0, columns, rows), found = new Uint8Array(columns * rows),
-      opacity = by("opacity").value / 100;
+      opacity = by("opacity").value / 100,
+      wide = Math.max(2, Math.round((1.5 * columns) / (canvas.clientWidth || columns))); // outline, as seen
     const of = (x, y) => place(Math.floor(((x + 0.5) * width) / columns), Math.floor(((y + 0.5) * height) / rows));
     for (let y = 0; y < rows; y++) for (let x = 0; x < columns; x++) found[y * columns + x] = mask[of(x, y)];
     const isShaded = by("shading").checked, isOutlined = by("outline").checked, isPair = student.classes.length === 2;
     for (let y = 0, i = 0; y < rows; y++) for (let x = 0; x < columns; x++, i++) {
       const label = found[i], differs = (other) => other !== undefined && other !== label;
-      const isEdge = isOutlined && ((x > 1 && differs(found[i - 2])) || (x + 2 < columns && differs(found[i + 2])) ||
-        differs(found[i - 2 * columns]) || differs(found[i + 2 * columns]));
+      const isEdge = isOutlined && ((x >= wide && differs(found[i - wide])) ||
+        (x + wide < columns && differs(found[i + wide])) ||
+        differs(found[i - wide * columns]) || differs(found[i + wide * columns]));
       let tone = label ? colour(label) : BLACK, alpha = label ? opacity : 0;
       if (isShaded) {
         const p = certainty[of(x, y)] / 255;
