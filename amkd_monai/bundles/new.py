@@ -42,20 +42,12 @@ def new_bundle(
 ) -> tuple[Path, list[str]]:
     """Write a bundle for the data in a folder, and return its folder and what was found, one fact a line.
 
-    Args:
-        name: of the bundle and its task.
-        data: the folder, in any form that :class:`~amkd_monai.data.datasets.described.Described` reads.
-        to: the folder of bundles.
-        classes: names by label value, background first where labels are masks; () takes those of the data.
-        groups: what the split must never cut, such as patients: a column of the table, or a regular expression
-            whose first group in an image's name it is.
-        kind: of the task; "" finds it out.
-        modality: how the images were made; "" guesses.
-
-    Raises:
-        DataProblems: files that cannot be used; all of them are named.
-        FileExistsError: there is such a bundle.
-        ValueError: the folder has no known form, or its labels do not fit ``classes``.
+    ``data`` has any form that :class:`~amkd_monai.data.datasets.described.Described` reads, ``to`` is the folder of
+    bundles. ``classes`` are names by label value, background first where labels are masks; () takes those of the data.
+    ``groups`` is what the split must never cut, such as patients: a column of the table, or a regular expression whose
+    first group in an image's name it is. "" finds out ``kind`` and guesses ``modality`` (how the images were made).
+    Files that cannot be used are DataProblems, which name all of them; an existing bundle is a FileExistsError; a
+    folder without known form, or labels that do not fit ``classes``, a ValueError.
     """
     root, folder = Path(data).expanduser().resolve(), Path(to).expanduser() / name
     if folder.exists():
@@ -129,7 +121,7 @@ def _described(
         form, kind, classes = "table", "multilabel", columns
         raw = Described(kind=kind, form=form, classes=columns, columns={"label": columns})
     if not form:
-        Described(kind=kinds[0]).check(root)
+        Described(title="labelled", kind=kinds[0]).check(root)
     every = list(READERS[form](raw, root))
     if not (listed := [item for item in every if "problem" not in item]):
         nothing = f"There are no labelled images in {root}: expected {Described.expected}."
@@ -144,7 +136,8 @@ def _described(
     layout: dict[str, Any] = {"form": form}
     if raw.columns:
         layout["columns"] = dict(raw.columns)
-    if groups and form == "table" and (of := raw.tables_in(root)) and groups in table_rows(of[0][1])[0]:
+    table = raw.tables_in(root)[0][1] if form == "table" else None
+    if groups and table and groups in table_rows(table)[0]:
         layout["columns"] = {**raw.columns, "group": groups}
     elif groups:
         layout["groups"] = groups
@@ -206,9 +199,9 @@ def _image_classes(labels: Sequence[str], names: list[str], several: bool, said:
             )
         if len(of := {part.strip() for part in re.split("[;,/+]", name)}) > 1 and of <= named:
             raise ValueError(f"The label '{name}' joins others: join findings by |, or give --classes.")
-    names = names or sorted((n for n in named if not several or Described().findings_of(n) != 0), key=natural)
-    known = Described(classes=names)
-    found = [(known.findings_of if several else known.class_of)(label) for label in labels]
+    kind = "multilabel" if several else "classification"
+    names = names or sorted((n for n in named if Described(kind=kind).label_of(n) != 0), key=natural)
+    found = [Described(kind=kind, classes=names).label_of(label) for label in labels]
     if lost := {label for label, number in zip(labels, found, strict=True) if number is None}:
         raise ValueError(f"The labels {some(lost)} are not among --classes {','.join(names)}: name all of them.")
     numbers = [number or 0 for number in found]

@@ -11,12 +11,11 @@ from PIL import Image
 
 from amkd_monai.data.datalist import find_items, stand_in_note
 from amkd_monai.data.datasets import Named, Task, get_task
-from amkd_monai.data.splits import DEFAULT_SPLIT, NEAR, Item, SplitOptions, clusters, near_duplicates
+from amkd_monai.data.splits import DEFAULT_SPLIT, NEAR, Item, SplitOptions, clusters, identical, near_duplicates
 from amkd_monai.files import cases, names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
 from amkd_monai.files.names import files_of, label_files, natural, some
-from amkd_monai.files.pictures import class_colours, contrasting, level_problem, opened, read_channels
-from amkd_monai.storage import content_hashes, joint_hash
+from amkd_monai.files.pictures import class_colours, contrasting, level_problem, opened, outlined, read_channels
 from amkd_monai.terminal import progress
 
 
@@ -75,9 +74,9 @@ def check_data(
     for item in progress(report.items, desc="check files", delay=1):
         try:
             image, mask, mode = _read(item, report.task, codes, codings)
-        except (ValueError, OSError, MemoryError) as error:
+        except (ValueError, OSError) as error:
             report.damaged.add(item["id"])
-            report.problems.append(_naming([*files_of(item["image"]), *label_files(item)], error))
+            report.problems.append(str(error))
             continue
         sizes.append(image.shape[1::-1] if flat else image.shape)
         modes.append(mode)
@@ -112,26 +111,20 @@ def _read(
             mode = picture.mode
         image = read_channels(images)
         image = image if len(images) == 1 else np.repeat(image[..., :1], 3, -1)
-        if files:
-            mask = read_mask(files, images[0], classes, codes, codings)
-    else:
-        image, grid = cases.read_case(images)
-        if problem := next(filter(None, (level_problem(volumes.grey_levels(channel)) for channel in image[1:])), ""):
-            raise ValueError(f"a channel cannot be used: {problem}")
-        image = image[0]
-        mode, scaled = grid.axes, volumes.grey_levels(image)
+        return image, read_mask(files, images[0], classes, codes, codings) if files else None, mode
+    channels, grid = cases.read_case(images)
+    scaled = [volumes.grey_levels(channel) for channel in channels]
+    try:
         if task.values == "ct":
-            low, high = volumes.ct_range(image, -1250.0, 250.0)
-            scaled = (image - low) / (high - low)
-        if problem := level_problem(scaled):
-            raise ValueError(problem)
-        if files:
-            mask, _ = volumes.read_label_volume(files[0], grid, classes, codes, codings)
-    return image, mask, mode
-
-
-def _naming(files: Sequence[str | Path], error: Exception) -> str:
-    return str(error) if any(str(file) in str(error) for file in files) else f"{files[0]}: {error}"
+            low, high = volumes.ct_range(channels[0], -1250.0, 250.0)
+            scaled[0] = (channels[0] - low) / (high - low)
+        if problem := next(filter(None, map(level_problem, scaled)), ""):
+            raise ValueError(f"it or a channel cannot be used: {problem}")
+    except ValueError as error:
+        raise ValueError(f"{images[0]}: {error}") from error
+    if files:
+        mask, _ = volumes.read_label_volume(files[0], grid, classes, codes, codings)
+    return channels[0], mask, grid.axes
 
 
 def _describe_others(report: DataReport) -> None:
@@ -154,8 +147,8 @@ def _describe_others(report: DataReport) -> None:
             else:
                 with opened(file) as image:
                     image.load()
-        except (ValueError, OSError, MemoryError) as error:
-            report.problems.append(_naming([file], error))
+        except (ValueError, OSError) as error:
+            report.problems.append(str(error))
 
 
 def _describe_classes(report: DataReport) -> None:
@@ -190,21 +183,15 @@ def _describe_masks(report: DataReport, shares: Mapping[str, float]) -> None:
 def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[Item]]:
     """Report copies and near-copies; return the clusters."""
     items, kind = [item for item in report.items if "problem" not in item], "byte-identical"
-    first, pairs = dict[str, int](), []
-    images = [files_of(item["image"]) for item in items]
-    contents = iter(content_hashes([file for files in images for file in files], cache_dir))
-    for i, content in enumerate(joint_hash([next(contents) for _ in files]) for files in images):
-        a, b = items[first.setdefault(content, i)], items[i]
-        if a is b:
-            continue
-        pairs.append((first[content], i))
+    pairs = identical(items)
+    for a, b in ((items[i], items[j]) for i, j in pairs):
         if _has_class(a) and a["label"] != b["label"]:
             labels = " and ".join(_class_of(item, report.task) for item in (a, b))
             of_both = f"{a['id']} and {b['id']} are one image with the labels {labels}"
             report.problems.append(f"{of_both}: drop both, or decide which is right.")
     if report.task.dimensions == 2:
         kind = "byte-identical or nearly so"
-        pairs += near_duplicates([files[0] for files in images], NEAR, cache_dir)
+        pairs += near_duplicates([files_of(item["image"])[0] for item in items], NEAR, cache_dir)
     found = [[items[i] for i in members] for members in clusters(len(items), pairs) if len(members) > 1]
     listed = "; ".join(" = ".join(item["id"] for item in members) for members in found)
     report.facts.append(f"duplicates ({kind}): {len(found)} clusters" + (f": {listed}" if found else ""))
@@ -261,9 +248,7 @@ def write_contact_sheet(
     """Draw at most ``count`` evenly spaced items with the outlines of their masks, to see whether labels fit images.
 
     Of several foreground classes each has its colour, with a legend; of a volume, the slice with most foreground shows.
-
-    Raises:
-        ValueError: there is no item.
+    No item is a ValueError.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -285,19 +270,19 @@ def write_contact_sheet(
             outline = np.zeros(image.shape, np.uint8) if mask is None else mask
             image, outline = volumes.middle_slice(volumes.grey_levels(image), outline, int(np.argmin(image.shape)))
             mask = None if mask is None else outline
-        picture, words = Image.fromarray(image), [_class_of(item, task)]
+        picture, words = Image.fromarray(image).convert("RGB"), [_class_of(item, task)]
         picture.thumbnail((400, 400))
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        shown = np.asarray(picture)
         if mask is not None:
             words.append(f"{(mask > 0).mean():.1%}" if mask.any() else "empty mask")
             outline = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))
-            for label in np.unique(outline[outline > 0]) if min(outline.shape) > 1 else ():
-                colour = (class_colours(label) if several else contrasting(np.asarray(picture.convert("RGB")))[0]) / 255
-                for width, drawn in ((3, "black"), (1.5, colour)):
-                    axes.contour(outline == label, [0.5], colors=[drawn], linewidths=width, antialiased=False)
+            labels = np.unique(outline[outline > 0])
+            colours = class_colours(labels) if several else contrasting(shown)
+            shown = outlined(shown, [(outline == n, colour) for n, colour in zip(labels, colours, strict=False)])
+        axes.imshow(shown, interpolation="nearest")
         axes.set_title(f"{item['id'][:28]}\n{', '.join(filter(None, words))}", fontsize=7, parse_math=False)
     if several and not task.is_classification:
-        colours = (class_colours(range(1, len(task.classes))) / 255).tolist()
+        colours = class_colours(range(1, len(task.classes))) / 255
         key = [Line2D([], [], color=c, label=name) for c, name in zip(colours, task.classes[1:], strict=True)]
         figure.legend(handles=key, loc="outside lower center", ncols=4, fontsize=7)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

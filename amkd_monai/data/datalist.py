@@ -6,37 +6,16 @@ import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from amkd_monai.data import splits
 from amkd_monai.data.datasets import Named, Task, get_task, is_phantom
 from amkd_monai.data.datasets.described import Described, names_of_channels, names_of_values
-from amkd_monai.data.splits import (
-    Item,
-    SplitOptions,
-    few_labels,
-    group_near_duplicates,
-    near_pairs,
-    patients_of,
-    perceptual_hashes,
-    without,
-)
-from amkd_monai.data.splits import split_hash as hash_of_split
-from amkd_monai.files import cases
-from amkd_monai.files.names import (
-    DICOM_SUFFIX,
-    PICTURE_SUFFIXES,
-    VOLUME_SUFFIXES,
-    DataProblems,
-    expanded,
-    file_id,
-    files_of,
-    image_files,
-    images_to_predict,
-    read_text,
-    some,
-)
+from amkd_monai.data.splits import Item, SplitOptions
+from amkd_monai.files import cases, names
+from amkd_monai.files.names import files_of, some
 from amkd_monai.storage import atomic_write_json, content_hashes, exclusive_lock
 from amkd_monai.terminal import logger
 
@@ -56,26 +35,18 @@ PHANTOM_NOTICE = """
 
 @dataclass(frozen=True)
 class Datalist:
-    """The sections of a run; no group is in two of them.
-
-    Attributes:
-        task, root: what is asked, and the data set's folder.
-        source: how it was found: "argument", "environment", "data folder" or "phantoms".
-        train, validation, test: items with "image", "label", "id", "group".
-        unlabelled: items without "label"; they take part in distillation only.
-        stand_in: what the data are and what they stand in for, shown with every result; empty if they do not.
-        seen: test items that took part in the training of the student that is scored, by id, with where.
-    """
+    """The sections of a run; no group is in two of them. Items have "image", "label", "id" and "group"."""
 
     task: Task
-    root: Path
-    source: str
+    root: Path  # the data set's folder
+    source: str  # how it was found: "argument", "environment", "data folder", "phantoms" or OTHER
     train: list[Item]
     validation: list[Item]
     test: list[Item]
-    unlabelled: list[Item] = field(default_factory=list)
-    stand_in: str = ""
+    unlabelled: list[Item] = field(default_factory=list)  # without "label"; they take part in distillation only
+    stand_in: str = ""  # what the data are and what they stand in for, shown with every result
     seen: dict[str, str] = field(default_factory=dict)
+    """Test items that took part in the training of the student that is scored, by id, with where."""
 
     @property
     def sections(self) -> dict[str, list[Item]]:
@@ -86,13 +57,13 @@ class Datalist:
         """Return the same; unusable items of any section are DataProblems if ``on_bad_sample`` is "stop"."""
         problems = [item["problem"] for items in self.sections.values() for item in items if "problem" in item]
         if problems and on_bad_sample == "stop":
-            raise DataProblems(problems)
+            raise names.DataProblems(problems)
         return self
 
     @property
     def hash(self) -> str:
         """SHA-256 of ids and groups per section, independent of paths."""
-        return hash_of_split(**self.sections)
+        return splits.split_hash(**self.sections)
 
     @property
     def is_phantom(self) -> bool:
@@ -118,7 +89,7 @@ def stand_in_note(folder: str | Path) -> str:
     marker = Path(folder) / "STAND-IN.txt"
     if not marker.is_file():
         return ""
-    if not (note := read_text(marker).partition("\n")[0].strip()):
+    if not (note := names.read_text(marker).partition("\n")[0].strip()):
         raise ValueError(f"{marker} has no first line: name the data and what they stand in for.")
     return note
 
@@ -126,8 +97,7 @@ def stand_in_note(folder: str | Path) -> str:
 def find_dataset_dir(task: Named, dataset_dir: str | Path | None = None) -> tuple[Path, str] | None:
     """Find a data set and say how: argument, ``$AMKD_DATA_ROOT/<folder>``, ``data/<folder>``; None without any.
 
-    Raises:
-        FileNotFoundError: a folder that is named does not exist.
+    A named folder that is not there is a FileNotFoundError.
     """
     folder = get_task(task).folder
     if dataset_dir:
@@ -148,7 +118,10 @@ def find_dataset_dir(task: Named, dataset_dir: str | Path | None = None) -> tupl
 def resolve_dataset_dir(
     task: Named, dataset_dir: str | Path | None = None, cache_dir: str | Path = "data"
 ) -> tuple[Path, str]:
-    """Find a data set as :func:`find_dataset_dir` does, else write phantoms into ``cache_dir``, loudly."""
+    """Find a data set as :func:`find_dataset_dir` does, else write phantoms into ``cache_dir``, loudly.
+
+    ``task`` is its name or the path of its description, see :func:`amkd_monai.data.datasets.get_task`.
+    """
     if found := find_dataset_dir(task, dataset_dir):
         return found
     chosen, phantoms = get_task(task), Path(cache_dir) / "phantoms"
@@ -176,23 +149,13 @@ def datalist(
 ) -> Datalist:
     """Find, check and split a data set.
 
-    Args:
-        task: its name or the path of its description, see :func:`amkd_monai.data.datasets.get_task`.
-        dataset_dir: the data set's folder; None searches for it.
-        cache_dir: where phantoms are made if there are no data.
-        seed: seed of the split.
-        fractions: shares of train, validation and test, where the data set is split at random.
-        folds: number of folds, in place of official sections and random ones; None: as the data set has it.
-        fold: the fold that is the test section.
-        labelled: keep only so many training items labelled; the others become unlabelled.
-        split_hash: refuse any other split than the one of this hash.
-        options: further options of the data set's ``find_items``, e.g. ``{"normals": False}``.
-        stand_in: what the data are and what they stand in for; None reads ``STAND-IN.txt`` in the folder.
-        other_data: labelled data to test on in place of the data set, see :func:`labelled_folder`.
-
-    Raises:
-        FileNotFoundError: no such folder or layout.
-        ValueError: a data set that contradicts itself, a section that is empty, or another split than ``split_hash``.
+    ``task`` and ``dataset_dir`` are as for :func:`resolve_dataset_dir`, ``seed``, ``fractions``, ``folds`` and ``fold``
+    as in :class:`~amkd_monai.data.splits.SplitOptions`. ``labelled`` keeps only so many training items labelled; the
+    others become unlabelled. ``split_hash`` refuses any other split than the one of this hash. ``options`` are those of
+    the data set's ``find_items``, e.g. ``{"normals": False}``. ``stand_in`` says what the data are and what they stand
+    in for; None reads ``STAND-IN.txt`` in the folder. ``other_data`` are labelled data to test on in place of the data
+    set, see :func:`labelled_folder`. No such folder or layout is a FileNotFoundError; a data set that contradicts
+    itself, or an empty section, a ValueError.
     """
     if other_data is not None:
         return labelled_folder(task, other_data, cache_dir, options)
@@ -202,7 +165,7 @@ def datalist(
     for name, section in (("train", train), ("validation", validation)):
         if not section:
             raise ValueError(f"The {name} section of {root} is empty ({len(items)} items in all): change the split.")
-    train, unlabelled = (train, []) if labelled is None else few_labels(train, labelled, seed)
+    train, unlabelled = (train, []) if labelled is None else splits.few_labels(train, labelled, seed)
     note = stand_in or stand_in_note(root)
     result = Datalist(get_task(task), root, source, train, validation, test, unlabelled, note)
     seen: dict[str, str] = {}
@@ -229,14 +192,12 @@ def labelled_folder(
         raise FileNotFoundError(f"There is no folder {root}: give a folder of labelled data.")
     layout, given = chosen.layout, dict(options or {})
     if not (layout.form_of(root) and (root / layout.file).exists()):
-        channels = max(1, len(chosen.channels))
-        layout = Described("labelled", chosen.classes, chosen.kind, chosen.dimensions == 3, channels=channels)
-        known = inspect.signature(layout.find_items).parameters
-        if unknown := given.keys() - known.keys():
+        layout = replace(chosen, layout=Described("labelled")).layout
+        if unknown := given.keys() - _options_of(layout):
             logger.warning("The option(s) %s of %s do not apply to %s.", some(unknown), chosen.name, root)
-        given = {name: value for name, value in given.items() if name in known}
+        given = {name: value for name, value in given.items() if name not in unknown}
     _check_order(chosen, root)
-    items = [without(item, "section") for item in layout.find_items(root, cache_dir, **given)]
+    items = [splits.without(item, "section") for item in layout.find_items(root, cache_dir, **given)]
     return Datalist(chosen, root, OTHER, [], [], items, stand_in=stand_in_note(root))
 
 
@@ -245,15 +206,20 @@ def find_items(
 ) -> list[Item]:
     """List the items of a data set with options of its own, see ``Described.find_items``.
 
-    Raises:
-        ValueError: the data set has no such option.
+    Other options are a ValueError.
     """
-    task, find = get_task(task), get_task(task).layout.find_items
-    known = inspect.signature(find).parameters.keys() - {"root", "cache_dir"}
+    task = get_task(task)
+    known = _options_of(task.layout)
     if unknown := set(options or {}) - known:
         raise ValueError(f"{task.name} has no data option {min(unknown)}: it has {', '.join(sorted(known)) or 'none'}.")
     _check_order(task, root)
-    return find(root, cache_dir, **(options or {}))
+    return task.layout.find_items(root, cache_dir, **(options or {}))
+
+
+def _options_of(layout: Described) -> set[str]:
+    """The options of a layout's ``find_items``."""
+    left = {"root", "cache_dir"} if layout.normals else {"root", "cache_dir", "normals"}
+    return inspect.signature(layout.find_items).parameters.keys() - left
 
 
 def _check_order(task: Task, root: Path, labelled: bool = True) -> None:
@@ -267,6 +233,8 @@ def _check_order(task: Task, root: Path, labelled: bool = True) -> None:
         if given != wanted and sorted(given) == sorted(wanted):
             remedy = "write the files again in that order, or correct their names"
             raise ValueError(f"{root / 'dataset.json'} has the {what} {given}, {task.name} has {wanted}: {remedy}.")
+        if given and given != wanted and what == "classes":
+            logger.warning("dataset.json in %s names the classes %s, the task %s.", root, given, wanted)
 
 
 def inference_datalist(
@@ -288,7 +256,7 @@ class FurtherImages:
     @property
     def hash(self) -> str:
         """SHA-256 of ids and groups."""
-        return hash_of_split(unlabelled=self.items)
+        return splits.split_hash(unlabelled=self.items)
 
 
 def further_images(
@@ -304,18 +272,12 @@ def further_images(
     test, and DICOM of their patients. Images that look alike or are of one patient, by DICOM, are one group; groups,
     not images, are drawn equally often.
 
-    Args:
-        datalist: the sections of the run.
-        folders: folders whose own files are taken: pictures, also of DICOM (``.dcm``), or for a task on volumes NIfTI
-            files and folders of one DICOM series, which the folder itself may be; None for none.
-        teachers: of the run; further images are of no use where it is empty.
-        cache_dir: keeps hashes.
-        groups: regular expression whose first group is the name of an image's group, searched in the file's name, such
-            as ``(.*)_\d+`` for slices of volumes.
-
-    Raises:
-        FileNotFoundError: a folder that is not there or holds no image of the task's kind.
-        ValueError: no teachers, an expression that does not fit a name, or images that are all left out.
+    ``folders`` (None for none) hold the files themselves: pictures, also of DICOM (``.dcm``), or for a task on volumes
+    NIfTI files and folders of one DICOM series, which the folder itself may be. Without ``teachers`` such images are of
+    no use. ``cache_dir`` keeps hashes. ``groups`` is a regular expression whose first group is the name of an image's
+    group, searched in the file's name, such as ``(.*)_\d+`` for slices of volumes. A folder that is not there or holds
+    no image of the task's kind is a FileNotFoundError; no teachers, an expression that does not fit a name, or images
+    that are all left out are a ValueError.
     """
     if not folders:
         return FurtherImages()
@@ -323,22 +285,24 @@ def further_images(
         raise ValueError("unlabelled images teach nothing without teachers: leave `unlabelled` out, or name teachers.")
     if datalist.task.channels and datalist.task.dimensions == 2:
         raise ValueError("unlabelled folders hold one file an image, this task has several channels: leave it out.")
-    chosen = [expanded(folder) for folder in ([folders] if isinstance(folders, (str, os.PathLike)) else folders)]
+    chosen = [names.expanded(folder) for folder in ([folders] if isinstance(folders, (str, os.PathLike)) else folders)]
     volumes = datalist.task.dimensions == 3
     items = [item for number, folder in enumerate(chosen) for item in _items(folder, f"unlabelled{number}", volumes)]
-    found = len(items)
+    found, left_out = len(items), dict[str, int]()
+
+    def keep(why: str, kept: list[Item]) -> list[Item]:
+        left_out[why] = len(items) - len(kept)
+        return kept
+
     others = [i for section in datalist.sections.values() for i in section if "problem" not in i]
+    held_out = [i for i in (*datalist.validation, *datalist.test) if "problem" not in i]
     known = set(content_hashes([file for i in others for file in files_of(i["image"])], cache_dir))
     contents = content_hashes([i["image"] for i in items], cache_dir)
-    items = [item for item, content in zip(items, contents, strict=True) if content not in known]
-    copies = found - len(items)
-    held_out = [i for i in (*datalist.validation, *datalist.test) if "problem" not in i]
-    items = _unlike_held_out(items, held_out, cache_dir)
-    near = found - copies - len(items)
-    patients = patients_of([*held_out, *items])
+    items = keep("copies", [i for i, content in zip(items, contents, strict=True) if content not in known])
+    items = keep("like_validation_or_test", _unlike_held_out(items, held_out, cache_dir))
+    patients = splits.patients_of([*held_out, *items])
     theirs = {patients[file] for item in held_out for file in files_of(item["image"]) if file in patients}
-    items = [item for item in items if patients.get(item["image"]) not in theirs]
-    theirs_too = found - copies - near - len(items)
+    items = keep("of_their_patients", [item for item in items if patients.get(item["image"]) not in theirs])
     if not items:
         why = "are in this data set, look like its validation and test images, or are of their patients: give others"
         raise ValueError(f"All {found} images of {some(map(str, chosen))} {why}.")
@@ -346,47 +310,32 @@ def further_images(
         items = [{**item, "group": _group_of(item, groups)} for item in items]
     else:
         items = [{**item, "group": patients.get(item["image"], item["id"])} for item in items]
-        items = group_near_duplicates(items, cache_dir=cache_dir)
-    record = {
-        "folders": [str(folder) for folder in chosen],
-        "images": len(items),
-        "groups": len({item["group"] for item in items}),
-        "left_out": {"copies": copies, "like_validation_or_test": near, "of_their_patients": theirs_too},
-    }
-    logger.info("unlabelled images: %s", {key: value for key, value in record.items() if key != "folders"})
-    return FurtherImages(items, record)
+        items = splits.group_near_duplicates(items, cache_dir=cache_dir)
+    counts = {"images": len(items), "groups": len({item["group"] for item in items}), "left_out": left_out}
+    logger.info("unlabelled images: %s", counts)
+    return FurtherImages(items, {"folders": [str(folder) for folder in chosen], **counts})
 
 
 def _items(folder: Path, prefix: str, volumes: bool) -> list[Item]:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: correct `unlabelled`.")
-    kinds = {"pictures": PICTURE_SUFFIXES, "volumes": VOLUME_SUFFIXES}
-    what, other = list(kinds)[::-1] if volumes else list(kinds)
-    files = images_to_predict(folder, suffixes := kinds[what])
-    for series in [folder, *cases.series_folders(folder)] if volumes else ():
-        if series != folder or cases.is_series(folder):
-            name = file_id(series)
-            files[f"{name}_" if name in files else name] = series
+    files = cases.to_predict(folder, volumes)
+    if volumes and cases.is_series(folder):
+        name = names.file_id(folder)
+        files[f"{name}_" if name in files else name] = folder
     if files:
         return [{"image": str(file), "id": f"{prefix}/{name}"} for name, file in files.items()]
-    children = [child for child in sorted(folder.iterdir()) if child.is_dir()]
-    below = [c.name for c in children if image_files(c, suffixes) or (volumes and cases.series_folders(c))]
-    hint = "give a folder of them"
-    if below:
-        hint = f"give the folders below it that hold images without labels, of {some(below)}"
-    elif not volumes and cases.is_series(folder):
-        hint = f"the names of its DICOM files must end in {DICOM_SUFFIX}"
-    elif image_files(folder, kinds[other]):
-        hint = f"it holds {other}, and this task is on {what}"
-    raise FileNotFoundError(f"{folder} holds no {what}: {hint}.")
+    held = some(names.printable(child.name) for child in folder.iterdir()) or "nothing"
+    wanted = f"volumes ({', '.join(names.VOLUME_SUFFIXES)}, folders of a series)"
+    wanted = wanted if volumes else f"pictures ({', '.join(names.PICTURE_SUFFIXES)})"
+    raise FileNotFoundError(f"{folder} holds {held}: give a folder that itself holds {wanted} without labels.")
 
 
 def _unlike_held_out(items: list[Item], held_out: list[Item], cache_dir: str | Path | None) -> list[Item]:
     """The items that do not look nearly like one of the held-out images."""
     paths = [files_of(item["image"])[0] for item in [*held_out, *items]]
-    hashes, indices = perceptual_hashes(paths, cache_dir)
-    pairs = ((indices[i], indices[j]) for i, j in near_pairs(hashes, OVERLAP))
-    near = {j - len(held_out) for i, j in pairs if i < len(held_out) <= j}
+    pairs, count = splits.near_duplicates(paths, OVERLAP, cache_dir), len(held_out)
+    near = {j - count for i, j in pairs if i < count <= j}
     return [item for number, item in enumerate(items) if number not in near]
 
 

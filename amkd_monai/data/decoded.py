@@ -106,22 +106,26 @@ class DecodedDataset(Dataset):
         teacher_channels: one or three channels of images that have several, which teachers are shown.
         findings: number F of findings, where a label is the number whose bits they are, the first one lowest.
 
-    Attributes:
-        data, transform, on_bad_sample: as given.
-        directory: the folder ``decoded-<key>`` of the memory maps.
-        ids, cases, groups, hashes: of each sample; slices are ``<case>#<slice>``.
-        has_label, has_foreground: boolean arrays over samples.
-        labels: masks (N, 1, H, W), classes (N,), or 0 and 1 of findings (N, F); 255 where there is no label.
-        classes: (N,) class per image, or number of its findings, -1 where unknown; None for masks.
-        first, last: sample of the first and the last slice of each sample's volume (N,).
-        axes: where the axes of volumes point, slices first, such as "RAS"; empty for pictures.
-        skipped: ids of files that were left out.
-        sliced: whether samples are slices of volumes.
-        chain: hash of the transform chain.
-
     Raises:
         BadSampleError: a file cannot be read, or image and label disagree in size, or a label is out of range.
     """
+
+    directory: Path  # the folder ``decoded-<key>`` of the memory maps
+    ids: list[str]  # of each sample; slices are ``<case>#<slice>``
+    cases: list[str]
+    groups: list[str]
+    hashes: list[str]
+    skipped: list[str]  # ids of files that were left out
+    axes: str  # where the axes of volumes point, slices first, such as "RAS"; empty for pictures
+    has_label: np.ndarray  # (N,) boolean
+    has_foreground: np.ndarray  # (N,) boolean
+    first: np.ndarray  # (N,) sample of the first and the last slice of each sample's volume
+    last: np.ndarray
+    images: np.ndarray  # (N, C, H, W) uint8
+    labels: np.ndarray  # masks (N, 1, H, W), classes (N,), or 0 and 1 of findings (N, F); 255 where there is no label
+    classes: np.ndarray | None  # (N,) class per image, or number of its findings, -1 where unknown; None for masks
+    sliced: bool  # whether samples are slices of volumes
+    chain: str  # hash of the transform chain
 
     def __init__(
         self,
@@ -161,12 +165,8 @@ class DecodedDataset(Dataset):
                 if not finished.is_file():  # nor has another process made it meanwhile
                     self._decode(transform, on_bad_sample, hashes)
         index = json.loads(finished.read_text(encoding="utf-8"))
-        self.ids: list[str] = index["ids"]
-        self.cases: list[str] = index["cases"]
-        self.groups: list[str] = index["groups"]
-        self.hashes: list[str] = index["hashes"]
-        self.skipped: list[str] = index["skipped"]
-        self.axes: str = index["axes"]
+        for name in ("ids", "cases", "groups", "hashes", "skipped", "axes"):
+            setattr(self, name, index[name])
         self.has_label, self.has_foreground = (np.array(index[n], bool) for n in ("has_label", "has_foreground"))
         self.first, self.last = (np.array(index[n]) for n in ("first", "last"))
         self.images, self.labels = (
@@ -279,10 +279,8 @@ class DecodedDataset(Dataset):
         image = np.round(image.clip(0, 1) * 255).astype(np.uint8)
         of_task, given = f"the task has classes 0 to {self.num_classes - 1}", "label" in item
         if size and image.shape[1:] != size:
-            same = image.shape[-2:] == size[-2:]
-            what, k = ("channels, height and width", slice(None)) if same else ("size", slice(-2, None))
-            own, others = image.shape[1:][k], size[k]
-            raise BadSampleError(f"{item['image']} has the {what} {own}, others {others}: give all images the same.")
+            own, others = (f"{c} channel(s) of the size {tuple(hw)}" for c, *hw in (image.shape[1:], size))
+            raise BadSampleError(f"{item['image']} has {own}, others {others}: give all images the same.")
         if self.classifies:
             label, most = item.get("label", UNLABELLED), 1 << self.findings if self.findings else self.num_classes
             if given and not (_is_class(label) and 0 <= label < most):
@@ -383,6 +381,16 @@ class ReadableLoader(DataLoader):
             raise BadSampleError(f"{count} could not be used ({accept}): {reason}")
 
 
+PARTS = {
+    functools.partial: "func args keywords",
+    types.MethodType: "__func__ __self__",
+    types.CodeType: "co_code co_names co_consts",
+    types.FunctionType: "__module__ __qualname__ __code__ __defaults__ __kwdefaults__ __closure__",
+    types.CellType: "cell_contents",
+}
+"""Attributes that make a function or its parts what it is."""
+
+
 def describe(value: Any, _above: tuple[int, ...] = ()) -> Any:
     """Return a JSON-able description of a transform: class names and options, recursively, the same in every process.
 
@@ -406,16 +414,11 @@ def describe(value: Any, _above: tuple[int, ...] = ()) -> Any:
         return [inside(v) for v in value]
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, functools.partial):
-        return {"partial": inside(value.func), "args": inside(value.args), "keywords": inside(value.keywords)}
-    if isinstance(value, types.MethodType):
-        return {"method": inside(value.__func__), "of": inside(value.__self__)}
-    if isinstance(value, types.CodeType):
-        return [value.co_code.hex(), list(value.co_names), inside(value.co_consts)]
-    if isinstance(value, types.FunctionType):
-        captured = [cell.cell_contents for cell in value.__closure__ or ()]
-        name = f"{value.__module__}.{value.__qualname__}"
-        return [name, inside(value.__code__), inside([value.__defaults__, value.__kwdefaults__, captured])]
+    if isinstance(value, bytes):
+        return value.hex()
+    for kind, parts in PARTS.items():
+        if isinstance(value, kind):
+            return {part: inside(getattr(value, part)) for part in parts.split()}
     used = {"R", "_seed", "_do_transform", "_lazy", "_tracing", "logger"}
     state = {k: v for k, v in getattr(value, "__dict__", {}).items() if k not in used}
     name = getattr(value, "__name__", "") if callable(value) else ""  # built-in functions differ by name alone

@@ -56,12 +56,11 @@ def fetch(name: str, to: str | Path = "data", retries: int = 4) -> Path | None:
             raise ValueError(f"{url} has no checksum: only an archive with a known checksum is unpacked.")
         # without the checksum, as pooch would fetch a file again and again that its owner has changed
         store = pooch.create(downloads, "", registry={file: None}, urls={file: url}, retry_if_failed=retries)
+        redirected = {"response": lambda response, **_: _check_address(response.url)}
+        options = {"chunk_size": 1 << 20, "timeout": TIMEOUT_S, "headers": HEADERS, "hooks": redirected}
         with progress(desc=file, total=1, unit="B", unit_scale=True) as bar:
-            options = {"progressbar": bar, "chunk_size": 1 << 20, "timeout": TIMEOUT_S, "headers": HEADERS}
-            redirected = {"response": lambda response, **_: _check_address(response.url)}
-            get = pooch.HTTPDownloader(**options, hooks=redirected)
             try:
-                path = Path(store.fetch(file, downloader=get))
+                path = Path(store.fetch(file, downloader=pooch.HTTPDownloader(progressbar=bar, **options)))
             except requests.RequestException as error:
                 remedy = f"run the command again, complete files are kept, or get it by hand as {downloads / file}"
                 raise OSError(f"{url} cannot be fetched ({error}): {remedy}.") from error
@@ -92,8 +91,7 @@ def _check_address(url: str) -> None:
 def unpack(file: Path, folder: Path) -> None:
     """Unpack a verified .zip or .tar into a folder, or copy a file that is neither; nothing is written outside it.
 
-    Raises:
-        ValueError: a damaged archive, or a tar with devices or with paths or links that leave the folder.
+    A damaged archive, or a tar with devices or with paths or links that leave the folder, is a ValueError.
     """
     try:
         if file.suffix == ".zip":

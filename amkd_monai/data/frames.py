@@ -30,17 +30,11 @@ INTERPOLATING = (Affined, Resized, Rotated, Spacingd, SpatialResampled, Zoomd)
 
 @dataclass(frozen=True)
 class Frame:
-    """A student's frame over samples in the file's own resolution.
+    """A student's frame over samples in the file's own resolution."""
 
-    Attributes:
-        samples: (C, h, w), or (C, d, h, w) of a volume, with the intensities that the student is shown.
-        matrix: (r + 1, r + 1), from indices of the student's samples to indices of ``samples``, r axes.
-        shape: of the student's image, (H, W) or (D, H, W).
-    """
-
-    samples: MetaTensor
-    matrix: np.ndarray
-    shape: tuple[int, ...]
+    samples: MetaTensor  # (C, h, w), or (C, d, h, w) of a volume, with the intensities that the student is shown
+    matrix: np.ndarray  # (r + 1, r + 1), from indices of the student's samples to indices of ``samples``, r axes
+    shape: tuple[int, ...]  # of the student's image, (H, W) or (D, H, W)
 
     def within_file(self, size: tuple[int, int]) -> tuple[int, int]:
         """The largest (H', W') up to ``size``, in the frame's proportions, that is no finer than frame and file."""
@@ -129,11 +123,9 @@ class Finer(Transform):
 def finer(transform: Callable, size: tuple[int, int]) -> Compose:
     """Return the chain whose samples are (H', W') = ``size`` in the frame of ``transform``.
 
-    Steps before the first that interpolates the image (:data:`INTERPOLATING`) are the chain's own; the rest, which
-    must be MONAI's spatial steps, becomes one interpolation of image and label. Slices keep their axis.
-
-    Raises:
-        ValueError: no step is known to interpolate, or one after it is not known to be spatial alone; it is named.
+    Steps before the first that interpolates the image (:data:`INTERPOLATING`) are the chain's own; the rest, which must
+    be MONAI's spatial steps, becomes one interpolation of image and label. Slices keep their axis. A ValueError if no
+    step is known to interpolate, or one after it is not known to be spatial alone.
     """
     if not isinstance(transform, Compose):
         raise ValueError(f"the preprocessing is a {type(transform).__name__}, not a Compose of steps")

@@ -26,24 +26,15 @@ class BatchSampler(Sampler[list[int]]):
     """Batches that mix labelled with unlabelled samples and can prefer those with foreground, or rare classes.
 
     Every labelled sample is drawn about equally often (permutations, one after another). An epoch has as many steps
-    as all samples fill, whether unlabelled ones are used or not.
+    as all samples fill, whether unlabelled ones are used or not, and at least ``min_steps``.
 
-    Args:
-        has_label: boolean per sample.
-        has_foreground: boolean per sample.
-        batch_size: samples per batch and process.
-        seed: seed of the run.
-        use_unlabelled: draw unlabelled samples too (of no use without a teacher).
-        labelled_fraction: part of a batch that is labelled where there are unlabelled samples.
-        foreground_fraction: part of the labelled picks with foreground; None takes them as they come.
-        groups: group per sample; unlabelled ones are drawn so that groups come equally often; None: each its own.
-        classes: class per sample, -1 where unknown; None for masks.
-        class_balance: 0 draws classes as often as they occur, 1 equally often; between, by n^(1 - class_balance).
-        indices: restrict to these samples.
-        min_steps: an epoch has at least so many steps.
-        first_stage: part of the run whose batches mix; the caller sets ``labelled_only`` behind it.
-        rank: this process.
-        world_size: number of processes; each takes its own part of the epoch.
+    ``has_label``, ``has_foreground``, ``groups`` and ``classes`` (-1 where unknown) have one value per sample,
+    ``indices`` restrict to some samples. A batch of ``batch_size`` samples of one process has ``labelled_fraction``
+    labelled ones where unlabelled ones are used (of no use without a teacher), and of those ``foreground_fraction``
+    with foreground; None takes them as they come. Unlabelled ones are drawn so that their groups come equally often.
+    ``class_balance`` 0 draws classes as often as they occur, 1 equally often; between, by n^(1 - class_balance).
+    ``first_stage`` is the part of the run whose batches mix; the caller sets ``labelled_only`` behind it. Each of
+    ``world_size`` processes takes its own part of the epoch.
     """
 
     def __init__(
@@ -151,12 +142,9 @@ def _cycle(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray
 class MultiTaskLoader:
     """Steps of several tasks: each step holds one batch of every task that it drew, ``{task: batch}``.
 
-    Args:
-        loaders: {task: loader over a :class:`BatchSampler`}.
-        alpha: 0 draws tasks equally often, 1 as often as they have samples N; between, with N^alpha.
-        tasks_per_step: tasks in a step, at most as many as there are; None takes all of them.
-        steps: steps of an epoch; None takes as many as all samples fill.
-        seed: seed of the run.
+    ``loaders`` are by task, each over a :class:`BatchSampler`. ``alpha`` 0 draws tasks equally often, 1 as often as
+    they have samples N; between, with N^alpha. ``tasks_per_step`` None takes all of them, ``steps`` None as many steps
+    an epoch as all samples fill.
     """
 
     def __init__(
@@ -214,30 +202,18 @@ zoom 1.2 0.84, horizontal flip 0.82, rotation by 10 degrees 0.86, by 25 degrees 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Ranges of the random changes.
+    """Ranges of the random changes."""
 
-    Attributes:
-        rotation: largest angle, radians.
-        scale: largest relative zoom, e.g. 0.15 for 1/1.15 to 1.15.
-        shift: largest shift as a part of the side.
-        flip_height, flip_width: whether to mirror that axis with probability 1/2.
-        gain: largest relative change of intensity per image.
-        offset: largest added intensity, in [0, 1] units.
-        colour: largest relative gain change per channel.
-        gamma: largest relative change of the exponent, e.g. 0.4 for x^(1/1.4) to x^1.4.
-        together: samples, one after another, that are changed alike: the slices of a patch.
-    """
-
-    rotation: float = 0.0
-    scale: float = 0.0
-    shift: float = 0.0
-    flip_height: bool = False
+    rotation: float = 0.0  # largest angle, radians
+    scale: float = 0.0  # largest relative zoom, e.g. 0.15 for 1/1.15 to 1.15
+    shift: float = 0.0  # largest shift as a part of the side
+    flip_height: bool = False  # whether to mirror that axis with probability 1/2
     flip_width: bool = False
-    gain: float = 0.0
-    offset: float = 0.0
-    colour: float = 0.0
-    gamma: float = 0.0
-    together: int = 1
+    gain: float = 0.0  # largest relative change of intensity per image
+    offset: float = 0.0  # largest added intensity, in [0, 1] units
+    colour: float = 0.0  # largest relative gain change per channel
+    gamma: float = 0.0  # largest relative change of the exponent, e.g. 0.4 for x^(1/1.4) to x^1.4
+    together: int = 1  # samples, one after another, that are changed alike: the slices of a patch
 
     def check_features(self, accepted: str) -> None:
         """Refuse geometric changes that make warped cached feature maps worse than ``accepted``, of ``VALIDITIES``.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from amkd_monai.data.datalist import Datalist
-from amkd_monai.data.splits import NEAR, Item, near_pairs, perceptual_hashes
+from amkd_monai.data.splits import Item, near_pairs, perceptual_hashes
 from amkd_monai.files.cases import read_case
 from amkd_monai.files.names import files_of
 from amkd_monai.files.volumes import reorder
@@ -35,11 +35,8 @@ def fingerprints(sections: Mapping[str, Sequence[Item]], volumes: bool, cache_di
                 known[content] = _of_values(path) or content
         write_memo(memo, known)
         return {name: [known[content]] for name, (content,) in found.items()}
-    hashes, readable = perceptual_hashes(list(paths.values()), cache_dir)
-    names = list(found)
-    for index, bits in zip(readable, hashes, strict=True):
-        found[names[index]].append(np.packbits(bits).tobytes().hex())
-    return found
+    hashes = perceptual_hashes(list(paths.values()), cache_dir)
+    return {name: [*values, *filter(None, [look])] for (name, values), look in zip(found.items(), hashes, strict=True)}
 
 
 def _of_values(path: str) -> str:
@@ -66,8 +63,7 @@ def seen_before(
     hashed = [(name, values[1]) for part in (known, own) for name, values in part.items() if len(values) > 1]
     count = sum(len(values) > 1 for values in known.values())
     if 0 < count < len(hashed):
-        bits = np.array([list(bytes.fromhex(text)) for _, text in hashed], np.uint8)
-        for i, j in near_pairs(np.unpackbits(bits, axis=1).astype(bool), NEAR):
+        for i, j in near_pairs([text for _, text in hashed]):
             if i < count <= j:
                 found.setdefault(hashed[j][0][1:], f"looks like {hashed[i][0]}")
     if found and how != "apart":

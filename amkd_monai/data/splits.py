@@ -19,20 +19,12 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from amkd_monai import storage
 from amkd_monai.files.cases import is_volume, read_case
 from amkd_monai.files.dicom import patient_and_study
 from amkd_monai.files.names import DICOM_SUFFIX, files_of, has_suffix
 from amkd_monai.files.pictures import opened, to_rgb, upright
 from amkd_monai.files.volumes import grey_levels, reorder
-from amkd_monai.storage import (
-    content_hashes,
-    file_sha256,
-    fingerprint,
-    joint_hash,
-    read_memo,
-    size_and_time,
-    write_memo,
-)
 from amkd_monai.terminal import logger, progress
 
 PATIENT = "patient "  # how the groups of DICOM images of one patient begin
@@ -43,19 +35,12 @@ Sections = tuple[list[Item], list[Item], list[Item]]
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """How a data set is divided where its own split does not decide; a data set takes what it can use.
+    """How a data set is divided where its own split does not decide; a data set takes what it can use."""
 
-    Attributes:
-        fractions: shares of train, validation and test, where items are split at random.
-        folds: number of folds, in place of all other sections; None: as the data set has it.
-        fold: the fold that is the test section.
-        seed: of everything that is drawn.
-    """
-
-    fractions: Sequence[float] = (0.7, 0.15, 0.15)
-    folds: int | None = None
-    fold: int = 0
-    seed: int = 0
+    fractions: Sequence[float] = (0.7, 0.15, 0.15)  # of train, validation and test, where items are split at random
+    folds: int | None = None  # in place of all other sections; None: as the data set has it
+    fold: int = 0  # the fold that is the test section
+    seed: int = 0  # of everything that is drawn
 
 
 DEFAULT_SPLIT = SplitOptions()
@@ -120,10 +105,7 @@ def fold_of_groups(
     """Assign each sample to a fold, int64 (N,), so that no group is cut and folds have about equal sizes.
 
     With fewer groups than folds there are as many folds as groups. With ``classes``, one per sample, folds have about
-    equal numbers of each. The seed shuffles groups of one size.
-
-    Raises:
-        ValueError: fewer than 2 folds or groups.
+    equal numbers of each. The seed shuffles groups of one size. Fewer than 2 folds or groups are a ValueError.
     """
     sizes = Counter(groups)
     if folds < 2:
@@ -215,16 +197,16 @@ NEAR = 32
 text, other brightness or JPEG quality differ by up to 28 bits, different pictures of one kind by 36 or more."""
 
 
-def group_identical_images(items: Iterable[Item]) -> list[Item]:
-    """Give byte-identical images one common group, see :func:`joined`; return copies of the items, sorted by id."""
-    ordered = sorted(items, key=lambda item: item["id"])
-    sizes = [sum(size_and_time(file)[0] for file in files_of(item["image"])) for item in ordered]
+def identical(items: Sequence[Item]) -> list[tuple[int, int]]:
+    """Return the pairs (i < j) of items whose images are byte-identical, each with the first of its kind."""
+    sizes = [sum(storage.size_and_time(file)[0] for file in files_of(item["image"])) for item in items]
     shared, first, pairs = Counter(sizes), dict[str, int](), []
-    for number, (item, size) in enumerate(zip(ordered, sizes, strict=True)):
+    for number, (item, size) in enumerate(zip(items, sizes, strict=True)):
         if shared[size] > 1:
-            content = joint_hash([file_sha256(file) for file in files_of(item["image"])])
-            pairs.append((first.setdefault(content, number), number))
-    return joined(ordered, pairs)
+            content = storage.joint_hash([storage.file_sha256(file) for file in files_of(item["image"])])
+            if (other := first.setdefault(content, number)) != number:
+                pairs.append((other, number))
+    return pairs
 
 
 def patients_of(items: Iterable[Item]) -> dict[str, str]:
@@ -236,7 +218,7 @@ def patients_of(items: Iterable[Item]) -> dict[str, str]:
     found = {p: patient_and_study(Path(p)) for p in paths if Path(p).is_dir() or has_suffix(p, [DICOM_SUFFIX])}
     known = len({patient for patient, _ in found.values()}) > 1
     named = {path: patient if known and patient else study for path, (patient, study) in found.items()}
-    return {path: f"{PATIENT}{fingerprint(name)[:16]}" for path, name in named.items() if name}
+    return {path: f"{PATIENT}{storage.fingerprint(name)[:16]}" for path, name in named.items() if name}
 
 
 def group_patients(items: Sequence[Item]) -> list[Item]:
@@ -261,15 +243,15 @@ def joined(items: Sequence[Item], pairs: Sequence[tuple[int, int]]) -> list[Item
     return [{**item, "group": groups[index]} for index, item in enumerate(items)]
 
 
-def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None) -> tuple[np.ndarray, list[int]]:
-    """Hash images by their coarse look (`imagehash.phash`): booleans (M, 256) and the indices of the M paths.
+def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None) -> list[str]:
+    """Hash images by their coarse look (`imagehash.phash`): 64 hexadecimal digits each.
 
     Of a volume that is its middle slice from below, upright, so that a copy in another file, order or unit is the same.
-    ``cache_dir`` keeps the hashes by content. Files that cannot be read are announced and left out.
+    ``cache_dir`` keeps the hashes by content. Files that cannot be read are announced; their hash is empty.
     """
     memo = None if cache_dir is None else Path(cache_dir) / f"perceptual_hashes_{HASH_SIZE}.json"
-    contents = content_hashes(paths, cache_dir)
-    known = read_memo(memo, lambda v: isinstance(v, str) and len(v) == HASH_SIZE**2 // 4)
+    contents = storage.content_hashes(paths, cache_dir)
+    known = storage.read_memo(memo, lambda v: isinstance(v, str) and len(v) == HASH_SIZE**2 // 4)
     missing = {content: path for content, path in zip(contents, paths, strict=True) if content not in known}
     for content, path in progress(missing.items(), desc="compare images", delay=1):
         try:
@@ -277,10 +259,8 @@ def perceptual_hashes(paths: Sequence[str], cache_dir: str | Path | None = None)
         except (OSError, SyntaxError, ValueError) as error:
             logger.warning("%s cannot be read (%s) and is compared with no other image", path, error)
     if missing.keys() & known.keys():
-        write_memo(memo, known)
-    readable = [index for index, content in enumerate(contents) if content in known]
-    packed = np.array([list(bytes.fromhex(known[contents[index]])) for index in readable], dtype=np.uint8)
-    return np.unpackbits(packed.reshape(len(readable), HASH_SIZE**2 // 8), axis=1).astype(bool), readable
+        storage.write_memo(memo, known)
+    return [known.get(content, "") for content in contents]
 
 
 def _hash(path: str) -> str:
@@ -301,18 +281,20 @@ def near_duplicates(
     paths: Sequence[str], distance: int = NEAR, cache_dir: str | Path | None = None
 ) -> list[tuple[int, int]]:
     """Return the pairs (i < j) of pictures whose hashes differ in at most ``distance`` bits."""
-    hashes, indices = perceptual_hashes(paths, cache_dir)
-    return [(indices[i], indices[j]) for i, j in near_pairs(hashes, distance)]
+    return near_pairs(perceptual_hashes(paths, cache_dir), distance)
 
 
-def near_pairs(hashes: np.ndarray, distance: int = NEAR) -> list[tuple[int, int]]:
-    """Return the pairs (i < j) of hashes (N, bits) that differ in at most ``distance`` bits."""
-    signs = hashes.astype(np.float32) * 2 - 1
+def near_pairs(hashes: Sequence[str], distance: int = NEAR) -> list[tuple[int, int]]:
+    """Return the pairs (i < j) of hexadecimal hashes, unless empty, that differ in at most ``distance`` bits."""
+    known = [number for number, text in enumerate(hashes) if text]
+    rows_of_bytes = [list(bytes.fromhex(hashes[number])) for number in known] or np.empty((0, 1))
+    bits = np.unpackbits(np.array(rows_of_bytes, np.uint8), axis=1)
+    signs = bits.astype(np.float32) * 2 - 1
     pairs: list[tuple[int, int]] = []
     for start in range(0, len(signs), 512):
-        differing = (hashes.shape[1] - signs[start : start + 512] @ signs.T) / 2  # (rows, N)
+        differing = (bits.shape[1] - signs[start : start + 512] @ signs.T) / 2  # (rows, N)
         rows, columns = np.nonzero(differing <= distance + 0.5)
-        pairs += [(int(i) + start, int(j)) for i, j in zip(rows, columns, strict=True) if i + start < j]
+        pairs += [(known[i + start], known[j]) for i, j in zip(rows, columns, strict=True) if i + start < j]
     return pairs
 
 

@@ -8,7 +8,10 @@ Estimation using Deep Ensembles, NeurIPS 2017).
 
 from __future__ import annotations
 
+import copy
 import itertools
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,6 +36,8 @@ from amkd_monai.networks import ClassStudent, FindingStudent, Student
 from amkd_monai.storage import fingerprint
 from amkd_monai.weights import state_hash
 
+logger = logging.getLogger("amkd_monai")
+
 LITE1, LITE2 = ({"encoder": f"tf_efficientnet_lite{number}"} for number in (1, 2))
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"members": [LITE1], "folds": 3, "image_size": 1.5, "images": 3072},
@@ -49,6 +54,8 @@ PART_OF_LENGTH = 4
 SMALLEST_BATCH = 8
 """Images per step of a member at least, unless the student has fewer; else as many pixels as in the student's step."""
 PER_FORWARD = 16
+ANSWER_COST = 0.25
+"""Time to answer an image, as a part of what it takes in a training step."""
 
 
 class Crew:
@@ -169,16 +176,17 @@ class Crew:
             stores.append(answers_store(self.name, asked, dataset, answer_size(dataset), self.cache_dir, views))
         if all(store.is_complete for store in stores):
             return stores
-        trained_teams = self._trained(fine, labelled, key)
+        trained_teams = self._trained(fine, labelled, key, sum(len(store) * store.views for store in stores))
         for store, dataset, images, team in zip(stores, sections, seen, teams, strict=True):
             build_missing(
                 store, partial(self._shard, store, dataset, images, team, trained_teams), title=f"crew {self.name}"
             )
         return stores
 
-    def _method(self) -> Method:
-        title = f"{self.steps} steps at {self.side[0]} x {self.side[1]}"
-        return Method(replace(self.recipe, min_steps=self.steps), 1, self.seed, self.device, title)
+    def _method(self, steps: int | None = None) -> Method:
+        steps = steps or self.steps
+        title = f"{steps} steps at {self.side[0]} x {self.side[1]}"
+        return Method(replace(self.recipe, min_steps=steps), 1, self.seed, self.device, title)
 
     def _finer(self, dataset: DecodedDataset) -> DecodedDataset:
         """The samples of a dataset as the members see them: the same frame at their size."""
@@ -195,14 +203,31 @@ class Crew:
             raise self._refusal("reads other samples than the student: give it image_size 1")
         return fine
 
-    def _trained(self, fine: DecodedDataset, labelled: np.ndarray, key: Mapping[str, Any]) -> list[list[nn.Module]]:
+    def _trained(
+        self, fine: DecodedDataset, labelled: np.ndarray, key: Mapping[str, Any], answers: int
+    ) -> list[list[nn.Module]]:
         """The members of every fold, then those of all labels: read from ``cache_dir``, or trained."""
         jobs: list[tuple[nn.Module, Path, np.ndarray]] = []
         for fold, m in itertools.product(range(self.folds + 1), range(len(self.members))):
             path = Path(self.cache_dir) / f"{self.name}-member-{fingerprint(key, fold, m)[:16]}.pt"
             jobs.append((self.members[m], path, labelled[self.team[labelled] != fold]))
+        if left := [network for network, path, _ in jobs if not path.is_file()]:
+            seconds = {network: self._seconds(network, fine, labelled) for network in set(left)}
+            image = sum(seconds.values()) / self.recipe.batch_size * ANSWER_COST * len(self.mirrors)
+            minutes = (self.steps * sum(seconds[network] for network in left) + image * answers) / 60
+            words = "teacher %s: %d trainings of %d steps at %d x %d and %d predictions, about %.0f minutes here"
+            logger.info(words, self.name, len(left), self.steps, *self.side, answers, minutes)
         networks = [n.to(self.device) for n in trained(self.name, self._method(), fine, jobs)]
         return [networks[k : k + len(self.members)] for k in range(0, len(networks), len(self.members))]
+
+    def _seconds(self, member: nn.Module, fine: DecodedDataset, labelled: np.ndarray) -> float:
+        """Seconds of a training step, measured on the second and third one."""
+        taken = []
+        for steps in (1, 3):
+            start, copied = time.monotonic(), copy.deepcopy(member)
+            self._method(steps).fit(copied, fine, labelled[: steps * self.recipe.batch_size], 0)
+            taken.append(time.monotonic() - start)
+        return max(0.0, taken[1] - taken[0]) / 2
 
     def _shard(
         self,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from amkd_monai.files.dicom import Slice, find_series, is_slice, read_series, series_grid
-from amkd_monai.files.names import VOLUME_SUFFIXES, has_suffix
+from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES, file_id, has_suffix, images_to_predict
 from amkd_monai.files.volumes import Grid, check_grid, read_volume, reorder, volume_grid
 
 
@@ -25,6 +25,15 @@ def series_folders(folder: Path) -> list[Path]:
     return [f for f in sorted(folder.iterdir()) if f.is_dir() and not f.name.startswith(".") and is_series(f)]
 
 
+def to_predict(folder: Path, volumes: bool) -> dict[str, Path]:
+    """Map id to path of the pictures of a folder, or its volumes and folders of a series, that are no predictions."""
+    files = images_to_predict(folder, VOLUME_SUFFIXES if volumes else PICTURE_SUFFIXES)
+    for series in series_folders(folder) if volumes else ():
+        name = file_id(series)
+        files[f"{name}_" if name in files else name] = series
+    return files
+
+
 def case_grid(files: Sequence[str | Path]) -> tuple[Grid, int]:
     """Return the grid of a case and the number of its channels, from headers alone; see :func:`read_case`."""
     grid = _grid(files[0], len(files) == 1)
@@ -36,13 +45,9 @@ def case_grid(files: Sequence[str | Path]) -> tuple[Grid, int]:
 def read_case(files: Sequence[str | Path], channels: int | None = None) -> tuple[np.ndarray, Grid]:
     """Read the channels of a case, such as MR sequences, (C, X, Y, Z) float32, on the grid of the first file.
 
-    Args:
-        files: NIfTI volumes and folders of one DICOM series, a channel each, or one NIfTI volume whose last axis of
-            four is that of the channels.
-        channels: their number; None takes any.
-
-    Raises:
-        ValueError: a file or series that cannot be read or lies on another grid, or another number of channels.
+    ``files`` are NIfTI volumes and folders of one DICOM series, a channel each, or one NIfTI volume whose last axis of
+    four is that of the channels. A file or series that cannot be read or lies on another grid, or another number of
+    ``channels`` than a given one, is a ValueError.
     """
     found, grid = _read(files[0], len(files) == 1)
     for file in files[1:]:

@@ -194,12 +194,10 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
 
     if unread := [item.file for item in slices if not item.frames]:
         raise refuse(f"of which {len(unread)} cannot be read ({some(map(file_id, unread))})", "replace them")
-    if (frames := max(item.frames for item in slices)) > 1:
-        raise refuse(f"with {frames} frames in one file", "convert it to NIfTI, for example by dcm2niix")
-    if any(item.numbers("samples", 1) not in ([], [1.0]) for item in slices):
-        raise refuse("in colour", "give a series of grey slices")
-    if len({item.tags.get("photometric") for item in slices}) > 1:
-        raise refuse("of which some are stored inverted", "give one series at a time")
+    colour = any(item.numbers("samples", 1) not in ([], [1.0]) for item in slices)
+    if colour or max(item.frames for item in slices) > 1 or len({s.tags.get("photometric") for s in slices}) > 1:
+        what = "in colour, of several frames a file or of which some are stored inverted"
+        raise refuse(what, "give one series of grey slices, or convert it to NIfTI, for example by dcm2niix")
     tags = (("position", 3), ("orientation", 6), ("spacing", 2))
     placed = [[item.numbers(*tag) for tag in tags] for item in slices]
     if missing := sum(not all(place) for place in placed):

@@ -30,17 +30,12 @@ HOW = 'say how in `mask_codes`: "nonzero", "threshold", "indices", "one_based", 
 def decode(values: np.ndarray, classes: int = 2, codes: MaskCodes = "auto") -> np.ndarray:
     """Turn the values of a mask into class indices of the same shape, uint8; 255 where there is no label.
 
-    Args:
-        values: of the file (H, W) or (X, Y, Z).
-        classes: number of classes, background included.
-        codes: ``auto`` takes what has one meaning only: class indices from 0 on, with 255 for pixels without a label;
-            for two classes also 0 and one high value (255, 65535), and grey scales of dark and bright (JPEG, soft
-            edges, probabilities), cut in the middle. ``nonzero`` takes whatever is not 0 as foreground (merged classes,
-            instance ids), ``threshold`` the upper half of the scale, ``indices`` the values as they are, ``one_based``
-            the values less 1, ``inverted`` 0 as foreground; a table maps each value.
-
-    Raises:
-        ValueError: values that these codes do not explain.
+    ``values`` are those of the file (H, W) or (X, Y, Z), ``classes`` their number, background included. Of ``codes``,
+    ``auto`` takes what has one meaning only: class indices from 0 on, with 255 for pixels without a label; for two
+    classes also 0 and one high value (255, 65535), and grey scales of dark and bright (JPEG, soft edges,
+    probabilities), cut in the middle. ``nonzero`` takes whatever is not 0 as foreground (merged classes, instance ids),
+    ``threshold`` the upper half of the scale, ``indices`` the values as they are, ``one_based`` the values less 1,
+    ``inverted`` 0 as foreground; a table maps each value. Values that the codes do not explain are a ValueError.
     """
     if isinstance(codes, str) and codes not in NAMED_CODES:
         names = ", ".join(NAMED_CODES)
@@ -218,10 +213,8 @@ def read_mask(
     """Read the masks of one picture by :func:`decode` as class indices (H, W), uint8; 255 where there is no label.
 
     A later file's classes win over background and no label. A mask lies on the picture ``image`` as viewers show it,
-    see :func:`_onto`. ``used`` gets how each file is coded, see :func:`coding_problem`.
-
-    Raises:
-        ValueError: a file cannot be read, has values that the codes do not explain, or another size than the picture.
+    see :func:`_onto`. ``used`` gets how each file is coded, see :func:`coding_problem`. A ValueError if a file cannot
+    be read, has values that the codes do not explain, or another size than the picture.
     """
     of_image, result = None if image is None else pictures.picture_frame(image), np.empty(0)
     for file in files:

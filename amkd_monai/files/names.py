@@ -3,11 +3,13 @@
 import csv
 import gzip
 import io
+import json
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from amkd_monai.terminal import logger
 
@@ -83,15 +85,21 @@ def warn_of_deeper(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES, kno
         logger.warning("%d file(s) in folders below %s are left out: %s.", len(deeper), folder, some(deeper))
 
 
-def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> dict[str, Path]:
-    """Map id, with the suffix where two have one name, to file: images without masks, overlays and predictions."""
-    if files := image_files(folder, suffixes):
-        warn_of_deeper(folder, suffixes)
+def originals(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> list[Path]:
+    """List the images of a folder as :func:`image_files` does, without masks, overlays and predictions of others."""
+    files = image_files(folder, suffixes)
     stems = {file_id(file) for file in files}
     derived = [_DERIVED.fullmatch(file_id(file)) for file in files]
     kept = [f for f, m in zip(files, derived, strict=True) if not m or not (m["image"] in stems or is_prediction(f))]
     if len(kept) < len(files):
         logger.info("%d file(s) in %s are masks or predictions and are left out.", len(files) - len(kept), folder)
+    return kept
+
+
+def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> dict[str, Path]:
+    """Map id, with the suffix where two have one name, to file, of the :func:`originals` of a folder."""
+    if kept := originals(folder, suffixes):
+        warn_of_deeper(folder, suffixes)
     ids = Counter(map(file_id, kept))
     result: dict[str, Path] = {}
     for file in sorted(kept, key=lambda file: ids[file_id(file)]):
@@ -139,6 +147,14 @@ def read_text(path: Path) -> str:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is neither UTF-8 nor UTF-16: save it as UTF-8.") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, as :func:`read_text` does; another content is a ValueError."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): correct it.") from error
 
 
 def table_rows(path: Path, columns: Sequence[str] = ()) -> tuple[list[str], list[dict[str, str]]]:

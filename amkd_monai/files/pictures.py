@@ -90,10 +90,7 @@ def eight_bits(levels: np.ndarray) -> np.ndarray:
     """Scale grey levels (H, W) of 16 or 32 bits or floating point to 0 to 255, uint8.
 
     Floating point up to 1 is a share of white. Otherwise white is the smallest of ``FULL_SCALES`` that is not below the
-    brightest level.
-
-    Raises:
-        ValueError: levels that are negative, not finite or above 65535.
+    brightest level. Levels that are negative, not finite or above 65535 are a ValueError.
     """
     if not np.isfinite(levels).all() or levels.min() < 0:
         raise ValueError("it holds levels that are negative or not finite")
@@ -144,8 +141,7 @@ def read_picture(path: str | Path) -> np.ndarray:
 def read_channels(files: Sequence[str | Path]) -> np.ndarray:
     """Read one picture as RGB, or several grey pictures of one size as channels: (H, W, C), uint8.
 
-    Raises:
-        ValueError: a file that cannot be read, in colour among several, or of another size.
+    A file that cannot be read, in colour among several, or of another size is a ValueError.
     """
     first, *others = map(read_picture, files)
     if not others:

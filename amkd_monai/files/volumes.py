@@ -103,10 +103,8 @@ def volume_grid(file: str | Path, several: bool = False) -> Grid:
 def read_volume(file: str | Path, several: bool = False) -> tuple[np.ndarray, Grid]:
     """Read a NIfTI volume, float32, in the order of its file, and its grid, see :func:`volume_grid`.
 
-    The volume is (X, Y, Z), or (C, X, Y, Z) if it may hold ``several`` channels.
-
-    Raises:
-        ValueError: the file or its grid cannot be used, or a value is not finite.
+    The volume is (X, Y, Z), or (C, X, Y, Z) if it may hold ``several`` channels. A ValueError if the file or its grid
+    cannot be used, or a value is not finite.
     """
     array, grid = _nifti(Path(file), True, np.float32, several)
     if not is_finite(array):
@@ -209,9 +207,7 @@ def read_label_volume(
     """Read a label volume as class indices (X, Y, Z), uint8, 255 where there is no label, and their grid.
 
     The label gets the array order of its ``image``; see :func:`amkd_monai.files.masks.read_mask`, for errors, too.
-
-    Raises:
-        ValueError: values that are no classes, or another grid than the image.
+    Values that are no classes, or another grid than the image, are a ValueError.
     """
     array, grid = _nifti(Path(file), True)
     if image is not None:

@@ -50,32 +50,30 @@ class Teacher(nn.Module):
     come) and ``grid_limit`` (feature maps are area-pooled down to at most this many cells a side). Wrong options are a
     ``ValueError``, weights that are missing or do not fit a ``CheckpointError``.
 
-    Args:
-        name: unique name of the teacher in a run.
-        licence: licence of its weights; students may inherit limits from it.
-        precision: ``float32``, or ``bfloat16`` for autocast of the network (inputs and outputs stay float32).
-
-    Attributes:
-        is_random: its weights are random, so the run is a test.
-        weights_file: name and SHA-256 of the file its weights came from, or None.
-        read_from: paths of such files.
-        uses_labels: its forward takes the label (B, 1, H, W) as a second argument.
-        settings: names of the attributes, besides the weights, on which its outputs depend.
+    ``name`` is unique in a run; students may inherit limits from the ``licence`` of the weights. ``precision`` is
+    ``float32``, or ``bfloat16`` for autocast of the network (inputs and outputs stay float32).
     """
 
-    uses_labels = False
-    settings: tuple[str, ...] = ()
+    uses_labels = False  # whether its forward takes the label (B, 1, H, W) as a second argument
+    settings: tuple[str, ...] = ()  # names of the attributes, besides the weights, on which its outputs depend
     image_size: int | tuple[int, int] | None = None
     interpolation = "bilinear"
 
     def __init__(self, name: str, licence: str = "unknown", precision: str = "float32") -> None:
         super().__init__()
-        if precision not in ("float32", "bfloat16"):
-            raise ValueError(f"The teacher '{name}' has the precision '{precision}': use float32 or bfloat16.")
-        self.name, self.licence, self.precision = name, licence, precision
-        self.is_random = False
-        self.weights_file: dict[str, str] | None = None
-        self.read_from: list[Path] = []
+        self.name, self.licence = name, licence
+        self.precision = self.one_of("precision", precision, ("float32", "bfloat16"))
+        self.is_random = False  # random weights make the run a test
+        self.weights_file: dict[str, str] | None = None  # name and SHA-256 of the file its weights came from
+        self.read_from: list[Path] = []  # paths of such files
+
+    def one_of(self, option: str, value: Any, known: Sequence[Any]) -> Any:
+        """Return the value of an option; any other than the known ones is a ValueError."""
+        if value not in known:
+            raise ValueError(
+                f"The teacher '{self.name}' has {option} {value}: use one of {', '.join(map(str, known))}."
+            )
+        return value
 
     def came_from(self, path: str | Path) -> None:
         """Remember the file of the weights for the run record; a network on the meta device holds none of them."""
@@ -94,12 +92,10 @@ class Teacher(nn.Module):
         sides = [image_size] if isinstance(image_size, int) else list(image_size or [1])
         if len(sides) > 2 or not all(isinstance(side, int) and side > 0 for side in sides):
             raise ValueError(f"The teacher '{self.name}' has image_size {image_size}: use a side or [height, width].")
-        if interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(f"The teacher '{self.name}' has interpolation '{interpolation}': use bilinear or bicubic.")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"The teacher '{self.name}' has mean {mean}, std {std}: give three numbers each, std > 0.")
         self.image_size = image_size if image_size is None or isinstance(image_size, int) else (sides[0], sides[-1])
-        self.interpolation = interpolation
+        self.interpolation = self.one_of("interpolation", interpolation, ("bilinear", "bicubic"))
         for key, values in (("mean", mean), ("std", std)):
             self.register_buffer(key, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
 
@@ -201,11 +197,7 @@ VOLUME_OPTIONS = ("network", "folds", "slices", "steps", "learning_rate")
 
 
 def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
-    """Check names and kinds before anything is built.
-
-    Raises:
-        ValueError: a name or kind is missing, unknown or given twice.
-    """
+    """Check names and kinds before anything is built; one that is missing, unknown or given twice is a ValueError."""
     if not (isinstance(descriptions, (list, tuple)) and all(isinstance(d, Mapping) for d in descriptions)):
         raise ValueError(f"teachers is {descriptions!r}: give a word or a list of descriptions, see docs/teachers.md.")
     seen: set[str] = set()
@@ -234,13 +226,9 @@ def bound(
 ) -> tuple[type[Teacher] | None, dict[str, Any]]:
     """Return the class of a teacher and its arguments; None and its options for a cross-fitted one.
 
-    Args:
-        description: ``name``, ``kind`` and the options of the kind; the preparation reads ``own_answers``
-            and ``cross_fit``.
-        weights_dir: folder searched first where the kind has official weights and the description names none.
-
-    Raises:
-        ValueError: an option is unknown or missing.
+    A description has ``name``, ``kind`` and the options of the kind; the preparation reads ``own_answers`` and
+    ``cross_fit``. ``weights_dir`` is searched first where the kind has official weights and none are named. An option
+    that is unknown or missing is a ValueError.
     """
     validate_descriptions([description])
     name, kind = description["name"], description["kind"]
@@ -264,9 +252,7 @@ def bound(
 def build_teacher(description: Mapping[str, Any], weights_dir: str | None = None) -> Teacher:
     """Build one frozen teacher from its description, as :func:`bound` reads it.
 
-    Raises:
-        ValueError: options that do not fit, or a teacher that only a run can make.
-        CheckpointError: weights that are missing or do not fit.
+    A ValueError if only a run can make it, a CheckpointError if its weights are missing or do not fit.
     """
     chosen, options = bound(description, weights_dir)
     if chosen is None:

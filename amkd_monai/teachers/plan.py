@@ -46,17 +46,10 @@ def choose(
 ) -> tuple[list[Description], list[str]]:
     """Return the descriptions of a run's teachers, and lines that announce those that were chosen here.
 
-    Args:
-        teachers: ``auto`` (the foundation teachers whose files are found, else ``fallback``), ``foundation`` (all
-            four), ``none``, or names joined by ``+``, of foundation teachers, of :data:`CREWS` or of ``fallback``; or
-            a list of such words and of descriptions.
-        task: what is to be taught.
-        weights_dir: folder searched first for weight files.
-        fallback: descriptions of the teachers where no foundation teacher is found.
-
-    Raises:
-        ValueError: an unknown word or description.
-        CheckpointError: weight files that are requested are missing.
+    ``teachers`` is ``auto`` (the foundation teachers whose files are found, else ``fallback``), ``foundation`` (all
+    four), ``none``, or names joined by ``+``, of foundation teachers, of :data:`CREWS` or of ``fallback``; or a list of
+    such words and of descriptions. ``weights_dir`` is searched first for weight files. An unknown word or description
+    is a ValueError, a missing weight file that is requested a CheckpointError.
     """
     described: list[Description] = []
     lines: list[str] = []
@@ -330,10 +323,7 @@ def check(
 
     ``classes`` are the task's, ``single`` is its number of answers about a whole image
     (:attr:`~amkd_monai.data.datasets.Task.per_image`), ``device`` where teachers will run; others as of :func:`plan`.
-
-    Raises:
-        ValueError: options or answers that do not fit the task.
-        CheckpointError: a weight file that does not fit.
+    Options or answers that do not fit the task are a ValueError, a weight file that does not fit is a CheckpointError.
     """
     plans = []
     for description in descriptions:

@@ -57,13 +57,10 @@ class RETFoundTeacher(OfficialTeacher):
         licence: str = "CC BY-NC 4.0",
     ) -> None:
         super().__init__(name, licence, precision)
-        if variant not in VARIANTS or framing not in ("crop", "squash") or fc_norm_applications not in (1, 2):
-            given = f"variant '{variant}', framing '{framing}', fc_norm_applications {fc_norm_applications}"
-            known = f"a variant of {', '.join(VARIANTS)}, framing crop or squash, and 1 or 2"
-            raise ValueError(f"The teacher '{name}' has {given}: use {known}.")
-        self.variant, self.is_dino = variant, variant.startswith("dinov2")
-        self.image_size, self.framing, self.grid_limit = image_size, framing, grid_limit
-        self.fc_norm_applications = fc_norm_applications
+        self.variant, self.is_dino = self.one_of("variant", variant, VARIANTS), variant.startswith("dinov2")
+        self.image_size, self.grid_limit = image_size, grid_limit
+        self.framing = self.one_of("framing", framing, ("crop", "squash"))
+        self.fc_norm_applications = self.one_of("fc_norm_applications", fc_norm_applications, (1, 2))
         self.resize, side = f"Pillow bicubic, {framing}", self.patches(14 if self.is_dino else 16)
         official = read_official(f"retfound_{variant}", weights)
         words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", official.path.name if official.path else "")

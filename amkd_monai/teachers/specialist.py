@@ -15,8 +15,7 @@ from amkd_monai.weights import DAMAGE_ERRORS, CheckpointError, file_sha256
 def load_network_file(path: str | Path) -> nn.Module:
     """Load a network from a ``.ts`` (TorchScript) or ``.pt2`` (torch.export) file; neither holds Python code.
 
-    Raises:
-        CheckpointError: there is no such file, or it is damaged.
+    A CheckpointError if it is not there or damaged.
     """
     path = Path(path)
     if not is_file(path):
@@ -59,11 +58,9 @@ class SpecialistTeacher(Teacher):
         answers: str = "masks",
     ) -> None:
         super().__init__(name, licence)
-        if answers not in ("masks", "classes"):
-            raise ValueError(f"The specialist '{name}' answers '{answers}': use 'masks' or 'classes'.")
         self.network, self.file_hash = load_network_file(path), file_sha256(path)
         self.came_from(path)
-        self.answers, self.grid_limit = answers, grid_limit
+        self.answers, self.grid_limit = self.one_of("answers", answers, ("masks", "classes")), grid_limit
         self.set_input(image_size, mean, std)
         self.requires_grad_(False)
         if not str(path).endswith(".pt2"):  # an exported program has its mode fixed
@@ -84,8 +81,7 @@ class SpecialistTeacher(Teacher):
     def forward(self, image: Tensor) -> TeacherFeatures:
         """Return logits (B, classes, h, w), h = w = 1 for classes of images, and the feature map if there is one.
 
-        Raises:
-            ValueError: the network gives other shapes.
+        Other shapes of the network are a ValueError.
         """
         output = self.network(self.prepare(image))
         logits, grid = output if isinstance(output, (tuple, list)) else (output, None)

@@ -1,7 +1,6 @@
 """Image encoders of Hugging Face's transformers (``AutoModel``) as teachers of features."""
 
 import inspect
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amkd_monai.storage import read_json
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid
 from amkd_monai.weights import CheckpointError, check_finite
 
@@ -49,10 +49,8 @@ class TransformersTeacher(Teacher):
             from transformers import AutoConfig, AutoModel
         except ImportError as error:
             raise ValueError(f"The teacher '{name}' needs transformers: run `pip install transformers`.") from error
-        if weights not in ("own", "random"):
-            raise ValueError(f"The teacher '{name}' has weights '{weights}': use own or random; `model` is the folder.")
         folder, lacks = local_folder(model, download), []
-        self.is_random, self.grid_limit = weights == "random", grid_limit
+        self.is_random, self.grid_limit = self.one_of("weights", weights, ("own", "random")) == "random", grid_limit
         try:
             if self.is_random or torch.get_default_device().type == "meta":  # there, shapes alone are wanted
                 self.network = AutoModel.from_config(AutoConfig.from_pretrained(folder))
@@ -73,7 +71,7 @@ class TransformersTeacher(Teacher):
             self.came_from(min([*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]))
             self.read_from += folder.absolute().glob("*.json")
         self.config = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
-        stated = _read_json(folder / "preprocessor_config.json")
+        stated = read_json(folder / "preprocessor_config.json")
         size = stated.get("crop_size") or stated.get("size") or getattr(config, "image_size", None)
         if isinstance(size, dict):
             size = [size["height"], size["width"]] if "height" in size else size.get("shortest_edge")
@@ -121,8 +119,7 @@ class TransformersTeacher(Teacher):
 def local_folder(model: str | Path, download: bool) -> Path:
     """Return the folder of an encoder: itself, or its snapshot in the Hugging Face cache.
 
-    Raises:
-        CheckpointError: it is neither there nor in the cache.
+    A CheckpointError if it is neither there nor in the cache.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -134,11 +131,3 @@ def local_folder(model: str | Path, download: bool) -> Path:
     except (errors.HFValidationError, OSError) as error:
         remedy = "give the folder of `model`, or set `download` to true for a name on huggingface.co"
         raise CheckpointError(f"There is no folder {model}, nor a snapshot in the cache: {remedy}.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty where there is no file."""
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: get it again, or delete it and give `mean` and `std`.") from error

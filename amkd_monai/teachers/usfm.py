@@ -4,14 +4,13 @@ Jiao et al., USFM: A universal ultrasound foundation model generalized to tasks 
 Xiao et al., Unified Perceptual Parsing for Scene Understanding, ECCV 2018 (UPerNet; keys in mmsegmentation's layout).
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import resize_rel_pos_bias_table
+from timm.layers import ConvNormAct, resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from amkd_monai.teachers.base import TeacherFeatures, fixed_initialisation, pool_to_grid
@@ -81,7 +80,9 @@ class USFMTeacher(OfficialTeacher):
             if num_classes:
                 backbone.norm = nn.Identity()
                 channels = backbone.embed_dim
-                add_pyramid(backbone, channels)
+                up = [nn.ConvTranspose2d(channels, channels, 2, stride=2) for _ in range(3)]
+                backbone.fpn1 = nn.Sequential(up[0], nn.BatchNorm2d(channels), nn.GELU(), up[1])  # x4, below x2
+                backbone.fpn2 = nn.Sequential(up[2])
                 self.resize = "bilinear, squashed"  # its authors' segmentation code does not smooth
                 self.network["decode_head"] = UPerHead(channels, width or channels, num_classes)
         for key in tables:
@@ -120,25 +121,9 @@ def _side(official: OfficialWeights, key: str) -> int:
     return side
 
 
-def add_pyramid(backbone: nn.Module, channels: int) -> None:
-    """Give a transformer the up-sampling layers ``fpn1`` (x4) and ``fpn2`` (x2) of its two finest maps."""
-    backbone.fpn1 = nn.Sequential(
-        nn.ConvTranspose2d(channels, channels, 2, stride=2),
-        nn.BatchNorm2d(channels),
-        nn.GELU(),
-        nn.ConvTranspose2d(channels, channels, 2, stride=2),
-    )
-    backbone.fpn2 = nn.Sequential(nn.ConvTranspose2d(channels, channels, 2, stride=2))
-
-
 def pyramid(backbone: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
-    """Turn four maps (B, C, h, w) of a backbone with :func:`add_pyramid` into strides 4, 8, 16, 32 (patch 16)."""
+    """Turn four maps (B, C, h, w) of a backbone with ``fpn1`` and ``fpn2`` into strides 4, 8, 16, 32 (patch 16)."""
     return [backbone.fpn1(maps[0]), backbone.fpn2(maps[1]), maps[2], F.max_pool2d(maps[3], 2)]
-
-
-def _conv(in_channels: int, channels: int, kernel: int) -> nn.Sequential:
-    convolution = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(channels), relu=nn.ReLU()))
 
 
 def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -150,12 +135,12 @@ class UPerHead(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, num_classes: int) -> None:
         super().__init__()
-        scales = ((nn.AdaptiveAvgPool2d(size), _conv(in_channels, channels, 1)) for size in POOLED_SIZES)
+        scales = ((nn.AdaptiveAvgPool2d(size), ConvNormAct(in_channels, channels, 1)) for size in POOLED_SIZES)
         self.psp_modules = nn.ModuleList(nn.Sequential(*layers) for layers in scales)
-        self.bottleneck = _conv(in_channels + len(POOLED_SIZES) * channels, channels, 3)
-        self.lateral_convs = nn.ModuleList(_conv(in_channels, channels, 1) for _ in range(3))
-        self.fpn_convs = nn.ModuleList(_conv(channels, channels, 3) for _ in range(3))
-        self.fpn_bottleneck = _conv(4 * channels, channels, 3)
+        self.bottleneck = ConvNormAct(in_channels + len(POOLED_SIZES) * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList(ConvNormAct(in_channels, channels, 1) for _ in range(3))
+        self.fpn_convs = nn.ModuleList(ConvNormAct(channels, channels, 3) for _ in range(3))
+        self.fpn_bottleneck = ConvNormAct(4 * channels, channels, 3)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:

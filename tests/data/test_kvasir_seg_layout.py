@@ -155,7 +155,7 @@ def test_one_file_list_alone_is_an_error(root):
     ("train", "test", "message"),
     [
         ("phantom_000\nunknown", "phantom_001", "ids without an image: unknown"),
-        ("phantom_000", "phantom_000", "phantom_000.* in both"),
+        ("phantom_000", "phantom_000", r"val\.txt .*train\.txt.*phantom_000"),
         ("phantom_000", "\n", r"val\.txt is empty"),
     ],
 )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import shared_data
 
+from amkd_monai.data import datalist
 from amkd_monai.data.datasets import get_task
 from amkd_monai.data.splits import SplitOptions
 
@@ -114,7 +115,7 @@ def test_a_dataset_json_without_pairs_is_an_error(root, training):
 def test_labels_of_another_task_are_announced(root, caplog):
     edit_json(root, labels={"0": "background", "1": "spleen"})
     with caplog.at_level(logging.WARNING, "amkd_monai"):
-        assert len(find_items(root)) == 4
+        assert len(datalist.find_items("msd_heart", root)) == 4
     assert "spleen" in caplog.text and "left atrium" in caplog.text
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from amkd_monai.data.splits import (
     few_labels,
     fold_of_groups,
-    group_identical_images,
+    identical,
+    joined,
     k_fold,
     random_split,
     split_hash,
@@ -196,7 +197,7 @@ def test_byte_identical_images_share_a_group(tmp_path):
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         items.append({"image": str(tmp_path / name), "id": name, "group": name})
-    grouped = group_identical_images(items)
+    grouped = joined(items, identical(items))
     assert {item["id"]: item["group"] for item in grouped} == {"a": "a+c", "b": "b", "c": "a+c", "d": "d"}
     assert items[0]["group"] == "c"  # the input is left as it was
 

@@ -1,11 +1,10 @@
 """The layout of described data: folders of images and masks, datalists, nnU-Net's folders, class folders, tables."""
 
 import itertools
-import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 
 from amkd_monai.data import splits
 from amkd_monai.data.splits import DEFAULT_SPLIT, Item, Sections, SplitOptions
-from amkd_monai.files.cases import case_grid, is_volume, series_folders
+from amkd_monai.files.cases import case_grid, is_volume, series_folders, to_predict
 from amkd_monai.files.masks import other_size
 from amkd_monai.files.names import (
     PICTURE_SUFFIXES,
@@ -25,9 +24,10 @@ from amkd_monai.files.names import (
     files_of,
     has_suffix,
     image_files,
-    images_to_predict,
     label_files,
     natural,
+    originals,
+    read_json,
     read_text,
     some,
     table_rows,
@@ -69,9 +69,6 @@ NO_LABEL = ("", "nan", "null", "n/a")
 BINARY = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
 """Cells that say whether something is there."""
 
-Table = tuple[dict[str, str], Path, Path | None]
-"""Section, table, and the folder of its images where it has one."""
-
 
 @dataclass(frozen=True)
 class Described:
@@ -80,58 +77,40 @@ class Described:
     A folder without the layout, or that contradicts itself, is a FileNotFoundError or ValueError. Images that cannot be
     used (without a mask, listed but gone, of another size or number of dimensions, without all channels, of a repeated
     name) are items with a "problem", so that all of them are named at once.
-
-    Attributes:
-        title, expected: name of the data set and the layout in words, for messages.
-        predict_in: folders that may hold the images to predict; the data set's own folder is looked at last.
-        volumes: images are NIfTI volumes or folders of DICOM slices, not pictures.
-        validation_fraction: part of the items outside the test fold that validates, where a data set without sections
-            of its own is cross-validated; None: it is split at random.
-        classes: names by label value; class folders and tables may use names or values.
-        kind: of the task, see :class:`~amkd_monai.data.datasets.Task`.
-        form: one of `READERS`.
-        folders: the two folders of "pairs", images and masks, the first two that are there; () for the usual names.
-        strata: all of ``folders`` are read, in each of which an item's "class" is the name of its folder of images.
-        official: by section, the folder of images and that of masks, or the table; each may be several names, of which
-            one is there. They go before anything else; a section without masks is left out.
-        beside: endings of files that lie among images and are none.
-        pattern: what a picture's name matches in "pairs"; other files are announced and left out.
-        file_lists: files of ids, training and test, which fix the sections if they are there.
-        duplicate_distance: bits in which the perceptual hashes of one group differ at most, see
-            :func:`~amkd_monai.data.splits.group_near_duplicates`; None: a group has byte-identical images only.
-        mask_ending: what the names of masks end with before the suffix, such as ``_mask``.
-        file: the datalist or the table.
-        columns: names of the table's columns by "image", "label", "group", "section"; several of "label" hold 1 for the
-            class of their place, from 1 on, and 0 otherwise; of findings one each, with 1 and 0.
-        aliases: further names of classes.
-        channels: files that make an image, in the order in which nnU-Net numbers or a datalist lists them.
-        groups: regular expression of which the first group, in an image's id, is the item's group.
     """
 
-    title: str = "described"
-    classes: Sequence[str] = ()
-    kind: str = "segmentation"
-    volumes: bool = False
-    form: str = ""
+    title: str = ""  # name of the data set, for messages
+    classes: Sequence[str] = ()  # names by label value; class folders and tables may use names or values
+    kind: str = "segmentation"  # of the task, see :class:`~amkd_monai.data.datasets.Task`
+    volumes: bool = False  # images are NIfTI volumes or folders of DICOM slices, not pictures
+    form: str = ""  # one of `READERS`
+    # of "pairs": images and masks, of several the first two that are there; () for the usual names
     folders: Sequence[Sequence[str]] = ()
-    strata: bool = False
+    normals: str = ""  # which of `folders` holds images without a lesion, which can be left out
+    strata: bool = False  # all of `folders` are read; an item's "class" is the name of its folder of images
+    # by section, the folder of images and that of masks, or the table; each may be several names, of which one is
+    # there. They go before anything else; a section without masks is left out.
     official: Mapping[str, Sequence[str | Sequence[str]]] = field(default_factory=dict)
-    beside: Sequence[str] = ()
-    pattern: str = ".+"
-    file_lists: Sequence[str] = ()
+    file_lists: Sequence[str] = ()  # files of ids, training and test, which fix the sections if they are there
+    # bits in which the perceptual hashes of one group differ at most, see
+    # :func:`~amkd_monai.data.splits.group_near_duplicates`; None: a group has byte-identical images only
     duplicate_distance: int | None = None
-    mask_ending: str = ""
-    file: str = ""
+    mask_ending: str = ""  # what the names of masks end with before the suffix, such as ``_mask``
+    file: str = ""  # the datalist or the table
+    # names of the table's columns by "image", "label", "group", "section"; several of "label" hold 1 for the class of
+    # their place, from 1 on, and 0 otherwise; of findings one each, with 1 and 0
     columns: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    groups: str = ""
-    channels: int = 1
+    aliases: Mapping[str, str] = field(default_factory=dict)  # further names of classes
+    groups: str = ""  # regular expression of which the first group, in an image's id, is the item's group
+    channels: int = 1  # files that make an image, in the order in which nnU-Net numbers or a datalist lists them
+    # part of the items outside the test fold that validates, where a data set without sections of its own is
+    # cross-validated; None: it is split at random
     validation_fraction: float | None = None
-    expected: str = (
+    expected: str = (  # the layout in words, for messages
         "images/ and masks/ (or labels/), a JSON datalist, nnU-Net's imagesTr/, labelsTr/ and dataset.json, a folder "
         "per class, or a table (CSV)"
     )
-    predict_in: Sequence[str] = ("imagesTs", *IMAGES)
+    predict_in: Sequence[str] = ("imagesTs", *IMAGES)  # may hold the images to predict; the root is looked at last
 
     @property
     def masks(self) -> bool:
@@ -144,11 +123,10 @@ class Described:
             return
         fix = f"expected {self.expected}"
         for table in sorted(root.glob("*.[ct]sv")) if root.is_dir() and not self.official else ():
-            for what in ("image", "label"):
-                if what not in self.columns_of(table):
-                    usual = ", ".join(self.columns.get(what) or COLUMNS[what])
-                    usual += f" or all of {', '.join(self.classes)}" if what == "label" and not self.masks else ""
-                    fix += f"; {table.name} has no column of the {what} ({usual})"
+            for what in sorted({"image", "label"} - self.columns_of(table).keys()):
+                usual = ", ".join(self.columns.get(what) or COLUMNS[what])
+                usual += f" or all of {', '.join(self.classes)}" if what == "label" and not self.masks else ""
+                fix += f"; {table.name} has no column of the {what} ({usual})"
         if root.is_dir() and (below := [child for child in sorted(root.iterdir()) if self.form_of(child)]):
             fix += f"; you are one level too high, use {below[0]}"
         elif (above := self.form_of(root.parent)) and (above != "classes" or image_files(root)):
@@ -176,16 +154,16 @@ class Described:
         folders: Sequence[str] | None = None,
         mask_ending: str = "",
         duplicate_distance: int | None = None,
+        normals: bool = True,
     ) -> list[Item]:
         """List all labelled images in natural order; of pictures only headers are read.
 
-        Args:
-            root: the folder of the data set.
-            cache_dir: keeps perceptual hashes.
-            folders: the folder of images and that of masks, relative to ``root``; they may be one folder.
-            mask_ending: replaces the attribute.
-            duplicate_distance: replaces the attribute; of pictures only.
+        ``folders``, that of images and that of masks, relative to ``root``, may be one folder. ``mask_ending`` and
+        ``duplicate_distance`` (of pictures only) replace the attributes. ``normals`` says whether images without a
+        lesion are listed, where they lie in a folder of their own. ``cache_dir`` keeps perceptual hashes.
         """
+        if not normals:
+            self = replace(self, folders=[pair for pair in self.folders if pair[0] != self.normals])
         if folders is not None:
             if isinstance(folders, str) or len(folders) != 2:
                 raise ValueError(f"folders must name two folders, images and masks, not {folders}.")
@@ -196,9 +174,6 @@ class Described:
         distance = self.duplicate_distance if duplicate_distance is None else duplicate_distance
         self.check(root)
         items = [self._completed(item) for item in _named(READERS[self.form_of(root)](self, root), root)]
-        named = [name.lower() for name in names_of_values(root)[0].values()]
-        if self.masks and named and named != [name.lower() for name in self.classes]:
-            logger.warning("dataset.json in %s names the classes %s, the task %s.", root, named, list(self.classes))
         if not items:
             raise FileNotFoundError(f"No images in {root}: expected {self.expected}.")
         if not self.groups:
@@ -212,7 +187,8 @@ class Described:
             what = f"Each class in {root} is of one DICOM patient or study, as folders of series are"
             raise ValueError(f"{what}: give each class images of several patients.")
         if distance is None:
-            grouped = splits.group_identical_images(usable)
+            usable = sorted(usable, key=lambda item: item["id"])
+            grouped = splits.joined(usable, splits.identical(usable))
         elif self.volumes:
             raise ValueError("duplicate_distance compares pictures, not volumes: leave it out.")
         else:
@@ -225,20 +201,21 @@ class Described:
     def inference_items(self, root: Path) -> list[Item]:
         """List the images to predict: unlabelled ones of a datalist, those of the usual folders, tables and classes."""
         if file := self.datalist_of(root):
-            unlabelled = [_resolved(entry["image"], file.parent) for _, entry in _entries(file) if "label" not in entry]
+            further = [entry["image"] for _, entry in _entries(file) if "label" not in entry and entry["image"]]
+            unlabelled = [_resolved(image, file.parent) for image in further]
             items = [{"image": i, "id": _stem(i)} for i in unlabelled if all(Path(f).exists() for f in files_of(i))]
             if items:
-                return sorted(map(self._of_channels, _named(items, root)), key=lambda item: natural(item["id"]))
+                return sorted(map(self._to_predict, _named(items, root)), key=lambda item: natural(item["id"]))
         for place in ("imagesTs", "."):
             found = channel_files(root / place) if place != "." or self.channels > 1 else {}
             items = [{"image": [found[c][n] for n in sorted(found[c])], "id": c} for c in sorted(found, key=natural)]
             if items:
-                return list(map(self._of_channels, items))
+                return list(map(self._to_predict, items))
         if self.strata and (folders := [root / images for images, _ in self.folders if (root / images).is_dir()]):
             return [item for folder in folders for item in listed_images(folder, self.predict_in, self.volumes)]
         if self.form_of(root) in ("classes", "table") and not self.official:
             return [{"image": i["image"], "id": i["id"]} for i in self.find_items(root) if "problem" not in i]
-        return [self._of_channels(item) for item in listed_images(root, self.predict_in, self.volumes)]
+        return [self._to_predict(item) for item in listed_images(root, self.predict_in, self.volumes)]
 
     def split(self, root: Path, items: list[Item], how: SplitOptions = DEFAULT_SPLIT) -> Sections:
         """Keep the sections or folds that the data name; without a test section, it is drawn from the training one."""
@@ -267,20 +244,42 @@ class Described:
         if named and "train" not in named and how.folds is None:
             where = f"{len(folds)} fold(s)" if folds else f"the section(s) {', '.join(sorted(map(str, named)))}"
             raise ValueError(f"The data in {root} have {where}, which leave none for training: add such images.")
-        how = replace(how, fold=0) if folds else how
-        return divided(root, [splits.without(item, "fold") for item in items], how, self.validation_fraction)
+        items, how = [splits.without(item, "fold") for item in items], replace(how, fold=0) if folds else how
+        is_official = how.folds is None and {"train", "test"} <= named
+        number = None if is_official else how.folds or (FOLDS if self.validation_fraction else None)
+        if number is None and how.fold:
+            raise ValueError(f"fold is {how.fold}, but {root} is not split into folds: give `folds`, too.")
+        if is_official:
+            train, validation, test = _official_sections(items)
+            if not validation:
+                share = how.fractions[0] / sum(how.fractions[:2])
+                train, validation, _ = splits.random_split(train, (share, 1 - share, 0), how.seed)
+            return train, validation, test
+        items = [splits.without(item, "section") for item in items]
+        if number is None:
+            logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
+            return splits.random_split(items, how.fractions, how.seed)
+        logger.info("The test section of %s is fold %d of %d.", root, how.fold, number)
+        share = self.validation_fraction or how.fractions[1] / (sum(how.fractions[:2]) or 1)
+        return splits.k_fold(items, number, how.fold, share, how.seed)
 
     def _listed(self, root: Path, items: list[Item]) -> list[Item]:
-        """The items that the file lists name, with their sections."""
-        files, known = [root / name for name in self.file_lists], {item["id"]: item for item in items}
-        if absent := [file for file in files if not file.is_file()]:
-            raise FileNotFoundError(f"File list {absent[0]} is missing: give both {files[0]} and {files[1]}, or none.")
-        train, test = (_read_ids(file, known) for file in files)
-        if both := train & test:
-            raise ValueError(f"{some(both)} appear in both {files[0]} and {files[1]}: keep each id in one list.")
-        if unlisted := known.keys() - train - test:
+        """The items that the file lists name, one id a line, with their sections."""
+        files, known = [root / name for name in self.file_lists], {item["id"] for item in items}
+        sections = dict[str, str]()
+        for section, file in zip(("train", "test"), files, strict=True):
+            if not file.is_file():
+                raise FileNotFoundError(f"File list {file} is missing: give both {files[0]} and {files[1]}, or none.")
+            ids = {without_suffix(line.strip()) for line in read_text(file).splitlines() if line.strip()}
+            if wrong := ids - known or ids & sections.keys():
+                what = f"names ids of {files[0].name}, too" if wrong <= known else "names ids without an image"
+                raise ValueError(f"File list {file} {what}: {some(wrong)}. Correct it.")
+            if not ids:
+                raise ValueError(f"File list {file} is empty: write one id a line, or remove both lists.")
+            sections |= dict.fromkeys(ids, section)
+        if unlisted := known - sections.keys():
             logger.warning("Left out, in neither file list in %s: %s.", root, some(unlisted))
-        return [{**known[i], "section": s} for s, ids in (("train", train), ("test", test)) for i in ids]
+        return [{**item, "section": sections[item["id"]]} for item in items if item["id"] in sections]
 
     def pairs_in(self, root: Path) -> list[tuple[dict[str, str], Path, Path]]:
         """Return section and folders of images and of masks in a folder, in those of sections where they are there."""
@@ -304,41 +303,20 @@ class Described:
             return None
         if self.file:
             return root / self.file if (root / self.file).is_file() else None
-        return next((file for file in sorted(root.glob("*.json")) if _entries(file, needed=False)), None)
+        files = sorted(root.glob("*.json"))
+        return next((file for file in files if any("label" in entry for _, entry in _entries(file))), None)
 
-    def tables_in(self, root: Path, say: bool = False) -> list[Table]:
-        """Return section, table and folder of images of each official table, else the one table without a folder.
+    def tables_in(self, root: Path) -> list[tuple[dict[str, str], Path | None, Path | None]]:
+        """Return section, table and folder of images of each official section of which one is there.
 
-        That is the file named, else the first with a column of images and one of labels. An official table without the
-        columns of labels is left out, unless it is that of the training section, and announced if that is to be said.
-
-        Raises:
-            FileNotFoundError: an official table without its folder, or a folder without its table.
-            ValueError: the table of the training section lacks a column.
+        Without an official table that is the file named, else the first with a column of images and one of labels.
         """
-        found = {s: (_there(root, table), _there(root, images)) for s, (images, table) in self.official.items()}
-        if not any(table for table, _ in found.values()):
-            named = [root / self.file] if self.file else sorted(root.glob("*.[ct]sv"))
-            fits = (file for file in named if file.is_file() and {"image", "label"} <= self.columns_of(file).keys())
-            return [] if self.official else [({}, file, None) for file in itertools.islice(fits, 1)]
-        result: list[Table] = []
-        for section, (table, folder) in found.items():
-            if table and (lost := {"image", "label"} - self.columns_of(table).keys()):
-                header = table_rows(table)[0]
-                known = {name.lower() for name in header}
-                wanted = (str(n) for what in sorted(lost) for n in np.ravel(self.columns.get(what, what)))
-                names = ", ".join(name for name in wanted if name.lower() not in known)
-                fault = f"{table} needs the column(s) {names}: it has {', '.join(header) or 'none'}."
-                if section == "train":
-                    raise ValueError(fault)
-                if say:
-                    logger.warning("%s Its images are left out.", fault)
-            elif table and folder:
-                result.append(({"section": section}, table, folder))
-            elif table or folder:
-                missing = root / np.ravel(self.official[section][1 if folder else 0])[0]
-                raise FileNotFoundError(f"{missing} is missing: add it, or remove the rest of that section.")
-        return result
+        official = [({"section": s}, _there(root, table), _there(root, i)) for s, (i, table) in self.official.items()]
+        if any(table for _, table, _ in official):
+            return [found for found in official if any(found[1:])]
+        named = [root / self.file] if self.file else sorted(root.glob("*.[ct]sv"))
+        fits = (file for file in named if file.is_file() and {"image", "label"} <= self.columns_of(file).keys())
+        return [] if self.official else [({}, file, None) for file in itertools.islice(fits, 1)]
 
     def columns_of(self, table: Path) -> dict[str, str | Sequence[str]]:
         """Return the columns of a table that are there by what they hold: those named, else those of usual names."""
@@ -368,19 +346,21 @@ class Described:
             return self.classes[label]
         return "|".join(name for number, name in enumerate(self.classes) if label >> number & 1) or NO_FINDING
 
-    def findings_of(self, label: object) -> int | None:
-        """Return the number whose bits are the findings of a label, names joined by "|" or "none"; None for others."""
+    def label_of(self, label: object) -> int | None:
+        """Return the class of a label, or the number whose bits are the findings, names joined by "|" or "none"."""
+        if self.kind != "multilabel":
+            return self.class_of(label)
         if named(str(label)) in NO_FINDINGS:
             return 0
         numbers = [self.class_of(part) for part in str(label).split("|")]
         return None if None in numbers else sum({1 << number for number in numbers if number is not None})
 
-    def _of_channels(self, item: Item) -> Item:
+    def _to_predict(self, item: Item) -> Item:
         """Return an item to predict, of a volume with what is wrong; a picture of other channels is a ValueError."""
         files = files_of(item["image"])
         item = {**item, "image": files[0] if len(files) == 1 else files}
         if self.volumes:
-            return checked(item, True, self.channels)
+            return self._checked(item, files, [])
         if len(files) != self.channels:
             raise ValueError(f"{files[0]} is one of {len(files)} channels, not of {self.channels}: complete the case.")
         return item
@@ -393,27 +373,51 @@ class Described:
             if found is None or not found.groups():
                 return {"problem": f"The pattern {self.groups} finds no group in the name '{item['id']}'.", **item}
             item["group"] = found[1]
-        images = files_of(item["image"])
-        files = [*images, *(label_files(item) if self.masks else ())]
+        images, masks = files_of(item["image"]), label_files(item) if self.masks else []
+        files = [*images, *masks]
         known = [file for file in files if has_suffix(file, SUFFIXES) or Path(file).is_dir()]
+        gone = [file for file in files if not (Path.exists if file in images else Path.is_file)(Path(file))]
         if wrong := [file for file in known if is_volume(file) != self.volumes]:
             kinds = ("volume", 2) if is_volume(wrong[0]) else ("picture", 3)
             what = f"{wrong[0]} is a {kinds[0]}, but {self.title} has {kinds[1]} dimensions"
-            return {**item, "problem": f"{what}: take it out, or make a task of its own for such files."}
-        if "problem" not in item and not self.volumes and len(images) != self.channels:
+            item["problem"] = f"{what}: take it out, or make a task of its own for such files."
+        elif "problem" in item:
+            pass
+        elif not self.volumes and len(images) != self.channels:
             problem = f"{images[0]} is one of {len(images)} channel(s), {self.title} has {self.channels}"
-            return {**item, "problem": f"{problem}: give each case a file for each of `channels`, or take it out."}
-        if "problem" in item:
-            return item
-        if gone := [file for file in files if not (Path.exists if file in images else Path.is_file)(Path(file))]:
-            return {**item, "problem": f"{gone[0]} is not there: correct its path or remove its case."}
-        if not self.masks:
-            several = self.kind == "multilabel"
-            if (label := (self.findings_of if several else self.class_of)(item["label"])) is None:
-                names = f"{'some, joined by |, or none,' if several else 'one'} of {', '.join(self.classes)}"
-                return {**item, "problem": f"{images[0]} has the label {item['label']!r}: use {names}."}
-            item["label"] = label
-        return checked(item, self.volumes, self.channels)
+            item["problem"] = f"{problem}: give each case a file for each of `channels`, or take it out."
+        elif gone:
+            item["problem"] = f"{gone[0]} is not there: correct its path or remove its case."
+        elif self.masks or (label := self.label_of(item["label"])) is not None:
+            return self._checked(item if self.masks else {**item, "label": label}, images, masks)
+        else:
+            names = (
+                f"{'some, joined by |, or none,' if self.kind == 'multilabel' else 'one'} of {', '.join(self.classes)}"
+            )
+            item["problem"] = f"{images[0]} has the label {item['label']!r}: use {names}."
+        return item
+
+    def _checked(self, item: Item, images: Sequence[str], masks: Sequence[str]) -> Item:
+        """Return an item, with what is wrong with the headers of its files, if anything is, under "problem"."""
+        image, *others = images
+        try:
+            if self.volumes:
+                grid, count = case_grid(images)
+                if count != self.channels:
+                    raise ValueError(
+                        f"{image} gives {count} channel(s), not {self.channels}: give all, or take it out."
+                    )
+                for file in masks:
+                    check_grid(file, volume_grid(file), grid)
+                return item
+            (size, tag), *frames = map(picture_frame, (image, *others, *masks))
+            for file, (found, own) in zip((*others, *masks), frames, strict=True):
+                if found != size and not ((tag >= 5) != (own >= 5) and found == size[::-1]):
+                    same = f"{file} has another size than {image}: all channels of an image need one size."
+                    raise ValueError(other_size(file, found, size) if file in masks else same)
+        except ValueError as error:
+            return {**item, "problem": str(error)}
+        return item
 
 
 def _pairs(layout: Described, root: Path) -> Iterator[Item]:
@@ -422,10 +426,8 @@ def _pairs(layout: Described, root: Path) -> Iterator[Item]:
     Where masks have an ending, several of one image end in it and a number, such as ``_mask`` and ``_mask_1``.
     """
     for section, *folders in layout.pairs_in(root):
-        images, found = (image_files(folder, SUFFIXES) for folder in folders)
         warn_of_deeper(folders[0], SUFFIXES, series := series_folders(folders[0]))
-        images += series
-        images = [image for image in images if not file_id(image).endswith(tuple(layout.beside) or "/")]
+        images, found = [*originals(folders[0], SUFFIXES), *series], image_files(folders[1], SUFFIXES)
         ids, masks = {file_id(image) for image in images}, defaultdict[str, list[str]](list)
         given = [layout.mask_ending] if layout.mask_ending else ENDINGS
         ending = max(given, key=lambda end: sum(file_id(mask).removesuffix(end) in ids for mask in found))
@@ -435,9 +437,6 @@ def _pairs(layout: Described, root: Path) -> Iterator[Item]:
                 masks[match[1]].append(str(mask))
         if folders[0] == folders[1] and ending:
             images = [image for image in images if not of_mask.fullmatch(file_id(image))]
-        if others := [image.name for image in images if not re.fullmatch(layout.pattern, file_id(image))]:
-            logger.warning("Left out, no image has their names, in %s: %s.", folders[0], some(others))
-        images = [image for image in images if image.name not in others]
         for image in images:
             item, files = {"image": str(image), "id": file_id(image), **section}, masks.get(file_id(image), [])
             stems = [file_id(Path(file)) for file in files]
@@ -460,7 +459,11 @@ def _datalist(layout: Described, root: Path) -> Iterator[Item]:
         return
     entries = _entries(file)
     sections = {section for section, _ in entries}
+    if not any("label" in entry for _, entry in entries):
+        raise ValueError(f'{file} has no list "training" of "image" and "label": copy or write it again.')
     for section, entry in entries:
+        if entry["image"] is None:
+            raise ValueError(f'{file} has an entry without "image": {entry}. Complete it.')
         if "label" not in entry:
             if section == "train":
                 (image, *_), problem = files_of(entry["image"]), f"has no label in {file}: add it, or remove the entry."
@@ -515,24 +518,35 @@ def _classes(layout: Described, root: Path) -> Iterator[Item]:
 def _table(layout: Described, root: Path) -> Iterator[Item]:
     """The rows of tables; images lie beside them, in one of the usual folders or in that of the section.
 
-    Ids are written with their suffix or without. All images in the folder of a section stand in its table.
+    Ids are written with their suffix or without. All images in the folder of a section stand in its table. An official
+    table of another section than training that lacks a column, as of labels that are kept back, is left out.
     """
-    for section, table, folder in layout.tables_in(root, say=True):
-        if lost := layout.columns.keys() - layout.columns_of(table).keys():
-            raise ValueError(f"{table} lacks the column of each {', '.join(sorted(lost))}: correct `columns`.")
-        columns, named = layout.columns_of(table), set[str]()
-        places = [".", *IMAGES] if folder is None else [str(folder.relative_to(root))]
+    for section, table, folder in layout.tables_in(root):
+        columns = layout.columns_of(table) if table else {}
+        if table and (lost := sorted(({"image", "label"} | layout.columns.keys()) - columns.keys())):
+            header = table_rows(table)[0]
+            wanted = {str(name) for what in lost for name in np.ravel(layout.columns.get(what, what))}
+            names = some(wanted - {name for name in wanted if name.lower() in map(str.lower, header)})
+            fault = f"{table} needs the column(s) {names}: it has {', '.join(header) or 'none'}."
+            if section.get("section", "train") == "train":
+                raise ValueError(fault)
+            logger.warning("%s Its images are left out.", fault)
+            continue
+        if table is None or (section and folder is None):
+            missing = root / np.ravel(layout.official[section["section"]][1 if folder else 0])[0]
+            raise FileNotFoundError(f"{missing} is missing: add it, or remove the rest of that section.")
+        places, listed = [str(folder.relative_to(root))] if folder else [".", *IMAGES], set[str]()
         for row in table_rows(table)[1]:
             if not any(row.values()):
                 continue
             of = {what: row[name] for what, name in columns.items() if isinstance(name, str)}
             image = _found(root, of["image"], places)
             item = {"image": str(image), "id": _stem(of["image"]), "group": of.get("group"), **section}
-            named.add(image.name)
+            listed.add(image.name)
             label = of["label"] if "label" in of else _single(layout, [row[name] for name in columns["label"]])
             if label.lower() in NO_LABEL:
-                listed, rest = ", ".join(columns["label"]), "" if layout.kind == "multilabel" else " at most, else 0"
-                several = f"not {'1 for one' if rest else '0 or 1 for each'} of {listed}{rest}"
+                several = f"not 0 or 1 for each of {', '.join(columns['label'])}"
+                several += "" if layout.kind == "multilabel" else ", 1 for one at most, else 0"
                 cells = "no label" if "label" in of else several
                 yield {**item, "problem": f"{table} gives '{of['image']}' {cells}: complete or remove the line."}
                 continue
@@ -541,8 +555,8 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
                 found = _section(of["section"])
                 item |= {"section": found} if found else {"problem": f"{table} gives '{image}' no known section."}
             yield item
-        for file in [] if folder is None else image_files(folder):
-            if file.name not in named and not file_id(file).endswith(tuple(layout.beside) or "/"):
+        for file in originals(folder) if folder else ():
+            if file.name not in listed:
                 problem = f"{file} is an image that {table} does not name: remove it."
                 yield {"image": str(file), "id": file_id(file), **section, "problem": problem}
 
@@ -574,51 +588,30 @@ READERS: dict[str, Callable[[Described, Path], Iterator[Item]]] = {
 }
 
 
-def _read_ids(file: Path, known: Collection[str]) -> set[str]:
-    """Read one id a line; blank lines are skipped and an image suffix is dropped."""
-    ids = {without_suffix(line.strip()) for line in read_text(file).splitlines() if line.strip()}
-    if not ids:
-        raise ValueError(f"File list {file} is empty: write one id a line, or remove both lists.")
-    if unknown := ids - set(known):
-        raise ValueError(f"File list {file} names ids without an image: {some(unknown)}.")
-    return ids
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_text(file))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}): correct it.") from error
+def _object(file: Path) -> dict[str, Any]:
+    """A JSON object, empty without the file or of another content."""
+    content = read_json(file) if file.is_file() else {}
     return content if isinstance(content, dict) else {}
 
 
-def _entries(file: Path, needed: bool = True) -> list[tuple[str, dict[str, Any]]]:
-    """The entries of a datalist with their sections; plain paths have no label.
-
-    If they are needed, a list without any label and an entry without image are refused.
-    """
+def _entries(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The entries of a datalist with their sections; one without a path of an image has the image None."""
     found = []
-    for key, entries in _json(file).items():
+    for key, entries in _object(file).items():
         for entry in entries if isinstance(entries, list) and _section(key) else ():
-            entry = {"image": entry} if isinstance(entry, str) else entry
-            image = entry.get("image") if isinstance(entry, dict) else None
-            if needed and not files_of(image):
-                raise ValueError(f'{file} has an entry without "image" in its list "{key}": {entry}. Complete it.')
-            if files_of(image) and not _stem(image).startswith("."):  # archives hold copies by macOS
-                silent = str(entry.get("label", "")).lower() in NO_LABEL or entry.get("label") is None
-                entry = {k: v for k, v in entry.items() if k != "label" or not silent}
-                found.append((_section(key), {**entry, "image": _resolved(image, Path())}))
-    if labelled := any("label" in entry for _, entry in found):
-        return found
-    if needed:
-        raise ValueError(f'{file} has no list "training" of "image" and "label": copy or write it again.')
-    return found if labelled else []
+            entry = {"image": None, **entry} if isinstance(entry, dict) else {"image": entry}
+            if entry.get("label") is None or str(entry["label"]).lower() in NO_LABEL:
+                entry.pop("label", None)
+            entry["image"] = _resolved(entry["image"], Path()) if files_of(entry["image"]) else None
+            if not (entry["image"] and _stem(entry["image"]).startswith(".")):  # archives hold copies by macOS
+                found.append((_section(key), entry))
+    return found
 
 
 def names_of_values(root: Path) -> tuple[dict[int, str], dict[str, list[int]]]:
     """Names of mask values, sorted, and regions of several values, by nnU-Net's or the decathlon's dataset.json."""
     file = root / "dataset.json"
-    labels = _json(file).get("labels") if file.is_file() else None
+    labels = _object(file).get("labels")
     pairs = [(k, v) if str(k).isdecimal() else (v, k) for k, v in labels.items()] if isinstance(labels, dict) else []
     of = [([int(v) for v in value] if isinstance(value, list) else [int(value)], str(name)) for value, name in pairs]
     single = {values[0]: name for values, name in of if len(values) == 1}
@@ -630,7 +623,7 @@ def names_of_values(root: Path) -> tuple[dict[int, str], dict[str, list[int]]]:
 def names_of_channels(root: Path) -> list[str]:
     """Names of channels in their order, by nnU-Net's or the decathlon's dataset.json; empty without."""
     file = root / "dataset.json"
-    about = _json(file) if file.is_file() else {}
+    about = _object(file)
     named = about.get("channel_names", about.get("modality"))
     return [str(named[number]) for number in sorted(named, key=natural)] if isinstance(named, dict) else []
 
@@ -705,37 +698,13 @@ def named(name: str) -> str:
 
 def listed_images(root: Path, places: Sequence[str], volumes: bool) -> list[Item]:
     """List the images to predict, {"image", "id"}: those of the first of some folders that has any, the root's last."""
-    suffixes = VOLUME_SUFFIXES if volumes else PICTURE_SUFFIXES
     for folder in (root / name for name in (*places, ".")):
         folder = folder / folder.name if (folder / folder.name).is_dir() else folder
-        files = images_to_predict(folder, suffixes) if folder.is_dir() else {}
-        if volumes and folder.is_dir():
-            files |= {file_id(series): series for series in series_folders(folder)}
-        if files:
+        if files := to_predict(folder, volumes) if folder.is_dir() else {}:
             return [{"image": str(files[name]), "id": name} for name in sorted(files, key=natural)]
-    what, where = "volumes" if volumes else "images", " or ".join(["it", *places])
-    raise FileNotFoundError(f"No {what} to predict in {root}: expected {' or '.join(suffixes)} in {where}.")
-
-
-def divided(root: Path, items: list[Item], how: SplitOptions, validation_fraction: float | None) -> Sections:
-    """Keep official sections (of train and test alone, validation is taken from train), else, or by folds, draw."""
-    official = how.folds is None and {"train", "test"} <= {item.get("section") for item in items}
-    folds = None if official else how.folds or (FOLDS if validation_fraction else None)
-    if folds is None and how.fold:
-        raise ValueError(f"fold is {how.fold}, but {root} is not split into folds: give `folds`, too.")
-    if official:
-        train, validation, test = _official_sections(items)
-        if not validation:
-            share = how.fractions[0] / sum(how.fractions[:2])
-            train, validation, _ = splits.random_split(train, (share, 1 - share, 0), how.seed)
-        return train, validation, test
-    items = [splits.without(item, "section") for item in items]
-    if folds is None:
-        logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
-        return splits.random_split(items, how.fractions, how.seed)
-    share = validation_fraction or how.fractions[1] / (sum(how.fractions[:2]) or 1)
-    logger.info("The test section of %s is fold %d of %d.", root, how.fold, folds)
-    return splits.k_fold(items, folds, how.fold, share, how.seed)
+    what, suffixes = ("volumes", VOLUME_SUFFIXES) if volumes else ("images", PICTURE_SUFFIXES)
+    expected = f"{' or '.join(suffixes)} in {' or '.join(['it', *places])}"
+    raise FileNotFoundError(f"No {what} to predict in {root}: expected {expected}.")
 
 
 def _official_sections(items: Iterable[Item]) -> Sections:
@@ -753,27 +722,6 @@ def _official_sections(items: Iterable[Item]) -> Sections:
         sections[name] = [item for item in sections[name] if item["group"] not in taken]
         taken |= {item["group"] for item in sections[name]}
     return sections["train"], sections["validation"], sections["test"]
-
-
-def checked(item: Item, volumes: bool = False, channels: int = 1) -> Item:
-    """Return an item, with what is wrong with the headers of its files, if anything is, under "problem"."""
-    (image, *others), masks = files_of(item["image"]), label_files(item)
-    try:
-        if volumes:
-            grid, count = case_grid([image, *others])
-            if count != channels:
-                raise ValueError(f"{image} gives {count} channel(s), not {channels}: give all, or take it out.")
-            for file in masks:
-                check_grid(file, volume_grid(file), grid)
-        else:
-            (size, tag), *of_masks = map(picture_frame, (image, *others, *masks))
-            for mask, (found, own) in zip((*others, *masks), of_masks, strict=True):
-                if found != size and not ((tag >= 5) != (own >= 5) and found == size[::-1]):
-                    same = f"{mask} has another size than {image}: all channels of an image need one size."
-                    raise ValueError(other_size(mask, found, size) if mask in masks else same)
-    except ValueError as error:
-        return {**item, "problem": str(error)}
-    return item
 
 
 def report_conflicts(items: Iterable[Item], name_of: Callable[[int], str]) -> None:
