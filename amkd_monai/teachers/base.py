@@ -187,7 +187,7 @@ class _AsAllocated(TorchFunctionMode):
 def fixed_initialisation(seed: int = 0, replaced: bool = False) -> Iterator[None]:
     """Build a network with the same random weights each time, and leave the caller's random state as it was.
 
-    ``replaced`` says that a file's weights replace all of them: none are drawn, which takes seconds for a large network.
+    ``replaced`` says that a file's weights replace all of them: none are drawn, which would take seconds.
     """
     with torch.random.fork_rng(devices=[]), _AsAllocated() if replaced else nullcontext():
         torch.manual_seed(seed)
