@@ -53,9 +53,9 @@ def refusal(values, configs=("train",)):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory, cache):
-    """All six tasks, 48 steps of all of them with one teacher; what validation said before, and the run's folder."""
+    """All six tasks, 72 steps of all of them with one teacher; what validation said before, and the run's folder."""
     folder = tmp_path_factory.mktemp("everything")
-    values = small(folder, cache, only=None, teachers=[TEACHER], tasks_per_step=6, steps_per_epoch=48, max_epochs=1)
+    values = small(folder, cache, only=None, teachers=[TEACHER], tasks_per_step=6, steps_per_epoch=72, max_epochs=1)
     values |= {"recipe#learning_rate": 3e-3, "recipe#encoder_learning_rate": 1e-3}
     training = workflow(SHARED, ("train",), values)
     assert training.check_properties() == []
@@ -75,7 +75,6 @@ def test_all_six_tasks_improve_over_their_untrained_state_in_one_run(everything)
     assert len(tasks) == 6
     for task in tasks:
         name = f"{task}/val_{get_task(task).primary_metric}"
-        print("MARGIN", name, row[name], untrained[name])
         assert float(row[name]) > untrained[name], name
         assert float(row[f"{task}/weight_task"]) == 1 and 0 < float(row[f"{task}/teacher_feature_lite1"]) <= 1
         assert float(row[f"{task}/gradient_task"]) > 0 and float(row[f"{task}/gradient_feature"]) > 0
