@@ -76,7 +76,8 @@ OUTPUT_ALONE = {"losses": {"output": 1.0, "overlap": 0.0, "feature": 0.2}}
 LONG_CREW = {"teachers": [{"name": "crew", "kind": "crew", "size": "small", "folds": 2, "images": 3072}]}
 # further images without labels, as many steps as without them
 FURTHER = {"covid": ("covid/images/*radiopaedia*", POOL), "busi": ("busi/images_256/*", {"max_epochs": 3})}
-FEW = {"covid": 12, "busi": 12, "isic2017": 30}  # labels; all other training images take part without theirs
+FEW = {"covid": 12, "busi": 12, "isic2017": 30, "aptos2019": 24, "heart": 3}
+"""Labelled images or volumes; all other training images take part without their labels."""
 for bundle, labels in FEW.items():
     last = SETTINGS[f"{bundle}_last"]
     last = replace(last, overrides={**last.overrides, "labelled": labels})
@@ -86,6 +87,17 @@ for bundle, labels in FEW.items():
         files, length = FURTHER[bundle]
         overrides = {**crew.overrides, **length}
         SETTINGS[f"{bundle}_{labels}_pool"] = replace(crew, overrides=overrides, pool=files)
+# all labels and further images without: polyps, and skin
+ALL = {"kvasir_all": ("kvasir/images/*", 15), "isic2017": ("isic2017/ISIC-2017_Training_Data/*", 6)}
+for bundle, (files, epochs) in ALL.items():
+    crew = SETTINGS[f"{bundle}_small_crew"]
+    overrides = {**crew.overrides, "max_epochs": epochs, "val_interval": 1}
+    SETTINGS[f"{bundle}_pool"] = replace(crew, overrides=overrides, pool=files)
+# at 2.5 times the length, where a distilled student of few labels still gains and an undistilled one no longer does
+LONGER = {"covid_12_last": 200, "covid_12_small_crew": 200, "covid_12_pool": 15, "kvasir_12_small_crew": 150}
+for name, epochs in LONGER.items():
+    row = SETTINGS[name]
+    SETTINGS[f"{name}_longer"] = replace(row, overrides={**row.overrides, "max_epochs": epochs, "val_interval": 5})
 SETTINGS |= {
     "kvasir_12_pool_admitted": replace(crew_of_12, overrides=WITH_POOL, pool="kvasir/images/*"),
     "kvasir_12_uncalibrated": replace(
