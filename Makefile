@@ -71,6 +71,9 @@ endef
 
 test: export OMP_NUM_THREADS = 1
 test: export MKL_NUM_THREADS = 1
+# Full-size teachers free and take gigabytes again and again: glibc keeps them, or the kernel zeroes them each time.
+test: export MALLOC_MMAP_MAX_ = 0
+test: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 test: $(INSTALLED) $(LABEL_INSTALLED) ## run the test suite, the MONAI Label server included
 	$(VPYTHON) -m pytest -n 2 --dist loadscope --no-loadscope-reorder --max-worker-restart 0
 

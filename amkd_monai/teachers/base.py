@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from amkd_monai.errors import check_options, class_of
 from amkd_monai.teachers.catalogue import CATALOGUE
@@ -169,10 +170,22 @@ def binary_to_two_class(logits: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(logits), logits], dim=1)
 
 
+class _AsAllocated(TorchFunctionMode):
+    """Leaves the memory of new parameters as it is where random numbers would fill it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in ("uniform_", "normal_", "erfinv_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 @contextmanager
-def fixed_initialisation(seed: int = 0) -> Iterator[None]:
-    """Build a network with the same random weights each time, and leave the caller's random state as it was."""
-    with torch.random.fork_rng(devices=[]):
+def fixed_initialisation(seed: int = 0, replaced: bool = False) -> Iterator[None]:
+    """Build a network with the same random weights each time, and leave the caller's random state as it was.
+
+    ``replaced`` says that a file's weights replace all of them: none are drawn, which would take seconds.
+    """
+    with torch.random.fork_rng(devices=[]), _AsAllocated() if replaced else nullcontext():
         torch.manual_seed(seed)
         yield
 

@@ -395,7 +395,7 @@ class BiomedParseTeacher(OfficialTeacher):
         if any(".language_encoder." in key for key in official.state):
             other = "BiomedParse v2, another network, for slices of volumes, whose layout is not known here"
             raise CheckpointError(f"{official.path} holds {other}: give biomedparse_v1.pt.")
-        with fixed_initialisation():
+        with fixed_initialisation(replaced=bool(official.state)):
             self.network = BiomedParse(Sizes(**(sizes or {})))
         self.fill(official, UNUSED)
 

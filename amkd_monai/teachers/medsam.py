@@ -102,7 +102,7 @@ class MedSAMTeacher(OfficialTeacher):
                 raise CheckpointError(f"{official.path} is for {sizes_differ}: set `image_size` to it.")
         sizes = {**VIT_B, **(sizes or {})}
         channels, norm = sizes["out_chans"], partial(nn.LayerNorm, eps=1e-6)
-        with fixed_initialisation():
+        with fixed_initialisation(replaced=bool(official.state)):
             encoder = ImageEncoderViT(image_size, PATCH, norm_layer=norm, use_rel_pos=True, window_size=14, **sizes)
             prompts = PromptEncoder(channels, (side, side), (image_size, image_size), mask_in_chans=16)
             transformer = TwoWayTransformer(depth=2, embedding_dim=channels, mlp_dim=2048, num_heads=8)

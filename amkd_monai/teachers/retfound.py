@@ -69,7 +69,7 @@ class RETFoundTeacher(OfficialTeacher):
             raise CheckpointError(f"{official.path} is for {modality} by its name, not for '{variant}': change one.")
         official.state = state = {key.removeprefix("backbone."): value for key, value in official.state.items()}
         classes = official.shape("head.weight", 2, "(classes, channels)")[0] if "head.weight" in state else 0
-        with fixed_initialisation():
+        with fixed_initialisation(replaced=bool(official.state)):
             self.network: nn.Module = timm.create_model(
                 "vit_large_patch14_dinov2" if self.is_dino else "vit_large_patch16_224",
                 img_size=image_size,

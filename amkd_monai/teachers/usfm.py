@@ -66,7 +66,7 @@ class USFMTeacher(OfficialTeacher):
             num_classes = 0
         self.image_size = image_size or trained * PATCH
         side = self.patches(PATCH)
-        with fixed_initialisation():
+        with fixed_initialisation(replaced=bool(official.state)):
             backbone: nn.Module = timm.create_model(
                 "beit_base_patch16_224",
                 img_size=self.image_size,

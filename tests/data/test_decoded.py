@@ -1,4 +1,6 @@
 import gzip
+import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_describe import nested_chain
 from toy_images import photo_chain, volume_chain, write_photo, write_volume
 
-from amkd_monai.data.decoded import UNLABELLED, BadSampleError, DecodedDataset
+from amkd_monai.data.decoded import UNLABELLED, BadSampleError, DecodedDataset, describe
 from amkd_monai.files.names import DataProblems
 
 
@@ -298,17 +301,26 @@ def test_a_half_written_folder_is_decoded_again(photos, tmp_path):
     np.testing.assert_array_equal(decode(photos, tmp_path).images, images)
 
 
-LOADED = """
-import pickle, sys, torch
+OTHER_PROCESS = """
+import json, pickle, sys, torch
+from test_describe import nested_chain
+from amkd_monai.data.decoded import describe
 loader = torch.utils.data.DataLoader(pickle.load(open(sys.argv[1], "rb")), batch_size=3, num_workers=1)
 batch = next(iter(loader))
 print(tuple(batch["image"].shape), batch["id"], batch["has_label"].tolist(), batch["index"].tolist())
+print(json.dumps(describe(nested_chain())))
 """
 
 
-def test_it_can_be_loaded_in_batches_by_workers(photos, tmp_path):
+def test_another_process_loads_it_in_batches_by_workers_and_describes_its_chain_alike(photos, tmp_path):
     """In a process of its own: SIGCHLD of the worker has killed a test process with 60 threads of other libraries."""
     (tmp_path / "dataset.pkl").write_bytes(pickle.dumps(decode(photos, tmp_path)))
-    command = [sys.executable, "-c", LOADED, str(tmp_path / "dataset.pkl")]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    assert printed == "(3, 3, 24, 40) ['p0', 'p1', 'p2'] [True, True, False] [0, 1, 2]"
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parents[1])])
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", OTHER_PROCESS, str(tmp_path / "dataset.pkl")]
+    loaded, described = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment
+    ).stdout.splitlines()
+    assert loaded == "(3, 3, 24, 40) ['p0', 'p1', 'p2'] [True, True, False] [0, 1, 2]"
+    assert described == json.dumps(describe(nested_chain()))

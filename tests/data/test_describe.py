@@ -1,8 +1,5 @@
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +10,6 @@ from toy_images import photo_chain, volume_chain, write_photo
 
 from amkd_monai.data.decoded import describe
 from amkd_monai.data.transforms import load_mask
-
-OTHER_PROCESS = """
-import json, sys
-from test_describe import nested_chain
-from toy_images import photo_chain
-from amkd_monai.data.decoded import describe
-print(json.dumps(describe(photo_chain())) + json.dumps(describe(nested_chain())))
-"""
 
 
 def odd_pixels(image):
@@ -39,17 +28,6 @@ def text(value):
 def test_equal_chains_have_equal_descriptions():
     for make in (photo_chain, volume_chain, nested_chain):
         assert text(make()) == text(make())
-
-
-def test_another_process_gives_the_same_description():
-    here = str(Path(__file__).parent)
-    paths = os.pathsep.join([here, str(Path(here).parents[1])])
-    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [sys.executable, "-c", OTHER_PROCESS], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == json.dumps(describe(photo_chain())) + json.dumps(describe(nested_chain()))
 
 
 def test_use_and_random_state_do_not_matter(tmp_path):

@@ -1,4 +1,4 @@
-"""SIGKILL of server or trainer at any moment leaves whole files of one run."""
+"""SIGKILL of server or trainer at any moment leaves whole files of one run, which the next server serves."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ def whole_files(model):
     return {name: state_hash(load_state_dict(folder / name)) for name in names if name.endswith(".pt")}
 
 
+def served(server):
+    """The students of the server, and an answer of one that is not trained meanwhile."""
+    names = server.get("/info/").json()["models"].keys() - {"killed"}
+    checksums = {name: server.get(f"/model/info/{name}").json()["checksum"] for name in names}
+    return checksums, server.infer("busi", "busi0").content
+
+
 def test_random_kills_of_server_and_trainer_leave_whole_files_of_one_run(lab, record_property):
     server, model, chance = lab.server, lab.work / "model" / "killed", random.Random(0)
     for image in lab.images["busi"][:3]:
@@ -44,6 +51,7 @@ def test_random_kills_of_server_and_trainer_leave_whole_files_of_one_run(lab, re
             time.sleep(0.05)
         time.sleep(chance.uniform(0, 1.1 * length))
         if is_server:
+            before = served(server)
             server.kill()
             start = time.perf_counter()
             _, alive = psutil.wait_procs(processes, timeout=30)
@@ -60,6 +68,7 @@ def test_random_kills_of_server_and_trainer_leave_whole_files_of_one_run(lab, re
         published.add(hashes["model.pt"])
         if is_server:
             server.start()
+            assert whole_files(model) == hashes and served(server) == before, "a restart keeps every student"
         deadline = time.monotonic() + 60
         while server.trainers() and time.monotonic() < deadline:
             time.sleep(0.1)

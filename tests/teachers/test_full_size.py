@@ -78,6 +78,12 @@ def test_four_copied_files_teach_by_the_headline_command(tmp_path):
     stores = [FeatureStore.open(path.parent) for path in (tmp_path / "cache").rglob("store.json")]
     train = [store for store in stores if "grid" in store.arrays and len(store) == 2]
     assert len(train) == len(OFFICIAL)
+    (segments,) = (store for store in train if "logits" in store.arrays)
+    assert {name: spec.shape for name, spec in segments.arrays.items()} == {
+        "grid": (1536, 16, 16),
+        "pooled": (1536,),
+        "logits": (2, 256, 256),
+    }
     for store in train:
         grid = store.read("grid", [0, 1]).astype(np.float32)
         assert np.isfinite(grid).all() and np.abs(grid[0] - grid[1]).mean() > 1e-4
