@@ -139,7 +139,7 @@ class Crew:
         groups = [train.groups[i] for i in labelled]
         if self.folds > (count := len(set(groups))):
             few = f"the training section has {count} labelled groups (patients, volumes)"
-            raise self._refusal(f"has {self.folds} folds, but {few}: give fewer folds")
+            raise self._refusal(f"has {self.folds} folds, but {few}: give fewer folds or other teachers")
         classes = None if train.classes is None else train.classes[labelled]
         team = np.full(len(train), self.folds)
         team[labelled] = fold_of_groups(groups, self.folds, self.seed, classes)
@@ -148,7 +148,7 @@ class Crew:
             others = labelled[team[labelled] != k]
             if len(missing := np.flatnonzero(~shown[others].any(0))):
                 lacks = f"no labelled image of {train.class_in_words(int(missing[0]))} outside fold {k + 1}"
-                remedy = "label more groups that show it, or drop the crew"
+                remedy = "label more groups that show it, or name other teachers"
                 raise self._refusal(f"has {lacks} of {self.folds}: {remedy}")
         return team
 

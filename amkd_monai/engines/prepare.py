@@ -51,6 +51,7 @@ def chosen_teachers(
     task: str,
     weights_dir: str | None = None,
     fallback: Sequence[Mapping[str, Any]] = (),
+    unlabelled: bool = False,
     device: torch.device | str = "cpu",
     cache_dir: str | None = None,
 ) -> list[Mapping[str, Any]]:
@@ -60,7 +61,7 @@ def chosen_teachers(
     the ``cache_dir`` that keeps what is known of them.
     """
     of_task = get_task(task)
-    described, lines = plan.choose(teachers, of_task, weights_dir, fallback)
+    described, lines = plan.choose(teachers, of_task, weights_dir, fallback, unlabelled)
     if shown := [of_task.channels[index] for index in of_task.shown_channels]:
         lines = [*lines, f"Of the channels {', '.join(of_task.channels)} teachers see {', '.join(shown)}."]
     for line in lines:
@@ -496,9 +497,10 @@ def format_bundle(bundle: str | Path, settings: Mapping[str, Any], weights_dir: 
 
 def format_task(parser: ConfigParser) -> str:
     """Return the table of the teachers of one task, whose bundle's config was read."""
-    names = ("teachers", "weights_dir", "fallback_teachers", "device")
-    (teachers, weights_dir, fallback, device), task = map(parser.get_parsed_content, names), get_task(parser["task"])
-    described, lines = plan.choose(teachers, task, weights_dir, fallback)
+    names = ("teachers", "weights_dir", "fallback_teachers", "chosen_teachers#unlabelled", "device")
+    teachers, weights_dir, fallback, unlabelled, device = map(parser.get_parsed_content, names)
+    task = get_task(parser["task"])
+    described, lines = plan.choose(teachers, task, weights_dir, fallback, unlabelled)
     height, width = parser.get("volume_size", [0, *[parser.get("image_size")] * 2])[1:]
     size = int(height), int(width)
     plans = plan.check(described, task.answers, task.per_image, weights_dir, size, device)

@@ -43,13 +43,15 @@ def choose(
     task: Task,
     weights_dir: str | None = None,
     fallback: Sequence[Description] = (),
+    unlabelled: bool = False,
 ) -> tuple[list[Description], list[str]]:
     """Return the descriptions of a run's teachers, and lines that announce those that were chosen here.
 
-    ``teachers`` is ``auto`` (the foundation teachers whose files are found, else ``fallback``), ``foundation`` (all
-    four), ``none``, or names joined by ``+``, of foundation teachers, of :data:`CREWS` or of ``fallback``; or a list of
-    such words and of descriptions. ``weights_dir`` is searched first for weight files. An unknown word or description
-    is a ValueError, a missing weight file that is requested a CheckpointError.
+    ``teachers`` is ``auto``, ``foundation`` (all four), ``none``, or names joined by ``+``, of foundation teachers, of
+    :data:`CREWS` or of ``fallback``; or a list of such words and of descriptions. ``auto`` means the foundation
+    teachers whose files are found; without any a small crew where ``unlabelled`` images take part, else ``fallback``.
+    ``weights_dir`` is searched first for weight files. An unknown word or description is a ValueError, a missing weight
+    file that is requested a CheckpointError.
     """
     described: list[Description] = []
     lines: list[str] = []
@@ -78,11 +80,12 @@ def choose(
                 known = f"licence {teacher.licence}; these images seen in training: {seen(teacher, task)}"
                 lines.append(f"{teacher.name} teaches: {file}, {known}.")
         if word == "auto" and not described:
-            described += fallback
-            names = " and ".join(str(other["name"]) for other in described) or "labels alone"
+            described += [CREWS["crew_small"]] if unlabelled else fallback
+            names = ", ".join(str(other["name"]) for other in described) or "none"
+            names = "a small crew, trained on the labels" if unlabelled else names
             places = ", ".join(map(str, catalogue.weights_folders(weights_dir)))
             how = "`python -m amkd_monai teachers` says how to get MedSAM, USFM, RETFound and BiomedParse"
-            lines.append(f"No foundation teacher's file is in {places}, so {names} teach: {how}.")
+            lines.append(f"No foundation teacher's file is in {places}, so the teachers are: {names}. {how}.")
     base.validate_descriptions(described)
     return described, lines
 

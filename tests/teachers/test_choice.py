@@ -10,7 +10,7 @@ from teachers.tiny_teachers import OFFICIAL
 from amkd_monai.data.datasets import TASKS
 from amkd_monai.teachers import catalogue
 from amkd_monai.teachers.catalogue import FOUNDATION, entry
-from amkd_monai.teachers.plan import choose, seen
+from amkd_monai.teachers.plan import CREWS, choose, seen
 from amkd_monai.weights import CheckpointError
 
 LITE = [{"name": f"imagenet_lite{n}", "kind": "timm", "model": f"tf_efficientnet_lite{n}"} for n in (1, 2)]
@@ -42,6 +42,14 @@ def test_auto_takes_what_is_found_and_else_the_fallback(files):
         teacher = entry(kind)
         assert OFFICIAL[kind] in line and teacher.licence in line and seen(teacher, TASKS["busi"]) in line
         assert ("fundus images alone" in line) == (kind == "retfound")
+
+
+def test_auto_means_a_small_crew_where_images_without_labels_take_part_and_no_file_is_found(files):
+    described, (line,) = choose("auto", TASKS["busi"], fallback=LITE, unlabelled=True)
+    assert described == [CREWS["crew_small"]] and "small crew" in line
+    assert names("imagenet_lite1", unlabelled=True) == ["imagenet_lite1"]
+    (files / OFFICIAL["usfm"]).touch()
+    assert names("auto", unlabelled=True) == ["usfm"]
 
 
 def test_words_name_some_all_or_none(files):
