@@ -71,8 +71,8 @@ def test_a_dry_run_tells_what_each_teacher_does_here(weights, tmp_path, monkeypa
     assert "CC BY-NC 4.0" in rows["usfm"] and "possible, without labels" in rows["usfm"]
     for variable in ("AMKD_WEIGHTS", "HF_HUB_CACHE"):
         monkeypatch.setenv(variable, str(tmp_path))
-    for settings in ({"labelled": 12}, {"unlabelled": ["more"]}):
-        assert "\ncrew " in format_bundle(ROOT / "bundles" / "busi", {"image_size": 64, **settings})
+    for further in ({"labelled": 12}, {"unlabelled": ["more"]}):
+        assert "\ncrew " in format_bundle(ROOT / "bundles" / "busi", {"image_size": 64, **further})
     missing = format_bundle(ROOT / "bundles" / "busi", {"image_size": 64})
     assert re.search("imagenet_lite1 +packaged +features  ", missing), "their answers are not compared"
     assert all(file in missing for file in OFFICIAL.values())
