@@ -87,20 +87,21 @@ for bundle, labels in FEW.items():
         files, length = FURTHER[bundle]
         overrides = {**crew.overrides, **length}
         SETTINGS[f"{bundle}_{labels}_pool"] = replace(crew, overrides=overrides, pool=files)
-# all labels and further images without: polyps, and skin
-ALL = {"kvasir_all": ("kvasir/images/*", 15), "isic2017": ("isic2017/ISIC-2017_Training_Data/*", 6)}
-for bundle, (files, epochs) in ALL.items():
-    crew = SETTINGS[f"{bundle}_small_crew"]
-    overrides = {**crew.overrides, "max_epochs": epochs, "val_interval": 1}
-    SETTINGS[f"{bundle}_pool"] = replace(crew, overrides=overrides, pool=files)
-# at 2.5 times the length, where a distilled student of few labels still gains and an undistilled one no longer does
-LONGER = {"covid_12_last": 200, "covid_12_pool": 15, "kvasir_12_last": 150, "kvasir_12_small_crew": 150}
+# at 2.5 times the length, which validation prefers for CT slices
+LONGER = {"covid_12_last": 200, "covid_12_small_crew": 200, "covid_12_pool": 15, "kvasir_all_last": 160}
 for name, epochs in LONGER.items():
     row = SETTINGS[name]
     overrides = {**row.overrides, "max_epochs": epochs, "val_interval": 5}
     reference = row.reference and f"{row.reference}_longer"
     SETTINGS[f"{name}_longer"] = replace(row, overrides=overrides, reference=reference)
 SETTINGS |= {
+    # all labels and 786 images without, as many steps as `kvasir_all_last_longer`
+    "kvasir_all_pool": replace(
+        SETTINGS["kvasir_all_small_crew"],
+        overrides={**SETTINGS["kvasir_all_small_crew"].overrides, "max_epochs": 15, "val_interval": 1},
+        reference="kvasir_all_last_longer",
+        pool="kvasir/images/*",
+    ),
     "kvasir_12_pool_admitted": replace(crew_of_12, overrides=WITH_POOL, pool="kvasir/images/*"),
     "kvasir_12_uncalibrated": replace(
         SETTINGS["kvasir_12_last"], overrides={**SETTINGS["kvasir_12_last"].overrides, "calibrate_masks": False}
