@@ -25,8 +25,10 @@ from amkd_monai.metrics.statistics import holm, interval, paired_wilcoxon
 from amkd_monai.metrics.summary import read_case_csv
 
 RESAMPLES = 2000
+MISSED = 0.3
+"""Dice below which the share of cases is told."""
 GAIN = ("gain [95 % CI]", "sees", "p", "CPU min")
-MASK_COLUMNS = ("Dice [95 % CI]", "IoU", "NSD", "HD95", *GAIN)
+MASK_COLUMNS = ("Dice [95 % CI]", "median", f"below {MISSED}", "IoU", "NSD", "HD95", *GAIN)
 CLASS_COLUMNS = ("primary [95 % CI]", "areas", "balanced accuracy", "ECE", "primary gain [95 % CI]", *GAIN)
 SEEN = (stats.norm.ppf(1 - 0.05 / 6 / 2) + stats.norm.ppf(0.8)) / (2 * stats.norm.ppf(0.975))
 """The smallest gain seen, in widths of a 95 % interval."""
@@ -149,6 +151,8 @@ def _mask_line(name: str, rows: dict[str, Row], output: Path) -> Line:
     }
     groups = _groups(name, cases, output)
     dice = seed_and_case_ci(scores["dice"], groups)
+    values = scores["dice"][~np.isnan(scores["dice"])]
+    spread = [f"{np.median(values):.3f}", f"{(values < MISSED).mean():.1%}"]
     others = [f"{np.nanmean(scores[metric]):.{digits}f}" for metric, digits in (("iou", 3), ("nsd", 3), ("hd95", 1))]
     empty = int(np.isnan(scores["dice"]).all(axis=0).sum())
     counts = f"{rows[name].seeds} x {len(cases) - empty}" + (f" (+{empty} empty)" if empty else "")
@@ -157,7 +161,7 @@ def _mask_line(name: str, rows: dict[str, Row], output: Path) -> Line:
         known = _cases(reference, rows[reference], output)
         a, b = (np.array([[float(row["dice"]) for row in t[case]] for case in cases]).T for t in (cases, known))
         gain, p = seed_and_case_ci(a - b, groups), paired_wilcoxon(a.mean(axis=0), b.mean(axis=0))
-    return Line(counts, dice, ["{:.3f} [{:.3f}, {:.3f}]".format(*dice), *others], gain, p)
+    return Line(counts, dice, ["{:.3f} [{:.3f}, {:.3f}]".format(*dice), *spread, *others], gain, p)
 
 
 def _class_line(name: str, rows: dict[str, Row], output: Path) -> Line:

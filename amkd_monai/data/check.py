@@ -277,8 +277,8 @@ def write_contact_sheet(
             words.append(f"{(mask > 0).mean():.1%}" if mask.any() else "empty mask")
             outline = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))
             labels = np.unique(outline[outline > 0])
-            colours = class_colours(labels) if several else contrasting(shown)
-            shown = outlined(shown, [(outline == n, colour) for n, colour in zip(labels, colours, strict=False)])
+            colours = class_colours(labels) if several else contrasting(shown)[: len(labels)]
+            shown = outlined(shown, [(outline == n, colour) for n, colour in zip(labels, colours, strict=True)])
         axes.imshow(shown, interpolation="nearest")
         axes.set_title(f"{item['id'][:28]}\n{', '.join(filter(None, words))}", fontsize=7, parse_math=False)
     if several and not task.is_classification:

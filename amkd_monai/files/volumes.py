@@ -150,7 +150,8 @@ def _nifti(file: Path, with_voxels: bool = False, dtype: Any = None, several: bo
     except (FileNotFoundError, _Refused):
         raise
     except (ImageFileError, HeaderDataError, *DAMAGED) as error:
-        raise ValueError(f"{file} cannot be read as a NIfTI volume ({error}): replace it by an intact copy.") from error
+        why = str(error) or type(error).__name__  # a lack of memory has no words
+        raise ValueError(f"{file} cannot be read as a NIfTI volume ({why}): replace it by an intact copy.") from error
 
 
 def _grid(file: Path, header: Any, several: bool = False) -> Grid:

@@ -158,6 +158,14 @@ def test_a_killed_crew_trains_only_what_is_missing_and_a_finished_one_nothing(da
     assert not done, "further unlabelled images need no training"
 
 
+def test_its_cost_is_told_before_its_first_training(data, tmp_path, caplog):
+    with caplog.at_level("INFO", "amkd_monai"):
+        crew_of(data[0], tmp_path).answers(*data[:2])
+    told = next(n for n, line in enumerate(caplog.messages) if "about" in line and "minutes" in line)
+    assert "6 trainings of 20 steps" in caplog.messages[told]
+    assert told < next(n for n, line in enumerate(caplog.messages) if "1 of 6" in line)
+
+
 def test_members_see_what_the_students_size_does_not_show(tmp_path):
     """Thin vertical or horizontal lines in the file are grey at half the size."""
     items = []

@@ -191,6 +191,15 @@ def test_damaged_files_are_refused_by_name(tmp_path):
     np.testing.assert_array_equal(read_volume(tmp_path / "more.nii.gz")[0], VOLUME)
 
 
+def test_a_header_of_more_voxels_than_memory_is_refused_with_a_reason(tmp_path):
+    nibabel.save(nibabel.Nifti1Image(VOLUME, AFFINE), tmp_path / "huge.nii")
+    content = bytearray((tmp_path / "huge.nii").read_bytes())
+    content[42:48] = np.full(3, 30_000, "<i2").tobytes()  # dim[1:4]
+    (tmp_path / "huge.nii").write_bytes(content)
+    with pytest.raises(ValueError, match=r"huge\.nii.*\(\S.*\)"):
+        read_volume(tmp_path / "huge.nii")
+
+
 def test_a_flipped_bit_of_a_packed_file_is_noticed(tmp_path):
     whole = write(tmp_path / "w.nii.gz", nibabel.Nifti1Image(VOLUME, AFFINE)).read_bytes()
     for place in np.linspace(60, len(whole) - 5, 25).astype(int):
