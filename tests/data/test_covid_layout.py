@@ -7,6 +7,7 @@ import pytest
 from helpers import shared_data
 from PIL import Image
 
+from amkd_monai.data.datalist import datalist
 from amkd_monai.data.datasets import TASKS, get_task
 from amkd_monai.data.splits import SplitOptions
 from amkd_monai.files.masks import read_mask
@@ -70,6 +71,13 @@ def test_the_official_layout(semiseg):
     train, validation, test = split(semiseg, items)
     assert sorted(ids(test)) == sorted(str(n) for n in range(8, 12)) and validation and train
     assert sorted(ids(inference_items(semiseg))) == sorted(str(n) for n in range(8, 12))
+
+
+def test_shares_that_leave_nothing_for_training_give_an_empty_section(semiseg):
+    train, validation, test = split(semiseg, find_items(semiseg), SplitOptions(fractions=(0.0, 0.0, 1.0)))
+    assert not train and len(validation) == 8 and len(test) == 4
+    with pytest.raises(ValueError, match="train"):
+        datalist("covid", str(semiseg), fractions=(0.0, 0.0, 1.0))
 
 
 def test_slices_of_one_name_in_both_official_sections_are_told_apart(semiseg):

@@ -245,6 +245,7 @@ class Described:
             where = f"{len(folds)} fold(s)" if folds else f"the section(s) {', '.join(sorted(map(str, named)))}"
             raise ValueError(f"The data in {root} have {where}, which leave none for training: add such images.")
         items, how = [splits.without(item, "fold") for item in items], replace(how, fold=0) if folds else how
+        not_tested = sum(how.fractions[:2]) or 1
         is_official = how.folds is None and {"train", "test"} <= named
         number = None if is_official else how.folds or (FOLDS if self.validation_fraction else None)
         if number is None and how.fold:
@@ -252,7 +253,7 @@ class Described:
         if is_official:
             train, validation, test = _official_sections(items)
             if not validation:
-                share = how.fractions[0] / sum(how.fractions[:2])
+                share = how.fractions[0] / not_tested
                 train, validation, _ = splits.random_split(train, (share, 1 - share, 0), how.seed)
             return train, validation, test
         items = [splits.without(item, "section") for item in items]
@@ -260,7 +261,7 @@ class Described:
             logger.info("No official split in %s: splitting at random by %s.", root, tuple(how.fractions))
             return splits.random_split(items, how.fractions, how.seed)
         logger.info("The test section of %s is fold %d of %d.", root, how.fold, number)
-        share = self.validation_fraction or how.fractions[1] / (sum(how.fractions[:2]) or 1)
+        share = self.validation_fraction or how.fractions[1] / not_tested
         return splits.k_fold(items, number, how.fold, share, how.seed)
 
     def _listed(self, root: Path, items: list[Item]) -> list[Item]:
