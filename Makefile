@@ -11,7 +11,7 @@ DEMO      := kvasir_seg
 OUT       := build/demo
 CREW      := [{'name':'crew','kind':'crew','members':[{'encoder':'tf_efficientnet_lite1'}],'image_size':96,'images':768,'folds':2}]
 SETTINGS  := --dataset_dir $(OUT)/Kvasir-SEG --cache_dir $(OUT)/cache --image_size 64 --labelled 6 \
-             --split_fractions [0.5,0.1,0.4] --max_epochs 12 --val_interval 12
+             --split_fractions [0.5,0.1,0.4] --max_epochs 12 --val_interval 12 --recipe\#min_steps 1
 
 LABEL_VENV      := .venv-label
 LABEL_PYTHON    := $(LABEL_VENV)/bin/python

@@ -102,7 +102,7 @@ def polyps(planted: dict[str, str]) -> dict[str, Setting]:
     common = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, **BEST_MASKS}
     result: dict[str, Setting] = {}
     for label, extra in (("12", {"labelled": 12}), ("all", {})):
-        base = {**common, "max_epochs": 40, **extra}
+        base = {**common, "max_epochs": 40, "recipe#min_steps": 1, **extra}
         result[f"{label}_undistilled"] = Setting("kvasir_seg", "Kvasir-SEG", base, teachers=[])
         for name, (teachers, overrides) in arms.items():
             reference = f"{label}_undistilled"

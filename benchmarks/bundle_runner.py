@@ -39,8 +39,9 @@ BEST_MASKS = {**BEST, "calibrate_masks": False}
 class Setting:
     """One row of the results: a bundle with overrides, over folds where it is cross-validated.
 
-    ``data`` is a folder in ``shared/data``, or an absolute path; ``pool`` a pattern of unlabelled files in
-    ``shared/pools``, which are copied into a folder of their own.
+    ``data`` is a folder in ``shared/data``, or an absolute path; ``joined`` a folder in ``shared/pools`` of the same
+    layout, whose labelled images join those of ``data``; ``pool`` a pattern of unlabelled files in ``shared/pools``,
+    which are copied into a folder of their own.
     """
 
     bundle: str
@@ -51,6 +52,7 @@ class Setting:
     teachers: list[dict[str, Any]] | None = field(default=None)
     seeds: int | None = None  # where fewer or more are wanted than of the other rows
     pool: str | None = None
+    joined: str | None = None
 
 
 Job = tuple[str, Setting, int, int]
@@ -60,8 +62,11 @@ Job = tuple[str, Setting, int, int]
 def commands(name: str, setting: Setting, seed: int, fold: int, shared: Path, output: Path) -> list[list[str]]:
     """Return the train and evaluate commands of one run."""
     folder = output / name / f"fold{fold}_seed{seed}"
+    data = shared / "data" / setting.data
+    if setting.joined is not None:
+        data = _joined(data, shared / "pools" / setting.joined, output / "joined" / setting.joined)
     overrides: dict[str, Any] = {
-        "dataset_dir": str(shared / "data" / setting.data),
+        "dataset_dir": str(data),
         "output_dir": str(folder),
         "ckpt_dir": str(folder),
         "cache_dir": str(output / "cache" / setting.bundle),
@@ -99,6 +104,31 @@ def _copied(pools: Path, pattern: str, output: Path) -> Path:
         if not (folder / file.name).is_file():
             shutil.copy(file, folder)
     return folder
+
+
+def _joined(data: Path, more: Path, output: Path) -> Path:
+    """Copy two folders of one layout into one, unless it is there; rows of tables of one name follow each other."""
+    part = output.with_suffix(".part")
+    if output.is_dir():
+        return output
+    shutil.rmtree(part, ignore_errors=True)
+    for source in (data, more):
+        part.mkdir(parents=True, exist_ok=True)
+        for file in sorted(source.rglob("*")):
+            copy = part / file.relative_to(source)
+            if file.is_dir():
+                copy.mkdir(parents=True, exist_ok=True)
+            elif file.suffix == ".csv" and copy.is_file():
+                header, rows = file.read_text().split("\n", 1)
+                if header != copy.read_text().split("\n", 1)[0]:
+                    raise ValueError(f"{file} has other columns than the table of the same name in {data}.")
+                copy.write_text(copy.read_text().rstrip("\n") + "\n" + rows)
+            elif copy.is_file() and copy.suffix in (".jpg", ".png"):
+                raise FileExistsError(f"{file} has the name of an image in {data}.")
+            else:
+                shutil.copy(file, copy)
+    part.rename(output)
+    return output
 
 
 def decision(record: Path) -> str:

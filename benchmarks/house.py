@@ -35,7 +35,7 @@ CORE = ("distillation", "cache", "engines", "networks")
 BESIDES = ("engines.handlers", "engines.runs", "data.seen", "errors", "terminal", "memory")
 """Modules that neither make a batch nor a teacher map nor the loss: handlers, the run's record, messages."""
 TEACHERS = [{"name": "tiny", "kind": "timm", "model": "resnet10t", "weights": "random", "image_size": 64}]
-SMALL = {"image_size": 64, "max_epochs": 1, "teachers": TEACHERS, "num_workers": 0}
+SMALL = {"image_size": 64, "max_epochs": 1, "recipe#min_steps": 1, "teachers": TEACHERS, "num_workers": 0}
 
 
 def lines(file: Path) -> Counter[str]:

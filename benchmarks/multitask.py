@@ -23,10 +23,11 @@ from tables import Row, table
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES_ONLY = {"admission": {"mode": "none"}}  # what cross-fitted admission decides for the ImageNet teachers
 FOLDS = {"folds": 3}
+SHORT = {"recipe#min_steps": 1}
 DATA: dict[str, tuple[str, dict[str, Any]]] = {  # data, and settings of its bundle; (a) and (b) train for max_epochs
-    "busi": ("BUSI/Dataset_BUSI_with_GT", {**FOLDS, "image_size": 128, "max_epochs": 24}),
-    "covid": ("COVID/COVID-SemiSeg", {"image_size": 128, "max_epochs": 24}),
-    "kvasir_seg": ("Kvasir-SEG", {"image_size": 128, "max_epochs": 24, "split_fractions": [0.5, 0.1, 0.4]}),
+    "busi": ("BUSI/Dataset_BUSI_with_GT", {**FOLDS, "image_size": 128, "max_epochs": 24, **SHORT}),
+    "covid": ("COVID/COVID-SemiSeg", {"image_size": 128, "max_epochs": 24, **SHORT}),
+    "kvasir_seg": ("Kvasir-SEG", {"image_size": 128, "max_epochs": 24, **SHORT, "split_fractions": [0.5, 0.1, 0.4]}),
     "msd_heart": (
         "MSD-Heart/Task02_Heart_half",
         {"max_epochs": 3, "spacing": [2.5, 2.5, 2.74], "volume_size": [96, 96, 64], "fold": 2},

@@ -12,7 +12,8 @@ from typing import Any
 from bundle_runner import BEST, BEST_MASKS, Setting, main, options
 
 SPECIALIST = {"name": "kvasir_specialist", "kind": "specialist", "image_size": 256, "licence": "research only"}
-KVASIR = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, **BEST_MASKS}
+SHORT = {"recipe#min_steps": 1}  # an epoch is all images once, as it was by default when these rows began
+KVASIR = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, **SHORT, **BEST_MASKS}
 FEATURES_ONLY = {"admission": {"mode": "none"}}  # what cross-fitted admission decides for the ImageNet teachers
 LONG = {**KVASIR, "max_epochs": 60}
 HEART = dict(BEST_MASKS)
@@ -21,7 +22,7 @@ HEART_FOLD = (2,)  # of five; the learning rate was chosen on folds 0 and 1
 HEART_FOLDS = (0, 1, 2, 3, 4)
 FOLD_OF_THREE = {"folds": 3, "val_interval": 2}
 SMALL = {  # the other bundles: data, what differs from the bundle's own defaults
-    "busi": ("BUSI/Dataset_BUSI_with_GT", {**FOLD_OF_THREE, **BEST_MASKS, "image_size": 128}),
+    "busi": ("BUSI/Dataset_BUSI_with_GT", {**FOLD_OF_THREE, **SHORT, **BEST_MASKS, "image_size": 128}),
     "covid": ("COVID", {**KVASIR, "val_interval": 2, "max_epochs": 80}),
     "aptos2019": ("APTOS2019_standin_IDRiD", {**FOLD_OF_THREE, **BEST, "image_size": 224}),
     "isic2017": ("ISIC2017", {"image_size": 160, **BEST}),
@@ -70,12 +71,14 @@ few, slices = (
 # 786 further images, about as many steps as without them; the decision on admission is that of `kvasir_12_small_crew`
 WITH_POOL = {**crew_of_12.overrides, **ADMITTED, "max_epochs": 6, "val_interval": 1}
 # 481 CT slices of 10 other volumes, as many steps as without them
-POOL = {"unlabelled_groups": r"(.*)_\d+", "max_epochs": 6, "val_interval": 1}
-pool = replace(slices, overrides={**slices.overrides, **POOL}, pool="covid/images/*radiopaedia*")
+GROUPS = {"unlabelled_groups": r"(.*)_\d+"}
+POOL = {**GROUPS, "max_epochs": 6, "val_interval": 1}
+SLICES = "covid/images/*radiopaedia*"
+pool = replace(slices, overrides={**slices.overrides, **POOL}, pool=SLICES)
 OUTPUT_ALONE = {"losses": {"output": 1.0, "overlap": 0.0, "feature": 0.2}}
 LONG_CREW = {"teachers": [{"name": "crew", "kind": "crew", "size": "small", "folds": 2, "images": 3072}]}
 # further images without labels, as many steps as without them
-FURTHER = {"covid": ("covid/images/*radiopaedia*", POOL), "busi": ("busi/images_256/*", {"max_epochs": 3})}
+FURTHER = {"covid": (SLICES, POOL), "busi": ("busi/images_256/*", {"max_epochs": 3})}
 FEW = {"covid": 12, "busi": 12, "isic2017": 30, "aptos2019": 24, "heart": 3}
 """Labelled images or volumes; all other training images take part without their labels."""
 for bundle, labels in FEW.items():
@@ -87,6 +90,30 @@ for bundle, labels in FEW.items():
         files, length = FURTHER[bundle]
         overrides = {**crew.overrides, **length}
         SETTINGS[f"{bundle}_{labels}_pool"] = replace(crew, overrides=overrides, pool=files)
+# the samples with the labelled images of the pools: a quarter of the training labels, the others without theirs
+LARGE = {
+    "isic2017": ("isic2017", {"image_size": 160, "max_epochs": 10, "val_interval": 5}, 490),
+    "aptos2019": ("idrid", {"image_size": 224, "max_epochs": 30, "val_interval": 5, "folds": 3}, 62),
+}
+for bundle, (joined, overrides, labels) in LARGE.items():
+    overrides = {**overrides, "labelled": labels}
+    last = Setting(bundle, SETTINGS[f"{bundle}_last"].data, overrides, teachers=[], joined=joined)
+    SETTINGS[f"{bundle}_quarter_last"] = last
+    SETTINGS[f"{bundle}_quarter_small_crew"] = replace(last, reference=f"{bundle}_quarter_last", **SMALL_CREW)
+# all labels and a pool without, about 1000 steps in both rows: files, epochs, steps of one
+ALL = {"busi": ("busi/images_256/*", 11, 96, {}), "covid": (SLICES, 16, 65, GROUPS)}
+for bundle, (files, epochs, steps, own) in ALL.items():
+    length = {"max_epochs": epochs, "recipe#min_steps": steps, "val_interval": 1}
+    last = SETTINGS[f"{bundle}_last"]
+    last = SETTINGS[f"{bundle}_all_last"] = replace(last, overrides={**last.overrides, **length}, reference=None)
+    more = {"overrides": {**last.overrides, **own}, "reference": f"{bundle}_all_last"}
+    SETTINGS[f"{bundle}_all_pool"] = replace(last, pool=files, **more, **SMALL_CREW)
+# all labels and nothing else, at the bundles' present length of 1000 steps
+for name in ("kvasir_all", "covid"):
+    length = {"max_epochs": 40, "recipe#min_steps": 25}
+    last = SETTINGS[f"{name}_last"]
+    last = SETTINGS[f"{name}_1000_last"] = replace(last, overrides={**last.overrides, **length}, reference=None)
+    SETTINGS[f"{name}_1000_small_crew"] = replace(last, reference=f"{name}_1000_last", **SMALL_CREW)
 # at 2.5 times the length, which validation prefers for CT slices
 LONGER = {"covid_12_last": 200, "covid_12_small_crew": 200, "covid_12_pool": 15, "kvasir_all_last": 160}
 for name, epochs in LONGER.items():

@@ -19,7 +19,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "_output_alone_at_2": {"losses": {"output": 1.0, "overlap": 0.0}, "kd_temperature": {"start": 2.0, "end": 2.0}},
 }
 AT_ONCE = {"recipe#first_stage": 0.0}
-FEW = {"image_size": 64, "admission": {"mode": "all"}}  # admission lets both crews in
+FEW = {"image_size": 64, "recipe#min_steps": 1, "admission": {"mode": "all"}}  # admission lets both crews in
 SETS = {
     "busi": (60, 112, 960, {"labelled": 8, "folds": 2, "data_options": {"normals": False}, "max_epochs": 14}),
     "kvasir_seg": (150, 96, 768, {"labelled": 6, "split_fractions": [0.5, 0.05, 0.45], "max_epochs": 12}),

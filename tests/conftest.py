@@ -61,7 +61,7 @@ def finding_bundle(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("findings")
     bundle, _ = new_bundle("chest", finding_pictures(folder / "data"), folder)
-    quick = {"teachers": [], "max_epochs": 4, "recipe#batch_size": 8, "bundle_root": str(bundle)}
+    quick = {"teachers": [], "max_epochs": 4, "recipe#batch_size": 8, "recipe#min_steps": 1, "bundle_root": str(bundle)}
     monai.bundle.run(run_id="training", config_file=str(bundle / "configs" / "train.json"), **quick)
     return bundle
 

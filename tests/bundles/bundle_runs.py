@@ -28,9 +28,9 @@ BUNDLES = [name for name in ALL_BUNDLES if name != SHARED]
 SEGMENTATION = [name for name in BUNDLES if TASKS[name].kind == "segmentation"]
 
 SMALL: dict[str, dict[str, Any]] = {
-    "busi": {"image_size": 64, "max_epochs": 2},
-    "covid": {"image_size": 64, "max_epochs": 2},
-    "kvasir_seg": {"image_size": 64, "max_epochs": 2},
+    "busi": {"image_size": 64, "max_epochs": 2, "recipe#min_steps": 1},
+    "covid": {"image_size": 64, "max_epochs": 2, "recipe#min_steps": 1},
+    "kvasir_seg": {"image_size": 64, "max_epochs": 2, "recipe#min_steps": 1},
     "aptos2019": {"image_size": 64, "max_epochs": 2},
     "isic2017": {"image_size": 64, "max_epochs": 2},
     "msd_heart": {"spacing": [2.5, 5.0, 5.0], "volume_size": [16, 48, 32], "max_epochs": 2, "val_interval": 1},

@@ -26,7 +26,11 @@ from amkd_monai.files.cases import read_case
 from amkd_monai.label.student import ServedStudent
 
 STEPS = (slice(None, None, 3), slice(None, None, 3), slice(None, None, 4))
-QUICK = {"max_epochs": 1, "teachers": [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]}
+QUICK = {
+    "max_epochs": 1,
+    "recipe#min_steps": 1,
+    "teachers": [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}],
+}
 QUICK["admission"] = {"mode": "all"}
 
 

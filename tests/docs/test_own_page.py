@@ -24,7 +24,7 @@ from amkd_monai.label.student import ServedStudent
 from amkd_monai.report.page import write_report
 
 PAGE = ROOT / "docs" / "own.md"
-QUICK = {"max_epochs": 1, "teachers": []}
+QUICK = {"max_epochs": 1, "recipe#min_steps": 1, "teachers": []}
 
 
 def dice(answer, reference):

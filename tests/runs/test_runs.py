@@ -31,7 +31,14 @@ from amkd_monai.weights import CheckpointError
 
 SIZE = 96
 """Another size than the bundle's default and than that of small runs."""
-POLYPS = {"image_size": SIZE, "max_epochs": 1, "teachers": [], "split_seed": 3, "recipe#batch_size": 4}
+POLYPS = {
+    "image_size": SIZE,
+    "max_epochs": 1,
+    "teachers": [],
+    "split_seed": 3,
+    "recipe#batch_size": 4,
+    "recipe#min_steps": 1,
+}
 
 
 def files(bundle, *names):
@@ -643,7 +650,7 @@ def test_a_command_in_another_bundles_folder_leaves_that_bundles_student_alone(t
 
 def small(folder, cache, channels):
     """A run that the shapes of its student's tensors name."""
-    more = {"image_size": 32, "max_epochs": 2, "teachers": [], "recipe#batch_size": 4}
+    more = {"image_size": 32, "max_epochs": 2, "teachers": [], "recipe#batch_size": 4, "recipe#min_steps": 1}
     return settings("kvasir_seg", folder, cache, **more, **{"network_def#neck_channels": channels})
 
 
