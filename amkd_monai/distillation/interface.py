@@ -15,15 +15,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What makes answers as sure as they are right: logits / ``temperature`` + ``offsets`` by class, of all if none."""
+    """What makes answers as sure as they are right: logits / ``temperature`` + ``offsets``.
+
+    Offsets are one for each class, or one for each class and finding, class by class; none are zeros.
+    """
 
     temperature: float = 1.0
     offsets: tuple[float, ...] = ()
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Calibrate logits (B, classes, ...)."""
+        """Calibrate logits (B, classes, ...), of findings (B, 2, F, ...)."""
         scaled = logits / self.temperature
-        return scaled + logits.new_tensor(self.offsets).view(-1, *[1] * (logits.ndim - 2)) if self.offsets else scaled
+        shape = (logits.shape[1], -1, *[1] * (logits.ndim - 3))[: logits.ndim - 1]
+        return scaled + logits.new_tensor(self.offsets).view(shape) if self.offsets else scaled
 
     def folded(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``weight`` (classes, ...) and ``bias`` (classes,) of a last layer whose logits are then calibrated."""

@@ -261,20 +261,27 @@ class _Preparation:
         plan.refuse_other_answers(
             target.name, shape, self.train.num_classes, self.train.findings or int(self.train.classes is not None)
         )
-        calibration = _calibration(of_validation, self.validation)
-        score = self._score(target.answers, calibration)
+        taught = self._taught_classes(crossed)
+        calibration = _calibration(of_validation, self.validation, taught)
+        score = self._score(target.answers, calibration, taught)
         record = {**target.record, **score.record(), "calibration_temperature": round(calibration.temperature, 3)}
         record |= {"calibration_offsets": [round(o, 3) for o in calibration.offsets]} if calibration.offsets else {}
         figures: dict[str, Any] = {"mean_error": score.cross_entropy, "score": score.value, "calibration": calibration}
         return replace(target, logits=shape, record=record, **figures), score
 
-    def _score(self, answers: FeatureStore, calibration: Calibration) -> AnswerScore:
+    def _taught_classes(self, crossed: bool) -> np.ndarray | None:
+        """Frequencies of the classes of images in what taught cross-fitted networks, or a probe; None for masks."""
+        balance = self.recipe.class_balance if crossed else 0.0
+        return None if self.train.classes is None else frequencies(self.train, balance)
+
+    def _score(self, answers: FeatureStore, calibration: Calibration, taught: np.ndarray | None) -> AnswerScore:
         """Score answers to the training section, unless it was done before: names of folders tell what they hold."""
         memo = Path(self.cache_dir) / "known_scores.json"
         known = read_memo(memo, lambda entry: isinstance(entry, dict) and "value" in entry)
-        key = fingerprint(answers.directory.name, self.train.directory.name, asdict(calibration), __version__)
+        of = (answers.directory.name, self.train.directory.name, None if taught is None else taught.tolist())
+        key = fingerprint(*of, asdict(calibration), __version__)
         if key not in known:
-            score = score_answers(answers, self.train, calibration)
+            score = score_answers(answers, self.train, calibration, taught)
             if np.isfinite([score.value, score.cross_entropy, *score.further.values()]).all():
                 write_memo(memo, {**known, key: asdict(score)})
             return score
@@ -360,21 +367,22 @@ class _Preparation:
             method = crossfit.Method(self.recipe, length, self.seed, self.device, title)
             of_run = ((self.train,), method, folds, self.seed, self.cache_dir)
             (answers,) = crossfit.cross_fit("student", self.student, *of_run)
-            score = self._score(answers, _calibration(answers, self.train))
+            taught = self._taught_classes(True)
+            score = self._score(answers, _calibration(answers, self.train, taught), taught)
             if score.value > goal:
                 break
         return score, length
 
 
-def _calibration(answers: FeatureStore, dataset: DecodedDataset) -> Calibration:
-    """Calibration of cached answers on a dataset's labels; that of masks of enough groups has offsets."""
+def _calibration(answers: FeatureStore, dataset: DecodedDataset, taught: np.ndarray | None) -> Calibration:
+    """Calibration of cached answers on a dataset's labels; ``taught`` are the class frequencies of their training."""
     rows, groups = np.flatnonzero(dataset.has_label), 0
     if dataset.classes is None:
         groups = len({dataset.groups[i] for i in rows})
         rows = rows[probes.calibrated_on(len(rows))]
     _, height, width = answers.arrays["logits"].shape
     targets = probes.cell_targets(dataset, rows, dataset.num_classes, (height, width))
-    return probes.fit_calibration(torch.from_numpy(answers.read("logits", rows)).float(), targets, groups)
+    return probes.fit_calibration(torch.from_numpy(answers.read("logits", rows)).float(), targets, groups, taught)
 
 
 ADMISSION_MODES = ("cross_fit", "all", "none")
@@ -405,18 +413,26 @@ class AnswerScore:
 
 
 @torch.inference_mode()
-def score_answers(store: FeatureStore, dataset: DecodedDataset, calibration: Calibration = UNCALIBRATED) -> AnswerScore:
+def score_answers(
+    store: FeatureStore,
+    dataset: DecodedDataset,
+    calibration: Calibration = UNCALIBRATED,
+    taught: np.ndarray | None = None,
+) -> AnswerScore:
     """Score cached answers (``logits`` (N, classes, h, w)) against the labels.
 
     Masks are scored at the decoded size by Dice, classes of images by their skill 1 - CE / H (McFadden's pseudo R^2):
     0 for an answer that knows only the class frequencies, whose entropy is H, and 1 for the truth. That is the
-    log-likelihood on a scale that does not depend on the data set. ``calibration`` is that of the logits.
+    log-likelihood on a scale that does not depend on the data set. ``calibration`` is that of the logits, ``taught``
+    the frequencies (classes,) or (2, F) of the classes in what taught them, where these are not those of the labels.
     """
     labelled = np.flatnonzero(dataset.has_label)
     if dataset.classes is not None:
         classes = dataset.labels[labelled].astype(int)  # (N,), or (N, F) of findings
         logits = calibration(torch.from_numpy(store.read("logits", labelled)).float())[..., 0]
         logits = logits if dataset.findings else logits[..., 0]
+        if taught is not None:
+            logits = logits + torch.from_numpy(np.log(frequencies(dataset) / taught)).float()
         cross_entropy = float(F.cross_entropy(logits, torch.from_numpy(classes)))
         skill = 1 - cross_entropy / max(prior_entropy(dataset), 1e-6)
         p = logits.softmax(1).numpy()
@@ -468,11 +484,30 @@ def decide(
     return True, f"its {measure} beats the undistilled student's {student.value:.3f}"
 
 
+def frequencies(dataset: DecodedDataset, class_balance: float = 0.0) -> np.ndarray:
+    """Frequencies (classes,) of the classes of labelled images, (2, F) of absent and present findings.
+
+    They are those of batches with a ``class_balance`` (:class:`~amkd_monai.data.sampling.BatchSampler`). A class
+    without an image counts as half a one.
+    """
+    rows = np.flatnonzero(dataset.has_label)
+    labels = dataset.labels[rows].astype(int)
+    _, number, counts = np.unique(np.asarray(dataset.classes)[rows], return_inverse=True, return_counts=True)
+    weights = counts[number] ** -float(class_balance)
+    if dataset.findings:
+        present = weights @ labels / weights.sum()
+        found = np.stack([1 - present, present])
+    else:
+        found = np.bincount(labels, weights, minlength=dataset.num_classes) / weights.sum()
+    found = found.clip(0.5 / len(rows))
+    return found / found.sum(0)
+
+
 def prior_entropy(dataset: DecodedDataset) -> float:
     """Entropy in nats of the class frequencies over all labelled pixels or images; of findings the mean over them."""
-    if dataset.findings:
-        present = dataset.labels[dataset.has_label].mean(0).clip(1e-12, 1 - 1e-12)
-        return float(-(present * np.log(present) + (1 - present) * np.log(1 - present)).mean())
+    if dataset.classes is not None:
+        found = frequencies(dataset)
+        return float(-(found * np.log(found)).sum(0).mean())
     counts = np.zeros(dataset.num_classes)
     for i in np.flatnonzero(dataset.has_label):
         counts += np.bincount(dataset.labels[i].ravel(), minlength=dataset.num_classes)[: dataset.num_classes]

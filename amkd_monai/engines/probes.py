@@ -149,8 +149,11 @@ def calibrated_on(count: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(count, CALIBRATED_ON)).astype(int)
 
 
-def fit_calibration(logits: Tensor, targets: Tensor, groups: int = 0) -> Calibration:
+def fit_calibration(logits: Tensor, targets: Tensor, groups: int = 0, prior: np.ndarray | None = None) -> Calibration:
     """The temperature in [0.25, 8] that minimises the cross entropy of the answers (Guo et al., 2017).
+
+    It brings answers nearer to ``prior``, the frequencies (classes,) or (2, F) of the classes in what taught them, None
+    if these were equal: one that knows nothing of an image knows how often a class occurs.
 
     Of ``groups`` patients or images, at least :data:`LEAST_GROUPS`, also one offset in [-4, 4] for each class but the
     first (Platt, 1999), with an L2 penalty: what few labels taught draws too little or too much. A class without target
@@ -158,13 +161,16 @@ def fit_calibration(logits: Tensor, targets: Tensor, groups: int = 0) -> Calibra
     background. Logits and targets, fractions of the classes, are (N, classes, h, w); cells whose fractions are all 0
     don't count.
     """
+    centre = torch.zeros(logits.shape[1], 1, 1)
+    if prior is not None:
+        centre = torch.from_numpy(np.log(prior)).float().view(logits.shape[1], -1, 1)
     offsets = groups >= LEAST_GROUPS
     log_temperature = torch.zeros((), requires_grad=True)
     shift = torch.zeros(logits.shape[1], requires_grad=offsets)
     free = (targets.sum((0, 2, 3)) > 0) & (torch.arange(len(shift)) > 0)
 
     def loss() -> Tensor:
-        scaled = logits / log_temperature.exp() + (shift * free)[:, None, None]
+        scaled = (logits - centre) / log_temperature.exp() + centre + (shift * free)[:, None, None]
         fit = -(targets * F.log_softmax(scaled, dim=1)).sum(1).mean()
         return fit + OFFSET_PENALTY / max(groups, 1) * shift.square().sum()
 
@@ -172,8 +178,9 @@ def fit_calibration(logits: Tensor, targets: Tensor, groups: int = 0) -> Calibra
     log_temperature = log_temperature.detach().clamp(math.log(0.25), math.log(8.0))
     if offsets:
         _minimise([shift], loss, 50, 100)  # those of a temperature at the end of its range
-    own = (shift.detach() * free).clamp(-4, 4)
-    fitted = Calibration(float(log_temperature.exp()), tuple(own.tolist()) if offsets else ())
+    temperature = float(log_temperature.exp())
+    own = (shift.detach() * free).clamp(-4, 4)[:, None, None] + centre * (1 - 1 / temperature)
+    fitted = Calibration(temperature, () if prior is None and not offsets else tuple(own.flatten().tolist()))
     if offsets and _mean_dice(fitted(logits), targets) < _mean_dice(logits, targets):
         return fit_calibration(logits, targets)
     return fitted

@@ -7,10 +7,19 @@ import pytest
 import torch
 from torch import nn
 
+from amkd_monai.cache.build import answers_store, keep_answers
 from amkd_monai.data.decoded import BadSampleError, DecodedDataset
+from amkd_monai.data.sampling import BatchSampler
 from amkd_monai.distillation import Distiller
 from amkd_monai.engines import probes
-from amkd_monai.engines.prepare import AnswerScore, decide, prepare_teachers, prior_entropy, score_answers
+from amkd_monai.engines.prepare import (
+    AnswerScore,
+    decide,
+    frequencies,
+    prepare_teachers,
+    prior_entropy,
+    score_answers,
+)
 from amkd_monai.engines.trainer import DistillationTrainer, Recipe
 from amkd_monai.metrics.classification import macro_auroc
 from amkd_monai.networks import ClassStudent
@@ -103,6 +112,34 @@ def test_out_of_fold_answers_to_random_classes_are_no_better_than_the_prior(data
     dataset = decoded(items, tmp_path)
     targets = prepare((dataset, data[1], tmp_path), [LITE1], admission_options={"mode": "all"})
     assert targets.record["teachers"][0]["skill"] < 0.1 and targets.record["teachers"][0]["macro_auroc"] < 0.72
+
+
+@pytest.mark.parametrize("findings", [0, 2])
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_frequencies_are_those_of_the_batches(tmp_path, findings, balance):
+    items = stripes(tmp_path, 24, unlabelled=4)
+    for number, item in enumerate(items[:20]):
+        item["label"] = 0 if number < 14 else 1 + number % 2
+    dataset = decoded(items, tmp_path, findings=findings)
+    options = {"batch_size": 10, "class_balance": balance, "classes": dataset.classes, "min_steps": 400}
+    drawn = np.concatenate(list(BatchSampler(dataset.has_label, dataset.has_foreground, **options)))
+    labels = dataset.labels[drawn].astype(int)
+    seen = np.stack([1 - labels.mean(0), labels.mean(0)]) if findings else np.bincount(labels, minlength=3) / len(drawn)
+    assert frequencies(dataset, balance) == pytest.approx(seen, abs=0.005)
+
+
+def test_answers_are_scored_at_the_frequencies_of_the_labels_not_of_the_batches(tmp_path):
+    """Answers that are right for balanced batches know as much as they say, though the labels are not balanced."""
+    items = stripes(tmp_path, 40)
+    for number, item in enumerate(items):
+        item["label"] = int(number >= 32)
+    dataset = DecodedDataset(items, load, tmp_path / "cache", 2)
+    taught = frequencies(dataset, 1.0)
+    assert taught == pytest.approx([0.5, 0.5]) and frequencies(dataset) == pytest.approx([0.8, 0.2])
+    store = answers_store("even", {"of": "balanced batches"}, dataset, (1, 1), str(tmp_path))
+    keep_answers(store, np.zeros((40, 2, 1, 1), np.float32))  # even odds in balanced batches: it knows nothing
+    assert score_answers(store, dataset, taught=taught).value == pytest.approx(0, abs=1e-6)
+    assert score_answers(store, dataset).value < -0.3
 
 
 def test_admission_is_by_skill_against_the_student(data):

@@ -183,6 +183,23 @@ def test_calibration_recovers_planted_offsets_and_leaves_a_class_without_targets
     assert probes.fit_calibration(logits, targets, groups=probes.LEAST_GROUPS - 1).offsets == ()
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 1), (2, 2, 1)], ids=["classes", "findings"])
+def test_sure_answers_that_know_nothing_of_an_image_are_brought_to_the_prior(shape):
+    rng = torch.Generator().manual_seed(3)
+    prior = np.array([0.7, 0.2, 0.1]) if shape[0] == 3 else np.array([[0.9, 0.4], [0.1, 0.6]])
+    p = torch.from_numpy(prior).float().view(shape).expand(4000, *shape)
+    label = torch.multinomial(p.movedim(1, -1).flatten(0, 2), 1, generator=rng).view(4000, *shape[1:])
+    targets = torch.nn.functional.one_hot(label, shape[0]).movedim(-1, 1).float()
+    noise = 2 * torch.randn((4000, *shape), generator=rng)
+    found = probes.fit_calibration(p.log() + noise, targets, prior=prior)
+    entropy = -(prior * np.log(prior)).sum(0).mean()
+    loss = -(targets * found(p.log() + noise).log_softmax(1)).sum(1).mean()
+    assert found.temperature == pytest.approx(8) and float(loss) == pytest.approx(entropy, rel=0.06)
+    without = probes.fit_calibration(p.log() + noise, targets)
+    assert -(targets * without(p.log() + noise).log_softmax(1)).sum(1).mean() > 1.15 * entropy  # near equal classes
+    assert torch.equal(found(noise[..., 0]), found(noise)[..., 0])  # of maps and of vectors alike
+
+
 def test_offsets_that_would_leave_a_weak_answer_without_foreground_are_not_taken():
     rng = torch.Generator().manual_seed(2)
     label = torch.zeros(20, 8, 8, dtype=torch.long)
