@@ -227,6 +227,24 @@ class DecodedDataset(Dataset):
         counts = (np.bincount(label.ravel(), minlength=self.num_classes) for label in self.labels)
         return np.stack([count[: self.num_classes] > 0 for count in counts])
 
+    def frequencies(self, class_balance: float = 0.0) -> np.ndarray:
+        """Frequencies (classes,) of the classes of labelled images, (2, F) of absent and present findings.
+
+        They are those of batches with a ``class_balance`` (:class:`~amkd_monai.data.sampling.BatchSampler`). A class
+        without an image counts as half a one.
+        """
+        rows = np.flatnonzero(self.has_label)
+        labels = self.labels[rows].astype(int)
+        _, number, counts = np.unique(np.asarray(self.classes)[rows], return_inverse=True, return_counts=True)
+        weights = counts[number] ** -float(class_balance)
+        if self.findings:
+            present = weights @ labels / weights.sum()
+            found = np.stack([1 - present, present])
+        else:
+            found = np.bincount(labels, weights, minlength=self.num_classes) / weights.sum()
+        found = found.clip(0.5 / len(rows))
+        return found / found.sum(0)
+
     def class_in_words(self, number: int) -> str:
         """Name a column of :meth:`shown_classes`."""
         if not self.findings:

@@ -556,19 +556,22 @@ def _stack(output: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
     return pred.as_subclass(Tensor), label.as_subclass(Tensor)
 
 
-class FitTemperature(Handler):
-    """Calibrate a student on validation: one temperature that minimises the cross entropy (Guo et al., 2017).
+class CalibrateClasses(Handler):
+    """Calibrate a student of classes on validation by the temperature of least cross entropy (Guo et al., 2017).
 
-    Attach to the validation evaluator, before the handler that saves the student, whose buffer the temperature is.
-    Validation itself runs at temperature 1, so a value never depends on an earlier epoch.
+    It brings answers nearer to ``frequencies``, those of the classes in the training batches, (classes,) or (2, F) of
+    absent and present findings; None: to equal ones. Attach to the validation evaluator, before the handler that saves
+    the student, whose buffers the temperature and the offsets are. Validation itself runs without, so a value never
+    depends on an earlier epoch.
     """
 
-    def __init__(self, student: nn.Module) -> None:
-        self.student = student
+    def __init__(self, student: nn.Module, frequencies: np.ndarray | None = None) -> None:
+        self.student, self.frequencies = student, frequencies
 
     def _epoch_started(self, engine: Engine) -> None:
         self.outputs: list[tuple[Tensor, Tensor]] = []
         self.student.temperature.fill_(1.0)
+        self.student.offsets.zero_()
 
     def _iteration_completed(self, engine: Engine) -> None:
         self.outputs.append(_stack(engine.state.output))
@@ -578,9 +581,13 @@ class FitTemperature(Handler):
         logits = p.clamp_min(1e-12).log()  # logits up to a constant per case
         with torch.enable_grad():
             targets = F.one_hot(label, p.shape[1]).movedim(-1, 1).float()
-            fitted = fit_calibration(as_map(logits), as_map(targets)).temperature
-        self.student.temperature.fill_(fitted)
-        engine.state.metrics["temperature"] = fitted
+            fitted = fit_calibration(as_map(logits), as_map(targets), prior=self.frequencies)
+        self.student.temperature.fill_(fitted.temperature)
+        if fitted.offsets:
+            offsets = self.student.offsets
+            offsets.copy_(torch.tensor(fitted.offsets).view_as(offsets))
+            offsets -= offsets[:1].clone()  # those of the first class, or of absence, are 0
+        engine.state.metrics["temperature"] = fitted.temperature
 
 
 class CalibrateMasks(Handler):

@@ -272,7 +272,7 @@ class _Preparation:
     def _taught_classes(self, crossed: bool) -> np.ndarray | None:
         """Frequencies of the classes of images in what taught cross-fitted networks, or a probe; None for masks."""
         balance = self.recipe.class_balance if crossed else 0.0
-        return None if self.train.classes is None else frequencies(self.train, balance)
+        return None if self.train.classes is None else self.train.frequencies(balance)
 
     def _score(self, answers: FeatureStore, calibration: Calibration, taught: np.ndarray | None) -> AnswerScore:
         """Score answers to the training section, unless it was done before: names of folders tell what they hold."""
@@ -432,7 +432,7 @@ def score_answers(
         logits = calibration(torch.from_numpy(store.read("logits", labelled)).float())[..., 0]
         logits = logits if dataset.findings else logits[..., 0]
         if taught is not None:
-            logits = logits + torch.from_numpy(np.log(frequencies(dataset) / taught)).float()
+            logits = logits + torch.from_numpy(np.log(dataset.frequencies() / taught)).float()
         cross_entropy = float(F.cross_entropy(logits, torch.from_numpy(classes)))
         skill = 1 - cross_entropy / max(prior_entropy(dataset), 1e-6)
         p = logits.softmax(1).numpy()
@@ -484,29 +484,10 @@ def decide(
     return True, f"its {measure} beats the undistilled student's {student.value:.3f}"
 
 
-def frequencies(dataset: DecodedDataset, class_balance: float = 0.0) -> np.ndarray:
-    """Frequencies (classes,) of the classes of labelled images, (2, F) of absent and present findings.
-
-    They are those of batches with a ``class_balance`` (:class:`~amkd_monai.data.sampling.BatchSampler`). A class
-    without an image counts as half a one.
-    """
-    rows = np.flatnonzero(dataset.has_label)
-    labels = dataset.labels[rows].astype(int)
-    _, number, counts = np.unique(np.asarray(dataset.classes)[rows], return_inverse=True, return_counts=True)
-    weights = counts[number] ** -float(class_balance)
-    if dataset.findings:
-        present = weights @ labels / weights.sum()
-        found = np.stack([1 - present, present])
-    else:
-        found = np.bincount(labels, weights, minlength=dataset.num_classes) / weights.sum()
-    found = found.clip(0.5 / len(rows))
-    return found / found.sum(0)
-
-
 def prior_entropy(dataset: DecodedDataset) -> float:
     """Entropy in nats of the class frequencies over all labelled pixels or images; of findings the mean over them."""
     if dataset.classes is not None:
-        found = frequencies(dataset)
+        found = dataset.frequencies()
         return float(-(found * np.log(found)).sum(0).mean())
     counts = np.zeros(dataset.num_classes)
     for i in np.flatnonzero(dataset.has_label):

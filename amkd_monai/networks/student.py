@@ -186,9 +186,9 @@ class Student(EncodedStudent):
 
 
 class ClassStudent(EncodedStudent):
-    """A student that answers one class per image: logits divided by a calibration temperature.
+    """A student that answers one class per image: logits divided by a ``temperature``, and ``offsets`` (num_classes,).
 
-    The temperature is a buffer, 1 until it is fitted on validation; training reads ``decode``, which knows none.
+    Both are buffers, 1 and 0 until they are fitted on validation; training reads ``decode``, which knows none.
     ``dropout`` is the rate before the linear layer; the other arguments are those of :class:`Student`.
     """
 
@@ -208,8 +208,13 @@ class ClassStudent(EncodedStudent):
             self.dropout = nn.Dropout(dropout)
             self.head = nn.Linear(self.encoder_channels[-1], num_classes)
         load_encoder_weights(self.encoder, encoder, weights)
-        self.register_buffer("temperature", torch.ones(()))
         self.num_classes = num_classes
+        _register_calibration(self, *self.offsets_shape(num_classes))
+
+    @staticmethod
+    def offsets_shape(num_classes: int) -> tuple[int, ...]:
+        """Shape of the offsets."""
+        return (num_classes,)
 
     def decode(self, levels: list[Tensor], size: list[int]) -> Tensor:
         """Turn encoder maps into uncalibrated logits (B, num_classes); ``size`` = [H, W] plays no part."""
@@ -217,14 +222,25 @@ class ClassStudent(EncodedStudent):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return calibrated logits (B, num_classes) for an image (B, 3, H, W) in [0, 1]."""
-        return self.decode(self.encode(image), [image.shape[-2], image.shape[-1]]) / self.temperature
+        return self.decode(self.encode(image), [image.shape[-2], image.shape[-1]]) / self.temperature + self.offsets
+
+
+def _register_calibration(module: nn.Module, *shape: int) -> None:
+    module.register_buffer("temperature", torch.ones(()))
+    module.register_buffer("offsets", torch.zeros(shape))
 
 
 class FindingStudent(ClassStudent):
     """A :class:`ClassStudent` that answers whether each of ``num_classes`` findings is there.
 
-    Logits (B, 2, num_classes), those of absence 0: their softmax is the sigmoid of the logits of presence.
+    Logits (B, 2, num_classes), those of absence 0: their softmax is the sigmoid of the logits of presence. Offsets
+    (2, num_classes).
     """
+
+    @staticmethod
+    def offsets_shape(num_classes: int) -> tuple[int, ...]:
+        """Shape of the offsets."""
+        return (2, num_classes)
 
     def decode(self, levels: list[Tensor], size: list[int]) -> Tensor:
         """Turn encoder maps into uncalibrated logits (B, 2, num_classes); ``size`` = [H, W] plays no part."""
@@ -245,9 +261,8 @@ class SharedStudent(nn.Module):
     """One encoder and one feature pyramid for all tasks, each with its own batch norms in them.
 
     :meth:`for_task` gives the student of one task. The flat state dict has ``encoder.*``, ``neck.*``,
-    ``heads.<task>.*``, ``norms.<task>.*`` and ``calibration.<task>`` (temperatures of class heads). ``heads`` are
-    {task: :class:`Head`, or the same as a dict}; further arguments are those of :class:`Student` and
-    :class:`ClassStudent`.
+    ``heads.<task>.*``, ``norms.<task>.*`` and ``calibration.<task>.*`` (of class heads). ``heads`` are {task:
+    :class:`Head`, or the same as a dict}; further arguments are those of :class:`Student` and :class:`ClassStudent`.
     """
 
     def __init__(
@@ -277,13 +292,14 @@ class SharedStudent(nn.Module):
             self.encoder = feature_encoder(encoder, range(1 if finest == 4 else 0, 5), drop_path)
             channels = list(self.encoder.feature_info.channels())
             self.neck = FeaturePyramid(channels, neck_channels)
-            self.heads, self.calibration = nn.ModuleDict(), nn.Module()
+            self.heads, self.calibration = nn.ModuleDict(), nn.ModuleDict()
             for task, h in self.specs.items():
                 if h.kind == "segmentation":
                     self.heads[task] = nn.Conv2d(neck_channels, h.classes, 1)
                 else:
                     self.heads[task] = nn.Linear(channels[-1], h.classes)
-                    self.calibration.register_buffer(task, torch.ones(()))
+                    self.calibration[task] = nn.Module()
+                    _register_calibration(self.calibration[task], h.classes)
         load_encoder_weights(self.encoder, encoder, weights)
         self.norms = nn.ModuleDict()
         shared = [(name, norm) for name, norm in self.named_modules() if isinstance(norm, nn.BatchNorm2d)]
@@ -306,7 +322,8 @@ class SharedStudent(nn.Module):
         EncodedStudent.__init__(view, encoder)
         if isinstance(view, ClassStudent):
             view.dropout = nn.Dropout(self.dropout)
-            view.register_buffer("temperature", self.calibration.get_buffer(task))
+            for name, value in self.calibration[task].named_buffers():
+                view.register_buffer(name, value)
         else:
             count = sum(r >= head.stride for r in self.encoder.feature_info.reduction())
             view.neck = copy.copy(neck)  # a pyramid that shares the levels down to the stride
@@ -407,7 +424,7 @@ def state_of_task(state: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:
             own[key] = value
         elif _task_in(key) == task:
             leaf = rest[-1].replace("-", ".")
-            own["temperature" if part == "calibration" else f"head.{leaf}" if part == "heads" else leaf] = value
+            own[f"head.{leaf}" if part == "heads" else leaf] = value
     return own
 
 

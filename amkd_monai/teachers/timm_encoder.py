@@ -164,7 +164,7 @@ class StudentTeacher(Teacher):
         if heads := student.heads_of(state):
             state = student.state_of_task(state, task or next(iter(heads)))
         self.network = student.EncodedStudent(student.feature_encoder(model, range(1, 5), 0.0))
-        load_strict(self.network, state, weights, allow_unexpected=("neck.", "head.", "temperature"))
+        load_strict(self.network, state, weights, allow_unexpected=("neck.", "head.", "temperature", "offsets"))
         self.came_from(weights)
         self.model, self.image_size, self.grid_limit = model, image_size, grid_limit
         self.freeze()

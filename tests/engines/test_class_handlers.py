@@ -10,9 +10,9 @@ import torch
 from ignite.engine import Engine
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
-from amkd_monai.engines.handlers import CaseReport, ClassPredictions, ClassScore, FitTemperature, KeptStudent
+from amkd_monai.engines.handlers import CalibrateClasses, CaseReport, ClassPredictions, ClassScore, KeptStudent
 from amkd_monai.metrics.summary import read_case_csv
-from amkd_monai.networks import ClassStudent
+from amkd_monai.networks import ClassStudent, FindingStudent
 
 N = 40
 
@@ -58,7 +58,7 @@ def test_the_temperature_is_the_likeliest_one_and_is_saved_with_the_student(tmp_
     student = ClassStudent(num_classes=3, weights="random")
     student.temperature.fill_(5.0)
     engine = evaluator(z, label)
-    FitTemperature(student).attach(engine)
+    CalibrateClasses(student).attach(engine)
     ClassScore("isic2017").attach(engine, "val_mean_auc")
     engine.state.key_metric_name = "val_mean_auc"
     KeptStudent(student, tmp_path / "model.pt").attach(engine)
@@ -69,6 +69,27 @@ def test_the_temperature_is_the_likeliest_one_and_is_saved_with_the_student(tmp_
     assert fitted == pytest.approx(candidates[int(np.argmin(likely))], rel=0.02) and fitted > 1.5
     run(engine)
     assert float(student.temperature) == pytest.approx(fitted), "a second validation doesn't build on the first"
+
+
+@pytest.mark.parametrize("findings", [False, True])
+def test_unsure_answers_are_saved_near_to_the_frequencies_of_the_batches(findings):
+    rng = torch.Generator().manual_seed(1)
+    frequencies = np.array([[0.9, 0.4, 0.5], [0.1, 0.6, 0.5]]) if findings else np.array([0.7, 0.2, 0.1])
+    p = torch.from_numpy(frequencies).float()
+    draws = torch.rand((400, 3), generator=rng) < p[1] if findings else torch.multinomial(p.expand(400, 3), 1)[:, 0]
+    z = 0.5 * torch.randn((400, *p.shape), generator=rng) + p.log()  # noise about what is frequent
+    student = (FindingStudent if findings else ClassStudent)(num_classes=3, weights="random")
+    label = draws.long() @ (1 << torch.arange(3)) if findings else draws
+    for _ in range(2):  # the second validation builds on nothing of the first
+        engine = evaluator(z, label)
+        CalibrateClasses(student, frequencies).attach(engine)
+        run(engine)
+        assert float(student.temperature) > 3 and not student.offsets[:1].any()
+        calibrated = (z / student.temperature + student.offsets).softmax(1).mean(0)
+        torch.testing.assert_close(calibrated, p, atol=0.03, rtol=0)
+    CalibrateClasses(student).attach(engine := evaluator(z, label))
+    run(engine)
+    assert not student.offsets.any()
 
 
 def test_a_validation_that_says_nothing_is_refused(tmp_path):

@@ -15,7 +15,6 @@ from amkd_monai.engines import probes
 from amkd_monai.engines.prepare import (
     AnswerScore,
     decide,
-    frequencies,
     prepare_teachers,
     prior_entropy,
     score_answers,
@@ -125,7 +124,7 @@ def test_frequencies_are_those_of_the_batches(tmp_path, findings, balance):
     drawn = np.concatenate(list(BatchSampler(dataset.has_label, dataset.has_foreground, **options)))
     labels = dataset.labels[drawn].astype(int)
     seen = np.stack([1 - labels.mean(0), labels.mean(0)]) if findings else np.bincount(labels, minlength=3) / len(drawn)
-    assert frequencies(dataset, balance) == pytest.approx(seen, abs=0.005)
+    assert dataset.frequencies(balance) == pytest.approx(seen, abs=0.005)
 
 
 def test_answers_are_scored_at_the_frequencies_of_the_labels_not_of_the_batches(tmp_path):
@@ -134,8 +133,8 @@ def test_answers_are_scored_at_the_frequencies_of_the_labels_not_of_the_batches(
     for number, item in enumerate(items):
         item["label"] = int(number >= 32)
     dataset = DecodedDataset(items, load, tmp_path / "cache", 2)
-    taught = frequencies(dataset, 1.0)
-    assert taught == pytest.approx([0.5, 0.5]) and frequencies(dataset) == pytest.approx([0.8, 0.2])
+    taught = dataset.frequencies(1.0)
+    assert taught == pytest.approx([0.5, 0.5]) and dataset.frequencies() == pytest.approx([0.8, 0.2])
     store = answers_store("even", {"of": "balanced batches"}, dataset, (1, 1), str(tmp_path))
     keep_answers(store, np.zeros((40, 2, 1, 1), np.float32))  # even odds in balanced batches: it knows nothing
     assert score_answers(store, dataset, taught=taught).value == pytest.approx(0, abs=1e-6)

@@ -12,6 +12,7 @@ def image(height=64, width=96, batch=2, seed=0):
 def student():
     network = ClassStudent(num_classes=5).eval()
     network.temperature.fill_(2.0)
+    network.offsets.copy_(torch.arange(5) / 5)
     return network
 
 
@@ -31,11 +32,11 @@ def test_it_gives_one_answer_per_image_of_any_size(student, size):
     assert logits.shape == (2, 5) and torch.isfinite(logits).all()
 
 
-def test_the_temperature_divides_the_answer_but_not_what_is_trained(student):
+def test_the_calibration_changes_the_answer_but_not_what_is_trained(student):
     levels = student.encode(image())
-    torch.testing.assert_close(student(image()) * 2, student.decode(levels, [64, 96]))
+    torch.testing.assert_close((student(image()) - torch.arange(5) / 5) * 2, student.decode(levels, [64, 96]))
     assert float(student.state_dict()["temperature"]) == 2.0
-    assert "temperature" not in dict(student.named_parameters())
+    assert not {"temperature", "offsets"} & dict(student.named_parameters()).keys()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
