@@ -87,6 +87,7 @@ TRAINING_ONLY = (
     "tasks",
     "only",
     "max_epochs",
+    "recipe#min_steps",
     "val_interval",
     "teachers",
     "admission",
