@@ -216,14 +216,17 @@ def _fetch(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from amkd_monai.metrics.compare import compare_runs, evaluated_task, format_comparison
+    from amkd_monai.data.datasets import recorded_task
+    from amkd_monai.metrics.compare import compare_runs, format_comparison
+    from amkd_monai.storage import read_json
 
     reference = Path(arguments.reference) / "per_case.csv"
     others = {run: Path(run) / "per_case.csv" for run in arguments.runs}
     for file in (reference, *others.values()):
         if not file.is_file():
             raise FileNotFoundError(f"There is no {file}: give the output folder of an evaluated run.")
-    task = evaluated_task(Path(arguments.reference) / "metrics.json")
+    figures = read_json(Path(arguments.reference) / "metrics.json")
+    task = recorded_task(figures) if figures else None  # case files alone are taken for those of masks
     rows = compare_runs(reference, others, arguments.metric, task)
     title = task.name if task is not None and task.is_classification else arguments.metric or "dice"
     print(format_comparison(rows, f"{title}, compared with {arguments.reference}"))

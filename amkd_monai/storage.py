@@ -223,14 +223,22 @@ def read_memo(memo: Path | None, is_entry: Callable[[Any], bool]) -> dict[str, A
     return entries
 
 
-def read_json(file: str | Path) -> dict[str, Any]:
-    """Read a JSON file of a run; a missing one is empty, a damaged one a ValueError."""
-    if not Path(file).is_file():
-        return {}
+def read_text(path: Path) -> str:
+    """Read a text in UTF-8 or, by its byte order mark, UTF-16; anything else is a ValueError."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        content: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is neither UTF-8 nor UTF-16: save it as UTF-8.") from error
+
+
+def read_json(file: str | Path) -> dict[str, Any]:
+    """Read a JSON file, as :func:`read_text` does; a missing one is empty, a damaged one a ValueError."""
+    try:
+        content: dict[str, Any] = json.loads(read_text(Path(file))) if Path(file).is_file() else {}
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: restore it, or remove it.") from error
+        raise ValueError(f"{file} is not JSON ({error}): correct or restore it.") from error
     return content
 
 

@@ -31,11 +31,11 @@ EMPTY = (
 def write_segmentation(
     path: Path, mask: np.ndarray, grid: Grid, series: Sequence[Path], classes: Sequence[str]
 ) -> None:
-    """Write class indices (X, Y, Z) on the ``grid`` of a series as a binary DICOM segmentation.
+    """Write class indices (X, Y, Z) on the ``grid`` of a series, as ``read_series`` gives it, as a DICOM segmentation.
 
     Each of ``classes`` but the background has a segment. A ValueError if a slice lacks what it refers to.
     """
-    slices = _headers(series)
+    slices = _in_order(series, grid)
     import highdicom
     from pydicom.sr.codedict import codes
 
@@ -44,7 +44,6 @@ def write_segmentation(
     for item in slices:
         if not item.get("SliceThickness"):
             item.SliceThickness = f"{grid.spacing[2]:.6g}"
-    planes = np.stack([_plane(mask, grid, item) for item in slices])
     by = highdicom.AlgorithmIdentificationSequence("amkd_monai", codes.DCM.ArtificialIntelligence, __version__)
     how, segments = (highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC, by), []
     for label, name in enumerate(classes[1:], 1):
@@ -53,7 +52,7 @@ def write_segmentation(
         segments.append(highdicom.seg.SegmentDescription(label, name[:64], category, kind, *how))
     result = highdicom.seg.Segmentation(
         source_images=slices,
-        pixel_array=planes,
+        pixel_array=np.ascontiguousarray(mask.T),  # (X, Y, Z) -> (slices, rows, columns)
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=segments,
         series_instance_uid=highdicom.UID(),
@@ -83,7 +82,7 @@ def write_captures(
     Class indices and grey levels 0 to 255 (X, Y, Z) lie on the ``grid`` of the series; ``draw`` makes a picture (rows,
     columns, 3), uint8, of levels and mask of a slice. A ValueError if a slice lacks what a capture refers to.
     """
-    slices = _headers(series)
+    slices = _in_order(series, grid)
     import highdicom
     from pydicom import Dataset
 
@@ -93,11 +92,11 @@ def write_captures(
 
     uid = highdicom.UID()
     with atomic_folder(folder, replace=True) as temporary:
-        for number, item in enumerate(slices, 1):
+        for number, (item, *planes) in enumerate(zip(slices, levels.T, mask.T, strict=True), 1):
             across, down = np.array(item.ImageOrientationPatient, float).reshape(2, 3)
             result = highdicom.sc.SCImage.from_ref_dataset(
                 item,
-                draw(*(_plane(array, grid, item) for array in (levels, mask))),
+                draw(*planes),
                 photometric_interpretation="RGB",
                 bits_allocated=8,
                 coordinate_system="PATIENT",
@@ -116,8 +115,8 @@ def write_captures(
             result.save_as(temporary / f"{number:04d}.dcm")
 
 
-def _headers(series: Sequence[Path]) -> list[Any]:
-    """Read the slices without their pixels; what may be empty is there."""
+def _in_order(series: Sequence[Path], grid: Grid) -> list[Any]:
+    """Read the slices without their pixels, in their order along the grid; what may be empty is there."""
     try:
         import highdicom  # noqa: F401
         from pydicom import dcmread
@@ -131,21 +130,5 @@ def _headers(series: Sequence[Path]) -> list[Any]:
         for name in EMPTY:
             if name not in item:
                 setattr(item, name, "")
-    return slices
-
-
-def _plane(mask: np.ndarray, grid: Grid, item: Any) -> np.ndarray:
-    """The part of an array (X, Y, Z) that lies in a slice, (rows, columns)."""
-    along_row, along_column = np.array(item.ImageOrientationPatient, float).reshape(2, 3)
-    affine = np.eye(4)  # from (row, column, 0) to mm, left, posterior, superior
-    affine[:3, 0], affine[:3, 1] = along_column * float(item.PixelSpacing[0]), along_row * float(item.PixelSpacing[1])
-    affine[:3, 3] = np.array(item.ImagePositionPatient, float)
-    affine[:2] *= -1
-    rows, columns = np.indices((int(item.Rows), int(item.Columns)))
-    pixels = np.stack([rows, columns, np.zeros_like(rows), np.ones_like(rows)], -1)
-    places = (pixels @ (np.linalg.inv(grid.affine) @ affine).T)[..., :3]
-    voxels = places.round().astype(int)
-    if np.abs(places - voxels).max() > 0.1 or (voxels < 0).any() or (voxels >= mask.shape).any():
-        where = f"The slice {item.SOPInstanceUID} does not lie on the grid of its series"
-        raise ValueError(f"{where}: leave out the DICOM options.")
-    return mask[tuple(np.moveaxis(voxels, -1, 0))]
+    along = grid.affine[:3, 2] * (-1, -1, 1)  # from right and anterior to DICOM's left and posterior
+    return sorted(slices, key=lambda item: float(np.array(item.ImagePositionPatient, float) @ along))

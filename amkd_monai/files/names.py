@@ -3,14 +3,13 @@
 import csv
 import gzip
 import io
-import json
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from amkd_monai.storage import read_text
 from amkd_monai.terminal import logger
 
 DICOM_SUFFIX = ".dcm"
@@ -137,24 +136,6 @@ def some(names: Iterable[str]) -> str:
     """Join the first five names and count the others."""
     names = sorted(names, key=natural)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def read_text(path: Path) -> str:
-    """Read a text in UTF-8 or, by its byte order mark, UTF-16; anything else is a ValueError."""
-    content = path.read_bytes()
-    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is neither UTF-8 nor UTF-16: save it as UTF-8.") from error
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file, as :func:`read_text` does; another content is a ValueError."""
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): correct it.") from error
 
 
 def table_rows(path: Path, columns: Sequence[str] = ()) -> tuple[list[str], list[dict[str, str]]]:

@@ -24,8 +24,8 @@ from amkd_monai.errors import report_plainly
 from amkd_monai.files.names import file_id
 from amkd_monai.label.student import ServedStudent
 from amkd_monai.label.studies import read_label
-from amkd_monai.storage import TEMPORARY_MARK, atomic_write_json, read_json
-from amkd_monai.weights import load_state_dict, load_strict, state_hash
+from amkd_monai.storage import TEMPORARY_MARK, atomic_write_json, file_sha256, read_json
+from amkd_monai.weights import load_state_dict, load_strict
 
 OF_THE_SERVER = {"model", "gpus", "local_rank", "client_id"}
 """What MONAI Label and its clients add to the options of a training."""
@@ -102,7 +102,7 @@ class FineTune(TrainTask):
         is_better = best.best > before
         result = {
             "model": student.bundle.name,
-            "student": state_hash(load_state_dict(models / "model.pt")) if is_better else student.identity(),
+            "student": file_sha256(models / "model.pt") if is_better else student.identity(),
             **{part: len(getattr(data, part)) for part in ("train", "validation", "unlabelled")},
             "total_epochs": options["max_epochs"],
             "metric": data.task.primary_metric,

@@ -1,7 +1,6 @@
 """A trained bundle opened for serving: predicts an image file as the bundle does, with its uncertainty."""
 
 import copy
-import functools
 import math
 import os
 import shutil
@@ -23,8 +22,8 @@ from amkd_monai.data.transforms import SaveMaskd
 from amkd_monai.engines import runs
 from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES, has_suffix
 from amkd_monai.files.volumes import volume_grid, write_mask_volume
-from amkd_monai.storage import atomic_path
-from amkd_monai.weights import load_state_dict, load_strict, state_hash
+from amkd_monai.storage import atomic_path, file_sha256, size_and_time
+from amkd_monai.weights import load_state_dict, load_strict
 
 
 class ServedStudent:
@@ -55,7 +54,7 @@ class ServedStudent:
         ends = [i for i, t in enumerate(after) if isinstance(t, SaveMaskd)]
         self._activation: Activationsd = after[0]
         self._after = Compose(after[1 : ends[0]] if ends else after[1:])
-        self._loaded: tuple[int, int] | None = None
+        self._loaded: list[int] = []
         self._lock = threading.Lock()
 
     def takes(self, image: str | Path) -> bool:
@@ -63,8 +62,8 @@ class ServedStudent:
         return has_suffix(image, self.suffixes)
 
     def identity(self) -> str:
-        """SHA-256 of the current weights."""
-        return _hash_of(self.model, self._stamp())
+        """SHA-256 of the file of the current weights."""
+        return file_sha256(self.model)
 
     def replace(self, file: Path, record: Path | None = None) -> None:
         """Serve the weights of a file from now on, and keep those before as ``models/previous.pt``.
@@ -101,20 +100,11 @@ class ServedStudent:
         data = read_item({"image": str(image)}, self._before)
         batch = data["image"].as_tensor()[None].to(self._device)
         with self._lock:  # one image at a time: memory for one, and no change of weights meanwhile
-            if (stamp := self._stamp()) != self._loaded:
+            if (stamp := size_and_time(self.model)) != self._loaded:
                 load_strict(self._network, load_state_dict(self.model), self.model)
                 self._loaded = stamp
             data["pred"] = self._inferer(batch, self._network)[0].cpu()
         return dict(self._activation(data))
-
-    def _stamp(self) -> tuple[int, int]:
-        found = self.model.stat()
-        return found.st_mtime_ns, found.st_size
-
-
-@functools.lru_cache(maxsize=64)
-def _hash_of(model: Path, stamp: tuple[int, int]) -> str:
-    return state_hash(load_state_dict(model))
 
 
 def mask_uncertainty(probabilities: Tensor) -> float:

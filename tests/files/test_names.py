@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amkd_monai.files.names import expanded, file_id, image_files, images_to_predict, read_text, table_rows
+from amkd_monai.files.names import expanded, file_id, image_files, images_to_predict, table_rows
 from amkd_monai.files.pictures import read_picture, write_png
 from amkd_monai.files.volumes import Grid, write_mask_volume
+from amkd_monai.storage import read_text
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
 

@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from amkd_monai.weights import load_state_dict, state_hash
+from amkd_monai.weights import file_sha256, load_state_dict
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,9 @@ def whole_files(model):
     folder = model / "models"
     names = {file.name for file in folder.iterdir() if not file.name.startswith(".")}
     assert names <= {"model.pt", "previous.pt", "student.json"}, names
-    return {name: state_hash(load_state_dict(folder / name)) for name in names if name.endswith(".pt")}
+    weights = [folder / name for name in names if name.endswith(".pt")]
+    assert all(load_state_dict(file) for file in weights)
+    return {file.name: file_sha256(file) for file in weights}
 
 
 def served(server):

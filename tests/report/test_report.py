@@ -226,7 +226,7 @@ def test_wrong_folders_are_refused_in_one_sentence(runs, tmp_path, capsys):
     shutil.copytree(runs["polyps"], damaged)
     (damaged / "metrics.json").write_text("{")
     assert main(["report", str(damaged)]) == 1
-    assert "not valid JSON" in capsys.readouterr().err
+    assert "is not JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["polyps", "heart", "skin"])

@@ -8,8 +8,7 @@ from typing import Any
 
 from amkd_monai.data import phantoms
 from amkd_monai.data.datasets.described import Described, named
-from amkd_monai.files.names import read_json
-from amkd_monai.storage import atomic_folder
+from amkd_monai.storage import atomic_folder, read_json
 
 PHANTOM_MARKER = "PHANTOM.txt"
 KINDS = ("segmentation", "classification", "multilabel")

@@ -27,8 +27,6 @@ from amkd_monai.files.names import (
     label_files,
     natural,
     originals,
-    read_json,
-    read_text,
     some,
     table_rows,
     warn_of_deeper,
@@ -36,6 +34,7 @@ from amkd_monai.files.names import (
 )
 from amkd_monai.files.pictures import picture_frame
 from amkd_monai.files.volumes import check_grid, volume_grid
+from amkd_monai.storage import read_json, read_text
 from amkd_monai.terminal import logger
 
 IMAGES = ("images", "imagesTr", "image", "imgs", "Imgs", "frames")
@@ -591,7 +590,7 @@ READERS: dict[str, Callable[[Described, Path], Iterator[Item]]] = {
 
 def _object(file: Path) -> dict[str, Any]:
     """A JSON object, empty without the file or of another content."""
-    content = read_json(file) if file.is_file() else {}
+    content: Any = read_json(file)
     return content if isinstance(content, dict) else {}
 
 
