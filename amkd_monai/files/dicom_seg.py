@@ -130,5 +130,14 @@ def _in_order(series: Sequence[Path], grid: Grid) -> list[Any]:
         for name in EMPTY:
             if name not in item:
                 setattr(item, name, "")
-    along = grid.affine[:3, 2] * (-1, -1, 1)  # from right and anterior to DICOM's left and posterior
-    return sorted(slices, key=lambda item: float(np.array(item.ImagePositionPatient, float) @ along))
+    across, down, along, corner = (grid.affine[:3] * [[-1], [-1], [1]]).T  # DICOM counts to left and posterior
+    slices.sort(key=lambda item: float(np.array(item.ImagePositionPatient, float) @ along))
+    for number, item in enumerate(slices):
+        spacing = np.array(item.PixelSpacing, float)[::-1, None]  # of the steps across and down
+        own = np.vstack(
+            [np.array(item.ImageOrientationPatient, float).reshape(2, 3) * spacing, item.ImagePositionPatient]
+        )
+        if np.abs(own.astype(float) - [across, down, corner + number * along]).max() > 0.1 * spacing.min():
+            where = f"The slice {item.SOPInstanceUID} does not lie on the grid of its series"
+            raise ValueError(f"{where}: leave out the DICOM options.")
+    return slices

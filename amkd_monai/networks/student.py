@@ -45,6 +45,8 @@ def load_encoder_weights(encoder: nn.Module, name: str, weights: str | Path) -> 
     path = packaged_file(name) if str(weights) == "packaged" else Path(weights)
     state, own = load_state_dict(path), encoder.state_dict()
     if str(weights) == "packaged":  # other names in timm's order; behind the maps the file has the classifier
+        if any(key.rsplit(".", 1)[1] != name.rsplit(".", 1)[1] for key, name in zip(own, state, strict=False)):
+            raise CheckpointError(f"{path} has its tensors in another order than timm's '{name}': use another timm.")
         state = dict(zip(own, state.values(), strict=False))
     for key, value in state.items():
         shape = own[key].shape if key in own else value.shape

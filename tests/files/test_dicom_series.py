@@ -244,6 +244,22 @@ def test_captures_are_a_series_of_pictures_of_its_slices(direction, tmp_path):
         assert list(item.PixelSpacing) == [1.25, 2.5] and "not for clinical use" in item.SeriesDescription
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ImagePositionPatient", [-60, -27, 16]), ("PixelSpacing", [2.5, 1.25])],
+    ids=["moved", "spacing"],
+)
+def test_a_slice_off_the_grid_of_its_series_is_refused(name, value, tmp_path):
+    pydicom, slices, volume, grid = with_a_frame_of_reference(tmp_path / "s", AXIAL)
+    files = [item.file for item in slices]
+    changed = pydicom.dcmread(files[3])
+    setattr(changed, name, value)
+    changed.save_as(files[3])
+    with pytest.raises(ValueError, match=changed.SOPInstanceUID):
+        write_segmentation(tmp_path / "mask.dcm", (volume > 300).astype(np.uint8), grid, files, ("no", "yes"))
+    assert not (tmp_path / "mask.dcm").exists()
+
+
 def test_a_segmentation_needs_what_it_refers_to(tmp_path):
     needs("highdicom")
     folder = series(tmp_path / "s")
