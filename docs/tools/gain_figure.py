@@ -26,7 +26,7 @@ def gains(page: Path) -> dict[str, dict[str, tuple[float, float, float]]]:
     """Return {series: {row: (gain, low, high)}} of the first table of a page that has gains."""
     lines = page.read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("|") and "gain" in line)
-    cells = [[cell.strip(" `*") for cell in line.strip("|").split("|")] for line in lines[start:]]
+    cells = [[cell.replace("*", "").strip(" `") for cell in line.strip("|").split("|")] for line in lines[start:]]
     rows = cells[2 : next(i for i, row in enumerate(cells) if len(row) < 2)]
     found: dict[str, dict[str, tuple[float, float, float]]] = {name: {} for name in cells[0] if name.startswith("gain")}
     for row in rows:
