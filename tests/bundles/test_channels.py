@@ -66,8 +66,8 @@ def write_volume(path, values):
 
 def train(bundle, **settings):
     train, evaluate, infer = (str(bundle / "configs" / f"{n}.json") for n in ("train", "evaluate", "inference"))
-    monai.bundle.run(run_id="training", config_file=train, **QUICK, **settings)
-    monai.bundle.run(config_file=[train, evaluate], **QUICK, **settings)
+    monai.bundle.run(run_id="training", config_file=train, **{**QUICK, **settings})
+    monai.bundle.run(config_file=[train, evaluate], **{**QUICK, **settings})
     network_free = {k: v for k, v in settings.items() if "recipe" not in k and k != "unlabelled"}
     monai.bundle.run(config_file=infer, **network_free)
     return read_json(bundle / "eval" / "run.json")

@@ -125,9 +125,9 @@ def test_volumes_in_nnunets_layout_are_learned_scored_and_predicted(tmp_path, mo
     config = read_json(bundle / "configs" / "train.json")
     assert config["network_def"]["num_classes"] == 3 and config["volume_size"][0] == -1
     train, evaluate = (str(bundle / "configs" / f"{name}.json") for name in ("train", "evaluate"))
-    recipe = {"recipe#min_steps": 4, "recipe#batch_size": 4}
-    monai.bundle.run(run_id="training", config_file=train, **QUICK, **recipe)
-    monai.bundle.run(config_file=[train, evaluate], **QUICK, **recipe)
+    longer = {**QUICK, "recipe#min_steps": 4, "recipe#batch_size": 4}
+    monai.bundle.run(run_id="training", config_file=train, **longer)
+    monai.bundle.run(config_file=[train, evaluate], **longer)
 
     def references(case):
         label = nib.load(data / "labelsTr" / f"{case}.nii.gz")
