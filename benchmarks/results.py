@@ -102,9 +102,10 @@ for bundle, (joined, overrides, labels) in LARGE.items():
     SETTINGS[f"{bundle}_quarter_small_crew"] = replace(last, reference=f"{bundle}_quarter_last", **SMALL_CREW)
 # the same students, whose unsure answers are brought nearer to equal classes instead of their frequencies
 EQUAL = {"validate#handlers#0#frequencies": None}
-for name in ("aptos2019_quarter", "isic2017"):
-    last = SETTINGS[f"{name}_last"]
-    SETTINGS[f"{name}_equal"] = replace(last, overrides={**last.overrides, **EQUAL}, reference=f"{name}_last")
+last = SETTINGS["aptos2019_quarter_last"]
+SETTINGS["aptos2019_quarter_equal"] = replace(
+    last, overrides={**last.overrides, **EQUAL}, reference="aptos2019_quarter_last"
+)
 # all labels and a pool without, about 1000 steps in both rows: files, epochs, steps of one
 ALL = {"busi": ("busi/images_256/*", 11, 96, {}), "covid": (SLICES, 16, 65, GROUPS)}
 for bundle, (files, epochs, steps, own) in ALL.items():

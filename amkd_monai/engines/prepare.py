@@ -274,7 +274,7 @@ class _Preparation:
         balance = self.recipe.class_balance if crossed else 0.0
         return None if self.train.classes is None else self.train.frequencies(balance)
 
-    def _score(self, answers: FeatureStore, calibration: Calibration, taught: np.ndarray | None) -> AnswerScore:
+    def _score(self, answers: FeatureStore, calibration: Calibration, taught: np.ndarray | None = None) -> AnswerScore:
         """Score answers to the training section, unless it was done before: names of folders tell what they hold."""
         memo = Path(self.cache_dir) / "known_scores.json"
         known = read_memo(memo, lambda entry: isinstance(entry, dict) and "value" in entry)
