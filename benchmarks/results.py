@@ -101,7 +101,7 @@ for bundle, (joined, overrides, labels) in LARGE.items():
     SETTINGS[f"{bundle}_quarter_last"] = last
     SETTINGS[f"{bundle}_quarter_small_crew"] = replace(last, reference=f"{bundle}_quarter_last", **SMALL_CREW)
 # the same students, whose unsure answers are brought nearer to equal classes instead of their frequencies
-EQUAL = {"validate#handlers#0#frequencies": None}
+EQUAL = {"validate#handlers#0#frequencies": "$None"}
 last = SETTINGS["aptos2019_quarter_last"]
 SETTINGS["aptos2019_quarter_equal"] = replace(
     last, overrides={**last.overrides, **EQUAL}, reference="aptos2019_quarter_last"
