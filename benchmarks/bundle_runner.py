@@ -83,12 +83,14 @@ def commands(name: str, setting: Setting, seed: int, fold: int, shared: Path, ou
     if setting.teachers is not None:
         weights = str(shared / "weights" / "kvasir_specialist.ts")
         overrides["teachers"] = [{"path": weights, **t} if t["kind"] == "specialist" else t for t in setting.teachers]
-    arguments = [part for key, value in overrides.items() for part in (f"--{key}", _argument(value))]
+    arguments = _arguments(overrides)
+    # evaluation has handlers of its own
+    asked = _arguments({key: value for key, value in overrides.items() if not key.startswith("validate#handlers")})
     train, evaluate = (f"bundles/{setting.bundle}/configs/{config}.json" for config in ("train", "evaluate"))
     run = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run"]
     return [
         [*run, "training", "--config_file", train, *arguments],
-        [*run, "--config_file", f"['{train}','{evaluate}']", *arguments],
+        [*run, "--config_file", f"['{train}','{evaluate}']", *asked],
     ]
 
 
@@ -139,8 +141,9 @@ def decision(record: Path) -> str:
     return {(True,): "all", (False,): "none"}.get(tuple(admitted), "cross_fit")
 
 
-def _argument(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value)
+def _arguments(overrides: dict[str, Any]) -> list[str]:
+    texts = {key: value if isinstance(value, str) else repr(value) for key, value in overrides.items()}
+    return [part for key, text in texts.items() for part in (f"--{key}", text)]
 
 
 def execute(job: Job, shared: Path, output: Path) -> None:
