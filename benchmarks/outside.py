@@ -56,7 +56,7 @@ if __name__ == "__main__":
         for name, s in SETTINGS.items()
         if is_finished(name, s, arguments.seeds, runs)
         for pool in POOLS.get(s.bundle, ())
-        if not (s.pool or "").startswith(pool)
+        if not (s.pool or s.joined or "").startswith(pool)
     }
     if not settings:
         raise SystemExit(f"{runs} has no setting with {arguments.seeds} finished seeds: run results.py first.")

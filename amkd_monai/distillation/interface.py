@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Calibration:
     """What makes answers as sure as they are right: logits / ``temperature`` + ``offsets``.
 
-    Offsets are one for each class, or one for each class and finding, class by class; none are zeros.
+    Offsets are one for each class, or for each class and finding (those of absence first); an empty tuple adds nothing.
     """
 
     temperature: float = 1.0

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from amkd_monai.weights import CheckpointError, load_state_dict, load_strict, packaged_file
+from amkd_monai.weights import CheckpointError, load_state_dict, load_strict, packaged_file, with_timm_names
 
 logger = logging.getLogger("amkd_monai")
 
@@ -44,10 +44,8 @@ def load_encoder_weights(encoder: nn.Module, name: str, weights: str | Path) -> 
         return
     path = packaged_file(name) if str(weights) == "packaged" else Path(weights)
     state, own = load_state_dict(path), encoder.state_dict()
-    if str(weights) == "packaged":  # other names in timm's order; behind the maps the file has the classifier
-        if any(key.rsplit(".", 1)[1] != name.rsplit(".", 1)[1] for key, name in zip(own, state, strict=False)):
-            raise CheckpointError(f"{path} has its tensors in another order than timm's '{name}': use another timm.")
-        state = dict(zip(own, state.values(), strict=False))
+    if str(weights) == "packaged":
+        state = with_timm_names(state, [len(blocks) for blocks in encoder.blocks])
     for key, value in state.items():
         shape = own[key].shape if key in own else value.shape
         if value.ndim == 4 and value.shape[1] == 3 and shape == (len(value), shape[1], *value.shape[2:]) != value.shape:
