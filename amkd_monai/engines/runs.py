@@ -165,6 +165,9 @@ def _given(workflow: ConfigWorkflow) -> tuple[dict[str, Any], dict[str, Any]]:
                 tracked |= ConfigParser.load_config_files(tracking)["configs"]
             content = {**tracked, **content}
         own = inspect.signature(ConfigWorkflow.__init__).parameters
+        for key in (key for key, value in names["kwargs"].items() if value is None and key not in own):
+            if parser.get(key.replace("::", "#"), "") is not None:
+                raise ValueError(f"--{key} None is left out by MONAI, so it sets nothing: write --{key} '$None'.")
         return content, {k.replace("::", "#"): v for k, v in arguments.items() if k not in own}
     files = sorted(workflow.config_root_path.glob("*.json"), key=lambda f: f.stem not in ("train", "inference"))
     contents = [ConfigParser.load_config_file(file) for file in files if not file.stem.endswith("metadata")]

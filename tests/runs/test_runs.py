@@ -147,6 +147,13 @@ def test_options_that_exist_are_accepted_where_the_configs_do_not_list_them():
         make("kvasir_seg", ("train",), **{"recipe#augmentation#colour": 0.1, "train#handlers#0#epoch_level": True})
 
 
+def test_a_null_that_monai_leaves_out_is_refused_unless_it_is_the_default():
+    for name in ("image_size", "losses#feature", "max_epoch"):
+        assert f"--{name} '$None'" in refusal(commanded, "kvasir_seg", ("train",), **{name: None})
+    made = commanded("kvasir_seg", ("train",), labelled=None, fold="$None")
+    assert made.parser.get_parsed_content("fold") is None
+
+
 def test_a_config_on_top_with_a_misspelled_option_is_refused(tmp_path):
     mine = tmp_path / "mine.json"
     configs = [*files("kvasir_seg", "train"), str(mine)]
