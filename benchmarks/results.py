@@ -78,7 +78,7 @@ pool = replace(slices, overrides={**slices.overrides, **POOL}, pool=SLICES)
 OUTPUT_ALONE = {"losses": {"output": 1.0, "overlap": 0.0, "feature": 0.2}}
 LONG_CREW = {"teachers": [{"name": "crew", "kind": "crew", "size": "small", "folds": 2, "images": 3072}]}
 # further images without labels, as many steps as without them
-FURTHER = {"covid": (SLICES, POOL), "busi": ("busi/images_256/*", {"max_epochs": 3})}
+FURTHER = {"covid": (SLICES, POOL), "busi": ("busi/images_256/*/*", {"max_epochs": 3})}
 FEW = {"covid": 12, "busi": 12, "isic2017": 30, "aptos2019": 24, "heart": 3}
 """Labelled images or volumes; all other training images take part without their labels."""
 for bundle, labels in FEW.items():
@@ -107,7 +107,7 @@ SETTINGS["aptos2019_quarter_equal"] = replace(
     last, overrides={**last.overrides, **EQUAL}, reference="aptos2019_quarter_last"
 )
 # all labels and a pool without, about 1000 steps in both rows: files, epochs, steps of one
-ALL = {"busi": ("busi/images_256/*", 11, 96, {}), "covid": (SLICES, 16, 65, GROUPS)}
+ALL = {"busi": ("busi/images_256/*/*", 11, 96, {}), "covid": (SLICES, 16, 65, GROUPS)}
 for bundle, (files, epochs, steps, own) in ALL.items():
     length = {"max_epochs": epochs, "recipe#min_steps": steps, "val_interval": 1}
     last = SETTINGS[f"{bundle}_last"]
@@ -115,7 +115,7 @@ for bundle, (files, epochs, steps, own) in ALL.items():
     more = {"overrides": {**last.overrides, **own}, "reference": f"{bundle}_all_last"}
     SETTINGS[f"{bundle}_all_pool"] = replace(last, pool=files, **more, **SMALL_CREW)
 # all labels and nothing else, at the bundles' present length of 1000 steps
-for name in ("kvasir_all", "covid"):
+for name in ("kvasir_all", "covid", "busi"):
     length = {"max_epochs": 40, "recipe#min_steps": 25}
     last = SETTINGS[f"{name}_last"]
     last = SETTINGS[f"{name}_1000_last"] = replace(last, overrides={**last.overrides, **length}, reference=None)
@@ -127,6 +127,25 @@ for name, epochs in LONGER.items():
     overrides = {**row.overrides, "max_epochs": epochs, "val_interval": 5}
     reference = row.reference and f"{row.reference}_longer"
     SETTINGS[f"{name}_longer"] = replace(row, overrides=overrides, reference=reference)
+# what more of the student could give, so what a crew could teach at most: length, side, and a crew's member as student
+MORE: dict[str, dict[str, Any]] = {
+    "kvasir_all_1000": {"max_epochs": 80, "image_size": 256},
+    "covid_1000": {"max_epochs": 80, "image_size": 256},
+    "busi_1000": {"max_epochs": 80, "image_size": 256},
+    "heart": {"max_epochs": 24},
+    "aptos2019": {"max_epochs": 40, "image_size": 448},
+    "isic2017": {"max_epochs": 40, "image_size": 256},  # of most files
+}
+LITE1 = {"encoder": "tf_efficientnet_lite1"}
+for name, more in MORE.items():
+    last = SETTINGS[f"{name}_last"]
+    variants = {"twice_length": {"max_epochs": more["max_epochs"]}, "member": LITE1}
+    if side := more.get("image_size"):
+        finer = {"image_size": min(side, last.overrides["image_size"] * 3 // 2)}
+        variants |= {"twice_side": {"image_size": side}, "finer_member": {**LITE1, **finer}}
+    for variant, overrides in variants.items():
+        overrides = {**last.overrides, **overrides}
+        SETTINGS[f"{name}_{variant}"] = replace(last, overrides=overrides, reference=f"{name}_last")
 SETTINGS |= {
     # all labels and 786 images without, as many steps as `kvasir_all_last_longer`
     "kvasir_all_pool": replace(
