@@ -34,7 +34,7 @@ from amkd_monai.engines.trainer import Recipe
 from amkd_monai.errors import check_options
 from amkd_monai.networks import ClassStudent, FindingStudent, Student
 from amkd_monai.storage import fingerprint
-from amkd_monai.weights import state_hash
+from amkd_monai.weights import network_hash
 
 logger = logging.getLogger("amkd_monai")
 
@@ -167,7 +167,7 @@ class Crew:
         fine, _ = seen = [self._finer(dataset) for dataset in (train, validation)]
         labelled = np.flatnonzero(self.team < self.folds)
         labels = fingerprint([(fine.ids[i], fine.hashes[i], int(self.team[i])) for i in labelled])
-        networks = [state_hash(member.state_dict()) for member in self.members]
+        networks = [network_hash(member) for member in self.members]
         key = {"members": networks, "labels": labels, "chain": fine.chain, **self._method().key, "seed": self.seed}
         sections, teams = (train, validation), (self.team, np.full(len(validation), self.folds))
         stores = []
