@@ -141,12 +141,16 @@ def cross_fit(
         answers_store(name, {**method.key, **network_key, "of": of}, dataset, size, cache_dir)
         for of, dataset in zip(("train", "validation")[: len(sections)], sections, strict=True)
     ]
-    if all(store.is_complete for store in stores):
-        return stores
     labelled, unlabelled = np.flatnonzero(train.has_label), np.flatnonzero(~train.has_label)
     classes = None if train.classes is None else train.classes[labelled]
     fold = fold_of_groups([train.groups[i] for i in labelled], folds, seed, classes)
-    count = int(fold.max()) + 1
+    count, shown = int(fold.max()) + 1, train.shown_classes()[labelled]
+    taught = np.all([shown[fold != k].any(0) for k in range(count)], 0)
+    if alone := [train.class_in_words(int(n)) for n in np.flatnonzero(shown.any(0) & ~taught)]:
+        low = "one fold has all labelled images of %s, so %s is scored too low: label more groups that show it"
+        logger.warning(low, ", ".join(alone), name)
+    if all(store.is_complete for store in stores):
+        return stores
     logits = np.zeros((len(train), train.num_classes, *size), dtype=np.float32)
     unseen = [(train, unlabelled), *((dataset, np.arange(len(dataset))) for dataset in sections[1:])]
     means = [np.zeros((len(rows), *logits.shape[1:]), dtype=np.float32) for _, rows in unseen]

@@ -163,6 +163,15 @@ def test_the_undistilled_student_is_scored_as_it_is_built_and_without_an_earlier
     assert skills[0] == skills[1] != skills[2]
 
 
+def test_a_class_of_one_fold_alone_is_told_of(data, tmp_path, caplog):
+    few = [item for item in data[0].data[:27] if item["label"] < 2 or item["group"] == "g0_0_2"]
+    options = {"admission_options": {"margin": -9.0}}
+    for _ in range(2):  # found in the cache, too
+        caplog.clear()
+        prepare((decoded(few, tmp_path), data[1], tmp_path), [LITE1], **options)
+        assert sum("class 2, so student is scored too low" in message for message in caplog.messages) == 1
+
+
 def test_probes_answer_from_the_channels_that_their_teacher_sees(data, tmp_path):
     answers = []
     for channel in (0, 1):
