@@ -157,6 +157,8 @@ def _described(
     if not items:
         raise DataProblems(wrong)
     (volume, count), _ = kinds_of.most_common(1)[0]
+    if volume and kind != "segmentation":
+        raise ValueError(f"{root} holds volumes with classes: give their masks, as in images/ and masks/ or nnU-Net's.")
     items = [without(item, "of") for item in items if item["of"][0] == volume]
     description: dict[str, Any] = {"name": name, "kind": kind, "dimensions": 3 if volume else 2, "layout": layout}
     if count > 1:

@@ -27,8 +27,9 @@ def series_folders(folder: Path) -> list[Path]:
 
 def to_predict(folder: Path, volumes: bool) -> dict[str, Path]:
     """Map id to path of the pictures of a folder, or its volumes and folders of a series, that are no predictions."""
-    files = images_to_predict(folder, VOLUME_SUFFIXES if volumes else PICTURE_SUFFIXES)
-    for series in series_folders(folder) if volumes else ():
+    folders = series_folders(folder) if volumes else []
+    files = images_to_predict(folder, VOLUME_SUFFIXES if volumes else PICTURE_SUFFIXES, folders)
+    for series in folders:
         name = file_id(series)
         files[f"{name}_" if name in files else name] = series
     return files
