@@ -124,8 +124,7 @@ class Predictor:
         files = names.images_to_predict(path, suffixes, below) if path.is_dir() else {}
         found = {name: Input(name, file) for name, file in files.items()}
         if path.is_dir() and dimensions == 3:
-            folders = {f.resolve(): f for f in (path, *below)}
-            for resolved, folder in folders.items():
+            for resolved, folder in {f.resolve(): f for f in (path, *below)}.items():
                 series = find_series(folder)
                 for number, slices in enumerate(series, 1):
                     name = names.printable(resolved.name) + (f"_{number}" if len(series) > 1 else "")

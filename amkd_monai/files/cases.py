@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from amkd_monai.files.dicom import Slice, find_series, is_slice, read_series, series_grid
-from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES, file_id, has_suffix, images_to_predict
+from amkd_monai.files.dicom import Slice, find_series, read_series, series_grid
+from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES, file_id, has_suffix, images_to_predict, is_slice
 from amkd_monai.files.volumes import Grid, check_grid, read_volume, reorder, volume_grid
 
 

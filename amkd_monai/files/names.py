@@ -43,6 +43,14 @@ def has_suffix(file: str | Path, suffixes: Sequence[str]) -> bool:
     return str(file).lower().endswith(tuple(suffixes))
 
 
+def is_slice(file: Path) -> bool:
+    """Whether a file is DICOM by its name or its first bytes."""
+    with file.open("rb") as stream:
+        head = stream.read(132)
+    marked = head[128:] == b"DICM" or (head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) == 132)
+    return marked or has_suffix(file.name, [DICOM_SUFFIX])
+
+
 def file_id(file: Path) -> str:
     """Return the name without its suffix, ``.nii.gz`` counting as one, in printable form; a folder's whole name."""
     suffix = "" if file.is_dir() else next((s for s in VOLUME_SUFFIXES if has_suffix(file.name, [s])), file.suffix)
@@ -66,11 +74,14 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def image_files(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> list[Path]:
-    """List a folder's own visible files with one of the suffixes, sorted; dead links and other formats are named."""
+    """List a folder's own visible files with one of the suffixes, sorted; dead links and other formats are named.
+
+    Among volumes, slices of DICOM are not: a series is a folder.
+    """
     files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     wanted = [file for file in files if has_suffix(file, suffixes)]
     others = [file for file in files if not has_suffix(file, (*suffixes, *COMPANIONS)) and file.is_file()]
-    unread = [printable(file.name) for file in others]
+    unread = [printable(f.name) for f in others if suffixes != VOLUME_SUFFIXES or not is_slice(f)]
     dead = [file_id(file) for file in wanted if file.is_symlink() and not file.is_file()]
     for what, names in (("file(s) of a format that is not read here", unread), ("dead link(s)", dead)):
         if names:
@@ -101,10 +112,7 @@ def originals(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> list[
 def images_to_predict(
     folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES, known: Sequence[Path] = ()
 ) -> dict[str, Path]:
-    """Map id, with the suffix where two have one name, to file, of the :func:`originals` of a folder.
-
-    Files in folders below it are named, but for those in ``known`` folders, which the caller reads.
-    """
+    """Map id, with the suffix where two have one name, to file, of a folder's :func:`originals`; see warn_of_deeper."""
     kept = originals(folder, suffixes)
     if kept or known:
         warn_of_deeper(folder, known)
@@ -121,16 +129,12 @@ def images_to_predict(
 def channel_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, dict[int, str]]:
     """The files of each case of a folder by channel, named as nnU-Net does: ``case_0000.png``, ``case_0001.png``."""
     found: defaultdict[str, dict[int, str]] = defaultdict(dict)
-    others = list[str]()
-    for file in image_files(folder, suffixes) if folder.is_dir() else ():
-        if match := CHANNEL.fullmatch(file_id(file)):
+    files = {file_id(file): file for file in image_files(folder, suffixes)} if folder.is_dir() else {}
+    for name, file in files.items():
+        if match := CHANNEL.fullmatch(name):
             found[match["case"]][int(match["channel"])] = str(file)
-        else:
-            others.append(printable(file.name))
-    if found and others:
-        logger.warning(
-            "%d file(s) in %s do not end in a channel and are left out: %s.", len(others), folder, some(others)
-        )
+    if found and (others := [name for name in files if not CHANNEL.fullmatch(name)]):
+        logger.warning("%d file(s) in %s name no channel and are left out: %s.", len(others), folder, some(others))
     return dict(found)
 
 

@@ -129,8 +129,7 @@ def level_problem(levels: np.ndarray) -> str:
 def read_picture(path: str | Path, used: set[str] | None = None) -> np.ndarray:
     """Read a picture of any mode as RGB (H, W, 3), uint8, upright as viewers show it.
 
-    A picture that cannot be read or has almost no levels is a ValueError. ``used`` gets the scale of one of 16 bits,
-    see :func:`amkd_monai.files.masks.coding_problem`.
+    A picture that cannot be read or has almost no levels is a ValueError. ``used`` gets the white of one of 16 bits.
     """
     with opened(path) as image:
         loaded = upright(image)
@@ -146,8 +145,7 @@ def read_picture(path: str | Path, used: set[str] | None = None) -> np.ndarray:
 def read_channels(files: Sequence[str | Path], used: set[str] | None = None) -> np.ndarray:
     """Read one picture as RGB, or several grey pictures of one size as channels: (H, W, C), uint8.
 
-    A file that cannot be read, in colour among several, or of another size is a ValueError. ``used`` is that of
-    :func:`read_picture` where there is one picture.
+    A file that cannot be read, in colour among several, or of another size is a ValueError; ``used`` is for one.
     """
     first, *others = (read_picture(file, used if len(files) == 1 else None) for file in files)
     if not others:

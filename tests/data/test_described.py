@@ -307,7 +307,9 @@ def test_a_group_is_that_of_the_name_of_a_file_where_folders_tell_files_apart(pl
     task = {**(masked if "images" in place else {**GRADES, "classes": ["a", "b"]}), "layout": {"groups": "([^_]+)_"}}
     items = find_items(get_task(task), tmp_path)
     assert len(items) == 16 and {item["group"] for item in items} == {"p0", "p1", "p2", "p3"}
-    unmatched = find_items(get_task({**task, "layout": {"groups": "(q)?p"}}), tmp_path)
+    unfit = get_task({**task, "layout": {"groups": "(q)?p"}})
+    assert not any("problem" in item for item in labelled_folder(unfit, tmp_path).test), "names of another hospital"
+    unmatched = find_items(unfit, tmp_path)
     assert all("(q)?p" in item["problem"] for item in unmatched), "a group that takes no part is none"
 
 

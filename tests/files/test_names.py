@@ -65,6 +65,8 @@ def test_files_that_are_no_channel_beside_those_that_are_and_series_below_are_na
         save(tmp_path / "hospital" / name)
     assert list(to_predict(tmp_path / "hospital", volumes=True)) == ["one"]
     assert "patient/study/two" in caplog.text and "1.dcm" not in caplog.text
+    caplog.clear()
+    assert not to_predict(tmp_path / "hospital" / "one", volumes=True) and not caplog.text, "its own slices are read"
 
 
 def test_masks_and_predictions_are_no_images(tmp_path):

@@ -138,7 +138,7 @@ class Described:
         """Return the form of a folder, "" where it has none."""
         holds: dict[str, Callable[[], Any]] = {
             "nnunet": lambda: (root / "dataset.json").is_file() and channel_files(root / "imagesTr"),
-            "datalist": lambda: self.datalist_of(root),
+            "datalist": lambda: self.datalists_in(root),
             "pairs": lambda: self.masks and self.pairs_in(root),
             "table": lambda: self.tables_in(root),
             "classes": lambda: not self.masks and any(image_files(f, SUFFIXES) for _, f in _class_folders(root)),
@@ -199,7 +199,8 @@ class Described:
 
     def inference_items(self, root: Path) -> list[Item]:
         """List the images to predict: unlabelled ones of a datalist, those of the usual folders, tables and classes."""
-        if file := self.datalist_of(root):
+        if files := self.datalists_in(root):
+            file = files[0]
             further = [entry["image"] for _, entry in _entries(file) if "label" not in entry and entry["image"]]
             unlabelled = [_resolved(image, file.parent) for image in further]
             items = [{"image": i, "id": _stem(i)} for i in unlabelled if all(Path(f).exists() for f in files_of(i))]
@@ -297,13 +298,11 @@ class Described:
         in_sections = [pair for pair in found[1:] if pair]
         return in_sections or [pair for pair in found[:1] if pair]
 
-    def datalist_of(self, root: Path) -> Path | None:
-        """Return the datalist in a folder: the file named, else the first JSON with labelled entries."""
-        if self.form not in ("", "datalist"):
-            return None
-        if self.file:
-            return root / self.file if (root / self.file).is_file() else None
-        return next(iter(_datalists(root)), None)
+    def datalists_in(self, root: Path) -> list[Path]:
+        """Return the datalist in a folder: the file named, else each JSON with labelled entries."""
+        files = [root / self.file] if self.file else sorted(root.glob("*.json"))
+        files = [f for f in files if f.is_file() and (self.file or any("label" in entry for _, entry in _entries(f)))]
+        return files if self.form in ("", "datalist") else []
 
     def tables_in(self, root: Path) -> list[tuple[dict[str, str], Path | None, Path | None]]:
         """Return section, table and folder of images of each official section of which one is there.
@@ -370,7 +369,10 @@ class Described:
         """Return an item with the group that is in its name, before names of several folders get those of these."""
         found = re.search(self.groups, item["id"]) if self.groups else None
         if self.groups and not (found and found.groups() and found[1]):
-            return {"problem": f"The pattern {self.groups} finds no group in the name '{item['id']}'.", **item}
+            return {
+                "problem": f"The pattern {self.groups} finds no group in the name '{item['id']}': correct one.",
+                **item,
+            }
         return {**item, "group": found[1]} if found else item
 
     def _completed(self, item: Item) -> Item:
@@ -464,10 +466,9 @@ def _pairs(layout: Described, root: Path) -> Iterator[Item]:
 
 def _datalist(layout: Described, root: Path) -> Iterator[Item]:
     """The labelled entries of a datalist, with paths relative to it."""
-    if (file := layout.datalist_of(root)) is None:
-        return
-    if not layout.file and len(several := _datalists(root)) > 1:
-        names = some(found.name for found in several)
+    file, *others = layout.datalists_in(root)
+    if others:
+        names = some(found.name for found in (file, *others))
         raise ValueError(f'{root} holds several datalists, {names}: keep one, or name it by "file" in the layout.')
     entries = _entries(file)
     sections, labelled = ({s for s, entry in entries if key in entry} for key in ("image", "label"))
@@ -572,7 +573,11 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
             item["label"] = str(_found(root, label, [".", *LABELS])) if layout.masks else label
             if "section" in of:
                 found = _section(of["section"])
-                item |= {"section": found} if found else {"problem": f"{table} gives '{image}' no known section."}
+                item |= (
+                    {"section": found}
+                    if found
+                    else {"problem": f"{table} gives '{image}' no section: write {', '.join(SECTIONS)}."}
+                )
             yield item
         for file in originals(folder) if folder else ():
             if file.name not in listed:
@@ -625,11 +630,6 @@ def _entries(file: Path) -> list[tuple[str, dict[str, Any]]]:
             if not (entry["image"] and _stem(entry["image"]).startswith(".")):  # archives hold copies by macOS
                 found.append((_section(key), entry))
     return found
-
-
-def _datalists(root: Path) -> list[Path]:
-    """The JSON files of a folder that list labelled entries."""
-    return [file for file in sorted(root.glob("*.json")) if any("label" in entry for _, entry in _entries(file))]
 
 
 def names_of_values(root: Path) -> tuple[dict[int, str], dict[str, list[int]]]:
