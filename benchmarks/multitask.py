@@ -23,7 +23,7 @@ from tables import Row, table
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES_ONLY = {"admission": {"mode": "none"}}  # what cross-fitted admission decides for the ImageNet teachers
 FOLDS = {"folds": 3}
-SHORT = {"recipe#min_steps": 1}
+SHORT, SHORT_CLASSES = {"recipe#min_steps": 1}, {"recipe#min_steps": 8}
 DATA: dict[str, tuple[str, dict[str, Any]]] = {  # data, and settings of its bundle; (a) and (b) train for max_epochs
     "busi": ("BUSI/Dataset_BUSI_with_GT", {**FOLDS, "image_size": 128, "max_epochs": 24, **SHORT}),
     "covid": ("COVID/COVID-SemiSeg", {"image_size": 128, "max_epochs": 24, **SHORT}),
@@ -32,8 +32,8 @@ DATA: dict[str, tuple[str, dict[str, Any]]] = {  # data, and settings of its bun
         "MSD-Heart/Task02_Heart_half",
         {"max_epochs": 3, "spacing": [2.5, 2.5, 2.74], "volume_size": [96, 96, 64], "fold": 2},
     ),
-    "aptos2019": ("APTOS2019_standin_IDRiD", {**FOLDS, "image_size": 160, "max_epochs": 12}),
-    "isic2017": ("ISIC2017", {"image_size": 128, "max_epochs": 12}),
+    "aptos2019": ("APTOS2019_standin_IDRiD", {**FOLDS, "image_size": 160, "max_epochs": 12, **SHORT_CLASSES}),
+    "isic2017": ("ISIC2017", {"image_size": 128, "max_epochs": 12, **SHORT_CLASSES}),
 }
 SHARED_EPOCHS = 10
 LABELS = ("undistilled", "distilled", "shared", "fine_tuned")

@@ -12,7 +12,8 @@ from typing import Any
 from bundle_runner import BEST, BEST_MASKS, Setting, main, options
 
 SPECIALIST = {"name": "kvasir_specialist", "kind": "specialist", "image_size": 256, "licence": "research only"}
-SHORT = {"recipe#min_steps": 1}  # an epoch is all images once, as it was by default when these rows began
+# an epoch is all images once, at least 8 steps for classes, as it was by default when these rows began
+SHORT, SHORT_CLASSES = {"recipe#min_steps": 1}, {"recipe#min_steps": 8}
 KVASIR = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, **SHORT, **BEST_MASKS}
 FEATURES_ONLY = {"admission": {"mode": "none"}}  # what cross-fitted admission decides for the ImageNet teachers
 LONG = {**KVASIR, "max_epochs": 60}
@@ -24,8 +25,8 @@ FOLD_OF_THREE = {"folds": 3, "val_interval": 2}
 SMALL = {  # the other bundles: data, what differs from the bundle's own defaults
     "busi": ("BUSI/Dataset_BUSI_with_GT", {**FOLD_OF_THREE, **SHORT, **BEST_MASKS, "image_size": 128}),
     "covid": ("COVID", {**KVASIR, "val_interval": 2, "max_epochs": 80}),
-    "aptos2019": ("APTOS2019_standin_IDRiD", {**FOLD_OF_THREE, **BEST, "image_size": 224}),
-    "isic2017": ("ISIC2017", {"image_size": 160, **BEST}),
+    "aptos2019": ("APTOS2019_standin_IDRiD", {**FOLD_OF_THREE, **SHORT_CLASSES, **BEST, "image_size": 224}),
+    "isic2017": ("ISIC2017", {"image_size": 160, **SHORT_CLASSES, **BEST}),
 }
 SETTINGS = {
     "kvasir_12_undistilled": Setting("kvasir_seg", "Kvasir-SEG", {**LONG, "labelled": 12}, teachers=[]),
@@ -96,10 +97,14 @@ LARGE = {
     "aptos2019": ("idrid", {"image_size": 224, "max_epochs": 30, "val_interval": 5, "folds": 3}, 62),
 }
 for bundle, (joined, overrides, labels) in LARGE.items():
-    overrides = {**overrides, "labelled": labels}
+    overrides = {**overrides, **SHORT_CLASSES, "labelled": labels}
     last = Setting(bundle, SETTINGS[f"{bundle}_last"].data, overrides, teachers=[], joined=joined)
     SETTINGS[f"{bundle}_quarter_last"] = last
     SETTINGS[f"{bundle}_quarter_small_crew"] = replace(last, reference=f"{bundle}_quarter_last", **SMALL_CREW)
+# few labels, and runs of three lengths: 8 epochs have 984 steps
+few = replace(SETTINGS["isic2017_quarter_last"], overrides={**LARGE["isic2017"][1], **SHORT_CLASSES, "labelled": 120})
+for name, epochs in {"isic2017_120_246": 2, "isic2017_120_492": 4, "isic2017_120_last": 8}.items():
+    SETTINGS[name] = replace(few, overrides={**few.overrides, "max_epochs": epochs, "val_interval": 1})
 # the same students, whose unsure answers are brought nearer to equal classes instead of their frequencies
 EQUAL = {"validate#handlers#0#frequencies": "$None"}
 last = SETTINGS["aptos2019_quarter_last"]
@@ -133,15 +138,15 @@ MORE: dict[str, dict[str, Any]] = {
     "covid_1000": {"max_epochs": 80, "image_size": 256},
     "busi_1000": {"max_epochs": 80, "image_size": 256},
     "heart": {"max_epochs": 24},
-    "aptos2019": {"max_epochs": 40, "image_size": 448},
-    "isic2017": {"max_epochs": 40, "image_size": 256},  # of most files
+    "aptos2019_quarter": {"max_epochs": 60, "image_size": 448},
+    "isic2017_120": {"max_epochs": 16, "image_size": 256},  # of most files
 }
 LITE1 = {"encoder": "tf_efficientnet_lite1"}
 for name, more in MORE.items():
     last = SETTINGS[f"{name}_last"]
     variants = {"twice_length": {"max_epochs": more["max_epochs"]}, "member": LITE1}
     if side := more.get("image_size"):
-        finer = {"image_size": min(side, last.overrides["image_size"] * 3 // 2)}
+        finer = {"image_size": last.overrides["image_size"] * 3 // 2}
         variants |= {"twice_side": {"image_size": side}, "finer_member": {**LITE1, **finer}}
     for variant, overrides in variants.items():
         overrides = {**last.overrides, **overrides}

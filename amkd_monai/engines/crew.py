@@ -112,8 +112,8 @@ class Crew:
         self.side = self._side(options["image_size"], (train.images.shape[-2], train.images.shape[-1]))
         fitting = recipe.batch_size * train.images[0, 0].size // (self.side[0] * self.side[1])
         self.recipe = replace(recipe, ema=EMA, batch_size=min(recipe.batch_size, max(SMALLEST_BATCH, fitting)))
-        labelled = int(train.has_label.sum())
-        images = max(options["images"], epochs * labelled // PART_OF_LENGTH, labelled)
+        of_an_epoch = max(recipe.min_steps * recipe.batch_size, len(train))  # with labels alone an epoch is as long
+        images = max(options["images"], epochs * of_an_epoch // PART_OF_LENGTH, int(train.has_label.sum()))
         self.steps = -(-images // self.recipe.batch_size)  # of each training
         augment = recipe.augment()
         axes = [axis for axis, wanted in ((-1, augment.flip_width), (-2, augment.flip_height)) if wanted]

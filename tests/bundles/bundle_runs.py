@@ -31,8 +31,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "busi": {"image_size": 64, "max_epochs": 2, "recipe#min_steps": 1},
     "covid": {"image_size": 64, "max_epochs": 2, "recipe#min_steps": 1},
     "kvasir_seg": {"image_size": 64, "max_epochs": 2, "recipe#min_steps": 1},
-    "aptos2019": {"image_size": 64, "max_epochs": 2},
-    "isic2017": {"image_size": 64, "max_epochs": 2},
+    "aptos2019": {"image_size": 64, "max_epochs": 2, "recipe#min_steps": 8},
+    "isic2017": {"image_size": 64, "max_epochs": 2, "recipe#min_steps": 8},
     "msd_heart": {"spacing": [2.5, 5.0, 5.0], "volume_size": [16, 48, 32], "max_epochs": 2, "val_interval": 1},
 }
 """Overrides that make a run on phantoms take seconds."""
