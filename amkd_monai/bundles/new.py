@@ -99,7 +99,9 @@ def _described(
     form = next((found for k in kinds if (found := Described(kind=k).form_of(root))), "")
     raw, said = Described(kind="classification", form=form), list[str]()  # leaves labels as they are written
     tables = (
-        sorted(root.glob("*.[ct]sv")) if kind == "multilabel" or not form or (form == "classes" and not kind) else []
+        sorted(root.glob("[!.]*.[ct]sv"))
+        if kind == "multilabel" or not form or (form == "classes" and not kind)
+        else []
     )
     tables = [table for table in tables if "image" in raw.columns_of(table)]
     if form == "classes" and not kind and tables:

@@ -24,7 +24,13 @@ from amkd_monai.metrics.summary import read_case_csv
 
 CREW = {"name": "crew", "kind": "crew", "folds": 2, "images": 48, "members": [{"seed": 0}], "image_size": 1}
 TEACHERS = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}, CREW]
-QUICK = {"max_epochs": 2, "teachers": TEACHERS, "admission": {"mode": "all"}, "recipe#batch_size": 8, "recipe#min_steps": 8}
+QUICK = {
+    "max_epochs": 2,
+    "teachers": TEACHERS,
+    "admission": {"mode": "all"},
+    "recipe#batch_size": 8,
+    "recipe#min_steps": 8,
+}
 
 
 @pytest.fixture(scope="module")

@@ -320,6 +320,8 @@ def test_several_tables_are_sections_by_their_names_and_else_refused_like_severa
         rows = [f"{number}.png,{'mild' if number % 2 else 'severe'}" for number in numbers]
         (tmp_path / f"{name}.csv").write_text("\n".join(["image,label", *rows]))
     (tmp_path / "sites.csv").write_text("site,country\na,b\n")
+    for name in ("._train.csv", "._list.json"):  # archives hold copies by macOS
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07\xff")
     assert ids(datalist(GRADES, tmp_path)) == [["0", "1", "2", "3"], ["4", "5"], ["6", "7"]]
     (tmp_path / "sites.csv").write_text("image,label\n0.png,mild\n")
     with pytest.raises(ValueError, match=r"sites\.csv.*train\.csv"):

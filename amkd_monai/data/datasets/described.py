@@ -120,7 +120,7 @@ class Described:
         if self.form_of(root):
             return
         fix = f"expected {self.expected}"
-        for table in sorted(root.glob("*.[ct]sv")) if root.is_dir() and not self.official else ():
+        for table in sorted(root.glob("[!.]*.[ct]sv")) if root.is_dir() and not self.official else ():
             for what in sorted({"image", "label"} - self.columns_of(table).keys()):
                 usual = ", ".join(self.columns.get(what) or COLUMNS[what])
                 usual += f" or all of {', '.join(self.classes)}" if what == "label" and not self.masks else ""
@@ -300,7 +300,7 @@ class Described:
 
     def datalists_in(self, root: Path) -> list[Path]:
         """Return the datalist in a folder: the file named, else each JSON with labelled entries."""
-        files = [root / self.file] if self.file else sorted(root.glob("*.json"))
+        files = [root / self.file] if self.file else sorted(root.glob("[!.]*.json"))
         files = [f for f in files if f.is_file() and (self.file or any("label" in entry for _, entry in _entries(f)))]
         return files if self.form in ("", "datalist") else []
 
@@ -313,7 +313,7 @@ class Described:
         official = [({"section": s}, _there(root, table), _there(root, i)) for s, (i, table) in self.official.items()]
         if any(table for _, table, _ in official):
             return [found for found in official if any(found[1:])]
-        named = [root / self.file] if self.file else sorted(root.glob("*.[ct]sv"))
+        named = [root / self.file] if self.file else sorted(root.glob("[!.]*.[ct]sv"))
         fits = [] if self.official else [file for file in named if file.is_file()]
         fits = [file for file in fits if {"image", "label"} <= self.columns_of(file).keys()]
         return [({"section": _section(file.stem)} if len(fits) > 1 else {}, file, None) for file in fits]
