@@ -71,7 +71,7 @@ class Agreement:
         if self.axes not in ("", axes):
             raise BadSampleError(f"{item['image']} lies in the axes {axes}, others in {self.axes}: add Orientationd.")
         read = [getattr(data.get(key), "meta", {}).pop("mask_coding", ()) for key in ("image", "label")]
-        codings = self._codings.union(*read)
+        codings = self._codings.union(*read if "label" in item else ())  # what is predicted is read by itself
         if problem := coding_problem(codings):
             raise BadSampleError(f"{item['label'] if read[1] else item['image']}: {problem}")
         self.axes, self._codings = axes, codings
