@@ -73,7 +73,8 @@ class Agreement:
         read = [getattr(data.get(key), "meta", {}).pop("mask_coding", ()) for key in ("image", "label")]
         codings = self._codings.union(*read if "label" in item else ())  # what is predicted is read by itself
         if problem := coding_problem(codings):
-            raise BadSampleError(f"{item['label'] if read[1] else item['image']}: {problem}")
+            of = "image" if coding_problem(self._codings.union(read[0])) else "label"
+            raise BadSampleError(f"{item[of]}: {problem}")
         self.axes, self._codings = axes, codings
 
 
