@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from amkd_monai.storage import file_sha256
+from amkd_monai.storage import file_sha256, fingerprint
 from amkd_monai.weight_files import CheckpointError, kind_of_file
 
 logger = logging.getLogger("amkd_monai")
@@ -83,6 +83,11 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def network_hash(network: nn.Module) -> str:
+    """Return a hash of a network's state and modules: dropout, for one, is in no state dict."""
+    return fingerprint(state_hash(network.state_dict()), repr(network))
 
 
 def packaged_file(encoder: str) -> Path:

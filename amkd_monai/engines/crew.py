@@ -34,7 +34,7 @@ from amkd_monai.engines.trainer import Recipe
 from amkd_monai.errors import check_options
 from amkd_monai.networks import ClassStudent, FindingStudent, Student
 from amkd_monai.storage import fingerprint
-from amkd_monai.weights import state_hash
+from amkd_monai.weights import network_hash
 
 logger = logging.getLogger("amkd_monai")
 
@@ -100,7 +100,9 @@ class Crew:
         self.folds, self.views, self.seed = (int(options[key]) for key in ("folds", "views", "seed"))
         student = FindingStudent if train.findings else Student if train.classes is None else ClassStudent
         self.members: list[nn.Module] = []
-        for number, member in enumerate(options["members"]):
+        if not isinstance(options["flips"], bool):
+            raise self._refusal(f"has flips {options['flips']!r}: give true or false")
+        for number, member in enumerate(options["members"] if isinstance(options["members"], (list, tuple)) else []):
             if isinstance(member, Mapping):
                 classes = train.findings or train.num_classes
                 member = {"seed": number, **member, "num_classes": classes, "in_channels": len(train.image(0))}
@@ -127,8 +129,12 @@ class Crew:
 
     def _side(self, asked: Any, student: tuple[int, int]) -> tuple[int, int]:
         """Size (H, W) of the members' images, of an ``image_size`` and the student's (H, W)."""
-        if isinstance(asked, bool) or not isinstance(asked, (int, float)) or not (asked >= 32 or 1 <= asked <= 4):
-            raise self._refusal(f"has image_size {asked!r}: give pixels, or a factor from 1 to 4")
+        if (
+            isinstance(asked, bool)
+            or not isinstance(asked, (int, float))
+            or not (32 <= asked <= 4096 or 1 <= asked <= 4)
+        ):
+            raise self._refusal(f"has image_size {asked!r}: give 32 to 4096 pixels, or a factor from 1 to 4")
         factor = asked / max(student) if asked >= 32 else min(asked, max(1.0, FINEST / max(student)))
         height, width = (round(n * factor) for n in student)
         return height, width
@@ -167,7 +173,7 @@ class Crew:
         fine, _ = seen = [self._finer(dataset) for dataset in (train, validation)]
         labelled = np.flatnonzero(self.team < self.folds)
         labels = fingerprint([(fine.ids[i], fine.hashes[i], int(self.team[i])) for i in labelled])
-        networks = [state_hash(member.state_dict()) for member in self.members]
+        networks = [network_hash(member) for member in self.members]
         key = {"members": networks, "labels": labels, "chain": fine.chain, **self._method().key, "seed": self.seed}
         sections, teams = (train, validation), (self.team, np.full(len(validation), self.folds))
         stores = []

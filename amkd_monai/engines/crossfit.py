@@ -26,7 +26,7 @@ from amkd_monai.engines.trainer import DistillationTrainer, Recipe
 from amkd_monai.networks.volume_student import VolumeStudent
 from amkd_monai.storage import atomic_path
 from amkd_monai.terminal import progress
-from amkd_monai.weights import load_state_dict, load_strict, state_hash
+from amkd_monai.weights import load_state_dict, load_strict, network_hash
 
 logger = logging.getLogger("amkd_monai")
 
@@ -74,14 +74,18 @@ class Method:
 
     @torch.inference_mode()
     def predict(self, network: nn.Module, dataset: DecodedDataset, indices: np.ndarray) -> np.ndarray:
-        """Answers (n, classes, H / 2, W / 2), or (n, classes, 1, 1) and (n, 2, F, 1) of images, to n samples."""
+        """Answers (n, classes, H / 2, W / 2), or (n, classes, 1, 1) and (n, 2, F, 1) of images, to n samples.
+
+        They are uncalibrated, as in training: a student may start from one that was calibrated.
+        """
         where = next(network.parameters()).device
         network.eval()
         if isinstance(network, VolumeStudent):
             return _answer_volumes(network, dataset, indices)
         batches = (indices[start : start + 16].tolist() for start in range(0, len(indices), 16))
-        answers = (as_map(network(images_of(dataset, rows, where))) for rows in batches)
-        return np.concatenate([area_logits(logits, answer_size(dataset)).cpu().numpy() for logits in answers])
+        images = (images_of(dataset, rows, where) for rows in batches)
+        answers = (network.decode(network.encode(image), list(image.shape[-2:])) for image in images)
+        return np.concatenate([area_logits(as_map(z), answer_size(dataset)).cpu().numpy() for z in answers])
 
 
 def answer_size(dataset: DecodedDataset) -> tuple[int, int]:
@@ -132,17 +136,21 @@ def cross_fit(
     ``network`` is copied, never changed; ``seed`` is that of the folds by group.
     """
     train, size = sections[0], answer_size(sections[0])
-    network_key = {"network": state_hash(network.state_dict()), "folds": folds, "seed": seed, "labels": train.hashes}
+    network_key = {"network": network_hash(network), "folds": folds, "seed": seed, "labels": train.hashes}
     stores = [
         answers_store(name, {**method.key, **network_key, "of": of}, dataset, size, cache_dir)
         for of, dataset in zip(("train", "validation")[: len(sections)], sections, strict=True)
     ]
-    if all(store.is_complete for store in stores):
-        return stores
     labelled, unlabelled = np.flatnonzero(train.has_label), np.flatnonzero(~train.has_label)
     classes = None if train.classes is None else train.classes[labelled]
     fold = fold_of_groups([train.groups[i] for i in labelled], folds, seed, classes)
-    count = int(fold.max()) + 1
+    count, shown = int(fold.max()) + 1, train.shown_classes()[labelled]
+    taught = np.all([shown[fold != k].any(0) for k in range(count)], 0)
+    if alone := [train.class_in_words(int(n)) for n in np.flatnonzero(shown.any(0) & ~taught)]:
+        low = "one fold has all labelled images of %s, so %s is scored too low: label more groups that show it"
+        logger.warning(low, ", ".join(alone), name)
+    if all(store.is_complete for store in stores):
+        return stores
     logits = np.zeros((len(train), train.num_classes, *size), dtype=np.float32)
     unseen = [(train, unlabelled), *((dataset, np.arange(len(dataset))) for dataset in sections[1:])]
     means = [np.zeros((len(rows), *logits.shape[1:]), dtype=np.float32) for _, rows in unseen]

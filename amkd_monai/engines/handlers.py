@@ -615,16 +615,17 @@ class CalibrateMasks(Handler):
         self.outputs: list[tuple[Tensor, Tensor]] = []
 
     def _keep(self, engine: Engine) -> None:
-        logits, label = (engine.state.output[key].as_subclass(Tensor) for key in (CommonKeys.PRED, CommonKeys.LABEL))
+        both = (engine.state.output[key].as_subclass(Tensor) for key in (CommonKeys.PRED, CommonKeys.LABEL))
+        logits, label = (values.movedim(1, -3).flatten(0, -4) for values in both)  # (B, C, H, W), slices of volumes too
         step = max(1, logits.shape[-1] // CALIBRATED_SIDE)
         some = (..., slice(step // 2, None, step), slice(step // 2, None, step))
-        self.outputs.append((logits[some].float().cpu(), label[some].long().cpu()))
+        self.outputs.append((logits[some].to("cpu", copy=True), label[some].to("cpu", copy=True)))
 
     def _epoch_completed(self, engine: Engine) -> None:
         if self.is_on:
             logits, label = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
             some = torch.from_numpy(calibrated_on(len(label)))
-            logits, label = logits[some], label[some]
+            logits, label = logits[some].float(), label[some].long()
             targets = class_areas(label, logits.shape[1], (logits.shape[-2], logits.shape[-1]))
             with torch.enable_grad():
                 fitted = fit_calibration(logits, targets, self.groups)

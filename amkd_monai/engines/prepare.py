@@ -320,8 +320,8 @@ class _Preparation:
         array, size = "grid", (features.arrays["grid"].shape[1], features.arrays["grid"].shape[2])
         if self.train.classes is not None:  # one answer per image, from the teacher's pooled vector
             array, size = "pooled", crossfit.answer_size(self.train)
-        key = {"probe": f"linear-1-{array}", "teacher": teacher.fingerprint, "folds": self.folds, "seed": self.seed}
-        key |= {"labels": self.train.hashes, "labelled": np.flatnonzero(self.train.has_label).tolist()}
+        key = {"probe": f"linear-1-{array}", "folds": self.folds, "seed": self.seed}
+        key["features"] = features.directory.name  # which stands for the labels, and the channels that were seen
         train, validation = (
             answers_store(teacher.name, {**key, "of": section}, dataset, size, self.cache_dir)
             for section, dataset in (("train", self.train), ("validation", self.validation))

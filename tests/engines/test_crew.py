@@ -158,6 +158,16 @@ def test_a_killed_crew_trains_only_what_is_missing_and_a_finished_one_nothing(da
     assert not done, "further unlabelled images need no training"
 
 
+def test_members_of_equal_weights_and_another_dropout_are_trained_anew(data, tmp_path):
+    answers = []
+    for rate in (0.0, 0.9):
+        member = Linear()
+        member.head = nn.Sequential(nn.Dropout(rate), member.head)
+        store, _ = crew_of(data[0], tmp_path, members=[member]).answers(*data[:2])
+        answers.append(store.read("logits", range(len(store))))
+    assert np.abs(answers[0] - answers[1]).max() > 0.1
+
+
 def test_its_cost_is_told_before_its_first_training(data, tmp_path, caplog):
     with caplog.at_level("INFO", "amkd_monai"):
         crew_of(data[0], tmp_path).answers(*data[:2])
@@ -228,6 +238,9 @@ def test_views_are_answered_as_they_are_shown_and_mirrored_as_trained(tmp_path):
         ({"epochs": 3}, "no option 'epochs': use size, members"),
         ({"members": []}, "members"),
         ({"members": ["lite1"]}, "members"),
+        ({"members": 2}, "members 2"),
+        ({"flips": "false"}, "flips 'false'"),
+        ({"image_size": float("inf")}, "image_size inf"),
         ({"members": [{"encoder": "tf_efficientnet_lite9"}]}, "no encoder 'tf_efficientnet_lite9'"),
         ({"members": [{"layers": 9}]}, "member 1 of the crew 'crew'.*layers"),
     ],

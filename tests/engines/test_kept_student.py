@@ -62,8 +62,10 @@ def test_the_average_of_the_steps_is_validated_and_kept_and_training_goes_on_fro
     assert resumed[0] == pytest.approx(expected[-2:]) and resumed[2] == kept
 
 
-@pytest.mark.parametrize(("groups", "enabled"), [(16, True), (4, True), (16, False)])
-def test_a_student_that_draws_too_little_is_kept_with_masks_nearer_the_truth(groups, enabled, tmp_path):
+@pytest.mark.parametrize(
+    ("groups", "enabled", "slices"), [(16, True, [4] * 4), (16, True, [5, 7, 4]), (4, True, [4] * 4), (16, False, [16])]
+)
+def test_a_student_that_draws_too_little_is_kept_with_masks_nearer_the_truth(groups, enabled, slices, tmp_path):
     torch.manual_seed(0)
     student = Student(num_classes=3, weights="random").eval()
     image = torch.rand(16, 3, 64, 64)
@@ -78,8 +80,11 @@ def test_a_student_that_draws_too_little_is_kept_with_masks_nearer_the_truth(gro
     label[:2, :, :8] = 255  # without label: counts nowhere
     before = {name: value.clone() for name, value in student.state_dict().items()}
 
-    def step(engine, i):
-        engine.state.output = {"image": image[i : i + 4], "label": label[i : i + 4], "pred": student(image[i : i + 4])}
+    def step(engine, rows):
+        output = {"image": image[rows], "label": label[rows], "pred": student(image[rows])}
+        if len(set(slices)) > 1:  # volumes (1, C, D, H, W) of several sizes
+            output = {key: value.movedim(0, 1)[None] for key, value in output.items()}
+        engine.state.output = output
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
         return engine.state.output
 
@@ -90,7 +95,7 @@ def test_a_student_that_draws_too_little_is_kept_with_masks_nearer_the_truth(gro
     CalibrateMasks(student, [str(i % groups) for i in range(16)], enabled).attach(evaluator)
     KeptStudent(student, tmp_path / "model.pt", "last").attach(evaluator)
     with torch.no_grad():
-        evaluator.run([0, 4, 8, 12])
+        evaluator.run(torch.arange(16).split(slices))
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())  # training goes on
     kept = Student(num_classes=3, weights="random").eval()
     kept.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))

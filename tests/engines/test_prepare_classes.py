@@ -57,11 +57,12 @@ def data(tmp_path_factory):
     return decoded(stripes(folder, 30, unlabelled=3), folder), decoded(stripes(folder, 9, seed=1), folder), folder
 
 
-def prepare(data, teachers, **options):
+def prepare(data, teachers, student=None, **options):
     train, validation, folder = data
+    student = student or ClassStudent(num_classes=CLASSES)
     arguments = {"epochs": 1, "cache_dir": str(folder / "stores"), "folds": 3, **options}
     recipe = Recipe(batch_size=6, warmup_steps=1, class_balance=0.5)
-    return prepare_teachers(teachers, train, validation, ClassStudent(num_classes=CLASSES), recipe, **arguments)
+    return prepare_teachers(teachers, train, validation, student, recipe, **arguments)
 
 
 def test_a_dataset_of_classes_holds_one_number_per_image(data):
@@ -151,6 +152,33 @@ def test_admission_is_by_skill_against_the_student(data):
     assert "Skill" in teacher["admission_reason"] and 0 <= record["undistilled_student_macro_auroc"] <= 1
     strict = prepare(data, [LITE1], admission_options={"folds": 2, "margin": 2.0})
     assert not strict.teachers[0].admitted and strict.teachers[0].grid is not None
+
+
+def test_the_undistilled_student_is_scored_as_it_is_built_and_without_an_earlier_calibration(data):
+    calibrated, other = ClassStudent(num_classes=CLASSES), ClassStudent(num_classes=CLASSES, dropout=0.9)
+    calibrated.temperature.fill_(4.0)
+    calibrated.offsets.copy_(torch.tensor([0.0, 3.0, -3.0]))
+    students, options = (None, calibrated, other), {"admission_options": {"folds": 2, "margin": -9.0}}
+    skills = [prepare(data, [LITE1], s, **options).record["undistilled_student_skill"] for s in students]
+    assert skills[0] == skills[1] != skills[2]
+
+
+def test_a_class_of_one_fold_alone_is_told_of(data, tmp_path, caplog):
+    few = [item for item in data[0].data[:27] if item["label"] < 2 or item["group"] == "g0_0_2"]
+    options = {"admission_options": {"margin": -9.0}}
+    for _ in range(2):  # found in the cache, too
+        caplog.clear()
+        prepare((decoded(few, tmp_path), data[1], tmp_path), [LITE1], **options)
+        assert sum("class 2, so student is scored too low" in message for message in caplog.messages) == 1
+
+
+def test_probes_answer_from_the_channels_that_their_teacher_sees(data, tmp_path):
+    answers = []
+    for channel in (0, 1):
+        sections = [decoded(part.data, tmp_path, teacher_channels=[channel]) for part in data[:2]]
+        targets = prepare((*sections, tmp_path), [LITE1], admission_options={"mode": "all"})
+        answers.append(targets.read(range(30), "cpu")["lite1"]["logits"])
+    assert (answers[0] - answers[1]).abs().max() > 0.01
 
 
 def test_a_crew_is_cross_fitted_on_classes_and_the_student_in_as_many_folds(data, tmp_path, caplog):

@@ -28,9 +28,11 @@ from amkd_monai.data.datalist import inference_datalist
 from amkd_monai.data.datasets import TASKS
 from amkd_monai.errors import root_cause
 from amkd_monai.export.bundle import judge, model_card
+from amkd_monai.export.formats import write
 from amkd_monai.export.runners import runner
 from amkd_monai.export.source import Source
 from amkd_monai.files.names import file_id
+from amkd_monai.networks import ClassStudent, FindingStudent
 
 KINDS = ("kvasir_seg", "aptos2019", "msd_heart", "covid_volumes")
 
@@ -289,6 +291,16 @@ def test_a_format_that_fails_is_left_out_and_the_others_are_written(exported, tm
     assert read_json(tmp_path / "x" / "configs" / "predict.json")["models"] == {}
     facts = read_json(tmp_path / "x" / "docs" / "export.json")
     assert facts["left_out"] == [error.removeprefix("error: ") for error in errors] and facts["calibration_images"]
+
+
+@pytest.mark.parametrize("findings", [False, True])
+def test_calibrated_logits_of_8_bits_are_not_rounded(findings, tmp_path):
+    student = (FindingStudent if findings else ClassStudent)(num_classes=5).eval()
+    student.temperature.fill_(0.25)
+    student.offsets[1:] = 6.0
+    image = np.random.default_rng(0).random((64, 3, 32, 32), dtype=np.float32)
+    found = runner("ort-int8", write("ort-int8", student, tmp_path, [0.02 * image[:1]]), 1)(image)
+    assert len(np.unique(found)) > 256, "they would be 8 bits, within the range of the images of calibration"
 
 
 def test_sums_of_8_bits_cannot_overflow_on_a_cpu_without_vnni(exported):
