@@ -99,7 +99,9 @@ def _described(
     form = next((found for k in kinds if (found := Described(kind=k).form_of(root))), "")
     raw, said = Described(kind="classification", form=form), list[str]()  # leaves labels as they are written
     tables = (
-        sorted(root.glob("*.[ct]sv")) if kind == "multilabel" or not form or (form == "classes" and not kind) else []
+        sorted(root.glob("[!.]*.[ct]sv"))
+        if kind == "multilabel" or not form or (form == "classes" and not kind)
+        else []
     )
     tables = [table for table in tables if "image" in raw.columns_of(table)]
     if form == "classes" and not kind and tables:
@@ -157,6 +159,8 @@ def _described(
     if not items:
         raise DataProblems(wrong)
     (volume, count), _ = kinds_of.most_common(1)[0]
+    if volume and kind != "segmentation":
+        raise ValueError(f"{root} holds volumes with classes: give their masks, as in images/ and masks/ or nnU-Net's.")
     items = [without(item, "of") for item in items if item["of"][0] == volume]
     description: dict[str, Any] = {"name": name, "kind": kind, "dimensions": 3 if volume else 2, "layout": layout}
     if count > 1:

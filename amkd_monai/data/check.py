@@ -109,7 +109,7 @@ def _read(
     if task.dimensions == 2:
         with opened(images[0]) as picture:
             mode = picture.mode
-        image = read_channels(images)
+        image = read_channels(images, codings)
         image = image if len(images) == 1 else np.repeat(image[..., :1], 3, -1)
         return image, read_mask(files, images[0], classes, codes, codings) if files else None, mode
     channels, grid = cases.read_case(images)

@@ -197,6 +197,7 @@ def labelled_folder(
             logger.warning("The option(s) %s of %s do not apply to %s.", some(unknown), chosen.name, root)
         given = {name: value for name, value in given.items() if name not in unknown}
     _check_order(chosen, root)
+    layout = replace(layout, groups="")  # a pattern of the names of the data set; nothing is split here
     items = [splits.without(item, "section") for item in layout.find_items(root, cache_dir, **given)]
     return Datalist(chosen, root, OTHER, [], [], items, stand_in=stand_in_note(root))
 

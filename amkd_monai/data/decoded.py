@@ -58,7 +58,7 @@ def read_item(item: Mapping[str, Any], transform: Callable) -> dict[str, Any]:
 
 
 class Agreement:
-    """What all items of a data set share: the meaning of 255 in masks, and the ``axes`` of volumes, "" of pictures."""
+    """What all items of a data set share: the meaning of values in files, and ``axes`` of volumes, "" of pictures."""
 
     def __init__(self) -> None:
         self.axes, self._codings = "", set[str]()
@@ -70,9 +70,11 @@ class Agreement:
             axes = "".join(nibabel.aff2axcodes(np.asarray(image.affine)))
         if self.axes not in ("", axes):
             raise BadSampleError(f"{item['image']} lies in the axes {axes}, others in {self.axes}: add Orientationd.")
-        codings = self._codings.union(getattr(data.get("label"), "meta", {}).pop("mask_coding", ()))
+        read = [getattr(data.get(key), "meta", {}).pop("mask_coding", ()) for key in ("image", "label")]
+        codings = self._codings.union(*read if "label" in item else ())  # what is predicted is read by itself
         if problem := coding_problem(codings):
-            raise BadSampleError(f"{item['label']}: {problem}")
+            of = "image" if coding_problem(self._codings.union(read[0])) else "label"
+            raise BadSampleError(f"{item[of]}: {problem}")
         self.axes, self._codings = axes, codings
 
 

@@ -17,12 +17,12 @@ from amkd_monai.files.names import expanded, file_id, file_of, files_of
 from amkd_monai.files.pictures import read_channels, write_mask
 from amkd_monai.files.steps import crop_disc, neighbours
 
-FILENAME = "filename_or_obj"  # keys of meta data: the file, and how the values of a mask were coded
+FILENAME = "filename_or_obj"  # keys of meta data: the file, and how its values were coded
 CODING = "mask_coding"
 
 
 def _loaded(array: np.ndarray, file: Any, affine: np.ndarray | None = None, used: set[str] | None = None) -> MetaTensor:
-    """Values (C, ...) as float32 with MONAI's meta data; ``used`` is how the values of a mask are coded."""
+    """Values (C, ...) as float32 with MONAI's meta data; ``used`` is how its values are coded."""
     matrix = torch.as_tensor(np.eye(3) if affine is None else affine)
     meta = {FILENAME: str(file), "spatial_shape": np.array(array.shape[1:]), "original_channel_dim": 0}
     meta |= {"original_affine": matrix.clone()} | ({} if used is None else {CODING: sorted(used)})
@@ -50,8 +50,8 @@ class LoadPictured(_PerKey):
         super().__init__(keys, allow_missing_keys)
 
     def _changed(self, file: Any, data: Mapping[Hashable, Any]) -> MetaTensor:
-        files = files_of(file)
-        return _loaded(read_channels(files).transpose(2, 0, 1), files[0])
+        files, used = files_of(file), set[str]()
+        return _loaded(read_channels(files, used).transpose(2, 0, 1), files[0], used=used)
 
 
 class LoadMaskd(_PerKey):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from amkd_monai.export.runners import runner
 from amkd_monai.export.windows import logits_of
 from amkd_monai.files import names, pictures
-from amkd_monai.files.cases import read_case
+from amkd_monai.files.cases import read_case, series_folders
 from amkd_monai.files.dicom import Slice, find_series, read_series
 from amkd_monai.files.dicom_seg import write_captures, write_segmentation
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
@@ -120,10 +120,11 @@ class Predictor:
             if names.is_prediction(path):
                 raise ValueError(f"{path} is a prediction: give the image it was made from.")
             return [Input(names.file_id(path), path)]
-        found = {n: Input(n, f) for n, f in names.images_to_predict(path, suffixes).items()} if path.is_dir() else {}
+        below = series_folders(path) if path.is_dir() and dimensions == 3 else []
+        files = names.images_to_predict(path, suffixes, below) if path.is_dir() else {}
+        found = {name: Input(name, file) for name, file in files.items()}
         if path.is_dir() and dimensions == 3:
-            folders = {f.resolve(): f for f in (path, *sorted(f for f in path.iterdir() if f.is_dir()))}
-            for resolved, folder in folders.items():
+            for resolved, folder in {f.resolve(): f for f in (path, *below)}.items():
                 series = find_series(folder)
                 for number, slices in enumerate(series, 1):
                     name = names.printable(resolved.name) + (f"_{number}" if len(series) > 1 else "")

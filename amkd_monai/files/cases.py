@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from amkd_monai.files.dicom import Slice, find_series, is_slice, read_series, series_grid
-from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES, file_id, has_suffix, images_to_predict
+from amkd_monai.files.dicom import Slice, find_series, read_series, series_grid
+from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES, file_id, has_suffix, images_to_predict, is_slice
 from amkd_monai.files.volumes import Grid, check_grid, read_volume, reorder, volume_grid
 
 
@@ -27,8 +27,9 @@ def series_folders(folder: Path) -> list[Path]:
 
 def to_predict(folder: Path, volumes: bool) -> dict[str, Path]:
     """Map id to path of the pictures of a folder, or its volumes and folders of a series, that are no predictions."""
-    files = images_to_predict(folder, VOLUME_SUFFIXES if volumes else PICTURE_SUFFIXES)
-    for series in series_folders(folder) if volumes else ():
+    folders = series_folders(folder) if volumes else []
+    files = images_to_predict(folder, VOLUME_SUFFIXES if volumes else PICTURE_SUFFIXES, folders)
+    for series in folders:
         name = file_id(series)
         files[f"{name}_" if name in files else name] = series
     return files

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from amkd_monai.files.names import DICOM_SUFFIX, file_id, has_suffix, some
+from amkd_monai.files.names import file_id, is_slice, some
 from amkd_monai.files.volumes import AFFINE_TOLERANCE, Grid, affine_problem, is_finite
 from amkd_monai.terminal import logger
 
@@ -40,14 +40,6 @@ class Slice:
         except ValueError:
             return []
         return values if len(values) == count and np.isfinite(values).all() else []
-
-
-def is_slice(file: Path) -> bool:
-    """Whether a file is DICOM by its name or its first bytes."""
-    with file.open("rb") as stream:
-        head = stream.read(132)
-    marked = head[128:] == b"DICM" or (head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) == 132)
-    return marked or has_suffix(file.name, [DICOM_SUFFIX])
 
 
 def find_series(folder: Path) -> list[list[Slice]]:

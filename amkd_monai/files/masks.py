@@ -1,5 +1,7 @@
 """Mask files: maps values to classes and finds pixels without a label."""
 
+import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +11,7 @@ from PIL import Image
 
 from amkd_monai.files import pictures
 from amkd_monai.files.names import DICOM_SUFFIX, has_suffix, some
-from amkd_monai.files.pictures import OPAQUE
+from amkd_monai.files.pictures import OPAQUE, WHITE
 
 IGNORED = 255  # class index of pixels without a label: no loss and no metric counts them
 
@@ -132,8 +134,11 @@ def _is_grey_scale(grey: np.ndarray) -> bool:
     return bool(np.count_nonzero(between & ~near) <= allowed)
 
 
-def _values(image: Image.Image, classes: int, codes: MaskCodes) -> np.ndarray:
-    """Values (H, W) of an upright mask: levels, indices of a palette, or 0 and 1 for colours and transparency."""
+def _values(image: Image.Image, classes: int, codes: MaskCodes, used: set[str] | None = None) -> np.ndarray:
+    """Values (H, W) of an upright mask: levels, indices of a palette, or 0 and 1 for colours and transparency.
+
+    ``used`` gets which colour stands for what, where that is guessed.
+    """
     if (
         image.format in ("JPEG", "MPO")
         and 0 < max(high for _, high in np.reshape(image.getextrema(), (-1, 2))) < LARGEST_INDEX
@@ -156,7 +161,10 @@ def _values(image: Image.Image, classes: int, codes: MaskCodes) -> np.ndarray:
     elif image.mode == "P":
         if max((image.getpalette() or [0])[:3]) > COLOURED and codes == "auto":
             raise ValueError(f"has a palette whose first colour is not black, {HOW}")
-        return np.asarray(image)
+        values, palette = np.asarray(image), np.reshape(image.getpalette() or [], (-1, 3))
+        if used is not None and codes == "auto":
+            used |= {f"value {v} is {palette[v].tolist()}" for v in _distinct(values) if 0 < v < len(palette)}
+        return values
     else:
         rgb = np.asarray(image.convert("RGB"))
     planes = rgb.transpose(2, 0, 1).copy()  # NumPy is many times slower along a last axis of 3
@@ -175,6 +183,8 @@ def _values(image: Image.Image, classes: int, codes: MaskCodes) -> np.ndarray:
     hues = rgb[lit] / highest[lit][:, None]
     if (np.abs(hues - np.median(hues, axis=0)).max(axis=1) > HUE).mean() > STRAY:
         raise ValueError(f"has several colours for the classes of the task, {HOW}")
+    if used is not None:
+        used.add(f"the foreground is {(np.median(hues, axis=0) * 255).round().tolist()}")
     return (highest.astype(np.uint16) * 255 // highest.max()).astype(np.uint8)  # as grey levels of one colour
 
 
@@ -221,7 +231,7 @@ def read_mask(
         with _opened(file) as stored:
             tag, stored = pictures.frame(stored)[1], pictures.upright(stored)
         try:
-            mask = decode_plausible(_values(stored, classes, codes), classes, codes, used)
+            mask = decode_plausible(_values(stored, classes, codes, used), classes, codes, used)
         except ValueError as error:
             raise ValueError(f"Mask {file} cannot be used: it {error}.") from error
         if of_image is not None:
@@ -251,10 +261,17 @@ def decode_plausible(values: np.ndarray, classes: int, codes: MaskCodes, used: s
 
 
 def coding_problem(used: set[str]) -> str:
-    """Say that 255 means foreground in some masks of a data set and no label in others; empty if it does not."""
-    if not {"255", "1 and 255"} <= used:
-        return ""
-    return f"Some masks hold 0, 1 and 255, others 0 and 255 alone, so that 255 can mean two things: {HOW}."
+    """Say that 255, a colour or white means one thing in some files of a data set, another in others; empty if not."""
+    if {"255", "1 and 255"} <= used:
+        return f"Some masks hold 0, 1 and 255, others 0 and 255 alone, so that 255 can mean two things: {HOW}."
+    said = defaultdict[str, list[list[float]]](list)
+    for what, _, value in sorted(entry.partition(" is ") for entry in used):
+        said[what] += [json.loads(value)] if value else []
+    for what, values in said.items():
+        if values and np.ptp(values, axis=0).max() >= COLOURED:
+            remedy = "save all on one scale, such as 8 bits" if what == WHITE else HOW
+            return f"In these files {what} is {some(map(str, values))}, which can mean several things: {remedy}."
+    return ""
 
 
 def _onto(values: np.ndarray, tag: int, size: tuple[int, int], image_tag: int, file: str | Path) -> np.ndarray:

@@ -16,7 +16,8 @@ DICOM_SUFFIX = ".dcm"
 PICTURE_SUFFIXES = (".bmp", DICOM_SUFFIX, ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
 SUFFIXES = (*PICTURE_SUFFIXES, *VOLUME_SUFFIXES)
-UNREAD_SUFFIXES = (".gif", ".hdr", ".img", ".jp2", ".mgz", ".mha", ".mhd", ".nrrd", ".webp")  # named when left out
+COMPANIONS = (".csv", ".db", ".htm", ".html", ".ini", ".json", ".log", ".md", ".pdf", ".txt", ".tsv", ".xml", ".yaml")
+"""Endings of files beside images that are left out without a word; all others are named."""
 
 CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 MARK = "amkd_monai prediction"  # stands in every file that a prediction writes, so that it is no image to predict
@@ -42,6 +43,14 @@ def has_suffix(file: str | Path, suffixes: Sequence[str]) -> bool:
     return str(file).lower().endswith(tuple(suffixes))
 
 
+def is_slice(file: Path) -> bool:
+    """Whether a file is DICOM by its name or its first bytes."""
+    with file.open("rb") as stream:
+        head = stream.read(132)
+    marked = head[128:] == b"DICM" or (head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) == 132)
+    return marked or has_suffix(file.name, [DICOM_SUFFIX])
+
+
 def file_id(file: Path) -> str:
     """Return the name without its suffix, ``.nii.gz`` counting as one, in printable form; a folder's whole name."""
     suffix = "" if file.is_dir() else next((s for s in VOLUME_SUFFIXES if has_suffix(file.name, [s])), file.suffix)
@@ -65,22 +74,27 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def image_files(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> list[Path]:
-    """List a folder's own visible files with one of the suffixes, sorted; dead links and unread formats are named."""
+    """List a folder's own visible files with one of the suffixes, sorted; dead links and other formats are named.
+
+    Among volumes, slices of DICOM are not: a series is a folder.
+    """
     files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     wanted = [file for file in files if has_suffix(file, suffixes)]
-    unread = [printable(file.name) for file in files if has_suffix(file, UNREAD_SUFFIXES)]
+    others = [file for file in files if not has_suffix(file, (*suffixes, *COMPANIONS)) and file.is_file()]
+    unread = [printable(f.name) for f in others if suffixes != VOLUME_SUFFIXES or not is_slice(f)]
     dead = [file_id(file) for file in wanted if file.is_symlink() and not file.is_file()]
-    for what, names in (("file(s) of a format that is not read", unread), ("dead link(s)", dead)):
+    for what, names in (("file(s) of a format that is not read here", unread), ("dead link(s)", dead)):
         if names:
             logger.warning("%d %s in %s are left out: %s.", len(names), what, folder, some(names))
     return [file for file in wanted if file.is_file()]
 
 
-def warn_of_deeper(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES, known: Sequence[Path] = ()) -> None:
-    """Name the images in folders below a folder, which are not read, but for those in folders that are known."""
+def warn_of_deeper(folder: Path, known: Sequence[Path] = ()) -> None:
+    """Name the files in folders below a folder, which are not read, but for those in folders that are known."""
     below = (child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     files = [f for child in sorted(below) if child not in known for f in sorted(child.rglob("[!.]*"))]
-    if deeper := [printable(str(f.relative_to(folder))) for f in files if has_suffix(f, suffixes) and f.is_file()]:
+    files = [f for f in files if f.is_file() and not has_suffix(f, COMPANIONS)]
+    if deeper := [printable(str(f.relative_to(folder))) for f in files]:
         logger.warning("%d file(s) in folders below %s are left out: %s.", len(deeper), folder, some(deeper))
 
 
@@ -95,10 +109,13 @@ def originals(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> list[
     return kept
 
 
-def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> dict[str, Path]:
-    """Map id, with the suffix where two have one name, to file, of the :func:`originals` of a folder."""
-    if kept := originals(folder, suffixes):
-        warn_of_deeper(folder, suffixes)
+def images_to_predict(
+    folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES, known: Sequence[Path] = ()
+) -> dict[str, Path]:
+    """Map id, with the suffix where two have one name, to file, of a folder's :func:`originals`; see warn_of_deeper."""
+    kept = originals(folder, suffixes)
+    if kept or known:
+        warn_of_deeper(folder, known)
     ids = Counter(map(file_id, kept))
     result: dict[str, Path] = {}
     for file in sorted(kept, key=lambda file: ids[file_id(file)]):
@@ -112,9 +129,12 @@ def images_to_predict(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) 
 def channel_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, dict[int, str]]:
     """The files of each case of a folder by channel, named as nnU-Net does: ``case_0000.png``, ``case_0001.png``."""
     found: defaultdict[str, dict[int, str]] = defaultdict(dict)
-    for file in image_files(folder, suffixes) if folder.is_dir() else ():
-        if match := CHANNEL.fullmatch(file_id(file)):
+    files = {file_id(file): file for file in image_files(folder, suffixes)} if folder.is_dir() else {}
+    for name, file in files.items():
+        if match := CHANNEL.fullmatch(name):
             found[match["case"]][int(match["channel"])] = str(file)
+    if found and (others := [name for name in files if not CHANNEL.fullmatch(name)]):
+        logger.warning("%d file(s) in %s name no channel and are left out: %s.", len(others), folder, some(others))
     return dict(found)
 
 

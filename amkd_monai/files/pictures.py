@@ -15,6 +15,7 @@ from amkd_monai.files.names import DICOM_SUFFIX, MARK, has_suffix
 from amkd_monai.storage import atomic_path
 
 FULL_SCALES = (255, 4095, 65535)  # white of grey pictures: the smallest that holds the brightest level
+WHITE = "white of 16 bits"  # of which a data set needs one
 FEWEST_LEVELS = 16  # of 256; a picture with no more is black, white or scaled wrongly
 OPAQUE = 127
 CLASS_COLOURS = ((86, 180, 233), (240, 228, 66), (0, 158, 115), (204, 121, 167), (255, 64, 0), (0, 114, 178))
@@ -125,25 +126,28 @@ def level_problem(levels: np.ndarray) -> str:
     return f"it has only {found} of 256 levels (from {part.min()} to {part.max()}): it is blank or its scale is unknown"
 
 
-def read_picture(path: str | Path) -> np.ndarray:
+def read_picture(path: str | Path, used: set[str] | None = None) -> np.ndarray:
     """Read a picture of any mode as RGB (H, W, 3), uint8, upright as viewers show it.
 
-    A picture that cannot be read or has almost no levels is a ValueError.
+    A picture that cannot be read or has almost no levels is a ValueError. ``used`` gets the white of one of 16 bits.
     """
     with opened(path) as image:
-        rgb = to_rgb(upright(image))
+        loaded = upright(image)
+        if used is not None and loaded.mode.startswith("I"):
+            used.add(f"{WHITE} is {[white for white in FULL_SCALES if np.asarray(loaded).max() <= white][:1]}")
+        rgb = to_rgb(loaded)
     sample = np.asarray(rgb.resize((64, 64), Image.Resampling.NEAREST))  # settles most cases without a copy
     if level_problem(sample) and (problem := level_problem(np.asarray(rgb))):
         raise ValueError(f"{path} cannot be used: {problem}.")
     return np.asarray(rgb)
 
 
-def read_channels(files: Sequence[str | Path]) -> np.ndarray:
+def read_channels(files: Sequence[str | Path], used: set[str] | None = None) -> np.ndarray:
     """Read one picture as RGB, or several grey pictures of one size as channels: (H, W, C), uint8.
 
-    A file that cannot be read, in colour among several, or of another size is a ValueError.
+    A file that cannot be read, in colour among several, or of another size is a ValueError; ``used`` is for one.
     """
-    first, *others = map(read_picture, files)
+    first, *others = (read_picture(file, used if len(files) == 1 else None) for file in files)
     if not others:
         return first
     for file, picture in zip(files, (first, *others), strict=True):

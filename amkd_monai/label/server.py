@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from amkd_monai.files.cases import series_folders
-from amkd_monai.files.dicom import holds_series, is_slice
-from amkd_monai.files.names import DICOM_SUFFIX, has_suffix
+from amkd_monai.files.dicom import holds_series
+from amkd_monai.files.names import DICOM_SUFFIX, has_suffix, is_slice
 from amkd_monai.storage import atomic_path, atomic_write_bytes, atomic_write_json, exclusive_lock, read_json
 from amkd_monai.weights import file_sha256
 

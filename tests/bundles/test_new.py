@@ -69,6 +69,17 @@ def test_two_values_and_grey_levels_are_background_and_foreground(tmp_path):
     assert check_data(task, data).problems == []
 
 
+def test_volumes_in_folders_of_classes_or_patients_are_refused(tmp_path):
+    for name in ("p1/p1_t1", "p1/p1_seg", "p2/p2_t1", "p2/p2_seg"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        nib.save(
+            nib.Nifti1Image(np.arange(64, dtype=np.int16).reshape(4, 4, 4), np.eye(4)),
+            tmp_path / "data" / f"{name}.nii.gz",
+        )
+    with pytest.raises(ValueError, match=r"data holds volumes with classes"):
+        made("brats", tmp_path / "data", tmp_path)
+
+
 def test_regions_and_ignored_values_of_nnunet_are_taken(tmp_path):
     data = rimmed_volumes(tmp_path / "raw", cases=3)
     about = json.loads((data / "dataset.json").read_text())

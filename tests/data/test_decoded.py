@@ -222,6 +222,18 @@ def test_255_in_a_label_of_classes_is_no_label(tmp_path, own):
     assert dataset.has_foreground.tolist() == [False, True, False, False]
 
 
+def test_pictures_of_16_bits_that_have_another_white_are_named(photos, tmp_path):
+    """By itself each is read on the smallest scale that holds it: 12 bits, but for the brightest."""
+    for item, highest in zip(photos, (4000, 5000, 3000), strict=True):
+        values = np.random.default_rng(0).integers(0, highest, (24, 40)).astype(np.uint16)
+        Image.fromarray(values).save(item["image"])
+    assert len(decode(photos[::2], tmp_path).ids) == 2
+    with pytest.raises(BadSampleError) as error:
+        decode(photos, tmp_path)
+    assert_bad(error, photos[1]["image"], "4095", "65535")
+    assert decode(photos, tmp_path, on_bad_sample="skip").skipped == ["p1"]
+
+
 def test_items_with_problems_are_told_at_once_or_skipped(photos, tmp_path):
     for i in (0, 2):
         photos[i]["problem"] = f"{photos[i]['image']} is broken in way {i}."

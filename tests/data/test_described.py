@@ -294,3 +294,80 @@ def test_another_folder_of_pictures_does_not_make_the_folder_above_a_data_set(tm
         with pytest.raises(FileNotFoundError) as error:
             find_items(GRADES, folder)
         assert ("too low" in str(error.value)) == is_hinted
+
+
+@pytest.mark.parametrize(("place", "other"), [("train/images/{}.png", "test/images/{}.png"), ("a/{}.png", "b/{}.png")])
+def test_a_group_is_that_of_the_name_of_a_file_where_folders_tell_files_apart(place, other, tmp_path):
+    for number in range(8):
+        for folder in (place, other):
+            picture(file := tmp_path / folder.format(f"p{number // 2}_{number}"))
+            if "images" in folder:
+                mask(tmp_path / folder.replace("images", "masks").format(file.stem), (1, 1))
+    masked = {**CELLS, "classes": ["background", "cell"]}
+    task = {**(masked if "images" in place else {**GRADES, "classes": ["a", "b"]}), "layout": {"groups": "([^_]+)_"}}
+    items = find_items(get_task(task), tmp_path)
+    assert len(items) == 16 and {item["group"] for item in items} == {"p0", "p1", "p2", "p3"}
+    unfit = get_task({**task, "layout": {"groups": "(q)?p"}})
+    assert not any("problem" in item for item in labelled_folder(unfit, tmp_path).test), "names of another hospital"
+    unmatched = find_items(unfit, tmp_path)
+    assert all("(q)?p" in item["problem"] for item in unmatched), "a group that takes no part is none"
+
+
+def test_several_tables_are_sections_by_their_names_and_else_refused_like_several_datalists(tmp_path):
+    for name, numbers in {"train": range(4), "val": range(4, 6), "test": range(6, 8)}.items():
+        for number in numbers:
+            picture(tmp_path / "images" / f"{number}.png")
+        rows = [f"{number}.png,{'mild' if number % 2 else 'severe'}" for number in numbers]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["image,label", *rows]))
+    (tmp_path / "sites.csv").write_text("site,country\na,b\n")
+    for name in ("._train.csv", "._list.json"):  # archives hold copies by macOS
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07\xff")
+    assert ids(datalist(GRADES, tmp_path)) == [["0", "1", "2", "3"], ["4", "5"], ["6", "7"]]
+    (tmp_path / "sites.csv").write_text("image,label\n0.png,mild\n")
+    with pytest.raises(ValueError, match=r"sites\.csv.*train\.csv"):
+        find_items(get_task(GRADES), tmp_path)
+    chosen = get_task({**GRADES, "layout": {"form": "table", "file": "val.csv"}})
+    assert [item["id"] for item in find_items(chosen, tmp_path)] == ["4", "5"]
+    entry = {"image": "images/0.png", "label": "mild"}
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(json.dumps({"training": [entry]}))
+    with pytest.raises(ValueError, match=r"a\.json, b\.json"):
+        find_items(get_task(GRADES), tmp_path)
+
+
+def test_a_name_without_ending_that_two_files_have_is_refused(tmp_path):
+    for name in ("1.jpg", "1.png", "2.png"):
+        picture(tmp_path / "images" / name)
+    (tmp_path / "labels.csv").write_text("id,label\n1.png,mild\n2,severe\n")
+    assert [item["image"][-5:] for item in find_items(get_task(GRADES), tmp_path)] == ["1.png", "2.png"]
+    (tmp_path / "labels.csv").write_text("id,label\n1,mild\n2,severe\n")
+    with pytest.raises(ValueError, match=r"1\.jpg or 1\.png"):
+        find_items(get_task(GRADES), tmp_path)
+
+
+def test_entries_of_a_datalist_that_would_not_be_scored_are_named(tmp_path, caplog):
+    lists = {"training": range(4), "validation": range(4, 6), "test": range(6, 9), "test_external": range(9, 11)}
+    content = {}
+    for name, numbers in lists.items():
+        for number in numbers:
+            picture(tmp_path / "images" / f"{number}.png")
+        content[name] = [{"image": f"images/{number}.png", "label": "mild"} for number in numbers]
+    content["test"][1]["label"] = None
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    found = datalist(GRADES, tmp_path)
+    assert ids(found)[2] == ["6", "7", "8"] and "2 entries of test_external" in caplog.text
+    with pytest.raises(DataProblems, match=r"images/7\.png has no label"):
+        found.checked("stop")
+
+
+def test_folders_that_take_no_part_are_named_and_masks_are_no_images_of_a_class(tmp_path, caplog):
+    for number, folder in enumerate((".", "train", "val")):
+        picture(tmp_path / "pairs" / folder / "images" / f"{number}.png")
+        mask(tmp_path / "pairs" / folder / ("other" if folder == "val" else "labels") / f"{number}.png")
+    assert [item["id"] for item in get_task(CELLS).layout.find_items(tmp_path / "pairs")] == ["1"]
+    for left in ("pairs/images", "pairs/labels", "pairs/val/images"):
+        assert f"1 file(s) in {tmp_path / left} are left out" in caplog.text
+    for name in ("mild/1.png", "mild/1_mask.png", "mild/1_overlay.png", "severe/2.png", "no finding/p1/3.png"):
+        picture(tmp_path / "classes" / name)
+    items = get_task(GRADES).layout.find_items(tmp_path / "classes")
+    assert [item["id"] for item in items] == ["1", "2"] and "p1/3.png" in caplog.text

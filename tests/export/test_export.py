@@ -6,6 +6,7 @@ import csv
 import hashlib
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -330,7 +331,7 @@ def test_a_corrupt_file_is_reported_and_the_rest_goes_on(exported, tmp_path, cap
     assert len(list((tmp_path / "out").glob("*_mask.png"))) == 3
 
 
-def test_a_dicom_series_gives_the_mask_of_its_volume(exported, tmp_path):
+def test_a_dicom_series_gives_the_mask_of_its_volume(exported, tmp_path, caplog):
     import SimpleITK as sitk
 
     folder, _ = exported("msd_heart")
@@ -359,7 +360,9 @@ def test_a_dicom_series_gives_the_mask_of_its_volume(exported, tmp_path):
         writer.Execute(image)
     model = str(folder / "dist" / "msd_heart")
     arguments = ["predict", "--model", model, "--output", str(tmp_path / "out"), "--dicom-seg", "--dicom-captures"]
+    shutil.copytree(series, tmp_path / "study" / "patient" / "day")
     assert main([*arguments, str(tmp_path / "study")]) == 0
+    assert "12 file(s) in folders below" in caplog.text and "patient/day" in caplog.text
     assert sitk.ReadImage(tmp_path / "out" / "series_mask.dcm").GetSize()[:2] == (36, 40)
     assert len(list((tmp_path / "out" / "series_captures").iterdir())) == len(voxels)
     assert main([*arguments, str(tmp_path / "out")]) == 1  # no series

@@ -167,6 +167,26 @@ def test_one_set_of_masks_has_one_meaning_of_255(tmp_path):
     assert not coding_problem(used)
 
 
+def test_a_value_or_the_foreground_has_one_colour_in_a_set_of_masks(tmp_path):
+    """As optimised palettes or a colour per class give them: alone, each mask can be read."""
+    green, red, orange = (0, 255, 0), (255, 0, 0), (255, 50, 0)
+    for kind in ("palette", "colours"):
+        used: set[str] = set()
+        for name, colour in (("red", red), ("orange", orange), ("green", green)):
+            if kind == "palette":
+                picture = grey(DISC)
+                picture.putpalette([0, 0, 0, *colour, *[0] * 762])
+            else:
+                picture = Image.fromarray(DISC[..., None] * np.array(colour, np.uint8))
+            picture.save(tmp_path / f"{name}.png")
+            np.testing.assert_array_equal(read_mask([tmp_path / f"{name}.png"], used=used), DISC)
+            assert bool(coding_problem(used)) == (name == "green"), (kind, name)
+        used.clear()
+        for name in ("red", "green"):
+            read_mask([tmp_path / f"{name}.png"], codes="nonzero", used=used)
+        assert not coding_problem(used), "what is given is not guessed"
+
+
 def test_no_label_in_one_of_several_masks_stays(tmp_path):
     grey(np.where(RING, 255, DISC)).save(tmp_path / "a.png")
     grey((X > 45) * 1).save(tmp_path / "b.png")

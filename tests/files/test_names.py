@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amkd_monai.files.names import expanded, file_id, image_files, images_to_predict, table_rows
+from amkd_monai.files.cases import to_predict
+from amkd_monai.files.names import channel_files, expanded, file_id, image_files, images_to_predict, table_rows
 from amkd_monai.files.pictures import read_picture, write_png
 from amkd_monai.files.volumes import Grid, write_mask_volume
 from amkd_monai.storage import read_text
@@ -49,11 +50,23 @@ def test_dead_links_are_counted_and_named(tmp_path, caplog):
 
 
 def test_formats_that_are_not_read_are_named(tmp_path, caplog):
-    for name in ("good.png", "scan.HDR", "scan.img", "photo.webp", "notes.txt"):
+    for name in ("good.png", "scan.HDR", "IM0001", "photo.heic", "volume.nii.gz", "notes.txt"):
         save(tmp_path / name)
     assert set(images_to_predict(tmp_path)) == {"good"}
-    assert "3 file(s)" in caplog.text and "scan.HDR" in caplog.text and "photo.webp" in caplog.text
-    assert "notes" not in caplog.text
+    assert "4 file(s)" in caplog.text and "notes" not in caplog.text
+    assert all(name in caplog.text for name in ("scan.HDR", "IM0001", "photo.heic", "volume.nii.gz"))
+
+
+def test_files_that_are_no_channel_beside_those_that_are_and_series_below_are_named(tmp_path, caplog):
+    for name in ("a_0000.png", "a_0001.png", "lone.png"):
+        save(tmp_path / "channels" / name)
+    assert list(channel_files(tmp_path / "channels")) == ["a"] and ": lone." in caplog.text
+    for name in ("one/1.dcm", "patient/study/two"):
+        save(tmp_path / "hospital" / name)
+    assert list(to_predict(tmp_path / "hospital", volumes=True)) == ["one"]
+    assert "patient/study/two" in caplog.text and "1.dcm" not in caplog.text
+    caplog.clear()
+    assert not to_predict(tmp_path / "hospital" / "one", volumes=True) and not caplog.text, "its own slices are read"
 
 
 def test_masks_and_predictions_are_no_images(tmp_path):

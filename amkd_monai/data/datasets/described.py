@@ -1,6 +1,5 @@
 """The layout of described data: folders of images and masks, datalists, nnU-Net's folders, class folders, tables."""
 
-import itertools
 import os
 import re
 from collections import defaultdict
@@ -100,7 +99,7 @@ class Described:
     # their place, from 1 on, and 0 otherwise; of findings one each, with 1 and 0
     columns: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)  # further names of classes
-    groups: str = ""  # regular expression of which the first group, in an image's id, is the item's group
+    groups: str = ""  # regular expression of which the first group, in an image's name, is the item's group
     channels: int = 1  # files that make an image, in the order in which nnU-Net numbers or a datalist lists them
     # part of the items outside the test fold that validates, where a data set without sections of its own is
     # cross-validated; None: it is split at random
@@ -121,7 +120,7 @@ class Described:
         if self.form_of(root):
             return
         fix = f"expected {self.expected}"
-        for table in sorted(root.glob("*.[ct]sv")) if root.is_dir() and not self.official else ():
+        for table in sorted(root.glob("[!.]*.[ct]sv")) if root.is_dir() and not self.official else ():
             for what in sorted({"image", "label"} - self.columns_of(table).keys()):
                 usual = ", ".join(self.columns.get(what) or COLUMNS[what])
                 usual += f" or all of {', '.join(self.classes)}" if what == "label" and not self.masks else ""
@@ -139,10 +138,10 @@ class Described:
         """Return the form of a folder, "" where it has none."""
         holds: dict[str, Callable[[], Any]] = {
             "nnunet": lambda: (root / "dataset.json").is_file() and channel_files(root / "imagesTr"),
-            "datalist": lambda: self.datalist_of(root),
+            "datalist": lambda: self.datalists_in(root),
             "pairs": lambda: self.masks and self.pairs_in(root),
             "table": lambda: self.tables_in(root),
-            "classes": lambda: not self.masks and any(_class_images(root)),
+            "classes": lambda: not self.masks and any(image_files(f, SUFFIXES) for _, f in _class_folders(root)),
         }
         return next((form for form in ([self.form] if self.form else holds) if form in holds and holds[form]()), "")
 
@@ -172,7 +171,8 @@ class Described:
         self = replace(self, mask_ending=mask_ending or self.mask_ending)
         distance = self.duplicate_distance if duplicate_distance is None else duplicate_distance
         self.check(root)
-        items = [self._completed(item) for item in _named(READERS[self.form_of(root)](self, root), root)]
+        listed = map(self._grouped, READERS[self.form_of(root)](self, root))
+        items = [self._completed(item) for item in _named(listed, root)]
         if not items:
             raise FileNotFoundError(f"No images in {root}: expected {self.expected}.")
         if not self.groups:
@@ -199,7 +199,8 @@ class Described:
 
     def inference_items(self, root: Path) -> list[Item]:
         """List the images to predict: unlabelled ones of a datalist, those of the usual folders, tables and classes."""
-        if file := self.datalist_of(root):
+        if files := self.datalists_in(root):
+            file = files[0]
             further = [entry["image"] for _, entry in _entries(file) if "label" not in entry and entry["image"]]
             unlabelled = [_resolved(image, file.parent) for image in further]
             items = [{"image": i, "id": _stem(i)} for i in unlabelled if all(Path(f).exists() for f in files_of(i))]
@@ -297,26 +298,25 @@ class Described:
         in_sections = [pair for pair in found[1:] if pair]
         return in_sections or [pair for pair in found[:1] if pair]
 
-    def datalist_of(self, root: Path) -> Path | None:
-        """Return the datalist in a folder: the file named, else the first JSON with a list "training"."""
-        if self.form not in ("", "datalist"):
-            return None
-        if self.file:
-            return root / self.file if (root / self.file).is_file() else None
-        files = sorted(root.glob("*.json"))
-        return next((file for file in files if any("label" in entry for _, entry in _entries(file))), None)
+    def datalists_in(self, root: Path) -> list[Path]:
+        """Return the datalist in a folder: the file named, else each JSON with labelled entries."""
+        files = [root / self.file] if self.file else sorted(root.glob("[!.]*.json"))
+        files = [f for f in files if f.is_file() and (self.file or any("label" in entry for _, entry in _entries(f)))]
+        return files if self.form in ("", "datalist") else []
 
     def tables_in(self, root: Path) -> list[tuple[dict[str, str], Path | None, Path | None]]:
         """Return section, table and folder of images of each official section of which one is there.
 
-        Without an official table that is the file named, else the first with a column of images and one of labels.
+        Without an official table that is the file named, else all with a column of images and one of labels, of several
+        each with the section of its name.
         """
         official = [({"section": s}, _there(root, table), _there(root, i)) for s, (i, table) in self.official.items()]
         if any(table for _, table, _ in official):
             return [found for found in official if any(found[1:])]
-        named = [root / self.file] if self.file else sorted(root.glob("*.[ct]sv"))
-        fits = (file for file in named if file.is_file() and {"image", "label"} <= self.columns_of(file).keys())
-        return [] if self.official else [({}, file, None) for file in itertools.islice(fits, 1)]
+        named = [root / self.file] if self.file else sorted(root.glob("[!.]*.[ct]sv"))
+        fits = [] if self.official else [file for file in named if file.is_file()]
+        fits = [file for file in fits if {"image", "label"} <= self.columns_of(file).keys()]
+        return [({"section": _section(file.stem)} if len(fits) > 1 else {}, file, None) for file in fits]
 
     def columns_of(self, table: Path) -> dict[str, str | Sequence[str]]:
         """Return the columns of a table that are there by what they hold: those named, else those of usual names."""
@@ -365,14 +365,19 @@ class Described:
             raise ValueError(f"{files[0]} is one of {len(files)} channels, not of {self.channels}: complete the case.")
         return item
 
+    def _grouped(self, item: Item) -> Item:
+        """Return an item with the group that is in its name, before names of several folders get those of these."""
+        found = re.search(self.groups, item["id"]) if self.groups else None
+        if self.groups and not (found and found.groups() and found[1]):
+            return {
+                "problem": f"The pattern {self.groups} finds no group in the name '{item['id']}': correct one.",
+                **item,
+            }
+        return {**item, "group": found[1]} if found else item
+
     def _completed(self, item: Item) -> Item:
         """Return an item with its group, and with the first thing that is wrong with it under "problem"."""
         item = {**item, "group": item.get("group") or item["id"]}
-        if self.groups:
-            found = re.search(self.groups, item["id"])
-            if found is None or not found.groups():
-                return {"problem": f"The pattern {self.groups} finds no group in the name '{item['id']}'.", **item}
-            item["group"] = found[1]
         images, masks = files_of(item["image"]), label_files(item) if self.masks else []
         files = [*images, *masks]
         known = [file for file in files if has_suffix(file, SUFFIXES) or Path(file).is_dir()]
@@ -425,8 +430,14 @@ def _pairs(layout: Described, root: Path) -> Iterator[Item]:
 
     Where masks have an ending, several of one image end in it and a number, such as ``_mask`` and ``_mask_1``.
     """
-    for section, *folders in layout.pairs_in(root):
-        warn_of_deeper(folders[0], SUFFIXES, series := series_folders(folders[0]))
+    pairs = layout.pairs_in(root)
+    read = [folder for _, *folders in pairs for folder in folders]
+    usual = [place / name for _, place in _places(root) for name in (*IMAGES, *LABELS) if not layout.official]
+    for folder in usual if not layout.folders else ():
+        if folder not in read and folder.is_dir() and (left := image_files(folder, SUFFIXES)):
+            logger.warning("%d file(s) in %s are left out: %s are read.", len(left), folder, some(map(str, read)))
+    for section, *folders in pairs:
+        warn_of_deeper(folders[0], series := series_folders(folders[0]))
         images, found = [*originals(folders[0], SUFFIXES), *series], image_files(folders[1], SUFFIXES)
         ids, masks = {file_id(image) for image in images}, defaultdict[str, list[str]](list)
         given = [layout.mask_ending] if layout.mask_ending else ENDINGS
@@ -455,24 +466,29 @@ def _pairs(layout: Described, root: Path) -> Iterator[Item]:
 
 def _datalist(layout: Described, root: Path) -> Iterator[Item]:
     """The labelled entries of a datalist, with paths relative to it."""
-    if (file := layout.datalist_of(root)) is None:
-        return
+    file, *others = layout.datalists_in(root)
+    if others:
+        names = some(found.name for found in (file, *others))
+        raise ValueError(f'{root} holds several datalists, {names}: keep one, or name it by "file" in the layout.')
     entries = _entries(file)
-    sections = {section for section, _ in entries}
+    sections, labelled = ({s for s, entry in entries if key in entry} for key in ("image", "label"))
+    for key, listed in _object(file).items():
+        if not _section(key) and isinstance(listed, list) and any(isinstance(e, dict) and "label" in e for e in listed):
+            logger.warning("%d entries of %s in %s are left out: that is no section.", len(listed), key, file)
     if not any("label" in entry for _, entry in entries):
         raise ValueError(f'{file} has no list "training" of "image" and "label": copy or write it again.')
     for section, entry in entries:
+        place = {"section": section} if len(sections) > 1 else {}
         if entry["image"] is None:
             raise ValueError(f'{file} has an entry without "image": {entry}. Complete it.')
         if "label" not in entry:
-            if section == "train":
+            if section == "train" or section in labelled:
                 (image, *_), problem = files_of(entry["image"]), f"has no label in {file}: add it, or remove the entry."
                 path = str(file.parent / image)
-                yield {"image": path, "id": _stem(path), "problem": f"{image} {problem}"}
+                yield {"image": path, "id": _stem(path), **place, "problem": f"{image} {problem}"}
             continue
         label = _resolved(entry["label"], file.parent) if layout.masks else entry["label"]
-        item = {"image": _resolved(entry["image"], file.parent), "label": label, "id": _stem(entry["image"])}
-        item |= {"section": section} if len(sections) > 1 else {}
+        item = {"image": _resolved(entry["image"], file.parent), "label": label, "id": _stem(entry["image"]), **place}
         if not layout.masks and isinstance(label, list) and not any(has_suffix(f, SUFFIXES) for f in files_of(label)):
             item["label"] = "|".join(map(str, label)) or NO_FINDING
             if not all(isinstance(name, str) for name in label):
@@ -508,11 +524,10 @@ def _nnunet(layout: Described, root: Path) -> Iterator[Item]:
 
 def _classes(layout: Described, root: Path) -> Iterator[Item]:
     """A folder of pictures per class, in the data set's folder or in those of sections."""
-    found = list(_class_images(root))
-    for folder in dict.fromkeys(file.parent for *_, file in found):
-        warn_of_deeper(folder, SUFFIXES)
-    for section, name, file in found:
-        yield {"image": str(file), "label": name, "id": file_id(file), **section}
+    for section, folder in _class_folders(root):
+        warn_of_deeper(folder)
+        for file in originals(folder, SUFFIXES):
+            yield {"image": str(file), "label": folder.name, "id": file_id(file), **section}
 
 
 def _table(layout: Described, root: Path) -> Iterator[Item]:
@@ -521,7 +536,12 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
     Ids are written with their suffix or without. All images in the folder of a section stand in its table. An official
     table of another section than training that lacks a column, as of labels that are kept back, is left out.
     """
-    for section, table, folder in layout.tables_in(root):
+    tables = layout.tables_in(root)
+    sections = [section.get("section", "train") for section, *_ in tables]
+    if "" in sections or len(set(sections)) < len(sections):
+        names = some(table.name for _, table, _ in tables if table)
+        raise ValueError(f"{root} holds several tables of images, {names}: keep one, or train.csv, val.csv, test.csv.")
+    for section, table, folder in tables:
         columns = layout.columns_of(table) if table else {}
         if table and (lost := sorted(({"image", "label"} | layout.columns.keys()) - columns.keys())):
             header = table_rows(table)[0]
@@ -532,7 +552,7 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
                 raise ValueError(fault)
             logger.warning("%s Its images are left out.", fault)
             continue
-        if table is None or (section and folder is None):
+        if table is None or (layout.official and folder is None):
             missing = root / np.ravel(layout.official[section["section"]][1 if folder else 0])[0]
             raise FileNotFoundError(f"{missing} is missing: add it, or remove the rest of that section.")
         places, listed = [str(folder.relative_to(root))] if folder else [".", *IMAGES], set[str]()
@@ -553,7 +573,11 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
             item["label"] = str(_found(root, label, [".", *LABELS])) if layout.masks else label
             if "section" in of:
                 found = _section(of["section"])
-                item |= {"section": found} if found else {"problem": f"{table} gives '{image}' no known section."}
+                item |= (
+                    {"section": found}
+                    if found
+                    else {"problem": f"{table} gives '{image}' no section: write {', '.join(SECTIONS)}."}
+                )
             yield item
         for file in originals(folder) if folder else ():
             if file.name not in listed:
@@ -641,14 +665,13 @@ def _places(root: Path) -> Iterator[tuple[dict[str, str], Path]]:
             yield {"section": section}, folder
 
 
-def _class_images(root: Path) -> Iterator[tuple[dict[str, str], str, Path]]:
-    """Section, class and file of each image in a class folder."""
+def _class_folders(root: Path) -> Iterator[tuple[dict[str, str], Path]]:
+    """Section and folder of each class."""
     for section, place in _places(root):
         for folder in sorted(place.iterdir()) if place.is_dir() else ():
             named = folder.name in (*IMAGES, *LABELS) or folder.name.startswith(".") or _section(folder.name)
             if folder.is_dir() and not named:
-                for file in image_files(folder, SUFFIXES):
-                    yield section, folder.name, file
+                yield section, folder
 
 
 def _named(items: Iterable[Item], root: Path) -> list[Item]:
@@ -687,8 +710,12 @@ def _found(root: Path, name: str, folders: Sequence[str]) -> Path:
     """The file of a cell, in the folder itself or one of the usual ones, with its suffix or without."""
     name = name.replace("\\", "/")
     places = [root / folder / f"{name}{suffix}" for folder in folders for suffix in ("", *SUFFIXES)]
-    there = (place for kind in (Path.is_file, Path.is_dir) for place in places if name and kind(place))
-    return next(there, root / folders[0] / name)
+    there = next((place for kind in (Path.is_file, Path.is_dir) for place in places if name and kind(place)), None)
+    if there is None or there.name == Path(name).name:
+        return there or root / folders[0] / name
+    if twins := [p.name for s in SUFFIXES if (p := there.parent / f"{Path(name).name}{s}") != there and p.is_file()]:
+        raise ValueError(f"{name} can be {there} or {twins[0]}: write the names in the table with their endings.")
+    return there
 
 
 def named(name: str) -> str:
