@@ -200,10 +200,17 @@ def _opaque(alpha: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def _opened(file: str | Path) -> Iterator[Image.Image]:
-    """Open a mask; of DICOM it is a ValueError: what its window shows is not what its values are."""
+    """Open a mask; of DICOM it is a ValueError: what its window shows is not what its values are.
+
+    So are colours of 16 bits, of which Pillow reads the upper half alone: small values would be 0.
+    """
     if has_suffix(file, [DICOM_SUFFIX]):
         raise ValueError(f"Mask {file} is DICOM, whose values are read for pictures alone: save it as PNG.")
     with pictures.opened(file) as stored:
+        tiles = getattr(stored, "tile", ())  # of a file whose pixels are not read yet
+        packed = [str(tile[3] if isinstance(tile[3], str) else next(iter(tile[3] or ()), "")) for tile in tiles]
+        if stored.mode[0] != "I" and any(";16" in mode for mode in packed):
+            raise ValueError("its colours have 16 bits, of which the upper 8 alone could be read; save it with 8")
         yield stored
 
 

@@ -20,7 +20,7 @@ FEWEST_LEVELS = 16  # of 256; a picture with no more is black, white or scaled w
 OPAQUE = 127
 CLASS_COLOURS = ((86, 180, 233), (240, 228, 66), (0, 158, 115), (204, 121, 167), (255, 64, 0), (0, 114, 178))
 """Of labels 1, 2, ... in overlays, then from the first on again; of the Okabe-Ito palette but one."""
-ORIENTATION, PHOTOMETRIC = 0x0112, 0x0106  # tags
+ORIENTATION, PHOTOMETRIC, SAMPLE_FORMAT = 0x0112, 0x0106, 0x0153  # tags
 UNDONE = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # the EXIF orientation that undoes another one
 LATE_TAGS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # of a PNG, possibly behind its pixels
 DAMAGED = (
@@ -38,6 +38,8 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
                 raise ValueError(f"it has {pages} pages, of which only one could be read; save each as a file")
             if image.mode[0] in "IF" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:
                 raise ValueError("its white is 0 (MinIsWhite), which only 8 bits may have; save it with black as 0")
+            if image.mode == "L" and 2 in np.ravel(getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, 1)):
+                raise ValueError("its 8 bits are signed and would be read as unsigned; save it with unsigned ones")
             yield image
     except FileNotFoundError:
         raise

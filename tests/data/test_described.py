@@ -235,6 +235,10 @@ def test_class_folders_and_tables_give_classes_groups_and_sections(tmp_path):
         assert all(len(section) == 6 for section in ids(found))
         assert all(item["label"] == int(item["id"]) % 3 for item in found.train)
     assert found.train[0]["group"] == "p0_train"
+    folds = [f"{row},{(n - 1) // 3 % 3 if n else 'fold'}".replace("split", "part") for n, row in enumerate(rows)]
+    (table / "labels.csv").write_text("\n".join(folds))
+    by_fold = datalist({**GRADES, "layout": layout}, table, fold=2)
+    assert [ids(by_fold)[n] for n in (2, 0, 1)] == [ids(found)[n] for n in (2, 1, 0)]
     (table / "labels.csv").write_text("\n".join([*rows[:-1], "17.png,odd,p,test", "18.png,mild,p,test"]))
     problems = check_data({**GRADES, "layout": layout}, table).problems
     assert any("odd" in problem for problem in problems) and any("18.png" in problem for problem in problems)

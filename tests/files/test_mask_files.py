@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -249,6 +251,20 @@ def test_a_mask_of_another_size_than_its_picture_is_refused(tmp_path):
     files, image = pair(tmp_path, 1, DISC[:, :-1])
     with pytest.raises(ValueError, match=r"mask\.png is 59x40"):
         read_mask(files, image)
+
+
+@pytest.mark.parametrize("colour_type", [2, 4])  # RGB; grey with transparency
+def test_colours_of_16_bits_are_refused_since_small_values_would_be_0(tmp_path, colour_type):
+    pixels = np.zeros((*SIZE, {2: 3, 4: 2}[colour_type]), ">u2")
+    pixels[DISC] = 255
+    lines = b"".join(b"\0" + line.tobytes() for line in pixels)
+    header = struct.pack(">IIBBBBB", SIZE[1], SIZE[0], 16, colour_type, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, part in ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
+        content += struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part))
+    (tmp_path / "deep.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"deep\.png.*16 bits"):
+        read_mask([tmp_path / "deep.png"])
 
 
 def test_a_jpeg_of_class_indices_is_refused(tmp_path):

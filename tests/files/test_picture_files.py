@@ -116,6 +116,12 @@ def test_a_deep_tiff_whose_white_is_0_is_refused(tmp_path):
     np.testing.assert_array_equal(read_picture(tmp_path / "flat.tif")[..., 0], 255 - scene()[..., 0])
 
 
+def test_a_tiff_of_signed_bytes_is_refused(tmp_path):
+    Image.fromarray(scene()[..., 0]).save(tmp_path / "signed.tif", tiffinfo={339: 2})
+    with pytest.raises(ValueError, match=r"signed\.tif.*signed"):
+        read_picture(tmp_path / "signed.tif")
+
+
 @pytest.mark.parametrize("chunk", ["eXIf", "tEXt"])
 def test_an_orientation_behind_the_pixels_of_a_png_counts(tmp_path, chunk):
     exif = Image.Exif()

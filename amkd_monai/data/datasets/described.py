@@ -56,6 +56,7 @@ COLUMNS = {
         *("subject", "subject_id", "subject id", "subjectid", "case_id"),
     ),
     "section": ("section", "split", "set", "subset"),
+    "fold": ("fold",),
 }
 """Columns of a table by the names they usually have, the image's first."""
 
@@ -495,11 +496,7 @@ def _datalist(layout: Described, root: Path) -> Iterator[Item]:
                 item["problem"] = f"{file} gives '{item['id']}' the label {label}: write the names of its findings."
         known = {key.lower(): value for key, value in entry.items()}
         item |= next(({"group": str(known[key])} for key in COLUMNS["group"] if known.get(key) not in (None, "")), {})
-        if (fold := entry.get("fold")) is not None:
-            if not str(fold).isdecimal():
-                raise ValueError(f"{file} gives '{item['id']}' the fold {fold!r}: number the folds from 0.")
-            item["fold"] = int(fold)
-        yield item
+        yield item if entry.get("fold") is None else _of_fold(item, entry["fold"], file)
 
 
 def _nnunet(layout: Described, root: Path) -> Iterator[Item]:
@@ -573,16 +570,20 @@ def _table(layout: Described, root: Path) -> Iterator[Item]:
             item["label"] = str(_found(root, label, [".", *LABELS])) if layout.masks else label
             if "section" in of:
                 found = _section(of["section"])
-                item |= (
-                    {"section": found}
-                    if found
-                    else {"problem": f"{table} gives '{image}' no section: write {', '.join(SECTIONS)}."}
-                )
-            yield item
+                unknown = {"problem": f"{table} gives '{image}' no section: write {', '.join(SECTIONS)}."}
+                item |= {"section": found} if found else unknown
+            yield _of_fold(item, of["fold"], table) if of.get("fold") else item
         for file in originals(folder) if folder else ():
             if file.name not in listed:
                 problem = f"{file} is an image that {table} does not name: remove it."
                 yield {"image": str(file), "id": file_id(file), **section, "problem": problem}
+
+
+def _of_fold(item: Item, fold: object, file: Path) -> Item:
+    """An item with its fold, as a datalist or a table gives it."""
+    if not str(fold).removesuffix(".0").isdecimal():
+        raise ValueError(f"{file} gives '{item['id']}' the fold {fold!r}: number the folds from 0.")
+    return {**item, "fold": int(float(str(fold)))}
 
 
 def _single(layout: Described, cells: Sequence[str]) -> str:
