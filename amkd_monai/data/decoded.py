@@ -52,9 +52,28 @@ def read_item(item: Mapping[str, Any], transform: Callable) -> dict[str, Any]:
     image = np.asarray(data["image"])
     if not np.isfinite(image).all():
         raise BadSampleError(f"{images[0]} holds values that are not finite: replace or remove the file.")
+    if isinstance(data["image"], MetaTensor) and image.ndim == 4:
+        _warn_of_crop(data, images[0])
     for problem in filter(None, map(level_problem, [image] if len(images) == 1 and image.ndim < 4 else image)):
         raise BadSampleError(f"{images[0]} cannot be used: {problem}.")
     return data
+
+
+def _warn_of_crop(data: Mapping[str, Any], file: str) -> None:
+    """Say what a volume's crop leaves out: of a labelled one foreground, of another anything."""
+    image, what = data["image"], ""
+    corners = getattr(data.get("label"), "meta", {}).pop("foreground_box", None)
+    if corners is not None:
+        ends = np.linalg.solve(np.asarray(image.affine), corners)[:3]
+        if ends.min() < -0.51 or (ends.max(1) > np.array(image.shape[1:]) - 0.49).any():  # half a sample is rounding
+            what = "foreground of its label"
+    elif "label" not in data and any(np.any(op["extra_info"].get("cropped", 0)) for op in image.applied_operations):
+        what = "part of it"
+    if what:
+        size = " x ".join(map(str, image.shape[1:]))
+        logger.warning(
+            "%s: %s lies beyond the central %s voxels that the student sees (volume_size).", file, what, size
+        )
 
 
 class Agreement:

@@ -19,6 +19,7 @@ from amkd_monai.files.steps import crop_disc, neighbours
 
 FILENAME = "filename_or_obj"  # keys of meta data: the file, and how its values were coded
 CODING = "mask_coding"
+FOREGROUND = "foreground_box"  # two corners (4, 2) of all foreground of a label, mm, homogeneous
 
 
 def _loaded(array: np.ndarray, file: Any, affine: np.ndarray | None = None, used: set[str] | None = None) -> MetaTensor:
@@ -98,6 +99,9 @@ class LoadVolumed(LoadMaskd):
                 file, used = result[key], set[str]()
                 label, grid = volumes.read_label_volume(file, grid, self.classes, self.codes, used)
                 result[key] = _loaded(label[None], file, grid.affine, used)
+                if len(places := np.argwhere((label > 0) & (label != IGNORED))):
+                    ends = np.append([places.min(0), places.max(0)], [[1], [1]], 1)
+                    result[key].meta[FOREGROUND] = grid.affine @ ends.T
         return result
 
 

@@ -86,10 +86,14 @@ def application(predictor: Predictor, limit: int, hosts: Sequence[str]) -> FastA
     }
 
     @app.post("/predict", response_class=Response, responses=described)
-    def predict(file: Annotated[UploadFile, "a picture (PNG, JPEG, TIFF, BMP, DICOM) or a NIfTI volume"]) -> Response:
+    def predict(
+        file: Annotated[list[UploadFile], "one picture (PNG, JPEG, TIFF, BMP, DICOM) or NIfTI volume"],
+    ) -> Response:
         """Answer one file: a mask of its size and geometry (PNG or .nii.gz), or the probability of each class."""
+        if len(file) > 1:
+            raise HTTPException(422, f"The request holds {len(file)} files: send one a request.")
         with turn, tempfile.TemporaryDirectory() as place:
-            path = _stored(file, Path(place) / "upload", config["dimensions"], limit)
+            path = _stored(file[0], Path(place) / "upload", config["dimensions"], limit)
             try:
                 return _answer(predictor, path, Path(place) / "answer")
             except refusals() as error:

@@ -46,10 +46,11 @@ def find_series(folder: Path) -> list[list[Slice]]:
     """Find the slices of each volume among the files of a folder, not below it.
 
     Files that are not DICOM images are left out and counted, and so are single slices of another direction (localizers)
-    next to a volume. A series of several directions becomes several volumes; a single slice of another size stays in
-    the volume of its direction, which :func:`series_grid` refuses.
+    next to a volume. A series of several directions becomes several volumes, and so do patients or studies under one
+    series UID, or without one; a single slice of another size stays in the volume of its direction, which
+    :func:`series_grid` refuses.
     """
-    groups: defaultdict[str, list[list[Slice]]] = defaultdict(list)
+    groups: defaultdict[tuple[str, ...], list[list[Slice]]] = defaultdict(list)
     foreign, damaged = [], []
     for file in sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")):
         if not is_slice(file):
@@ -58,7 +59,7 @@ def find_series(folder: Path) -> list[list[Slice]]:
         if not (found := _header(file)).frames:
             damaged.append(found)
             continue
-        planes = groups[found.tags.get("series", "")]
+        planes = groups[tuple(found.tags.get(name, "") for name in ("patient", "study", "series"))]
         plane = next((plane for plane in planes if _in_one_plane(plane[0], found)), None)
         if plane is None:
             planes.append(plane := [])
@@ -148,7 +149,7 @@ def read_series(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, Grid
     """Read one volume of :func:`find_series` from ``folder``: values (X, Y, Z), float32, and their grid.
 
     Modality values count (``RescaleSlope`` and ``RescaleIntercept``, such as Hounsfield units); what is stored
-    inverted (``MONOCHROME1``) is turned, except in CT, whose values have a unit. Slices that are no whole volume of
+    inverted (``MONOCHROME1``) is turned, except in CT and PET, whose values have a unit. Slices that are no whole volume of
     equal distances, or cannot be read, are a ValueError.
     """
     from SimpleITK import GetArrayFromImage
@@ -169,13 +170,22 @@ def read_series(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, Grid
 
 
 def _in_units(plane: np.ndarray, item: Slice) -> np.ndarray:
-    """Take back ITK's inversion of MONOCHROME1 where values have a unit: only their display is inverted in CT."""
-    has_unit = item.tags.get("modality") == "CT" or item.tags.get("rescale_type") == "HU"
-    if item.tags.get("photometric") != "MONOCHROME1" or not has_unit:
+    """Take back ITK's inversion of MONOCHROME1 where values have a unit, so that only their display is inverted."""
+    if item.tags.get("photometric") != "MONOCHROME1" or not _has_unit(item):
         return plane
     highest = -1.0 if item.tags.get("signed") == "1" else 2.0 ** int(item.tags.get("bits", "16")) - 1
     (slope,), (intercept,) = item.numbers("slope", 1) or [1.0], item.numbers("intercept", 1) or [0.0]
     return slope * highest + 2 * intercept - plane
+
+
+def _has_unit(item: Slice) -> bool:
+    return item.tags.get("modality") in ("CT", "PT") or item.tags.get("rescale_type") == "HU"
+
+
+def _shown(item: Slice) -> list[str | None]:
+    """How values become grey: the photometric interpretation, and the scale on which ITK inverts."""
+    inverts = item.tags.get("photometric") == "MONOCHROME1" and not _has_unit(item)
+    return [item.tags.get(n) for n in ("photometric", *("slope", "intercept", "bits", "signed")[: 4 * inverts])]
 
 
 def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.ndarray]:
@@ -187,8 +197,8 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
     if unread := [item.file for item in slices if not item.frames]:
         raise refuse(f"of which {len(unread)} cannot be read ({some(map(file_id, unread))})", "replace them")
     colour = any(item.numbers("samples", 1) not in ([], [1.0]) for item in slices)
-    if colour or max(item.frames for item in slices) > 1 or len({s.tags.get("photometric") for s in slices}) > 1:
-        what = "in colour, of several frames a file or of which some are stored inverted"
+    if colour or max(item.frames for item in slices) > 1 or any(_shown(s) != _shown(slices[0]) for s in slices):
+        what = "in colour, of several frames a file or of which some are stored inverted or on other scales"
         raise refuse(what, "give one series of grey slices, or convert it to NIfTI, for example by dcm2niix")
     tags = (("position", 3), ("orientation", 6), ("spacing", 2))
     placed = [[item.numbers(*tag) for tag in tags] for item in slices]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from monailabel.datastore import dicom
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.exception import ImageNotFoundException
@@ -19,7 +20,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
 from amkd_monai.label.fine_tune import FineTune
-from amkd_monai.label.student import ServedStudent, write_mask
+from amkd_monai.label.student import ServedStudent, series_as_nifti, write_mask
 from amkd_monai.label.studies import Studies
 from amkd_monai.metrics.classification import class_row
 from amkd_monai.storage import atomic_write_json, read_json
@@ -42,6 +43,7 @@ class StudentApp(MONAILabelApp):
     def init_datastore(self) -> Datastore:
         """Open the studies."""
         if self.studies.startswith(("http://", "https://")):
+            dicom.dicom_to_nifti = series_as_nifti
             return super().init_datastore()
         suffixes = {suffix for student in self.students.values() for suffix in student.suffixes}
         tasks = [student.task for student in self.students.values()]

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
@@ -20,6 +21,7 @@ from amkd_monai.data.datasets import get_task
 from amkd_monai.data.decoded import read_item
 from amkd_monai.data.transforms import SaveMaskd
 from amkd_monai.engines import runs
+from amkd_monai.files.cases import read_case
 from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES, has_suffix
 from amkd_monai.files.volumes import volume_grid, write_mask_volume
 from amkd_monai.storage import atomic_path, file_sha256, size_and_time
@@ -126,6 +128,25 @@ def class_uncertainty(probabilities: Tensor) -> float:
     """Entropy of class probabilities (C,), or the mean of findings' (2, F), as a part of the largest: 0 (sure) to 1."""
     p = probabilities.double()
     return float((-torch.xlogy(p, p).sum(0) / math.log(len(p))).mean())
+
+
+def series_as_nifti(folder: str, is_seg: bool = False) -> str:
+    """Write a DICOM series as ``predict`` reads it to a new NIfTI file; no whole volume is a ValueError.
+
+    It takes the place of MONAI Label's ``dicom_to_nifti``, which reads over gaps and tilt; that still reads a
+    segmentation.
+    """
+    if is_seg:
+        from monailabel.datastore.utils.convert import dicom_to_nifti
+
+        return str(dicom_to_nifti(folder, True))
+    channels, grid = read_case([folder])
+    image = nibabel.Nifti1Image(channels[0], grid.affine)
+    image.header.set_xyzt_units("mm")
+    handle, name = tempfile.mkstemp(suffix=".nii.gz")
+    os.close(handle)
+    nibabel.save(image, name)
+    return name
 
 
 def write_mask(mask: np.ndarray, image: str | Path) -> Path:

@@ -19,7 +19,7 @@ from monailabel.interfaces.exception import ImageNotFoundException
 
 from amkd_monai.data.datasets import Task
 from amkd_monai.files.masks import read_mask
-from amkd_monai.files.names import VOLUME_SUFFIXES, has_suffix
+from amkd_monai.files.names import VOLUME_SUFFIXES, has_suffix, some
 from amkd_monai.files.pictures import picture_frame
 from amkd_monai.files.volumes import read_label_volume, volume_grid
 from amkd_monai.storage import atomic_write_bytes
@@ -47,6 +47,10 @@ class Studies(LocalDatastore):
             auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
             read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
         )
+        listed = {f"{name}{image.image.ext}" for name, image in self._datastore.objects.items()}
+        found = {file.name for file in Path(self._datastore.image_path()).iterdir() if has_suffix(file, suffixes)}
+        if hidden := sorted(found - listed):  # MONAI Label lists one image a name, and no ending in upper case
+            logger.warning("%d image(s) in %s are not served, rename them: %s.", len(hidden), folder, some(hidden))
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         """Add an image; a file that cannot be read, a name with a folder in it, or one that exists is refused."""

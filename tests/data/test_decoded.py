@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from monai.transforms import CenterSpatialCropd, Compose
 from PIL import Image
 from test_describe import nested_chain
 from toy_images import photo_chain, volume_chain, write_photo, write_volume
@@ -251,6 +252,17 @@ def test_a_volume_of_almost_no_levels_is_named(tmp_path, values):
         decode(items, tmp_path, chain=volume_chain(own=True))
     assert_bad(error, items[1]["image"], f"{len(np.unique(values))} of 256 levels")
     assert decode(items, tmp_path, chain=volume_chain(own=True), on_bad_sample="skip").skipped == ["w"]
+
+
+@pytest.mark.parametrize(("size", "cut"), [((-1, 4, 14), True), ((-1, 6, 8), False), ((-1, 6, 7), True)])
+def test_foreground_that_a_crop_cuts_off_is_said(tmp_path, caplog, size, cut):
+    items = [write_volume(tmp_path, "v"), write_volume(tmp_path, "w", seed=50, label=False)]
+    crop = CenterSpatialCropd(["image", "label"], size, allow_missing_keys=True)
+    dataset = decode(items, tmp_path, chain=Compose([*volume_chain(True).transforms, crop]))
+    assert (int(dataset.labels[:4].sum()) < 18) == cut
+    named = [r.getMessage() for r in caplog.records if "volume_size" in r.getMessage()]
+    assert any("w.nii.gz" in words for words in named)
+    assert any("foreground" in words and "v.nii.gz" in words for words in named) == cut == (len(named) == 2)
 
 
 def test_images_of_different_sizes_are_named(tmp_path):

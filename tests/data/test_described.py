@@ -364,6 +364,15 @@ def test_entries_of_a_datalist_that_would_not_be_scored_are_named(tmp_path, capl
         found.checked("stop")
 
 
+def test_several_masks_of_one_volume_in_a_datalist_are_refused(tmp_path):
+    for name in ("image", "first", "second"):
+        volume(tmp_path / f"{name}.nii.gz", None if name == "image" else [0, 1])
+    labels = ["first.nii.gz", "second.nii.gz"]
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": [{"image": "image.nii.gz", "label": labels}]}))
+    (item,) = find_items({**CELLS, "dimensions": 3}, tmp_path)
+    assert all(str(tmp_path / label) in item["problem"] for label in labels)
+
+
 def test_folders_that_take_no_part_are_named_and_masks_are_no_images_of_a_class(tmp_path, caplog):
     for number, folder in enumerate((".", "train", "val")):
         picture(tmp_path / "pairs" / folder / "images" / f"{number}.png")

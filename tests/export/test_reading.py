@@ -66,7 +66,7 @@ def volumes(image):
     }
 
 
-def test_a_volume_has_one_mask_in_every_order_and_everywhere(exported, tmp_path, monkeypatch):
+def test_a_volume_has_one_mask_in_every_order_and_everywhere(exported, tmp_path, monkeypatch, caplog):
     folder, _ = exported("msd_heart")
     image = nib.load(sorted((folder / "cache" / "phantoms").rglob("imagesTr/la_*.nii.gz"))[0])
     images = tmp_path / "images"
@@ -95,6 +95,14 @@ def test_a_volume_has_one_mask_in_every_order_and_everywhere(exported, tmp_path,
         answer = nib.Nifti1Image(served.answer(images / f"{name}.nii.gz").numpy(), source.affine)
         np.testing.assert_array_equal(nib.as_closest_canonical(answer).dataobj, expected, err_msg=f"server {name}")
     assert 0 < expected.mean() < 0.9
+    wide = nib.Nifti1Image(np.pad(np.asanyarray(image.dataobj), ((40, 40),) * 3, mode="reflect"), image.affine)
+    nib.save(wide, tmp_path / "wide.nii.gz")
+    for source, is_cut in ((images / "RAS.nii.gz", False), (tmp_path / "wide.nii.gz", True)):
+        caplog.clear()
+        assert main(["predict", "--model", str(dist), str(source), "--output", str(tmp_path / "cut")]) == 0
+        served.answer(source)
+        said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and str(source) in r.getMessage()]
+        assert len(said) == 2 * is_cut and all("student sees" in words for words in said)
     (tmp_path / "series").mkdir()
     with pytest.raises((AssertionError, RuntimeError), match="holds no"):
         by_exported_bundle(dist, tmp_path / "series", tmp_path / "none")

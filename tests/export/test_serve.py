@@ -142,6 +142,7 @@ def test_what_cannot_be_used_is_refused_in_one_sentence_and_serving_goes_on(serv
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64)).save(buffer, "PNG")
     good = sorted(shared_data("Kvasir-SEG", "images").glob("*.jpg"))[0].read_bytes()
+    kind = {"Content-Type": "multipart/form-data; boundary=edge"}
     for content, code, word in (
         (b"%!PS-Adobe hello", 415, b"pictures"),
         (buffer.getvalue(), 422, b"levels"),
@@ -156,11 +157,12 @@ def test_what_cannot_be_used_is_refused_in_one_sentence_and_serving_goes_on(serv
             and b"upload" not in body.replace(b"The upload", b"")
         )
     for body in (b"", b"file=abc", b'--edge\r\nContent-Disposition: form-data; name="file"\r\n\r\nabc\r\n--edge--\r\n'):
-        status, answer, _ = ask(
-            port, "POST", "/predict", body, **{"Content-Type": "multipart/form-data; boundary=edge"}
-        )
+        status, answer, _ = ask(port, "POST", "/predict", body, **kind)
         detail = json.loads(answer)["detail"]
         assert status in (400, 422) and isinstance(detail, str) and detail.count(". ") == 0, detail
+    part = b'--edge\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n' + good + b"\r\n"
+    both = ask(port, "POST", "/predict", part * 2 + b"--edge--\r\n", **kind)
+    assert both[0] == 422 and b"2 files" in both[1]
     stated = ask(port, "POST", "/predict", b"", **{"Content-Length": "2000000000"})
     assert stated[0] == 413 and b"larger" in stated[1]
 
@@ -170,7 +172,6 @@ def test_what_cannot_be_used_is_refused_in_one_sentence_and_serving_goes_on(serv
             yield bytes(100_000)
 
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    kind = {"Content-Type": "multipart/form-data; boundary=edge"}
     try:
         connection.request("POST", "/predict", endless(), kind, encode_chunked=True)
         assert connection.getresponse().status == 411, "a length that is not stated could be any"

@@ -152,6 +152,33 @@ def test_modality_values_and_inverted_grey_are_honoured(tmp_path):
         right(folder, expected)
 
 
+def test_slices_inverted_on_scales_of_their_own_keep_the_values_of_pet_and_are_refused_of_others(tmp_path):
+    for name, kind in (("pet", "PT"), ("mr", "MR")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for z, plane in enumerate(STORED):
+            tags = (("0008|0060", kind), ("0028|1052", "0"), ("0028|1053", str(1 + z % 2)))
+            file, place = folder / f"{z}.dcm", (-60.0, -30.0, 10.0 + 2 * z)
+            write(file, plane * 2, place, number=z + 1, tags=tags)
+        right(folder, VOLUME * 2.0)
+        for file in folder.iterdir():
+            file.write_bytes(file.read_bytes().replace(b"MONOCHROME2", b"MONOCHROME1"))
+    right(tmp_path / "pet", VOLUME * 2.0)
+    with pytest.raises(ValueError, match=r"8 slices .*scales"):
+        read(tmp_path / "mr")
+
+
+@pytest.mark.parametrize("tag", ["0010|0020", "0020|000d"])
+def test_patients_or_studies_under_one_series_uid_are_never_mixed(tag, tmp_path):
+    for number in (1, 2):
+        keep = range(number - 1, len(STORED), 2)
+        series(tmp_path / "s", keep=keep, tags=((tag, f"{UID}.{number}"),))
+    found = [read_series(tmp_path / "s", slices)[0] for slices in find_series(tmp_path / "s")]
+    assert sorted(array.shape for array in found) == [(14, 17, 4)] * 2
+    for array in found:
+        assert any((array == STORED[start::2].T).all() for start in (0, 1))
+
+
 def test_compressed_slices_are_read(tmp_path):
     folder = series(tmp_path / "s", compress=True)
     assert sum(f.stat().st_size for f in folder.iterdir()) != sum(

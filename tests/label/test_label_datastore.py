@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from label_server import LabelServer, png
+from helpers import ROOT
+from label_server import LabelServer, label_python, png
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -73,6 +75,21 @@ def test_an_image_that_is_not_listed_is_not_replaced_either(lab):
     refused(lab.put_image("hidden", other_picture(hidden), "x.PNG"), "hidden", "overwrite")
     assert hidden.read_bytes() == lab.file("busi0").read_bytes()
     hidden.unlink()
+
+
+def test_images_that_the_list_leaves_out_are_named(tmp_path):
+    for name in ("a.png", "a.jpg", "b.PNG", "c.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    script = (
+        "import sys; from amkd_monai.label.studies import Studies; print(Studies(sys.argv[1], ['.png', '.jpg'], [])"
+    )
+    script += ".list_images(), flush=True); import os; os._exit(0)"
+    done = subprocess.run(
+        [label_python(), "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "'a'" in done.stdout and "'c'" in done.stdout
+    (said,) = (line for line in done.stderr.splitlines() if "not served" in line)
+    assert "b.PNG" in said and ("a.png" in said) != ("a.jpg" in said) and "c.png" not in said
 
 
 def test_a_final_label_that_is_replaced_is_kept(lab):

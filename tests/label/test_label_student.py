@@ -12,9 +12,10 @@ import torch
 from bundle_runs import BUNDLES
 from helpers import ROOT
 from monai.bundle import ConfigParser
+from own_data import dicom_series
 from PIL import Image
 
-from amkd_monai.label.student import ServedStudent, class_uncertainty, mask_uncertainty, write_mask
+from amkd_monai.label.student import ServedStudent, class_uncertainty, mask_uncertainty, series_as_nifti, write_mask
 from amkd_monai.weights import CheckpointError
 
 
@@ -54,6 +55,19 @@ def test_every_bundle_answers_on_the_grid_of_its_input(name, tmp_path):
         assert answer.dtype == torch.uint8 and answer.max() < len(student.task.classes)
         assert tuple(answer.shape) == ((60, 92) if student.task.dimensions == 2 else (20, 50, 40))
     assert 0 <= student.uncertainty(image) <= 1
+
+
+def test_a_series_becomes_a_volume_as_predict_reads_it_or_is_refused(tmp_path):
+    source = nibabel.Nifti1Image(np.random.default_rng(0).integers(0, 900, (7, 9, 5)).astype(np.int16), np.eye(4))
+    nibabel.save(source, tmp_path / "v.nii.gz")
+    folder = tmp_path / "series"
+    dicom_series(folder, tmp_path / "v.nii.gz")
+    found = nibabel.as_closest_canonical(nibabel.load(series_as_nifti(str(folder))))
+    np.testing.assert_array_equal(found.dataobj, source.dataobj)
+    np.testing.assert_allclose(found.affine, source.affine, atol=1e-3)
+    sorted(folder.iterdir())[2].unlink()
+    with pytest.raises(ValueError, match=r"4 slices"):
+        series_as_nifti(str(folder))
 
 
 def test_masks_are_written_with_the_affine_and_size_of_their_image(tmp_path):

@@ -413,6 +413,8 @@ class Described:
                     raise ValueError(
                         f"{image} gives {count} channel(s), not {self.channels}: give all, or take it out."
                     )
+                if masks[1:]:
+                    raise ValueError(f"{masks[0]} and {masks[1]} are masks of one volume: keep one of them.")
                 for file in masks:
                     check_grid(file, volume_grid(file), grid)
                 return item
@@ -452,9 +454,8 @@ def _pairs(layout: Described, root: Path) -> Iterator[Item]:
         for image in images:
             item, files = {"image": str(image), "id": file_id(image), **section}, masks.get(file_id(image), [])
             stems = [file_id(Path(file)) for file in files]
-            if (twice := len(set(stems)) < len(stems)) or (layout.volumes and len(files) > 1):
-                what = "have the same name" if twice else "are masks of one volume"
-                yield {**item, "problem": f"{files[0]} and {files[1]} {what}: keep one of them."}
+            if len(set(stems)) < len(stems):
+                yield {**item, "problem": f"{files[0]} and {files[1]} have the same name: keep one of them."}
             elif files:
                 files.sort(key=natural)
                 yield {**item, "label": files if len(files) > 1 else files[0]}
