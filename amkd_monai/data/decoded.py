@@ -60,20 +60,15 @@ def read_item(item: Mapping[str, Any], transform: Callable) -> dict[str, Any]:
 
 
 def _warn_of_crop(data: Mapping[str, Any], file: str) -> None:
-    """Say what a volume's crop leaves out: of a labelled one foreground, of another anything."""
-    image, what = data["image"], ""
-    corners = getattr(data.get("label"), "meta", {}).pop("foreground_box", None)
+    """Say what a crop leaves out: of a labelled volume foreground, of another any part."""
+    image, corners = data["image"], getattr(data.get("label"), "meta", {}).pop("foreground_box", None)
+    is_cut = "label" not in data and any(np.any(op["extra_info"].get("cropped", 0)) for op in image.applied_operations)
     if corners is not None:
-        ends = np.linalg.solve(np.asarray(image.affine), corners)[:3]
-        if ends.min() < -0.51 or (ends.max(1) > np.array(image.shape[1:]) - 0.49).any():  # half a sample is rounding
-            what = "foreground of its label"
-    elif "label" not in data and any(np.any(op["extra_info"].get("cropped", 0)) for op in image.applied_operations):
-        what = "part of it"
-    if what:
-        size = " x ".join(map(str, image.shape[1:]))
-        logger.warning(
-            "%s: %s lies beyond the central %s voxels that the student sees (volume_size).", file, what, size
-        )
+        ends, size = np.linalg.solve(np.asarray(image.affine), corners)[:3], np.array(image.shape[1:])
+        is_cut = ends.min() < -0.51 or (ends.max(1) > size - 0.49).any()  # half a sample is rounding
+    if is_cut:
+        what = "part of it" if corners is None else "foreground of its label"
+        logger.warning("%s: %s lies beyond the central %s samples that the student sees.", file, what, image.shape[1:])
 
 
 class Agreement:

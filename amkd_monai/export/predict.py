@@ -16,7 +16,7 @@ from amkd_monai.files import names, pictures
 from amkd_monai.files.cases import read_case, series_folders
 from amkd_monai.files.dicom import Slice, find_series, read_series
 from amkd_monai.files.dicom_seg import write_captures, write_segmentation
-from amkd_monai.files.steps import Inverse, beyond_crop, largest_component, prepare, softmax
+from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
 from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, write_mask_volume
 from amkd_monai.storage import atomic_path, read_json
 from amkd_monai.terminal import logger, progress
@@ -149,8 +149,14 @@ class Predictor:
     def answered(self, image: Input) -> tuple[np.ndarray, Grid | None, np.ndarray]:
         """Return an image (C, H, W), or a volume (C, X, Y, Z) and its grid, and its label map or probabilities (C,)."""
         array, grid = self.read(image)
-        if seen := beyond_crop(array.shape[1:], self.config["steps"], grid):
-            logger.warning("%s: the student sees the central %s, all beyond is background unseen.", image.path, seen)
+        seen = [s for s in self.config["steps"] if s["step"] in ("orientation", "spacing", "crop")]
+        before, after = (
+            prepare(np.empty((0, *array.shape[1:])), steps, grid)[0].shape[1:]
+            for steps in ([s for s in seen if s["step"] != "crop"], seen)
+        )
+        if before != after:
+            what = "%s: the student sees the central %s of %s samples and takes all beyond for background."
+            logger.warning(what, image.path, after, before)
         is_mask = self.config["kind"] == "segmentation"
         return array, grid, self.mask(array, grid) if is_mask else self.probabilities(array)[0]
 

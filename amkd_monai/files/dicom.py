@@ -149,8 +149,8 @@ def read_series(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, Grid
     """Read one volume of :func:`find_series` from ``folder``: values (X, Y, Z), float32, and their grid.
 
     Modality values count (``RescaleSlope`` and ``RescaleIntercept``, such as Hounsfield units); what is stored
-    inverted (``MONOCHROME1``) is turned, except in CT and PET, whose values have a unit. Slices that are no whole volume of
-    equal distances, or cannot be read, are a ValueError.
+    inverted (``MONOCHROME1``) is turned, except in CT and PET, whose values have a unit. Slices that are no whole
+    volume of equal distances, or cannot be read, are a ValueError.
     """
     from SimpleITK import GetArrayFromImage
 
@@ -170,22 +170,19 @@ def read_series(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, Grid
 
 
 def _in_units(plane: np.ndarray, item: Slice) -> np.ndarray:
-    """Take back ITK's inversion of MONOCHROME1 where values have a unit, so that only their display is inverted."""
-    if item.tags.get("photometric") != "MONOCHROME1" or not _has_unit(item):
+    """Take back ITK's inversion of MONOCHROME1 where values have a unit."""
+    if item.tags.get("photometric") != "MONOCHROME1" or _inversion(item):
         return plane
     highest = -1.0 if item.tags.get("signed") == "1" else 2.0 ** int(item.tags.get("bits", "16")) - 1
     (slope,), (intercept,) = item.numbers("slope", 1) or [1.0], item.numbers("intercept", 1) or [0.0]
     return slope * highest + 2 * intercept - plane
 
 
-def _has_unit(item: Slice) -> bool:
-    return item.tags.get("modality") in ("CT", "PT") or item.tags.get("rescale_type") == "HU"
-
-
-def _shown(item: Slice) -> list[str | None]:
-    """How values become grey: the photometric interpretation, and the scale on which ITK inverts."""
-    inverts = item.tags.get("photometric") == "MONOCHROME1" and not _has_unit(item)
-    return [item.tags.get(n) for n in ("photometric", *("slope", "intercept", "bits", "signed")[: 4 * inverts])]
+def _inversion(item: Slice) -> list[str | None]:
+    """Scale on which ITK inverts MONOCHROME1; empty where values have a unit, of which only the display is inverted."""
+    has_unit = item.tags.get("modality") in ("CT", "PT") or item.tags.get("rescale_type") == "HU"
+    inverted = item.tags.get("photometric") == "MONOCHROME1" and not has_unit
+    return [item.tags.get(name) for name in ("slope", "intercept", "bits", "signed") if inverted]
 
 
 def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.ndarray]:
@@ -197,7 +194,11 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
     if unread := [item.file for item in slices if not item.frames]:
         raise refuse(f"of which {len(unread)} cannot be read ({some(map(file_id, unread))})", "replace them")
     colour = any(item.numbers("samples", 1) not in ([], [1.0]) for item in slices)
-    if colour or max(item.frames for item in slices) > 1 or any(_shown(s) != _shown(slices[0]) for s in slices):
+    if (
+        colour
+        or max(item.frames for item in slices) > 1
+        or len({(s.tags.get("photometric"), *_inversion(s)) for s in slices}) > 1
+    ):
         what = "in colour, of several frames a file or of which some are stored inverted or on other scales"
         raise refuse(what, "give one series of grey slices, or convert it to NIfTI, for example by dcm2niix")
     tags = (("position", 3), ("orientation", 6), ("spacing", 2))

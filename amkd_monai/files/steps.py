@@ -166,19 +166,6 @@ def prepare(
     return array, inverses
 
 
-def beyond_crop(shape: Sequence[int], steps: Sequence[Mapping[str, Any]], grid: Grid | None) -> str:
-    """Say which part of an image (H, W), or (X, Y, Z) on its grid, a crop leaves; empty where it leaves all."""
-    for number, step in enumerate(steps):
-        if step["step"] == "crop":
-            before = [earlier for earlier in steps[:number] if earlier["step"] in INVERTIBLE]
-            sizes = prepare(np.empty((0, *shape)), before, grid)[0].shape[1:]
-            if any(0 <= wanted < n for wanted, n in zip(step["size"], sizes, strict=True)):
-                return f"{' x '.join(map(str, step['size']))} of {' x '.join(map(str, sizes))} samples".replace(
-                    "-1", "all"
-                )
-    return ""
-
-
 def softmax(logits: np.ndarray, axis: int) -> np.ndarray:
     """Probabilities along an axis of logits, of the same shape."""
     exponent = np.exp(logits - logits.max(axis, keepdims=True))

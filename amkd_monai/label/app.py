@@ -43,7 +43,8 @@ class StudentApp(MONAILabelApp):
     def init_datastore(self) -> Datastore:
         """Open the studies."""
         if self.studies.startswith(("http://", "https://")):
-            dicom.dicom_to_nifti = series_as_nifti
+            read = dicom.dicom_to_nifti  # reads segmentations; of series it would take gaps and tilt for whole volumes
+            dicom.dicom_to_nifti = lambda path, is_seg=False: read(path, True) if is_seg else series_as_nifti(path)
             return super().init_datastore()
         suffixes = {suffix for student in self.students.values() for suffix in student.suffixes}
         tasks = [student.task for student in self.students.values()]

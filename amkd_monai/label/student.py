@@ -130,22 +130,12 @@ def class_uncertainty(probabilities: Tensor) -> float:
     return float((-torch.xlogy(p, p).sum(0) / math.log(len(p))).mean())
 
 
-def series_as_nifti(folder: str, is_seg: bool = False) -> str:
-    """Write a DICOM series as ``predict`` reads it to a new NIfTI file; no whole volume is a ValueError.
-
-    It takes the place of MONAI Label's ``dicom_to_nifti``, which reads over gaps and tilt; that still reads a
-    segmentation.
-    """
-    if is_seg:
-        from monailabel.datastore.utils.convert import dicom_to_nifti
-
-        return str(dicom_to_nifti(folder, True))
-    channels, grid = read_case([folder])
-    image = nibabel.Nifti1Image(channels[0], grid.affine)
-    image.header.set_xyzt_units("mm")
+def series_as_nifti(folder: str) -> str:
+    """Write a DICOM series to a new NIfTI file as `predict` reads it; a gap or tilt, for example, is a ValueError."""
+    (volume,), grid = read_case([folder])
     handle, name = tempfile.mkstemp(suffix=".nii.gz")
     os.close(handle)
-    nibabel.save(image, name)
+    nibabel.save(nibabel.Nifti1Image(volume, grid.affine), name)
     return name
 
 
