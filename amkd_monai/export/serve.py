@@ -86,9 +86,7 @@ def application(predictor: Predictor, limit: int, hosts: Sequence[str]) -> FastA
     }
 
     @app.post("/predict", response_class=Response, responses=described)
-    def predict(
-        file: Annotated[list[UploadFile], "one picture (PNG, JPEG, TIFF, BMP, DICOM) or NIfTI volume"],
-    ) -> Response:
+    def predict(file: Annotated[list[UploadFile], "a picture (PNG, JPEG, TIFF, BMP, DICOM) or volume"]) -> Response:
         """Answer one file: a mask of its size and geometry (PNG or .nii.gz), or the probability of each class."""
         if len(file) > 1:
             raise HTTPException(422, f"The request holds {len(file)} files: send one a request.")

@@ -22,6 +22,7 @@ _TAGS = {
     "rows": "0028|0010", "columns": "0028|0011", "photometric": "0028|0004", "modality": "0008|0060",
     "bits": "0028|0101", "signed": "0028|0103", "slope": "0028|1053", "intercept": "0028|1052",
     "samples": "0028|0002", "rescale_type": "0028|1054", "patient": "0010|0020", "study": "0020|000d",
+    "high": "0028|0102",
 }  # fmt: skip
 
 
@@ -194,6 +195,8 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
     if unread := [item.file for item in slices if not item.frames]:
         raise refuse(f"of which {len(unread)} cannot be read ({some(map(file_id, unread))})", "replace them")
     colour = any(item.numbers("samples", 1) not in ([], [1.0]) for item in slices)
+    if any(item.numbers("high", 1) != [bits - 1 for bits in item.numbers("bits", 1)] for item in slices):
+        raise refuse("of which some have values that are not in the lowest bits (HighBit)", "convert it to NIfTI")
     if (
         colour
         or max(item.frames for item in slices) > 1

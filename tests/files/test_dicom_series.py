@@ -122,6 +122,18 @@ def test_what_is_no_whole_volume_is_refused_with_a_number(tmp_path, build, words
         read(folder)
 
 
+def test_values_that_are_not_in_the_lowest_bits_are_refused(tmp_path):
+    folder = series(tmp_path / "s", STORED.astype(np.uint16) << 4)
+    right(folder, VOLUME * 16.0)
+    for file in folder.iterdir():
+        stored = b"\x28\x00\x01\x01US\x02\x00"  # BitsStored; HighBit stays 15
+        content = file.read_bytes()
+        assert content.count(stored + b"\x10\x00") == 1
+        file.write_bytes(content.replace(stored + b"\x10\x00", stored + b"\x0c\x00"))
+    with pytest.raises(ValueError, match=r"8 slices of which some .*HighBit"):
+        read(folder)
+
+
 def test_files_without_preamble_are_read(tmp_path):
     folder = series(tmp_path / "s")
     for file in folder.iterdir():

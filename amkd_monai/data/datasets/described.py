@@ -453,8 +453,7 @@ def _pairs(layout: Described, root: Path) -> Iterator[Item]:
             images = [image for image in images if not of_mask.fullmatch(file_id(image))]
         for image in images:
             item, files = {"image": str(image), "id": file_id(image), **section}, masks.get(file_id(image), [])
-            stems = [file_id(Path(file)) for file in files]
-            if len(set(stems)) < len(stems):
+            if len({file_id(Path(file)) for file in files}) < len(files):
                 yield {**item, "problem": f"{files[0]} and {files[1]} have the same name: keep one of them."}
             elif files:
                 files.sort(key=natural)
