@@ -161,7 +161,7 @@ class SuitableImages(BatchInferTask):
     def get_images(self, request: dict[str, Any], datastore: Datastore) -> list[str]:
         """Return the ids of suitable images."""
         student = self.students[request["model"]]
-        return [i for i in super().get_images(request, datastore) if student.takes(datastore.get_image_uri(i))]
+        return list(student.suitable(datastore, super().get_images(request, datastore)))
 
 
 class ScoreUncertainty(ScoringMethod):
@@ -183,8 +183,7 @@ class ScoreUncertainty(ScoringMethod):
 
         After ``budget_s`` seconds no further image is started; the first one is always scored.
         """
-        images = {image: datastore.get_image_uri(image) for image in sorted(datastore.get_unlabeled_images())}
-        suitable = {image: file for image, file in images.items() if self.student.takes(file)}
+        suitable = self.student.suitable(datastore, sorted(datastore.get_unlabeled_images()))
         identity, content = self.student.identity(), read_json(self.file)
         known: dict[str, float] = content["scores"] if content.get("student") == identity else {}
         scores, start = {image: known[image] for image in suitable if image in known}, time.monotonic()

@@ -173,7 +173,7 @@ def saved_labels(
         said = needed.get(task.kind, "two images with and two without one of its findings")
         raise ValueError(f"{len(items)} final label(s) for {task.name} are too few: save at least {said}.")
     images = sorted(datastore.get_unlabeled_images()) if with_unlabelled else ()
-    unlabelled = [_item(file) for file in map(datastore.get_image_uri, images) if student.takes(file)]
+    unlabelled = [_item(file) for file in student.suitable(datastore, images).values()]
     return Datalist(task, Path(items[0]["image"]).parent, "saved labels", train, validation, [], unlabelled)
 
 

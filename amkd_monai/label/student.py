@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from amkd_monai.files.cases import read_case
 from amkd_monai.files.names import PICTURE_SUFFIXES, VOLUME_SUFFIXES, has_suffix
 from amkd_monai.files.volumes import volume_grid, write_mask_volume
 from amkd_monai.storage import atomic_path, file_sha256, size_and_time
+from amkd_monai.terminal import logger
 from amkd_monai.weights import load_state_dict, load_strict
 
 
@@ -62,6 +64,16 @@ class ServedStudent:
     def takes(self, image: str | Path) -> bool:
         """Whether a file is of the right kind, by its name."""
         return has_suffix(image, self.suffixes)
+
+    def suitable(self, datastore: Any, images: Iterable[str]) -> dict[str, str]:
+        """Map id to file of the images that it takes; a series that is no whole volume is named and left out."""
+        found = dict[str, str]()
+        for image in images:
+            try:
+                found[image] = datastore.get_image_uri(image)
+            except ValueError as error:
+                logger.warning("%s is left out: %s", image, error)
+        return {image: file for image, file in found.items() if self.takes(file)}
 
     def identity(self) -> str:
         """SHA-256 of the file of the current weights."""

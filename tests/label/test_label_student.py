@@ -57,7 +57,7 @@ def test_every_bundle_answers_on_the_grid_of_its_input(name, tmp_path):
     assert 0 <= student.uncertainty(image) <= 1
 
 
-def test_a_series_becomes_a_volume_as_predict_reads_it_or_is_refused(tmp_path):
+def test_a_series_becomes_a_volume_as_predict_reads_it_or_is_refused(tmp_path, caplog):
     source = nibabel.Nifti1Image(np.random.default_rng(0).integers(0, 900, (7, 9, 5)).astype(np.int16), np.eye(4))
     nibabel.save(source, tmp_path / "v.nii.gz")
     folder = tmp_path / "series"
@@ -65,9 +65,20 @@ def test_a_series_becomes_a_volume_as_predict_reads_it_or_is_refused(tmp_path):
     found = nibabel.as_closest_canonical(nibabel.load(series_as_nifti(str(folder))))
     np.testing.assert_array_equal(found.dataobj, source.dataobj)
     np.testing.assert_allclose(found.affine, source.affine, atol=1e-3)
+    shutil.copytree(folder, tmp_path / "gap")
+    folder = tmp_path / "gap"
     sorted(folder.iterdir())[2].unlink()
     with pytest.raises(ValueError, match=r"4 slices"):
         series_as_nifti(str(folder))
+
+    class Server:
+        """What MONAI Label's datastore of a DICOMweb server does with a downloaded series."""
+
+        def get_image_uri(self, image):
+            return series_as_nifti(str(tmp_path / image))
+
+    student = ServedStudent(bundle_with_student("msd_heart", tmp_path))
+    assert list(student.suitable(Server(), ["gap", "series"])) == ["series"] and "gap is left out" in caplog.text
 
 
 def test_masks_are_written_with_the_affine_and_size_of_their_image(tmp_path):
