@@ -189,6 +189,8 @@ def _gain(run: RunFolder, first: RunFolder, comparison: Sequence[Row]) -> str:
     )
     same = ("seed", "max_epochs", "student_parameters", "labelled_samples", "recipe", "image_size")
     differ = [key.replace("_", " ") for key in same if run.record.get(key) != first.record.get(key)]
+    splits = {of.record.get("data", {}).get("split_hash") for of in (run, first)}
+    differ += ["training data"] * (len(splits) > 1)
     also = f" The two runs also differ in {', '.join(differ)}." if differ else ""
     return f"Gain over the undistilled student ({first.name}): {', '.join(told)}{unclear}.{also}"
 

@@ -284,7 +284,7 @@ def written(folder, rows, record=None, **facts):
     task = get_task("kvasir_seg")
     write_figures(folder, rows, figures_of(task, rows, {}), {"data": {"counts": {"test": 99}}, **facts})
     if record is not None:
-        data = {**task.identity, "root": "x", "counts": {"train": 12, "unlabelled": 5}}
+        data = {**task.identity, "root": "x", "counts": {"train": 12, "unlabelled": 5}, "split_hash": folder.name}
         known = {"status": "completed", "epochs_done": 1, "max_epochs": 1, "cpu_seconds": 1, "peak_rss_mb": 1}
         (folder / "run.json").write_text(json.dumps({"data": data, "student_parameters": 1, **known, **record}))
     return folder
@@ -308,12 +308,13 @@ def test_the_page_counts_what_was_used(tmp_path):
     assert "earlier student" in Page(write_report([taught], tmp_path / "page.html")).text
 
 
-def test_a_gain_without_an_interval_shows_none(tmp_path):
+def test_a_gain_without_an_interval_shows_none_and_other_data_are_named(tmp_path):
     teacher = {"name": "t", "kind": "timm", "outputs_admitted": True, "features_admitted": True}
     taught = {"distillation": {"teachers": [{**teacher, "admission_reason": "", "fingerprint": ""}]}}
     alone = written(tmp_path / "alone", rows_with([0.5]), {"distillation": "none"})
     folders = [alone, written(tmp_path / "taught", rows_with([0.6]), taught)]
-    assert "shows no gain" in Page(write_report(folders, tmp_path / "page.html")).text
+    text = Page(write_report(folders, tmp_path / "page.html")).text
+    assert "shows no gain" in text and "also differ in training data." in text
 
 
 def test_thirty_classes_have_curves():
