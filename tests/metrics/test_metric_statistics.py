@@ -79,6 +79,8 @@ def test_wilcoxon_of_equal_and_of_no_pairs():
 def test_wilcoxon_by_hand():
     # differences 1, 2, 3, -4, 5: ranks of the negative ones sum to 4; 7 of 32 sign patterns have a sum <= 4
     assert paired_wilcoxon([1, 2, 3, 0, 5], [0, 0, 0, 4, 0]) == pytest.approx(2 * 7 / 32)
+    # of 30 pairs 5 differ, all in one direction: 2 of 32 sign patterns are as far off
+    assert paired_wilcoxon([1, 2, 3, 4, 5] + [0] * 25, np.zeros(30)) == pytest.approx(2 / 32)
 
 
 def test_holm_by_hand():
