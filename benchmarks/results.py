@@ -101,10 +101,11 @@ for bundle, (joined, overrides, labels) in LARGE.items():
     last = Setting(bundle, SETTINGS[f"{bundle}_last"].data, overrides, teachers=[], joined=joined)
     SETTINGS[f"{bundle}_quarter_last"] = last
     SETTINGS[f"{bundle}_quarter_small_crew"] = replace(last, reference=f"{bundle}_quarter_last", **SMALL_CREW)
-# few labels, and runs of three lengths: 8 epochs have 984 steps
+# few labels, and runs of several lengths: 8 epochs have 984 steps
 few = replace(SETTINGS["isic2017_quarter_last"], overrides={**LARGE["isic2017"][1], **SHORT_CLASSES, "labelled": 120})
-for name, epochs in {"isic2017_120_246": 2, "isic2017_120_492": 4, "isic2017_120_last": 8}.items():
-    SETTINGS[name] = replace(few, overrides={**few.overrides, "max_epochs": epochs, "val_interval": 1})
+for name, epochs in {"246": 2, "492": 4, "last": 8, "3936": 32}.items():
+    overrides = {**few.overrides, "max_epochs": epochs, "val_interval": 1}
+    SETTINGS[f"isic2017_120_{name}"] = replace(few, overrides=overrides)
 # the same students, whose unsure answers are brought nearer to equal classes instead of their frequencies
 EQUAL = {"validate#handlers#0#frequencies": "$None"}
 last = SETTINGS["aptos2019_quarter_last"]
