@@ -48,7 +48,8 @@ class RunFolder:
         if not metrics or not cases:
             missing.append("This run was not evaluated: there are no scores and no cases. Run its evaluation.")
         summary, student = metrics.get("summary", {}), Path(metrics.get("student") or "unknown")
-        self.scored = next(iter(summary.get("metrics", {}).values()), {}).get("n", summary.get("cases", 0))
+        first: Mapping[str, Any] = next(iter(summary.get("metrics", {}).values()), {})
+        self.scored = first.get("n", summary.get("cases", 0))
         if 0 < self.scored < FEW:
             missing.append(f"The interval is rough: there are only {self.scored} cases.")
         if student.is_file() and file_sha256(student) != metrics.get("student_sha256"):
