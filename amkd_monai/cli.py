@@ -225,7 +225,9 @@ def _compare(arguments: argparse.Namespace) -> None:
     for file in (reference, *others.values()):
         if not file.is_file():
             raise FileNotFoundError(f"There is no {file}: give the output folder of an evaluated run.")
-    figures = read_json(Path(arguments.reference) / "metrics.json")
+    figures, *of_others = (read_json(file.with_name("metrics.json")) for file in (reference, *others.values()))
+    if arguments.metric == "nsd" and any(f.get("nsd_tolerance") != figures.get("nsd_tolerance") for f in of_others):
+        raise ValueError("The runs were scored with different tolerances of NSD: score them with one, or leave nsd.")
     task = recorded_task(figures) if figures else None  # case files alone are taken for those of masks
     rows = compare_runs(reference, others, arguments.metric, task)
     title = task.name if task is not None and task.is_classification else arguments.metric or "dice"

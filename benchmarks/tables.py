@@ -159,6 +159,7 @@ def _mask_line(name: str, rows: dict[str, Row], output: Path) -> Line:
     reference, gain, p = rows[name].reference, None, math.nan
     if reference in rows:
         known = _cases(reference, rows[reference], output)
+        _check_pairs(name, rows, cases.keys() == known.keys())
         a, b = (np.array([[float(row["dice"]) for row in t[case]] for case in cases]).T for t in (cases, known))
         gain, p = seed_and_case_ci(a - b, groups), paired_wilcoxon(a.mean(axis=0), b.mean(axis=0))
     return Line(counts, dice, ["{:.3f} [{:.3f}, {:.3f}]".format(*dice), *spread, *others], gain, p)
@@ -179,7 +180,8 @@ def _class_line(name: str, rows: dict[str, Row], output: Path) -> Line:
     counts, reference = f"{len(runs)} x {len(label)}", rows[name].reference
     if reference not in rows:
         return Line(counts, (primary, low, high), [*scores, ""], None, math.nan)
-    _, _, others = _predictions(task, reference, rows[reference], output)
+    known, truth, others = _predictions(task, reference, rows[reference], output)
+    _check_pairs(name, rows, known == names and (truth == label).all())
     metric = metrics[task.primary_metric]
     differences = np.array(
         [
@@ -191,6 +193,12 @@ def _class_line(name: str, rows: dict[str, Row], output: Path) -> Line:
     a, b = (np.log([p[range(len(label)), label].clip(LEAST) for p in of]) for of in (runs, others))
     gain, p = seed_and_case_ci(a - b, groups), paired_wilcoxon(a.mean(axis=0), b.mean(axis=0))
     return Line(counts, (primary, low, high), [*scores, _signed((gained, *interval(differences)))], gain, p)
+
+
+def _check_pairs(name: str, rows: dict[str, Row], same_cases: bool) -> None:
+    reference = str(rows[name].reference)
+    if not same_cases or rows[name].seeds != rows[reference].seeds:
+        raise ValueError(f"{name} and {reference} have other cases, labels or seeds: their runs are no pairs.")
 
 
 def _predictions(

@@ -41,7 +41,7 @@ from amkd_monai.metrics.segmentation import STATUSES, mask_rows
 from amkd_monai.metrics.summary import TEACHERS, Row, figures_of, preview_file, write_case_csv, write_figures
 from amkd_monai.networks.student import Student, initialised
 from amkd_monai.report.previews import mask_preview, save_arrays, small
-from amkd_monai.storage import atomic_path, atomic_write_json, file_sha256, jsonable, now
+from amkd_monai.storage import atomic_path, atomic_write_json, file_sha256, jsonable, now, read_json
 from amkd_monai.weights import CheckpointError, load_state_dict, load_strict
 
 logger = logging.getLogger("amkd_monai")
@@ -222,10 +222,13 @@ class RunRecord(Handler):
     The means over an epoch's steps and the validation become a row of ``history.csv``, the scalars ``epoch/...`` of
     TensorBoard, and, each figure's last known value, ``latest`` in ``run.json``. Steps are read from the device at the
     end of the epoch. ``identity`` claims its folders before the first step. Attach after the validation handler. At the
-    end the teachers of a run on one task are shown, see :func:`write_teacher_pictures`.
+    end the teachers of a run on one task are shown, see :func:`write_teacher_pictures`. Time and memory are of all
+    processes of a resumed run; CPU time counts from a process's start, or from the end of a training before in it.
     """
 
     state = ("rows",)
+    counted = 0.0
+    """CPU seconds of this process that are in the record of an earlier training."""
 
     def __init__(
         self,
@@ -238,11 +241,14 @@ class RunRecord(Handler):
         self.identity = identity
         self.rows: list[dict[str, float]] = []
         self.steps: list[tuple[Tensor, dict[str, tuple[DistillationOutput, list[str]]]]] = []
-        self.started = 0.0
+        self.started = self.cpu_started = 0.0
+        self.before: Mapping[str, Any] = {}
         self.board: SummaryWriter | None = None
 
     def _started(self, engine: Engine) -> None:
-        self.started = time.time()
+        self.started, self.cpu_started = time.time(), min(RunRecord.counted, time.process_time())
+        if self.identity is not None and self.identity.resume:
+            self.before = read_json(self.output_dir / "run.json")
         if self.identity is not None:  # a student that this process has validated is where the run starts from
             self.identity.claim(keep=self.evaluator is not None and self.evaluator.state.best_metric_epoch > 0)
         if idist.get_rank() == 0:
@@ -288,6 +294,7 @@ class RunRecord(Handler):
 
     @idist.one_rank_only()
     def _write(self, engine: Engine, status: str) -> None:
+        RunRecord.counted = time.process_time()
         record = {
             "status": status,
             "written": now(),
@@ -298,9 +305,9 @@ class RunRecord(Handler):
             "steps_per_epoch": engine.state.epoch_length,
             "versions": versions(),
             "machine": {"cpus": psutil.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)},
-            "seconds": round(time.time() - self.started, 1),
-            "cpu_seconds": round(time.process_time(), 1),
-            "peak_rss_mb": round(own_peak()),
+            "seconds": round(self.before.get("seconds", 0) + time.time() - self.started, 1),
+            "cpu_seconds": round(self.before.get("cpu_seconds", 0) + RunRecord.counted - self.cpu_started, 1),
+            "peak_rss_mb": max(round(own_peak()), self.before.get("peak_rss_mb", 0)),
             "latest": jsonable({column: value for row in self.rows for column, value in row.items()}),
         }
         if self.evaluator is not None:

@@ -144,13 +144,14 @@ def delong(positive: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[Floats, Fl
 def delong_test(positive: ArrayLike, a: ArrayLike, b: ArrayLike) -> tuple[float, float, float, float]:
     """Difference of the areas (a - b) of two scores (N,) on the same cases, bounds of its 95 % interval, two-sided p.
 
-    p is 1 where both rank all pairs alike.
+    p is 1 where both rank all pairs alike; without variance otherwise no test can be made: bounds and p are NaN.
     """
     areas, covariance = delong(positive, (a, b))
     difference = float(areas[0] - areas[1])
     variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
     if variance <= 1e-15:
-        return difference, difference, difference, 1.0 if abs(difference) < 1e-12 else 0.0
+        same = abs(difference) < 1e-12
+        return (difference, difference, difference, 1.0) if same else (difference, math.nan, math.nan, math.nan)
     deviation = math.sqrt(variance)
     half = float(stats.norm.ppf(0.975)) * deviation
     return difference, difference - half, difference + half, float(2 * stats.norm.sf(abs(difference) / deviation))

@@ -104,7 +104,8 @@ def _compare_classes(
         wrong = some(ids[i][0] for i in np.flatnonzero(label != expected))
         raise ValueError(f"The run '{run}' has other labels than the reference for {wrong}.")
     problems, metrics, rows = problems_of(task), class_metrics(task), []
-    for name in [metric] if metric else [task.primary_metric, *(f"{problem}_auc" for problem in problems)]:
+    areas = (f"{problem}_auc" for problem in problems)
+    for name in [metric] if metric else dict.fromkeys([task.primary_metric, *areas]):
         of = metrics[name]
         mean, reference_mean = of(label, p), of(label, q)
         problem = problems.get(name.removesuffix("_auc")) if name.endswith("_auc") else None

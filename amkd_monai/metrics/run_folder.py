@@ -13,7 +13,7 @@ import numpy as np
 from amkd_monai.data.datasets import Task, recorded_task
 from amkd_monai.metrics.classification import labels_and_probabilities, of_truth
 from amkd_monai.metrics.summary import PREVIEWS, Row, part_of, read_case_csv
-from amkd_monai.storage import read_json
+from amkd_monai.storage import file_sha256, read_json
 
 FAILED = 0.5  # Dice below which a mask failed
 FEW = 20  # cases below which an interval is said to be rough
@@ -23,7 +23,8 @@ class RunFolder:
     """The output folder of a run; without a run record and an evaluation it is a FileNotFoundError.
 
     ``record``, ``metrics`` and ``cases`` are empty where missing, ``history`` is by column with NaN for no value, and
-    ``missing`` says in words what is. The folder of several tasks, and a damaged file, are a ValueError.
+    ``missing`` says in words what is; ``scored`` counts the cases of the first metric. The folder of several tasks, and
+    a damaged file, are a ValueError.
     """
 
     def __init__(self, folder: str | Path, name: str | None = None) -> None:
@@ -46,8 +47,13 @@ class RunFolder:
         missing = []
         if not metrics or not cases:
             missing.append("This run was not evaluated: there are no scores and no cases. Run its evaluation.")
-        if 0 < (count := metrics.get("summary", {}).get("cases", 0)) < FEW:
-            missing.append(f"The interval is rough: there are only {count} cases.")
+        summary, student = metrics.get("summary", {}), Path(metrics.get("student") or "unknown")
+        first: Mapping[str, Any] = next(iter(summary.get("metrics", {}).values()), {})
+        self.scored = first.get("n", summary.get("cases", 0))
+        if 0 < self.scored < FEW:
+            missing.append(f"The interval is rough: there are only {self.scored} cases.")
+        if student.is_file() and file_sha256(student) != metrics.get("student_sha256"):
+            missing.append(f"The scores are of an earlier student than {student} holds now: evaluate again.")
         if not record:
             missing.append("There is no run record (run.json): data and teachers of the training are unknown.")
         elif record.get("status") != "completed":

@@ -9,7 +9,8 @@ from amkd_monai.files import names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, other_size, read_mask
 from amkd_monai.files.names import some
 from amkd_monai.metrics.segmentation import mask_rows
-from amkd_monai.metrics.summary import Row, figures_of, write_figures
+from amkd_monai.metrics.summary import FIGURES, Row, figures_of, write_figures
+from amkd_monai.storage import read_json
 from amkd_monai.terminal import logger, progress
 
 ENDINGS = ("_mask", "_segmentation", "_seg", "_pred", "_prediction")
@@ -21,7 +22,7 @@ def task_of(classes: Sequence[str], folder: Path) -> Task:
     if len(classes) < 2 or len(set(classes)) != len(classes) or not all(classes):
         raise ValueError(f"The classes are {list(classes)}: give different names, background first.")
     dimensions = 3 if any(names.has_suffix(file, names.VOLUME_SUFFIXES) for file in folder.iterdir()) else 2
-    return Task("masks", tuple(classes), "unknown", folder.name, (), dimensions=dimensions)
+    return get_task({"name": "masks", "classes": list(classes), "dimensions": dimensions})
 
 
 def score(
@@ -53,6 +54,10 @@ def score(
     asked = asked if nsd_tolerance is None else replace(asked, nsd_tolerance=nsd_tolerance)
     if asked.is_classification:
         raise ValueError(f"{asked.name} has one class per image: `score` compares masks.")
+    data = {name: str(folder) for name, folder in folders.items()}
+    out = names.expanded(output)
+    if (out / "run.json").is_file() or read_json(out / FIGURES).get("data", data) != data:
+        raise ValueError(f"{output} holds figures of a run or of other masks: give another --output.")
     pairs = paired(folders["predictions"], folders["references"], asked.dimensions)
     used: dict[str, MaskCodes] = {"references": asked.mask_codes, "predictions": "auto", **(codes or {})}
     codings: dict[str, set[str]] = {name: set() for name in folders}
@@ -71,8 +76,7 @@ def score(
         if problem := coding_problem(codings[name]):
             raise ValueError(f"{folder}: {problem}")
     figures = figures_of(asked, rows, {})
-    facts = {"data": {name: str(folder) for name, folder in folders.items()}, "mask_codes": used}
-    return write_figures(names.expanded(output), rows, figures, facts)
+    return write_figures(out, rows, figures, {"data": data, "mask_codes": used})
 
 
 def paired(predictions: Path, references: Path, dimensions: int) -> dict[str, tuple[Path, Path]]:
@@ -89,11 +93,12 @@ def _masks(folder: Path, dimensions: int) -> dict[str, Path]:
     """Map the id of a case, without an ending, to its mask."""
     suffixes = names.PICTURE_SUFFIXES if dimensions == 2 else names.VOLUME_SUFFIXES
     found: dict[str, Path] = {}
-    for file in names.image_files(folder, suffixes):
-        name = names.file_id(file)
-        if name.endswith("_overlay"):
+    ids = {file: names.file_id(file) for file in names.image_files(folder, suffixes)}
+    cases = {file: name.removesuffix(next(filter(name.endswith, ENDINGS), "")) for file, name in ids.items()}
+    names.warn_of_deeper(folder)
+    for file, case in cases.items():
+        if ids[file].endswith("_overlay") and case.removesuffix("_overlay") in cases.values():
             continue
-        case = name.removesuffix(next((ending for ending in ENDINGS if name.endswith(ending)), ""))
         if (other := found.setdefault(case, file)) is not file:
             raise ValueError(f"{other} and {file} are both of the case '{case}': keep the masks alone in {folder}.")
     if not found:

@@ -38,7 +38,8 @@ def paired_wilcoxon(a: ArrayLike, b: ArrayLike) -> float:
     difference = difference[~np.isnan(difference)]
     if len(difference) == 0:
         return np.nan
-    return float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0
+    moved = difference[difference != 0]  # with the zeros SciPy takes the normal distribution, however few moved
+    return float(stats.wilcoxon(moved).pvalue) if len(moved) else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -108,7 +108,9 @@ def roc(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     for i, (name, (positive, score)) in enumerate(lines.items()):
         if positive.any() and not positive.all():
             x, y, _ = roc_curve(positive, score)
-            axes.plot(x, y, label=name, color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i // len(COLOURS)])
+            axes.plot(
+                x, y, label=name, color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i // len(COLOURS) % len(DASHES)]
+            )
     axes.legend(loc="lower right")
     return _svg(axes)
 

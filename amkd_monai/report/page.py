@@ -136,7 +136,7 @@ def _describe(run: RunFolder, runs: Sequence[RunFolder], comparison: Sequence[Ro
     ]
     return {
         **{"name": run.name, "missing": run.missing, "record": run.record, "metrics": run.metrics},
-        "score": [*scores[0][1], summary["cases"]] if scores else None,
+        "score": [*scores[0][1], run.scored] if scores else None,
         "gain": _gain(run, runs[0], comparison),
         "scores": scores,
         "curves": _training_figures(run),
@@ -182,9 +182,15 @@ def _gain(run: RunFolder, first: RunFolder, comparison: Sequence[Row]) -> str:
         how = "give the folder of the same training without teachers first (report UNDISTILLED RUN)."
         return f"Gain over the undistilled student: not measured; {how}"
     told = ["{1} {3} (95 % interval {4})".format(*_compared(row)) for row in rows]
-    unclear = "; an interval that holds 0 shows no gain" if any(r["ci_low"] <= 0 <= r["ci_high"] for r in rows) else ""
+    unclear = (
+        "; an interval that holds 0 shows no gain"
+        if any(not (r["ci_low"] > 0 or r["ci_high"] < 0) for r in rows)
+        else ""
+    )
     same = ("seed", "max_epochs", "student_parameters", "labelled_samples", "recipe", "image_size")
     differ = [key.replace("_", " ") for key in same if run.record.get(key) != first.record.get(key)]
+    splits = {of.record.get("data", {}).get("split_hash") for of in (run, first)}
+    differ += ["training data"] * (len(splits) > 1)
     also = f" The two runs also differ in {', '.join(differ)}." if differ else ""
     return f"Gain over the undistilled student ({first.name}): {', '.join(told)}{unclear}.{also}"
 

@@ -39,7 +39,7 @@ def cases_of(run: Path) -> list[tuple[str, float, str]]:
     if not json.loads((run / "metrics.json").read_text())["data"]["phantom"]:
         raise ValueError(f"{run} is not a run on phantoms.")
     with (run / "per_case.csv").open(newline="") as file:
-        cases = sorted((float(row["dice"]), row["id"]) for row in csv.DictReader(file) if row["status"] == "ok")
+        cases = sorted((float(row["dice"]), row["id"]) for row in csv.DictReader(file) if row["dice"])
     return [(cases[i][1], cases[i][0], which) for i, which in ((len(cases) // 2, "median"), (0, "worst"))]
 
 

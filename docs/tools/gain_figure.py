@@ -47,7 +47,9 @@ def draw(series: dict[str, dict[str, tuple[float, float, float]]]) -> Figure:
         for name, (gain, low, high) in values.items():
             y = names.index(name) + shift
             if not AXIS[0] < gain < AXIS[1]:
-                axes.text(AXIS[0] + 0.003, y, f"◀ {gain:+.3f}", va="center", color=colour)
+                low_side = gain < 0
+                place, text = (AXIS[0] + 0.003, f"◀ {gain:+.3f}") if low_side else (AXIS[1] - 0.003, f"{gain:+.3f} ▶")
+                axes.text(place, y, text, va="center", ha="left" if low_side else "right", color=colour)
                 continue
             axes.errorbar(gain, y, xerr=[[gain - low], [high - gain]], fmt="os"[number % 2], color=colour, capsize=2)
         axes.plot([], [], "os"[number % 2], color=colour, label=label)

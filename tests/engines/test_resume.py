@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 from bundle_runs import run, settings
 
+from amkd_monai.engines.handlers import RunRecord
 from amkd_monai.errors import root_cause
 from amkd_monai.weights import CheckpointError
 
@@ -83,6 +85,21 @@ def training(folder, cache, **options):
 def has_ended(child):
     """Whether a process has ended, left for ``waitpid``."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def test_the_record_of_a_resumed_run_holds_the_time_of_all_its_processes(tmp_path, cache, undisturbed):
+    file, checkpoint = tmp_path / "eval" / "run.json", tmp_path / "models" / "distillation.pt"
+    with training(tmp_path, cache) as child:
+        while not (checkpoint.is_file() or has_ended(child)):
+            time.sleep(0.01)
+    spent = {"cpu_seconds": 1000.0, "seconds": 5000.0, "peak_rss_mb": 10**6}
+    file.write_text(json.dumps(json.loads(file.read_text()) | spent))
+    counted = RunRecord.counted
+    run("kvasir_seg", ("train",), small(tmp_path, cache, resume=True))
+    record = json.loads(file.read_text())
+    assert record["status"] == "completed" and record["seconds"] > 5000 and record["peak_rss_mb"] == 10**6
+    assert counted > 0  # of the undisturbed run, in this process
+    assert 1000 < record["cpu_seconds"] <= 1000 + time.process_time() - counted
 
 
 @pytest.mark.slow

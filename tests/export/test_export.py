@@ -135,6 +135,11 @@ def test_the_card_tells_whether_masks_are_calibrated_and_that_no_teacher_taught(
     latest = source.record["latest"]
     for source.record["latest"], said in (({**latest, "temperature": 0.9}, "offset"), ({"val_dice": 0.5}, "not calib")):
         assert re.search(rf"^- Calibration: .*{said}", model_card(source, facts, "x"), re.MULTILINE)
+    source.record |= {"is_test": True, "unlabelled": {"images": 786}}
+    source.metrics["summary"]["empty_references"], source.metrics["skipped_samples"] = 5, [{"id": "a"}] * 3
+    card = model_card(source, facts, "x")
+    assert "random weights" in card and re.search(r"^- Samples: .*786\n- Hash", card, re.MULTILINE)
+    assert re.search(r"^Test section, \d+ cases .*: 5\).*3 more", card, re.MULTILINE)
     source.record = {}
     assert "- Calibration: not recorded" in model_card(source, facts, "x")
 

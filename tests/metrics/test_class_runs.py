@@ -79,6 +79,16 @@ def test_runs_are_compared_by_delong_and_by_bootstrap(tmp_path):
     assert same["difference"] == 0 and same["p"] == 1
 
 
+def test_a_primary_metric_that_is_a_single_area_is_one_test_of_the_family(tmp_path):
+    described = {"name": "two", "classes": ["a", "b"], "kind": "classification", "singled_out": ["b"]}
+    task, rng = get_task({**described, "primary_metric": "b_auc"}), np.random.default_rng(0)
+    for name in ("x", "y"):
+        rows = [class_row(task, f"c{i}", i % 2, p) for i, p in enumerate(rng.dirichlet([1, 1], 40))]
+        write_run(tmp_path / name, task, rows)
+    (row,) = compare_runs(tmp_path / "x" / "per_case.csv", {"y": tmp_path / "y" / "per_case.csv"}, task=task)
+    assert row["test"] == "DeLong" and row["p"] == row["p_holm"] < 1
+
+
 def test_the_command_finds_the_task_and_prints_the_comparison(tmp_path, capsys):
     a = write_run(tmp_path / "a", APTOS, rows_of(APTOS, 1))
     b = write_run(tmp_path / "b", APTOS, rows_of(APTOS, 2, signal=3.0))

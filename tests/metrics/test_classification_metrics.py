@@ -69,6 +69,8 @@ def test_what_cannot_be_said_is_nan():
     assert math.isnan(m.specificity_at_sensitivity(ones, [0.1, 0.2, 0.3, 0.4], 0.8))
     assert math.isnan(m.quadratic_weighted_kappa(ones, ones, 3))
     assert m.quadratic_weighted_kappa([0, 1, 2, 1], [1, 1, 1, 1], 3) == 0
+    difference, *others = m.delong_test([1, 1, 0, 0], [0.9, 0.8, 0.2, 0.1], [0.5] * 4)  # four cases prove nothing
+    assert difference == 0.5 and np.isnan(others).all()
 
 
 def test_delong_variance_is_that_of_the_placement_values():

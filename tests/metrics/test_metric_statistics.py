@@ -1,5 +1,6 @@
 """Intervals and tests against scipy, hand examples and simulated coverage."""
 
+import json
 import math
 import runpy
 
@@ -8,9 +9,13 @@ import pytest
 from helpers import ROOT
 from scipy import stats
 
+from amkd_monai.data.datasets import get_task
+from amkd_monai.metrics.classification import class_row
 from amkd_monai.metrics.statistics import bootstrap_ci, holm, paired_bootstrap_ci, paired_wilcoxon
+from amkd_monai.metrics.summary import write_case_csv
 
-seed_and_case_ci = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["seed_and_case_ci"]
+TABLES = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+seed_and_case_ci = TABLES["seed_and_case_ci"]
 RNG = np.random.default_rng(7)
 SKEWED = RNG.beta(6, 1.2, size=60)
 
@@ -74,6 +79,8 @@ def test_wilcoxon_of_equal_and_of_no_pairs():
 def test_wilcoxon_by_hand():
     # differences 1, 2, 3, -4, 5: ranks of the negative ones sum to 4; 7 of 32 sign patterns have a sum <= 4
     assert paired_wilcoxon([1, 2, 3, 0, 5], [0, 0, 0, 4, 0]) == pytest.approx(2 * 7 / 32)
+    # of 30 pairs 5 differ, all in one direction: 2 of 32 sign patterns are as far off
+    assert paired_wilcoxon([1, 2, 3, 4, 5] + [0] * 25, np.zeros(30)) == pytest.approx(2 / 32)
 
 
 def test_holm_by_hand():
@@ -142,3 +149,31 @@ def test_groups_are_drawn_as_a_whole():
     narrow = seed_and_case_ci(np.repeat(values, 5, axis=1))
     assert narrow[2] - narrow[1] < 0.8 * (copied[2] - copied[1])
     assert np.isnan(seed_and_case_ci(values, groups=["one"] * 20)[1:]).all()
+
+
+@pytest.mark.parametrize("task", ["kvasir_seg", "aptos2019"])
+def test_tables_pair_the_same_cases_labels_and_seeds_alone(task, tmp_path):
+    def runs(name, first=0, seeds=2, shift=0, count=20):
+        for seed in range(seeds):
+            folder, ids = tmp_path / name / f"fold0_seed{seed}", [f"c{first + i}" for i in range(count)]
+            if task == "kvasir_seg":
+                rows = [{"id": i, **dict.fromkeys(("dice", "iou", "nsd", "hd95"), RNG.random())} for i in ids]
+            else:
+                p = RNG.dirichlet(np.ones(5), count)
+                rows = [class_row(get_task(task), i, (n + shift) % 5, p[n]) for n, i in enumerate(ids)]
+            folder.mkdir(parents=True)
+            write_case_csv(folder / "per_case.csv", rows)
+            (folder / "split_x.json").write_text(json.dumps({"test": [[i, i] for i in ids]}))
+            (folder / "run.json").write_text('{"cpu_seconds": 60}')
+        return TABLES["Row"](task, seeds, None)
+
+    rows = {"same": runs("same"), "others": runs("others", 5), "more": runs("more", count=25)}
+    rows |= {"one_seed": runs("one_seed", seeds=1)} | ({"labels": runs("labels", shift=1)} if task[0] == "a" else {})
+    row = runs("row")
+    for name in rows:
+        pair = {name: rows[name], "row": TABLES["Row"](task, row.seeds, name)}
+        if name == "same":
+            assert "| row | 2 x 20 |" in TABLES["table"](pair, tmp_path)
+        else:
+            with pytest.raises(ValueError, match=f"row and {name}"):
+                TABLES["table"](pair, tmp_path)

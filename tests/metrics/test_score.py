@@ -144,3 +144,31 @@ def test_255_has_one_meaning_and_every_pixel_of_a_prediction_a_class(tmp_path, c
         Image.fromarray(mask).save(tmp_path / folder / "b.png")
         assert named in (text := refusal()) and "255" in text
         Image.fromarray(np.where(mask > 1, 0, mask)).save(tmp_path / "made" / "b.png")
+
+
+def test_folders_of_scores_are_compared_reported_and_never_mixed(tmp_path, capsys, caplog):
+    mask = np.zeros((40, 50), np.uint8)
+    mask[10:20, 10:30] = 1
+    for folder, step in (("truth", 0), ("a", 2), ("b", 3)):
+        (tmp_path / folder / "more").mkdir(parents=True)
+        for name in ("c1", "c2", "c3_overlay", "more/c4"):  # no other file is an overlay of c3
+            Image.fromarray(np.roll(mask, step, 1)).save(tmp_path / folder / f"{name}.png")
+    Image.fromarray(mask).convert("RGB").save(tmp_path / "a" / "c1_overlay.png")
+
+    def run(folder, out, *more):
+        words = ["score", str(tmp_path / folder), str(tmp_path / "truth"), "--classes", "background,polyp"]
+        return main([*words, "--output", str(tmp_path / out), *more])
+
+    assert run("a", "one") == run("a", "two", "--nsd_tolerance", "1") == run("b", "three") == 0
+    assert "more/c4.png" in caplog.text
+    assert {row["id"] for row in rows_of(tmp_path / "one")} == {"c1", "c2", "c3_overlay"}
+    one, two, three = (str(tmp_path / name) for name in ("one", "two", "three"))
+    assert main(["report", one, three, "--output", str(tmp_path / "page.html")]) == 0
+    assert main(["compare", one, three, "--metric", "nsd"]) == main(["compare", one, two]) == 0
+    assert main(["compare", one, two, "--metric", "nsd"]) == 1 and "tolerance" in capsys.readouterr().err
+    before = (tmp_path / "one" / "per_case.csv").read_bytes()
+    assert run("b", "one") == 1 and "--output" in capsys.readouterr().err
+    assert (tmp_path / "one" / "per_case.csv").read_bytes() == before
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "run.json").write_text("{}")
+    assert run("b", "trained") == 1 and "--output" in capsys.readouterr().err

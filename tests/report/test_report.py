@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,10 +27,12 @@ from amkd_monai.data.datasets import get_task
 from amkd_monai.files.pictures import class_colours
 from amkd_monai.metrics.classification import class_row
 from amkd_monai.metrics.run_folder import failures, outcomes
-from amkd_monai.metrics.segmentation import mask_rows
+from amkd_monai.metrics.segmentation import METRICS, mask_rows
 from amkd_monai.metrics.summary import figures_of, preview_file, write_figures
+from amkd_monai.report.figures import roc
 from amkd_monai.report.page import write_report
 from amkd_monai.report.previews import PLANES, mask_preview, save_arrays
+from amkd_monai.storage import file_sha256
 
 TEACHER = [{"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}]
 
@@ -266,6 +269,69 @@ def test_a_case_is_best_median_or_worst_once(count, tmp_path):
     assert (parts["median"] != []) == (count > 2)
     assert max(parts["worst"]) < min(parts["median"] or parts["best"]) and parts["best"][0] == count - 1
     assert max(parts["median"] or [0]) < min(parts["best"])
+
+
+def rows_with(dices, empty=0):
+    values = [("ok", d, 10.0) for d in dices] + [("empty_both", np.nan, 0.0)] * empty
+    shared = {"class": "polyp", "label": 1, "pred_volume": 10.0}
+    return [
+        {"id": f"c{i}", "status": status, "reference_volume": size, **shared, **dict.fromkeys(METRICS, dice)}
+        for i, (status, dice, size) in enumerate(values)
+    ]
+
+
+def written(folder, rows, record=None, **facts):
+    task = get_task("kvasir_seg")
+    write_figures(folder, rows, figures_of(task, rows, {}), {"data": {"counts": {"test": 99}}, **facts})
+    if record is not None:
+        data = {**task.identity, "root": "x", "counts": {"train": 12, "unlabelled": 5}, "split_hash": folder.name}
+        known = {"status": "completed", "epochs_done": 1, "max_epochs": 1, "cpu_seconds": 1, "peak_rss_mb": 1}
+        (folder / "run.json").write_text(json.dumps({"data": data, "student_parameters": 1, **known, **record}))
+    return folder
+
+
+def test_the_page_counts_what_was_used(tmp_path):
+    student = tmp_path / "model.pt"
+    student.write_bytes(b"one")
+    teacher = {"name": "crew", "kind": "crew", "outputs_admitted": True, "features_admitted": True}
+    teacher |= {"admission_reason": "", "fingerprint": ""}
+    more = {"unlabelled": {"images": 786}, "skipped_samples": {"train": ["broken 7"], "validation": []}}
+    rows, facts = rows_with([0.9, 0.8, 0.7], 22), {"student": str(student), "student_sha256": file_sha256(student)}
+    alone = written(tmp_path / "alone", rows, more | {"distillation": "none"}, **facts)
+    taught = written(tmp_path / "taught", rows, more | {"distillation": {"teachers": [teacher]}}, **facts)
+    first, second = (Page(write_report([folder], tmp_path / "page.html")).text for folder in (alone, taught))
+    for text in (first, second):
+        assert "0.900, 3 cases" in text and "Scored on 25 test cases" in text and "only 3 cases" in text
+        assert "broken 7" in text and "earlier student" not in text
+    assert "12 labelled images" in first and "12 labelled and 791 unlabelled images" in second
+    student.write_bytes(b"resumed")
+    assert "earlier student" in Page(write_report([taught], tmp_path / "page.html")).text
+
+
+def test_a_gain_without_an_interval_shows_none_and_other_data_are_named(tmp_path):
+    teacher = {"name": "t", "kind": "timm", "outputs_admitted": True, "features_admitted": True}
+    taught = {"distillation": {"teachers": [{**teacher, "admission_reason": "", "fingerprint": ""}]}}
+    alone = written(tmp_path / "alone", rows_with([0.5]), {"distillation": "none"})
+    folders = [alone, written(tmp_path / "taught", rows_with([0.6]), taught)]
+    text = Page(write_report(folders, tmp_path / "page.html")).text
+    assert "shows no gain" in text and "also differ in training data." in text
+
+
+def test_thirty_classes_have_curves():
+    assert ">k29<" in roc({f"k{i}": (np.array([True, False]), np.array([0.9, 0.1])) for i in range(30)})
+
+
+def test_figures_of_the_docs_show_missed_cases_and_gains_on_their_side(tmp_path):
+    case, gain = (runpy.run_path(str(ROOT / "docs" / "tools" / f"{n}_figure.py")) for n in ("case", "gain"))
+    rows = rows_with([0.9, 0.5, 0.0], 1)
+    rows[2]["status"] = "missed"
+    written(tmp_path, rows, data={"phantom": True})
+    assert case["cases_of"](tmp_path) == [("c1", 0.5, "median"), ("c2", 0.0, "worst")]
+    (axes,) = gain["draw"]({"gain": {"up": (0.5, 0.4, 0.6), "down": (-0.5, -0.6, -0.4)}}).axes
+    assert {text.get_text().strip("◀▶ "): text.get_position()[0] > 0 for text in axes.texts} == {
+        "+0.500": True,
+        "-0.500": False,
+    }
 
 
 def test_failures_are_listed_from_the_worst_on():
