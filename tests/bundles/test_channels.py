@@ -161,11 +161,11 @@ def test_volumes_of_four_axes_give_slices_of_each_channel(tmp_path, monkeypatch,
 
     served = application(Predictor(tmp_path / "out", threads=1), 3_000_000, ("*",))
     (asked,) = (route.endpoint for route in served.routes if route.path == "/predict")
-    response = asked(UploadFile((data / "imagesTs" / "case6.nii.gz").open("rb")))
+    response = asked([UploadFile((data / "imagesTs" / "case6.nii.gz").open("rb"))])
     mask = nib.Nifti1Image.from_bytes(gzip.decompress(response.body))
     assert (np.asarray(mask.dataobj) != answer).mean() < 2e-3
     with pytest.raises(HTTPException, match="1 channel"):
-        asked(UploadFile((files / "imagesTs" / "case6_0000.nii.gz").open("rb")))
+        asked([UploadFile((files / "imagesTs" / "case6_0000.nii.gz").open("rb"))])
 
     three = np.zeros((40, 44, 20, 3), np.uint8)
     write_volume(data / "imagesTr" / "case2.nii.gz", three)

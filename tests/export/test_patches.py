@@ -210,7 +210,7 @@ def test_evaluate_serve_and_dicom_give_the_students_masks(exported, hearts, expe
 
     served = application(Predictor(dist, threads=1), 3_000_000, ("*",))
     (asked,) = (route.endpoint for route in served.routes if route.path == "/predict")
-    answer = nib.Nifti1Image.from_bytes(gzip.decompress(asked(UploadFile((hearts / "short.nii.gz").open("rb"))).body))
+    answer = nib.Nifti1Image.from_bytes(gzip.decompress(asked([UploadFile((hearts / "short.nii.gz").open("rb"))]).body))
     np.testing.assert_array_equal(np.asarray(answer.dataobj), expected["short"][0])
 
     needs("highdicom")
