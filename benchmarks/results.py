@@ -152,6 +152,18 @@ for name, more in MORE.items():
     for variant, overrides in variants.items():
         overrides = {**last.overrides, **overrides}
         SETTINGS[f"{name}_{variant}"] = replace(last, overrides=overrides, reference=f"{name}_last")
+# as users have it by default, 256 pixels and 1000 steps; and nearly all images of the set, 80 % to train
+for labels in (12, "all"):
+    row = SETTINGS[f"kvasir_{labels}_last"]
+    own = {key: value for key, value in row.overrides.items() if key not in ("image_size", "max_epochs", *SHORT)}
+    last = SETTINGS[f"kvasir_{labels}_256_last"] = replace(row, overrides=own, reference=None)
+    SETTINGS[f"kvasir_{labels}_256_small_crew"] = replace(last, reference=f"kvasir_{labels}_256_last", **SMALL_CREW)
+LARGE_KVASIR = {"image_size": 192, "split_fractions": [0.8, 0.1, 0.1], "val_interval": 4}
+last = replace(SETTINGS["kvasir_all_last"], overrides=LARGE_KVASIR, reference=None, joined="kvasir")
+SETTINGS["kvasir_large_last"] = last
+SETTINGS["kvasir_large_default"] = replace(
+    last, overrides={**LARGE_KVASIR, **FEATURES_ONLY}, reference="kvasir_large_last", teachers=None
+)
 SETTINGS |= {
     # all labels and 786 images without, as many steps as `kvasir_all_last_longer`
     "kvasir_all_pool": replace(
