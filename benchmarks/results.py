@@ -102,10 +102,12 @@ for bundle, (joined, overrides, labels) in LARGE.items():
     SETTINGS[f"{bundle}_quarter_last"] = last
     SETTINGS[f"{bundle}_quarter_small_crew"] = replace(last, reference=f"{bundle}_quarter_last", **SMALL_CREW)
 # few labels, and runs of several lengths: 8 epochs have 984 steps
-few = replace(SETTINGS["isic2017_quarter_last"], overrides={**LARGE["isic2017"][1], **SHORT_CLASSES, "labelled": 120})
+lesions = replace(
+    SETTINGS["isic2017_quarter_last"], overrides={**LARGE["isic2017"][1], **SHORT_CLASSES, "labelled": 120}
+)
 for name, epochs in {"246": 2, "492": 4, "last": 8, "3936": 32}.items():
-    overrides = {**few.overrides, "max_epochs": epochs, "val_interval": 1}
-    SETTINGS[f"isic2017_120_{name}"] = replace(few, overrides=overrides)
+    overrides = {**lesions.overrides, "max_epochs": epochs, "val_interval": 1}
+    SETTINGS[f"isic2017_120_{name}"] = replace(lesions, overrides=overrides)
 # the same students, whose unsure answers are brought nearer to equal classes instead of their frequencies
 EQUAL = {"validate#handlers#0#frequencies": "$None"}
 last = SETTINGS["aptos2019_quarter_last"]
@@ -156,7 +158,7 @@ for name, more in MORE.items():
 for labels in (12, "all"):
     row = SETTINGS[f"kvasir_{labels}_last"]
     own = {key: value for key, value in row.overrides.items() if key not in ("image_size", "max_epochs", *SHORT)}
-    last = SETTINGS[f"kvasir_{labels}_256_last"] = replace(row, overrides=own, reference=None)
+    last = SETTINGS[f"kvasir_{labels}_256_last"] = replace(row, overrides=own, reference=f"kvasir_{labels}_last")
     SETTINGS[f"kvasir_{labels}_256_small_crew"] = replace(last, reference=f"kvasir_{labels}_256_last", **SMALL_CREW)
 LARGE_KVASIR = {"image_size": 192, "split_fractions": [0.8, 0.1, 0.1], "val_interval": 4}
 last = replace(SETTINGS["kvasir_all_last"], overrides=LARGE_KVASIR, reference=None, joined="kvasir")

@@ -18,6 +18,7 @@ from monai.data import DataLoader, MetaTensor, list_data_collate
 from torch.utils.data import Dataset
 
 from amkd_monai.data.splits import Item
+from amkd_monai.data.transforms import CODING, FOREGROUND
 from amkd_monai.errors import is_own, root_cause
 from amkd_monai.files.masks import IGNORED as UNLABELLED
 from amkd_monai.files.masks import coding_problem
@@ -61,7 +62,7 @@ def read_item(item: Mapping[str, Any], transform: Callable) -> dict[str, Any]:
 
 def _warn_of_crop(data: Mapping[str, Any], file: str) -> None:
     """Say what a crop leaves out: of a labelled volume foreground, of another any part."""
-    image, corners = data["image"], getattr(data.get("label"), "meta", {}).pop("foreground_box", None)
+    image, corners = data["image"], getattr(data.get("label"), "meta", {}).pop(FOREGROUND, None)
     is_cut = "label" not in data and any(np.any(op["extra_info"].get("cropped", 0)) for op in image.applied_operations)
     if corners is not None:
         ends, size = np.linalg.solve(np.asarray(image.affine), corners)[:3], np.array(image.shape[1:])
@@ -84,7 +85,7 @@ class Agreement:
             axes = "".join(nibabel.aff2axcodes(np.asarray(image.affine)))
         if self.axes not in ("", axes):
             raise BadSampleError(f"{item['image']} lies in the axes {axes}, others in {self.axes}: add Orientationd.")
-        read = [getattr(data.get(key), "meta", {}).pop("mask_coding", ()) for key in ("image", "label")]
+        read = [getattr(data.get(key), "meta", {}).pop(CODING, ()) for key in ("image", "label")]
         codings = self._codings.union(*read if "label" in item else ())  # what is predicted is read by itself
         if problem := coding_problem(codings):
             of = "image" if coding_problem(self._codings.union(read[0])) else "label"
