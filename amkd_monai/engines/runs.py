@@ -52,7 +52,6 @@ CHECKPOINT = "distillation.pt"
 PREVIOUS = "previous"
 LOCK = ".running"
 OVERRIDDEN = "overridden"
-EARLIER = "earlier "  # how the names of images begin that a student saw in the runs before
 PLACES = ["bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "cache_dir", "weights_dir", "init_from", "resume_dir"]
 PLACES += ["other_data"]
 RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html", "masks", "predictions.csv"]
@@ -341,10 +340,7 @@ class Identity:
         atomic_write_json(self.places["ckpt_dir"] / RECORD, self.record)
 
     def seen(self, keep: bool = False) -> dict[str, Seen]:
-        """Fingerprints of the images that the student sees, by folder, and of those that it saw in earlier runs.
-
-        Those are the run of ``init_from``, and with ``keep`` that in the folder of this one.
-        """
+        """Fingerprints of the images that the student sees, by folder, and of those that it saw in earlier runs."""
         found = dict[str, Seen]()
         origins = [self.places["ckpt_dir"]] if keep else []
         origins += [Path(self.init_from).expanduser().parent] if self.init_from else []
@@ -355,28 +351,25 @@ class Identity:
             found[folder] = fingerprints(sections, data.task.dimensions == 3, self.cache_dir)
         for record in earlier:
             for folder, images in record.get("seen", {}).items():
-                before = {f"{'' if name.startswith(EARLIER) else EARLIER}{name}": v for name, v in images.items()}
+                before = {f"{'' if name.startswith('earlier ') else 'earlier '}{name}": v for name, v in images.items()}
                 found[folder] = before | found.get(folder, {})
         return found
 
     def refuse_leaks(self) -> None:
         """Refuse test images that another task or an earlier run shows, and cross-fitting on images seen before."""
-        seen, admission = self.seen(), self.record["training"].get("admission", {})
+        crosses = self.record["training"].get("admission", {}).get("mode", "cross_fit") == "cross_fit"
+        shown = [(of, name, values[0]) for of, images in self.seen().items() for name, values in images.items()]
+        before = {v for _, name, v in shown if name.startswith("earlier ")}
         for folder, data in self.datalists.items():
-            shown = [(of, name, values[0]) for of, images in seen.items() for name, values in images.items()]
-            known = {v: f"{name} of {of}" for of, name, v in shown if of != folder or name.startswith(EARLIER)}
-            before, task = {v for _, name, v in shown if name.startswith(EARLIER)}, data.task.name
-            tested = fingerprints({"test": data.test}, data.task.dimensions == 3, self.cache_dir) if known else {}
-            if found := [(name, known[v]) for name, (v, *_) in tested.items() if v in known]:
-                (name, other), what = found[0], f"{len(found)} test image(s) of {task} are shown in training"
-                raise ValueError(f"{what}, such as {name} as {other}: give both the same split, or leave one out.")
-            count = sum(v in before for of, name, v in shown if of == folder and name.startswith("train/"))
+            known = {v: f"{name} of {of}" for of, name, v in shown if of != folder or name.startswith("earlier ")}
+            own = fingerprints({"test": data.test}, data.task.dimensions == 3, self.cache_dir)
+            if found := [f"{name} ({known[v]})" for name, (v, *_) in own.items() if v in known]:
+                what = f"{len(found)} test image(s) of {data.task.name} are shown in training, such as {found[0]}"
+                raise ValueError(f"{what}: give both the same split, or leave one out.")
+            again = sum(v in before for of, name, v in shown if of == folder and name.startswith("train/"))
             teachers = self.record.get("tasks", {folder: self.record})[folder]["teachers"]
-            crossed = admission.get("mode", "cross_fit") == "cross_fit" and any(
-                t.get("cross_fit", True) for t in teachers
-            )
-            if count and crossed:
-                what = f"The student of init_from has seen {count} training image(s) of {task}"
+            if again and crosses and any(teacher.get("cross_fit", True) for teacher in teachers):
+                what = f"The student of init_from has seen {again} training image(s) of {data.task.name}"
                 raise ValueError(f"{what}, so it cannot be cross-fitted on them: set admission#mode to all or none.")
 
 
@@ -627,8 +620,8 @@ def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping
             _agree(now, then, student)
         if place is None and name in (given.get("only") or entries) and not given.get("dataset_dir"):
             place = _data_root(of_task["data"])
-        settings = {k: v for k, v in of_task["settings"].items() if k != "encoder"}
-        tasks[name] = {**settings, **trained[name], "dataset_dir": place, "split_hash": of_task["data"]["split_hash"]}
+        known = {**of_task["settings"], **trained[name]}  # a default of the bundle may have changed since
+        tasks[name] = {**known, "dataset_dir": place, "split_hash": of_task["data"]["split_hash"]}
     parser["tasks"] = tasks
 
 
@@ -641,10 +634,7 @@ def check_part(task: str, parser: ConfigParser) -> None:
 
 
 def _check_task(parser: ConfigParser, record: Mapping[str, Any], student: Path, data: bool) -> None:
-    """Refuse a task that is described, or whose images are prepared, otherwise than when the student was trained.
-
-    The layout counts where its ``data`` are used.
-    """
+    """Refuse a task described or prepared otherwise than in the training; with ``data`` its layout counts, too."""
     task = get_task(parser.get_parsed_content("task")) if "task" in parser.config else recorded_task(record)
     left = {"folder"} if data else {"folder", "layout"}
     described = (task.description or {}, record.get("description") or {})
@@ -709,7 +699,7 @@ def start(found: Identity, resume: bool | str = False) -> None:
         raise ValueError(f"{folder} holds a student of the bundle {old['bundle']}: give another --ckpt_dir.")
     elif run.get("data", {}).get("task", None if "tasks" in run else task) != task:
         raise ValueError(f"{results} holds the results of another bundle: give an --output_dir of this run.")
-    elif idist.get_rank() == 0:
+    elif idist.get_rank() == 0 and (found.init_from or len(found.datalists) > 1):
         found.refuse_leaks()
 
 

@@ -88,7 +88,6 @@ class FineTune(TrainTask):
         report_plainly()
         start = time.monotonic()
         (options, data), student, models = self.check(request, datastore), self.student, self._training / "models"
-        trained = models / "model.pt"
         shutil.rmtree(self._training, ignore_errors=True)
         for file in student.model.parent.glob(f".*{TEMPORARY_MARK}*"):  # left by a process that was killed
             file.unlink()
@@ -102,10 +101,10 @@ class FineTune(TrainTask):
         get("kept_student").best = -math.inf  # an epoch is compared as it is saved, calibrated, like the student before
         workflow.run()
         workflow.finalize()
-        is_better = (after := _score(get, trained)) > before
+        is_better = (after := _score(get, models / "model.pt")) > before
         result = {
             "model": student.bundle.name,
-            "student": file_sha256(trained) if is_better else student.identity(),
+            "student": file_sha256(models / "model.pt") if is_better else student.identity(),
             **{part: len(getattr(data, part)) for part in ("train", "validation", "unlabelled")},
             "total_epochs": options["max_epochs"],
             "metric": data.task.primary_metric,
@@ -115,7 +114,7 @@ class FineTune(TrainTask):
         }
         atomic_write_json(self._record, result)  # ignored until its student is there
         if is_better:
-            student.replace(trained, models / RECORD)
+            student.replace(models / "model.pt", models / RECORD)
         return result
 
     def _workflow(self, data: Datalist, options: dict[str, Any]) -> ConfigWorkflow:
@@ -157,12 +156,10 @@ def saved_labels(
 ) -> Datalist:
     """List the images with a final label that a student can learn from.
 
-    Images of one group of the bundle's data set, by its pattern, or of one patient, by DICOM, are in one section; so
-    are copies, and pictures that look alike, whose hashes are kept in the folder ``cache``.
-
-    Which ones are held out depends on their names alone, so that an image keeps its section when labels are added, up
-    to the rounding of the part. Each class is split by itself; of findings, the images with each and those without it
-    are, the rarest first. Teachers use images without a label too. Too few labels are a ValueError.
+    No section cuts a group: by the pattern of the bundle, a DICOM patient, copies, and pictures that look alike, whose
+    hashes ``cache`` keeps. Which ones are held out depends on names alone, so that an image keeps its section when
+    labels are added, up to the rounding of the part. Each class is split by itself; of findings, the images with each
+    and those without it are, the rarest first. Teachers use images without a label too. Too few are a ValueError.
     """
     task, items = student.task, []
     for entry in datastore.datalist():
