@@ -15,6 +15,7 @@ SPECIALIST = {"name": "kvasir_specialist", "kind": "specialist", "image_size": 2
 # an epoch is all images once, at least 8 steps for classes, as it was by default when these rows began
 SHORT, SHORT_CLASSES = {"recipe#min_steps": 1}, {"recipe#min_steps": 8}
 KVASIR = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, **SHORT, **BEST_MASKS}
+COMPARED = [{"name": f"imagenet_lite{n}", "kind": "timm", "model": f"tf_efficientnet_lite{n}"} for n in (1, 2)]
 FEATURES_ONLY = {"admission": {"mode": "none"}}  # what cross-fitted admission decides for the ImageNet teachers
 LONG = {**KVASIR, "max_epochs": 60}
 HEART = dict(BEST_MASKS)
@@ -43,7 +44,8 @@ SETTINGS = {
 }
 for bundle, (data, overrides) in SMALL.items():
     SETTINGS[f"{bundle}_undistilled"] = Setting(bundle, data, overrides, teachers=[])
-    SETTINGS[f"{bundle}_default"] = Setting(bundle, data, overrides, f"{bundle}_undistilled")
+    compared = COMPARED if bundle in ("aptos2019", "isic2017") else None  # the bundles' own give features only
+    SETTINGS[f"{bundle}_default"] = Setting(bundle, data, overrides, f"{bundle}_undistilled", teachers=compared)
 # an ensemble on the run's own labels as the teacher; the bundles' defaults in all else
 CREW = {"teachers": [{"name": "crew", "kind": "crew"}]}
 SMALL_CREW = {"teachers": [{"name": "crew", "kind": "crew", "size": "small"}]}
