@@ -143,7 +143,14 @@ function ctRange(data, low, high, values) {
 
 const STEPS = {
   scale: (array, grid, { low, high }) => [toUnit(array, low, high)],
-  scale_percentiles: (array, grid, { lower, upper }) => [toUnit(array, ...percentiles(array.data, [lower, upper]))],
+  scale_percentiles(array, grid, { lower, upper, channel_wise }) {
+    const result = zeros(array.shape), length = array.data.length / (channel_wise ? array.shape[0] : 1);
+    for (let at = 0; at < array.data.length; at += length) {
+      const data = array.data.subarray(at, at + length);
+      result.data.set(toUnit({ data }, ...percentiles(data, [lower, upper])).data, at);
+    }
+    return [result];
+  },
   ct_window: (array, grid, { low, high, values }) => [toUnit(array, ...ctRange(array.data, low, high, values))],
   crop_disc(array, grid, { background_level, least_part }) {
     const [channels, height, width] = array.shape, plane = height * width, brightest = new Float32Array(plane);
