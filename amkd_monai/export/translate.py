@@ -163,10 +163,10 @@ def window(inferer: Mapping[str, Any], is_3d: bool) -> Config | None:
 def postprocessing(answers: Sequence[Mapping[str, Any]], is_mask: bool, dimensions: int) -> list[Config]:
     """Translate the transforms of an answer of 2 or 3 dimensions; what prediction does not repeat is a ValueError."""
     names = [str(transform["_target_"]).removeprefix("amkd_monai.data.transforms.") for transform in answers]
-    needed = [name for name, (required, _) in ANSWERING.items() if required][: None if is_mask else 1]
-    if names != [name for name in ANSWERING if name in names] or not {*needed} <= {*names}:
+    known = [*ANSWERING] if is_mask else ["Activationsd"]
+    if names != [name for name in known if name in names or ANSWERING[name][0]]:
         what = f"The postprocessing does {', '.join(names)}, which cannot be exported"
-        raise ValueError(f"{what}: use {', '.join(ANSWERING if is_mask else needed)}, in this order.")
+        raise ValueError(f"{what}: use {', '.join(known)}, in this order.")
     result = []
     for name, transform in zip(names, answers, strict=True):
         _check(name, transform, *ANSWERING[name])
