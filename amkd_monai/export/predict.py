@@ -243,7 +243,9 @@ def _predict_one(predictor: Predictor, image: Input, folder: Path, dicom_seg: bo
         pictures.write_mask(to("mask.png"), answer, len(classes))
         pictures.write_png(to("overlay.png"), drawn_overlay(picture, answer, classes))
         return []
-    write_captioned(to("overlay.png"), picture, f"{(found := predictor.named(answer))}  {answer.max():.2f}")
+    found = predictor.named(answer)
+    sure = [f"{name} {p:.2f}" for name, p in zip(classes, answer, strict=True) if name in found.split("|")]
+    write_captioned(to("overlay.png"), picture, ", ".join(sure) or found)
     return [image.id, found, *(f"{v:.6f}" for v in answer)]
 
 

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import jsonschema
 import nibabel as nib
@@ -114,6 +115,9 @@ def test_the_bundle_is_whole_and_fits_the_schema(bundle, exported):
     low = summary[primary]["ci_low"]  # none where the test section has one case
     assert f"{low:.4f}" in card if low is not None else bundle == "covid_volumes"
     assert str(folder) not in card + (dist / "configs" / "inference.json").read_text(), "no path of this machine"
+    for file in dist.glob("models/model.[pt]*"):
+        with zipfile.ZipFile(file) as stored:
+            assert not any(str(ROOT).encode() in stored.read(name) for name in stored.namelist()), file
     state = torch.load(dist / "models" / "model.pt", weights_only=True)
     trained = torch.load(folder / "models" / "model.pt", weights_only=True)
     assert all(torch.equal(state[key], trained[key]) for key in trained) and len(state) == len(trained)
