@@ -235,7 +235,7 @@ def _predict_one(predictor: Predictor, image: Input, folder: Path, dicom_seg: bo
             write_segmentation(to("mask.dcm"), answer, grid, series, classes)
         if dicom_captures and series:
             write_captures(to("captures"), answer, levels, grid, series, partial(drawn_overlay, classes=classes))
-        grey, outline = middle_slice(*(reorder(voxels, grid, "LPS") for voxels in (levels, answer)))
+        grey, outline = middle_slice(reorder(levels, grid, "LPS"), reorder(answer, grid, "LPS"))
         pictures.write_png(to("overlay.png"), drawn_overlay(grey.T, outline.T, classes))
         return []
     picture = pictured(image, array)

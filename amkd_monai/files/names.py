@@ -147,6 +147,13 @@ def is_prediction(file: Path) -> bool:
             return False
 
 
+def keep_others(path: Path) -> Path:
+    """Return the path of a prediction to write; a file there that is none is a ValueError."""
+    if path.is_file() and path.stat().st_size and not is_prediction(path):
+        raise ValueError(f"{path} is there and is no prediction: give another folder for what is written.")
+    return path
+
+
 def natural(name: str) -> list[tuple[int, str]]:
     """Sort key in which numbers within a name count as numbers: `benign (2)` comes before `benign (10)`."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]

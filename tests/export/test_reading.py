@@ -208,6 +208,13 @@ def test_a_picture_has_one_mask_in_every_mode_and_everywhere(exported, tmp_path)
         assert (masks[same] == masks["grey8"]).mean() >= 0.999, same
     again = tmp_path / "predict"  # what was written is no image
     assert main(["predict", "--model", str(dist), str(again), "--output", str(tmp_path / "again")]) == 1
+    own = tmp_path / "own"  # what was not written by a prediction is kept
+    own.mkdir()
+    for name in ("x.png", "x_mask.png"):
+        Image.fromarray(picture).save(own / name)
+    reference = (own / "x_mask.png").read_bytes()
+    assert main(["predict", "--model", str(dist), str(own), "--output", str(own)]) == 1
+    assert (own / "x_mask.png").read_bytes() == reference
 
 
 def test_one_odd_file_ends_neither_prediction_nor_inference(exported, tmp_path, capsys):
