@@ -206,9 +206,8 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
     ):
         what = "in colour, of several frames a file or of which some are stored inverted or on other scales"
         raise refuse(what, "give one series of grey slices, or convert it to NIfTI, for example by dcm2niix")
-    for name in ("echo", "time point", "b-value"):
-        if len(found := {item.tags.get(name) for item in slices}) > 1:
-            raise refuse(f"with {len(found)} values of {name}", "give the slices of one")
+    if several := [n for n in ("echo", "time point", "b-value") if len({item.tags.get(n) for item in slices}) > 1]:
+        raise refuse(f"with several values of {several[0]}", "give the slices of one")
     for item in slices:
         with item.file.open("rb") as stream:
             if TABLE.search(stream.read(2**18)):

@@ -196,7 +196,7 @@ const STEPS = {
     const cosine = (i, j) => grid.axes[i].reduce((sum, v, k) => sum + v * grid.axes[j][k], 0);
     const off = sizes.map((_, i) => sizes.map((size, j) => // how far an axis leads along those before it
       (j > i ? (((size - 1) * old[j]) / old[i] / ratios[i]) * cosine(i, j) : 0)));
-    const isTilted = off.some((row) => row.reduce((sum, v) => sum + Math.min(v, 0), 0) < -TILT);
+    const isTilted = off.some((row) => row.reduce((sum, v) => sum + Math.min(v, 0), 0) < -TILT); // as in steps.py
     sizes.forEach((size, i) => {
       const ratio = ratios[i], count = roundEven((size - 1) / ratio + off[i].reduce((sum, v) => sum + Math.abs(v), 1));
       const first = isTilted ? (size - count * ratio) / 2 : 0;
