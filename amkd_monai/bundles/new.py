@@ -5,6 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 
 from amkd_monai.bundles.merge import ABSENT, PARTS, bundle_files, resolved
 from amkd_monai.data.datasets import Task, get_task
-from amkd_monai.data.datasets.described import BINARY, COLUMNS, READERS, Described, names_of_channels, names_of_values
-from amkd_monai.data.splits import PATIENT, Item, without
+from amkd_monai.data.datasets.described import BINARY, COLUMNS, Described, names_of_channels, names_of_values
+from amkd_monai.data.splits import PATIENT, Item
 from amkd_monai.files import masks, volumes
 from amkd_monai.files.cases import case_grid, is_volume, read_case
 from amkd_monai.files.names import SUFFIXES, DataProblems, files_of, has_suffix, label_files, natural, some, table_rows
@@ -52,7 +53,7 @@ def new_bundle(
     root, folder = Path(data).expanduser().resolve(), Path(to).expanduser() / name
     if folder.exists():
         raise FileExistsError(f"The bundle {folder} already exists: give another name, or remove it.")
-    description, items = _described(name, root, classes, groups, kind)
+    description, rows, items = _described(name, root, classes, groups, kind)
     of_labels = description.pop("facts")
     flat, several = description["dimensions"] == 2, "channels" in description
     guessed = "several channels" if several else modality
@@ -60,7 +61,7 @@ def new_bundle(
     description["modality"] = modality or part["modality"]
     description["folder"] = os.path.relpath(root, folder.resolve() / "configs")
     task = get_task(description)
-    found = task.layout.find_items(root)
+    found = task.layout.items_of(rows, root)
     problems, grouped = [item["problem"] for item in found if "problem" in item], {item["group"] for item in found}
     if len(problems) == len(found):
         raise DataProblems(problems)
@@ -91,96 +92,96 @@ def new_bundle(
 
 def _described(
     name: str, root: Path, classes: Sequence[str], groups: str, kind: str
-) -> tuple[dict[str, Any], list[Item]]:
-    """The description of the task, with "facts" about its labels, and the items that can be looked at."""
+) -> tuple[dict[str, Any], list[Item], list[Item]]:
+    """The description of the task, with "facts" about its labels, the rows of its layout and those to look at."""
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}: correct --data.")
-    kinds = [kind] if kind else ["segmentation", "classification"]
-    form = next((found for k in kinds if (found := Described(kind=k).form_of(root))), "")
-    raw, said = Described(kind="classification", form=form), list[str]()  # leaves labels as they are written
-    tables = (
-        sorted(root.glob("[!.]*.[ct]sv"))
-        if kind == "multilabel" or not form or (form == "classes" and not kind)
-        else []
-    )
-    tables = [table for table in tables if "image" in raw.columns_of(table)]
-    if form == "classes" and not kind and tables:
-        several = len({item["label"] for item in READERS[form](raw, root)}) > 1
-        findings = len(_binary_columns(tables[0], (), raw, odd_is_error=not several)[0]) > 1
-        if several and findings:
-            what = f"{root} holds folders of classes and {tables[0].name}, a table of findings"
-            raise ValueError(f"{what}: say by --kind classification or --kind multilabel which of them counts.")
-        tables, form = (tables, "") if findings else ([], form)
-    if tables and not (form and "label" in raw.columns_of(tables[0])):
-        columns, others = _binary_columns(tables[0], classes, raw)
-        if len(columns) < 2 or kind not in ("", "multilabel"):
-            found, usual = ", ".join(table_rows(tables[0])[0]), ", ".join(COLUMNS["label"])
-            raise ValueError(
-                f"{tables[0]} has the columns {found}, none of them for labels ({usual}) and not several with 0 or 1 "
-                "of a finding in each row: name or correct them."
-            )
-        said = [f"columns that are no findings: {', '.join(others) or 'none'}"]
-        form, kind, classes = "table", "multilabel", columns
-        raw = Described(kind=kind, form=form, classes=columns, columns={"label": columns})
-    if not form:
-        Described(title="labelled", kind=kinds[0]).check(root)
-    every = list(READERS[form](raw, root))
-    if not (listed := [item for item in every if "problem" not in item]):
-        nothing = f"There are no labelled images in {root}: expected {Described.expected}."
-        raise DataProblems([item["problem"] for item in every] or [nothing])
-    labels = [item["label"] for item in listed]
-    if not kind:
-        of_files = form in ("pairs", "nnunet") or any(
-            has_suffix(f, SUFFIXES) for label in labels for f in files_of(label)
-        )
-        several = not of_files and any("|" in str(label) for label in labels)
-        kind = "segmentation" if of_files else "multilabel" if several else "classification"
-    layout: dict[str, Any] = {"form": form}
-    if raw.columns:
-        layout["columns"] = dict(raw.columns)
-    table = raw.tables_in(root)[0][1] if form == "table" else None
-    if groups and table and groups in table_rows(table)[0]:
-        layout["columns"] = {**raw.columns, "group": groups}
+    layout, said = _layout(root, classes, kind)
+    if groups and layout.form == "table" and groups in table_rows(_tables(layout, root)[0])[0]:
+        layout = replace(layout, columns={**layout.columns, "group": groups})
     elif groups:
-        layout["groups"] = groups
-    reader = raw if raw.columns else Described(kind=kind, form=form)
-    items, kinds_of, wrong = [], Counter[tuple[bool, int]](), list[str]()
-    for item in READERS[form](reader, root):
-        files = files_of(item["image"])
+        layout = replace(layout, groups=groups)
+    rows = layout.rows(root)
+    labels = [row["label"] for row in rows if "problem" not in row]
+    if not labels:
+        nothing = f"There are no labelled images in {root}: expected {Described.expected}."
+        raise DataProblems([row["problem"] for row in rows] or [nothing])
+    if not kind and not layout.masks and any(has_suffix(f, SUFFIXES) for label in labels for f in files_of(label)):
+        layout = replace(layout, kind="segmentation")
+        rows = layout.rows(root)
+    elif not kind and layout.form != "classes" and any("|" in str(label) for label in labels):
+        layout = replace(layout, kind="multilabel")
+    wrong, sizes = list[str](), list[tuple[Item, tuple[bool, int]]]()
+    for row in rows:
+        files = files_of(row["image"])
         try:
-            if gone := [f for f in (*files, *(label_files(item) if reader.masks else ())) if not Path(f).exists()]:
+            if gone := [f for f in (*files, *(label_files(row) if layout.masks else ())) if not Path(f).exists()]:
                 raise FileNotFoundError(f"{gone[0]} is not there: correct its path or remove its case.")
-            size = (True, case_grid(files)[1]) if is_volume(files[0]) else (False, len(files))
+            sizes.append((row, (True, case_grid(files)[1]) if is_volume(files[0]) else (False, len(files))))
         except (OSError, ValueError) as error:
-            wrong.append(item.get("problem", str(error)))
-        else:
-            items += [] if "problem" in item else [{**item, "image": files[0], "of": size}]
-            kinds_of[size] += 1
+            wrong.append(row.get("problem", str(error)))
+    items = [({**row, "image": files_of(row["image"])[0]}, size) for row, size in sizes if "problem" not in row]
     if not items:
         raise DataProblems(wrong)
-    (volume, count), _ = kinds_of.most_common(1)[0]
-    if volume and kind != "segmentation":
+    (volume, count), _ = Counter(size for _, size in sizes).most_common(1)[0]
+    if volume and not layout.masks:
         raise ValueError(f"{root} holds volumes with classes: give their masks, as in images/ and masks/ or nnU-Net's.")
-    items = [without(item, "of") for item in items if item["of"][0] == volume]
-    description: dict[str, Any] = {"name": name, "kind": kind, "dimensions": 3 if volume else 2, "layout": layout}
+    looked_at = [item for item, size in items if size[0] == volume]
+    of_layout = {key: value for key in ("form", "columns", "groups") if (value := getattr(layout, key))}
+    description: dict[str, Any] = {"name": name, "kind": layout.kind, "dimensions": 3 if volume else 2}
+    description["layout"] = of_layout
     if count > 1:
         named = names_of_channels(root)
         description["channels"] = named if len(named) == count else [f"channel {number}" for number in range(count)]
         description["teacher_channels"] = description["channels"][: 3 if count > 2 and not volume else 1]
-    if kind == "segmentation":
-        return description | _mask_classes(items, list(classes), *names_of_values(root)), items
-    return description | _image_classes(list(map(str, labels)), list(classes), kind == "multilabel", said), items
+    if layout.masks:
+        return description | _mask_classes(looked_at, list(classes), *names_of_values(root)), rows, looked_at
+    classes = list(layout.classes or classes)
+    return description | _image_classes(list(map(str, labels)), classes, layout.kind, said), rows, looked_at
+
+
+def _tables(layout: Described, root: Path) -> list[Path]:
+    """The tables of a folder that name images."""
+    return [table for table in sorted(root.glob("[!.]*.[ct]sv")) if "image" in layout.columns_of(table)]
+
+
+def _layout(root: Path, classes: Sequence[str], kind: str) -> tuple[Described, list[str]]:
+    """The layout of a folder, with labels of images as they are written, and a fact about its table of findings."""
+    layouts = [Described(kind=k, title="labelled") for k in ([kind] if kind else ["segmentation", "classification"])]
+    layout = next((replace(one, form=form) for one in layouts if (form := one.form_of(root))), layouts[0])
+    if not kind and layout.form in ("datalist", "table"):
+        layout = replace(layout, kind="classification")
+    tables = _tables(layout, root) if not layout.form or kind == "multilabel" else []
+    if layout.form == "classes" and not kind and (tables := _tables(layout, root)):
+        several = len({row["label"] for row in layout.rows(root)}) > 1
+        findings = len(_binary_columns(tables[0], (), layout, odd_is_error=not several)[0]) > 1
+        if several and findings:
+            what = f"{root} holds folders of classes and {tables[0].name}, a table of findings"
+            raise ValueError(f"{what}: say by --kind classification or --kind multilabel which of them counts.")
+        layout, tables = (replace(layout, form=""), tables) if findings else (layout, [])
+    if not tables or (layout.form and "label" in layout.columns_of(tables[0])):
+        layout.check(root)
+        return layout, []
+    columns, others = _binary_columns(tables[0], classes, layout)
+    if len(columns) < 2 or kind not in ("", "multilabel"):
+        found, usual = ", ".join(table_rows(tables[0])[0]), ", ".join(COLUMNS["label"])
+        raise ValueError(
+            f"{tables[0]} has the columns {found}, none of them for labels ({usual}) and not several with 0 or 1 "
+            "of a finding in each row: name or correct them."
+        )
+    said = [f"columns that are no findings: {', '.join(others) or 'none'}"]
+    return Described(kind="multilabel", form="table", classes=columns, columns={"label": columns}), said
 
 
 def _binary_columns(
-    table: Path, chosen: Sequence[str], raw: Described, odd_is_error: bool = True
+    table: Path, chosen: Sequence[str], layout: Described, odd_is_error: bool = True
 ) -> tuple[list[str], list[str]]:
     """The columns of a table whose cells are 0 or 1, all or those chosen, and the others.
 
     A column chosen, or filled mostly with 0 and 1, that holds something else is a ValueError if that is an error.
     """
     header, rows = table_rows(table)
-    rows, named = [row for row in rows if any(row.values())], raw.columns_of(table)
+    rows, named = [row for row in rows if any(row.values())], layout.columns_of(table)
     cells = {name: [row[name] for row in rows] for name in header if name not in named.values()}
     for name in chosen or cells:
         of = cells.get(name, ["no such column"])
@@ -192,8 +193,9 @@ def _binary_columns(
     return found, [name for name in header if name not in found]
 
 
-def _image_classes(labels: Sequence[str], names: list[str], several: bool, said: list[str]) -> dict[str, Any]:
+def _image_classes(labels: Sequence[str], names: list[str], kind: str, said: list[str]) -> dict[str, Any]:
     """Classes of images, or findings of labels such as "a|b", with facts that count them; others are a ValueError."""
+    several = kind == "multilabel"
     parts = (part.strip() for label in labels for part in (label.split("|") if several else [label]))
     named = {part.removesuffix(".0") for part in parts} - {""}
     for name in () if several or names else sorted(named):
@@ -203,7 +205,6 @@ def _image_classes(labels: Sequence[str], names: list[str], several: bool, said:
             )
         if len(of := {part.strip() for part in re.split("[;,/+]", name)}) > 1 and of <= named:
             raise ValueError(f"The label '{name}' joins others: join findings by |, or give --classes.")
-    kind = "multilabel" if several else "classification"
     names = names or sorted((n for n in named if Described(kind=kind).label_of(n) != 0), key=natural)
     found = [Described(kind=kind, classes=names).label_of(label) for label in labels]
     if lost := {label for label, number in zip(labels, found, strict=True) if number is None}:

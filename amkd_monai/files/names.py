@@ -63,11 +63,6 @@ def printable(name: str) -> str:
     return "".join(f"%{ord(c) & 0xFF:02X}" if "\udc80" <= c <= "\udcff" or c < " " or c == "\x7f" else c for c in name)
 
 
-def without_suffix(name: str) -> str:
-    """Return an id of a table or list, where it is written with the suffix of its picture, without it."""
-    return Path(name).stem if has_suffix(name, PICTURE_SUFFIXES) else name
-
-
 def file_of(folder: Path, name: str) -> Path:
     """Return a file of a folder whose name is made from an id, under ASCII locales too."""
     return folder / os.fsdecode(name.encode())
@@ -83,10 +78,15 @@ def image_files(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> lis
     others = [file for file in files if not has_suffix(file, (*suffixes, *COMPANIONS)) and file.is_file()]
     unread = [printable(f.name) for f in others if suffixes != VOLUME_SUFFIXES or not is_slice(f)]
     dead = [file_id(file) for file in wanted if file.is_symlink() and not file.is_file()]
-    for what, names in (("file(s) of a format that is not read here", unread), ("dead link(s)", dead)):
-        if names:
-            logger.warning("%d %s in %s are left out: %s.", len(names), what, folder, some(names))
+    left_out(folder, unread, "file(s) of a format that is not read here")
+    left_out(folder, dead, "dead link(s)")
     return [file for file in wanted if file.is_file()]
+
+
+def left_out(place: object, names: Sequence[str], what: str = "file(s)") -> None:
+    """Warn of what takes no part in a run, if there is anything."""
+    if names:
+        logger.warning("%d %s in %s are left out: %s.", len(names), what, place, some(names))
 
 
 def warn_of_deeper(folder: Path, known: Sequence[Path] = ()) -> None:
@@ -94,8 +94,7 @@ def warn_of_deeper(folder: Path, known: Sequence[Path] = ()) -> None:
     below = (child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     files = [f for child in sorted(below) if child not in known for f in sorted(child.rglob("[!.]*"))]
     files = [f for f in files if f.is_file() and not has_suffix(f, COMPANIONS)]
-    if deeper := [printable(str(f.relative_to(folder))) for f in files]:
-        logger.warning("%d file(s) in folders below %s are left out: %s.", len(deeper), folder, some(deeper))
+    left_out(folder, [printable(str(f.relative_to(folder))) for f in files], "file(s) in folders below, as they lie")
 
 
 def originals(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> list[Path]:
@@ -133,9 +132,14 @@ def channel_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str,
     for name, file in files.items():
         if match := CHANNEL.fullmatch(name):
             found[match["case"]][int(match["channel"])] = str(file)
-    if found and (others := [name for name in files if not CHANNEL.fullmatch(name)]):
-        logger.warning("%d file(s) in %s name no channel and are left out: %s.", len(others), folder, some(others))
+    others = [name for name, file in files.items() if not is_channel(file)]
+    left_out(folder, others if found else [], "file(s) that name no channel")
     return dict(found)
+
+
+def is_channel(file: Path) -> bool:
+    """Whether a file is named as a channel of a case."""
+    return CHANNEL.fullmatch(file_id(file)) is not None
 
 
 def is_prediction(file: Path) -> bool:
