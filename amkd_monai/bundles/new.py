@@ -17,7 +17,18 @@ from amkd_monai.data.datasets.described import BINARY, COLUMNS, Described, names
 from amkd_monai.data.splits import PATIENT, Item
 from amkd_monai.files import masks, volumes
 from amkd_monai.files.cases import case_grid, is_volume, read_case
-from amkd_monai.files.names import SUFFIXES, DataProblems, files_of, has_suffix, label_files, natural, some, table_rows
+from amkd_monai.files.names import (
+    DICOM_SUFFIX,
+    SUFFIXES,
+    VOLUME_SUFFIXES,
+    DataProblems,
+    files_of,
+    has_suffix,
+    label_files,
+    natural,
+    some,
+    table_rows,
+)
 from amkd_monai.files.pictures import picture_frame, read_picture
 from amkd_monai.storage import atomic_folder
 from amkd_monai.terminal import progress
@@ -53,31 +64,16 @@ def new_bundle(
     root, folder = Path(data).expanduser().resolve(), Path(to).expanduser() / name
     if folder.exists():
         raise FileExistsError(f"The bundle {folder} already exists: give another name, or remove it.")
-    description, rows, items = _described(name, root, classes, groups, kind)
-    of_labels = description.pop("facts")
+    description, facts, items = _described(name, root, classes, groups, kind)
     flat, several = description["dimensions"] == 2, "channels" in description
     guessed = "several channels" if several else modality
-    facts, part = _pictures(items) if flat else _volumes(items, description, guessed)
+    found, part = _pictures(items) if flat else _volumes(items, description, guessed)
     description["modality"] = modality or part["modality"]
     description["folder"] = os.path.relpath(root, folder.resolve() / "configs")
     task = get_task(description)
-    found = task.layout.items_of(rows, root)
-    problems, grouped = [item["problem"] for item in found if "problem" in item], {item["group"] for item in found}
-    if len(problems) == len(found):
-        raise DataProblems(problems)
-    facts = [
-        f"{len(found)} labelled {'volumes' if task.dimensions == 3 else 'pictures'} ({description['layout']['form']})",
-        f"{task.kind}, classes: {', '.join(task.classes)} (other names: --classes)",
-        *of_labels,
-        *facts,
-        f"channels: {', '.join(task.channels)}; teachers see {', '.join(task.teacher_channels)}" if several else "",
-        f"groups: {len(grouped)}"
-        if groups or any(item.get("group") for item in items)
-        else f"groups: {len(grouped)}, with DICOM images of one patient together"
-        if any(group.startswith(PATIENT) for group in grouped)
-        else f"EACH IMAGE IS A GROUP OF ITS OWN ({len(grouped)}): if several are of one patient, give --groups",
-        f"{len(problems)} of them cannot be used: python -m amkd_monai data check {folder}" if problems else "",
-    ]
+    facts += [*found, f"{task.kind}, classes: {', '.join(task.classes)} (other names: --classes)"]
+    if several:
+        facts.append(f"channels: {', '.join(task.channels)}; teachers see {', '.join(task.teacher_channels)}")
     own = _part(name, task, part)
     texts = bundle_files(name, own) | {"configs/task.json": json.dumps(description, indent=2) + "\n"}
     values = {"bundle": name, "place": (Path(to) / name).as_posix(), **own["values"]}
@@ -87,17 +83,17 @@ def new_bundle(
         for place, text in texts.items():
             (made / place).parent.mkdir(parents=True, exist_ok=True)
             (made / place).write_text(text, encoding="utf-8")
-    return folder, [fact for fact in facts if fact]
+    return folder, facts
 
 
 def _described(
     name: str, root: Path, classes: Sequence[str], groups: str, kind: str
-) -> tuple[dict[str, Any], list[Item], list[Item]]:
-    """The description of the task, with "facts" about its labels, the rows of its layout and those to look at."""
+) -> tuple[dict[str, Any], list[str], list[Item]]:
+    """The description of the task, facts, and the items that can be used, with the first file of each image."""
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}: correct --data.")
     layout, said = _layout(root, classes, kind)
-    if groups and layout.form == "table" and groups in table_rows(_tables(layout, root)[0])[0]:
+    if groups and layout.form == "table" and any(groups in table_rows(file)[0] for file in _tables(layout, root)):
         layout = replace(layout, columns={**layout.columns, "group": groups})
     elif groups:
         layout = replace(layout, groups=groups)
@@ -111,33 +107,45 @@ def _described(
         rows = layout.rows(root)
     elif not kind and layout.form != "classes" and any("|" in str(label) for label in labels):
         layout = replace(layout, kind="multilabel")
-    wrong, sizes = list[str](), list[tuple[Item, tuple[bool, int]]]()
-    for row in rows:
-        files = files_of(row["image"])
-        try:
-            if gone := [f for f in (*files, *(label_files(row) if layout.masks else ())) if not Path(f).exists()]:
-                raise FileNotFoundError(f"{gone[0]} is not there: correct its path or remove its case.")
-            sizes.append((row, (True, case_grid(files)[1]) if is_volume(files[0]) else (False, len(files))))
-        except (OSError, ValueError) as error:
-            wrong.append(row.get("problem", str(error)))
-    items = [({**row, "image": files_of(row["image"])[0]}, size) for row, size in sizes if "problem" not in row]
-    if not items:
-        raise DataProblems(wrong)
-    (volume, count), _ = Counter(size for _, size in sizes).most_common(1)[0]
+    sizes = Counter(size for row in rows if (size := _size(files_of(row["image"]))))
+    volume, count = sizes.most_common(1)[0][0] if sizes else (False, 1)
     if volume and not layout.masks:
         raise ValueError(f"{root} holds volumes with classes: give their masks, as in images/ and masks/ or nnU-Net's.")
-    looked_at = [item for item, size in items if size[0] == volume]
-    of_layout = {key: value for key in ("form", "columns", "groups") if (value := getattr(layout, key))}
     description: dict[str, Any] = {"name": name, "kind": layout.kind, "dimensions": 3 if volume else 2}
-    description["layout"] = of_layout
+    description["layout"] = {key: value for key in ("form", "columns", "groups") if (value := getattr(layout, key))}
     if count > 1:
         named = names_of_channels(root)
         description["channels"] = named if len(named) == count else [f"channel {number}" for number in range(count)]
         description["teacher_channels"] = description["channels"][: 3 if count > 2 and not volume else 1]
+    if not layout.masks:
+        own, facts = _image_classes(list(map(str, labels)), list(layout.classes or classes), layout.kind)
+        description, said = description | own, facts + said
+    layout = replace(layout, title=name, volumes=volume, channels=count, classes=description.get("classes", ()))
+    found = layout.items_of(rows, root)
+    items = [{**item, "image": files_of(item["image"])[0]} for item in found if "problem" not in item]
+    if not items:
+        raise DataProblems([item["problem"] for item in found])
     if layout.masks:
-        return description | _mask_classes(looked_at, list(classes), *names_of_values(root)), rows, looked_at
-    classes = list(layout.classes or classes)
-    return description | _image_classes(list(map(str, labels)), classes, layout.kind, said), rows, looked_at
+        own, said = _mask_classes(items, list(classes), *names_of_values(root))
+    all_groups = {item["group"] for item in found}
+    of_groups = f"groups: {len(all_groups)}"
+    if not groups and not any(row.get("group") for row in rows):
+        by_patient = any(group.startswith(PATIENT) for group in all_groups)
+        alone = f"EACH IMAGE IS A GROUP OF ITS OWN ({len(all_groups)}): if several are of one patient, give --groups"
+        of_groups = f"{of_groups}, with DICOM images of one patient together" if by_patient else alone
+    facts = [f"{len(found)} labelled {'volumes' if volume else 'pictures'} ({layout.form})", *said, of_groups]
+    if lost := len(found) - len(items):
+        facts.append(f"{lost} of them cannot be used: the command `data check` names them")
+    return description | own, facts, items
+
+
+def _size(files: Sequence[str]) -> tuple[bool, int] | None:
+    """Whether an image is a volume, and the number of its channels; None if that cannot be read."""
+    try:
+        channels = case_grid(files)[1] if is_volume(files[0]) else len(files)
+    except (OSError, ValueError):
+        return None
+    return (is_volume(files[0]), channels) if all(Path(file).exists() for file in files) else None
 
 
 def _tables(layout: Described, root: Path) -> list[Path]:
@@ -193,7 +201,7 @@ def _binary_columns(
     return found, [name for name in header if name not in found]
 
 
-def _image_classes(labels: Sequence[str], names: list[str], kind: str, said: list[str]) -> dict[str, Any]:
+def _image_classes(labels: Sequence[str], names: list[str], kind: str) -> tuple[dict[str, Any], list[str]]:
     """Classes of images, or findings of labels such as "a|b", with facts that count them; others are a ValueError."""
     several = kind == "multilabel"
     parts = (part.strip() for label in labels for part in (label.split("|") if several else [label]))
@@ -213,23 +221,33 @@ def _image_classes(labels: Sequence[str], names: list[str], kind: str, said: lis
     counts = [sum(n >> place & 1 if several else n == place for n in numbers) for place in range(len(names))]
     shown = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
     if several:
-        said = [f"several findings per picture: {shown}; none of them {numbers.count(0)}", *said]
-        return {"facts": said, "classes": names}
+        return {"classes": names}, [f"several findings per picture: {shown}; none of them {numbers.count(0)}"]
     single = {"singled_out": names[1:]} if len(names) == 2 else {}
-    return {"facts": [f"images of each class: {shown}"], "classes": names, **single}
+    return {"classes": names, **single}, [f"images of each class: {shown}"]
 
 
 def _mask_classes(
     items: Sequence[Item], classes: list[str], named: dict[int, str], regions: dict[str, list[int]]
-) -> dict[str, Any]:
-    """Classes and meaning of the values in masks, with a fact that counts them; what is no name is a ValueError."""
-    counts: Counter[float] = Counter()
-    for item in progress(items, desc="read masks", delay=1):
-        read = [volumes.read_volume(f)[0] if is_volume(f) else masks.raw_mask(f) for f in label_files(item)]
-        counts.update({float(value) for values in read for value in np.unique(values)})
+) -> tuple[dict[str, Any], list[str]]:
+    """Classes and meaning of the values in masks, and facts that count them; what is no name is a ValueError."""
+    counts, unread = Counter[float](), list[str]()
+    for file in (file for item in progress(items, desc="read masks", delay=1) for file in label_files(item)):
+        try:
+            held = np.unique(volumes.read_volume(file)[0] if is_volume(file) else masks.raw_mask(file))
+        except ValueError as error:
+            if has_suffix(file, [DICOM_SUFFIX, *VOLUME_SUFFIXES]):
+                raise
+            unread.append(str(error))
+            continue
+        if held[0] < 0:
+            raise ValueError(f"{file} holds the label {held[0]:g}: write labels from 0 on, 0 for the background.")
+        counts.update(held.tolist())
+    if not counts:
+        raise DataProblems(unread)
     values = sorted(counts)
     shown = ", ".join(f"{value:g} in {counts[value]}" for value in values[: masks.LARGEST_INDEX])
     facts = [f"values in the masks, and in how many: {shown}{' ...' if len(values) > masks.LARGEST_INDEX else ''}"]
+    facts += [f"{len(unread)} mask(s) are not understood: {unread[0]}"] if unread else []
     if len(values) < 2:
         raise ValueError(f"All masks hold the value {values[0]:g} alone: give some with what is to be found.")
     small = [value for value in values if value != masks.IGNORED]
@@ -253,10 +271,10 @@ def _mask_classes(
         if len(classes) != len(values):
             raise ValueError(f"The masks hold the values {shown}: give {len(values)} --classes, one for each.")
         codes = {f"{value:g}": number for number, value in enumerate(values)}
-    found: dict[str, Any] = {"classes": classes, "mask_codes": codes, "facts": facts}
+    found: dict[str, Any] = {"classes": classes, "mask_codes": codes}
     if len(classes) == len(kept) and regions:
         found["regions"] = {name: [kept.index(value) for value in values] for name, values in regions.items()}
-    return found
+    return found, facts
 
 
 def _spread(items: Sequence[Item]) -> list[Item]:

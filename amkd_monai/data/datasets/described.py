@@ -489,7 +489,12 @@ def _class_folders(layout: Described, root: Path) -> list[tuple[dict[str, str], 
 
 
 def _classes(layout: Described, root: Path, found: list[tuple[dict[str, str], Path]]) -> Iterator[Item]:
-    """A folder of pictures per class, in the data set's folder or in those of sections."""
+    """A folder of pictures per class, in the data set or its sections; folders per case are refused."""
+    names = [[file_id(f) for f in _images_in(folder) if has_suffix(f, PICTURE_SUFFIXES)] for _, folder in found]
+    masks = [[name for name in of if name in LABELS or name.endswith(ENDINGS[1:])] for of in names]
+    if all(of and len(own) - len(of) < 2 for of, own in zip(masks, names, strict=True)):
+        each = f"{found[0][1]} and the other folders in {root} hold one image with its mask"
+        raise ValueError(f"{each}: put these into images/ and masks/, each with the name of its case.")
     for section, folder in found:
         warn_of_deeper(folder)
         for file in originals(folder, SUFFIXES):
