@@ -94,7 +94,7 @@ def warn_of_deeper(folder: Path, known: Sequence[Path] = ()) -> None:
     below = (child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     files = [f for child in sorted(below) if child not in known for f in sorted(child.rglob("[!.]*"))]
     files = [f for f in files if f.is_file() and not has_suffix(f, COMPANIONS)]
-    left_out(folder, [printable(str(f.relative_to(folder))) for f in files], "file(s) in folders below, as they lie")
+    left_out(f"folders below {folder}", [printable(str(f.relative_to(folder))) for f in files])
 
 
 def originals(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> list[Path]:
@@ -112,11 +112,9 @@ def images_to_predict(
     folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES, known: Sequence[Path] = ()
 ) -> dict[str, Path]:
     """Map id, with the suffix where two have one name, to file, of a folder's :func:`originals`; see warn_of_deeper."""
-    kept = originals(folder, suffixes)
-    if kept or known:
+    if (kept := originals(folder, suffixes)) or known:
         warn_of_deeper(folder, known)
-    ids = Counter(map(file_id, kept))
-    result: dict[str, Path] = {}
+    ids, result = Counter(map(file_id, kept)), dict[str, Path]()
     for file in sorted(kept, key=lambda file: ids[file_id(file)]):
         name = file_id(file) if ids[file_id(file)] == 1 else printable(file.name)
         while name in result:
@@ -149,6 +147,12 @@ def is_prediction(file: Path) -> bool:
             return MARK.encode() in stream.read(512)
         except (OSError, EOFError):
             return False
+
+
+def group_in(name: str, expression: str) -> str:
+    """Return what the first group of a regular expression finds in a name, "" if it finds nothing or has no group."""
+    found = re.search(expression, name)
+    return (found[1] or "") if found and found.groups() else ""
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -23,6 +23,7 @@ from amkd_monai.files.names import (
     channel_files,
     file_id,
     files_of,
+    group_in,
     has_suffix,
     image_files,
     is_channel,
@@ -117,6 +118,11 @@ class Described:
         "per class, or a table (CSV)"
     )
     predict_in: Sequence[str] = ("imagesTs", *IMAGES)  # may hold the images to predict; the root is looked at last
+
+    @property
+    def options(self) -> set[str]:
+        """What may be given to :meth:`find_items` of this data set."""
+        return {"folders", "mask_ending", "duplicate_distance", *(["normals"] if self.normals else [])}
 
     @property
     def masks(self) -> bool:
@@ -310,10 +316,8 @@ class Described:
         names = {named(name): number for number, name in enumerate(self.classes)}
         names |= {named(alias): names[named(name)] for alias, name in self.aliases.items()}
         text = named(str(label).strip().removesuffix(".0"))
-        number = names.get(text)
-        if number is None and text.isdecimal() and int(text) < len(self.classes) and not any(map(str.isdecimal, names)):
-            number = int(text)
-        return number
+        is_value = text.isdecimal() and int(text) < len(self.classes) and not any(map(str.isdecimal, names))
+        return names.get(text, int(text) if is_value else None)
 
     def text_of(self, label: int) -> str:
         """Return the name of an image's class, or those of its findings joined by "|"."""
@@ -347,9 +351,8 @@ class Described:
 
     def _grouped(self, item: Item) -> Item:
         """Return an item with the group that is in its name, before names of several folders get those of these."""
-        found = re.search(self.groups, item["id"]) if self.groups else None
-        if found and found.groups() and found[1]:
-            return {**item, "group": found[1]}
+        if group := group_in(item["id"], self.groups):
+            return {**item, "group": group}
         wrong = f"The pattern {self.groups} finds no group in the name '{item['id']}': correct one."
         return {"problem": wrong, **item} if self.groups else item
 
@@ -478,14 +481,11 @@ def _pairs(layout: Described, root: Path, found: list[Found], raw: bool = False)
 
 def _class_folders(layout: Described, root: Path) -> list[tuple[dict[str, str], Path]]:
     """Section and folder of each class, if one has images."""
+    places = [(s, f) for s, place in _places(root) if place.is_dir() for f in sorted(place.iterdir()) if f.is_dir()]
     found = [
-        (section, folder)
-        for section, place in _places(root)
-        for folder in (sorted(place.iterdir()) if place.is_dir() else ())
-        if folder.is_dir() and folder.name not in (*IMAGES, *LABELS) and not _section(folder.name)
-        if not folder.name.startswith(".")
+        (s, f) for s, f in places if f.name not in (*IMAGES, *LABELS) and not _section(f.name) and f.name[0] != "."
     ]
-    return [] if layout.masks or not any(any(_images_in(folder)) for _, folder in found) else found
+    return found if not layout.masks and any(any(_images_in(folder)) for _, folder in found) else []
 
 
 def _classes(layout: Described, root: Path, found: list[tuple[dict[str, str], Path]]) -> Iterator[Item]:
@@ -696,15 +696,14 @@ def _named(items: Iterable[Item], root: Path) -> list[Item]:
     ids = ["_".join([*(part for part in p.parts[:-1] if part not in ("..", ".")), file_id(p)]) for p in paths]
     if len(set(ids)) > len({item["id"] for item in listed}):
         listed = [{**item, "id": name} for item, name in zip(listed, ids, strict=True)]
-    seen: dict[str, str] = {}
-    result: list[Item] = []
+    seen, result = dict[str, str](), list[Item]()
     for item in listed:
         image, name = files_of(item["image"])[0], item["id"]
         if other := seen.get(name):
             twice = f"{image} is listed twice" if other == image else f"{other} and {image} have the same name"
-            item = {**item, "problem": item.get("problem", f"{twice}: keep one of them.")}
-            while name in seen:
-                name += "'"
+            item = {"problem": f"{twice}: keep one of them.", **item}
+        while name in seen:
+            name += "'"
         seen[name] = image
         result.append({**item, "id": name})
     return result
@@ -754,10 +753,9 @@ def _official_sections(items: Iterable[Item]) -> Sections:
 
     What would leak from test into validation or training, or from validation into training, is left out there.
     """
-    sections: dict[str, list[Item]] = {name: [] for name in SECTIONS}
+    sections, taken = {name: list[Item]() for name in SECTIONS}, set[str]()
     for item in sorted(items, key=lambda item: str(item["id"])):
         sections[item["section"]].append(splits.without(item, "section"))
-    taken: set[str] = set()
     for name in reversed(SECTIONS):
         if lost := [item["id"] for item in sections[name] if item["group"] in taken]:
             logger.warning("Left out of %s, as the same images lie in a later section: %s.", name, some(lost))
@@ -768,7 +766,7 @@ def _official_sections(items: Iterable[Item]) -> Sections:
 
 def report_conflicts(items: Iterable[Item], name_of: Callable[[int], str]) -> None:
     """Warn of identical images with different classes; they stay, in one group."""
-    members: defaultdict[str, list[Item]] = defaultdict(list)
+    members = defaultdict[str, list[Item]](list)
     for item in items:
         members[item["group"]].append(item)
     groups = [group for group in members.values() if len({item["label"] for item in group}) > 1]
