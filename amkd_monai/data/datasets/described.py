@@ -43,24 +43,18 @@ from amkd_monai.terminal import logger
 IMAGES = ("images", "imagesTr", "image", "imgs", "Imgs", "frames")
 LABELS = ("masks", "labels", "labelsTr", "mask", "label", "annotations", "segmentations", "GT")
 ENDINGS = ("", "_mask", "_seg", "_segmentation", "_label", "_labels", "_gt", "-mask", "-seg", "-label")
-SECTIONS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid"),
-    "test": ("test", "testing"),
-}
+SECTIONS = {"train": ("train", "training"), "validation": ("validation", "val", "valid"), "test": ("test", "testing")}
 """Names of folders, and of lists and cells in datalists and tables, by section; the case does not matter."""
 COLUMNS = {
-    "image": ("image", "path", "file", "filename", "image_path", "image_id", "image index", "id_code", "id"),
-    "label": (
-        *("label", "class", "diagnosis", "target", "mask", "mask_path", "segmentation", "label_path"),
-        *("findings", "finding labels"),
-    ),
-    "group": (
-        *("group", "patient", "patient_id", "patient id", "patientid"),
-        *("subject", "subject_id", "subject id", "subjectid", "case_id"),
-    ),
-    "section": ("section", "split", "set", "subset"),
-    "fold": ("fold",),
+    what: tuple(names.split(", "))
+    for what, names in {
+        "image": "image, path, file, filename, image_path, image_id, image index, id_code, id",
+        "label": "label, class, diagnosis, target, mask, mask_path, segmentation, label_path, findings, finding labels",
+        "group": "group, patient, patient_id, patient id, patientid, subject, subject_id, subject id, subjectid"
+        ", case_id",
+        "section": "section, split, set, subset",
+        "fold": "fold",
+    }.items()
 }
 """Columns of a table by the names they usually have, the image's first."""
 
