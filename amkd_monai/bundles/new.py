@@ -243,7 +243,7 @@ def _mask_classes(
             raise ValueError(f"{file} holds the label {held[0]:g}: write labels from 0 on, 0 for the background.")
         counts.update(held.tolist())
     if not counts:
-        raise DataProblems(unread)
+        raise DataProblems([problem.replace(masks.HOW, "save it as class indices") for problem in unread])
     values = sorted(counts)
     shown = ", ".join(f"{value:g} in {counts[value]}" for value in values[: masks.LARGEST_INDEX])
     facts = [f"values in the masks, and in how many: {shown}{' ...' if len(values) > masks.LARGEST_INDEX else ''}"]
