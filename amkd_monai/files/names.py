@@ -124,14 +124,17 @@ def images_to_predict(
 
 
 def channel_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, dict[int, str]]:
-    """The files of each case of a folder by channel, named as nnU-Net does: ``case_0000.png``, ``case_0001.png``."""
-    found: defaultdict[str, dict[int, str]] = defaultdict(dict)
-    files = {file_id(file): file for file in image_files(folder, suffixes)} if folder.is_dir() else {}
-    for name, file in files.items():
-        if match := CHANNEL.fullmatch(name):
-            found[match["case"]][int(match["channel"])] = str(file)
-    others = [name for name, file in files.items() if not is_channel(file)]
-    left_out(folder, others if found else [], "file(s) that name no channel")
+    """The files of each case of a folder by channel, named as nnU-Net does: ``case_0000.png``, ``case_0001.png``.
+
+    Two files of one channel are a ValueError.
+    """
+    found, files = defaultdict[str, dict[int, str]](dict), image_files(folder, suffixes) if folder.is_dir() else []
+    for file in files:
+        if match := CHANNEL.fullmatch(file_id(file)):
+            other = found[match["case"]].setdefault(int(match["channel"]), str(file))
+            if other != str(file):
+                raise ValueError(f"{other} and {file} have the same name: keep one of them.")
+    left_out(folder, [file_id(f) for f in files if found and not is_channel(f)], "file(s) that name no channel")
     return dict(found)
 
 

@@ -414,9 +414,10 @@ def _raw_in(layout: Described, root: Path) -> list[Found]:
 
 def _pairs_in(layout: Described, root: Path) -> list[Found]:
     """The folders of images and of masks in a folder, those of sections where they are there."""
-    there = [(section, i, m) for section, i, m in layout.official_in(root) if i and m]
-    if there or not layout.masks:
-        return there if layout.masks else []
+    if not layout.masks:
+        return []
+    if there := [(section, i, m) for section, i, m in layout.official_in(root) if i and m]:
+        return there
     if layout.strata:
         chosen = [({"class": i}, root / i, root / m) for i, m in layout.folders if (root / i).is_dir()]
         return chosen if len(chosen) > 1 else []
@@ -486,7 +487,8 @@ def _classes(layout: Described, root: Path, found: list[tuple[dict[str, str], Pa
     """A folder of pictures per class, in the data set or its sections; folders per case are refused."""
     names = [[file_id(f) for f in _images_in(folder) if has_suffix(f, PICTURE_SUFFIXES)] for _, folder in found]
     masks = [[name for name in of if name in LABELS or name.endswith(ENDINGS[1:])] for of in names]
-    if all(of and len(own) - len(of) < 2 for of, own in zip(masks, names, strict=True)):
+    known = any(layout.class_of(folder.name) is not None for _, folder in found)
+    if not known and all(of and len(own) - len(of) < 2 for of, own in zip(masks, names, strict=True)):
         each = f"{found[0][1]} and the other folders in {root} hold one image with its mask"
         raise ValueError(f"{each}: put these into images/ and masks/, each with the name of its case.")
     for section, folder in found:
