@@ -152,6 +152,13 @@ def is_prediction(file: Path) -> bool:
             return False
 
 
+def keep_others(path: Path) -> Path:
+    """Return the path of a prediction to write; a file there that is none is a ValueError."""
+    if path.is_file() and path.stat().st_size and not is_prediction(path):
+        raise ValueError(f"{path} is there and is no prediction: give another folder for what is written.")
+    return path
+
+
 def group_in(name: str, expression: str) -> str:
     """Return what the first group of a regular expression finds in a name, "" if it finds nothing or has no group."""
     found = re.search(expression, name)
