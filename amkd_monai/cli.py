@@ -256,6 +256,8 @@ def _data_check(arguments: argparse.Namespace) -> int:
     for folder in (Path(name), Path("bundles") / name):
         if (folder / "configs" / "train.json").is_file():
             config = json.loads((folder / "configs" / "train.json").read_text(encoding="utf-8"))
+            if "task" not in config:
+                raise ValueError(f"{folder} has several data sets: check the bundle of each.")
             described = folder / "configs" / "task.json"
             name, bundles = str(described) if described.is_file() else config["task"], folder.parent
             break
@@ -265,7 +267,8 @@ def _data_check(arguments: argparse.Namespace) -> int:
     caches = bundles / ".cache" if bundles.is_dir() else pooch.os_cache("amkd_monai")  # leaves no folder just anywhere
     cache = Path(arguments.cache_dir or caches / get_task(name).name)
     root, _ = resolve_dataset_dir(name, how["dataset_dir"], cache)
-    split = SplitOptions(folds=how["folds"], fold=how["fold"] or 0, seed=how["split_seed"] or 0)
+    fractions = config.get("split_fractions", SplitOptions.fractions)
+    split = SplitOptions(fractions, how["folds"], how["fold"] or 0, how["split_seed"] or 0)
     report = check_data(name, root, cache, how["data_options"], split, codes := how["mask_codes"])
     print(report)
     if usable := [item for item in report.items if item["id"] not in report.damaged]:

@@ -24,7 +24,7 @@ from amkd_monai.data.sampling import Augmentation, MultiTaskLoader
 from amkd_monai.distillation import Batch, Distiller
 from amkd_monai.distillation.gates import LossGate, ScaledLossGate
 from amkd_monai.distillation.interface import DistillationOutput
-from amkd_monai.engines.runs import expand
+from amkd_monai.engines.runs import check_part, expand
 from amkd_monai.engines.trainer import DistillationTrainer, TeacherTargets, distillation_batch
 from amkd_monai.errors import EXPECTED, is_own, root_cause
 from amkd_monai.networks.student import Head, SharedStudent
@@ -43,6 +43,7 @@ class TaskBundle:
     def __init__(self, name: str, parser: ConfigParser) -> None:
         self.name, self.parser = name, parser
         self.task = get_task(parser.get_parsed_content("task"))
+        check_part(name, parser)
         network = parser.config["network_def"]
         network = {k: self.get(f"network_def#{k}") for k in ("num_classes", "stride") if k in network}
         self.head = Head(self.task.kind, int(network["num_classes"]), int(network.get("stride", 4)))

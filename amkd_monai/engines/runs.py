@@ -33,7 +33,7 @@ from monai.utils import ensure_tuple
 from amkd_monai import __version__
 from amkd_monai.data.datalist import OTHER, Datalist, find_dataset_dir
 from amkd_monai.data.datasets import get_task, recorded_task
-from amkd_monai.data.seen import fingerprints, seen_before
+from amkd_monai.data.seen import Seen, fingerprints, seen_before
 from amkd_monai.data.splits import Item
 from amkd_monai.distillation import distiller
 from amkd_monai.files.masks import NAMED_CODES
@@ -328,23 +328,23 @@ class Identity:
     def claim(self, keep: bool = False) -> None:
         """Make the folders this run's: set aside what an earlier run left (unless ``keep``), and write the record."""
         hold(*self.places.values())
-        origins = [self.places["ckpt_dir"]] if keep else []
-        origins += [Path(self.init_from).expanduser().parent] if self.init_from else []
-        earlier = [record for folder in origins if (record := read_record(folder))]
         contents = {folder: _contents([*data.validation, *data.test]) for folder, data in self.datalists.items()}
         for folder, found in contents.items() if self.resume else ():
             _refuse_changed(self.record, folder, found)
+        self.record["seen"] = self.seen(keep)
         if not (keep or self.resume):
             _set_aside(self.places, self.datalists)
         for folder, data in self.datalists.items():
             data.write_split(self.places["output_dir"] / folder)
         self.record["contents"] = contents
-        self.record["seen"] = self._seen(earlier)
         atomic_write_json(self.places["ckpt_dir"] / RECORD, self.record)
 
-    def _seen(self, earlier: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
+    def seen(self, keep: bool = False) -> dict[str, Seen]:
         """Fingerprints of the images that the student sees, by folder, and of those that it saw in earlier runs."""
-        found = {}
+        found = dict[str, Seen]()
+        origins = [self.places["ckpt_dir"]] if keep else []
+        origins += [Path(self.init_from).expanduser().parent] if self.init_from else []
+        earlier = [record for folder in origins if (record := read_record(folder))]
         for folder, data in self.datalists.items():
             shown = [*data.train, *data.unlabelled, *self.further.get(folder, ())]
             sections = {"train": shown, "validation": data.validation}
@@ -354,6 +354,23 @@ class Identity:
                 before = {f"{'' if name.startswith('earlier ') else 'earlier '}{name}": v for name, v in images.items()}
                 found[folder] = before | found.get(folder, {})
         return found
+
+    def refuse_leaks(self) -> None:
+        """Refuse test images that another task or an earlier run shows, and cross-fitting on images seen before."""
+        crosses = self.record["training"].get("admission", {}).get("mode", "cross_fit") == "cross_fit"
+        shown = [(of, name, values[0]) for of, images in self.seen().items() for name, values in images.items()]
+        before = {v for _, name, v in shown if name.startswith("earlier ")}
+        for folder, data in self.datalists.items():
+            known = {v: f"{name} of {of}" for of, name, v in shown if of != folder or name.startswith("earlier ")}
+            own = fingerprints({"test": data.test}, data.task.dimensions == 3, self.cache_dir)
+            if found := [f"{name} ({known[v]})" for name, (v, *_) in own.items() if v in known]:
+                what = f"{len(found)} test image(s) of {data.task.name} are shown in training, such as {found[0]}"
+                raise ValueError(f"{what}: give both the same split, or leave one out.")
+            again = sum(v in before for of, name, v in shown if of == folder and name.startswith("train/"))
+            teachers = self.record.get("tasks", {folder: self.record})[folder]["teachers"]
+            if again and crosses and any(teacher.get("cross_fit", True) for teacher in teachers):
+                what = f"The student of init_from has seen {again} training image(s) of {data.task.name}"
+                raise ValueError(f"{what}, so it cannot be cross-fitted on them: set admission#mode to all or none.")
 
 
 def identity(datalist: Datalist, further: Sequence[Item] = (), teachers: Sequence[Mapping[str, Any]] = ()) -> Identity:
@@ -550,9 +567,6 @@ def adopt(parser: ConfigParser, purpose: str, given: Mapping[str, Any]) -> dict[
         _adopt_tasks(parser, record, given, student)
         return record
     _check_task(parser, record, student, data=scored and not other)
-    place = "preprocessing" if "preprocessing" in config else "validate#preprocessing"
-    for now, then in itertools.zip_longest(image_steps(parser, place), record["preprocessing"]):
-        _agree({place: now or "nothing"}, {place: then or "nothing"}, student, "restore it")
     if other:
         if not given.get("output_dir"):
             raise ValueError("other_data needs an --output_dir of its own.")
@@ -606,18 +620,30 @@ def _adopt_tasks(parser: ConfigParser, record: Mapping[str, Any], given: Mapping
             _agree(now, then, student)
         if place is None and name in (given.get("only") or entries) and not given.get("dataset_dir"):
             place = _data_root(of_task["data"])
-        tasks[name] = {**trained[name], "dataset_dir": place, "split_hash": of_task["data"]["split_hash"]}
+        known = {**of_task["settings"], **trained[name]}  # a default of the bundle may have changed since
+        tasks[name] = {**known, "dataset_dir": place, "split_hash": of_task["data"]["split_hash"]}
     parser["tasks"] = tasks
 
 
+def check_part(task: str, parser: ConfigParser) -> None:
+    """Refuse the bundle of one task, in use, that is not as it was when its shared student was trained."""
+    ckpt_dir, purpose = Path(parser.get_parsed_content("ckpt_dir")), parser.config["purpose"]
+    records = (read_record(ckpt_dir) or {}).get("tasks", {})  # without those whose heads were carried on
+    if purpose != "training" and task in records:
+        _check_task(parser, records[task], ckpt_dir / STUDENT, data=purpose == "evaluation")
+
+
 def _check_task(parser: ConfigParser, record: Mapping[str, Any], student: Path, data: bool) -> None:
-    """Refuse a task that is described otherwise than when the student was trained; the layout counts with its data."""
+    """Refuse a task described or prepared otherwise than in the training; with ``data`` its layout counts, too."""
     task = get_task(parser.get_parsed_content("task")) if "task" in parser.config else recorded_task(record)
     left = {"folder"} if data else {"folder", "layout"}
     described = (task.description or {}, record.get("description") or {})
     now, then = ({k: v for k, v in of.items() if k not in left} for of in described)
     _agree(now, then, student, "restore the description of the task")
     _agree({"classes": list(task.classes)}, {"classes": record["classes"]}, student, "train again")
+    place = "preprocessing" if "preprocessing" in parser.config else "validate#preprocessing"
+    for step, before in itertools.zip_longest(image_steps(parser, place), record["preprocessing"]):
+        _agree({place: step or "nothing"}, {place: before or "nothing"}, student, "restore it")
 
 
 def _overridden(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -673,6 +699,8 @@ def start(found: Identity, resume: bool | str = False) -> None:
         raise ValueError(f"{folder} holds a student of the bundle {old['bundle']}: give another --ckpt_dir.")
     elif run.get("data", {}).get("task", None if "tasks" in run else task) != task:
         raise ValueError(f"{results} holds the results of another bundle: give an --output_dir of this run.")
+    elif idist.get_rank() == 0 and (found.init_from or len(found.datalists) > 1):
+        found.refuse_leaks()
 
 
 def _core(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from amkd_monai.label.fine_tune import FineTune
 from amkd_monai.label.student import ServedStudent, series_as_nifti, write_mask
 from amkd_monai.label.studies import Studies
 from amkd_monai.metrics.classification import class_row
-from amkd_monai.storage import atomic_write_json, read_json
+from amkd_monai.storage import atomic_write_json, read_json, size_and_time
 
 BUDGET_S = 10.0
 """How long a client that asks for the next image waits, at most, for images to be scored."""
@@ -165,7 +165,7 @@ class SuitableImages(BatchInferTask):
 
 
 class ScoreUncertainty(ScoringMethod):
-    """Uncertainty of unlabelled images, kept in ``uncertainty.json`` of the bundle until the student changes.
+    """Uncertainty of unlabelled images, kept in ``uncertainty.json`` of the bundle until student or image changes.
 
     The datastore is not written, so that no label is lost to a second process.
     """
@@ -186,13 +186,14 @@ class ScoreUncertainty(ScoringMethod):
         suitable = self.student.suitable(datastore, sorted(datastore.get_unlabeled_images()))
         identity, content = self.student.identity(), read_json(self.file)
         known: dict[str, float] = content["scores"] if content.get("student") == identity else {}
-        scores, start = {image: known[image] for image in suitable if image in known}, time.monotonic()
+        names, start = {image: f"{image} {size_and_time(file)}" for image, file in suitable.items()}, time.monotonic()
+        scores = {image: known[name] for image, name in names.items() if name in known}
         for image in suitable.keys() - scores.keys():
             if budget_s is not None and scores and time.monotonic() - start > budget_s:
                 break
             scores[image] = self.student.uncertainty(suitable[image])
-        if scores != known:
-            atomic_write_json(self.file, {"student": identity, "scores": scores})
+        if (named := {names[image]: score for image, score in scores.items()}) != known:
+            atomic_write_json(self.file, {"student": identity, "scores": named})
         return scores
 
 

@@ -3,10 +3,11 @@
 import contextlib
 import hashlib
 import math
+import re
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list, name_to_device
 
+from amkd_monai.data import splits
 from amkd_monai.data.datalist import Datalist
 from amkd_monai.data.datasets import Task
 from amkd_monai.data.splits import Item
@@ -78,7 +80,8 @@ class FineTune(TrainTask):
             torch.device(name_to_device(str(options["device"])))
         except RuntimeError as error:
             raise ValueError(f"device is '{options['device']}': use one of {', '.join(device_list())}.") from error
-        return options, saved_labels(self.student, datastore, options["val_split"], options["teachers"] == "bundle")
+        how = options["val_split"], options["teachers"] == "bundle", self.cache
+        return options, saved_labels(self.student, datastore, *how)
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Train, and return the metric of the held-out labels before and at the best epoch."""
@@ -92,14 +95,13 @@ class FineTune(TrainTask):
         if (record := student.model.with_name(RECORD)).is_file():
             shutil.copyfile(record, models / RECORD)
         workflow = self._workflow(data, options)
-        parser = workflow.parser
-        load_strict(parser.get_parsed_content("network"), load_state_dict(student.model), student.model)
-        best = parser.get_parsed_content("kept_student")
-        parser.get_parsed_content("validate#evaluator").run()  # the student as it is: the value to beat
-        before = best.best
+        get = workflow.parser.get_parsed_content
+        before = _score(get, student.model)
+        get("validate#evaluator").run()  # refuses what gives no score, and says that training starts from this student
+        get("kept_student").best = -math.inf  # an epoch is compared as it is saved, calibrated, like the student before
         workflow.run()
         workflow.finalize()
-        is_better = best.best > before
+        is_better = (after := _score(get, models / "model.pt")) > before
         result = {
             "model": student.bundle.name,
             "student": file_sha256(models / "model.pt") if is_better else student.identity(),
@@ -107,7 +109,7 @@ class FineTune(TrainTask):
             "total_epochs": options["max_epochs"],
             "metric": data.task.primary_metric,
             "metric_before": before,
-            "best_metric": best.best,
+            "best_metric": after,
             "total_time": round(time.monotonic() - start, 1),
         }
         atomic_write_json(self._record, result)  # ignored until its student is there
@@ -137,43 +139,58 @@ class FineTune(TrainTask):
             values[f"recipe#{rate}"] = config["recipe"][rate] * options["learning_rate_scale"]
         workflow = ConfigWorkflow(file, meta, logging_file=False, workflow_type="train", **values)
         workflow.initialize()
+        workflow.parser["as_served"] = {**workflow.parser["validate"]["evaluator"], "val_handlers": []}
         return workflow
 
 
-def saved_labels(
-    student: ServedStudent, datastore: Datastore, validation_part: float, with_unlabelled: bool
-) -> Datalist:
-    """List the images with a final label that a student can learn from, each its own group.
+def _score(get: Callable[[str], Any], file: Path) -> float:
+    """The metric of the held-out labels, by the content of a workflow, of a file of weights as it would be served."""
+    load_strict(get("network"), load_state_dict(file), file)
+    evaluator = get("as_served")
+    evaluator.run()
+    return float(evaluator.state.metrics[evaluator.state.key_metric_name])
 
-    Which ones are held out depends on their names alone, so that an image keeps its section when labels are added, up
-    to the rounding of the part. Each class is split by itself; of findings, the images with each and those without it
-    are, the rarest first. Teachers use images without a label too. Too few labels are a ValueError.
+
+def saved_labels(
+    student: ServedStudent, datastore: Datastore, validation_part: float, with_unlabelled: bool, cache: Path
+) -> Datalist:
+    """List the images with a final label that a student can learn from.
+
+    No section cuts a group: by the pattern of the bundle, a DICOM patient, copies, and pictures that look alike, whose
+    hashes ``cache`` keeps. Which ones are held out depends on names alone, so that an image keeps its section when
+    labels are added, up to the rounding of the part. Each class is split by itself; of findings, the images with each
+    and those without it are, the rarest first. Teachers use images without a label too. Too few are a ValueError.
     """
     task, items = student.task, []
     for entry in datastore.datalist():
         image, label = entry["image"], entry["label"]
         if student.takes(image) and label.endswith(".json") == task.is_classification:  # else of another model
             if not task.is_classification:
-                items.append(_item(image, label=label))
+                items.append(_item(task, image, label=label))
             elif (number := read_label(Path(label), task)) is not None:
-                items.append(_item(image, label=number))
-    items.sort(key=lambda item: hashlib.sha256(item["id"].encode()).digest())
-    strata = defaultdict[Hashable, list[str]](list)
+                items.append(_item(task, image, label=number))
+    items, files = splits.group_patients(items), [item["image"] for item in items]
+    alike = splits.near_duplicates(files, cache_dir=cache) if task.dimensions == 2 else splits.identical(items)
+    items = sorted(splits.joined(items, alike), key=lambda i: hashlib.sha256(i["group"].encode()).digest())
+    strata = defaultdict[Hashable, dict[str, None]](dict)
     for item in items:
         for stratum in _strata(task, item["label"]):
-            strata[stratum].append(item["id"])
+            strata[stratum][item["group"]] = None
     held_out = set[str]()
     for members in sorted(strata.values(), key=len):
         wanted = max(1, round(validation_part * len(members))) if len(members) > 1 else 0
-        missing = wanted - len(held_out.intersection(members))
+        missing = wanted - len(held_out & members.keys())
         held_out.update([member for member in members if member not in held_out][: max(0, missing)])
-    train, validation = ([item for item in items if (item["id"] in held_out) is held] for held in (False, True))
+    train, validation = ([item for item in items if (item["group"] in held_out) is held] for held in (False, True))
     if not _is_enough(task, train, validation):
         needed = {"classification": "two images of each of two classes", "segmentation": "two"}
         said = needed.get(task.kind, "two images with and two without one of its findings")
-        raise ValueError(f"{len(items)} final label(s) for {task.name} are too few: save at least {said}.")
+        count = len({item["group"] for item in items})  # images that look alike teach and test nothing new
+        raise ValueError(
+            f"Final labels of {count} different image(s) for {task.name} are too few: save at least {said}."
+        )
     images = sorted(datastore.get_unlabeled_images()) if with_unlabelled else ()
-    unlabelled = [_item(file) for file in student.suitable(datastore, images).values()]
+    unlabelled = [_item(task, file) for file in student.suitable(datastore, images).values()]
     return Datalist(task, Path(items[0]["image"]).parent, "saved labels", train, validation, [], unlabelled)
 
 
@@ -186,16 +203,17 @@ def _strata(task: Task, label: Any) -> list[Hashable]:
 
 def _is_enough(task: Task, train: list[Item], validation: list[Item]) -> bool:
     """Whether held-out labels can be scored and others can teach what they score."""
+    found = ({s for item in section for s in _strata(task, item["label"])} for section in (train, validation))
+    both = set[Hashable].intersection(*found)
     if not task.has_findings:
-        return len({label for item in validation for label in _strata(task, item["label"])}) > task.is_classification
-    sections = [
-        {stratum for item in section for stratum in _strata(task, item["label"])} for section in (train, validation)
-    ]
-    return any(all({(n, 0), (n, 1)} <= section for section in sections) for n in range(len(task.classes)))
+        return len(both) > task.is_classification
+    return any({(n, 0), (n, 1)} <= both for n in range(len(task.classes)))
 
 
-def _item(image: str, **label: Any) -> dict[str, Any]:
-    return {"image": image, "id": file_id(Path(image)), "group": file_id(Path(image)), **label}
+def _item(task: Task, image: str, **label: Any) -> Item:
+    name, pattern = file_id(Path(image)), task.layout.groups
+    found = re.search(pattern, name) if pattern else None
+    return {"image": image, "id": name, "group": (found and found[1]) or name, **label}
 
 
 def _positive(name: str, value: Any, kind: type) -> Any:

@@ -1,6 +1,7 @@
 """`data check` names everything that is wrong, at once, and changes nothing."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -207,6 +208,14 @@ def test_the_command_prints_writes_and_tells_by_its_exit_code(root, tmp_path, ca
     assert "1 problem(s)" in capsys.readouterr().out
     assert main([*arguments, "--data_options", json.dumps({"colour": 1})]) == 1
     assert "kvasir_seg has no data option colour" in capsys.readouterr().out
+    configs = tmp_path / "own" / "configs"
+    configs.mkdir(parents=True)
+    (configs / "train.json").write_text(json.dumps({"task": "kvasir_seg", "split_fractions": [0.5, 0.25, 0.25]}))
+    (root / "images" / "phantom_001.jpg").unlink()
+    main(["data", "check", str(configs.parent), *arguments[3:]])
+    assert re.search("train: [45]\n", capsys.readouterr().out), "half of nine, not 70 %"
+    assert main(["data", "check", str(ROOT / "bundles" / "multitask")]) == 1
+    assert "bundle of each" in capsys.readouterr().err
 
 
 def test_the_command_leaves_nothing_in_a_folder_without_bundles(root, tmp_path, capsys, monkeypatch):

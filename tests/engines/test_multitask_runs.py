@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 
@@ -42,10 +43,10 @@ def table(path):
     return list(csv.DictReader(path.open()))
 
 
-def refusal(values, configs=("train",)):
+def refusal(values, configs=("train",), bundle=SHARED):
     """The sentence with which a run is refused."""
     with pytest.raises((RuntimeError, ValueError, OSError)) as caught:
-        run(SHARED, configs, values)
+        run(bundle, configs, values)
     text = str(root_cause(caught.value))
     assert text.endswith(".") and "\n" not in text
     return text
@@ -92,6 +93,10 @@ def test_it_is_evaluated_on_each_task_and_single_students_start_from_it(everythi
     single = settings(bundle, tmp_path, cache / bundle, teachers=[], max_epochs=1, init_from=start)
     run(bundle, ("train",), single)
     assert read_json(tmp_path / "eval" / "run.json")["method"]["init_from"] == start
+    text = refusal({**single, "split_seed": 1, "folds": 3}, bundle=bundle)
+    assert "test image(s) of aptos2019" in text and "earlier " in text
+    text = refusal({**single, "teachers": [TEACHER]}, bundle=bundle)
+    assert "training image(s) of aptos2019" in text and "admission#mode" in text
     run(SHARED, ("train", "evaluate"), {**values, "only": PAIR})
     for task in PAIR:
         metrics = read_json(folder / "eval" / task / "metrics.json")["summary"]["metrics"]
@@ -213,7 +218,41 @@ def test_a_described_bundle_of_three_classes_is_a_task_like_others(tmp_path, cac
     run(SHARED, ("train", "evaluate"), values)
     scored = table(tmp_path / "eval" / "rims" / "per_case.csv")
     assert {row["class"] for row in scored} >= {"class 1", "class 2"}
-    assert read_json(tmp_path / "eval" / "rims" / "metrics.json")["description"]["classes"][2] == "class 2"
+    metrics = tmp_path / "eval" / "rims" / "metrics.json"
+    assert read_json(metrics)["description"]["classes"][2] == "class 2"
+
+    def changed(name, old, new):
+        file = bundle / "configs" / f"{name}.json"
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new))
+
+    inference = {"bundle_root": values["bundle_root"], "task": "rims", "entry": {"bundle": str(bundle)}}
+    inference |= {"dataset_dir": str(tmp_path / "polyps" / "images"), "output_dir": str(tmp_path / "masks")}
+    inference |= {"ckpt_dir": values["ckpt_dir"], "cache_dir": str(cache)}
+    changed("inference", '"a_max": 255.0', '"a_max": 510.0')
+    assert "a_max" in refusal(inference, ("inference",)) and not (tmp_path / "masks").exists()
+    changed("task", '"class 1",\n    "class 2"', '"class 2",\n    "class 1"')
+    assert "class 2" in refusal(values, ("train", "evaluate"))
+
+
+def test_a_default_of_a_bundle_that_changes_later_is_that_of_the_training(tmp_path, cache):
+    bundle, _ = new_bundle("rims", rimmed_pictures(tmp_path / "polyps", 10), tmp_path / "bundles")
+    file, scores = bundle / "configs" / "train.json", []
+    values = small(tmp_path, cache, tasks={"rims": {"bundle": str(bundle)}}, only=None, max_epochs=1)
+    for size, configs in ((64, ("train",)), (64, ("train", "evaluate")), (32, ("train", "evaluate"))):
+        file.write_text(json.dumps({**read_json(file), "image_size": size}))
+        run(SHARED, configs, values)
+        scores += [(tmp_path / "eval" / "rims" / "per_case.csv").read_text()] if len(configs) > 1 else []
+    assert scores[0] == scores[1]
+
+
+def test_a_test_image_of_one_task_is_no_training_image_of_another(tmp_path, cache):
+    pictures = rimmed_pictures(tmp_path / "polyps", 10)
+    tasks = {name: {"bundle": str(new_bundle(name, pictures, tmp_path)[0]), "image_size": 64} for name in ("a", "b")}
+    tasks["b"]["split_seed"] = 1
+    text = refusal(small(tmp_path, cache, tasks=tasks, only=None))
+    assert "test image(s) of a" in text and " of b" in text
 
 
 def test_the_matrix_of_teachers_and_tasks():

@@ -99,7 +99,8 @@ def bundles(tmp_path_factory):
     for name, bundle in trained.items():
         run(name, ("train",), settings(name, bundle, folder / "cache" / name, teachers=[], max_epochs=1))
         shutil.copytree(ROOT / "bundles" / name / "configs", bundle / "configs")
-    own, _ = new_bundle("rims", rimmed_pictures(folder / "polyps", 8), folder, ["background", "rim", "polyp"])
+    named = ["background", "rim", "polyp"], "(patient[0-9]+)_"
+    own, _ = new_bundle("rims", rimmed_pictures(folder / "polyps", 8), folder, *named)
     small = {"teachers": [], "max_epochs": 1, "image_size": 64, "recipe#min_steps": 12, "bundle_root": str(own)}
     monai.bundle.run(run_id="training", config_file=str(own / "configs" / "train.json"), **small)
     killed = Path(shutil.copytree(folder / "busi", folder / "killed"))  # a student of its own for the kills

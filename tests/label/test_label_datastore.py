@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,13 @@ def test_info_answers_within_a_second_while_eight_inferences_run(lab, record_pro
 def test_an_upload_never_replaces_an_image_unless_it_says_so(lab):
     file = lab.file("busi5")
     original, other, label = file.read_bytes(), other_picture(file), lab.mask("busi5")
+
+    def scored():
+        assert lab.server.post_json("/scoring/uncertainty_busi?run_sync=true").status == 200
+        scores = json.loads((lab.work / "model" / "busi" / "uncertainty.json").read_text())["scores"]
+        return [name for name in scores if name.startswith("busi5")]
+
+    before = scored()
     assert lab.put_label("busi5", label).status == 200
     for name in ("x.png", "x.jpg", "x.bmp"):
         stream = io.BytesIO()
@@ -67,6 +75,7 @@ def test_an_upload_never_replaces_an_image_unless_it_says_so(lab):
     assert new.status == 200 and (lab.studies / "new.png").read_bytes() == other
     assert lab.server.send("/datastore/image?id=new", "DELETE").status == 200
     assert lab.put_image("busi5", original, overwrite=True).status == 200
+    assert len(before) == len(scored()) == 1 and scored() != before, "a score belongs to a file, too"
 
 
 def test_an_image_that_is_not_listed_is_not_replaced_either(lab):

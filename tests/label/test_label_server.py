@@ -215,3 +215,38 @@ def test_saved_classes_train_a_student_for_classes(lab):
     assert (stats["train"], stats["validation"]) == (2, 2) and stats["unlabelled"] >= 2
     is_new = lab.server.get("/model/info/aptos2019").json()["checksum"] != checksum
     assert is_new == (stats["best_metric"] > stats["metric_before"]), "a student that is not better is not kept"
+
+
+def test_copies_teach_and_test_nothing_new(lab):
+    file = shared_data("MSD-Heart", "Task02_Heart_half", "labelsTr", "la_003.nii.gz")
+    assert lab.put_image("again", lab.file("la_003").read_bytes(), "x.nii.gz").status == 200
+    for image in ("la_003", "again"):
+        assert lab.put_label(image, file.read_bytes(), "l.nii.gz").status == 200
+    refused = lab.server.post_json("/train/msd_heart", {"max_epochs": 1})
+    assert refused.status == 400 and "1 different image(s)" in refused.json()["detail"]
+    assert lab.server.send("/datastore/?id=again", "DELETE").status == 200
+
+
+def test_a_student_is_compared_as_it_is_served_on_images_unlike_those_it_learns_from(lab):
+    """Training moves nothing here; calibrated on labels of much foreground, the same student draws more."""
+    images = lab.images["busi"][:5]
+    scan = Image.open(lab.file(images[0]))
+    changed = {"copy": scan.resize((scan.width + 9, scan.height + 5)), "patient7_a": scan.rotate(90, expand=True)}
+    changed["patient7_b"] = Image.fromarray(255 - np.asarray(scan.convert("RGB")))
+    for name, picture_ in changed.items():
+        assert lab.put_image(name, png(np.asarray(picture_))).status == 200
+    for image in (*images, *changed):
+        assert lab.put_label(image, lab.mask(image, 0.5)).status == 200
+    checksum = lab.server.get("/model/info/rims").json()["checksum"]
+    state = lab.server.train("rims", max_epochs=1, learning_rate_scale=1e-9, val_split=0.84)
+    assert state["status"] == "DONE", state["details"]
+    stats = lab.server.get("/info/").json()["train_stats"]["rims"]
+    is_new = lab.server.get("/model/info/rims").json()["checksum"] != checksum
+    assert stats["best_metric"] > stats["metric_before"] and is_new
+    (split,) = (lab.work / "model" / "rims" / "training" / "eval").glob("split_*.json")
+    members = json.loads(split.read_text())
+    group = {name: of for section in ("train", "validation") for name, of in members[section]}
+    assert group["copy"] == group[images[0]] and group["patient7_a"] == group["patient7_b"] == "patient7"
+    assert not {of for _, of in members["train"]} & {of for _, of in members["validation"]}
+    for name in changed:
+        assert lab.server.send(f"/datastore/?id={name}", "DELETE").status == 200
