@@ -33,6 +33,7 @@ from amkd_monai.engines import crossfit, probes
 from amkd_monai.engines.crew import Crew
 from amkd_monai.engines.runs import expand
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
+from amkd_monai.errors import check_number
 from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import macro_auroc, mean_auroc
 from amkd_monai.networks import VolumeStudent
@@ -175,6 +176,10 @@ def prepare_teachers(
     if options.keys() - known.keys() or not chosen:
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
         raise ValueError(f"The admission options {admission_options} are invalid: use {use}.")
+    check_number("admission#margin", options["margin"], -1, 1)
+    for name, least in (("folds", 2), ("epochs", 1)):
+        if options[name] is not None:
+            check_number(f"admission#{name}", options[name], least, whole=True)
     shown = train.shown_classes()
     unseen = [train.class_in_words(n) for n in range(shown.shape[1]) if not shown[:, n].any()]
     if unseen:
@@ -343,7 +348,10 @@ class _Preparation:
             facts = crew.facts(self.train)
         else:
             options = {"slices": 32, "steps": 300, "learning_rate": 2e-3, "folds": self.folds, **description}
-            slices, steps, folds = (int(options[key]) for key in ("slices", "steps", "folds"))
+            for key, least in (("slices", 2), ("steps", 1), ("folds", 2)):
+                check_number(f"{key} of the teacher '{name}'", options[key], least, whole=True)
+            check_number(f"learning_rate of the teacher '{name}'", options["learning_rate"], 1e-12)
+            slices, steps, folds = (options[key] for key in ("slices", "steps", "folds"))
             network = VolumeStudent(lambda: options["network"], slices, self.train.num_classes, self.seed)
             rates = dict.fromkeys(("learning_rate", "encoder_learning_rate"), float(options["learning_rate"]))
             own: dict[str, Any] = {**VOLUME_RECIPE, **rates, "slices": slices, "min_steps": steps}
@@ -400,7 +408,7 @@ class AnswerScore:
     # the score that decides, higher is better: for masks the mean Dice over cases (images or volumes) and foreground
     # classes, cases without foreground left out; for classes and findings of images the skill
     value: float
-    cross_entropy: float  # mean over grid cells or images, nats
+    cross_entropy: float  # mean over labelled grid cells or images, nats
     # ``volume_ratio`` of masks (predicted by true volume over all cases, of the foreground class whose ratio is
     # farthest from 1), ``macro_auroc`` of classes or findings
     further: dict[str, float] = field(default_factory=dict)
@@ -440,13 +448,14 @@ def score_answers(
         return AnswerScore(skill, cross_entropy, {"macro_auroc": auroc}, "skill")
     foreground = torch.arange(1, dataset.num_classes)[:, None, None]
     overlap: dict[str, np.ndarray] = {}
-    errors: list[float] = []
+    errors, known = list[float](), list[float]()
     for start in range(0, len(labelled), 32):
         rows = labelled[start : start + 32]
         logits = calibration(torch.from_numpy(store.read("logits", rows)).float())
         label = torch.from_numpy(np.stack([dataset.labels[i] for i in rows]))
         target = one_hot_area(label, dataset.num_classes, (logits.shape[-2], logits.shape[-1]))
         errors += soft_cross_entropy(target, logits.log_softmax(1)).flatten(1).mean(1).tolist()
+        known += (target.sum(1) > 0).float().flatten(1).mean(1).tolist()
         answer = F.interpolate(logits, size=label.shape[-2:], mode="bilinear").argmax(1)
         for row, predicted, true in zip(rows, answer, label[:, 0], strict=True):
             p, t = (predicted == foreground) & (true != UNLABELLED), true == foreground  # (classes - 1, H, W)
@@ -457,7 +466,8 @@ def score_answers(
     dice = 2 * both[valid] / (predicted_sum + true_sum)[valid]
     ratios = (predicted_sum.sum(0) / true_sum.sum(0).clip(1))[true_sum.any(0)]
     ratio = max(ratios.tolist(), key=lambda ratio: abs(ratio - 1), default=0.0)
-    return AnswerScore(float(dice.mean()) if valid.any() else 0.0, float(np.mean(errors)), {"volume_ratio": ratio})
+    error = float(np.sum(errors) / max(np.sum(known), 1e-6))
+    return AnswerScore(float(dice.mean()) if valid.any() else 0.0, error, {"volume_ratio": ratio})
 
 
 def decide(

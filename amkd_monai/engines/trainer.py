@@ -27,6 +27,8 @@ from amkd_monai.data.sampling import Augmentation, BatchSampler, PatchSampler, w
 from amkd_monai.distillation import SampleTable, TeacherTarget
 from amkd_monai.distillation.distiller import Batch, DistillationOutput, Distiller
 from amkd_monai.distillation.interface import INTERVAL, Faults
+from amkd_monai.engines.runs import is_true
+from amkd_monai.errors import check_number, check_options
 
 _RANGES = {
     "batch_size": (1, math.inf),
@@ -36,6 +38,7 @@ _RANGES = {
     "warmup_steps": (0, math.inf),
     "labelled_fraction": (1e-12, 1),
     "foreground_fraction": (0, 1),
+    "class_balance": (0, 1),
     "min_steps": (1, math.inf),
     "slices": (1, math.inf),
     "ema": (0, 0.99999),
@@ -71,12 +74,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
-            value, whole = getattr(self, name), "whole " if name in _WHOLE else ""
-            if name == "foreground_fraction" and value is None:
-                continue
-            number = isinstance(value, int) or (isinstance(value, float) and not whole and math.isfinite(value))
-            if not number or isinstance(value, bool) or not low <= value <= high:
-                raise ValueError(f"recipe#{name} is {value!r}: give a {whole}number from {low} to {high}.")
+            if (value := getattr(self, name)) is not None or name != "foreground_fraction":
+                check_number(f"recipe#{name}", value, low, high, name in _WHOLE)
+        object.__setattr__(self, "batch_dice", is_true(self.batch_dice, "recipe#batch_dice"))
+        check_options("recipe#augmentation", Augmentation, self.augmentation)
+        self.augment()
 
     def of_slices(self) -> Recipe:
         """Return the same for networks of slices: a batch holds as many as its patches do."""
