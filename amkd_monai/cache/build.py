@@ -119,8 +119,7 @@ class Batches:
     def __init__(self, size: int | None = None, device: torch.device | str = "cpu") -> None:
         default = BATCH_SIZE.get(torch.device(device).type, BATCH_SIZE["cpu"])
         self.size, self._next = (default, 1) if size is None else (size, size)
-        if self.size < 1:
-            raise ValueError(f"The batch size of teachers is {size}: give 1 or more.")
+        check_number("teacher_batch_size", self.size, 1, whole=True)
 
     def run(
         self, work: Callable[[Sequence[Item]], Result], items: Sequence[Item]

@@ -160,11 +160,9 @@ class MultiTaskLoader:
         seed: int = 0,
     ) -> None:
         self.loaders, self.seed, self.epoch = dict(loaders), seed, 0
-        self.per_step = len(loaders) if tasks_per_step is None else min(int(tasks_per_step), len(loaders))
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"sampling_alpha is {alpha}: give 0 (all tasks equally often) to 1 (as their samples).")
-        if self.per_step < 1:
-            raise ValueError(f"tasks_per_step is {tasks_per_step}: give at least 1.")
+        self.per_step = len(loaders) if tasks_per_step is None else min(tasks_per_step, len(loaders))
+        check_number("sampling_alpha", alpha, 0, 1)
+        check_number("tasks_per_step", self.per_step, 1, whole=True)
         sizes = np.array([float(len(loader.dataset)) for loader in loaders.values()]) ** alpha
         self.probabilities = sizes / sizes.sum()
         self.steps = steps or math.ceil(sum(len(loader) for loader in loaders.values()) / self.per_step)
@@ -221,11 +219,10 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name.startswith("flip_") and not isinstance(value, bool):
-                raise ValueError(f"recipe#augmentation#{name} is {value!r}: give true or false.")
             if not name.startswith("flip_"):
-                most = 1 if name in ("shift", "gain", "offset", "colour") else math.inf
-                check_number(f"recipe#augmentation#{name}", value, 0, most)
+                check_number(f"recipe#augmentation#{name}", value, 0)
+            elif not isinstance(value, bool):
+                raise ValueError(f"recipe#augmentation#{name} is {value!r}: give true or false.")
 
     def check_features(self, accepted: str) -> None:
         """Refuse geometric changes that make warped cached feature maps worse than ``accepted``, of ``VALIDITIES``.

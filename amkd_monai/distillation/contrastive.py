@@ -55,9 +55,6 @@ class ContrastiveDistillation(Counter):
         super().__init__("step")
         check_number("contrastive#temperature", temperature, COOLEST, WARMEST)
         check_number("contrastive#negatives", negatives, 1, whole=True)
-        check_number("contrastive#seed", seed, 0, whole=True)
-        if not isinstance(learnable, bool):
-            raise ValueError(f"contrastive#learnable is {learnable!r}: give true or false.")
         self.negatives, self.seed = negatives, seed
         self.heads = nn.ModuleDict()
         self.table: dict[str, Tensor] = {}

@@ -331,8 +331,7 @@ class Distiller(nn.Module):
         """The supervised loss of the labelled samples."""
         label = batch.labelled(batch.label)
         losses.note_classes(self.faults, label, logits.shape[1])
-        ignored = (label == losses.UNLABELLED) & (label.ndim == 4)
-        # indexing by another class would end the process on a GPU
+        ignored = (label == losses.UNLABELLED) & (label.ndim == 4)  # indexing by other classes would end it on a GPU
         label = torch.where(ignored, label, label.clamp(0, logits.shape[1] - 1))
         return losses.task_loss(batch.labelled(logits), label, self.batch_dice)
 

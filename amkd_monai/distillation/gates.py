@@ -328,8 +328,6 @@ class LossGate(nn.Module):
 
     def __init__(self, priors: Mapping[str, float], warmup_steps: int = 100, channels: int = 0) -> None:
         super().__init__()
-        if any(p < 0 for p in priors.values()):
-            raise ValueError(f"The importance of a loss must not be negative: {dict(priors)}.")
         self.names = [name for name, prior in priors.items() if prior > 0]
         self.priors = {name: float(priors[name]) for name in self.names}
 
@@ -408,12 +406,9 @@ class AgreementLossGate(ScaledLossGate):
         memory: float = 0.9,
     ) -> None:
         super().__init__(priors, warmup_steps, channels)
-        for name, value, *limits in (
-            ("floor", floor, 0, 1),
-            ("temperature", temperature, 1e-3),
-            ("memory", memory, 0, 1),
-        ):
-            check_number(f"loss_gate_options#{name}", value, *limits)
+        check_number("loss_gate_options#floor", floor, 0, 1)
+        check_number("loss_gate_options#temperature", temperature, 1e-3)
+        check_number("loss_gate_options#memory", memory, 0, 1)
         if len(self.names) == 1:
             logger.warning("The loss gate 'agreement' has no effect on '%s' alone: choose more losses.", *self.names)
         self.floor, self.temperature, self.every, self.memory = floor, temperature, every, memory

@@ -26,12 +26,13 @@ from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers, s
 from amkd_monai.cache.store import EVERYTHING, FeatureStore, Part
 from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.data.decoded import DecodedDataset, look_unlike
+from amkd_monai.data.seen import fingerprints
 from amkd_monai.distillation import TeacherTarget
 from amkd_monai.distillation.interface import UNCALIBRATED, Calibration
 from amkd_monai.distillation.losses import UNLABELLED, one_hot_area, soft_cross_entropy
 from amkd_monai.engines import crossfit, probes
 from amkd_monai.engines.crew import Crew
-from amkd_monai.engines.runs import expand
+from amkd_monai.engines.runs import expand, read_record
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
 from amkd_monai.errors import check_number
 from amkd_monai.memory import own_peak
@@ -142,6 +143,7 @@ def prepare_teachers(
     views: int = 1,
     cache_dtype: str = "float16",
     teacher_batch_size: int | None = None,
+    init_from: str | None = None,
 ) -> TeacherTargets:
     """Return the targets of all teachers, computing what is still missing.
 
@@ -169,6 +171,7 @@ def prepare_teachers(
         views: stored views of every training image; with several, the student is shown exactly these.
         cache_dtype: of stored feature maps, ``float16`` or ``int8``.
         teacher_batch_size: images per forward of a teacher, see :class:`~amkd_monai.cache.build.Batches`.
+        init_from: file of the student that ``student`` starts from.
     """
     known: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": None, "epochs": epochs}
     options = known | dict(admission_options or {})
@@ -196,6 +199,11 @@ def prepare_teachers(
         options["folds"] = max((crew.folds for crew in crews), default=STUDENT_FOLDS)
     shared = (train, validation, student, recipe, cache_dir, device, seed, folds, cached)
     preparation = _Preparation(*shared, {crew.name: crew for crew in crews})
+    asked = [description.get("cross_fit", True) for description in teachers]
+    if options["mode"] == "cross_fit" and any(asked):
+        probed = [d["weights"] for d, ask in zip(teachers, asked, strict=True) if ask and d["kind"] == "student"]
+        for student_file in filter(None, (init_from, *probed)):
+            _refuse_seen(student_file, train, cache_dir)
     classes = [str(number) for number in range(train.num_classes)]
     single = train.findings or int(train.classes is not None)
     height, width = train.images.shape[-2:]
@@ -212,7 +220,6 @@ def prepare_teachers(
         record: dict[str, Any] = {"admission": options} | ({"unlabelled_images": note} if note else {})
         record |= {"classes_without_images": unseen} if unseen else {}
         own: AnswerScore | None = None
-        asked = [description.get("cross_fit", True) for description in teachers]
         found = [score for (_, score), ask in zip(scored, asked, strict=True) if score is not None and ask]
         margin, values = float(options["margin"]), [score.value for score in found]
         if options["mode"] == "cross_fit" and values:
@@ -239,6 +246,16 @@ def prepare_teachers(
     if scored and not taught:
         logger.warning("No teacher is admitted or has features: this run distils nothing and trains on labels.")
     return TeacherTargets(taught, prior_entropy(train), record, train.groups, train.classes)
+
+
+def _refuse_seen(student: str, train: DecodedDataset, cache_dir: str) -> None:
+    """Refuse to cross-fit what starts from a student that has learnt training images, as far as its record tells."""
+    seen = (read_record(Path(student).expanduser().parent) or {}).get("seen", {})
+    known = {v[0] for part in seen.values() for name, v in part.items() if "validation/" not in name}
+    own = fingerprints({"": train.data}, train.sliced, cache_dir) if known else {}
+    if count := sum(values[0] in known for values in own.values()):
+        what = f"{student} has learnt {count} of these training images, so no score is held out"
+        raise ValueError(f"{what}: set admission#mode to all or none, or cross_fit of a teacher made from it to false.")
 
 
 @dataclass(frozen=True)
@@ -348,12 +365,10 @@ class _Preparation:
             facts = crew.facts(self.train)
         else:
             options = {"slices": 32, "steps": 300, "learning_rate": 2e-3, "folds": self.folds, **description}
-            for key, least in (("slices", 2), ("steps", 1), ("folds", 2)):
-                check_number(f"{key} of the teacher '{name}'", options[key], least, whole=True)
-            check_number(f"learning_rate of the teacher '{name}'", options["learning_rate"], 1e-12)
             slices, steps, folds = (options[key] for key in ("slices", "steps", "folds"))
+            check_number(f"folds of the teacher '{name}'", folds, 2, whole=True)
             network = VolumeStudent(lambda: options["network"], slices, self.train.num_classes, self.seed)
-            rates = dict.fromkeys(("learning_rate", "encoder_learning_rate"), float(options["learning_rate"]))
+            rates = dict.fromkeys(("learning_rate", "encoder_learning_rate"), options["learning_rate"])
             own: dict[str, Any] = {**VOLUME_RECIPE, **rates, "slices": slices, "min_steps": steps}
             recipe = Recipe(**own)
             method = crossfit.Method(recipe, 1, self.seed, self.device, f"3D network of {steps} steps")

@@ -36,6 +36,7 @@ from amkd_monai.data.datasets import get_task, recorded_task
 from amkd_monai.data.seen import fingerprints, seen_before
 from amkd_monai.data.splits import Item
 from amkd_monai.distillation import distiller
+from amkd_monai.errors import check_number
 from amkd_monai.files.masks import NAMED_CODES
 from amkd_monai.files.names import label_files, some
 from amkd_monai.metrics.summary import PREVIEWS, TEACHERS
@@ -233,12 +234,10 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
     """Refuse numbers that end a run late or without a student, and make words of switches true or false."""
     config = {name: value for name, value in parser.config.items() if not _is_expression(value)}
     least = {"seed": 0, "num_workers": 0, **({"max_epochs": 1, "val_interval": 1} if trains else {})}
-    data = {"image_size": 1, "split_seed": 0, "fold": 0, "folds": 2}
+    data = {"image_size": 1, "split_seed": 0, "fold": 0, "folds": 2, "labelled": 1}
     least |= {name: low for name, low in data.items() if config.get(name) is not None}
     for name, low in least.items():
-        value = config.get(name, low)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name} is {value!r}: give a whole number of at least {low}.")
+        check_number(name, config.get(name, low), low, whole=True)
     for name in ("volume_size", "spacing"):
         value = config.get(name)
         triple = isinstance(value, (list, tuple)) and [isinstance(n, (int, float)) for n in value] == [True] * 3

@@ -98,6 +98,8 @@ class Recipe:
         num_workers: int = 0,
     ) -> DataLoader:
         """Return the loader of training batches, of this process where ``distributed``; options of the sampler."""
+        if dataset.classes is not None and (self.foreground_fraction is not None or self.batch_dice):
+            raise ValueError("recipe#foreground_fraction and recipe#batch_dice are for masks: leave both out.")
         own = ("labelled_fraction", "foreground_fraction", "class_balance", "min_steps", "first_stage")
         options: dict[str, Any] = {name: getattr(self, name) for name in own}
         options |= {"use_unlabelled": use_unlabelled, "indices": indices}

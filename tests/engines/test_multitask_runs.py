@@ -92,6 +92,12 @@ def test_it_is_evaluated_on_each_task_and_single_students_start_from_it(everythi
     single = settings(bundle, tmp_path, cache / bundle, teachers=[], max_epochs=1, init_from=start)
     run(bundle, ("train",), single)
     assert read_json(tmp_path / "eval" / "run.json")["method"]["init_from"] == start
+    lite1 = {"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}
+    before = {"name": "before", "kind": "student", "weights": start}
+    for options in ({"teachers": [lite1], "init_from": start}, {"teachers": [before]}):  # no held-out score would be one
+        with pytest.raises(RuntimeError) as caught:
+            run(bundle, ("train",), settings(bundle, tmp_path / "2", cache / bundle, max_epochs=1, **options))
+        assert f"{start} has learnt" in str(root_cause(caught.value))
     run(SHARED, ("train", "evaluate"), {**values, "only": PAIR})
     for task in PAIR:
         metrics = read_json(folder / "eval" / task / "metrics.json")["summary"]["metrics"]
