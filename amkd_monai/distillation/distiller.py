@@ -130,7 +130,6 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         if unknown := set(self.losses) - set(LOSSES):
             raise ValueError(f"Unknown losses {sorted(unknown)}: use some of {', '.join(LOSSES)}.")
-        check_number("scale_steps", self.scale_steps, 0, whole=True)
         check_number("code_channels", self.code_channels, 1, whole=True)
         if self.return_code not in RETURN_CODES:
             raise ValueError(f"There is no return code '{self.return_code}': use one of {', '.join(RETURN_CODES)}.")

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from amkd_monai.errors import check_number
 from amkd_monai.weights import CheckpointError, load_state_dict, load_strict, packaged_file, with_timm_names
 
 logger = logging.getLogger("amkd_monai")
@@ -90,7 +89,6 @@ class FeaturePyramid(nn.Module):
 
 def feature_encoder(name: str, levels: Sequence[int], drop_path: float, channels: int = 3) -> nn.Module:
     """Create a timm encoder without weights that gives the maps of some of its five levels (strides 2 to 32)."""
-    check_number("network_def#drop_path", drop_path, 0, 0.99)
     options = {} if channels == 3 else {"in_chans": channels}
     return create_encoder(name, features_only=True, out_indices=tuple(levels), drop_path_rate=drop_path, **options)
 

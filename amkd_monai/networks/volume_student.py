@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amkd_monai.errors import check_number
-
 STRIDES = (8, 16)  # in-plane strides of the maps that distillation compares with teachers
 
 
@@ -34,11 +32,12 @@ class VolumeStudent(nn.Module):
 
     def __init__(self, network: Callable[[], nn.Module], slices: int = 32, num_classes: int = 2, seed: int = 0) -> None:
         super().__init__()
-        check_number("slices of the patches of a 3D student", slices, 2, whole=True)
+        if slices < 2:
+            raise ValueError(f"The patches of a 3D student have {slices} slices: give at least 2.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = network()
-        self.slices, self.num_classes = slices, num_classes
+        self.slices, self.num_classes = int(slices), num_classes
         self.strides = [1, *STRIDES]
 
     def forward(self, volume: Tensor) -> Tensor:

@@ -90,8 +90,8 @@ class Teacher(nn.Module):
         interpolation: str = "bilinear",
     ) -> None:
         """Set what :meth:`prepare` makes of images: their size and how it is reached, mean and std of [0, 1] RGB."""
-        sides = image_size if isinstance(image_size, (list, tuple)) else [1 if image_size is None else image_size]
-        if not 1 <= len(sides) <= 2 or not all(type(side) is int and side > 0 for side in sides):
+        sides = [image_size] if isinstance(image_size, int) else list(image_size or [1])
+        if len(sides) > 2 or not all(isinstance(side, int) and side > 0 for side in sides):
             raise ValueError(f"The teacher '{self.name}' has image_size {image_size}: use a side or [height, width].")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"The teacher '{self.name}' has mean {mean}, std {std}: give three numbers each, std > 0.")

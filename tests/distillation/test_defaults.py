@@ -109,7 +109,6 @@ OPTIONS = {
     "kd_temperature#start": (0.5,),
     "contrastive#negatives": (0, 1.5),
     "contrastive#temperature": (0, 1),
-    "scale_steps": (1.5,),
     "code_channels": (0, 1.5),
 }
 

@@ -94,7 +94,10 @@ def test_it_is_evaluated_on_each_task_and_single_students_start_from_it(everythi
     assert read_json(tmp_path / "eval" / "run.json")["method"]["init_from"] == start
     lite1 = {"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}
     before = {"name": "before", "kind": "student", "weights": start}
-    for options in ({"teachers": [lite1], "init_from": start}, {"teachers": [before]}):  # no held-out score would be one
+    for options in (
+        {"teachers": [lite1], "init_from": start},
+        {"teachers": [before]},
+    ):  # no held-out score would be one
         with pytest.raises(RuntimeError) as caught:
             run(bundle, ("train",), settings(bundle, tmp_path / "2", cache / bundle, max_epochs=1, **options))
         assert f"{start} has learnt" in str(root_cause(caught.value))
