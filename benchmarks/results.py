@@ -15,6 +15,7 @@ SPECIALIST = {"name": "kvasir_specialist", "kind": "specialist", "image_size": 2
 # an epoch is all images once, at least 8 steps for classes, as it was by default when these rows began
 SHORT, SHORT_CLASSES = {"recipe#min_steps": 1}, {"recipe#min_steps": 8}
 KVASIR = {"image_size": 128, "split_fractions": [0.5, 0.1, 0.4], "val_interval": 4, **SHORT, **BEST_MASKS}
+COMPARED = [{"name": f"imagenet_lite{n}", "kind": "timm", "model": f"tf_efficientnet_lite{n}"} for n in (1, 2)]
 FEATURES_ONLY = {"admission": {"mode": "none"}}  # what cross-fitted admission decides for the ImageNet teachers
 LONG = {**KVASIR, "max_epochs": 60}
 HEART = dict(BEST_MASKS)
@@ -43,7 +44,8 @@ SETTINGS = {
 }
 for bundle, (data, overrides) in SMALL.items():
     SETTINGS[f"{bundle}_undistilled"] = Setting(bundle, data, overrides, teachers=[])
-    SETTINGS[f"{bundle}_default"] = Setting(bundle, data, overrides, f"{bundle}_undistilled")
+    compared = COMPARED if bundle in ("aptos2019", "isic2017") else None  # the bundles' own give features only
+    SETTINGS[f"{bundle}_default"] = Setting(bundle, data, overrides, f"{bundle}_undistilled", teachers=compared)
 # an ensemble on the run's own labels as the teacher; the bundles' defaults in all else
 CREW = {"teachers": [{"name": "crew", "kind": "crew"}]}
 SMALL_CREW = {"teachers": [{"name": "crew", "kind": "crew", "size": "small"}]}
@@ -130,11 +132,20 @@ for name in ("kvasir_all", "covid", "busi"):
     SETTINGS[f"{name}_1000_small_crew"] = replace(last, reference=f"{name}_1000_last", **SMALL_CREW)
 # at 2.5 times the length, which validation prefers for CT slices
 LONGER = {"covid_12_last": 200, "covid_12_small_crew": 200, "covid_12_pool": 15, "kvasir_all_last": 160}
+LONGER |= {"kvasir_12_last": 100, "kvasir_12_small_crew": 100}
 for name, epochs in LONGER.items():
     row = SETTINGS[name]
     overrides = {**row.overrides, "max_epochs": epochs, "val_interval": 5}
     reference = row.reference and f"{row.reference}_longer"
     SETTINGS[f"{name}_longer"] = replace(row, overrides=overrides, reference=reference)
+# where a crew's gain comes from, whether it is admitted or not: of the student's own size and side; on labels alone
+OWN_SIZE = {"size": "small", "members": [{"encoder": "tf_efficientnet_lite0"}], "image_size": 1.0}
+for name, steps in {"kvasir_12": 10, "covid_12": 5}.items():
+    row = SETTINGS[f"{name}_small_crew_longer"]
+    row = replace(row, overrides={**row.overrides, **ADMITTED})
+    SETTINGS[f"{name}_own_size_longer"] = replace(row, teachers=[{"name": "crew", "kind": "crew", **OWN_SIZE}])
+    alone = {"train#dataset#data": "$@datalist.checked(@on_bad_sample).train", "recipe#min_steps": steps}
+    SETTINGS[f"{name}_labels_alone_longer"] = replace(row, overrides={**row.overrides, **alone})
 # what more of the student could give, so what a crew could teach at most: length, side, and a crew's member as student
 MORE: dict[str, dict[str, Any]] = {
     "kvasir_all_1000": {"max_epochs": 80, "image_size": 256},

@@ -52,6 +52,9 @@ SMALL[SHARED] = {
 }
 
 
+COMPARED = [{"name": f"imagenet_lite{n}", "kind": "timm", "model": f"tf_efficientnet_lite{n}"} for n in (1, 2)]
+"""The bundles' ImageNet teachers, whose outputs are compared with a student."""
+
 PHANTOMS = tempfile.TemporaryDirectory()
 
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from bundle_runs import read_json, run, settings, workflow
+from bundle_runs import COMPARED, read_json, run, settings, workflow
 from helpers import shared_data
 from ignite.engine import Events
 
@@ -35,7 +35,7 @@ def log_likelihood(rows, prior=0.0, temperature=1.0):
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_a_run_on_phantoms_trains_calibrates_evaluates_and_predicts(bundle, tmp_path, cache):
     task = get_task(bundle)
-    values = settings(bundle, tmp_path, cache, admission=SHORT)
+    values = settings(bundle, tmp_path, cache, admission=SHORT, teachers=COMPARED)
     training = workflow(bundle, ("train",), values)
     assert training.check_properties() == []
     training.run()

@@ -73,8 +73,9 @@ def test_a_dry_run_tells_what_each_teacher_does_here(weights, tmp_path, monkeypa
         monkeypatch.setenv(variable, str(tmp_path))
     for further in ({"labelled": 12}, {"unlabelled": ["more"]}):
         assert "\ncrew " in format_bundle(ROOT / "bundles" / "busi", {"image_size": 64, **further})
-    missing = format_bundle(ROOT / "bundles" / "busi", {"image_size": 64})
-    assert re.search("imagenet_lite1 +packaged +features  ", missing), "their answers are not compared"
+    for bundle in ("isic2017", "busi"):
+        missing = format_bundle(ROOT / "bundles" / bundle, {"image_size": 64})
+        assert re.search("imagenet_lite1 +packaged +features  ", missing), "their answers are not compared"
     assert all(file in missing for file in OFFICIAL.values())
 
 
