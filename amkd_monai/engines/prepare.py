@@ -179,7 +179,7 @@ def prepare_teachers(
     if options.keys() - known.keys() or not chosen:
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
         raise ValueError(f"The admission options {admission_options} are invalid: use {use}.")
-    check_number("admission#margin", options["margin"], -100, 1)
+    check_number("admission#margin", options["margin"], -100, 100)
     for name, least in (("folds", 2), ("epochs", 1)):
         if options[name] is not None:
             check_number(f"admission#{name}", options[name], least, whole=True)
