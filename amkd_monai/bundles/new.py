@@ -5,6 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,22 @@ import numpy as np
 
 from amkd_monai.bundles.merge import ABSENT, PARTS, bundle_files, resolved
 from amkd_monai.data.datasets import Task, get_task
-from amkd_monai.data.datasets.described import BINARY, COLUMNS, READERS, Described, names_of_channels, names_of_values
-from amkd_monai.data.splits import PATIENT, Item, without
+from amkd_monai.data.datasets.described import BINARY, COLUMNS, Described, names_of_channels, names_of_values
+from amkd_monai.data.splits import PATIENT, Item
 from amkd_monai.files import masks, volumes
 from amkd_monai.files.cases import case_grid, is_volume, read_case
-from amkd_monai.files.names import SUFFIXES, DataProblems, files_of, has_suffix, label_files, natural, some, table_rows
+from amkd_monai.files.names import (
+    DICOM_SUFFIX,
+    SUFFIXES,
+    VOLUME_SUFFIXES,
+    DataProblems,
+    files_of,
+    has_suffix,
+    label_files,
+    natural,
+    some,
+    table_rows,
+)
 from amkd_monai.files.pictures import picture_frame, read_picture
 from amkd_monai.storage import atomic_folder
 from amkd_monai.terminal import progress
@@ -52,31 +64,16 @@ def new_bundle(
     root, folder = Path(data).expanduser().resolve(), Path(to).expanduser() / name
     if folder.exists():
         raise FileExistsError(f"The bundle {folder} already exists: give another name, or remove it.")
-    description, items = _described(name, root, classes, groups, kind)
-    of_labels = description.pop("facts")
+    description, facts, items = _described(name, root, classes, groups, kind)
     flat, several = description["dimensions"] == 2, "channels" in description
     guessed = "several channels" if several else modality
-    facts, part = _pictures(items) if flat else _volumes(items, description, guessed)
+    found, part = _pictures(items) if flat else _volumes(items, description, guessed)
     description["modality"] = modality or part["modality"]
     description["folder"] = os.path.relpath(root, folder.resolve() / "configs")
     task = get_task(description)
-    found = task.layout.find_items(root)
-    problems, grouped = [item["problem"] for item in found if "problem" in item], {item["group"] for item in found}
-    if len(problems) == len(found):
-        raise DataProblems(problems)
-    facts = [
-        f"{len(found)} labelled {'volumes' if task.dimensions == 3 else 'pictures'} ({description['layout']['form']})",
-        f"{task.kind}, classes: {', '.join(task.classes)} (other names: --classes)",
-        *of_labels,
-        *facts,
-        f"channels: {', '.join(task.channels)}; teachers see {', '.join(task.teacher_channels)}" if several else "",
-        f"groups: {len(grouped)}"
-        if groups or any(item.get("group") for item in items)
-        else f"groups: {len(grouped)}, with DICOM images of one patient together"
-        if any(group.startswith(PATIENT) for group in grouped)
-        else f"EACH IMAGE IS A GROUP OF ITS OWN ({len(grouped)}): if several are of one patient, give --groups",
-        f"{len(problems)} of them cannot be used: python -m amkd_monai data check {folder}" if problems else "",
-    ]
+    facts += [*found, f"{task.kind}, classes: {', '.join(task.classes)} (other names: --classes)"]
+    if several:
+        facts.append(f"channels: {', '.join(task.channels)}; teachers see {', '.join(task.teacher_channels)}")
     own = _part(name, task, part)
     texts = bundle_files(name, own) | {"configs/task.json": json.dumps(description, indent=2) + "\n"}
     values = {"bundle": name, "place": (Path(to) / name).as_posix(), **own["values"]}
@@ -86,101 +83,113 @@ def new_bundle(
         for place, text in texts.items():
             (made / place).parent.mkdir(parents=True, exist_ok=True)
             (made / place).write_text(text, encoding="utf-8")
-    return folder, [fact for fact in facts if fact]
+    return folder, facts
 
 
 def _described(
     name: str, root: Path, classes: Sequence[str], groups: str, kind: str
-) -> tuple[dict[str, Any], list[Item]]:
-    """The description of the task, with "facts" about its labels, and the items that can be looked at."""
+) -> tuple[dict[str, Any], list[str], list[Item]]:
+    """The description of the task, facts, and the items that can be used, with the first file of each image."""
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}: correct --data.")
-    kinds = [kind] if kind else ["segmentation", "classification"]
-    form = next((found for k in kinds if (found := Described(kind=k).form_of(root))), "")
-    raw, said = Described(kind="classification", form=form), list[str]()  # leaves labels as they are written
-    tables = (
-        sorted(root.glob("[!.]*.[ct]sv"))
-        if kind == "multilabel" or not form or (form == "classes" and not kind)
-        else []
-    )
-    tables = [table for table in tables if "image" in raw.columns_of(table)]
-    if form == "classes" and not kind and tables:
-        several = len({item["label"] for item in READERS[form](raw, root)}) > 1
-        findings = len(_binary_columns(tables[0], (), raw, odd_is_error=not several)[0]) > 1
-        if several and findings:
-            what = f"{root} holds folders of classes and {tables[0].name}, a table of findings"
-            raise ValueError(f"{what}: say by --kind classification or --kind multilabel which of them counts.")
-        tables, form = (tables, "") if findings else ([], form)
-    if tables and not (form and "label" in raw.columns_of(tables[0])):
-        columns, others = _binary_columns(tables[0], classes, raw)
-        if len(columns) < 2 or kind not in ("", "multilabel"):
-            found, usual = ", ".join(table_rows(tables[0])[0]), ", ".join(COLUMNS["label"])
-            raise ValueError(
-                f"{tables[0]} has the columns {found}, none of them for labels ({usual}) and not several with 0 or 1 "
-                "of a finding in each row: name or correct them."
-            )
-        said = [f"columns that are no findings: {', '.join(others) or 'none'}"]
-        form, kind, classes = "table", "multilabel", columns
-        raw = Described(kind=kind, form=form, classes=columns, columns={"label": columns})
-    if not form:
-        Described(title="labelled", kind=kinds[0]).check(root)
-    every = list(READERS[form](raw, root))
-    if not (listed := [item for item in every if "problem" not in item]):
-        nothing = f"There are no labelled images in {root}: expected {Described.expected}."
-        raise DataProblems([item["problem"] for item in every] or [nothing])
-    labels = [item["label"] for item in listed]
-    if not kind:
-        of_files = form in ("pairs", "nnunet") or any(
-            has_suffix(f, SUFFIXES) for label in labels for f in files_of(label)
-        )
-        several = not of_files and any("|" in str(label) for label in labels)
-        kind = "segmentation" if of_files else "multilabel" if several else "classification"
-    layout: dict[str, Any] = {"form": form}
-    if raw.columns:
-        layout["columns"] = dict(raw.columns)
-    table = raw.tables_in(root)[0][1] if form == "table" else None
-    if groups and table and groups in table_rows(table)[0]:
-        layout["columns"] = {**raw.columns, "group": groups}
+    layout, said = _layout(root, classes, kind)
+    if groups and layout.form == "table" and any(groups in table_rows(file)[0] for file in _tables(layout, root)):
+        layout = replace(layout, columns={**layout.columns, "group": groups})
     elif groups:
-        layout["groups"] = groups
-    reader = raw if raw.columns else Described(kind=kind, form=form)
-    items, kinds_of, wrong = [], Counter[tuple[bool, int]](), list[str]()
-    for item in READERS[form](reader, root):
-        files = files_of(item["image"])
-        try:
-            if gone := [f for f in (*files, *(label_files(item) if reader.masks else ())) if not Path(f).exists()]:
-                raise FileNotFoundError(f"{gone[0]} is not there: correct its path or remove its case.")
-            size = (True, case_grid(files)[1]) if is_volume(files[0]) else (False, len(files))
-        except (OSError, ValueError) as error:
-            wrong.append(item.get("problem", str(error)))
-        else:
-            items += [] if "problem" in item else [{**item, "image": files[0], "of": size}]
-            kinds_of[size] += 1
-    if not items:
-        raise DataProblems(wrong)
-    (volume, count), _ = kinds_of.most_common(1)[0]
-    if volume and kind != "segmentation":
+        layout = replace(layout, groups=groups)
+    rows = layout.rows(root)
+    labels = [row["label"] for row in rows if "problem" not in row]
+    if not labels:
+        nothing = f"There are no labelled images in {root}: expected {Described.expected}."
+        raise DataProblems([row["problem"] for row in rows] or [nothing])
+    if not kind and not layout.masks and any(has_suffix(f, SUFFIXES) for label in labels for f in files_of(label)):
+        layout = replace(layout, kind="segmentation")
+        rows = layout.rows(root)
+    elif not kind and layout.form != "classes" and any("|" in str(label) for label in labels):
+        layout = replace(layout, kind="multilabel")
+    sizes = Counter(size for row in rows if (size := _size(files_of(row["image"]))))
+    volume, count = sizes.most_common(1)[0][0] if sizes else (False, 1)
+    if volume and not layout.masks:
         raise ValueError(f"{root} holds volumes with classes: give their masks, as in images/ and masks/ or nnU-Net's.")
-    items = [without(item, "of") for item in items if item["of"][0] == volume]
-    description: dict[str, Any] = {"name": name, "kind": kind, "dimensions": 3 if volume else 2, "layout": layout}
+    description: dict[str, Any] = {"name": name, "kind": layout.kind, "dimensions": 3 if volume else 2}
+    description["layout"] = {key: value for key in ("form", "columns", "groups") if (value := getattr(layout, key))}
     if count > 1:
         named = names_of_channels(root)
         description["channels"] = named if len(named) == count else [f"channel {number}" for number in range(count)]
         description["teacher_channels"] = description["channels"][: 3 if count > 2 and not volume else 1]
-    if kind == "segmentation":
-        return description | _mask_classes(items, list(classes), *names_of_values(root)), items
-    return description | _image_classes(list(map(str, labels)), list(classes), kind == "multilabel", said), items
+    if not layout.masks:
+        own, facts = _image_classes(list(map(str, labels)), list(layout.classes or classes), layout.kind)
+        description, said = description | own, facts + said
+    layout = replace(layout, title=name, volumes=volume, channels=count, classes=description.get("classes", ()))
+    found = layout.items_of(rows, root)
+    items = [{**item, "image": files_of(item["image"])[0]} for item in found if "problem" not in item]
+    if not items:
+        raise DataProblems([item["problem"] for item in found])
+    if layout.masks:
+        own, said = _mask_classes(items, list(classes), *names_of_values(root))
+    all_groups = {item["group"] for item in found}
+    of_groups = f"groups: {len(all_groups)}"
+    if not groups and not any(row.get("group") for row in rows):
+        by_patient = any(group.startswith(PATIENT) for group in all_groups)
+        alone = f"EACH IMAGE IS A GROUP OF ITS OWN ({len(all_groups)}): if several are of one patient, give --groups"
+        of_groups = f"{of_groups}, with DICOM images of one patient together" if by_patient else alone
+    facts = [f"{len(found)} labelled {'volumes' if volume else 'pictures'} ({layout.form})", *said, of_groups]
+    if lost := len(found) - len(items):
+        facts.append(f"{lost} of them cannot be used: the command `data check` names them")
+    return description | own, facts, items
+
+
+def _size(files: Sequence[str]) -> tuple[bool, int] | None:
+    """Whether an image is a volume, and the number of its channels; None if that cannot be read."""
+    try:
+        channels = case_grid(files)[1] if is_volume(files[0]) else len(files)
+    except (OSError, ValueError):
+        return None
+    return (is_volume(files[0]), channels) if all(Path(file).exists() for file in files) else None
+
+
+def _tables(layout: Described, root: Path) -> list[Path]:
+    """The tables of a folder that name images."""
+    return [table for table in sorted(root.glob("[!.]*.[ct]sv")) if "image" in layout.columns_of(table)]
+
+
+def _layout(root: Path, classes: Sequence[str], kind: str) -> tuple[Described, list[str]]:
+    """The layout of a folder, with labels of images as they are written, and a fact about its table of findings."""
+    layouts = [Described(kind=k, title="labelled") for k in ([kind] if kind else ["segmentation", "classification"])]
+    layout = next((replace(one, form=form) for one in layouts if (form := one.form_of(root))), layouts[0])
+    if not kind and layout.form in ("datalist", "table"):
+        layout = replace(layout, kind="classification")
+    tables = _tables(layout, root) if not layout.form or kind == "multilabel" else []
+    if layout.form == "classes" and not kind and (tables := _tables(layout, root)):
+        several = len({row["label"] for row in layout.rows(root)}) > 1
+        findings = len(_binary_columns(tables[0], (), layout, odd_is_error=not several)[0]) > 1
+        if several and findings:
+            what = f"{root} holds folders of classes and {tables[0].name}, a table of findings"
+            raise ValueError(f"{what}: say by --kind classification or --kind multilabel which of them counts.")
+        layout, tables = (replace(layout, form=""), tables) if findings else (layout, [])
+    if not tables or (layout.form and "label" in layout.columns_of(tables[0])):
+        layout.check(root)
+        return layout, []
+    columns, others = _binary_columns(tables[0], classes, layout)
+    if len(columns) < 2 or kind not in ("", "multilabel"):
+        found, usual = ", ".join(table_rows(tables[0])[0]), ", ".join(COLUMNS["label"])
+        raise ValueError(
+            f"{tables[0]} has the columns {found}, none of them for labels ({usual}) and not several with 0 or 1 "
+            "of a finding in each row: name or correct them."
+        )
+    said = [f"columns that are no findings: {', '.join(others) or 'none'}"]
+    return Described(kind="multilabel", form="table", classes=columns, columns={"label": columns}), said
 
 
 def _binary_columns(
-    table: Path, chosen: Sequence[str], raw: Described, odd_is_error: bool = True
+    table: Path, chosen: Sequence[str], layout: Described, odd_is_error: bool = True
 ) -> tuple[list[str], list[str]]:
     """The columns of a table whose cells are 0 or 1, all or those chosen, and the others.
 
     A column chosen, or filled mostly with 0 and 1, that holds something else is a ValueError if that is an error.
     """
     header, rows = table_rows(table)
-    rows, named = [row for row in rows if any(row.values())], raw.columns_of(table)
+    rows, named = [row for row in rows if any(row.values())], layout.columns_of(table)
     cells = {name: [row[name] for row in rows] for name in header if name not in named.values()}
     for name in chosen or cells:
         of = cells.get(name, ["no such column"])
@@ -192,8 +201,9 @@ def _binary_columns(
     return found, [name for name in header if name not in found]
 
 
-def _image_classes(labels: Sequence[str], names: list[str], several: bool, said: list[str]) -> dict[str, Any]:
+def _image_classes(labels: Sequence[str], names: list[str], kind: str) -> tuple[dict[str, Any], list[str]]:
     """Classes of images, or findings of labels such as "a|b", with facts that count them; others are a ValueError."""
+    several = kind == "multilabel"
     parts = (part.strip() for label in labels for part in (label.split("|") if several else [label]))
     named = {part.removesuffix(".0") for part in parts} - {""}
     for name in () if several or names else sorted(named):
@@ -203,7 +213,6 @@ def _image_classes(labels: Sequence[str], names: list[str], several: bool, said:
             )
         if len(of := {part.strip() for part in re.split("[;,/+]", name)}) > 1 and of <= named:
             raise ValueError(f"The label '{name}' joins others: join findings by |, or give --classes.")
-    kind = "multilabel" if several else "classification"
     names = names or sorted((n for n in named if Described(kind=kind).label_of(n) != 0), key=natural)
     found = [Described(kind=kind, classes=names).label_of(label) for label in labels]
     if lost := {label for label, number in zip(labels, found, strict=True) if number is None}:
@@ -212,23 +221,33 @@ def _image_classes(labels: Sequence[str], names: list[str], several: bool, said:
     counts = [sum(n >> place & 1 if several else n == place for n in numbers) for place in range(len(names))]
     shown = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
     if several:
-        said = [f"several findings per picture: {shown}; none of them {numbers.count(0)}", *said]
-        return {"facts": said, "classes": names}
+        return {"classes": names}, [f"several findings per picture: {shown}; none of them {numbers.count(0)}"]
     single = {"singled_out": names[1:]} if len(names) == 2 else {}
-    return {"facts": [f"images of each class: {shown}"], "classes": names, **single}
+    return {"classes": names, **single}, [f"images of each class: {shown}"]
 
 
 def _mask_classes(
     items: Sequence[Item], classes: list[str], named: dict[int, str], regions: dict[str, list[int]]
-) -> dict[str, Any]:
-    """Classes and meaning of the values in masks, with a fact that counts them; what is no name is a ValueError."""
-    counts: Counter[float] = Counter()
-    for item in progress(items, desc="read masks", delay=1):
-        read = [volumes.read_volume(f)[0] if is_volume(f) else masks.raw_mask(f) for f in label_files(item)]
-        counts.update({float(value) for values in read for value in np.unique(values)})
+) -> tuple[dict[str, Any], list[str]]:
+    """Classes and meaning of the values in masks, and facts that count them; what is no name is a ValueError."""
+    counts, unread = Counter[float](), list[str]()
+    for file in (file for item in progress(items, desc="read masks", delay=1) for file in label_files(item)):
+        try:
+            held = np.unique(volumes.read_volume(file)[0] if is_volume(file) else masks.raw_mask(file))
+        except ValueError as error:
+            if has_suffix(file, [DICOM_SUFFIX, *VOLUME_SUFFIXES]):
+                raise
+            unread.append(str(error))
+            continue
+        if held[0] < 0:
+            raise ValueError(f"{file} holds the label {held[0]:g}: write labels from 0 on, 0 for the background.")
+        counts.update(held.tolist())
+    if not counts:
+        raise DataProblems([problem.replace(masks.HOW, "save it as class indices") for problem in unread])
     values = sorted(counts)
     shown = ", ".join(f"{value:g} in {counts[value]}" for value in values[: masks.LARGEST_INDEX])
     facts = [f"values in the masks, and in how many: {shown}{' ...' if len(values) > masks.LARGEST_INDEX else ''}"]
+    facts += [f"{len(unread)} mask(s) are not understood: {unread[0]}"] if unread else []
     if len(values) < 2:
         raise ValueError(f"All masks hold the value {values[0]:g} alone: give some with what is to be found.")
     small = [value for value in values if value != masks.IGNORED]
@@ -252,10 +271,10 @@ def _mask_classes(
         if len(classes) != len(values):
             raise ValueError(f"The masks hold the values {shown}: give {len(values)} --classes, one for each.")
         codes = {f"{value:g}": number for number, value in enumerate(values)}
-    found: dict[str, Any] = {"classes": classes, "mask_codes": codes, "facts": facts}
+    found: dict[str, Any] = {"classes": classes, "mask_codes": codes}
     if len(classes) == len(kept) and regions:
         found["regions"] = {name: [kept.index(value) for value in values] for name, values in regions.items()}
-    return found
+    return found, facts
 
 
 def _spread(items: Sequence[Item]) -> list[Item]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -193,7 +192,7 @@ def labelled_folder(
     layout, given = chosen.layout, dict(options or {})
     if not (layout.form_of(root) and (root / layout.file).exists()):
         layout = replace(chosen, layout=Described("labelled")).layout
-        if unknown := given.keys() - _options_of(layout):
+        if unknown := given.keys() - layout.options:
             logger.warning("The option(s) %s of %s do not apply to %s.", some(unknown), chosen.name, root)
         given = {name: value for name, value in given.items() if name not in unknown}
     _check_order(chosen, root)
@@ -210,17 +209,11 @@ def find_items(
     Other options are a ValueError.
     """
     task = get_task(task)
-    known = _options_of(task.layout)
-    if unknown := set(options or {}) - known:
-        raise ValueError(f"{task.name} has no data option {min(unknown)}: it has {', '.join(sorted(known)) or 'none'}.")
+    if unknown := set(options or {}) - task.layout.options:
+        known = ", ".join(sorted(task.layout.options))
+        raise ValueError(f"{task.name} has no data option {min(unknown)}: it has {known}.")
     _check_order(task, root)
     return task.layout.find_items(root, cache_dir, **(options or {}))
-
-
-def _options_of(layout: Described) -> set[str]:
-    """The options of a layout's ``find_items``."""
-    left = {"root", "cache_dir"} if layout.normals else {"root", "cache_dir", "normals"}
-    return inspect.signature(layout.find_items).parameters.keys() - left
 
 
 def _check_order(task: Task, root: Path, labelled: bool = True) -> None:
@@ -300,7 +293,9 @@ def further_images(
     known = set(content_hashes([file for i in others for file in files_of(i["image"])], cache_dir))
     contents = content_hashes([i["image"] for i in items], cache_dir)
     items = keep("copies", [i for i, content in zip(items, contents, strict=True) if content not in known])
-    items = keep("like_validation_or_test", _unlike_held_out(items, held_out, cache_dir))
+    pairs = splits.near_duplicates([files_of(i["image"])[0] for i in (*held_out, *items)], OVERLAP, cache_dir)
+    near = {j - len(held_out) for i, j in pairs if i < len(held_out) <= j}
+    items = keep("like_validation_or_test", [item for number, item in enumerate(items) if number not in near])
     patients = splits.patients_of([*held_out, *items])
     theirs = {patients[file] for item in held_out for file in files_of(item["image"]) if file in patients}
     items = keep("of_their_patients", [item for item in items if patients.get(item["image"]) not in theirs])
@@ -332,21 +327,12 @@ def _items(folder: Path, prefix: str, volumes: bool) -> list[Item]:
     raise FileNotFoundError(f"{folder} holds {held}: give a folder that itself holds {wanted} without labels.")
 
 
-def _unlike_held_out(items: list[Item], held_out: list[Item], cache_dir: str | Path | None) -> list[Item]:
-    """The items that do not look nearly like one of the held-out images."""
-    paths = [files_of(item["image"])[0] for item in [*held_out, *items]]
-    pairs, count = splits.near_duplicates(paths, OVERLAP, cache_dir), len(held_out)
-    near = {j - count for i, j in pairs if i < count <= j}
-    return [item for number, item in enumerate(items) if number not in near]
-
-
 def _group_of(item: Item, expression: str) -> str:
     name = Path(item["image"]).name
     try:
-        found = re.search(expression, name)
-        of = found[1] if found else None
-    except (re.error, IndexError) as error:
+        of = names.group_in(name, expression)
+    except re.error as error:
         raise ValueError(f"unlabelled_groups is {expression!r} ({error}): give an expression with a group.") from error
-    if of is None:
-        raise ValueError(f"unlabelled_groups, {expression!r}, does not fit the name {name}: correct it.")
+    if not of:
+        raise ValueError(f"unlabelled_groups, {expression!r}, finds no group in the name {name}: correct it.")
     return f"{item['id'].partition('/')[0]}/{of}"

@@ -163,6 +163,7 @@ def _write_models(
                 file.unlink()
             reason = " ".join(str(root_cause(error)).split()) or type(error).__name__
             left_out.append(f"{name} is left out: {reason}")
+    written = {row.name for row in rows}
     facts = {
         "formats": [row._asdict() for row in rows],
         "threads": threads,
@@ -173,6 +174,7 @@ def _write_models(
         "window": source.window,
         "remarks": remarks,
         "left_out": left_out,
+        "sha256": {n: file_sha256(folder / formats.FORMATS[n]) for n in ("onnx", "ort-int8") if n in written},
     }
     of = "patch" if patch else "image"
     print(align(format_cells(facts)), f"(one {of}, CPU, threads: {threads})", *remarks, sep="\n")
@@ -270,14 +272,14 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     present = [{"_target_": "Lambdad", "keys": "pred", "func": "$lambda p: p[1]"}] * task.has_findings
     inference["preprocessing"]["transforms"] = source.transforms
     inference["postprocessing"]["transforms"] = [*source.postprocessing, *present]
-    written = {row["name"] for row in facts["formats"]}
     parts = [t["applied_labels"] for t in source.postprocessing if t["_target_"] == "KeepLargestConnectedComponentd"]
     predict = {
         "version": VERSION,
         **task.identity,
         **{"kind": task.kind, "dimensions": task.dimensions, "classes": list(task.classes)},
         "channels": max(1, len(task.channels)),
-        "models": {name: f"models/{formats.FORMATS[name]}" for name in ("onnx", "ort-int8") if name in written},
+        "models": {name: f"models/{formats.FORMATS[name]}" for name in facts["sha256"]},
+        "sha256": facts["sha256"],
         "steps": source.steps,
         **({"window": source.window} if source.window else {}),
         "largest_component": [label for labels in parts for label in labels],

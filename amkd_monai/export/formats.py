@@ -114,12 +114,17 @@ def network_text(student: nn.Module) -> str:
     empty = copy.deepcopy(student).eval()
     for value in empty.state_dict().values():
         value.zero_()
-    written, lean = io.BytesIO(scripted(empty).save_to_buffer()), io.BytesIO()
-    with zipfile.ZipFile(written) as source, zipfile.ZipFile(lean, "w") as target:
+    return base64.b64encode(lzma.compress(_without_sources(scripted(empty).save_to_buffer()))).decode()
+
+
+def _without_sources(script: bytes) -> bytes:
+    """TorchScript without the lines of code that it was made from, and the paths of this machine with them."""
+    lean = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(script)) as source, zipfile.ZipFile(lean, "w") as target:
         for entry in source.infolist():
             if not entry.filename.endswith(".debug_pkl"):
                 target.writestr(zipfile.ZipInfo(entry.filename), source.read(entry))
-    return base64.b64encode(lzma.compress(lean.getvalue())).decode()
+    return lean.getvalue()
 
 
 def write_pt2(student: nn.Module, path: Path, patch: Sequence[int] | None = None) -> None:
@@ -129,6 +134,8 @@ def write_pt2(student: nn.Module, path: Path, patch: Sequence[int] | None = None
     shapes = ({0: batch} if patch else {0: batch, 2: STRIDE * height, 3: STRIDE * width},)
     given = with_fixed_padding(student), _example(student, patch)
     program = torch.export.export(*given, dynamic_shapes=shapes, strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
     torch.export.save(program, str(path))
 
 
@@ -262,6 +269,7 @@ def write(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             save_net_with_metadata(scripted(student), str(path), include_config_vals=False, meta_values=metadata)
+        path.write_bytes(_without_sources(path.read_bytes()))
     elif name == "pt2":
         write_pt2(student, path, patch)
     elif name == "onnx":

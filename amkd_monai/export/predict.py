@@ -17,8 +17,8 @@ from amkd_monai.files.cases import read_case, series_folders
 from amkd_monai.files.dicom import Slice, find_series, read_series
 from amkd_monai.files.dicom_seg import write_captures, write_segmentation
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
-from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, write_mask_volume
-from amkd_monai.storage import atomic_path, read_json
+from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, reorder, write_mask_volume
+from amkd_monai.storage import atomic_path, file_sha256, read_json
 from amkd_monai.terminal import logger, progress
 
 VERSION = 3
@@ -92,6 +92,8 @@ class Predictor:
         self.model, self.channels = folder / self.config["models"].get(name, "-"), self.config["channels"]
         if not self.model.is_file():
             raise ValueError(f"{folder} holds no {name} network: export again with --formats {name}.")
+        if self.config.get("sha256", {}).get(name) not in (None, file_sha256(self.model)):
+            raise ValueError(f"{self.model} is damaged or of another export (its SHA-256 differs): copy it again.")
         try:
             self._run = runner(name, self.model, threads or 0)
         except refusals() as error:
@@ -233,15 +235,17 @@ def _predict_one(predictor: Predictor, image: Input, folder: Path, dicom_seg: bo
             write_segmentation(to("mask.dcm"), answer, grid, series, classes)
         if dicom_captures and series:
             write_captures(to("captures"), answer, levels, grid, series, partial(drawn_overlay, classes=classes))
-        grey, outline = map(np.rot90, middle_slice(levels, answer))
-        pictures.write_png(to("overlay.png"), drawn_overlay(grey, outline, classes))
+        grey, outline = middle_slice(reorder(levels, grid, "LPS"), reorder(answer, grid, "LPS"))
+        pictures.write_png(to("overlay.png"), drawn_overlay(grey.T, outline.T, classes))
         return []
     picture = pictured(image, array)
     if answer.ndim == 2:
         pictures.write_mask(to("mask.png"), answer, len(classes))
         pictures.write_png(to("overlay.png"), drawn_overlay(picture, answer, classes))
         return []
-    write_captioned(to("overlay.png"), picture, f"{(found := predictor.named(answer))}  {answer.max():.2f}")
+    found = predictor.named(answer)
+    sure = [f"{name} {p:.2f}" for name, p in zip(classes, answer, strict=True) if name in found.split("|")]
+    write_captioned(to("overlay.png"), picture, ", ".join(sure) or found)
     return [image.id, found, *(f"{v:.6f}" for v in answer)]
 
 

@@ -78,10 +78,12 @@ def located(where: str | Path, revision: str | None = None) -> Path:
     """Return an exported folder: a local one, or the part of a repository on the hub that prediction reads.
 
     A name such as ``dist/polyps`` is never looked up on the hub where there is a local folder ``dist``. No such folder,
-    and what the hub does not give, are an OSError.
+    and what the hub does not give, are an OSError; a revision of a local folder is a ValueError.
     """
     folder = expanded(where)
     if folder.is_dir():
+        if revision:
+            raise ValueError(f"{folder} is a folder here, which has no revision {revision}: leave out the revision.")
         return folder
     name = str(where)
     if not REPOSITORY.fullmatch(name) or folder.parent.is_dir():

@@ -20,7 +20,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from amkd_monai import __version__
 from amkd_monai.errors import root_cause
-from amkd_monai.export.predict import Input, Predictor, refusals
+from amkd_monai.export.predict import Predictor, refusals
 from amkd_monai.files.names import DICOM_SUFFIX
 from amkd_monai.files.pictures import write_mask
 from amkd_monai.files.volumes import write_mask_volume
@@ -130,7 +130,7 @@ def _stored(file: UploadFile, upload: Path, dimensions: int, limit: int) -> Path
 
 
 def _answer(predictor: Predictor, path: Path, result: Path) -> Response:
-    (_, grid, answer), classes = predictor.answered(Input("", path)), predictor.config["classes"]
+    (_, grid, answer), classes = predictor.answered(predictor.images(path)[0]), predictor.config["classes"]
     if predictor.config["kind"] != "segmentation":
         names = dict(zip(classes, (round(float(p), 6) for p in answer), strict=True))
         return JSONResponse({"class": predictor.named(answer), "probabilities": names})

@@ -101,8 +101,8 @@ class Source:
             self.transforms += transforms
             self.steps += steps
         self.network = resolved(inference, "network_def", inference.config["network_def"])
-        answers = inference.config["postprocessing"]["transforms"]
-        self.postprocessing = [c for t in answers for c in translate.postprocessing(t, self.task.dimensions)]
+        answers, is_mask = inference.config["postprocessing"]["transforms"], not self.task.is_classification
+        self.postprocessing = translate.postprocessing(answers, is_mask, self.task.dimensions)
         self.inferer = resolved(inference, "inferer", inference.config["inferer"])
         self._infer = inference.get_parsed_content("inferer")
         self.window = translate.window(self.inferer, isinstance(self.student, VolumeStudent))

@@ -1,8 +1,10 @@
 """Turn the transforms of a training bundle into MONAI's own, and into the steps of prediction without MONAI."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from monai import transforms
 from monai.utils import BlendMode, ensure_tuple_rep
 
 from amkd_monai.data.transforms import CtWindowd
@@ -66,17 +68,38 @@ OF_MONAI: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
 }
 """MONAI's transforms by ``_target_``: the step, settings that must have a value, and the settings of the step."""
 
+ANSWERING: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "Activationsd": ({"softmax": True}, ()),
+    "Invertd": ({"nearest_interp": False}, ("transform", "orig_keys", "to_tensor")),
+    "AsDiscreted": ({"argmax": True}, ()),
+    "KeepLargestConnectedComponentd": ({}, ("applied_labels",)),
+    "CastToTyped": ({}, ("dtype",)),
+    "SaveMaskd": ({}, ("output_dir", "classes")),
+    "SqueezeDimd": ({}, ("dim",)),
+}
+"""What prediction does to an answer, in this order: settings that must have a value, and those that may have any."""
+
 _WHOLE = ("SimpleInferer", "SliceInferer")
+
+
+def _check(name: str, settings: Mapping[str, Any], required: Mapping[str, Any], free: Sequence[str]) -> None:
+    """Refuse settings that prediction does not repeat: other than the required ones, or else than MONAI's defaults."""
+    known = inspect.signature(getattr(transforms, name, object)).parameters
+    others = {key for key in settings if key not in ("_target_", "keys", "allow_missing_keys", "dtype", *free)}
+    defaults = {key: known[key].default if key in known else None for key in others}
+    for key, value in {**defaults, **required}.items():
+        if (given := settings.get(key)) != value:
+            raise ValueError(f"{name} has {key} {given!r}, which cannot be exported: use {value!r}.")
 
 
 def preprocessing(target: str, settings: Mapping[str, Any], several: bool = False) -> Translated:
     """Translate one transform of an image, perhaps of several files; what cannot be repeated is a ValueError."""
     name = target.removeprefix("amkd_monai.data.transforms.")
+    if "_disabled_" in settings:
+        raise ValueError(f"{name} has _disabled_, which cannot be exported: take it out of the config.")
     if name in OF_MONAI:
         step, required, keys = OF_MONAI[name]
-        for key, value in required.items():
-            if (given := settings.get(key)) != value:
-                raise ValueError(f"{name} has {key} {given!r}, which cannot be exported: use {value!r}.")
+        _check(name, settings, required, [*keys.values()])
         values = {"anti_aliasing": False, "channel_wise": False, **settings}
         return [{"_target_": name, **settings}], [{"step": step, **{key: values[of] for key, of in keys.items()}}]
     if name == "load_rgb":
@@ -137,19 +160,27 @@ def window(inferer: Mapping[str, Any], is_3d: bool) -> Config | None:
     return found | {"mode": str(BlendMode(given["mode"]))}
 
 
-def postprocessing(transform: Mapping[str, Any], dimensions: int) -> list[Config]:
-    """Translate one transform of an answer of 2 or 3 dimensions; one without counterpart is a ValueError."""
-    target = str(transform["_target_"])
-    if target == "amkd_monai.data.transforms.SaveMaskd":
-        save = {
-            **{"_target_": "SaveImaged", "keys": transform["keys"], "output_dir": transform["output_dir"]},
-            **{"output_postfix": "mask", "output_ext": ".png" if dimensions == 2 else ".nii.gz"},
-            **{"output_dtype": "$torch.uint8", "resample": False, "separate_folder": False, "print_log": False},
-        }
-        if dimensions == 3:
-            return [save]
-        turned = {"_target_": "Transposed", "keys": transform["keys"], "indices": [0, 2, 1]}
-        return [turned, save if transform.get("classes", 2) > 2 else {**save, "scale": 255}]
-    if "amkd_monai" in str(transform):
-        raise ValueError(f"The postprocessing holds {target}, which cannot be exported: use MONAI's own transforms.")
-    return [dict(transform)]
+def postprocessing(answers: Sequence[Mapping[str, Any]], is_mask: bool, dimensions: int) -> list[Config]:
+    """Translate the transforms of an answer of 2 or 3 dimensions; what prediction does not repeat is a ValueError."""
+    names = [str(transform["_target_"]).removeprefix("amkd_monai.data.transforms.") for transform in answers]
+    known = [*ANSWERING] if is_mask else ["Activationsd"]
+    if names != [name for name in known if name in names or ANSWERING[name][0]]:
+        what = f"The postprocessing does {', '.join(names)}, which cannot be exported"
+        raise ValueError(f"{what}: use {', '.join(known)}, in this order.")
+    result = []
+    for name, transform in zip(names, answers, strict=True):
+        _check(name, transform, *ANSWERING[name])
+        result += _saving(transform, dimensions) if name == "SaveMaskd" else [dict(transform)]
+    return result
+
+
+def _saving(transform: Mapping[str, Any], dimensions: int) -> list[Config]:
+    save = {
+        **{"_target_": "SaveImaged", "keys": transform["keys"], "output_dir": transform["output_dir"]},
+        **{"output_postfix": "mask", "output_ext": ".png" if dimensions == 2 else ".nii.gz"},
+        **{"output_dtype": "$torch.uint8", "resample": False, "separate_folder": False, "print_log": False},
+    }
+    if dimensions == 3:
+        return [save]
+    turned = {"_target_": "Transposed", "keys": transform["keys"], "indices": [0, 2, 1]}
+    return [turned, save if transform.get("classes", 2) > 2 else {**save, "scale": 255}]

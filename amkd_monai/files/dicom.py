@@ -1,5 +1,6 @@
 """DICOM series: groups the files of a folder into volumes and checks that these are complete."""
 
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from amkd_monai.files.volumes import AFFINE_TOLERANCE, Grid, affine_problem, is_
 from amkd_monai.terminal import logger
 
 SPACING_TOLERANCE = 0.02  # largest difference between two distances of slices, as a part of the distance
+TABLE = re.compile(rb"\x28\0\0\x30(SQ\0\0)?.{4}\xfe\xff\0\xe0", re.DOTALL)  # Modality LUT Sequence, which ITK ignores
 TILT = 1e-2  # largest part of a slice distance that may lie within the plane of the slices
 
 _TAGS = {
@@ -22,7 +24,7 @@ _TAGS = {
     "rows": "0028|0010", "columns": "0028|0011", "photometric": "0028|0004", "modality": "0008|0060",
     "bits": "0028|0101", "signed": "0028|0103", "slope": "0028|1053", "intercept": "0028|1052",
     "samples": "0028|0002", "rescale_type": "0028|1054", "patient": "0010|0020", "study": "0020|000d",
-    "high": "0028|0102",
+    "high": "0028|0102", "echo": "0018|0081", "time point": "0020|0100", "b-value": "0018|9087",
 }  # fmt: skip
 
 
@@ -204,6 +206,12 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
     ):
         what = "in colour, of several frames a file or of which some are stored inverted or on other scales"
         raise refuse(what, "give one series of grey slices, or convert it to NIfTI, for example by dcm2niix")
+    if several := [n for n in ("echo", "time point", "b-value") if len({item.tags.get(n) for item in slices}) > 1]:
+        raise refuse(f"with several values of {several[0]}", "give the slices of one")
+    for item in slices:
+        with item.file.open("rb") as stream:
+            if TABLE.search(stream.read(2**18)):
+                raise refuse("whose values a table gives (ModalityLUTSequence)", "convert it to NIfTI")
     tags = (("position", 3), ("orientation", 6), ("spacing", 2))
     placed = [[item.numbers(*tag) for tag in tags] for item in slices]
     if missing := sum(not all(place) for place in placed):

@@ -217,7 +217,11 @@ def _opened(file: str | Path) -> Iterator[Image.Image]:
 def raw_mask(file: str | Path) -> np.ndarray:
     """Read the values (H, W) of a mask before any meaning; one that has no values is a ValueError."""
     with _opened(file) as stored:
-        return _values(pictures.upright(stored), 2, "auto")
+        upright = pictures.upright(stored)
+    try:
+        return _values(upright, 2, "auto")
+    except ValueError as error:
+        raise ValueError(f"Mask {file} cannot be used: it {error}.") from error
 
 
 def read_mask(

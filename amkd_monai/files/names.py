@@ -63,11 +63,6 @@ def printable(name: str) -> str:
     return "".join(f"%{ord(c) & 0xFF:02X}" if "\udc80" <= c <= "\udcff" or c < " " or c == "\x7f" else c for c in name)
 
 
-def without_suffix(name: str) -> str:
-    """Return an id of a table or list, where it is written with the suffix of its picture, without it."""
-    return Path(name).stem if has_suffix(name, PICTURE_SUFFIXES) else name
-
-
 def file_of(folder: Path, name: str) -> Path:
     """Return a file of a folder whose name is made from an id, under ASCII locales too."""
     return folder / os.fsdecode(name.encode())
@@ -83,10 +78,15 @@ def image_files(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> lis
     others = [file for file in files if not has_suffix(file, (*suffixes, *COMPANIONS)) and file.is_file()]
     unread = [printable(f.name) for f in others if suffixes != VOLUME_SUFFIXES or not is_slice(f)]
     dead = [file_id(file) for file in wanted if file.is_symlink() and not file.is_file()]
-    for what, names in (("file(s) of a format that is not read here", unread), ("dead link(s)", dead)):
-        if names:
-            logger.warning("%d %s in %s are left out: %s.", len(names), what, folder, some(names))
+    left_out(folder, unread, "file(s) of a format that is not read here")
+    left_out(folder, dead, "dead link(s)")
     return [file for file in wanted if file.is_file()]
+
+
+def left_out(place: object, names: Sequence[str], what: str = "file(s)") -> None:
+    """Warn of what takes no part in a run, if there is anything."""
+    if names:
+        logger.warning("%d %s in %s are left out: %s.", len(names), what, place, some(names))
 
 
 def warn_of_deeper(folder: Path, known: Sequence[Path] = ()) -> None:
@@ -94,8 +94,7 @@ def warn_of_deeper(folder: Path, known: Sequence[Path] = ()) -> None:
     below = (child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     files = [f for child in sorted(below) if child not in known for f in sorted(child.rglob("[!.]*"))]
     files = [f for f in files if f.is_file() and not has_suffix(f, COMPANIONS)]
-    if deeper := [printable(str(f.relative_to(folder))) for f in files]:
-        logger.warning("%d file(s) in folders below %s are left out: %s.", len(deeper), folder, some(deeper))
+    left_out(f"folders below {folder}", [printable(str(f.relative_to(folder))) for f in files])
 
 
 def originals(folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> list[Path]:
@@ -113,11 +112,9 @@ def images_to_predict(
     folder: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES, known: Sequence[Path] = ()
 ) -> dict[str, Path]:
     """Map id, with the suffix where two have one name, to file, of a folder's :func:`originals`; see warn_of_deeper."""
-    kept = originals(folder, suffixes)
-    if kept or known:
+    if (kept := originals(folder, suffixes)) or known:
         warn_of_deeper(folder, known)
-    ids = Counter(map(file_id, kept))
-    result: dict[str, Path] = {}
+    ids, result = Counter(map(file_id, kept)), dict[str, Path]()
     for file in sorted(kept, key=lambda file: ids[file_id(file)]):
         name = file_id(file) if ids[file_id(file)] == 1 else printable(file.name)
         while name in result:
@@ -127,15 +124,23 @@ def images_to_predict(
 
 
 def channel_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, dict[int, str]]:
-    """The files of each case of a folder by channel, named as nnU-Net does: ``case_0000.png``, ``case_0001.png``."""
-    found: defaultdict[str, dict[int, str]] = defaultdict(dict)
-    files = {file_id(file): file for file in image_files(folder, suffixes)} if folder.is_dir() else {}
-    for name, file in files.items():
-        if match := CHANNEL.fullmatch(name):
-            found[match["case"]][int(match["channel"])] = str(file)
-    if found and (others := [name for name in files if not CHANNEL.fullmatch(name)]):
-        logger.warning("%d file(s) in %s name no channel and are left out: %s.", len(others), folder, some(others))
+    """The files of each case of a folder by channel, named as nnU-Net does: ``case_0000.png``, ``case_0001.png``.
+
+    Two files of one channel are a ValueError.
+    """
+    found, files = defaultdict[str, dict[int, str]](dict), image_files(folder, suffixes) if folder.is_dir() else []
+    for file in files:
+        if match := CHANNEL.fullmatch(file_id(file)):
+            other = found[match["case"]].setdefault(int(match["channel"]), str(file))
+            if other != str(file):
+                raise ValueError(f"{other} and {file} have the same name: keep one of them.")
+    left_out(folder, [file_id(f) for f in files if found and not is_channel(f)], "file(s) that name no channel")
     return dict(found)
+
+
+def is_channel(file: Path) -> bool:
+    """Whether a file is named as a channel of a case."""
+    return CHANNEL.fullmatch(file_id(file)) is not None
 
 
 def is_prediction(file: Path) -> bool:
@@ -145,6 +150,19 @@ def is_prediction(file: Path) -> bool:
             return MARK.encode() in stream.read(512)
         except (OSError, EOFError):
             return False
+
+
+def keep_others(path: Path) -> Path:
+    """Return the path of a prediction to write; a file there that is none is a ValueError."""
+    if path.is_file() and path.stat().st_size and not is_prediction(path):
+        raise ValueError(f"{path} is there and is no prediction: give another folder for what is written.")
+    return path
+
+
+def group_in(name: str, expression: str) -> str:
+    """Return what the first group of a regular expression finds in a name, "" if it finds nothing or has no group."""
+    found = re.search(expression, name)
+    return (found[1] or "") if found and found.groups() else ""
 
 
 def natural(name: str) -> list[tuple[int, str]]:

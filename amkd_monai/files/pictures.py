@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageOps, PngImagePlugin
 
 from amkd_monai.files.dicom_picture import shown_levels
-from amkd_monai.files.names import DICOM_SUFFIX, MARK, has_suffix
+from amkd_monai.files.names import DICOM_SUFFIX, MARK, has_suffix, keep_others
 from amkd_monai.storage import atomic_path
 
 FULL_SCALES = (255, 4095, 65535)  # white of grey pictures: the smallest that holds the brightest level
@@ -208,5 +208,5 @@ def write_png(path: Path, picture: np.ndarray | Image.Image) -> None:
     """Write levels (H, W) or (H, W, 3), uint8, marked as a prediction."""
     mark = PngImagePlugin.PngInfo()
     mark.add_text("Software", MARK)
-    with atomic_path(path) as temporary:
+    with atomic_path(keep_others(path)) as temporary:
         Image.fromarray(np.asarray(picture)).save(temporary, format="PNG", pnginfo=mark)

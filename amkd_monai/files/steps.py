@@ -15,6 +15,7 @@ Inverse = Callable[[np.ndarray], np.ndarray]
 Stepped = tuple[np.ndarray, Inverse]
 
 SPACING_TOLERANCE = 1e-3  # voxel sizes (mm) closer than this count as equal, as in MONAI
+TILT = 1e-8  # voxels: where rounding of oblique axes tilts them by more, MONAI aligns centres in place of first corners
 TRUNCATED = 4.0  # standard deviations at which MONAI cuts a Gaussian
 BACKGROUND_LEVEL = 0.06  # part of the brightest level up to which a pixel is border: JPEG noise there stays below
 LEAST_PART = 0.02  # part of a row or column that must be brighter to belong to the disc: dust and text are not
@@ -102,12 +103,15 @@ def _resize(array: np.ndarray, grid: Grid | None, size: Sequence[int], anti_alia
 
 
 def _spacing(array: np.ndarray, grid: Grid, pixdim: Sequence[float]) -> Stepped:
-    there, back = [], []
-    for size, old, wanted in zip(array.shape[1:], grid.spacing, pixdim, strict=True):
-        target = old if abs(old - wanted) <= SPACING_TOLERANCE else wanted
-        new = int(np.round((size - 1) * old / target + 1.0))
-        there.append(_interpolation(np.arange(new) * (target / old), size))
-        back.append(_interpolation(np.arange(size) * (old / target), new))
+    there, back, old, sizes = [], [], np.array(grid.spacing), np.array(array.shape[1:])
+    target = np.where(np.abs(old - pixdim) <= SPACING_TOLERANCE, old, pixdim)
+    axes = np.linalg.cholesky(grid.affine[:3, :3].T @ grid.affine[:3, :3]).T / target[:, None]
+    corners = axes @ (np.indices((2, 2, 2)).reshape(3, -1) * (sizes[:, None] - 1))
+    counts, is_tilted = np.round(np.ptp(corners, axis=1) + 1).astype(int), corners.min() < -TILT
+    for size, new, ratio in zip(sizes, counts, target / old, strict=True):
+        first = (size - new * ratio) / 2 if is_tilted else 0.0
+        there.append(_interpolation(first + np.arange(new) * ratio, size))
+        back.append(_interpolation((np.arange(size) - first) / ratio, new))
     return _along_axes(array, there), lambda answer: _along_axes(answer, back)
 
 

@@ -18,7 +18,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from amkd_monai.files.masks import MaskCodes, decode_plausible
-from amkd_monai.files.names import MARK, has_suffix
+from amkd_monai.files.names import MARK, has_suffix, keep_others
 from amkd_monai.files.pictures import DAMAGED
 from amkd_monai.storage import atomic_write_bytes
 from amkd_monai.terminal import logger
@@ -235,7 +235,7 @@ def write_mask_volume(path: Path, mask: np.ndarray, grid: Grid) -> None:
     header["descrip"] = MARK.encode()
     header.set_data_dtype(np.uint8)
     image = nibabel.Nifti1Image(mask.astype(np.uint8), None, header)
-    atomic_write_bytes(path, gzip.compress(image.to_bytes(), 1, mtime=0))
+    atomic_write_bytes(keep_others(path), gzip.compress(image.to_bytes(), 1, mtime=0))
 
 
 def middle_slice(volume: np.ndarray, mask: np.ndarray, axis: int = 2) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from amkd_monai.__main__ import main
 from amkd_monai.bundles.new import new_bundle
 from amkd_monai.data.check import check_data
 from amkd_monai.data.datasets import TASKS, get_task
+from amkd_monai.files.names import DataProblems
 
 
 def made(name, data, folder, **options):
@@ -136,3 +137,45 @@ def test_a_table_gives_classes_and_a_column_the_groups(tmp_path, capsys):
     assert main(["new", "findings", "--data", str(tmp_path / "several"), "--to", str(tmp_path)]) == 1
     said = capsys.readouterr().err
     assert "findings.csv" in said and "effusion, nodule" in said
+
+
+def test_a_mask_of_several_colours_among_many_is_counted_and_named(tmp_path):
+    data = rimmed_pictures(tmp_path / "polyps", count=5)
+    first, *others = sorted((data / "masks").iterdir())
+    colours = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0]], np.uint8)
+    Image.fromarray(colours[np.asarray(Image.open(first))]).save(first)
+    task, _, facts = made("coloured", data, tmp_path)
+    assert len(task.classes) == 3 and str(first) in facts
+    assert [str(first) in problem for problem in check_data(task, data).problems] == [True]
+    for mask in others:
+        Image.fromarray(colours[np.asarray(Image.open(mask))]).save(mask)
+    with pytest.raises(DataProblems) as refused:
+        made("all", data, tmp_path)
+    assert len(refused.value.problems) == 5
+
+
+def test_labels_of_volumes_below_0_are_refused(tmp_path):
+    data = rimmed_volumes(tmp_path / "raw", cases=3)
+    file = sorted((data / "labelsTr").iterdir())[1]
+    label = nib.load(file)
+    nib.save(nib.Nifti1Image(np.asarray(label.dataobj).astype(np.int16) - 1, label.affine), file)
+    with pytest.raises(ValueError, match=rf"{file.name} .*-1"):
+        made("signed", data, tmp_path)
+    assert not (tmp_path / "bundles").exists()
+
+
+@pytest.mark.parametrize("names", [("image", "mask"), ("image", "label"), ("{0}", "{0}_mask"), ("{0}", "{0}_seg")])
+def test_folders_of_one_image_and_its_mask_are_no_classes(names, tmp_path):
+    for number in range(8):
+        for name, values in zip(names, (200, 2), strict=True):
+            file = tmp_path / "data" / f"p{number}" / f"{name.format(number)}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng(number).integers(0, values, (40, 60), np.uint8)).save(file)
+    with pytest.raises(ValueError, match=r"p0 .*images/ and masks/"):
+        made("cases", tmp_path / "data", tmp_path)
+    for number in range(8):
+        (tmp_path / "data" / f"p{number}").rename(tmp_path / f"p{number}")
+        for kind, name in zip(("images", "masks"), names, strict=True):
+            (tmp_path / "data" / kind).mkdir(exist_ok=True)
+            (tmp_path / f"p{number}" / f"{name.format(number)}.png").rename(tmp_path / "data" / kind / f"{number}.png")
+    assert made("masks", tmp_path / "data", tmp_path)[0].kind == "segmentation"

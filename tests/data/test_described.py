@@ -11,6 +11,7 @@ import pytest
 from own_data import dicom_series, signed
 from PIL import Image
 
+from amkd_monai.bundles.new import new_bundle
 from amkd_monai.data.check import check_data
 from amkd_monai.data.datalist import datalist, find_items, inference_datalist, labelled_folder
 from amkd_monai.data.datasets import get_task, recorded_task
@@ -384,3 +385,24 @@ def test_folders_that_take_no_part_are_named_and_masks_are_no_images_of_a_class(
         picture(tmp_path / "classes" / name)
     items = get_task(GRADES).layout.find_items(tmp_path / "classes")
     assert [item["id"] for item in items] == ["1", "2"] and "p1/3.png" in caplog.text
+
+
+def test_what_a_form_does_not_use_is_said_once_by_new(tmp_path, caplog):
+    for number in range(4):
+        picture(tmp_path / "raw" / "imagesTr" / f"{number}_0000.png")
+        mask(tmp_path / "raw" / "labelsTr" / f"{number}.png")
+    picture(tmp_path / "raw" / "imagesTr" / "lone.png")
+    mask(tmp_path / "raw" / "labelsTr" / "0.tif")
+    (tmp_path / "raw" / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "a": 1, "b": 2}}))
+    new_bundle("own", tmp_path / "raw", tmp_path)
+    assert [record.getMessage().count("lone") for record in caplog.records] == [1]
+    items = find_items(get_task(CELLS), tmp_path / "raw")
+    assert [item["id"] for item in items if "0.tif" in item.get("problem", "")] == ["0"]
+
+
+@pytest.mark.parametrize("label", [1, [], [0, 1]])
+def test_a_label_that_is_no_file_is_no_mask(label, tmp_path):
+    picture(tmp_path / "0.png")
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "0.png", "label": label}]}))
+    (item,) = find_items(get_task(CELLS), tmp_path)
+    assert str(label) in item["problem"]

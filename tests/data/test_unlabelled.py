@@ -171,6 +171,7 @@ def test_pictures_of_dicom_are_read_as_they_are_shown_or_refused(data, tmp_path)
     refused["frames"] = (grey, {"NumberOfFrames": 2, "Rows": 48})
     refused["high"] = (grey.astype(np.uint16) << 8, {**window, "BitsStored": 8, "HighBit": 15})
     refused["six"] = (grey >> 2, {"BitsStored": 6, "HighBit": 5})
+    refused["each frame"] = (grey, {"PerFrameFunctionalGroupsSequence": []})
     for name, (values, tags) in refused.items():
         with pytest.raises(ValueError, match=f"{name}.dcm"):
             load_rgb()({"image": str(dicom_picture(tmp_path / f"{name}.dcm", values, **tags))})

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import jsonschema
 import nibabel as nib
@@ -29,6 +30,7 @@ from amkd_monai.data.datasets import TASKS
 from amkd_monai.errors import root_cause
 from amkd_monai.export.bundle import judge, model_card
 from amkd_monai.export.formats import write
+from amkd_monai.export.predict import Predictor
 from amkd_monai.export.runners import runner
 from amkd_monai.export.source import Source
 from amkd_monai.files.names import file_id
@@ -113,6 +115,9 @@ def test_the_bundle_is_whole_and_fits_the_schema(bundle, exported):
     low = summary[primary]["ci_low"]  # none where the test section has one case
     assert f"{low:.4f}" in card if low is not None else bundle == "covid_volumes"
     assert str(folder) not in card + (dist / "configs" / "inference.json").read_text(), "no path of this machine"
+    for file in dist.glob("models/model.[pt]*"):
+        with zipfile.ZipFile(file) as stored:
+            assert not any(str(ROOT).encode() in stored.read(name) for name in stored.namelist()), file
     state = torch.load(dist / "models" / "model.pt", weights_only=True)
     trained = torch.load(folder / "models" / "model.pt", weights_only=True)
     assert all(torch.equal(state[key], trained[key]) for key in trained) and len(state) == len(trained)
@@ -334,6 +339,14 @@ def test_a_corrupt_file_is_reported_and_the_rest_goes_on(exported, tmp_path, cap
     out, error = capsys.readouterr()
     assert "3 of 4 predicted" in out and error.count("error: ") == 1 and "broken.png" in error
     assert len(list((tmp_path / "out").glob("*_mask.png"))) == 3
+    models = shutil.copytree(folder / "dist" / "kvasir_seg", tmp_path / "x") / "models"
+    content = bytearray((models / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 0x40  # in a weight
+    for other in (bytes(content), (models / "model_int8.onnx").read_bytes()):
+        (models / "model.onnx").write_bytes(other)
+        with pytest.raises(ValueError, match=r"model\.onnx .*SHA-256"):
+            Predictor(tmp_path / "x")
+    Predictor(tmp_path / "x", int8=True)
 
 
 def test_a_dicom_series_gives_the_mask_of_its_volume(exported, tmp_path, caplog):

@@ -69,14 +69,52 @@ def test_transforms_without_counterpart():
         preprocessing("Rotate90d", {"keys": "image"})
     with pytest.raises(ValueError, match="mode 'nearest'"):
         preprocessing("Resized", {"keys": "image", "spatial_size": (4, 4), "mode": "nearest"})
-    with pytest.raises(ValueError, match="cannot be exported"):
-        postprocessing({"_target_": "amkd_monai.data.transforms.CtWindowd", "keys": "pred"}, dimensions=3)
+    unit = {"b_min": 0.0, "b_max": 1.0, "clip": True}
+    for name, settings, wrong in (
+        ("ScaleIntensityRangePercentilesd", {"lower": 1, "upper": 99, **unit}, {"relative": True}),
+        ("Orientationd", {"axcodes": "RAS", "labels": None}, {"as_closest_canonical": True}),
+        ("Resized", {"spatial_size": [4, 4], "mode": "bilinear"}, {"size_mode": "longest"}),
+        ("Spacingd", {"pixdim": [1, 1, 1], "mode": "bilinear"}, {"scale_extent": True}),
+        ("SpatialPadd", {"spatial_size": [4, 4]}, {"method": "end"}),
+        ("amkd_monai.data.transforms.load_rgb", {}, {"_disabled_": True}),
+    ):
+        assert preprocessing(name, {"keys": "image", **settings})[0]
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            preprocessing(name, {"keys": "image", **settings, **wrong})
+
+
+ANSWERS = [
+    {"_target_": "Activationsd", "keys": "pred", "softmax": True},
+    {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "nearest_interp": False},
+    {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
+    {"_target_": "amkd_monai.data.transforms.SaveMaskd", "keys": "pred", "output_dir": "@output_dir", "classes": 3},
+]
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "transform"),
+    [
+        (3, 0, {"_target_": "RemoveSmallObjectsd", "keys": "pred", "min_size": 9}),
+        (3, 0, {"_target_": "KeepLargestConnectedComponentd", "keys": "pred", "num_components": 2}),
+        (1, 0, {"_target_": "KeepLargestConnectedComponentd", "keys": "pred", "applied_labels": [1]}),
+        (2, 1, {"_target_": "AsDiscreted", "keys": "pred", "threshold": 0.9}),
+        (0, 1, {"_target_": "Activationsd", "keys": "pred", "sigmoid": True}),
+        (2, 1, {**ANSWERS[2], "_disabled_": True}),
+    ],
+)
+def test_what_is_done_to_answers_is_done_by_prediction_or_refused(place, number, transform):
+    assert postprocessing(ANSWERS, is_mask=True, dimensions=3) and postprocessing(ANSWERS[:1], False, 2)
+    with pytest.raises(ValueError, match=transform["_target_"]):
+        postprocessing([*ANSWERS[:place], transform, *ANSWERS[place + number :]], is_mask=True, dimensions=3)
+    for answers, is_mask in ((ANSWERS[:1], True), (ANSWERS, False)):
+        with pytest.raises(ValueError, match="AsDiscreted"):
+            postprocessing(answers, is_mask, dimensions=2)
 
 
 def test_masks_of_more_than_two_classes_are_saved_as_indices():
-    save = {"_target_": "amkd_monai.data.transforms.SaveMaskd", "keys": "pred", "output_dir": "@output_dir"}
-    assert postprocessing({**save, "classes": 2}, dimensions=2)[-1]["scale"] == 255
-    assert "scale" not in postprocessing({**save, "classes": 3}, dimensions=2)[-1]
+    assert "scale" not in postprocessing(ANSWERS, is_mask=True, dimensions=2)[-1]
+    of_two = [*ANSWERS[:-1], {**ANSWERS[-1], "classes": 2}]
+    assert postprocessing(of_two, is_mask=True, dimensions=2)[-1]["scale"] == 255
 
 
 def test_an_overlay_shows_each_class_in_its_colour_and_names_several():

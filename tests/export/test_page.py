@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import csv
 import gzip
+import itertools
+import json
 import shutil
 import struct
 import zlib
@@ -18,6 +20,7 @@ from browser import Browser
 from helpers import shared_data, without
 from own_data import FINDINGS
 from PIL import Image, ImageCms, PngImagePlugin
+from test_predict import turn
 from test_reading import pictures, volumes
 
 from amkd_monai.__main__ import main
@@ -141,6 +144,8 @@ def test_masks_of_volumes_are_those_of_predict_in_every_order(page, tmp_path):
     for name, volume in volumes(small).items():
         nib.save(volume, images / f"{name}.nii.gz")
     nib.save(nib.Nifti2Image(small.dataobj, small.affine), images / "second.nii.gz")
+    tilted = turn(0, 2, 0.5) @ turn(1, 2, 0.6) @ small.affine
+    nib.save(nib.Nifti1Image(small.dataobj, tilted), images / "tilted.nii.gz")
     files = sorted(images.iterdir())
     predicted(dist, images, tmp_path / "predict")
     browser.give(*files)
@@ -271,9 +276,10 @@ def test_preprocessing_is_that_of_predict_over_odd_pictures(page, tmp_path, task
     picture = Image.open(sorted(shared_data(source).iterdir())[0]).convert("RGB").resize((211, 164))
     files = odd_pictures(np.asarray(picture), tmp_path)
     browser.give(*files)
-    steps = read_json(dist / "configs" / "predict.json")["steps"]
-    for number, file in enumerate(files):
-        shape, text = browser.evaluate(INPUT.replace("NUMBER", str(number)))
+    own, each = read_json(dist / "configs" / "predict.json")["steps"], {"lower": 1, "upper": 97, "channel_wise": True}
+    for (number, file), steps in itertools.product(enumerate(files), (own, [{"step": "scale_percentiles", **each}])):
+        asked = INPUT.replace("NUMBER", str(number)).replace("student.steps", json.dumps(steps))
+        shape, text = browser.evaluate(asked)
         found = np.frombuffer(base64.b64decode(text), np.float32).reshape(shape)
         expected = prepare(read_picture(file).transpose(2, 0, 1).astype(np.float32), steps)[0]
         assert found.shape == expected.shape, file.name

@@ -27,10 +27,20 @@ def test_resizing_there_and_back(old, new):
     np.testing.assert_allclose(inverses[0](there), back.numpy(), atol=2e-6)
 
 
-@pytest.mark.parametrize("spacing", [(1.0, 1.25, 1.3705), (3.0, 0.7, 1.37), (2.5, 2.5, 2.5)])
-def test_volumes_are_resampled_cropped_and_padded(spacing):
+def turn(first, second, angle):
+    affine = np.eye(4)
+    affine[[first, second], [first, second]] = np.cos(angle)
+    affine[first, second], affine[second, first] = -np.sin(angle), np.sin(angle)
+    return affine
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["upright", "oblique"])
+@pytest.mark.parametrize("spacing", [(1.0, 1.25, 1.3705), (3.0, 0.7, 1.37), (2.5, 2.5, 2.5), (1.25, 0.625, 0.685)])
+def test_volumes_are_resampled_cropped_and_padded(spacing, turned):
     volume = np.random.default_rng(0).random((1, 24, 31, 20), np.float32)
     affine = torch.diag(torch.tensor([-spacing[0], spacing[1], spacing[2], 1.0], dtype=torch.float64))
+    if turned:  # about two axes, in the 32 bits of a header, whose rounding tilts the axes
+        affine = torch.from_numpy(np.float64(np.float32(turn(0, 2, 0.5) @ turn(1, 2, 0.6) @ affine.numpy())))
     transforms = (Spacing((2.5, 1.25, 1.37)), CenterSpatialCrop((11, 24, 16)), SpatialPad((-1, 24, 16)))
     steps = [
         {"step": "spacing", "pixdim": (2.5, 1.25, 1.37)},

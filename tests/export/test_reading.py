@@ -81,7 +81,7 @@ def test_a_volume_has_one_mask_in_every_order_and_everywhere(exported, tmp_path,
     monkeypatch.setattr("amkd_monai.label.student.ConfigParser", _parser_of(folder, **HEART))
     served.__init__(ROOT / "bundles" / "msd_heart")
     served.model = folder / "models" / "model.pt"
-    expected = None
+    expected = seen = None
     for name in volumes(image):
         source = nib.load(images / f"{name}.nii.gz")
         for where in ("predict", "bundle", "exported"):
@@ -92,6 +92,9 @@ def test_a_volume_has_one_mask_in_every_order_and_everywhere(exported, tmp_path,
             found = np.asanyarray(nib.as_closest_canonical(mask).dataobj)
             expected = found if expected is None else expected
             np.testing.assert_array_equal(found, expected, err_msg=f"{where} {name}")
+        overlay = np.asarray(Image.open(tmp_path / "predict" / f"{name}_overlay.png"))
+        seen = overlay if seen is None else seen
+        np.testing.assert_array_equal(overlay, seen, err_msg=name)
         answer = nib.Nifti1Image(served.answer(images / f"{name}.nii.gz").numpy(), source.affine)
         np.testing.assert_array_equal(nib.as_closest_canonical(answer).dataobj, expected, err_msg=f"server {name}")
     assert 0 < expected.mean() < 0.9
@@ -181,10 +184,16 @@ def test_a_picture_has_one_mask_in_every_mode_and_everywhere(exported, tmp_path)
     images.mkdir()
     for name, image in pictures(picture).items():
         image.save(images / name, **({"exif": image.info["exif"]} if "exif" in image.info else {}))
+    for name in ("lone_mask.png", "plain_mask_1.png", "a.b.png", "a.b_segmentation.png"):
+        Image.fromarray(picture).save(images / name)
     dist = folder / "dist" / "kvasir_seg"
     assert main(["predict", "--model", str(dist), str(images), "--output", str(tmp_path / "predict")]) == 0
     by_bundle("kvasir_seg", folder, images, tmp_path / "bundle")
     by_exported_bundle(dist, images, tmp_path / "exported")
+    for where in ("predict", "bundle", "exported"):
+        written = {file.name for file in (tmp_path / where).glob("*_mask.png")}
+        named = {name.split(".")[0] for name in pictures(picture)} | {"lone_mask", "a.b"}
+        assert written == {f"{name}_mask.png" for name in named}, where
     masks = {}
     for name in pictures(picture):
         stem = name.split(".")[0]
@@ -199,6 +208,13 @@ def test_a_picture_has_one_mask_in_every_mode_and_everywhere(exported, tmp_path)
         assert (masks[same] == masks["grey8"]).mean() >= 0.999, same
     again = tmp_path / "predict"  # what was written is no image
     assert main(["predict", "--model", str(dist), str(again), "--output", str(tmp_path / "again")]) == 1
+    own = tmp_path / "own"  # what was not written by a prediction is kept
+    own.mkdir()
+    for name in ("x.png", "x_mask.png"):
+        Image.fromarray(picture).save(own / name)
+    reference = (own / "x_mask.png").read_bytes()
+    assert main(["predict", "--model", str(dist), str(own), "--output", str(own)]) == 1
+    assert (own / "x_mask.png").read_bytes() == reference
 
 
 def test_one_odd_file_ends_neither_prediction_nor_inference(exported, tmp_path, capsys):

@@ -83,6 +83,8 @@ def test_a_hub_repository_is_complete_and_read_back_without_a_network(bundle, ex
         else:
             row = (tmp_path / "out" / "predictions.csv").read_text().splitlines()[1].split(",")
             np.testing.assert_allclose(answer, np.float64(row[2:]), atol=1e-6)
+    with pytest.raises(ValueError, match="revision"):
+        amkd_monai.load(dist, "v1")
     with pytest.raises(OSError, match="someone/else"):
         amkd_monai.load("someone/else")
     monkeypatch.chdir(folder)

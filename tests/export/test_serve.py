@@ -18,7 +18,7 @@ from own_data import dicom_picture
 from PIL import Image
 
 from amkd_monai.export.predict import Predictor
-from amkd_monai.files.pictures import read_picture
+from amkd_monai.files.pictures import read_picture, write_png
 from amkd_monai.files.volumes import read_volume
 
 CLIENTS, REQUESTS = 8, int(os.environ.get("AMKD_REQUESTS", "64"))
@@ -141,11 +141,13 @@ def test_what_cannot_be_used_is_refused_in_one_sentence_and_serving_goes_on(serv
     port, _ = served("kvasir_seg")
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64)).save(buffer, "PNG")
+    write_png(tmp_path / "x_overlay.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8))
     good = sorted(shared_data("Kvasir-SEG", "images").glob("*.jpg"))[0].read_bytes()
     kind = {"Content-Type": "multipart/form-data; boundary=edge"}
     for content, code, word in (
         (b"%!PS-Adobe hello", 415, b"pictures"),
         (buffer.getvalue(), 422, b"levels"),
+        ((tmp_path / "x_overlay.png").read_bytes(), 422, b"prediction"),
         (good[:3000], 422, b"cannot be read"),
         (b"", 415, b"pictures"),
     ):

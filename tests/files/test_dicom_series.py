@@ -108,6 +108,10 @@ def test_two_directions_of_several_slices_are_two_volumes(tmp_path):
             "distance",
         ),
         (lambda f: series(f, keep=[3]), "1 slices alone"),
+        *(
+            (lambda f, t=tag: (series(f, keep=range(0, 8, 2)), series(f, keep=range(1, 8, 2), tags={t: "2"}))[0], name)
+            for tag, name in (("0018|0081", "echo"), ("0020|0100", "time point"), ("0018|9087", "b-value"))
+        ),
         (
             lambda f: (
                 series(f, keep=[0, 1, 2, 4, 5, 6, 7]),
@@ -120,6 +124,21 @@ def test_two_directions_of_several_slices_are_two_volumes(tmp_path):
 def test_what_is_no_whole_volume_is_refused_with_a_number(tmp_path, build, words):
     folder = build(tmp_path / "s")
     with pytest.raises(ValueError, match=words):
+        read(folder)
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2"])
+def test_values_that_a_table_gives_are_refused(tmp_path, syntax):
+    pydicom = needs("pydicom")
+    folder = series(tmp_path / "s")
+    for file in folder.iterdir():
+        slice_, table = pydicom.dcmread(file), pydicom.Dataset()
+        table.ModalityLUTType = "US"
+        for name, values in (("LUTDescriptor", [4, 0, 16]), ("LUTData", [9, 6, 3, 0])):
+            table[name] = pydicom.DataElement(name, "US", values)
+        slice_.ModalityLUTSequence, slice_.file_meta.TransferSyntaxUID = [table], syntax
+        slice_.save_as(file)
+    with pytest.raises(ValueError, match=r"8 slices .*ModalityLUTSequence"):
         read(folder)
 
 

@@ -61,6 +61,9 @@ def test_files_that_are_no_channel_beside_those_that_are_and_series_below_are_na
     for name in ("a_0000.png", "a_0001.png", "lone.png"):
         save(tmp_path / "channels" / name)
     assert list(channel_files(tmp_path / "channels")) == ["a"] and ": lone." in caplog.text
+    save(tmp_path / "channels" / "a_0001.jpg")
+    with pytest.raises(ValueError, match=r"a_0001\.jpg and .*a_0001\.png"):
+        channel_files(tmp_path / "channels")
     for name in ("one/1.dcm", "patient/study/two"):
         save(tmp_path / "hospital" / name)
     assert list(to_predict(tmp_path / "hospital", volumes=True)) == ["one"]

@@ -318,7 +318,7 @@ function gridOf(header, shape) {
     free.delete(out);
     codes[j] = PAIRS[out][axes[j][out] > 0 ? 1 : 0];
   }
-  return { shape, codes: codes.join(""), spacing: exact.map((v) => Math.round(v * 1e6) / 1e6), header };
+  return { shape, axes, codes: codes.join(""), spacing: exact.map((v) => Math.round(v * 1e6) / 1e6), header };
 }
 
 /** Read a NIfTI volume: values of (1, X, Y, Z) and the grid. */

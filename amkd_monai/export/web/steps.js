@@ -2,7 +2,7 @@
 /* What happens to an image before the network and to its answer after it: the steps of files/steps.py, value by value.
    An array is {data: Float32Array, shape: [channels, ...axes]}, last axis fastest. A step returns [array, way back]. */
 
-const SPACING_TOLERANCE = 1e-3, TRUNCATED = 4, FEWEST_LEVELS = 16;
+const SPACING_TOLERANCE = 1e-3, TILT = 1e-8, TRUNCATED = 4, FEWEST_LEVELS = 16;
 const LOWEST_AIR = -1100, HIGHEST_MINIMUM = -200, BRIGHTEST = 0.75;
 const PAIRS = ["LR", "PA", "IS"]; // of letters for the ends of an axis; the second is the positive direction
 
@@ -143,7 +143,14 @@ function ctRange(data, low, high, values) {
 
 const STEPS = {
   scale: (array, grid, { low, high }) => [toUnit(array, low, high)],
-  scale_percentiles: (array, grid, { lower, upper }) => [toUnit(array, ...percentiles(array.data, [lower, upper]))],
+  scale_percentiles(array, grid, { lower, upper, channel_wise }) {
+    const result = zeros(array.shape), length = array.data.length / (channel_wise ? array.shape[0] : 1);
+    for (let at = 0; at < array.data.length; at += length) {
+      const data = array.data.subarray(at, at + length);
+      result.data.set(toUnit({ data }, ...percentiles(data, [lower, upper])).data, at);
+    }
+    return [result];
+  },
   ct_window: (array, grid, { low, high, values }) => [toUnit(array, ...ctRange(array.data, low, high, values))],
   crop_disc(array, grid, { background_level, least_part }) {
     const [channels, height, width] = array.shape, plane = height * width, brightest = new Float32Array(plane);
@@ -184,12 +191,17 @@ const STEPS = {
     return [alongAxes(array, there), (answer) => alongAxes(answer, back)];
   },
   spacing(array, grid, { pixdim }) {
-    const there = [], back = [];
-    array.shape.slice(1).forEach((size, i) => {
-      const old = grid.spacing[i], target = Math.abs(old - pixdim[i]) <= SPACING_TOLERANCE ? old : pixdim[i];
-      const count = roundEven(((size - 1) * old) / target + 1);
-      there.push(interpolation(Array.from({ length: count }, (_, k) => k * (target / old)), size));
-      back.push(interpolation(Array.from({ length: size }, (_, k) => k * (old / target)), count));
+    const there = [], back = [], sizes = array.shape.slice(1), old = grid.spacing;
+    const ratios = old.map((v, i) => (Math.abs(v - pixdim[i]) <= SPACING_TOLERANCE ? v : pixdim[i]) / v);
+    const cosine = (i, j) => grid.axes[i].reduce((sum, v, k) => sum + v * grid.axes[j][k], 0);
+    const off = sizes.map((_, i) => sizes.map((size, j) => // how far an axis leads along those before it
+      (j > i ? (((size - 1) * old[j]) / old[i] / ratios[i]) * cosine(i, j) : 0)));
+    const isTilted = off.some((row) => row.reduce((sum, v) => sum + Math.min(v, 0), 0) < -TILT); // as in steps.py
+    sizes.forEach((size, i) => {
+      const ratio = ratios[i], count = roundEven((size - 1) / ratio + off[i].reduce((sum, v) => sum + Math.abs(v), 1));
+      const first = isTilted ? (size - count * ratio) / 2 : 0;
+      there.push(interpolation(Array.from({ length: count }, (_, k) => first + k * ratio), size));
+      back.push(interpolation(Array.from({ length: size }, (_, k) => (k - first) / ratio), count));
     });
     return [alongAxes(array, there), (answer) => alongAxes(answer, back)];
   },
@@ -214,7 +226,9 @@ function prepare(array, steps, grid) {
     array = changed;
     if (back) backs.push(back);
     if (step === "orientation") {
-      grid = { codes: settings.axes, spacing: orderTo(grid.codes, settings.axes)[0].map((s) => grid.spacing[s]) };
+      const [sources, flips] = orderTo(grid.codes, settings.axes);
+      grid = { codes: settings.axes, spacing: sources.map((s) => grid.spacing[s]),
+        axes: sources.map((s, j) => grid.axes[s].map((v) => (flips[j] ? -v : v))) };
     }
   }
   return [array, backs];
