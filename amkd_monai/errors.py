@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -54,6 +55,14 @@ def check_options(what: str, function: Callable[..., Any], options: Mapping[str,
     except TypeError as error:
         takes = ", ".join(list(signature.parameters)[arguments:]) or "none"
         raise ValueError(f"The {what} has options that do not fit ({error}): it takes {takes}.") from error
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf, whole: bool = False) -> None:
+    """Raise a ValueError that names the option unless its value is a finite number from ``low`` to ``high``."""
+    fits = isinstance(value, int) or (isinstance(value, float) and not whole and math.isfinite(value))
+    if not fits or isinstance(value, bool) or not low <= value <= high:
+        kind, most = "whole number" if whole else "number", "" if high == math.inf else f" and at most {high}"
+        raise ValueError(f"{name} is {value!r}: give a {kind} of at least {low}{most}.")
 
 
 def class_of(what: str, mode: str, known: Mapping[str, type | str], base: type) -> Any:

@@ -18,6 +18,7 @@ from amkd_monai.cache.store import EVERYTHING, NAME, ArraySpec, FeatureStore, Pa
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.frames import FinerImages
 from amkd_monai.data.sampling import warp
+from amkd_monai.errors import check_number
 from amkd_monai.memory import own_peak
 from amkd_monai.storage import fingerprint
 from amkd_monai.teachers.base import Teacher, TeacherFacts, build_teacher
@@ -41,8 +42,7 @@ Result = TypeVar("Result")
 
 def view_set(views: int) -> list[dict[str, Any]]:
     """Describe so many views, at least 1: identity, horizontal flip, then random resized crops with mild rotation."""
-    if views < 1:
-        raise ValueError(f"`views` is {views}: give the number of stored views of every image, 1 or more.")
+    check_number("views", views, 1, whole=True)
     crop: dict[str, Any] = {"view": "crop", "smallest": SMALLEST_CROP, "rotation": LARGEST_ROTATION}
     crops = [{**crop, "number": number} for number in range(2, views)]
     return [*({"view": name} for name in ("identity", "horizontal_flip")), *crops][:views]
@@ -119,8 +119,7 @@ class Batches:
     def __init__(self, size: int | None = None, device: torch.device | str = "cpu") -> None:
         default = BATCH_SIZE.get(torch.device(device).type, BATCH_SIZE["cpu"])
         self.size, self._next = (default, 1) if size is None else (size, size)
-        if self.size < 1:
-            raise ValueError(f"The batch size of teachers is {size}: give 1 or more.")
+        check_number("teacher_batch_size", self.size, 1, whole=True)
 
     def run(
         self, work: Callable[[Sequence[Item]], Result], items: Sequence[Item]

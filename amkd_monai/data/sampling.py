@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from amkd_monai.errors import check_number
+
 PASSES = 1_000  # most passes over a task's data in one epoch; keeps the seeds of epochs and passes apart
 
 
@@ -78,7 +80,11 @@ class BatchSampler(Sampler[list[int]]):
             shares = foreground_fraction, 1 - foreground_fraction
             self.strata = list(zip((self.labelled[front], self.labelled[~front]), shares, strict=True))
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.labelled_fraction, self.first_stage, self.labelled_only = labelled_fraction, first_stage, False
+        wanted = round(batch_size * (1 - labelled_fraction)) if len(self.unlabelled) else 0
+        self.mixed, self.first_stage, self.labelled_only = min(wanted, batch_size - 1), first_stage, False
+        if len(self.unlabelled) and labelled_fraction < 1 and not self.mixed:
+            what = f"recipe#batch_size {batch_size} with recipe#labelled_fraction {labelled_fraction}"
+            raise ValueError(f"{what} leaves no room for images without labels: raise batch_size, or give fraction 1.")
         self.steps = max(min_steps, math.ceil(len(pool) / (batch_size * world_size)))
         self.epoch = 0
 
@@ -92,9 +98,7 @@ class BatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng([self.seed, self.epoch])
         total = self.steps * self.batch_size * self.world_size
-        mixes = len(self.unlabelled) > 0 and not self.labelled_only
-        unlabelled = min(round(self.batch_size * (1 - self.labelled_fraction)), self.batch_size - 1) if mixes else 0
-        count = (self.batch_size - unlabelled) * self.steps * self.world_size
+        count = (self.batch_size - (0 if self.labelled_only else self.mixed)) * self.steps * self.world_size
         strata = self.strata or [(self.labelled, 1.0)]
         ends = [round(count * share) for share in np.cumsum([share for _, share in strata])]
         counts = np.diff([0, *ends[:-1], count])
@@ -156,11 +160,9 @@ class MultiTaskLoader:
         seed: int = 0,
     ) -> None:
         self.loaders, self.seed, self.epoch = dict(loaders), seed, 0
-        self.per_step = len(loaders) if tasks_per_step is None else min(int(tasks_per_step), len(loaders))
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"sampling_alpha is {alpha}: give 0 (all tasks equally often) to 1 (as their samples).")
-        if self.per_step < 1:
-            raise ValueError(f"tasks_per_step is {tasks_per_step}: give at least 1.")
+        self.per_step = len(loaders) if tasks_per_step is None else min(tasks_per_step, len(loaders))
+        check_number("sampling_alpha", alpha, 0, 1)
+        check_number("tasks_per_step", self.per_step, 1, whole=True)
         sizes = np.array([float(len(loader.dataset)) for loader in loaders.values()]) ** alpha
         self.probabilities = sizes / sizes.sum()
         self.steps = steps or math.ceil(sum(len(loader) for loader in loaders.values()) / self.per_step)
@@ -214,6 +216,13 @@ class Augmentation:
     colour: float = 0.0  # largest relative gain change per channel
     gamma: float = 0.0  # largest relative change of the exponent, e.g. 0.4 for x^(1/1.4) to x^1.4
     together: int = 1  # samples, one after another, that are changed alike: the slices of a patch
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not name.startswith("flip_"):
+                check_number(f"recipe#augmentation#{name}", value, 0)
+            elif not isinstance(value, bool):
+                raise ValueError(f"recipe#augmentation#{name} is {value!r}: give true or false.")
 
     def check_features(self, accepted: str) -> None:
         """Refuse geometric changes that make warped cached feature maps worse than ``accepted``, of ``VALIDITIES``.

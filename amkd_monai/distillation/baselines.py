@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from amkd_monai.distillation import gates
 from amkd_monai.distillation.gates import GateNetwork, GateReading, GateSetup, LossGate, TeacherGate
+from amkd_monai.errors import check_number
 
 
 class UniformGate(TeacherGate):
@@ -54,6 +55,7 @@ class PaperLossGate(LossGate):
         self, priors: Mapping[str, float], warmup_steps: int = 100, channels: int = 0, task: float = 1.0
     ) -> None:
         super().__init__(priors)
+        check_number("loss_gate_options#task", task, 0)
         self.initial = {"task": task, **self.priors}
         self.gate = nn.Sequential(nn.Linear(channels, 32), nn.ReLU(), nn.Linear(32, len(self.initial)))
 

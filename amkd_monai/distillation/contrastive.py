@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amkd_monai.distillation.interface import Counter
+from amkd_monai.errors import check_number
 
 COOLEST, WARMEST = 0.03, 0.3  # range of the temperature
 
@@ -52,8 +53,8 @@ class ContrastiveDistillation(Counter):
         seed: int = 0,
     ) -> None:
         super().__init__("step")
-        if not COOLEST <= temperature <= WARMEST:
-            raise ValueError(f"The contrastive temperature {temperature} is out of range: use {COOLEST} to {WARMEST}.")
+        check_number("contrastive#temperature", temperature, COOLEST, WARMEST)
+        check_number("contrastive#negatives", negatives, 1, whole=True)
         self.negatives, self.seed = negatives, seed
         self.heads = nn.ModuleDict()
         self.table: dict[str, Tensor] = {}

@@ -15,7 +15,7 @@ from amkd_monai.distillation import baselines, gates, losses
 from amkd_monai.distillation.contrastive import ContrastiveDistillation, SampleTable
 from amkd_monai.distillation.gates import GateReading, LossGate, ScaledLossGate, SharedGradients, TeacherGate
 from amkd_monai.distillation.interface import INTERVAL, Batch, DistillationOutput, Faults, TeacherTarget
-from amkd_monai.errors import check_options, class_of
+from amkd_monai.errors import check_number, check_options, class_of
 
 logger = logging.getLogger("amkd_monai")
 
@@ -27,9 +27,7 @@ SHARED_STRIDE = 16  # student level that gates and contrastive heads see, and wh
 
 
 def kd_temperature(progress: float, start: float = 2.0, end: float = 2.0) -> float:
-    """KD temperature at ``progress`` in [0, 1], linear from ``start`` to ``end``; one below 1 is a ValueError."""
-    if min(start, end) < 1:
-        raise ValueError(f"The KD temperature runs from {start} to {end}; it must not be below 1.")
+    """KD temperature at ``progress`` in [0, 1], linear from ``start`` to ``end``."""
     return start + (end - start) * progress
 
 
@@ -132,8 +130,7 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         if unknown := set(self.losses) - set(LOSSES):
             raise ValueError(f"Unknown losses {sorted(unknown)}: use some of {', '.join(LOSSES)}.")
-        if wrong := {name: weight for name, weight in self.losses.items() if not 0 <= weight < float("inf")}:
-            raise ValueError(f"The weights of losses {wrong} are out of range: give numbers of at least 0.")
+        check_number("code_channels", self.code_channels, 1, whole=True)
         if self.return_code not in RETURN_CODES:
             raise ValueError(f"There is no return code '{self.return_code}': use one of {', '.join(RETURN_CODES)}.")
         if self.losses.get("reconstruction") and self.return_code == "none":
@@ -141,10 +138,18 @@ class DistillationConfig:
         check_options("contrastive loss", ContrastiveDistillation, self.contrastive, 2)
         check_options("KD temperature", kd_temperature, self.kd_temperature, 1)
         check_options("loss strength", distillation_strength, self.loss_strength, 1)
-        kd_temperature(0.0, **self.kd_temperature)
+        ranges: dict[str, Any] = {"losses": (0,), "kd_temperature": (1,), "loss_strength": (0, 1)}
+        for section, limits in ranges.items():
+            for name, value in getattr(self, section).items():
+                check_number(f"{section}#{name}", value, *limits)
         own = {name: value for name, value in self.gate_options.items() if name != "tasks"}
         check_options(f"teacher gate '{self.gate}'", self._gate_class, own, 1)
         check_options(f"loss gate '{self.loss_gate}'", self._loss_gate_class, self.loss_gate_options, 3)
+        with torch.random.fork_rng(devices=[]):  # wrong values are refused before the teachers run
+            self.make_gate([TeacherTarget("any", logits=(2, 1, 1))], 0.0, 1)
+            loss_gate = self._loss_gate_class(dict.fromkeys(LOSSES, 1.0), self.scale_steps, 1, **self.loss_gate_options)
+            SharedGradients(loss_gate.every)
+            ContrastiveDistillation(1, SampleTable({}, torch.zeros(1)), **self.contrastive)
 
     def facts(self, **further: Any) -> dict[str, Any]:
         """JSON-able description of the method for the run record, with ``further`` settings."""
@@ -325,7 +330,8 @@ class Distiller(nn.Module):
         """The supervised loss of the labelled samples."""
         label = batch.labelled(batch.label)
         losses.note_classes(self.faults, label, logits.shape[1])
-        label = label.clamp(0, logits.shape[1] - 1)  # indexing by another class would end the process on a GPU
+        ignored = (label == losses.UNLABELLED) & (label.ndim == 4)  # indexing by other classes would end it on a GPU
+        label = torch.where(ignored, label, label.clamp(0, logits.shape[1] - 1))
         return losses.task_loss(batch.labelled(logits), label, self.batch_dice)
 
     @torch.no_grad()

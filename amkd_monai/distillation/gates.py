@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from amkd_monai.distillation import losses
 from amkd_monai.distillation.interface import INTERVAL, Batch, Counter, TeacherTarget
 from amkd_monai.distillation.losses import pool_finer, to_grid
+from amkd_monai.errors import check_number
 
 logger = logging.getLogger("amkd_monai")
 
@@ -76,6 +77,8 @@ class GateNetwork(nn.Module):
 
     def __init__(self, channels: int, teachers: int, slots: int, tasks: int = 1, hidden: int = 32) -> None:
         super().__init__()
+        check_number("gate_options#tasks", tasks, 1, whole=True)
+        check_number("gate_options#hidden", hidden, 1, whole=True)
         self.norm = ChannelNorm(channels)
         self.task = nn.Embedding(tasks, TASK_EMBEDDING)
         self.bias = nn.Parameter(torch.zeros(tasks, slots))
@@ -213,9 +216,11 @@ class TeacherGate(nn.Module):
         for size, group in losses.by_size(answers).items():
             log_probabilities = torch.stack(list(group.values())).float().log_softmax(2)  # (teachers, B, classes, h, w)
             areas = losses.class_areas(label, classes, size)
+            part = losses.area_logits((areas.sum(1) > 0).float(), self.grid)  # of each cell that has a label
             measured = losses.area_logits(losses.soft_cross_entropy(areas, log_probabilities), self.grid)
-            for name, error in zip(group, measured, strict=True):
-                errors[name] = torch.where(batch.known[:, None, None], error, errors[name])
+            known = batch.known[:, None, None] & (part > 0)
+            for name, error in zip(group, measured / part.clamp_min(1e-6), strict=True):
+                errors[name] = torch.where(known, error, errors[name])
         return torch.stack(list(errors.values()), 1)
 
     def score(self, features: Tensor, cosines: Tensor, task: int) -> Tensor:
@@ -236,6 +241,8 @@ class ReliabilityGate(TeacherGate):
 
     def __init__(self, setup: GateSetup, floor: float = 0.1, temperature: float = 0.25) -> None:
         super().__init__(setup)
+        check_number("gate_options#floor", floor, 0, 1)
+        check_number("gate_options#temperature", temperature, 1e-3)
         self.floor, self.temperature = float(floor), float(temperature)
 
     def trusted(self, errors: Tensor, available: Tensor) -> Tensor:
@@ -289,8 +296,7 @@ class SharedGradients(Counter):
 
     def __init__(self, every: int = INTERVAL) -> None:
         super().__init__("seen")
-        if every < 1:
-            raise ValueError(f"Gradients are measured every {every} steps: give a number of at least 1.")
+        check_number("loss_gate_options#every", every, 1, whole=True)
         self.every = every
 
     def forward(self, losses: Mapping[str, Tensor], names: Iterable[str], shared: Tensor) -> dict[str, Tensor]:
@@ -322,8 +328,6 @@ class LossGate(nn.Module):
 
     def __init__(self, priors: Mapping[str, float], warmup_steps: int = 100, channels: int = 0) -> None:
         super().__init__()
-        if any(p < 0 for p in priors.values()):
-            raise ValueError(f"The importance of a loss must not be negative: {dict(priors)}.")
         self.names = [name for name, prior in priors.items() if prior > 0]
         self.priors = {name: float(priors[name]) for name in self.names}
 
@@ -350,6 +354,7 @@ class ScaledLossGate(Counter, LossGate):
         self, priors: Mapping[str, float], warmup_steps: int = 100, channels: int = 0, floor: float = 0.0
     ) -> None:
         super().__init__("count", priors, warmup_steps, channels)
+        check_number("loss_gate_options#floor", floor, 0, 1)
         total, n, self.served = sum(self.priors.values()), len(self.names), 1.0
         self.share = {name: (1 - floor) * prior / total + floor / n for name, prior in self.priors.items()}
         self.register_buffer("history", torch.zeros(n, warmup_steps))
@@ -401,6 +406,9 @@ class AgreementLossGate(ScaledLossGate):
         memory: float = 0.9,
     ) -> None:
         super().__init__(priors, warmup_steps, channels)
+        check_number("loss_gate_options#floor", floor, 0, 1)
+        check_number("loss_gate_options#temperature", temperature, 1e-3)
+        check_number("loss_gate_options#memory", memory, 0, 1)
         if len(self.names) == 1:
             logger.warning("The loss gate 'agreement' has no effect on '%s' alone: choose more losses.", *self.names)
         self.floor, self.temperature, self.every, self.memory = floor, temperature, every, memory

@@ -31,7 +31,7 @@ from amkd_monai.data.splits import fold_of_groups
 from amkd_monai.distillation.losses import area_logits, as_map
 from amkd_monai.engines.crossfit import Method, answer_size, trained
 from amkd_monai.engines.trainer import Recipe
-from amkd_monai.errors import check_options
+from amkd_monai.errors import check_number, check_options
 from amkd_monai.networks import ClassStudent, FindingStudent, Student
 from amkd_monai.storage import fingerprint
 from amkd_monai.weights import network_hash
@@ -95,8 +95,7 @@ class Crew:
             raise self._refusal(f"has no option '{unknown[0]}': use size, {', '.join(options)}")
         options |= given
         for key, least in (("folds", 2), ("images", 1), ("views", 1), ("seed", 0)):
-            if not (isinstance(options[key], int) and not isinstance(options[key], bool) and options[key] >= least):
-                raise self._refusal(f"has {key} {options[key]!r}: give a whole number of at least {least}")
+            check_number(f"{key} of the crew '{self.name}'", options[key], least, whole=True)
         self.folds, self.views, self.seed = (int(options[key]) for key in ("folds", "views", "seed"))
         student = FindingStudent if train.findings else Student if train.classes is None else ClassStudent
         self.members: list[nn.Module] = []

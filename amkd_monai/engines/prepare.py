@@ -26,13 +26,15 @@ from amkd_monai.cache.build import answers_store, cache_teacher, keep_answers, s
 from amkd_monai.cache.store import EVERYTHING, FeatureStore, Part
 from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.data.decoded import DecodedDataset, look_unlike
+from amkd_monai.data.seen import fingerprints
 from amkd_monai.distillation import TeacherTarget
 from amkd_monai.distillation.interface import UNCALIBRATED, Calibration
 from amkd_monai.distillation.losses import UNLABELLED, one_hot_area, soft_cross_entropy
 from amkd_monai.engines import crossfit, probes
 from amkd_monai.engines.crew import Crew
-from amkd_monai.engines.runs import expand
+from amkd_monai.engines.runs import expand, read_record
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
+from amkd_monai.errors import check_number
 from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import macro_auroc, mean_auroc
 from amkd_monai.networks import VolumeStudent
@@ -141,6 +143,7 @@ def prepare_teachers(
     views: int = 1,
     cache_dtype: str = "float16",
     teacher_batch_size: int | None = None,
+    init_from: str | None = None,
 ) -> TeacherTargets:
     """Return the targets of all teachers, computing what is still missing.
 
@@ -168,6 +171,7 @@ def prepare_teachers(
         views: stored views of every training image; with several, the student is shown exactly these.
         cache_dtype: of stored feature maps, ``float16`` or ``int8``.
         teacher_batch_size: images per forward of a teacher, see :class:`~amkd_monai.cache.build.Batches`.
+        init_from: file of the student that ``student`` starts from.
     """
     known: dict[str, Any] = {"mode": "cross_fit", "features": "all", "margin": 0.01, "folds": None, "epochs": epochs}
     options = known | dict(admission_options or {})
@@ -175,6 +179,10 @@ def prepare_teachers(
     if options.keys() - known.keys() or not chosen:
         use = f"mode (one of {', '.join(ADMISSION_MODES)}), features (all or admitted), margin, folds, epochs"
         raise ValueError(f"The admission options {admission_options} are invalid: use {use}.")
+    check_number("admission#margin", options["margin"], -100, 100)
+    for name, least in (("folds", 2), ("epochs", 1)):
+        if options[name] is not None:
+            check_number(f"admission#{name}", options[name], least, whole=True)
     shown = train.shown_classes()
     unseen = [train.class_in_words(n) for n in range(shown.shape[1]) if not shown[:, n].any()]
     if unseen:
@@ -191,6 +199,11 @@ def prepare_teachers(
         options["folds"] = max((crew.folds for crew in crews), default=STUDENT_FOLDS)
     shared = (train, validation, student, recipe, cache_dir, device, seed, folds, cached)
     preparation = _Preparation(*shared, {crew.name: crew for crew in crews})
+    asked = [description.get("cross_fit", True) for description in teachers]
+    if options["mode"] == "cross_fit" and any(asked):
+        probed = [d["weights"] for d, ask in zip(teachers, asked, strict=True) if ask and d["kind"] == "student"]
+        for student_file in filter(None, (init_from, *probed)):
+            _refuse_seen(student_file, train, cache_dir)
     classes = [str(number) for number in range(train.num_classes)]
     single = train.findings or int(train.classes is not None)
     height, width = train.images.shape[-2:]
@@ -207,7 +220,6 @@ def prepare_teachers(
         record: dict[str, Any] = {"admission": options} | ({"unlabelled_images": note} if note else {})
         record |= {"classes_without_images": unseen} if unseen else {}
         own: AnswerScore | None = None
-        asked = [description.get("cross_fit", True) for description in teachers]
         found = [score for (_, score), ask in zip(scored, asked, strict=True) if score is not None and ask]
         margin, values = float(options["margin"]), [score.value for score in found]
         if options["mode"] == "cross_fit" and values:
@@ -234,6 +246,16 @@ def prepare_teachers(
     if scored and not taught:
         logger.warning("No teacher is admitted or has features: this run distils nothing and trains on labels.")
     return TeacherTargets(taught, prior_entropy(train), record, train.groups, train.classes)
+
+
+def _refuse_seen(student: str, train: DecodedDataset, cache_dir: str) -> None:
+    """Refuse to cross-fit what starts from a student that has learnt training images, as far as its record tells."""
+    seen = (read_record(Path(student).expanduser().parent) or {}).get("seen", {})
+    known = {v[0] for part in seen.values() for name, v in part.items() if "validation/" not in name}
+    own = fingerprints({"": train.data}, train.sliced, cache_dir) if known else {}
+    if count := sum(values[0] in known for values in own.values()):
+        what = f"{student} has learnt {count} of these training images, so no score is held out"
+        raise ValueError(f"{what}: set admission#mode to all or none, or cross_fit of a teacher made from it to false.")
 
 
 @dataclass(frozen=True)
@@ -343,9 +365,10 @@ class _Preparation:
             facts = crew.facts(self.train)
         else:
             options = {"slices": 32, "steps": 300, "learning_rate": 2e-3, "folds": self.folds, **description}
-            slices, steps, folds = (int(options[key]) for key in ("slices", "steps", "folds"))
+            slices, steps, folds = (options[key] for key in ("slices", "steps", "folds"))
+            check_number(f"folds of the teacher '{name}'", folds, 2, whole=True)
             network = VolumeStudent(lambda: options["network"], slices, self.train.num_classes, self.seed)
-            rates = dict.fromkeys(("learning_rate", "encoder_learning_rate"), float(options["learning_rate"]))
+            rates = dict.fromkeys(("learning_rate", "encoder_learning_rate"), options["learning_rate"])
             own: dict[str, Any] = {**VOLUME_RECIPE, **rates, "slices": slices, "min_steps": steps}
             recipe = Recipe(**own)
             method = crossfit.Method(recipe, 1, self.seed, self.device, f"3D network of {steps} steps")
@@ -400,7 +423,7 @@ class AnswerScore:
     # the score that decides, higher is better: for masks the mean Dice over cases (images or volumes) and foreground
     # classes, cases without foreground left out; for classes and findings of images the skill
     value: float
-    cross_entropy: float  # mean over grid cells or images, nats
+    cross_entropy: float  # mean over labelled grid cells or images, nats
     # ``volume_ratio`` of masks (predicted by true volume over all cases, of the foreground class whose ratio is
     # farthest from 1), ``macro_auroc`` of classes or findings
     further: dict[str, float] = field(default_factory=dict)
@@ -440,13 +463,14 @@ def score_answers(
         return AnswerScore(skill, cross_entropy, {"macro_auroc": auroc}, "skill")
     foreground = torch.arange(1, dataset.num_classes)[:, None, None]
     overlap: dict[str, np.ndarray] = {}
-    errors: list[float] = []
+    errors, known = list[float](), list[float]()
     for start in range(0, len(labelled), 32):
         rows = labelled[start : start + 32]
         logits = calibration(torch.from_numpy(store.read("logits", rows)).float())
         label = torch.from_numpy(np.stack([dataset.labels[i] for i in rows]))
         target = one_hot_area(label, dataset.num_classes, (logits.shape[-2], logits.shape[-1]))
         errors += soft_cross_entropy(target, logits.log_softmax(1)).flatten(1).mean(1).tolist()
+        known += (target.sum(1) > 0).float().flatten(1).mean(1).tolist()
         answer = F.interpolate(logits, size=label.shape[-2:], mode="bilinear").argmax(1)
         for row, predicted, true in zip(rows, answer, label[:, 0], strict=True):
             p, t = (predicted == foreground) & (true != UNLABELLED), true == foreground  # (classes - 1, H, W)
@@ -457,7 +481,8 @@ def score_answers(
     dice = 2 * both[valid] / (predicted_sum + true_sum)[valid]
     ratios = (predicted_sum.sum(0) / true_sum.sum(0).clip(1))[true_sum.any(0)]
     ratio = max(ratios.tolist(), key=lambda ratio: abs(ratio - 1), default=0.0)
-    return AnswerScore(float(dice.mean()) if valid.any() else 0.0, float(np.mean(errors)), {"volume_ratio": ratio})
+    error = float(np.sum(errors) / max(np.sum(known), 1e-6))
+    return AnswerScore(float(dice.mean()) if valid.any() else 0.0, error, {"volume_ratio": ratio})
 
 
 def decide(

@@ -36,6 +36,7 @@ from amkd_monai.data.datasets import get_task, recorded_task
 from amkd_monai.data.seen import Seen, fingerprints, seen_before
 from amkd_monai.data.splits import Item
 from amkd_monai.distillation import distiller
+from amkd_monai.errors import check_number
 from amkd_monai.files.masks import NAMED_CODES
 from amkd_monai.files.names import label_files, some
 from amkd_monai.metrics.summary import PREVIEWS, TEACHERS
@@ -233,12 +234,10 @@ def _check_values(parser: ConfigParser, trains: bool) -> None:
     """Refuse numbers that end a run late or without a student, and make words of switches true or false."""
     config = {name: value for name, value in parser.config.items() if not _is_expression(value)}
     least = {"seed": 0, "num_workers": 0, **({"max_epochs": 1, "val_interval": 1} if trains else {})}
-    data = {"image_size": 1, "split_seed": 0, "fold": 0, "folds": 2}
+    data = {"image_size": 1, "split_seed": 0, "fold": 0, "folds": 2, "labelled": 1}
     least |= {name: low for name, low in data.items() if config.get(name) is not None}
     for name, low in least.items():
-        value = config.get(name, low)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name} is {value!r}: give a whole number of at least {low}.")
+        check_number(name, config.get(name, low), low, whole=True)
     for name in ("volume_size", "spacing"):
         value = config.get(name)
         triple = isinstance(value, (list, tuple)) and [isinstance(n, (int, float)) for n in value] == [True] * 3
@@ -356,21 +355,14 @@ class Identity:
         return found
 
     def refuse_leaks(self) -> None:
-        """Refuse test images that another task or an earlier run shows, and cross-fitting on images seen before."""
-        crosses = self.record["training"].get("admission", {}).get("mode", "cross_fit") == "cross_fit"
+        """Refuse test images that another task or an earlier run shows in training."""
         shown = [(of, name, values[0]) for of, images in self.seen().items() for name, values in images.items()]
-        before = {v for _, name, v in shown if name.startswith("earlier ")}
         for folder, data in self.datalists.items():
             known = {v: f"{name} of {of}" for of, name, v in shown if of != folder or name.startswith("earlier ")}
             own = fingerprints({"test": data.test}, data.task.dimensions == 3, self.cache_dir)
             if found := [f"{name} ({known[v]})" for name, (v, *_) in own.items() if v in known]:
                 what = f"{len(found)} test image(s) of {data.task.name} are shown in training, such as {found[0]}"
                 raise ValueError(f"{what}: give both the same split, or leave one out.")
-            again = sum(v in before for of, name, v in shown if of == folder and name.startswith("train/"))
-            teachers = self.record.get("tasks", {folder: self.record})[folder]["teachers"]
-            if again and crosses and any(teacher.get("cross_fit", True) for teacher in teachers):
-                what = f"The student of init_from has seen {again} training image(s) of {data.task.name}"
-                raise ValueError(f"{what}, so it cannot be cross-fitted on them: set admission#mode to all or none.")
 
 
 def identity(datalist: Datalist, further: Sequence[Item] = (), teachers: Sequence[Mapping[str, Any]] = ()) -> Identity:

@@ -27,20 +27,13 @@ from amkd_monai.data.sampling import Augmentation, BatchSampler, PatchSampler, w
 from amkd_monai.distillation import SampleTable, TeacherTarget
 from amkd_monai.distillation.distiller import Batch, DistillationOutput, Distiller
 from amkd_monai.distillation.interface import INTERVAL, Faults
+from amkd_monai.engines.runs import is_true
+from amkd_monai.errors import check_number, check_options
 
-_RANGES = {
-    "batch_size": (1, math.inf),
-    "learning_rate": (1e-12, math.inf),
-    "encoder_learning_rate": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "warmup_steps": (0, math.inf),
-    "labelled_fraction": (1e-12, 1),
-    "foreground_fraction": (0, 1),
-    "min_steps": (1, math.inf),
-    "slices": (1, math.inf),
-    "ema": (0, 0.99999),
-    "first_stage": (0, 0.99),
-}
+_LEAST = {"batch_size": 1, "learning_rate": 1e-12, "encoder_learning_rate": 0, "weight_decay": 0, "warmup_steps": 0}
+_LEAST |= {"labelled_fraction": 1e-12, "foreground_fraction": 0, "class_balance": 0, "min_steps": 1, "slices": 1}
+_LEAST |= {"ema": 0, "first_stage": 0}
+_MOST = {"labelled_fraction": 1, "foreground_fraction": 1, "class_balance": 1, "ema": 0.99999, "first_stage": 0.99}
 _WHOLE = ("batch_size", "warmup_steps", "min_steps", "slices")
 
 
@@ -70,13 +63,12 @@ class Recipe:
     slices: int = 1  # of a patch of a 3D student, which is then what ``batch_size`` counts; 1 for other students
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _RANGES.items():
-            value, whole = getattr(self, name), "whole " if name in _WHOLE else ""
-            if name == "foreground_fraction" and value is None:
-                continue
-            number = isinstance(value, int) or (isinstance(value, float) and not whole and math.isfinite(value))
-            if not number or isinstance(value, bool) or not low <= value <= high:
-                raise ValueError(f"recipe#{name} is {value!r}: give a {whole}number from {low} to {high}.")
+        for name, least in _LEAST.items():
+            if (value := getattr(self, name)) is not None or name != "foreground_fraction":
+                check_number(f"recipe#{name}", value, least, _MOST.get(name, math.inf), name in _WHOLE)
+        object.__setattr__(self, "batch_dice", is_true(self.batch_dice, "recipe#batch_dice"))
+        check_options("recipe#augmentation", Augmentation, self.augmentation)
+        self.augment()
 
     def of_slices(self) -> Recipe:
         """Return the same for networks of slices: a batch holds as many as its patches do."""
@@ -96,6 +88,8 @@ class Recipe:
         num_workers: int = 0,
     ) -> DataLoader:
         """Return the loader of training batches, of this process where ``distributed``; options of the sampler."""
+        if dataset.classes is not None and (self.foreground_fraction is not None or self.batch_dice):
+            raise ValueError("recipe#foreground_fraction and recipe#batch_dice are for masks: leave both out.")
         own = ("labelled_fraction", "foreground_fraction", "class_balance", "min_steps", "first_stage")
         options: dict[str, Any] = {name: getattr(self, name) for name in own}
         options |= {"use_unlabelled": use_unlabelled, "indices": indices}

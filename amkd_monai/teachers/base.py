@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from amkd_monai.errors import check_options, class_of
+from amkd_monai.errors import check_number, check_options, class_of
 from amkd_monai.teachers.catalogue import CATALOGUE
 from amkd_monai.weights import file_sha256, state_hash
 
@@ -259,6 +259,8 @@ def bound(
         options.setdefault("weights", weights_dir)
     chosen = teacher_class(kind)
     check_options(f"teacher '{name}'", chosen, options)
+    for key in {"grid_limit", "stride"} & options.keys() if kind in KINDS else ():
+        check_number(f"{key} of the teacher '{name}'", options[key], 1, whole=True)
     return chosen, options
 
 

@@ -13,6 +13,9 @@ from amkd_monai.storage import read_json
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid
 from amkd_monai.weights import CheckpointError, check_finite
 
+OWN: dict[str, Any] = {"do_normalize": True, "do_rescale": True, "do_flip_channel_order": False, "include_top": False}
+OWN |= {"rescale_offset": False, "rescale_factor": 1 / 255}
+"""Steps of a preprocessor_config.json as they are done here; other values would be other images."""
 MOST_PREFIX_TOKENS = 16  # Class, distillation and register tokens precede the patches; encoders have up to 9 of them
 
 
@@ -72,7 +75,10 @@ class TransformersTeacher(Teacher):
             self.read_from += folder.absolute().glob("*.json")
         self.config = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
         stated = read_json(folder / "preprocessor_config.json")
-        size = stated.get("crop_size") or stated.get("size") or getattr(config, "image_size", None)
+        if other := {key: stated[key] for key, own in OWN.items() if stated.get(key, own) != own}:
+            raise ValueError(f"preprocessor_config.json in {folder} asks for {other}, which '{name}' does not do.")
+        crop = stated.get("crop_size") if stated.get("do_center_crop", True) else None
+        size = crop or stated.get("size") or getattr(config, "image_size", None)
         if isinstance(size, dict):
             size = [size["height"], size["width"]] if "height" in size else size.get("shortest_edge")
         mean, std = mean or stated.get("image_mean"), std or stated.get("image_std")

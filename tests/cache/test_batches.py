@@ -42,7 +42,7 @@ def test_one_first_then_the_default_of_the_device():
     assert sizes(Batches(), 9) == [1, 4, 4] and BATCH_SIZE["cpu"] == 4
     assert sizes(Batches(None, "cuda:1"), 130) == [1, 64, 64, 1]
     assert sizes(Batches(5), 8) == [5, 3] and sizes(Batches(5), 0) == []
-    with pytest.raises(ValueError, match="batch size of teachers is 0"):
+    with pytest.raises(ValueError, match="teacher_batch_size is 0"):
         Batches(0)
 
 

@@ -45,7 +45,7 @@ def cosine(a, b):
 def test_the_views_are_those_of_the_method():
     assert [v["view"] for v in view_set(4)] == ["identity", "horizontal_flip", "crop", "crop"]
     assert view_set(1) == [{"view": "identity"}]
-    with pytest.raises(ValueError, match="`views` is 0"):
+    with pytest.raises(ValueError, match="views is 0"):
         view_set(0)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from amkd_monai.data.sampling import Augmentation, warp
+from amkd_monai.engines.trainer import Recipe
 
 ALL = Augmentation(
     rotation=0.6, scale=0.25, shift=0.1, flip_height=True, flip_width=True, gain=0.3, offset=0.2, colour=0.2
@@ -25,6 +26,23 @@ def moments(mask):
     """Centre (row, column) and standard deviations along the main axes, in pixels."""
     points = np.argwhere(mask[0, 0].numpy() > 0.5).astype(float)
     return points.mean(0), np.sqrt(np.linalg.eigvalsh(np.cov(points.T)))
+
+
+def test_changes_that_cannot_be_meant_are_refused_by_name_when_the_recipe_is_read():
+    for name in ("rotation", "scale", "shift", "gain", "offset", "colour", "gamma", "flip_width"):
+        for value in (-0.1, math.nan, math.inf, "false", [0.1], 0 if name == "flip_width" else True):
+            with pytest.raises(ValueError, match=f"^recipe#augmentation#{name} is "):
+                Recipe(augmentation={name: value})
+    with pytest.raises(ValueError, match="rotatoin"):
+        Recipe(augmentation={"rotatoin": 0.1})
+
+
+def test_words_of_the_switch_for_pooled_dice_are_understood_and_others_refused():
+    assert [Recipe(batch_dice=word).batch_dice for word in ("false", "True", False)] == [False, True, False]
+    with pytest.raises(ValueError, match="recipe#batch_dice"):
+        Recipe(batch_dice="pooled")
+    with pytest.raises(ValueError, match="recipe#class_balance is 2"):
+        Recipe(class_balance=2)
 
 
 def test_stored_parameters_replay_exactly(tmp_path):

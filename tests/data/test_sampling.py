@@ -41,7 +41,9 @@ def test_every_batch_holds_its_share_of_labelled_samples(fraction):
 
 def test_a_batch_has_a_labelled_sample_whatever_the_fraction():
     assert all(LABELLED[batch].sum() == 1 for batch in epoch(sampler(labelled_fraction=0.0), 0))
-    assert all(LABELLED[batch].all() for batch in epoch(sampler(batch_size=1), 0))
+    assert all(LABELLED[batch].all() for batch in epoch(sampler(batch_size=1, labelled_fraction=1.0), 0))
+    with pytest.raises(ValueError, match="recipe#batch_size 1"):  # none would ever be drawn
+        sampler(batch_size=1)
 
 
 def test_labelled_samples_are_drawn_about_equally_often():

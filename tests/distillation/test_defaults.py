@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,51 @@ def test_the_temperature_is_linear_and_2_by_default():
 
 def test_wrong_temperatures_are_named():
     with pytest.raises(ValueError, match=r"0\.5"):
-        kd_temperature(0.0, 4.0, 0.5)
+        DistillationConfig(kd_temperature={"start": 4.0, "end": 0.5})
+
+
+WRONG = (-1, math.nan, math.inf, "0.5", [1], True)
+OPTIONS = {
+    "gate_options#floor": (2,),
+    "gate_options#temperature": (0,),
+    "gate_options#hidden": (0, 1.5),
+    "gate_options#tasks": (0, 1.5),
+    "loss_gate_options#floor": (2,),
+    "loss_gate_options#temperature": (0,),
+    "loss_gate_options#memory": (2,),
+    "loss_gate_options#every": (0, 1.5),
+    "losses#output": (),
+    "loss_strength#warmup": (2,),
+    "loss_strength#decay": (2,),
+    "loss_strength#end": (2,),
+    "kd_temperature#start": (0.5,),
+    "contrastive#negatives": (0, 1.5),
+    "contrastive#temperature": (0, 1),
+    "code_channels": (0, 1.5),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_values_that_cannot_be_meant_are_refused_by_name(option):
+    section, _, name = option.partition("#")
+    for value in (*WRONG, *OPTIONS[option]):
+        with pytest.raises(ValueError, match=f"^{option} is "):
+            DistillationConfig(**{section: {name: value} if name else value})
+
+
+@pytest.mark.parametrize(("mode", "name"), [("scaled", "floor"), ("paper", "task")])
+def test_those_of_other_loss_gates_too(mode, name):
+    for value in WRONG:
+        with pytest.raises(ValueError, match=f"^loss_gate_options#{name} is "):
+            DistillationConfig(loss_gate=mode, loss_gate_options={name: value})
+
+
+def test_looking_at_the_options_draws_no_random_number():
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    DistillationConfig(gate="paper", loss_gate="paper")
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_the_strength_warms_up_and_stays_or_fades():

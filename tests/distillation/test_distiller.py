@@ -134,6 +134,33 @@ def test_samples_without_a_label_are_distilled_and_not_supervised():
         assert torch.equal(value, out.losses[name]), name  # what stands in an unlabelled row doesn't matter
 
 
+def test_pixels_without_a_label_are_neither_foreground_nor_background():
+    batch = make_batch([], 2)
+    batch.label[:, :, 40:] = losses.UNLABELLED
+    distiller = distiller_of([])
+    out = distiller(batch)
+    (gradient,) = torch.autograd.grad(out.total, out.logits)
+    assert torch.equal(out.losses["task"], losses.task_loss(out.logits, batch.label))
+    assert gradient[:, :, :40].abs().min() > 0 and not gradient[:, :, 40:].any()
+
+
+@pytest.mark.parametrize("gate", ["reliability", "learned"])
+def test_cells_without_a_label_have_the_mean_error(gate):
+    specs = [spec("a", mean_error=0.3), spec("b", mean_error=2.0)]
+    whole = make_batch(specs, 2)
+    part = Batch(whole.image, whole.label.clone(), whole.has_label, whole.teachers)
+    part.label[:, :, 36:] = losses.UNLABELLED  # the gate has 4 x 4 cells of 16 pixels, answers have 8 x 8
+    teacher_gate = distiller_of(specs, gate=gate).teacher_gate
+    answers = {name: targets["logits"] for name, targets in whole.teachers.items()}
+    view, found = torch.zeros(2, 10, 4, 4), []
+    for batch in (whole, part):
+        found.append(teacher_gate.measure(batch, answers, 2, view, {}).errors)
+    torch.testing.assert_close(found[1][:, :, :2], found[0][:, :, :2])
+    torch.testing.assert_close(found[1][:, :, 3], torch.tensor([0.3, 2.0])[None, :, None].expand(2, 2, 4))
+    fine = losses.soft_cross_entropy(losses.one_hot_area(part.label, 2, (8, 8)), answers["a"].log_softmax(1))
+    torch.testing.assert_close(found[1][:, 0, 2], F.avg_pool2d(fine[:, 4:5], (1, 2))[:, 0])
+
+
 def test_without_a_label_the_mean_error_stands_in():
     trusted, doubted = spec("a", mean_error=0.05), spec("b", mean_error=3.0)
     batch = make_batch([trusted, doubted], 2, has_label=[True, False])

@@ -99,11 +99,6 @@ def test_observing_keeps_no_graph():
     assert not gate.scale.requires_grad and not gate.history.requires_grad
 
 
-def test_a_negative_importance_is_named():
-    with pytest.raises(ValueError, match=r"negative.*-1"):
-        ScaledLossGate({"output": -1.0})
-
-
 def losses_of(x, output=1.0, feature=1.0):
     """Losses of a shared map x (n,) whose gradients are multiples of that of the task."""
     return {"task": (2 * x).sum()[None], "output": (output * x).sum()[None], "feature": (feature * x).sum()[None]}
@@ -253,7 +248,7 @@ def test_every_nth_step_is_measured_also_after_a_resumption_and_none_without_gra
     assert [bool(second(losses_at(x), ("task",), x)) for _ in range(2)] == [False, True]
     with torch.no_grad():
         assert SharedGradients(every=1)(losses_at(x), ("task",), x) == {}
-    with pytest.raises(ValueError, match="every 0 steps: give a number of at least 1"):
+    with pytest.raises(ValueError, match="every is 0"):
         SharedGradients(every=0)
 
 

@@ -76,7 +76,7 @@ def test_torchrun_gives_each_rank_its_part(tmp_path, teachers, capsys, monkeypat
         (["--set", "vews=2"], "has no setting 'vews'"),
         (["--set", "views=0"], "give the number of stored views"),
         (["--set", "cache_dtype=int4"], "use one of float16, int8"),
-        (["--batch_size", "0"], "batch size of teachers is 0"),
+        (["--batch_size", "0"], "teacher_batch_size is 0"),
     ],
 )
 def test_what_cannot_be_built_is_one_sentence(tmp_path, teachers, capsys, arguments, message):

@@ -231,8 +231,8 @@ def test_views_are_answered_as_they_are_shown_and_mirrored_as_trained(tmp_path):
     ("description", "words"),
     [
         ({"folds": 25}, "25 folds.*24 labelled groups"),
-        ({"folds": 1}, "folds 1: give a whole number of at least 2"),
-        ({"images": 0.5}, "images 0.5"),
+        ({"folds": 1}, "folds of the crew 'crew' is 1"),
+        ({"images": 0.5}, "images of the crew 'crew' is 0.5"),
         ({"image_size": 0.5}, "image_size 0.5"),
         ({"size": "huge"}, "'huge': use one of small, default, large"),
         ({"epochs": 3}, "no option 'epochs': use size, members"),

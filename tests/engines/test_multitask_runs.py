@@ -95,8 +95,9 @@ def test_it_is_evaluated_on_each_task_and_single_students_start_from_it(everythi
     assert read_json(tmp_path / "eval" / "run.json")["method"]["init_from"] == start
     text = refusal({**single, "split_seed": 1, "folds": 3}, bundle=bundle)
     assert "test image(s) of aptos2019" in text and "earlier " in text
-    text = refusal({**single, "teachers": [TEACHER]}, bundle=bundle)
-    assert "training image(s) of aptos2019" in text and "admission#mode" in text
+    before = {"name": "before", "kind": "student", "weights": start}
+    for options in ({**single, "teachers": [TEACHER]}, {**single, "init_from": None, "teachers": [before]}):
+        assert f"{start} has learnt" in refusal(options, bundle=bundle), "no held-out score would be one"
     run(SHARED, ("train", "evaluate"), {**values, "only": PAIR})
     for task in PAIR:
         metrics = read_json(folder / "eval" / task / "metrics.json")["summary"]["metrics"]

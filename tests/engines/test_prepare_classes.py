@@ -74,6 +74,12 @@ def test_a_dataset_of_classes_holds_one_number_per_image(data):
     assert prior_entropy(train) == pytest.approx(np.log(3))
 
 
+@pytest.mark.parametrize("options", [{"foreground_fraction": 0.5}, {"batch_dice": True}])
+def test_options_of_masks_are_refused_for_classes(data, options):
+    with pytest.raises(ValueError, match="are for masks"):
+        Recipe(class_balance=0.5, **options).loader(data[0], 0)
+
+
 def test_a_new_label_makes_a_new_cache_and_a_wrong_one_is_named(tmp_path):
     items = stripes(tmp_path, 3)
     first = decoded(items, tmp_path)

@@ -90,6 +90,27 @@ def vit(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("do_flip_channel_order", True), ("include_top", True), ("do_normalize", False), ("rescale_factor", 1)],
+)
+def test_preprocessing_that_is_not_repeated_is_refused(vit, key, value):
+    file = vit / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_normalize": True, "rescale_factor": 1 / 255}))
+    assert build(vit).image_size == 32
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ValueError, match=f"{vit} asks for .*{key}"):
+        build(vit)
+
+
+def test_the_size_of_a_crop_that_is_not_made_is_no_size(vit):
+    file = vit / "preprocessor_config.json"
+    stated = {**json.loads(file.read_text()), "crop_size": {"height": 48, "width": 48}}
+    for crops, size in ((True, (48, 48)), (False, 32)):
+        file.write_text(json.dumps({**stated, "do_center_crop": crops}))
+        assert build(vit).image_size == size
+
+
 def changed(folder, change):
     state = load_file(folder / "model.safetensors")
     change(state)
