@@ -52,8 +52,8 @@ def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = Fal
 
 
 def note_classes(faults: Faults, label: Tensor, classes: int) -> None:
-    """Note labels, masks (B, 1, H, W) or classes (B,), that are not in 0 to C - 1; masks may hold 255."""
-    lowest, highest = torch.aminmax(torch.where(label == UNLABELLED, 0, label) if label.ndim > 1 else label)
+    """Note masks (B, 1, H, W), classes (B,) or findings (B, F) that are not in 0 to C - 1; masks may hold 255."""
+    lowest, highest = torch.aminmax(torch.where(label == UNLABELLED, 0, label) if label.ndim == 4 else label)
     faults.note(
         f"A label holds the class {{}}, the student has classes 0 to {classes - 1}: correct the label or num_classes.",
         (lowest < 0) | (highest >= classes),

@@ -96,7 +96,7 @@ class Crew:
         options |= given
         for key, least in (("folds", 2), ("images", 1), ("views", 1), ("seed", 0)):
             check_number(f"{key} of the crew '{self.name}'", options[key], least, whole=True)
-        self.folds, self.views, self.seed = (int(options[key]) for key in ("folds", "views", "seed"))
+        self.folds, self.views, self.seed = (options[key] for key in ("folds", "views", "seed"))
         student = FindingStudent if train.findings else Student if train.classes is None else ClassStudent
         self.members: list[nn.Module] = []
         if not isinstance(options["flips"], bool):
@@ -174,6 +174,7 @@ class Crew:
         labels = fingerprint([(fine.ids[i], fine.hashes[i], int(self.team[i])) for i in labelled])
         networks = [network_hash(member) for member in self.members]
         key = {"members": networks, "labels": labels, "chain": fine.chain, **self._method().key, "seed": self.seed}
+        key |= fine.ignores
         sections, teams = (train, validation), (self.team, np.full(len(validation), self.folds))
         stores = []
         for of, dataset, views in (("train", train, self.views), ("validation", validation, 1)):
