@@ -161,8 +161,7 @@ class MultiTaskLoader:
     ) -> None:
         self.loaders, self.seed, self.epoch = dict(loaders), seed, 0
         check_number("sampling_alpha", alpha, 0, 1)
-        if tasks_per_step is not None:
-            check_number("tasks_per_step", tasks_per_step, 1, whole=True)
+        check_number("tasks_per_step", 1 if tasks_per_step is None else tasks_per_step, 1, whole=True)
         self.per_step = min(tasks_per_step or len(loaders), len(loaders))
         sizes = np.array([float(len(loader.dataset)) for loader in loaders.values()]) ** alpha
         self.probabilities = sizes / sizes.sum()

@@ -136,13 +136,8 @@ def cross_fit(
     ``network`` is copied, never changed; ``seed`` is that of the folds by group.
     """
     train, size = sections[0], answer_size(sections[0])
-    network_key = {
-        "network": network_hash(network),
-        "folds": folds,
-        "seed": seed,
-        "labels": train.hashes,
-        **train.ignores,
-    }
+    network_key = {"network": network_hash(network), "folds": folds, "seed": seed, "labels": train.hashes}
+    network_key |= train.ignores
     stores = [
         answers_store(name, {**method.key, **network_key, "of": of}, dataset, size, cache_dir)
         for of, dataset in zip(("train", "validation")[: len(sections)], sections, strict=True)

@@ -252,8 +252,7 @@ def _refuse_seen(student: str, train: DecodedDataset, cache_dir: str) -> None:
     """Refuse to cross-fit what starts from a student that has learnt training images, as far as its record tells."""
     seen = (read_record(Path(student).expanduser().parent) or {}).get("seen", {})
     known = {v[0] for part in seen.values() for name, v in part.items() if "validation/" not in name}
-    labelled = [item for item in train.data if "label" in item]  # which alone are scored
-    own = fingerprints({"": labelled}, train.sliced, cache_dir) if known else {}
+    own = fingerprints({"": [i for i in train.data if "label" in i]}, train.sliced, cache_dir) if known else {}
     if count := sum(values[0] in known for values in own.values()):
         what = f"{student} has learnt {count} of these labelled training images, so no score is held out"
         raise ValueError(f"{what}: set admission#mode to all or none, or cross_fit of a teacher made from it to false.")

@@ -343,13 +343,12 @@ class Identity:
         found = dict[str, Seen]()
         origins = [self.places["ckpt_dir"]] if keep else []
         origins += [Path(self.init_from).expanduser().parent] if self.init_from else []
-        earlier = [record for folder in origins if (record := read_record(folder))]
         for folder, data in self.datalists.items():
             shown = [*data.train, *data.unlabelled, *self.further.get(folder, ())]
             sections = {"train": shown, "validation": data.validation}
             found[folder] = fingerprints(sections, data.task.dimensions == 3, self.cache_dir)
-        for record in earlier:
-            for folder, images in record.get("seen", {}).items():
+        for origin in origins:
+            for folder, images in (read_record(origin) or {}).get("seen", {}).items():
                 before = {f"{'' if name.startswith('earlier ') else 'earlier '}{name}": v for name, v in images.items()}
                 found[folder] = before | found.get(folder, {})
         return found

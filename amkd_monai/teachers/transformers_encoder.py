@@ -76,10 +76,8 @@ class TransformersTeacher(Teacher):
         self.config = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
         stated = read_json(folder / "preprocessor_config.json")
         if other := {key: stated[key] for key, own in OWN.items() if (stated.get(key, own) or False) != own}:
-            what = f"preprocessor_config.json in {folder} asks for {other}, which '{name}' does not do"
-            raise ValueError(f"{what}: give another `model`.")
-        if not stated.get("do_normalize", True):
-            stated |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+            raise ValueError(f"preprocessor_config.json in {folder} asks for {other}: give '{name}' another `model`.")
+        stated |= {} if stated.get("do_normalize", True) else {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
         crop = stated.get("crop_size") if stated.get("do_center_crop", True) else None
         size = crop or stated.get("size") or getattr(config, "image_size", None)
         if isinstance(size, dict):
