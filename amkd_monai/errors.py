@@ -65,6 +65,14 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, whol
         raise ValueError(f"{name} is {value!r}: give a {kind} of at least {low}{most}.")
 
 
+def is_true(flag: bool | str | None, name: str = "A switch") -> bool:
+    """Understand the words of a command line for a switch; others are a ValueError."""
+    word = str(flag).lower()
+    if word not in ("true", "1", "false", "0", "none"):
+        raise ValueError(f"{name} is {flag!r}: give true or false.")
+    return word in ("true", "1")
+
+
 def class_of(what: str, mode: str, known: Mapping[str, type | str], base: type) -> Any:
     """Return the class derived from ``base`` that is chosen by name or by its dotted path, or raise a ValueError."""
     chosen = known.get(mode, mode)

@@ -237,6 +237,12 @@ class DecodedDataset(Dataset):
         known = bool(self.has_label[index])
         return {"image": image, "label": label, "id": self.ids[index], "index": index, "has_label": known}
 
+    @functools.cached_property
+    def ignores(self) -> dict[str, bool]:
+        """Part of the keys of what masks teach or score: empty unless they leave pixels without a label."""
+        rows = np.flatnonzero(self.has_label) if self.classes is None else ()
+        return {"ignores": True} if any((self.labels[row] == UNLABELLED).any() for row in rows) else {}
+
     def shown_classes(self) -> np.ndarray:
         """Which classes the label of each sample shows (N, classes); of findings, each present, then each absent."""
         if self.findings:

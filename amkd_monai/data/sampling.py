@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from amkd_monai.errors import check_number
+from amkd_monai.errors import check_number, is_true
 
 PASSES = 1_000  # most passes over a task's data in one epoch; keeps the seeds of epochs and passes apart
 
@@ -67,8 +67,8 @@ class BatchSampler(Sampler[list[int]]):
         self.unlabelled_groups = [np.array(members) for members in by_group.values()]
         if len(self.labelled) == 0:
             raise ValueError("There is no labelled sample to train on: check the labels and the split.")
-        if not 0 <= class_balance <= 1 or (class_balance > 0 and classes is None):
-            raise ValueError(f"class_balance is {class_balance}: give 0 to 1, and 0 where labels are masks.")
+        if class_balance > 0 and classes is None:
+            raise ValueError(f"recipe#class_balance is {class_balance}, but labels are masks: give 0.")
         self.strata: list[tuple[np.ndarray, float]] = []
         front = foreground_mask[self.labelled]
         if class_balance > 0:
@@ -160,9 +160,9 @@ class MultiTaskLoader:
         seed: int = 0,
     ) -> None:
         self.loaders, self.seed, self.epoch = dict(loaders), seed, 0
-        self.per_step = len(loaders) if tasks_per_step is None else min(tasks_per_step, len(loaders))
         check_number("sampling_alpha", alpha, 0, 1)
-        check_number("tasks_per_step", self.per_step, 1, whole=True)
+        check_number("tasks_per_step", 1 if tasks_per_step is None else tasks_per_step, 1, whole=True)
+        self.per_step = min(tasks_per_step or len(loaders), len(loaders))
         sizes = np.array([float(len(loader.dataset)) for loader in loaders.values()]) ** alpha
         self.probabilities = sizes / sizes.sum()
         self.steps = steps or math.ceil(sum(len(loader) for loader in loaders.values()) / self.per_step)
@@ -219,10 +219,10 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not name.startswith("flip_"):
+            if name.startswith("flip_"):
+                object.__setattr__(self, name, is_true(value, f"recipe#augmentation#{name}"))
+            else:
                 check_number(f"recipe#augmentation#{name}", value, 0)
-            elif not isinstance(value, bool):
-                raise ValueError(f"recipe#augmentation#{name} is {value!r}: give true or false.")
 
     def check_features(self, accepted: str) -> None:
         """Refuse geometric changes that make warped cached feature maps worse than ``accepted``, of ``VALIDITIES``.

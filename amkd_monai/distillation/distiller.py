@@ -22,6 +22,7 @@ logger = logging.getLogger("amkd_monai")
 DEFAULT_LOSSES = {"output": 1.0, "feature": 0.2}
 ANSWER_LOSSES = ("output", "overlap")
 RETURN_CODES = ("none", "learned")
+_GATES, _LOSS_GATES = {**gates.GATES, **baselines.GATES}, {**gates.LOSS_GATES, **baselines.LOSS_GATES}
 STUDENT_STRIDES = (8, 16)  # student levels that are aligned with a teacher (two, summed)
 SHARED_STRIDE = 16  # student level that gates and contrastive heads see, and where gradients are compared
 
@@ -146,9 +147,10 @@ class DistillationConfig:
         check_options(f"teacher gate '{self.gate}'", self._gate_class, own, 1)
         check_options(f"loss gate '{self.loss_gate}'", self._loss_gate_class, self.loss_gate_options, 3)
         with torch.random.fork_rng(devices=[]):  # wrong values are refused before the teachers run
-            self.make_gate([TeacherTarget("any", logits=(2, 1, 1))], 0.0, 1)
-            loss_gate = self._loss_gate_class(dict.fromkeys(LOSSES, 1.0), self.scale_steps, 1, **self.loss_gate_options)
-            SharedGradients(loss_gate.every)
+            if self._gate_class in _GATES.values():  # a gate of the user's own may ask for the teachers of its run
+                self.make_gate([TeacherTarget("any", logits=(2, 1, 1))], 0.0, 1)
+            if (of := self._loss_gate_class) in _LOSS_GATES.values():
+                SharedGradients(of(dict.fromkeys(LOSSES, 1.0), self.scale_steps, 1, **self.loss_gate_options).every)
             ContrastiveDistillation(1, SampleTable({}, torch.zeros(1)), **self.contrastive)
 
     def facts(self, **further: Any) -> dict[str, Any]:
@@ -158,11 +160,11 @@ class DistillationConfig:
 
     @property
     def _gate_class(self) -> type[TeacherGate]:
-        return class_of("teacher gate", self.gate, {**gates.GATES, **baselines.GATES}, TeacherGate)
+        return class_of("teacher gate", self.gate, _GATES, TeacherGate)
 
     @property
     def _loss_gate_class(self) -> type[LossGate]:
-        return class_of("loss gate", self.loss_gate, {**gates.LOSS_GATES, **baselines.LOSS_GATES}, LossGate)
+        return class_of("loss gate", self.loss_gate, _LOSS_GATES, LossGate)
 
     def make_gate(self, teachers: Sequence[TeacherTarget], prior_entropy: float, channels: int) -> TeacherGate:
         """Return the teacher gate; ``prior_entropy`` in nats, ``channels`` of the student map that it may look at."""

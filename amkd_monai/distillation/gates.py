@@ -354,6 +354,7 @@ class ScaledLossGate(Counter, LossGate):
         self, priors: Mapping[str, float], warmup_steps: int = 100, channels: int = 0, floor: float = 0.0
     ) -> None:
         super().__init__("count", priors, warmup_steps, channels)
+        check_number("scale_steps", warmup_steps, 0, whole=True)
         check_number("loss_gate_options#floor", floor, 0, 1)
         total, n, self.served = sum(self.priors.values()), len(self.names), 1.0
         self.share = {name: (1 - floor) * prior / total + floor / n for name, prior in self.priors.items()}

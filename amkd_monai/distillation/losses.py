@@ -44,28 +44,24 @@ def segmentation_task_loss(logits: Tensor, label: Tensor, batch_dice: bool = Fal
     """
     if label.ndim != 4:
         raise ValueError("The student predicts masks, the labels are of whole images: use a student for classes.")
-    known = (label != UNLABELLED).flatten(1).sum(1)
-    logits, label = without_unlabelled(logits.float(), label)
+    ignored = label == UNLABELLED
+    known = (~ignored).flatten(1).sum(1)
+    background = SURE * (torch.arange(logits.shape[1], device=logits.device) == 0).float()
+    logits = torch.where(ignored, background[:, None, None], logits.float())  # no gradient flows there
+    label = label.masked_fill(ignored, 0)
     dice = _batch_dice(logits, label).mean() if batch_dice else _dice(logits, label).flatten(1).mean(1)
     cross_entropy = F.cross_entropy(logits, label[:, 0].long(), reduction="none").flatten(1).mean(1)
     return dice + cross_entropy * (label[0].numel() / known.clamp_min(1))
 
 
 def note_classes(faults: Faults, label: Tensor, classes: int) -> None:
-    """Note labels, masks (B, 1, H, W) or classes (B,), that are not in 0 to C - 1; masks may hold 255."""
-    lowest, highest = torch.aminmax(torch.where(label == UNLABELLED, 0, label) if label.ndim > 1 else label)
+    """Note masks (B, 1, H, W), classes (B,) or findings (B, F) that are not in 0 to C - 1; masks may hold 255."""
+    lowest, highest = torch.aminmax(torch.where(label == UNLABELLED, 0, label) if label.ndim == 4 else label)
     faults.note(
         f"A label holds the class {{}}, the student has classes 0 to {classes - 1}: correct the label or num_classes.",
         (lowest < 0) | (highest >= classes),
         torch.where(lowest < 0, lowest, highest),
     )
-
-
-def without_unlabelled(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Make both logits (B, C, ...) and label (B, 1, ...) background where the label is 255: no gradient flows there."""
-    ignored = label == UNLABELLED
-    sure = SURE * (torch.arange(logits.shape[1], device=logits.device) == 0).to(logits.dtype)
-    return torch.where(ignored, sure.view(-1, *[1] * (logits.ndim - 2)), logits), label.masked_fill(ignored, 0)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

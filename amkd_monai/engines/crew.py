@@ -31,7 +31,7 @@ from amkd_monai.data.splits import fold_of_groups
 from amkd_monai.distillation.losses import area_logits, as_map
 from amkd_monai.engines.crossfit import Method, answer_size, trained
 from amkd_monai.engines.trainer import Recipe
-from amkd_monai.errors import check_number, check_options
+from amkd_monai.errors import check_number, check_options, is_true
 from amkd_monai.networks import ClassStudent, FindingStudent, Student
 from amkd_monai.storage import fingerprint
 from amkd_monai.weights import network_hash
@@ -96,11 +96,9 @@ class Crew:
         options |= given
         for key, least in (("folds", 2), ("images", 1), ("views", 1), ("seed", 0)):
             check_number(f"{key} of the crew '{self.name}'", options[key], least, whole=True)
-        self.folds, self.views, self.seed = (int(options[key]) for key in ("folds", "views", "seed"))
+        self.folds, self.views, self.seed = (options[key] for key in ("folds", "views", "seed"))
         student = FindingStudent if train.findings else Student if train.classes is None else ClassStudent
         self.members: list[nn.Module] = []
-        if not isinstance(options["flips"], bool):
-            raise self._refusal(f"has flips {options['flips']!r}: give true or false")
         for number, member in enumerate(options["members"] if isinstance(options["members"], (list, tuple)) else []):
             if isinstance(member, Mapping):
                 classes = train.findings or train.num_classes
@@ -118,7 +116,7 @@ class Crew:
         self.steps = -(-images // self.recipe.batch_size)  # of each training
         augment = recipe.augment()
         axes = [axis for axis, wanted in ((-1, augment.flip_width), (-2, augment.flip_height)) if wanted]
-        counts = range(len(axes) + 1) if options["flips"] else (0,)
+        counts = range(len(axes) + 1) if is_true(options["flips"], f"flips of the crew '{self.name}'") else (0,)
         # axes over which an image is mirrored for each part of an answer
         self.mirrors = [mirrored for count in counts for mirrored in itertools.combinations(axes, count)]
         self.team, self.device, self.cache_dir = self._teams(train), device, cache_dir
@@ -128,11 +126,8 @@ class Crew:
 
     def _side(self, asked: Any, student: tuple[int, int]) -> tuple[int, int]:
         """Size (H, W) of the members' images, of an ``image_size`` and the student's (H, W)."""
-        if (
-            isinstance(asked, bool)
-            or not isinstance(asked, (int, float))
-            or not (32 <= asked <= 4096 or 1 <= asked <= 4)
-        ):
+        check_number(f"image_size of the crew '{self.name}'", asked, 1, 4096)
+        if 4 < asked < 32:
             raise self._refusal(f"has image_size {asked!r}: give 32 to 4096 pixels, or a factor from 1 to 4")
         factor = asked / max(student) if asked >= 32 else min(asked, max(1.0, FINEST / max(student)))
         height, width = (round(n * factor) for n in student)
@@ -174,6 +169,7 @@ class Crew:
         labels = fingerprint([(fine.ids[i], fine.hashes[i], int(self.team[i])) for i in labelled])
         networks = [network_hash(member) for member in self.members]
         key = {"members": networks, "labels": labels, "chain": fine.chain, **self._method().key, "seed": self.seed}
+        key |= fine.ignores
         sections, teams = (train, validation), (self.team, np.full(len(validation), self.folds))
         stores = []
         for of, dataset, views in (("train", train, self.views), ("validation", validation, 1)):

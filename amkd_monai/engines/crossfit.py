@@ -137,6 +137,7 @@ def cross_fit(
     """
     train, size = sections[0], answer_size(sections[0])
     network_key = {"network": network_hash(network), "folds": folds, "seed": seed, "labels": train.hashes}
+    network_key |= train.ignores
     stores = [
         answers_store(name, {**method.key, **network_key, "of": of}, dataset, size, cache_dir)
         for of, dataset in zip(("train", "validation")[: len(sections)], sections, strict=True)

@@ -33,8 +33,9 @@ from amkd_monai.distillation import Batch, DistillationConfig
 from amkd_monai.distillation.interface import DistillationOutput
 from amkd_monai.distillation.losses import as_map, class_areas, label_map
 from amkd_monai.engines.probes import LEAST_GROUPS, calibrated_on, fit_calibration
-from amkd_monai.engines.runs import Identity, is_true, record_weights, refuse_another, versions
+from amkd_monai.engines.runs import Identity, record_weights, refuse_another, versions
 from amkd_monai.engines.trainer import Recipe, TeacherTargets
+from amkd_monai.errors import is_true
 from amkd_monai.memory import own_peak
 from amkd_monai.metrics.classification import class_metrics, class_row
 from amkd_monai.metrics.segmentation import STATUSES, mask_rows

@@ -223,8 +223,8 @@ def prepare_teachers(
         found = [score for (_, score), ask in zip(scored, asked, strict=True) if score is not None and ask]
         margin, values = float(options["margin"]), [score.value for score in found]
         if options["mode"] == "cross_fit" and values:
-            length = int(options["epochs"] or epochs)
-            own, length = preparation.student_score(int(options["folds"]), length, max(values) - margin)
+            length = options["epochs"] or epochs
+            own, length = preparation.student_score(options["folds"], length, max(values) - margin)
             record |= {f"undistilled_student_{name}": value for name, value in own.record().items()}
             record["undistilled_student_epochs"] = length
     plan.refuse_changed(plans)
@@ -252,9 +252,9 @@ def _refuse_seen(student: str, train: DecodedDataset, cache_dir: str) -> None:
     """Refuse to cross-fit what starts from a student that has learnt training images, as far as its record tells."""
     seen = (read_record(Path(student).expanduser().parent) or {}).get("seen", {})
     known = {v[0] for part in seen.values() for name, v in part.items() if "validation/" not in name}
-    own = fingerprints({"": train.data}, train.sliced, cache_dir) if known else {}
+    own = fingerprints({"": [i for i in train.data if "label" in i]}, train.sliced, cache_dir) if known else {}
     if count := sum(values[0] in known for values in own.values()):
-        what = f"{student} has learnt {count} of these training images, so no score is held out"
+        what = f"{student} has learnt {count} of these labelled training images, so no score is held out"
         raise ValueError(f"{what}: set admission#mode to all or none, or cross_fit of a teacher made from it to false.")
 
 
@@ -301,7 +301,7 @@ class _Preparation:
         memo = Path(self.cache_dir) / "known_scores.json"
         known = read_memo(memo, lambda entry: isinstance(entry, dict) and "value" in entry)
         of = (answers.directory.name, self.train.directory.name, None if taught is None else taught.tolist())
-        key = fingerprint(*of, asdict(calibration), __version__)
+        key = fingerprint(*of, asdict(calibration), __version__, *self.train.ignores)
         if key not in known:
             score = score_answers(answers, self.train, calibration, taught)
             if np.isfinite([score.value, score.cross_entropy, *score.further.values()]).all():
@@ -366,7 +366,8 @@ class _Preparation:
         else:
             options = {"slices": 32, "steps": 300, "learning_rate": 2e-3, "folds": self.folds, **description}
             slices, steps, folds = (options[key] for key in ("slices", "steps", "folds"))
-            check_number(f"folds of the teacher '{name}'", folds, 2, whole=True)
+            for key, least in (("slices", 1), ("steps", 1), ("folds", 2)):
+                check_number(f"{key} of the teacher '{name}'", options[key], least, whole=True)
             network = VolumeStudent(lambda: options["network"], slices, self.train.num_classes, self.seed)
             rates = dict.fromkeys(("learning_rate", "encoder_learning_rate"), options["learning_rate"])
             own: dict[str, Any] = {**VOLUME_RECIPE, **rates, "slices": slices, "min_steps": steps}

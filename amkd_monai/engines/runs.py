@@ -36,7 +36,7 @@ from amkd_monai.data.datasets import get_task, recorded_task
 from amkd_monai.data.seen import Seen, fingerprints, seen_before
 from amkd_monai.data.splits import Item
 from amkd_monai.distillation import distiller
-from amkd_monai.errors import check_number
+from amkd_monai.errors import check_number, is_true
 from amkd_monai.files.masks import NAMED_CODES
 from amkd_monai.files.names import label_files, some
 from amkd_monai.metrics.summary import PREVIEWS, TEACHERS
@@ -343,13 +343,12 @@ class Identity:
         found = dict[str, Seen]()
         origins = [self.places["ckpt_dir"]] if keep else []
         origins += [Path(self.init_from).expanduser().parent] if self.init_from else []
-        earlier = [record for folder in origins if (record := read_record(folder))]
         for folder, data in self.datalists.items():
             shown = [*data.train, *data.unlabelled, *self.further.get(folder, ())]
             sections = {"train": shown, "validation": data.validation}
             found[folder] = fingerprints(sections, data.task.dimensions == 3, self.cache_dir)
-        for record in earlier:
-            for folder, images in record.get("seen", {}).items():
+        for origin in origins:
+            for folder, images in (read_record(origin) or {}).get("seen", {}).items():
                 before = {f"{'' if name.startswith('earlier ') else 'earlier '}{name}": v for name, v in images.items()}
                 found[folder] = before | found.get(folder, {})
         return found
@@ -847,14 +846,6 @@ def _run_of(folder: Path) -> str:
 
 def _overlap(key: str, name: str) -> bool:
     return f"{key}#".startswith(f"{name}#") or f"{name}#".startswith(f"{key}#")
-
-
-def is_true(flag: bool | str | None, name: str = "A switch") -> bool:
-    """Understand the words of a command line for a switch, and refuse others."""
-    word = str(flag).lower()
-    if word not in ("true", "1", "false", "0", "none"):
-        raise ValueError(f"{name} is {flag!r}: give true or false.")
-    return word in ("true", "1")
 
 
 def _shown(value: Any) -> str:

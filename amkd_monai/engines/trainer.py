@@ -27,14 +27,13 @@ from amkd_monai.data.sampling import Augmentation, BatchSampler, PatchSampler, w
 from amkd_monai.distillation import SampleTable, TeacherTarget
 from amkd_monai.distillation.distiller import Batch, DistillationOutput, Distiller
 from amkd_monai.distillation.interface import INTERVAL, Faults
-from amkd_monai.engines.runs import is_true
-from amkd_monai.errors import check_number, check_options
+from amkd_monai.errors import check_number, check_options, is_true
 
-_LEAST = {"batch_size": 1, "learning_rate": 1e-12, "encoder_learning_rate": 0, "weight_decay": 0, "warmup_steps": 0}
-_LEAST |= {"labelled_fraction": 1e-12, "foreground_fraction": 0, "class_balance": 0, "min_steps": 1, "slices": 1}
-_LEAST |= {"ema": 0, "first_stage": 0}
-_MOST = {"labelled_fraction": 1, "foreground_fraction": 1, "class_balance": 1, "ema": 0.99999, "first_stage": 0.99}
-_WHOLE = ("batch_size", "warmup_steps", "min_steps", "slices")
+_COUNT: tuple[Any, ...] = (1, math.inf, True)
+_LIMITS = {"batch_size": _COUNT, "min_steps": _COUNT, "slices": _COUNT, "warmup_steps": (0, math.inf, True)}
+_LIMITS |= {"learning_rate": (1e-12,), "encoder_learning_rate": (0,), "weight_decay": (0,), "ema": (0, 0.99999)}
+_LIMITS |= {"labelled_fraction": (1e-12, 1), "foreground_fraction": (0, 1), "class_balance": (0, 1)}
+_LIMITS["first_stage"] = (0, 0.99)
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Recipe:
     batch_size: int = 8  # samples per process and step
     learning_rate: float = 2e-3  # of everything but the encoder
     encoder_learning_rate: float = 8e-4  # of the pretrained encoder
-    weight_decay: float = 1e-3  # of AdamW, not on biases and norms
+    weight_decay: float = 1e-3  # of AdamW, not on vectors: biases and norms
     warmup_steps: int = 20  # linear warm-up of the learning rate
     labelled_fraction: float = 0.5  # part of a batch that is labelled, where unlabelled samples take part
     # part of the labelled picks that show foreground; None takes them as they come
@@ -63,9 +62,9 @@ class Recipe:
     slices: int = 1  # of a patch of a 3D student, which is then what ``batch_size`` counts; 1 for other students
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
+        for name, limits in _LIMITS.items():
             if (value := getattr(self, name)) is not None or name != "foreground_fraction":
-                check_number(f"recipe#{name}", value, least, _MOST.get(name, math.inf), name in _WHOLE)
+                check_number(f"recipe#{name}", value, *limits)
         object.__setattr__(self, "batch_dice", is_true(self.batch_dice, "recipe#batch_dice"))
         check_options("recipe#augmentation", Augmentation, self.augmentation)
         self.augment()
@@ -104,7 +103,7 @@ class Recipe:
         return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers)
 
     def optimizer(self, distiller: nn.Module) -> torch.optim.Optimizer:
-        """Return AdamW with the encoder's own learning rate and no decay on biases and norms."""
+        """Return AdamW with the encoder's own learning rate and no decay on vectors, that is biases and norms."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in distiller.named_parameters():
             if parameter.requires_grad:

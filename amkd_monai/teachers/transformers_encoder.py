@@ -13,7 +13,7 @@ from amkd_monai.storage import read_json
 from amkd_monai.teachers.base import Teacher, TeacherFeatures, pool_to_grid
 from amkd_monai.weights import CheckpointError, check_finite
 
-OWN: dict[str, Any] = {"do_normalize": True, "do_rescale": True, "do_flip_channel_order": False, "include_top": False}
+OWN: dict[str, Any] = {"do_rescale": True, "do_flip_channel_order": False, "include_top": False}
 OWN |= {"rescale_offset": False, "rescale_factor": 1 / 255}
 """Steps of a preprocessor_config.json as they are done here; other values would be other images."""
 MOST_PREFIX_TOKENS = 16  # Class, distillation and register tokens precede the patches; encoders have up to 9 of them
@@ -75,8 +75,9 @@ class TransformersTeacher(Teacher):
             self.read_from += folder.absolute().glob("*.json")
         self.config = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
         stated = read_json(folder / "preprocessor_config.json")
-        if other := {key: stated[key] for key, own in OWN.items() if stated.get(key, own) != own}:
-            raise ValueError(f"preprocessor_config.json in {folder} asks for {other}, which '{name}' does not do.")
+        if other := {key: stated[key] for key, own in OWN.items() if (stated.get(key, own) or False) != own}:
+            raise ValueError(f"preprocessor_config.json in {folder} asks for {other}: give '{name}' another `model`.")
+        stated |= {} if stated.get("do_normalize", True) else {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
         crop = stated.get("crop_size") if stated.get("do_center_crop", True) else None
         size = crop or stated.get("size") or getattr(config, "image_size", None)
         if isinstance(size, dict):

@@ -30,15 +30,17 @@ def moments(mask):
 
 def test_changes_that_cannot_be_meant_are_refused_by_name_when_the_recipe_is_read():
     for name in ("rotation", "scale", "shift", "gain", "offset", "colour", "gamma", "flip_width"):
-        for value in (-0.1, math.nan, math.inf, "false", [0.1], 0 if name == "flip_width" else True):
+        for value in (-0.1, math.nan, math.inf, "no", [0.1], *([] if name == "flip_width" else [True])):
             with pytest.raises(ValueError, match=f"^recipe#augmentation#{name} is "):
                 Recipe(augmentation={name: value})
     with pytest.raises(ValueError, match="rotatoin"):
         Recipe(augmentation={"rotatoin": 0.1})
 
 
-def test_words_of_the_switch_for_pooled_dice_are_understood_and_others_refused():
-    assert [Recipe(batch_dice=word).batch_dice for word in ("false", "True", False)] == [False, True, False]
+def test_words_of_switches_are_understood_and_others_refused():
+    for word, meant in {"false": False, "True": True, False: False, 1: True}.items():
+        assert Recipe(batch_dice=word).batch_dice is meant
+        assert Recipe(augmentation={"flip_width": word}).augment().flip_width is meant
     with pytest.raises(ValueError, match="recipe#batch_dice"):
         Recipe(batch_dice="pooled")
     with pytest.raises(ValueError, match="recipe#class_balance is 2"):

@@ -171,6 +171,15 @@ def test_findings_are_learned_and_distilled_one_by_one_under_each_gate(gate):
     assert student_gradient(distiller).abs().sum() > 0
 
 
+def test_an_answer_that_is_not_known_is_no_finding():
+    batch, distiller = findings_of()
+    batch.label[1] = losses.UNLABELLED
+    distiller(batch)  # of an image without labels
+    batch.label[0, 2] = losses.UNLABELLED
+    with pytest.raises(ValueError, match="the class 255"):
+        distiller.eval()(batch)
+
+
 def test_a_gate_trusts_the_teacher_that_knows_the_findings_and_no_finding_is_moved_by_geometry():
     batch, distiller = findings_of(gate="reliability", losses={"output": 1.0})
     right = 4 * F.one_hot(batch.label, 2).float().movedim(-1, 1)[..., None]

@@ -11,7 +11,8 @@ import torch
 from toy_problem import make_batch, make_distiller, spec
 
 from amkd_monai.distillation.distiller import DEFAULT_LOSSES, DistillationConfig, distillation_strength, kd_temperature
-from amkd_monai.distillation.gates import AgreementLossGate, LearnedGate
+from amkd_monai.distillation.gates import AgreementLossGate, LearnedGate, LossGate, TeacherGate
+from amkd_monai.distillation.interface import TeacherTarget
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 
@@ -110,6 +111,7 @@ OPTIONS = {
     "contrastive#negatives": (0, 1.5),
     "contrastive#temperature": (0, 1),
     "code_channels": (0, 1.5),
+    "scale_steps": (1.5,),
 }
 
 
@@ -126,6 +128,30 @@ def test_those_of_other_loss_gates_too(mode, name):
     for value in WRONG:
         with pytest.raises(ValueError, match=f"^loss_gate_options#{name} is "):
             DistillationConfig(loss_gate=mode, loss_gate_options={name: value})
+
+
+class OfTheChief(TeacherGate):
+    """A gate of a user's own that needs a teacher of the run."""
+
+    def __init__(self, setup, chief):
+        super().__init__(setup)
+        self.number = [teacher.name for teacher in setup.teachers].index(chief)
+
+
+class OfTheChosen(LossGate):
+    """A loss gate of a user's own that needs to know which losses the run has."""
+
+    def __init__(self, priors, warmup_steps, channels, last):
+        super().__init__(priors)
+        self.last = self.names.index(last) if set(priors) == {"output", "feature"} else [][0]
+
+
+def test_a_gate_of_ones_own_is_made_for_the_run_alone():
+    own = {"gate": f"{__name__}.OfTheChief", "gate_options": {"chief": "b"}}
+    own |= {"loss_gate": f"{__name__}.OfTheChosen", "loss_gate_options": {"last": "feature"}}
+    config = DistillationConfig(**own)
+    assert config.make_gate([TeacherTarget("a"), TeacherTarget("b")], 0.5, 4).number == 1
+    assert config.make_loss_gate(config.losses, 4).last == 1
 
 
 def test_looking_at_the_options_draws_no_random_number():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +12,13 @@ from monai.networks.nets import SegResNet
 from torch import nn
 
 from amkd_monai.data.decoded import DecodedDataset
+from amkd_monai.data.seen import fingerprints
 from amkd_monai.distillation.interface import Calibration
 from amkd_monai.engines import crossfit
-from amkd_monai.engines.prepare import prepare_teachers, prior_entropy, score_answers
+from amkd_monai.engines.prepare import _refuse_seen, prepare_teachers, prior_entropy, score_answers
 from amkd_monai.engines.trainer import Recipe
 from amkd_monai.networks import Student
+from amkd_monai.storage import atomic_write_json
 
 LITE1 = {"name": "lite1", "kind": "timm", "model": "tf_efficientnet_lite1"}
 
@@ -255,6 +258,7 @@ def test_scores_of_three_classes_equal_a_computation_by_hand(tmp_path):
     store = answers_store("a", {}, dataset, (16, 24), tmp_path)
     keep_answers(store, answers)
     score = score_answers(store, dataset, Calibration(2.0))
+    assert dataset.ignores, "which changes the key of what is computed from it"
     found, labels = answers.argmax(1), np.stack(truth)
     known, dices, volumes = labels != 255, [], []
     for c in (1, 2):
@@ -267,6 +271,32 @@ def test_scores_of_three_classes_equal_a_computation_by_hand(tmp_path):
     log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
     picked = -np.take_along_axis(log_p, np.where(known, labels, 0)[:, None].astype(int), 1)[:, 0]
     assert score.cross_entropy == pytest.approx(picked[known].mean())
+
+
+def test_answers_of_networks_that_learnt_ignored_pixels_as_a_class_are_not_found(tmp_path):
+    items, keys = discs(tmp_path, 4), []
+    unlabelled = {key: value for key, value in items.pop().items() if key != "label"}
+    predict = lambda network, dataset, indices: np.zeros((len(indices), 2, 32, 32), np.float32)  # noqa: E731
+    method = SimpleNamespace(fit=lambda *_: None, predict=predict, key={"k": 3}, title="once")
+    for _ in range(2):
+        train = DecodedDataset([*items, unlabelled], load, tmp_path)
+        (store,) = crossfit.cross_fit("nobody", Memoriser(), (train,), method, 2, 0, str(tmp_path / "nobody"))
+        keys.append(store.key)
+        label = np.load(items[0]["label"])
+        label[:, :5] = 255
+        np.save(items[0]["label"], label)
+    assert keys[1].keys() - keys[0].keys() == {"ignores"}, "answers to other labels are found as before"
+
+
+def test_a_student_that_has_seen_images_is_compared_on_others(tmp_path):
+    items = discs(tmp_path, 4)
+    seen = fingerprints({"train": items[:2], "validation": items[2:3]}, False, tmp_path)
+    atomic_write_json(tmp_path / "student.json", {"version": 1, "seen": {"": seen}})
+    for labelled, refused in ((items[2:], False), (items[1:], True)):
+        others = [{k: v for k, v in item.items() if k != "label"} for item in items if item not in labelled]
+        train = DecodedDataset([*labelled, *others], load, tmp_path)
+        with pytest.raises(ValueError, match=r"model\.pt has learnt 1") if refused else nullcontext():
+            _refuse_seen(str(tmp_path / "model.pt"), train, str(tmp_path))
 
 
 def test_a_complete_cache_is_prepared_without_asking_a_teacher(data, monkeypatch):

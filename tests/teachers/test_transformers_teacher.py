@@ -92,15 +92,25 @@ def vit(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("do_flip_channel_order", True), ("include_top", True), ("do_normalize", False), ("rescale_factor", 1)],
+    [("do_flip_channel_order", True), ("include_top", True), ("do_rescale", None), ("rescale_factor", 1)],
 )
 def test_preprocessing_that_is_not_repeated_is_refused(vit, key, value):
     file = vit / "preprocessor_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "do_normalize": True, "rescale_factor": 1 / 255}))
+    stated = {**json.loads(file.read_text()), "do_normalize": True, "rescale_factor": 1 / 255, "include_top": None}
+    file.write_text(json.dumps(stated))
     assert build(vit).image_size == 32
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     with pytest.raises(ValueError, match=f"{vit} asks for .*{key}"):
         build(vit)
+
+
+@pytest.mark.parametrize("normalises", [False, None])
+def test_images_that_are_not_normalised_stay_as_they_are(vit, normalises):
+    file = vit / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_normalize": normalises}))
+    teacher = build(vit)
+    assert teacher.mean.flatten().tolist() == [0, 0, 0] and teacher.std.flatten().tolist() == [1, 1, 1]
+    assert build(vit, mean=[0.5] * 3).mean.flatten().tolist() == [0.5] * 3
 
 
 def test_the_size_of_a_crop_that_is_not_made_is_no_size(vit):
