@@ -108,7 +108,7 @@ def _described(
     elif not kind and layout.form != "classes" and any("|" in str(label) for label in labels):
         layout = replace(layout, kind="multilabel")
     sizes = Counter(size for row in rows if (size := _size(files_of(row["image"]))))
-    volume, count = sizes.most_common(1)[0][0] if sizes else (False, 1)
+    volume, count = sizes.most_common(1)[0][0] if sizes else (is_volume(files_of(rows[0]["image"])[0]), 1)
     if volume and not layout.masks:
         raise ValueError(f"{root} holds volumes with classes: give their masks, as in images/ and masks/ or nnU-Net's.")
     description: dict[str, Any] = {"name": name, "kind": layout.kind, "dimensions": 3 if volume else 2}

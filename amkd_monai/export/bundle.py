@@ -272,7 +272,8 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     present = [{"_target_": "Lambdad", "keys": "pred", "func": "$lambda p: p[1]"}] * task.has_findings
     inference["preprocessing"]["transforms"] = source.transforms
     inference["postprocessing"]["transforms"] = [*source.postprocessing, *present]
-    parts = [t["applied_labels"] for t in source.postprocessing if t["_target_"] == "KeepLargestConnectedComponentd"]
+    largest = [t for t in source.postprocessing if t["_target_"] == "KeepLargestConnectedComponentd"]
+    parts = [np.ravel(t.get("applied_labels") or range(1, len(task.classes))).tolist() for t in largest]
     predict = {
         "version": VERSION,
         **task.identity,

@@ -16,6 +16,7 @@ from amkd_monai.files.volumes import AFFINE_TOLERANCE, Grid, affine_problem, is_
 from amkd_monai.terminal import logger
 
 SPACING_TOLERANCE = 0.02  # largest difference between two distances of slices, as a part of the distance
+VARIES = {"echo": 0.1, "time point": 0.0, "b-value": 0.1}  # parts by which the slices of one volume may differ in them
 TABLE = re.compile(rb"\x28\0\0\x30(SQ\0\0)?.{4}\xfe\xff\0\xe0", re.DOTALL)  # Modality LUT Sequence, which ITK ignores
 TILT = 1e-2  # largest part of a slice distance that may lie within the plane of the slices
 
@@ -206,8 +207,10 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
     ):
         what = "in colour, of several frames a file or of which some are stored inverted or on other scales"
         raise refuse(what, "give one series of grey slices, or convert it to NIfTI, for example by dcm2niix")
-    if several := [n for n in ("echo", "time point", "b-value") if len({item.tags.get(n) for item in slices}) > 1]:
-        raise refuse(f"with several values of {several[0]}", "give the slices of one")
+    for name, part in VARIES.items():
+        values = [item.numbers(name, 1) or [-1.0] for item in slices]
+        if np.ptp(values) > part * np.abs(values).max():
+            raise refuse(f"with several values of {name}", "give the slices of one")
     for item in slices:
         with item.file.open("rb") as stream:
             if TABLE.search(stream.read(2**18)):

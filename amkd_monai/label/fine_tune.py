@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import math
-import re
 import shutil
 import time
 from collections import defaultdict
@@ -23,7 +22,7 @@ from amkd_monai.data.datasets import Task
 from amkd_monai.data.splits import Item
 from amkd_monai.engines.runs import RECORD
 from amkd_monai.errors import report_plainly
-from amkd_monai.files.names import file_id
+from amkd_monai.files.names import file_id, group_in
 from amkd_monai.label.student import ServedStudent
 from amkd_monai.label.studies import read_label
 from amkd_monai.storage import TEMPORARY_MARK, atomic_write_json, file_sha256, read_json
@@ -211,9 +210,8 @@ def _is_enough(task: Task, train: list[Item], validation: list[Item]) -> bool:
 
 
 def _item(task: Task, image: str, **label: Any) -> Item:
-    name, pattern = file_id(Path(image)), task.layout.groups
-    found = re.search(pattern, name) if pattern else None
-    return {"image": image, "id": name, "group": (found and found[1]) or name, **label}
+    name = file_id(Path(image))
+    return {"image": image, "id": name, "group": group_in(name, task.layout.groups) or name, **label}
 
 
 def _positive(name: str, value: Any, kind: type) -> Any:

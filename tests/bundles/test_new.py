@@ -154,6 +154,17 @@ def test_a_mask_of_several_colours_among_many_is_counted_and_named(tmp_path):
     assert len(refused.value.problems) == 5
 
 
+def test_volumes_that_cannot_be_read_are_named(tmp_path):
+    data = rimmed_volumes(tmp_path / "raw", cases=3)
+    files = sorted((data / "imagesTr").iterdir())
+    for file in files:
+        file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(DataProblems) as refused:
+        made("damaged", data, tmp_path)
+    for file, problem in zip(files, refused.value.problems, strict=True):
+        assert str(file) in problem and "dimensions" not in problem
+
+
 def test_labels_of_volumes_below_0_are_refused(tmp_path):
     data = rimmed_volumes(tmp_path / "raw", cases=3)
     file = sorted((data / "labelsTr").iterdir())[1]

@@ -51,6 +51,12 @@ def series(folder, planes=STORED, keep=None, step=2.0, lean=0.0, **options):
     return folder
 
 
+def in_turns(folder, *tags):
+    for first, own in enumerate(tags):
+        series(folder, keep=range(first, 8, len(tags)), tags=own)
+    return folder
+
+
 def read(folder):
     (slices,) = find_series(folder)
     return read_series(folder, slices)
@@ -108,10 +114,10 @@ def test_two_directions_of_several_slices_are_two_volumes(tmp_path):
             "distance",
         ),
         (lambda f: series(f, keep=[3]), "1 slices alone"),
-        *(
-            (lambda f, t=tag: (series(f, keep=range(0, 8, 2)), series(f, keep=range(1, 8, 2), tags={t: "2"}))[0], name)
-            for tag, name in (("0018|0081", "echo"), ("0020|0100", "time point"), ("0018|9087", "b-value"))
-        ),
+        (lambda f: in_turns(f, {}, {"0018|0081": "2"}), "echo"),
+        (lambda f: in_turns(f, {"0018|0081": "2.3"}, {"0018|0081": "4.6"}), "echo"),
+        (lambda f: in_turns(f, {"0020|0100": "19"}, {"0020|0100": "20"}), "time point"),
+        (lambda f: in_turns(f, {"0018|9087": "0"}, {"0018|9087": "1000"}), "b-value"),
         (
             lambda f: (
                 series(f, keep=[0, 1, 2, 4, 5, 6, 7]),
@@ -125,6 +131,11 @@ def test_what_is_no_whole_volume_is_refused_with_a_number(tmp_path, build, words
     folder = build(tmp_path / "s")
     with pytest.raises(ValueError, match=words):
         read(folder)
+
+
+@pytest.mark.parametrize(("tag", "values"), [("0018|0081", ("4.60", "4.6", "4.606")), ("0018|9087", ("995", "1000"))])
+def test_a_volume_may_be_measured_with_values_that_are_nearly_one(tmp_path, tag, values):
+    right(in_turns(tmp_path / "s", *({tag: value} for value in values)))
 
 
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2"])
