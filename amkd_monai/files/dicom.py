@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from amkd_monai.files.names import file_id, is_slice, some
+from amkd_monai.files.names import file_id, is_slice, left_out, some
 from amkd_monai.files.volumes import AFFINE_TOLERANCE, Grid, affine_problem, is_finite
-from amkd_monai.terminal import logger
 
 SPACING_TOLERANCE = 0.02  # largest difference between two distances of slices, as a part of the distance
 VARIES = {"echo": 0.1, "time point": 0.0, "b-value": 0.1}  # parts by which the slices of one volume may differ in them
@@ -68,8 +67,7 @@ def find_series(folder: Path) -> list[list[Slice]]:
         if plane is None:
             planes.append(plane := [])
         plane.append(found)
-    if groups and foreign:
-        logger.warning("%d file(s) in %s are not DICOM and are left out: %s.", len(foreign), folder, some(foreign))
+    left_out(folder, foreign if groups else [], "file(s) that are no slices")
     result: list[list[Slice]] = []
     for planes in groups.values():
         kept = [slices for slices in planes if len(slices) > 1] or planes
@@ -77,8 +75,7 @@ def find_series(folder: Path) -> list[list[Slice]]:
         left = [item for item in single if not any(_alike(item, slices[0], "orientation", 6) for slices in kept)]
         for slices in kept:
             slices += [s for s in single if s not in left and _alike(s, slices[0], "orientation", 6)]
-        if left:
-            logger.warning("%d slice(s) of another direction in the series in %s are left out.", len(left), folder)
+        left_out(folder, [file_id(item.file) for item in left], "slice(s) of another direction")
         result += [[*slices, *damaged] for slices in kept]
     return result
 

@@ -175,6 +175,14 @@ def test_labels_of_volumes_below_0_are_refused(tmp_path):
     assert not (tmp_path / "bundles").exists()
 
 
+def test_pictures_of_a_class_may_all_end_as_masks_do(tmp_path):
+    for number in range(12):
+        file = tmp_path / "data" / ("grey", "white")[number % 2] / f"{number}_seg.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 200, (40, 60), np.uint8)).save(file)
+    assert made("cells", tmp_path / "data", tmp_path)[0].classes == ("grey", "white")
+
+
 @pytest.mark.parametrize("names", [("image", "mask"), ("image", "label"), ("{0}", "{0}_mask"), ("{0}", "{0}_seg")])
 def test_folders_of_one_image_and_its_mask_are_no_classes(names, tmp_path):
     for number in range(8):

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from helpers import needs
 
+from amkd_monai.files.cases import is_series
 from amkd_monai.files.dicom import find_series, read_series
 from amkd_monai.files.dicom_seg import write_captures, write_segmentation
+from amkd_monai.files.names import is_prediction
 from amkd_monai.files.volumes import reorder
 
 itk = needs("SimpleITK")
@@ -292,6 +294,27 @@ def test_a_segmentation_lies_on_the_slices_it_was_made_from(direction, tmp_path)
         np.testing.assert_array_equal(frame, (STORED[z] > 300) * 1 + (STORED[z] > 600) == number)
         seen.add((z, number))
     assert len(seen) == 2 * len(STORED)
+
+
+def test_dicom_that_a_prediction_writes_is_no_slice_and_replaces_no_other_file(tmp_path):
+    _, slices, volume, grid = with_a_frame_of_reference(tmp_path / "s", AXIAL)
+    files, mask = [item.file for item in slices], (volume > 300).astype(np.uint8)
+
+    def write_both(segmentation, captures):
+        write_segmentation(segmentation, mask, grid, files, ("background", "x"))
+        write_captures(captures, mask, mask, grid, files, lambda a, _: np.repeat(a[..., None], 3, -1))
+
+    for _ in range(2):
+        write_both(tmp_path / "s" / "s_mask.dcm", tmp_path / "s_captures")
+        ((*found,),) = find_series(tmp_path / "s")
+        assert {item.file for item in found} == set(files)
+        assert is_prediction(tmp_path / "s" / "s_mask.dcm") and not is_series(tmp_path / "s_captures")
+    before = files[0].read_bytes()
+    with pytest.raises(ValueError, match=re.escape(str(files[0]))):
+        write_both(files[0], tmp_path / "other")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "s"))):
+        write_both(tmp_path / "x.dcm", tmp_path / "s")
+    assert files[0].read_bytes() == before
 
 
 @pytest.mark.parametrize("direction", [AXIAL, (0, 1, 0, 1, 0, 0)])
