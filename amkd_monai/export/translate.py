@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from monai import transforms
-from monai.utils import BlendMode, ensure_tuple_rep
+from monai.utils import BlendMode, ensure_tuple, ensure_tuple_rep
 
 from amkd_monai.data.transforms import CtWindowd
 from amkd_monai.files.steps import BACKGROUND_LEVEL, LEAST_PART
@@ -170,6 +170,9 @@ def postprocessing(answers: Sequence[Mapping[str, Any]], is_mask: bool, dimensio
     result = []
     for name, transform in zip(names, answers, strict=True):
         _check(name, transform, *ANSWERING[name])
+        if not {type(label) for label in ensure_tuple(transform.get("applied_labels") or 1)} <= {int}:
+            given = transform["applied_labels"]
+            raise ValueError(f"{name} has applied_labels {given!r}, which cannot be exported: write the numbers.")
         result += _saving(transform, dimensions) if name == "SaveMaskd" else [dict(transform)]
     return result
 
