@@ -272,8 +272,7 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     present = [{"_target_": "Lambdad", "keys": "pred", "func": "$lambda p: p[1]"}] * task.has_findings
     inference["preprocessing"]["transforms"] = source.transforms
     inference["postprocessing"]["transforms"] = [*source.postprocessing, *present]
-    largest = [t for t in source.postprocessing if t["_target_"] == "KeepLargestConnectedComponentd"]
-    parts = [np.ravel(t.get("applied_labels") or range(1, len(task.classes))).tolist() for t in largest]
+    parts = [t["applied_labels"] for t in source.postprocessing if t["_target_"] == "KeepLargestConnectedComponentd"]
     predict = {
         "version": VERSION,
         **task.identity,
@@ -283,7 +282,7 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "sha256": facts["sha256"],
         "steps": source.steps,
         **({"window": source.window} if source.window else {}),
-        "largest_component": [label for labels in parts for label in labels],
+        "largest_component": np.hstack([[], *parts]).astype(int).tolist(),
         "batch_size": BATCH,
         "mask_codes": source.mask_codes,
         "run": source.identity.get("run"),

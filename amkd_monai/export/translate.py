@@ -170,9 +170,8 @@ def postprocessing(answers: Sequence[Mapping[str, Any]], is_mask: bool, dimensio
     result = []
     for name, transform in zip(names, answers, strict=True):
         _check(name, transform, *ANSWERING[name])
-        if not {type(label) for label in ensure_tuple(transform.get("applied_labels") or 1)} <= {int}:
-            given = transform["applied_labels"]
-            raise ValueError(f"{name} has applied_labels {given!r}, which cannot be exported: write the numbers.")
+        if name.startswith("KeepLargest") and {*map(type, ensure_tuple(transform.get("applied_labels")))} != {int}:
+            raise ValueError(f"{name} has applied_labels that cannot be exported: write the numbers of classes.")
         result += _saving(transform, dimensions) if name == "SaveMaskd" else [dict(transform)]
     return result
 
