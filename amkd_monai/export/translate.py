@@ -154,9 +154,7 @@ def window(inferer: Mapping[str, Any], is_3d: bool) -> Config | None:
             raise ValueError(f"{name} has {key} {found!r}, which cannot be exported: use {value!r}.")
     found = {key: [*ensure_tuple_rep(given[key], 3)] for key in ("roi_size", "overlap", "sigma_scale")}
     if min(found["roi_size"]) < 1:
-        raise ValueError(
-            f"{name} has roi_size {found['roi_size']}, which cannot be exported: give the size of a patch."
-        )
+        raise ValueError(f"{name} has roi_size {found['roi_size']}: give the size of a patch.")
     return found | {"mode": str(BlendMode(given["mode"]))}
 
 

@@ -197,11 +197,8 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
     colour = any(item.numbers("samples", 1) not in ([], [1.0]) for item in slices)
     if any(item.numbers("high", 1) != [bits - 1 for bits in item.numbers("bits", 1)] for item in slices):
         raise refuse("of which some have values that are not in the lowest bits (HighBit)", "convert it to NIfTI")
-    if (
-        colour
-        or max(item.frames for item in slices) > 1
-        or len({(s.tags.get("photometric"), *_inversion(s)) for s in slices}) > 1
-    ):
+    scales = {(item.tags.get("photometric"), *_inversion(item)) for item in slices}
+    if colour or max(item.frames for item in slices) > 1 or len(scales) > 1:
         what = "in colour, of several frames a file or of which some are stored inverted or on other scales"
         raise refuse(what, "give one series of grey slices, or convert it to NIfTI, for example by dcm2niix")
     for name, part in VARIES.items():

@@ -334,8 +334,7 @@ class Described:
         item = {**item, "image": files[0] if len(files) == 1 else files}
         if not self.volumes:
             if len(files) != self.channels:
-                is_not = f"{files[0]} is one of {len(files)} channels, not of {self.channels}"
-                raise ValueError(f"{is_not}: complete the case.")
+                raise ValueError(f"{files[0]} is one of {len(files)} channels, not {self.channels}: complete the case.")
             return item
         try:
             self._check_headers(files, [])
