@@ -109,8 +109,7 @@ def _spacing(array: np.ndarray, grid: Grid, pixdim: Sequence[float]) -> Stepped:
     wanted[:3, :3] = axes @ np.linalg.inv(np.linalg.cholesky(axes.T @ axes).T) @ np.diag(target)
     corners = np.indices((2, 2, 2)).reshape(3, -1) * (sizes[:, None] - 1)
     corners = (np.linalg.solve(wanted, grid.affine) @ np.vstack([corners, np.ones(8)]))[:3]  # halves round as in MONAI
-    counts = np.round(np.ptp(corners, axis=1) + 1).astype(int)
-    is_tilted = (corners - corners[:, :1]).min() < -TILT
+    counts, is_tilted = np.round(np.ptp(corners, axis=1) + 1).astype(int), (corners - corners[:, :1]).min() < -TILT
     for size, new, ratio in zip(sizes, counts, target / old, strict=True):
         first = (size - new * ratio) / 2 if is_tilted else 0.0
         there.append(_interpolation(first + np.arange(new) * ratio, size))
