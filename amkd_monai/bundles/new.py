@@ -108,7 +108,7 @@ def _described(
     elif not kind and layout.form != "classes" and any("|" in str(label) for label in labels):
         layout = replace(layout, kind="multilabel")
     sizes = Counter(size for row in rows if (size := _size(files_of(row["image"]))))
-    volume, count = sizes.most_common(1)[0][0] if sizes else (False, 1)
+    volume, count = sizes.most_common(1)[0][0] if sizes else (is_volume(files_of(rows[0]["image"])[0]), 1)
     if volume and not layout.masks:
         raise ValueError(f"{root} holds volumes with classes: give their masks, as in images/ and masks/ or nnU-Net's.")
     description: dict[str, Any] = {"name": name, "kind": layout.kind, "dimensions": 3 if volume else 2}
@@ -173,10 +173,8 @@ def _layout(root: Path, classes: Sequence[str], kind: str) -> tuple[Described, l
     columns, others = _binary_columns(tables[0], classes, layout)
     if len(columns) < 2 or kind not in ("", "multilabel"):
         found, usual = ", ".join(table_rows(tables[0])[0]), ", ".join(COLUMNS["label"])
-        raise ValueError(
-            f"{tables[0]} has the columns {found}, none of them for labels ({usual}) and not several with 0 or 1 "
-            "of a finding in each row: name or correct them."
-        )
+        none = f"none of them for labels ({usual}) and not several with 0 or 1 of a finding in each row"
+        raise ValueError(f"{tables[0]} has the columns {found}, {none}: name or correct them.")
     said = [f"columns that are no findings: {', '.join(others) or 'none'}"]
     return Described(kind="multilabel", form="table", classes=columns, columns={"label": columns}), said
 
@@ -208,9 +206,7 @@ def _image_classes(labels: Sequence[str], names: list[str], kind: str) -> tuple[
     named = {part.removesuffix(".0") for part in parts} - {""}
     for name in () if several or names else sorted(named):
         if re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", name.lower()):
-            raise ValueError(
-                f"The label {name} is a measurement, not a class: write classes, or name them by --classes."
-            )
+            raise ValueError(f"The label {name} is a measurement: write classes, or name them by --classes.")
         if len(of := {part.strip() for part in re.split("[;,/+]", name)}) > 1 and of <= named:
             raise ValueError(f"The label '{name}' joins others: join findings by |, or give --classes.")
     names = names or sorted((n for n in named if Described(kind=kind).label_of(n) != 0), key=natural)

@@ -268,7 +268,8 @@ def write_contact_sheet(
         mask = None if mask is None else np.where(mask == IGNORED, 0, mask)
         if task.dimensions == 3:
             outline = np.zeros(image.shape, np.uint8) if mask is None else mask
-            image, outline = volumes.middle_slice(volumes.grey_levels(image), outline, int(np.argmin(image.shape)))
+            grid, _ = cases.case_grid(files_of(item["image"]))
+            image, outline = volumes.seen_slice(volumes.grey_levels(image), outline, grid)
             mask = None if mask is None else outline
         picture, words = Image.fromarray(image).convert("RGB"), [_class_of(item, task)]
         picture.thumbnail((400, 400))

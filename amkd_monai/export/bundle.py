@@ -282,7 +282,7 @@ def configs(source: Source, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "sha256": facts["sha256"],
         "steps": source.steps,
         **({"window": source.window} if source.window else {}),
-        "largest_component": [label for labels in parts for label in labels],
+        "largest_component": np.hstack([[], *parts]).astype(int).tolist(),
         "batch_size": BATCH,
         "mask_codes": source.mask_codes,
         "run": source.identity.get("run"),

@@ -51,9 +51,7 @@ def evaluate(
     old = read_json(output / FIGURES)
     if any(old.get(key, facts[key]) != facts[key] for key in ("student_sha256", "data")):
         raise ValueError(f"{output} holds figures of another student or of other data: give another --output.")
-    rows: list[Row] = []
-    problems: list[str] = []
-    codings = set[str]()
+    rows, problems, codings = list[Row](), list[str](), set[str]()
     for item in progress(sorted(found.test, key=lambda item: str(item["id"])), desc="evaluate"):
         try:
             rows += _case(predictor, task, item, codes, codings, output)

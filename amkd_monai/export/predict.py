@@ -17,7 +17,7 @@ from amkd_monai.files.cases import read_case, series_folders
 from amkd_monai.files.dicom import Slice, find_series, read_series
 from amkd_monai.files.dicom_seg import write_captures, write_segmentation
 from amkd_monai.files.steps import Inverse, largest_component, prepare, softmax
-from amkd_monai.files.volumes import Grid, grey_levels, middle_slice, reorder, write_mask_volume
+from amkd_monai.files.volumes import Grid, grey_levels, seen_slice, write_mask_volume
 from amkd_monai.storage import atomic_path, file_sha256, read_json
 from amkd_monai.terminal import logger, progress
 
@@ -235,8 +235,7 @@ def _predict_one(predictor: Predictor, image: Input, folder: Path, dicom_seg: bo
             write_segmentation(to("mask.dcm"), answer, grid, series, classes)
         if dicom_captures and series:
             write_captures(to("captures"), answer, levels, grid, series, partial(drawn_overlay, classes=classes))
-        grey, outline = middle_slice(reorder(levels, grid, "LPS"), reorder(answer, grid, "LPS"))
-        pictures.write_png(to("overlay.png"), drawn_overlay(grey.T, outline.T, classes))
+        pictures.write_png(to("overlay.png"), drawn_overlay(*seen_slice(levels, answer, grid), classes))
         return []
     picture = pictured(image, array)
     if answer.ndim == 2:

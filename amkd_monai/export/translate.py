@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from monai import transforms
-from monai.utils import BlendMode, ensure_tuple_rep
+from monai.utils import BlendMode, ensure_tuple, ensure_tuple_rep
 
 from amkd_monai.data.transforms import CtWindowd
 from amkd_monai.files.steps import BACKGROUND_LEVEL, LEAST_PART
@@ -154,9 +154,7 @@ def window(inferer: Mapping[str, Any], is_3d: bool) -> Config | None:
             raise ValueError(f"{name} has {key} {found!r}, which cannot be exported: use {value!r}.")
     found = {key: [*ensure_tuple_rep(given[key], 3)] for key in ("roi_size", "overlap", "sigma_scale")}
     if min(found["roi_size"]) < 1:
-        raise ValueError(
-            f"{name} has roi_size {found['roi_size']}, which cannot be exported: give the size of a patch."
-        )
+        raise ValueError(f"{name} has roi_size {found['roi_size']}: give the size of a patch.")
     return found | {"mode": str(BlendMode(given["mode"]))}
 
 
@@ -170,6 +168,8 @@ def postprocessing(answers: Sequence[Mapping[str, Any]], is_mask: bool, dimensio
     result = []
     for name, transform in zip(names, answers, strict=True):
         _check(name, transform, *ANSWERING[name])
+        if name.startswith("KeepLargest") and {*map(type, ensure_tuple(transform.get("applied_labels")))} != {int}:
+            raise ValueError(f"{name} has applied_labels that cannot be exported: write the numbers of classes.")
         result += _saving(transform, dimensions) if name == "SaveMaskd" else [dict(transform)]
     return result
 

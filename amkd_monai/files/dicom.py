@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from amkd_monai.files.names import file_id, is_slice, some
+from amkd_monai.files.names import file_id, is_slice, left_out, some
 from amkd_monai.files.volumes import AFFINE_TOLERANCE, Grid, affine_problem, is_finite
-from amkd_monai.terminal import logger
 
 SPACING_TOLERANCE = 0.02  # largest difference between two distances of slices, as a part of the distance
+VARIES = {"echo": 0.1, "time point": 0.0, "b-value": 0.1}  # parts by which the slices of one volume may differ in them
 TABLE = re.compile(rb"\x28\0\0\x30(SQ\0\0)?.{4}\xfe\xff\0\xe0", re.DOTALL)  # Modality LUT Sequence, which ITK ignores
 TILT = 1e-2  # largest part of a slice distance that may lie within the plane of the slices
 
@@ -67,8 +67,7 @@ def find_series(folder: Path) -> list[list[Slice]]:
         if plane is None:
             planes.append(plane := [])
         plane.append(found)
-    if groups and foreign:
-        logger.warning("%d file(s) in %s are not DICOM and are left out: %s.", len(foreign), folder, some(foreign))
+    left_out(folder, foreign if groups else [], "file(s) that are no slices")
     result: list[list[Slice]] = []
     for planes in groups.values():
         kept = [slices for slices in planes if len(slices) > 1] or planes
@@ -76,8 +75,7 @@ def find_series(folder: Path) -> list[list[Slice]]:
         left = [item for item in single if not any(_alike(item, slices[0], "orientation", 6) for slices in kept)]
         for slices in kept:
             slices += [s for s in single if s not in left and _alike(s, slices[0], "orientation", 6)]
-        if left:
-            logger.warning("%d slice(s) of another direction in the series in %s are left out.", len(left), folder)
+        left_out(folder, [file_id(item.file) for item in left], "slice(s) of another direction")
         result += [[*slices, *damaged] for slices in kept]
     return result
 
@@ -199,15 +197,14 @@ def _in_order(folder: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.nd
     colour = any(item.numbers("samples", 1) not in ([], [1.0]) for item in slices)
     if any(item.numbers("high", 1) != [bits - 1 for bits in item.numbers("bits", 1)] for item in slices):
         raise refuse("of which some have values that are not in the lowest bits (HighBit)", "convert it to NIfTI")
-    if (
-        colour
-        or max(item.frames for item in slices) > 1
-        or len({(s.tags.get("photometric"), *_inversion(s)) for s in slices}) > 1
-    ):
+    scales = {(item.tags.get("photometric"), *_inversion(item)) for item in slices}
+    if colour or max(item.frames for item in slices) > 1 or len(scales) > 1:
         what = "in colour, of several frames a file or of which some are stored inverted or on other scales"
         raise refuse(what, "give one series of grey slices, or convert it to NIfTI, for example by dcm2niix")
-    if several := [n for n in ("echo", "time point", "b-value") if len({item.tags.get(n) for item in slices}) > 1]:
-        raise refuse(f"with several values of {several[0]}", "give the slices of one")
+    for name, part in VARIES.items():
+        values = [item.numbers(name, 1) or [-1.0] for item in slices]
+        if np.ptp(values) > part * np.abs(values).max():
+            raise refuse(f"with several values of {name}", "give the slices of one")
     for item in slices:
         with item.file.open("rb") as stream:
             if TABLE.search(stream.read(2**18)):

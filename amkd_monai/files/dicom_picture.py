@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 PREDICTED_BY = "amkd_monai"  # as its manufacturer
-TABLES = ("ModalityLUTSequence", "VOILUTSequence")
 GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")  # may hold tables, or other windows
+TABLES = ("ModalityLUTSequence", "VOILUTSequence", *GROUPS)
 PLAIN = ("MONOCHROME1", "MONOCHROME2", "LINEAR")  # how grey values may be shown
 
 
@@ -38,7 +38,7 @@ def shown_levels(path: str | Path) -> np.ndarray:
         return array
     if int(data.get("HighBit", int(data.BitsStored) - 1)) != int(data.BitsStored) - 1:
         raise ValueError("its values are not in the lowest bits (HighBit): convert it to PNG")
-    how = [name for name in (*TABLES, *GROUPS) if name in data]
+    how = [name for name in TABLES if name in data]
     how += [name for name in (colours, str(data.get("VOILUTFunction") or "LINEAR")) if name not in PLAIN]
     if how:
         raise ValueError(f"it is shown by {', '.join(how)}: convert it to PNG")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from amkd_monai.files.names import keep_others
 from amkd_monai.files.volumes import Grid
 from amkd_monai.storage import atomic_folder, atomic_path
 
@@ -65,7 +66,7 @@ def write_segmentation(
         device_serial_number="0",
         series_description="Prediction, not for clinical use",
     )
-    with atomic_path(path) as temporary:
+    with atomic_path(keep_others(path)) as temporary:
         result.save_as(temporary)
 
 
@@ -91,6 +92,8 @@ def write_captures(
         return ("RAF", "LPH")[int(direction[axis] > 0)][axis]
 
     uid = highdicom.UID()
+    for file in folder.rglob("*"):
+        keep_others(file)
     with atomic_folder(folder, replace=True) as temporary:
         for number, (item, *planes) in enumerate(zip(slices, levels.T, mask.T, strict=True), 1):
             across, down = np.array(item.ImageOrientationPatient, float).reshape(2, 3)

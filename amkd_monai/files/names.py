@@ -21,6 +21,7 @@ COMPANIONS = (".csv", ".db", ".htm", ".html", ".ini", ".json", ".log", ".md", ".
 
 CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 MARK = "amkd_monai prediction"  # stands in every file that a prediction writes, so that it is no image to predict
+_MARKS = re.compile(MARK.encode() + rb"|\x08\0\x70\0(LO\n\0|\n\0\0\0)amkd_monai")  # of DICOM it is the manufacturer
 _DERIVED = re.compile(r"(?P<image>.+?)_(mask(_\d+)?|overlay|segmentation|superpixels)")  # belong to an image
 
 
@@ -44,11 +45,11 @@ def has_suffix(file: str | Path, suffixes: Sequence[str]) -> bool:
 
 
 def is_slice(file: Path) -> bool:
-    """Whether a file is DICOM by its name or its first bytes."""
+    """Whether a file is DICOM by its name or its first bytes, and not written by a prediction."""
     with file.open("rb") as stream:
-        head = stream.read(132)
-    marked = head[128:] == b"DICM" or (head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) == 132)
-    return marked or has_suffix(file.name, [DICOM_SUFFIX])
+        head = stream.read(4096)
+    marked = head[128:132] == b"DICM" or (head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) >= 132)
+    return (marked or has_suffix(file.name, [DICOM_SUFFIX])) and not _MARKS.search(head)
 
 
 def file_id(file: Path) -> str:
@@ -147,7 +148,7 @@ def is_prediction(file: Path) -> bool:
     """Whether a prediction of this package wrote the file, by the mark in it."""
     with gzip.open(file) if has_suffix(file, [".gz"]) else file.open("rb") as stream:
         try:
-            return MARK.encode() in stream.read(512)
+            return _MARKS.search(stream.read(4096)) is not None
         except (OSError, EOFError):
             return False
 

@@ -105,9 +105,11 @@ def _resize(array: np.ndarray, grid: Grid | None, size: Sequence[int], anti_alia
 def _spacing(array: np.ndarray, grid: Grid, pixdim: Sequence[float]) -> Stepped:
     there, back, old, sizes = [], [], np.array(grid.spacing), np.array(array.shape[1:])
     target = np.where(np.abs(old - pixdim) <= SPACING_TOLERANCE, old, pixdim)
-    axes = np.linalg.cholesky(grid.affine[:3, :3].T @ grid.affine[:3, :3]).T / target[:, None]
-    corners = axes @ (np.indices((2, 2, 2)).reshape(3, -1) * (sizes[:, None] - 1))
-    counts, is_tilted = np.round(np.ptp(corners, axis=1) + 1).astype(int), corners.min() < -TILT
+    axes, wanted = grid.affine[:3, :3], np.eye(4)
+    wanted[:3, :3] = axes @ np.linalg.inv(np.linalg.cholesky(axes.T @ axes).T) @ np.diag(target)
+    corners = np.indices((2, 2, 2)).reshape(3, -1) * (sizes[:, None] - 1)
+    corners = (np.linalg.solve(wanted, grid.affine) @ np.vstack([corners, np.ones(8)]))[:3]  # halves round as in MONAI
+    counts, is_tilted = np.round(np.ptp(corners, axis=1) + 1).astype(int), (corners - corners[:, :1]).min() < -TILT
     for size, new, ratio in zip(sizes, counts, target / old, strict=True):
         first = (size - new * ratio) / 2 if is_tilted else 0.0
         there.append(_interpolation(first + np.arange(new) * ratio, size))

@@ -238,11 +238,18 @@ def write_mask_volume(path: Path, mask: np.ndarray, grid: Grid) -> None:
     atomic_write_bytes(keep_others(path), gzip.compress(image.to_bytes(), 1, mtime=0))
 
 
-def middle_slice(volume: np.ndarray, mask: np.ndarray, axis: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """The slice (H, W) of a volume with most foreground, the middle one without any, and its mask (H, W)."""
-    counts = (mask > 0).sum(tuple(other for other in range(3) if other != axis))
+def seen_slice(volume: np.ndarray, mask: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """The slice (H, W) of a volume with most foreground, the middle one without any, and its mask (H, W).
+
+    It lies across the longest side of the voxels, axial if all are alike. Rows go to the feet, or of an axial slice to
+    the back, columns to the patient's left, or of a sagittal slice to the back.
+    """
+    spacing = grid.reordered("LPI").spacing
+    axis = int(np.argmax(spacing)) if max(spacing) > 1.2 * min(spacing) else 2
+    volume, mask = (reorder(array, grid, "LPI") for array in (volume, mask))
+    counts = (mask > 0).sum(tuple({0, 1, 2} - {axis}))
     index = int(counts.argmax()) if counts.any() else mask.shape[axis] // 2
-    return np.take(volume, index, axis), np.take(mask, index, axis)
+    return volume.take(index, axis).T, mask.take(index, axis).T
 
 
 def grey_levels(volume: np.ndarray, percentiles: Sequence[float] = (0.5, 99.5)) -> np.ndarray:

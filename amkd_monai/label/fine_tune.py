@@ -185,9 +185,7 @@ def saved_labels(
         needed = {"classification": "two images of each of two classes", "segmentation": "two"}
         said = needed.get(task.kind, "two images with and two without one of its findings")
         count = len({item["group"] for item in items})  # images that look alike teach and test nothing new
-        raise ValueError(
-            f"Final labels of {count} different image(s) for {task.name} are too few: save at least {said}."
-        )
+        raise ValueError(f"Final labels of {count} different image(s) are too few for {task.name}: save {said}.")
     images = sorted(datastore.get_unlabeled_images()) if with_unlabelled else ()
     unlabelled = [_item(task, file) for file in student.suitable(datastore, images).values()]
     return Datalist(task, Path(items[0]["image"]).parent, "saved labels", train, validation, [], unlabelled)

@@ -154,6 +154,17 @@ def test_a_mask_of_several_colours_among_many_is_counted_and_named(tmp_path):
     assert len(refused.value.problems) == 5
 
 
+def test_volumes_that_cannot_be_read_are_named(tmp_path):
+    data = rimmed_volumes(tmp_path / "raw", cases=3)
+    files = sorted((data / "imagesTr").iterdir())
+    for file in files:
+        file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(DataProblems) as refused:
+        made("damaged", data, tmp_path)
+    for file, problem in zip(files, refused.value.problems, strict=True):
+        assert str(file) in problem and "dimensions" not in problem
+
+
 def test_labels_of_volumes_below_0_are_refused(tmp_path):
     data = rimmed_volumes(tmp_path / "raw", cases=3)
     file = sorted((data / "labelsTr").iterdir())[1]
@@ -162,6 +173,14 @@ def test_labels_of_volumes_below_0_are_refused(tmp_path):
     with pytest.raises(ValueError, match=rf"{file.name} .*-1"):
         made("signed", data, tmp_path)
     assert not (tmp_path / "bundles").exists()
+
+
+def test_pictures_of_a_class_may_all_end_as_masks_do(tmp_path):
+    for number in range(12):
+        file = tmp_path / "data" / ("grey", "white")[number % 2] / f"{number}_seg.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 200, (40, 60), np.uint8)).save(file)
+    assert made("cells", tmp_path / "data", tmp_path)[0].classes == ("grey", "white")
 
 
 @pytest.mark.parametrize("names", [("image", "mask"), ("image", "label"), ("{0}", "{0}_mask"), ("{0}", "{0}_seg")])

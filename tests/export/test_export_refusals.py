@@ -96,6 +96,7 @@ ANSWERS = [
     [
         (3, 0, {"_target_": "RemoveSmallObjectsd", "keys": "pred", "min_size": 9}),
         (3, 0, {"_target_": "KeepLargestConnectedComponentd", "keys": "pred", "num_components": 2}),
+        (3, 0, {"_target_": "KeepLargestConnectedComponentd", "keys": "pred", "applied_labels": "@labels"}),
         (1, 0, {"_target_": "KeepLargestConnectedComponentd", "keys": "pred", "applied_labels": [1]}),
         (2, 1, {"_target_": "AsDiscreted", "keys": "pred", "threshold": 0.9}),
         (0, 1, {"_target_": "Activationsd", "keys": "pred", "sigmoid": True}),

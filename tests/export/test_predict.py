@@ -58,6 +58,16 @@ def test_volumes_are_resampled_cropped_and_padded(spacing, turned):
     np.testing.assert_allclose(there, expected.numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize(("size", "old", "new"), [(24, 1.2, 0.8), (24, 1.4, 0.4), (8, 1.2, 0.8)])
+def test_a_number_of_voxels_between_two_is_rounded_as_in_monai(size, old, new):
+    volume, affine = np.random.default_rng(0).random((1, size, size, 2), np.float32), np.diag([-old, old, 1.0, 1.0])
+    affine[:3, 3] = 61.7, -98.123, 10.4
+    expected = Spacing((new, new, 1.0))(MetaTensor(torch.from_numpy(volume), affine=torch.from_numpy(affine)))
+    there, _ = prepare(volume, [{"step": "spacing", "pixdim": (new, new, 1.0)}], Grid(volume.shape[1:], affine))
+    assert there.shape == expected.shape
+    np.testing.assert_allclose(there, expected.numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize("axes", ["LPS", "RAS", "PIR", "SLA"])
 @pytest.mark.parametrize("hounsfield", [True, False])
 def test_ct_volumes_are_windowed_and_turned(axes, hounsfield):

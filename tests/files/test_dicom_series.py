@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from helpers import needs
 
+from amkd_monai.files.cases import is_series
 from amkd_monai.files.dicom import find_series, read_series
 from amkd_monai.files.dicom_seg import write_captures, write_segmentation
+from amkd_monai.files.names import is_prediction
 from amkd_monai.files.volumes import reorder
 
 itk = needs("SimpleITK")
@@ -48,6 +50,12 @@ def series(folder, planes=STORED, keep=None, step=2.0, lean=0.0, **options):
     for z in keep if keep is not None else range(len(planes)):
         place = (-60.0, -30.0 + lean * z, 10.0 + step * z)
         write(folder / f"{9 - z}.dcm", planes[z], place, number=z + 1, **options)
+    return folder
+
+
+def in_turns(folder, *tags):
+    for first, own in enumerate(tags):
+        series(folder, keep=range(first, 8, len(tags)), tags=own)
     return folder
 
 
@@ -108,10 +116,10 @@ def test_two_directions_of_several_slices_are_two_volumes(tmp_path):
             "distance",
         ),
         (lambda f: series(f, keep=[3]), "1 slices alone"),
-        *(
-            (lambda f, t=tag: (series(f, keep=range(0, 8, 2)), series(f, keep=range(1, 8, 2), tags={t: "2"}))[0], name)
-            for tag, name in (("0018|0081", "echo"), ("0020|0100", "time point"), ("0018|9087", "b-value"))
-        ),
+        (lambda f: in_turns(f, {}, {"0018|0081": "2"}), "echo"),
+        (lambda f: in_turns(f, {"0018|0081": "2.3"}, {"0018|0081": "4.6"}), "echo"),
+        (lambda f: in_turns(f, {"0020|0100": "19"}, {"0020|0100": "20"}), "time point"),
+        (lambda f: in_turns(f, {"0018|9087": "0"}, {"0018|9087": "1000"}), "b-value"),
         (
             lambda f: (
                 series(f, keep=[0, 1, 2, 4, 5, 6, 7]),
@@ -125,6 +133,11 @@ def test_what_is_no_whole_volume_is_refused_with_a_number(tmp_path, build, words
     folder = build(tmp_path / "s")
     with pytest.raises(ValueError, match=words):
         read(folder)
+
+
+@pytest.mark.parametrize(("tag", "values"), [("0018|0081", ("4.60", "4.6", "4.606")), ("0018|9087", ("995", "1000"))])
+def test_a_volume_may_be_measured_with_values_that_are_nearly_one(tmp_path, tag, values):
+    right(in_turns(tmp_path / "s", *({tag: value} for value in values)))
 
 
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2"])
@@ -281,6 +294,27 @@ def test_a_segmentation_lies_on_the_slices_it_was_made_from(direction, tmp_path)
         np.testing.assert_array_equal(frame, (STORED[z] > 300) * 1 + (STORED[z] > 600) == number)
         seen.add((z, number))
     assert len(seen) == 2 * len(STORED)
+
+
+def test_dicom_that_a_prediction_writes_is_no_slice_and_replaces_no_other_file(tmp_path):
+    _, slices, volume, grid = with_a_frame_of_reference(tmp_path / "s", AXIAL)
+    files, mask = [item.file for item in slices], (volume > 300).astype(np.uint8)
+
+    def write_both(segmentation, captures):
+        write_segmentation(segmentation, mask, grid, files, ("background", "x"))
+        write_captures(captures, mask, mask, grid, files, lambda a, _: np.repeat(a[..., None], 3, -1))
+
+    for _ in range(2):
+        write_both(tmp_path / "s" / "s_mask.dcm", tmp_path / "s_captures")
+        ((*found,),) = find_series(tmp_path / "s")
+        assert {item.file for item in found} == set(files)
+        assert is_prediction(tmp_path / "s" / "s_mask.dcm") and not is_series(tmp_path / "s_captures")
+    before = files[0].read_bytes()
+    with pytest.raises(ValueError, match=re.escape(str(files[0]))):
+        write_both(files[0], tmp_path / "other")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "s"))):
+        write_both(tmp_path / "x.dcm", tmp_path / "s")
+    assert files[0].read_bytes() == before
 
 
 @pytest.mark.parametrize("direction", [AXIAL, (0, 1, 0, 1, 0, 0)])

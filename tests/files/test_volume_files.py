@@ -18,6 +18,7 @@ from amkd_monai.files.volumes import (
     read_label_volume,
     read_volume,
     reorder,
+    seen_slice,
     volume_grid,
     write_mask_volume,
 )
@@ -62,6 +63,19 @@ def test_an_order_is_read_written_and_brought_back(tmp_path, axes):
     again = nibabel.as_closest_canonical(nibabel.load(tmp_path / "m.nii.gz"))
     np.testing.assert_array_equal(np.asarray(again.dataobj), MASK)
     np.testing.assert_allclose(nibabel.load(tmp_path / "m.nii.gz").affine, nibabel.load(path).affine, atol=1e-6)
+
+
+@pytest.mark.parametrize("thick", [None, 0, 1, 2])
+def test_the_slice_to_look_at_lies_across_the_longest_side_of_the_voxels_in_every_order(tmp_path, thick):
+    sizes, axis = np.ones(3), 2 if thick is None else thick
+    sizes[axis] = 1 if thick is None else 4
+    for axes in ORDERS[::5]:
+        array, grid = read_volume(write(tmp_path / "v.nii.gz", stored(VOLUME, axes, np.diag([*sizes, 1]))))
+        image, mask = seen_slice(array, read_volume(write(tmp_path / "m.nii.gz", stored(MASK, axes)))[0], grid)
+        turned = VOLUME[::-1, ::-1, ::-1], MASK[::-1, ::-1, ::-1]  # to the left, the back and the feet
+        most = int((turned[1] > 0).sum(tuple({0, 1, 2} - {axis})).argmax())
+        for found, whole in ((image, turned[0]), (mask, turned[1])):
+            np.testing.assert_array_equal(found, whole.take(most, axis).T)
 
 
 def _qform_differs(image):

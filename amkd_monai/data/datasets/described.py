@@ -334,8 +334,7 @@ class Described:
         item = {**item, "image": files[0] if len(files) == 1 else files}
         if not self.volumes:
             if len(files) != self.channels:
-                is_not = f"{files[0]} is one of {len(files)} channels, not of {self.channels}"
-                raise ValueError(f"{is_not}: complete the case.")
+                raise ValueError(f"{files[0]} is one of {len(files)} channels, not {self.channels}: complete the case.")
             return item
         try:
             self._check_headers(files, [])
@@ -488,7 +487,7 @@ def _classes(layout: Described, root: Path, found: list[tuple[dict[str, str], Pa
     names = [[file_id(f) for f in _images_in(folder) if has_suffix(f, PICTURE_SUFFIXES)] for _, folder in found]
     masks = [[name for name in of if name in LABELS or name.endswith(ENDINGS[1:])] for of in names]
     known = any(layout.class_of(folder.name) is not None for _, folder in found)
-    if not known and all(of and len(own) - len(of) < 2 for of, own in zip(masks, names, strict=True)):
+    if not known and all(of and len(own) - len(of) == 1 for of, own in zip(masks, names, strict=True)):
         each = f"{found[0][1]} and the other folders in {root} hold one image with its mask"
         raise ValueError(f"{each}: put these into images/ and masks/, each with the name of its case.")
     for section, folder in found:
