@@ -53,6 +53,7 @@ CHECKPOINT = "distillation.pt"
 PREVIOUS = "previous"
 LOCK = ".running"
 OVERRIDDEN = "overridden"
+EARLIER = "earlier "  # before the names of images that a student saw in runs before its own
 PLACES = ["bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "cache_dir", "weights_dir", "init_from", "resume_dir"]
 PLACES += ["other_data"]
 RESULTS = ["run.json", "history.csv", "metrics.json", "per_case.csv", "report.html", "masks", "predictions.csv"]
@@ -339,7 +340,10 @@ class Identity:
         atomic_write_json(self.places["ckpt_dir"] / RECORD, self.record)
 
     def seen(self, keep: bool = False) -> dict[str, Seen]:
-        """Fingerprints of the images that the student sees, by folder, and of those that it saw in earlier runs."""
+        """Fingerprints of the images that the student sees, by folder, and of those that it saw in earlier runs.
+
+        Those are the run of ``init_from`` and, with ``keep``, the one in the checkpoint folder.
+        """
         found = dict[str, Seen]()
         origins = [self.places["ckpt_dir"]] if keep else []
         origins += [Path(self.init_from).expanduser().parent] if self.init_from else []
@@ -349,15 +353,15 @@ class Identity:
             found[folder] = fingerprints(sections, data.task.dimensions == 3, self.cache_dir)
         for origin in origins:
             for folder, images in (read_record(origin) or {}).get("seen", {}).items():
-                before = {f"{'' if name.startswith('earlier ') else 'earlier '}{name}": v for name, v in images.items()}
+                before = {EARLIER + name.removeprefix(EARLIER): v for name, v in images.items()}
                 found[folder] = before | found.get(folder, {})
         return found
 
     def refuse_leaks(self) -> None:
-        """Refuse test images that another task or an earlier run shows in training."""
+        """Raise a ValueError for test images that another task or an earlier run shows in training."""
         shown = [(of, name, values[0]) for of, images in self.seen().items() for name, values in images.items()]
         for folder, data in self.datalists.items():
-            known = {v: f"{name} of {of}" for of, name, v in shown if of != folder or name.startswith("earlier ")}
+            known = {v: f"{name} of {of}" for of, name, v in shown if of != folder or name.startswith(EARLIER)}
             own = fingerprints({"test": data.test}, data.task.dimensions == 3, self.cache_dir)
             if found := [f"{name} ({known[v]})" for name, (v, *_) in own.items() if v in known]:
                 what = f"{len(found)} test image(s) of {data.task.name} are shown in training, such as {found[0]}"
