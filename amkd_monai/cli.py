@@ -423,6 +423,8 @@ def _cache_build(arguments: argparse.Namespace) -> None:
     from amkd_monai.engines.prepare import build_cache
     from amkd_monai.memory import own_peak
 
-    for directory in build_cache(arguments.bundle, settings, arguments.config, part, arguments.batch_size):
-        print(directory)
+    built = build_cache(arguments.bundle, settings, arguments.config, part, arguments.batch_size)
+    print(
+        *built or ["Nothing to build: no image teacher takes part (crews and specialists train in the run)."], sep="\n"
+    )
     print(f"peak memory of this process: {own_peak():.0f} MB", file=sys.stderr)

@@ -21,7 +21,7 @@ from monai.bundle import ConfigWorkflow
 from tables import Row, table
 
 ROOT = Path(__file__).resolve().parent.parent
-FEATURES_ONLY = {"admission": {"mode": "none"}}  # what cross-fitted admission decides for the ImageNet teachers
+FEATURES_ONLY = {"teachers": "imagenet", "admission": {"mode": "none"}}
 FOLDS = {"folds": 3}
 SHORT, SHORT_CLASSES = {"recipe#min_steps": 1}, {"recipe#min_steps": 8}
 DATA: dict[str, tuple[str, dict[str, Any]]] = {  # data, and settings of its bundle; (a) and (b) train for max_epochs
@@ -59,7 +59,7 @@ def single(bundle: str, label: str, seed: int, settings: dict[str, Any], output:
     """Train and evaluate a student of one data set unless it is done."""
     folder = output / f"{bundle}_{label}" / f"fold0_seed{seed}"
     if not (folder / "metrics.json").is_file():
-        values = {**settings, "output_dir": str(folder), "ckpt_dir": str(folder), "seed": seed, **FEATURES_ONLY}
+        values = {**FEATURES_ONLY, **settings, "output_dir": str(folder), "ckpt_dir": str(folder), "seed": seed}
         run(bundle, ("train",), values)
         run(bundle, ("train", "evaluate"), values)
         print(f"done: {folder}", flush=True)

@@ -52,7 +52,6 @@ def chosen_teachers(
     teachers: str | Sequence[str | Mapping[str, Any]],
     task: str,
     weights_dir: str | None = None,
-    fallback: Sequence[Mapping[str, Any]] = (),
     unlabelled: bool = False,
     device: torch.device | str = "cpu",
     cache_dir: str | None = None,
@@ -63,8 +62,8 @@ def chosen_teachers(
     the ``cache_dir`` that keeps what is known of them.
     """
     of_task = get_task(task)
-    described, lines = plan.choose(teachers, of_task, weights_dir, fallback, unlabelled)
-    if shown := [of_task.channels[index] for index in of_task.shown_channels]:
+    described, lines = plan.choose(teachers, of_task, weights_dir, unlabelled)
+    if described and (shown := [of_task.channels[index] for index in of_task.shown_channels]):
         lines = [*lines, f"Of the channels {', '.join(of_task.channels)} teachers see {', '.join(shown)}."]
     for line in lines:
         logger.info(line)
@@ -112,18 +111,27 @@ def build_cache(
     part: Part = EVERYTHING,
     batch_size: int | None = None,
 ) -> list[Path]:
-    """Build the stores that a bundle's training will ask for, and return their folders.
+    """Build the stores of image teachers that a bundle's training will ask for, and return their folders.
 
     ``settings`` are top-level settings that the run changes, ``configs`` files on top of ``configs/train.json``,
     ``part`` is what this process computes, ``batch_size`` the ``teacher_batch_size`` of :func:`prepare_teachers`.
     """
-    parser = open_bundle(bundle, settings, configs)
-    get, names = parser.get_parsed_content, ("train#dataset", "validation_data", "views", "weights_dir")
-    how = {"cache_dir": get("cache_dir"), "device": get("device"), "dtype": get("cache_dtype"), "part": part}
-    cached = partial(cache_image_teacher, *map(get, names), batch_size=batch_size, **how)
-    alone = [d for d in get("chosen_teachers") if d["kind"] not in CROSS_FITTED_KINDS]
-    built = [cached(description=description)[1:] for description in alone]
-    return [store.directory for stores in built for store in stores]
+    built: list[Path] = []
+    for parser in _of_each_task(open_bundle(bundle, settings, configs)).values():
+        get, names = parser.get_parsed_content, ("train#dataset", "validation_data", "views", "weights_dir")
+        how = {"cache_dir": get("cache_dir"), "device": get("device"), "dtype": get("cache_dtype"), "part": part}
+        cached = partial(cache_image_teacher, *map(get, names), batch_size=batch_size, **how)
+        for description in get("chosen_teachers"):
+            if description["kind"] not in CROSS_FITTED_KINDS:
+                built += [store.directory for store in cached(description=description)[1:]]
+    return built
+
+
+def _of_each_task(parser: ConfigParser) -> dict[str, ConfigParser]:
+    """The configs of the tasks of a shared student's bundle by name; a bundle of one task has its own, under ''."""
+    if "task_set" not in parser.config:
+        return {"": parser}
+    return {name: of_task.parser for name, of_task in parser.get_parsed_content("task_set").bundles.items()}
 
 
 @torch.random.fork_rng(devices=[])  # a run starts alike, whether its teachers are found in the cache or not
@@ -531,18 +539,16 @@ def format_bundle(bundle: str | Path, settings: Mapping[str, Any], weights_dir: 
     Every teacher is built and asked once, with an image of noise; ``settings`` are those that a run would change.
     """
     parser = open_bundle(bundle, {**settings, **({"weights_dir": weights_dir} if weights_dir else {})})
-    if "task_set" not in parser.config:
-        return format_task(parser)
-    tasks = parser.get_parsed_content("task_set").bundles
-    return "\n\n".join(f"{name}\n{format_task(of_task.parser)}" for name, of_task in tasks.items())
+    tables = {name: format_task(of_task) for name, of_task in _of_each_task(parser).items()}
+    return "\n\n".join(f"{name}\n{table}".lstrip() for name, table in tables.items())
 
 
 def format_task(parser: ConfigParser) -> str:
     """Return the table of the teachers of one task, whose bundle's config was read."""
-    names = ("teachers", "weights_dir", "fallback_teachers", "chosen_teachers#unlabelled", "device")
-    teachers, weights_dir, fallback, unlabelled, device = map(parser.get_parsed_content, names)
+    names = ("teachers", "weights_dir", "chosen_teachers#unlabelled", "device")
+    teachers, weights_dir, unlabelled, device = map(parser.get_parsed_content, names)
     task = get_task(parser["task"])
-    described, lines = plan.choose(teachers, task, weights_dir, fallback, unlabelled)
+    described, lines = plan.choose(teachers, task, weights_dir, unlabelled)
     height, width = parser.get("volume_size", [0, *[parser.get("image_size")] * 2])[1:]
     size = int(height), int(width)
     plans = plan.check(described, task.answers, task.per_image, weights_dir, size, device)

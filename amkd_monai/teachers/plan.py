@@ -36,35 +36,40 @@ CREWS: dict[str, Description] = {
     for size in ("default", "small", "large")
 }
 """Crews by word: ``crew``, ``crew_small`` and ``crew_large``."""
+ENCODERS: list[Description] = [
+    {"name": f"imagenet_lite{n}", "kind": "timm", "model": f"tf_efficientnet_lite{n}", "cross_fit": False}
+    for n in (1, 2)
+]
+"""ImageNet encoders from PyPI, which give features only."""
+NAMED = {word: [crew] for word, crew in CREWS.items()} | {str(encoder["name"]): [encoder] for encoder in ENCODERS}
+NAMED["imagenet"] = ENCODERS
+"""Teachers by word that need no file."""
 
 
 def choose(
     teachers: str | Sequence[str | Description],
     task: Task,
     weights_dir: str | None = None,
-    fallback: Sequence[Description] = (),
     unlabelled: bool = False,
 ) -> tuple[list[Description], list[str]]:
     """Return the descriptions of a run's teachers, and lines that announce those that were chosen here.
 
-    ``teachers`` is ``auto``, ``foundation`` (all four), ``none``, or names joined by ``+``, of foundation teachers, of
-    :data:`CREWS` or of ``fallback``; or a list of such words and of descriptions. ``auto`` means the foundation
-    teachers whose files are found; without any a small crew where ``unlabelled`` images take part, else ``fallback``.
+    ``teachers`` is ``auto``, ``foundation`` (all four), ``none``, or names of foundation teachers or of :data:`NAMED`,
+    joined by ``+``; or a list of such words and of descriptions. ``auto`` means the foundation teachers whose files are
+    found; without any a small crew where ``unlabelled`` images take part, else none.
     ``weights_dir`` is searched first for weight files. An unknown word or description is a ValueError, a missing weight
     file that is requested a CheckpointError.
     """
     described: list[Description] = []
     lines: list[str] = []
-    named = {str(other["name"]): other for other in fallback}
-    offered = {**named, **CREWS, **named}  # in the order of the fallback, which also has the last word
     words = teachers.replace(" ", "").split("+") if isinstance(teachers, str) else teachers
     if not isinstance(words, (list, tuple)):
         raise ValueError(f"teachers is {teachers!r}: give a word or a list of descriptions, see docs/teachers.md.")
     for word in [] if words == ["none"] else words:
-        if not isinstance(word, str) or word in offered:
-            described.append(offered[word] if isinstance(word, str) else word)
+        if not isinstance(word, str) or word in NAMED:
+            described += NAMED[word] if isinstance(word, str) else [word]
             continue
-        wanted = official_teachers(word, task, weights_dir, list(offered))
+        wanted = official_teachers(word, task, weights_dir)
         if word == "auto":
             wanted = [(teacher, file) for teacher, file in wanted if file]
         elif absent := [how_to_get(teacher, weights_dir) for teacher, file in wanted if file is None]:
@@ -80,30 +85,32 @@ def choose(
                 known = f"licence {teacher.licence}; these images seen in training: {seen(teacher, task)}"
                 lines.append(f"{teacher.name} teaches: {file}, {known}.")
         if word == "auto" and not described:
-            described += [CREWS["crew_small"]] if unlabelled else fallback
-            names = ", ".join(str(other["name"]) for other in described) or "none"
-            names = "a small crew, trained on the labels" if unlabelled else names
+            described += NAMED["crew_small"] if unlabelled else []
+            then = "a small crew teaches, trained on the labels" if unlabelled else "no other is chosen"
             places = ", ".join(map(str, catalogue.weights_folders(weights_dir)))
             how = "`python -m amkd_monai teachers` says how to get MedSAM, USFM, RETFound and BiomedParse"
-            lines.append(f"No foundation teacher's file is in {places}, so the teachers are: {names}. {how}.")
+            lines.append(f"No foundation teacher's file is in {places}: {then}. {how}.")
+    if not described:
+        lines.append(
+            "Without teachers the student learns from labels alone, and settings of distillation have no effect. "
+            "Images without labels (--labelled, --unlabelled) bring a crew; --teachers imagenet names two encoders."
+        )
     base.validate_descriptions(described)
     return described, lines
 
 
-def official_teachers(
-    word: str, task: Task, weights_dir: str | None = None, others: Sequence[str] = ()
-) -> list[Official]:
+def official_teachers(word: str, task: Task, weights_dir: str | None = None) -> list[Official]:
     """Return the foundation teachers that a word means: one, or for ``auto`` and ``foundation`` all four.
 
-    Of several files of one kind, such as RETFound's, one that was trained on the task's modality goes first. ``others``
-    are named where the word is not understood, which is a ValueError.
+    Of several files of one kind, such as RETFound's, one that was trained on the task's modality goes first. Another
+    word is a ValueError.
     """
     kinds = FOUNDATION if word in ("auto", "foundation") else [word]
     chosen = []
     for kind in kinds:
         own = [e for e in CATALOGUE if e.kind in FOUNDATION and kind in (e.kind, e.key)]
         if not own:
-            known = ", ".join(("auto", "foundation", "none", *FOUNDATION, *others))
+            known = ", ".join(("auto", "foundation", "none", *FOUNDATION, *NAMED))
             raise ValueError(f"teachers names '{word}': use one of {known}, several joined by +, or descriptions.")
         found = [(e, find_weights(e, weights_dir)) for e in sorted(own, key=lambda e: not suits(e, task))]
         chosen.append(next((official for official in found if official[1]), found[0]))

@@ -59,7 +59,10 @@ PHANTOMS = tempfile.TemporaryDirectory()
 
 
 def settings(bundle: str, folder: Path, cache: Path, **overrides: Any) -> dict[str, Any]:
-    """Return small settings with all output under a folder; a cache gets phantoms, which are generated once."""
+    """Return small settings with all output under a folder; a cache gets phantoms, which are generated once.
+
+    The teachers are ImageNet encoders, or where images without labels take part the bundles' own choice.
+    """
     alone = [] if overrides.get("dataset_dir") else [(overrides.get("task", bundle), Path(cache))]
     names = overrides.get("only") or overrides.get("tasks", SMALL[SHARED]["tasks"])
     several = [(name, Path(cache) / name) for name in names]
@@ -67,7 +70,8 @@ def settings(bundle: str, folder: Path, cache: Path, **overrides: Any) -> dict[s
         if task in TASKS and TASKS[task].phantom and not (target := place / "phantoms" / TASKS[task].folder).exists():
             shutil.copytree(TASKS[task].write_phantom(PHANTOMS.name), target)
     places = {"output_dir": str(folder / "eval"), "ckpt_dir": str(folder / "models"), "cache_dir": str(cache)}
-    return {"bundle_root": str(ROOT / "bundles" / bundle), **SMALL[bundle], **places, **overrides}
+    teachers = {} if "labelled" in overrides or "unlabelled" in overrides else {"teachers": "imagenet"}
+    return {"bundle_root": str(ROOT / "bundles" / bundle), **SMALL[bundle], **teachers, **places, **overrides}
 
 
 def workflow(bundle: str, configs: tuple[str, ...], values: dict[str, Any]) -> ConfigWorkflow:

@@ -35,7 +35,7 @@ def test_whoever_copies_four_files_is_taught_by_all_four(bundle, tmp_path, weigh
     tiny_tasks(monkeypatch)
     monkeypatch.setenv("AMKD_WEIGHTS", str(weights))
     place = cache if bundle == SHARED else cache / bundle  # where the shared one finds what single ones computed
-    values = settings(bundle, tmp_path, place, admission={"mode": "all"})
+    values = settings(bundle, tmp_path, place, admission={"mode": "all"}, teachers="auto")
     values |= {"steps_per_epoch": 2} if bundle == SHARED else {}
     run(bundle, ("train",), {**values, "max_epochs": 1})
 
@@ -73,9 +73,10 @@ def test_a_dry_run_tells_what_each_teacher_does_here(weights, tmp_path, monkeypa
         monkeypatch.setenv(variable, str(tmp_path))
     for further in ({"labelled": 12}, {"unlabelled": ["more"]}):
         assert "\ncrew " in format_bundle(ROOT / "bundles" / "busi", {"image_size": 64, **further})
-    for bundle in ("isic2017", "busi"):
-        missing = format_bundle(ROOT / "bundles" / bundle, {"image_size": 64})
-        assert re.search("imagenet_lite1 +packaged +features  ", missing), "their answers are not compared"
+    missing = format_bundle(ROOT / "bundles" / "busi", {"image_size": 64})
+    assert "labels alone" in missing
+    named = format_bundle(ROOT / "bundles" / "isic2017", {"image_size": 64, "teachers": "imagenet"})
+    assert re.search("imagenet_lite1 +packaged +features  ", named), "their answers are not compared"
     assert all(file in missing for file in OFFICIAL.values())
 
 

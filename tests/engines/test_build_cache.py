@@ -11,6 +11,7 @@ from helpers import ROOT
 
 from amkd_monai.__main__ import main
 from amkd_monai.cache.store import FeatureStore
+from amkd_monai.engines.prepare import build_cache
 from amkd_monai.memory import own_peak
 from amkd_monai.teachers.timm_encoder import TimmTeacher
 
@@ -87,3 +88,16 @@ def test_what_cannot_be_built_is_one_sentence(tmp_path, teachers, capsys, argume
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path, capsys):
     assert main(["cache", "build", str(tmp_path)]) == 1
     assert "training bundle" in capsys.readouterr().err
+
+
+def test_the_stores_of_a_shared_student_are_built_for_each_task(tmp_path):
+    values = settings("multitask", tmp_path, tmp_path / "cache", teachers=TEACHERS, only=["kvasir_seg", "aptos2019"])
+    given = {k: v for k, v in values.items() if k not in ("bundle_root", "output_dir", "ckpt_dir", "admission")}
+    built = build_cache(ROOT / "bundles" / "multitask", given)
+    assert len(built) == 4 and all(FeatureStore.open(folder).is_complete for folder in built)
+    assert {folder.parent.name for folder in built} == {"kvasir_seg", "aptos2019"}
+
+
+def test_a_build_without_image_teachers_says_so(tmp_path, capsys):
+    code, said, _ = build(capsys, tmp_path, "--set", "labelled=6")
+    assert code == 0 and said[0] == "Nothing"

@@ -10,10 +10,8 @@ from teachers.tiny_teachers import OFFICIAL
 from amkd_monai.data.datasets import TASKS
 from amkd_monai.teachers import catalogue
 from amkd_monai.teachers.catalogue import FOUNDATION, entry
-from amkd_monai.teachers.plan import CREWS, choose, seen
+from amkd_monai.teachers.plan import CREWS, ENCODERS, choose, seen
 from amkd_monai.weights import CheckpointError
-
-LITE = [{"name": f"imagenet_lite{n}", "kind": "timm", "model": f"tf_efficientnet_lite{n}"} for n in (1, 2)]
 
 
 @pytest.fixture
@@ -27,16 +25,16 @@ def files(tmp_path, monkeypatch):
 
 
 def names(teachers, task="busi", **options):
-    return [d["name"] for d in choose(teachers, TASKS[task], fallback=LITE, **options)[0]]
+    return [d["name"] for d in choose(teachers, TASKS[task], **options)[0]]
 
 
-def test_auto_takes_what_is_found_and_else_the_fallback(files):
-    described, (line,) = choose("auto", TASKS["busi"], fallback=LITE)
-    assert described == LITE
-    assert "imagenet_lite1" in line and "python -m amkd_monai teachers" in line and str(files.name) in line
+def test_auto_takes_what_is_found_and_else_none(files):
+    described, (line, alone) = choose("auto", TASKS["busi"])
+    assert described == [] and "labels alone" in alone and choose("none", TASKS["busi"]) == ([], [alone])
+    assert "python -m amkd_monai teachers" in line and str(files.name) in line
     for kind in reversed(FOUNDATION):
         (files / OFFICIAL[kind]).touch()
-    described, lines = choose("auto", TASKS["busi"], fallback=LITE)
+    described, lines = choose("auto", TASKS["busi"])
     assert [d["name"] for d in described] == list(FOUNDATION) and len(lines) == 4
     for kind, line in zip(FOUNDATION, lines, strict=True):
         teacher = entry(kind)
@@ -45,7 +43,7 @@ def test_auto_takes_what_is_found_and_else_the_fallback(files):
 
 
 def test_auto_means_a_small_crew_where_images_without_labels_take_part_and_no_file_is_found(files):
-    described, (line,) = choose("auto", TASKS["busi"], fallback=LITE, unlabelled=True)
+    described, (line,) = choose("auto", TASKS["busi"], unlabelled=True)
     assert described == [CREWS["crew_small"]] and "small crew" in line
     assert names("imagenet_lite1", unlabelled=True) == ["imagenet_lite1"]
     (files / OFFICIAL["usfm"]).touch()
@@ -58,6 +56,8 @@ def test_words_name_some_all_or_none(files):
     assert names("none") == [] == names([])
     assert names("usfm+medsam") == names(["usfm", "medsam"]) == ["usfm", "medsam"]
     assert names("foundation + imagenet_lite2") == [*FOUNDATION, "imagenet_lite2"]
+    assert choose("imagenet", TASKS["busi"]) == (ENCODERS, []), "encoders alone need no announcement"
+    assert names("imagenet+crew_small") == names("imagenet_lite1+imagenet_lite2+crew_small")
     assert names(["auto", {"name": "vit", "kind": "timm"}]) == [*FOUNDATION, "vit"]
 
 
@@ -74,8 +74,8 @@ def test_a_demanded_file_that_is_missing_is_named_with_its_source(files, word, n
 
 @pytest.mark.parametrize("word", ["medsan", "auto+timm", "none+auto", "", "specialist"])
 def test_words_that_mean_nothing_are_refused(files, word):
-    with pytest.raises(ValueError, match="medsam, usfm, retfound, biomedparse, imagenet_lite1"):
-        choose(word, TASKS["busi"], fallback=LITE)
+    with pytest.raises(ValueError, match=r"medsam, usfm, retfound, biomedparse, crew, .*imagenet"):
+        choose(word, TASKS["busi"])
 
 
 @pytest.mark.parametrize("teachers", [None, {"name": "x", "kind": "timm"}, 3, [3]])
@@ -96,8 +96,8 @@ def test_a_missing_package_ends_what_was_demanded_and_is_told_otherwise(files, m
     monkeypatch.setattr(catalogue, "missing_packages", lambda teacher: ["segment-anything"])
     with pytest.raises(ValueError, match="pip install segment-anything"):
         choose("medsam", TASKS["busi"])
-    described, lines = choose("auto", TASKS["busi"], fallback=LITE)
-    assert described == LITE and "pip install segment-anything" in lines[0]
+    described, lines = choose("auto", TASKS["busi"])
+    assert described == [] and "pip install segment-anything" in lines[0]
 
 
 def test_of_several_files_that_of_the_modality_is_taken(files):
