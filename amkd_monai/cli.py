@@ -424,7 +424,8 @@ def _cache_build(arguments: argparse.Namespace) -> None:
     from amkd_monai.memory import own_peak
 
     built = build_cache(arguments.bundle, settings, arguments.config, part, arguments.batch_size)
-    print(
-        *built or ["Nothing to build: no image teacher takes part (crews and specialists train in the run)."], sep="\n"
-    )
+    for directory in built:
+        print(directory)
+    if not built:
+        print("Nothing to build: no image teacher takes part (crews and specialists train in the run).")
     print(f"peak memory of this process: {own_peak():.0f} MB", file=sys.stderr)
