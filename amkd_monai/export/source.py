@@ -74,6 +74,9 @@ class Source:
         if unknown := [key for key in settings if key not in inference.config and key not in training.config]:
             raise ValueError(f"{bundle} has no setting '{unknown[0]}': use a top-level name of its configs.")
         model = Path(training.get_parsed_content("ckpt_dir")) / "model.pt"
+        if "task_set" in training.config:
+            how = f"train the bundle of one from its student (--init_from {model}) and export that"
+            raise ValueError(f"{bundle} has several data sets: {how}.")
         if not model.is_file():
             raise CheckpointError(f"There is no trained student at {model}: train it, or add --set ckpt_dir=FOLDER.")
         self.identity = runs.adopt(training, "export", settings)

@@ -1,6 +1,7 @@
 """The MONAI Label app: each bundle as a model, a trainer, a strategy and a scoring method."""
 
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -19,11 +20,14 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
+from amkd_monai.data.decoded import BadSampleError
 from amkd_monai.label.fine_tune import FineTune
 from amkd_monai.label.student import ServedStudent, series_as_nifti, write_mask
 from amkd_monai.label.studies import Studies
 from amkd_monai.metrics.classification import class_row
 from amkd_monai.storage import atomic_write_json, read_json, size_and_time
+
+logger = logging.getLogger("amkd_monai")
 
 BUDGET_S = 10.0
 """How long a client that asks for the next image waits, at most, for images to be scored."""
@@ -181,17 +185,25 @@ class ScoreUncertainty(ScoringMethod):
     def update(self, datastore: Datastore, budget_s: float | None = None) -> dict[str, float]:
         """Score unlabelled images that have no score yet; return the scores by image id.
 
-        After ``budget_s`` seconds no further image is started; the first one is always scored.
+        After ``budget_s`` seconds no further image is started; the first one is always scored. An image that cannot be
+        read has no score and a line in the log; a BadSampleError if no other is left.
         """
         suitable = self.student.suitable(datastore, sorted(datastore.get_unlabeled_images()))
         identity, content = self.student.identity(), read_json(self.file)
         known: dict[str, float] = content["scores"] if content.get("student") == identity else {}
         names, start = {image: f"{image} {size_and_time(file)}" for image, file in suitable.items()}, time.monotonic()
         scores = {image: known[name] for image, name in names.items() if name in known}
+        unread: BadSampleError | None = None
         for image in suitable.keys() - scores.keys():
             if budget_s is not None and scores and time.monotonic() - start > budget_s:
                 break
-            scores[image] = self.student.uncertainty(suitable[image])
+            try:
+                scores[image] = self.student.uncertainty(suitable[image])
+            except BadSampleError as error:
+                logger.warning("%s has no score: %s", image, error)
+                unread = error
+        if unread is not None and not scores:
+            raise unread
         if (named := {names[image]: score for image, score in scores.items()}) != known:
             atomic_write_json(self.file, {"student": identity, "scores": named})
         return scores

@@ -60,6 +60,8 @@ def test_not_a_bundle(tmp_path, capsys):
         capsys, "export", KVASIR, "--to", str(tmp_path / "d"), "--overlay", "tiles"
     )
     assert "already exists" in refused(capsys, "export", KVASIR, "--to", str(tmp_path))
+    shared = refused(capsys, "export", str(ROOT / "bundles" / "multitask"), "--to", str(tmp_path / "d"))
+    assert "several data sets" in shared and "--init_from" in shared
     predict = ("predict", "--model", str(tmp_path), str(tmp_path), "--output", str(tmp_path / "out"))
     assert "not an exported bundle" in refused(capsys, *predict)
 

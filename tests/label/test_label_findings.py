@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import time
 
 import monai.bundle
 import numpy as np
@@ -63,8 +64,16 @@ def test_findings_come_with_the_probabilities_of_offline_inference(chest, findin
     assert len(seen) > 2
     student = ServedStudent(finding_bundle)
     unsure = {f"x{n}": student.uncertainty(next(studies.glob(f"x{n}.*"))) for n in range(COUNT)}
-    chosen = server.post_json("/activelearning/uncertainty_chest").json()
-    assert chosen["id"] == max(unsure, key=unsure.get) and chosen["uncertainty"] == pytest.approx(max(unsure.values()))
+    broken = studies / "broken.png"
+    broken.write_bytes(b"no picture")
+    for total in (COUNT + 1, COUNT):  # one that cannot be read has no score, and keeps no other from its own
+        assert server.get("/datastore/?output=all").status == 200
+        assert server.get("/info/").json()["datastore"]["total"] == total
+        chosen = server.post_json("/activelearning/uncertainty_chest").json()
+        assert chosen["id"] == max(unsure, key=unsure.get)
+        assert chosen["uncertainty"] == pytest.approx(max(unsure.values()))
+        broken.unlink(missing_ok=True)
+        time.sleep(1)  # the datastore watches the folder
 
 
 def test_labels_of_other_names_or_forms_are_refused(chest):
