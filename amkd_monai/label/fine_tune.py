@@ -26,6 +26,8 @@ from amkd_monai.files.names import file_id, group_in
 from amkd_monai.label.student import ServedStudent
 from amkd_monai.label.studies import read_label
 from amkd_monai.storage import TEMPORARY_MARK, atomic_write_json, file_sha256, read_json
+from amkd_monai.teachers.base import CROSS_FITTED_KINDS
+from amkd_monai.teachers.plan import choose
 from amkd_monai.weights import load_state_dict, load_strict
 
 OF_THE_SERVER = {"model", "gpus", "local_rank", "client_id"}
@@ -75,6 +77,10 @@ class FineTune(TrainTask):
             raise ValueError(f"val_split is {options['val_split']}: give a part between 0 and 1.")
         if options["teachers"] not in ("none", "bundle"):
             raise ValueError(f"teachers is '{options['teachers']}': use none or bundle.")
+        config = read_json(self.student.bundle / "configs" / "train.json")
+        if options["teachers"] == "bundle" and not self._features(config):
+            remedy = "add a foundation model's file, name others in its train.json (imagenet), or use none"
+            raise ValueError(f"teachers is 'bundle', but {self.student.bundle.name} has none with features: {remedy}.")
         try:
             torch.device(name_to_device(str(options["device"])))
         except RuntimeError as error:
@@ -115,6 +121,11 @@ class FineTune(TrainTask):
         if is_better:
             student.replace(models / "model.pt", models / RECORD)
         return result
+
+    def _features(self, config: dict[str, Any]) -> bool:
+        """Whether a teacher of a config gives features, all that is distilled here."""
+        described, _ = choose(config["teachers"], self.student.task, config.get("weights_dir"))
+        return any(teacher["kind"] not in CROSS_FITTED_KINDS for teacher in described)
 
     def _workflow(self, data: Datalist, options: dict[str, Any]) -> ConfigWorkflow:
         folder, models = self.student.bundle, str(self._training / "models")

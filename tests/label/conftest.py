@@ -99,6 +99,8 @@ def bundles(tmp_path_factory):
     for name, bundle in trained.items():
         run(name, ("train",), settings(name, bundle, folder / "cache" / name, teachers=[], max_epochs=1))
         shutil.copytree(ROOT / "bundles" / name / "configs", bundle / "configs")
+    config = trained["aptos2019"] / "configs" / "train.json"
+    config.write_text(config.read_text().replace('"teachers": "auto"', '"teachers": "imagenet"'))
     named = ["background", "rim", "polyp"], "(patient[0-9]+)_"
     own, _ = new_bundle("rims", rimmed_pictures(folder / "polyps", 8), folder, *named)
     small = {"teachers": [], "max_epochs": 1, "image_size": 64, "recipe#min_steps": 12, "bundle_root": str(own)}

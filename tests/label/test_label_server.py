@@ -195,6 +195,8 @@ def test_training_on_saved_labels_changes_the_student_and_not_the_bundle(lab):
     checksum = server.get("/model/info/busi").json()["checksum"]
     for image in lab.images["busi"][:4]:  # everything is lesion: a lesson that one epoch is enough for
         assert lab.put_label(image, lab.mask(image)).status == 200
+    refused = server.post_json("/train/busi", {"teachers": "bundle"})
+    assert refused.status == 400 and "busi has none with features" in refused.json()["detail"]
     state = server.train("busi", max_epochs=1, learning_rate_scale=4.0)
     assert state["status"] == "DONE", state["details"]
     stats = server.get("/info/").json()["train_stats"]["busi"]
