@@ -171,6 +171,11 @@ for labels in (12, "all"):
     own = {key: value for key, value in row.overrides.items() if key not in ("image_size", "max_epochs", *SHORT)}
     last = SETTINGS[f"kvasir_{labels}_256_last"] = replace(row, overrides=own, reference=f"kvasir_{labels}_last")
     SETTINGS[f"kvasir_{labels}_256_small_crew"] = replace(last, reference=f"kvasir_{labels}_256_last", **SMALL_CREW)
+# few labels and the pool, 1000 steps; members see half as many images as the student, in place of a fifth
+last = replace(SETTINGS["busi_all_last"], overrides={**SETTINGS["busi_all_last"].overrides, "labelled": 12})
+SETTINGS["busi_12_1000_last"] = last
+longer = {"teachers": [{**SMALL_CREW["teachers"][0], "images": 8192}]}
+SETTINGS["busi_12_1000_pool"] = replace(last, reference="busi_12_1000_last", pool=FURTHER["busi"][0], **longer)
 LARGE_KVASIR = {"image_size": 192, "split_fractions": [0.8, 0.1, 0.1], "val_interval": 4}
 last = replace(SETTINGS["kvasir_all_last"], overrides=LARGE_KVASIR, reference=None, joined="kvasir")
 SETTINGS["kvasir_large_last"] = last

@@ -392,15 +392,16 @@ class _Preparation:
         """Cross-fit the undistilled student with the run's own recipe; return its score and the length in epochs.
 
         A quarter of the length comes first: where the student is ahead of every teacher by then (above ``goal``, the
-        best teacher's score less the margin), the whole length would decide alike.
+        best teacher's score less the margin), the whole length would decide alike. Calibrated as teachers are, on the
+        validation section: labels that calibrate what they score would flatter the student alone.
         """
         for length in dict.fromkeys((max(1, epochs // 4), epochs)):
             title = f"undistilled for {length} of {epochs} epochs"
             method = crossfit.Method(self.recipe, length, self.seed, self.device, title)
-            of_run = ((self.train,), method, folds, self.seed, self.cache_dir)
-            (answers,) = crossfit.cross_fit("student", self.student, *of_run)
+            of_run = ((self.train, self.validation), method, folds, self.seed, self.cache_dir)
+            answers, of_validation = crossfit.cross_fit("student", self.student, *of_run)
             taught = self._taught_classes(True)
-            score = self._score(answers, _calibration(answers, self.train, taught), taught)
+            score = self._score(answers, _calibration(of_validation, self.validation, taught), taught)
             if score.value > goal:
                 break
         return score, length

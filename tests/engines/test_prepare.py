@@ -15,6 +15,7 @@ from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.seen import fingerprints
 from amkd_monai.distillation.interface import Calibration
 from amkd_monai.engines import crossfit
+from amkd_monai.engines import prepare as preparation
 from amkd_monai.engines.prepare import _refuse_seen, prepare_teachers, prior_entropy, score_answers
 from amkd_monai.engines.trainer import Recipe
 from amkd_monai.networks import Student
@@ -90,6 +91,15 @@ def test_a_teacher_worse_than_the_student_gives_features_only(data):
     assert record["undistilled_student_epochs"] == 25, "a quarter of the length decides"
     assert not teacher["outputs_admitted"] and good.teachers[0].grid is not None
     assert "does not beat" in teacher["admission_reason"]
+
+
+def test_the_student_is_calibrated_for_its_score_as_teachers_are(data, monkeypatch):
+    """On the validation section: the labels that are scored would flatter whoever is calibrated on them."""
+    real, fitted = preparation._calibration, []
+    monkeypatch.setattr(preparation, "_calibration", lambda *given: fitted.append(given[1]) or real(*given))
+    record = prepare(data, [LITE1], epochs=2, admission_options={"folds": 2}).record
+    assert "undistilled_student_dice" in record and len(fitted) == 2 + (record["undistilled_student_epochs"] > 1)
+    assert all(section is data[1] for section in fitted)
 
 
 def test_a_teacher_that_is_not_to_be_compared_is_never_admitted_and_needs_no_student(data, monkeypatch):
