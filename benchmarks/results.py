@@ -171,7 +171,7 @@ for labels in (12, "all"):
     own = {key: value for key, value in row.overrides.items() if key not in ("image_size", "max_epochs", *SHORT)}
     last = SETTINGS[f"kvasir_{labels}_256_last"] = replace(row, overrides=own, reference=f"kvasir_{labels}_last")
     SETTINGS[f"kvasir_{labels}_256_small_crew"] = replace(last, reference=f"kvasir_{labels}_256_last", **SMALL_CREW)
-# few labels and the pool, 1000 steps; members see half as many images as the student, in place of a fifth
+# few labels and the pool, 1000 steps; members see as many images as the student, in place of a third
 last = replace(SETTINGS["busi_all_last"], overrides={**SETTINGS["busi_all_last"].overrides, "labelled": 12})
 SETTINGS["busi_12_1000_last"] = last
 longer = {"teachers": [{**SMALL_CREW["teachers"][0], "images": 8192}]}
