@@ -33,6 +33,8 @@ def gains(page: Path) -> dict[str, dict[str, tuple[float, float, float]]]:
         texts = [cell for cell in row[: cells[0].index(next(iter(found)))] if not re.match(r"[\d.]+$", cell)]
         for name, cell in zip(cells[0], row, strict=True):
             if name in found and (match := GAIN.search(cell)):
+                if ", ".join(texts) in found[name]:
+                    raise ValueError(f"{page} has two rows named {', '.join(texts)}: give them names of their own.")
                 found[name][", ".join(texts)] = (float(match[1]), float(match[2]), float(match[3]))
     return found
 
