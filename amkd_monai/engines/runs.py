@@ -66,7 +66,7 @@ _OF_THE_SCORED = ("data_options", "mask_codes")
 """Settings that other data may need otherwise than the data of the training."""
 _NOT_OF_A_STUDENT = {"task", "split_hash", "seed", "device", "encoder_weights", "settings", *PLACES}
 _NOT_OF_A_TRAINING = {"split_hash", "device", "resume", "num_workers", "on_bad_sample", *PLACES}
-_NOT_OF_A_TRAINING |= {"teachers"}  # its record holds those that they led to
+_NOT_OF_A_TRAINING.add("teachers")  # its record holds those that the words led to
 _NOT_OF_A_STEP = {"_target_", "allow_missing_keys", "codes", "classes"}
 """Options of transforms that an image does not depend on."""
 _NOT_OF_A_NETWORK = ("weights", "seed", "drop_path", "dropout")

@@ -67,13 +67,14 @@ def test_findings_come_with_the_probabilities_of_offline_inference(chest, findin
     broken = studies / "broken.png"
     broken.write_bytes(b"no picture")
     for total in (COUNT + 1, COUNT):  # one that cannot be read has no score, and keeps no other from its own
-        assert server.get("/datastore/?output=all").status == 200
-        assert server.get("/info/").json()["datastore"]["total"] == total
+        end = time.monotonic() + 20
+        while server.get("/info/").json()["datastore"]["total"] != total:  # the server watches the folder
+            assert time.monotonic() < end, f"there are not {total} images"
+            time.sleep(0.2)
         chosen = server.post_json("/activelearning/uncertainty_chest").json()
         assert chosen["id"] == max(unsure, key=unsure.get)
         assert chosen["uncertainty"] == pytest.approx(max(unsure.values()))
         broken.unlink(missing_ok=True)
-        time.sleep(1)  # the datastore watches the folder
 
 
 def test_labels_of_other_names_or_forms_are_refused(chest):
