@@ -21,7 +21,7 @@ from scipy import stats
 
 from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.metrics.classification import class_metrics, labels_and_probabilities, problems_of
-from amkd_monai.metrics.statistics import holm, interval, paired_wilcoxon
+from amkd_monai.metrics.statistics import holm, interval, wilcoxon_p
 from amkd_monai.metrics.summary import read_case_csv
 
 RESAMPLES = 2000
@@ -161,7 +161,7 @@ def _mask_line(name: str, rows: dict[str, Row], output: Path) -> Line:
         known = _cases(reference, rows[reference], output)
         _check_pairs(name, rows, cases.keys() == known.keys())
         a, b = (np.array([[float(row["dice"]) for row in t[case]] for case in cases]).T for t in (cases, known))
-        gain, p = seed_and_case_ci(a - b, groups), paired_wilcoxon(a.mean(axis=0), b.mean(axis=0))
+        gain, p = seed_and_case_ci(a - b, groups), wilcoxon_p(a.mean(axis=0) - b.mean(axis=0))
     return Line(counts, dice, ["{:.3f} [{:.3f}, {:.3f}]".format(*dice), *spread, *others], gain, p)
 
 
@@ -191,7 +191,7 @@ def _class_line(name: str, rows: dict[str, Row], output: Path) -> Line:
     )
     gained = _mean(metric, label, runs) - _mean(metric, label, others)
     a, b = (np.log([p[range(len(label)), label].clip(LEAST) for p in of]) for of in (runs, others))
-    gain, p = seed_and_case_ci(a - b, groups), paired_wilcoxon(a.mean(axis=0), b.mean(axis=0))
+    gain, p = seed_and_case_ci(a - b, groups), wilcoxon_p(a.mean(axis=0) - b.mean(axis=0))
     return Line(counts, (primary, low, high), [*scores, _signed((gained, *interval(differences)))], gain, p)
 
 

@@ -300,11 +300,11 @@ class FeatureStore:
 
         They are read-only plain arrays: indexing a ``numpy.memmap`` costs more than reading a small sample.
         """
-        import torch  # its maps keep no file open, those of Python before 3.13 do: a large store would run out of them
+        from safetensors.torch import load_file  # a map of NumPy keeps its file open: a large store runs out of them
 
-        path, n = self.path(view, shard), len(self.samples_of(shard))
+        path = self.path(view, shard)
         try:
-            offset = self._check(view, shard)
+            self._check(view, shard)
         except FileNotFoundError as error:
             missing = f"view {view} shard {shard} is not computed yet; build it first"
             raise StoreError(f"{self.directory}: {missing}") from error
@@ -314,18 +314,15 @@ class FeatureStore:
                 path.unlink()
             remedy = "delete it" if path.exists() else "it is removed"
             raise StoreError(f"{error}: {remedy}, run again to compute it") from error
-        mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
-        mapped.flags.writeable = False
-        maps = self._maps[view, shard] = {}
-        for name, (dtype, shape) in _tensors(self.arrays, n).items():
-            axes = len(self.arrays[name.removesuffix(".scale")].shape) + 1
-            values = np.frombuffer(mapped, dtype, int(np.prod(shape)), offset)
-            maps[name] = values.reshape(*shape, *[1] * (axes - len(shape)))
-            offset += values.nbytes
+        maps = self._maps[view, shard] = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+        for name, values in maps.items():
+            values.flags.writeable = False
+            axes = 1 + len(self.arrays[name.removesuffix(".scale")].shape)
+            maps[name] = values.reshape(*values.shape, *[1] * (axes - values.ndim))
         return maps
 
-    def _check(self, view: int, shard: int) -> int:
-        """Return where the data of a shard's file begins, bytes; a ValueError if it is damaged or of another store."""
+    def _check(self, view: int, shard: int) -> None:
+        """Refuse a shard's file that is damaged or of another store by a ValueError."""
         path, n = self.path(view, shard), len(self.samples_of(shard))
         with path.open("rb") as file:
             size, expected = os.fstat(file.fileno()).st_size, shard_bytes(self.arrays, n)
@@ -338,7 +335,6 @@ class FeatureStore:
                 raise ValueError(f"{path} does not have the header of this shard of this store")
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 raise ValueError(f"{path} does not have the hash in its header")
-        return len(found)
 
     def _identity(self, view: int, shard: int) -> str:
         samples = self.samples_of(shard)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from pydoc import locate
-from types import FrameType
+from traceback import walk_stack
 from typing import Any, TypeVar
 
 import ignite.distributed as idist
@@ -81,21 +81,16 @@ _WORKFLOW_KEYS = ("imports", "initialize", "run", "finalize", ConfigParser.meta_
 T = TypeVar("T")
 
 
-def _stack() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
 def _commands() -> Iterator[dict[str, Any]]:
     """Variables of the functions of ``monai.bundle`` that are running, innermost first."""
-    return (f.f_locals for f in _stack() if f.f_globals.get("__name__") == "monai.bundle.scripts")
+    frames = walk_stack(sys._getframe())
+    return (f.f_locals for f, _ in frames if f.f_globals.get("__name__") == "monai.bundle.scripts")
 
 
 def _callers(kind: type[T]) -> Iterator[T]:
     """The objects of a kind one of whose methods is running, innermost first."""
-    return (f.f_locals["self"] for f in _stack() if isinstance(f.f_locals.get("self"), kind))
+    frames = walk_stack(sys._getframe())
+    return (f.f_locals["self"] for f, _ in frames if isinstance(f.f_locals.get("self"), kind))
 
 
 def bundle_root(name: str) -> str:

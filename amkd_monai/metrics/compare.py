@@ -10,7 +10,7 @@ import numpy as np
 from amkd_monai.data.datasets import Task
 from amkd_monai.files.names import some
 from amkd_monai.metrics.classification import class_metrics, delong_test, labels_and_probabilities, problems_of
-from amkd_monai.metrics.statistics import bootstrap_p, holm, interval, paired_bootstrap_ci, paired_wilcoxon, resampled
+from amkd_monai.metrics.statistics import bootstrap_ci, bootstrap_p, holm, interval, resampled, wilcoxon_p
 from amkd_monai.metrics.summary import Row, part_of, read_case_csv
 from amkd_monai.terminal import align
 
@@ -53,8 +53,10 @@ def compare_runs(
         if unpaired := reference.keys() ^ other.keys():
             shown = some(map(" ".join, unpaired))
             raise ValueError(f"{len(unpaired)} case(s) are only in one of '{name}' and the reference: {shown}.")
-        pairs = {case: (row.get(SIZE), other[case].get(SIZE)) for case, row in reference.items()}
-        if changed := [" ".join(case) for case, pair in pairs.items() if None not in pair and not _same(*pair)]:
+        both = [case for case, row in reference.items() if SIZE in row and SIZE in other[case]]
+        sizes = [np.array([float(of[case][SIZE]) for case in both]) for of in (reference, other)]
+        alike = np.isclose(*sizes, rtol=1e-3, equal_nan=True)
+        if changed := [" ".join(case) for case, same in zip(both, alike, strict=True) if not same]:
             what = f"other labels than the reference, {len(changed)} case(s) differ in size: {some(changed)}"
             raise ValueError(f"The run '{name}' was scored on {what}. Compare runs on the same data.")
         if classes is not None:
@@ -89,8 +91,8 @@ def _compare_masks(other: Mapping[Key, Row], reference: Mapping[Key, Row], metri
         a, b = a[paired], b[paired]
         row = {"class": name, "metric": metric, "n": len(a), "left_out": int((~paired).sum())}
         row |= {key: float(x.mean()) if len(x) else math.nan for key, x in (("reference_mean", b), ("mean", a))}
-        row |= dict(zip(("difference", "ci_low", "ci_high"), paired_bootstrap_ci(a, b), strict=True))
-        rows.append(row | {"p": paired_wilcoxon(a, b), "test": "Wilcoxon"})
+        row |= dict(zip(("difference", "ci_low", "ci_high"), bootstrap_ci(a - b), strict=True))
+        rows.append(row | {"p": wilcoxon_p(a - b), "test": "Wilcoxon"})
     return rows
 
 
@@ -119,10 +121,6 @@ def _compare_classes(
         row |= dict(zip(("difference", "ci_low", "ci_high", "p"), found, strict=True))
         rows.append(row | {"mean": mean, "test": test})
     return rows
-
-
-def _same(now: Any, then: Any) -> bool:
-    return bool(np.isclose(float(now), float(then), rtol=1e-3, equal_nan=True))
 
 
 def _load(path: str | Path, columns: Sequence[str], key: Sequence[str]) -> dict[Key, Row]:

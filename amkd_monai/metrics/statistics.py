@@ -27,18 +27,13 @@ def bootstrap_ci(values: ArrayLike, resamples: int = 10000, seed: int = 0) -> tu
     return float(x.mean()), float(found.low), float(found.high)
 
 
-def paired_bootstrap_ci(a: ArrayLike, b: ArrayLike) -> tuple[float, float, float]:
-    """Mean difference ``a - b`` (N,) over the same cases with its interval, as :py:func:`bootstrap_ci` gives it."""
-    return bootstrap_ci(_differences(a, b))
-
-
-def paired_wilcoxon(a: ArrayLike, b: ArrayLike) -> float:
-    """Two-sided p value of the Wilcoxon signed-rank test on metrics (N,) of the same cases; NaN without a pair."""
-    difference = _differences(a, b)
-    difference = difference[~np.isnan(difference)]
-    if len(difference) == 0:
+def wilcoxon_p(differences: ArrayLike) -> float:
+    """Two-sided p value of the Wilcoxon signed-rank test on differences (N,) of paired cases; NaN without a pair."""
+    x = _vector(differences)
+    known = x[~np.isnan(x)]
+    if len(known) == 0:
         return np.nan
-    moved = difference[difference != 0]  # with the zeros SciPy takes the normal distribution, however few moved
+    moved = known[known != 0]  # with the zeros SciPy takes the normal distribution, however few moved
     return float(stats.wilcoxon(moved).pvalue) if len(moved) else 1.0
 
 
@@ -76,13 +71,6 @@ def bootstrap_p(differences: NDArray[np.float64]) -> float:
         return math.nan
     below, above = int((known <= 0).sum()), int((known >= 0).sum())
     return min(1.0, 2 * (min(below, above) + 1) / (len(known) + 1))
-
-
-def _differences(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
-    x, y = _vector(a), _vector(b)
-    if len(x) != len(y):
-        raise ValueError(f"Paired values must have equal lengths, got {len(x)} and {len(y)}.")
-    return x - y
 
 
 def _vector(values: ArrayLike) -> NDArray[np.float64]:

@@ -229,11 +229,6 @@ def validate_descriptions(descriptions: Sequence[Mapping[str, Any]]) -> None:
         seen.add(str(name))
 
 
-def teacher_class(kind: str) -> type[Teacher]:
-    """Return the class of a kind: one of :data:`KINDS`, or the path of a class (``module.Class``)."""
-    return class_of("kind of teacher", kind, KINDS, Teacher)
-
-
 def bound(
     description: Mapping[str, Any], weights_dir: str | None = None
 ) -> tuple[type[Teacher] | None, dict[str, Any]]:
@@ -257,7 +252,7 @@ def bound(
     options = {k: v for k, v in description.items() if k not in ("kind", "own_answers", "cross_fit")}
     if weights_dir is not None and any(e.key and e.kind == kind for e in CATALOGUE):
         options.setdefault("weights", weights_dir)
-    chosen = teacher_class(kind)
+    chosen = class_of("kind of teacher", kind, KINDS, Teacher)
     check_options(f"teacher '{name}'", chosen, options)
     for key in {"grid_limit", "stride"} & options.keys() if kind in KINDS else ():
         check_number(f"{key} of the teacher '{name}'", options[key], 1, whole=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import quick_gelu
 from timm.models.focalnet import FocalNet
 from torch import Tensor, nn
 
@@ -193,11 +194,6 @@ class PixelDecoder(nn.Module):
         return PixelFeatures(encoded, scales[:LEVELS], self.mask_features(scales[-1]))
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """Return CLIP's activation, of the same shape; it is near GELU, but not GELU."""
-    return x * torch.sigmoid(1.702 * x)
-
-
 class _TextBlock(nn.Module):
     """Attention and feed-forward of tokens (B, T, C), normalised before each; ``future`` (T, T) blocks later tokens."""
 
@@ -210,7 +206,7 @@ class _TextBlock(nn.Module):
     def forward(self, tokens: Tensor, future: Tensor) -> Tensor:
         x = self.ln_1(tokens)
         tokens = tokens + self.attn(x, x, x, attn_mask=future, need_weights=False)[0]
-        return tokens + self.mlp["c_proj"](quick_gelu(self.mlp["c_fc"](self.ln_2(tokens))))
+        return tokens + self.mlp["c_proj"](quick_gelu(self.mlp["c_fc"](self.ln_2(tokens))))  # near GELU, not GELU
 
 
 class _TextTransformer(nn.Module):

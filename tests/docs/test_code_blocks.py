@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import json
 import re
 
@@ -12,7 +11,7 @@ from command_check import all_options, check
 from doc_blocks import PAGES, block_commands, blocks, inline_commands, inline_options, words
 from helpers import ROOT
 
-from amkd_monai.teachers.base import KINDS, teacher_class, validate_descriptions
+from amkd_monai.teachers.base import KINDS, bound, validate_descriptions
 
 WITH = {language: [p for p in PAGES if blocks(p, language)] for language in ("python", "json", "bash")}
 OF_BENCHMARKS = {"minutes", "shared", "table"}
@@ -41,8 +40,7 @@ def test_json_is_read_and_its_teachers_are_known(page):
         validate_descriptions(teachers)
         for teacher in teachers:
             if teacher["kind"] in KINDS:
-                options = {k: v for k, v in teacher.items() if k != "kind"}
-                inspect.signature(teacher_class(teacher["kind"])).bind(**options)
+                bound(teacher)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
