@@ -8,10 +8,11 @@ import logging
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from helpers import ROOT
 
-from amkd_monai.cache.store import progress_line
+from amkd_monai.cache.store import ArraySpec, FeatureStore, build_missing
 from amkd_monai.cli import main, parser
 from amkd_monai.errors import root_cause
 from amkd_monai.metrics.summary import write_case_csv
@@ -79,8 +80,8 @@ def test_quiet_silences_progress_and_keeps_warnings_and_results(monkeypatch, tmp
     assert is_quiet()
     monkeypatch.setattr(sys, "stderr", stream := Terminal())
     assert list(progress([1, 2], desc="decode")) == [1, 2]
-    with progress_line("teacher", 2, 0) as bar:
-        bar.update(2)
+    store = FeatureStore.create_or_open(tmp_path / "teacher-1", {}, ["a"], ["hash"], {"grid": ArraySpec((1, 1, 1))})
+    build_missing(store, lambda view, shard, report: {"grid": np.ones((1, 1, 1, 1))}, title="teacher")
     assert stream.getvalue() == ""
     logging.getLogger("amkd_monai").info("a step")
     logging.getLogger("amkd_monai.data").warning("a warning")

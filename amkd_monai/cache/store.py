@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from amkd_monai import __version__
 from amkd_monai.storage import TEMPORARY_MARK, atomic_path, exclusive_lock, fingerprint
@@ -459,19 +458,14 @@ def build_missing(
         own, written = store.shards[part.index :: part.count], store.written()
         missing = [at for at in own if at not in written]
         total, left = (sum(len(store.samples_of(shard)) for _, shard in shards) for shards in (own, missing))
-        with progress_line(title, total, total - left) as bar:
+        live = {} if os.isatty(2) else {"mininterval": LOG_INTERVAL_S, "maxinterval": LOG_INTERVAL_S}
+        with progress(total=total, initial=total - left, desc=title, unit="image", disable=False, **live) as bar:
             for view, shard in missing:
                 if store.path(view, shard).is_file():  # another process was faster
                     bar.update(len(store.samples_of(shard)))
                 else:
                     store.write_shard(view, shard, compute(view, shard, bar.update))
         store.tidy()
-
-
-def progress_line(title: str, total: int, done: int) -> tqdm:
-    """A progress line with rate and time left: live on a terminal, else now and then."""
-    interval: dict[str, Any] = {} if os.isatty(2) else {"mininterval": LOG_INTERVAL_S, "maxinterval": LOG_INTERVAL_S}
-    return progress(total=total, initial=done, desc=title, unit="image", disable=False, **interval)
 
 
 # ------------------------------------------------------------------------------------------- the stores in a folder

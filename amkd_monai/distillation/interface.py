@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,6 +74,13 @@ class DistillationOutput:
     logits: Tensor
     # further figures worth recording, by name; scalars of the device where it knows them
     figures: dict[str, float | Tensor] = field(default_factory=dict)
+
+    def means(self) -> DistillationOutput:
+        """Means over the samples, still on the device, of losses (scalars) and weights (K,), without graph and maps."""
+        losses = {name: loss.detach().mean() for name, loss in self.losses.items()}
+        weights = {name: weight.mean(0) for name, weight in self.teacher_weights.items()}
+        kept = {"losses": losses, "teacher_weights": weights, "logits": self.logits[:0].detach()}
+        return replace(self, total=self.total.detach(), **kept)
 
 
 @dataclass

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, is_dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -67,7 +67,7 @@ class Handler:
 
     def attach(self, engine: Engine) -> None:
         """Register with an engine."""
-        for event in Events:
+        for event in (*Events, *IterationEvents):
             if method := getattr(self, f"_{event.name.lower()}", None):
                 engine.add_event_handler(event, method)
 
@@ -248,9 +248,8 @@ class RunRecord(Handler):
 
     def _started(self, engine: Engine) -> None:
         self.started, self.cpu_started = time.time(), min(RunRecord.counted, time.process_time())
-        if self.identity is not None and self.identity.resume:
-            self.before = read_json(self.output_dir / "run.json")
         if self.identity is not None:  # a student that this process has validated is where the run starts from
+            self.before = read_json(self.output_dir / "run.json") if self.identity.resume else {}
             self.identity.claim(keep=self.evaluator is not None and self.evaluator.state.best_metric_epoch > 0)
         if idist.get_rank() == 0:
             self.board = SummaryWriter(str(self.output_dir))
@@ -259,11 +258,11 @@ class RunRecord(Handler):
     def _iteration_completed(self, engine: Engine) -> None:
         result = engine.state.distillation
         if isinstance(result, Mapping):  # a step of several tasks
-            parts = {f"{task}/": (_kept(of_task), engine.teachers_of(task)) for task, of_task in result.items()}
+            parts = {f"{task}/": (of_task, engine.teachers_of(task)) for task, of_task in result.items()}
             self.steps.append((engine.state.output["loss"], parts))
         else:
             names = [t.name for t in engine.targets.teachers] if engine.targets else []
-            self.steps.append((result.total.detach(), {"": (_kept(result), names)}))
+            self.steps.append((result.total.detach(), {"": (result.means(), names)}))
 
     def _epoch_completed(self, engine: Engine) -> None:
         row: dict[str, float] = {"epoch": engine.state.epoch, "learning_rate": engine.optimizer.param_groups[0]["lr"]}
@@ -316,14 +315,6 @@ class RunRecord(Handler):
             best = float(state.best_metric) if epoch > 0 else None
             record["best_validation"] = {"metric": state.key_metric_name, "value": best, "epoch": epoch}
         atomic_write_json(self.output_dir / "run.json", record)
-
-
-def _kept(result: DistillationOutput) -> DistillationOutput:
-    """Means of a step, still on the device, without its graph and maps."""
-    losses = {name: loss.detach().mean() for name, loss in result.losses.items()}
-    weights = {name: weight.mean(0) for name, weight in result.teacher_weights.items()}
-    logits = result.logits[:0].detach()
-    return replace(result, total=result.total.detach(), losses=losses, teacher_weights=weights, logits=logits)
 
 
 def step_figures(result: DistillationOutput, teachers: Sequence[str]) -> dict[str, float]:
@@ -613,16 +604,12 @@ class CalibrateMasks(Handler):
         self.groups = len(set(groups))
         self.is_on = is_true(enabled) and isinstance(student, Student) and self.groups >= LEAST_GROUPS
 
-    def attach(self, engine: Engine) -> None:
-        """Register with an evaluator."""
-        super().attach(engine)
-        if self.is_on:
-            engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._keep)
-
     def _epoch_started(self, engine: Engine) -> None:
         self.outputs: list[tuple[Tensor, Tensor]] = []
 
-    def _keep(self, engine: Engine) -> None:
+    def _forward_completed(self, engine: Engine) -> None:
+        if not self.is_on:
+            return
         both = (engine.state.output[key].as_subclass(Tensor) for key in (CommonKeys.PRED, CommonKeys.LABEL))
         logits, label = (values.movedim(1, -3).flatten(0, -4) for values in both)  # (B, C, H, W), slices of volumes too
         step = max(1, logits.shape[-1] // CALIBRATED_SIDE)

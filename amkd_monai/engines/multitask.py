@@ -119,9 +119,9 @@ class TaskSet:
         missing = [name for name in chosen if not found[name] and any(found[n] for n in chosen)]
         for name in missing:
             logger.warning("NO DATA FOUND for the task '%s': this run continues without it.", name)
-        numbers = {name: number for number, name in enumerate(tasks)}
         self.bundles = {name: TaskBundle(name, parsers[name]) for name in chosen if name not in missing}
-        self.missing, self.numbers = missing, {name: numbers[name] for name in self.bundles}
+        self.missing = missing
+        self.numbers = {name: number for number, name in enumerate(tasks) if name in self.bundles}
         self.heads = {name: bundle.head for name, bundle in self.bundles.items()}
         self.tasks = {name: bundle.task for name, bundle in self.bundles.items()}
 
@@ -291,9 +291,7 @@ class MultiTaskTrainer(DistillationTrainer):
             self._check(result, f" of '{task}'")
             (result.total / self.data_loader.per_step).backward()
             total += result.total.detach() / len(batchdata)
-            result.total, result.logits = result.total.detach(), result.logits[:0].detach()  # frees the graph
-            result.losses = {name: loss.detach() for name, loss in result.losses.items()}
-            results[task] = result
+            results[task] = result.means()  # frees the graph
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         if idist.get_world_size() > 1:
             _average([p.grad for p in self.network.parameters() if p.grad is not None])  # the same in every process

@@ -201,7 +201,8 @@ def prepare_teachers(
     how: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "dtype": cache_dtype}
     cached = partial(cache_image_teacher, train, validation, views, weights_dir, batch_size=teacher_batch_size, **how)
     validate_descriptions(teachers)
-    of_run: tuple[Any, ...] = (train, recipe.of_slices(), epochs, views, device, cache_dir)
+    of_slices = replace(recipe, slices=1, batch_size=recipe.batch_size * recipe.slices)  # as many as its patches hold
+    of_run: tuple[Any, ...] = (train, of_slices, epochs, views, device, cache_dir)
     crews = [Crew(description, *of_run) for description in teachers if description["kind"] == "crew"]
     if options["folds"] is None:
         options["folds"] = max((crew.folds for crew in crews), default=STUDENT_FOLDS)

@@ -17,7 +17,7 @@ from amkd_monai.cache.store import FeatureStore
 from amkd_monai.data.decoded import DecodedDataset
 from amkd_monai.data.splits import fold_of_groups
 from amkd_monai.distillation.interface import Calibration
-from amkd_monai.distillation.losses import one_hot_area
+from amkd_monai.distillation.losses import label_map, one_hot_area
 
 CALIBRATED_ON = 256
 """Masks, evenly spread over the split, that a calibration is fitted on at most."""
@@ -35,8 +35,7 @@ Probe = Callable[[Tensor], Tensor]
 def cell_targets(dataset: DecodedDataset, indices: np.ndarray, classes: int, size: tuple[int, int]) -> Tensor:
     """Area fractions of the classes in grid cells (N, classes, h, w), 0 where nothing is labelled."""
     batches = (np.array(dataset.labels[indices[start : start + 64]]) for start in range(0, len(indices), 64))
-    maps = (labels if labels.ndim == 4 else labels.reshape(len(labels), 1, -1, 1) for labels in batches)
-    return torch.cat([one_hot_area(torch.from_numpy(label), classes, size) for label in maps])
+    return torch.cat([one_hot_area(label_map(torch.from_numpy(labels)), classes, size) for labels in batches])
 
 
 def _minimise(parameters: list[Tensor], loss: Callable[[], Tensor], steps: int, history: int) -> None:

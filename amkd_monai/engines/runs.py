@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import platform
-import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from typing import Any, TypeVar
 
 import ignite.distributed as idist
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow, ReferenceResolver
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, MERGE_KEY
 from monai.engines import Evaluator
 from monai.utils import ensure_tuple
@@ -72,7 +71,6 @@ _NOT_OF_A_STEP = {"_target_", "allow_missing_keys", "codes", "classes"}
 _NOT_OF_A_NETWORK = ("weights", "seed", "drop_path", "dropout")
 _NOT_AN_OPTION = ("progress", "channels", "samples")
 _ADMISSION = ("mode", "features", "margin", "folds", "epochs")
-_REFERENCE = re.compile(r"@([A-Za-z_](?:\w|#|::)*)")
 _locks: dict[Path, AbstractContextManager[None]] = {}
 
 _WORKFLOW_KEYS = ("imports", "initialize", "run", "finalize", ConfigParser.meta_key)
@@ -404,7 +402,7 @@ def _references(value: Any) -> set[str]:
         value = list(value.values())
     if isinstance(value, list):
         return set().union(*map(_references, value))
-    return {name.replace("::", "#") for name in _REFERENCE.findall(value)} if _is_expression(value) else set()
+    return set(ReferenceResolver.match_refs_pattern(value)) if isinstance(value, str) else set()
 
 
 def _is_expression(value: Any) -> bool:
@@ -745,20 +743,15 @@ def start_evaluation(
     for what in (what for what, is_so in wrong.items() if is_so):
         raise ValueError(f"{folder} holds figures of {what}: give an --output_dir of its own.")
     if other:
-        _find_seen(other, (record or {}).get("seen"), seen)
+        if (known := (record or {}).get("seen")) is None:
+            logger.warning("No record says which images the student has seen: %s cannot be checked.", other.root)
+            return
+        images = {name: values for of_folder in known.values() for name, values in of_folder.items()}
+        cache_dir = next(_callers(ConfigParser)).get_parsed_content("cache_dir")
+        other.seen.update(seen_before(images, other, seen, cache_dir))
     elif record is not None:
         for name, of_task in ({"": data} if isinstance(data, Datalist) else data).items():
             _refuse_changed(record, name, _contents(of_task.test))
-
-
-def _find_seen(data: Datalist, known: Mapping[str, Any] | None, how: str) -> None:
-    """Note in ``data.seen`` what the student has seen, or refuse it; ``known`` is ``seen`` of the student's record."""
-    if known is None:
-        logger.warning("No record says which images the student has seen: %s cannot be checked.", data.root)
-        return
-    cache_dir = next(_callers(ConfigParser)).get_parsed_content("cache_dir")
-    images = {name: values for of_folder in known.values() for name, values in of_folder.items()}
-    data.seen.update(seen_before(images, data, how, cache_dir))
 
 
 def _recorded_overrides() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import ignite.distributed as idist
@@ -68,10 +68,6 @@ class Recipe:
         object.__setattr__(self, "batch_dice", is_true(self.batch_dice, "recipe#batch_dice"))
         check_options("recipe#augmentation", Augmentation, self.augmentation)
         self.augment()
-
-    def of_slices(self) -> Recipe:
-        """Return the same for networks of slices: a batch holds as many as its patches do."""
-        return self if self.slices == 1 else replace(self, slices=1, batch_size=self.batch_size * self.slices)
 
     def augment(self) -> Augmentation:
         """Return the augmentation."""

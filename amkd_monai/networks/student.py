@@ -176,6 +176,8 @@ class ClassStudent(EncodedStudent):
     ``dropout`` is the rate before the linear layer; the other arguments are those of :class:`Student`.
     """
 
+    answers: tuple[int, ...] = ()  # what is told of each class, absence and presence, as a further axis
+
     def __init__(
         self,
         encoder: str = "tf_efficientnet_lite0",
@@ -193,12 +195,7 @@ class ClassStudent(EncodedStudent):
             self.head = nn.Linear(self.encoder_channels[-1], num_classes)
         load_encoder_weights(self.encoder, encoder, weights)
         self.num_classes = num_classes
-        _register_calibration(self, *self.offsets_shape(num_classes))
-
-    @staticmethod
-    def offsets_shape(num_classes: int) -> tuple[int, ...]:
-        """Shape of the offsets."""
-        return (num_classes,)
+        _register_calibration(self, *self.answers, num_classes)
 
     def decode(self, levels: list[Tensor], size: list[int]) -> Tensor:
         """Turn encoder maps into uncalibrated logits (B, num_classes); ``size`` = [H, W] plays no part."""
@@ -221,10 +218,7 @@ class FindingStudent(ClassStudent):
     (2, num_classes).
     """
 
-    @staticmethod
-    def offsets_shape(num_classes: int) -> tuple[int, ...]:
-        """Shape of the offsets."""
-        return (2, num_classes)
+    answers = (2,)
 
     def decode(self, levels: list[Tensor], size: list[int]) -> Tensor:
         """Turn encoder maps into uncalibrated logits (B, 2, num_classes); ``size`` = [H, W] plays no part."""
