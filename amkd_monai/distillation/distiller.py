@@ -8,6 +8,7 @@ from functools import cached_property, partial, reduce
 from typing import Any
 
 import torch
+from timm.layers import LayerNorm2d, Mlp
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -42,10 +43,6 @@ def distillation_strength(progress: float, warmup: float = 0.05, decay: float = 
     return end + (1 - end) * (1 + math.cos(math.pi * phase)) / 2
 
 
-def _two_layers(channels: int, hidden: int, out_channels: int) -> list[nn.Module]:
-    return [nn.Conv2d(channels, hidden, 1), nn.GELU(), nn.Conv2d(hidden, out_channels, 1)]
-
-
 class Alignment(nn.Module):
     """Sum over student levels, {stride: channels}, of LayerNorm, 1x1, GELU, 1x1, at the teacher's grid.
 
@@ -56,7 +53,8 @@ class Alignment(nn.Module):
         super().__init__()
         self.levels = nn.ModuleDict()
         for stride, n in channels.items():
-            self.levels[str(stride)] = nn.Sequential(gates.ChannelNorm(n), *_two_layers(n, hidden, out_channels))
+            layers = Mlp(n, hidden, out_channels, use_conv=True)
+            self.levels[str(stride)] = nn.Sequential(LayerNorm2d(n, eps=1e-5), layers)
 
     def forward(self, features: Mapping[int, Tensor], size: tuple[int, int]) -> Tensor:
         """Project {stride: (B, C, H / stride, W / stride)}, pooled or not, to a grid (h, w): (B, C', h, w)."""
@@ -86,8 +84,8 @@ class LearnedCode(nn.Module):
     def __init__(self, channels: int, code_channels: int, hidden: int = 128) -> None:
         super().__init__()
         self.code_channels = code_channels
-        self.encoder = nn.Sequential(*_two_layers(channels, hidden, code_channels))
-        self.decoder = nn.Sequential(*_two_layers(code_channels, hidden, channels))
+        self.encoder = Mlp(channels, hidden, code_channels, use_conv=True)
+        self.decoder = Mlp(code_channels, hidden, channels, use_conv=True)
 
     @torch.no_grad()
     def encode(self, target: Tensor) -> Tensor:
@@ -241,9 +239,7 @@ class Distiller(nn.Module):
 
     Args:
         student: network with ``encode``, ``decode``, ``channels_at`` and ``strides``.
-        teachers: what each teacher offers.
         prior_entropy: entropy of the label prior of the training split, nats.
-        config: what is distilled and how it is weighed.
         samples: table of the training dataset, for the contrastive loss.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
     """

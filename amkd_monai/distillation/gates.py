@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from amkd_monai.distillation import losses
@@ -55,18 +56,6 @@ def to_size(weights: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(weights[:, None], size=size, mode="nearest")[:, 0]
 
 
-class ChannelNorm(nn.Module):
-    """Layer normalisation over the channels of a map (B, C, h, w)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise each location of a map (B, C, h, w) over its channels."""
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, h, w) -> (B, h, w, C) and back
-
-
 class GateNetwork(nn.Module):
     """A multi-layer perceptron, per cell, over features, student-teacher similarity and the task.
 
@@ -79,7 +68,7 @@ class GateNetwork(nn.Module):
         super().__init__()
         check_number("gate_options#tasks", tasks, 1, whole=True)
         check_number("gate_options#hidden", hidden, 1, whole=True)
-        self.norm = ChannelNorm(channels)
+        self.norm = LayerNorm2d(channels, eps=1e-5)
         self.task = nn.Embedding(tasks, TASK_EMBEDDING)
         self.bias = nn.Parameter(torch.zeros(tasks, slots))
         last = nn.Linear(hidden, slots)

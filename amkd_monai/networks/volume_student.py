@@ -23,9 +23,7 @@ class VolumeStudent(nn.Module):
 
     Args:
         network: makes the network (in a config, ``"_mode_": "callable"``): one input channel, ``num_classes`` outputs.
-        slices: slices of a patch.
-        num_classes: logit channels, background included.
-        seed: of the initial values; the global random state is left alone.
+        slices: slices of a patch; further arguments are those of :class:`~amkd_monai.networks.Student`.
     """
 
     __jit_ignored_attributes__ = ("_places",)

@@ -48,8 +48,9 @@ class Teacher(nn.Module):
     A subclass implements :meth:`forward`, and ``settings`` or :meth:`preprocessing`. Options that several kinds share:
     ``weights`` (a weight file, a folder that holds it, None to search for it, or ``random``, which marks the run as a
     test), ``image_size`` (side in pixels, or height and width, to which images are squashed; None takes them as they
-    come) and ``grid_limit`` (feature maps are area-pooled down to at most this many cells a side). Wrong options are a
-    ``ValueError``, weights that are missing or do not fit a ``CheckpointError``.
+    come), ``mean`` and ``std`` (per channel of RGB in [0, 1]), ``interpolation`` (``bilinear`` or ``bicubic``, both
+    anti-aliased) and ``grid_limit`` (feature maps are area-pooled down to at most this many cells a side). Wrong
+    options are a ``ValueError``, weights that are missing or do not fit a ``CheckpointError``.
 
     ``name`` is unique in a run; students may inherit limits from the ``licence`` of the weights. ``precision`` is
     ``float32``, or ``bfloat16`` for autocast of the network (inputs and outputs stay float32).

@@ -38,9 +38,6 @@ class SpecialistTeacher(Teacher):
 
     Args:
         path: ``.ts`` or ``.pt2`` file taking (B, 3, S, S), RGB in [0, 1].
-        image_size: None takes images as they come.
-        mean: subtracted per channel before the network, in [0, 1] units.
-        std: divides per channel.
         answers: ``masks`` for logits (B, classes, h, w), ``classes`` for logits (B, classes), one answer per image.
     """
 

@@ -35,8 +35,7 @@ class TimmTeacher(Teacher):
         weights: ``packaged``, a checkpoint file with timm's keys or in a layout that timm converts, or ``random``
             (marks the run as a test).
         image_size: None takes the network's fixed size if it has one, else the images as they come.
-        mean: subtracted per channel, in [0, 1] units; None takes timm's for ``model``, like ``std``, which divides.
-        interpolation: ``bilinear`` or ``bicubic``, both anti-aliased.
+        mean: None takes timm's for ``model``, like ``std``.
         global_pool: how the last tokens become the pooled vector: ``avg``, ``max``, ``token``; None as timm does.
         model_args: further arguments of ``timm.create_model``.
         stride: stride of the feature map wanted (the nearest stage at or below it is taken).
