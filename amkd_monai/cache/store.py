@@ -458,7 +458,7 @@ def build_missing(
         own, written = store.shards[part.index :: part.count], store.written()
         missing = [at for at in own if at not in written]
         total, left = (sum(len(store.samples_of(shard)) for _, shard in shards) for shards in (own, missing))
-        live = {} if os.isatty(2) else {"mininterval": LOG_INTERVAL_S, "maxinterval": LOG_INTERVAL_S}
+        live: dict[str, Any] = {} if os.isatty(2) else {"mininterval": LOG_INTERVAL_S, "maxinterval": LOG_INTERVAL_S}
         with progress(total=total, initial=total - left, desc=title, unit="image", disable=False, **live) as bar:
             for view, shard in missing:
                 if store.path(view, shard).is_file():  # another process was faster

@@ -79,7 +79,7 @@ class DistillationOutput:
         """Means over the samples, still on the device, of losses (scalars) and weights (K,), without graph and maps."""
         losses = {name: loss.detach().mean() for name, loss in self.losses.items()}
         weights = {name: weight.mean(0) for name, weight in self.teacher_weights.items()}
-        kept = {"losses": losses, "teacher_weights": weights, "logits": self.logits[:0].detach()}
+        kept: dict[str, Any] = {"losses": losses, "teacher_weights": weights, "logits": self.logits[:0].detach()}
         return replace(self, total=self.total.detach(), **kept)
 
 

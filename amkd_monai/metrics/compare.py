@@ -54,8 +54,8 @@ def compare_runs(
             shown = some(map(" ".join, unpaired))
             raise ValueError(f"{len(unpaired)} case(s) are only in one of '{name}' and the reference: {shown}.")
         both = [case for case, row in reference.items() if SIZE in row and SIZE in other[case]]
-        sizes = [np.array([float(of[case][SIZE]) for case in both]) for of in (reference, other)]
-        alike = np.isclose(*sizes, rtol=1e-3, equal_nan=True)
+        then, now = (np.array([float(of[case][SIZE]) for case in both]) for of in (reference, other))
+        alike = np.isclose(then, now, rtol=1e-3, equal_nan=True)
         if changed := [" ".join(case) for case, same in zip(both, alike, strict=True) if not same]:
             what = f"other labels than the reference, {len(changed)} case(s) differ in size: {some(changed)}"
             raise ValueError(f"The run '{name}' was scored on {what}. Compare runs on the same data.")
