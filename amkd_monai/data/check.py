@@ -191,7 +191,7 @@ def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[I
             report.problems.append(f"{of_both}: drop both, or decide which is right.")
     if report.task.dimensions == 2:
         kind = "byte-identical or nearly so"
-        pairs += near_duplicates([files_of(item["image"])[0] for item in items], NEAR, cache_dir)
+        pairs += near_duplicates(items, NEAR, cache_dir)
     found = [[items[i] for i in members] for members in clusters(len(items), pairs) if len(members) > 1]
     listed = "; ".join(" = ".join(item["id"] for item in members) for members in found)
     report.facts.append(f"duplicates ({kind}): {len(found)} clusters" + (f": {listed}" if found else ""))

@@ -278,10 +278,10 @@ def _hash(path: str) -> str:
 
 
 def near_duplicates(
-    paths: Sequence[str], distance: int = NEAR, cache_dir: str | Path | None = None
+    items: Sequence[Item], distance: int = NEAR, cache_dir: str | Path | None = None
 ) -> list[tuple[int, int]]:
-    """Return the pairs (i < j) of pictures whose hashes differ in at most ``distance`` bits."""
-    return near_pairs(perceptual_hashes(paths, cache_dir), distance)
+    """Return the pairs (i < j) of items whose first files have hashes that differ in at most ``distance`` bits."""
+    return near_pairs(perceptual_hashes([files_of(item["image"])[0] for item in items], cache_dir), distance)
 
 
 def near_pairs(hashes: Sequence[str], distance: int = NEAR) -> list[tuple[int, int]]:
@@ -304,10 +304,3 @@ def clusters(count: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
     links = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(count, count))
     number, labels = connected_components(links, directed=False)
     return sorted(np.flatnonzero(labels == label).tolist() for label in range(number))
-
-
-def group_near_duplicates(
-    items: Sequence[Item], distance: int = NEAR, cache_dir: str | Path | None = None
-) -> list[Item]:
-    """Give near-duplicate pictures one common group, see :func:`joined`; return copies of the items in their order."""
-    return joined(items, near_duplicates([files_of(item["image"])[0] for item in items], distance, cache_dir))

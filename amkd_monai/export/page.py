@@ -21,7 +21,7 @@ import pooch
 
 from amkd_monai import __version__
 from amkd_monai.export.runners import runner
-from amkd_monai.files.names import MARK, expanded
+from amkd_monai.files.names import MARK
 from amkd_monai.files.pictures import CLASS_COLOURS
 from amkd_monai.files.steps import softmax
 from amkd_monai.storage import atomic_path, read_json
@@ -50,7 +50,7 @@ def runtime_archive(given: str | Path | None = None) -> Path:
     """
     name = f"{RUNTIME}-{RELEASE}.tgz"
     if given:
-        if not _is_intact(file := expanded(given)):
+        if not _is_intact(file := Path(given).expanduser()):
             raise ValueError(f"{file} is not npm's archive {name}: its SHA-512 differs: get it by `npm pack`.")
         return file
     kept = Path(pooch.os_cache("amkd_monai")) / name

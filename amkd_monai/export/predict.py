@@ -47,7 +47,7 @@ def predict(
     images = predictor.images(source)
     if (dicom_seg or dicom_captures) and not any(image.slices for image in images):
         raise ValueError(f"{source} holds no DICOM series, which DICOM output needs: leave out its options.")
-    folder = names.expanded(output)
+    folder = Path(output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     rows, failed = [], 0
     for image in progress(images, desc="predict"):
@@ -105,7 +105,7 @@ class Predictor:
         Images of several channels are those of a folder whose files end in ``_0000``, ``_0001`` and so on, or NIfTI
         volumes of four axes. Nothing there is a FileNotFoundError, no image of this model's kind a ValueError.
         """
-        path, dimensions, channels = names.expanded(source), self.config["dimensions"], self.channels
+        path, dimensions, channels = Path(source).expanduser(), self.config["dimensions"], self.channels
         suffixes = names.PICTURE_SUFFIXES if dimensions == 2 else names.VOLUME_SUFFIXES
         kinds = {2: "pictures (PNG, JPEG, TIFF, BMP, .dcm)", 3: "volumes (NIfTI, or a folder of one DICOM series)"}
         if not path.exists():

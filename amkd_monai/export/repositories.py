@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from amkd_monai.files.names import expanded
 from amkd_monai.storage import atomic_write_json, read_json
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def located(where: str | Path, revision: str | None = None) -> Path:
     A name such as ``dist/polyps`` is never looked up on the hub where there is a local folder ``dist``. No such folder,
     and what the hub does not give, are an OSError; a revision of a local folder is a ValueError.
     """
-    folder = expanded(where)
+    folder = Path(where).expanduser()
     if folder.is_dir():
         if revision:
             raise ValueError(f"{folder} is a folder here, which has no revision {revision}: leave out the revision.")
@@ -101,7 +100,7 @@ def push(folder: str | Path, repository: str, public: bool = False) -> str:
 
     Another folder, or a name that is none of the hub's, is a ValueError; what the hub does not take is an OSError.
     """
-    folder = expanded(folder)
+    folder = Path(folder).expanduser()
     if missing := [name for name in (WEIGHTS, CONFIG, "README.md") if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {missing[0]}: make it by `export --formats hub`.")
     if not REPOSITORY.fullmatch(repository):

@@ -179,8 +179,8 @@ def saved_labels(
                 items.append(_item(task, image, label=label))
             elif (number := read_label(Path(label), task)) is not None:
                 items.append(_item(task, image, label=number))
-    items, files = splits.group_patients(items), [item["image"] for item in items]
-    alike = splits.near_duplicates(files, cache_dir=cache) if task.dimensions == 2 else splits.identical(items)
+    items = splits.group_patients(items)
+    alike = splits.near_duplicates(items, cache_dir=cache) if task.dimensions == 2 else splits.identical(items)
     items = sorted(splits.joined(items, alike), key=lambda i: hashlib.sha256(i["group"].encode()).digest())
     strata = defaultdict[Hashable, dict[str, None]](dict)
     for item in items:
