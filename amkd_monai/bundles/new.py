@@ -14,7 +14,7 @@ import numpy as np
 from amkd_monai.bundles.merge import ABSENT, PARTS, bundle_files, resolved
 from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.data.datasets.described import BINARY, COLUMNS, Described, names_of_channels, names_of_values
-from amkd_monai.data.splits import PATIENT, Item
+from amkd_monai.data.splits import PATIENT, Item, spread
 from amkd_monai.files import masks, volumes
 from amkd_monai.files.cases import case_grid, is_volume, read_case
 from amkd_monai.files.names import (
@@ -273,16 +273,12 @@ def _mask_classes(
     return found, facts
 
 
-def _spread(items: Sequence[Item]) -> list[Item]:
-    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, LOOKED_AT).round().astype(int))]
-
-
 def _pictures(items: Sequence[Item]) -> tuple[list[str], dict[str, Any]]:
     """Facts about pictures; the side that the student sees, and whether they are grey."""
     sizes = np.array([picture_frame(item["image"])[0] for item in items])
     shorter = float(np.median(sizes.min(axis=1)))
     side = int(min(LARGEST_SIDE, max(32, 32 * round(shorter / 32))))
-    grey = all((p == p[..., :1]).all() for p in (read_picture(item["image"]) for item in _spread(items)))
+    grey = all((p == p[..., :1]).all() for p in (read_picture(item["image"]) for item in spread(items, LOOKED_AT)))
     low, middle, high = (" x ".join(f"{v:g}" for v in f(sizes, axis=0)) for f in (np.min, np.median, np.max))
     facts = [f"sizes: {low} to {high}, median {middle} pixels; the student sees {side} x {side}"]
     facts.append("grey pictures" if grey else "colour pictures")
@@ -301,7 +297,7 @@ def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) 
     spacing = spacing.round(4)
     size = [-1, *(32 * np.ceil((extent[1:] / spacing[1:] - 0.5) / 32).astype(int)).tolist()]
     inside: list[np.ndarray] = []
-    for item in _spread(items):
+    for item in spread(items, LOOKED_AT):
         channels, grid = read_case([item["image"]])
         array = channels[0]
         if array.min() > volumes.HIGHEST_MINIMUM or modality not in ("", "CT"):

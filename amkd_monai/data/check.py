@@ -11,7 +11,7 @@ from PIL import Image
 
 from amkd_monai.data.datalist import find_items, stand_in_note
 from amkd_monai.data.datasets import Named, Task, get_task
-from amkd_monai.data.splits import DEFAULT_SPLIT, NEAR, Item, SplitOptions, clusters, identical, near_duplicates
+from amkd_monai.data.splits import DEFAULT_SPLIT, NEAR, Item, SplitOptions, clusters, identical, near_duplicates, spread
 from amkd_monai.files import cases, names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
 from amkd_monai.files.names import files_of, label_files, natural, some
@@ -256,7 +256,7 @@ def write_contact_sheet(
     if not items:
         raise ValueError("There is no image to draw: correct the data first.")
     codes, several = task.mask_codes if mask_codes is None else mask_codes, len(task.classes) > 2
-    chosen = [items[round(i)] for i in np.linspace(0, len(items) - 1, min(count, len(items)))]
+    chosen = spread(items, count)
     columns = min(6, len(chosen))
     rows = -(-len(chosen) // columns)
     figure = Figure((2 * columns, 2.4 * rows), layout="constrained")

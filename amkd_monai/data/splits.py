@@ -149,6 +149,11 @@ def without(item: Item, key: str) -> Item:
     return {k: v for k, v in item.items() if k != key}
 
 
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """Return at most ``count`` items, evenly over the list."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
+
+
 def split_hash(**sections: Iterable[Item]) -> str:
     """SHA-256 (64 hexadecimal digits) of ids and groups per section, independent of order and paths."""
     members = {name: sorted([item["id"], item["group"]] for item in items) for name, items in sections.items()}

@@ -137,13 +137,6 @@ class Source:
             return np.asarray(self._infer(image.transpose(0, 1)[None], self.student)[0].transpose(0, 1))
 
 
-def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """At most so many items, evenly over the list."""
-    if len(items) <= count:
-        return list(items)
-    return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
-
-
 def config_files(bundle: Path, name: str, overlay: str) -> list[Path]:
     """Return a config and what an overlay puts on it, ``volumes.json`` on ``train.json``; else a ValueError."""
     on_top = overlay if name == "train" else f"{overlay}_{name}"

@@ -91,7 +91,8 @@ def by_size(groups: Mapping[str, Sequence[tuple[float, float]]], label: str, uni
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter("")
     for name, points in groups.items():
-        axes.scatter(*np.transpose(points), s=12, alpha=0.6, label=name)
+        x, y = np.transpose(points)
+        axes.scatter(x, y, s=12, alpha=0.6, label=name)
     axes.grid(alpha=0.3)
     _legend(axes, groups)
     return _svg(axes)
