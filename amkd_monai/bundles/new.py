@@ -33,14 +33,11 @@ from amkd_monai.files.pictures import picture_frame, read_picture
 from amkd_monai.storage import atomic_folder
 from amkd_monai.terminal import progress
 
-LARGEST_SIDE = 256
-"""Pixels of a side of what a student sees, at most."""
-LOOKED_AT = 20
-"""Images of which the values are read, evenly over the data."""
+LARGEST_SIDE = 256  # pixels of a side of what a student sees, at most
+LOOKED_AT = 20  # images of which the values are read, evenly over the data
 SLICES = {0: ("RAS", [0, 1, 2]), 1: ("AIL", [1, 2, 0]), 2: ("SPL", [2, 1, 0])}
 """Order of the axes, the slices' first, by the anatomical axis with the longest voxels; and as indices of RAS."""
-WINDOW = (0.5, 99.5)
-"""Percentiles of the Hounsfield units within the labels that a CT is scaled between."""
+WINDOW = (0.5, 99.5)  # percentiles of the Hounsfield units within the labels that a CT is scaled between
 
 
 def new_bundle(

@@ -161,10 +161,8 @@ def _describe_classes(report: DataReport) -> None:
             if len({label >> n & 1 for label in labels}) == 1:
                 report.problems.append(f"{'Every' if labels[0] >> n & 1 else 'No'} image has the finding {name}.")
     elif found := {item["label"] for item in report.items if _has_class(item)}:
-        wrong = sorted(found - set(range(len(classes))))
-        report.problems += [f"The label {n} is not one of the classes 0 to {len(classes) - 1}." for n in wrong]
-        if missing := sorted(set(range(len(classes))) - found):
-            report.problems.append(f"No image of the class(es) {', '.join(classes[n] for n in missing)}.")
+        missing = [name for n, name in enumerate(classes) if n not in found]
+        report.problems += [f"No image of the class(es) {', '.join(missing)}."] if missing else []
 
 
 def _describe_masks(report: DataReport, shares: Mapping[str, float]) -> None:

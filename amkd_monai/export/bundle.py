@@ -39,15 +39,11 @@ from amkd_monai.storage import atomic_folder, atomic_write_json
 from amkd_monai.terminal import align, logger, number, progress
 from amkd_monai.weights import file_sha256
 
-CALIBRATION_SLICES = 8
-"""Slices taken from each volume to calibrate 8 bits."""
-TOLERANCE = 1e-4
-"""Largest difference of a probability between the student and a float format."""
-LARGEST_LOSS = 0.005
-"""Dice (half a point) or AUC that 8 bits may cost."""
+CALIBRATION_SLICES = 8  # slices taken from each volume to calibrate 8 bits
+TOLERANCE = 1e-4  # largest difference of a probability between the student and a float format
+LARGEST_LOSS = 0.005  # Dice (half a point) or AUC that 8 bits may cost
 REPEATS = 20
-BATCH = 8
-"""Pictures, or slices of a volume, that a network takes at once."""
+BATCH = 8  # pictures, or slices of a volume, that a network takes at once
 INFERENCE, CARD = (Path(__file__).with_name(name) for name in ("inference.json", "card.md"))
 """Config of a bundle that needs MONAI and TorchScript alone, and template of the model card.
 
@@ -324,9 +320,9 @@ def _metadata(source: Source, shape: Sequence[int]) -> dict[str, Any]:
 def image_text(source: Source) -> str:
     """Describe an image and its preparation, with the sizes of this student's preprocessing."""
     text = [part for part in source.metadata["image_classes"].split(", ") if not re.search(r"\d x \d", part)]
-    for step in source.image_steps:
-        if step["transform"] in SIZED:
-            words, key = SIZED[step["transform"]]
+    for step in source.transforms:
+        if step["_target_"] in SIZED:
+            words, key = SIZED[step["_target_"]]
             text.append(words.format(" x ".join("any" if n == -1 else f"{n:g}" for n in step[key])))
     return ", ".join(text)
 

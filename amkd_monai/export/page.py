@@ -31,8 +31,7 @@ RUNTIME = "onnxruntime-web"
 RELEASE = "1.30.0"
 INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 """Version of the package of npm, and SHA-512 of its archive as npm states it."""
-ESCAPE = 0xE000
-"""Letter before one that a string cannot hold, whose highest bit is turned."""
+ESCAPE = 0xE000  # letter before one that a string cannot hold, whose highest bit is turned
 PAGE = Path(__file__).with_name("web")
 NETWORKS = {"float": ("onnx", 1e-3), "int8": ("ort-int8", 0.1)}
 """Format by the page's name, and how far its probabilities may be from those of ONNX Runtime on this machine.

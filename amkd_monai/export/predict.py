@@ -21,14 +21,10 @@ from amkd_monai.files.volumes import Grid, grey_levels, seen_slice, write_mask_v
 from amkd_monai.storage import atomic_path, file_sha256, read_json
 from amkd_monai.terminal import logger, progress
 
-VERSION = 3
-"""Of ``configs/predict.json``."""
-SEEN = "docs/seen.json"
-"""File of an exported bundle with the fingerprints of the images that the student has seen."""
-OPACITY = 0.35
-"""Of masks in overlays."""
-LETTERED_WIDTH = 320
-"""Pixels of width, at least, for which letters are made."""
+VERSION = 3  # of ``configs/predict.json``
+SEEN = "docs/seen.json"  # file of an exported bundle with the fingerprints of the images that the student has seen
+OPACITY = 0.35  # of masks in overlays
+LETTERED_WIDTH = 320  # pixels of width, at least, for which letters are made
 
 
 def predict(

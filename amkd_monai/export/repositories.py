@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-ANSWERING = ["configs/predict.json", "models/*.onnx"]
-"""Files of a repository that prediction reads."""
+ANSWERING = ["configs/predict.json", "models/*.onnx"]  # files of a repository that prediction reads
 LARGEST_BATCH, PATCHES, LONGEST_WAIT = 32, 4, 2000
 """Images, and patches of volumes, that the server puts into one batch, and microseconds that one waits for others."""
 

@@ -63,7 +63,6 @@ class Source:
         identity: ``student.json`` of the run, empty if missing.
         mask_codes: meaning of the values of masks in the training.
         unscored: why ``metrics.json`` is not about this student, if so.
-        image_steps: preprocessing as :func:`amkd_monai.engines.runs.image_steps` records it.
         data: the datalist of the run.
     """
 
@@ -114,7 +113,6 @@ class Source:
         if "distillation" in self.record and not self.taught:
             for key, (distilled, alone) in UNDISTILLED.items():
                 self.metadata[key] = self.metadata[key].replace(distilled, alone)
-        self.image_steps = runs.image_steps(inference, "preprocessing")
         self._chain = training.get_parsed_content("validate#preprocessing")
 
     def case(self, item: Item) -> Case:
@@ -151,10 +149,8 @@ def config_files(bundle: Path, name: str, overlay: str) -> list[Path]:
 def _parser(bundle: Path, files: Sequence[Path], settings: Mapping[str, Any]) -> ConfigParser:
     parser = ConfigParser()
     parser.read_config([str(file) for file in files])
-    parser["bundle_root"], parser["device"] = str(bundle), "cpu"
-    for key, value in settings.items():
-        if key in parser.config:
-            parser[key] = value
+    parser.update({"bundle_root": str(bundle), "device": "cpu"})
+    parser.update({key: value for key, value in settings.items() if key in parser.config})
     runs.expand(parser)
     return parser
 

@@ -36,8 +36,7 @@ OF_THE_SERVER = {"model", "gpus", "local_rank", "client_id"}
 NUMBERS = {"max_epochs": 20, "learning_rate_scale": 0.25, "val_split": 0.2}
 """Options that are numbers above 0, whole ones where the default is."""
 
-STEPS = 4
-"""Steps of an epoch, at least: the batches of a few labels would be one or two."""
+STEPS = 4  # steps of an epoch, at least: the batches of a few labels would be one or two
 
 
 class FineTune(TrainTask):

@@ -16,14 +16,14 @@ from PIL import Image
 from amkd_monai.files.pictures import class_colours, outlined
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-SIZE = (4.0, 2.8)
-"""Size of every figure in inches."""
+DASHES = ("-", "--", "-.", ":")
+SIZE = (4.0, 2.8)  # size of every figure in inches
 INK = "#010203"
 """Stands for the colour of the page's text, which is light or dark."""
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "savefig.transparent": True, "font.size": 9}
 STYLE |= {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 STYLE |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-STYLE |= {"axes.prop_cycle": cycler(linestyle=("-", "--", "-.", ":")) * cycler(color=COLOURS)}  # other dashes last
+STYLE |= {"axes.prop_cycle": cycler(linestyle=DASHES) * cycler(color=COLOURS)}  # dashes change last
 STYLE |= {"legend.fontsize": 8, "axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 5)}
 
 
@@ -125,8 +125,7 @@ def reliability(rows: Sequence[Mapping[str, Any]]) -> str:
     return _svg(axes)
 
 
-SHOWN_AT = 480
-"""Longest side to which a small picture is enlarged, in pixels."""
+SHOWN_AT = 480  # longest side to which a small picture is enlarged, in pixels
 
 
 def data_uri(picture: np.ndarray, quality: int = 80) -> str:

@@ -32,12 +32,9 @@ from amkd_monai.storage import atomic_write_bytes
 from amkd_monai.terminal import number
 
 PAGE = Path(__file__).with_name("page.html")
-SHOWN = {"best": 3, "median": 3, "worst": 6}
-"""Cases that are shown of one run; of several, each has its share."""
-LISTED = 50
-"""Failures that are listed."""
-LARGEST = 15_000_000
-"""Bytes of a page; above, volumes show fewer slices."""
+SHOWN = {"best": 3, "median": 3, "worst": 6}  # cases that are shown of one run; of several, each has its share
+LISTED = 50  # failures that are listed
+LARGEST = 15_000_000  # bytes of a page; above, volumes show fewer slices
 MARKS = (("A", "P", "S", "I"), ("R", "L", "S", "I"), ("R", "L", "A", "P"))
 """Sides of the patient on the left, right, top and bottom of each of ``PLANES``."""
 NAMES = {"dice": "Dice", "iou": "IoU", "nsd": "NSD", "hd95": "HD95", "qwk": "Quadratic weighted kappa", "ece": "ECE"}

@@ -61,10 +61,8 @@ COLUMNS = {
 FOLDS = 5
 NO_FINDING, NO_FINDINGS = "none", ("none", "nofinding", "nofindings")
 """A label of an image without findings, and ways to write it."""
-NO_LABEL = ("", "nan", "null", "n/a")
-"""Cells of a label that say nothing, in lower case."""
-BINARY = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
-"""Cells that say whether something is there."""
+NO_LABEL = ("", "nan", "null", "n/a")  # cells of a label that say nothing, in lower case
+BINARY = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}  # cells that say whether something is there
 
 
 Found = tuple[dict[str, str], Any, Any]
