@@ -264,11 +264,9 @@ def write_contact_sheet(
     for axes, item in zip(places, chosen, strict=False):
         image, mask, _ = _read(item, task, codes)
         mask = None if mask is None else np.where(mask == IGNORED, 0, mask)
-        if task.dimensions == 3:
-            outline = np.zeros(image.shape, np.uint8) if mask is None else mask
+        if task.dimensions == 3 and mask is not None:  # volumes without a mask are no items
             grid, _ = cases.case_grid(files_of(item["image"]))
-            image, outline = volumes.seen_slice(volumes.grey_levels(image), outline, grid)
-            mask = None if mask is None else outline
+            image, mask = volumes.seen_slice(volumes.grey_levels(image), mask, grid)
         picture, words = Image.fromarray(image).convert("RGB"), [_class_of(item, task)]
         picture.thumbnail((400, 400))
         shown = np.asarray(picture)
