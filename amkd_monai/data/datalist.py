@@ -279,9 +279,8 @@ def further_images(
         raise ValueError("unlabelled images teach nothing without teachers: leave `unlabelled` out, or name teachers.")
     if datalist.task.channels and datalist.task.dimensions == 2:
         raise ValueError("unlabelled folders hold one file an image, this task has several channels: leave it out.")
-    chosen = [
-        Path(folder).expanduser() for folder in ([folders] if isinstance(folders, (str, os.PathLike)) else folders)
-    ]
+    given = [folders] if isinstance(folders, (str, os.PathLike)) else folders
+    chosen = [Path(folder).expanduser() for folder in given]
     volumes = datalist.task.dimensions == 3
     items = [item for number, folder in enumerate(chosen) for item in _items(folder, f"unlabelled{number}", volumes)]
     found, left_out = len(items), dict[str, int]()

@@ -179,11 +179,8 @@ def _gain(run: RunFolder, first: RunFolder, comparison: Sequence[Row]) -> str:
         how = "give the folder of the same training without teachers first (report UNDISTILLED RUN)."
         return f"Gain over the undistilled student: not measured; {how}"
     told = ["{1} {3} (95 % interval {4})".format(*_compared(row)) for row in rows]
-    unclear = (
-        "; an interval that holds 0 shows no gain"
-        if any(not (r["ci_low"] > 0 or r["ci_high"] < 0) for r in rows)
-        else ""
-    )
+    holds_0 = any(not (row["ci_low"] > 0 or row["ci_high"] < 0) for row in rows)
+    unclear = "; an interval that holds 0 shows no gain" if holds_0 else ""
     same = ("seed", "max_epochs", "student_parameters", "labelled_samples", "recipe", "image_size")
     differ = [key.replace("_", " ") for key in same if run.record.get(key) != first.record.get(key)]
     splits = {of.record.get("data", {}).get("split_hash") for of in (run, first)}
