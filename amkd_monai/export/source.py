@@ -20,17 +20,11 @@ from amkd_monai.weights import CheckpointError, file_sha256, load_state_dict, lo
 
 
 class Case(NamedTuple):
-    """One labelled image as the student sees it.
+    """One labelled image as the student sees it."""
 
-    Attributes:
-        id: of the item.
-        batch: (1, C, H, W), or the slices of a volume (D, C, H, W), float32 in [0, 1].
-        label: label map (1 or D, H, W), or the class ().
-    """
-
-    id: str
-    batch: np.ndarray
-    label: np.ndarray
+    id: str  # of the item
+    batch: np.ndarray  # (1, C, H, W), or the slices of a volume (D, C, H, W), float32 in [0, 1]
+    label: np.ndarray  # label map (1 or D, H, W), or the class ()
 
 
 UNDISTILLED = {
