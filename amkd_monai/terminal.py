@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -35,6 +36,11 @@ def is_quiet() -> bool:
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """Return a tqdm progress line on the error stream; hidden if quiet and, by default, outside a terminal."""
     return tqdm(iterable, **{"disable": None, **options, **({"disable": True} if is_quiet() else {})})
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a figure as text, "-" where there is none or it is not a number."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def align(rows: Sequence[Sequence[str]], left: int | None = 1, ruled: bool = False) -> str:

@@ -52,9 +52,10 @@ def dices(found: Path, cases: Path, classes: int) -> tuple[np.ndarray, float]:
 
 def prepare(bundle: str, settings: dict[str, object], calibration: int, folder: Path) -> int:
     """Write networks and images of a bundle's run into a folder; return the number of classes."""
+    from amkd_monai.data.splits import spread
     from amkd_monai.export import formats
     from amkd_monai.export.bundle import calibration_batches
-    from amkd_monai.export.source import Source, spread
+    from amkd_monai.export.source import Source
 
     source = Source(bundle, settings)
     if source.task.is_classification:

@@ -14,7 +14,7 @@ import numpy as np
 from amkd_monai.bundles.merge import ABSENT, PARTS, bundle_files, resolved
 from amkd_monai.data.datasets import Task, get_task
 from amkd_monai.data.datasets.described import BINARY, COLUMNS, Described, names_of_channels, names_of_values
-from amkd_monai.data.splits import PATIENT, Item
+from amkd_monai.data.splits import PATIENT, Item, spread
 from amkd_monai.files import masks, volumes
 from amkd_monai.files.cases import case_grid, is_volume, read_case
 from amkd_monai.files.names import (
@@ -33,14 +33,11 @@ from amkd_monai.files.pictures import picture_frame, read_picture
 from amkd_monai.storage import atomic_folder
 from amkd_monai.terminal import progress
 
-LARGEST_SIDE = 256
-"""Pixels of a side of what a student sees, at most."""
-LOOKED_AT = 20
-"""Images of which the values are read, evenly over the data."""
+LARGEST_SIDE = 256  # pixels of a side of what a student sees, at most
+LOOKED_AT = 20  # images of which the values are read, evenly over the data
 SLICES = {0: ("RAS", [0, 1, 2]), 1: ("AIL", [1, 2, 0]), 2: ("SPL", [2, 1, 0])}
 """Order of the axes, the slices' first, by the anatomical axis with the longest voxels; and as indices of RAS."""
-WINDOW = (0.5, 99.5)
-"""Percentiles of the Hounsfield units within the labels that a CT is scaled between."""
+WINDOW = (0.5, 99.5)  # percentiles of the Hounsfield units within the labels that a CT is scaled between
 
 
 def new_bundle(
@@ -273,16 +270,12 @@ def _mask_classes(
     return found, facts
 
 
-def _spread(items: Sequence[Item]) -> list[Item]:
-    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, LOOKED_AT).round().astype(int))]
-
-
 def _pictures(items: Sequence[Item]) -> tuple[list[str], dict[str, Any]]:
     """Facts about pictures; the side that the student sees, and whether they are grey."""
     sizes = np.array([picture_frame(item["image"])[0] for item in items])
     shorter = float(np.median(sizes.min(axis=1)))
     side = int(min(LARGEST_SIDE, max(32, 32 * round(shorter / 32))))
-    grey = all((p == p[..., :1]).all() for p in (read_picture(item["image"]) for item in _spread(items)))
+    grey = all((p == p[..., :1]).all() for p in (read_picture(item["image"]) for item in spread(items, LOOKED_AT)))
     low, middle, high = (" x ".join(f"{v:g}" for v in f(sizes, axis=0)) for f in (np.min, np.median, np.max))
     facts = [f"sizes: {low} to {high}, median {middle} pixels; the student sees {side} x {side}"]
     facts.append("grey pictures" if grey else "colour pictures")
@@ -301,7 +294,7 @@ def _volumes(items: Sequence[Item], description: dict[str, Any], modality: str) 
     spacing = spacing.round(4)
     size = [-1, *(32 * np.ceil((extent[1:] / spacing[1:] - 0.5) / 32).astype(int)).tolist()]
     inside: list[np.ndarray] = []
-    for item in _spread(items):
+    for item in spread(items, LOOKED_AT):
         channels, grid = read_case([item["image"]])
         array = channels[0]
         if array.min() > volumes.HIGHEST_MINIMUM or modality not in ("", "CT"):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from amkd_monai.data.datalist import find_items, stand_in_note
 from amkd_monai.data.datasets import Named, Task, get_task
-from amkd_monai.data.splits import DEFAULT_SPLIT, NEAR, Item, SplitOptions, clusters, identical, near_duplicates
+from amkd_monai.data.splits import DEFAULT_SPLIT, NEAR, Item, SplitOptions, clusters, identical, near_duplicates, spread
 from amkd_monai.files import cases, names, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, coding_problem, read_mask
 from amkd_monai.files.names import files_of, label_files, natural, some
@@ -161,10 +161,8 @@ def _describe_classes(report: DataReport) -> None:
             if len({label >> n & 1 for label in labels}) == 1:
                 report.problems.append(f"{'Every' if labels[0] >> n & 1 else 'No'} image has the finding {name}.")
     elif found := {item["label"] for item in report.items if _has_class(item)}:
-        wrong = sorted(found - set(range(len(classes))))
-        report.problems += [f"The label {n} is not one of the classes 0 to {len(classes) - 1}." for n in wrong]
-        if missing := sorted(set(range(len(classes))) - found):
-            report.problems.append(f"No image of the class(es) {', '.join(classes[n] for n in missing)}.")
+        missing = [name for n, name in enumerate(classes) if n not in found]
+        report.problems += [f"No image of the class(es) {', '.join(missing)}."] if missing else []
 
 
 def _describe_masks(report: DataReport, shares: Mapping[str, float]) -> None:
@@ -191,7 +189,7 @@ def _duplicates(report: DataReport, cache_dir: str | Path | None) -> list[list[I
             report.problems.append(f"{of_both}: drop both, or decide which is right.")
     if report.task.dimensions == 2:
         kind = "byte-identical or nearly so"
-        pairs += near_duplicates([files_of(item["image"])[0] for item in items], NEAR, cache_dir)
+        pairs += near_duplicates(items, NEAR, cache_dir)
     found = [[items[i] for i in members] for members in clusters(len(items), pairs) if len(members) > 1]
     listed = "; ".join(" = ".join(item["id"] for item in members) for members in found)
     report.facts.append(f"duplicates ({kind}): {len(found)} clusters" + (f": {listed}" if found else ""))
@@ -256,7 +254,7 @@ def write_contact_sheet(
     if not items:
         raise ValueError("There is no image to draw: correct the data first.")
     codes, several = task.mask_codes if mask_codes is None else mask_codes, len(task.classes) > 2
-    chosen = [items[round(i)] for i in np.linspace(0, len(items) - 1, min(count, len(items)))]
+    chosen = spread(items, count)
     columns = min(6, len(chosen))
     rows = -(-len(chosen) // columns)
     figure = Figure((2 * columns, 2.4 * rows), layout="constrained")
@@ -266,11 +264,9 @@ def write_contact_sheet(
     for axes, item in zip(places, chosen, strict=False):
         image, mask, _ = _read(item, task, codes)
         mask = None if mask is None else np.where(mask == IGNORED, 0, mask)
-        if task.dimensions == 3:
-            outline = np.zeros(image.shape, np.uint8) if mask is None else mask
+        if task.dimensions == 3 and mask is not None:  # volumes without a mask are no items
             grid, _ = cases.case_grid(files_of(item["image"]))
-            image, outline = volumes.seen_slice(volumes.grey_levels(image), outline, grid)
-            mask = None if mask is None else outline
+            image, mask = volumes.seen_slice(volumes.grey_levels(image), mask, grid)
         picture, words = Image.fromarray(image).convert("RGB"), [_class_of(item, task)]
         picture.thumbnail((400, 400))
         shown = np.asarray(picture)

@@ -279,7 +279,8 @@ def further_images(
         raise ValueError("unlabelled images teach nothing without teachers: leave `unlabelled` out, or name teachers.")
     if datalist.task.channels and datalist.task.dimensions == 2:
         raise ValueError("unlabelled folders hold one file an image, this task has several channels: leave it out.")
-    chosen = [names.expanded(folder) for folder in ([folders] if isinstance(folders, (str, os.PathLike)) else folders)]
+    given = [folders] if isinstance(folders, (str, os.PathLike)) else folders
+    chosen = [Path(folder).expanduser() for folder in given]
     volumes = datalist.task.dimensions == 3
     items = [item for number, folder in enumerate(chosen) for item in _items(folder, f"unlabelled{number}", volumes)]
     found, left_out = len(items), dict[str, int]()
@@ -293,7 +294,7 @@ def further_images(
     known = set(content_hashes([file for i in others for file in files_of(i["image"])], cache_dir))
     contents = content_hashes([i["image"] for i in items], cache_dir)
     items = keep("copies", [i for i, content in zip(items, contents, strict=True) if content not in known])
-    pairs = splits.near_duplicates([files_of(i["image"])[0] for i in (*held_out, *items)], OVERLAP, cache_dir)
+    pairs = splits.near_duplicates([*held_out, *items], OVERLAP, cache_dir)
     near = {j - len(held_out) for i, j in pairs if i < len(held_out) <= j}
     items = keep("like_validation_or_test", [item for number, item in enumerate(items) if number not in near])
     patients = splits.patients_of([*held_out, *items])
@@ -306,7 +307,7 @@ def further_images(
         items = [{**item, "group": _group_of(item, groups)} for item in items]
     else:
         items = [{**item, "group": patients.get(item["image"], item["id"])} for item in items]
-        items = splits.group_near_duplicates(items, cache_dir=cache_dir)
+        items = splits.joined(items, splits.near_duplicates(items, cache_dir=cache_dir))
     counts = {"images": len(items), "groups": len({item["group"] for item in items}), "left_out": left_out}
     logger.info("unlabelled images: %s", counts)
     return FurtherImages(items, {"folders": [str(folder) for folder in chosen], **counts})

@@ -184,8 +184,8 @@ class DecodedDataset(Dataset):
         index = json.loads(finished.read_text(encoding="utf-8"))
         for name in ("ids", "cases", "groups", "hashes", "skipped", "axes"):
             setattr(self, name, index[name])
-        self.has_label, self.has_foreground = (np.array(index[n], bool) for n in ("has_label", "has_foreground"))
-        self.first, self.last = (np.array(index[n]) for n in ("first", "last"))
+        for name in ("has_label", "has_foreground", "first", "last"):
+            setattr(self, name, np.array(index[name]))
         self.images, self.labels = (
             np.memmap(self.directory / f"{name}.u8", np.uint8, "r", shape=(len(self), *index["shapes"][name]))
             for name in ("images", "labels")

@@ -26,17 +26,16 @@ def fingerprints(sections: Mapping[str, Sequence[Item]], volumes: bool, cache_di
     items = {f"{name}/{i['id']}": files_of(i["image"])[0] for name, part in sections.items() for i in part}
     paths = {name: path for name, path in items.items() if Path(path).exists()}
     contents = content_hashes(list(paths.values()), cache_dir)
-    found = dict(zip(paths, ([content] for content in contents), strict=True))
     if volumes:
         memo = None if cache_dir is None else Path(cache_dir) / "volume_hashes.json"
         known = read_memo(memo, lambda value: isinstance(value, str))
-        for (content,), path in zip(found.values(), paths.values(), strict=True):
+        for content, path in zip(contents, paths.values(), strict=True):
             if content not in known:
                 known[content] = _of_values(path) or content
         write_memo(memo, known)
-        return {name: [known[content]] for name, (content,) in found.items()}
-    hashes = perceptual_hashes(list(paths.values()), cache_dir)
-    return {name: [*values, *filter(None, [look])] for (name, values), look in zip(found.items(), hashes, strict=True)}
+        return {name: [known[content]] for name, content in zip(paths, contents, strict=True)}
+    looks = perceptual_hashes(list(paths.values()), cache_dir)
+    return {name: [*filter(None, of)] for name, *of in zip(paths, contents, looks, strict=True)}
 
 
 def _of_values(path: str) -> str:

@@ -149,6 +149,11 @@ def without(item: Item, key: str) -> Item:
     return {k: v for k, v in item.items() if k != key}
 
 
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """Return at most ``count`` items, evenly over the list."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
+
+
 def split_hash(**sections: Iterable[Item]) -> str:
     """SHA-256 (64 hexadecimal digits) of ids and groups per section, independent of order and paths."""
     members = {name: sorted([item["id"], item["group"]] for item in items) for name, items in sections.items()}
@@ -278,10 +283,10 @@ def _hash(path: str) -> str:
 
 
 def near_duplicates(
-    paths: Sequence[str], distance: int = NEAR, cache_dir: str | Path | None = None
+    items: Sequence[Item], distance: int = NEAR, cache_dir: str | Path | None = None
 ) -> list[tuple[int, int]]:
-    """Return the pairs (i < j) of pictures whose hashes differ in at most ``distance`` bits."""
-    return near_pairs(perceptual_hashes(paths, cache_dir), distance)
+    """Return the pairs (i < j) of items whose first files have hashes that differ in at most ``distance`` bits."""
+    return near_pairs(perceptual_hashes([files_of(item["image"])[0] for item in items], cache_dir), distance)
 
 
 def near_pairs(hashes: Sequence[str], distance: int = NEAR) -> list[tuple[int, int]]:
@@ -304,10 +309,3 @@ def clusters(count: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
     links = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(count, count))
     number, labels = connected_components(links, directed=False)
     return sorted(np.flatnonzero(labels == label).tolist() for label in range(number))
-
-
-def group_near_duplicates(
-    items: Sequence[Item], distance: int = NEAR, cache_dir: str | Path | None = None
-) -> list[Item]:
-    """Give near-duplicate pictures one common group, see :func:`joined`; return copies of the items in their order."""
-    return joined(items, near_duplicates([files_of(item["image"])[0] for item in items], distance, cache_dir))

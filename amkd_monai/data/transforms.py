@@ -13,7 +13,7 @@ from monai.utils import convert_to_dst_type, ensure_tuple
 
 from amkd_monai.files import cases, volumes
 from amkd_monai.files.masks import IGNORED, MaskCodes, read_mask
-from amkd_monai.files.names import expanded, file_id, file_of, files_of
+from amkd_monai.files.names import file_id, file_of, files_of
 from amkd_monai.files.pictures import read_channels, write_mask
 from amkd_monai.files.steps import crop_disc, neighbours
 
@@ -177,7 +177,7 @@ class SaveMaskd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write each key's map; the data stay."""
-        source, folder = Path(data["image"].meta[FILENAME]), expanded(self.output_dir)
+        source, folder = Path(data["image"].meta[FILENAME]), Path(self.output_dir).expanduser()
         name = str(data.get("id") or file_id(source))
         folder.mkdir(parents=True, exist_ok=True)
         for key in self.key_iterator(data):

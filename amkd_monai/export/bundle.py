@@ -21,14 +21,14 @@ from jinja2 import Environment, StrictUndefined
 
 from amkd_monai import __version__
 from amkd_monai.data.datasets import Task
-from amkd_monai.data.splits import Item
+from amkd_monai.data.splits import Item, spread
 from amkd_monai.errors import root_cause
 from amkd_monai.export import formats
 from amkd_monai.export.page import write_page
 from amkd_monai.export.predict import SEEN, VERSION
 from amkd_monai.export.repositories import write_hub, write_triton
 from amkd_monai.export.runners import Runner, peak_memory, runner, torch_runner
-from amkd_monai.export.source import Case, Source, spread
+from amkd_monai.export.source import Case, Source
 from amkd_monai.export.windows import first_input, logits_of
 from amkd_monai.files.masks import IGNORED
 from amkd_monai.files.names import DICOM_SUFFIX, PICTURE_SUFFIXES, VOLUME_SUFFIXES
@@ -36,18 +36,14 @@ from amkd_monai.files.steps import softmax
 from amkd_monai.metrics.classification import class_metrics
 from amkd_monai.metrics.summary import class_summaries
 from amkd_monai.storage import atomic_folder, atomic_write_json
-from amkd_monai.terminal import align, logger, progress
+from amkd_monai.terminal import align, logger, number, progress
 from amkd_monai.weights import file_sha256
 
-CALIBRATION_SLICES = 8
-"""Slices taken from each volume to calibrate 8 bits."""
-TOLERANCE = 1e-4
-"""Largest difference of a probability between the student and a float format."""
-LARGEST_LOSS = 0.005
-"""Dice (half a point) or AUC that 8 bits may cost."""
+CALIBRATION_SLICES = 8  # slices taken from each volume to calibrate 8 bits
+TOLERANCE = 1e-4  # largest difference of a probability between the student and a float format
+LARGEST_LOSS = 0.005  # Dice (half a point) or AUC that 8 bits may cost
 REPEATS = 20
-BATCH = 8
-"""Pictures, or slices of a volume, that a network takes at once."""
+BATCH = 8  # pictures, or slices of a volume, that a network takes at once
 INFERENCE, CARD = (Path(__file__).with_name(name) for name in ("inference.json", "card.md"))
 """Config of a bundle that needs MONAI and TorchScript alone, and template of the model card.
 
@@ -324,9 +320,9 @@ def _metadata(source: Source, shape: Sequence[int]) -> dict[str, Any]:
 def image_text(source: Source) -> str:
     """Describe an image and its preparation, with the sizes of this student's preprocessing."""
     text = [part for part in source.metadata["image_classes"].split(", ") if not re.search(r"\d x \d", part)]
-    for step in source.image_steps:
-        if step["transform"] in SIZED:
-            words, key = SIZED[step["transform"]]
+    for step in source.transforms:
+        if step["_target_"] in SIZED:
+            words, key = SIZED[step["_target_"]]
             text.append(words.format(" x ".join("any" if n == -1 else f"{n:g}" for n in step[key])))
     return ", ".join(text)
 
@@ -336,21 +332,17 @@ def format_cells(facts: dict[str, Any]) -> list[Sequence[str]]:
     metric = {"macro_auroc": "macro AUC", "dice": "Dice"}[facts["metric"]]
     cells: list[Sequence[str]] = [("format", "MB", "p50 ms", "p95 ms", "peak MB", "max difference", metric)]
     for row in facts["formats"]:
-        sizes = [_number(row[key], digits) for key, digits in (("megabytes", 1), ("p50", 1), ("p95", 1), ("memory", 0))]
-        cells.append([row["name"], *sizes, f"{row['difference']:.1e}", _number(row["metric"])])
+        sizes = [number(row[key], digits) for key, digits in (("megabytes", 1), ("p50", 1), ("p95", 1), ("memory", 0))]
+        cells.append([row["name"], *sizes, f"{row['difference']:.1e}", number(row["metric"])])
     return cells
 
 
 def model_card(source: Source, facts: dict[str, Any], name: str) -> str:
     """Return ``docs/README.md``; ``facts`` is the content of ``docs/export.json``, ``name`` the folder's."""
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
-    environment.filters |= {"number": _number, "class_summaries": class_summaries}
+    environment.filters |= {"number": number, "class_summaries": class_summaries}
     template, table = environment.from_string(CARD.read_text(encoding="utf-8")), format_cells(facts)
     parameters = sum(p.numel() for p in source.student.parameters())
     return template.render(
         source=source, facts=facts, name=name, images=image_text(source), parameters=parameters, table=table
     )
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -66,7 +66,7 @@ def evaluate(
 def _case(predictor: Predictor, task: Task, item: Item, codes: MaskCodes, codings: set[str], output: Path) -> list[Row]:
     """Answer one image, keep its pictures and score it."""
     case, files, masks = str(item["id"]), files_of(item["image"]), label_files(item)
-    image = Input(case, Path(files[0]), (), files if len(files) > 1 else ())
+    image = Input(case, files)
     array, grid, answer = predictor.answered(image)
     if task.is_classification:
         save_arrays(preview_file(output, case), {"image": small(pictured(image, array)[None])})

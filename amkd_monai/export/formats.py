@@ -32,14 +32,11 @@ PAGE, REPOSITORIES = "web", ("hub", "triton")
 """A page, and model repositories, with the ONNX networks, made when everything else is written."""
 MADE_FROM = {"ort-int8": "onnx", "openvino": "onnx", "openvino-int8": "ort-int8"}
 """Formats that are made from another one."""
-QUANTISED = ("Conv", "Add", "Clip")
-"""Nodes of 8 bits; the linear head of classes stays in floats."""
+QUANTISED = ("Conv", "Add", "Clip")  # nodes of 8 bits; the linear head of classes stays in floats
 FLAT = ("ort-int8", "openvino-int8", PAGE)
 """Formats that a 3D student has not: its 8 bits are not calibrated, and a page slides no window over a volume."""
-RARE = 1e-4
-"""Share of the values of a tensor in an image, on each side, that 8 bits need not span."""
-STRIDE = 32
-"""Height and width of what an exported network takes are multiples of it."""
+RARE = 1e-4  # share of the values of a tensor in an image, on each side, that 8 bits need not span
+STRIDE = 32  # height and width of what an exported network takes are multiples of it
 
 
 def chosen_formats(text: str) -> list[str]:

@@ -21,7 +21,7 @@ import pooch
 
 from amkd_monai import __version__
 from amkd_monai.export.runners import runner
-from amkd_monai.files.names import MARK, expanded
+from amkd_monai.files.names import MARK
 from amkd_monai.files.pictures import CLASS_COLOURS
 from amkd_monai.files.steps import softmax
 from amkd_monai.storage import atomic_path, read_json
@@ -31,8 +31,7 @@ RUNTIME = "onnxruntime-web"
 RELEASE = "1.30.0"
 INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 """Version of the package of npm, and SHA-512 of its archive as npm states it."""
-ESCAPE = 0xE000
-"""Letter before one that a string cannot hold, whose highest bit is turned."""
+ESCAPE = 0xE000  # letter before one that a string cannot hold, whose highest bit is turned
 PAGE = Path(__file__).with_name("web")
 NETWORKS = {"float": ("onnx", 1e-3), "int8": ("ort-int8", 0.1)}
 """Format by the page's name, and how far its probabilities may be from those of ONNX Runtime on this machine.
@@ -50,7 +49,7 @@ def runtime_archive(given: str | Path | None = None) -> Path:
     """
     name = f"{RUNTIME}-{RELEASE}.tgz"
     if given:
-        if not _is_intact(file := expanded(given)):
+        if not _is_intact(file := Path(given).expanduser()):
             raise ValueError(f"{file} is not npm's archive {name}: its SHA-512 differs: get it by `npm pack`.")
         return file
     kept = Path(pooch.os_cache("amkd_monai")) / name

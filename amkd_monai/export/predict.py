@@ -21,14 +21,10 @@ from amkd_monai.files.volumes import Grid, grey_levels, seen_slice, write_mask_v
 from amkd_monai.storage import atomic_path, file_sha256, read_json
 from amkd_monai.terminal import logger, progress
 
-VERSION = 3
-"""Of ``configs/predict.json``."""
-SEEN = "docs/seen.json"
-"""File of an exported bundle with the fingerprints of the images that the student has seen."""
-OPACITY = 0.35
-"""Of masks in overlays."""
-LETTERED_WIDTH = 320
-"""Pixels of width, at least, for which letters are made."""
+VERSION = 3  # of ``configs/predict.json``
+SEEN = "docs/seen.json"  # file of an exported bundle with the fingerprints of the images that the student has seen
+OPACITY = 0.35  # of masks in overlays
+LETTERED_WIDTH = 320  # pixels of width, at least, for which letters are made
 
 
 def predict(
@@ -47,7 +43,7 @@ def predict(
     images = predictor.images(source)
     if (dicom_seg or dicom_captures) and not any(image.slices for image in images):
         raise ValueError(f"{source} holds no DICOM series, which DICOM output needs: leave out its options.")
-    folder = names.expanded(output)
+    folder = Path(output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     rows, failed = [], 0
     for image in progress(images, desc="predict"):
@@ -57,7 +53,7 @@ def predict(
         except refusals() as error:
             failed += 1
             reason = " ".join(str(error).split()) or "it does not fit into memory"
-            place = "" if str(image.path) in reason else f"{image.path} cannot be predicted: "
+            place = "" if str(image.files[0]) in reason else f"{image.files[0]} cannot be predicted: "
             tqdm.write(f"error: {place}{reason}", file=sys.stderr)
     if rows:
         columns = ["p_" + name.lower().replace(" ", "_") for name in predictor.config["classes"]]
@@ -71,12 +67,11 @@ def predict(
 
 
 class Input(NamedTuple):
-    """One image: the name of the answer's files, the file or folder, slices of a DICOM series, files of channels."""
+    """One image: the name of the answer's files, its files, one per channel, or the folder of a series, its slices."""
 
     id: str
-    path: Path
+    files: Sequence[str | Path]
     slices: Sequence[Slice] = ()
-    channels: Sequence[str] = ()
 
 
 class Predictor:
@@ -105,7 +100,7 @@ class Predictor:
         Images of several channels are those of a folder whose files end in ``_0000``, ``_0001`` and so on, or NIfTI
         volumes of four axes. Nothing there is a FileNotFoundError, no image of this model's kind a ValueError.
         """
-        path, dimensions, channels = names.expanded(source), self.config["dimensions"], self.channels
+        path, dimensions, channels = Path(source).expanduser(), self.config["dimensions"], self.channels
         suffixes = names.PICTURE_SUFFIXES if dimensions == 2 else names.VOLUME_SUFFIXES
         kinds = {2: "pictures (PNG, JPEG, TIFF, BMP, .dcm)", 3: "volumes (NIfTI, or a folder of one DICOM series)"}
         if not path.exists():
@@ -117,14 +112,14 @@ class Predictor:
             remedy = f"give {channels} files an image, ending in {ends}, no others"
             raise ValueError(f"{path} lacks channels of {of}: {remedy}.")
         if cases:
-            return [Input(c, Path(f[0]), (), [f[k] for k in sorted(f)]) for c, f in sorted(cases.items())]
+            return [Input(case, [files[k] for k in sorted(files)]) for case, files in sorted(cases.items())]
         if path.is_file() and names.has_suffix(path, suffixes):
             if names.is_prediction(path):
                 raise ValueError(f"{path} is a prediction: give the image it was made from.")
-            return [Input(names.file_id(path), path)]
+            return [Input(names.file_id(path), [path])]
         below = series_folders(path) if path.is_dir() and dimensions == 3 else []
         files = names.images_to_predict(path, suffixes, below) if path.is_dir() else {}
-        found = {name: Input(name, file) for name, file in files.items()}
+        found = {name: Input(name, [file]) for name, file in files.items()}
         if path.is_dir() and dimensions == 3:
             for resolved, folder in {f.resolve(): f for f in (path, *below)}.items():
                 series = find_series(folder)
@@ -132,7 +127,7 @@ class Predictor:
                     name = names.printable(resolved.name) + (f"_{number}" if len(series) > 1 else "")
                     while name in found:
                         name += "_"
-                    found[name] = Input(name, folder, slices)
+                    found[name] = Input(name, [folder], slices)
         if not found:
             raise ValueError(f"{path} holds nothing that fits the model: it takes {kinds[dimensions]}.")
         return list(found.values())
@@ -158,21 +153,20 @@ class Predictor:
         )
         if before != after:
             what = "%s: the student sees the central %s of %s samples and takes all beyond for background."
-            logger.warning(what, image.path, after, before)
+            logger.warning(what, image.files[0], after, before)
         is_mask = self.config["kind"] == "segmentation"
         return array, grid, self.mask(array, grid) if is_mask else self.probabilities(array)[0]
 
     def read(self, image: Input) -> tuple[np.ndarray, Grid | None]:
         """Read a picture (C, H, W), levels 0 to 255, or a volume (C, X, Y, Z) and its grid; else a ValueError."""
-        files = image.channels or [str(image.path)]
         if self.config["dimensions"] == 2:
-            return pictures.read_channels(files).transpose(2, 0, 1).astype(np.float32), None
+            return pictures.read_channels(image.files).transpose(2, 0, 1).astype(np.float32), None
         if not image.slices:
-            return read_case(files, self.channels)
-        if self.channels > 1:
-            count = self.channels
-            raise ValueError(f"{image.path} is one DICOM series, the student takes {count} channels: give NIfTI files.")
-        volume, grid = read_series(image.path, image.slices)
+            return read_case(image.files, self.channels)
+        folder, count = Path(image.files[0]), self.channels
+        if count > 1:
+            raise ValueError(f"{folder} is one DICOM series, the student takes {count} channels: give NIfTI files.")
+        volume, grid = read_series(folder, image.slices)
         return volume[None], grid
 
     def probabilities(self, image: np.ndarray, grid: Grid | None = None) -> tuple[np.ndarray, list[Inverse]]:
@@ -250,7 +244,7 @@ def _predict_one(predictor: Predictor, image: Input, folder: Path, dicom_seg: bo
 
 def pictured(image: Input, array: np.ndarray) -> np.ndarray:
     """The picture (H, W, 3), uint8, that was read as (C, H, W); of several files the first."""
-    return (array[[0, 0, 0]] if image.channels else array).transpose(1, 2, 0).astype(np.uint8)
+    return (array[[0, 0, 0]] if len(image.files) > 1 else array).transpose(1, 2, 0).astype(np.uint8)
 
 
 def drawn_overlay(image: np.ndarray, mask: np.ndarray, classes: Sequence[str]) -> np.ndarray:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from amkd_monai.files.names import expanded
 from amkd_monai.storage import atomic_write_json, read_json
 
 if TYPE_CHECKING:
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-ANSWERING = ["configs/predict.json", "models/*.onnx"]
-"""Files of a repository that prediction reads."""
+ANSWERING = ["configs/predict.json", "models/*.onnx"]  # files of a repository that prediction reads
 LARGEST_BATCH, PATCHES, LONGEST_WAIT = 32, 4, 2000
 """Images, and patches of volumes, that the server puts into one batch, and microseconds that one waits for others."""
 
@@ -80,7 +78,7 @@ def located(where: str | Path, revision: str | None = None) -> Path:
     A name such as ``dist/polyps`` is never looked up on the hub where there is a local folder ``dist``. No such folder,
     and what the hub does not give, are an OSError; a revision of a local folder is a ValueError.
     """
-    folder = expanded(where)
+    folder = Path(where).expanduser()
     if folder.is_dir():
         if revision:
             raise ValueError(f"{folder} is a folder here, which has no revision {revision}: leave out the revision.")
@@ -101,7 +99,7 @@ def push(folder: str | Path, repository: str, public: bool = False) -> str:
 
     Another folder, or a name that is none of the hub's, is a ValueError; what the hub does not take is an OSError.
     """
-    folder = expanded(folder)
+    folder = Path(folder).expanduser()
     if missing := [name for name in (WEIGHTS, CONFIG, "README.md") if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {missing[0]}: make it by `export --formats hub`.")
     if not REPOSITORY.fullmatch(repository):

@@ -27,13 +27,11 @@ from amkd_monai.files.volumes import write_mask_volume
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PICTURES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"II*\0": ".tif", b"MM\0*": ".tif", b"BM": ".bmp"}
-DICOM = b"DICM"
-"""Behind 128 bytes of any content, which may look like another kind of file."""
+DICOM = b"DICM"  # behind 128 bytes of any content, which may look like another kind of file
 PACKED = b"\x1f\x8b"
 VOLUMES = dict.fromkeys((PACKED, b"\x5c\1\0\0", b"\0\0\1\x5c", b"\x1c\2\0\0", b"\0\0\2\x1c"), ".nii")
 """Suffix by the first bytes of a file: the name that a client gives decides nothing."""
-UNPACKED = 20
-"""Times its packed size that a volume may have."""
+UNPACKED = 20  # times its packed size that a volume may have
 HEADERS = {
     **{"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"},
     "X-Content-Type-Options": "nosniff",

@@ -20,17 +20,11 @@ from amkd_monai.weights import CheckpointError, file_sha256, load_state_dict, lo
 
 
 class Case(NamedTuple):
-    """One labelled image as the student sees it.
+    """One labelled image as the student sees it."""
 
-    Attributes:
-        id: of the item.
-        batch: (1, C, H, W), or the slices of a volume (D, C, H, W), float32 in [0, 1].
-        label: label map (1 or D, H, W), or the class ().
-    """
-
-    id: str
-    batch: np.ndarray
-    label: np.ndarray
+    id: str  # of the item
+    batch: np.ndarray  # (1, C, H, W), or the slices of a volume (D, C, H, W), float32 in [0, 1]
+    label: np.ndarray  # label map (1 or D, H, W), or the class ()
 
 
 UNDISTILLED = {
@@ -63,7 +57,6 @@ class Source:
         identity: ``student.json`` of the run, empty if missing.
         mask_codes: meaning of the values of masks in the training.
         unscored: why ``metrics.json`` is not about this student, if so.
-        image_steps: preprocessing as :func:`amkd_monai.engines.runs.image_steps` records it.
         data: the datalist of the run.
     """
 
@@ -114,7 +107,6 @@ class Source:
         if "distillation" in self.record and not self.taught:
             for key, (distilled, alone) in UNDISTILLED.items():
                 self.metadata[key] = self.metadata[key].replace(distilled, alone)
-        self.image_steps = runs.image_steps(inference, "preprocessing")
         self._chain = training.get_parsed_content("validate#preprocessing")
 
     def case(self, item: Item) -> Case:
@@ -137,13 +129,6 @@ class Source:
             return np.asarray(self._infer(image.transpose(0, 1)[None], self.student)[0].transpose(0, 1))
 
 
-def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """At most so many items, evenly over the list."""
-    if len(items) <= count:
-        return list(items)
-    return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
-
-
 def config_files(bundle: Path, name: str, overlay: str) -> list[Path]:
     """Return a config and what an overlay puts on it, ``volumes.json`` on ``train.json``; else a ValueError."""
     on_top = overlay if name == "train" else f"{overlay}_{name}"
@@ -158,10 +143,8 @@ def config_files(bundle: Path, name: str, overlay: str) -> list[Path]:
 def _parser(bundle: Path, files: Sequence[Path], settings: Mapping[str, Any]) -> ConfigParser:
     parser = ConfigParser()
     parser.read_config([str(file) for file in files])
-    parser["bundle_root"], parser["device"] = str(bundle), "cpu"
-    for key, value in settings.items():
-        if key in parser.config:
-            parser[key] = value
+    parser.update({"bundle_root": str(bundle), "device": "cpu"})
+    parser.update({key: value for key, value in settings.items() if key in parser.config})
     runs.expand(parser)
     return parser
 

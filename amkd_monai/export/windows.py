@@ -14,8 +14,7 @@ import numpy as np
 from amkd_monai.export.runners import Runner
 from amkd_monai.files.steps import INVERTIBLE
 
-LEAST_WEIGHT = 1e-3
-"""Of a voxel at the edge of a window with Gaussian weights, as in MONAI."""
+LEAST_WEIGHT = 1e-3  # of a voxel at the edge of a window with Gaussian weights, as in MONAI
 
 
 def logits_of(run: Runner, batch: np.ndarray, size: int, window: Mapping[str, Any] | None = None) -> np.ndarray:

@@ -74,7 +74,7 @@ def find_series(folder: Path) -> list[list[Slice]]:
         single = [plane[0] for plane in planes if plane not in kept]
         left = [item for item in single if not any(_alike(item, slices[0], "orientation", 6) for slices in kept)]
         for slices in kept:
-            slices += [s for s in single if s not in left and _alike(s, slices[0], "orientation", 6)]
+            slices += [item for item in single if _alike(item, slices[0], "orientation", 6)]
         left_out(folder, [file_id(item.file) for item in left], "slice(s) of another direction")
         result += [[*slices, *damaged] for slices in kept]
     return result

@@ -34,11 +34,6 @@ class DataProblems(ValueError):
         self.problems = list(problems)
 
 
-def expanded(path: str | Path) -> Path:
-    """Return a path with ``~`` replaced by the home folder, as in every path option."""
-    return Path(path).expanduser()
-
-
 def has_suffix(file: str | Path, suffixes: Sequence[str]) -> bool:
     """Whether a name ends with one of the suffixes, in upper or lower case."""
     return str(file).lower().endswith(tuple(suffixes))
@@ -177,17 +172,15 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def table_rows(path: Path, columns: Sequence[str] = ()) -> tuple[list[str], list[dict[str, str]]]:
+def table_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Read a table separated by comma, semicolon or tab: names of columns, and rows {name: cell} without blanks.
 
-    ``columns`` are written as they stand there, whatever their case in the file. A column that comes twice, or a row
-    with more cells than there are columns, is a ValueError.
+    A column that comes twice, or a row with more cells than there are columns, is a ValueError.
     """
     text = read_text(path).lstrip("\r\n")
     separator = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, delimiter=separator)
-    known = {name.lower(): name for name in columns}
-    reader.fieldnames = found = [known.get(n.strip().lower(), n.strip()) for n in reader.fieldnames or []]
+    reader.fieldnames = found = [name.strip() for name in reader.fieldnames or []]
     if twice := [name for name, count in Counter(found).items() if name and count > 1]:
         raise ValueError(f"{path} has several columns {twice[0]}: rename all but one.")
     rows = list(reader)

@@ -137,11 +137,10 @@ def read_picture(path: str | Path, used: set[str] | None = None) -> np.ndarray:
         loaded = upright(image)
         if used is not None and loaded.mode.startswith("I"):
             used.add(f"{WHITE} is {[white for white in FULL_SCALES if np.asarray(loaded).max() <= white][:1]}")
-        rgb = to_rgb(loaded)
-    sample = np.asarray(rgb.resize((64, 64), Image.Resampling.NEAREST))  # settles most cases without a copy
-    if level_problem(sample) and (problem := level_problem(np.asarray(rgb))):
+        picture = np.asarray(to_rgb(loaded))
+    if problem := level_problem(picture):
         raise ValueError(f"{path} cannot be used: {problem}.")
-    return np.asarray(rgb)
+    return picture
 
 
 def read_channels(files: Sequence[str | Path], used: set[str] | None = None) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -252,9 +251,9 @@ def seen_slice(volume: np.ndarray, mask: np.ndarray, grid: Grid) -> tuple[np.nda
     return volume.take(index, axis).T, mask.take(index, axis).T
 
 
-def grey_levels(volume: np.ndarray, percentiles: Sequence[float] = (0.5, 99.5)) -> np.ndarray:
-    """Scale a volume (X, Y, Z) to 0 to 255 between two of its percentiles, uint8 of the same shape, to look at."""
-    low, high = np.percentile(volume, percentiles)
+def grey_levels(volume: np.ndarray) -> np.ndarray:
+    """Scale a volume (X, Y, Z) to 0 to 255 between its percentiles 0.5 and 99.5, uint8 (X, Y, Z), to look at."""
+    low, high = np.percentile(volume, (0.5, 99.5))
     return ((volume - low) / max(float(high - low), 1e-6) * 255).clip(0, 255).astype(np.uint8)
 
 

@@ -29,8 +29,7 @@ from amkd_monai.storage import atomic_write_json, read_json, size_and_time
 
 logger = logging.getLogger("amkd_monai")
 
-BUDGET_S = 10.0
-"""How long a client that asks for the next image waits, at most, for images to be scored."""
+BUDGET_S = 10.0  # how long a client that asks for the next image waits, at most, for images to be scored
 
 
 class StudentApp(MONAILabelApp):

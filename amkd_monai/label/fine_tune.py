@@ -36,8 +36,7 @@ OF_THE_SERVER = {"model", "gpus", "local_rank", "client_id"}
 NUMBERS = {"max_epochs": 20, "learning_rate_scale": 0.25, "val_split": 0.2}
 """Options that are numbers above 0, whole ones where the default is."""
 
-STEPS = 4
-"""Steps of an epoch, at least: the batches of a few labels would be one or two."""
+STEPS = 4  # steps of an epoch, at least: the batches of a few labels would be one or two
 
 
 class FineTune(TrainTask):
@@ -179,8 +178,8 @@ def saved_labels(
                 items.append(_item(task, image, label=label))
             elif (number := read_label(Path(label), task)) is not None:
                 items.append(_item(task, image, label=number))
-    items, files = splits.group_patients(items), [item["image"] for item in items]
-    alike = splits.near_duplicates(files, cache_dir=cache) if task.dimensions == 2 else splits.identical(items)
+    items = splits.group_patients(items)
+    alike = splits.near_duplicates(items, cache_dir=cache) if task.dimensions == 2 else splits.identical(items)
     items = sorted(splits.joined(items, alike), key=lambda i: hashlib.sha256(i["group"].encode()).digest())
     strata = defaultdict[Hashable, dict[str, None]](dict)
     for item in items:

@@ -23,8 +23,7 @@ from amkd_monai.weights import file_sha256
 logger = logging.getLogger("amkd_monai")
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-SERVER = "AMKD_LABEL_SERVER"
-"""Environment variable with the server's process id, for the trainers that it starts."""
+SERVER = "AMKD_LABEL_SERVER"  # environment variable with the server's process id, for the trainers that it starts
 
 MAIN = b"""\"\"\"What MONAI Label starts; written by amkd_monai.\"\"\"
 

@@ -136,7 +136,8 @@ class Studies(LocalDatastore):
                 raise ValueError(f"'{names}' {what} {known or '(none is served)'}.")
             return
         is_volume = has_suffix(image, VOLUME_SUFFIXES)
-        for remaining, count in enumerate(counts := self._counts[3 if is_volume else 2], 1 - len(counts)):
+        counts = self._counts[3 if is_volume else 2]
+        for count in counts:
             try:
                 if is_volume:
                     read_label_volume(label, volume_grid(image), count)
@@ -144,7 +145,7 @@ class Studies(LocalDatastore):
                     read_mask([label], image, count)
                 return
             except ValueError:
-                if not remaining:  # no model understands it
+                if count == counts[-1]:  # no model understands it
                     raise
 
 

@@ -44,7 +44,7 @@ def score(
             do not fit are a ValueError that names the first.
         nsd_tolerance: tolerance of the NSD in pixels or mm, in place of the task's.
     """
-    folders = {"predictions": names.expanded(predictions), "references": names.expanded(references)}
+    folders = {"predictions": Path(predictions).expanduser(), "references": Path(references).expanduser()}
     for name, folder in folders.items():
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder} of {name}: give a folder of masks.")
@@ -55,7 +55,7 @@ def score(
     if asked.is_classification:
         raise ValueError(f"{asked.name} has one class per image: `score` compares masks.")
     data = {name: str(folder) for name, folder in folders.items()}
-    out = names.expanded(output)
+    out = Path(output).expanduser()
     if (out / "run.json").is_file() or read_json(out / FIGURES).get("data", data) != data:
         raise ValueError(f"{output} holds figures of a run or of other masks: give another --output.")
     pairs = paired(folders["predictions"], folders["references"], asked.dimensions)

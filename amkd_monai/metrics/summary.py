@@ -19,7 +19,7 @@ from amkd_monai.metrics.classification import class_metrics, labels_and_probabil
 from amkd_monai.metrics.segmentation import METRICS
 from amkd_monai.metrics.statistics import bootstrap_ci, interval, resampled
 from amkd_monai.storage import atomic_write_bytes, atomic_write_json, jsonable, now, read_json
-from amkd_monai.terminal import align
+from amkd_monai.terminal import align, number
 
 CASES, SEEN_CASES, FIGURES = "per_case.csv", "per_case_seen.csv", "metrics.json"
 TEXT_COLUMNS = ("id", "group", "class", "status")
@@ -127,9 +127,9 @@ def format_table(summary: Mapping[str, Any], title: str) -> str:
     lines: list[Sequence[str]] = [("", value, "95 % CI", *more)]
     for name, block in [("", summary["metrics"]), *class_summaries(summary)]:
         for metric, v in block.items():
-            bounds = f"[{_number(v['ci_low'])}, {_number(v['ci_high'])}]"
-            others = (_number(v["median"]), str(v["n"])) if masks else ()
-            lines.append((f"{name} {metric}".strip(), _number(v[value]), bounds, *others))
+            bounds = f"[{number(v['ci_low'])}, {number(v['ci_high'])}]"
+            others = (number(v["median"]), str(v["n"])) if masks else ()
+            lines.append((f"{name} {metric}".strip(), number(v[value]), bounds, *others))
     counted = ", ".join(f"{name} {count}" for name, count in summary[counts].items())
     table = [f"{title} ({summary['cases']} cases; {counted})", align(lines)]
     if empty := summary.get("empty_references"):
@@ -143,10 +143,6 @@ def class_summaries(summary: Mapping[str, Any]) -> list[tuple[str, dict[str, Any
     parts = ("classes", "regions") if "status" in summary else ()
     found = [(name, of["metrics"]) for part in parts for name, of in summary.get(part, {}).items()]
     return found + [("with background", of) for of in [summary.get("with_background")] if of]
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4f}"
 
 
 def write_case_csv(path: str | Path, rows: Sequence[Row]) -> None:

@@ -3,9 +3,10 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+from cycler import cycler
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,14 +16,14 @@ from PIL import Image
 from amkd_monai.files.pictures import class_colours, outlined
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
-SIZE = (4.0, 2.8)
-"""Size of every figure in inches."""
+DASHES = ("-", "--", "-.", ":")
+SIZE = (4.0, 2.8)  # size of every figure in inches
 INK = "#010203"
 """Stands for the colour of the page's text, which is light or dark."""
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "savefig.transparent": True, "font.size": 9}
 STYLE |= {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 STYLE |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+STYLE |= {"axes.prop_cycle": cycler(linestyle=DASHES) * cycler(color=COLOURS)}  # dashes change last
 STYLE |= {"legend.fontsize": 8, "axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 5)}
 
 
@@ -54,10 +55,9 @@ def curves(lines: Mapping[str, np.ndarray], epochs: np.ndarray, label: str, loga
     known = np.concatenate([values[values > 0] for values in lines.values()])
     logarithmic = logarithmic and bool(len(known)) and known.max() > 10 * known.min()
     axes = _axes(lines, xlabel="epoch", ylabel=label, yscale="log" if logarithmic else "linear")
-    for i, (name, values) in enumerate(lines.items()):
-        known, dashes = ~np.isnan(values), DASHES[i // len(COLOURS) % len(DASHES)]
-        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes}
-        axes.plot(epochs[known], values[known], label=name, marker="." if known.sum() < 12 else "", **style)
+    for name, values in lines.items():
+        known = ~np.isnan(values)
+        axes.plot(epochs[known], values[known], label=name, marker="." if known.sum() < 12 else "")
     low, high = axes.get_ylim()
     if not logarithmic and high - low < 0.02 * abs(high):  # else ticks would be offsets of the fifth digit
         axes.set_ylim(low - 0.01 * abs(high), high + 0.01 * abs(high))
@@ -90,9 +90,9 @@ def by_size(groups: Mapping[str, Sequence[tuple[float, float]]], label: str, uni
     axes = _axes(groups, xlabel=unit, ylabel=label, ylim=(-0.03, 1.03), xscale=scale)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter("")
-    for i, (name, points) in enumerate(groups.items()):
+    for name, points in groups.items():
         x, y = np.transpose(points)
-        axes.scatter(x, y, s=12, alpha=0.6, color=COLOURS[i % len(COLOURS)], label=name)
+        axes.scatter(x, y, s=12, alpha=0.6, label=name)
     axes.grid(alpha=0.3)
     _legend(axes, groups)
     return _svg(axes)
@@ -104,13 +104,10 @@ def roc(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     from sklearn.metrics import roc_curve
 
     axes = _axes(xlabel="1 - specificity", ylabel="sensitivity")
-    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-    for i, (name, (positive, score)) in enumerate(lines.items()):
+    axes.plot([0, 1], [0, 1], color="grey", linestyle="-", linewidth=0.8)
+    for name, (positive, score) in lines.items():
         if positive.any() and not positive.all():
-            x, y, _ = roc_curve(positive, score)
-            axes.plot(
-                x, y, label=name, color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i // len(COLOURS) % len(DASHES)]
-            )
+            axes.plot(*roc_curve(positive, score)[:2], label=name)
     axes.legend(loc="lower right")
     return _svg(axes)
 
@@ -128,8 +125,7 @@ def reliability(rows: Sequence[Mapping[str, Any]]) -> str:
     return _svg(axes)
 
 
-SHOWN_AT = 480
-"""Longest side to which a small picture is enlarged, in pixels."""
+SHOWN_AT = 480  # longest side to which a small picture is enlarged, in pixels
 
 
 def data_uri(picture: np.ndarray, quality: int = 80) -> str:

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,12 @@ from amkd_monai.metrics.summary import TEACHERS, Row, class_summaries, part_of, 
 from amkd_monai.report import figures
 from amkd_monai.report.previews import PLANES, SIDE, SLICES
 from amkd_monai.storage import atomic_write_bytes
+from amkd_monai.terminal import number
 
 PAGE = Path(__file__).with_name("page.html")
-SHOWN = {"best": 3, "median": 3, "worst": 6}
-"""Cases that are shown of one run; of several, each has its share."""
-LISTED = 50
-"""Failures that are listed."""
-LARGEST = 15_000_000
-"""Bytes of a page; above, volumes show fewer slices."""
+SHOWN = {"best": 3, "median": 3, "worst": 6}  # cases that are shown of one run; of several, each has its share
+LISTED = 50  # failures that are listed
+LARGEST = 15_000_000  # bytes of a page; above, volumes show fewer slices
 MARKS = (("A", "P", "S", "I"), ("R", "L", "S", "I"), ("R", "L", "A", "P"))
 """Sides of the patient on the left, right, top and bottom of each of ``PLANES``."""
 NAMES = {"dice": "Dice", "iou": "IoU", "nsd": "NSD", "hd95": "HD95", "qwk": "Quadratic weighted kappa", "ece": "ECE"}
@@ -55,7 +54,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
         raise ValueError(f"The runs have different tasks ({', '.join(sorted(tasks))}): make one report for each.")
     rows, why = _comparison(runs)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "some": some, "basename": lambda path: Path(str(path)).name}
+    environment.filters |= {"number": partial(number, digits=3), "some": some}
+    environment.filters |= {"basename": lambda path: Path(str(path)).name}
     page = environment.from_string(PAGE.read_text(encoding="utf-8"))
     task, names = runs[0].task, [run.name for run in runs]
     about = f"{task.modality}, {task.kind} of {', '.join(task.classes[0 if task.is_classification else 1 :])}"
@@ -107,7 +107,7 @@ def _trust(runs: Sequence[RunFolder]) -> str | None:
             table[f"{run.name}, {loss}" if len(runs) > 1 else loss] = last
     columns = list(dict.fromkeys(name for row in table.values() for name in row))
     values = np.array([[row.get(name, math.nan) for name in columns] for row in table.values()])
-    texts = [[_number(v, 2) for v in row] for row in values]
+    texts = [[number(v, 2) for v in row] for row in values]
     return figures.heat_map(values, list(table), columns, "teacher", "mean weight", texts) if table else None
 
 
@@ -151,16 +151,13 @@ def _describe(run: RunFolder, runs: Sequence[RunFolder], comparison: Sequence[Ro
     }
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
 def _cell(value: Any) -> str:
-    return str(value) if not isinstance(value, float) else _number(value, 3 if value < 1000 else 0)
+    return str(value) if not isinstance(value, float) else number(value, 3 if value < 1000 else 0)
 
 
 def _interval(value: dict[str, Any]) -> tuple[str, str]:
-    return _number(value.get("mean", value.get("value"))), f"{_number(value['ci_low'])} to {_number(value['ci_high'])}"
+    mean, low, high = (number(v, 3) for v in (value.get("mean", value.get("value")), value["ci_low"], value["ci_high"]))
+    return mean, f"{low} to {high}"
 
 
 def _metric(run: RunFolder, metric: str, of: str = "") -> str:
@@ -182,11 +179,8 @@ def _gain(run: RunFolder, first: RunFolder, comparison: Sequence[Row]) -> str:
         how = "give the folder of the same training without teachers first (report UNDISTILLED RUN)."
         return f"Gain over the undistilled student: not measured; {how}"
     told = ["{1} {3} (95 % interval {4})".format(*_compared(row)) for row in rows]
-    unclear = (
-        "; an interval that holds 0 shows no gain"
-        if any(not (r["ci_low"] > 0 or r["ci_high"] < 0) for r in rows)
-        else ""
-    )
+    holds_0 = any(not (row["ci_low"] > 0 or row["ci_high"] < 0) for row in rows)
+    unclear = "; an interval that holds 0 shows no gain" if holds_0 else ""
     same = ("seed", "max_epochs", "student_parameters", "labelled_samples", "recipe", "image_size")
     differ = [key.replace("_", " ") for key in same if run.record.get(key) != first.record.get(key)]
     splits = {of.record.get("data", {}).get("split_hash") for of in (run, first)}
@@ -275,7 +269,7 @@ def _result(run: RunFolder, rows: Sequence[Row]) -> str:
     told = []
     for row in (row for row in rows if part_of(row) == "classes"):
         digits = {"dice": 3, "nsd": 3, "hd95": 1}
-        values = (f"{_metric(run, m, row['class'])} {_number(row[m], count)}" for m, count in digits.items())
+        values = (f"{_metric(run, m, row['class'])} {number(row[m], count)}" for m, count in digits.items())
         text = ", ".join(values) if row["status"] == "ok" else str(row["status"]).replace("_", " ")
         told.append(f"{row['class']}: {text}" if len(rows) > 1 else text)
     return "; ".join(told)

@@ -12,12 +12,9 @@ from amkd_monai.files.pictures import read_picture
 from amkd_monai.files.volumes import Grid, grey_levels, reorder
 from amkd_monai.storage import atomic_path
 
-SIDE = 320
-"""Longest side of a preview in pixels."""
-SLICES = 24
-"""Slices kept of a volume."""
-PLANES = ("sagittal", "coronal", "axial")
-"""Planes across the axes of a volume in the order LPS."""
+SIDE = 320  # longest side of a preview in pixels
+SLICES = 24  # slices kept of a volume
+PLANES = ("sagittal", "coronal", "axial")  # planes across the axes of a volume in the order LPS
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -13,7 +13,7 @@ from amkd_monai.data.phantoms import ultrasound_image
 from amkd_monai.data.splits import (
     NEAR,
     clusters,
-    group_near_duplicates,
+    joined,
     near_duplicates,
     near_pairs,
     perceptual_hashes,
@@ -56,7 +56,7 @@ def test_copies_are_found_and_others_are_not(pictures, tmp_path, kind):
     for index, picture in enumerate([*pictures, COPIES[kind](pictures[2])]):
         paths.append(str(tmp_path / f"{index}.png"))
         picture.save(paths[-1])
-    assert near_duplicates(paths) == [(2, 6)]
+    assert near_duplicates([{"image": path} for path in paths]) == [(2, 6)]
 
 
 def test_groups_are_named_after_their_members_and_keep_the_order(pictures, tmp_path):
@@ -64,8 +64,8 @@ def test_groups_are_named_after_their_members_and_keep_the_order(pictures, tmp_p
     for index, picture in enumerate([pictures[0], pictures[1], with_calipers(pictures[0])]):
         picture.save(tmp_path / f"{index}.png")
         items.append({"image": str(tmp_path / f"{index}.png"), "id": f"p{index}", "group": f"p{index}"})
-    assert [item["group"] for item in group_near_duplicates(items)] == ["p0+p2", "p1", "p0+p2"]
-    assert [item["group"] for item in group_near_duplicates(items, distance=0)] == ["p0", "p1", "p2"]
+    assert [item["group"] for item in joined(items, near_duplicates(items))] == ["p0+p2", "p1", "p0+p2"]
+    assert [item["group"] for item in joined(items, near_duplicates(items, distance=0))] == ["p0", "p1", "p2"]
 
 
 def test_pairs_agree_with_counting_bits():
@@ -110,7 +110,7 @@ def test_a_file_that_cannot_be_read_is_announced_and_alone(pictures, tmp_path, c
         pictures[0].save(tmp_path / f"{index}.png")
         items.append({"image": str(tmp_path / f"{index}.png"), "id": f"p{index}", "group": f"p{index}"})
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:-2000])
-    grouped = group_near_duplicates(items, cache_dir=tmp_path)
+    grouped = joined(items, near_duplicates(items, cache_dir=tmp_path))
     assert [item["group"] for item in grouped] == ["p0+p2", "p1", "p0+p2"]
     assert "1.png cannot be read" in caplog.text
 
@@ -118,8 +118,8 @@ def test_a_file_that_cannot_be_read_is_announced_and_alone(pictures, tmp_path, c
 def test_real_copies_are_found():
     folder = shared_data("BUSI", "Dataset_BUSI_with_GT")
     names = [f"malignant ({n})" for n in (3, 4, 5, 7, 8, 9, 10)] + ["normal (41)", "normal (47)", "normal (36)"]
-    paths = [str(folder / name.split()[0] / f"{name}.png") for name in names]
-    found = {frozenset((names[i], names[j])) for i, j in near_duplicates(paths)}
+    items = [{"image": str(folder / name.split()[0] / f"{name}.png")} for name in names]
+    found = {frozenset((names[i], names[j])) for i, j in near_duplicates(items)}
     assert found == {frozenset(f"malignant ({n})" for n in pair) for pair in ((4, 5), (7, 8), (7, 9), (8, 9))} | {
         frozenset(("normal (41)", "normal (47)"))
     }

@@ -61,10 +61,8 @@ COLUMNS = {
 FOLDS = 5
 NO_FINDING, NO_FINDINGS = "none", ("none", "nofinding", "nofindings")
 """A label of an image without findings, and ways to write it."""
-NO_LABEL = ("", "nan", "null", "n/a")
-"""Cells of a label that say nothing, in lower case."""
-BINARY = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
-"""Cells that say whether something is there."""
+NO_LABEL = ("", "nan", "null", "n/a")  # cells of a label that say nothing, in lower case
+BINARY = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}  # cells that say whether something is there
 
 
 Found = tuple[dict[str, str], Any, Any]
@@ -94,7 +92,7 @@ class Described:
     official: Mapping[str, Sequence[str | Sequence[str]]] = field(default_factory=dict)
     file_lists: Sequence[str] = ()  # files of ids, training and test, which fix the sections if they are there
     # bits in which the perceptual hashes of one group differ at most, see
-    # :func:`~amkd_monai.data.splits.group_near_duplicates`; None: a group has byte-identical images only
+    # :func:`~amkd_monai.data.splits.near_duplicates`; None: a group has byte-identical images only
     duplicate_distance: int | None = None
     mask_ending: str = ""  # what the names of masks end with before the suffix, such as ``_mask``
     file: str = ""  # the datalist or the table
@@ -196,13 +194,10 @@ class Described:
             if len(of_class) > 1 and all(len(g) == 1 and min(g).startswith(splits.PATIENT) for g in of_class.values()):
                 what = f"Each class in {root} is of one DICOM patient or study, as folders of series are"
                 raise ValueError(f"{what}: give each class images of several patients.")
-        if distance is None:
-            usable = sorted(usable, key=lambda item: item["id"])
-            grouped = splits.joined(usable, splits.identical(usable))
-        elif self.volumes:
+        if distance is not None and self.volumes:
             raise ValueError("duplicate_distance compares pictures, not volumes: leave it out.")
-        else:
-            grouped = splits.group_near_duplicates(usable, distance, cache_dir)
+        alike = splits.identical(usable) if distance is None else splits.near_duplicates(usable, distance, cache_dir)
+        grouped = splits.joined(usable, alike)
         if not self.masks and all(item["group"] == item["id"] for item in usable):
             report_conflicts(grouped, self.text_of)
         return sorted([*grouped, *others], key=lambda item: natural(item["id"]))

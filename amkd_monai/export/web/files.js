@@ -2,6 +2,7 @@
 /* Pictures and NIfTI volumes as files/pictures.py and files/volumes.py read and write them. PNG is decoded here, for a
    browser keeps 8 bits of 16 and applies colour profiles; JPEG is stripped of profile and orientation first. */
 
+const DAMAGED = "it is damaged or cut short: replace it by an intact copy";
 const MOST_BYTES = 2 ** 30, MOST_PIXELS = 1e8, FULL_SCALES = [255, 4095, 65535];
 const MILLIMETRES = { 0: 1, 1: 1000, 2: 1, 3: 0.001 };
 const AXES_OF_PASSES = [[0, 0, 8, 8], [4, 0, 8, 8], [0, 4, 4, 8], [2, 0, 4, 4], [0, 2, 2, 4], [1, 0, 2, 2],
@@ -15,28 +16,24 @@ function ensure(condition, sentence) {
   if (!condition) throw new Error(sentence);
 }
 
+const joined = async (parts) => new Uint8Array(await new Blob(parts).arrayBuffer());
+
 /** Bytes sent through a compression or decompression stream; more than `most` bytes are refused. */
 async function through(bytes, stream, most = 2 * MOST_BYTES) {
-  let at = 0, total = 0;
-  const source = new ReadableStream({ pull: (to) => { // by parts, so that `most` stops what unpacks to too much
-    if (at < bytes.length) to.enqueue(bytes.subarray(at, (at += 2 ** 20)));
-    else to.close();
-  } });
-  const parts = [], reader = source.pipeThrough(stream).getReader();
+  let total = 0; // a blob streams by parts, so that `most` stops what unpacks to too much
+  const parts = [], reader = new Blob([bytes]).stream().pipeThrough(stream).getReader();
   for (let read = await reader.read(); !read.done; read = await reader.read()) {
     parts.push(read.value);
     ensure((total += read.value.length) <= most, "it unpacks to more than this page can hold: use `predict`");
   }
-  const result = new Uint8Array(total);
-  parts.reduce((to, part) => (result.set(part, to), to + part.length), 0);
-  return result;
+  return joined(parts);
 }
 
 async function inflated(bytes, format, most) {
   try {
     return await through(bytes, new DecompressionStream(format), most);
   } catch (error) {
-    throw error instanceof TypeError ? new Error("it is damaged or cut short: replace it by an intact copy") : error;
+    throw error instanceof TypeError ? new Error(DAMAGED) : error;
   }
 }
 
@@ -69,9 +66,7 @@ function upright({ data, width, height }, tag) {
   for (let y = 0, to = 0; y < rows; y++) for (let x = 0; x < columns; x++) {
     const row = up ? rows - 1 - y : y, column = across ? columns - 1 - x : x;
     const from = 3 * (tag >= 5 ? column * width + row : row * width + column);
-    result[to++] = data[from];
-    result[to++] = data[from + 1];
-    result[to++] = data[from + 2];
+    for (let k = 0; k < 3; k++) result[to++] = data[from + k];
   }
   return { data: result, width: columns, height: rows };
 }
@@ -95,8 +90,7 @@ async function readPng(bytes) {
     const length = view.getUint32(at), name = latin(bytes.subarray(at + 4, at + 8)),
       body = bytes.subarray(at + 8, at + 8 + length);
     ensure(at + 12 + length <= bytes.length &&
-      crcOf(bytes.subarray(at + 4, at + 8 + length)) === view.getUint32(at + 8 + length),
-      "it is damaged or cut short: replace it by an intact copy");
+      crcOf(bytes.subarray(at + 4, at + 8 + length)) === view.getUint32(at + 8 + length), DAMAGED);
     ensure(name !== "acTL" || viewOf(body).getUint32(0) < 2, "it is an animation: save one picture as a file");
     ensure(!/^Raw profile type exif/.test(latin(body.subarray(0, 30))),
       "its orientation stands in a text: save it anew");
@@ -105,14 +99,13 @@ async function readPng(bytes) {
     if (name === "iTXt" && /^XML:com.adobe.xmp\0\0/.test(latin(body.subarray(0, 24)))) xmp = latin(body);
     ended = name === "IEND";
   }
-  ensure(ended && chunks.IHDR, "it is damaged or cut short: replace it by an intact copy");
+  ensure(ended && chunks.IHDR, DAMAGED);
   const head = viewOf(chunks.IHDR), [width, height] = [head.getUint32(0), head.getUint32(4)];
   const [bits, kind, , , interlaced] = chunks.IHDR.subarray(8), channels = { 0: 1, 2: 3, 3: 1, 4: 2, 6: 4 }[kind];
   ensure(channels && [1, 2, 4, 8, 16].includes(bits) && width * height, "its header is damaged: replace the file");
   ensure(width * height <= MOST_PIXELS,
     `it has ${width} x ${height} pixels, more than this page takes: use \`predict\``);
-  const raw = await inflated(new Uint8Array(await new Blob(data).arrayBuffer()), "deflate",
-    width * height * channels * 2 + 16 * height + 64);
+  const raw = await inflated(await joined(data), "deflate", width * height * channels * 2 + 16 * height + 64);
   const samples = new Uint16Array(width * height * channels), back = Math.max(1, (bits * channels) >> 3);
   let at = 0;
   for (const [left, top, dx, dy] of interlaced ? AXES_OF_PASSES : [[0, 0, 1, 1]]) {
@@ -122,7 +115,7 @@ async function readPng(bytes) {
     let above = new Uint8Array(length);
     for (let row = 0; row < rows; row++, at += length) {
       const filter = raw[at++], line = raw.subarray(at, at + length);
-      ensure(line.length === length && filter <= 4, "it is damaged or cut short: replace it by an intact copy");
+      ensure(line.length === length && filter <= 4, DAMAGED);
       for (let i = 0, predicted = PREDICTED[filter]; i < length && filter; i++) {
         line[i] += predicted(i < back ? 0 : line[i - back], above[i], i < back ? 0 : above[i - back]);
       }
@@ -190,7 +183,7 @@ async function readJpeg(bytes) {
   let at = 2, exif, xmp, size;
   for (let marker = 0; marker !== 0xda; ) {
     while (bytes[at + 1] === 0xff) at++;
-    ensure(at + 4 <= bytes.length && bytes[at] === 0xff, "it is damaged or cut short: replace it by an intact copy");
+    ensure(at + 4 <= bytes.length && bytes[at] === 0xff, DAMAGED);
     marker = bytes[at + 1];
     const end = at + 2 + view.getUint16(at + 2), body = bytes.subarray(at + 4, end), head = latin(body.subarray(0, 30));
     if (marker === 0xe1 && head.startsWith("Exif\0\0")) exif = exif || body.subarray(6);
@@ -207,7 +200,7 @@ async function readJpeg(bytes) {
     "it has more pixels than this page takes");
   let end = at;
   while (end + 1 < bytes.length && !(bytes[end] === 0xff && bytes[end + 1] === 0xd9)) end++;
-  ensure(end + 1 < bytes.length, "it is damaged or cut short: replace it by an intact copy");
+  ensure(end + 1 < bytes.length, DAMAGED);
   kept.push(bytes.subarray(at, end + 2));
   return upright(await readByBrowser(new Blob(kept), "image/jpeg"), orientationOf(exif, xmp));
 }
