@@ -154,6 +154,14 @@ def test_several_pages_and_damaged_files_are_refused_by_name(tmp_path):
         read_picture(tmp_path / "missing.png")
 
 
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_a_large_picture_of_one_colour_channel_has_levels(tmp_path, channel):
+    picture = np.zeros((1000, 1000, 3), np.uint8)  # as of a fluorescent stain
+    picture[..., channel] = np.linspace(0, 255, 1000)
+    save(tmp_path / "stain.png", picture)
+    np.testing.assert_array_equal(read_picture(tmp_path / "stain.png"), picture)
+
+
 def test_small_pictures_may_have_few_levels(tmp_path):
     save(tmp_path / "one.png", scene()[:1, :1])
     assert read_picture(tmp_path / "one.png").shape == (1, 1, 3)
