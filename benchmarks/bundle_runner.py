@@ -59,8 +59,8 @@ Job = tuple[str, Setting, int, int]
 """A run: the name of its setting, the setting, seed and fold."""
 
 
-def commands(name: str, setting: Setting, seed: int, fold: int, shared: Path, output: Path) -> list[list[str]]:
-    """Return the train and evaluate commands of one run."""
+def overrides_of(name: str, setting: Setting, seed: int, fold: int, shared: Path, output: Path) -> dict[str, Any]:
+    """Return what one run sets beyond its bundle; pools are copied beside the results."""
     folder = output / name / f"fold{fold}_seed{seed}"
     data = shared / "data" / setting.data
     if setting.joined is not None:
@@ -83,6 +83,12 @@ def commands(name: str, setting: Setting, seed: int, fold: int, shared: Path, ou
     if setting.teachers is not None:
         weights = str(shared / "weights" / "kvasir_specialist.ts")
         overrides["teachers"] = [{"path": weights, **t} if t["kind"] == "specialist" else t for t in setting.teachers]
+    return overrides
+
+
+def commands(name: str, setting: Setting, seed: int, fold: int, shared: Path, output: Path) -> list[list[str]]:
+    """Return the train and evaluate commands of one run."""
+    overrides = overrides_of(name, setting, seed, fold, shared, output)
     arguments = _arguments(overrides)
     # evaluation has handlers of its own
     asked = _arguments({key: value for key, value in overrides.items() if not key.startswith("validate#handlers")})
@@ -205,7 +211,7 @@ def main(
             for seed in seeds_of(setting, arguments.seeds)
             for fold in setting.folds
         ]
-        jobs.sort(key=lambda job: job[2])  # all rows of the first seed first
+        jobs.sort(key=lambda job: job[2:])  # all rows of the first seed first, fold by fold
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(lambda job: run(job, shared, output), jobs))
     elif left_out := [name for name, s in chosen.items() if not is_finished(name, s, arguments.seeds, output)]:

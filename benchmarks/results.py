@@ -110,6 +110,15 @@ lesions = replace(
 for name, epochs in {"246": 2, "492": 4, "last": 8, "3936": 32}.items():
     overrides = {**lesions.overrides, "max_epochs": epochs, "val_interval": 1}
     SETTINGS[f"isic2017_120_{name}"] = replace(lesions, overrides=overrides)
+# three labelled volumes, the others of the training section without; every volume is tested once
+for name in ("last", "small_crew"):
+    row = SETTINGS[f"heart_3_{name}"]
+    row = replace(row, folds=HEART_FOLDS, seeds=1, reference=row.reference and "heart_3_five_folds_last")
+    SETTINGS[f"heart_3_five_folds_{name}"] = row
+# a crew whose members take as many steps as the student
+row = replace(SETTINGS["isic2017_120_last"], reference="isic2017_120_last")
+as_long = {**SMALL_CREW["teachers"][0], "images": 984 * 8}
+SETTINGS["isic2017_120_long_crew"] = replace(row, teachers=[as_long])
 # the same students, whose unsure answers are brought nearer to equal classes instead of their frequencies
 EQUAL = {"validate#handlers#0#frequencies": "$None"}
 last = SETTINGS["aptos2019_quarter_last"]
@@ -165,6 +174,13 @@ for name, more in MORE.items():
     for variant, overrides in variants.items():
         overrides = {**last.overrides, **overrides}
         SETTINGS[f"{name}_{variant}"] = replace(last, overrides=overrides, reference=f"{name}_last")
+# a crew at the student's side, to ask what it knows (`crew_scores.py`), whether it beats the student or not
+for name in MORE:
+    row = replace(SETTINGS[f"{name}_last"], reference=f"{name}_last")
+    row = replace(row, overrides={**row.overrides, **ADMITTED})
+    for what, side in {"side": 1.0, "finer": 1.5}.items():
+        crew = [{**SMALL_CREW["teachers"][0], "image_size": side}]
+        SETTINGS[f"{name}_{what}_crew"] = replace(row, teachers=crew)
 # as users have it by default, 256 pixels and 1000 steps; and nearly all images of the set, 80 % to train
 for labels in (12, "all"):
     row = SETTINGS[f"kvasir_{labels}_last"]
