@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from typing import Any, TypeVar
 
 import ignite.distributed as idist
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow, ReferenceResolver
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, MERGE_KEY
 from monai.engines import Evaluator
 from monai.utils import ensure_tuple
@@ -71,6 +72,7 @@ _NOT_OF_A_STEP = {"_target_", "allow_missing_keys", "codes", "classes"}
 _NOT_OF_A_NETWORK = ("weights", "seed", "drop_path", "dropout")
 _NOT_AN_OPTION = ("progress", "channels", "samples")
 _ADMISSION = ("mode", "features", "margin", "folds", "epochs")
+_REFERENCE = re.compile(r"@([A-Za-z_](?:\w|#|::)*)")
 _locks: dict[Path, AbstractContextManager[None]] = {}
 
 _WORKFLOW_KEYS = ("imports", "initialize", "run", "finalize", ConfigParser.meta_key)
@@ -402,7 +404,7 @@ def _references(value: Any) -> set[str]:
         value = list(value.values())
     if isinstance(value, list):
         return set().union(*map(_references, value))
-    return set(ReferenceResolver.match_refs_pattern(value)) if isinstance(value, str) else set()
+    return {name.replace("::", "#") for name in _REFERENCE.findall(value)} if _is_expression(value) else set()
 
 
 def _is_expression(value: Any) -> bool:

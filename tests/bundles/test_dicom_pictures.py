@@ -141,7 +141,7 @@ def test_a_student_is_trained_on_dicom_pictures_as_predict_reads_them(tmp_path, 
     )
     files, seen = {item["id"]: item["image"] for item in items}, 0
     for index, case in enumerate(decoded.ids):
-        array, _ = predictor.read(Input(case, files[case]))
+        array, _ = predictor.read(Input(case, [files[case]]))
         expected = prepare(array, predictor.config["steps"])[0]
         assert np.abs(decoded.image(index) - expected * 255).max() <= 0.5 + 1e-3, "equal but for rounding to 8 bits"
         seen += 1
