@@ -1,8 +1,8 @@
 """Errors as one sentence at the terminal; classes and options that are asked for by name."""
 
+import importlib
 import inspect
 import math
-import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -77,8 +77,9 @@ def class_of(what: str, mode: str, known: Mapping[str, type | str], base: type) 
     """Return the class derived from ``base`` that is chosen by name or by its dotted path, or raise a ValueError."""
     chosen = known.get(mode, mode)
     if isinstance(chosen, str):
+        module, _, name = chosen.rpartition(".")
         try:
-            chosen = pkgutil.resolve_name(chosen)
+            chosen = getattr(importlib.import_module(module or "."), name)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             others = f"use one of {', '.join(known)}, or the dotted path of a class"
             raise ValueError(f"There is no {what} '{mode}' ({error}): {others}.") from error

@@ -80,10 +80,12 @@ def test_a_class_of_ones_own_is_a_kind(tmp_path, monkeypatch):
         "class Mine(TimmTeacher):\n    pass\n"
         "class Other:\n    pass\n"
     )
+    (tmp_path / "needs_more.py").write_text("import a_package_that_is_absent\nclass Mine:\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     mine = build_teacher({**LITE1, "kind": "own_teachers.Mine"})
     assert type(mine).__name__ == "Mine"
-    for kind, word in (("own_teachers.Other", "Teacher"), ("own_teachers.Absent", "Absent"), ("absent.X", "absent")):
+    wrong = {"own_teachers.Other": "Teacher", "own_teachers.Absent": "Absent", "absent.X": "absent"}
+    for kind, word in (wrong | {"needs_more.Mine": "a_package_that_is_absent"}).items():
         with pytest.raises(ValueError) as error:
             build_teacher({**LITE1, "kind": kind})
         assert_one_sentence(error, kind, word)
