@@ -174,7 +174,7 @@ for name, more in MORE.items():
     for variant, overrides in variants.items():
         overrides = {**last.overrides, **overrides}
         SETTINGS[f"{name}_{variant}"] = replace(last, overrides=overrides, reference=f"{name}_last")
-# a crew at the student's side, to ask what it knows (`crew_scores.py`), whether it beats the student or not
+# crews at the student's side and at 1.5 times that, to ask what they know (`crew_scores.py`)
 for name in MORE:
     row = replace(SETTINGS[f"{name}_last"], reference=f"{name}_last")
     row = replace(row, overrides={**row.overrides, **ADMITTED})

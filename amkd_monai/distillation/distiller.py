@@ -239,7 +239,9 @@ class Distiller(nn.Module):
 
     Args:
         student: network with ``encode``, ``decode``, ``channels_at`` and ``strides``.
+        teachers: what each teacher offers.
         prior_entropy: entropy of the label prior of the training split, nats.
+        config: what is distilled and how it is weighed.
         samples: table of the training dataset, for the contrastive loss.
         batch_dice: pool the task's soft Dice over the batch (slices of volumes).
     """

@@ -70,7 +70,9 @@ class Crew:
             wrong values, are a ValueError.
         train: the training section at the student's size; a fold that would lack a class is a ValueError.
         recipe: of the run; the members' weights are averaged.
+        epochs: of the run, for the length of the members.
         views: stored views of every image, unless the description tells.
+        device: where members are trained and answer.
         cache_dir: folder of all stores; trained members are kept there.
     """
 

@@ -204,6 +204,7 @@ class DistillationTrainer(SupervisedTrainer):
             the photometric ones of the augmentation are made.
         warped_features: what warping may make of cached feature maps: ``exact``, ``approximate`` or ``invalid``
             (:meth:`~amkd_monai.data.sampling.Augmentation.check_features`).
+        seed: seed of the run.
         amp: bfloat16 autocast of the student's forward (GPU).
     """
 

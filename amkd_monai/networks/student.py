@@ -176,7 +176,7 @@ class ClassStudent(EncodedStudent):
     ``dropout`` is the rate before the linear layer; the other arguments are those of :class:`Student`.
     """
 
-    answers: tuple[int, ...] = ()  # what is told of each class, absence and presence, as a further axis
+    logit_axes: tuple[int, ...] = ()  # sizes of the axes of the logits before that of the classes
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class ClassStudent(EncodedStudent):
             self.head = nn.Linear(self.encoder_channels[-1], num_classes)
         load_encoder_weights(self.encoder, encoder, weights)
         self.num_classes = num_classes
-        _register_calibration(self, *self.answers, num_classes)
+        _register_calibration(self, *self.logit_axes, num_classes)
 
     def decode(self, levels: list[Tensor], size: list[int]) -> Tensor:
         """Turn encoder maps into uncalibrated logits (B, num_classes); ``size`` = [H, W] plays no part."""
@@ -218,7 +218,7 @@ class FindingStudent(ClassStudent):
     (2, num_classes).
     """
 
-    answers = (2,)
+    logit_axes = (2,)  # absence and presence
 
     def decode(self, levels: list[Tensor], size: list[int]) -> Tensor:
         """Turn encoder maps into uncalibrated logits (B, 2, num_classes); ``size`` = [H, W] plays no part."""

@@ -23,7 +23,9 @@ class VolumeStudent(nn.Module):
 
     Args:
         network: makes the network (in a config, ``"_mode_": "callable"``): one input channel, ``num_classes`` outputs.
-        slices: slices of a patch; further arguments are those of :class:`~amkd_monai.networks.Student`.
+        slices: slices of a patch.
+        num_classes: logit channels, background included.
+        seed: of the initial values; the global random state is left alone.
     """
 
     __jit_ignored_attributes__ = ("_places",)
