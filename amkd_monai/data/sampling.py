@@ -206,6 +206,7 @@ zoom 1.2 0.84, horizontal flip 0.82, rotation by 10 degrees 0.86, by 25 degrees 
 class Augmentation:
     """Ranges of the random changes."""
 
+    together: int = 1  # samples, one after another, that are changed alike: the slices of a patch
     rotation: float = 0.0  # largest angle, radians
     scale: float = 0.0  # largest relative zoom, e.g. 0.15 for 1/1.15 to 1.15
     shift: float = 0.0  # largest shift as a part of the side
@@ -215,7 +216,6 @@ class Augmentation:
     offset: float = 0.0  # largest added intensity, in [0, 1] units
     colour: float = 0.0  # largest relative gain change per channel
     gamma: float = 0.0  # largest relative change of the exponent, e.g. 0.4 for x^(1/1.4) to x^1.4
-    together: int = 1  # samples, one after another, that are changed alike: the slices of a patch
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -209,8 +209,9 @@ class Crew:
     ) -> list[list[nn.Module]]:
         """The members of every fold, then those of all labels: read from ``cache_dir``, or trained."""
         jobs: list[tuple[nn.Module, Path, np.ndarray]] = []
-        for fold, m in itertools.product(range(self.folds + 1), range(len(self.members))):
-            path = Path(self.cache_dir) / f"{self.name}-member-{fingerprint(key, fold, m)[:16]}.pt"
+        for m, fold in itertools.product(range(len(self.members)), range(self.folds + 1)):
+            own = {**key, "members": [key["members"][m]]}  # a member that is added leaves those before it as they are
+            path = Path(self.cache_dir) / f"{self.name}-member-{fingerprint(own, fold, m)[:16]}.pt"
             jobs.append((self.members[m], path, labelled[self.team[labelled] != fold]))
         if left := [network for network, path, _ in jobs if not path.is_file()]:
             seconds = {network: self._seconds(network, fine, labelled) for network in set(left)}
@@ -219,7 +220,7 @@ class Crew:
             words = "teacher %s: %d trainings of %d steps at %d x %d and %d predictions, about %.0f minutes here"
             logger.info(words, self.name, len(left), self.steps, *self.side, answers, minutes)
         networks = [n.to(self.device) for n in trained(self.name, self._method(), fine, jobs)]
-        return [networks[k : k + len(self.members)] for k in range(0, len(networks), len(self.members))]
+        return [networks[fold :: self.folds + 1] for fold in range(self.folds + 1)]
 
     def _seconds(self, member: nn.Module, fine: DecodedDataset, labelled: np.ndarray) -> float:
         """Seconds of a training step, measured on the second and third one."""

@@ -66,12 +66,12 @@ class Recipe:
             if (value := getattr(self, name)) is not None or name != "foreground_fraction":
                 check_number(f"recipe#{name}", value, *limits)
         object.__setattr__(self, "batch_dice", is_true(self.batch_dice, "recipe#batch_dice"))
-        check_options("recipe#augmentation", Augmentation, self.augmentation)
+        check_options("recipe#augmentation", Augmentation, self.augmentation, 1)
         self.augment()
 
     def augment(self) -> Augmentation:
         """Return the augmentation."""
-        return Augmentation(**self.augmentation, together=self.slices)
+        return Augmentation(self.slices, **self.augmentation)
 
     def loader(
         self,

@@ -35,6 +35,8 @@ def test_changes_that_cannot_be_meant_are_refused_by_name_when_the_recipe_is_rea
                 Recipe(augmentation={name: value})
     with pytest.raises(ValueError, match="rotatoin"):
         Recipe(augmentation={"rotatoin": 0.1})
+    with pytest.raises(ValueError, match="recipe#augmentation.*together"):
+        Recipe(slices=4, augmentation={"together": 2})  # it follows from the slices of a patch
 
 
 def test_words_of_switches_are_understood_and_others_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,7 +104,7 @@ def test_held_out_images_are_answered_by_members_that_have_not_seen_their_group(
     store, of_validation = crew.answers(train, validation)
     assert store.is_complete and len(of_validation) == len(validation)
     assert right(train, store.read("logits", labelled), labelled) < 0.7, "random classes cannot be known"
-    members = crew._trained(train, labelled, {}, 0)
+    members = crew._trained(train, labelled, {"members": ["a", "b"]}, 0)
     rows = labelled.tolist()
     image = torch.from_numpy(np.stack([train.image(i) for i in rows])).float() / 255
     learnt = [crew._ask(team, image, (1, 1)).numpy() for team in members]
@@ -156,6 +157,17 @@ def test_a_killed_crew_trains_only_what_is_missing_and_a_finished_one_nothing(da
     del done[:]
     crew_of(more, tmp_path).answers(more, validation)
     assert not done, "further unlabelled images need no training"
+
+
+def test_a_member_that_is_added_leaves_those_before_it_as_they_are(data, tmp_path):
+    first, second = Linear(), Linear()
+    crew_of(data[0], tmp_path, members=[first]).answers(*data[:2])
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("crew-member-*.pt")}
+    crew_of(data[0], tmp_path, members=[first, second]).answers(*data[:2])
+    after = {file: file.stat().st_mtime_ns for file in tmp_path.glob("crew-member-*.pt")}
+    assert len(before) == 3 and len(after) == 6 and before.items() <= after.items()
+    weights = [torch.load(file, weights_only=True)["head.weight"] for file in after]
+    assert not any(torch.equal(a, b) for a, b in combinations(weights, 2)), "members see batches in their own order"
 
 
 def test_members_of_equal_weights_and_another_dropout_are_trained_anew(data, tmp_path):
