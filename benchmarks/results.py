@@ -181,6 +181,12 @@ for name in MORE:
     for what, side in {"side": 1.0, "finer": 1.5}.items():
         crew = [{**SMALL_CREW["teachers"][0], "image_size": side}]
         SETTINGS[f"{name}_{what}_crew"] = replace(row, teachers=crew)
+# crews of two members at the student's side, for runs of the default length, whether they are admitted or not
+TWO = {"size": "small", "members": [LITE1, {"encoder": "tf_efficientnet_lite2"}], "image_size": 1.0}
+for name in ("isic2017_120_last", "aptos2019_quarter_twice_length"):
+    row = SETTINGS[name]
+    row = replace(row, overrides={**row.overrides, **ADMITTED}, reference=name)
+    SETTINGS[f"{row.bundle}_two_admitted"] = replace(row, teachers=[{"name": "crew", "kind": "crew", **TWO}])
 # as users have it by default, 256 pixels and 1000 steps; and nearly all images of the set, 80 % to train
 for labels in (12, "all"):
     row = SETTINGS[f"kvasir_{labels}_last"]
@@ -192,6 +198,9 @@ last = replace(SETTINGS["busi_all_last"], overrides={**SETTINGS["busi_all_last"]
 SETTINGS["busi_12_1000_last"] = last
 longer = {"teachers": [{**SMALL_CREW["teachers"][0], "images": 8192}]}
 SETTINGS["busi_12_1000_pool"] = replace(last, reference="busi_12_1000_last", pool=FURTHER["busi"][0], **longer)
+for name in ("busi_12_1000_pool", "busi_all_pool"):
+    row = SETTINGS[name]
+    SETTINGS[f"{name}_admitted"] = replace(row, overrides={**row.overrides, **ADMITTED})
 LARGE_KVASIR = {"image_size": 192, "split_fractions": [0.8, 0.1, 0.1], "val_interval": 4}
 last = replace(SETTINGS["kvasir_all_last"], overrides=LARGE_KVASIR, reference=None, joined="kvasir")
 SETTINGS["kvasir_large_last"] = last

@@ -109,6 +109,15 @@ def test_the_wrong_folder_is_one_problem(root):
     assert report.items == []
 
 
+def test_folders_of_single_cases_are_not_called_the_right_folder(root, tmp_path):
+    for case in ("case_a", "case_b"):
+        for part in ("images", "masks"):
+            (tmp_path / "cases" / case / part).mkdir(parents=True)
+            shutil.copy(root / part / "phantom_008.jpg", tmp_path / "cases" / case / part / "slide.jpg")
+    (problem,) = check_data("kvasir_seg", tmp_path / "cases").problems
+    assert "2 folders" in problem and "too high" not in problem and "collect" in problem
+
+
 def test_class_labels_are_counted_and_conflicts_named(tmp_path, monkeypatch):
     """A classification task: the label is a class index."""
     rng = np.random.default_rng(0)

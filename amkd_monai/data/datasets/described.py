@@ -132,7 +132,9 @@ class Described:
                 usual += f" or all of {', '.join(self.classes)}" if what == "label" and not self.masks else ""
                 fix += f"; {table.name} has no column of the {what} ({usual})"
         if root.is_dir() and (below := [child for child in sorted(root.iterdir()) if self.form_of(child)]):
-            fix += f"; you are one level too high, use {below[0]}"
+            one = f"you are one level too high, use {below[0]}"
+            several = f"{len(below)} folders in it have that, use {below[0]} or another, or collect their files in one"
+            fix += f"; {one if len(below) == 1 else several}"
         elif (above := self.form_of(root.parent)) and (above != "classes" or any(_images_in(root))):
             fix += f"; you are one level too low, use {root.parent}"
         raise FileNotFoundError(f"No {self.title} data in {root}: {fix}.")
