@@ -35,7 +35,7 @@ def test_changes_that_cannot_be_meant_are_refused_by_name_when_the_recipe_is_rea
                 Recipe(augmentation={name: value})
     with pytest.raises(ValueError, match="rotatoin"):
         Recipe(augmentation={"rotatoin": 0.1})
-    with pytest.raises(ValueError, match="recipe#augmentation.*together"):
+    with pytest.raises(ValueError, match=r"recipe#augmentation.*together"):
         Recipe(slices=4, augmentation={"together": 2})  # it follows from the slices of a patch
 
 
