@@ -181,12 +181,15 @@ for name in MORE:
     for what, side in {"side": 1.0, "finer": 1.5}.items():
         crew = [{**SMALL_CREW["teachers"][0], "image_size": side}]
         SETTINGS[f"{name}_{what}_crew"] = replace(row, teachers=crew)
-# crews of two members at the student's side, for runs of the default length, whether they are admitted or not
-TWO = {"size": "small", "members": [LITE1, {"encoder": "tf_efficientnet_lite2"}], "image_size": 1.0}
-for name in ("isic2017_120_last", "aptos2019_quarter_twice_length"):
+# crews of one member and of two, for runs of the default length, whether they are admitted or not
+MEMBERS = {"one": [LITE1], "two": [LITE1, {"encoder": "tf_efficientnet_lite2"}]}
+SIDES = {"isic2017_120_last": 1.0, "aptos2019_quarter_twice_length": 1.0, "covid_12_pool_longer": 1.5}
+for name, side in SIDES.items():
     row = SETTINGS[name]
-    row = replace(row, overrides={**row.overrides, **ADMITTED}, reference=name)
-    SETTINGS[f"{row.bundle}_two_admitted"] = replace(row, teachers=[{"name": "crew", "kind": "crew", **TWO}])
+    row = replace(row, overrides={**row.overrides, **ADMITTED}, reference=row.reference if row.pool else name)
+    for count, members in MEMBERS.items():
+        crew = [{**SMALL_CREW["teachers"][0], "members": members, "image_size": side}]
+        SETTINGS[f"{row.bundle}_{count}_admitted"] = replace(row, teachers=crew)
 # as users have it by default, 256 pixels and 1000 steps; and nearly all images of the set, 80 % to train
 for labels in (12, "all"):
     row = SETTINGS[f"kvasir_{labels}_last"]
