@@ -190,6 +190,8 @@ for name, side in SIDES.items():
     for count, members in MEMBERS.items():
         crew = [{**SMALL_CREW["teachers"][0], "members": members, "image_size": side}]
         SETTINGS[f"{row.bundle}_{count}_admitted"] = replace(row, teachers=crew)
+finest = [{**SMALL_CREW["teachers"][0], "image_size": 384, "images": 2048}]
+SETTINGS["aptos2019_quarter_finest_crew"] = replace(SETTINGS["aptos2019_quarter_finer_crew"], teachers=finest)
 # as users have it by default, 256 pixels and 1000 steps; and nearly all images of the set, 80 % to train
 for labels in (12, "all"):
     row = SETTINGS[f"kvasir_{labels}_last"]
