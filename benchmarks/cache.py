@@ -172,7 +172,8 @@ def _chain() -> Any:
 
 def augmentation(rounds: int) -> Row:
     """Warping image, mask and two maps, against image and mask alone."""
-    generator, augment = torch.Generator().manual_seed(0), Augmentation(1, 0.5, 0.25, 0.05, True, True)
+    generator = torch.Generator().manual_seed(0)
+    augment = Augmentation(rotation=0.5, scale=0.25, shift=0.05, flip_height=True, flip_width=True)
     image, label = torch.rand(BATCH, 3, SIDE, SIDE), torch.zeros(BATCH, 1, SIDE, SIDE)
     maps = [torch.rand(BATCH, *GRIDS[name]) for name in READ]
 

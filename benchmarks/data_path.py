@@ -60,7 +60,8 @@ def training(folder: Path, rounds: int) -> Row:
     items = polyps.layout.find_items(polyps.write_phantom(folder, count=COUNT, size=(240, 360)))
     decoded = DecodedDataset(items, chain((SIDE, SIDE)), folder / "cache")
     loader = DataLoader(decoded, batch_size=BATCH, shuffle=True)
-    augmentation = Augmentation(1, 0.5, 0.25, 0.05, flip_height=True, flip_width=True, gain=0.2, offset=0.1, gamma=0.4)
+    warped = {"rotation": 0.5, "scale": 0.25, "shift": 0.05, "flip_height": True, "flip_width": True}
+    augmentation = Augmentation(**warped, gain=0.2, offset=0.1, gamma=0.4)
     generator = torch.Generator().manual_seed(0)
 
     def ours() -> int:

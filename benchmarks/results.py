@@ -181,6 +181,7 @@ for name in MORE:
     for what, side in {"side": 1.0, "finer": 1.5}.items():
         crew = [{**SMALL_CREW["teachers"][0], "image_size": side}]
         SETTINGS[f"{name}_{what}_crew"] = replace(row, teachers=crew)
+SETTINGS["heart_side_compared"] = replace(SETTINGS["heart_side_crew"], overrides=SETTINGS["heart_last"].overrides)
 # crews of one member and of two, for runs of the default length, whether they are admitted or not
 MEMBERS = {"one": [LITE1], "two": [LITE1, {"encoder": "tf_efficientnet_lite2"}]}
 SIDES = {"isic2017_120_last": 1.0, "aptos2019_quarter_twice_length": 1.0, "covid_12_pool_longer": 1.5}

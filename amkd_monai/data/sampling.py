@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -207,6 +207,7 @@ class Augmentation:
     """Ranges of the random changes."""
 
     together: int = 1  # samples, one after another, that are changed alike: the slices of a patch
+    _: KW_ONLY
     rotation: float = 0.0  # largest angle, radians
     scale: float = 0.0  # largest relative zoom, e.g. 0.15 for 1/1.15 to 1.15
     shift: float = 0.0  # largest shift as a part of the side

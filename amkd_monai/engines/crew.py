@@ -210,7 +210,8 @@ class Crew:
         """The members of every fold, then those of all labels: read from ``cache_dir``, or trained."""
         jobs: list[tuple[nn.Module, Path, np.ndarray]] = []
         for m, fold in itertools.product(range(len(self.members)), range(self.folds + 1)):
-            own = {**key, "members": [key["members"][m]]}  # a member that is added leaves those before it as they are
+            # a member that is added leaves those before it as they are: their files, and the numbers of their trainings
+            own = {**key, "members": [key["members"][m]]}
             path = Path(self.cache_dir) / f"{self.name}-member-{fingerprint(own, fold, m)[:16]}.pt"
             jobs.append((self.members[m], path, labelled[self.team[labelled] != fold]))
         if left := [network for network, path, _ in jobs if not path.is_file()]:

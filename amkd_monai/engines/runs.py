@@ -399,7 +399,10 @@ def versions() -> dict[str, str]:
 
 
 def _references(value: Any) -> set[str]:
-    """Ids that a piece of config refers to, such as ``image_size`` or ``train#preprocessing``."""
+    """Ids that a piece of config refers to, such as ``image_size`` or ``train#preprocessing``.
+
+    MONAI's own pattern writes ``::`` for ``#``, and finds an empty id in the product ``a @ b``.
+    """
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list):
